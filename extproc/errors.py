@@ -24,5 +24,5 @@ class ProtocolError(ExtprocError):
     """The peer sent bytes that are no ext_proc message, or a message that has no place here."""
 
 
-class IllegalTransition(ExtprocError):
+class TransitionError(ExtprocError):
     """A ticket was moved in a way that its state does not allow: a bug in the caller, never in the peer."""

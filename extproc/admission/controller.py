@@ -1,0 +1,550 @@
+"""The admission core: the one place where a request changes its state.
+
+Rules of this room:
+* No I/O, no clock, no randomness, no logging. The driver passes `now`; the same events give the same decisions.
+* Every event ends in the same dispatch pass and returns the decisions that the driver must deliver.
+* Reserve at pick: the lease exists before the driver hears of the decision.
+* After each event: no lease beyond a limit, and no endpoint with room for a request that may go there.
+
+    new ──offer──▶ waiting ──dispatch──▶ leased ──release──▶ done
+                      └──cancel, refuse──▶ left
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, TypeVar
+
+from extproc.admission.alarms import Alarms
+from extproc.admission.endpoint import Endpoint
+from extproc.admission.fairness import OUTPUT_WEIGHT
+from extproc.admission.outcome import Outcome
+from extproc.admission.pool import Pool
+from extproc.admission.queue import GUARD
+from extproc.admission.sessions import Sessions
+from extproc.admission.ticket import State, Ticket
+from extproc.admission.tokens import TokenEstimate
+from extproc.admission.values import Answer, Binding, Decision, Dispatch, EndpointSpec, Policy, Reject
+from extproc.errors import TransitionError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from extproc.admission.load import Load
+    from extproc.admission.queue import Queue
+
+RETRY_AFTER_MAX_S = 60
+
+
+class Controller:
+    """Queues, leases and limits of all endpoints.
+
+    Every public method that takes `now` (seconds, monotonic) is an event and returns the decisions that follow from
+    it, each for a ticket that was offered earlier or in this event.
+
+    Attributes:
+        endpoints: by name; a removed one stays until its last lease is back.
+        waiting: how many requests wait.
+        draining: after `drain`, nothing waits any more.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        """Start without endpoints; `put_endpoint` brings them."""
+        self.endpoints: dict[str, Endpoint] = {}
+        self.waiting = 0
+        self.draining = False
+        self._by_model: dict[str, Pool] = {}
+        self._any_model = Pool(None)  # the endpoints that list no models
+        self._every = Pool(None)  # all endpoints: for requests without a model where every endpoint lists its own
+        self._alarms = Alarms()
+        self._sessions = Sessions()
+        self._tokens = TokenEstimate()
+        self._sequence = 0
+        self._picks = 0
+        self._now = 0.0
+        self._arrived: list[Ticket] = []  # tickets that may go somewhere they could not go before this event
+        self._timed: dict[Endpoint, None] = {}  # endpoints that time alone will open: closed gates, ejections
+        self._stale_at: float | None = None  # not before this can any telemetry have become stale
+        self._freed: dict[Endpoint, None] = {}  # endpoints that may have room they did not have before this event
+        self._decisions: list[Decision] = []
+        self._adopt(policy)
+
+    # ---- events: requests
+
+    def offer(self, ticket: Ticket, now: float) -> list[Decision]:
+        """Take a new request in. It is dispatched or refused at once, or it waits."""
+        self._expect(ticket, State.NEW, "offered")
+        self._now = now
+        request, policy = ticket.request, self.policy
+        ticket.request_class = klass = self._classes.get(request.request_class, policy.classes[0])
+        pool = self._pool_for(request.model)
+        if pool is None:
+            ticket.state = State.LEFT
+            self._decisions.append(Reject(ticket, Outcome.UNKNOWN_MODEL, 0.0, None))
+            return self._dispatch()
+        budget_s = klass.budget_s if request.budget_s is None else min(request.budget_s, self._longest_budget_s)
+        ticket.pool = pool
+        ticket.wait_until = request.arrived + budget_s
+        ticket.position = pool.ahead_of(klass.priority)
+        self._tokens.estimate(ticket)
+        self._sequence += 1
+        ticket.key = (-klass.priority, self._tag(ticket, pool), self._sequence)
+        pool.pace.arrived(klass.priority, now)
+        ticket.home = home = self._home_of(ticket, pool)
+        if home is not None and home.available:
+            ticket.patience_until = now + policy.patience_s
+            self._join(ticket, pool.queue_of(home))
+        else:
+            self._join(ticket, pool.shared)
+        self._arrived.append(ticket)
+        self._pass()
+        if ticket.state is State.WAITING:
+            self._may_wait(ticket, pool)
+        return self._dispatch()
+
+    def cancel(self, ticket: Ticket, now: float) -> list[Decision]:
+        """Forget a waiting request whose client left."""
+        self._expect(ticket, State.WAITING, "cancelled")
+        self._now = now
+        self._leave(ticket)
+        return self._dispatch()
+
+    def first_token(self, ticket: Ticket, now: float) -> list[Decision]:
+        """Note that an answer's first token came: the engine has computed the prompt. Late or repeated: no-op."""
+        self._now = now
+        if ticket.state is State.LEASED and ticket.endpoint is not None:
+            ticket.endpoint.first_token(ticket)
+            self._changed(ticket.endpoint)
+        return self._dispatch()
+
+    def release(
+        self, ticket: Ticket, now: float, answer: Answer = Answer.UNKNOWN, output_tokens: int | None = None
+    ) -> list[Decision]:
+        """Give a lease back: the request is over. `answer` and `output_tokens` say what is known of how."""
+        self._expect(ticket, State.LEASED, "released")
+        self._now = now
+        pool, endpoint = _placed(ticket.pool), ticket.endpoint
+        assert endpoint is not None  # noqa: S101 - LEASED means that there is one
+        ticket.state = State.DONE
+        endpoint.release(ticket)
+        match answer:
+            case Answer.OK:
+                endpoint.succeeded()
+            case Answer.FAILED:
+                endpoint.failed(now)
+            case Answer.SATURATED:
+                endpoint.saturated(now)
+            case Answer.UNKNOWN:
+                pass
+        if output_tokens is not None:
+            surplus = OUTPUT_WEIGHT * (output_tokens - ticket.output_tokens)
+            pool.share(ticket.request_class.priority).correct(ticket.request.tenant, surplus)
+            self._tokens.learn(output_tokens, 1)
+        if endpoint.removed and not endpoint.leases:
+            del self.endpoints[endpoint.name]
+        self._changed(endpoint)
+        return self._dispatch()
+
+    # ---- events: endpoints
+
+    def put_endpoint(self, spec: EndpointSpec, now: float) -> list[Decision]:
+        """Add an endpoint, change one, or bring a removed one back with the leases it still has."""
+        self._now = now
+        endpoint = self.endpoints.get(spec.name)
+        if endpoint is None:
+            endpoint = self.endpoints[spec.name] = Endpoint(spec, self.policy)
+        else:
+            endpoint.respec(spec)
+            endpoint.removed = False
+        for model in spec.models:
+            if model not in self._by_model:
+                self._by_model[model] = Pool(model)
+        self._regroup()
+        return self._dispatch()
+
+    def remove_endpoint(self, name: str, now: float) -> list[Decision]:
+        """Send nothing more to an endpoint: its leases run out, those at home there go anywhere. Unknown: no-op."""
+        self._now = now
+        endpoint = self.endpoints.get(name)
+        if endpoint is not None:
+            endpoint.removed = True
+            if not endpoint.leases:
+                del self.endpoints[name]
+            self._regroup()
+        return self._dispatch()
+
+    def set_up(self, name: str, now: float, *, is_up: bool) -> list[Decision]:
+        """Note that an endpoint went down or came back. Unknown: no-op."""
+        self._now = now
+        endpoint = self.endpoints.get(name)
+        if endpoint is not None and endpoint.is_up is not is_up:
+            endpoint.is_up = is_up
+            self._changed(endpoint)
+        return self._dispatch()
+
+    def observe(self, name: str, load: Load, now: float) -> list[Decision]:
+        """Follow an endpoint's telemetry. Unknown: no-op."""
+        self._now = now
+        endpoint = self.endpoints.get(name)
+        if endpoint is not None:
+            wanted = any(pool.waiting_total for pool in endpoint.pools)
+            endpoint.observe(load, now, self.policy, wanted=wanted)
+            if load.output_tokens is not None:
+                self._tokens.learn(load.output_tokens, endpoint.completed)
+                endpoint.completed = 0
+            if self._stale_at is None:
+                self._stale_at = now + self.policy.stale_after_s
+            self._changed(endpoint)
+        return self._dispatch()
+
+    # ---- events: everything else
+
+    def tick(self, now: float) -> list[Decision]:
+        """Let time pass: budgets, patience and ejections end. Needed at `next_deadline()`, harmless at any time."""
+        self._now = now
+        for ticket in self._alarms.due(now):
+            if now >= ticket.wait_until:
+                self._expire(ticket)
+            else:
+                self._go_anywhere(ticket)
+                self._set_alarm(ticket)
+        if self._stale_at is not None and now >= self._stale_at:
+            self._forget_stale_loads()
+        for endpoint in [endpoint for endpoint in self._timed if endpoint.pass_time(now)]:
+            self._changed(endpoint)
+        return self._dispatch()
+
+    def next_deadline(self) -> float | None:
+        """Return when `tick` is due next, never before the last event; None: nothing is due."""
+        times = [self._alarms.next(), self._stale_at, *(endpoint.next_change() for endpoint in self._timed)]
+        due = min((at for at in times if at is not None), default=None)
+        return None if due is None else max(due, self._now)
+
+    def set_policy(self, policy: Policy, now: float) -> list[Decision]:
+        """Replace the rules. Waiting requests keep the class, the place and the budget they came with."""
+        self._now = now
+        self._adopt(policy)
+        for endpoint in self.endpoints.values():
+            endpoint.apply(policy)
+            self._changed(endpoint)
+        return self._dispatch()
+
+    def drain(self, now: float) -> list[Decision]:
+        """Refuse everything that waits, and from now on everything that would have to."""
+        self._now = now
+        self.draining = True
+        for ticket in list(self.waiting_tickets()):
+            self._refuse(ticket, Outcome.DRAINING)
+        return self._dispatch()
+
+    # ---- what others may look at
+
+    def pools(self) -> Iterator[Pool]:
+        """Walk all pools."""
+        yield self._any_model
+        yield self._every
+        yield from self._by_model.values()
+
+    def waiting_tickets(self) -> Iterator[Ticket]:
+        """Walk everything that waits, line by line."""
+        return (ticket for pool in self.pools() for queue in pool.queues() for ticket in queue)
+
+    def __repr__(self) -> str:
+        """Show the state that tests, logs and people read."""
+        return f"<Controller waiting={self.waiting} {list(self.endpoints.values())}>"
+
+    # ---- the dispatch pass
+
+    def _dispatch(self) -> list[Decision]:
+        """End an event: run the dispatch pass and return all decisions that the event led to."""
+        if self._freed or self._arrived:
+            self._pass()
+        decisions, self._decisions = self._decisions, []
+        return decisions
+
+    def _pass(self) -> None:
+        """Hand every room that this event made to the request that should have it.
+
+        Only what changed is looked at: endpoints that may have gained room, and tickets that may go somewhere new.
+        Whatever else waits did not fit before this event, and so does not fit now.
+        """
+        freed, arrived = self._freed, self._arrived
+        while freed or arrived:
+            if freed:
+                endpoint = min(freed, key=_most_room) if len(freed) > 1 else next(iter(freed))
+                best = self._best_for(endpoint) if endpoint.is_open else None
+                if best is None:
+                    del freed[endpoint]
+                else:
+                    self._lease(best, endpoint)
+            else:
+                ticket = arrived.pop()
+                target = self._place_for(ticket) if ticket.state is State.WAITING else None
+                if target is not None:
+                    self._lease(ticket, target)
+
+    def _best_for(self, endpoint: Endpoint) -> Ticket | None:
+        """Return who goes to `endpoint` next: between pools class decides, then arrival; inside a pool its order."""
+        best: Ticket | None = None
+        for pool in endpoint.pools:
+            if pool.waiting_total:
+                ticket = pool.best_for(endpoint)
+                if ticket is not None and (best is None or _seniority(ticket) < _seniority(best)):
+                    best = ticket
+        return best
+
+    def _place_for(self, ticket: Ticket) -> Endpoint | None:
+        """Return the endpoint with the most room among those that `ticket` may take now."""
+        pool, queue = _placed(ticket.pool), _placed(ticket.queue)
+        if not queue.in_window(ticket):
+            return None
+        best: Endpoint | None = None
+        if queue is pool.shared:
+            for endpoint in pool.open:
+                if endpoint.has_room_for(ticket) and (best is None or _most_room(endpoint) < _most_room(best)):
+                    best = endpoint
+            if best is None and not self.policy.enable_queue:
+                best = min(pool.present(), key=_most_room, default=None)  # nothing is held: better a doubtful endpoint
+        elif ticket.home is not None and ticket.home.has_room_for(ticket):
+            best = ticket.home
+        if best is not None and pool.has_guards_for(best) and pool.best_for(best) is not ticket:
+            return None
+        return best
+
+    def _lease(self, ticket: Ticket, endpoint: Endpoint) -> None:
+        """Dispatch: from here on the slot is taken."""
+        pool, queue, now, request = _placed(ticket.pool), _placed(ticket.queue), self._now, ticket.request
+        pool.pass_over_before(ticket, endpoint)
+        self._quit(ticket, pool, queue)
+        ticket.state = State.LEASED
+        ticket.endpoint = endpoint
+        ticket.since = now
+        endpoint.lease(ticket)
+        self._picks += 1
+        endpoint.picked = self._picks
+        self._list(endpoint)
+        pool.share(ticket.request_class.priority).served(request.tenant, ticket.key[1])
+        if ticket.alarm:
+            pool.pace.dispatched(now)
+        if request.session is not None:
+            self._sessions.remember(request.session, endpoint, self.policy.session_memory)
+        moved = ticket.home is not None and ticket.home is not endpoint
+        outcome = Outcome.REROUTED if moved else Outcome.DISPATCHED
+        self._decisions.append(Dispatch(ticket, outcome, endpoint.name, max(now - request.arrived, 0.0)))
+
+    # ---- waiting and leaving
+
+    def _home_of(self, ticket: Ticket, pool: Pool) -> Endpoint | None:
+        """Return the endpoint it prefers: the one named upstream, its session's last one, the pool's only one."""
+        request, home = ticket.request, None
+        if request.home is not None:
+            home = self.endpoints.get(request.home)
+        if home is None and request.session is not None:
+            home = self._sessions.recall(request.session)
+        if home is None and len(pool.members) == 1:
+            home = pool.members[0]
+        if home is None and self.policy.binding is Binding.BOUND:
+            up = [endpoint for endpoint in pool.members if endpoint.available]
+            home = min(up, key=pool.backlog_of, default=None)
+        return home if home is not None and pool in home.pools else None
+
+    def _tag(self, ticket: Ticket, pool: Pool) -> float:
+        """Return the request's place inside its class."""
+        if self.policy.short_first:
+            return float(ticket.prompt_tokens)
+        if not self.policy.fair:
+            return 0.0
+        return pool.share(ticket.request_class.priority).tag(ticket.request.tenant, _cost(ticket))
+
+    def _join(self, ticket: Ticket, queue: Queue) -> None:
+        ticket.state = State.WAITING
+        queue.add(ticket)
+        _placed(ticket.pool).note_waiting(ticket.request_class, 1)
+        self.waiting += 1
+
+    def _quit(self, ticket: Ticket, pool: Pool, queue: Queue) -> None:
+        """Take a ticket out of its line, and note who may go somewhere now because of that."""
+        was_guard = ticket.passed_over >= GUARD
+        shifts = queue.in_window(ticket)
+        queue.remove(ticket)
+        if was_guard:
+            self._freed.update(pool.open)
+        elif shifts:
+            entrant = queue.entrant()
+            if entrant is not None and pool.open:
+                self._arrived.append(entrant)
+        if queue is not pool.shared and not queue and ticket.home is not None:
+            del pool.homes[ticket.home]
+        pool.note_waiting(ticket.request_class, -1)
+        self.waiting -= 1
+
+    def _leave(self, ticket: Ticket) -> None:
+        """End a wait without a dispatch."""
+        pool = _placed(ticket.pool)
+        self._quit(ticket, pool, _placed(ticket.queue))
+        ticket.state = State.LEFT
+        pool.share(ticket.request_class.priority).left(ticket.request.tenant, _cost(ticket))
+
+    def _go_anywhere(self, ticket: Ticket) -> None:
+        """Move a request from its home's line to the shared one; its place in the order stays."""
+        pool, queue = _placed(ticket.pool), _placed(ticket.queue)
+        if queue is not pool.shared:
+            self._quit(ticket, pool, queue)
+            self._join(ticket, pool.shared)
+            self._freed.update(pool.open)
+
+    def _may_wait(self, ticket: Ticket, pool: Pool) -> None:
+        """Decide whether a request that found no room may wait for it."""
+        if self.draining:
+            self._refuse(ticket, Outcome.DRAINING)
+        elif not self.policy.enable_queue:
+            self._refuse(ticket, Outcome.NO_ENDPOINT)
+        elif self._now >= ticket.wait_until:
+            self._expire(ticket)
+        elif self.policy.shed and self._is_doomed(ticket, pool):
+            self._refuse(ticket, Outcome.BUDGET_PREDICTED)
+        else:
+            if pool.waiting_total == 1:
+                pool.pace.backlog_began(self._now)
+            self._set_alarm(ticket)
+            if self.waiting > self.policy.max_queued_requests:
+                self._refuse(self._last_of_all(), Outcome.QUEUE_FULL)
+
+    def _set_alarm(self, ticket: Ticket) -> None:
+        at = ticket.wait_until
+        if ticket.queue is not _placed(ticket.pool).shared:
+            at = min(at, ticket.patience_until)
+        self._alarms.set(ticket, at, self.waiting)
+
+    # ---- refusing
+
+    def _is_doomed(self, ticket: Ticket, pool: Pool) -> bool:
+        """Predict whether `ticket` would wait longer than its budget."""
+        budget_s = ticket.wait_until - self._now
+        priority = ticket.request_class.priority
+        wait_s = pool.pace.wait_s(ticket.position, priority, self._now)
+        if wait_s is None or wait_s <= budget_s or not any(endpoint.available for endpoint in pool.members):
+            return False
+        # `position` counts a noisy tenant's whole backlog; fairness may put this one before it. Now look closely.
+        ahead = sum(queue.rank(ticket) for queue in pool.queues())
+        exact_s = pool.pace.wait_s(ahead, priority, self._now)
+        return exact_s is not None and exact_s > budget_s
+
+    def _expire(self, ticket: Ticket) -> None:
+        alive = any(endpoint.available for endpoint in _placed(ticket.pool).members)
+        self._refuse(ticket, Outcome.BUDGET_EXPIRED if alive else Outcome.NO_ENDPOINT)
+
+    def _refuse(self, ticket: Ticket, outcome: Outcome) -> None:
+        pool = _placed(ticket.pool)
+        drain = pool.pace.drain_rate()
+        ahead = pool.ahead_of(ticket.request_class.priority)
+        seconds = 1 if drain is None else math.ceil(ahead / drain)
+        self._leave(ticket)
+        wait_s = max(self._now - ticket.request.arrived, 0.0)
+        self._decisions.append(Reject(ticket, outcome, wait_s, min(max(seconds, 1), RETRY_AFTER_MAX_S)))
+
+    def _last_of_all(self) -> Ticket:
+        """Return the waiting request that goes last: of the lowest class, the one that came last."""
+        lines = (queue for pool in self.pools() for queue in pool.queues() if queue)
+        return max((queue.last() for queue in lines), key=_seniority)
+
+    # ---- endpoints
+
+    def _pool_for(self, model: str | None) -> Pool | None:
+        """Return the pool that serves `model`. An endpoint that lists models gets only requests for those."""
+        pool = self._by_model.get(model) if model is not None else None
+        if pool is not None:
+            return pool
+        if self._any_model.members or not self.endpoints:
+            return self._any_model
+        return self._every if model is None else None
+
+    def _regroup(self) -> None:
+        """Recompute who belongs to which pool, after endpoints came, changed or went."""
+        present = [endpoint for endpoint in self.endpoints.values() if not endpoint.removed]
+        for endpoint in present:
+            endpoint.pools = [self._by_model[model] for model in sorted(endpoint.spec.models)]
+            if not endpoint.spec.models:
+                endpoint.pools = [self._any_model, *self._by_model.values()]
+            endpoint.pools.append(self._every)
+        for pool in self.pools():
+            pool.open.clear()
+            pool.members = [endpoint for endpoint in present if pool in endpoint.pools]
+            for home in [home for home in pool.homes if home not in pool.members]:
+                self._evict(pool, home)
+        for endpoint in present:
+            self._changed(endpoint)
+
+    def _forget_stale_loads(self) -> None:
+        ages = []
+        for endpoint in self.endpoints.values():
+            if endpoint.load is None:
+                continue
+            if self._now - endpoint.load_at >= self.policy.stale_after_s:
+                endpoint.forget_load(self.policy)
+                self._changed(endpoint)
+            else:
+                ages.append(endpoint.load_at)
+        self._stale_at = min(ages) + self.policy.stale_after_s if ages else None
+
+    def _changed(self, endpoint: Endpoint) -> None:
+        """Follow whatever changed an endpoint's room."""
+        self._list(endpoint)
+        if endpoint.next_change() is None:
+            self._timed.pop(endpoint, None)
+        else:
+            self._timed[endpoint] = None
+        if endpoint.is_open:
+            self._freed[endpoint] = None
+        elif not endpoint.available:
+            for pool in endpoint.pools:
+                self._evict(pool, endpoint)
+
+    def _evict(self, pool: Pool, home: Endpoint) -> None:
+        """Let those at home at an endpoint that is gone go anywhere."""
+        queue = pool.homes.get(home)
+        for ticket in list(queue or ()):
+            self._go_anywhere(ticket)
+            self._set_alarm(ticket)
+
+    def _list(self, endpoint: Endpoint) -> None:
+        """Keep each pool's list of open endpoints true."""
+        is_open = endpoint.is_open
+        for pool in endpoint.pools:
+            if is_open:
+                pool.open[endpoint] = None
+            else:
+                pool.open.pop(endpoint, None)
+
+    def _adopt(self, policy: Policy) -> None:
+        self.policy = policy
+        self._classes = {klass.name: klass for klass in policy.classes}
+        self._longest_budget_s = max(klass.budget_s for klass in policy.classes)
+
+    @staticmethod
+    def _expect(ticket: Ticket, state: State, event: str) -> None:
+        if ticket.state is not state:
+            raise TransitionError(
+                f"{ticket!r} can't be {event}: it is {ticket.state.name.lower()}, not {state.name.lower()}"
+            )
+
+
+T = TypeVar("T")
+
+
+def _placed(part: T | None) -> T:
+    """Return what a WAITING or LEASED ticket always has: its pool, and its queue while it waits."""
+    assert part is not None  # noqa: S101 - the controller's own invariant
+    return part
+
+
+def _most_room(endpoint: Endpoint) -> tuple[float, int]:
+    return (endpoint.pressure, endpoint.picked)
+
+
+def _seniority(ticket: Ticket) -> tuple[int, int]:
+    return (ticket.key[0], ticket.key[2])
+
+
+def _cost(ticket: Ticket) -> float:
+    return ticket.prompt_tokens + OUTPUT_WEIGHT * ticket.output_tokens

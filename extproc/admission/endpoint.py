@@ -1,0 +1,266 @@
+"""An endpoint's books: its leases, its limits, and whether it has room. Only the controller changes them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from extproc.admission.limit import AdaptiveLimit, FixedLimit
+
+if TYPE_CHECKING:
+    from extproc.admission.limit import Limit
+    from extproc.admission.load import Load
+    from extproc.admission.pool import Pool
+    from extproc.admission.ticket import Ticket
+    from extproc.admission.values import EndpointSpec, Policy
+
+KV_SHARE = 0.92
+"""How much of the KV cache estimates may fill: the rest is for estimates that were too low."""
+
+EJECT_AFTER = 5
+"""Consecutive failures that take an endpoint out."""
+EJECT_S = 5.0
+"""The first ejection; each one that follows without a success between lasts twice as long."""
+EJECT_MAX_S = 60.0
+SATURATED_S = 0.25
+"""How long an endpoint that refused a request as full is left alone."""
+
+
+class Endpoint:
+    """One inference server.
+
+    Attributes:
+        leases: the tickets that hold a slot here, oldest first; how many there are is what "in flight" means.
+        is_up: False while health checks say that it is down.
+        removed: True once the config or discovery no longer has it; its leases run out.
+        enforcing: False while the queue is switched off: then there is always room.
+        load, load_at: the last telemetry and when it came.
+        kv_tokens: estimated KV tokens of all leases.
+        prompt_tokens: estimated prompt tokens of the leases whose first token was not seen.
+        sees_first_tokens: whether anything tells when a first token came; without it the prompt limit can't work.
+    """
+
+    __slots__ = (
+        "_answered",
+        "_failures",
+        "completed",
+        "dispatched",
+        "ejected_until",
+        "ejections",
+        "enforcing",
+        "gate_until",
+        "is_up",
+        "kv_capacity",
+        "kv_excess",
+        "kv_tokens",
+        "leases",
+        "limit",
+        "load",
+        "load_at",
+        "on_trial",
+        "picked",
+        "pools",
+        "prompt_limit",
+        "prompt_tokens",
+        "removed",
+        "sees_first_tokens",
+        "spec",
+    )
+
+    def __init__(self, spec: EndpointSpec, policy: Policy) -> None:
+        """Make an idle endpoint that is up."""
+        self.spec = spec
+        self.leases: dict[Ticket, None] = {}
+        self.limit: Limit = _limit_of(spec)
+        self.pools: list[Pool] = []
+        self.is_up = True
+        self.removed = False
+        self.dispatched = 0
+        self.completed = 0
+        self.picked = 0  # when it was picked last, in picks: equal endpoints take turns
+        self.load: Load | None = None
+        self.load_at = 0.0
+        self.gate_until: float | None = None  # telemetry closed it until then, or until better telemetry
+        self.kv_tokens = 0
+        self.kv_excess = 0.0  # what the engine's own figure was above our estimate when it was read
+        self.kv_capacity = spec.kv_capacity_tokens
+        self.prompt_tokens = 0
+        self.sees_first_tokens = policy.first_byte_probe
+        self.ejected_until: float | None = None
+        self.ejections = 0
+        self.on_trial = False  # back from an ejection: one request at a time until one succeeds
+        self._failures = 0
+        self._answered = 0  # prompt tokens that telemetry saw computed and that no lease was marked for yet
+        self.apply(policy)
+
+    @property
+    def name(self) -> str:
+        """The endpoint's name."""
+        return self.spec.name
+
+    def respec(self, spec: EndpointSpec) -> None:
+        """Take over a changed `spec`; leases stay, and a lowered limit lets them finish."""
+        if spec.max_running_requests != self.spec.max_running_requests:
+            self.limit = _limit_of(spec)
+        self.kv_capacity = spec.kv_capacity_tokens or self.kv_capacity
+        self.spec = spec
+
+    def apply(self, policy: Policy) -> None:
+        """Follow a changed policy."""
+        self.enforcing = policy.enable_queue
+        self.prompt_limit = policy.max_prompt_tokens
+
+    # ---- room
+
+    @property
+    def available(self) -> bool:
+        """Whether it may be sent anything at all."""
+        return self.is_up and not self.removed and self.ejected_until is None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has room for a request that needs no tokens: necessary, not sufficient."""
+        if not (self.is_up and not self.removed and self.ejected_until is None):
+            return False
+        if not self.enforcing:
+            return True
+        return self.gate_until is None and len(self.leases) < (1 if self.on_trial else self.limit.value)
+
+    def has_room_for(self, ticket: Ticket) -> bool:
+        """Whether `ticket` may be dispatched here now. An idle endpoint takes any one request, however big."""
+        if not self.is_open:
+            return False
+        if not self.enforcing or not self.leases:
+            return True
+        if self.kv_capacity is not None:
+            used = self.kv_tokens + self.kv_excess
+            if used + ticket.kv_tokens > KV_SHARE * self.kv_capacity:
+                return False
+        return not self.sees_first_tokens or self.prompt_tokens + ticket.prompt_tokens <= self.prompt_limit
+
+    @property
+    def pressure(self) -> float:
+        """How full it is: the fullest of its limits. The least pressed endpoint has the most room."""
+        count = len(self.leases)
+        if not self.enforcing:
+            return float(count)
+        share = count / self.limit.value
+        if self.kv_capacity is not None:
+            return max(share, self.kv_tokens / (KV_SHARE * self.kv_capacity))
+        return share
+
+    # ---- leases
+
+    def lease(self, ticket: Ticket) -> None:
+        """Put `ticket` in the books."""
+        self.leases[ticket] = None
+        self.kv_tokens += ticket.kv_tokens
+        self.prompt_tokens += ticket.prompt_tokens
+        ticket.prompt_pending = True
+        self.dispatched += 1
+
+    def release(self, ticket: Ticket) -> None:
+        """Take `ticket` out of the books."""
+        del self.leases[ticket]
+        self.kv_tokens -= ticket.kv_tokens
+        self.first_token(ticket)
+        self.completed += 1
+
+    def first_token(self, ticket: Ticket) -> None:
+        """Note that the engine has computed the prompt of `ticket`."""
+        if ticket.prompt_pending:
+            ticket.prompt_pending = False
+            self.prompt_tokens -= ticket.prompt_tokens
+
+    # ---- what the endpoint says of itself
+
+    def observe(self, load: Load, now: float, policy: Policy, *, wanted: bool) -> None:
+        """Follow fresh telemetry. `wanted`: requests wait that this endpoint could serve."""
+        full = len(self.leases) >= self.limit.value
+        self.load, self.load_at = load, now
+        self.limit.observe(load, wanted=wanted and full)
+        if load.kv_capacity_tokens and self.spec.kv_capacity_tokens is None:
+            self.kv_capacity = load.kv_capacity_tokens
+        self.kv_excess = 0.0
+        if load.kv_usage is not None and self.kv_capacity is not None:
+            self.kv_excess = max(load.kv_usage * self.kv_capacity - self.kv_tokens, 0.0)
+        if load.prompt_tokens is not None:
+            self.sees_first_tokens = True
+            self._mark_answered(load.prompt_tokens)
+        idle = not self.leases and load.running == 0
+        self.gate_until = now + policy.stale_after_s if _is_hot(load, policy) and not idle else None
+
+    def forget_load(self, policy: Policy) -> None:
+        """Ignore telemetry that has become stale."""
+        self.load = None
+        self.gate_until = None
+        self.kv_excess = 0.0
+        self.sees_first_tokens = policy.first_byte_probe
+
+    def _mark_answered(self, computed: int) -> None:
+        """Mark the oldest prompts as computed, as far as the engine's counter went."""
+        self._answered += computed
+        for ticket in self.leases:
+            if ticket.prompt_pending:
+                if ticket.prompt_tokens > self._answered:
+                    return
+                self._answered -= ticket.prompt_tokens
+                self.first_token(ticket)
+        self._answered = 0
+
+    # ---- failures
+
+    def succeeded(self) -> None:
+        """Note an answer that shows that the endpoint works."""
+        self._failures = 0
+        self.ejections = 0
+        self.on_trial = False
+
+    def failed(self, now: float) -> None:
+        """Note a failure; enough of them in a row eject the endpoint, each time for longer."""
+        self._failures += 1
+        if (self._failures >= EJECT_AFTER or self.on_trial) and self.ejected_until is None:
+            self.ejected_until = now + min(EJECT_S * 2**self.ejections, EJECT_MAX_S)
+            self.ejections += 1
+            self._failures = 0
+
+    def saturated(self, now: float) -> None:
+        """Note that it refused a request as full: it works, and wants to be left alone for a moment."""
+        self._failures = 0
+        self.gate_until = max(self.gate_until or 0.0, now + SATURATED_S)
+
+    def next_change(self) -> float | None:
+        """Return when time alone changes whether it has room."""
+        times = [at for at in (self.gate_until, self.ejected_until) if at is not None]
+        return min(times) if times else None
+
+    def pass_time(self, now: float) -> bool:
+        """Open gates and end ejections whose time is over; tell whether any was."""
+        changed = False
+        if self.gate_until is not None and now >= self.gate_until:
+            self.gate_until = None
+            changed = True
+        if self.ejected_until is not None and now >= self.ejected_until:
+            self.ejected_until = None
+            self.on_trial = True
+            changed = True
+        return changed
+
+    def __repr__(self) -> str:
+        """Show the state that tests, logs and people read."""
+        state = "removed" if self.removed else "up" if self.is_up else "down"
+        if self.ejected_until is not None:
+            state = "ejected"
+        return f"<Endpoint {self.name} {state} in_flight={len(self.leases)}/{self.limit.value}>"
+
+
+def _limit_of(spec: EndpointSpec) -> Limit:
+    if spec.max_running_requests is None:
+        return AdaptiveLimit()
+    return FixedLimit(spec.max_running_requests)
+
+
+def _is_hot(load: Load, policy: Policy) -> bool:
+    kv, gpu = load.kv_usage, load.gpu_usage
+    return (kv is not None and kv >= policy.max_kv_usage) or (
+        gpu is not None and policy.max_gpu_usage is not None and gpu >= policy.max_gpu_usage
+    )

@@ -1,0 +1,39 @@
+"""What an endpoint's telemetry said last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One reading of an endpoint's telemetry. None is unknown, and unknown is never 0.
+
+    Attributes:
+        running: requests that the engine computes.
+        waiting: requests in the engine's own queue.
+        kv_usage: share of the KV cache in use, 0..1.
+        gpu_usage: share of time the GPU was busy, 0..1.
+        tokens_per_s: output tokens per second since the reading before.
+        kv_capacity_tokens: size of the KV cache.
+        preemptions: preempted requests since the reading before.
+        prompt_tokens: prompt tokens computed since the reading before.
+        output_tokens: output tokens made since the reading before.
+    """
+
+    running: float | None = None
+    waiting: float | None = None
+    kv_usage: float | None = None
+    gpu_usage: float | None = None
+    tokens_per_s: float | None = None
+    kv_capacity_tokens: int | None = None
+    preemptions: int | None = None
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+
+    @property
+    def time_per_token_s(self) -> float | None:
+        """Seconds between two tokens of one answer: Little's law. None while it can't be told."""
+        if self.running is None or self.tokens_per_s is None or self.running < 1 or self.tokens_per_s <= 0:
+            return None
+        return self.running / self.tokens_per_s

@@ -1,0 +1,66 @@
+"""How fast a pool's requests arrive and leave, for Retry-After and for refusing what can't be served in time."""
+
+from __future__ import annotations
+
+import math
+
+HORIZON_S = 10.0
+"""What is longer ago than this weighs less than a third."""
+
+ENOUGH = 8
+"""Dispatches from a backlog that make a rate worth believing."""
+
+LEAST_SHARE = 0.02
+"""What higher classes leave to a lower one at the least, as a share of the drain rate: keeps predictions finite."""
+
+
+class Pace:
+    """Exponentially weighted rates of one pool, per second.
+
+    The drain rate is measured only while requests wait: an idle pool dispatches as fast as requests arrive, which
+    says nothing about what it could do.
+    """
+
+    __slots__ = ("_arrivals", "_busy_s", "_marked", "_served")
+
+    def __init__(self) -> None:
+        """Start knowing nothing."""
+        self._arrivals: dict[int, tuple[float, float]] = {}  # priority -> weight of arrivals, at
+        self._served = 0.0
+        self._busy_s = 0.0
+        self._marked = 0.0  # up to here busy time is counted
+
+    def arrived(self, priority: int, now: float) -> None:
+        """Count an arrival."""
+        weight, at = self._arrivals.get(priority, (0.0, now))
+        self._arrivals[priority] = (weight * math.exp((at - now) / HORIZON_S) + 1.0, now)
+
+    def backlog_began(self, now: float) -> None:
+        """Note that the first request began to wait."""
+        self._marked = now
+
+    def dispatched(self, now: float) -> None:
+        """Note that a waiting request went to an endpoint."""
+        elapsed = max(now - self._marked, 0.0)
+        kept = math.exp(-elapsed / HORIZON_S)
+        self._busy_s = self._busy_s * kept + elapsed
+        self._served = self._served * kept + 1.0
+        self._marked = now
+
+    def drain_rate(self) -> float | None:
+        """Return dispatches per second out of a backlog; None until enough were seen."""
+        if self._served < ENOUGH or self._busy_s <= 0.0:
+            return None
+        return self._served / self._busy_s
+
+    def wait_s(self, ahead: int, priority: int, now: float) -> float | None:
+        """Predict the wait of a request with `priority` that finds `ahead` others before it; None: can't tell."""
+        drain = self.drain_rate()
+        if drain is None:
+            return None
+        above = sum(
+            weight * math.exp((at - now) / HORIZON_S) / HORIZON_S
+            for other, (weight, at) in self._arrivals.items()
+            if other > priority
+        )
+        return (ahead + 1) / max(drain - above, LEAST_SHARE * drain)

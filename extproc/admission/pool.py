@@ -1,0 +1,112 @@
+"""The endpoints that can serve one model, and the lines of requests that wait for them."""
+
+from __future__ import annotations
+
+from heapq import merge
+from operator import attrgetter
+from typing import TYPE_CHECKING
+
+from extproc.admission.fairness import FairShare
+from extproc.admission.pace import Pace
+from extproc.admission.queue import GUARD, WINDOW, Queue
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from extproc.admission.endpoint import Endpoint
+    from extproc.admission.ticket import Ticket
+    from extproc.admission.values import RequestClass
+
+
+_place = attrgetter("key")
+
+
+class Pool:
+    """One model's endpoints and queues.
+
+    Attributes:
+        members: its endpoints, in the order they came.
+        open: those of them that have room for some request; a full one costs nothing.
+        shared: requests that any member may take.
+        homes: for each member that somebody waits for, the requests at home there.
+        shares: fairness between tenants, by priority.
+        waiting, waiting_total: how many wait in all its lines, by class and together.
+        pace: how fast requests leave and arrive.
+    """
+
+    __slots__ = ("homes", "members", "model", "open", "pace", "shared", "shares", "waiting", "waiting_total")
+
+    def __init__(self, model: str | None) -> None:
+        """Make an empty pool for `model`; None: for requests that name no model."""
+        self.model = model
+        self.members: list[Endpoint] = []
+        self.open: dict[Endpoint, None] = {}
+        self.shared = Queue()
+        self.homes: dict[Endpoint, Queue] = {}
+        self.shares: dict[int, FairShare] = {}
+        self.waiting: dict[RequestClass, int] = {}
+        self.waiting_total = 0
+        self.pace = Pace()
+
+    def share(self, priority: int) -> FairShare:
+        """Return the tenants' fair shares at `priority`."""
+        share = self.shares.get(priority)
+        if share is None:
+            share = self.shares[priority] = FairShare()
+        return share
+
+    def queue_of(self, home: Endpoint) -> Queue:
+        """Return the line of those at home at `home`."""
+        queue = self.homes.get(home)
+        if queue is None:
+            queue = self.homes[home] = Queue()
+        return queue
+
+    def note_waiting(self, request_class: RequestClass, change: int) -> None:
+        """Count one more (+1) or one less (-1) of `request_class`."""
+        self.waiting[request_class] = self.waiting.get(request_class, 0) + change
+        self.waiting_total += change
+
+    def ahead_of(self, priority: int) -> int:
+        """Count those waiting with `priority` or more."""
+        return sum(count for klass, count in self.waiting.items() if klass.priority >= priority)
+
+    def present(self) -> Iterator[Endpoint]:
+        """Walk the members that the config has, whether they are up or not."""
+        return (endpoint for endpoint in self.members if not endpoint.removed)
+
+    def backlog_of(self, endpoint: Endpoint) -> float:
+        """Return how full `endpoint` is with those at home there counted in."""
+        home = self.homes.get(endpoint)
+        return (len(endpoint.leases) + (len(home) if home is not None else 0)) / endpoint.limit.value
+
+    def has_guards_for(self, endpoint: Endpoint) -> bool:
+        """Tell whether somebody who waits for `endpoint` must not be passed over any more."""
+        home = self.homes.get(endpoint)
+        return self.shared.exhausted > 0 or (home is not None and home.exhausted > 0)
+
+    def pass_over_before(self, ticket: Ticket, endpoint: Endpoint) -> None:
+        """Note that `ticket` goes to `endpoint` although some before it stay."""
+        self.shared.pass_over_before(ticket)
+        home = self.homes.get(endpoint)
+        if home is not None:
+            home.pass_over_before(ticket)
+
+    def queues(self) -> Iterator[Queue]:
+        """Walk all its lines."""
+        yield self.shared
+        yield from self.homes.values()
+
+    def best_for(self, endpoint: Endpoint) -> Ticket | None:
+        """Return the first ticket in order that fits `endpoint`, looking at WINDOW of them.
+
+        A ticket that was passed over GUARD times and does not fit ends the search: the room is kept for it.
+        """
+        home = self.homes.get(endpoint)
+        line = self.shared.window() if home is None else merge(home.window(), self.shared.window(), key=_place)
+        for looked, ticket in enumerate(line):
+            if endpoint.has_room_for(ticket):
+                return ticket
+            if ticket.passed_over >= GUARD or looked + 1 >= WINDOW:
+                return None
+        return None

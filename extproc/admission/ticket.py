@@ -1,0 +1,90 @@
+"""One request's passage through admission. Only `controller.py` changes a ticket's state."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+from extproc.admission.values import DEFAULT_CLASS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from extproc.admission.endpoint import Endpoint
+    from extproc.admission.pool import Pool
+    from extproc.admission.queue import Queue
+    from extproc.admission.values import Decision, Request, RequestClass
+
+
+class State(Enum):
+    """new → waiting → leased → done, new → waiting → left; nothing else."""
+
+    NEW = auto()
+    WAITING = auto()
+    LEASED = auto()
+    DONE = auto()
+    LEFT = auto()
+
+
+class Ticket:
+    """Where one request stands. The driver makes it, offers it, and ends it exactly once by `close`.
+
+    Attributes:
+        request: what the headers say.
+        deliver: whom the driver tells the decision; the core never calls it.
+        state: see `State`.
+        position: how many waited in its pool, of its class or above, when it came.
+    """
+
+    __slots__ = (
+        "alarm",
+        "deliver",
+        "endpoint",
+        "home",
+        "key",
+        "kv_tokens",
+        "output_tokens",
+        "passed_over",
+        "patience_until",
+        "pool",
+        "position",
+        "prompt_pending",
+        "prompt_tokens",
+        "queue",
+        "request",
+        "request_class",
+        "since",
+        "state",
+        "wait_until",
+    )
+
+    def __init__(self, request: Request, deliver: Callable[[Decision], None] | None = None) -> None:
+        """Make a NEW ticket for `request`."""
+        self.request = request
+        self.deliver = deliver
+        self.state = State.NEW
+        self.position = 0
+        self.request_class: RequestClass = DEFAULT_CLASS
+        self.pool: Pool | None = None
+        self.queue: Queue | None = None  # the queue it stands in while WAITING
+        self.key: tuple[int, float, int] = (
+            0,
+            0.0,
+            0,
+        )  # its place in that queue: -priority, tag, sequence number
+        self.home: Endpoint | None = None
+        self.endpoint: Endpoint | None = None  # the endpoint that it holds a lease of while LEASED
+        self.prompt_tokens = 0  # estimate, clipped
+        self.output_tokens = 0  # estimate
+        self.kv_tokens = 0  # estimate of the KV cache it will need: prompt and answer
+        self.prompt_pending = False  # leased, and its first token has not been seen
+        self.passed_over = 0  # how often a later request that fits was let past
+        self.since = 0.0  # when it was leased
+        self.wait_until = 0.0  # the end of its budget
+        self.patience_until = 0.0  # the end of its wait for its home
+        self.alarm = 0.0  # the one alarm that is set for it
+
+    def __repr__(self) -> str:
+        """Show what a person debugging wants first."""
+        where = f" at {self.endpoint.name}" if self.endpoint is not None else ""
+        return f"<Ticket {self.request.id} {self.state.name.lower()}{where}>"

@@ -1,0 +1,148 @@
+"""The nouns of admission: what goes in (requests, endpoints, policy) and what comes out (decisions).
+
+Values only. Times are seconds on the driver's monotonic clock, tokens are whole numbers, shares are 0..1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from extproc.admission.outcome import Outcome
+    from extproc.admission.ticket import Ticket
+
+
+@dataclass(slots=True)
+class Request:
+    """What the headers of one HTTP request say. Nothing here is trusted: a name that the config lacks is ignored.
+
+    Attributes:
+        id: Envoy's request id, for people; two requests may carry the same.
+        arrived: when Envoy received it; earlier than the offer after a replay, so that its age survives a restart.
+        model: model name, or None when the request names none (any endpoint may serve it).
+        request_class: name of a class; an unknown one counts as the first class of the policy.
+        tenant: whom to be fair to.
+        session: requests of one session prefer the endpoint that served the last one.
+        home: name of the endpoint that the client side asked for.
+        budget_s: the longest it may wait; capped by the longest budget of all classes.
+        prompt_tokens: estimate of its prompt's tokens.
+        max_output_tokens: the most tokens it allows in the answer, if it says so.
+    """
+
+    id: str
+    arrived: float
+    model: str | None = None
+    request_class: str = ""
+    tenant: str = ""
+    session: str | None = None
+    home: str | None = None
+    budget_s: float | None = None
+    prompt_tokens: int = 0
+    max_output_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestClass:
+    """A service class. Strict priority between classes: the higher `priority` goes first."""
+
+    name: str = "default"
+    priority: int = 0
+    budget_s: float = 30.0
+
+
+DEFAULT_CLASS = RequestClass()
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointSpec:
+    """What the config or a discovery source says of one inference server.
+
+    Attributes:
+        name: key in all books, label of metrics, and Envoy cluster unless `cluster` says otherwise.
+        models: model names it serves; empty = any.
+        max_running_requests: the most requests at once; None: adaptive.
+        kv_capacity_tokens: size of its KV cache; None: what telemetry says, and no limit while that is unknown.
+    """
+
+    name: str
+    cluster: str = ""
+    models: frozenset[str] = frozenset()
+    max_running_requests: int | None = None
+    kv_capacity_tokens: int | None = None
+
+
+class Binding(Enum):
+    """When a request is bound to an endpoint. BOUND, a home for every request on arrival, is the original design."""
+
+    LATE = "late"
+    BOUND = "bound"
+
+
+class Answer(Enum):
+    """What the end of a lease says about the endpoint."""
+
+    OK = "ok"
+    FAILED = "failed"  # 5xx, reset, no connection
+    SATURATED = "saturated"  # the engine refused it as full
+    UNKNOWN = "unknown"  # the client left, or nobody saw
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The rules of admission. Reloading replaces it whole.
+
+    Attributes:
+        enable_queue: False: endpoints are chosen and leases kept, nothing is ever held or refused for load.
+        classes: at least one; the first is the default.
+        patience_s: how long a request waits for its home before any endpoint of the pool may take it.
+        max_queued_requests: over it, the last request of the lowest class is pushed out.
+        shed: refuse at once what would wait longer than its budget. Off, it waits its budget out.
+        fair: fair shares between the tenants of a class. Off, arrival alone decides.
+        short_first: inside a class, short prompts first; long ones wait longest. Instead of fairness.
+        max_prompt_tokens: the most prompt tokens sent to an endpoint whose first token has not come.
+        max_kv_usage: share of the KV cache in use from which an endpoint gets nothing more.
+        max_gpu_usage: the same for GPU utilization; None: not looked at (it is near 1 at any load).
+        stale_after_s: telemetry older than this is ignored.
+        first_byte_probe: something calls `first_token`.
+        session_memory: how many sessions' endpoints are remembered.
+    """
+
+    enable_queue: bool = True
+    classes: tuple[RequestClass, ...] = (DEFAULT_CLASS,)
+    patience_s: float = 1.0
+    binding: Binding = Binding.LATE
+    max_queued_requests: int = 10_000
+    shed: bool = True
+    fair: bool = True
+    short_first: bool = False
+    max_prompt_tokens: int = 4096
+    max_kv_usage: float = 0.95
+    max_gpu_usage: float | None = None
+    stale_after_s: float = 10.0
+    first_byte_probe: bool = False
+    session_memory: int = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Let it go to `endpoint`; `outcome` is DISPATCHED or REROUTED. The lease exists from this moment."""
+
+    ticket: Ticket
+    outcome: Outcome
+    endpoint: str
+    wait_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """Refuse it with the outcome's HTTP status. `retry_after_s` is when trying again makes sense, in whole seconds."""
+
+    ticket: Ticket
+    outcome: Outcome
+    wait_s: float
+    retry_after_s: int | None
+
+
+Decision = Dispatch | Reject
