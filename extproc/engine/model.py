@@ -1,0 +1,453 @@
+"""The engine itself: continuous batching as vLLM V1 schedules it, on whatever clock the caller has.
+
+Here: the scheduler, the KV cache, the step-time model. Not here: I/O, asyncio, wall clocks, randomness, text.
+
+An engine runs in steps. A step gives every decoding sequence one token, and prefills prompts with what is
+left of its token budget. So the step in which a sequence will finish is known when it starts to decode, and
+so are the steps in which it will need another KV block: the number of decoding sequences, their context
+tokens and their block growth (by step number modulo block size) are kept as sums. A step of nothing but
+decodes costs O(1), whatever the batch, and a run of such steps is planned ahead (`_plan`) until something
+would happen or somebody interferes.
+
+What is simpler than vLLM, on purpose:
+- Admission takes the blocks of the whole prompt at once; vLLM can take them chunk by chunk.
+- The prefix cache knows sessions, not block hashes: one entry per session, whole blocks, LRU, evicted from
+  its end. While a request of a session runs it owns the entry, so an overlapping one of that session misses.
+- A preempted sequence leaves its full blocks in that cache; back again, it recomputes the evicted ones.
+- Under a prefill chunk, the context that its attention reads costs nothing: the model has no term for it.
+
+As in vLLM, nobody is preempted to let somebody in, and a head of the queue that does not fit blocks the rest.
+"""
+
+from __future__ import annotations
+
+import enum
+from bisect import bisect_right
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from sortedcontainers import SortedDict
+
+if TYPE_CHECKING:
+    from extproc.engine.params import EngineParams
+
+HORIZON_STEPS: Final = 64  # how far a run of quiet steps is planned, and how much planning an arrival can spoil
+
+SeqId = int | str
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    """The first output token of a sequence left the engine at `t` (seconds, the caller's clock)."""
+
+    seq_id: SeqId
+    t: float
+
+
+@dataclass(frozen=True, slots=True)
+class Preempted:
+    """A running sequence lost its blocks at `t` and waits again, before all that are less urgent."""
+
+    seq_id: SeqId
+    t: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last token of a sequence left the engine at `t`; the engine has forgotten the sequence."""
+
+    seq_id: SeqId
+    t: float
+    output_tokens: int
+    preemptions: int
+
+
+Event = FirstToken | Preempted | Finished
+
+
+class Refusal(enum.StrEnum):
+    """Why `submit` did not take a sequence."""
+
+    TOO_LONG = "too_long"  # could never fit; vLLM answers 400
+    QUEUE_FULL = "queue_full"  # max_num_queued reached; vLLM answers 503
+
+
+class _State(enum.Enum):
+    WAITING = enum.auto()
+    PREFILLING = enum.auto()
+    DECODING = enum.auto()
+
+
+@dataclass(slots=True, eq=False)
+class _Sequence:
+    seq_id: SeqId
+    prompt: int
+    output: int
+    order: tuple[int, int]  # (priority, arrival number): the smallest is admitted first, the largest preempted first
+    session: str | None
+    state: _State = _State.WAITING
+    produced: int = 0  # output tokens at the end of step `joined`; later ones follow from the step number
+    length: int = 0  # tokens to have in the KV cache when prefill ends: prompt + produced
+    left: int = 0  # of these, not computed at the end of the last step
+    chunk: int = 0  # of these, being computed in the step in progress
+    joined: int = 0  # the step that ended its prefill; it decodes from the next one
+    offset: int = 0  # context tokens in step t = offset + t, while decoding
+    finish_step: int = 0
+    computed: int = 0  # prefill tokens computed for it in all, recomputation included
+    preemptions: int = 0
+
+    @property
+    def cache_key(self) -> str | int:
+        """Where its blocks are found again: under its session, or under itself after a preemption."""
+        return self.order[1] if self.session is None else self.session
+
+
+class Engine:
+    """One engine. Calls carry the time, which must not go back; they first settle the steps ended by then.
+
+    `running` and `waiting` count sequences, `kv_usage` is 0..1; attributes that end in `_total` only grow.
+    """
+
+    def __init__(self, params: EngineParams) -> None:
+        self.params = params
+        self.prompt_tokens_total = 0  # of sequences that got their first token, as vLLM counts
+        self.prefill_tokens_total = 0  # computed: without prefix hits, with recomputation after preemption
+        self.generation_tokens_total = 0
+        self.prefix_queries_total = 0  # prompt tokens looked up
+        self.prefix_hits_total = 0  # prompt tokens found
+        self.preemptions_total = 0
+        self.finished_total = 0
+        self.aborted_total = 0
+        self.refused_total = 0
+        self.wasted_tokens_total = 0  # prefilled and generated for sequences that were then aborted
+        self.peak_running = 0
+        self.peak_waiting = 0
+        self._now = float("-inf")
+        self._numbers = 0
+        self._live: dict[SeqId, _Sequence] = {}
+        self._waiting = SortedDict()  # order -> _Sequence
+        self._running: dict[SeqId, _Sequence] = {}
+        self._prefilling: list[_Sequence] = []
+        self._finish_at: dict[int, list[_Sequence]] = {}  # by step; may name some that have left, so check
+        self._decoding = 0
+        self._offsets = 0  # their sum over decoding sequences
+        self._growth = [0] * params.block_size  # decoding sequences that take a block, by step % block_size
+        self._used = 0  # blocks that running sequences own
+        self._cached = 0  # blocks that are free but still hold a prefix
+        self._cache: OrderedDict[str | int, int] = OrderedDict()
+        self._steps = 0  # steps that have ended
+        self._ends: list[float] = []  # ends of the planned steps; all but the last are quiet. Empty: idle
+        self._at = 0  # index of the step in progress in _ends
+        self._events: list[Event] = []
+
+    def __repr__(self) -> str:
+        return (
+            f"<Engine running={self.running}/{self.params.max_num_seqs} waiting={self.waiting} "
+            f"kv={self._used}/{self.params.num_gpu_blocks} cached={self._cached} steps={self._steps}>"
+        )
+
+    @property
+    def running(self) -> int:
+        """Sequences in the batch, prefilling or decoding."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences in the engine's own queue."""
+        return len(self._waiting)
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the KV blocks that running sequences own, 0..1; cached prefixes count as free."""
+        return self._used / self.params.num_gpu_blocks
+
+    @property
+    def steps_total(self) -> int:
+        """Steps that have ended."""
+        return self._steps
+
+    def __contains__(self, seq_id: SeqId) -> bool:
+        return seq_id in self._live
+
+    def tokens_of(self, seq_id: SeqId) -> int:
+        """Output tokens of a live sequence so far; raises KeyError when it has left."""
+        return self._produced(self._live[seq_id])
+
+    def blocks_of(self, seq_id: SeqId) -> int:
+        """KV blocks that a live sequence owns now; raises KeyError when it has left."""
+        return self._blocks(self._held_tokens(self._live[seq_id], self._steps + 1))
+
+    def reset_peaks(self) -> None:
+        """Forget the peaks: they start again from what runs and waits now."""
+        self.peak_running, self.peak_waiting = self.running, self.waiting
+
+    def submit(
+        self,
+        seq_id: SeqId,
+        prompt_tokens: int,
+        output_tokens: int,
+        now: float,
+        priority: int = 0,
+        session: str | None = None,
+    ) -> Refusal | None:
+        """Queue a sequence, or say why not. A lower `priority` is earlier, under `priority` scheduling only.
+
+        Raises ValueError for token counts below 1, an id that is still live, or a time before the last one.
+        """
+        if prompt_tokens < 1 or output_tokens < 1:
+            raise ValueError(f"prompt and output need a token each, got {prompt_tokens} and {output_tokens}")
+        if seq_id in self._live:
+            raise ValueError(f"sequence {seq_id!r} is still live")
+        self._run_until(now)
+        if prompt_tokens + output_tokens > self.params.longest:
+            self.refused_total += 1
+            return Refusal.TOO_LONG
+        if self.params.max_num_queued is not None and len(self._live) >= self.params.max_num_queued:
+            self.refused_total += 1
+            return Refusal.QUEUE_FULL
+        self._numbers += 1
+        rank = priority if self.params.scheduling_policy == "priority" else 0
+        seq = _Sequence(seq_id, prompt_tokens, output_tokens, (rank, self._numbers), session)
+        self._live[seq_id] = seq
+        self._waiting[seq.order] = seq
+        if not self._ends:
+            self._begin_step(now)
+        elif len(self._running) < self.params.max_num_seqs:
+            self._cut_plan()
+        self.peak_waiting = max(self.peak_waiting, len(self._waiting))
+        return None
+
+    def abort(self, seq_id: SeqId, now: float) -> bool:
+        """Drop a sequence, waiting or running, and free all it holds at once; False if it has left before."""
+        self._run_until(now)
+        seq = self._live.pop(seq_id, None)
+        if seq is None:
+            return False
+        self.aborted_total += 1
+        self.wasted_tokens_total += seq.computed + self._produced(seq)
+        if seq.state is _State.WAITING:
+            del self._waiting[seq.order]
+            if seq.session is None:
+                self._cached -= self._cache.pop(seq.cache_key, 0)
+        else:
+            self._leave_batch(seq, self._steps + 1)
+        self._cut_plan()
+        return True
+
+    def next_step(self) -> float | None:
+        """When the step in progress ends; None when idle."""
+        return self._ends[self._at] if self._ends else None
+
+    def next_event(self) -> float | None:
+        """Until when `advance` has nothing to report, unless somebody submits or aborts; None when idle.
+
+        The time of the next event, or earlier: plans end at HORIZON_STEPS, at KV pressure, at any arrival.
+        The last time that a call carried, when that call left something to report.
+        """
+        if self._events:
+            return self._now
+        return self._ends[-1] if self._ends else None
+
+    def advance(self, now: float) -> list[Event]:
+        """Run all steps that end at `now` or before; report in order what happened since the last call."""
+        self._run_until(now)
+        events, self._events = self._events, []
+        return events
+
+    def _run_until(self, now: float) -> None:
+        if now < self._now:
+            raise ValueError(f"time went back from {self._now} to {now}")
+        self._now = now
+        while self._ends and self._ends[self._at] <= now:
+            ended = bisect_right(self._ends, now, self._at) - self._at
+            quiet = min(ended, len(self._ends) - 1 - self._at)
+            self._pass_quiet_steps(quiet)
+            if ended > quiet:
+                end = self._ends[-1]
+                self._end_step(end)
+                self._begin_step(end)
+
+    def _pass_quiet_steps(self, count: int) -> None:
+        """End `count` steps of nothing but decodes, and take the blocks of the steps that begin thereby."""
+        growth, size = self._growth, self.params.block_size
+        for step in range(self._steps + 2, self._steps + 2 + count):
+            if growth[step % size]:
+                self._take(growth[step % size])
+        self._steps += count
+        self._at += count
+        self.generation_tokens_total += count * self._decoding
+
+    def _end_step(self, now: float) -> None:
+        self._steps += 1
+        step = self._steps
+        self.generation_tokens_total += self._decoding
+        for seq in self._finish_at.pop(step, ()):
+            if seq.finish_step == step and self._running.get(seq.seq_id) is seq:
+                self._finish(seq, step, now)
+        if self._prefilling:
+            prefilling, self._prefilling = self._prefilling, []
+            for seq in prefilling:
+                seq.left -= seq.chunk
+                seq.chunk = 0
+                if seq.left:
+                    self._prefilling.append(seq)
+                else:
+                    self._start_decoding(seq, step, now)
+
+    def _start_decoding(self, seq: _Sequence, step: int, now: float) -> None:
+        """The end of a prefill is also the next token: the first one, or the one after a preemption."""
+        if seq.produced == 0:
+            self.prompt_tokens_total += seq.prompt
+            self._events.append(FirstToken(seq.seq_id, now))
+        self.generation_tokens_total += 1
+        seq.produced += 1
+        seq.state = _State.DECODING
+        seq.joined = step
+        seq.offset = seq.length - step
+        seq.finish_step = step + seq.output - seq.produced
+        self._decoding += 1
+        self._offsets += seq.offset
+        self._growth[(1 - seq.offset) % self.params.block_size] += 1
+        if seq.finish_step == step:
+            self._finish(seq, step, now)
+        else:
+            self._finish_at.setdefault(seq.finish_step, []).append(seq)
+
+    def _finish(self, seq: _Sequence, step: int, now: float) -> None:
+        self._leave_batch(seq, step)
+        del self._live[seq.seq_id]
+        self.finished_total += 1
+        self._events.append(Finished(seq.seq_id, now, seq.output, seq.preemptions))
+
+    def _begin_step(self, now: float) -> None:
+        """Schedule a step as vLLM V1 does: decodes, then prefills in progress, then the head of the queue."""
+        params, step = self.params, self._steps + 1
+        pressed = False
+        while self._growth[step % params.block_size] > params.num_gpu_blocks - self._used:
+            self._preempt(max(self._running.values(), key=lambda seq: seq.order), step, now)
+            pressed = True
+        self._take(self._growth[step % params.block_size])
+        budget = params.max_num_batched_tokens - self._decoding
+        prefill = 0
+        for seq in self._prefilling:
+            prefill += self._schedule_chunk(seq, budget - prefill)
+        while self._waiting and not pressed and prefill < budget and len(self._running) < params.max_num_seqs:
+            order, seq = self._waiting.peekitem(0)
+            if self._blocks(seq.prompt + seq.produced) > params.num_gpu_blocks - self._used:
+                break
+            del self._waiting[order]
+            self._admit(seq)
+            prefill += self._schedule_chunk(seq, budget - prefill)
+        self.prefill_tokens_total += prefill
+        self.peak_running = max(self.peak_running, len(self._running))
+        self.peak_waiting = max(self.peak_waiting, len(self._waiting))
+        self._at = 0
+        if not self._running:
+            self._ends = []
+            self._finish_at.clear()
+            return
+        tokens = self._decoding * step + self._offsets
+        step_s = params.step_base_s + params.prefill_token_s * prefill + params.decode_seq_s * self._decoding
+        step_s = (step_s + params.context_token_s * tokens) / params.speed
+        self._ends = [now + step_s] if self._prefilling else self._plan(now, step_s, step)
+
+    def _plan(self, now: float, step_s: float, step: int) -> list[float]:
+        """Ends of the steps from `step` on, up to the first after which something can change."""
+        room = self.params.num_gpu_blocks - self._used
+        longer_s = self.params.context_token_s * self._decoding / self.params.speed
+        growth, size, finish_at = self._growth, self.params.block_size, self._finish_at
+        ends = [now + step_s]
+        while step not in finish_at and len(ends) < HORIZON_STEPS:
+            step += 1
+            room -= growth[step % size]
+            if room < 0:
+                break
+            step_s += longer_s
+            ends.append(ends[-1] + step_s)
+        return ends
+
+    def _cut_plan(self) -> None:
+        del self._ends[self._at + 1 :]
+
+    def _schedule_chunk(self, seq: _Sequence, budget: int) -> int:
+        seq.chunk = min(seq.left, budget)
+        seq.computed += seq.chunk
+        return seq.chunk
+
+    def _admit(self, seq: _Sequence) -> None:
+        seq.length = seq.prompt + seq.produced
+        entry = self._cache.pop(seq.cache_key, 0)
+        self._cached -= entry
+        # The last token is always computed: its logits are the next token (vLLM caps a hit the same way).
+        hit = min(entry, (seq.length - 1) // self.params.block_size) * self.params.block_size
+        if self.params.prefix_caching and not seq.preemptions:
+            self.prefix_queries_total += seq.prompt
+            self.prefix_hits_total += hit
+        seq.left = seq.length - hit
+        seq.state = _State.PREFILLING
+        self._running[seq.seq_id] = seq
+        self._prefilling.append(seq)
+        self._take(self._blocks(seq.length))
+
+    def _preempt(self, seq: _Sequence, step: int, now: float) -> None:
+        seq.produced = self._produced(seq)
+        self._leave_batch(seq, step - 1, resumes=True)
+        seq.state = _State.WAITING
+        seq.finish_step = 0  # _finish_at may still name it
+        seq.preemptions += 1
+        self.preemptions_total += 1
+        self._waiting[seq.order] = seq
+        self._events.append(Preempted(seq.seq_id, now))
+
+    def _leave_batch(self, seq: _Sequence, step: int, *, resumes: bool = False) -> None:
+        """Give back what a running sequence owns; `step` is the last one whose blocks were taken."""
+        del self._running[seq.seq_id]
+        self._used -= self._blocks(self._held_tokens(seq, step))
+        if seq.state is _State.DECODING:
+            complete = seq.offset + self._steps
+            self._decoding -= 1
+            self._offsets -= seq.offset
+            self._growth[(1 - seq.offset) % self.params.block_size] -= 1
+        else:
+            complete = seq.length - seq.left
+            self._prefilling.remove(seq)
+        if self.params.prefix_caching and (resumes or seq.session is not None):
+            self._remember(seq.cache_key, complete // self.params.block_size)
+
+    def _remember(self, key: str | int, blocks: int) -> None:
+        old = self._cache.pop(key, 0)
+        kept = max(old, blocks)
+        if kept:
+            self._cache[key] = kept
+            self._cached += kept - old
+
+    def _take(self, blocks: int) -> None:
+        """Own `blocks` more, at the cost of the prefixes that nobody used for longest. There must be room."""
+        self._used += blocks
+        excess = self._used + self._cached - self.params.num_gpu_blocks
+        while excess > 0:
+            key, held = next(iter(self._cache.items()))
+            lost = min(held, excess)
+            if lost == held:
+                del self._cache[key]
+            else:
+                self._cache[key] = held - lost
+            self._cached -= lost
+            excess -= lost
+
+    def _produced(self, seq: _Sequence) -> int:
+        return seq.produced + (self._steps - seq.joined if seq.state is _State.DECODING else 0)
+
+    def _held_tokens(self, seq: _Sequence, step: int) -> int:
+        """Tokens that its blocks have room for when the blocks of `step` have been taken."""
+        match seq.state:
+            case _State.WAITING:
+                return 0
+            case _State.PREFILLING:
+                return seq.length
+            case _State.DECODING:
+                return seq.offset + step
+
+    def _blocks(self, tokens: int) -> int:
+        return -(-tokens // self.params.block_size)

@@ -1,0 +1,272 @@
+"""Renders the Envoy bootstrap that fits a configuration. `envoy/*.yaml` are written from here too.
+
+Every setting that differs from Envoy's default is there because something was measured on Envoy 1.40; the comments in
+the output say what. Text, not a data structure, so that those comments reach the person who merges it into their own.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from extproc import wire
+from extproc.config import split_address
+from extproc.durations import format_duration
+
+if TYPE_CHECKING:
+    from extproc.config import Config
+
+MARGIN_S = 20.0
+"""message_timeout above the longest budget: Envoy must never give up before we do."""
+IDLE_S = 3700.0
+"""stream_idle_timeout; held time counts against it, and so does the silence before a first token."""
+BODY_LIMIT = 32 << 20
+EXT_PROC_CLUSTER = "extproc_queue"
+UNSTEERED_CLUSTER = "unsteered"
+
+
+@dataclass(frozen=True, slots=True)
+class EnvoyOptions:
+    """What the bootstrap needs beyond the sidecar's configuration.
+
+    Attributes:
+        http: host:port of Envoy's listener.
+        admin: host:port of Envoy's admin interface.
+        access_log: path of a JSON access log; None: no log.
+        upstream_protocol: what the endpoints speak, "h1" or "h2" (prior knowledge).
+        fail_open: what happens while no sidecar answers: True: requests go to any endpoint; False: they get 503.
+    """
+
+    http: str = "127.0.0.1:8080"
+    admin: str = "127.0.0.1:9901"
+    access_log: str | None = "/dev/stdout"
+    upstream_protocol: str = "h1"
+    fail_open: bool = False
+
+
+def render(config: Config, options: EnvoyOptions) -> str:
+    """Return an Envoy bootstrap, as YAML with comments."""
+    endpoints = [(endpoint.cluster or endpoint.name, endpoint.address) for endpoint in config.endpoints]
+    names = config.header_names()
+    wanted = sorted(name for name in names.wanted() if name != names.cluster)
+    header = json.dumps(names.cluster)
+    message_timeout = format_duration(config.longest_budget_s + MARGIN_S)
+    return f"""\
+# Written by `extproc envoy-config` for Envoy 1.40. Sidecar at {config.listen}; {len(endpoints)} endpoint(s).
+admin:
+  address: {_socket(options.admin)}
+
+static_resources:
+  listeners:
+  - name: ingress
+    address: {_socket(options.http)}
+    # A client that vanishes without a packet is noticed by TCP keepalive alone; else its request is held and then run.
+    tcp_keepalive: {{keepalive_time: 30, keepalive_interval: 10, keepalive_probes: 3}}
+    filter_chains:
+    - filters:
+      - name: envoy.filters.network.http_connection_manager
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
+          stat_prefix: ingress
+          codec_type: AUTO
+          generate_request_id: true
+          # Held time counts against it (504, flag SI). Above message_timeout and above an engine's longest silence.
+          stream_idle_timeout: {format_duration(IDLE_S)}
+          # Leave request_timeout and max_stream_duration unset: both count held time, and end requests that wait.
+          request_timeout: 0s
+          # The routing header is ours: a client's own is dropped before any route is chosen. A header_mutation filter
+          # would be too late, the route is cached by then.
+          early_header_mutation_extensions:
+          - name: strip-routing-header
+            typed_config:
+              "@type": type.googleapis.com/envoy.extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation
+              mutations:
+              - remove: {header}
+{_access_log(options)}\
+          route_config:
+            name: main
+            virtual_hosts:
+            - name: all
+              domains: ["*"]
+              # Above the default of 1 MiB, a client that leaves while its bigger HTTP/1.1 body is held goes unnoticed,
+              # and its request is run for nobody. Costs up to this much memory per held request.
+              request_body_buffer_limit: {BODY_LIMIT}
+              routes:
+              # Steered: reached only after the sidecar has set the header and cleared the route cache.
+              - match:
+                  prefix: /
+                  headers: [{{name: {header}, present_match: true}}]
+                route:
+                  cluster_header: {header}
+                  cluster_not_found_response_code: SERVICE_UNAVAILABLE
+                  timeout: 0s
+                  retry_policy: {{retry_on: connect-failure, num_retries: 1}}
+                request_headers_to_remove: [{header}]
+              # Not steered: no sidecar answered. {_unsteered_comment(options)}
+              # It must be a route, not a direct_response: with that, the buffer limit above does not hold.
+              - match: {{prefix: /}}
+                route: {{cluster: {UNSTEERED_CLUSTER}, timeout: 0s}}
+                response_headers_to_add:
+                - {{header: {{key: x-extproc-outcome, value: unsteered}}}}
+          http_filters:
+          - name: envoy.filters.http.ext_proc
+            typed_config:
+              "@type": type.googleapis.com/envoy.extensions.filters.http.ext_proc.v3.ExternalProcessor
+              grpc_service:
+                envoy_grpc: {{cluster_name: {EXT_PROC_CLUSTER}}}
+                timeout: 0s
+                # Held requests are sent again to a restarted or second sidecar: a crash costs no client an error.
+                retry_policy:
+                  retry_on: connect-failure,reset,unavailable,cancelled
+                  num_retries: 10
+                  retry_back_off: {{base_interval: 0.2s, max_interval: 1s}}
+              # true: answers that run survive a sidecar's death. New requests then take the second route.
+              failure_mode_allow: true
+              # Default 200 ms. Above the longest budget ({config.longest_budget_s:g}s); at most 3600s.
+              message_timeout: {message_timeout}
+              # Trailers SEND keeps the stream open until the answer ends: that end gives the lease back.
+              processing_mode:
+                request_header_mode: SEND
+                response_header_mode: SEND
+                request_body_mode: NONE
+                response_body_mode: NONE
+                request_trailer_mode: SKIP
+                response_trailer_mode: SEND
+              allow_mode_override: false
+              request_attributes: [request.time, request.id]
+              response_attributes: [response.code_details]
+              # The sidecar may write the routing header and nothing else.
+              mutation_rules:
+                disallow_all: true
+                allow_expression: {{regex: {json.dumps("^" + _regex(names.cluster) + "$")}}}
+              # ... and sees these headers and nothing else: no authorization, no cookies.
+              forward_rules:
+                allowed_headers:
+                  patterns:
+{_lines(18, [f"- {{exact: {json.dumps(name)}}}" for name in wanted])}\
+              metadata_options: {{receiving_namespaces: {{untyped: [{wire.NAMESPACE}]}}}}
+          - name: envoy.filters.http.router
+            typed_config: {{"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}
+
+  clusters:
+  - name: {EXT_PROC_CLUSTER}
+    type: STATIC
+    connect_timeout: 1s
+    load_assignment:
+      cluster_name: {EXT_PROC_CLUSTER}
+      endpoints: [{{lb_endpoints: [{{endpoint: {{address: {_sidecar(config.listen)}}}}}]}}]
+    typed_extension_protocol_options:
+      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
+        "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
+        explicit_http_config:
+          http2_protocol_options:
+            max_concurrent_streams: 1024
+            # Envoy resets each stream that ends. At 1,000 unsent resets its flood guard closes the connection and all
+            # that is held on it: many releases in one moment do that.
+            max_outbound_control_frames: 100000
+            max_outbound_frames: 200000
+            # A hung sidecar is noticed in 15 s. The sidecar's server allows pings this often; a default one does not.
+            connection_keepalive: {{interval: 10s, timeout: 5s}}
+    # Every held and every running request counts here. By default the 1,025th would get a 500 or go un-steered.
+    circuit_breakers:
+      thresholds:
+      - {{max_connections: 1000, max_requests: 100000, max_pending_requests: 100000, max_retries: 100000}}
+  - name: {UNSTEERED_CLUSTER}
+    type: {"STRICT_DNS" if options.fail_open else "STATIC"}
+    connect_timeout: 1s
+{_unsteered(endpoints, options)}\
+{"".join(_endpoint_cluster(cluster, address, options) for cluster, address in endpoints)}"""
+
+
+def _socket(address: str) -> str:
+    host, port = split_address(address)
+    return f"{{socket_address: {{address: {json.dumps(host)}, port_value: {port}}}}}"
+
+
+def _sidecar(listen: str) -> str:
+    if listen.startswith("unix:"):
+        return f"{{pipe: {{path: {json.dumps(listen.removeprefix('unix:'))}}}}}"
+    return _socket(listen)
+
+
+def _regex(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter == "-" else f"[{letter}]" for letter in name)
+
+
+def _lines(indent: int, lines: list[str]) -> str:
+    return "".join(f"{' ' * indent}{line}\n" for line in lines)
+
+
+def _unsteered_comment(options: EnvoyOptions) -> str:
+    if options.fail_open:
+        return "Fail open: any endpoint takes it, up to their circuit breaker."
+    return "Fail closed: the cluster is empty, so 503."
+
+
+def _access_log(options: EnvoyOptions) -> str:
+    if options.access_log is None:
+        return ""
+    return f"""\
+          access_log:
+          - name: file
+            typed_config:
+              "@type": type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog
+              path: {json.dumps(options.access_log)}
+              log_format:
+                json_format:
+                  time: "%START_TIME%"
+                  request_id: "%REQ(X-REQUEST-ID)%"
+                  code: "%RESPONSE_CODE%"
+                  flags: "%RESPONSE_FLAGS%"
+                  details: "%RESPONSE_CODE_DETAILS%"
+                  cluster: "%UPSTREAM_CLUSTER%"
+                  attempts: "%UPSTREAM_REQUEST_ATTEMPT_COUNT%"
+                  duration_ms: "%DURATION%"
+                  queue: "%DYNAMIC_METADATA({wire.NAMESPACE})%"
+"""
+
+
+def _lb_endpoint(address: str) -> str:
+    return f"{{endpoint: {{address: {_socket(address)}}}}}"
+
+
+def _unsteered(endpoints: list[tuple[str, str]], options: EnvoyOptions) -> str:
+    if not options.fail_open:
+        return f"    load_assignment: {{cluster_name: {UNSTEERED_CLUSTER}}}\n"
+    return f"""\
+    lb_policy: LEAST_REQUEST
+    load_assignment:
+      cluster_name: {UNSTEERED_CLUSTER}
+      endpoints:
+      - lb_endpoints:
+{_lines(8, [f"- {_lb_endpoint(address)}" for _, address in endpoints])}\
+    # Its own breaker: without a queue, what the engines can't take is refused here.
+    circuit_breakers: {{thresholds: [{{max_connections: 1000, max_requests: {64 * max(len(endpoints), 1)}}}]}}
+{_protocol(options)}"""
+
+
+def _protocol(options: EnvoyOptions) -> str:
+    if options.upstream_protocol != "h2":
+        return ""
+    return """\
+    typed_extension_protocol_options:
+      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
+        "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
+        explicit_http_config: {http2_protocol_options: {}}
+"""
+
+
+def _endpoint_cluster(cluster: str, address: str, options: EnvoyOptions) -> str:
+    name = json.dumps(cluster)
+    return f"""\
+  - name: {name}
+    type: STRICT_DNS
+    connect_timeout: 2s
+    load_assignment:
+      cluster_name: {name}
+      endpoints: [{{lb_endpoints: [{_lb_endpoint(address)}]}}]
+    # The sidecar's limits decide; Envoy's default of 1024 must not.
+    circuit_breakers:
+      thresholds: [{{max_connections: 100000, max_requests: 100000, max_pending_requests: 100000}}]
+{_protocol(options)}"""

@@ -1,0 +1,152 @@
+"""Drives the admission core in real time: the clock, one timer, and decisions carried to those who wait for them.
+
+Everything runs in one thread, that of the loop given. No future, task or timer per request: a ticket's `deliver` is a
+plain call.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Protocol
+
+from extproc.admission.ticket import State
+from extproc.admission.values import Answer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from extproc.admission.controller import Controller
+    from extproc.admission.load import Load
+    from extproc.admission.ticket import Ticket
+    from extproc.admission.values import Decision, EndpointSpec, Policy
+
+BURST = 256
+"""Decisions delivered per turn of the loop. Envoy resets each stream that ends; more than 1,000 resets at once look
+to its HTTP/2 flood guard like an attack, and it closes the whole connection (TRANSPORT.md, measured on 1.40)."""
+
+
+class Timer(Protocol):
+    """A timer that can be called off."""
+
+    def cancel(self) -> None:
+        """Call it off."""
+
+
+class Loop(Protocol):
+    """What the gate needs of an event loop; asyncio's has it."""
+
+    def time(self) -> float:
+        """Return monotonic seconds."""
+
+    def call_at(self, when: float, callback: Callable[[], None]) -> Timer:
+        """Call once at `when`."""
+
+    def call_soon(self, callback: Callable[[], None]) -> object:
+        """Call in the next turn of the loop."""
+
+
+class Observer(Protocol):
+    """Somebody who is told what was decided: metrics, logs, traces."""
+
+    def decided(self, decision: Decision) -> None:
+        """Note a dispatch or a refusal."""
+
+    def cancelled(self, ticket: Ticket, wait_s: float) -> None:
+        """Note that a client left while it waited."""
+
+
+class Gate:
+    """The core with a clock. Every method is an event of the core; decisions reach tickets by themselves."""
+
+    def __init__(self, controller: Controller, loop: Loop, observers: Iterable[Observer] = ()) -> None:
+        """Drive `controller` on `loop`, and tell `observers`."""
+        self.controller = controller
+        self._loop = loop
+        self._observers = tuple(observers)
+        self._outbox: deque[Decision] = deque()
+        self._flushing = False
+        self._timer: Timer | None = None
+        self._timer_at = 0.0
+
+    def now(self) -> float:
+        """Return the clock's time, in seconds."""
+        return self._loop.time()
+
+    # ---- requests
+
+    def offer(self, ticket: Ticket) -> None:
+        """Take a request in. Its decision may be delivered before this returns."""
+        self._settle(self.controller.offer(ticket, self._loop.time()))
+
+    def first_token(self, ticket: Ticket) -> None:
+        """Note that the answer began."""
+        self._settle(self.controller.first_token(ticket, self._loop.time()))
+
+    def close(self, ticket: Ticket, answer: Answer = Answer.UNKNOWN) -> None:
+        """Note that a request is over, in whatever state it is. To be called exactly once for each offered ticket."""
+        now = self._loop.time()
+        if ticket.state is State.WAITING:
+            decisions = self.controller.cancel(ticket, now)
+            for observer in self._observers:
+                observer.cancelled(ticket, now - ticket.request.arrived)
+            self._settle(decisions)
+        elif ticket.state is State.LEASED:
+            self._settle(self.controller.release(ticket, now, answer))
+
+    # ---- endpoints and rules
+
+    def put_endpoint(self, spec: EndpointSpec) -> None:
+        """Add or change an endpoint."""
+        self._settle(self.controller.put_endpoint(spec, self._loop.time()))
+
+    def remove_endpoint(self, name: str) -> None:
+        """Send nothing more to an endpoint."""
+        self._settle(self.controller.remove_endpoint(name, self._loop.time()))
+
+    def set_up(self, name: str, *, is_up: bool) -> None:
+        """Note an endpoint's health."""
+        self._settle(self.controller.set_up(name, self._loop.time(), is_up=is_up))
+
+    def observe(self, name: str, load: Load) -> None:
+        """Follow an endpoint's telemetry."""
+        self._settle(self.controller.observe(name, load, self._loop.time()))
+
+    def set_policy(self, policy: Policy) -> None:
+        """Replace the rules."""
+        self._settle(self.controller.set_policy(policy, self._loop.time()))
+
+    def drain(self) -> None:
+        """Refuse what waits, and what would have to."""
+        self._settle(self.controller.drain(self._loop.time()))
+
+    # ---- driving
+
+    def _settle(self, decisions: list[Decision]) -> None:
+        """Carry out what an event led to."""
+        if decisions:
+            self._outbox.extend(decisions)
+            if not self._flushing:
+                self._flush()
+        due = self.controller.next_deadline()
+        if due is not None and (self._timer is None or due < self._timer_at):
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer, self._timer_at = self._loop.call_at(due, self._tick), due
+
+    def _flush(self) -> None:
+        self._flushing = False
+        outbox = self._outbox
+        for _ in range(min(BURST, len(outbox))):
+            decision = outbox.popleft()
+            for observer in self._observers:
+                observer.decided(decision)
+            deliver = decision.ticket.deliver
+            if deliver is not None:
+                deliver(decision)
+        if outbox:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self._settle(self.controller.tick(self._loop.time()))

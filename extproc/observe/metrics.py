@@ -1,0 +1,158 @@
+"""Prometheus metrics. Counters follow decisions; gauges are read from the books when somebody asks.
+
+Labels come from the config and from the outcome table alone, never from a client: their number is bounded.
+"""
+
+from __future__ import annotations
+
+import platform
+from bisect import bisect_left
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+)
+
+from extproc import __version__
+from extproc.admission.outcome import Outcome
+from extproc.admission.values import Dispatch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from prometheus_client.metrics_core import Metric
+
+    from extproc.admission.controller import Controller
+    from extproc.admission.ticket import Ticket
+    from extproc.admission.values import Decision
+
+WAIT_BUCKETS_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+SHARED = "*"
+"""The `endpoint` label of requests that any endpoint of their pool may take."""
+
+
+class _Waits:
+    __slots__ = ("counts", "total_s")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(WAIT_BUCKETS_S) + 1)
+        self.total_s = 0.0
+
+
+class Metrics:
+    """An observer of decisions, and a collector for a Prometheus registry."""
+
+    def __init__(self, controller: Controller, streams: Callable[[], int]) -> None:
+        """Count for `controller`; `streams` tells how many ext_proc streams are open."""
+        self._controller = controller
+        self._streams = streams
+        self.outcomes: dict[tuple[Outcome, str], int] = {}
+        self._waits: dict[str, _Waits] = {}
+        self.config_reloads = {"success": 0, "failure": 0}
+        self.registry = CollectorRegistry(auto_describe=False)
+        self.registry.register(self)
+
+    # ---- an observer
+
+    def decided(self, decision: Decision) -> None:
+        """Count a decision."""
+        self._count(decision.outcome, decision.ticket.request_class.name)
+        if isinstance(decision, Dispatch):
+            self._note_wait(decision.ticket.request_class.name, decision.wait_s)
+
+    def cancelled(self, ticket: Ticket, wait_s: float) -> None:
+        """Count a client that left while it waited. Its wait is none that anybody was served after."""
+        del wait_s
+        self._count(Outcome.CANCELLED, ticket.request_class.name)
+
+    def _count(self, outcome: Outcome, request_class: str) -> None:
+        key = (outcome, request_class)
+        self.outcomes[key] = self.outcomes.get(key, 0) + 1
+
+    def _note_wait(self, request_class: str, wait_s: float) -> None:
+        waits = self._waits.get(request_class)
+        if waits is None:
+            waits = self._waits[request_class] = _Waits()
+        waits.counts[bisect_left(WAIT_BUCKETS_S, wait_s)] += 1
+        waits.total_s += wait_s
+
+    # ---- a collector
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield all metric families."""
+        yield from self._request_families()
+        yield from self._queue_families()
+        yield from self._endpoint_families()
+        streams = GaugeMetricFamily("extproc_streams", "Open ext_proc streams: requests waiting or running.")
+        streams.add_metric([], self._streams())
+        yield streams
+        reloads = CounterMetricFamily(
+            "extproc_config_reloads", "Reloads of the configuration file, by result.", labels=["result"]
+        )
+        for result, count in self.config_reloads.items():
+            reloads.add_metric([result], count)
+        yield reloads
+        yield InfoMetricFamily(
+            "extproc_build",
+            "What runs.",
+            value={"version": __version__, "python": platform.python_version()},
+        )
+
+    def _request_families(self) -> Iterator[Metric]:
+        requests = CounterMetricFamily(
+            "extproc_requests", "Requests by how they left the queue.", labels=["outcome", "class"]
+        )
+        for (outcome, request_class), count in self.outcomes.items():
+            requests.add_metric([outcome.value, request_class], count)
+        yield requests
+        waits = HistogramMetricFamily(
+            "extproc_queue_wait_seconds", "How long dispatched requests waited.", labels=["class"]
+        )
+        for request_class, wait in self._waits.items():
+            buckets, running = [], 0
+            for bound, count in zip((*map(str, WAIT_BUCKETS_S), "+Inf"), wait.counts, strict=True):
+                running += count
+                buckets.append((bound, running))
+            waits.add_metric([request_class], buckets, wait.total_s)
+        yield waits
+
+    def _queue_families(self) -> Iterator[Metric]:
+        depth = GaugeMetricFamily(
+            "extproc_queue_depth",
+            'Waiting requests by the endpoint they are at home at; "*": any of their pool.',
+            labels=["endpoint", "class"],
+        )
+        depths: dict[tuple[str, str], int] = {(SHARED, klass.name): 0 for klass in self._controller.policy.classes}
+        for pool in self._controller.pools():
+            for home, queue in ((SHARED, pool.shared), *((home.name, queue) for home, queue in pool.homes.items())):
+                for request_class, count in queue.depth.items():
+                    key = (home, request_class)
+                    depths[key] = depths.get(key, 0) + count
+        for (endpoint, request_class), count in depths.items():
+            depth.add_metric([endpoint, request_class], count)
+        yield depth
+
+    def _endpoint_families(self) -> Iterator[Metric]:
+        inflight = GaugeMetricFamily(
+            "extproc_inflight_requests", "Requests that an endpoint holds now.", labels=["endpoint"]
+        )
+        dispatched = CounterMetricFamily("extproc_dispatched", "Requests sent to an endpoint.", labels=["endpoint"])
+        limit = GaugeMetricFamily(
+            "extproc_endpoint_limit", "What an endpoint may hold, by kind of limit.", labels=["endpoint", "kind"]
+        )
+        is_up = GaugeMetricFamily(
+            "extproc_endpoint_up", "1 while an endpoint may be sent requests.", labels=["endpoint"]
+        )
+        for endpoint in self._controller.endpoints.values():
+            name = [endpoint.name]
+            inflight.add_metric(name, len(endpoint.leases))
+            dispatched.add_metric(name, endpoint.dispatched)
+            limit.add_metric([*name, "requests"], endpoint.limit.value)
+            if endpoint.kv_capacity is not None:
+                limit.add_metric([*name, "kv_tokens"], endpoint.kv_capacity)
+            is_up.add_metric(name, int(endpoint.available))
+        yield from (inflight, dispatched, limit, is_up)

@@ -1,0 +1,156 @@
+"""The gRPC side: sessions on grpc.aio, health, reflection, and the transport settings that holding needs."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from extproc import wire
+from extproc.errors import ProtocolError, StartError
+from extproc.session import Session
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from extproc.session import Desk
+
+log = logging.getLogger("extproc.server")
+
+OPTIONS = (
+    # Calls that Python has not accepted yet, above 1,000, are dropped at random by default: a burst would lose some.
+    ("grpc.server.max_pending_requests", 100_000),
+    ("grpc.server.max_pending_requests_hard_limit", 100_000),
+    # Envoy pings every 10 s; by default the fifth ping without data gets GOAWAY and ends every held request.
+    ("grpc.http2.min_ping_interval_without_data_ms", 500),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.max_concurrent_streams", 2**31 - 1),
+    ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
+    ("grpc.max_receive_message_length", 4 << 20),
+)
+SERVICES = ("", "liveness", "readiness", wire.SERVICE)
+"""Health services: the whole; the loop lives; new requests are welcome (by the probe's name and by the service's)."""
+
+
+class Server:
+    """An ext_proc server on one address."""
+
+    def __init__(self, desk: Desk, listen: str, *, reflect: bool = False) -> None:
+        """Prepare to serve `desk` at `listen`: host:port or unix:/path."""
+        self._desk = desk
+        self._listen = listen
+        self._reflect = reflect
+        self._health = health.aio.HealthServicer()
+        self._lock: int | None = None
+        self._server: grpc.aio.Server | None = None
+        self.port = 0
+
+    async def start(self) -> None:
+        """Bind and serve. Raises StartError if the address can't be had."""
+        if self._listen.startswith("unix:"):
+            self._lock = _lock_socket(self._listen.removeprefix("unix:"))
+        server = grpc.aio.server(options=OPTIONS)
+        handler = grpc.stream_stream_rpc_method_handler(self._process)  # no serializers: a session wants bytes
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(wire.SERVICE, {wire.METHOD: handler}),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if self._reflect:
+            names = (wire.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, server)
+        try:
+            self.port = server.add_insecure_port(self._listen)
+        except RuntimeError as error:
+            raise StartError(f"listen: can't bind {self._listen}; is another process using it? ({error})") from None
+        await server.start()
+        self._server = server
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING, SERVICES)
+
+    async def refuse_new(self) -> None:
+        """Tell Envoy and Kubernetes to send new requests elsewhere; liveness stays."""
+        others = [name for name in SERVICES if name != "liveness"]
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING, others)
+
+    async def stop(self, grace_s: float) -> None:
+        """Close the port at once, let streams end for `grace_s`, then cut them."""
+        if self._server is not None:
+            await self._server.stop(grace_s)
+        if self._lock is not None:
+            os.close(self._lock)
+
+    async def _set_health(self, status: int, services: tuple[str, ...] | list[str]) -> None:
+        for name in services:
+            await self._health.set(name, status)
+
+    async def _process(self, _: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        """Serve one stream: what Envoy sends goes into a session, what the session answers goes out."""
+        writer = _Writer(context.write)
+        session = Session(self._desk, writer.send)
+        try:
+            while (message := await context.read()) is not grpc.aio.EOF:
+                writer.inline = True
+                try:
+                    session.receive(message)
+                except ProtocolError as error:
+                    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+                finally:
+                    writer.inline = False
+                await writer.flush()
+        finally:  # EOF, a reset and a cancelled handler all mean the same: the HTTP request is over
+            session.end()
+
+
+class _Writer:
+    """Sends a session's replies in order: by the handler while it runs, else by a task of its own."""
+
+    __slots__ = ("_pending", "_task", "_write", "_writing", "inline")
+
+    def __init__(self, write: Callable[[bytes], Awaitable[None]]) -> None:
+        self._write = write
+        self._pending: list[bytes] = []
+        self._writing = False
+        self._task: asyncio.Task[None] | None = None  # the loop itself keeps only a weak reference
+        self.inline = False  # the handler will flush
+
+    def send(self, data: bytes) -> None:
+        """Queue a reply and see to it that it goes out."""
+        self._pending.append(data)
+        if not self.inline and not self._writing:
+            self._task = asyncio.get_running_loop().create_task(self._flush_late())
+
+    async def flush(self) -> None:
+        """Send what is queued, unless that is happening already."""
+        if self._writing:
+            return
+        self._writing = True
+        try:
+            while self._pending:
+                await self._write(self._pending.pop(0))
+        finally:
+            self._writing = False
+
+    async def _flush_late(self) -> None:
+        try:
+            await self.flush()
+        except (grpc.RpcError, asyncio.InvalidStateError, grpc.aio.UsageError, grpc.aio.InternalError) as error:
+            log.debug("a reply was not sent, the stream is over: %s", error)
+
+
+def _lock_socket(path: str) -> int:
+    """Take the lock beside a unix socket: without it a second server would silently steal the path."""
+    try:
+        descriptor = os.open(path + ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StartError(f"listen: can't create {path}.lock: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise StartError(f"listen: another server holds {path} (its lock is {path}.lock)") from None
+    Path(path).unlink(missing_ok=True)
+    return descriptor

