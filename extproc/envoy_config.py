@@ -108,6 +108,7 @@ static_resources:
               - match: {{prefix: /}}
                 route: {{cluster: {UNSTEERED_CLUSTER}, timeout: 0s}}
                 response_headers_to_add:
+                # A refusal by the sidecar passes here too, and overwrites it with its own outcome.
                 - {{header: {{key: x-extproc-outcome, value: unsteered}}}}
           http_filters:
           - name: envoy.filters.http.ext_proc
@@ -136,10 +137,10 @@ static_resources:
               allow_mode_override: false
               request_attributes: [request.time, request.id]
               response_attributes: [response.code_details]
-              # The sidecar may write the routing header and nothing else.
+              # The sidecar may write the routing header, and the headers of its refusals, to which these rules apply too.
               mutation_rules:
                 disallow_all: true
-                allow_expression: {{regex: {json.dumps("^" + _regex(names.cluster) + "$")}}}
+                allow_expression: {{regex: {json.dumps("|".join([_regex(names.cluster), *wire.REFUSAL_HEADERS]))}}}
               # ... and sees these headers and nothing else: no authorization, no cookies.
               forward_rules:
                 allowed_headers:

@@ -25,6 +25,9 @@ METHOD = "Process"
 NAMESPACE = "extproc"
 """The dynamic metadata namespace that our decisions go to."""
 
+REFUSAL_HEADERS = ("content-type", "retry-after", "x-extproc-outcome")
+"""What a refusal sets: Envoy's mutation_rules must allow them, or they are dropped without a word."""
+
 _ATTRIBUTES = "envoy.filters.http.ext_proc"
 _OVERWRITE = pb.HeaderValueOption.HeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
 
@@ -154,9 +157,10 @@ def refuse(status: int, outcome: str, message: str, retry_after_s: int | None) -
     """Answer the client in an engine's stead, with an error in OpenAI's shape."""
     kind = {404: "invalid_request_error", 429: "rate_limit_error"}.get(status, "server_error")
     body = {"error": {"message": message, "type": kind, "param": None, "code": outcome}}
-    headers = {"content-type": "application/json", "x-extproc-outcome": outcome}
+    content_type, retry_after, outcome_header = REFUSAL_HEADERS
+    headers = {content_type: "application/json", outcome_header: outcome}
     if retry_after_s is not None:
-        headers["retry-after"] = str(retry_after_s)
+        headers[retry_after] = str(retry_after_s)
     return pb.ProcessingResponse(
         immediate_response=pb.ImmediateResponse(
             status=pb.HttpStatus(code=status),

@@ -1,0 +1,47 @@
+# `make run` and `make test` need Python 3.11+ and make; everything else is installed into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Envoy's official messages, in a folder of their own: in site-packages they would overwrite other packages' files.
+XDS := $(VENV)/xds-protos
+
+.PHONY: run test lint types proto envoy-files check-generated clean help
+
+help:            ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $(STAMP)
+
+$(XDS): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(XDS) 'xds-protos==1.85.0' 'googleapis-common-protos==1.76.0'
+
+run: $(STAMP)    ## real Envoy, the sidecar, three simulated engines, live traffic, until Ctrl-C
+	exec $(BIN)/python -m extproc up --engines 3 --demo
+
+test: $(STAMP) $(XDS) lint types check-generated  ## everything: lint, types, generated files, unit, property and end-to-end tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+proto: $(STAMP)  ## generate extproc/_pb from proto/
+	$(BIN)/python -m grpc_tools.protoc -Iextproc/_pb=proto --python_out=. --pyi_out=. proto/ext_proc.proto
+
+envoy-files: $(STAMP)  ## render envoy/*.yaml from examples/
+	$(BIN)/python -m extproc envoy-config --config examples/sidecar.yaml > envoy/sidecar.yaml
+	$(BIN)/python -m extproc envoy-config --config examples/sidecar.yaml --fail-open > envoy/fail-open.yaml
+
+check-generated: proto envoy-files
+	git diff --exit-code -- extproc/_pb envoy
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,160 @@
+"""The main job: hold many, release in order, never more at an engine than its limit. Real Envoy, real engines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from .kit.clients import complete_many
+from .kit.processes import Child, http_get
+from .kit.upstream import behave
+
+SLOTS = 4
+
+
+@pytest.fixture
+def engines(tmp_path):
+    """Two simulated engines of four slots, and their addresses."""
+    children = []
+    try:
+        for name in ("engine-a", "engine-b"):
+            command = [sys.executable, "-m", "extproc", "engine", "--preset", "demo", "--name", name, "--port", "0"]
+            child = Child([*command, "--max-num-seqs", str(SLOTS)], tmp_path / f"{name}.log")
+            child.start()
+            children.append((name, child))
+        yield {name: child.wait_line(r"listening on http://(\S+)").group(1) for name, child in children}
+    finally:
+        for _, child in children:
+            child.stop()
+
+
+def peaks(address: str) -> dict:
+    status, body = http_get(address, "/debug/peaks")
+    assert status == 200
+    return json.loads(body)
+
+
+def test_a_burst_of_60_fills_both_engines_evenly_never_over_their_slots_and_high_class_first(stack, engines):
+    classes = [{"name": "batch"}, {"name": "interactive", "priority": 10}]
+    here = stack(
+        upstreams=(),
+        endpoints={name: {"address": address} for name, address in engines.items()},
+        config={"max_running_requests": SLOTS, "classes": classes},
+    )
+    body = json.dumps(
+        {"model": "sim", "stream": True, "max_tokens": 12, "messages": [{"role": "user", "content": "hi"}]}
+    )
+
+    def headers(number: int) -> dict[str, str]:
+        return {"x-test-id": f"r-{number}", "x-request-class": "interactive" if number >= 54 else "batch"}
+
+    answers = complete_many(here.url, 60, headers, body=body.encode(), gap_s=0.002)
+    assert {answer.status for answer in answers} == {200}
+    assert all(answer.body.rstrip().endswith(b"data: [DONE]") and not answer.error for answer in answers)
+    seen = {name: peaks(address) for name, address in engines.items()}
+    for name, peak in seen.items():
+        assert peak["peak_running"] <= SLOTS, (name, peak)
+        assert peak["peak_waiting"] == 0, (name, peak)
+        assert 26 <= peak["requests"] <= 34, (name, peak)
+    arrivals = sorted((one["arrived_s"], one["class"]) for peak in seen.values() for one in peak["arrivals"])
+    waited = [request_class for _, request_class in arrivals[2 * SLOTS :]]
+    last_high = max(index for index, name in enumerate(waited) if name == "interactive")
+    sent_before = [answer.first_chunk_s for answer in answers[:8]]
+    assert all(sent_before)
+    # Every interactive request waited (all slots were taken when they came), and then none of the batch went first,
+    # but for those that were dispatched while the interactive ones were still being sent.
+    first_high = waited.index("interactive")
+    assert waited[first_high : last_high + 1] == ["interactive"] * 6
+
+
+def test_1200_requests_held_at_once_all_finish(stack):
+    here = stack(config={"max_running_requests": 64})
+    upstream = here.upstreams["a"]
+    with ThreadPoolExecutor(2) as pool:
+        blockers = pool.submit(
+            complete_many, here.url, 64, lambda n: {"x-test-id": f"b-{n}", **dict([behave("ok", hold="head")])}
+        )
+        here.wait_in_flight("a", 64, timeout_s=10)
+        held = pool.submit(complete_many, here.url, 1200, lambda n: {"x-test-id": f"h-{n}"}, timeout_s=60)
+        here.wait_waiting(1200, timeout_s=30)
+        assert here.in_flight("a") == 64
+        for number in range(64):
+            upstream.release(f"b-{number}")
+        statuses = [answer.status for answer in held.result() + blockers.result()]
+    assert statuses == [200] * 1264
+    here.wait_idle()
+    assert here.outcomes("dispatched") == 1264
+
+
+def test_with_the_queue_off_nothing_is_held_and_the_least_busy_endpoint_is_chosen(stack):
+    here = stack(upstreams=("a", "b"), config={"enable_queue": False, "max_running_requests": 1})
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(
+            complete_many, here.url, 20, lambda n: {"x-test-id": f"o-{n}", **dict([behave("ok", hold="head")])}
+        )
+        here.wait_in_flight("a", 10)
+        here.wait_in_flight("b", 10)
+        assert here.waiting() == []
+        for number in range(20):
+            for upstream in here.upstreams.values():
+                upstream.release(f"o-{number}")
+        assert {answer.status for answer in running.result()} == {200}
+    here.wait_idle()
+
+
+def test_when_nothing_frees_up_the_budget_ends_the_wait_with_a_429_that_openai_clients_understand(stack):
+    here = stack(config={"max_running_requests": 1, "classes": [{"name": "default", "budget": "300ms"}]})
+    with ThreadPoolExecutor(1) as pool:
+        blocker = pool.submit(
+            complete_many, here.url, 1, lambda _: {"x-test-id": "b", **dict([behave("ok", hold="head")])}
+        )
+        here.wait_in_flight("a", 1)
+        (refused,) = complete_many(here.url, 1, lambda _: {"x-test-id": "late"})
+        here.upstreams["a"].release("b")
+        assert blocker.result()[0].status == 200
+    assert refused.status == 429
+    assert refused.headers["x-extproc-outcome"] == "budget_expired"
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    assert json.loads(refused.body)["error"]["code"] == "budget_expired"
+    assert not here.upstreams["a"].seen("late")
+    entry = here.envoy.wait_access_log(lambda line: line["code"] == 429)
+    assert entry["details"] == "extproc_budget_expired"
+    assert entry["queue"]["outcome"] == "budget_expired"
+
+
+def test_a_request_for_a_named_home_waits_its_patience_and_is_then_rerouted(stack):
+    """The client can't name a cluster (Envoy strips the header), so its session makes the home."""
+    here = stack(upstreams=("a", "b"), config={"max_running_requests": 1, "max_queue_wait_time": "300ms"})
+    session = {"x-session-id": "s-1"}
+    complete_many(here.url, 1, lambda _: {"x-test-id": "first", **session})
+    (home,) = [name for name, upstream in here.upstreams.items() if upstream.seen("first")]
+    other = {"a": "b", "b": "a"}[home]
+    with ThreadPoolExecutor(1) as pool:
+        blocker = pool.submit(
+            complete_many,
+            here.url,
+            1,
+            lambda _: {"x-test-id": "block", **session, **dict([behave("ok", hold="head")])},
+        )
+        here.wait_in_flight(home, 1)
+        (moved,) = complete_many(here.url, 1, lambda _: {"x-test-id": "moved", **session})
+        assert moved.status == 200
+        assert here.upstreams[other].seen("moved")
+        assert moved.head_s >= 0.3
+        here.upstreams[home].release("block")
+        blocker.result()
+    assert here.outcomes("rerouted") == 1
+
+
+def test_a_client_cannot_choose_its_cluster(stack):
+    here = stack(upstreams=("a", "b"), endpoints={"b": {"models": ["other"]}, "a": {"models": ["sim"]}})
+    spoof = {"x-upstream-cluster": "b", "X-Upstream-Cluster": "b", "x-model": "sim"}
+    (answer,) = complete_many(here.url, 1, lambda _: {"x-test-id": "spoof", **spoof})
+    assert answer.status == 200
+    assert here.upstreams["a"].seen("spoof")
+    assert not here.upstreams["b"].seen("spoof")
+    names = {name.lower() for name, _ in here.upstreams["a"].seen("spoof")[0].headers}
+    assert "x-upstream-cluster" not in names

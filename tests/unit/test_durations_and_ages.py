@@ -1,0 +1,75 @@
+"""Durations as people write them, and ages from Envoy's time stamps."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from extproc.ages import DOUBT_S, Ages
+from extproc.durations import format_duration, parse_duration
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("10s", 10), ("250ms", 0.25), ("1.5m", 90), ("2h", 7200), ("7", 7), (" 3s ", 3), ("0s", 0)],
+)
+def test_durations_are_read_as_seconds(text, seconds):
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "s", "-1s", "1 s", "1d", "nan", "inf", "1e3s", "\u0661s", "1" * 40, "1s1s", "+1"])
+def test_what_is_no_duration_is_none(text):
+    assert parse_duration(text) is None
+
+
+@given(st.floats(min_value=0, max_value=10**8))
+def test_a_written_duration_reads_back_the_same(seconds):
+    assert parse_duration(format_duration(seconds)) == pytest.approx(seconds, abs=1e-8)
+
+
+class Clocks:
+    """A wall clock and a monotonic one that a test sets."""
+
+    def __init__(self) -> None:
+        self.wall_s, self.monotonic_s = 1_800_000_000.0, 50.0
+
+    def stamp(self, ago_s: float = 0.0) -> str:
+        return datetime.fromtimestamp(self.wall_s - ago_s, UTC).isoformat().replace("+00:00", "Z")
+
+    def advance(self, seconds: float) -> None:
+        self.wall_s += seconds
+        self.monotonic_s += seconds
+
+    def ages(self) -> Ages:
+        return Ages(30.0, lambda: self.wall_s, lambda: self.monotonic_s)
+
+
+def test_a_replayed_request_has_the_age_of_its_stamp():
+    clocks = Clocks()
+    assert clocks.ages().age_s(clocks.stamp(ago_s=4.0)) == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("stamp", [None, "", "yesterday", "2026-13-01T00:00:00Z", "9" * 50])
+def test_a_stamp_that_says_nothing_is_age_zero(stamp):
+    assert Clocks().ages().age_s(stamp) == 0.0
+
+
+def test_an_age_is_never_negative_nor_above_the_longest_budget():
+    clocks = Clocks()
+    ages = clocks.ages()
+    assert ages.age_s(clocks.stamp(ago_s=-100)) == 0.0
+    assert ages.age_s(clocks.stamp(ago_s=10_000)) == 30.0
+
+
+@pytest.mark.parametrize("jump_s", [3600.0, -3600.0])
+def test_when_the_wall_clock_jumps_ages_are_not_believed_for_a_while(jump_s):
+    clocks = Clocks()
+    ages = clocks.ages()
+    before = clocks.stamp()
+    clocks.wall_s += jump_s
+    assert ages.age_s(before) == 0.0
+    clocks.advance(DOUBT_S + 1)
+    assert ages.age_s(clocks.stamp(ago_s=3.0)) == pytest.approx(3.0)

@@ -1,0 +1,448 @@
+"""The engine model on a virtual clock: scheduling, KV blocks, prefix cache, preemption, and what never breaks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from extproc.engine.model import HORIZON_STEPS, Engine, Event, Finished, FirstToken, Preempted, Refusal
+from extproc.engine.params import A100_8B, DEMO, PRESETS, EngineParams
+
+
+def small(**changes: Any) -> EngineParams:
+    """An engine whose figures can be worked out by hand: 10 ms a step, 1 ms a prefill token, nothing else."""
+    base = EngineParams(
+        step_base_s=0.010,
+        prefill_token_s=0.001,
+        decode_seq_s=0.0,
+        num_gpu_blocks=8,
+        block_size=4,
+        max_num_seqs=2,
+        max_num_batched_tokens=8,
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def drain(engine: Engine) -> list[Event]:
+    events: list[Event] = []
+    while (end := engine.next_event()) is not None:
+        events += engine.advance(end)
+    return events
+
+
+def first_tokens(events: list[Event]) -> list[Any]:
+    return [event.seq_id for event in events if isinstance(event, FirstToken)]
+
+
+def test_a_lone_request_takes_one_prefill_step_and_one_step_per_further_token() -> None:
+    engine = Engine(small())
+    engine.submit("a", 5, 3, now=100.0)
+    first, finished = drain(engine)
+    assert first == FirstToken("a", pytest.approx(100.015))
+    assert finished == Finished("a", pytest.approx(100.035), 3, 0)
+
+
+def test_the_step_time_is_the_sum_of_its_four_terms_over_the_speed() -> None:
+    engine = Engine(small(decode_seq_s=0.002, context_token_s=0.0001, speed=0.5))
+    engine.submit("a", 5, 4, now=0.0)
+    first, finished = drain(engine)
+    assert first.t == pytest.approx(2 * 0.015)
+    assert finished.t - first.t == pytest.approx(2 * (3 * (0.010 + 0.002) + (6 + 7 + 8) * 0.0001))
+
+
+def test_a_prompt_longer_than_the_token_budget_is_prefilled_in_chunks() -> None:
+    engine = Engine(small())
+    engine.submit("a", 20, 1, now=0.0)
+    assert [event.t for event in drain(engine)] == pytest.approx([0.050, 0.050])
+    assert engine.steps_total == 3
+
+
+def test_decodes_take_their_token_of_the_budget_before_a_prefill_does() -> None:
+    engine = Engine(small())
+    engine.submit("a", 1, 20, now=0.0)
+    engine.advance(engine.next_step() or 0)
+    engine.submit("b", 8, 1, now=0.012)
+    events = drain(engine)
+    # Steps: 11 ms (a alone), 10 ms in progress when b comes, then 7 of its 8 tokens beside a's one, then the last.
+    assert next(event.t for event in events if event.seq_id == "b") == pytest.approx(0.021 + 0.017 + 0.011)
+
+
+def test_requests_beyond_max_num_seqs_wait_in_arrival_order() -> None:
+    engine = Engine(small())
+    for name in "abcd":
+        engine.submit(name, 2, 3, now=0.0, priority=-ord(name))
+    assert (engine.running, engine.waiting) == (1, 3)
+    assert first_tokens(drain(engine)) == ["a", "b", "c", "d"]
+
+
+def test_the_peak_of_the_queue_is_what_scheduling_left_behind_not_who_came_during_a_step() -> None:
+    engine = Engine(small())
+    for name in "abcd":
+        engine.submit(name, 2, 3, now=0.0)
+    assert (engine.waiting, engine.peak_waiting) == (3, 0)
+    drain(engine)
+    assert (engine.peak_running, engine.peak_waiting) == (2, 2)
+
+
+def test_under_priority_scheduling_the_lowest_number_is_admitted_first() -> None:
+    engine = Engine(small(scheduling_policy="priority", max_num_seqs=1))
+    for name, priority in (("a", 5), ("b", 9), ("c", 1), ("d", 9), ("e", -3)):
+        engine.submit(name, 2, 2, now=0.0, priority=priority)
+    assert first_tokens(drain(engine)) == ["a", "e", "c", "b", "d"]
+
+
+def test_a_head_of_the_queue_that_does_not_fit_blocks_those_behind_it() -> None:
+    engine = Engine(small(max_num_seqs=8))
+    engine.submit("holder", 20, 8, now=0.0)
+    engine.submit("big", 16, 1, now=0.0)
+    engine.submit("small", 1, 1, now=0.0)
+    assert first_tokens(drain(engine)) == ["holder", "big", "small"]
+
+
+def test_without_a_free_block_the_last_admitted_is_preempted_and_finishes_later() -> None:
+    engine = Engine(small(max_num_batched_tokens=32))
+    engine.submit("a", 14, 10, now=0.0)
+    engine.submit("b", 14, 10, now=0.0)
+    events = drain(engine)
+    assert [event.seq_id for event in events if isinstance(event, Preempted)] == ["b"]
+    finished = [event for event in events if isinstance(event, Finished)]
+    assert [(event.seq_id, event.output_tokens, event.preemptions) for event in finished] == [
+        ("a", 10, 0),
+        ("b", 10, 1),
+    ]
+    assert engine.generation_tokens_total == 20
+    assert engine.preemptions_total == 1
+
+
+def test_a_step_that_preempts_admits_nobody() -> None:
+    engine = Engine(small(num_gpu_blocks=5, max_num_batched_tokens=32, max_num_seqs=3, scheduling_policy="priority"))
+    for name, prompt, priority in (("a", 8, 0), ("b", 8, 1), ("c", 2, 0)):
+        engine.submit(name, prompt, 6, now={"a": 0.0, "b": 0.001, "c": 0.020}[name], priority=priority)
+    events = drain(engine)
+    # Steps: a prefills (18 ms), b prefills (18), b finds no block and c waits on (10), c prefills (12).
+    assert Preempted("b", pytest.approx(0.036)) in events
+    assert FirstToken("c", pytest.approx(0.058)) in events
+
+
+def test_a_preempted_request_recomputes_only_the_blocks_that_were_taken_from_it() -> None:
+    def prefilled(caching: bool) -> int:
+        engine = Engine(small(max_num_batched_tokens=32, prefix_caching=caching))
+        engine.submit("a", 14, 10, now=0.0)
+        engine.submit("b", 14, 10, now=0.0)
+        drain(engine)
+        return engine.prefill_tokens_total
+
+    # b, admitted a step after a, is preempted with 15 tokens computed (3 full blocks, of which a takes one) and
+    # 16 to have.
+    assert prefilled(caching=False) == 28 + 16
+    assert prefilled(caching=True) == 28 + 16 - 8
+
+
+def test_the_next_turn_of_a_session_prefills_only_what_is_new() -> None:
+    engine = Engine(small(max_num_batched_tokens=32))
+    engine.submit("turn 1", 8, 5, now=0.0, session="s")
+    drain(engine)
+    engine.submit("turn 2", 20, 1, now=10.0, session="s")
+    # 12 tokens are in the cache: 8 of the prompt and 4 of the 5 generated, the last of which was never computed.
+    assert drain(engine)[0].t == pytest.approx(10.0 + 0.010 + 8 * 0.001)
+    assert (engine.prefix_queries_total, engine.prefix_hits_total) == (28, 12)
+
+
+def test_a_prefix_is_not_shared_between_sessions() -> None:
+    engine = Engine(small())
+    engine.submit("a", 8, 5, now=0.0, session="s")
+    drain(engine)
+    engine.submit("b", 8, 5, now=10.0, session="t")
+    drain(engine)
+    assert engine.prefix_hits_total == 0
+
+
+def test_cached_prefixes_are_evicted_when_their_blocks_are_needed() -> None:
+    engine = Engine(small(max_num_batched_tokens=64))
+    engine.submit("a", 16, 1, now=0.0, session="s")
+    drain(engine)
+    engine.submit("big", 28, 1, now=1.0)
+    drain(engine)
+    engine.submit("b", 16, 1, now=2.0, session="s")
+    drain(engine)
+    assert engine.prefix_hits_total == 4
+
+
+def test_cached_prefixes_count_as_free() -> None:
+    engine = Engine(small())
+    engine.submit("a", 8, 5, now=0.0, session="s")
+    assert engine.kv_usage == pytest.approx(2 / 8)
+    drain(engine)
+    assert engine.kv_usage == 0.0
+
+
+@pytest.mark.parametrize("when", ["waiting", "prefilling", "decoding"])
+def test_an_abort_frees_everything_at_once(when: str) -> None:
+    engine = Engine(small(max_num_seqs=1))
+    engine.submit("other", 2, 40 if when == "waiting" else 1, now=0.0)
+    start = 0.0 if when == "waiting" else drain(engine)[-1].t
+    blocks = engine.kv_usage
+    engine.submit("x", 17, 5, now=start)
+    now = start + {"waiting": 0.005, "prefilling": 0.005, "decoding": 0.060}[when]
+    assert engine.abort("x", now)
+    assert "x" not in engine
+    assert (engine.waiting, engine.kv_usage) == (0, blocks)
+    assert "x" not in {event.seq_id for event in drain(engine) if isinstance(event, Finished)}
+
+
+def test_work_for_an_aborted_request_is_counted_as_wasted() -> None:
+    engine = Engine(small())
+    engine.submit("a", 8, 20, now=0.0)
+    engine.abort("a", 0.018 + 0.010 * 3.5)
+    assert engine.wasted_tokens_total == 8 + 4
+
+
+def test_an_abort_lets_the_next_in_after_the_step_in_progress_not_after_the_planned_ones() -> None:
+    engine = Engine(small(max_num_seqs=1))
+    engine.submit("a", 2, 30, now=0.0)
+    engine.submit("b", 2, 1, now=0.0)
+    engine.advance(0.012)
+    engine.abort("a", 0.015)
+    assert engine.next_step() == pytest.approx(0.022)
+    assert drain(engine)[0] == FirstToken("b", pytest.approx(0.022 + 0.012))
+
+
+def test_an_abort_of_one_that_has_left_changes_nothing() -> None:
+    engine = Engine(small())
+    engine.submit("a", 2, 1, now=0.0)
+    assert not engine.abort("a", 1.0)
+    assert engine.aborted_total == 0
+    assert isinstance(engine.advance(1.0)[-1], Finished)
+
+
+def test_a_request_that_can_never_fit_is_refused() -> None:
+    engine = Engine(small())
+    assert engine.submit("a", 31, 2, now=0.0) is Refusal.TOO_LONG
+    assert engine.submit("b", 31, 1, now=0.0) is None
+    assert Engine(small(max_model_len=10)).submit("c", 10, 1, now=0.0) is Refusal.TOO_LONG
+
+
+def test_a_full_queue_refuses_and_counts_running_requests_too_like_vllm() -> None:
+    engine = Engine(small(max_num_queued=3))
+    answers = [engine.submit(number, 2, 2, now=0.0) for number in range(5)]
+    assert answers == [None, None, None, Refusal.QUEUE_FULL, Refusal.QUEUE_FULL]
+    assert engine.refused_total == 2
+
+
+def test_tokens_of_follows_a_request_step_by_step() -> None:
+    engine = Engine(small())
+    engine.submit("a", 2, 4, now=0.0)
+    seen = []
+    while "a" in engine:
+        seen.append(engine.tokens_of("a"))
+        engine.advance(engine.next_step() or 0)
+    assert seen == [0, 1, 2, 3]
+
+
+def test_a_request_that_was_preempted_still_gets_all_its_tokens() -> None:
+    # Found by the random test: the step in which it would have finished came while it was prefilled again.
+    engine = Engine(small(num_gpu_blocks=6, max_num_batched_tokens=6))
+    for number, (prompt, output) in enumerate([(17, 5), (1, 1), (1, 5)]):
+        engine.submit(number, prompt, output, now=0.0)
+    drain(engine)
+    assert engine.generation_tokens_total == 11
+
+
+def test_a_quiet_run_is_one_event_long_however_many_steps_it_has() -> None:
+    engine = Engine(A100_8B)
+    engine.submit("a", 100, HORIZON_STEPS, now=0.0)
+    engine.advance(engine.next_event() or 0)
+    engine.advance(engine.next_event() or 0)
+    assert engine.steps_total == HORIZON_STEPS
+    assert engine.next_event() is None
+
+
+def test_time_that_goes_back_is_a_caller_error() -> None:
+    engine = Engine(small())
+    engine.advance(5.0)
+    with pytest.raises(ValueError, match="time went back"):
+        engine.submit("a", 1, 1, now=4.0)
+
+
+def test_what_an_abort_or_a_submit_settles_on_its_way_is_reported_by_the_next_advance() -> None:
+    engine = Engine(small())
+    engine.submit("a", 2, 9, now=0.0)
+    engine.abort("a", 0.025)
+    assert engine.next_event() == 0.025
+    assert engine.advance(0.025) == [FirstToken("a", pytest.approx(0.012))]
+
+
+def test_a_live_id_cannot_be_submitted_again() -> None:
+    engine = Engine(small())
+    engine.submit("a", 1, 9, now=0.0)
+    with pytest.raises(ValueError, match="still live"):
+        engine.submit("a", 1, 1, now=0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_gpu_blocks", 0),
+        ("max_num_queued", 0),
+        ("prefill_token_s", -1.0),
+        ("step_base_s", float("nan")),
+        ("speed", 0.0),
+        ("max_num_seqs", 4096),
+        ("scheduling_policy", "random"),
+    ],
+)
+def test_impossible_parameters_are_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=name):
+        dataclasses.replace(DEMO, **{name: value})
+
+
+def test_the_presets_have_the_kv_sizes_of_the_policy_study() -> None:
+    assert {name: params.kv_tokens for name, params in PRESETS.items()} == {
+        "a100-8b": 430_000,
+        "h100-32b": 24_000,
+        "demo": 8_192,
+    }
+
+
+Op = tuple[str, int, int, int, float]  # what, a, b, c, seconds since the last one
+OPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("submit"), st.integers(1, 30), st.integers(1, 14), st.integers(-2, 2), st.floats(0, 0.1)),
+        st.tuples(st.just("abort"), st.integers(0, 40), st.just(0), st.just(0), st.floats(0, 0.05)),
+        st.tuples(st.just("advance"), st.just(0), st.just(0), st.just(0), st.floats(0, 0.2)),
+    ),
+    max_size=40,
+)
+PARAMS = st.builds(
+    small,
+    num_gpu_blocks=st.integers(3, 14),
+    max_num_seqs=st.integers(1, 6),
+    max_num_batched_tokens=st.integers(6, 24),
+    max_num_queued=st.none() | st.integers(1, 8),
+    scheduling_policy=st.sampled_from(["fcfs", "priority"]),
+    prefix_caching=st.booleans(),
+    context_token_s=st.sampled_from([0.0, 1e-4]),
+)
+
+
+class Run:
+    """Plays a script on an engine and checks after every call what must hold at any time."""
+
+    def __init__(self, params: EngineParams, *, stride_s: float | None = None) -> None:
+        self.engine = Engine(params)
+        self.stride_s = stride_s
+        self.now = 0.0
+        self.events: list[Event] = []
+        self.submitted: dict[int, tuple[int, int]] = {}
+        self.refused: set[int] = set()
+        self.aborted: dict[int, int] = {}  # -> tokens it had got
+
+    def play(self, ops: list[Op]) -> None:
+        for number, (what, a, b, c, pause_s) in enumerate(ops):
+            self.advance(self.now + pause_s)
+            if what == "submit":
+                self.submitted[number] = (a, b)
+                session = f"s{c}" if c else None
+                if self.engine.submit(number, a, b, self.now, priority=c, session=session) is not None:
+                    self.refused.add(number)
+            elif what == "abort" and a in self.engine:
+                tokens = self.engine.tokens_of(a)
+                assert self.engine.abort(a, self.now)
+                self.aborted[a] = tokens
+            self.check()
+        while (end := self.engine.next_event()) is not None:
+            self.advance(end)
+            self.check()
+
+    def advance(self, until: float) -> None:
+        while self.stride_s is not None and self.now + self.stride_s < until:
+            self.now += self.stride_s
+            self.events += self.engine.advance(self.now)
+        self.now = until
+        self.events += self.engine.advance(until)
+
+    def check(self) -> None:
+        engine, params = self.engine, self.engine.params
+        owned = sum(engine.blocks_of(number) for number in self.submitted if number in engine)
+        assert engine.kv_usage == pytest.approx(owned / params.num_gpu_blocks)
+        assert 0 <= owned <= params.num_gpu_blocks
+        assert owned + engine._cached <= params.num_gpu_blocks
+        assert engine._cached == sum(engine._cache.values()) >= 0
+        assert all(blocks > 0 for blocks in engine._cache.values())
+        assert engine.running <= params.max_num_seqs
+        assert (engine.next_step() is None) == (engine.running == engine.waiting == 0) or self.aborted
+
+
+@settings(max_examples=150, deadline=None)
+@given(PARAMS, OPS)
+def test_every_request_ends_exactly_once_and_no_block_or_token_is_lost(params: EngineParams, ops: list[Op]) -> None:
+    run = Run(params)
+    run.play(ops)
+    engine = run.engine
+    finished = Counter(event.seq_id for event in run.events if isinstance(event, Finished))
+    assert set(finished.values()) <= {1}
+    assert sorted([*finished, *run.aborted, *run.refused]) == sorted(run.submitted)
+    assert (engine.running, engine.waiting, engine.kv_usage) == (0, 0, 0.0)
+    assert (engine._decoding, engine._offsets, set(engine._growth)) == (0, 0, {0})
+    assert not engine._live
+    assert not engine._finish_at
+    assert all(isinstance(key, str) for key in engine._cache), "only sessions outlive their requests"
+    began = first_tokens(run.events)
+    assert len(began) == len(set(began)) >= finished.total()
+    assert engine.prompt_tokens_total == sum(run.submitted[number][0] for number in began)
+    made = sum(run.submitted[number][1] for number in finished) + sum(run.aborted.values())
+    assert engine.generation_tokens_total == made
+    preempted = Counter(event.seq_id for event in run.events if isinstance(event, Preempted))
+    assert engine.preemptions_total == preempted.total()
+    assert all(event.preemptions == preempted[event.seq_id] for event in run.events if isinstance(event, Finished))
+    assert [event.t for event in run.events] == sorted(event.t for event in run.events)
+    if not run.aborted and not engine.preemptions_total:
+        prompts = sum(run.submitted[number][0] for number in finished)
+        assert engine.prefill_tokens_total == prompts - engine.prefix_hits_total
+
+
+@settings(max_examples=60, deadline=None)
+@given(PARAMS, OPS, st.floats(0.001, 0.03))
+def test_how_often_somebody_looks_changes_nothing(params: EngineParams, ops: list[Op], stride_s: float) -> None:
+    seldom, often = Run(params), Run(params, stride_s=stride_s)
+    seldom.play(ops)
+    often.play(ops)
+    assert seldom.events == often.events
+
+
+@settings(max_examples=100, deadline=None)
+@given(PARAMS.map(lambda params: dataclasses.replace(params, context_token_s=0.0)), OPS)
+def test_planning_ahead_changes_nothing(params: EngineParams, ops: list[Op]) -> None:
+    planned, stepwise = Run(params), Run(params)
+    planned.play(ops)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("extproc.engine.model.HORIZON_STEPS", 1)
+        stepwise.play(ops)
+    assert planned.events == stepwise.events
+    assert planned.engine.generation_tokens_total == stepwise.engine.generation_tokens_total
+
+
+@settings(max_examples=60, deadline=None)
+@given(PARAMS.map(lambda params: dataclasses.replace(params, scheduling_policy="fcfs")), OPS)
+def test_fcfs_gives_first_tokens_in_arrival_order(params: EngineParams, ops: list[Op]) -> None:
+    run = Run(params)
+    run.play(ops)
+    order = [event.seq_id for event in run.events if isinstance(event, FirstToken)]
+    assert order == sorted(order, key=int)
+
+
+@settings(max_examples=60, deadline=None)
+@given(PARAMS, st.lists(st.integers(-5, 5), min_size=1, max_size=20))
+def test_priority_order_holds_among_all_that_wait_together(params: EngineParams, priorities: list[int]) -> None:
+    roomy = dataclasses.replace(params, scheduling_policy="priority", max_num_queued=None, max_num_seqs=1)
+    engine = Engine(roomy)
+    engine.submit("head", 1, 2, now=0.0)
+    for number, priority in enumerate(priorities):
+        engine.submit(number, 3, 2, now=0.0, priority=priority)
+    expected = sorted(range(len(priorities)), key=lambda number: (priorities[number], number))
+    assert first_tokens(drain(engine)) == ["head", *expected]

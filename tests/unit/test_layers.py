@@ -1,0 +1,74 @@
+"""Dependencies point one way: read from the imports, so that nobody has to remember it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2] / "extproc"
+
+# For each part: what of this package, and which outside modules of interest, it may import.
+ALLOWED = {
+    "admission": {"extproc.admission", "extproc.errors"},
+    "gate": {"extproc.admission"},
+    "session": {
+        "extproc.admission",
+        "extproc.gate",
+        "extproc.wire",
+        "extproc.durations",
+        "extproc.ages",
+        "extproc.errors",
+    },
+    "wire": {"extproc._pb", "extproc.errors"},
+    "server": {"extproc.session", "extproc.wire", "extproc.errors"},
+    "engine": {"extproc.engine", "extproc.errors"},
+    "observe": {"extproc.admission", "extproc"},
+}
+FORBIDDEN_OUTSIDE = {
+    "admission": {"asyncio", "grpc", "time", "random", "logging", "threading", "os", "socket", "aiohttp"},
+    "session": {"grpc", "asyncio"},
+    "gate": {"grpc", "asyncio"},
+}
+
+
+def imports_of(part: str) -> set[str]:
+    """Return the dotted names of all modules that a part imports, `from extproc import wire` as extproc.wire."""
+    path = ROOT / part
+    files = sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+    assert files, part
+    found = set()
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module == "extproc":
+                found |= {
+                    f"extproc.{alias.name}" if (ROOT / f"{alias.name}.py").exists() else "extproc"
+                    for alias in node.names
+                }
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found.add(node.module)
+    return found
+
+
+def test_each_part_imports_only_what_is_below_it():
+    for part, allowed in ALLOWED.items():
+        own = {name for name in imports_of(part) if name.split(".")[0] == "extproc"}
+        strangers = {
+            name
+            for name in own
+            if not any(name == a or name.startswith(a + ".") for a in allowed if a != "extproc") and name not in allowed
+        }
+        assert not strangers, f"{part} must not import {strangers}"
+
+
+def test_the_core_the_gate_and_the_session_do_no_io_and_read_no_clock():
+    for part, forbidden in FORBIDDEN_OUTSIDE.items():
+        outside = {name.split(".")[0] for name in imports_of(part)}
+        assert not outside & forbidden, f"{part} must not import {outside & forbidden}"
+
+
+def test_only_wire_knows_the_generated_messages():
+    for file in ROOT.rglob("*.py"):
+        if file.name != "wire.py" and "_pb" not in file.parts:
+            assert "_pb" not in file.read_text().replace("health_pb2", "").replace("struct_pb2", ""), file
