@@ -3,6 +3,11 @@
 Here: routes, faults, the record of arrivals, the life of the process, the command line. Scheduling is in model.py,
 time in realtime.py, shapes in openai.py, metrics in exposition.py. A client that goes away aborts its sequence at
 once, queued or running, streaming or not.
+
+Measured by `python -m bench.engine http` (uvloop, 2 shared cores, the client on the other): 13-16 us of CPU
+a streamed token, 0.13-0.15 ms a one-token request. 14,000 tok/s in 300 streams took 0.19 of a core, steps 2-12 ms
+late at worst; 23,000-26,000 in 600 took 0.29-0.38, 10-72 ms late; above, the client was the bottleneck. 4,000 one-token
+requests a second took 0.5-0.6 of a core.
 """
 
 from __future__ import annotations
@@ -271,6 +276,8 @@ async def _errors_as_json(
     except BadRequest as error:
         body = error_body(error.status, str(error), error.param)
         return web.json_response(body, status=error.status)
+    except ConnectionResetError:
+        return web.Response()  # the client has left, and nobody reads this; raised on, aiohttp would log a traceback
     except web.HTTPException as error:
         headers = {"allow": error.headers["allow"]} if "allow" in error.headers else None
         return web.json_response(error_body(error.status, error.reason), status=error.status, headers=headers)

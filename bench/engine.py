@@ -1,4 +1,4 @@
-"""How much one core carries: `python -m extproc.engine.measure model` and `... http`. Prints CPU seconds, not promises.
+"""How much one core carries: `python -m bench.engine model` and `... http`. Prints CPU seconds, not promises.
 
 `model` plays requests on four engines and a virtual clock; `http` loads one server process from this one and reads
 the CPU time of the server's process alone.

@@ -1,0 +1,225 @@
+"""Child processes and waiting. Every child is started by a context manager here and ended by its own pid."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+T = TypeVar("T")
+
+_POLL_S = 0.01
+_given_ports: set[int] = set()
+
+
+def wait_until(condition: Callable[[], T | None], timeout_s: float = 5.0, message: str = "") -> T:
+    """The first true value of `condition`; AssertionError with `message` and the last value after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout_s:g} s: {message or condition}; last value: {value!r}")
+        time.sleep(_POLL_S)
+
+
+def free_port() -> int:
+    """A TCP port on loopback that nobody listens on, given out once per process.
+
+    Taken from below the ephemeral range, so that an outgoing connection of another test can't grab it before its owner
+    binds it.
+    """
+    for _ in range(1000):
+        port = random.randrange(12000, 32000)
+        if port in _given_ports:
+            continue
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        _given_ports.add(port)
+        return port
+    raise AssertionError("no free port found between 12000 and 32000")
+
+
+def http_get(address: str, path: str, timeout_s: float = 2.0) -> tuple[int, bytes]:
+    """Status and body of `GET http://address/path`. OSError or HTTPException when there is no answer."""
+    connection = http.client.HTTPConnection(address, timeout=timeout_s)
+    try:
+        connection.request("GET", path, headers={"connection": "close"})
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+def http_ok(address: str, path: str) -> bool:
+    """Whether `GET http://address/path` answers 200 now; never raises."""
+    try:
+        return http_get(address, path)[0] == 200
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def tcp_open(address: str) -> bool:
+    """Whether `host:port` accepts a TCP connection now; never raises."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=1.0).close()
+    except OSError:
+        return False
+    return True
+
+
+class Child:
+    """One child process in its own session, its output in one file, ended when the context ends.
+
+    Ending is TERM to the child's pid, KILL to its session after `grace_s`; what it started in its session is killed
+    with it. If this process dies hard the kernel kills the child too (`setpriv --pdeathsig`, where there is one; it
+    goes by the thread that started the child, so start children in a thread that outlives them).
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        log: Path,
+        *,
+        name: str = "",
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        grace_s: float = 5.0,
+    ) -> None:
+        self.argv = [str(part) for part in argv]
+        self.log = log
+        self.name = name or self.argv[0].rpartition("/")[2]
+        self._env = {**os.environ, **(env or {})}
+        self._cwd = cwd
+        self._grace_s = grace_s
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __repr__(self) -> str:
+        state = "not started" if self._process is None else f"pid {self.pid}, returncode {self.returncode}"
+        return f"<Child {self.name}: {state}>"
+
+    def __enter__(self) -> Child:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start it, also again after it ended; the output is appended to the same file."""
+        if self._process is not None and self.returncode is None:
+            raise AssertionError(f"{self!r} runs already")
+        guard = shutil.which("setpriv")
+        wrapper = [guard, "--pdeathsig", "KILL", "--"] if guard else []
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as out:
+            self._process = subprocess.Popen(
+                [*wrapper, *self.argv],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=self._env,
+                cwd=self._cwd,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        if self._process is None:
+            raise AssertionError(f"{self.name} was not started")
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """None while it runs; negative = the signal that ended it."""
+        process = self._process
+        if process is None:
+            return None
+        if process.returncode is None:
+            # Look without reaping: an unreaped leader keeps its session id reserved, so `stop` can't hit a stranger.
+            seen = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if seen is None:
+                return None
+            return seen.si_status if seen.si_code == os.CLD_EXITED else -seen.si_status
+        return process.returncode
+
+    def output(self) -> str:
+        """Everything it wrote so far, stdout and stderr together."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def wait_ready(self, probe: Callable[[], T | None], timeout_s: float = 15.0, what: str = "readiness") -> T:
+        """The first true value of `probe`; fails at once, with its output, when the child ends before that."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            value = probe()
+            if value:
+                return value
+            code = self.returncode
+            late = time.monotonic() > deadline
+            if code is not None or late:
+                reason = f"no {what} in {timeout_s:g} s" if code is None else f"ended with {code} before {what}"
+                raise AssertionError(f"{self.name}: {reason}; its output:\n{self.output()[-4000:]}")
+            time.sleep(_POLL_S)
+
+    def wait_line(self, pattern: str, timeout_s: float = 15.0) -> re.Match[str]:
+        """The first match of the regular expression in its output."""
+        compiled = re.compile(pattern, re.MULTILINE)
+        return self.wait_ready(lambda: compiled.search(self.output()), timeout_s, f"line {pattern!r}")
+
+    def wait_exit(self, timeout_s: float = 10.0) -> int:
+        """Its return code, once it has ended by itself."""
+        wait_until(lambda: self.returncode is not None, timeout_s, f"{self.name} ends")
+        code = self.returncode
+        if code is None:
+            raise AssertionError(f"{self.name} runs again")
+        return code
+
+    def signal(self, number: int) -> None:
+        """Send one signal to the child's pid (KILL to crash it, STOP and CONT to hang it)."""
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def stop(self) -> int | None:
+        """End it and its session; its return code, None if it never ran. Safe to call again."""
+        process = self._process
+        if process is None or process.returncode is not None:
+            return None if process is None else process.returncode
+        if self.returncode is None:
+            self.signal(signal.SIGTERM)
+            self.signal(signal.SIGCONT)
+            with contextlib.suppress(AssertionError):
+                wait_until(lambda: self.returncode is not None, self._grace_s)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        return process.wait(timeout=10)
+
+
+def run(argv: Sequence[str], *, timeout_s: float = 30.0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a short command to its end; its output as text. The return code is the caller's to judge."""
+    return subprocess.run(
+        [str(part) for part in argv],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        cwd=cwd,
+        check=False,
+    )

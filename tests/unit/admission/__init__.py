@@ -1,0 +1,1 @@
+"""Tests of the admission core: rules one by one, random machines, a reference model, and a long storm."""

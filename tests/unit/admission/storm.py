@@ -1,0 +1,247 @@
+"""A storm of random events against the core: deterministic from its seed, endless if you like.
+
+    python -m tests.unit.admission.storm --events 3000000 --seed 1
+
+Every event is checked cheaply, and every `--check-every` events everything is recomputed (`world.py`). A failure prints
+the command that reproduces it with all checks at every event. Plain `random.Random`: no hypothesis, for speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass, replace
+from random import Random
+from typing import TYPE_CHECKING
+
+from extproc.admission.load import Load
+from extproc.admission.values import Answer, Binding, EndpointSpec, Policy, Request, RequestClass
+
+from .world import BrokenError, World
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from extproc.admission.ticket import Ticket
+
+CLASSES = (RequestClass("std", 0, 8.0), RequestClass("int", 10, 2.0), RequestClass("batch", -5, 40.0))
+NAMES = ("a", "b", "c", "d", "e")
+MODELS = (frozenset[str](), frozenset({"m1"}), frozenset({"m1", "m2"}), frozenset({"m2"}))
+TENANTS = ("t0", "t0", "t0", "t1", "t2", "t3", "t4")
+PROMPTS = (0, 10, 100, 500, 2000, 9000)
+HERD = (*(10, 20, 40) * 10, 2600)  # an elephant among mice: what the guard is for
+
+
+@dataclass
+class Weather:
+    """How often what happens; changes now and then, so that floods, droughts and churn all come by."""
+
+    offer: float
+    release: float
+    cancel: float
+    churn: float
+    step_s: float
+    prompts: tuple[int, ...] = PROMPTS
+    budgets: tuple[float | None, ...] = (None, None, None, 0.0, 0.3, 5.0, 1e9)
+
+
+class Storm:
+    """One seeded run."""
+
+    def __init__(self, seed: int, *, check_every: int = 200) -> None:
+        self.random = Random(seed)
+        self.check_every = check_every
+        self.policy = Policy(classes=CLASSES, patience_s=0.5, session_memory=50, max_queued_requests=300)
+        self.world = World(self.policy, always=check_every == 1)
+        self.ids = 0
+        self.weather = self._forecast()
+        # Lists beside the world's dicts: a random pick must not cost a walk.
+        self._waiting: list[Ticket] = []
+        self._leased: list[Ticket] = []
+
+    def run(self, events: int, progress: Callable[[int], None] = lambda _: None) -> None:
+        """Let `events` events happen, and check everything at the end."""
+        self._put()
+        for number in range(events):
+            if number % 2000 == 0:
+                self._change_weather()
+            self._step()
+            if number % self.check_every == 0:
+                self.world.check()
+            if number % 100_000 == 0:
+                progress(number)
+        self.world.check()
+
+    def _change_weather(self) -> None:
+        """Choose the next 2000 steps. Now and then: token limits are what counts, nobody gives up, calm else."""
+        self.weather = self._forecast()
+        if self.random.random() < 0.3:
+            self.weather = Weather(1.15, 1.0, 0.03, self.random.choice((0.0, 0.003)), 0.001, HERD, (1e9,))
+            self.world.set_policy(replace(self.policy, enable_queue=True, shed=False, max_queued_requests=300))
+            for name in NAMES[:3]:
+                self.world.put(EndpointSpec(name, max_running_requests=20, kv_capacity_tokens=3000))
+                self.world.set_up(name, is_up=True)
+
+    def _forecast(self) -> Weather:
+        pick = self.random.choice
+        return Weather(
+            offer=pick((0.8, 1.0, 1.3)),
+            release=pick((0.5, 1.0, 1.0, 1.5)),
+            cancel=pick((0.0, 0.1, 0.3)),
+            churn=pick((0.0, 0.05, 0.05, 0.3)),
+            step_s=pick((0.001, 0.02, 0.02, 0.2)),
+        )
+
+    def _step(self) -> None:
+        weather = self.weather
+        doings = (self._offer, self._release, self._cancel, self._first_token, self._observe, self._pass_time, self._churn)
+        weights = (weather.offer, weather.release, weather.cancel, 0.2, 0.1, 0.6, weather.churn)
+        self.random.choices(doings, weights)[0]()
+
+    # ---- events
+
+    def _offer(self) -> None:
+        random, now = self.random, self.world.now
+        self.ids += 1
+        request = Request(
+            id=str(self.ids),
+            arrived=now - random.choice((0.0, 0.0, 0.0, 0.0, 1.5)),
+            model=random.choice((None, "m1", "m1", "m2", "m3")),
+            request_class=random.choice(("std", "std", "int", "batch", "no such class")),
+            tenant=random.choice(TENANTS),
+            session=f"s{random.randrange(100)}" if random.random() < 0.3 else None,
+            home=random.choice((*NAMES, "nowhere")) if random.random() < 0.2 else None,
+            budget_s=random.choice(self.weather.budgets),
+            prompt_tokens=random.choice(self.weather.prompts),
+            max_output_tokens=random.choice((None, None, 1, 50, 100_000)),
+        )
+        self._waiting.append(self.world.offer(request))
+
+    def _release(self) -> None:
+        ticket = self._random_leased()
+        if ticket is None:
+            return
+        answer = self.random.choices((Answer.OK, Answer.UNKNOWN, Answer.FAILED, Answer.SATURATED), (10, 3, 2, 1))[0]
+        tokens = self.random.choice((None, 0, 20, 900))
+        self._leased.remove(ticket)
+        self.world.release(ticket, answer, tokens)
+
+    def _cancel(self) -> None:
+        self._sort_out()
+        if self._waiting:
+            self.world.cancel(self.random.choice(self._waiting))
+
+    def _first_token(self) -> None:
+        ticket = self._random_leased()
+        if ticket is not None:
+            self.world.first_token(ticket)
+
+    def _observe(self) -> None:
+        random = self.random
+        load = Load(
+            running=random.choice((None, 0.0, 3.0, 60.0)),
+            waiting=random.choice((None, 0.0, 0.0, 9.0)),
+            kv_usage=random.choice((None, 0.0, 0.3, 0.5, 0.93, 0.99)),
+            gpu_usage=random.choice((None, 1.0)),
+            tokens_per_s=random.choice((None, 0.0, 500.0, 2000.0)),
+            kv_capacity_tokens=random.choice((None, None, 8000)),
+            preemptions=random.choice((None, 0, 0, 2)),
+            prompt_tokens=random.choice((None, None, 0, 300, 5000)),
+            output_tokens=random.choice((None, 0, 4000)),
+        )
+        self.world.observe(random.choice((*NAMES, "nowhere")), load)
+
+    def _pass_time(self) -> None:
+        chance = self.random.random()
+        if chance < 0.0005:
+            self.world.advance(self.random.choice((30.0, 3600.0)), late=self.random.random() < 0.5)
+        elif chance < 0.02:
+            self.world.advance(self.random.uniform(0.1, 3.0), late=self.random.random() < 0.5)
+        else:
+            self.world.advance(self.random.expovariate(1.0) * self.weather.step_s)
+
+    def _churn(self) -> None:
+        random, world = self.random, self.world
+        name = random.choice(NAMES)
+        match random.randrange(8):
+            case 0 | 1 | 2:
+                self._put()
+            case 3:
+                world.remove(name)
+            case 4 | 5 | 6:
+                world.set_up(name, is_up=random.random() < 0.6)
+            case _:
+                self._change_policy()
+
+    def _put(self) -> None:
+        random = self.random
+        spec = EndpointSpec(
+            name=random.choice(NAMES),
+            models=random.choice(MODELS),
+            max_running_requests=random.choice((None, 1, 2, 5, 20)),
+            kv_capacity_tokens=random.choice((None, None, 3000, 20_000)),
+        )
+        self.world.put(spec)
+
+    def _change_policy(self) -> None:
+        random = self.random
+        classes = (replace(CLASSES[0], budget_s=random.choice((5.0, 8.0))), *CLASSES[1:])
+        self.policy = Policy(
+            enable_queue=random.random() < 0.9,
+            classes=classes,
+            patience_s=random.choice((0.0, 0.5, 3.0)),
+            binding=random.choice((Binding.LATE, Binding.LATE, Binding.BOUND)),
+            max_queued_requests=random.choice((0, 50, 300, 300)),
+            shed=random.random() < 0.5,
+            fair=random.random() < 0.8,
+            short_first=random.random() < 0.1,
+            max_prompt_tokens=random.choice((500, 4096)),
+            max_gpu_usage=random.choice((None, None, 0.9)),
+            stale_after_s=random.choice((0.3, 2.0, 10.0)),
+            first_byte_probe=random.random() < 0.3,
+            session_memory=random.choice((0, 10, 50)),
+        )
+        self.world.set_policy(self.policy)
+
+    # ---- picking
+
+    def _sort_out(self) -> None:
+        world = self.world
+        self._leased += [ticket for ticket in self._waiting if ticket in world.leased]
+        self._waiting = [ticket for ticket in self._waiting if ticket in world.waiting]
+
+    def _random_leased(self) -> Ticket | None:
+        if not self._leased or self.random.random() < 0.1:
+            self._sort_out()
+        return self.random.choice(self._leased) if self._leased else None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.unit.admission.storm", description=__doc__.split("\n")[0])
+    parser.add_argument("--events", type=int, default=1_000_000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--check-every", type=int, default=200, help="recompute everything after so many events")
+    asked = parser.parse_args(arguments)
+    storm = Storm(asked.seed, check_every=asked.check_every)
+    began = time.monotonic()
+
+    def progress(number: int) -> None:
+        world = storm.world
+        print(f"{number:>9} events  {time.monotonic() - began:6.1f} s  {len(world.waiting):4} waiting  {world.core}"[:150])
+
+    try:
+        storm.run(asked.events, progress)
+    except Exception as error:
+        again = f"python -m tests.unit.admission.storm --seed {asked.seed} --events {asked.events} --check-every 1"
+        print(f"BROKEN near event {storm.world.events}: {error}\nreproduce: {again}", file=sys.stderr)
+        if isinstance(error, BrokenError):
+            return 1
+        raise
+    counts = "  ".join(f"{outcome.value}={count}" for outcome, count in storm.world.outcomes.most_common())
+    print(f"{storm.world.events} events, seed {asked.seed}, {time.monotonic() - began:.1f} s: 0 invariants broken\n{counts}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

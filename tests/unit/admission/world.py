@@ -1,0 +1,413 @@
+"""A controller with an independent set of books beside it. Every event goes through here and is checked.
+
+`World` keeps its own account of who waits and who holds what, fed by nothing but the events and the decisions. `check`
+recomputes from those books all that the core keeps incrementally. Nothing here knows how the core finds its answers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import TYPE_CHECKING
+
+from extproc.admission.controller import RETRY_AFTER_MAX_S, Controller
+from extproc.admission.endpoint import KV_SHARE
+from extproc.admission.fairness import MAX_TENANTS
+from extproc.admission.outcome import Outcome
+from extproc.admission.queue import GUARD, WINDOW
+from extproc.admission.ticket import State, Ticket
+from extproc.admission.values import Answer, Decision, Dispatch, EndpointSpec, Policy, Reject, Request
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from extproc.admission.endpoint import Endpoint
+    from extproc.admission.load import Load
+    from extproc.admission.pool import Pool
+
+TICKS_AT_ONE_TIME = 4
+"""More ticks than this at one and the same time mean that `next_deadline` makes no progress."""
+
+
+class BrokenError(AssertionError):
+    """An invariant does not hold."""
+
+
+def require(holds: bool, *what: object) -> None:  # noqa: FBT001 - reads like assert, survives -O
+    if not holds:
+        raise BrokenError(" ".join(map(str, what)))
+
+
+@dataclass
+class Books:
+    """What one endpoint holds, by our own count."""
+
+    spec: EndpointSpec
+    present: bool = True
+    leases: dict[Ticket, None] = field(default_factory=dict)
+    pending: dict[Ticket, None] = field(default_factory=dict)  # leases whose first token was not seen
+    computed: int = 0  # prompt tokens that telemetry reported and that no lease was marked for
+
+    @property
+    def kv_tokens(self) -> int:
+        return sum(ticket.kv_tokens for ticket in self.leases)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(ticket.prompt_tokens for ticket in self.pending)
+
+    def report_prompts(self, tokens: int) -> None:
+        self.computed += tokens
+        for ticket in list(self.pending):
+            if ticket.prompt_tokens > self.computed:
+                return
+            self.computed -= ticket.prompt_tokens
+            del self.pending[ticket]
+        self.computed = 0
+
+
+class World:
+    """The core, our books, and the checks between them."""
+
+    def __init__(self, policy: Policy, *, always: bool = True) -> None:
+        """`always`: check everything after every event; otherwise whoever drives calls `check`."""
+        self.core = Controller(policy)
+        self.always = always
+        self.now = 100.0
+        self.books: dict[str, Books] = {}
+        self.waiting: dict[Ticket, None] = {}
+        self.leased: dict[Ticket, Books] = {}
+        self.outcomes: Counter[Outcome] = Counter()
+        self.offered = 0
+        self.events = 0
+        self.epochs: dict[Ticket, int] = {}  # under which policy a waiting ticket came
+        self.epoch = 0
+        self.peak = 0  # the most that ever waited
+        self._before: dict[Ticket, tuple[object, int]] = {}  # the queue and the passes of who waited, before the event
+
+    # ---- events
+
+    def offer(self, request: Request) -> Ticket:
+        ticket = Ticket(request)
+        self._begin()
+        self.offered += 1
+        self.waiting[ticket] = None
+        self.epochs[ticket] = self.epoch
+        self._end(self.core.offer(ticket, self.now), offered=ticket)
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        self._begin()
+        self._forget(ticket)
+        self.outcomes[Outcome.CANCELLED] += 1
+        self._end(self.core.cancel(ticket, self.now))
+
+    def release(self, ticket: Ticket, answer: Answer = Answer.UNKNOWN, output_tokens: int | None = None) -> None:
+        self._begin()
+        books = self.leased.pop(ticket)
+        del books.leases[ticket]
+        books.pending.pop(ticket, None)
+        self._bury(books)
+        self._end(self.core.release(ticket, self.now, answer, output_tokens))
+
+    def first_token(self, ticket: Ticket) -> None:
+        self._begin()
+        if ticket in self.leased:
+            self.leased[ticket].pending.pop(ticket, None)
+        self._end(self.core.first_token(ticket, self.now))
+
+    def put(self, spec: EndpointSpec) -> None:
+        self._begin()
+        books = self.books.setdefault(spec.name, Books(spec))
+        books.spec, books.present = spec, True
+        self._end(self.core.put_endpoint(spec, self.now))
+
+    def remove(self, name: str) -> None:
+        self._begin()
+        if name in self.books:
+            self.books[name].present = False
+            self._bury(self.books[name])
+        self._end(self.core.remove_endpoint(name, self.now))
+
+    def set_up(self, name: str, *, is_up: bool) -> None:
+        self._begin()
+        self._end(self.core.set_up(name, self.now, is_up=is_up))
+
+    def observe(self, name: str, load: Load) -> None:
+        self._begin()
+        if load.prompt_tokens is not None and name in self.books:
+            self.books[name].report_prompts(load.prompt_tokens)
+        self._end(self.core.observe(name, load, self.now))
+
+    def set_policy(self, policy: Policy) -> None:
+        self._begin()
+        self.epoch += 1
+        self._end(self.core.set_policy(policy, self.now))
+
+    def drain(self) -> None:
+        self._begin()
+        self._end(self.core.drain(self.now))
+        require(not self.waiting, "waiting after a drain:", self.waiting)
+
+    def tick(self) -> None:
+        self._begin()
+        self._end(self.core.tick(self.now))
+
+    def advance(self, seconds: float, *, late: bool = False) -> None:
+        """Let time pass, with every tick on time; `late`: the driver slept, and there is one tick at the end."""
+        until = self.now + seconds
+        while not late and (due := self.core.next_deadline()) is not None and due <= until:
+            self.now = due
+            self._settle()
+        self.now = until
+        self._settle()
+
+    def _settle(self) -> None:
+        self.tick()
+        for _ in range(TICKS_AT_ONE_TIME):
+            due = self.core.next_deadline()
+            if due is None or due > self.now:
+                break
+            self.tick()
+        else:
+            raise BrokenError(f"{TICKS_AT_ONE_TIME} ticks at {self.now!r}, and next_deadline is still {due!r}")
+        for ticket in self.waiting if self.always else ():
+            require(ticket.wait_until > self.now, ticket, "waits past its budget")
+
+    # ---- what each event must do
+
+    def _begin(self) -> None:
+        self.events += 1
+        if self.always:
+            self._before = {ticket: (ticket.queue, ticket.passed_over) for ticket in self.waiting}
+
+    def _end(self, decisions: list[Decision], offered: Ticket | None = None) -> None:
+        for decision in decisions:
+            ticket = decision.ticket
+            require(ticket in self.waiting, "a second outcome, or one that nobody asked for:", decision)
+            self.outcomes[decision.outcome] += 1
+            if isinstance(decision, Dispatch):
+                self._dispatched(decision)
+            else:
+                self._rejected(decision, offered)
+        self.peak = max(self.peak, len(self.waiting))
+        require(len(self.waiting) == self.core.waiting, self.core.waiting, "wait, by our books", len(self.waiting))
+        require(self.offered == len(self.waiting) + self.outcomes.total(), "outcomes lost:", self.outcomes)
+        if offered in self.waiting:
+            require(offered.state is State.WAITING, offered, "has no decision and does not wait")
+            require(self.core.policy.enable_queue and not self.core.draining, offered, "must not be held")
+        due = self.core.next_deadline()
+        require(due is None or due >= self.now, "next deadline", due, "is before now", self.now)
+        if self.always:
+            self.check()
+
+    def _dispatched(self, decision: Dispatch) -> None:
+        ticket, books = decision.ticket, self.books.get(decision.endpoint)
+        endpoint = ticket.endpoint
+        require(ticket.state is State.LEASED, ticket, "was dispatched")
+        require(books is not None and books.present, "dispatch to", decision.endpoint, "which is not there")
+        assert books is not None
+        assert endpoint is not None
+        require(endpoint.name == decision.endpoint, endpoint, "is not", decision.endpoint)
+        models = books.spec.models
+        require(not models or ticket.request.model in (None, *models), ticket, "sent to", models)
+        moved = ticket.home is not None and ticket.home.name != decision.endpoint
+        require((decision.outcome is Outcome.REROUTED) == moved, decision)
+        require(decision.wait_s == max(self.now - ticket.request.arrived, 0.0), decision)
+        if self.core.policy.enable_queue:
+            require(endpoint.available, "dispatch to", endpoint)
+            require(self._fits(books, endpoint, ticket), ticket, "does not fit", endpoint, books)
+        if self.always and self.core.policy.enable_queue:
+            self._in_order(ticket, books, endpoint)
+        self._forget(ticket)
+        books.leases[ticket] = None
+        books.pending[ticket] = None
+        self.leased[ticket] = books
+
+    def _in_order(self, ticket: Ticket, books: Books, endpoint: Endpoint) -> None:
+        """Nobody who stood before `ticket` all the time, and who fits as well, is left behind."""
+        stood = [u for u, (queue, _) in self._before.items() if u.queue is queue and u in self.waiting]
+        line = [u for u in stood if u.pool is ticket.pool and _may_take(u, endpoint)]
+        for other in sorted(line, key=attrgetter("key"))[:WINDOW]:
+            if other.key > ticket.key or other is ticket:
+                return
+            require(not self._fits(books, endpoint, other), ticket, "passed", other, "at", endpoint)
+            require(self._before[other][1] < GUARD, ticket, "passed the guarded", other)
+
+    def _rejected(self, decision: Reject, offered: Ticket | None) -> None:
+        ticket, policy, outcome = decision.ticket, self.core.policy, decision.outcome
+        require(ticket.state is State.LEFT, ticket, "was refused")
+        match outcome:
+            case Outcome.UNKNOWN_MODEL:
+                listed = [books.spec.models for books in self.books.values() if books.present]
+                require(all(listed) and not any(ticket.request.model in models for models in listed), decision)
+                require(decision.retry_after_s is None, decision)
+            case Outcome.QUEUE_FULL:
+                require(len(self.waiting) > policy.max_queued_requests, decision, len(self.waiting))
+                lowest = min(u.request_class.priority for u in self.waiting)
+                require(ticket.request_class.priority == lowest, decision, "is not of the lowest class")
+            case Outcome.BUDGET_PREDICTED:
+                require(ticket is offered and policy.shed, decision)
+            case Outcome.DRAINING:
+                require(self.core.draining, decision)
+            case Outcome.BUDGET_EXPIRED:
+                require(self.now >= ticket.wait_until, decision, "before", ticket.wait_until)
+            case Outcome.NO_ENDPOINT:
+                require(self.now >= ticket.wait_until or not policy.enable_queue, decision)
+            case _:
+                raise BrokenError(f"refused as {outcome}")
+        retry = decision.retry_after_s
+        require(retry is None or 1 <= retry <= RETRY_AFTER_MAX_S, decision)
+        self._forget(ticket)
+
+    def _forget(self, ticket: Ticket) -> None:
+        del self.waiting[ticket]
+        del self.epochs[ticket]
+
+    def _bury(self, books: Books) -> None:
+        if not books.present and not books.leases:
+            del self.books[books.spec.name]
+
+    # ---- what must hold between events
+
+    def _fits(self, books: Books, endpoint: Endpoint, ticket: Ticket) -> bool:
+        count = len(books.leases)
+        if count >= (1 if endpoint.on_trial else endpoint.limit.value):
+            return False
+        if count == 0:
+            return True
+        used, capacity = books.kv_tokens + endpoint.kv_excess, endpoint.kv_capacity
+        if capacity is not None and used + ticket.kv_tokens > KV_SHARE * capacity:
+            return False
+        tokens = books.prompt_tokens + ticket.prompt_tokens
+        return not endpoint.sees_first_tokens or tokens <= self.core.policy.max_prompt_tokens
+
+    def check(self) -> None:
+        """Recompute everything that the core keeps."""
+        self._check_books()
+        lines: dict[Pool, list[Ticket]] = defaultdict(list)
+        for ticket in self.waiting:
+            require(ticket.state is State.WAITING, ticket)
+            require(ticket.pool is not None and ticket.queue is not None, ticket, "waits nowhere")
+            lines[ticket.pool].append(ticket)
+        for pool in self.core.pools():
+            self._check_pool(pool, lines.pop(pool, []))
+        require(not lines, "tickets in pools that are gone:", lines)
+        self._check_conservation()
+        self._check_tenants()
+        self._check_deadline()
+        self._check_sizes()
+
+    def _check_books(self) -> None:
+        require(self.core.endpoints.keys() == self.books.keys(), self.core, self.books.keys())
+        for name, books in self.books.items():
+            endpoint = self.core.endpoints[name]
+            require(list(endpoint.leases) == list(books.leases), endpoint, books)
+            require(endpoint.kv_tokens == books.kv_tokens, endpoint.kv_tokens, books.kv_tokens)
+            require(endpoint.prompt_tokens == books.prompt_tokens, endpoint.prompt_tokens, books.prompt_tokens)
+            require(endpoint.removed is not books.present, endpoint)
+            require(all(ticket.endpoint is endpoint for ticket in books.leases), endpoint, "lent twice")
+            require(endpoint.kv_tokens >= 0 and endpoint.prompt_tokens >= 0 and endpoint.limit.value >= 1, endpoint)
+
+    def _check_pool(self, pool: Pool, waiting: list[Ticket]) -> None:
+        in_lines = [ticket for queue in pool.queues() for ticket in queue]
+        require(len(in_lines) == len(waiting) and set(in_lines) == set(waiting), pool.model, in_lines, waiting)
+        require(pool.waiting_total == len(waiting), pool.waiting_total, len(waiting))
+        counts = {klass: count for klass, count in pool.waiting.items() if count}
+        require(counts == Counter(ticket.request_class for ticket in waiting), pool.waiting)
+        for home, queue in pool.homes.items():
+            require(len(queue) > 0, "an empty line is kept for", home)
+            require(home.available and home in pool.members, "a line for", home, "which is gone")
+            require(all(ticket.home is home for ticket in queue), home)
+        for queue in pool.queues():
+            line = list(queue)
+            require(all(ticket.queue is queue for ticket in line), "a ticket in two lines")
+            require([t.key for t in line] == sorted(t.key for t in line), "a line out of order")
+            depth = {name: count for name, count in queue.depth.items() if count}
+            require(depth == Counter(t.request_class.name for t in line), queue.depth)
+            require(queue.exhausted == sum(t.passed_over >= GUARD for t in line), "exhausted", queue.exhausted)
+        members = [name for name, books in self.books.items() if books.present and self._serves(books, pool)]
+        require([endpoint.name for endpoint in pool.members] == members, pool.model, pool.members, members)
+        is_open = {endpoint.name for endpoint in pool.members if self._is_open(endpoint)}
+        require({endpoint.name for endpoint in pool.open} == is_open, pool.model, list(pool.open), is_open)
+
+    def _serves(self, books: Books, pool: Pool) -> bool:
+        core = self.core
+        if pool is core._every:
+            return True
+        if pool is core._any_model:
+            return not books.spec.models
+        return not books.spec.models or pool.model in books.spec.models
+
+    def _is_open(self, endpoint: Endpoint) -> bool:
+        if endpoint.removed or not endpoint.is_up or endpoint.ejected_until is not None:
+            return False
+        if not self.core.policy.enable_queue:
+            return True
+        limit = 1 if endpoint.on_trial else endpoint.limit.value
+        return endpoint.gate_until is None and len(self.books[endpoint.name].leases) < limit
+
+    def _check_conservation(self) -> None:
+        """No endpoint with room while a request waits that it could take, but for those behind a guarded one."""
+        for pool in self.core.pools():
+            for endpoint in pool.members if pool.waiting_total else ():
+                if not self._is_open(endpoint):
+                    continue
+                books = self.books[endpoint.name]
+                line = [t for t in self.waiting if t.pool is pool and _may_take(t, endpoint)]
+                for ticket in sorted(line, key=attrgetter("key"))[:WINDOW]:
+                    fits = not self.core.policy.enable_queue or self._fits(books, endpoint, ticket)
+                    require(not fits, ticket, "waits, and fits", endpoint)
+                    if ticket.passed_over >= GUARD:
+                        break
+        for ticket in self.waiting:
+            require(self.core.policy.enable_queue, ticket, "is held although the queue is off")
+
+    def _check_tenants(self) -> None:
+        """First come, first served for each tenant in its class, whatever left in between."""
+        last: dict[tuple[object, ...], tuple[int, float, int]] = {}
+        for ticket in sorted(self.waiting, key=lambda t: t.key[2]):
+            if self.core.policy.short_first or self.epochs[ticket] != self.epoch:
+                continue
+            group = (ticket.pool, ticket.request_class.priority, ticket.request.tenant)
+            require(last.get(group, ticket.key) <= ticket.key, ticket, "goes before its tenant's earlier request")
+            last[group] = ticket.key
+
+    def _check_deadline(self) -> None:
+        due = self.core.next_deadline()
+        wanted = [ticket.wait_until for ticket in self.waiting]
+        wanted += [t.patience_until for t in self.waiting if t.pool is not None and t.queue is not t.pool.shared]
+        for endpoint in self.core.endpoints.values():
+            wanted += [at for at in (endpoint.gate_until, endpoint.ejected_until) if at is not None]
+            if endpoint.load is not None:
+                wanted.append(endpoint.load_at + self.core.policy.stale_after_s)
+        if wanted:
+            earliest = max(min(wanted), self.now)
+            require(due is not None and due <= earliest, "next deadline", due, "misses", earliest)
+
+    def _check_sizes(self) -> None:
+        core = self.core
+        require(len(core._alarms) <= 2 * self.peak + 257, "alarms:", len(core._alarms), "peak", self.peak)
+        require(len(core._sessions) <= max(core.policy.session_memory, self._sessions_before()), len(core._sessions))
+        require(not core._arrived and not core._freed and not core._decisions, "an event left work behind")
+        for pool in core.pools():
+            require(len(pool.homes) <= len(pool.members), pool.homes)
+            require(all(len(share) <= MAX_TENANTS for share in pool.shares.values()), pool.shares)
+            known = {klass for klass in core.policy.classes} | {t.request_class for t in self.waiting}
+            require(pool.waiting.keys() <= known, "classes of old policies are kept:", pool.waiting)
+        for endpoint in core._timed:
+            require(endpoint.next_change() is not None, endpoint, "is timed for nothing")
+
+    def _sessions_before(self) -> int:
+        """A lowered memory takes effect when the next session is remembered."""
+        return len(self.core._sessions) if self.epoch else 0
+
+
+def _may_take(ticket: Ticket, endpoint: Endpoint) -> bool:
+    assert ticket.pool is not None
+    return ticket.queue is ticket.pool.shared or ticket.home is endpoint
+
+
+def tickets_of(decisions: Iterable[Decision]) -> list[Ticket]:
+    return [decision.ticket for decision in decisions]
