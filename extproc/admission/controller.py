@@ -20,7 +20,7 @@ from extproc.admission.endpoint import Endpoint
 from extproc.admission.fairness import OUTPUT_WEIGHT
 from extproc.admission.outcome import Outcome
 from extproc.admission.pool import Pool
-from extproc.admission.queue import GUARD
+from extproc.admission.queue import GUARD, WINDOW
 from extproc.admission.sessions import Sessions
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.tokens import TokenEstimate
@@ -138,7 +138,8 @@ class Controller:
                 pass
         if output_tokens is not None:
             surplus = OUTPUT_WEIGHT * (output_tokens - ticket.output_tokens)
-            pool.share(ticket.request_class.priority).correct(ticket.request.tenant, surplus)
+            if ticket.charge is not None:
+                pool.share(ticket.request_class.priority).correct(ticket.request.tenant, surplus)
             self._tokens.learn(output_tokens, 1)
         if endpoint.removed and not endpoint.leases:
             del self.endpoints[endpoint.name]
@@ -190,8 +191,10 @@ class Controller:
             wanted = any(pool.waiting_total for pool in endpoint.pools)
             endpoint.observe(load, now, self.policy, wanted=wanted)
             if load.output_tokens is not None:
-                self._tokens.learn(load.output_tokens, endpoint.completed)
-                endpoint.completed = 0
+                endpoint.produced += load.output_tokens
+                if endpoint.completed:
+                    self._tokens.learn(endpoint.produced, endpoint.completed)
+                    endpoint.produced = endpoint.completed = 0
             if self._stale_at is None:
                 self._stale_at = now + self.policy.stale_after_s
             self._changed(endpoint)
@@ -227,6 +230,9 @@ class Controller:
         for endpoint in self.endpoints.values():
             endpoint.apply(policy)
             self._changed(endpoint)
+        self._forget_stale_loads()
+        if not policy.enable_queue:
+            self._let_all_go()
         return self._dispatch()
 
     def drain(self, now: float) -> list[Decision]:
@@ -278,6 +284,8 @@ class Controller:
                 else:
                     self._lease(best, endpoint)
             else:
+                if len(arrived) > 1:
+                    arrived.sort(key=_place, reverse=True)
                 ticket = arrived.pop()
                 target = self._place_for(ticket) if ticket.state is State.WAITING else None
                 if target is not None:
@@ -296,20 +304,29 @@ class Controller:
     def _place_for(self, ticket: Ticket) -> Endpoint | None:
         """Return the endpoint with the most room among those that `ticket` may take now."""
         pool, queue = _placed(ticket.pool), _placed(ticket.queue)
-        if not queue.in_window(ticket):
+        if not queue.in_window(ticket) and self.policy.enable_queue:
             return None
         best: Endpoint | None = None
         if queue is pool.shared:
             for endpoint in pool.open:
-                if endpoint.has_room_for(ticket) and (best is None or _most_room(endpoint) < _most_room(best)):
+                if (
+                    endpoint.has_room_for(ticket)
+                    and (best is None or _most_room(endpoint) < _most_room(best))
+                    and not self._is_guarded(pool, endpoint)
+                ):
                     best = endpoint
             if best is None and not self.policy.enable_queue:
                 best = min(pool.present(), key=_most_room, default=None)  # nothing is held: better a doubtful endpoint
-        elif ticket.home is not None and ticket.home.has_room_for(ticket):
+        elif ticket.home is not None and ticket.home.has_room_for(ticket) and not self._is_guarded(pool, ticket.home):
             best = ticket.home
-        if best is not None and pool.has_guards_for(best) and pool.best_for(best) is not ticket:
-            return None
         return best
+
+    def _is_guarded(self, pool: Pool, endpoint: Endpoint) -> bool:
+        """Tell whether somebody keeps room at `endpoint` for himself; if so, its next request is found in order."""
+        guarded = self.policy.enable_queue and pool.has_guards_for(endpoint)
+        if guarded:
+            self._freed[endpoint] = None
+        return guarded
 
     def _lease(self, ticket: Ticket, endpoint: Endpoint) -> None:
         """Dispatch: from here on the slot is taken."""
@@ -323,12 +340,13 @@ class Controller:
         self._picks += 1
         endpoint.picked = self._picks
         self._list(endpoint)
-        pool.share(ticket.request_class.priority).served(request.tenant, ticket.key[1])
+        if ticket.charge is not None:
+            pool.share(ticket.request_class.priority).served(request.tenant, ticket.key[1])
         if ticket.alarm:
             pool.pace.dispatched(now)
         if request.session is not None:
             self._sessions.remember(request.session, endpoint, self.policy.session_memory)
-        moved = ticket.home is not None and ticket.home is not endpoint
+        moved = ticket.home is not None and ticket.home.name != endpoint.name  # it may have gone and come back
         outcome = Outcome.REROUTED if moved else Outcome.DISPATCHED
         self._decisions.append(Dispatch(ticket, outcome, endpoint.name, max(now - request.arrived, 0.0)))
 
@@ -336,17 +354,19 @@ class Controller:
 
     def _home_of(self, ticket: Ticket, pool: Pool) -> Endpoint | None:
         """Return the endpoint it prefers: the one named upstream, its session's last one, the pool's only one."""
-        request, home = ticket.request, None
-        if request.home is not None:
-            home = self.endpoints.get(request.home)
-        if home is None and request.session is not None:
-            home = self._sessions.recall(request.session)
-        if home is None and len(pool.members) == 1:
-            home = pool.members[0]
-        if home is None and self.policy.binding is Binding.BOUND:
+        request = ticket.request
+        home = self.endpoints.get(request.home) if request.home is not None else None
+        if home is not None and pool in home.pools:
+            return home
+        home = self._sessions.recall(request.session) if request.session is not None else None
+        if home is not None and pool in home.pools:
+            return home
+        if len(pool.members) == 1:
+            return pool.members[0]
+        if self.policy.binding is Binding.BOUND:
             up = [endpoint for endpoint in pool.members if endpoint.available]
-            home = min(up, key=pool.backlog_of, default=None)
-        return home if home is not None and pool in home.pools else None
+            return min(up, key=pool.backlog_of, default=None)
+        return None
 
     def _tag(self, ticket: Ticket, pool: Pool) -> float:
         """Return the request's place inside its class."""
@@ -354,7 +374,8 @@ class Controller:
             return float(ticket.prompt_tokens)
         if not self.policy.fair:
             return 0.0
-        return pool.share(ticket.request_class.priority).tag(ticket.request.tenant, _cost(ticket))
+        ticket.charge = ticket.prompt_tokens + OUTPUT_WEIGHT * ticket.output_tokens
+        return pool.share(ticket.request_class.priority).tag(ticket.request.tenant, ticket.charge)
 
     def _join(self, ticket: Ticket, queue: Queue) -> None:
         ticket.state = State.WAITING
@@ -369,10 +390,12 @@ class Controller:
         queue.remove(ticket)
         if was_guard:
             self._freed.update(pool.open)
-        elif shifts:
+        elif shifts and pool.open and pool.waiting_total > WINDOW:
             entrant = queue.entrant()
-            if entrant is not None and pool.open:
+            if entrant is not None:
                 self._arrived.append(entrant)
+            if pool.homes:  # an endpoint looks at its home's line and the shared one as one: others may have moved up
+                self._freed.update((endpoint, None) for endpoint in pool.open if endpoint in pool.homes)
         if queue is not pool.shared and not queue and ticket.home is not None:
             del pool.homes[ticket.home]
         pool.note_waiting(ticket.request_class, -1)
@@ -383,7 +406,12 @@ class Controller:
         pool = _placed(ticket.pool)
         self._quit(ticket, pool, _placed(ticket.queue))
         ticket.state = State.LEFT
-        pool.share(ticket.request_class.priority).left(ticket.request.tenant, _cost(ticket))
+        self._refund(ticket, pool)
+
+    @staticmethod
+    def _refund(ticket: Ticket, pool: Pool) -> None:
+        if ticket.charge is not None:
+            pool.share(ticket.request_class.priority).left(ticket.request.tenant, ticket.charge)
 
     def _go_anywhere(self, ticket: Ticket) -> None:
         """Move a request from its home's line to the shared one; its place in the order stays."""
@@ -415,6 +443,15 @@ class Controller:
         if ticket.queue is not _placed(ticket.pool).shared:
             at = min(at, ticket.patience_until)
         self._alarms.set(ticket, at, self.waiting)
+
+    def _let_all_go(self) -> None:
+        """Empty all lines because the queue was switched off: nothing is held any more."""
+        for ticket in list(self.waiting_tickets()):
+            self._go_anywhere(ticket)
+            self._arrived.append(ticket)
+        self._pass()
+        for ticket in list(self.waiting_tickets()):
+            self._refuse(ticket, Outcome.NO_ENDPOINT)
 
     # ---- refusing
 
@@ -455,7 +492,7 @@ class Controller:
         pool = self._by_model.get(model) if model is not None else None
         if pool is not None:
             return pool
-        if self._any_model.members or not self.endpoints:
+        if self._any_model.members or not self._every.members:
             return self._any_model
         return self._every if model is None else None
 
@@ -474,13 +511,30 @@ class Controller:
                 self._evict(pool, home)
         for endpoint in present:
             self._changed(endpoint)
+        for ticket in sorted((ticket for queue in self._any_model.queues() for ticket in queue), key=_place):
+            target = self._pool_for(ticket.request.model)
+            if target is not None and target is not self._any_model:
+                self._resettle(ticket, target)
+
+    def _resettle(self, ticket: Ticket, pool: Pool) -> None:
+        """Move a request that came before its model was listed to the pool that it would join now."""
+        before = _placed(ticket.pool)
+        self._quit(ticket, before, _placed(ticket.queue))
+        self._refund(ticket, before)
+        ticket.pool = pool
+        ticket.key = (ticket.key[0], self._tag(ticket, pool), ticket.key[2])
+        self._join(ticket, pool.shared)
+        if pool.waiting_total == 1:
+            pool.pace.backlog_began(self._now)
+        self._set_alarm(ticket)
+        self._freed.update(pool.open)
 
     def _forget_stale_loads(self) -> None:
         ages = []
         for endpoint in self.endpoints.values():
             if endpoint.load is None:
                 continue
-            if self._now - endpoint.load_at >= self.policy.stale_after_s:
+            if self._now >= endpoint.load_at + self.policy.stale_after_s:  # as `_stale_at` is computed, to the last bit
                 endpoint.forget_load(self.policy)
                 self._changed(endpoint)
             else:
@@ -542,9 +596,10 @@ def _most_room(endpoint: Endpoint) -> tuple[float, int]:
     return (endpoint.pressure, endpoint.picked)
 
 
+def _place(ticket: Ticket) -> tuple[int, float, int]:
+    return ticket.key
+
+
 def _seniority(ticket: Ticket) -> tuple[int, int]:
     return (ticket.key[0], ticket.key[2])
 
-
-def _cost(ticket: Ticket) -> float:
-    return ticket.prompt_tokens + OUTPUT_WEIGHT * ticket.output_tokens

@@ -59,6 +59,7 @@ class Endpoint:
         "on_trial",
         "picked",
         "pools",
+        "produced",
         "prompt_limit",
         "prompt_tokens",
         "removed",
@@ -75,7 +76,8 @@ class Endpoint:
         self.is_up = True
         self.removed = False
         self.dispatched = 0
-        self.completed = 0
+        self.completed = 0  # leases that ended since the mean of output tokens was fed last
+        self.produced = 0  # output tokens that telemetry reported since then
         self.picked = 0  # when it was picked last, in picks: equal endpoints take turns
         self.load: Load | None = None
         self.load_at = 0.0
@@ -84,7 +86,7 @@ class Endpoint:
         self.kv_excess = 0.0  # what the engine's own figure was above our estimate when it was read
         self.kv_capacity = spec.kv_capacity_tokens
         self.prompt_tokens = 0
-        self.sees_first_tokens = policy.first_byte_probe
+        self.sees_first_tokens = False
         self.ejected_until: float | None = None
         self.ejections = 0
         self.on_trial = False  # back from an ejection: one request at a time until one succeeds
@@ -101,13 +103,17 @@ class Endpoint:
         """Take over a changed `spec`; leases stay, and a lowered limit lets them finish."""
         if spec.max_running_requests != self.spec.max_running_requests:
             self.limit = _limit_of(spec)
-        self.kv_capacity = spec.kv_capacity_tokens or self.kv_capacity
+        if spec.kv_capacity_tokens != self.spec.kv_capacity_tokens:
+            told = self.load.kv_capacity_tokens if self.load is not None else None
+            self.kv_capacity = spec.kv_capacity_tokens or told
         self.spec = spec
 
     def apply(self, policy: Policy) -> None:
         """Follow a changed policy."""
         self.enforcing = policy.enable_queue
         self.prompt_limit = policy.max_prompt_tokens
+        counted = self.load is not None and self.load.prompt_tokens is not None
+        self.sees_first_tokens = policy.first_byte_probe or counted
 
     # ---- room
 
@@ -135,7 +141,9 @@ class Endpoint:
             used = self.kv_tokens + self.kv_excess
             if used + ticket.kv_tokens > KV_SHARE * self.kv_capacity:
                 return False
-        return not self.sees_first_tokens or self.prompt_tokens + ticket.prompt_tokens <= self.prompt_limit
+        if not self.sees_first_tokens or self.prompt_tokens <= 0:  # a prompt above the limit goes alone
+            return True
+        return self.prompt_tokens + ticket.prompt_tokens <= self.prompt_limit
 
     @property
     def pressure(self) -> float:
@@ -183,8 +191,8 @@ class Endpoint:
         self.kv_excess = 0.0
         if load.kv_usage is not None and self.kv_capacity is not None:
             self.kv_excess = max(load.kv_usage * self.kv_capacity - self.kv_tokens, 0.0)
+        self.sees_first_tokens = policy.first_byte_probe or load.prompt_tokens is not None
         if load.prompt_tokens is not None:
-            self.sees_first_tokens = True
             self._mark_answered(load.prompt_tokens)
         idle = not self.leases and load.running == 0
         self.gate_until = now + policy.stale_after_s if _is_hot(load, policy) and not idle else None

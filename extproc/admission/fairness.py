@@ -61,7 +61,7 @@ class FairShare:
         """Note that a waiting request of `tenant` went without being served, and give back its cost."""
         record = self._tenants.get(tenant)
         if record is not None:
-            record.waiting -= 1
+            record.waiting = max(record.waiting - 1, 0)
             record.finish -= refund
 
     def served(self, tenant: str, tag: float) -> None:
@@ -70,7 +70,7 @@ class FairShare:
             self._virtual_time = tag
         record = self._tenants.get(tenant)
         if record is not None:
-            record.waiting -= 1
+            record.waiting = max(record.waiting - 1, 0)  # 0: it was forgotten and came back
 
     def correct(self, tenant: str, difference: float) -> None:
         """Charge (or, negative, give back) what a finished request cost beyond its estimate."""

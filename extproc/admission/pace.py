@@ -36,7 +36,10 @@ class Pace:
         self._arrivals[priority] = (weight * math.exp((at - now) / HORIZON_S) + 1.0, now)
 
     def backlog_began(self, now: float) -> None:
-        """Note that the first request began to wait."""
+        """Note that the first request began to wait. What an earlier backlog taught loses weight, not its rate."""
+        kept = math.exp(-max(now - self._marked, 0.0) / HORIZON_S)
+        self._served *= kept
+        self._busy_s *= kept
         self._marked = now
 
     def dispatched(self, now: float) -> None:

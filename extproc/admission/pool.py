@@ -64,7 +64,11 @@ class Pool:
 
     def note_waiting(self, request_class: RequestClass, change: int) -> None:
         """Count one more (+1) or one less (-1) of `request_class`."""
-        self.waiting[request_class] = self.waiting.get(request_class, 0) + change
+        count = self.waiting.get(request_class, 0) + change
+        if count:
+            self.waiting[request_class] = count
+        else:
+            del self.waiting[request_class]  # the class may be gone from the policy
         self.waiting_total += change
 
     def ahead_of(self, priority: int) -> int:

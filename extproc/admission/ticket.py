@@ -38,6 +38,7 @@ class Ticket:
 
     __slots__ = (
         "alarm",
+        "charge",
         "deliver",
         "endpoint",
         "home",
@@ -76,6 +77,7 @@ class Ticket:
         self.endpoint: Endpoint | None = None  # the endpoint that it holds a lease of while LEASED
         self.prompt_tokens = 0  # estimate, clipped
         self.output_tokens = 0  # estimate
+        self.charge: float | None = None  # what its tenant was charged for it; None while nobody counts
         self.kv_tokens = 0  # estimate of the KV cache it will need: prompt and answer
         self.prompt_pending = False  # leased, and its first token has not been seen
         self.passed_over = 0  # how often a later request that fits was let past

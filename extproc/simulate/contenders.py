@@ -1,0 +1,463 @@
+"""Who stands before the engines: Envoy alone, Envoy with an engine tuned for it, the original design, and ours.
+
+A front hears what an Envoy filter hears and says who goes where; it sees no engine. Ours is the real Controller.
+Balancers choose at arrival and hold nothing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from extproc.admission.controller import Controller
+from extproc.admission.ticket import State, Ticket
+from extproc.admission.values import Answer, Binding, Dispatch, EndpointSpec, Policy, Request, RequestClass
+from extproc.durations import parse_duration
+from extproc.errors import ConfigError
+
+if TYPE_CHECKING:
+    from extproc.admission.load import Load
+    from extproc.admission.values import Decision
+    from extproc.engine.params import EngineParams
+    from extproc.simulate.workload import Demand, Klass
+
+T = TypeVar("T", "Setting", Policy)
+
+FOR_EVER_S = 3500.0
+"""A budget that never ends a wait: the longest that the config allows."""
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One demand on its way. The world fills it in; `engine` is where it went."""
+
+    number: int
+    demand: Demand
+    arrived: float
+    engine: int | None = None
+    dispatched: float | None = None
+    first_token: float | None = None
+    ended: float | None = None
+    outcome: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Send the job to `engine`, or refuse it: then `engine` is None."""
+
+    job: Job
+    engine: int | None
+    outcome: str
+
+
+class Front(Protocol):
+    """What decides. Events in, verdicts out, the clock passed in; the same shape as the core's."""
+
+    def arrive(self, job: Job, now: float) -> list[Verdict]:
+        """Take a new request."""
+
+    def leave(self, job: Job, now: float) -> list[Verdict]:
+        """Note that the client of a job that got no verdict yet has left."""
+
+    def first_token(self, job: Job, now: float) -> list[Verdict]:
+        """Note the first token of an answer."""
+
+    def end(self, job: Job, now: float, answer: Answer) -> list[Verdict]:
+        """Note that a job that was sent somewhere is over."""
+
+    def observe(self, engine: int, load: Load, now: float) -> list[Verdict]:
+        """Follow a scrape."""
+
+    def set_up(self, engine: int, now: float, *, is_up: bool) -> list[Verdict]:
+        """Note what an active health check found."""
+
+    def tick(self, now: float) -> list[Verdict]:
+        """Let time pass."""
+
+    def next_deadline(self) -> float | None:
+        """Return when `tick` is due."""
+
+
+class Balancer:
+    """A load balancer without a queue. `pick` chooses among the healthy engines by requests in flight."""
+
+    def __init__(self, engines: int, pick: Callable[[list[int], list[int]], int], breaker: int | None) -> None:
+        """Balance over `engines`; more than `breaker` in flight at the chosen one is refused with 503."""
+        self._pick = pick
+        self._breaker = breaker
+        self._in_flight = [0] * engines
+        self._healthy = list(range(engines))
+
+    def arrive(self, job: Job, now: float) -> list[Verdict]:  # noqa: ARG002
+        """Choose at once."""
+        if not self._healthy:
+            return [Verdict(job, None, "no_endpoint")]
+        engine = self._pick(self._healthy, self._in_flight)
+        if self._breaker is not None and self._in_flight[engine] >= self._breaker:
+            return [Verdict(job, None, "circuit_breaker")]
+        self._in_flight[engine] += 1
+        return [Verdict(job, engine, "dispatched")]
+
+    def leave(self, job: Job, now: float) -> list[Verdict]:  # noqa: ARG002
+        """Nothing waits here."""
+        return []
+
+    def first_token(self, job: Job, now: float) -> list[Verdict]:  # noqa: ARG002
+        """Not looked at."""
+        return []
+
+    def end(self, job: Job, now: float, answer: Answer) -> list[Verdict]:  # noqa: ARG002
+        """Count one less."""
+        if job.engine is not None:
+            self._in_flight[job.engine] -= 1
+        return []
+
+    def observe(self, engine: int, load: Load, now: float) -> list[Verdict]:  # noqa: ARG002
+        """Not looked at."""
+        return []
+
+    def set_up(self, engine: int, now: float, *, is_up: bool) -> list[Verdict]:  # noqa: ARG002
+        """Take an engine out of the rotation, or back in."""
+        self._healthy = sorted({*self._healthy, engine} if is_up else {*self._healthy} - {engine})
+        return []
+
+    def tick(self, now: float) -> list[Verdict]:  # noqa: ARG002
+        """No timers here."""
+        return []
+
+    def next_deadline(self) -> float | None:
+        """No timers here."""
+        return None
+
+
+def _round_robin() -> Callable[[list[int], list[int]], int]:
+    turn = -1
+
+    def pick(healthy: list[int], in_flight: list[int]) -> int:  # noqa: ARG001
+        nonlocal turn
+        turn += 1
+        return healthy[turn % len(healthy)]
+
+    return pick
+
+
+def _two_choices(seed: int) -> Callable[[list[int], list[int]], int]:
+    """Envoy's LEAST_REQUEST with equal weights: two random hosts, with replacement, the less active of the two."""
+    draw = random.Random(f"{seed} choices")  # noqa: S311 - Envoy's dice
+
+    def pick(healthy: list[int], in_flight: list[int]) -> int:
+        one, other = draw.choice(healthy), draw.choice(healthy)
+        return one if in_flight[one] <= in_flight[other] else other
+
+    return pick
+
+
+def _shortest(healthy: list[int], in_flight: list[int]) -> int:
+    return min(healthy, key=in_flight.__getitem__)
+
+
+class Core:
+    """Our core behind the shape of a front, driven as `gate.py` drives it. Nothing in it knows of the simulation."""
+
+    def __init__(self, engines: int, setting: Setting) -> None:
+        """Start a Controller with `setting` before `engines`."""
+        self.controller = Controller(setting.policy)
+        self._setting = setting
+        self._names = [f"engine-{number}" for number in range(engines)]
+        self._index = {name: number for number, name in enumerate(self._names)}
+        self._jobs: dict[Ticket, Job] = {}
+        self._tickets: dict[Job, Ticket] = {}
+        for name in self._names:
+            spec = EndpointSpec(
+                name,
+                max_running_requests=setting.max_running_requests,
+                kv_capacity_tokens=setting.kv_capacity_tokens,
+            )
+            self.controller.put_endpoint(spec, 0.0)
+
+    def arrive(self, job: Job, now: float) -> list[Verdict]:
+        """Offer it."""
+        demand = job.demand
+        request = Request(
+            id=str(job.number),
+            arrived=now,
+            request_class=demand.klass.name,
+            tenant=demand.tenant,
+            session=demand.session if self._setting.session_homes else None,
+            prompt_tokens=demand.estimate,
+        )
+        ticket = Ticket(request)
+        self._jobs[ticket] = job
+        self._tickets[job] = ticket
+        return self._verdicts(self.controller.offer(ticket, now))
+
+    def leave(self, job: Job, now: float) -> list[Verdict]:
+        """Cancel it."""
+        ticket = self._tickets[job]
+        decisions = self.controller.cancel(ticket, now)
+        self._forget(ticket)
+        return self._verdicts(decisions)
+
+    def first_token(self, job: Job, now: float) -> list[Verdict]:
+        """Tell the core, if something would tell it in production."""
+        if not self._setting.policy.first_byte_probe:
+            return []
+        return self._verdicts(self.controller.first_token(self._tickets[job], now))
+
+    def end(self, job: Job, now: float, answer: Answer) -> list[Verdict]:
+        """Give the lease back."""
+        ticket = self._tickets[job]
+        decisions = self.controller.release(ticket, now, answer)
+        self._forget(ticket)
+        return self._verdicts(decisions)
+
+    def observe(self, engine: int, load: Load, now: float) -> list[Verdict]:
+        """Pass the scrape on."""
+        if not self._setting.own_books:
+            load = replace(load, kv_capacity_tokens=None, prompt_tokens=None)
+        return self._verdicts(self.controller.observe(self._names[engine], load, now))
+
+    def set_up(self, engine: int, now: float, *, is_up: bool) -> list[Verdict]:  # noqa: ARG002
+        """The sidecar has no active health checks: failures tell it."""
+        return []
+
+    def tick(self, now: float) -> list[Verdict]:
+        """Pass the time on."""
+        return self._verdicts(self.controller.tick(now))
+
+    def next_deadline(self) -> float | None:
+        """Ask the core."""
+        return self.controller.next_deadline()
+
+    def _verdicts(self, decisions: Iterable[Decision]) -> list[Verdict]:
+        verdicts = []
+        for decision in decisions:
+            job = self._jobs[decision.ticket]
+            if isinstance(decision, Dispatch):
+                verdicts.append(Verdict(job, self._index[decision.endpoint], decision.outcome.value))
+            else:
+                verdicts.append(Verdict(job, None, decision.outcome.value))
+                self._forget(decision.ticket)
+        return verdicts
+
+    def _forget(self, ticket: Ticket) -> None:
+        assert ticket.state in (State.DONE, State.LEFT)  # noqa: S101 - a job ends once
+        del self._tickets[self._jobs.pop(ticket)]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How ours is set: the policy, and what the config says of endpoints.
+
+    Attributes:
+        scrape_interval_s: how often engines are asked for their metrics.
+        session_homes: whether the session header is read.
+        own_books: whether KV capacity and prompt counters are known; the original design had only gauges.
+    """
+
+    policy: Policy = field(default_factory=Policy)
+    max_running_requests: int | None = None
+    kv_capacity_tokens: int | None = None
+    scrape_interval_s: float = 1.0
+    session_homes: bool = True
+    own_books: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """One way to stand before the engines.
+
+    Attributes:
+        kind: `core` for the real Controller, else the balancer's rule.
+        breaker: per engine; None: none. Envoy's counts per cluster, which does worse: this is the kinder reading.
+        setting: for `core`.
+        max_num_seqs, engine_priority: how the engines are set for it; None: as the preset says.
+    """
+
+    name: str
+    kind: str
+    breaker: int | None = None
+    setting: Setting | None = None
+    max_num_seqs: int | None = None
+    engine_priority: bool = False
+
+    def front(self, engines: int, seed: int) -> Front:
+        """Build it, with its own dice."""
+        match self.kind:
+            case "round_robin":
+                return Balancer(engines, _round_robin(), self.breaker)
+            case "least_request":
+                return Balancer(engines, _two_choices(seed), self.breaker)
+            case "shortest_queue":
+                return Balancer(engines, _shortest, self.breaker)
+        assert self.setting is not None  # noqa: S101 - kind is `core`
+        return Core(engines, self.setting)
+
+    def engine(self, params: EngineParams) -> EngineParams:
+        """Return the engine as this contender's operator sets it."""
+        return replace(
+            params,
+            max_num_seqs=self.max_num_seqs or params.max_num_seqs,
+            scheduling_policy="priority" if self.engine_priority else params.scheduling_policy,
+        )
+
+    @property
+    def scrape_interval_s(self) -> float | None:
+        """Return how often it scrapes; None: never."""
+        return None if self.setting is None else self.setting.scrape_interval_s
+
+
+# ---- the standing ones
+
+NAMES = ("round_robin", "least_request", "circuit_breaker", "tuned_engine", "original", "ours")
+BEST_FIXED = {"a100-8b": 96, "h100-32b": 12}
+"""The limit per engine that a patient operator would find for each preset (POLICY 3.2)."""
+ENGINE_QUEUE = {"a100-8b": 14, "h100-32b": 1}
+"""How many more the tuned engine may hold waiting; more is far worse (POLICY E15)."""
+
+
+def contender(
+    text: str, preset: str, classes: tuple[Klass, ...], changes: Iterable[str] = (), *, best: int | None = None
+) -> Contender:
+    """Return the contender called `text`: a name, or a name and its own settings: `ours,key=value,key=value`.
+
+    `changes` (`key=value`) hold for every `ours`; its own settings win. `best` is the fixed limit per engine that
+    the tuned baselines use. Raises ConfigError.
+    """
+    name, *own = text.split(",")
+    if name not in NAMES:
+        raise ConfigError("command line", [f"--contender: {name!r} is unknown; known are {', '.join(NAMES)}"])
+    if own and name not in ("ours", "original"):
+        raise ConfigError("command line", [f"--contender: {name} takes no settings; only ours and original do"])
+    limit = best or BEST_FIXED.get(preset, 64)
+    match name:
+        case "round_robin" | "least_request":
+            return Contender(name, name)
+        case "circuit_breaker":
+            return Contender(name, "least_request", breaker=limit)
+        case "tuned_engine":
+            return Contender(
+                name,
+                "shortest_queue",
+                breaker=limit + ENGINE_QUEUE.get(preset, -(-limit * 15 // 100)),
+                max_num_seqs=limit,
+                engine_priority=True,
+            )
+        case "original":
+            endless = tuple(RequestClass(klass.name, klass.priority, FOR_EVER_S) for klass in classes)
+            policy = Policy(classes=endless, patience_s=5.0, binding=Binding.BOUND, shed=False, fair=False)
+            setting = Setting(policy, max_running_requests=10, own_books=False)
+            return Contender(text, "core", setting=_change(setting, own))
+        case _:
+            ordered = tuple(RequestClass(klass.name, klass.priority, klass.budget_s) for klass in classes)
+            return Contender(text, "core", setting=_change(Setting(Policy(classes=ordered)), [*changes, *own]))
+
+
+# ---- settings by name
+
+
+def _duration(value: str) -> float:
+    seconds = parse_duration(value)
+    if seconds is None:
+        raise ValueError(f"must be a duration like 10s or 250ms, not {value!r}")
+    return seconds
+
+
+def _interval(value: str) -> float:
+    seconds = _duration(value)
+    if seconds < 0.01:
+        raise ValueError(f"must be 10ms or more, not {value}")
+    return seconds
+
+
+def _number(value: str, least: float, most: float) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError(f"must be a number, not {value!r}") from None
+    if not least <= number <= most:
+        raise ValueError(f"must be {least:g} to {most:g}, not {value}")
+    return number
+
+
+def _count(value: str) -> int:
+    return int(_number(value, 1, 1e12))
+
+
+def _limit(value: str) -> int | None:
+    return None if value == "adaptive" else _count(value)
+
+
+def _switch(value: str) -> bool:
+    if value not in ("true", "false"):
+        raise ValueError(f"must be true or false, not {value!r}")
+    return value == "true"
+
+
+def _binding(value: str) -> Binding:
+    if value not in ("late", "bound"):
+        raise ValueError(f"must be late or bound, not {value!r}")
+    return Binding(value)
+
+
+_KEYS: dict[str, tuple[str, str, Callable[[str], object]]] = {
+    "binding": ("policy", "binding", _binding),
+    "enable_queue": ("policy", "enable_queue", _switch),
+    "fair": ("policy", "fair", _switch),
+    "first_byte_probe": ("policy", "first_byte_probe", _switch),
+    "kv_capacity_tokens": ("setting", "kv_capacity_tokens", _count),
+    "max_gpu_perc": ("policy", "max_kv_usage", lambda value: _number(value, 0, 100) / 100),
+    "max_prompt_tokens": ("policy", "max_prompt_tokens", _count),
+    "max_queue_wait_time": ("policy", "patience_s", _duration),
+    "max_queued_requests": ("policy", "max_queued_requests", lambda value: int(_number(value, 0, 1e9))),
+    "max_running_requests": ("setting", "max_running_requests", _limit),
+    "own_books": ("setting", "own_books", _switch),
+    "scrape_interval": ("setting", "scrape_interval_s", _interval),
+    "session_homes": ("setting", "session_homes", _switch),
+    "shed": ("policy", "shed", _switch),
+    "short_first": ("policy", "short_first", _switch),
+    "stale_after_s": ("policy", "stale_after_s", _duration),
+}
+"""What `--set` knows: named as in the config file where such a key exists, else as in Policy or Setting."""
+
+KEYS = ("budget.CLASS", *_KEYS)
+
+
+def _change(setting: Setting, changes: Iterable[str]) -> Setting:
+    problems = []
+    for change in changes:
+        key, equals, value = change.partition("=")
+        try:
+            if not equals:
+                raise ValueError("must be key=value")
+            setting = _changed(setting, key.strip(), value.strip())
+        except ValueError as error:
+            problems.append(f"--set {change}: {error}")
+    if problems:
+        raise ConfigError("command line", problems)
+    return setting
+
+
+def _changed(setting: Setting, key: str, value: str) -> Setting:
+    policy = setting.policy
+    if key.startswith("budget."):
+        names = [klass.name for klass in policy.classes]
+        chosen = key.removeprefix("budget.")
+        if chosen not in names:
+            raise ValueError(f"there is no such class; classes are {', '.join(names)}")
+        budget_s = _duration(value)
+        classes = tuple(replace(klass, budget_s=budget_s) if klass.name == chosen else klass for klass in policy.classes)
+        return replace(setting, policy=replace(policy, classes=classes))
+    if key not in _KEYS:
+        raise ValueError(f"unknown key; known are {', '.join(KEYS)}")
+    where, attribute, parse = _KEYS[key]
+    change = {attribute: parse(value)}
+    if where == "setting":
+        return _with(setting, change)
+    return _with(setting, {"policy": _with(policy, change)})
+
+
+def _with(whole: T, change: dict[str, object]) -> T:
+    return replace(whole, **change)  # type: ignore[type-var, no-any-return, unused-ignore] - checked by the parsers

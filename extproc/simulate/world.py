@@ -1,0 +1,362 @@
+"""The world on a virtual clock: clients, engines, scrapes and faults around one front. A heap of events, no I/O.
+
+Every demand ends exactly once: finished, refused, abandoned by a client out of patience, or failed with its engine.
+Simpler than life: no network, no router cost, no retries after a refusal; health checks see a dead engine in
+`CHECK_S`; engines don't think (a scrape is exact for its moment).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING
+
+from extproc.admission.load import Load
+from extproc.admission.values import Answer
+from extproc.engine.model import Engine, Finished, FirstToken
+from extproc.simulate.contenders import Job
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from extproc.engine.params import EngineParams
+    from extproc.simulate.contenders import Contender, Verdict
+    from extproc.simulate.workload import Demand, Klass
+
+CHECK_S = 3.0
+"""How long an active health check needs to see that an engine died or came back."""
+REPORT_EVERY = 500
+"""Ended requests between two calls of `progress`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """What goes wrong.
+
+    Attributes:
+        speeds: the speed of the first engines; the rest run at 1.0.
+        dies: (engine, from, until), seconds: it loses all it has and refuses connections.
+    """
+
+    speeds: tuple[float, ...] = ()
+    dies: tuple[int, float, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """How one demand ended. Times in seconds; None where it did not come so far."""
+
+    klass: str
+    tenant: str
+    outcome: str
+    ttft_s: float | None
+    tpot_s: float | None
+    met: bool
+    queued_s: float | None
+    output: int
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One contender's run: every demand's record, and what the engines counted.
+
+    Attributes:
+        generated: output tokens of all engines while demands arrived, `duration_s` seconds.
+        wasted: tokens computed for requests whose client then left.
+        hits: share of the prompt tokens found in prefix caches.
+        peak_waiting: the longest queue inside any engine.
+    """
+
+    contender: str
+    load: float
+    seed: int
+    duration_s: float
+    records: list[Record]
+    generated: int
+    wasted: int
+    preemptions: int
+    hits: float
+    peak_waiting: int
+
+
+class World:
+    """One run of one contender."""
+
+    def __init__(
+        self, params: EngineParams, engines: int, contender: Contender, seed: int = 0, faults: Faults | None = None
+    ) -> None:
+        """Start `engines` engines and the contender's front before them."""
+        self.faults = faults or Faults()
+        self.contender = contender
+        tuned = contender.engine(params)
+        speeds = (*self.faults.speeds, *([1.0] * engines))[:engines]
+        self._params = [replace(tuned, speed=tuned.speed * speed) for speed in speeds]
+        self.engines = [Engine(own) for own in self._params]
+        self.front = contender.front(engines, seed)
+        self.jobs: list[Job] = []
+        self.now = 0.0
+        self.open = 0  # demands that have not ended, later turns of sessions included
+        self._running: list[dict[int, Job]] = [{} for _ in range(engines)]
+        self._dead = [False] * engines
+        self._past: list[Engine] = []  # engines that died
+        self._versions = [0] * engines
+        self._tick_at: float | None = None
+        self._heap: list[tuple[float, int, Callable[[object], None], object]] = []
+        self._sequence = 0
+        self._scraped: list[_Counters] = [_Counters(engine, 0.0) for engine in self.engines]
+        self._generated = 0
+
+    def run(
+        self, demands: Sequence[Demand], duration_s: float, progress: Callable[[int], None] | None = None
+    ) -> list[Job]:
+        """Play `demands` and return all jobs, each ended. `progress` hears how many ended since it was called last."""
+        self.open = sum(1 for demand in demands for _ in demand.chain())
+        interval_s = self.contender.scrape_interval_s
+        if interval_s is not None:
+            for engine in range(len(self.engines)):
+                self._at(interval_s * (engine + 1) / len(self.engines), self._scrape, engine)
+        if self.faults.dies is not None:
+            engine, begin_s, end_s = self.faults.dies
+            self._at(begin_s, self._die, engine)
+            self._at(end_s, self._revive, engine)
+        self._at(duration_s, self._close_books, None)
+        arrivals = iter(demands)
+        coming = next(arrivals, None)
+        heap, reported = self._heap, self.open
+        while self.open:
+            if coming is not None and (not heap or coming.at <= heap[0][0]):
+                self.now = coming.at
+                self._arrive(coming)
+                coming = next(arrivals, None)
+            else:
+                self.now, _, event, what = heappop(heap)
+                event(what)
+            if progress is not None and reported - self.open >= REPORT_EVERY:
+                progress(reported - self.open)
+                reported = self.open
+        if progress is not None:
+            progress(reported)
+        if not self._generated:
+            self._close_books(None)
+        return self.jobs
+
+    def result(self, load: float, seed: int, duration_s: float) -> Run:
+        """Return what a report needs, after `run`."""
+        engines = [*self.engines, *self._past]
+        queries = sum(engine.prefix_queries_total for engine in engines)
+        return Run(
+            contender=self.contender.name,
+            load=load,
+            seed=seed,
+            duration_s=duration_s,
+            records=[_record(job) for job in self.jobs],
+            generated=self._generated,
+            wasted=sum(engine.wasted_tokens_total for engine in engines),
+            preemptions=sum(engine.preemptions_total for engine in engines),
+            hits=sum(engine.prefix_hits_total for engine in engines) / max(queries, 1),
+            peak_waiting=max(engine.peak_waiting for engine in engines),
+        )
+
+    # ---- clients
+
+    def _arrive(self, what: object) -> None:
+        demand: Demand = what  # type: ignore[assignment] - what _at was given
+        job = Job(len(self.jobs), demand, self.now)
+        self.jobs.append(job)
+        self._at(self.now + demand.klass.patience_s, self._lose_patience, job)
+        self._carry_out(self.front.arrive(job, self.now))
+
+    def _lose_patience(self, what: object) -> None:
+        job: Job = what  # type: ignore[assignment]
+        if job.ended is not None or job.first_token is not None:
+            return
+        if job.engine is None:
+            self._end(job, "abandoned")
+            self._carry_out(self.front.leave(job, self.now))
+            return
+        self._settle(job.engine)  # its first token may have come at this very moment
+        if job.ended is None and job.first_token is None:
+            engine = job.engine
+            del self._running[engine][job.number]
+            self.engines[engine].abort(job.number, self.now)
+            self._end(job, "abandoned")
+            self._carry_out(self.front.end(job, self.now, Answer.UNKNOWN))
+            self._watch(engine)
+
+    def _end(self, job: Job, outcome: str) -> None:
+        assert job.ended is None  # noqa: S101 - conservation: a job ends once
+        job.ended = self.now
+        job.outcome = outcome
+        self.open -= 1
+        if job.demand.then is not None:
+            self._at(self.now + job.demand.then.at, self._arrive, job.demand.then)
+
+    # ---- the front
+
+    def _carry_out(self, verdicts: list[Verdict]) -> None:
+        """Do what the front says, and set its timer."""
+        for verdict in verdicts:
+            job = verdict.job
+            if verdict.engine is None:
+                self._end(job, verdict.outcome)
+            else:
+                self._send(job, verdict.engine)
+        due = self.front.next_deadline()
+        if due is not None and (self._tick_at is None or due < self._tick_at):
+            self._tick_at = due
+            self._at(due, self._tick, due)
+
+    def _tick(self, what: object) -> None:
+        if what == self._tick_at:
+            self._tick_at = None
+            self._carry_out(self.front.tick(self.now))
+
+    # ---- engines
+
+    def _send(self, job: Job, engine: int) -> None:
+        job.engine = engine
+        job.dispatched = self.now
+        if self._dead[engine]:
+            self._end(job, "failed")
+            self._carry_out(self.front.end(job, self.now, Answer.FAILED))
+            return
+        demand = job.demand
+        priority = -demand.klass.priority
+        refusal = self.engines[engine].submit(
+            job.number, demand.prompt, demand.output, self.now, priority, demand.session
+        )
+        if refusal is not None:
+            self._end(job, refusal.value)
+            self._carry_out(self.front.end(job, self.now, Answer.OK))
+            return
+        self._running[engine][job.number] = job
+        self._watch(engine)
+
+    def _watch(self, engine: int) -> None:
+        """Look at the engine again when it next has something to report."""
+        self._versions[engine] += 1
+        due = self.engines[engine].next_event()
+        if due is not None:
+            self._at(due, self._look, (engine, self._versions[engine]))
+
+    def _look(self, what: object) -> None:
+        engine, version = what  # type: ignore[misc]
+        if version == self._versions[engine]:
+            self._settle(engine)
+            self._watch(engine)
+
+    def _settle(self, engine: int) -> None:
+        """Deliver all that the engine reported until now."""
+        running = self._running[engine]
+        for event in self.engines[engine].advance(self.now):
+            job = running.get(int(event.seq_id))
+            if job is None:
+                continue
+            if isinstance(event, FirstToken):
+                job.first_token = event.t
+                self._carry_out(self.front.first_token(job, self.now))
+            elif isinstance(event, Finished):
+                del running[job.number]
+                self._end(job, "finished")
+                self._carry_out(self.front.end(job, self.now, Answer.OK))
+
+    def _die(self, what: object) -> None:
+        engine: int = what  # type: ignore[assignment]
+        self._settle(engine)
+        self._dead[engine] = True
+        self._past.append(self.engines[engine])
+        self.engines[engine] = Engine(self._params[engine])
+        self._versions[engine] += 1
+        lost, self._running[engine] = self._running[engine], {}
+        for job in lost.values():
+            self._end(job, "failed")
+            self._carry_out(self.front.end(job, self.now, Answer.FAILED))
+        self._at(self.now + CHECK_S, self._check, engine)
+
+    def _revive(self, what: object) -> None:
+        engine: int = what  # type: ignore[assignment]
+        self._dead[engine] = False
+        self._scraped[engine] = _Counters(self.engines[engine], self.now)
+        self._at(self.now + CHECK_S, self._check, engine)
+
+    def _check(self, what: object) -> None:
+        engine: int = what  # type: ignore[assignment]
+        self._carry_out(self.front.set_up(engine, self.now, is_up=not self._dead[engine]))
+
+    # ---- telemetry
+
+    def _scrape(self, what: object) -> None:
+        index: int = what  # type: ignore[assignment]
+        interval_s = self.contender.scrape_interval_s
+        assert interval_s is not None  # noqa: S101 - nobody scrapes otherwise
+        self._at(self.now + interval_s, self._scrape, index)
+        if self._dead[index]:
+            return
+        self._settle(index)
+        engine, before = self.engines[index], self._scraped[index]
+        after = self._scraped[index] = _Counters(engine, self.now)
+        made = after.generated - before.generated
+        elapsed_s = after.at - before.at
+        load = Load(
+            running=float(engine.running),
+            waiting=float(engine.waiting),
+            kv_usage=engine.kv_usage,
+            tokens_per_s=made / elapsed_s if elapsed_s > 0 else None,
+            kv_capacity_tokens=self._params[index].kv_tokens,
+            preemptions=after.preemptions - before.preemptions,
+            prompt_tokens=after.prompts - before.prompts,
+            output_tokens=made,
+        )
+        self._carry_out(self.front.observe(index, load, self.now))
+        self._watch(index)
+
+    def _close_books(self, what: object) -> None:  # noqa: ARG002 - an event
+        for engine in range(len(self.engines)):
+            self._settle(engine)
+            self._watch(engine)
+        self._generated = sum(engine.generation_tokens_total for engine in (*self.engines, *self._past))
+
+    def _at(self, when: float, event: Callable[[object], None], what: object) -> None:
+        self._sequence += 1
+        heappush(self._heap, (when, self._sequence, event, what))
+
+
+class _Counters:
+    """What a scraper remembers of the last page."""
+
+    __slots__ = ("at", "generated", "preemptions", "prompts")
+
+    def __init__(self, engine: Engine, at: float) -> None:
+        self.at = at
+        self.generated = engine.generation_tokens_total
+        self.preemptions = engine.preemptions_total
+        self.prompts = engine.prompt_tokens_total
+
+
+def _record(job: Job) -> Record:
+    demand, klass = job.demand, job.demand.klass
+    ttft_s = None if job.first_token is None else job.first_token - job.arrived
+    tpot_s = None
+    if job.outcome == "finished" and job.first_token is not None and job.ended is not None:
+        tpot_s = (job.ended - job.first_token) / max(demand.output - 1, 1)
+    met = ttft_s is not None and tpot_s is not None and ttft_s <= klass.ttft_s and tpot_s <= klass.tpot_s
+    queued_s = None if job.dispatched is None else job.dispatched - job.arrived
+    return Record(klass.name, demand.tenant, job.outcome, ttft_s, tpot_s, met, queued_s, demand.output)
+
+
+def saturation(params: EngineParams, engines: int, demands: Sequence[Demand]) -> float:
+    """Return the requests per second that `engines` engines finish of this mix when there is always another one.
+
+    Measured on one engine as its operator sets it, from the first quarter of what finishes to the last. A session's
+    turns count as strangers: no prefix is found.
+    """
+    engine = Engine(params)
+    turns: list[tuple[Demand, Klass]] = [(turn, turn.klass) for demand in demands for turn in demand.chain()]
+    wanted = [turn for turn, _ in turns if turn.prompt + turn.output <= params.longest]
+    for number, turn in enumerate(wanted):
+        engine.submit(number, turn.prompt, turn.output, 0.0)
+    ends: list[float] = []
+    while (due := engine.next_event()) is not None:
+        ends += [event.t for event in engine.advance(due) if isinstance(event, Finished)]
+    low, high = len(ends) // 4, len(ends) * 3 // 4
+    return engines * (high - low) / max(ends[high] - ends[low], 1e-9)

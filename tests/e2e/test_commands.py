@@ -1,0 +1,206 @@
+"""The commands, run as a user runs them: exit codes, one clear line, nothing left running."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+import yaml
+
+from .kit.envoy import validate
+from .kit.processes import Child, free_port, http_ok, run, wait_until
+from .kit.stack import local
+
+EXTPROC = [sys.executable, "-m", "extproc"]
+ROOT = Path(__file__).parents[2]
+
+
+def extproc(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return run([*EXTPROC, *arguments])
+
+
+def processes_mentioning(text: str) -> list[str]:
+    """Return command lines of live processes that mention `text` (a path or port of this test alone)."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+            if text in line:
+                found.append(line)
+    return found
+
+
+@pytest.fixture
+def taken():
+    """A port that somebody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    def write(**keys) -> str:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump({"endpoints": [{"name": "a", "address": "127.0.0.1:9"}], **keys}))
+        return str(path)
+
+    return write
+
+
+def test_check_says_ok_or_all_problems_at_once(config_file):
+    good = extproc("check", config_file())
+    assert (good.returncode, good.stderr) == (0, "")
+    assert "ok: 1 endpoint(s), queue off" in good.stdout
+    bad = extproc("check", config_file(listn=1, binding="x"))
+    assert bad.returncode == 1
+    assert "listn: unknown key; did you mean 'listen'?" in bad.stderr
+    assert "binding: must be 'late' or 'bound'" in bad.stderr
+    assert "Traceback" not in bad.stderr
+
+
+def test_a_missing_file_is_one_line_and_exit_code_1(tmp_path):
+    for command in (["check"], ["serve", "--config"], ["envoy-config", "--config"], ["up", "--config"]):
+        done = extproc(*command, str(tmp_path / "none.yaml"))
+        assert done.returncode == 1, command
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert "can't be read: No such file or directory" in done.stderr
+
+
+def test_wrong_usage_is_exit_code_2():
+    for arguments in ([], ["nonsense"], ["serve"], ["up"], ["up", "--engines", "0"], ["up", "--engines", "x"]):
+        assert extproc(*arguments).returncode == 2, arguments
+
+
+def test_a_taken_port_is_one_line_and_exit_code_3(config_file, taken):
+    for keys in ({"listen": taken, "admin": local()}, {"listen": local(), "admin": taken}):
+        done = extproc("serve", "--config", config_file(**keys))
+        assert done.returncode == 3
+        assert f"can't bind {taken}" in done.stderr
+        assert "Traceback" not in done.stderr
+    for flag in ("--http", "--admin"):
+        ports = {"--http": local(), "--admin": local(), flag: taken}
+        done = extproc("up", "--engines", "1", *(word for pair in ports.items() for word in pair))
+        assert done.returncode == 3
+        assert f"extproc: {flag}: can't listen on {taken}: Address already in use" in done.stderr
+    done = extproc("engine", "--port", taken.rsplit(":", 1)[1])
+    assert done.returncode == 3
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_second_server_on_a_unix_socket_is_refused_and_the_first_goes_on(config_file, tmp_path):
+    listen = f"unix:{tmp_path}/ext_proc.sock"
+    config = config_file(listen=listen, admin=local(), drain_timeout="200ms")
+    admin = yaml.safe_load(Path(config).read_text())["admin"]
+    with Child([*EXTPROC, "serve", "--config", config], tmp_path / "first.log") as first:
+        first.wait_ready(lambda: http_ok(admin, "/readyz"))
+        second = extproc("serve", "--config", config_file(listen=listen, admin=local()))
+        assert second.returncode == 3
+        assert "another server holds" in second.stderr
+        assert http_ok(admin, "/readyz")
+
+
+def test_up_without_an_envoy_binary_says_how_to_get_one():
+    done = extproc("up", "--engines", "1", "--http", local(), "--admin", local(), "--envoy", "/nonexistent/envoy")
+    assert done.returncode == 3
+    assert done.stderr.strip() == "extproc: --envoy: /nonexistent/envoy is no executable file"
+
+
+def test_up_with_something_that_is_no_envoy_fails_and_leaves_nothing_running(tmp_path):
+    admin = local()
+    fake = tmp_path / "envoy"
+    fake.write_text("#!/bin/sh\necho 'I am no Envoy' >&2\nexit 7\n")
+    fake.chmod(0o755)
+    done = extproc("up", "--engines", "1", "--http", local(), "--admin", admin, "--envoy", str(fake))
+    assert done.returncode == 3
+    assert "Envoy did not start: I am no Envoy" in done.stderr
+    assert not http_ok(admin, "/readyz")
+
+
+def test_up_serves_through_envoy_says_that_the_queue_is_on_and_leaves_nothing_behind(tmp_path):
+    http, admin = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
+    command = [*EXTPROC, "up", "--engines", "2", "--demo", "--http", http, "--admin", admin]
+    with Child(command, tmp_path / "up.log", env={"TMPDIR": str(tmp_path)}) as up:
+        up.wait_line("first token .*s ")
+        said = up.output()
+        assert "queue      on (no configuration file was given)" in said
+        assert f"curl -N http://{http}/v1/chat/completions" in said
+        body = {"model": "sim", "max_tokens": 2, "messages": [{"role": "user", "content": "hi"}]}
+        request = urllib.request.Request(
+            f"http://{http}/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"content-type": "application/json", "x-request-class": "interactive"},
+        )
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            assert json.load(answer)["choices"]
+        with urllib.request.urlopen(f"http://{admin}/queues", timeout=5) as answer:
+            state = json.load(answer)
+        assert [endpoint["limit"] for endpoint in state["endpoints"]] == [4, 4]
+        with urllib.request.urlopen(f"http://{admin}/", timeout=5) as answer:
+            assert b"The waiting room" in answer.read()
+        assert processes_mentioning(str(tmp_path))
+        up.signal(signal.SIGINT)
+        assert up.wait_exit(20) == 0
+        assert "Traceback" not in up.output()
+    wait_until(lambda: not processes_mentioning(str(tmp_path)), message="no process left")
+
+
+def test_up_in_front_of_given_servers_forwards_to_them(tmp_path):
+    http, admin = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
+    with Child([*EXTPROC, "engine", "--port", "0", "--name", "mine"], tmp_path / "engine.log") as engine:
+        url = engine.wait_line(r"listening on (http://\S+)").group(1)
+        command = [*EXTPROC, "up", "--endpoint", url, "--http", http, "--admin", admin]
+        with Child(command, tmp_path / "up.log") as up:
+            up.wait_line("curl -N")
+            with urllib.request.urlopen(f"http://{http}/v1/models", timeout=10) as answer:
+                assert answer.headers["x-engine"] == "mine"
+            up.signal(signal.SIGTERM)
+            assert up.wait_exit(20) == 0
+
+
+def test_up_ends_with_code_3_when_envoy_dies(tmp_path):
+    http, admin = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
+    command = [*EXTPROC, "up", "--engines", "1", "--http", http, "--admin", admin]
+    with Child(command, tmp_path / "up.log", env={"TMPDIR": str(tmp_path)}) as up:
+        up.wait_line("curl -N")
+        pids = [
+            int(entry.name)
+            for entry in Path("/proc").iterdir()
+            if entry.name.isdigit()
+            and str(tmp_path).encode() in (entry / "cmdline").read_bytes()
+            and b"envoy.yaml" in (entry / "cmdline").read_bytes()
+        ]
+        os.kill(pids[0], signal.SIGKILL)
+        assert up.wait_exit(20) == 3
+        assert "Envoy died" in up.output()
+
+
+@pytest.mark.parametrize("name", ["sidecar.yaml", "fail-open.yaml"])
+def test_the_shipped_envoy_files_are_valid(tmp_path, name):
+    ok, said = validate((ROOT / "envoy" / name).read_text(), tmp_path)
+    assert ok, said
+
+
+@pytest.mark.parametrize("flags", [[], ["--fail-open"], ["--access-log", "none"], ["--upstream-protocol", "h2"]])
+def test_whatever_envoy_config_prints_is_valid_and_passes_our_own_check(tmp_path, config_file, flags):
+    config = config_file(
+        listen=f"unix:{tmp_path}/s.sock",
+        endpoints=[{"name": "a.b:1", "address": "[::1]:8000"}, {"name": "x", "address": "localhost:1"}],
+        headers={"cluster": "x-my.cluster"},
+    )
+    done = extproc("envoy-config", "--config", config, "--http", local(), "--envoy-admin", local(), *flags)
+    assert done.returncode == 0
+    ok, said = validate(done.stdout, tmp_path)
+    assert ok, said
+    bootstrap = tmp_path / "printed.yaml"
+    bootstrap.write_text(done.stdout)
+    assert extproc("check", config, "--envoy", str(bootstrap)).returncode == 0

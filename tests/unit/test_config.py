@@ -1,0 +1,171 @@
+"""The configuration: defaults of the contract, all errors at once with key paths, environment, cross-checks."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from extproc.config import Config, load_config, parse_config
+from extproc.errors import ConfigError
+
+ENDPOINT = {"name": "a", "address": "10.0.0.1:8000"}
+
+
+def problems(data: object, environ: dict[str, str] | None = None) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(yaml.safe_dump(data), "file", environ or {})
+    return caught.value.problems
+
+
+def config(data: object, environ: dict[str, str] | None = None) -> Config:
+    return parse_config(yaml.safe_dump(data), "file", environ or {})
+
+
+def test_the_defaults_are_those_of_the_contract():
+    default = config({})
+    assert (default.listen, default.admin) == ("127.0.0.1:50051", "127.0.0.1:9902")
+    assert default.enable_queue is False
+    assert default.max_running_requests is None  # adaptive
+    assert default.max_queue_wait_time == 1.0
+    assert default.binding == "late"
+    assert default.max_queued_requests == 10_000
+    assert [(klass.name, klass.budget) for klass in default.classes] == [("default", 30.0)]
+    names = default.header_names()
+    assert (names.cluster, names.model, names.request_class) == ("x-upstream-cluster", "x-model", "x-request-class")
+    assert (names.tenant, names.session, names.budget) == ("x-tenant-id", "x-session-id", "x-queue-budget")
+
+
+def test_an_empty_file_is_the_defaults(tmp_path):
+    path = tmp_path / "empty.yaml"
+    path.write_text("")
+    assert load_config(path, {}) == config({})
+
+
+def test_all_problems_come_at_once_each_with_its_key_path_and_what_would_be_right():
+    found = problems(
+        {
+            "listn": 1,
+            "enable_queue": "yes please",
+            "endpoints": [
+                {"name": "a", "address": "10.0.0.1:8000", "max_running_requests": -3},
+                {"name": "a", "address": "10.0.0.2", "models": "llama"},
+                {"address": "h:1"},
+            ],
+            "classes": [{"name": "x", "budget": "2h"}, {"name": "y", "budget": "fast", "prio": 3}],
+            "binding": "early",
+        }
+    )
+    expected = {
+        "listn: unknown key; did you mean 'listen'?",
+        "enable_queue: must be true or false, not 'yes please'",
+        "endpoints[0].max_running_requests: must be 'adaptive' or a whole number from 1, not -3",
+        "endpoints[1].name: 'a' is taken by endpoints[0]; each must be unique",
+        "endpoints[1].cluster: 'a' is taken by endpoints[0]; each must be unique",
+        "endpoints[1].address: must be host:port, like 10.0.0.7:8000 or [::1]:8000, not '10.0.0.2'",
+        "endpoints[1].models: must be a list, not 'llama'",
+        "endpoints[2].name: is required",
+        "classes[0].budget: 7200s is above what Envoy's message_timeout can cover (at most 3600s); 3500s or less works",
+        "classes[1].budget: must be a duration like 10s or 250ms, not 'fast'",
+        "classes[1].prio: unknown key; did you mean 'priority'?",
+        "binding: must be 'late' or 'bound', not 'early'",
+    }
+    assert set(found) == expected
+    assert len(found) == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [", "no valid YAML"),
+        ("- 1", "must be a mapping of keys to values, not a list"),
+        ("listen: a:1\nlisten: b:2", "key 'listen' stands twice"),
+        ("? [a]\n: 3", "a key must be a plain word"),
+        ("3: 4", "unknown key"),
+        ("endpoints: 3", "endpoints: must be a list, not 3"),
+        ("endpoints: [3]", "endpoints[0]: must be a mapping"),
+        ("classes: []", "classes: list should have at least 1 item"),
+        ("endpoints: [{name: a, address: 'h:1', models: [3]}]", "endpoints[0].models[0]: must be text, not 3"),
+        ("headers: {model: x-a, tenant: x-a}", "headers: 'x-a' is used for two things"),
+        ("listen: 0.0.0.0:1", "listen: '0.0.0.0:1' can be reached from other machines"),
+        ("admin: 10.0.0.1:1", "admin: '10.0.0.1:1' can be reached from other machines"),
+        ("max_queue_wait_time: true", "must be a duration"),
+        ("max_queued_requests: 1.5", "must be a whole number"),
+    ],
+)
+def test_one_wrong_thing_is_named(text, words):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, "file", {})
+    assert words in str(caught.value)
+    assert len(caught.value.problems) == 1
+
+
+def test_a_missing_or_binary_file_is_one_clear_problem(tmp_path):
+    with pytest.raises(ConfigError, match="can't be read: No such file"):
+        load_config(tmp_path / "none.yaml", {})
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"a: \xff")
+    with pytest.raises(ConfigError, match="is no UTF-8 text"):
+        load_config(binary, {})
+
+
+def test_environment_variables_win_over_the_file_and_strange_ones_are_ignored():
+    environ = {
+        "EXTPROC_ENABLE_QUEUE": "true",
+        "EXTPROC_HEADERS__MODEL": "X-LLM",
+        "EXTPROC_ENDPOINTS": "[{name: e, address: 'h:1'}]",
+        "EXTPROC_PORT": "tcp://10.0.0.1:80",  # what Kubernetes sets for a service called extproc
+        "EXTPROC_SERVICE_HOST": "10.0.0.1",
+        "PATH": "/bin",
+    }
+    changed = config({"enable_queue": False, "endpoints": [ENDPOINT]}, environ)
+    assert changed.enable_queue
+    assert changed.headers.model == "x-llm"
+    assert [endpoint.name for endpoint in changed.endpoints] == ["e"]
+
+
+def test_an_environment_variable_of_the_wrong_type_is_named_by_its_key():
+    assert problems({}, {"EXTPROC_MAX_QUEUED_REQUESTS": "many"}) == [
+        "max_queued_requests: must be a whole number, not 'many'"
+    ]
+
+
+def test_an_endpoint_inherits_the_common_limit_or_has_its_own():
+    specs = config(
+        {
+            "max_running_requests": 7,
+            "endpoints": [
+                ENDPOINT,
+                {**ENDPOINT, "name": "b", "max_running_requests": 3},
+                {**ENDPOINT, "name": "c", "max_running_requests": "adaptive"},
+            ],
+        }
+    ).endpoint_specs()
+    assert [spec.max_running_requests for spec in specs] == [7, 3, None]
+    assert [spec.cluster for spec in specs] == ["a", "b", "c"]
+
+
+def test_remote_addresses_work_when_asked_for_by_name():
+    assert config({"allow_remote": True, "listen": "0.0.0.0:1", "admin": "[::]:2"}).listen == "0.0.0.0:1"
+
+
+json_like = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+keys = st.sampled_from([*Config.model_fields, "name", "address", "budget", "class", "models"])
+
+
+@given(
+    st.dictionaries(keys, json_like | st.lists(st.dictionaries(keys, json_like, max_size=4), max_size=3), max_size=5)
+)
+def test_any_yaml_is_a_config_or_a_config_error_with_problems(data):
+    try:
+        parse_config(yaml.safe_dump(data), "file", {})
+    except ConfigError as error:
+        found = error.problems
+    else:
+        return
+    assert found

@@ -1,0 +1,248 @@
+"""Sessions on a real gate and a real core; only the loop's clock is the test's."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+
+import pytest
+
+from extproc._pb import ext_proc_pb2 as pb
+from extproc.admission.controller import Controller
+from extproc.admission.values import Dispatch, EndpointSpec, Policy, RequestClass
+from extproc.ages import Ages
+from extproc.errors import ProtocolError
+from extproc.gate import BURST, Gate
+from extproc.session import Desk, Headers, Session
+
+
+class Clock:
+    """A loop whose time stands still until the test moves it."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.turns: list[Callable[[], None]] = []
+        self._timers: list[tuple[float, int, Timer]] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        self.turns.append(callback)
+
+    def call_at(self, when: float, callback: Callable[[], None]) -> Timer:
+        timer = Timer(callback)
+        heapq.heappush(self._timers, (when, id(timer), timer))
+        return timer
+
+    def turn(self) -> None:
+        turns, self.turns = self.turns, []
+        for callback in turns:
+            callback()
+
+    def advance(self, seconds: float) -> None:
+        end = self.now + seconds
+        while self._timers and self._timers[0][0] <= end:
+            self.now, _, timer = heapq.heappop(self._timers)
+            if timer.callback is not None:
+                timer.callback()
+        self.now = end
+
+
+class Timer:
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self.callback: Callable[[], None] | None = callback
+
+    def cancel(self) -> None:
+        self.callback = None
+
+
+class Room:
+    """A desk with endpoints, and the replies of each session opened at it."""
+
+    def __init__(self, *endpoints: EndpointSpec, fields: str = "", **policy: object) -> None:
+        self.clock = Clock()
+        self.decisions: list[object] = []
+        self.cancels = 0
+        self.gate = Gate(Controller(Policy(**policy)), self.clock, [self])
+        self.desk = Desk(self.gate, Headers(), Ages(30.0), fields)
+        for spec in endpoints:
+            self.desk.put_cluster(spec.name, spec.cluster or spec.name)
+            self.gate.put_endpoint(spec)
+
+    def decided(self, decision) -> None:
+        self.decisions.append(decision)
+
+    def cancelled(self, ticket, wait_s) -> None:
+        self.cancels += 1
+
+    def open(self, **headers: str) -> tuple[Session, list[pb.ProcessingResponse]]:
+        replies: list[pb.ProcessingResponse] = []
+        session = Session(self.desk, lambda data: replies.append(pb.ProcessingResponse.FromString(data)))
+        session.receive(message("request_headers", **headers))
+        return session, replies
+
+    def in_flight(self, name: str) -> int:
+        return len(self.gate.controller.endpoints[name].leases)
+
+
+def message(kind: str, attributes: dict[str, str] | None = None, fields: dict | None = None, **headers: str) -> bytes:
+    request = pb.ProcessingRequest()
+    part = getattr(request, kind)
+    part.SetInParent()
+    for key, value in headers.items():
+        part.headers.headers.add(key=key.replace("_", "-").replace("status", ":status"), raw_value=value.encode())
+    for key, value in (attributes or {}).items():
+        request.attributes["envoy.filters.http.ext_proc"].fields[key].string_value = value
+    if fields:
+        request.metadata_context.filter_metadata["llm"].update(fields)
+    return request.SerializeToString()
+
+
+def cluster(reply: pb.ProcessingResponse) -> str:
+    (option,) = reply.request_headers.response.header_mutation.set_headers
+    return option.header.raw_value.decode()
+
+
+ONE = EndpointSpec("a", cluster="cluster-a", max_running_requests=1)
+
+
+def test_a_request_with_room_is_steered_to_the_endpoints_cluster_and_its_end_gives_the_lease_back():
+    room = Room(ONE)
+    session, (reply,) = room.open()
+    assert cluster(reply) == "cluster-a"
+    assert room.in_flight("a") == 1
+    session.end()
+    assert room.in_flight("a") == 0
+
+
+def test_a_held_request_gets_nothing_until_the_lease_before_it_is_back():
+    room = Room(ONE)
+    first, _ = room.open()
+    _, replies = room.open()
+    assert replies == []
+    first.end()
+    assert cluster(replies[0]) == "cluster-a"
+    assert len(replies) == 1
+
+
+def test_a_session_that_ends_while_held_leaves_the_queue_and_is_never_answered():
+    room = Room(ONE)
+    first, _ = room.open()
+    second, replies = room.open()
+    second.end()
+    first.end()
+    assert replies == []
+    assert room.cancels == 1
+    assert room.in_flight("a") == 0
+
+
+def test_ending_twice_is_ending_once():
+    room = Room(ONE)
+    session, _ = room.open()
+    session.end()
+    session.end()
+    assert room.desk.streams == 0
+    assert room.in_flight("a") == 0
+
+
+def test_a_budget_ends_by_the_gates_one_timer():
+    room = Room(ONE, classes=(RequestClass("default", 0, 2.0),))
+    room.open()
+    _, replies = room.open()
+    room.clock.advance(1.9)
+    assert replies == []
+    room.clock.advance(0.2)
+    assert replies[0].immediate_response.status.code == 429
+
+
+def test_a_local_answer_by_envoy_while_held_takes_the_request_out_of_the_queue():
+    room = Room(ONE)
+    room.open()
+    held, replies = room.open()
+    held.receive(message("response_headers", status="504"))
+    assert replies[0].WhichOneof("response") == "response_headers"
+    assert room.gate.controller.waiting == 0
+    held.end()
+    assert room.cancels == 1
+
+
+def test_a_second_request_headers_is_a_protocol_error_and_the_lease_still_comes_back():
+    room = Room(ONE)
+    session, _ = room.open()
+    with pytest.raises(ProtocolError, match="request_headers has no place here"):
+        session.receive(message("request_headers"))
+    session.end()
+    assert room.in_flight("a") == 0
+
+
+def test_more_decisions_than_a_burst_are_delivered_over_several_turns_of_the_loop():
+    """Envoy's HTTP/2 flood guard closes the connection when too many streams end in one moment."""
+    room = Room(EndpointSpec("a", max_running_requests=1))
+    blocker, _ = room.open()
+    answered = [room.open()[1] for _ in range(3 * BURST)]
+    room.gate.put_endpoint(EndpointSpec("a", max_running_requests=10_000))
+    assert sum(map(len, answered)) == BURST
+    room.clock.turn()
+    assert sum(map(len, answered)) == 2 * BURST
+    room.clock.turn()
+    assert sum(map(len, answered)) == 3 * BURST
+    assert not room.clock.turns
+    blocker.end()
+
+
+def test_a_request_dispatched_in_a_burst_that_ends_before_its_turn_gives_its_lease_back_and_is_not_answered():
+    room = Room(EndpointSpec("a", max_running_requests=1))
+    room.open()
+    waiting = [room.open() for _ in range(BURST + 1)]
+    room.gate.put_endpoint(EndpointSpec("a", max_running_requests=10_000))
+    late, replies = waiting[-1]
+    assert replies == []
+    late.end()
+    room.clock.turn()
+    assert replies == []
+    assert room.in_flight("a") == 1 + BURST
+
+
+@pytest.mark.parametrize(
+    ("status", "details", "failures"),
+    [("500", "via_upstream", 1), ("503", "upstream_reset_before_response_started{connection_failure}", 1),
+     ("503", "via_upstream", 0), ("429", "via_upstream", 0), ("200", "via_upstream", 0), ("404", "via_upstream", 0),
+     ("503", None, 0)],
+)  # fmt: skip
+def test_only_failures_of_the_endpoint_count_towards_its_ejection(status, details, failures):
+    room = Room(EndpointSpec("a", max_running_requests=10))
+    for _ in range(5):
+        session, _ = room.open()
+        attributes = {"response.code_details": details} if details else {}
+        session.receive(message("response_headers", attributes, status=status))
+        session.end()
+    assert (room.gate.controller.endpoints["a"].ejected_until is not None) is bool(failures)
+
+
+def test_headers_win_over_fields_of_the_body_and_wrong_types_are_ignored():
+    room = Room(EndpointSpec("a", models=frozenset({"m1"})), EndpointSpec("b", models=frozenset({"m2"})), fields="llm")
+    replies: list[bytes] = []
+    for fields, headers, expected in (
+        ({"model": "m2"}, {}, "b"),
+        ({"model": "m2"}, {"x_model": "m1"}, "a"),
+        ({"model": "m2", "max_tokens": "12", "user": 5}, {}, "b"),
+    ):
+        session = Session(room.desk, replies.append)
+        session.receive(message("request_headers", fields=fields, **headers))
+        assert cluster(pb.ProcessingResponse.FromString(replies.pop())) == expected
+    assert all(isinstance(decision, Dispatch) for decision in room.decisions)
+
+
+def test_the_answer_carries_why_as_dynamic_metadata():
+    room = Room(ONE)
+    first, _ = room.open()
+    _, replies = room.open()
+    room.clock.advance(0.25)
+    first.end()
+    details = replies[0].dynamic_metadata["extproc"]
+    assert details["outcome"] == "dispatched"
+    assert details["endpoint"] == "a"
+    assert details["class"] == "default"
+    assert details["wait_ms"] == pytest.approx(250)
+    assert details["position"] == 0
