@@ -6,10 +6,10 @@ STAMP := $(VENV)/.installed
 # Envoy's official messages, in a folder of their own: in site-packages they would overwrite other packages' files.
 XDS := $(VENV)/xds-protos
 
-.PHONY: run test lint types proto envoy-files check-generated clean help
+.PHONY: run test bench-burst bench-engine lint types proto envoy-files check-generated clean help
 
 help:            ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
@@ -25,6 +25,13 @@ run: $(STAMP)    ## real Envoy, the sidecar, three simulated engines, live traff
 
 test: $(STAMP) $(XDS) lint types check-generated  ## everything: lint, types, generated files, unit, property and end-to-end tests
 	$(BIN)/python -m pytest
+
+bench-burst: $(STAMP)  ## one burst on real Envoy, queue off against on (about a minute)
+	$(BIN)/python -m bench.burst
+
+bench-engine: $(STAMP)  ## what the simulated engine itself costs
+	$(BIN)/python -m bench.engine model
+	$(BIN)/python -m bench.engine http
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def measure_model(preset: str, requests: int, per_second: float, limit: int) -> str:
     """Poisson arrivals, lognormal lengths (prompt ~1300, output ~155 tokens), to the engine with fewest in flight."""
-    draw = random.Random(1)  # noqa: S311  # a workload, not a secret
+    draw = random.Random(1)  # a workload, not a secret
     engines = [Engine(PRESETS[preset]) for _ in range(4)]
     in_flight, versions, queue = [0] * 4, [0] * 4, list[tuple[int, int, int]]()
     due: list[tuple[float, int, int]] = []

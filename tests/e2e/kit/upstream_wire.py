@@ -49,7 +49,7 @@ class Connection(asyncio.Protocol):
             data = self._first
         self._speaker.data_received(data)
 
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
+    def connection_lost(self, exc: Exception | None) -> None:
         self.gone.set()
         self._can_write.set()
         if self._speaker is not None:
