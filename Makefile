@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Envoy's official messages, in a folder of their own: in site-packages they would overwrite other packages' files.
 XDS := $(VENV)/xds-protos
 
-.PHONY: run test bench-burst bench-engine lint types proto envoy-files check-generated clean help
+.PHONY: run test bench-burst bench-engine lint types proto envoy-files reference check-generated clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -46,6 +46,9 @@ proto: $(STAMP)  ## generate extproc/_pb from proto/
 envoy-files: $(STAMP)  ## render envoy/*.yaml from examples/
 	$(BIN)/python -m extproc envoy-config --config examples/sidecar.yaml > envoy/sidecar.yaml
 	$(BIN)/python -m extproc envoy-config --config examples/sidecar.yaml --fail-open > envoy/fail-open.yaml
+
+reference: $(STAMP)  ## write docs/reference.md from the code
+	$(BIN)/python docs/generate.py
 
 check-generated: proto envoy-files
 	git diff --exit-code -- extproc/_pb envoy

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from extproc.admin.http import Admin
 from extproc.admission.controller import Controller
+from extproc.admission.rehearsal import Rehearsal
 from extproc.ages import Ages
 from extproc.gate import Gate
 from extproc.observe.metrics import Metrics
@@ -31,7 +32,7 @@ class App:
     def __init__(self, config: Config, loop: asyncio.AbstractEventLoop) -> None:
         """Build all parts of a sidecar that will run on `loop`."""
         self.config = config
-        controller = Controller(config.policy())
+        controller = Rehearsal(config.policy()) if config.dry_run else Controller(config.policy())
         self.metrics = Metrics(controller, lambda: self.desk.streams)
         self.gate = Gate(controller, loop, [self.metrics])
         self.desk = Desk(self.gate, config.header_names(), Ages(config.longest_budget_s))

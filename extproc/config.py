@@ -170,6 +170,9 @@ class Config(_Section):
         False, description="Allow `listen` and `admin` on addresses other than loopback, in plain text."
     )
     enable_queue: bool = Field(False, description="Off: endpoints are chosen and counted, nothing is held or refused.")
+    dry_run: bool = Field(
+        False, description="Hold nothing; count in metrics what would have been held or refused, were the queue on."
+    )
     endpoints: list[EndpointConfig] = Field([], description="The inference servers.")
     max_running_requests: Limit = Field(
         None, description="The most requests at once per endpoint: a number, or `adaptive` (steered by token speed)."
@@ -182,6 +185,17 @@ class Config(_Section):
     )
     max_queued_requests: Annotated[int, Field(ge=0)] = Field(
         10_000, description="Over it the last request of the lowest class is refused, not the newest as such."
+    )
+    max_prompt_tokens: Annotated[int, Field(ge=1)] = Field(
+        4096, description="The most prompt tokens at an endpoint that have no first token yet, where that can be seen."
+    )
+    shed: bool = Field(
+        True,
+        description="Refuse at once what is predicted to wait longer than its budget. Off: it waits its budget out.",
+    )
+    tenant_fairness: bool = Field(True, description="Inside a class, fair shares of tokens between tenants.")
+    short_prompts_first: bool = Field(
+        False, description="Inside a class, short prompts first, instead of fairness; long ones wait longest."
     )
     classes: Annotated[list[ClassConfig], Field(min_length=1)] = Field(
         [ClassConfig(name="default")], description="Service classes; the first is the default."
@@ -200,6 +214,10 @@ class Config(_Section):
             patience_s=self.max_queue_wait_time,
             binding=Binding(self.binding),
             max_queued_requests=self.max_queued_requests,
+            max_prompt_tokens=self.max_prompt_tokens,
+            shed=self.shed,
+            fair=self.tenant_fairness,
+            short_first=self.short_prompts_first,
         )
 
     def endpoint_specs(self) -> list[EndpointSpec]:

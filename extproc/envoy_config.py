@@ -137,7 +137,7 @@ static_resources:
               allow_mode_override: false
               request_attributes: [request.time, request.id]
               response_attributes: [response.code_details]
-              # The sidecar may write the routing header, and the headers of its refusals, to which these rules apply too.
+              # The sidecar may write the routing header, and the headers of its refusals: the rules apply to those too.
               mutation_rules:
                 disallow_all: true
                 allow_expression: {{regex: {json.dumps("|".join([_regex(names.cluster), *wire.REFUSAL_HEADERS]))}}}

@@ -19,6 +19,7 @@ from prometheus_client.core import (
 
 from extproc import __version__
 from extproc.admission.outcome import Outcome
+from extproc.admission.rehearsal import Rehearsal
 from extproc.admission.values import Dispatch
 
 if TYPE_CHECKING:
@@ -87,6 +88,15 @@ class Metrics:
         yield from self._request_families()
         yield from self._queue_families()
         yield from self._endpoint_families()
+        if isinstance(self._controller, Rehearsal):
+            rehearsed = CounterMetricFamily(
+                "extproc_dry_run_requests",
+                "Dry run: what would have happened to requests, were the queue on.",
+                labels=["outcome", "class"],
+            )
+            for key, count in self._controller.counts.items():
+                rehearsed.add_metric(key, count)
+            yield rehearsed
         streams = GaugeMetricFamily("extproc_streams", "Open ext_proc streams: requests waiting or running.")
         streams.add_metric([], self._streams())
         yield streams

@@ -1,0 +1,122 @@
+"""Writes docs/reference.md from the code: `make reference`. A test checks that it is current."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from extproc import cli
+from extproc.admission.outcome import Outcome
+from extproc.admission.rehearsal import Rehearsal
+from extproc.admission.values import Policy
+from extproc.config import ClassConfig, Config, EndpointConfig, HeadersConfig
+from extproc.durations import format_duration
+from extproc.observe.metrics import Metrics
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+TARGET = Path(__file__).with_name("reference.md")
+_INTRODUCTION = """\
+# Reference
+
+Written from the code by `make reference`; `make test` checks that it is current.
+
+## Configuration
+
+YAML. Unknown keys are errors; `extproc check FILE` names all mistakes at once. Durations are like `10s`, `250ms`, `2m`.
+Each key can be set by an environment variable too, which wins: `EXTPROC_ENABLE_QUEUE=true`, `EXTPROC_HEADERS__MODEL=x-llm`,
+and as YAML `EXTPROC_ENDPOINTS='[{name: a, address: "10.0.0.7:8000"}]'`.
+"""
+ADAPTIVE = {"max_running_requests"}
+
+
+def reference() -> str:
+    """Return the reference as Markdown."""
+    parts = [
+        _INTRODUCTION,
+        _keys(Config),
+        f"### `endpoints[]`\n\n{EndpointConfig.__doc__}\n\n{_keys(EndpointConfig)}",
+        f"### `classes[]`\n\n{ClassConfig.__doc__}\n\n{_keys(ClassConfig)}",
+        f"### `headers`\n\n{HeadersConfig.__doc__}\n\n{_keys(HeadersConfig)}",
+        _outcomes(),
+        _metrics(),
+        _commands(),
+    ]
+    return "\n".join(parts)
+
+
+def _keys(section: type[BaseModel]) -> str:
+    rows = ["| key | default | meaning |", "| --- | --- | --- |"]
+    for name, field in section.model_fields.items():
+        default = _default(name, field.get_default(), required=field.is_required())
+        rows.append(f"| `{field.alias or name}` | {default} | {field.description} |")
+    return "\n".join(rows) + "\n"
+
+
+def _default(name: str, value: object, *, required: bool) -> str:
+    if required:
+        return "required"
+    if value is None:
+        return "`adaptive`" if name in ADAPTIVE else ""
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, float):
+        return f"`{format_duration(value)}`"
+    if isinstance(value, (list, HeadersConfig)):
+        return "one, `default`" if value and name == "classes" else "below" if name == "headers" else "none"
+    return f"`{value}`"
+
+
+def _outcomes() -> str:
+    rows = [
+        "## Outcomes\n\nHow a request leaves the queue: label of metrics, `x-extproc-outcome` of refusals, `outcome` in",
+        "Envoy's dynamic metadata (namespace `extproc`, with `endpoint`, `home`, `class`, `wait_ms`, `position`).\n",
+        "| outcome | HTTP | the client reads |",
+        "| --- | --- | --- |",
+    ]
+    rows += [f"| `{outcome.value}` | {outcome.status or ''} | {outcome.message} |" for outcome in Outcome]
+    return "\n".join(rows) + "\n"
+
+
+def _metrics() -> str:
+    """Describe what /metrics has, from the collectors themselves, in a dry run so that its metrics are there too."""
+    rows = [
+        "## Metrics\n\nAt `/metrics` of the admin port. Labels come from the configuration, never from clients.\n",
+        "| metric | type | labels | meaning |",
+        "| --- | --- | --- | --- |",
+    ]
+    for family in Metrics(Rehearsal(Policy()), lambda: 0).collect():
+        suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
+        labels = ", ".join(f"`{label}`" for label in getattr(family, "_labelnames", ()))
+        rows.append(f"| `{family.name}{suffix}` | {family.type} | {labels} | {family.documentation} |")
+    return "\n".join(rows) + "\n"
+
+
+def _commands() -> str:
+    parts = ["## Commands\n\nExit codes: 0 ok, 1 invalid input, 2 usage, 3 could not bind or start.\n"]
+    parser = cli._parser()
+    commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    helps = {action.dest: action.help for action in commands._choices_actions}
+    for name, command in commands.choices.items():
+        rows = [f"### `extproc {name}`\n\n{helps[name]}\n\n| argument | default | meaning |", "| --- | --- | --- |"]
+        for action in command._actions:
+            if action.dest != "help":
+                rows.append(_argument(action))
+        parts.append("\n".join(rows) + "\n")
+    return "\n".join(parts)
+
+
+def _argument(action: argparse.Action) -> str:
+    names = ", ".join(f"`{name}`" for name in action.option_strings) or f"`{action.metavar}`"
+    default = f"`{action.default}`" if action.default not in (None, False) else ""
+    if action.choices is not None:
+        default += " of " + ", ".join(f"`{choice}`" for choice in action.choices)
+    meaning = (action.help or "").replace(" (%(default)s)", "").replace(" (default: %(default)s)", "")
+    return f"| {names} | {default.strip()} | {meaning} |"
+
+
+if __name__ == "__main__":
+    sys.exit(TARGET.write_text(reference(), encoding="utf-8") and 0)
