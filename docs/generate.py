@@ -27,8 +27,8 @@ Written from the code by `make reference`; `make test` checks that it is current
 ## Configuration
 
 YAML. Unknown keys are errors; `extproc check FILE` names all mistakes at once. Durations are like `10s`, `250ms`, `2m`.
-Each key can be set by an environment variable too, which wins: `EXTPROC_ENABLE_QUEUE=true`, `EXTPROC_HEADERS__MODEL=x-llm`,
-and as YAML `EXTPROC_ENDPOINTS='[{name: a, address: "10.0.0.7:8000"}]'`.
+Each key can be set by an environment variable too, which wins: `EXTPROC_ENABLE_QUEUE=true`,
+`EXTPROC_HEADERS__MODEL=x-llm`, and as YAML `EXTPROC_ENDPOINTS='[{name: a, address: "10.0.0.7:8000"}]'`.
 """
 ADAPTIVE = {"max_running_requests"}
 
@@ -72,8 +72,8 @@ def _default(name: str, value: object, *, required: bool) -> str:
 
 def _outcomes() -> str:
     rows = [
-        "## Outcomes\n\nHow a request leaves the queue: label of metrics, `x-extproc-outcome` of refusals, `outcome` in",
-        "Envoy's dynamic metadata (namespace `extproc`, with `endpoint`, `home`, `class`, `wait_ms`, `position`).\n",
+        "## Outcomes\n\nHow a request leaves the queue: label of metrics, `x-extproc-outcome` of refusals, `outcome`",
+        "in Envoy's dynamic metadata (namespace `extproc`, with `endpoint`, `home`, `class`, `wait_ms`, `position`).\n",
         "| outcome | HTTP | the client reads |",
         "| --- | --- | --- |",
     ]
@@ -102,9 +102,7 @@ def _commands() -> str:
     helps = {action.dest: action.help for action in commands._choices_actions}
     for name, command in commands.choices.items():
         rows = [f"### `extproc {name}`\n\n{helps[name]}\n\n| argument | default | meaning |", "| --- | --- | --- |"]
-        for action in command._actions:
-            if action.dest != "help":
-                rows.append(_argument(action))
+        rows += [_argument(action) for action in command._actions if action.dest != "help"]
         parts.append("\n".join(rows) + "\n")
     return "\n".join(parts)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 WAVE = (("batch", 18), ("default", 14), ("interactive", 8))
 """Requests of a wave by class, in the order they are sent: the lowest class first, so that the order shows."""
-WAVE_EVERY_S = 9.0
+WAVE_EVERY_S = 8.0
 SHOW_EVERY_S = 0.5
 
 
@@ -59,7 +59,7 @@ class Demo:
         body = {
             "model": "sim",
             "stream": True,
-            "max_tokens": self._random.randint(20, 60),
+            "max_tokens": self._random.randint(60, 140),
             "messages": [{"role": "user", "content": "Tell me of waiting rooms. " * self._random.randint(1, 20)}],
         }
         headers = {"x-request-class": request_class}

@@ -158,3 +158,20 @@ def test_a_client_cannot_choose_its_cluster(stack):
     assert not here.upstreams["b"].seen("spoof")
     names = {name.lower() for name, _ in here.upstreams["a"].seen("spoof")[0].headers}
     assert "x-upstream-cluster" not in names
+
+
+def test_a_dry_run_holds_nothing_and_counts_what_it_would_have_held(stack):
+    here = stack(config={"enable_queue": False, "dry_run": True, "max_running_requests": 1})
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(
+            complete_many, here.url, 5, lambda n: {"x-test-id": f"d-{n}", **dict([behave("ok", hold="head")])}
+        )
+        here.wait_in_flight("a", 5)
+        for number in range(5):
+            here.upstreams["a"].release(f"d-{number}")
+        assert {answer.status for answer in running.result()} == {200}
+    here.wait_idle()
+    metrics = here.sidecar.metrics()
+    would = {name: count for name, count in metrics.items() if name.startswith("extproc_dry_run_requests_total")}
+    assert sum(would.values()) == 5
+    assert sum(count for name, count in would.items() if 'outcome="held"' in name) >= 1
