@@ -1,23 +1,83 @@
-"""Cross-checks an Envoy bootstrap against a configuration: settings that silently lose or end held requests."""
+"""Cross-checks an Envoy bootstrap against a configuration: settings that silently lose, cut or misroute held requests.
+
+Each rule is one function that yields problems: where, what is wrong and why, and what would be right. What Envoy 1.40
+does was measured; `extproc envoy-config` prints a bootstrap that passes.
+"""
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from extproc import wire
 from extproc.durations import parse_duration
+from extproc.envoy_config import IDLE_S, MARGIN_S
 from extproc.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from extproc.config import Config
 
-FILTER = "type.googleapis.com/envoy.extensions.filters.http.ext_proc.v3.ExternalProcessor"
+_TYPE = "type.googleapis.com/envoy.extensions."
+_FILTER = _TYPE + "filters.http.ext_proc.v3.ExternalProcessor"
+_SSE_TO_METADATA = "envoy.filters.http.sse_to_metadata"
+_EARLY_MUTATION = _TYPE + "http.early_header_mutation.header_mutation.v3.HeaderMutation"
+_HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 DEFAULT_MESSAGE_TIMEOUT_S = 0.2
-DEFAULT_STREAM_IDLE_TIMEOUT_S = 300.0
+DEFAULT_IDLE_S = 300.0
+DEFAULT_ROUTE_TIMEOUT_S = 15.0
+DEFAULT_BODY_LIMIT = 1 << 20
+MANY = 10_000
+"""Requests held or running at once that Envoy should not stand in the way of."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Spot:
+    """A part of the bootstrap and its path."""
+
+    path: str
+    node: dict[str, Any]
+
+    def get(self, *keys: str) -> Any:
+        """Return what is under `keys`, or None."""
+        node: Any = self.node
+        for key in keys:
+            node = node.get(key) if isinstance(node, dict) else None
+        return node
+
+    def seconds(self, key: str, default: float) -> float:
+        """Return the duration under `key`."""
+        value = self.node.get(key)
+        seconds = parse_duration(str(value)) if value is not None else None
+        return default if seconds is None else seconds
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """The parts that rules look at."""
+
+    config: Config
+    manager: _Spot
+    filter: _Spot
+    hosts: list[_Spot]
+    routes: list[_Spot]
+    clusters: dict[str, _Spot]
+    static_routes: bool
+    static_clusters: bool
+
+    @property
+    def longest_s(self) -> float:
+        return self.config.longest_budget_s
+
+    @property
+    def steered(self) -> list[_Spot]:
+        header = self.config.headers.cluster
+        return [route for route in self.routes if route.get("route", "cluster_header") == header]
 
 
 def check_envoy(config: Config, path: Path) -> list[str]:
@@ -28,53 +88,280 @@ def check_envoy(config: Config, path: Path) -> list[str]:
         raise ConfigError(str(path), [f"can't be read: {error.strerror or error}"]) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), ["is no valid YAML: " + " ".join(str(error).split())]) from None
-    nodes = list(_walk(bootstrap, ""))
-    filters = [(where, node) for where, node in nodes if node.get("@type") == FILTER]
-    if not filters:
-        return ["has no envoy.filters.http.ext_proc filter; `extproc envoy-config` prints a bootstrap that has one"]
+    spots = list(_walk(bootstrap, ""))
+    clusters = {str(spot.node.get("name")): spot for spot in spots if "clusters[" in spot.path.rsplit(".", 1)[-1]}
     problems: list[str] = []
-    for where, node in filters:
-        if not node.get("observability_mode"):
-            problems += _check_filter(where, node, config.longest_budget_s)
-    for where, node in nodes:
-        if "http_filters" in node:
-            problems += _check_connection_manager(where, node, config.longest_budget_s)
+    views = list(_views(config, spots, clusters))
+    for view in views:
+        for rule in _RULES:
+            problems += [problem for problem in rule(view) if problem not in problems]
+    if not views:
+        return ["has no envoy.filters.http.ext_proc filter that could hold requests; `extproc envoy-config` prints one"]
     return problems
 
 
-def _check_filter(where: str, node: dict[str, Any], longest_s: float) -> Iterator[str]:
-    timeout_s = _seconds(node.get("message_timeout"), DEFAULT_MESSAGE_TIMEOUT_S)
-    if timeout_s <= longest_s:
+def _views(config: Config, spots: list[_Spot], clusters: dict[str, _Spot]) -> Iterator[_View]:
+    for manager in (spot for spot in spots if "http_filters" in spot.node):
+        inside = [spot for spot in spots if spot.path.startswith(manager.path + ".")]
+        for spot in inside:
+            if spot.node.get("@type") == _FILTER and not spot.node.get("observability_mode"):
+                yield _View(
+                    config,
+                    manager,
+                    spot,
+                    hosts=[other for other in inside if "virtual_hosts[" in other.path.rsplit(".", 1)[-1]],
+                    routes=[other for other in inside if "match" in other.node and "routes[" in other.path],
+                    clusters=clusters,
+                    static_routes=manager.get("rds") is None,
+                    static_clusters=not any("cds_config" in other.node for other in spots),
+                )
+
+
+# ---- rules: time
+
+
+def _message_timeout(view: _View) -> Iterator[str]:
+    seconds = view.filter.seconds("message_timeout", DEFAULT_MESSAGE_TIMEOUT_S)
+    if seconds <= view.longest_s:
         yield (
-            f"{where}.message_timeout: {timeout_s:g}s is not above the longest budget, {longest_s:g}s: Envoy would "
-            f"give up on requests that wait; {longest_s + 20:g}s would be right"
+            f"{view.filter.path}.message_timeout: {seconds:g}s is not above the longest budget, {view.longest_s:g}s: "
+            f"Envoy gives up on requests that wait; {view.longest_s + MARGIN_S:g}s would be right"
         )
-    if node.get("processing_mode", {}).get("response_trailer_mode") != "SEND":
+
+
+def _idle_timeouts(view: _View) -> Iterator[str]:
+    right = f"held time counts against it (504); {max(IDLE_S, view.longest_s + 60):g}s would be right"
+    seconds = view.manager.seconds("stream_idle_timeout", DEFAULT_IDLE_S)
+    if 0 < seconds <= view.longest_s:
+        yield f"{view.manager.path}.stream_idle_timeout: {seconds:g}s is not above the longest budget: {right}"
+    for route in view.routes:
+        idle = parse_duration(str(route.get("route", "idle_timeout") or "0s")) or 0.0
+        if 0 < idle <= view.longest_s:
+            yield f"{route.path}.route.idle_timeout: {idle:g}s is not above the longest budget: {right}"
+
+
+def _whole_request_timeouts(view: _View) -> Iterator[str]:
+    if view.manager.seconds("request_timeout", 0.0) > 0:
         yield (
-            f"{where}.processing_mode.response_trailer_mode: must be SEND: else the stream ends before the answer "
-            "does, and its lease would be given back too early"
+            f"{view.manager.path}.request_timeout: a held request without a body is answered 504 after it, one with a "
+            "big body 408; leave it unset"
         )
-
-
-def _check_connection_manager(where: str, node: dict[str, Any], longest_s: float) -> Iterator[str]:
-    idle_s = _seconds(node.get("stream_idle_timeout"), DEFAULT_STREAM_IDLE_TIMEOUT_S)
-    if 0 < idle_s <= longest_s:
+    if view.manager.get("common_http_protocol_options", "max_stream_duration") is not None:
         yield (
-            f"{where}.stream_idle_timeout: {idle_s:g}s is not above the longest budget, {longest_s:g}s: held time "
-            f"counts against it; {longest_s + 60:g}s or more would be right"
+            f"{view.manager.path}.common_http_protocol_options.max_stream_duration: held time counts against it (504); "
+            "leave it unset"
+        )
+    for route in view.routes:
+        if route.get("route", "max_stream_duration") is not None:
+            yield f"{route.path}.route.max_stream_duration: held time counts against it (504); leave it unset"
+
+
+def _answer_timeout(view: _View) -> Iterator[str]:
+    for route in view.steered:
+        timeout = route.get("route", "timeout")
+        seconds = DEFAULT_ROUTE_TIMEOUT_S if timeout is None else parse_duration(str(timeout))
+        if seconds is not None and 0 < seconds < 60:
+            yield (
+                f"{route.path}.route.timeout: {seconds:g}s from dispatch to the end of the answer cuts long answers; "
+                "0s (no limit) would be right"
+            )
+
+
+# ---- rules: the filter
+
+
+def _modes(view: _View) -> Iterator[str]:
+    mode = view.filter.get("processing_mode") or {}
+    path = f"{view.filter.path}.processing_mode"
+    if mode.get("request_header_mode", "SEND") == "SKIP":
+        yield f"{path}.request_header_mode: SKIP leaves nothing to hold; SEND would be right"
+    if mode.get("response_trailer_mode") != "SEND":
+        yield (
+            f"{path}.response_trailer_mode: must be SEND: else the stream ends before the answer does, and its slot is "
+            "given to the next request too early"
+        )
+    for key in ("request_body_mode", "response_body_mode"):
+        if mode.get(key, "NONE") != "NONE":
+            yield f"{path}.{key}: {mode[key]} sends bodies through the sidecar; NONE would be right"
+
+
+def _answers(view: _View) -> Iterator[str]:
+    if view.filter.get("disable_immediate_response"):
+        yield f"{view.filter.path}.disable_immediate_response: turns our 429s into 500s; leave it unset"
+    rules = view.filter.get("mutation_rules") or {}
+    allowed = (rules.get("allow_expression") or {}).get("regex", "")
+    wanted = [view.config.headers.cluster, *wire.REFUSAL_HEADERS]
+    if rules.get("disallow_all"):
+        missing = [name for name in wanted if not _matches(allowed, name)]
+        if missing:
+            yield (
+                f"{view.filter.path}.mutation_rules: drops {', '.join(missing)} without a word; an allow_expression "
+                f"of {'|'.join(wanted)!r} would be right"
+            )
+    spaces = view.filter.get("metadata_options", "receiving_namespaces", "untyped") or []
+    if wire.NAMESPACE not in spaces:
+        yield (
+            f"{view.filter.path}.metadata_options.receiving_namespaces.untyped: lacks {wire.NAMESPACE}: the access log "
+            "can't say why a request waited"
         )
 
 
-def _walk(node: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _what_we_see(view: _View) -> Iterator[str]:
+    rules = view.filter.get("forward_rules") or {}
+    allowed = (rules.get("allowed_headers") or {}).get("patterns")
+    if allowed is not None:
+        exact = {pattern.get("exact") for pattern in allowed if isinstance(pattern, dict)}
+        other = any("exact" not in pattern for pattern in allowed if isinstance(pattern, dict))
+        missing = sorted(view.config.header_names().wanted() - exact - {view.config.headers.cluster})
+        if missing and not other:
+            yield f"{view.filter.path}.forward_rules.allowed_headers: lacks {', '.join(missing)}, which we read"
+    if "request.time" not in (view.filter.get("request_attributes") or []):
+        yield (
+            f"{view.filter.path}.request_attributes: lacks request.time: a request that is replayed to a restarted "
+            "sidecar starts its wait anew"
+        )
+
+
+def _failure_mode(view: _View) -> Iterator[str]:
+    if not view.filter.get("failure_mode_allow"):
+        yield (
+            f"{view.filter.path}.failure_mode_allow: false cuts every running answer when the sidecar dies; true, and a "
+            "last route to a cluster of your choice (empty: 503), would be right"
+        )
+    retry = view.filter.get("grpc_service", "retry_policy")
+    if retry is None or "reset" not in str(retry.get("retry_on", "")):
+        yield (
+            f"{view.filter.path}.grpc_service.retry_policy: without retry_on connect-failure,reset,unavailable,cancelled "
+            "held requests fail when the sidecar restarts, instead of being replayed to it"
+        )
+
+
+# ---- rules: routes
+
+
+def _routing(view: _View) -> Iterator[str]:
+    if not view.static_routes:
+        return  # routes come by RDS: nothing to look at here
+    header = view.config.headers.cluster
+    if not view.steered:
+        yield (
+            f"{view.manager.path}.route_config: no route has cluster_header: {header}: nothing follows our decisions; "
+            "clear_route_cache and that route are how a request gets to its endpoint"
+        )
+    strip = [
+        mutation
+        for extension in view.manager.get("early_header_mutation_extensions") or []
+        if (extension.get("typed_config") or {}).get("@type") == _EARLY_MUTATION
+        for mutation in extension["typed_config"].get("mutations") or []
+    ]
+    if not any(_removes(mutation, header) for mutation in strip):
+        yield (
+            f"{view.manager.path}.early_header_mutation_extensions: must remove {header}: else a client that sends it "
+            "chooses its cluster when we don't answer; a header_mutation filter is too late"
+        )
+
+
+def _unsteered(view: _View) -> Iterator[str]:
+    for route in view.routes:
+        if "direct_response" in route.node and route.get("match", "prefix") == "/":
+            yield (
+                f"{route.path}.direct_response: while a request is held on it the body limit is not applied, and a "
+                "client that leaves goes unnoticed; a route to an empty cluster would be right"
+            )
+
+
+def _body_limit(view: _View) -> Iterator[str]:
+    for host in view.hosts:
+        limit = host.node.get("request_body_buffer_limit", DEFAULT_BODY_LIMIT)
+        if isinstance(limit, int) and limit <= DEFAULT_BODY_LIMIT:
+            yield (
+                f"{host.path}.request_body_buffer_limit: a client that leaves while its bigger HTTP/1.1 body is held goes "
+                "unnoticed, and its request is run for nobody; 33554432 would be right"
+            )
+
+
+# ---- rules: clusters
+
+
+def _ext_proc_cluster(view: _View) -> Iterator[str]:
+    name = view.filter.get("grpc_service", "envoy_grpc", "cluster_name")
+    cluster = view.clusters.get(str(name))
+    if cluster is None:
+        yield f"{view.filter.path}.grpc_service.envoy_grpc.cluster_name: there is no cluster {name!r}"
+        return
+    thresholds = (cluster.get("circuit_breakers", "thresholds") or [{}])[0]
+    for key, default in (("max_requests", 1024), ("max_pending_requests", 1024), ("max_retries", 3)):
+        if thresholds.get(key, default) < MANY:
+            yield (
+                f"{cluster.path}.circuit_breakers.thresholds[0].{key}: {thresholds.get(key, default)}: each held and each "
+                f"running request counts, those above get 500 or go un-steered; {10 * MANY} would be right"
+            )
+    options = cluster.get("typed_extension_protocol_options", _HTTP_OPTIONS, "explicit_http_config") or {}
+    http2 = options.get("http2_protocol_options") or {}
+    if http2.get("max_outbound_control_frames", 1000) < MANY:
+        yield (
+            f"{cluster.path}.typed_extension_protocol_options: http2_protocol_options.max_outbound_control_frames: 1000 "
+            f"streams that end in one moment close the connection with all that is held on it; {10 * MANY} would be right"
+        )
+
+
+def _endpoint_clusters(view: _View) -> Iterator[str]:
+    if not view.static_clusters:
+        return  # clusters come by CDS: nothing to look at here
+    for index, endpoint in enumerate(view.config.endpoints):
+        name = endpoint.cluster or endpoint.name
+        cluster = view.clusters.get(name)
+        if cluster is None:
+            yield f"static_resources.clusters: there is no {name!r}, the cluster of endpoints[{index}]: its requests get 503"
+
+
+def _dangerous(view: _View) -> Iterator[str]:
+    for index, http_filter in enumerate(view.manager.node["http_filters"]):
+        if isinstance(http_filter, dict) and http_filter.get("name") == _SSE_TO_METADATA:
+            yield (
+                f"{view.manager.path}.http_filters[{index}]: sse_to_metadata crashes Envoy 1.40 when an engine sends an "
+                "event whose data is a JSON scalar; remove it"
+            )
+
+
+_RULES: tuple[Callable[[_View], Iterator[str]], ...] = (
+    _message_timeout,
+    _idle_timeouts,
+    _whole_request_timeouts,
+    _answer_timeout,
+    _modes,
+    _answers,
+    _what_we_see,
+    _failure_mode,
+    _routing,
+    _unsteered,
+    _body_limit,
+    _ext_proc_cluster,
+    _endpoint_clusters,
+    _dangerous,
+)
+
+
+def _matches(expression: str, name: str) -> bool:
+    try:
+        return re.fullmatch(expression, name) is not None
+    except re.error:
+        return False
+
+
+def _removes(mutation: dict[str, Any], header: str) -> bool:
+    matcher = (mutation.get("remove_on_match") or {}).get("key_matcher") or {}
+    prefix = matcher.get("prefix")
+    return (
+        mutation.get("remove") == header or matcher.get("exact") == header or bool(prefix and header.startswith(prefix))
+    )
+
+
+def _walk(node: Any, where: str) -> Iterator[_Spot]:
     if isinstance(node, dict):
-        yield where, node
+        yield _Spot(where, node)
         for key, value in node.items():
             yield from _walk(value, f"{where}.{key}" if where else str(key))
     elif isinstance(node, list):
         for index, value in enumerate(node):
             yield from _walk(value, f"{where}[{index}]")
-
-
-def _seconds(value: object, default: float) -> float:
-    seconds = parse_duration(str(value)) if value is not None else None
-    return default if seconds is None else seconds

@@ -11,41 +11,142 @@ from extproc.envoy_config import EnvoyOptions, render
 from extproc.errors import ConfigError
 
 CONFIG = parse_config("endpoints: [{name: a, address: 'h:1'}]\nclasses: [{name: default, budget: 40s}]", "file", {})
+MANAGER = "static_resources.listeners[0].filter_chains[0].filters[0].typed_config"
+EXT_PROC = f"{MANAGER}.http_filters[0].typed_config"
+HOST = f"{MANAGER}.route_config.virtual_hosts[0]"
 
 
-def check(tmp_path, change=None) -> list[str]:
-    bootstrap = yaml.safe_load(render(CONFIG, EnvoyOptions()))
-    manager = bootstrap["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
-    if change is not None:
-        change(manager, manager["http_filters"][0]["typed_config"])
-    path = tmp_path / "envoy.yaml"
-    path.write_text(yaml.safe_dump(bootstrap))
-    return check_envoy(CONFIG, path)
+class Bootstrap:
+    """The parts of a rendered bootstrap that tests spoil."""
+
+    def __init__(self, *, fail_open: bool = False) -> None:
+        self.whole = yaml.safe_load(render(CONFIG, EnvoyOptions(fail_open=fail_open)))
+        resources = self.whole["static_resources"]
+        self.manager = resources["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
+        self.filter = self.manager["http_filters"][0]["typed_config"]
+        self.host = self.manager["route_config"]["virtual_hosts"][0]
+        self.steered, self.unsteered = self.host["routes"]
+        self.clusters = resources["clusters"]
+        self.breaker = self.clusters[0]["circuit_breakers"]["thresholds"][0]
+
+    def check(self, tmp_path) -> list[str]:
+        path = tmp_path / "envoy.yaml"
+        path.write_text(yaml.safe_dump(self.whole))
+        return check_envoy(CONFIG, path)
 
 
-def test_what_we_render_passes(tmp_path):
-    assert check(tmp_path) == []
+@pytest.mark.parametrize("fail_open", [False, True])
+def test_what_we_render_passes(tmp_path, fail_open):
+    assert Bootstrap(fail_open=fail_open).check(tmp_path) == []
 
 
-def test_a_message_timeout_below_the_longest_budget_is_named(tmp_path):
-    (problem,) = check(tmp_path, lambda _, ext_proc: ext_proc.update(message_timeout="30s"))
-    assert "message_timeout: 30s is not above the longest budget, 40s" in problem
-    assert problem.startswith("static_resources.listeners[0].filter_chains[0].filters[0].typed_config.http_filters[0]")
+SPOILT = {
+    "a message_timeout below the budget": (
+        lambda b: b.filter.update(message_timeout="30s"),
+        f"{EXT_PROC}.message_timeout: 30s is not above the longest budget, 40s",
+    ),
+    "an unset message_timeout, which is 200 ms": (lambda b: b.filter.pop("message_timeout"), "message_timeout: 0.2s"),
+    "a message_timeout of 0, which fires at once": (
+        lambda b: b.filter.update(message_timeout="0s"),
+        "message_timeout: 0s",
+    ),
+    "a short stream_idle_timeout": (
+        lambda b: b.manager.update(stream_idle_timeout="40s"),
+        f"{MANAGER}.stream_idle_timeout: 40s is not above",
+    ),
+    "a short idle_timeout of the route": (
+        lambda b: b.unsteered["route"].update(idle_timeout="5s"),
+        f"{HOST}.routes[1].route.idle_timeout: 5s is not above",
+    ),
+    "a request_timeout": (lambda b: b.manager.update(request_timeout="60s"), f"{MANAGER}.request_timeout:"),
+    "a max_stream_duration": (
+        lambda b: b.manager.update(common_http_protocol_options={"max_stream_duration": "99s"}),
+        f"{MANAGER}.common_http_protocol_options.max_stream_duration:",
+    ),
+    "a max_stream_duration of the route": (
+        lambda b: b.unsteered["route"].update(max_stream_duration={"max_stream_duration": "9s"}),
+        f"{HOST}.routes[1].route.max_stream_duration:",
+    ),
+    "the default route timeout": (lambda b: b.steered["route"].pop("timeout"), f"{HOST}.routes[0].route.timeout: 15s"),
+    "no trailers, so no end of the answer": (
+        lambda b: b.filter["processing_mode"].pop("response_trailer_mode"),
+        f"{EXT_PROC}.processing_mode.response_trailer_mode: must be SEND",
+    ),
+    "no request headers": (
+        lambda b: b.filter["processing_mode"].update(request_header_mode="SKIP"),
+        "request_header_mode: SKIP leaves nothing to hold",
+    ),
+    "bodies through the sidecar": (
+        lambda b: b.filter["processing_mode"].update(response_body_mode="STREAMED"),
+        "response_body_mode: STREAMED sends bodies",
+    ),
+    "no immediate responses": (
+        lambda b: b.filter.update(disable_immediate_response=True),
+        f"{EXT_PROC}.disable_immediate_response:",
+    ),
+    "mutation rules that drop the headers of refusals": (
+        lambda b: b.filter["mutation_rules"].update(allow_expression={"regex": "x-upstream-cluster"}),
+        f"{EXT_PROC}.mutation_rules: drops content-type, retry-after, x-extproc-outcome",
+    ),
+    "no namespace for our metadata": (lambda b: b.filter.pop("metadata_options"), "lacks extproc"),
+    "headers that we need and don't get": (
+        lambda b: b.filter["forward_rules"]["allowed_headers"]["patterns"].pop(0),
+        f"{EXT_PROC}.forward_rules.allowed_headers: lacks :status",
+    ),
+    "no request.time": (lambda b: b.filter.update(request_attributes=[]), f"{EXT_PROC}.request_attributes: lacks"),
+    "running answers cut with the sidecar": (
+        lambda b: b.filter.update(failure_mode_allow=False),
+        f"{EXT_PROC}.failure_mode_allow: false cuts every running answer",
+    ),
+    "no replay": (
+        lambda b: b.filter["grpc_service"].pop("retry_policy"),
+        f"{EXT_PROC}.grpc_service.retry_policy: without",
+    ),
+    "no route that follows us": (
+        lambda b: b.host["routes"].pop(0),
+        f"{MANAGER}.route_config: no route has cluster_header: x-upstream-cluster",
+    ),
+    "clients that choose": (
+        lambda b: b.manager.pop("early_header_mutation_extensions"),
+        f"{MANAGER}.early_header_mutation_extensions: must remove x-upstream-cluster",
+    ),
+    "a direct_response to hold on": (
+        lambda b: (b.unsteered.pop("route"), b.unsteered.update(direct_response={"status": 503})),
+        f"{HOST}.routes[1].direct_response:",
+    ),
+    "the default body limit": (
+        lambda b: b.host.pop("request_body_buffer_limit"),
+        f"{HOST}.request_body_buffer_limit:",
+    ),
+    "default breakers: requests": (
+        lambda b: b.breaker.pop("max_requests"),
+        "static_resources.clusters[0].circuit_breakers.thresholds[0].max_requests: 1024",
+    ),
+    "default breakers: pending": (lambda b: b.breaker.pop("max_pending_requests"), "max_pending_requests: 1024"),
+    "default breakers: retries": (lambda b: b.breaker.pop("max_retries"), "thresholds[0].max_retries: 3"),
+    "the flood guard": (
+        lambda b: b.clusters[0].pop("typed_extension_protocol_options"),
+        "static_resources.clusters[0].typed_extension_protocol_options: http2_protocol_options.max_outbound_control_frames",
+    ),
+    "an endpoint that Envoy does not know": (
+        lambda b: b.clusters.pop(2),
+        "static_resources.clusters: there is no 'a', the cluster of endpoints[0]",
+    ),
+    "a filter that crashes Envoy": (
+        lambda b: b.manager["http_filters"].insert(0, {"name": "envoy.filters.http.sse_to_metadata"}),
+        f"{MANAGER}.http_filters[0]: sse_to_metadata crashes",
+    ),
+}
 
 
-def test_an_unset_message_timeout_is_envoys_200_ms(tmp_path):
-    (problem,) = check(tmp_path, lambda _, ext_proc: ext_proc.pop("message_timeout"))
-    assert "message_timeout: 0.2s" in problem
-
-
-def test_a_stream_idle_timeout_below_the_budget_is_named(tmp_path):
-    (problem,) = check(tmp_path, lambda manager, _: manager.update(stream_idle_timeout="40s"))
-    assert "stream_idle_timeout: 40s" in problem
-
-
-def test_a_mode_that_loses_the_end_of_the_answer_is_named(tmp_path):
-    (problem,) = check(tmp_path, lambda _, ext_proc: ext_proc["processing_mode"].pop("response_trailer_mode"))
-    assert "response_trailer_mode: must be SEND" in problem
+@pytest.mark.parametrize("name", SPOILT)
+def test_one_spoilt_setting_is_the_one_problem_named(tmp_path, name):
+    spoil, words = SPOILT[name]
+    bootstrap = Bootstrap()
+    spoil(bootstrap)
+    problems = bootstrap.check(tmp_path)
+    assert len(problems) == 1, problems
+    assert words in problems[0]
 
 
 def test_a_bootstrap_without_our_filter_and_one_that_is_no_yaml_are_named(tmp_path):
