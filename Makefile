@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Envoy's official messages, in a folder of their own: in site-packages they would overwrite other packages' files.
 XDS := $(VENV)/xds-protos
 
-.PHONY: run test bench-burst bench-engine lint types proto envoy-files reference check-generated clean help
+.PHONY: run test faults bench-burst bench-engine lint types proto envoy-files reference check-generated clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -25,6 +25,9 @@ run: $(STAMP)    ## real Envoy, the sidecar, three simulated engines, live traff
 
 test: $(STAMP) $(XDS) lint types check-generated  ## everything: lint, types, generated files, unit, property and end-to-end tests
 	$(BIN)/python -m pytest
+
+faults: $(STAMP)   ## the long versions of the fault tests (minutes)
+	EXTPROC_LONG=1 $(BIN)/python -m pytest tests/e2e/test_faults.py
 
 bench-burst: $(STAMP)  ## one burst on real Envoy, queue off against on (about a minute)
 	$(BIN)/python -m bench.burst

@@ -167,8 +167,9 @@ static_resources:
             # that is held on it: many releases in one moment do that.
             max_outbound_control_frames: 100000
             max_outbound_frames: 200000
-            # A hung sidecar is noticed in 15 s. The sidecar's server allows pings this often; a default one does not.
-            connection_keepalive: {{interval: 10s, timeout: 5s}}
+            # A hung sidecar is noticed in 8 s: until then heads of answers wait for it. Our server allows pings this
+            # often; one with gRPC's defaults would close the connection.
+            connection_keepalive: {{interval: 5s, timeout: 3s}}
     # Every held and every running request counts here. By default the 1,025th would get a 500 or go un-steered.
     circuit_breakers:
       thresholds:
