@@ -81,6 +81,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     envoy.set_defaults(command=_envoy_config)
 
+    top = commands.add_parser("top", help="show the queues of a running sidecar in the terminal")
+    top.add_argument("--admin", default="127.0.0.1:9902", metavar="HOST:PORT", help="its admin port (%(default)s)")
+    top.add_argument("--once", action="store_true", help="show them once and end")
+    top.set_defaults(command=_top)
+
     engine = commands.add_parser("engine", help="run a simulated OpenAI-compatible inference server")
     from extproc.engine import server as engine_server
 
@@ -173,6 +178,16 @@ def _envoy_config(arguments: argparse.Namespace) -> int:
     )
     print(render(config, options), end="")
     return OK
+
+
+def _top(arguments: argparse.Namespace) -> int:
+    from extproc.top import top
+
+    require_address("--admin", arguments.admin)
+    try:
+        return run_loop(top(arguments.admin, once=arguments.once))
+    except KeyboardInterrupt:
+        return OK
 
 
 def _engine(arguments: argparse.Namespace) -> int:

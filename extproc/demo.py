@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import random
 import sys
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import aiohttp
+
+from extproc.top import Screen, lines
 
 if TYPE_CHECKING:
     from extproc.admin.http import Admin
@@ -74,31 +76,12 @@ class Demo:
             print(f"request failed: {error}", file=sys.stderr)
 
     async def _show(self) -> None:
-        height = 0
-        redraw = sys.stdout.isatty()
+        screen = Screen()
         while True:
-            lines = self._lines()
-            if redraw:
-                print(f"\x1b[{height}A\x1b[J" if height else "", end="")
-                print("\n".join(lines), flush=True)
-                height = len(lines)
-                await asyncio.sleep(SHOW_EVERY_S)
-            else:
-                print(" | ".join(line.strip() for line in lines), flush=True)
-                await asyncio.sleep(4 * SHOW_EVERY_S)
+            screen.draw([*lines(self._admin.snapshot()), self._first_token_line()])
+            await asyncio.sleep(SHOW_EVERY_S if screen.redraws else 4 * SHOW_EVERY_S)
 
-    def _lines(self) -> list[str]:
-        state = self._admin.snapshot()
-        lines = []
-        for endpoint in cast("list[dict[str, object]]", state["endpoints"]):
-            in_flight, limit = cast("int", endpoint["in_flight"]), cast("int", endpoint["limit"])
-            bar = "#" * in_flight + "." * max(limit - in_flight, 0)
-            lines.append(f"{endpoint['name']:<12} [{bar}] {in_flight}/{limit} in flight, {endpoint['waiting']} at home")
-        by_class = cast("dict[str, int]", state["waiting_by_class"])
-        lines.append("waiting      " + "  ".join(f"{name} {count}" for name, count in by_class.items()))
-        outcomes = cast("dict[str, int]", state["outcomes"])
-        lines.append("outcomes     " + ("  ".join(f"{name} {count}" for name, count in outcomes.items()) or "none yet"))
+    def _first_token_line(self) -> str:
         medians = {name: sorted(times)[len(times) // 2] for name, times in self._first_tokens.items()}
         text = "  ".join(f"{name} {median:.2f}s" for name, median in sorted(medians.items(), key=lambda item: item[1]))
-        lines.append("first token  " + (text or "none yet") + ("  (median)" if text else ""))
-        return lines
+        return "first token  " + (f"{text}  (median)" if text else "none yet")

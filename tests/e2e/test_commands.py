@@ -109,6 +109,13 @@ def test_a_second_server_on_a_unix_socket_is_refused_and_the_first_goes_on(confi
         assert http_ok(admin, "/readyz")
 
 
+def test_top_without_a_sidecar_is_one_line_and_exit_code_3():
+    done = extproc("top", "--admin", local(), "--once")
+    assert done.returncode == 3
+    assert "no sidecar's admin port at" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
 def test_up_without_an_envoy_binary_says_how_to_get_one():
     done = extproc("up", "--engines", "1", "--http", local(), "--admin", local(), "--envoy", "/nonexistent/envoy")
     assert done.returncode == 3
@@ -147,6 +154,9 @@ def test_up_serves_through_envoy_says_that_the_queue_is_on_and_leaves_nothing_be
         assert [endpoint["limit"] for endpoint in state["endpoints"]] == [4, 4]
         with urllib.request.urlopen(f"http://{admin}/", timeout=5) as answer:
             assert b"The waiting room" in answer.read()
+        shown = extproc("top", "--admin", admin, "--once")
+        assert shown.returncode == 0
+        assert "/4 in flight" in shown.stdout
         assert processes_mentioning(str(tmp_path))
         up.signal(signal.SIGINT)
         assert up.wait_exit(20) == 0
