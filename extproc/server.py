@@ -97,10 +97,12 @@ class Server:
                 try:
                     session.receive(message)
                 except ProtocolError as error:
+                    await writer.rest()
                     await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
                 finally:
                     writer.inline = False
                 await writer.flush()
+            await writer.rest()
         finally:  # EOF, a reset and a cancelled handler all mean the same: the HTTP request is over
             session.end()
 
@@ -121,24 +123,26 @@ class _Writer:
         """Queue a reply and see to it that it goes out."""
         self._pending.append(data)
         if not self.inline and not self._writing:
-            self._task = asyncio.get_running_loop().create_task(self._flush_late())
+            self._task = asyncio.get_running_loop().create_task(self.flush())
 
     async def flush(self) -> None:
-        """Send what is queued, unless that is happening already."""
+        """Send what is queued, unless that is happening already. A stream that is over takes nothing, and says so."""
         if self._writing:
             return
         self._writing = True
         try:
             while self._pending:
                 await self._write(self._pending.pop(0))
+        except (grpc.RpcError, asyncio.InvalidStateError, grpc.aio.UsageError, grpc.aio.InternalError) as error:
+            self._pending.clear()
+            log.debug("a reply was not sent, the stream is over: %s", error)
         finally:
             self._writing = False
 
-    async def _flush_late(self) -> None:
-        try:
-            await self.flush()
-        except (grpc.RpcError, asyncio.InvalidStateError, grpc.aio.UsageError, grpc.aio.InternalError) as error:
-            log.debug("a reply was not sent, the stream is over: %s", error)
+    async def rest(self) -> None:
+        """Wait for a write under way: the status that ends the stream may not be sent beside it."""
+        if self._task is not None and not self._task.done():
+            await asyncio.wait([self._task])
 
 
 def _lock_socket(path: str) -> int:
