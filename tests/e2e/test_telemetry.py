@@ -14,7 +14,7 @@ from .kit.upstream import Upstream
 
 FAST = {"scrape_interval": "50ms", "scrape_timeout": "200ms", "max_running_requests": "adaptive"}
 HOT = 'vllm:num_requests_running{engine="0"} 5\nvllm:kv_cache_usage_perc{engine="0"} 0.99\n'
-BODY = json.dumps({"model": "sim", "stream": True, "max_tokens": 150, "messages": [{"role": "user", "content": "hi"}]})
+BODY = json.dumps({"model": "sim", "stream": True, "max_tokens": 60, "messages": [{"role": "user", "content": "hi"}]})
 
 
 @pytest.fixture

@@ -1,0 +1,61 @@
+"""Turns what counters say now into what happened since the reading before. No I/O, no clock."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from extproc.admission.load import Load
+from extproc.telemetry.bounds import MOST_TOKENS, within
+
+if TYPE_CHECKING:
+    from extproc.telemetry.page import Counter, Readings
+
+
+class Rates:
+    """One endpoint's counters: remembers the reading before."""
+
+    __slots__ = ("_at", "_before", "_longest_s")
+
+    def __init__(self, longest_s: float) -> None:
+        """Give no rate over a gap longer than `longest_s`: an average over an outage says nothing of now."""
+        self._longest_s = longest_s
+        self._before: Readings | None = None
+        self._at = 0.0
+
+    def load(self, readings: Readings, now: float, gpu_usage: float | None = None) -> Load:
+        """Return the load that `readings`, taken at `now` (seconds, monotonic), tell together with those before.
+
+        The first reading gives no differences, nor does a counter that was reset or whose series changed.
+        """
+        before, gap_s = self._before, now - self._at
+        self._before, self._at = readings, now
+        preemptions = prompt_tokens = first_tokens = output_tokens = decoded = None
+        if before is not None:
+            preemptions = _difference(readings.preemptions, before.preemptions)
+            prompt_tokens = _difference(readings.prompt_tokens, before.prompt_tokens)
+            first_tokens = _difference(readings.first_tokens, before.first_tokens)
+            output_tokens = _difference(readings.output_tokens, before.output_tokens)
+            decoded = _difference(readings.decoded_tokens, before.decoded_tokens)
+        tokens_per_s = readings.tokens_per_s if readings.decoded_tokens is None else None
+        if decoded is not None and 0.0 < gap_s <= self._longest_s:
+            tokens_per_s = within(decoded / gap_s, MOST_TOKENS)
+        return Load(
+            running=readings.running,
+            waiting=readings.waiting,
+            kv_usage=readings.kv_usage,
+            gpu_usage=readings.gpu_usage if gpu_usage is None else gpu_usage,
+            tokens_per_s=tokens_per_s,
+            kv_capacity_tokens=readings.kv_capacity_tokens,
+            preemptions=preemptions,
+            prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
+            first_tokens=first_tokens,
+        )
+
+
+def _difference(now: Counter | None, before: Counter | None) -> int | None:
+    """Return how much a counter rose over all its series; None if one was reset, came or went."""
+    if now is None or before is None or now.keys() != before.keys():
+        return None
+    rises = [value - before[series] for series, value in now.items()]
+    return None if min(rises, default=0.0) < 0 else round(sum(rises))

@@ -1,0 +1,288 @@
+"""Fetches the metrics pages of all endpoints, again and again: one HTTP client, one task per endpoint.
+
+Rules of this room: nothing an endpoint sends ends a task, costs more than its deadline and a mebibyte, or leads us to
+another address. A failed scrape is counted once, with its reason, and changes nothing else: the core goes on with
+the last load until that is stale, and then by its own books.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from typing import TYPE_CHECKING
+
+import aiohttp
+from yarl import URL
+
+from extproc.admission.load import Load
+from extproc.telemetry.engines import DCGM, engines_for
+from extproc.telemetry.page import MOST_BYTES, Readings, Reason, read_in_slices
+from extproc.telemetry.rates import Rates
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from extproc.telemetry.engines import Engine
+    from extproc.telemetry.target import Target
+
+log = logging.getLogger("extproc.telemetry")
+
+SLOW_S = 5.0
+"""An interval above this steers badly: limits follow the engine this late (POLICY.md 3.7)."""
+_HEADERS = {"Accept": "text/plain;version=0.0.4, text/plain;q=0.5", "Accept-Encoding": "identity"}
+_JITTER = 0.1
+_SLOTS = 20
+"""Of an interval. Ten scrapes in a row cost half of ten scrapes apart, since the processor's caches are still warm
+(`python -m bench.scrape scrape`); many more in a row would hold others up."""
+_RATE_GAPS = 3.5
+"""Intervals over which a token rate still means something: one or two failed scrapes lie between."""
+
+
+class _Watch:
+    """One endpoint: its target, its task and its freshness."""
+
+    __slots__ = ("gpu_url", "is_stale", "last_at", "rates", "since", "target", "task", "url")
+
+    def __init__(self, target: Target, now: float, rates: Rates) -> None:
+        self.target = target
+        self.url = URL(target.url)  # parsed once: every scrape uses it
+        self.gpu_url = None if target.gpu_url is None else URL(target.gpu_url)
+        self.rates = rates
+        self.since = now
+        self.last_at: float | None = None
+        self.is_stale = False
+        self.task: asyncio.Task[None] | None = None
+
+
+class Scraper:
+    """Scrapes endpoints and tells who wants to know what they say. Lives on one event loop."""
+
+    def __init__(
+        self,
+        *,
+        interval_s: float,
+        timeout_s: float,
+        stale_after_s: float,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        """Prepare; `interval_s` 0 means that nothing is ever scraped. `put` may come before `start`."""
+        self.interval_s = interval_s
+        self.timeout_s = timeout_s
+        self.stale_after_s = stale_after_s
+        self._observe: Callable[[str, Load], None] = lambda _name, _load: None
+        self._loop = loop
+        self._random = random.Random()  # noqa: S311 - spreads load, guards nothing
+        self._watches: dict[str, _Watch] = {}
+        self._errors: dict[tuple[str, Reason], int] = {}
+        self._client: aiohttp.ClientSession | None = None
+
+    async def start(self, observe: Callable[[str, Load], None]) -> None:
+        """Begin to scrape, if there is an interval, and call `observe(name, load)` with each reading."""
+        if self.interval_s <= 0 or self._client is not None:
+            return
+        self._observe = observe
+        if self.interval_s > SLOW_S:
+            log.warning(
+                "scrape_interval is %gs: above %gs limits follow the engines too late; 1s is right for most",
+                self.interval_s,
+                SLOW_S,
+            )
+        if self.interval_s >= self.stale_after_s:
+            log.warning(
+                "scrape_interval (%gs) is not below telemetry_stale_after (%gs): telemetry is stale between scrapes",
+                self.interval_s,
+                self.stale_after_s,
+            )
+        self._client = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2 * self.interval_s + 5, loop=self._loop),
+            cookie_jar=aiohttp.DummyCookieJar(loop=self._loop),
+            auto_decompress=False,
+            trust_env=False,
+            headers=_HEADERS,
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),  # the deadline in _fetch covers all
+        )
+        for watch in self._watches.values():
+            self._begin(watch)
+
+    async def stop(self) -> None:
+        """End all scrapes and close all connections."""
+        tasks = [watch.task for watch in self._watches.values() if watch.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._client is not None:
+            await self._client.close()
+            self._client = None
+
+    def put(self, target: Target) -> None:
+        """Scrape a new endpoint, or a changed one in the new way. Unchanged: no-op."""
+        known = self._watches.get(target.name)
+        if known is not None:
+            if known.target == target:
+                return
+            self._end(known)
+        rates = Rates(_RATE_GAPS * self.interval_s + self.timeout_s)
+        watch = self._watches[target.name] = _Watch(target, self._loop.time(), rates)
+        if known is not None:
+            watch.last_at, watch.since, watch.is_stale = known.last_at, known.since, known.is_stale
+        if self._client is not None:
+            self._begin(watch)
+
+    def remove(self, name: str) -> None:
+        """Forget an endpoint, its errors included. Unknown: no-op."""
+        watch = self._watches.pop(name, None)
+        if watch is not None:
+            self._end(watch)
+            self._errors = {key: count for key, count in self._errors.items() if key[0] != name}
+
+    # ---- what others may look at
+
+    def age_s(self, name: str) -> float | None:
+        """Return how old an endpoint's last good reading is, in seconds; None: there never was one."""
+        watch = self._watches.get(name)
+        return None if watch is None or watch.last_at is None else max(self._loop.time() - watch.last_at, 0.0)
+
+    def errors(self) -> Iterator[tuple[str, str, int]]:
+        """Walk endpoint, reason and number of failed scrapes."""
+        return ((name, reason.value, count) for (name, reason), count in self._errors.items())
+
+    # ---- one endpoint
+
+    def _begin(self, watch: _Watch) -> None:
+        if watch.target.engine != "none" or watch.target.gpu_url is not None:
+            watch.task = self._loop.create_task(self._run(watch), name=f"scrape {watch.target.name}")
+
+    @staticmethod
+    def _end(watch: _Watch) -> None:
+        if watch.task is not None:
+            watch.task.cancel()
+
+    async def _run(self, watch: _Watch) -> None:
+        """Scrape until cancelled. The second scrape comes at a random time, so that endpoints spread out."""
+        spread = 0.5
+        while True:
+            began = self._loop.time()
+            try:
+                await self._scrape(watch)
+            except Exception:  # whatever it is, telemetry must go on
+                self._failed(watch, Reason.INTERNAL)
+                log.exception("scraping %s", watch.target.name)
+            pause_s = self.interval_s * self._random.uniform(1 - spread, 1 + spread)
+            spread = _JITTER
+            await asyncio.sleep(self._pause_s(began + pause_s))
+
+    def _pause_s(self, due: float) -> float:
+        """Return how long to sleep until about `due`: those due in the same slot go together, while caches are warm."""
+        slot_s = self.interval_s / _SLOTS
+        now = self._loop.time()
+        return max(round(max(due, now + slot_s) / slot_s) * slot_s - now, 0.0)
+
+    async def _scrape(self, watch: _Watch) -> None:
+        target, gpu_url = watch.target, watch.gpu_url
+        engines = engines_for(target.engine)
+        if gpu_url is None:
+            page, gpu = await self._read(watch.url, engines), None
+        elif target.engine == "none":
+            page, gpu = None, await self._read(gpu_url, (DCGM,), target.gpu_labels)
+        else:
+            page, gpu = await asyncio.gather(
+                self._read(watch.url, engines), self._read(gpu_url, (DCGM,), target.gpu_labels)
+            )
+        gpu_usage = None
+        if gpu is not None:
+            if isinstance(gpu[0], Readings):
+                gpu_usage = gpu[0].gpu_usage
+            else:
+                self._failed(watch, gpu[0], alone=page is None)
+        if page is None:
+            if gpu is not None and isinstance(gpu[0], Readings):
+                self._succeeded(watch, Load(gpu_usage=gpu_usage))
+        elif isinstance(page[0], Readings):
+            self._succeeded(watch, watch.rates.load(page[0], page[1], gpu_usage))
+        else:
+            self._failed(watch, page[0])
+
+    def _succeeded(self, watch: _Watch, load: Load) -> None:
+        name, now = watch.target.name, self._loop.time()
+        if watch.is_stale:
+            log.warning("telemetry of %s is back after %.1fs", name, now - self._silent_since(watch))
+        watch.is_stale, watch.last_at = False, now
+        self._observe(name, load)
+
+    def _failed(self, watch: _Watch, reason: Reason, *, alone: bool = True) -> None:
+        """Count a failure; `alone` it leaves us without a reading, and that may make the telemetry stale."""
+        name = watch.target.name
+        self._errors[name, reason] = self._errors.get((name, reason), 0) + 1
+        silent_s = self._loop.time() - self._silent_since(watch)
+        log.debug("scraping %s: %s", name, reason)
+        if alone and not watch.is_stale and silent_s >= self.stale_after_s:
+            watch.is_stale = True
+            log.warning(
+                "telemetry of %s is stale: nothing readable for %.1fs, last error %r; going on by our own books",
+                name,
+                silent_s,
+                reason.value,
+            )
+
+    @staticmethod
+    def _silent_since(watch: _Watch) -> float:
+        return watch.since if watch.last_at is None else watch.last_at
+
+    # ---- one page
+
+    async def _read(
+        self, url: URL, engines: tuple[Engine, ...], labels: tuple[tuple[str, str], ...] = ()
+    ) -> tuple[Readings | Reason, float]:
+        """Return what a page says, or why it says nothing, and when it came."""
+        body = await self._fetch(url)
+        now = self._loop.time()
+        if isinstance(body, Reason):
+            return body, now
+        steps = read_in_slices(body, engines, labels)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                result: Readings | Reason = end.value
+                return result, now
+            await asyncio.sleep(0)
+
+    async def _fetch(self, url: URL) -> bytes | Reason:
+        """Return a page's bytes, or why there are none."""
+        assert self._client is not None  # noqa: S101 - tasks run only while there is one
+        try:
+            async with (
+                asyncio.timeout(self.timeout_s),
+                self._client.get(url, allow_redirects=False) as response,
+            ):
+                refusal = _refusal(response)
+                if refusal is not None:
+                    response.close()  # whatever else it would send
+                    return refusal
+                body = bytearray()
+                while piece := await response.content.readany():
+                    body += piece
+                    if len(body) > MOST_BYTES:
+                        response.close()
+                        return Reason.TOO_BIG
+                return bytes(body)
+        except TimeoutError:
+            return Reason.TIMEOUT
+        except aiohttp.ClientConnectorError:
+            return Reason.CONNECT
+        except (aiohttp.ClientError, OSError, ValueError):
+            return Reason.PROTOCOL
+
+
+def _refusal(response: aiohttp.ClientResponse) -> Reason | None:
+    """Return why the body of `response` isn't read, judging by its head."""
+    if 300 <= response.status < 400:
+        return Reason.REDIRECT
+    if response.status != 200:
+        return Reason.STATUS
+    if response.headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity"):
+        return Reason.ENCODING
+    if response.content_length is not None and response.content_length > MOST_BYTES:
+        return Reason.TOO_BIG
+    return None

@@ -1,0 +1,24 @@
+"""What is scraped for one endpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One endpoint's pages.
+
+    Attributes:
+        name: the endpoint's name.
+        url: the engine's metrics page.
+        engine: a name of the table in engines.py, `auto`, or `none`: the engine's page isn't read.
+        gpu_url: page of a DCGM exporter.
+        gpu_labels: labels of the series there that belong to this endpoint, such as `gpu` or `Hostname`.
+    """
+
+    name: str
+    url: str
+    engine: str = "auto"
+    gpu_url: str | None = None
+    gpu_labels: tuple[tuple[str, str], ...] = ()
