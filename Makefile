@@ -21,7 +21,7 @@ $(XDS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(XDS) 'xds-protos==1.85.0' 'googleapis-common-protos==1.76.0'
 
 run: $(STAMP)    ## real Envoy, the sidecar, three simulated engines, live traffic, until Ctrl-C
-	exec $(BIN)/python -m extproc up --engines 3 --demo
+	@exec $(BIN)/python -m extproc up --engines 3 --demo
 
 test: $(STAMP) $(XDS) lint types check-generated  ## everything: lint, types, generated files, unit, property and end-to-end tests
 	$(BIN)/python -m pytest

@@ -78,6 +78,7 @@ def _outcomes() -> str:
         "| --- | --- | --- |",
     ]
     rows += [f"| `{outcome.value}` | {outcome.status or ''} | {outcome.message} |" for outcome in Outcome]
+    rows.append("| `unsteered` | 503 | (Envoy's own text: no sidecar answered, and the bootstrap fails closed) |")
     return "\n".join(rows) + "\n"
 
 

@@ -28,7 +28,7 @@ class Ages:
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """Believe no age above `oldest_s`, the longest that a request may wait: Envoy's clock may not be ours."""
-        self._oldest_s = oldest_s
+        self.oldest_s = oldest_s
         self._wall, self._monotonic = wall, monotonic
         self._offset = wall() - monotonic()
         self._doubt_until = 0.0
@@ -48,4 +48,4 @@ class Ages:
             age_s = wall - datetime.fromisoformat(stamp).timestamp()
         except (ValueError, OverflowError):
             return 0.0
-        return min(max(age_s, 0.0), self._oldest_s)
+        return min(max(age_s, 0.0), self.oldest_s)

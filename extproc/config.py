@@ -19,6 +19,8 @@ from extproc.admission.values import Binding, EndpointSpec, Policy, RequestClass
 from extproc.durations import parse_duration
 from extproc.errors import ConfigError
 from extproc.session import Headers
+from extproc.telemetry.engines import metrics_path
+from extproc.telemetry.target import Target
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -42,6 +44,13 @@ def _duration(value: object) -> float:
     seconds = parse_duration(str(value))
     if seconds is None:
         raise ValueError(f"must be a duration like 10s or 250ms, not {value!r}")
+    return seconds
+
+
+def _positive_duration(value: object) -> float:
+    seconds = _duration(value)
+    if seconds <= 0:
+        raise ValueError(f"must be longer than 0s, not {value!r}")
     return seconds
 
 
@@ -96,6 +105,24 @@ def _url(value: object) -> str:
     raise ValueError(f"must be a URL like http://10.0.0.7:8000/metrics, not {value!r}")
 
 
+def _clusters_file(value: object) -> str:
+    if isinstance(value, str) and value.startswith("/") and value.endswith((".yaml", ".yml")):
+        return value
+    raise ValueError(f"must be an absolute path that ends in .yaml, like /run/extproc/clusters.yaml, not {value!r}")
+
+
+def _path_of_url(value: object) -> str:
+    if isinstance(value, str) and value.startswith("/") and value.isascii() and value.isprintable():
+        return value
+    raise ValueError(f"must be the path of a URL, like /health, not {value!r}")
+
+
+def _slice_port(value: object) -> int | str | None:
+    if value is None or (isinstance(value, str) and value) or (type(value) is int and 1 <= value <= 65535):
+        return value
+    raise ValueError(f"must be a port's number or name, not {value!r}")
+
+
 def split_address(address: str) -> tuple[str, int]:
     """Split host:port, IPv6 hosts in brackets. Raises ValueError."""
     parts = urlsplit(f"//{address}")
@@ -105,6 +132,8 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 Duration = Annotated[float, BeforeValidator(_duration)]
+PositiveDuration = Annotated[float, BeforeValidator(_positive_duration)]
+Percent = Annotated[int, Field(ge=1, le=100)]
 Limit = Annotated[int | None, BeforeValidator(_limit)]
 OwnLimit = Annotated[int | Literal["inherit"] | None, BeforeValidator(_own_limit)]
 Name = Annotated[str, BeforeValidator(_name)]
@@ -112,6 +141,11 @@ HeaderName = Annotated[str, BeforeValidator(_header)]
 Address = Annotated[str, BeforeValidator(_address)]
 Listen = Annotated[str, BeforeValidator(_listen)]
 Url = Annotated[str, BeforeValidator(_url)]
+ClustersFile = Annotated[str, BeforeValidator(_clusters_file)]
+UrlPath = Annotated[str, BeforeValidator(_path_of_url)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+SlicePort = Annotated[int | str | None, BeforeValidator(_slice_port)]
+Threshold = Annotated[int, Field(ge=1, le=100)]
 
 
 # ---- the keys
@@ -136,6 +170,88 @@ class EndpointConfig(_Section):
     kv_capacity_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Size of its KV cache in tokens. Default: what its metrics say; no KV limit while unknown."
     )
+    engine: Literal["auto", "vllm", "sglang", "tgi", "trtllm", "triton", "llamacpp", "none"] = Field(
+        "auto", description="Whose metric names it uses. `auto`: its page tells. `none`: its page is not read."
+    )
+    metrics_url: Url | None = Field(
+        None, description="Its metrics page. Default: http://ADDRESS/metrics; for `trtllm` /prometheus/metrics."
+    )
+    gpu_metrics_url: Url | None = Field(None, description="Page of a DCGM exporter that sees its GPUs.")
+    gpu_metrics_labels: dict[str, str] = Field(
+        {}, description="Labels of the series there that are its GPUs, like `{Hostname: node-7, gpu: '0'}`. Empty: all."
+    )
+
+
+class _Found(_Section):
+    """What is said of all endpoints that one source finds."""
+
+    models: Annotated[list[str], Field(max_length=1000)] = Field([], description="As of `endpoints[]`, for each found.")
+    max_running_requests: OwnLimit = Field("inherit", description="As of `endpoints[]`, for each found.")
+    kv_capacity_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="As of `endpoints[]`, for each found."
+    )
+    engine: Literal["auto", "vllm", "sglang", "tgi", "trtllm", "triton", "llamacpp", "none"] = Field(
+        "auto", description="As of `endpoints[]`, for each found."
+    )
+
+    def endpoint(self, name: str, address: str) -> EndpointConfig:
+        """Return a found endpoint as if the file had listed it."""
+        return EndpointConfig(
+            name=name,
+            address=address,
+            models=self.models,
+            max_running_requests=self.max_running_requests,
+            kv_capacity_tokens=self.kv_capacity_tokens,
+            engine=self.engine,
+        )
+
+
+class DnsConfig(_Found):
+    """Every A and AAAA record of a name is an endpoint, called `address:port`. A failed lookup changes nothing."""
+
+    name: Annotated[str, Field(min_length=1, max_length=253)] = Field(description="The name to look up.")
+    port: Port = Field(description="The servers' port.")
+    interval: PositiveDuration = Field(5.0, description="How often.")
+
+
+class KubernetesConfig(_Found):
+    """Every ready address in the EndpointSlices of a service is an endpoint, called as its pod.
+
+    Needs the right to list and watch `endpointslices` of `discovery.k8s.io`, in its namespace.
+    """
+
+    service: str | None = Field(None, description="The service's name. Either this or `selector`.")
+    selector: str | None = Field(None, description="A label selector of EndpointSlices, like `app=vllm`.")
+    namespace: str | None = Field(None, description="Default: the pod's own.")
+    port: SlicePort = Field(
+        None, description="Number, or the name of the slices' port. Default: the only or first one."
+    )
+    api: Url | None = Field(None, description="The API server. Default: the one that a pod is told of.")
+    token_file: str = Field(
+        "/var/run/secrets/kubernetes.io/serviceaccount/token", description="Read again for every call: it is rotated."
+    )
+    ca_file: str = Field(
+        "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt", description="Who signed the API server's certificate."
+    )
+
+
+class DiscoveryConfig(_Section):
+    """A source of endpoints that come and go. Each item has one of these keys."""
+
+    dns: DnsConfig | None = Field(None, description="By DNS.")
+    kubernetes: KubernetesConfig | None = Field(None, description="From Kubernetes.")
+
+
+class HealthCheckConfig(_Section):
+    """How to ask endpoints whether they live. 2xx within the timeout is a success."""
+
+    path: UrlPath = Field("/health", description="vLLM's and SGLang's is `/health`.")
+    interval: PositiveDuration = Field(2.0, description="From one check of an endpoint to the next.")
+    timeout: PositiveDuration = Field(1.0, description="An answer that is not there by then is a failure.")
+    unhealthy_threshold: Threshold = Field(
+        3, description="Failures in a row that take an endpoint out; one is enough if it never passed."
+    )
+    healthy_threshold: Threshold = Field(1, description="Successes in a row that bring it back.")
 
 
 class ClassConfig(_Section):
@@ -174,6 +290,22 @@ class Config(_Section):
         False, description="Hold nothing; count in metrics what would have been held or refused, were the queue on."
     )
     endpoints: list[EndpointConfig] = Field([], description="The inference servers.")
+    discovery: list[DiscoveryConfig] = Field([], description="Sources of more endpoints. Needs `envoy_clusters_file`.")
+    health_check: HealthCheckConfig | None = Field(
+        None, description="Ask endpoints whether they live; `{}` takes all defaults. Unset: only answers tell."
+    )
+    envoy_clusters_file: ClustersFile | None = Field(
+        None,
+        description="We write the endpoints' Envoy clusters there, and `envoy-config` makes Envoy follow it. Unset: "
+        "the bootstrap lists them, and a new endpoint needs a new bootstrap.",
+    )
+    envoy_admin: Address | None = Field(
+        None,
+        description="Envoy's admin interface: tells when Envoy knows a new cluster. Unset: we give it a second.",
+    )
+    upstream_protocol: Literal["h1", "h2"] = Field(
+        "h1", description="What the endpoints speak, for `envoy_clusters_file`; `h2` is prior knowledge."
+    )
     max_running_requests: Limit = Field(
         None, description="The most requests at once per endpoint: a number, or `adaptive` (steered by token speed)."
     )
@@ -201,6 +333,20 @@ class Config(_Section):
         [ClassConfig(name="default")], description="Service classes; the first is the default."
     )
     headers: HeadersConfig = Field(HeadersConfig(), description="Names of headers.")
+    scrape_interval: Duration = Field(
+        1.0, description="How often the endpoints' metrics are read. `0s`: never; limits go by our own books alone."
+    )
+    scrape_timeout: PositiveDuration = Field(0.5, description="A page that is not whole by then is given up.")
+    telemetry_stale_after: PositiveDuration = Field(
+        10.0, description="Metrics older than this are ignored; own books, the hard limit, go on."
+    )
+    max_gpu_perc: Percent = Field(
+        95, description="Percent of the KV cache in use from which an endpoint gets nothing more."
+    )
+    gpu_utilization_perc: Percent | None = Field(
+        None,
+        description="The same for GPU utilization, from `gpu_metrics_url`. Near 100 at any load: better left unset.",
+    )
     reflection: bool = Field(False, description="Serve gRPC reflection, for grpcurl.")
     drain_timeout: Duration = Field(
         30.0, description="After SIGTERM: how long held requests may still be placed, and then answers may run out."
@@ -218,22 +364,29 @@ class Config(_Section):
             shed=self.shed,
             fair=self.tenant_fairness,
             short_first=self.short_prompts_first,
+            max_kv_usage=self.max_gpu_perc / 100,
+            max_gpu_usage=None if self.gpu_utilization_perc is None else self.gpu_utilization_perc / 100,
+            stale_after_s=self.telemetry_stale_after,
         )
 
     def endpoint_specs(self) -> list[EndpointSpec]:
-        """Return the endpoints as admission knows them."""
-        return [
-            EndpointSpec(
-                name=endpoint.name,
-                cluster=endpoint.cluster or endpoint.name,
-                models=frozenset(endpoint.models),
-                max_running_requests=self.max_running_requests
-                if endpoint.max_running_requests == "inherit"
-                else endpoint.max_running_requests,
-                kv_capacity_tokens=endpoint.kv_capacity_tokens,
-            )
-            for endpoint in self.endpoints
-        ]
+        """Return the endpoints of the file as admission knows them."""
+        return [self.spec_of(endpoint) for endpoint in self.endpoints]
+
+    def spec_of(self, endpoint: EndpointConfig) -> EndpointSpec:
+        """Return one endpoint as admission knows it."""
+        own = endpoint.max_running_requests
+        return EndpointSpec(
+            name=endpoint.name,
+            cluster=endpoint.cluster or endpoint.name,
+            models=frozenset(endpoint.models),
+            max_running_requests=self.max_running_requests if own == "inherit" else own,
+            kv_capacity_tokens=endpoint.kv_capacity_tokens,
+        )
+
+    def scrape_targets(self) -> list[Target]:
+        """Return what is scraped for each endpoint of the file."""
+        return [target_of(endpoint) for endpoint in self.endpoints]
 
     def header_names(self) -> Headers:
         """Return the names of headers as a session knows them."""
@@ -244,6 +397,17 @@ class Config(_Section):
     def longest_budget_s(self) -> float:
         """The longest that any request may wait."""
         return max(klass.budget for klass in self.classes)
+
+
+def target_of(endpoint: EndpointConfig) -> Target:
+    """Return what is scraped for one endpoint."""
+    return Target(
+        name=endpoint.name,
+        url=endpoint.metrics_url or f"http://{endpoint.address}{metrics_path(endpoint.engine)}",
+        engine=endpoint.engine,
+        gpu_url=endpoint.gpu_metrics_url,
+        gpu_labels=tuple(sorted(endpoint.gpu_metrics_labels.items())),
+    )
 
 
 # ---- reading
@@ -276,7 +440,7 @@ def parse_config(text: str, source: str, environ: Mapping[str, str] = os.environ
     config, found = _validate(data)
     problems += found
     if config is not None:
-        problems += _cross_check(config)
+        problems += cross_check(config)
     if problems or config is None:
         raise ConfigError(source, problems)
     return config
@@ -343,6 +507,9 @@ _STAND_INS = {"name": "broken-{}", "address": "broken.invalid:1"}
 def _drop(data: Any, location: tuple[int | str, ...]) -> None:
     """Replace the broken part at `location` by its default, or by a stand-in where a value is required."""
     index: int | str = 0
+    if location[0] == "discovery":
+        data.pop("discovery", None)  # all that is wrong in it was reported at once
+        return
     for depth, key in enumerate(location):
         last = depth + 1 == len(location)
         if isinstance(data, list) and isinstance(key, int):
@@ -421,8 +588,13 @@ def _keys_at(location: tuple[int | str, ...]) -> list[str]:
         "endpoints": EndpointConfig,
         "classes": ClassConfig,
         "headers": HeadersConfig,
+        "health_check": HealthCheckConfig,
+        "discovery": DiscoveryConfig,
+        "dns": DnsConfig,
+        "kubernetes": KubernetesConfig,
     }
-    section = sections[str(location[0])] if location else Config
+    words = [part for part in location if isinstance(part, str)]
+    section = sections[words[-1]] if words else Config
     return [field.alias or name for name, field in section.model_fields.items()]
 
 
@@ -434,7 +606,7 @@ def _kind(value: object) -> str:
     return repr(value)
 
 
-def _cross_check(config: Config) -> list[str]:
+def cross_check(config: Config) -> list[str]:
     """Check what no single key can tell."""
     problems = []
     for section, what, names in (
@@ -454,6 +626,11 @@ def _cross_check(config: Config) -> list[str]:
                 f"classes[{index}].budget: {klass.budget:g}s is above what Envoy's message_timeout can cover "
                 f"(at most 3600s); {LONGEST_BUDGET_S:g}s or less works"
             )
+    if config.gpu_utilization_perc is not None and not any(one.gpu_metrics_url for one in config.endpoints):
+        problems.append(
+            "gpu_utilization_perc: needs gpu_metrics_url at one endpoint at least; without it nothing tells GPU use"
+        )
+    problems += _check_discovery(config)
     names = [name for _, name in config.headers]
     problems += [
         f"headers: {name!r} is used for two things; each needs a header of its own"
@@ -466,6 +643,20 @@ def _cross_check(config: Config) -> list[str]:
             for key, address in (("listen", config.listen), ("admin", config.admin))
             if not _is_local(address)
         ]
+    return problems
+
+
+def _check_discovery(config: Config) -> list[str]:
+    problems = []
+    if config.discovery and config.envoy_clusters_file is None:
+        problems.append("discovery: needs envoy_clusters_file; without it Envoy can't know the endpoints found")
+    for index, source in enumerate(config.discovery):
+        where = f"discovery[{index}]"
+        if (source.dns is None) is (source.kubernetes is None):
+            problems.append(f"{where}: needs one of dns and kubernetes")
+        found = source.kubernetes
+        if found is not None and (found.service is None) is (found.selector is None):
+            problems.append(f"{where}.kubernetes: needs one of service and selector")
     return problems
 
 

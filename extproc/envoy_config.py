@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
 from extproc import wire
@@ -15,7 +16,9 @@ from extproc.config import split_address
 from extproc.durations import format_duration
 
 if TYPE_CHECKING:
-    from extproc.config import Config
+    from collections.abc import Iterable, Mapping
+
+    from extproc.config import Config, HealthCheckConfig
 
 MARGIN_S = 20.0
 """message_timeout above the longest budget: Envoy must never give up before we do."""
@@ -24,6 +27,8 @@ IDLE_S = 3700.0
 BODY_LIMIT = 32 << 20
 EXT_PROC_CLUSTER = "extproc_queue"
 UNSTEERED_CLUSTER = "unsteered"
+ANY_CLUSTER = "extproc_any_endpoint"
+"""In a clusters file: all endpoints at once, for requests that no sidecar steered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +53,22 @@ class EnvoyOptions:
 def render(config: Config, options: EnvoyOptions) -> str:
     """Return an Envoy bootstrap, as YAML with comments."""
     endpoints = [(endpoint.cluster or endpoint.name, endpoint.address) for endpoint in config.endpoints]
+    addresses = [address for _, address in endpoints]
+    count = f"{len(endpoints)} and the found" if config.discovery else len(endpoints)
+    in_file = config.envoy_clusters_file is not None
+    unsteered = ANY_CLUSTER if in_file and options.fail_open else UNSTEERED_CLUSTER
+    clusters = [] if unsteered == ANY_CLUSTER else [_unsteered_cluster(addresses, config, options)]
+    if not in_file:
+        clusters += [_endpoint_cluster(cluster, address, options.upstream_protocol) for cluster, address in endpoints]
     names = config.header_names()
     wanted = sorted(name for name in names.wanted() if name != names.cluster)
     header = json.dumps(names.cluster)
     message_timeout = format_duration(config.longest_budget_s + MARGIN_S)
     return f"""\
-# Written by `extproc envoy-config` for Envoy 1.40. Sidecar at {config.listen}; {len(endpoints)} endpoint(s).
+# Written by `extproc envoy-config` for Envoy 1.40. Sidecar at {config.listen}; {count} endpoint(s).
 admin:
   address: {_socket(options.admin)}
-
+{_dynamic(config)}
 static_resources:
   listeners:
   - name: ingress
@@ -86,6 +98,7 @@ static_resources:
 {_access_log(options)}\
           route_config:
             name: main
+{_late_cluster(unsteered)}\
             virtual_hosts:
             - name: all
               domains: ["*"]
@@ -106,7 +119,7 @@ static_resources:
               # Not steered: no sidecar answered. {_unsteered_comment(options)}
               # It must be a route, not a direct_response: with that, the buffer limit above does not hold.
               - match: {{prefix: /}}
-                route: {{cluster: {UNSTEERED_CLUSTER}, timeout: 0s}}
+                route: {{cluster: {unsteered}, timeout: 0s}}
                 response_headers_to_add:
                 # A refusal by the sidecar passes here too, and overwrites it with its own outcome.
                 - {{header: {{key: x-extproc-outcome, value: unsteered}}}}
@@ -174,11 +187,20 @@ static_resources:
     circuit_breakers:
       thresholds:
       - {{max_connections: 1000, max_requests: 100000, max_pending_requests: 100000, max_retries: 100000}}
-  - name: {UNSTEERED_CLUSTER}
-    type: {"STRICT_DNS" if options.fail_open else "STATIC"}
-    connect_timeout: 1s
-{_unsteered(endpoints, options)}\
-{"".join(_endpoint_cluster(cluster, address, options) for cluster, address in endpoints)}"""
+{"".join(clusters)}"""
+
+
+def render_clusters(routes: Mapping[str, str], addresses: Iterable[str], version: int, config: Config) -> str:
+    """Return the file that Envoy follows: `routes` are cluster -> address; `addresses` share a cluster."""
+    clusters = [_endpoint_cluster(cluster, address, config.upstream_protocol) for cluster, address in routes.items()]
+    clusters.append(_any_cluster(ANY_CLUSTER, sorted(addresses), config.health_check, config.upstream_protocol))
+    kind = '    "@type": type.googleapis.com/envoy.config.cluster.v3.Cluster\n'
+    named = (cluster.partition("\n") for cluster in clusters)
+    return f"""\
+# Written by extproc, whenever an endpoint comes or goes. Envoy follows it: cds_config of its bootstrap.
+version_info: "{version}"
+resources:
+{"".join(name + newline + kind + rest for name, newline, rest in named)}"""
 
 
 def _socket(address: str) -> str:
@@ -233,23 +255,83 @@ def _lb_endpoint(address: str) -> str:
     return f"{{endpoint: {{address: {_socket(address)}}}}}"
 
 
-def _unsteered(endpoints: list[tuple[str, str]], options: EnvoyOptions) -> str:
-    if not options.fail_open:
-        return f"    load_assignment: {{cluster_name: {UNSTEERED_CLUSTER}}}\n"
+def _late_cluster(unsteered: str) -> str:
+    if unsteered != ANY_CLUSTER:
+        return ""
+    return """\
+            # The cluster of requests that nobody steered comes with the clusters file, after the listener was read.
+            validate_clusters: false
+"""
+
+
+def _dynamic(config: Config) -> str:
+    if config.envoy_clusters_file is None:
+        return ""
+    return f"""
+# Envoy wants a name to follow a file.
+node: {{id: extproc, cluster: extproc}}
+dynamic_resources:
+  # The sidecar writes the endpoints' clusters there: start it first, Envoy wants to find the file.
+  cds_config:
+    path_config_source: {{path: {json.dumps(config.envoy_clusters_file)}}}
+    resource_api_version: V3
+"""
+
+
+def _unsteered_cluster(addresses: list[str], config: Config, options: EnvoyOptions) -> str:
+    if options.fail_open:
+        return _any_cluster(UNSTEERED_CLUSTER, addresses, config.health_check, options.upstream_protocol)
     return f"""\
+  - name: {UNSTEERED_CLUSTER}
+    type: STATIC
+    connect_timeout: 1s
+    load_assignment: {{cluster_name: {UNSTEERED_CLUSTER}}}
+"""
+
+
+def _any_cluster(name: str, addresses: list[str], health: HealthCheckConfig | None, protocol: str) -> str:
+    """Return the cluster that takes what nobody steered. It alone has health checks of Envoy's own.
+
+    An endpoint's cluster has one host, and the sidecar chooses it: if Envoy thought it down, it would panic and send
+    the request all the same, or refuse what the sidecar had just decided.
+    """
+    return f"""\
+  - name: {name}
+    type: STRICT_DNS
+    connect_timeout: 1s
     lb_policy: LEAST_REQUEST
     load_assignment:
-      cluster_name: {UNSTEERED_CLUSTER}
+      cluster_name: {name}
       endpoints:
-      - lb_endpoints:
-{_lines(8, [f"- {_lb_endpoint(address)}" for _, address in endpoints])}\
+      - lb_endpoints:{"" if addresses else " []"}
+{_lines(8, [f"- {_lb_endpoint(address)}" for address in addresses])}\
     # Its own breaker: without a queue, what the engines can't take is refused here.
-    circuit_breakers: {{thresholds: [{{max_connections: 1000, max_requests: {64 * max(len(endpoints), 1)}}}]}}
-{_protocol(options)}"""
+    circuit_breakers: {{thresholds: [{{max_connections: 1000, max_requests: {64 * max(len(addresses), 1)}}}]}}
+{_health(health, protocol)}\
+{_protocol(protocol)}"""
 
 
-def _protocol(options: EnvoyOptions) -> str:
-    if options.upstream_protocol != "h2":
+def _health(health: HealthCheckConfig | None, protocol: str) -> str:
+    if health is None:
+        return ""
+    interval = format_duration(health.interval)
+    return f"""\
+    # The sidecar's own numbers. no_traffic_interval is 60 s by default, and no traffic is the normal case here.
+    health_checks:
+    - interval: {interval}
+      no_traffic_interval: {interval}
+      timeout: {format_duration(health.timeout)}
+      unhealthy_threshold: {health.unhealthy_threshold}
+      healthy_threshold: {health.healthy_threshold}
+      http_health_check:
+        path: {json.dumps(health.path)}
+        expected_statuses: [{{start: 200, end: 300}}]
+        codec_client_type: {"HTTP2" if protocol == "h2" else "HTTP1"}
+"""
+
+
+def _protocol(protocol: str) -> str:
+    if protocol != "h2":
         return ""
     return """\
     typed_extension_protocol_options:
@@ -259,11 +341,11 @@ def _protocol(options: EnvoyOptions) -> str:
 """
 
 
-def _endpoint_cluster(cluster: str, address: str, options: EnvoyOptions) -> str:
+def _endpoint_cluster(cluster: str, address: str, protocol: str) -> str:
     name = json.dumps(cluster)
     return f"""\
   - name: {name}
-    type: STRICT_DNS
+    type: {"STATIC" if _is_ip(address) else "STRICT_DNS"}
     connect_timeout: 2s
     load_assignment:
       cluster_name: {name}
@@ -271,4 +353,13 @@ def _endpoint_cluster(cluster: str, address: str, options: EnvoyOptions) -> str:
     # The sidecar's limits decide; Envoy's default of 1024 must not.
     circuit_breakers:
       thresholds: [{{max_connections: 100000, max_requests: 100000, max_pending_requests: 100000}}]
-{_protocol(options)}"""
+{_protocol(protocol)}"""
+
+
+def _is_ip(address: str) -> bool:
+    """Tell whether nothing has to be looked up: Envoy knows a STATIC cluster at once, a DNS one after an answer."""
+    try:
+        ip_address(split_address(address)[0])
+    except ValueError:
+        return False
+    return True

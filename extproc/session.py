@@ -74,10 +74,19 @@ class Desk:
         self._steers: dict[str, bytes] = {}
 
     def put_cluster(self, endpoint: str, cluster: str) -> None:
-        """Note which Envoy cluster an endpoint is."""
+        """Note which Envoy cluster an endpoint is, from now on."""
+        self.drop_cluster(endpoint)
         self._clusters[endpoint] = cluster
         self._endpoints[cluster] = endpoint
         self._steers[endpoint] = wire.steer(self.headers.cluster, cluster)
+
+    def drop_cluster(self, endpoint: str) -> None:
+        """Forget an endpoint that no request can be sent to any more. Unknown: no-op."""
+        cluster = self._clusters.pop(endpoint, None)
+        if cluster is not None:
+            del self._steers[endpoint]
+            if self._endpoints.get(cluster) == endpoint:
+                del self._endpoints[cluster]
 
     def endpoint_of(self, cluster: str) -> str | None:
         """Return the endpoint behind a cluster named upstream, or None if the config has no such cluster."""

@@ -54,8 +54,12 @@ class Up:
         admin: str,
         envoy: str | None,
         demo: bool,
+        limit: int | None,
     ) -> None:
-        """Plan to run in front of `endpoints` (URLs), of `engines` simulated ones, or of those in `config_file`."""
+        """Plan to run in front of `endpoints` (URLs), of `engines` simulated ones, or of those in `config_file`.
+
+        `limit`: requests per endpoint at once, where no `config_file` says; None: adaptive, or the simulated slots.
+        """
         self._urls = endpoints
         self._engines = engines
         self._config_file = config_file
@@ -63,6 +67,7 @@ class Up:
         self._admin = admin
         self._envoy = envoy
         self._demo = demo
+        self._limit: int | str = limit or (DEMO_SLOTS if engines else "adaptive")
         self._children: list[Process] = []
 
     async def run(self) -> int:
@@ -88,8 +93,9 @@ class Up:
         urls = self._urls
         if self._engines is not None:
             urls = [await self._start_engine(index + 1, directory) for index in range(self._engines)]
-        config = self._configure(urls, directory)
-        app = App(config, loop)
+        own = self._own_keys(directory)
+        config = self._configure(urls, own)
+        app = App(config, loop, self._config_file, own)
         await app.start()
         code = 0
         try:
@@ -117,17 +123,23 @@ class Up:
 
     # ---- parts
 
-    def _configure(self, urls: list[str] | None, directory: Path) -> Config:
+    def _own_keys(self, directory: Path) -> dict[str, str]:
+        """Return what is ours to say, whatever the file says; as environment variables, which win over it."""
+        return {
+            "EXTPROC_LISTEN": f"unix:{directory}/ext_proc.sock",
+            "EXTPROC_ADMIN": self._admin,
+            "EXTPROC_ENVOY_CLUSTERS_FILE": f"{directory}/clusters.yaml",
+        }
+
+    def _configure(self, urls: list[str] | None, own: dict[str, str]) -> Config:
         """Return the configuration: the file's, or one made for `urls`, with the queue on."""
-        listen = f"unix:{directory}/ext_proc.sock"
-        own = {"EXTPROC_LISTEN": listen, "EXTPROC_ADMIN": self._admin}
         if self._config_file is not None:
             return load_config(self._config_file, own)
         data = {
             "enable_queue": True,
             "classes": CLASSES,
             "drain_timeout": "10s",
-            "max_running_requests": DEMO_SLOTS if self._engines else "adaptive",
+            "max_running_requests": self._limit,
             "endpoints": [
                 _endpoint_of(url, index, simulated=bool(self._engines)) for index, url in enumerate(urls or [])
             ],
@@ -196,12 +208,17 @@ class Up:
         queue = "on" if config.enable_queue else "off"
         if self._config_file is None:
             queue += " (no configuration file was given)"
+        limits = {spec.max_running_requests or "adaptive" for spec in config.endpoint_specs()}
+        limit = " or ".join(str(one) for one in limits)
+        if limits == {"adaptive"}:
+            limit += ": starts at 64, follows the servers' metrics; --limit N sets a number"
         print(
             f"""\
 Envoy      http://{self._http}
 live page  http://{self._admin}/
 endpoints  {", ".join(f"{endpoint.name} ({endpoint.address})" for endpoint in config.endpoints)}
 queue      {queue}
+limit      {limit}
 classes    {", ".join(klass.name for klass in config.classes)}; header {config.headers.request_class}
 
 curl -N http://{self._http}/v1/chat/completions -H 'content-type: application/json' \\

@@ -11,7 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from extproc.config import split_address
 from extproc.errors import StartError
-from extproc.observe.metrics import SHARED
+from extproc.observe.metrics import SHARED, known_signals
 
 if TYPE_CHECKING:
     from extproc.admission.ticket import Ticket
@@ -100,6 +100,8 @@ class Admin:
                     "kv_capacity_tokens": endpoint.kv_capacity,
                     "waiting": at_home.get(endpoint.name, 0),
                     "dispatched": endpoint.dispatched,
+                    "load": known_signals(endpoint.load),
+                    **self._age_of(endpoint.name),
                 }
                 for endpoint in controller.endpoints.values()
             ],
@@ -108,6 +110,10 @@ class Admin:
             "waiting": [_row(ticket, now) for ticket in islice(controller.waiting_tickets(), MOST_WAITING)],
             "outcomes": self._outcomes(),
         }
+
+    def _age_of(self, name: str) -> dict[str, float]:
+        age_s = self._metrics.age_s(name)
+        return {} if age_s is None else {"telemetry_age_s": round(age_s, 3)}
 
     def _outcomes(self) -> dict[str, int]:
         totals: dict[str, int] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from extproc.admission.limit import AdaptiveLimit, FixedLimit
+from extproc.admission.prefill import Prefill
 
 if TYPE_CHECKING:
     from extproc.admission.limit import Limit
@@ -35,12 +36,11 @@ class Endpoint:
         enforcing: False while the queue is switched off: then there is always room.
         load, load_at: the last telemetry and when it came.
         kv_tokens: estimated KV tokens of all leases.
-        prompt_tokens: estimated prompt tokens of the leases whose first token was not seen.
+        prefill: the leases whose first token was not seen.
         sees_first_tokens: whether anything tells when a first token came; without it the prompt limit can't work.
     """
 
     __slots__ = (
-        "_answered",
         "_failures",
         "completed",
         "dispatched",
@@ -52,6 +52,7 @@ class Endpoint:
         "kv_capacity",
         "kv_excess",
         "kv_tokens",
+        "kv_turnover",
         "leases",
         "limit",
         "load",
@@ -59,9 +60,9 @@ class Endpoint:
         "on_trial",
         "picked",
         "pools",
+        "prefill",
         "produced",
         "prompt_limit",
-        "prompt_tokens",
         "removed",
         "sees_first_tokens",
         "spec",
@@ -83,16 +84,21 @@ class Endpoint:
         self.load_at = 0.0
         self.gate_until: float | None = None  # telemetry closed it until then, or until better telemetry
         self.kv_tokens = 0
+        self.kv_turnover = 0  # tokens that its cache had to take in for all leases so far
         self.kv_excess = 0.0  # what the engine's own figure was above our estimate when it was read
         self.kv_capacity = spec.kv_capacity_tokens
-        self.prompt_tokens = 0
+        self.prefill = Prefill()
         self.sees_first_tokens = False
         self.ejected_until: float | None = None
         self.ejections = 0
         self.on_trial = False  # back from an ejection: one request at a time until one succeeds
         self._failures = 0
-        self._answered = 0  # prompt tokens that telemetry saw computed and that no lease was marked for yet
         self.apply(policy)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Prompt tokens that the engine has not computed yet, as far as one can tell."""
+        return self.prefill.tokens
 
     @property
     def name(self) -> str:
@@ -105,15 +111,17 @@ class Endpoint:
             self.limit = _limit_of(spec)
         if spec.kv_capacity_tokens != self.spec.kv_capacity_tokens:
             told = self.load.kv_capacity_tokens if self.load is not None else None
-            self.kv_capacity = spec.kv_capacity_tokens or told
+            self.kv_capacity = spec.kv_capacity_tokens or told or None  # an engine may say 0 before it knows
         self.spec = spec
 
     def apply(self, policy: Policy) -> None:
         """Follow a changed policy."""
         self.enforcing = policy.enable_queue
         self.prompt_limit = policy.max_prompt_tokens
-        counted = self.load is not None and self.load.prompt_tokens is not None
+        counted = self.load is not None and self.load.first_tokens is not None
         self.sees_first_tokens = policy.first_byte_probe or counted
+        if policy.first_byte_probe:
+            self.prefill.forget()
 
     # ---- room
 
@@ -141,9 +149,9 @@ class Endpoint:
             used = self.kv_tokens + self.kv_excess
             if used + ticket.kv_tokens > KV_SHARE * self.kv_capacity:
                 return False
-        if not self.sees_first_tokens or self.prompt_tokens <= 0:  # a prompt above the limit goes alone
+        if not self.sees_first_tokens or self.prefill.tokens <= 0:  # a prompt above the limit goes alone
             return True
-        return self.prompt_tokens + ticket.prompt_tokens <= self.prompt_limit
+        return self.prefill.tokens + ticket.work_tokens <= self.prompt_limit
 
     @property
     def pressure(self) -> float:
@@ -156,64 +164,65 @@ class Endpoint:
             return max(share, self.kv_tokens / (KV_SHARE * self.kv_capacity))
         return share
 
+    def has_evicted(self, before: int) -> bool:
+        """Tell whether what it cached at the turnover `before` is gone: more came since than the cache holds."""
+        return self.kv_capacity is not None and self.kv_turnover - before > self.kv_capacity
+
     # ---- leases
 
-    def lease(self, ticket: Ticket) -> None:
+    def lease(self, ticket: Ticket, now: float) -> None:
         """Put `ticket` in the books."""
         self.leases[ticket] = None
         self.kv_tokens += ticket.kv_tokens
-        self.prompt_tokens += ticket.prompt_tokens
-        ticket.prompt_pending = True
+        self.prefill.add(ticket, now)
+        self.kv_turnover += ticket.work_tokens + ticket.output_tokens
         self.dispatched += 1
 
-    def release(self, ticket: Ticket) -> None:
+    def release(self, ticket: Ticket, now: float) -> None:
         """Take `ticket` out of the books."""
         del self.leases[ticket]
         self.kv_tokens -= ticket.kv_tokens
-        self.first_token(ticket)
+        self.prefill.done(ticket, now)
         self.completed += 1
 
-    def first_token(self, ticket: Ticket) -> None:
+    def first_token(self, ticket: Ticket, now: float) -> None:
         """Note that the engine has computed the prompt of `ticket`."""
-        if ticket.prompt_pending:
-            ticket.prompt_pending = False
-            self.prompt_tokens -= ticket.prompt_tokens
+        self.prefill.done(ticket, now)
 
     # ---- what the endpoint says of itself
 
     def observe(self, load: Load, now: float, policy: Policy, *, wanted: bool) -> None:
         """Follow fresh telemetry. `wanted`: requests wait that this endpoint could serve."""
         full = len(self.leases) >= self.limit.value
+        elapsed_s = now - self.load_at if self.load is not None else 1.0
         self.load, self.load_at = load, now
-        self.limit.observe(load, wanted=wanted and full)
         if load.kv_capacity_tokens and self.spec.kv_capacity_tokens is None:
             self.kv_capacity = load.kv_capacity_tokens
+        self.limit.observe(
+            load,
+            wanted=wanted and full,
+            in_flight=len(self.leases),
+            elapsed_s=elapsed_s,
+            knows_kv=self.kv_capacity is not None and load.kv_usage is not None,
+        )
         self.kv_excess = 0.0
         if load.kv_usage is not None and self.kv_capacity is not None:
             self.kv_excess = max(load.kv_usage * self.kv_capacity - self.kv_tokens, 0.0)
-        self.sees_first_tokens = policy.first_byte_probe or load.prompt_tokens is not None
-        if load.prompt_tokens is not None:
-            self._mark_answered(load.prompt_tokens)
+        self.sees_first_tokens = policy.first_byte_probe or load.first_tokens is not None
+        if load.first_tokens is not None and not policy.first_byte_probe:
+            engine_holds = (load.running or 0.0) + (load.waiting or 0.0)
+            ours = min(len(self.leases) / engine_holds, 1.0) if engine_holds else 1.0  # others may use it too
+            self.prefill.observe(load.first_tokens * ours, elapsed_s, now)
         idle = not self.leases and load.running == 0
         self.gate_until = now + policy.stale_after_s if _is_hot(load, policy) and not idle else None
 
     def forget_load(self, policy: Policy) -> None:
         """Ignore telemetry that has become stale."""
         self.load = None
+        self.prefill.forget()
         self.gate_until = None
         self.kv_excess = 0.0
         self.sees_first_tokens = policy.first_byte_probe
-
-    def _mark_answered(self, computed: int) -> None:
-        """Mark the oldest prompts as computed, as far as the engine's counter went."""
-        self._answered += computed
-        for ticket in self.leases:
-            if ticket.prompt_pending:
-                if ticket.prompt_tokens > self._answered:
-                    return
-                self._answered -= ticket.prompt_tokens
-                self.first_token(ticket)
-        self._answered = 0
 
     # ---- failures
 
@@ -238,12 +247,12 @@ class Endpoint:
 
     def next_change(self) -> float | None:
         """Return when time alone changes whether it has room."""
-        times = [at for at in (self.gate_until, self.ejected_until) if at is not None]
+        times = [at for at in (self.gate_until, self.ejected_until, self.prefill.next_change()) if at is not None]
         return min(times) if times else None
 
     def pass_time(self, now: float) -> bool:
         """Open gates and end ejections whose time is over; tell whether any was."""
-        changed = False
+        changed = self.prefill.pass_time(now)
         if self.gate_until is not None and now >= self.gate_until:
             self.gate_until = None
             changed = True
@@ -253,12 +262,18 @@ class Endpoint:
             changed = True
         return changed
 
+    @property
+    def condition(self) -> str:
+        """Whether it may be used, in a few words for people."""
+        if self.removed:
+            return "removed"
+        if not self.is_up:
+            return "down"
+        return "ejected after failures" if self.ejected_until is not None else "up"
+
     def __repr__(self) -> str:
         """Show the state that tests, logs and people read."""
-        state = "removed" if self.removed else "up" if self.is_up else "down"
-        if self.ejected_until is not None:
-            state = "ejected"
-        return f"<Endpoint {self.name} {state} in_flight={len(self.leases)}/{self.limit.value}>"
+        return f"<Endpoint {self.name} {self.condition} in_flight={len(self.leases)}/{self.limit.value}>"
 
 
 def _limit_of(spec: EndpointSpec) -> Limit:

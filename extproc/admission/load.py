@@ -19,6 +19,7 @@ class Load:
         preemptions: preempted requests since the reading before.
         prompt_tokens: prompt tokens computed since the reading before.
         output_tokens: output tokens made since the reading before.
+        first_tokens: answers that began since the reading before.
     """
 
     running: float | None = None
@@ -30,6 +31,7 @@ class Load:
     preemptions: int | None = None
     prompt_tokens: int | None = None
     output_tokens: int | None = None
+    first_tokens: int | None = None
 
     @property
     def time_per_token_s(self) -> float | None:

@@ -109,4 +109,4 @@ class Rehearsal(Controller):
 
 
 def _name(outcome: Outcome) -> str:
-    return Outcome.DISPATCHED.value if outcome is Outcome.REROUTED else outcome.value
+    return str(Outcome.DISPATCHED.value if outcome is Outcome.REROUTED else outcome.value)

@@ -57,6 +57,7 @@ class Ticket:
         "since",
         "state",
         "wait_until",
+        "work_tokens",
     )
 
     def __init__(self, request: Request, deliver: Callable[[Decision], None] | None = None) -> None:
@@ -76,6 +77,7 @@ class Ticket:
         self.home: Endpoint | None = None
         self.endpoint: Endpoint | None = None  # the endpoint that it holds a lease of while LEASED
         self.prompt_tokens = 0  # estimate, clipped
+        self.work_tokens = 0  # of its prompt, what the engine has to compute: without what is cached there
         self.output_tokens = 0  # estimate
         self.charge: float | None = None  # what its tenant was charged for it; None while nobody counts
         self.kv_tokens = 0  # estimate of the KV cache it will need: prompt and answer

@@ -1,7 +1,8 @@
-"""Estimates of the tokens a request will need, from its headers and from the mean of what was seen."""
+"""Estimates of the tokens a request will need, from its headers and from what engines counted for earlier ones."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,16 +12,43 @@ FIRST_GUESS = 200.0
 """Mean output tokens before anything was seen; public chat traces have means of 130 to 210."""
 MEMORY = 200
 """About so many of the last answers make the mean."""
+PROMPTS = 500
+"""About so many of the last prompts make the correction of estimates, and half as many believe in none at first."""
+FIRST_PROMPT = 1000.0
+"""Tokens of such a prompt that nobody has seen."""
+MOST_OFF = 8.0
+"""The most that estimates are corrected by, either way."""
+
+
+class _Mean:
+    """A mean that forgets."""
+
+    __slots__ = ("_count", "_total")
+
+    def __init__(self) -> None:
+        self._count = PROMPTS / 2.0
+        self._total = self._count * FIRST_PROMPT
+
+    def add(self, total: float, count: int) -> None:
+        kept = math.exp(-count / PROMPTS)
+        self._total = self._total * kept + total
+        self._count = self._count * kept + count
+
+    @property
+    def value(self) -> float:
+        return self._total / self._count
 
 
 class TokenEstimate:
-    """The running mean of output tokens."""
+    """The running mean of output tokens, and by how much the announced prompt tokens are off."""
 
-    __slots__ = ("_mean",)
+    __slots__ = ("_announced", "_counted", "_mean")
 
     def __init__(self) -> None:
-        """Start at FIRST_GUESS."""
+        """Start at FIRST_GUESS, and believe what requests announce."""
         self._mean = FIRST_GUESS
+        self._announced = _Mean()  # prompt tokens of a request, as announced
+        self._counted = _Mean()  # the same, as engines count them
 
     def estimate(self, ticket: Ticket) -> None:
         """Fill in the ticket's token estimates."""
@@ -28,8 +56,22 @@ class TokenEstimate:
         ceiling = request.max_output_tokens
         expected = int(self._mean)
         ticket.output_tokens = expected if ceiling is None or ceiling > expected else ceiling
-        ticket.prompt_tokens = request.prompt_tokens
-        ticket.kv_tokens = request.prompt_tokens + ticket.output_tokens
+        ticket.prompt_tokens = ticket.work_tokens = int(request.prompt_tokens * self.scale)
+        ticket.kv_tokens = ticket.prompt_tokens + ticket.output_tokens
+
+    @property
+    def scale(self) -> float:
+        """Tokens that engines count per token announced: languages and JSON differ in bytes per token."""
+        return min(max(self._counted.value / self._announced.value, 1 / MOST_OFF), MOST_OFF)
+
+    def sent(self, prompt_tokens: int) -> None:
+        """Note what a request announced that went to an engine."""
+        self._announced.add(prompt_tokens, 1)
+
+    def learn_prompts(self, tokens: int, prompts: int) -> None:
+        """Follow what an engine counted: means are compared, so others may use the engine too."""
+        if prompts > 0:
+            self._counted.add(tokens, prompts)
 
     def learn(self, output_tokens: int, answers: int) -> None:
         """Follow `answers` finished answers that had `output_tokens` together."""

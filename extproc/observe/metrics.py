@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 from bisect import bisect_left
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import (
@@ -23,11 +23,12 @@ from extproc.admission.rehearsal import Rehearsal
 from extproc.admission.values import Dispatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from prometheus_client.metrics_core import Metric
 
     from extproc.admission.controller import Controller
+    from extproc.admission.load import Load
     from extproc.admission.ticket import Ticket
     from extproc.admission.values import Decision
 
@@ -44,12 +45,37 @@ class _Waits:
         self.total_s = 0.0
 
 
+class Telemetry(Protocol):
+    """Who knows how the scraping of endpoints goes."""
+
+    def age_s(self, name: str) -> float | None:
+        """Return the age of an endpoint's last good reading, in seconds; None: there never was one."""
+
+    def errors(self) -> Iterable[tuple[str, str, int]]:
+        """Walk endpoint, reason and number of failed scrapes."""
+
+
+def known_signals(load: Load | None) -> dict[str, float]:
+    """Return the gauges of a load that are known; an unknown one is absent, never 0."""
+    if load is None:
+        return {}
+    signals = {
+        "running": load.running,
+        "waiting": load.waiting,
+        "kv_usage": load.kv_usage,
+        "gpu_usage": load.gpu_usage,
+        "tokens_per_s": load.tokens_per_s,
+    }
+    return {signal: value for signal, value in signals.items() if value is not None}
+
+
 class Metrics:
     """An observer of decisions, and a collector for a Prometheus registry."""
 
-    def __init__(self, controller: Controller, streams: Callable[[], int]) -> None:
-        """Count for `controller`; `streams` tells how many ext_proc streams are open."""
+    def __init__(self, controller: Controller, streams: Callable[[], int], telemetry: Telemetry | None = None) -> None:
+        """Count for `controller`; `streams` tells how many ext_proc streams are open, `telemetry` of the scraping."""
         self._controller = controller
+        self._telemetry = telemetry
         self._streams = streams
         self.outcomes: dict[tuple[Outcome, str], int] = {}
         self._waits: dict[str, _Waits] = {}
@@ -88,6 +114,7 @@ class Metrics:
         yield from self._request_families()
         yield from self._queue_families()
         yield from self._endpoint_families()
+        yield from self._telemetry_families()
         if isinstance(self._controller, Rehearsal):
             rehearsed = CounterMetricFamily(
                 "extproc_dry_run_requests",
@@ -166,3 +193,29 @@ class Metrics:
                 limit.add_metric([*name, "kv_tokens"], endpoint.kv_capacity)
             is_up.add_metric(name, int(endpoint.available))
         yield from (inflight, dispatched, limit, is_up)
+
+    def _telemetry_families(self) -> Iterator[Metric]:
+        loads = GaugeMetricFamily(
+            "extproc_endpoint_load",
+            "What an endpoint's fresh telemetry says; a signal that is unknown or stale is absent.",
+            labels=["endpoint", "signal"],
+        )
+        ages = GaugeMetricFamily(
+            "extproc_telemetry_age_seconds", "Age of an endpoint's last good reading.", labels=["endpoint"]
+        )
+        errors = CounterMetricFamily(
+            "extproc_scrape_errors", "Scrapes that told nothing, by why.", labels=["endpoint", "reason"]
+        )
+        for endpoint in self._controller.endpoints.values():
+            for signal, value in known_signals(endpoint.load).items():
+                loads.add_metric([endpoint.name, signal], value)
+            age_s = self.age_s(endpoint.name)
+            if age_s is not None:
+                ages.add_metric([endpoint.name], age_s)
+        for name, reason, count in self._telemetry.errors() if self._telemetry is not None else ():
+            errors.add_metric([name, reason], count)
+        yield from (loads, ages, errors)
+
+    def age_s(self, name: str) -> float | None:
+        """Return the age of an endpoint's last good reading, in seconds; None: there never was one."""
+        return self._telemetry.age_s(name) if self._telemetry is not None else None

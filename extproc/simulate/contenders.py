@@ -7,9 +7,8 @@ Balancers choose at arrival and hold nothing.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 from extproc.admission.controller import Controller
 from extproc.admission.ticket import State, Ticket
@@ -18,12 +17,12 @@ from extproc.durations import parse_duration
 from extproc.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from extproc.admission.load import Load
     from extproc.admission.values import Decision
     from extproc.engine.params import EngineParams
     from extproc.simulate.workload import Demand, Klass
-
-T = TypeVar("T", "Setting", Policy)
 
 FOR_EVER_S = 3500.0
 """A budget that never ends a wait: the longest that the config allows."""
@@ -430,9 +429,7 @@ def _change(setting: Setting, changes: Iterable[str]) -> Setting:
     for change in changes:
         key, equals, value = change.partition("=")
         try:
-            if not equals:
-                raise ValueError("must be key=value")
-            setting = _changed(setting, key.strip(), value.strip())
+            setting = _changed(setting, key.strip(), value.strip(), given=bool(equals))
         except ValueError as error:
             problems.append(f"--set {change}: {error}")
     if problems:
@@ -440,7 +437,9 @@ def _change(setting: Setting, changes: Iterable[str]) -> Setting:
     return setting
 
 
-def _changed(setting: Setting, key: str, value: str) -> Setting:
+def _changed(setting: Setting, key: str, value: str, *, given: bool) -> Setting:
+    if not given:
+        raise ValueError("must be key=value")
     policy = setting.policy
     if key.startswith("budget."):
         names = [klass.name for klass in policy.classes]
@@ -448,16 +447,14 @@ def _changed(setting: Setting, key: str, value: str) -> Setting:
         if chosen not in names:
             raise ValueError(f"there is no such class; classes are {', '.join(names)}")
         budget_s = _duration(value)
-        classes = tuple(replace(klass, budget_s=budget_s) if klass.name == chosen else klass for klass in policy.classes)
+        classes = tuple(
+            replace(klass, budget_s=budget_s) if klass.name == chosen else klass for klass in policy.classes
+        )
         return replace(setting, policy=replace(policy, classes=classes))
     if key not in _KEYS:
         raise ValueError(f"unknown key; known are {', '.join(KEYS)}")
     where, attribute, parse = _KEYS[key]
-    change = {attribute: parse(value)}
+    change: dict[str, Any] = {attribute: parse(value)}
     if where == "setting":
-        return _with(setting, change)
-    return _with(setting, {"policy": _with(policy, change)})
-
-
-def _with(whole: T, change: dict[str, object]) -> T:
-    return replace(whole, **change)  # type: ignore[type-var, no-any-return, unused-ignore] - checked by the parsers
+        return replace(setting, **change)
+    return replace(setting, policy=replace(policy, **change))

@@ -8,6 +8,7 @@ Simpler than life: no network, no router cost, no retries after a refusal; healt
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from extproc.engine.params import EngineParams
     from extproc.simulate.contenders import Contender, Verdict
-    from extproc.simulate.workload import Demand, Klass
+    from extproc.simulate.workload import Demand
 
 CHECK_S = 3.0
 """How long an active health check needs to see that an engine died or came back."""
@@ -44,7 +45,7 @@ class Faults:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """How one demand ended. Times in seconds; None where it did not come so far."""
+    """How one demand ended. Times in seconds since its arrival; None where it did not come so far."""
 
     klass: str
     tenant: str
@@ -53,6 +54,7 @@ class Record:
     tpot_s: float | None
     met: bool
     queued_s: float | None
+    ended_s: float
     output: int
 
 
@@ -61,6 +63,7 @@ class Run:
     """One contender's run: every demand's record, and what the engines counted.
 
     Attributes:
+        classes: names of those that came, the most urgent first.
         generated: output tokens of all engines while demands arrived, `duration_s` seconds.
         wasted: tokens computed for requests whose client then left.
         hits: share of the prompt tokens found in prefix caches.
@@ -68,6 +71,7 @@ class Run:
     """
 
     contender: str
+    classes: tuple[str, ...]
     load: float
     seed: int
     duration_s: float
@@ -101,10 +105,11 @@ class World:
         self._past: list[Engine] = []  # engines that died
         self._versions = [0] * engines
         self._tick_at: float | None = None
-        self._heap: list[tuple[float, int, Callable[[object], None], object]] = []
+        self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._sequence = 0
-        self._scraped: list[_Counters] = [_Counters(engine, 0.0) for engine in self.engines]
+        self._scraped: list[_Counters] = [_Counters(engine, 0.0, 0) for engine in self.engines]
         self._generated = 0
+        self._first_tokens = [0] * engines
 
     def run(
         self, demands: Sequence[Demand], duration_s: float, progress: Callable[[int], None] | None = None
@@ -114,12 +119,12 @@ class World:
         interval_s = self.contender.scrape_interval_s
         if interval_s is not None:
             for engine in range(len(self.engines)):
-                self._at(interval_s * (engine + 1) / len(self.engines), self._scrape, engine)
+                self._at(interval_s * (engine + 1) / len(self.engines), partial(self._scrape, engine))
         if self.faults.dies is not None:
             engine, begin_s, end_s = self.faults.dies
-            self._at(begin_s, self._die, engine)
-            self._at(end_s, self._revive, engine)
-        self._at(duration_s, self._close_books, None)
+            self._at(begin_s, partial(self._die, engine))
+            self._at(end_s, partial(self._revive, engine))
+        self._at(duration_s, self._close_books)
         arrivals = iter(demands)
         coming = next(arrivals, None)
         heap, reported = self._heap, self.open
@@ -129,23 +134,25 @@ class World:
                 self._arrive(coming)
                 coming = next(arrivals, None)
             else:
-                self.now, _, event, what = heappop(heap)
-                event(what)
+                self.now, _, event = heappop(heap)
+                event()
             if progress is not None and reported - self.open >= REPORT_EVERY:
                 progress(reported - self.open)
                 reported = self.open
         if progress is not None:
             progress(reported)
         if not self._generated:
-            self._close_books(None)
+            self._close_books()
         return self.jobs
 
     def result(self, load: float, seed: int, duration_s: float) -> Run:
         """Return what a report needs, after `run`."""
         engines = [*self.engines, *self._past]
+        classes = {job.demand.klass for job in self.jobs}
         queries = sum(engine.prefix_queries_total for engine in engines)
         return Run(
             contender=self.contender.name,
+            classes=tuple(klass.name for klass in sorted(classes, key=lambda klass: (-klass.priority, klass.name))),
             load=load,
             seed=seed,
             duration_s=duration_s,
@@ -159,15 +166,13 @@ class World:
 
     # ---- clients
 
-    def _arrive(self, what: object) -> None:
-        demand: Demand = what  # type: ignore[assignment] - what _at was given
+    def _arrive(self, demand: Demand) -> None:
         job = Job(len(self.jobs), demand, self.now)
         self.jobs.append(job)
-        self._at(self.now + demand.klass.patience_s, self._lose_patience, job)
+        self._at(self.now + demand.klass.patience_s, partial(self._lose_patience, job))
         self._carry_out(self.front.arrive(job, self.now))
 
-    def _lose_patience(self, what: object) -> None:
-        job: Job = what  # type: ignore[assignment]
+    def _lose_patience(self, job: Job) -> None:
         if job.ended is not None or job.first_token is not None:
             return
         if job.engine is None:
@@ -189,7 +194,7 @@ class World:
         job.outcome = outcome
         self.open -= 1
         if job.demand.then is not None:
-            self._at(self.now + job.demand.then.at, self._arrive, job.demand.then)
+            self._at(self.now + job.demand.then.at, partial(self._arrive, job.demand.then))
 
     # ---- the front
 
@@ -204,10 +209,10 @@ class World:
         due = self.front.next_deadline()
         if due is not None and (self._tick_at is None or due < self._tick_at):
             self._tick_at = due
-            self._at(due, self._tick, due)
+            self._at(due, partial(self._tick, due))
 
-    def _tick(self, what: object) -> None:
-        if what == self._tick_at:
+    def _tick(self, due: float) -> None:
+        if due == self._tick_at:
             self._tick_at = None
             self._carry_out(self.front.tick(self.now))
 
@@ -237,10 +242,9 @@ class World:
         self._versions[engine] += 1
         due = self.engines[engine].next_event()
         if due is not None:
-            self._at(due, self._look, (engine, self._versions[engine]))
+            self._at(due, partial(self._look, engine, self._versions[engine]))
 
-    def _look(self, what: object) -> None:
-        engine, version = what  # type: ignore[misc]
+    def _look(self, engine: int, version: int) -> None:
         if version == self._versions[engine]:
             self._settle(engine)
             self._watch(engine)
@@ -254,14 +258,14 @@ class World:
                 continue
             if isinstance(event, FirstToken):
                 job.first_token = event.t
+                self._first_tokens[engine] += 1
                 self._carry_out(self.front.first_token(job, self.now))
             elif isinstance(event, Finished):
                 del running[job.number]
                 self._end(job, "finished")
                 self._carry_out(self.front.end(job, self.now, Answer.OK))
 
-    def _die(self, what: object) -> None:
-        engine: int = what  # type: ignore[assignment]
+    def _die(self, engine: int) -> None:
         self._settle(engine)
         self._dead[engine] = True
         self._past.append(self.engines[engine])
@@ -271,30 +275,28 @@ class World:
         for job in lost.values():
             self._end(job, "failed")
             self._carry_out(self.front.end(job, self.now, Answer.FAILED))
-        self._at(self.now + CHECK_S, self._check, engine)
+        self._at(self.now + CHECK_S, partial(self._check, engine))
 
-    def _revive(self, what: object) -> None:
-        engine: int = what  # type: ignore[assignment]
+    def _revive(self, engine: int) -> None:
         self._dead[engine] = False
-        self._scraped[engine] = _Counters(self.engines[engine], self.now)
-        self._at(self.now + CHECK_S, self._check, engine)
+        self._scraped[engine] = _Counters(self.engines[engine], self.now, self._first_tokens[engine])
+        self._at(self.now + CHECK_S, partial(self._check, engine))
 
-    def _check(self, what: object) -> None:
-        engine: int = what  # type: ignore[assignment]
+    def _check(self, engine: int) -> None:
         self._carry_out(self.front.set_up(engine, self.now, is_up=not self._dead[engine]))
 
     # ---- telemetry
 
-    def _scrape(self, what: object) -> None:
-        index: int = what  # type: ignore[assignment]
+    def _scrape(self, index: int) -> None:
         interval_s = self.contender.scrape_interval_s
         assert interval_s is not None  # noqa: S101 - nobody scrapes otherwise
-        self._at(self.now + interval_s, self._scrape, index)
+        self._at(self.now + interval_s, partial(self._scrape, index))
         if self._dead[index]:
             return
         self._settle(index)
-        engine, before = self.engines[index], self._scraped[index]
-        after = self._scraped[index] = _Counters(engine, self.now)
+        engine = self.engines[index]
+        before = self._scraped[index]
+        after = self._scraped[index] = _Counters(engine, self.now, self._first_tokens[index])
         made = after.generated - before.generated
         elapsed_s = after.at - before.at
         load = Load(
@@ -306,29 +308,31 @@ class World:
             preemptions=after.preemptions - before.preemptions,
             prompt_tokens=after.prompts - before.prompts,
             output_tokens=made,
+            first_tokens=after.first - before.first,
         )
         self._carry_out(self.front.observe(index, load, self.now))
         self._watch(index)
 
-    def _close_books(self, what: object) -> None:  # noqa: ARG002 - an event
-        for engine in range(len(self.engines)):
-            self._settle(engine)
-            self._watch(engine)
+    def _close_books(self) -> None:
+        for index in range(len(self.engines)):
+            self._settle(index)
+            self._watch(index)
         self._generated = sum(engine.generation_tokens_total for engine in (*self.engines, *self._past))
 
-    def _at(self, when: float, event: Callable[[object], None], what: object) -> None:
+    def _at(self, when: float, event: Callable[[], None]) -> None:
         self._sequence += 1
-        heappush(self._heap, (when, self._sequence, event, what))
+        heappush(self._heap, (when, self._sequence, event))
 
 
 class _Counters:
     """What a scraper remembers of the last page."""
 
-    __slots__ = ("at", "generated", "preemptions", "prompts")
+    __slots__ = ("at", "first", "generated", "preemptions", "prompts")
 
-    def __init__(self, engine: Engine, at: float) -> None:
+    def __init__(self, engine: Engine, at: float, first: int) -> None:
         self.at = at
         self.generated = engine.generation_tokens_total
+        self.first = first
         self.preemptions = engine.preemptions_total
         self.prompts = engine.prompt_tokens_total
 
@@ -341,7 +345,9 @@ def _record(job: Job) -> Record:
         tpot_s = (job.ended - job.first_token) / max(demand.output - 1, 1)
     met = ttft_s is not None and tpot_s is not None and ttft_s <= klass.ttft_s and tpot_s <= klass.tpot_s
     queued_s = None if job.dispatched is None else job.dispatched - job.arrived
-    return Record(klass.name, demand.tenant, job.outcome, ttft_s, tpot_s, met, queued_s, demand.output)
+    assert job.ended is not None  # noqa: S101 - all jobs of a run have ended
+    ended_s = job.ended - job.arrived
+    return Record(klass.name, demand.tenant, job.outcome, ttft_s, tpot_s, met, queued_s, ended_s, demand.output)
 
 
 def saturation(params: EngineParams, engines: int, demands: Sequence[Demand]) -> float:
@@ -351,8 +357,8 @@ def saturation(params: EngineParams, engines: int, demands: Sequence[Demand]) ->
     turns count as strangers: no prefix is found.
     """
     engine = Engine(params)
-    turns: list[tuple[Demand, Klass]] = [(turn, turn.klass) for demand in demands for turn in demand.chain()]
-    wanted = [turn for turn, _ in turns if turn.prompt + turn.output <= params.longest]
+    turns = (turn for demand in demands for turn in demand.chain())
+    wanted = [turn for turn in turns if turn.prompt + turn.output <= params.longest]
     for number, turn in enumerate(wanted):
         engine.submit(number, turn.prompt, turn.output, 0.0)
     ends: list[float] = []

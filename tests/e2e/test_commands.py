@@ -137,7 +137,7 @@ def test_up_serves_through_envoy_says_that_the_queue_is_on_and_leaves_nothing_be
     http, admin = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
     command = [*EXTPROC, "up", "--engines", "2", "--demo", "--http", http, "--admin", admin]
     with Child(command, tmp_path / "up.log", env={"TMPDIR": str(tmp_path)}) as up:
-        up.wait_line("first token .*s ")
+        up.wait_line("first token p95 .*s")
         said = up.output()
         assert "queue      on (no configuration file was given)" in said
         assert f"curl -N http://{http}/v1/chat/completions" in said

@@ -22,7 +22,8 @@ ALLOWED = {
     "wire": {"extproc._pb", "extproc.errors"},
     "server": {"extproc.session", "extproc.wire", "extproc.errors"},
     "engine": {"extproc.engine", "extproc.errors"},
-    "observe": {"extproc.admission", "extproc"},
+    "telemetry": {"extproc.telemetry", "extproc.admission", "extproc.errors"},
+    "observe": {"extproc.observe", "extproc.admission", "extproc.telemetry", "extproc"},
 }
 FORBIDDEN_OUTSIDE = {
     "admission": {"asyncio", "grpc", "time", "random", "logging", "threading", "os", "socket", "aiohttp"},

@@ -63,7 +63,9 @@ class Storm:
     def run(self, events: int, progress: Callable[[int], None] = lambda _: None) -> None:
         """Let `events` events happen, and check everything at the end."""
         self._put()
-        for number in range(events):
+        number = -1
+        while self.world.events < events:
+            number += 1
             if number % 2000 == 0:
                 self._change_weather()
             self._step()
@@ -95,7 +97,15 @@ class Storm:
 
     def _step(self) -> None:
         weather = self.weather
-        doings = (self._offer, self._release, self._cancel, self._first_token, self._observe, self._pass_time, self._churn)
+        doings = (
+            self._offer,
+            self._release,
+            self._cancel,
+            self._first_token,
+            self._observe,
+            self._pass_time,
+            self._churn,
+        )
         weights = (weather.offer, weather.release, weather.cancel, 0.2, 0.1, 0.6, weather.churn)
         self.random.choices(doings, weights)[0]()
 
@@ -150,6 +160,8 @@ class Storm:
             prompt_tokens=random.choice((None, None, 0, 300, 5000)),
             output_tokens=random.choice((None, 0, 4000)),
         )
+        if load.prompt_tokens is not None:
+            load = replace(load, first_tokens=min(load.prompt_tokens // 300, 5))
         self.world.observe(random.choice((*NAMES, "nowhere")), load)
 
     def _pass_time(self) -> None:
@@ -228,7 +240,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     def progress(number: int) -> None:
         world = storm.world
-        print(f"{number:>9} events  {time.monotonic() - began:6.1f} s  {len(world.waiting):4} waiting  {world.core}"[:150])
+        print(
+            f"{number:>9} events  {time.monotonic() - began:6.1f} s  {len(world.waiting):4} waiting  {world.core}"[:150]
+        )
 
     try:
         storm.run(asked.events, progress)
@@ -239,7 +253,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
         raise
     counts = "  ".join(f"{outcome.value}={count}" for outcome, count in storm.world.outcomes.most_common())
-    print(f"{storm.world.events} events, seed {asked.seed}, {time.monotonic() - began:.1f} s: 0 invariants broken\n{counts}")
+    took_s = time.monotonic() - began
+    print(f"{storm.world.events} events, seed {asked.seed}, {took_s:.1f} s: 0 invariants broken\n{counts}")
     return 0
 
 

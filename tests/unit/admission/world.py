@@ -34,7 +34,7 @@ class BrokenError(AssertionError):
     """An invariant does not hold."""
 
 
-def require(holds: bool, *what: object) -> None:  # noqa: FBT001 - reads like assert, survives -O
+def require(holds: bool, *what: object) -> None:
     if not holds:
         raise BrokenError(" ".join(map(str, what)))
 
@@ -46,8 +46,6 @@ class Books:
     spec: EndpointSpec
     present: bool = True
     leases: dict[Ticket, None] = field(default_factory=dict)
-    pending: dict[Ticket, None] = field(default_factory=dict)  # leases whose first token was not seen
-    computed: int = 0  # prompt tokens that telemetry reported and that no lease was marked for
 
     @property
     def kv_tokens(self) -> int:
@@ -55,16 +53,8 @@ class Books:
 
     @property
     def prompt_tokens(self) -> int:
-        return sum(ticket.prompt_tokens for ticket in self.pending)
-
-    def report_prompts(self, tokens: int) -> None:
-        self.computed += tokens
-        for ticket in list(self.pending):
-            if ticket.prompt_tokens > self.computed:
-                return
-            self.computed -= ticket.prompt_tokens
-            del self.pending[ticket]
-        self.computed = 0
+        """Of those leases whose first token was neither seen nor predicted: when that is, test_prefill.py tells."""
+        return sum(ticket.work_tokens for ticket in self.leases if ticket.prompt_pending)
 
 
 class World:
@@ -107,14 +97,11 @@ class World:
         self._begin()
         books = self.leased.pop(ticket)
         del books.leases[ticket]
-        books.pending.pop(ticket, None)
         self._bury(books)
         self._end(self.core.release(ticket, self.now, answer, output_tokens))
 
     def first_token(self, ticket: Ticket) -> None:
         self._begin()
-        if ticket in self.leased:
-            self.leased[ticket].pending.pop(ticket, None)
         self._end(self.core.first_token(ticket, self.now))
 
     def put(self, spec: EndpointSpec) -> None:
@@ -136,8 +123,6 @@ class World:
 
     def observe(self, name: str, load: Load) -> None:
         self._begin()
-        if load.prompt_tokens is not None and name in self.books:
-            self.books[name].report_prompts(load.prompt_tokens)
         self._end(self.core.observe(name, load, self.now))
 
     def set_policy(self, policy: Policy) -> None:
@@ -222,7 +207,6 @@ class World:
             self._in_order(ticket, books, endpoint)
         self._forget(ticket)
         books.leases[ticket] = None
-        books.pending[ticket] = None
         self.leased[ticket] = books
 
     def _in_order(self, ticket: Ticket, books: Books, endpoint: Endpoint) -> None:
@@ -280,8 +264,9 @@ class World:
         used, capacity = books.kv_tokens + endpoint.kv_excess, endpoint.kv_capacity
         if capacity is not None and used + ticket.kv_tokens > KV_SHARE * capacity:
             return False
-        tokens = books.prompt_tokens + ticket.prompt_tokens
-        return not endpoint.sees_first_tokens or tokens <= self.core.policy.max_prompt_tokens
+        if not endpoint.sees_first_tokens or books.prompt_tokens == 0:
+            return True
+        return books.prompt_tokens + ticket.work_tokens <= self.core.policy.max_prompt_tokens
 
     def check(self) -> None:
         """Recompute everything that the core keeps."""
@@ -379,7 +364,8 @@ class World:
         wanted = [ticket.wait_until for ticket in self.waiting]
         wanted += [t.patience_until for t in self.waiting if t.pool is not None and t.queue is not t.pool.shared]
         for endpoint in self.core.endpoints.values():
-            wanted += [at for at in (endpoint.gate_until, endpoint.ejected_until) if at is not None]
+            times = (endpoint.gate_until, endpoint.ejected_until, endpoint.prefill.next_change())
+            wanted += [at for at in times if at is not None]
             if endpoint.load is not None:
                 wanted.append(endpoint.load_at + self.core.policy.stale_after_s)
         if wanted:
@@ -394,7 +380,7 @@ class World:
         for pool in core.pools():
             require(len(pool.homes) <= len(pool.members), pool.homes)
             require(all(len(share) <= MAX_TENANTS for share in pool.shares.values()), pool.shares)
-            known = {klass for klass in core.policy.classes} | {t.request_class for t in self.waiting}
+            known = set(core.policy.classes) | {t.request_class for t in self.waiting}
             require(pool.waiting.keys() <= known, "classes of old policies are kept:", pool.waiting)
         for endpoint in core._timed:
             require(endpoint.next_change() is not None, endpoint, "is timed for nothing")

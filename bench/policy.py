@@ -1,0 +1,155 @@
+"""Is the admission policy worth it? The table of POLICY 3.1 from the shipped core, and where it does not win.
+
+    python -m bench.policy                # about two minutes on one core
+    python -m bench.policy --seeds 11 12 13 14 15 --duration 420
+
+Exits 1 if an expectation fails. Simulated engines: no GPU was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+
+from extproc.simulate.plan import Plan, Task, capacity, run
+from extproc.simulate.report import goodput, table
+from extproc.simulate.workload import CLASSES, STANDARD, Noise, Sessions, Workload
+from extproc.simulate.world import Faults
+
+PRESETS = ("a100-8b", "h100-32b")
+CONTENDERS = ("round_robin", "least_request", "circuit_breaker", "tuned_engine", "original", "ours")
+OTHERS = CONTENDERS[:-1]
+LOADS = (0.7, 0.9, 1.2)
+CHATTY = Workload(
+    classes=tuple(replace(klass, share=share) for klass, share in zip(CLASSES, (0.8, 0.13, 0.07), strict=True)),
+    sessions=Sessions(think_s=30.0, system_prompt=3000),
+)
+
+failed: list[str] = []
+
+
+def expect(holds: bool, what: str) -> None:
+    print(f"  {'ok  ' if holds else 'FAIL'} {what}")
+    if not holds:
+        failed.append(what)
+
+
+def headline(preset: str, seeds: tuple[int, ...], duration_s: float) -> None:
+    plan = Plan(preset, contenders=CONTENDERS, loads=LOADS, seeds=seeds, duration_s=duration_s)
+    print(f"\n== {preset}: load 100% is {capacity(preset, 4, plan.workload, None):.1f} requests/s on 4 engines")
+    results = run(plan)
+    print(table(results))
+    at = {(result.load, result.contender): result.all.goodput for result in results}
+    ours, tuned = at[1.2, "ours"], at[1.2, "tuned_engine"]
+    expect(ours >= 0.85, f"{preset} 120%: ours {ours:.3f}, 0.85 or more")
+    expect(
+        ours >= 1.1 * tuned, f"{preset} 120%: ours is {ours / tuned:.2f}x the tuned engine ({tuned:.3f}), 1.1x or more"
+    )
+    for load in (0.7, 0.9):
+        best = max(at[load, other] for other in OTHERS)
+        mine = at[load, "ours"]
+        expect(mine >= best - 0.005, f"{preset} {load:.0%}: ours {mine:.3f}, best other {best:.3f}: nothing lost")
+
+
+def noisy(preset: str, seeds: tuple[int, ...]) -> None:
+    """One tenant of five sends six times its share for 150 of 210 seconds, on top of 70% load."""
+    print(f"\n== {preset}: a noisy tenant, 6x; goodput of the four others")
+    one_class = Workload(classes=(replace(STANDARD, share=1.0),))
+    for name, workload in (("three classes", Workload()), ("one class", one_class)):
+        noisy_workload = replace(workload, noise=Noise(1, 6.0, 30.0, 180.0))
+        victims = {}
+        for contender in ("least_request", "tuned_engine", "ours,fair=false,shed=false", "ours,fair=false", "ours"):
+            plan = Plan(preset, loads=(0.7,), duration_s=210.0, workload=noisy_workload, contenders=(contender,))
+            runs = [Task(plan, 0.7, seed, contender).run() for seed in seeds]
+            records = [record for run in runs for record in run.records]
+            victims[contender] = goodput(record for record in records if record.tenant != "tenant-1")
+            loud = goodput(record for record in records if record.tenant == "tenant-1")
+            print(f"  {name:14} {contender:28} victims {victims[contender]:.3f}  noisy {loud:.3f}")
+        if name == "three classes":
+            expect(victims["ours"] >= 0.9, f"{preset} noisy tenant: victims {victims['ours']:.3f}, 0.9 or more")
+        fair, unfair = victims["ours"], victims["ours,fair=false"]
+        expect(fair >= unfair - 0.01, f"{preset} {name}: fairness {fair:.3f}, without {unfair:.3f}")
+
+
+def sessions(preset: str, seeds: tuple[int, ...], duration_s: float) -> None:
+    print(f"\n== {preset}: conversations at 110% and more of what the engines can do without their prefix caches")
+    for load in (0.9, 1.1, 1.4, 1.8):
+        contenders = ("least_request", "tuned_engine", "ours,session_homes=false", "ours")
+        plan = Plan(preset, loads=(load,), seeds=seeds, duration_s=duration_s, workload=CHATTY, contenders=contenders)
+        results = run(plan)
+        cells = "  ".join(f"{r.contender} {r.all.goodput:.3f} (hit {r.hits:.2f})" for r in results)
+        print(f"  load {load:.0%}: {cells}")
+        best = {result.contender: result.all.goodput for result in results}
+        without = best["ours,session_homes=false"]
+        expect(
+            best["ours"] >= without - 0.02,
+            f"{preset} sessions {load:.0%}: homes {best['ours']:.3f}, without {without:.3f}",
+        )
+
+
+def faults(preset: str, seeds: tuple[int, ...], duration_s: float) -> None:
+    print(f"\n== {preset}: bursts, a slow engine, a dead one")
+    for name, load, workload, fault in (
+        ("bursty (MMPP), mean 80%", 0.8, Workload("bursty"), Faults()),
+        ("one of 4 at half speed, 90%", 0.9, Workload(), Faults((0.5,))),
+        ("one dead for 90 s, 80%", 0.8, Workload(), Faults(dies=(0, 60.0, 150.0))),
+    ):
+        contenders = ("least_request", "circuit_breaker", "tuned_engine", "ours")
+        plan = Plan(preset, loads=(load,), seeds=seeds, duration_s=duration_s, workload=workload, faults=fault)
+        results = run(replace(plan, contenders=contenders))
+        print(f"  {name:28} " + "  ".join(f"{r.contender} {r.all.goodput:.3f}" for r in results))
+        ours, best = results[-1].all.goodput, max(r.all.goodput for r in results[:-1])
+        expect(ours >= best - 0.005, f"{preset} {name}: ours {ours:.3f}, best other {best:.3f}")
+
+
+def signals(preset: str, seeds: tuple[int, ...], duration_s: float) -> None:
+    """What each part is worth at 120%."""
+    print(f"\n== {preset}: parts of the policy at 120%")
+    for change in (
+        "ours",
+        "ours,first_byte_probe=true",
+        "ours,scrape_interval=5s",
+        "ours,max_prompt_tokens=1000000",
+        "ours,max_running_requests=10",
+        "ours,max_running_requests=96",
+        "ours,own_books=false",
+        "ours,shed=false",
+        "ours,fair=false",
+        "ours,short_first=true",
+        "ours,binding=bound",
+    ):
+        (result,) = run(Plan(preset, loads=(1.2,), seeds=seeds, duration_s=duration_s, contenders=(change,)))
+        refusal = result.time_to_refusal[0]
+        by_class = "/".join(f"{line.goodput:.2f}" for line in result.lines[:-1])
+        print(f"  {change:32} {result.all.goodput:.3f} ({by_class})  median wait before a refusal {refusal:.1f} s")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13], help="not those of tuning (1-3, 11)")
+    parser.add_argument("--duration", type=float, default=300.0, help="seconds of arrivals (%(default)g)")
+    parser.add_argument("--preset", choices=PRESETS, action="append")
+    parser.add_argument("--only", choices=["headline", "noisy", "sessions", "faults", "signals"])
+    flags = parser.parse_args()
+    began, seeds = time.monotonic(), tuple(flags.seeds)
+    for preset in flags.preset or PRESETS:
+        if flags.only in (None, "headline"):
+            headline(preset, seeds, flags.duration)
+        if flags.only in (None, "noisy"):
+            noisy(preset, seeds)
+        if flags.only in (None, "sessions"):
+            sessions(preset, seeds, flags.duration)
+        if flags.only in (None, "faults"):
+            faults(preset, seeds, flags.duration)
+        if flags.only in (None, "signals"):
+            signals(preset, seeds, flags.duration)
+    print(f"\n{time.monotonic() - began:.0f} s; {len(failed)} expectations failed")
+    for what in failed:
+        print(f"  FAIL {what}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

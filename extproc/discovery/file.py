@@ -1,0 +1,107 @@
+"""The configuration file, followed: a change of its content, or SIGHUP, reads it again.
+
+Polled, not inotify: it works on every file system, for files replaced by a rename and for the symlinks that Kubernetes
+swaps in a ConfigMap. Read in a thread: a file system that hangs must not stop the queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING
+
+from extproc.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from extproc.config import Config
+
+log = logging.getLogger("extproc.reload")
+
+POLL_S = 1.0
+STILL_S = 0.1
+"""A file that was just changed is read once it has not changed for this long: somebody may be writing it."""
+STILL_LOOKS = 20
+
+Signature = tuple[int, int, int] | None
+
+
+class ConfigFile:
+    """Reads a configuration file again when it changes."""
+
+    def __init__(
+        self, path: Path, load: Callable[[], Config], adopt: Callable[[Config], None], count: dict[str, int]
+    ) -> None:
+        """Call `load` after each change and `adopt` with what it returned; count "success" and "failure".
+
+        Both may raise ConfigError; then the old configuration stays.
+        """
+        self._path = path
+        self._load = load
+        self._adopt = adopt
+        self._count = count
+        self._poke = asyncio.Event()
+
+    def poke(self) -> None:
+        """Read it now, changed or not."""
+        self._poke.set()
+
+    async def run(self, current: Config) -> None:
+        """Follow the file for ever; `current` is what was read from it last."""
+        signature: Signature = None
+        content: bytes | None = None
+        first = True
+        while True:
+            asked = self._poke.is_set()
+            self._poke.clear()
+            seen = await asyncio.to_thread(self._signature)
+            if asked or first or seen != signature:
+                signature = await self._still(seen)
+                fresh_content = await asyncio.to_thread(self._content)
+                if asked or fresh_content != content:
+                    content = fresh_content
+                    await self._read(current if first else None)
+            first = False
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._poke.wait(), POLL_S)
+
+    async def _read(self, known: Config | None) -> None:
+        """Load and adopt; `known` is nothing new."""
+        failure = None
+        try:
+            config = await asyncio.to_thread(self._load)
+            if config == known:
+                return
+            self._adopt(config)
+        except ConfigError as error:
+            failure = error
+        self._count["success" if failure is None else "failure"] += 1
+        if failure is not None:
+            for problem in failure.problems:
+                log.error("%s: %s", failure.source, problem)
+            log.error("the configuration stays as it was: %d problem(s)", len(failure.problems))
+
+    async def _still(self, signature: Signature) -> Signature:
+        for _ in range(STILL_LOOKS):
+            await asyncio.sleep(STILL_S)
+            later = await asyncio.to_thread(self._signature)
+            if later == signature:
+                break
+            signature = later
+        return signature
+
+    def _signature(self) -> Signature:
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+    def _content(self) -> bytes | None:
+        try:
+            return self._path.read_bytes()
+        except OSError:
+            return None

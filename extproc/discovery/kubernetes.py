@@ -1,0 +1,250 @@
+"""Kubernetes: the ready addresses of a service's EndpointSlices, by list and watch.
+
+Straight on aiohttp: it is two GET requests. kubernetes_asyncio would bring its whole model of the API, and its Watch
+takes the version of the last object for that of the list and retries a 410 with the version that is gone (its issue
+135, pull request 327), so that the part that matters would be written here anyway.
+
+    list ──version──▶ watch ──events, bookmarks──▶ watch again … 410 Gone: list again; dropped: wait, watch again
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import random
+import ssl
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+
+from extproc.discovery.names import address_of, name_of
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+
+    from extproc.config import EndpointConfig, KubernetesConfig
+
+    Report = Callable[[Sequence[EndpointConfig]], None]
+
+log = logging.getLogger("extproc.discovery.kubernetes")
+
+WATCH_S = 240
+"""How long we ask for a watch to last; a connection that died without a word is noticed then."""
+LIST_S = 30.0
+PAGE = 500
+LINE_BYTES = 16 << 20
+"""A slice has at most 1,000 endpoints, about 400 KiB."""
+BACKOFF_S = (0.2, 30.0)
+STEADY_S = 5.0
+"""A watch that lasted this long was no failure, whatever ended it."""
+LIST_AFTER = 3
+"""Barren watches in a row before everything is listed again: some servers answer a version that is too old with nothing
+(kubernetes issue 104171)."""
+NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+MOST_NAME = 128
+
+Slice = dict[str, Any]
+
+
+class GoneError(Exception):
+    """The version we know is too old for the server: everything must be listed again."""
+
+
+class Kubernetes:
+    """Lists and watches EndpointSlices."""
+
+    def __init__(self, config: KubernetesConfig, environ: Mapping[str, str] = os.environ) -> None:
+        """Watch what `config` says; `environ` tells a pod where the API server is."""
+        self._config = config
+        self._environ = environ
+        self._slices: dict[str, Slice] = {}
+        self._version: str | None = None
+        self._fresh = False  # whether this connection brought anything: then the next failure is a new one
+
+    async def run(self, report: Report) -> None:
+        """Watch for ever. Failures change nothing: what was seen stays until the server says otherwise."""
+        failures = 0
+        while True:
+            self._fresh = False
+            began = asyncio.get_running_loop().time()
+            try:
+                await self._follow(report)
+                why = "the watch ended"
+            except GoneError:
+                self._version = None
+                why = "the version is gone, listing again"
+            except (aiohttp.ClientError, OSError, ValueError, TimeoutError) as error:
+                why = f"{type(error).__name__}: {error}"
+            lasted_s = asyncio.get_running_loop().time() - began
+            failures = 0 if self._fresh or lasted_s >= STEADY_S else failures + 1
+            if failures >= LIST_AFTER:
+                self._version = None
+            level = logging.WARNING if failures else logging.DEBUG
+            log.log(level, "kubernetes %s: %s", self._what, why)
+            await asyncio.sleep(_backoff(failures))
+
+    @property
+    def _what(self) -> str:
+        return self._config.service or self._config.selector or ""
+
+    async def _follow(self, report: Report) -> None:
+        """List if nothing is known, then watch until the server or the network ends it."""
+        url = self._url()
+        context = self._context(url)
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context)) as client:
+            if self._version is None:
+                self._slices, self._version = await self._list(client, url)
+                self._fresh = True
+                report(self._endpoints())
+            async for kind, slice_ in self._watch(client, url):
+                self._fresh = True
+                self._version = slice_["metadata"]["resourceVersion"]
+                name = slice_["metadata"].get("name", "")
+                if kind in ("ADDED", "MODIFIED"):
+                    self._slices[name] = slice_
+                elif kind == "DELETED":
+                    self._slices.pop(name, None)
+                else:  # a bookmark: only the version is news
+                    continue
+                report(self._endpoints())
+
+    # ---- HTTP
+
+    async def _list(self, client: aiohttp.ClientSession, url: str) -> tuple[dict[str, Slice], str]:
+        slices: dict[str, Slice] = {}
+        query = {**self._selector(), "limit": str(PAGE)}
+        while True:
+            timeout = aiohttp.ClientTimeout(total=LIST_S)
+            async with client.get(url, params=query, headers=self._headers(), timeout=timeout) as response:
+                await _check(response)
+                page = json.loads(await response.read())
+            try:
+                slices |= {item["metadata"]["name"]: item for item in page["items"] or ()}
+                version, more = str(page["metadata"]["resourceVersion"]), page["metadata"].get("continue")
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"no EndpointSliceList: {error!r}") from None
+            if not more:
+                return slices, version
+            query["continue"] = more
+
+    async def _watch(self, client: aiohttp.ClientSession, url: str) -> AsyncIterator[tuple[str, Slice]]:
+        query = {
+            **self._selector(),
+            "watch": "1",
+            "resourceVersion": self._version or "",
+            "allowWatchBookmarks": "true",
+            "timeoutSeconds": str(WATCH_S),
+        }
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=WATCH_S + 30)
+        async with client.get(url, params=query, headers=self._headers(), timeout=timeout) as response:
+            await _check(response)
+            async for line in _lines(response):
+                event = json.loads(line)
+                try:
+                    kind, item = event["type"], event["object"]
+                    if kind == "ERROR":
+                        if item.get("code") == 410:
+                            raise GoneError
+                        raise ValueError(f"the server says: {item.get('message')}")
+                    _ = item["metadata"]["resourceVersion"]
+                except (KeyError, TypeError, AttributeError) as error:
+                    raise ValueError(f"no watch event: {error!r}") from None
+                yield kind, item
+
+    def _url(self) -> str:
+        config = self._config
+        api = config.api
+        if api is None:
+            host, port = (
+                self._environ.get("KUBERNETES_SERVICE_HOST"),
+                self._environ.get("KUBERNETES_SERVICE_PORT", "443"),
+            )
+            if not host:
+                raise ValueError("not in a pod: KUBERNETES_SERVICE_HOST is not set; set `api`")
+            api = f"https://{address_of(host, int(port))}"
+        namespace = config.namespace
+        if namespace is None:
+            namespace = NAMESPACE_FILE.read_text().strip() if NAMESPACE_FILE.exists() else "default"
+        return f"{api.rstrip('/')}/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices"
+
+    def _context(self, url: str) -> ssl.SSLContext | bool:
+        """Trust the cluster's CA, read again for every connection, else what the system trusts."""
+        path = Path(self._config.ca_file)
+        if not url.startswith("https:") or not path.exists():
+            return True
+        return ssl.create_default_context(cafile=path)
+
+    def _headers(self) -> dict[str, str]:
+        path = Path(self._config.token_file)
+        token = {"authorization": f"Bearer {path.read_text().strip()}"} if path.exists() else {}
+        return {"accept": "application/json", **token}
+
+    def _selector(self) -> dict[str, str]:
+        config = self._config
+        return {"labelSelector": config.selector or f"kubernetes.io/service-name={config.service}"}
+
+    # ---- slices to endpoints
+
+    def _endpoints(self) -> list[EndpointConfig]:
+        """Return each pod once: it may stand in several slices for a while, and in one per IP family."""
+        found: dict[str, str] = {}
+        for name, address in sorted(
+            seen for slice_ in self._slices.values() for seen in ready_addresses(slice_, self._config.port)
+        ):
+            if name not in found or (found[name].startswith("[") and not address.startswith("[")):
+                found[name] = address
+        return [self._config.endpoint(name, address) for name, address in found.items()]
+
+
+def ready_addresses(slice_: Slice, port: int | str | None) -> Iterator[tuple[str, str]]:
+    """Walk name and address of the endpoints of a slice that may be sent requests.
+
+    A missing `ready` means ready, says the API; what terminates is left out even while it still serves.
+    """
+    number = _port_of(slice_, port)
+    if number is None:
+        return
+    for endpoint in slice_.get("endpoints") or ():
+        conditions = endpoint.get("conditions") or {}
+        addresses = endpoint.get("addresses") or ()
+        if conditions.get("ready") is False or conditions.get("terminating") is True or not addresses:
+            continue
+        address = address_of(str(addresses[0]), number)  # more than one is never used, says the API
+        target = endpoint.get("targetRef") or {}
+        name = target.get("name") if target.get("kind") == "Pod" else None
+        yield (name if name and len(name) <= MOST_NAME else name_of(address)), address
+
+
+def _port_of(slice_: Slice, wanted: int | str | None) -> int | None:
+    if isinstance(wanted, int):
+        return wanted
+    ports = slice_.get("ports") or ()
+    numbers = [port.get("port") for port in ports if wanted is None or port.get("name") == wanted]
+    return next((number for number in numbers if isinstance(number, int)), None)
+
+
+async def _check(response: aiohttp.ClientResponse) -> None:
+    if response.status == 410:
+        raise GoneError
+    if response.status != 200:
+        said = (await response.content.read(300)).decode(errors="replace")
+        raise ValueError(f"{response.status} {response.reason}: {said}")
+
+
+async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    rest = b""
+    async for piece in response.content.iter_any():
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            if line.strip():
+                yield line
+        if len(rest) > LINE_BYTES:
+            raise ValueError(f"an event is longer than {LINE_BYTES} bytes")
+
+
+def _backoff(failures: int) -> float:
+    first, most = BACKOFF_S
+    return min(first * 2.0 ** min(failures, 16), most) * random.uniform(0.5, 1.0)  # noqa: S311 - keeps replicas apart

@@ -1,0 +1,299 @@
+"""Which endpoints there are: what all sources see, merged, and every change carried out in an order that costs nobody.
+
+A new endpoint gets requests only when Envoy knows its cluster. One that is gone gets none from the moment we hear of
+it, but Envoy keeps its cluster until its leases are back and a while longer. An endpoint whose address changed is both:
+a new cluster beside the old one, so that no request can reach the wrong server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from extproc.admission.ticket import State
+from extproc.discovery.clusters import GIVE_UP_S, SETTLE_S
+from extproc.errors import StartError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from extproc.admission.ticket import Ticket
+    from extproc.admission.values import EndpointSpec
+    from extproc.config import Config, EndpointConfig
+    from extproc.discovery.clusters import ClustersFile, EnvoyAdmin
+    from extproc.gate import Gate
+    from extproc.session import Desk
+
+log = logging.getLogger("extproc.discovery")
+
+FILE = "endpoints"
+"""The source that is the configuration file."""
+LINGER_S = 2.0
+"""How long Envoy keeps a cluster after its last lease: for answers to Envoy that are still on their way."""
+FOUND_S = 30.0
+"""The same for clusters that a sidecar before us wrote: sources may take a while to see their endpoints again."""
+TICK_S = 0.05
+
+
+@dataclass(slots=True, eq=False)
+class _Route:
+    """An Envoy cluster in the file.
+
+    Attributes:
+        written: version and time of the write that brought it; None: it waits to be written.
+        known: Envoy has it.
+        until: None while it is wanted, else when it goes, if its leases are back.
+    """
+
+    address: str
+    written: tuple[int, float] | None = None
+    known: bool = False
+    until: float | None = None
+    leases: tuple[Ticket, ...] = ()
+
+
+class Roster:
+    """Merges what sources see, and tells the gate, the desk, Envoy and the followers."""
+
+    def __init__(
+        self,
+        gate: Gate,
+        desk: Desk,
+        config: Config,
+        *,
+        file: ClustersFile | None,
+        envoy: EnvoyAdmin | None,
+        put: Callable[[EndpointConfig], None],
+        remove: Callable[[str], None],
+    ) -> None:
+        """Tell `gate` and `desk`; `put` and `remove` follow the endpoints that requests may be sent to."""
+        self._gate = gate
+        self._desk = desk
+        self._config = config
+        self._file = file
+        self._envoy = envoy
+        self._put = put
+        self._remove = remove
+        self._seen: dict[str, tuple[EndpointConfig, ...]] = {FILE: tuple(config.endpoints)}
+        self._placed: dict[str, tuple[EndpointConfig, EndpointSpec]] = {}
+        self._routes: dict[str, _Route] = {}
+        self._gone: dict[str, float] = {}  # names whose answers are kept a while: a decision may be on its way
+        self._written: object = None
+        self._problem: str | None = None
+        self._doubted = False
+        self._refused: set[str] = set()
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    # ---- life
+
+    def start(self) -> None:
+        """Place the endpoints of the file. Raises StartError if the clusters file can't be written."""
+        if self._file is not None:
+            before = self._file.read()
+            until = self._gate.now() + FOUND_S
+            for cluster, address in (before or {}).items():
+                self._routes[cluster] = _Route(address, (0, 0.0), known=True, until=until)
+            self._aim()
+            try:
+                self._write()
+            except OSError as error:
+                raise StartError(f"envoy_clusters_file: can't write {error.filename}: {error.strerror}") from None
+            if before is None:  # Envoy does not start without the file: whichever comes will read all of it first
+                for route in self._routes.values():
+                    route.known = True
+        self._reconcile()
+        self._task = asyncio.get_running_loop().create_task(self._keep(), name="roster")
+
+    async def stop(self) -> None:
+        """Stop following; the clusters file stays."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    # ---- what changes
+
+    def report(self, source: str, endpoints: Sequence[EndpointConfig] | None) -> None:
+        """Take over all endpoints that `source` sees; None: it sees nothing more and is gone."""
+        if endpoints is None:
+            self._seen.pop(source, None)
+        else:
+            self._seen[source] = tuple(endpoints)
+        self._reconcile()
+
+    def configure(self, config: Config) -> None:
+        """Take over changed endpoints of the file, and changed common limits."""
+        self._config = config
+        self.report(FILE, config.endpoints)
+
+    # ---- carrying it out
+
+    def _wanted(self) -> Iterator[EndpointConfig]:
+        """Walk all endpoints seen, each name once; the file wins. A found address that is there already is skipped."""
+        names: set[str] = set()
+        addresses: set[str] = set()
+        refused = set()
+        for source, endpoints in self._seen.items():
+            for endpoint in endpoints:
+                taken = endpoint.name in names or (source != FILE and endpoint.address in addresses)
+                if taken:
+                    refused.add(f"{source}: {endpoint.name} at {endpoint.address}")
+                    continue
+                names.add(endpoint.name)
+                yield endpoint
+            addresses |= {endpoint.address for endpoint in endpoints}
+        for which in sorted(refused - self._refused):
+            log.warning("%s is left out: another source has its name or address", which)
+        self._refused = refused
+
+    def _reconcile(self) -> None:
+        """Do at once what can be done at once; the rest waits for Envoy."""
+        aims = self._aim()
+        wanted = {endpoint.name for endpoint, _ in aims}
+        moved = {
+            endpoint.name
+            for endpoint, cluster in aims
+            if self._file is not None
+            and endpoint.name in self._placed
+            and self._placed[endpoint.name][1].cluster != cluster
+            and not self._routes[cluster].known
+        }
+        for endpoint, cluster in aims:  # first those who come, so that requests always have somewhere to go
+            if self._file is None or self._routes[cluster].known:
+                self._place(endpoint, replace(self._config.spec_of(endpoint), cluster=cluster))
+        for name in [name for name in self._placed if name not in wanted or name in moved]:
+            self._displace(name)
+        self._wake.set()
+
+    def _aim(self) -> list[tuple[EndpointConfig, str]]:
+        """Return who is wanted, and at which cluster; keep `_routes` in step."""
+        if self._file is None:
+            return [(endpoint, endpoint.cluster or endpoint.name) for endpoint in self._wanted()]
+        aims: list[tuple[EndpointConfig, str]] = []
+        used: set[str] = set()
+        for endpoint in self._wanted():
+            own = endpoint.cluster or endpoint.name
+            candidates = (own, f"{own}@{endpoint.address}")
+            fitting = [name for name in candidates if name in self._routes and self._at(name) == endpoint.address]
+            cluster = fitting[0] if fitting else next(name for name in candidates if name not in self._routes)
+            route = self._routes.setdefault(cluster, _Route(endpoint.address))
+            route.until, route.leases = None, ()
+            used.add(cluster)
+            aims.append((endpoint, cluster))
+        for cluster, route in self._routes.items():
+            if cluster not in used and route.until is None:
+                route.until = self._gate.now() + LINGER_S
+                route.leases = self._leases_at(cluster)
+        return aims
+
+    def _at(self, cluster: str) -> str:
+        return self._routes[cluster].address
+
+    def _leases_at(self, cluster: str) -> tuple[Ticket, ...]:
+        """Return the leases of requests that may have been steered to `cluster`."""
+        endpoints = self._gate.controller.endpoints
+        names = [name for name, (_, spec) in self._placed.items() if spec.cluster == cluster and name in endpoints]
+        return tuple(ticket for name in names for ticket in endpoints[name].leases)
+
+    def _place(self, endpoint: EndpointConfig, spec: EndpointSpec) -> None:
+        before = self._placed.get(endpoint.name)
+        if before == (endpoint, spec):
+            return
+        what = "comes" if before is None else "changes"
+        log.info("endpoint %s at %s %s, Envoy cluster %s", endpoint.name, endpoint.address, what, spec.cluster)
+        if self._file is None and self._task is not None and (before is None or before[0].address != endpoint.address):
+            log.warning(
+                "endpoint %s: Envoy's own cluster %s decides where its requests go, and must be changed by hand: "
+                "envoy_clusters_file is not set",
+                *(endpoint.name, spec.cluster),
+            )
+        self._placed[endpoint.name] = (endpoint, spec)
+        self._gone.pop(endpoint.name, None)
+        self._desk.put_cluster(spec.name, spec.cluster)
+        self._gate.put_endpoint(spec)
+        if before is None or before[0] != endpoint:
+            self._put(endpoint)
+
+    def _displace(self, name: str) -> None:
+        del self._placed[name]
+        log.info("endpoint %s goes; what runs there may end", name)
+        self._gate.remove_endpoint(name)
+        self._remove(name)
+        self._gone[name] = self._gate.now() + LINGER_S
+
+    def _write(self) -> None:
+        """Write the clusters file if it would change. Raises OSError."""
+        if self._file is None:
+            return
+        routes = {cluster: route.address for cluster, route in self._routes.items()}
+        addresses = {route.address for route in self._routes.values() if route.until is None}
+        wanted = (routes, addresses, self._config.health_check)
+        if wanted == self._written:
+            return
+        version = self._file.write(routes, addresses, self._config)
+        self._written = wanted
+        for route in self._routes.values():
+            if route.written is None:
+                route.written = (version, self._gate.now())
+
+    # ---- waiting for Envoy, and for leases
+
+    async def _keep(self) -> None:
+        while True:
+            if not self._gone and all(route.known and route.until is None for route in self._routes.values()):
+                await self._wake.wait()
+            self._wake.clear()
+            self._forget()
+            self._write_or_say()
+            if await self._ask_envoy():
+                self._reconcile()
+            await asyncio.sleep(TICK_S)
+
+    def _write_or_say(self) -> None:
+        problem = None
+        try:
+            self._write()
+        except OSError as error:
+            problem = f"can't write {error.filename}: {error.strerror}"
+        if problem is not None and problem != self._problem:
+            log.error("envoy_clusters_file: %s; trying on, new endpoints wait", problem)
+        self._problem = problem
+
+    async def _ask_envoy(self) -> bool:
+        """Mark the clusters that Envoy knows by now; tell whether any is new."""
+        pending = [route for route in self._routes.values() if not route.known and route.written is not None]
+        if not pending:
+            return False
+        version = await self._envoy.version() if self._envoy is not None else None
+        patience_s = SETTLE_S if self._envoy is None else GIVE_UP_S
+        learnt = False
+        for route in pending:
+            since = route.written
+            assert since is not None  # noqa: S101 - pending ones were written
+            late = self._gate.now() >= since[1] + patience_s
+            if late or (version is not None and version >= since[0]):
+                route.known = learnt = True
+                if late and self._envoy is not None and not self._doubted:
+                    self._doubted = True
+                    log.warning("envoy_admin: no word in %gs that Envoy knows a new cluster; using it", GIVE_UP_S)
+        return learnt
+
+    def _forget(self) -> None:
+        """Drop clusters that nobody can need any more, and kept answers."""
+        now = self._gate.now()
+        for cluster, route in list(self._routes.items()):
+            if route.until is None:
+                continue
+            if route.leases:
+                route.leases = tuple(ticket for ticket in route.leases if ticket.state is State.LEASED)
+                route.until = now + LINGER_S
+            elif now >= route.until:
+                del self._routes[cluster]
+        for name in [name for name, at in self._gone.items() if now >= at]:
+            del self._gone[name]
+            if name not in self._gate.controller.endpoints:
+                self._desk.drop_cluster(name)
+            else:
+                self._gone[name] = now + LINGER_S

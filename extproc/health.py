@@ -1,0 +1,144 @@
+"""Active health: asks each endpoint now and then whether it lives, and tells the queue when that changes.
+
+Passive health, ejection after failed answers, is the core's; this finds a dead endpoint without spending requests on
+it, and a returned one at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import aiohttp
+
+if TYPE_CHECKING:
+    from extproc.config import HealthCheckConfig
+
+log = logging.getLogger("extproc.health")
+
+SPREAD_S = 0.1
+"""First checks of many endpoints come within this time, not all at once."""
+
+
+class SetUp(Protocol):
+    """Where verdicts go: the gate's `set_up`."""
+
+    def __call__(self, name: str, *, is_up: bool) -> None: ...
+
+
+@dataclass(slots=True)
+class _Patient:
+    """One endpoint. `is_up` None: nothing is known yet, and it gets requests; then one failure is enough."""
+
+    address: str
+    is_up: bool | None = None
+    streak: int = 0  # checks in a row that spoke against the verdict
+    task: asyncio.Task[None] | None = None
+
+
+class HealthChecks:
+    """Checks endpoints, each in a task of its own."""
+
+    def __init__(self, set_up: SetUp, config: HealthCheckConfig | None) -> None:
+        """Tell `set_up`; None: nothing is checked, and everything counts as up."""
+        self._set_up = set_up
+        self._config = config
+        self._patients: dict[str, _Patient] = {}
+        self._client: aiohttp.ClientSession | None = None
+
+    async def start(self) -> None:
+        """Begin to check."""
+        # A connection of its own for each check: one that is kept alive would not see that nobody listens any more.
+        self._client = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
+        for name in self._patients:
+            self._begin(name)
+
+    async def stop(self) -> None:
+        """End all checks."""
+        tasks = [patient.task for patient in self._patients.values() if patient.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._client is not None:
+            await self._client.close()
+            self._client = None
+
+    def configure(self, config: HealthCheckConfig | None) -> None:
+        """Check in another way, or no more."""
+        if config == self._config:
+            return
+        self._config = config
+        for name, patient in self._patients.items():
+            patient.streak = 0
+            if config is None:
+                patient.is_up = None
+                self._set_up(name, is_up=True)
+            self._begin(name)
+
+    def put(self, name: str, address: str) -> None:
+        """Check an endpoint, new or at a new address: it counts as up until a check fails. Known: no-op."""
+        known = self._patients.get(name)
+        if known is not None and known.address == address:
+            return
+        self.remove(name)
+        self._patients[name] = _Patient(address)
+        self._set_up(name, is_up=True)
+        self._begin(name)
+
+    def remove(self, name: str) -> None:
+        """Forget an endpoint. Unknown: no-op."""
+        patient = self._patients.pop(name, None)
+        if patient is not None and patient.task is not None:
+            patient.task.cancel()
+
+    def _begin(self, name: str) -> None:
+        patient = self._patients[name]
+        if patient.task is not None:
+            patient.task.cancel()
+            patient.task = None
+        if self._config is not None and self._client is not None:
+            patient.task = asyncio.get_running_loop().create_task(
+                self._attend(name, patient, self._config, self._client), name=f"health {name}"
+            )
+
+    async def _attend(
+        self, name: str, patient: _Patient, config: HealthCheckConfig, client: aiohttp.ClientSession
+    ) -> None:
+        url = f"http://{patient.address}{config.path}"
+        timeout = aiohttp.ClientTimeout(total=config.timeout)
+        pause_s = random.uniform(0.0, min(SPREAD_S, config.interval))  # noqa: S311 - spreads load
+        while True:
+            await asyncio.sleep(pause_s)
+            pause_s = config.interval * random.uniform(0.9, 1.1)  # noqa: S311 - spreads load
+            self._judge(name, patient, config, await _check(client, url, timeout))
+
+    def _judge(self, name: str, patient: _Patient, config: HealthCheckConfig, problem: str | None) -> None:
+        """Count a check; `problem` None: it passed."""
+        passed = problem is None
+        if patient.is_up is passed:
+            patient.streak = 0
+            return
+        patient.streak += 1
+        needed = config.healthy_threshold if passed else config.unhealthy_threshold
+        if patient.is_up is not None and patient.streak < needed:
+            return
+        if not passed:
+            log.warning("endpoint %s is down: %d failed check(s), the last one: %s", name, patient.streak, problem)
+        elif patient.is_up is False:
+            log.info("endpoint %s is up again", name)
+        patient.is_up, patient.streak = passed, 0
+        self._set_up(name, is_up=passed)
+
+
+async def _check(client: aiohttp.ClientSession, url: str, timeout: aiohttp.ClientTimeout) -> str | None:
+    """Return what was wrong, or None."""
+    try:
+        async with client.get(url, timeout=timeout, allow_redirects=False) as response:
+            return None if 200 <= response.status < 300 else f"status {response.status}"
+    except TimeoutError:
+        return f"no answer in {timeout.total:g}s"
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
