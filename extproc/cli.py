@@ -90,6 +90,12 @@ def _parser() -> argparse.ArgumentParser:
     top.add_argument("--once", action="store_true", help="show them once and end")
     top.set_defaults(command=_top)
 
+    simulate = commands.add_parser("simulate", help="what would your traffic gain: policies against each other, simulated")
+    from extproc.simulate import cli as simulate_cli
+
+    simulate_cli.add_arguments(simulate)
+    simulate.set_defaults(command=simulate_cli.run)
+
     engine = commands.add_parser("engine", help="run a simulated OpenAI-compatible inference server")
     from extproc.engine import server as engine_server
 

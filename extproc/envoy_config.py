@@ -247,6 +247,7 @@ def _access_log(options: EnvoyOptions) -> str:
                   cluster: "%UPSTREAM_CLUSTER%"
                   attempts: "%UPSTREAM_REQUEST_ATTEMPT_COUNT%"
                   duration_ms: "%DURATION%"
+                  bytes_received: "%BYTES_RECEIVED%"
                   queue: "%DYNAMIC_METADATA({wire.NAMESPACE})%"
 """
 

@@ -10,6 +10,9 @@ HORIZON_S = 10.0
 ENOUGH = 8
 """Dispatches from a backlog that make a rate worth believing."""
 
+LEAST_BUSY_S = 1.0
+"""... and how long the backlog must have lasted: the first moments of a burst say little of what follows."""
+
 LEAST_SHARE = 0.02
 """What higher classes leave to a lower one at the least, as a share of the drain rate: keeps predictions finite."""
 
@@ -52,7 +55,7 @@ class Pace:
 
     def drain_rate(self) -> float | None:
         """Return dispatches per second out of a backlog; None until enough were seen."""
-        if self._served < ENOUGH or self._busy_s <= 0.0:
+        if self._served < ENOUGH or self._busy_s < LEAST_BUSY_S:
             return None
         return self._served / self._busy_s
 

@@ -15,6 +15,7 @@ import logging
 import os
 import random
 import ssl
+from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ import aiohttp
 from extproc.discovery.names import address_of, name_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 
     from extproc.config import EndpointConfig, KubernetesConfig
 
@@ -99,17 +100,23 @@ class Kubernetes:
                 self._slices, self._version = await self._list(client, url)
                 self._fresh = True
                 report(self._endpoints())
-            async for kind, slice_ in self._watch(client, url):
-                self._fresh = True
-                self._version = slice_["metadata"]["resourceVersion"]
-                name = slice_["metadata"].get("name", "")
-                if kind in ("ADDED", "MODIFIED"):
-                    self._slices[name] = slice_
-                elif kind == "DELETED":
-                    self._slices.pop(name, None)
-                else:  # a bookmark: only the version is news
-                    continue
-                report(self._endpoints())
+            async with aclosing(self._watch(client, url)) as events:
+                async for kind, slice_ in events:
+                    self._fresh = True
+                    if self._take(kind, slice_):
+                        report(self._endpoints())
+
+    def _take(self, kind: str, slice_: Slice) -> bool:
+        """Take an event over; tell whether it was more than a bookmark, of which only the version is news."""
+        name = slice_["metadata"].get("name", "")
+        self._version = slice_["metadata"]["resourceVersion"]
+        if kind in ("ADDED", "MODIFIED"):
+            self._slices[name] = slice_
+        elif kind == "DELETED":
+            self._slices.pop(name, None)
+        else:
+            return False
+        return True
 
     # ---- HTTP
 
@@ -130,7 +137,7 @@ class Kubernetes:
                 return slices, version
             query["continue"] = more
 
-    async def _watch(self, client: aiohttp.ClientSession, url: str) -> AsyncIterator[tuple[str, Slice]]:
+    async def _watch(self, client: aiohttp.ClientSession, url: str) -> AsyncGenerator[tuple[str, Slice], None]:
         query = {
             **self._selector(),
             "watch": "1",
@@ -141,18 +148,9 @@ class Kubernetes:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=WATCH_S + 30)
         async with client.get(url, params=query, headers=self._headers(), timeout=timeout) as response:
             await _check(response)
-            async for line in _lines(response):
-                event = json.loads(line)
-                try:
-                    kind, item = event["type"], event["object"]
-                    if kind == "ERROR":
-                        if item.get("code") == 410:
-                            raise GoneError
-                        raise ValueError(f"the server says: {item.get('message')}")
-                    _ = item["metadata"]["resourceVersion"]
-                except (KeyError, TypeError, AttributeError) as error:
-                    raise ValueError(f"no watch event: {error!r}") from None
-                yield kind, item
+            async with aclosing(_lines(response)) as lines:
+                async for line in lines:
+                    yield _event(line)
 
     def _url(self) -> str:
         config = self._config
@@ -226,6 +224,21 @@ def _port_of(slice_: Slice, wanted: int | str | None) -> int | None:
     return next((number for number in numbers if isinstance(number, int)), None)
 
 
+def _event(line: bytes) -> tuple[str, Slice]:
+    """Return kind and object of a watch event. Raises GoneError, or ValueError for anything unexpected."""
+    event = json.loads(line)
+    try:
+        kind, item = str(event["type"]), event["object"]
+        if kind == "ERROR" and item.get("code") == 410:
+            raise GoneError
+        if kind == "ERROR":
+            raise ValueError(f"the server says: {item.get('message')}")
+        _ = item["metadata"]["resourceVersion"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"no watch event: {error!r}") from None
+    return kind, item
+
+
 async def _check(response: aiohttp.ClientResponse) -> None:
     if response.status == 410:
         raise GoneError
@@ -234,7 +247,7 @@ async def _check(response: aiohttp.ClientResponse) -> None:
         raise ValueError(f"{response.status} {response.reason}: {said}")
 
 
-async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+async def _lines(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
     rest = b""
     async for piece in response.content.iter_any():
         *lines, rest = (rest + piece).split(b"\n")

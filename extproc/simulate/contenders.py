@@ -215,7 +215,7 @@ class Core:
     def observe(self, engine: int, load: Load, now: float) -> list[Verdict]:
         """Pass the scrape on."""
         if not self._setting.own_books:
-            load = replace(load, kv_capacity_tokens=None, prompt_tokens=None)
+            load = replace(load, kv_capacity_tokens=None, prompt_tokens=None, first_tokens=None)
         return self._verdicts(self.controller.observe(self._names[engine], load, now))
 
     def set_up(self, engine: int, now: float, *, is_up: bool) -> list[Verdict]:  # noqa: ARG002
@@ -253,7 +253,7 @@ class Setting:
     Attributes:
         scrape_interval_s: how often engines are asked for their metrics.
         session_homes: whether the session header is read.
-        own_books: whether KV capacity and prompt counters are known; the original design had only gauges.
+        own_books: whether KV capacity and counters of prompts are known; the original design had only gauges.
     """
 
     policy: Policy = field(default_factory=Policy)

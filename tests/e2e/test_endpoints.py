@@ -1,4 +1,4 @@
-"""Endpoints that come and go under live traffic: reload, clusters that Envoy learns, discovery, health. No client pays."""
+"""Endpoints that come and go under live traffic: reload, clusters that Envoy learns, discovery, health."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 
 from .kit.clients import complete_many
 from .kit.envoy import Envoy
+from .kit.kube_api import KubeApi, slice_of
 from .kit.processes import run, wait_until
 from .kit.stack import local
 from .kit.upstream import Upstream, behave
@@ -89,7 +90,11 @@ class Traffic:
 
     def check(self) -> None:
         """Every client got a whole 200."""
-        bad = [(answer.status, answer.headers, answer.error) for answer in self.answers if answer.status != 200 or answer.error]
+        bad = [
+            (answer.status, answer.headers, answer.error)
+            for answer in self.answers
+            if answer.status != 200 or answer.error
+        ]
         assert not bad, (len(bad), len(self.answers), bad[:3])
 
 
@@ -132,7 +137,9 @@ def test_a_removed_endpoints_waiting_requests_move_and_its_running_ones_end_well
     (home,) = (name for name in here.upstreams if here.upstreams[name].seen("first-0"))
     other = {"a": "b", "b": "a"}[home]
     with ThreadPoolExecutor(2) as pool:
-        running = pool.submit(complete_many, here.url, 1, header("run", **session, **dict([behave("sse", hold="body")])))
+        running = pool.submit(
+            complete_many, here.url, 1, header("run", **session, **dict([behave("sse", hold="body")]))
+        )
         here.upstreams[home].wait_for("run-0")
         waiting = pool.submit(complete_many, here.url, 4, header("wait", **session))
         here.wait_waiting(4)
@@ -304,3 +311,81 @@ def test_without_a_sidecar_the_fail_open_bootstrap_serves_from_the_clusters_file
         answers = complete_many(f"http://{http}/v1/chat/completions", 10, header("open"))
     assert {answer.status for answer in answers} == {200}
     assert {answer.headers["x-extproc-outcome"] for answer in answers} == {"unsteered"}
+
+
+# ---- sources
+
+
+def test_pods_that_come_and_go_in_kubernetes_cost_no_client_an_error(dynamic, tmp_path):
+    with KubeApi() as api, Upstream("a") as a, Upstream("b") as b:
+        api.put(slice_of("s-a", {"pod-a": "127.0.0.1"}, port=a.port))
+        source = {"service": "vllm", "namespace": "ml", "api": api.url, "max_running_requests": 3}
+        here = dynamic({"discovery": [{"kubernetes": source}]}, upstreams=())
+        assert names(here) == {"pod-a"}  # seen before the sidecar was ready
+        assert here.endpoint("pod-a")["limit"] == 3
+        with Traffic(here) as traffic:
+            api.put(slice_of("s-b", {"pod-b": "127.0.0.1"}, port=b.port))
+            wait_until(lambda: names(here) == {"pod-a", "pod-b"})
+            api.drop()
+            gone = slice_of("s-a", {"pod-a": "127.0.0.1"}, port=a.port)
+            gone["endpoints"][0]["conditions"] = {"ready": False, "serving": True, "terminating": True}
+            api.put(gone)
+            wait_until(lambda: names(here) == {"pod-b"})
+            a.down()
+            traffic.more()
+            api.down()  # the API server is away: all stays as it is
+            traffic.more()
+        traffic.check()
+        assert len(b.records()) > 30
+
+
+def test_addresses_of_a_name_are_endpoints(dynamic):
+    with Upstream("a") as a:
+        source = {"name": "127.0.0.1", "port": a.port, "interval": "50ms", "models": ["sim"]}
+        here = dynamic({"discovery": [{"dns": source}]}, upstreams=())
+        assert names(here) == {a.address}
+        assert complete_many(here.url, 1, header("one", **{"x-model": "sim"}))[0].status == 200
+        assert complete_many(here.url, 1, header("two", **{"x-model": "other"}))[0].status == 404
+        reload(here, discovery=[])
+        wait_until(lambda: names(here) == set())
+
+
+# ---- health
+
+CHECK = {"interval": "50ms", "timeout": "500ms", "unhealthy_threshold": 2}
+
+
+def test_when_all_endpoints_are_down_requests_wait_for_one_to_come_back(stack):
+    here = stack(upstreams=("a", "b"), config={"health_check": CHECK})
+    for upstream in here.upstreams.values():
+        upstream.down()
+    wait_until(lambda: names(here, up=True) == set())
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(complete_many, here.url, 6, header("wait"))
+        here.wait_waiting(6)
+        here.upstreams["b"].up()
+        assert [answer.status for answer in waiting.result()] == [200] * 6
+    assert names(here, up=True) == {"b"}
+
+
+def test_when_none_comes_back_within_the_budget_the_answer_is_503_with_retry_after(stack):
+    here = stack(config={"health_check": CHECK, "classes": [{"name": "default", "budget": "300ms"}]})
+    here.upstreams["a"].down()
+    wait_until(lambda: names(here, up=True) == set())
+    (answer,) = complete_many(here.url, 1, header("late"))
+    assert (answer.status, answer.headers["x-extproc-outcome"]) == (503, "no_endpoint")
+    assert int(answer.headers["retry-after"]) >= 1
+    assert answer.head_s >= 0.3
+
+
+def test_an_endpoint_found_dead_costs_nobody_an_error_and_is_used_again_when_it_is_back(stack):
+    here = stack(upstreams=("a", "b"), config={"health_check": CHECK, "max_running_requests": 4})
+    here.upstreams["b"].down()
+    wait_until(lambda: names(here, up=True) == {"a"})
+    with Traffic(here) as traffic:
+        here.upstreams["b"].up()
+        reached(here, "b", 20)  # more than health checks alone could be
+        wait_until(lambda: here.endpoint("b")["dispatched"] > 5)
+        reload(here, health_check=None)
+        traffic.more()
+    traffic.check()

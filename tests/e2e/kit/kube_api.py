@@ -1,0 +1,247 @@
+"""A small Kubernetes API server for EndpointSlices: lists in pages, watches, bookmarks, 410 Gone, and bad days."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import threading
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+from .processes import free_port, wait_until
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Callable
+
+PATH = "/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices"
+
+
+def slice_of(
+    name: str, pods: dict[str, str], *, service: str = "vllm", port: int = 8000, **more: Any
+) -> dict[str, Any]:
+    """An EndpointSlice whose ready endpoints are `pods`: name -> IP."""
+    endpoints = [
+        {
+            "addresses": [ip],
+            "conditions": {"ready": True, "serving": True, "terminating": False},
+            "targetRef": {"kind": "Pod", "name": pod},
+        }
+        for pod, ip in pods.items()
+    ]
+    return {
+        "metadata": {"name": name, "labels": {"kubernetes.io/service-name": service}},
+        "addressType": "IPv4",
+        "endpoints": endpoints,
+        "ports": [{"name": "http", "port": port, "protocol": "TCP"}],
+        **more,
+    }
+
+
+class KubeApi:
+    """The server, in a thread of its own while `with` lasts. All methods may be called from the test's thread.
+
+    requests   query and authorization of every request, in order
+    token      the only bearer token that is let in; None: anybody
+    page       slices in one page of a list, whatever `limit` says
+    gone_as    how a version that is too old is refused: "event" (200 and an ERROR event) or "status" (410)
+    """
+
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self.port = free_port()
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
+        self.requests: list[tuple[dict[str, str], str]] = []
+        self.token: str | None = None
+        self.page = 500
+        self.gone_as = "event"
+        self._tls = tls
+        self._slices: dict[str, dict[str, Any]] = {}
+        self._version = 100
+        self._oldest = 100
+        self._history: list[tuple[int, str, dict[str, Any]]] = []
+        self._watches: dict[asyncio.Event, asyncio.Transport] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._site: web.TCPSite | None = None
+        self._runner: web.AppRunner | None = None
+        self._started, self._stopping = threading.Event(), asyncio.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+
+    def __enter__(self) -> KubeApi:
+        self._thread.start()
+        assert self._started.wait(10)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._do(self._stopping.set)
+        self._thread.join(10)
+
+    # What a test orders
+
+    def put(self, item: dict[str, Any]) -> None:
+        """Add or change a slice; watchers hear of it."""
+        name = item["metadata"]["name"]
+        self._do(lambda: self._event("MODIFIED" if name in self._slices else "ADDED", name, item))
+
+    def delete(self, name: str) -> None:
+        """Delete a slice; watchers hear of it."""
+        self._do(lambda: self._event("DELETED", name, self._slices[name]))
+
+    def change_unheard(self, item: dict[str, Any]) -> None:
+        """Change a slice and forget the history: whoever knew the version before must list again."""
+
+        def change() -> None:
+            self._event("MODIFIED", item["metadata"]["name"], item, wake=False)
+            self._history.clear()
+            self._oldest = self._version
+
+        self._do(change)
+
+    def forget(self) -> None:
+        """Forget the history up to now; versions from before are gone."""
+
+        def forget() -> None:
+            self._version += 1
+            self._history.clear()
+            self._oldest = self._version
+
+        self._do(forget)
+
+    def bookmark(self) -> int:
+        """Raise the version and tell it to all watchers by a bookmark; return it."""
+
+        def mark() -> None:
+            self._version += 1
+            item = {"kind": "EndpointSlice", "metadata": {"resourceVersion": str(self._version)}}
+            self._history.append((self._version, "BOOKMARK", item))
+            self._wake()
+
+        self._do(mark)
+        return self._version
+
+    def drop(self) -> None:
+        """Cut every watch connection without a word."""
+
+        self._do(self._abort)
+
+    def down(self) -> None:
+        """Refuse connections, and cut those there are."""
+        self._await(self._close())
+
+    def up(self) -> None:
+        """Listen again."""
+        self._await(self._listen())
+
+    def lists(self) -> int:
+        """How many times somebody asked for a list."""
+        return sum("watch" not in query for query, _ in self.requests)
+
+    def watches(self) -> list[str]:
+        """The versions from which somebody asked to watch."""
+        return [query["resourceVersion"] for query, _ in self.requests if "watch" in query]
+
+    def wait_watching(self, count: int = 1) -> None:
+        """Wait until so many watches are open."""
+
+        def open_now() -> bool:
+            return sum(not transport.is_closing() for transport in list(self._watches.values())) == count
+
+        wait_until(open_now, message=f"{count} open watches")
+
+    # Inside the thread
+
+    def _do(self, work: Callable[[], object]) -> None:
+        async def call() -> None:
+            work()
+
+        self._await(call())
+
+    def _await(self, work: Any) -> None:
+        assert self._loop is not None
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        app = web.Application()
+        app.router.add_get(PATH, self._get)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await self._runner.setup()
+        await self._listen()
+        self._started.set()
+        await self._stopping.wait()
+        await self._close()
+        await self._runner.cleanup()
+
+    async def _listen(self) -> None:
+        self._site = web.TCPSite(self._runner, "127.0.0.1", self.port, ssl_context=self._tls, reuse_address=True)
+        await self._site.start()
+
+    async def _close(self) -> None:
+        if self._site is not None:
+            await self._site.stop()
+            self._site = None
+        self._abort()
+
+    def _abort(self) -> None:
+        for transport in self._watches.values():
+            transport.abort()
+        self._wake()
+
+    def _event(self, kind: str, name: str, item: dict[str, Any], *, wake: bool = True) -> None:
+        self._version += 1
+        item = {**item, "metadata": {**item["metadata"], "resourceVersion": str(self._version)}}
+        if kind == "DELETED":
+            del self._slices[name]
+        else:
+            self._slices[name] = item
+        self._history.append((self._version, kind, item))
+        if wake:
+            self._wake()
+
+    def _wake(self) -> None:
+        for event in self._watches:
+            event.set()
+
+    async def _get(self, request: web.Request) -> web.StreamResponse:
+        query = dict(request.query)
+        authorization = request.headers.get("authorization", "")
+        self.requests.append((query, authorization))
+        if self.token is not None and authorization != f"Bearer {self.token}":
+            return web.json_response({"kind": "Status", "code": 401, "message": "Unauthorized"}, status=401)
+        key, _, value = query["labelSelector"].partition("=")
+        fits = {name: item for name, item in self._slices.items() if item["metadata"]["labels"].get(key) == value}
+        if "watch" in query:
+            return await self._watch(request, int(query["resourceVersion"]))
+        begin = int(query.get("continue", 0))
+        page = list(fits.values())[begin : begin + self.page]
+        metadata = {"resourceVersion": str(self._version)}
+        if begin + self.page < len(fits):
+            metadata["continue"] = str(begin + self.page)
+        return web.json_response({"kind": "EndpointSliceList", "metadata": metadata, "items": page or None})
+
+    async def _watch(self, request: web.Request, since: int) -> web.StreamResponse:
+        gone = {"kind": "Status", "code": 410, "reason": "Expired", "message": f"too old resource version: {since}"}
+        if since < self._oldest and self.gone_as == "status":
+            return web.json_response(gone, status=410)
+        response = web.StreamResponse(headers={"content-type": "application/json"})
+        await response.prepare(request)
+        if since < self._oldest:
+            await response.write(json.dumps({"type": "ERROR", "object": gone}).encode() + b"\n")
+            return response
+        woken = asyncio.Event()
+        transport = self._watches[woken] = request.transport
+        try:
+            with contextlib.suppress(ConnectionError):
+                while not transport.is_closing():
+                    for version, kind, item in list(self._history):
+                        if version > since:
+                            line = json.dumps({"type": kind, "object": item}).encode() + b"\n"
+                            await response.write(line[:30])  # in two pieces: a line need not come in one read
+                            await response.write(line[30:])
+                            since = version
+                    woken.clear()
+                    await woken.wait()
+        finally:
+            del self._watches[woken]
+        return response
