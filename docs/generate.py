@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from inspect import cleandoc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,16 @@ from extproc import cli
 from extproc.admission.outcome import Outcome
 from extproc.admission.rehearsal import Rehearsal
 from extproc.admission.values import Policy
-from extproc.config import ClassConfig, Config, EndpointConfig, HeadersConfig
+from extproc.config import (
+    ClassConfig,
+    Config,
+    DiscoveryConfig,
+    DnsConfig,
+    EndpointConfig,
+    HeadersConfig,
+    HealthCheckConfig,
+    KubernetesConfig,
+)
 from extproc.durations import format_duration
 from extproc.observe.metrics import Metrics
 
@@ -39,6 +49,10 @@ def reference() -> str:
         _INTRODUCTION,
         _keys(Config),
         f"### `endpoints[]`\n\n{EndpointConfig.__doc__}\n\n{_keys(EndpointConfig)}",
+        f"### `discovery[]`\n\n{DiscoveryConfig.__doc__}\n\n{_keys(DiscoveryConfig)}",
+        f"### `discovery[].dns`\n\n{DnsConfig.__doc__}\n\n{_keys(DnsConfig)}",
+        f"### `discovery[].kubernetes`\n\n{cleandoc(KubernetesConfig.__doc__ or '')}\n\n{_keys(KubernetesConfig)}",
+        f"### `health_check`\n\n{HealthCheckConfig.__doc__}\n\n{_keys(HealthCheckConfig)}",
         f"### `classes[]`\n\n{ClassConfig.__doc__}\n\n{_keys(ClassConfig)}",
         f"### `headers`\n\n{HeadersConfig.__doc__}\n\n{_keys(HeadersConfig)}",
         _outcomes(),

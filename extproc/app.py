@@ -101,9 +101,9 @@ class App:
         await self.admin.start()
         try:
             await self.health.start()
-            self.roster.start()
             self.sources.configure(self.config.discovery)
             await self.sources.wait_first(FIRST_SEEN_S)
+            self.roster.start()
             await self.server.start()
             await self.scraper.start(self.gate.observe)
         except BaseException:

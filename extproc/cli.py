@@ -90,7 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     top.add_argument("--once", action="store_true", help="show them once and end")
     top.set_defaults(command=_top)
 
-    simulate = commands.add_parser("simulate", help="what would your traffic gain: policies against each other, simulated")
+    simulate = commands.add_parser(
+        "simulate", help="what would your traffic gain: policies against each other, simulated"
+    )
     from extproc.simulate import cli as simulate_cli
 
     simulate_cli.add_arguments(simulate)

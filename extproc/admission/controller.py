@@ -342,8 +342,6 @@ class Controller:
     def _lease(self, ticket: Ticket, endpoint: Endpoint) -> None:
         """Dispatch: from here on the slot is taken."""
         pool, queue, now, request = _placed(ticket.pool), _placed(ticket.queue), self._now, ticket.request
-        pool.pass_over_before(ticket, endpoint)
-        self._quit(ticket, pool, queue)
         ticket.state = State.LEASED
         ticket.endpoint = endpoint
         ticket.since = now
@@ -357,6 +355,8 @@ class Controller:
         self._picks += 1
         endpoint.picked = self._picks
         self._list(endpoint)
+        pool.pass_over_before(ticket, endpoint)
+        self._quit(ticket, pool, queue)
         if ticket.charge is not None:
             pool.share(ticket.request_class.priority).served(request.tenant, ticket.key[1])
         if ticket.alarm or pool.waiting_total:
@@ -403,11 +403,11 @@ class Controller:
     def _quit(self, ticket: Ticket, pool: Pool, queue: Queue) -> None:
         """Take a ticket out of its line, and note who may go somewhere now because of that."""
         was_guard = ticket.passed_over >= GUARD
-        shifts = queue.in_window(ticket)
+        shifts = pool.open and pool.waiting_total > WINDOW and queue.in_window(ticket)
         queue.remove(ticket)
         if was_guard:
             self._freed.update(pool.open)
-        elif shifts and pool.open and pool.waiting_total > WINDOW:
+        elif shifts:
             entrant = queue.entrant()
             if entrant is not None:
                 self._arrived.append(entrant)
@@ -527,6 +527,7 @@ class Controller:
             for home in [home for home in pool.homes if home not in pool.members]:
                 self._evict(pool, home)
         for endpoint in present:
+            endpoint.listed = False
             self._changed(endpoint)
         for ticket in sorted((ticket for queue in self._any_model.queues() for ticket in queue), key=_place):
             target = self._pool_for(ticket.request.model)
@@ -565,7 +566,7 @@ class Controller:
             self._timed.pop(endpoint, None)
         else:
             self._timed[endpoint] = None
-        if endpoint.is_open:
+        if endpoint.listed:
             self._freed[endpoint] = None
         elif not endpoint.available:
             for pool in endpoint.pools:
@@ -581,6 +582,9 @@ class Controller:
     def _list(self, endpoint: Endpoint) -> None:
         """Keep each pool's list of open endpoints true."""
         is_open = endpoint.is_open
+        if is_open is endpoint.listed:
+            return
+        endpoint.listed = is_open
         for pool in endpoint.pools:
             if is_open:
                 pool.open[endpoint] = None

@@ -55,6 +55,7 @@ class Endpoint:
         "kv_turnover",
         "leases",
         "limit",
+        "listed",
         "load",
         "load_at",
         "on_trial",
@@ -74,6 +75,7 @@ class Endpoint:
         self.leases: dict[Ticket, None] = {}
         self.limit: Limit = _limit_of(spec)
         self.pools: list[Pool] = []
+        self.listed = False  # in its pools' lists of open endpoints
         self.is_up = True
         self.removed = False
         self.dispatched = 0
@@ -141,8 +143,10 @@ class Endpoint:
 
     def has_room_for(self, ticket: Ticket) -> bool:
         """Whether `ticket` may be dispatched here now. An idle endpoint takes any one request, however big."""
-        if not self.is_open:
-            return False
+        return self.is_open and self.fits(ticket)
+
+    def fits(self, ticket: Ticket) -> bool:
+        """Whether the tokens of `ticket` fit, given that it is open."""
         if not self.enforcing or not self.leases:
             return True
         if self.kv_capacity is not None:
@@ -247,8 +251,10 @@ class Endpoint:
 
     def next_change(self) -> float | None:
         """Return when time alone changes whether it has room."""
-        times = [at for at in (self.gate_until, self.ejected_until, self.prefill.next_change()) if at is not None]
-        return min(times) if times else None
+        prefill_at = self.prefill.next_change()
+        if self.gate_until is None and self.ejected_until is None:
+            return prefill_at
+        return min(at for at in (self.gate_until, self.ejected_until, prefill_at) if at is not None)
 
     def pass_time(self, now: float) -> bool:
         """Open gates and end ejections whose time is over; tell whether any was."""

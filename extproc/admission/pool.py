@@ -102,14 +102,22 @@ class Pool:
         yield from self.homes.values()
 
     def best_for(self, endpoint: Endpoint) -> Ticket | None:
-        """Return the first ticket in order that fits `endpoint`, looking at WINDOW of them.
+        """Return the first ticket in order that fits `endpoint`, an open one, looking at WINDOW of them.
 
         A ticket that was passed over GUARD times and does not fit ends the search: the room is kept for it.
         """
-        home = self.homes.get(endpoint)
-        line = self.shared.window() if home is None else merge(home.window(), self.shared.window(), key=_place)
+        home, shared = self.homes.get(endpoint), self.shared
+        if home is None:
+            if not shared:
+                return None
+            first = shared.first()
+            if endpoint.fits(first):
+                return first
+            line = shared.window()
+        else:
+            line = merge(home.window(), shared.window(), key=_place)
         for looked, ticket in enumerate(line):
-            if endpoint.has_room_for(ticket):
+            if endpoint.fits(ticket):
                 return ticket
             if ticket.passed_over >= GUARD or looked + 1 >= WINDOW:
                 return None

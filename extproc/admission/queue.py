@@ -22,25 +22,29 @@ GUARD = 64
 class Queue:
     """Tickets in the order of their keys: class, then fairness tag, then arrival. All operations are O(log n)."""
 
-    __slots__ = ("_line", "depth", "exhausted")
+    __slots__ = ("_line", "_tickets", "depth", "exhausted")
 
     def __init__(self) -> None:
         """Make an empty line."""
-        self._line: SortedList = SortedList()
+        self._line: SortedList = SortedList()  # keys alone: flat tuples compare twice as fast as pairs with a ticket
+        self._tickets: dict[int, Ticket] = {}  # by the sequence number in the key
         self.depth: dict[str, int] = {}  # tickets in the line by the name of their class
         self.exhausted = 0  # tickets in the line that were passed over GUARD times
 
     def __len__(self) -> int:
         """Count the waiting tickets."""
-        return len(self._line)
+        return len(self._tickets)
 
     def __iter__(self) -> Iterator[Ticket]:
         """Walk the tickets in order."""
-        return (ticket for _, ticket in self._line)
+        tickets = self._tickets
+        return (tickets[key[2]] for key in self._line)
 
     def add(self, ticket: Ticket) -> None:
         """Put `ticket` at the place of its key."""
-        self._line.add((ticket.key, ticket))
+        key = ticket.key
+        self._line.add(key)
+        self._tickets[key[2]] = ticket
         ticket.queue = self
         name = ticket.request_class.name
         self.depth[name] = self.depth.get(name, 0) + 1
@@ -49,42 +53,47 @@ class Queue:
 
     def remove(self, ticket: Ticket) -> None:
         """Take `ticket` out, wherever it stands."""
-        self._line.remove((ticket.key, ticket))
+        key = ticket.key
+        self._line.remove(key)
+        del self._tickets[key[2]]
         ticket.queue = None
         self.depth[ticket.request_class.name] -= 1
         if ticket.passed_over >= GUARD:
             self.exhausted -= 1
 
+    def first(self) -> Ticket:
+        """Return the ticket that goes first. The line must not be empty."""
+        return self._tickets[self._line[0][2]]
+
     def last(self) -> Ticket:
         """Return the ticket that goes last. The line must not be empty."""
-        ticket: Ticket = self._line[-1][1]
-        return ticket
+        return self._tickets[self._line[-1][2]]
 
     def window(self) -> Iterator[Ticket]:
         """Walk the first WINDOW tickets in order."""
-        return (ticket for _, ticket in islice(self._line, WINDOW))
+        tickets = self._tickets
+        return (tickets[key[2]] for key in islice(self._line, WINDOW))
 
     def in_window(self, ticket: Ticket) -> bool:
         """Tell whether `ticket` is among the first WINDOW."""
-        line = self._line
-        return len(line) <= WINDOW or ticket.key <= line[WINDOW - 1][0]
+        in_window: bool = len(self._tickets) <= WINDOW or ticket.key <= self._line[WINDOW - 1]
+        return in_window
 
     def entrant(self) -> Ticket | None:
         """Return the ticket that came into the window when one before it went; None if nobody did."""
-        line = self._line
-        ticket: Ticket | None = line[WINDOW - 1][1] if len(line) >= WINDOW else None
-        return ticket
+        return self._tickets[self._line[WINDOW - 1][2]] if len(self._tickets) >= WINDOW else None
 
     def rank(self, ticket: Ticket) -> int:
         """Count the tickets before `ticket`."""
-        rank: int = self._line.bisect_left((ticket.key,))
+        rank: int = self._line.bisect_left(ticket.key)
         return rank
 
     def pass_over_before(self, ticket: Ticket) -> None:
         """Note that `ticket` goes although the tickets before it in the window stay."""
-        for key, other in islice(self._line, WINDOW):
+        for key in islice(self._line, WINDOW):
             if key >= ticket.key:
                 return
+            other = self._tickets[key[2]]
             other.passed_over += 1
             if other.passed_over == GUARD:
                 self.exhausted += 1

@@ -20,6 +20,9 @@ MOST_OFF = 8.0
 """The most that estimates are corrected by, either way."""
 
 
+_KEPT_BY_ONE = math.exp(-1 / PROMPTS)
+
+
 class _Mean:
     """A mean that forgets."""
 
@@ -30,7 +33,7 @@ class _Mean:
         self._total = self._count * FIRST_PROMPT
 
     def add(self, total: float, count: int) -> None:
-        kept = math.exp(-count / PROMPTS)
+        kept = _KEPT_BY_ONE if count == 1 else math.exp(-count / PROMPTS)
         self._total = self._total * kept + total
         self._count = self._count * kept + count
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from extproc.admission.outcome import Outcome
@@ -43,9 +43,9 @@ class Request:
     max_output_tokens: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class RequestClass:
-    """A service class. Strict priority between classes: the higher `priority` goes first."""
+    """A service class. Strict priority between classes: the higher `priority` goes first. Equal only to itself."""
 
     name: str = "default"
     priority: int = 0
@@ -125,8 +125,7 @@ class Policy:
     session_memory: int = 100_000
 
 
-@dataclass(frozen=True, slots=True)
-class Dispatch:
+class Dispatch(NamedTuple):
     """Let it go to `endpoint`; `outcome` is DISPATCHED or REROUTED. The lease exists from this moment."""
 
     ticket: Ticket
@@ -135,8 +134,7 @@ class Dispatch:
     wait_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Reject:
+class Reject(NamedTuple):
     """Refuse it with the outcome's HTTP status. `retry_after_s` is when trying again makes sense, in whole seconds."""
 
     ticket: Ticket

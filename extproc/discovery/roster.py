@@ -90,7 +90,7 @@ class Roster:
     # ---- life
 
     def start(self) -> None:
-        """Place the endpoints of the file. Raises StartError if the clusters file can't be written."""
+        """Place the endpoints seen so far. Raises StartError if the clusters file can't be written."""
         if self._file is not None:
             before = self._file.read()
             until = self._gate.now() + FOUND_S
@@ -121,7 +121,8 @@ class Roster:
             self._seen.pop(source, None)
         else:
             self._seen[source] = tuple(endpoints)
-        self._reconcile()
+        if self._task is not None:
+            self._reconcile()
 
     def configure(self, config: Config) -> None:
         """Take over changed endpoints of the file, and changed common limits."""
