@@ -10,6 +10,7 @@ import signal
 from functools import partial
 from typing import TYPE_CHECKING
 
+from extproc import wire
 from extproc.admin.http import Admin
 from extproc.admission.controller import Controller
 from extproc.admission.rehearsal import Rehearsal
@@ -76,7 +77,13 @@ class App:
         self.queue_log = QueueLog(controller, loop.time)
         self.gate = Gate(controller, loop, [self.metrics, self.queue_log])
         self.ages = Ages(config.longest_budget_s)
-        self.desk = Desk(self.gate, config.header_names(), self.ages)
+        self.desk = Desk(
+            self.gate,
+            config.header_names(),
+            self.ages,
+            wire.FIELDS_NAMESPACE if config.request_fields else "",
+            lambda: {klass.priority: klass.name for klass in controller.policy.classes},
+        )
         self.health = HealthChecks(self.gate.set_up, config.health_check)
         self.roster = Roster(
             self.gate,

@@ -347,6 +347,16 @@ class Config(_Section):
         None,
         description="The same for GPU utilization, from `gpu_metrics_url`. Near 100 at any load: better left unset.",
     )
+    request_fields: bool = Field(
+        False,
+        description="Also read model, max_tokens, user, service_tier and priority from the JSON body, which Envoy "
+        "parses (json_to_metadata, rendered by `envoy-config`). Headers win. Envoy waits for the whole body first.",
+    )
+    first_byte_probe: bool = Field(
+        False,
+        description="A second ext_proc filter tells when an answer's first byte came, for `max_prompt_tokens`. Costs "
+        "one more stream per request; without it the engine's own counters tell, where it has them.",
+    )
     reflection: bool = Field(False, description="Serve gRPC reflection, for grpcurl.")
     drain_timeout: Duration = Field(
         30.0, description="After SIGTERM: how long held requests may still be placed, and then answers may run out."
@@ -364,6 +374,7 @@ class Config(_Section):
             shed=self.shed,
             fair=self.tenant_fairness,
             short_first=self.short_prompts_first,
+            first_byte_probe=self.first_byte_probe,
             max_kv_usage=self.max_gpu_perc / 100,
             max_gpu_usage=None if self.gpu_utilization_perc is None else self.gpu_utilization_perc / 100,
             stale_after_s=self.telemetry_stale_after,

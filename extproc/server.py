@@ -102,6 +102,8 @@ class Server:
                 finally:
                     writer.inline = False
                 await writer.flush()
+                if session.over:
+                    break
             await writer.rest()
         finally:  # EOF, a reset and a cancelled handler all mean the same: the HTTP request is over
             session.end()

@@ -19,7 +19,7 @@ from extproc.errors import ProtocolError
 from extproc.wire import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from extproc.admission.values import Decision
     from extproc.ages import Ages
@@ -62,9 +62,21 @@ class _State(Enum):
 class Desk:
     """What all sessions share: how to read, whom to ask, and the answers that are the same for every request."""
 
-    def __init__(self, gate: Gate, headers: Headers, ages: Ages, fields_namespace: str = "") -> None:
-        """Sit between the streams and `gate`."""
+    def __init__(
+        self,
+        gate: Gate,
+        headers: Headers,
+        ages: Ages,
+        fields_namespace: str = "",
+        class_priorities: Callable[[], Mapping[int, str]] = dict,
+    ) -> None:
+        """Sit between the streams and `gate`.
+
+        `fields_namespace`: where Envoy puts fields of the body, if it does; `class_priorities`: classes by priority.
+        """
         self.gate = gate
+        self.running: dict[str, Ticket] = {}  # by Envoy's request id, for the first-byte probe
+        self._class_priorities = class_priorities
         self.headers = headers
         self.ages = ages
         self.reader = wire.Reader(headers.wanted(), fields_namespace)
@@ -108,7 +120,7 @@ class Desk:
             id=incoming.attributes.get("request.id") or headers.get("x-request-id", "")[:MAX_NAME],
             arrived=self.gate.now() - self.ages.age_s(incoming.attributes.get("request.time")),
             model=model[:MAX_NAME] if model else None,
-            request_class=headers.get(names.request_class, ""),
+            request_class=headers.get(names.request_class) or self._class_of(fields),
             tenant=tenant[:MAX_NAME],
             session=session[:MAX_NAME] if session else None,
             home=self._endpoints.get(cluster) if cluster else None,
@@ -117,11 +129,21 @@ class Desk:
             max_output_tokens=_count(fields.get("max_tokens")) or _count(fields.get("max_completion_tokens")),
         )
 
+    def _class_of(self, fields: Mapping[str, object]) -> str:
+        """Return the class that a body asks for: by name as OpenAI's service_tier, by number as vLLM's priority."""
+        tier = _text(fields.get("service_tier"))
+        if tier is not None:
+            return tier
+        priority = fields.get("priority")
+        if isinstance(priority, float) and priority.is_integer():
+            return self._class_priorities().get(-int(priority), "")  # vLLM's lower goes first, ours higher
+        return ""
+
 
 class Session:
     """One stream. `receive` and `end` come from the driver, `_decided` from the gate, all in one thread."""
 
-    __slots__ = ("_answer", "_desk", "_send", "_state", "_ticket")
+    __slots__ = ("_answer", "_desk", "_send", "_state", "_ticket", "over")
 
     def __init__(self, desk: Desk, send: Callable[[bytes], None]) -> None:
         """Open a stream whose replies go to `send`."""
@@ -130,11 +152,15 @@ class Session:
         self._state = _State.NEW
         self._ticket: Ticket | None = None
         self._answer = Answer.UNKNOWN
+        self.over = False  # nothing more is wanted: the driver ends the stream
         desk.streams += 1
 
     def receive(self, data: bytes) -> None:
         """Take one message. Raises ProtocolError for what has no place here; the driver then ends the stream."""
         incoming = self._desk.reader.read(data)
+        if incoming.observed:
+            self._observe(incoming)
+            return
         match self._state, incoming.kind:
             case _State.NEW, Kind.REQUEST_HEADERS:
                 self._state = _State.HELD
@@ -164,9 +190,17 @@ class Session:
             self._desk.streams -= 1
             self._close()
 
+    def _observe(self, incoming: Incoming) -> None:
+        """Take the first piece of an answer's body, which Envoy's first-byte probe shows us, and end the probe."""
+        ticket = self._desk.running.get(incoming.attributes.get("request.id", ""))
+        if ticket is not None and incoming.kind is Kind.RESPONSE_BODY:
+            self._desk.gate.first_token(ticket)
+        self.over = True
+
     def _close(self) -> None:
         if self._ticket is not None:
             ticket, self._ticket = self._ticket, None
+            self._desk.running.pop(ticket.request.id, None)
             self._desk.gate.close(ticket, self._answer)
 
     def _decided(self, decision: Decision) -> None:
@@ -176,6 +210,7 @@ class Session:
         self._state = _State.ANSWERED
         details = _details(decision)
         if isinstance(decision, Dispatch):
+            self._desk.running[decision.ticket.request.id] = decision.ticket
             self._send(self._desk.steer(decision.endpoint) + details)
         else:
             outcome = decision.outcome

@@ -24,6 +24,8 @@ SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
 METHOD = "Process"
 NAMESPACE = "extproc"
 """The dynamic metadata namespace that our decisions go to."""
+FIELDS_NAMESPACE = "extproc_request"
+"""The namespace in which Envoy's json_to_metadata filter puts the fields of a request's body."""
 
 REFUSAL_HEADERS = ("content-type", "retry-after", "x-extproc-outcome")
 """What a refusal sets: Envoy's mutation_rules must allow them, or they are dropped without a word."""
@@ -97,7 +99,7 @@ class Reader:
             case Kind.RESPONSE_HEADERS:
                 self._pick(message.response_headers, incoming)
             case _:
-                return incoming
+                pass
         if _ATTRIBUTES in message.attributes:
             for key, value in message.attributes[_ATTRIBUTES].fields.items():
                 if value.WhichOneof("kind") == "string_value":

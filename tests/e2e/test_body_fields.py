@@ -1,0 +1,122 @@
+"""What Envoy can tell without a body crossing to us: fields of the request's JSON, and the first byte of the answer."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from .kit.clients import H1Request, complete_many
+from .kit.upstream import behave
+
+BIG = json.dumps({"model": "llama", "padding": "x" * (3 << 20)}).encode()
+MODELS = {"a": {"models": ["llama"]}, "b": {"models": ["qwen"]}}
+
+
+@pytest.fixture(scope="module")
+def fields(module_stack):
+    """Two pools by model, and an Envoy that reads the body and takes 64 KiB of it at the most."""
+
+    def small_bodies(bootstrap) -> None:
+        listener = bootstrap["static_resources"]["listeners"][0]
+        listener["per_connection_buffer_limit_bytes"] = 65536
+        manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+        manager["route_config"]["virtual_hosts"][0].pop("request_body_buffer_limit")
+
+    classes = [{"name": "default"}, {"name": "flex", "priority": -5}, {"name": "fast", "priority": 7}]
+    config = {"request_fields": True, "max_running_requests": 4, "classes": classes}
+    return module_stack(upstreams=("a", "b"), endpoints=MODELS, config=config, edit=small_bodies)
+
+
+def send(here, name: str, body: object, **headers: str):
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    (answer,) = complete_many(here.url, 1, lambda _: {"x-test-id": name, **headers}, body=data)
+    reached = [upstream for upstream in here.upstreams if here.upstreams[upstream].seen(name)]
+    return answer.status, reached
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "application/json; charset=utf-8"])
+def test_an_unchanged_openai_client_that_names_its_model_in_the_body_reaches_its_pool(fields, content_type):
+    for model, endpoint in (("llama", "a"), ("qwen", "b")):
+        name = f"{model}-{content_type}"
+        body = {"model": model, "messages": [{"role": "user", "content": "hi"}]}
+        assert send(fields, name, body, **{"content-type": content_type}) == (200, [endpoint])
+
+
+def test_a_header_wins_over_the_body(fields):
+    assert send(fields, "wins", {"model": "llama"}, **{"x-model": "qwen"}) == (200, ["b"])
+
+
+def test_a_model_that_nobody_serves_is_a_404_from_us(fields):
+    assert send(fields, "nobody", {"model": "gpt-9"}) == (404, [])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[]", b"0", b'{"model": null}', b'{"model": {"a": 1}}', b'{"model": 7, "max_tokens": "12"}',
+     b"\xff\xfe", b'{"messages": [{"model": "llama"}]}', b"[" * 3000],
+)  # fmt: skip
+def test_a_body_without_a_usable_model_goes_where_requests_without_a_model_go(fields, body):
+    status, reached = send(fields, f"odd-{body[:20]!r}-{len(body)}", body)
+    assert status == 200
+    assert len(reached) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [({"service_tier": "flex"}, "flex"), ({"priority": -7}, "fast"), ({"priority": 3}, "default"),
+     ({"priority": "high"}, "default"), ({"service_tier": "nope"}, "default"), ({"priority": 1e300}, "default")],
+)  # fmt: skip
+def test_a_body_may_ask_for_a_class_that_the_config_has(fields, body, expected):
+    before = class_counts(fields)
+    assert send(fields, f"class-{body}", {"model": "llama", **body})[0] == 200
+    after = class_counts(fields)
+    assert {name for name in after if after[name] != before.get(name, 0)} == {expected}
+
+
+def class_counts(here) -> dict[str, float]:
+    counts: dict[str, float] = {}
+    for name, value in here.sidecar.metrics().items():
+        if name.startswith("extproc_requests_total"):
+            request_class = name.split('class="')[1].split('"')[0]
+            counts[request_class] = counts.get(request_class, 0) + value
+    return counts
+
+
+def test_a_body_over_the_limit_is_413_and_our_stream_that_starts_with_response_headers_holds_nothing(fields):
+    with H1Request(fields.address, headers=[("x-test-id", "big")], body=BIG) as request:
+        request.send()
+        assert request.read_head() == 413
+    fields.wait_idle()
+    assert "Traceback" not in fields.sidecar.child.output()
+    assert send(fields, "after-big", {"model": "llama"}) == (200, ["a"])
+
+
+def test_the_first_byte_of_an_answer_makes_room_for_the_next_prompt_while_the_answer_goes_on(stack):
+    config = {"first_byte_probe": True, "max_running_requests": 8, "max_prompt_tokens": 1000, "scrape_interval": "0s"}
+    here = stack(config=config)
+    prompt = b"x" * 8000  # 2,000 tokens: one such prompt at a time
+    with ThreadPoolExecutor(1) as pool:
+        slow = dict([behave("sse", wait_s=0.6, hold="body")])
+        first = pool.submit(complete_many, here.url, 1, lambda _: {"x-test-id": "first", **slow}, body=prompt)
+        here.wait_in_flight("a", 1)
+        (second,) = complete_many(here.url, 1, lambda _: {"x-test-id": "second"}, body=prompt)
+        assert second.status == 200
+        assert second.head_s > 0.3, "it waited for the first byte"
+        assert here.in_flight("a") == 1, "and the first answer still ran"
+        here.upstreams["a"].release("first")
+        (answer,) = first.result()
+        assert answer.status == 200
+        assert answer.body.endswith(b"data: [DONE]\n\n")
+    here.wait_idle()
+    assert here.sidecar.metrics()["extproc_streams"] == 0
+
+
+def test_answers_are_whole_and_keep_their_length_with_the_probe_on(stack):
+    here = stack(config={"first_byte_probe": True, "max_running_requests": 8})
+    answers = complete_many(here.url, 12, lambda n: {"x-test-id": f"p-{n}", **dict([behave("ok", size=300_000)])})
+    assert {answer.status for answer in answers} == {200}
+    assert {len(answer.body) for answer in answers} == {300_000}
+    assert {answer.headers["content-length"] for answer in answers} == {"300000"}
+    here.wait_idle()
