@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Envoy's official messages, in a folder of their own: in site-packages they would overwrite other packages' files.
 XDS := $(VENV)/xds-protos
 
-.PHONY: run test faults bench-burst bench-engine lint types proto envoy-files reference check-generated clean help
+.PHONY: run test faults storm bench-policy bench-core bench-scrape bench-burst bench-engine lint types proto envoy-files reference check-generated clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -28,6 +28,18 @@ test: $(STAMP) $(XDS) lint types check-generated  ## everything: lint, types, ge
 
 faults: $(STAMP)   ## the long versions of the fault tests (minutes)
 	EXTPROC_LONG=1 $(BIN)/python -m pytest tests/e2e/test_faults.py
+
+storm: $(STAMP)    ## 3 million random events against the core, with its invariants checked (minutes)
+	$(BIN)/python -m tests.unit.admission.storm --events 3000000 --seed 1
+
+bench-policy: $(STAMP)  ## the admission policy against its rivals, simulated at 70, 90 and 120 % load, and other experiments
+	$(BIN)/python -m bench.policy --seeds 31 32 33
+
+bench-core: $(STAMP)  ## what one request costs the admission core
+	$(BIN)/python -m bench.core
+
+bench-scrape: $(STAMP)  ## what telemetry of 200 endpoints costs
+	$(BIN)/python -m bench.scrape scrape
 
 bench-burst: $(STAMP)  ## one burst on real Envoy, queue off against on (about a minute)
 	$(BIN)/python -m bench.burst
