@@ -163,6 +163,10 @@ class Controller:
         endpoint = self.endpoints.get(spec.name)
         if endpoint is None:
             endpoint = self.endpoints[spec.name] = Endpoint(spec, self.policy)
+        elif not endpoint.removed and endpoint.spec.models == spec.models:
+            endpoint.respec(spec)
+            self._changed(endpoint)
+            return self._dispatch()
         else:
             endpoint.respec(spec)
             endpoint.removed = False
@@ -287,7 +291,10 @@ class Controller:
         """
         freed, arrived = self._freed, self._arrived
         while freed or arrived:
-            if freed:
+            if not self.waiting:  # nobody waits: nobody takes room, and endpoints need not be put in order
+                freed.clear()
+                arrived.clear()
+            elif freed:
                 endpoint = min(freed, key=_most_room) if len(freed) > 1 else next(iter(freed))
                 best = self._best_for(endpoint) if endpoint.is_open else None
                 if best is None:

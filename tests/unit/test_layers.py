@@ -23,6 +23,11 @@ ALLOWED = {
     "server": {"extproc.session", "extproc.wire", "extproc.errors"},
     "engine": {"extproc.engine", "extproc.errors"},
     "telemetry": {"extproc.telemetry", "extproc.admission", "extproc.errors"},
+    "health": {"extproc.config"},
+    "discovery": {
+        *("extproc.discovery", "extproc.config", "extproc.envoy_config", "extproc.errors"),
+        *("extproc.admission", "extproc.gate", "extproc.session"),
+    },
     "observe": {"extproc.observe", "extproc.admission", "extproc.telemetry", "extproc"},
 }
 FORBIDDEN_OUTSIDE = {

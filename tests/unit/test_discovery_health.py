@@ -1,0 +1,152 @@
+"""Active health checks against a real server that answers as told."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from aiohttp import web
+
+from extproc.config import HealthCheckConfig
+from extproc.health import HealthChecks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Engine:
+    """A server whose /health answers `status`, after `wait_s`."""
+
+    def __init__(self) -> None:
+        self.status = 200
+        self.wait_s = 0.0
+        self.seen = 0
+        self.address = ""
+
+    async def __aenter__(self) -> Engine:
+        app = web.Application()
+        app.router.add_get("/health", self._health)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        self.address = f"127.0.0.1:{self._runner.addresses[0][1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._runner.cleanup()
+
+    async def _health(self, _: web.Request) -> web.Response:
+        self.seen += 1
+        await asyncio.sleep(self.wait_s)
+        headers = {"location": "/elsewhere"} if self.status == 302 else {}
+        return web.Response(status=self.status, headers=headers)
+
+    async def checks(self, more: int) -> None:
+        """Wait for so many more checks."""
+        target = self.seen + more
+        await until(lambda: self.seen >= target)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(3):
+        while not condition():  # noqa: ASYNC110 - what changes has no event
+            await asyncio.sleep(0.002)
+
+
+class Ward:
+    """Health checks of one endpoint, and the verdicts in order."""
+
+    def __init__(self, **how: Any) -> None:
+        self.verdicts: list[bool] = []
+        keys = {"interval": "10ms", "timeout": "100ms", "unhealthy_threshold": 3, "healthy_threshold": 2, **how}
+        self.config = HealthCheckConfig.model_validate(keys)
+        self.checks = HealthChecks(self._verdict, self.config)
+
+    def _verdict(self, name: str, *, is_up: bool) -> None:
+        assert name == "a"
+        self.verdicts.append(is_up)
+
+
+def story(tell: Callable[[Ward, Engine], Any], **how: Any) -> None:
+    async def main() -> None:
+        ward = Ward(**how)
+        async with Engine() as engine:
+            await ward.checks.start()
+            try:
+                await tell(ward, engine)
+            finally:
+                await ward.checks.stop()
+
+    asyncio.run(main())
+
+
+def test_it_takes_so_many_failures_to_go_down_and_so_many_successes_to_come_back():
+    async def tell(ward: Ward, engine: Engine) -> None:
+        ward.checks.put("a", engine.address)
+        await until(lambda: ward.verdicts == [True, True])  # presumed, then seen
+        engine.status = 503
+        before = engine.seen
+        await until(lambda: ward.verdicts[2:] == [False])
+        assert engine.seen - before >= 3
+        engine.status = 204
+        before = engine.seen
+        await until(lambda: ward.verdicts[3:] == [True])
+        assert engine.seen - before >= 2
+
+    story(tell)
+
+
+def test_failures_that_are_not_in_a_row_change_nothing():
+    async def tell(ward: Ward, engine: Engine) -> None:
+        ward.checks.put("a", engine.address)
+        await until(lambda: ward.verdicts == [True, True])
+        for _ in range(12):
+            engine.status = 500
+            await engine.checks(1)
+            engine.status = 200
+            await engine.checks(2)
+        assert ward.verdicts == [True, True]
+
+    story(tell, unhealthy_threshold=10)
+
+
+@pytest.mark.parametrize(("status", "wait_s"), [(404, 0.0), (500, 0.0), (302, 0.0), (200, 0.5)])
+def test_an_endpoint_that_never_passed_goes_down_at_its_first_failure(status, wait_s):
+    async def tell(ward: Ward, engine: Engine) -> None:
+        engine.status, engine.wait_s = status, wait_s
+        ward.checks.put("a", engine.address)
+        await until(lambda: ward.verdicts == [True, False])
+        assert engine.seen <= 2
+
+    story(tell, unhealthy_threshold=100)
+
+
+def test_a_server_that_is_not_there_is_down_and_a_known_endpoint_put_again_stays_so():
+    async def tell(ward: Ward, engine: Engine) -> None:
+        ward.checks.put("a", "127.0.0.1:1")
+        await until(lambda: ward.verdicts == [True, False])
+        ward.checks.put("a", "127.0.0.1:1")
+        assert ward.verdicts == [True, False]
+        ward.checks.put("a", engine.address)  # it moved: nothing is known of it
+        await until(lambda: ward.verdicts == [True, False, True, True])
+
+    story(tell)
+
+
+def test_switched_off_everything_counts_as_up_and_nobody_is_asked():
+    async def tell(ward: Ward, engine: Engine) -> None:
+        engine.status = 500
+        ward.checks.put("a", engine.address)
+        await until(lambda: ward.verdicts == [True, False])
+        ward.checks.configure(None)
+        assert ward.verdicts == [True, False, True]
+        seen = engine.seen
+        await asyncio.sleep(0.05)
+        assert engine.seen <= seen + 1
+        ward.checks.configure(ward.config)
+        await until(lambda: ward.verdicts == [True, False, True, False])
+        ward.checks.remove("a")
+        ward.checks.remove("a")
+
+    story(tell)
