@@ -105,6 +105,8 @@ class App:
 
     async def start(self) -> None:
         """Bind and serve. Raises StartError, with nothing left running."""
+        if self.file is not None:  # before anything that takes time: an unhandled SIGHUP ends a process
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.file.poke)
         await self.admin.start()
         try:
             await self.health.start()
@@ -118,9 +120,8 @@ class App:
             await self.admin.stop()
             raise
         if self.file is not None:
-            loop = asyncio.get_running_loop()
-            self._following = loop.create_task(self.file.run(self.config), name="config file")
-            loop.add_signal_handler(signal.SIGHUP, self.file.poke)
+            following = self.file.run(self.config)
+            self._following = asyncio.get_running_loop().create_task(following, name="config file")
         self.admin.ready = True
         config = self.config
         log.info(

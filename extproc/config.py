@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from yarl import URL
 
 from extproc.admission.values import Binding, EndpointSpec, Policy, RequestClass
 from extproc.durations import parse_duration
@@ -32,7 +33,14 @@ ENV_PREFIX = "EXTPROC_"
 LONGEST_BUDGET_S = 3500.0
 """Envoy refuses a message_timeout above 3600 s, and ours must lie above the longest budget."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}", re.ASCII)
+_HOST = re.compile(r"[A-Za-z0-9._:%-]{1,253}", re.ASCII)
 _HEADER = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]{1,64}", re.ASCII)
+
+
+_NOT_OURS = frozenset(
+    ("host", "connection", "content-length", "content-type", "transfer-encoding", "te", "upgrade", "x-request-id")
+)
+"""Headers that can't carry our routing decision: Envoy refuses to set them, or other things break."""
 
 
 # ---- types of values
@@ -99,9 +107,12 @@ def _listen(value: object) -> str:
 
 def _url(value: object) -> str:
     if isinstance(value, str):
-        parts = urlsplit(value)
-        if parts.scheme in ("http", "https") and parts.hostname:
-            return value
+        try:
+            url = URL(value)
+            if url.scheme in ("http", "https") and url.host and (url.explicit_port is None or url.explicit_port > 0):
+                return value
+        except ValueError:
+            pass
     raise ValueError(f"must be a URL like http://10.0.0.7:8000/metrics, not {value!r}")
 
 
@@ -126,7 +137,8 @@ def _slice_port(value: object) -> int | str | None:
 def split_address(address: str) -> tuple[str, int]:
     """Split host:port, IPv6 hosts in brackets. Raises ValueError."""
     parts = urlsplit(f"//{address}")
-    if not parts.hostname or parts.port is None or parts.path or parts.query or parts.username is not None:
+    strange = parts.path or parts.query or parts.fragment or parts.username is not None
+    if not parts.hostname or parts.port is None or strange or not _HOST.fullmatch(parts.hostname):
         raise ValueError(address)
     return parts.hostname, parts.port
 
@@ -441,8 +453,8 @@ def parse_config(text: str, source: str, environ: Mapping[str, str] = os.environ
     """Validate the YAML `text`, called `source` in messages. Raises ConfigError with all problems."""
     try:
         data = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader that also refuses duplicate keys
-    except yaml.YAMLError as error:
-        raise ConfigError(source, ["is no valid YAML: " + " ".join(str(error).split())]) from None
+    except _YAML_ERRORS as error:
+        raise ConfigError(source, ["is no valid YAML: " + _one_line(error)]) from None
     if data is None:
         data = {}
     if not isinstance(data, dict):
@@ -455,6 +467,14 @@ def parse_config(text: str, source: str, environ: Mapping[str, str] = os.environ
     if problems or config is None:
         raise ConfigError(source, problems)
     return config
+
+
+_YAML_ERRORS = (yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError)
+"""What PyYAML raises: also its own constructors' errors, for a date like 2024-13-45, `!!int abc`, or deep nesting."""
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 class _Loader(yaml.SafeLoader):
@@ -486,7 +506,7 @@ def _overlay_environment(data: dict[str, Any], environ: Mapping[str, str]) -> li
             continue
         try:
             value = yaml.safe_load(environ[variable])
-        except yaml.YAMLError:
+        except _YAML_ERRORS:
             problems.append(f"{'.'.join(path)}: environment variable {variable} is no valid YAML")
             continue
         target = data
@@ -642,6 +662,11 @@ def cross_check(config: Config) -> list[str]:
             "gpu_utilization_perc: needs gpu_metrics_url at one endpoint at least; without it nothing tells GPU use"
         )
     problems += _check_discovery(config)
+    if config.headers.cluster in _NOT_OURS:
+        problems.append(
+            f"headers.cluster: {config.headers.cluster!r} has a meaning of its own in HTTP or Envoy; one like "
+            "'x-upstream-cluster' works"
+        )
     names = [name for _, name in config.headers]
     problems += [
         f"headers: {name!r} is used for two things; each needs a header of its own"

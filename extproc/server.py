@@ -158,5 +158,10 @@ def _lock_socket(path: str) -> int:
     except OSError:
         os.close(descriptor)
         raise StartError(f"listen: another server holds {path} (its lock is {path}.lock)") from None
-    Path(path).unlink(missing_ok=True)
+    left = Path(path)
+    if left.is_socket():
+        left.unlink()  # of a server that died: its lock is free
+    elif left.exists():
+        os.close(descriptor)
+        raise StartError(f"listen: {path} is there already, and it is no socket; choose another path, or remove it")
     return descriptor

@@ -117,10 +117,10 @@ class Desk:
         cluster = headers.get(names.cluster)
         budget = headers.get(names.budget)
         return Request(
-            id=incoming.attributes.get("request.id") or headers.get("x-request-id", "")[:MAX_NAME],
+            id=(incoming.attributes.get("request.id") or headers.get("x-request-id", ""))[:MAX_NAME],
             arrived=self.gate.now() - self.ages.age_s(incoming.attributes.get("request.time")),
             model=model[:MAX_NAME] if model else None,
-            request_class=headers.get(names.request_class) or self._class_of(fields),
+            request_class=(headers.get(names.request_class) or self._class_of(fields))[:MAX_NAME],
             tenant=tenant[:MAX_NAME],
             session=session[:MAX_NAME] if session else None,
             home=self._endpoints.get(cluster) if cluster else None,
@@ -192,7 +192,7 @@ class Session:
 
     def _observe(self, incoming: Incoming) -> None:
         """Take the first piece of an answer's body, which Envoy's first-byte probe shows us, and end the probe."""
-        ticket = self._desk.running.get(incoming.attributes.get("request.id", ""))
+        ticket = self._desk.running.get(incoming.attributes.get("request.id", "")[:MAX_NAME])
         if ticket is not None and incoming.kind is Kind.RESPONSE_BODY:
             self._desk.gate.first_token(ticket)
         self.over = True

@@ -18,8 +18,6 @@ from extproc.errors import ProtocolError
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-    from google.protobuf.struct_pb2 import Struct
-
 SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
 METHOD = "Process"
 NAMESPACE = "extproc"
@@ -103,7 +101,7 @@ class Reader:
         if _ATTRIBUTES in message.attributes:
             for key, value in message.attributes[_ATTRIBUTES].fields.items():
                 if value.WhichOneof("kind") == "string_value":
-                    incoming.attributes[key] = value.string_value
+                    incoming.attributes[key] = value.string_value.decode("utf-8", "replace")
         return incoming
 
     def _pick(self, part: pb.HttpHeaders, incoming: Incoming) -> None:
@@ -114,12 +112,12 @@ class Reader:
                 headers[key] = (header.raw_value or header.value).decode("utf-8", "replace")
 
 
-def _scalars(struct: Struct) -> dict[str, str | float | bool]:
+def _scalars(struct: pb.Fields) -> dict[str, str | float | bool]:
     found: dict[str, str | float | bool] = {}
     for key, value in struct.fields.items():
         match value.WhichOneof("kind"):
             case "string_value":
-                found[key] = value.string_value
+                found[key] = value.string_value.decode("utf-8", "replace")
             case "number_value":
                 found[key] = value.number_value
             case "bool_value":

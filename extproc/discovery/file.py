@@ -78,6 +78,9 @@ class ConfigFile:
             self._adopt(config)
         except ConfigError as error:
             failure = error
+        except Exception as error:  # whatever it is, the next change must still be read
+            log.exception("a bug of ours: please report it")
+            failure = ConfigError(str(self._path), [f"can't be taken over: {error or type(error).__name__}"])
         self._count["success" if failure is None else "failure"] += 1
         if failure is not None:
             for problem in failure.problems:

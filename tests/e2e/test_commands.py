@@ -116,6 +116,18 @@ def test_top_without_a_sidecar_is_one_line_and_exit_code_3():
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_a_listen_path_that_is_no_socket_is_left_alone(config_file, tmp_path):
+    precious = tmp_path / "precious.txt"
+    precious.write_text("mine")
+    done = extproc("serve", "--config", config_file(listen=f"unix:{precious}", admin=local()))
+    assert done.returncode == 3
+    assert "is there already, and it is no socket" in done.stderr
+    assert precious.read_text() == "mine"
+    folder = extproc("serve", "--config", config_file(listen=f"unix:{tmp_path}", admin=local()))
+    assert folder.returncode == 3
+    assert "Traceback" not in folder.stderr
+
+
 def test_up_without_an_envoy_binary_says_how_to_get_one():
     done = extproc("up", "--engines", "1", "--http", local(), "--admin", local(), "--envoy", "/nonexistent/envoy")
     assert done.returncode == 3

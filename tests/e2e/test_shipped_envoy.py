@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from .kit.clients import complete_many
+from .kit.clients import H1Request, complete_many
 from .kit.envoy import Envoy
 from .kit.processes import free_port, wait_until
 from .kit.stack import Sidecar
@@ -99,3 +99,21 @@ def test_a_sidecar_that_is_killed_and_restarted_costs_held_requests_nothing(ship
         assert [answer.status for answer in held.result()] == [200] * 20
         reached = [record.request_id for upstream in upstreams.values() for record in upstream.records()]
         assert len(reached) == len(set(reached)) == 22
+
+
+def test_a_request_id_that_is_no_utf8_does_not_let_a_client_past_the_queue(shipped):
+    """It is the attribute request.id; as a protobuf string it would not parse, and fail-open would let it through."""
+    url, sidecar, upstreams, envoy = shipped("fail-open.yaml")
+    address = url.split("/")[2]
+    with sidecar, envoy, ThreadPoolExecutor(1) as pool:
+        running = pool.submit(complete_many, url, 2, lambda n: {"x-test-id": f"b-{n}", **dict([behave(hold="head")])})
+        wait_until(lambda: sum(one["in_flight"] for one in sidecar.queues()["endpoints"]) == 2)
+        with H1Request(address, headers=[("x-test-id", "odd"), ("x-request-id", "\xff")], body=b"{}") as odd:
+            odd.send()
+            wait_until(lambda: sidecar.queues()["waiting_total"] == 1, message="it waits like everybody")
+            assert all(upstream.peak == 1 for upstream in upstreams.values())
+            for upstream in upstreams.values():
+                upstream.release("b-0")
+                upstream.release("b-1")
+            assert odd.read_head() == 200
+        assert {answer.status for answer in running.result()} == {200}

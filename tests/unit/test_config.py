@@ -92,6 +92,15 @@ def test_all_problems_come_at_once_each_with_its_key_path_and_what_would_be_righ
         ("admin: 10.0.0.1:1", "admin: '10.0.0.1:1' can be reached from other machines"),
         ("max_queue_wait_time: true", "must be a duration"),
         ("max_queued_requests: 1.5", "must be a whole number"),
+        ("scrape_timeout: 2024-13-45", "is no valid YAML: month must be in 1..12"),
+        ("a: 0x_", "is no valid YAML"),
+        ("a: !!int abc", "is no valid YAML"),
+        ("a: !!bool abc", "is no valid YAML"),
+        ("a: " + "9" * 5000, "is no valid YAML"),
+        ("a: " + "[" * 3000, "is no valid YAML"),
+        ("endpoints: [{name: a, address: 'h:1', metrics_url: 'http://h:99999/m'}]", "metrics_url: must be a URL"),
+        ("endpoints: [{name: a, address: 'a b:80'}]", "address: must be host:port"),
+        ("headers: {cluster: host}", "headers.cluster: 'host' has a meaning of its own"),
     ],
 )
 def test_one_wrong_thing_is_named(text, words):

@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Callable
 
 import pytest
+from google.protobuf import struct_pb2
 
 from extproc._pb import ext_proc_pb2 as pb
 from extproc.admission.controller import Controller
@@ -93,9 +94,11 @@ def message(kind: str, attributes: dict[str, str] | None = None, fields: dict | 
     for key, value in headers.items():
         part.headers.headers.add(key=key.replace("_", "-").replace("status", ":status"), raw_value=value.encode())
     for key, value in (attributes or {}).items():
-        request.attributes["envoy.filters.http.ext_proc"].fields[key].string_value = value
+        request.attributes["envoy.filters.http.ext_proc"].fields[key].string_value = value.encode()
     if fields:
-        request.metadata_context.filter_metadata["llm"].update(fields)
+        struct = struct_pb2.Struct()
+        struct.update(fields)
+        request.metadata_context.filter_metadata["llm"].MergeFromString(struct.SerializeToString())
     return request.SerializeToString()
 
 

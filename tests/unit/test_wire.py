@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from google.protobuf import struct_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,13 +51,21 @@ def test_a_thousand_headers_and_one_of_64_kib_are_read():
 
 
 def test_request_fields_keep_scalars_and_drop_everything_else():
+    """Written with the official well-known types, read with ours."""
+    struct = struct_pb2.Struct()
+    struct.update({"model": "llama", "stream": True, "max_tokens": 3, "user": None, "list": ["x"], "deep": {"a": 1}})
     message = pb.ProcessingRequest(request_headers=pb.HttpHeaders())
-    fields = message.metadata_context.filter_metadata["llm"].fields
-    fields["model"].string_value = "llama"
-    fields["stream"].bool_value = True
-    fields["max_tokens"].number_value = 3
-    fields["user"].null_value = 0
-    fields["list"].list_value.values.add().string_value = "x"
+    message.metadata_context.filter_metadata["llm"].MergeFromString(struct.SerializeToString())
     incoming = wire.Reader((), "llm").read(message.SerializeToString())
     assert incoming.fields == {"model": "llama", "stream": True, "max_tokens": 3.0}
     assert wire.Reader(()).read(message.SerializeToString()).fields == {}
+
+
+def test_attributes_and_fields_that_are_no_utf8_are_values_and_not_parse_errors():
+    """A client's x-request-id is the attribute request.id: a parse error would let its request past the queue."""
+    message = pb.ProcessingRequest(request_headers=pb.HttpHeaders())
+    message.attributes["envoy.filters.http.ext_proc"].fields["request.id"].string_value = b"\xff\xfe"
+    message.metadata_context.filter_metadata["llm"].fields["model"].string_value = b"\xff"
+    incoming = wire.Reader((), "llm").read(message.SerializeToString())
+    assert incoming.attributes == {"request.id": "\ufffd\ufffd"}
+    assert incoming.fields == {"model": "\ufffd"}
