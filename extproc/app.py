@@ -117,6 +117,7 @@ class App:
             await self.scraper.start(self.gate.observe)
         except BaseException:
             await self._stop_following()
+            await self.server.stop(0)
             await self.admin.stop()
             raise
         if self.file is not None:

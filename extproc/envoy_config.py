@@ -134,7 +134,7 @@ static_resources:
                 # Held requests are sent again to a restarted or second sidecar: a crash costs no client an error.
                 retry_policy:
                   retry_on: connect-failure,reset,unavailable,cancelled
-                  num_retries: 10
+                  num_retries: 30
                   retry_back_off: {{base_interval: 0.2s, max_interval: 1s}}
               # true: answers that run survive a sidecar's death. New requests then take the second route.
               failure_mode_allow: true

@@ -6,6 +6,7 @@ plain call.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from extproc.admission.load import Load
     from extproc.admission.ticket import Ticket
     from extproc.admission.values import Decision, EndpointSpec, Policy
+
+log = logging.getLogger("extproc.gate")
 
 BURST = 256
 """Decisions delivered per turn of the loop. Envoy resets each stream that ends; more than 1,000 resets at once look
@@ -82,6 +85,12 @@ class Gate:
         """Note that the answer began."""
         self._settle(self.controller.first_token(ticket, self._loop.time()))
 
+    def answered(self, ticket: Ticket) -> None:
+        """Note that an answer began well."""
+        endpoint = ticket.endpoint
+        if endpoint is not None and endpoint.is_doubted:  # else it is no news, and costs nothing
+            self._settle(self.controller.answered(ticket, self._loop.time()))
+
     def close(self, ticket: Ticket, answer: Answer = Answer.UNKNOWN) -> None:
         """Note that a request is over, in whatever state it is. To be called exactly once for each offered ticket."""
         now = self._loop.time()
@@ -142,7 +151,10 @@ class Gate:
                 observer.decided(decision)
             deliver = decision.ticket.deliver
             if deliver is not None:
-                deliver(decision)
+                try:
+                    deliver(decision)
+                except Exception:  # the others must still be told
+                    log.exception("a decision could not be delivered: please report it")
         if outbox:
             self._flushing = True
             self._loop.call_soon(self._flush)

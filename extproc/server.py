@@ -104,6 +104,7 @@ class Server:
                 await writer.flush()
                 if session.over:
                     break
+            session.end()  # before anything that may take time: somebody waits for the slot
             await writer.rest()
         finally:  # EOF, a reset and a cancelled handler all mean the same: the HTTP request is over
             session.end()

@@ -174,6 +174,8 @@ class Session:
                 self._send(wire.go_on(incoming.kind))
             case _State.ANSWERED, Kind.RESPONSE_HEADERS:
                 self._answer = _judge(incoming)
+                if self._answer is Answer.OK and self._ticket is not None:
+                    self._desk.gate.answered(self._ticket)
                 self._send(wire.go_on(incoming.kind))
             case (
                 _State.ANSWERED,
@@ -242,7 +244,9 @@ def _judge(incoming: Incoming) -> Answer:
         return Answer.SATURATED
     if status == "503" and "response.code_details" not in incoming.attributes:
         return Answer.UNKNOWN  # a full engine or a dead one: this Envoy doesn't say
-    return Answer.FAILED if status.startswith("5") else Answer.OK
+    if not status.startswith("5"):
+        return Answer.OK
+    return Answer.ERROR if from_engine else Answer.FAILED
 
 
 def _prompt_tokens(content_length: str | None, *, has_body: bool) -> int:

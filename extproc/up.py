@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import logging
 import shutil
 import signal
@@ -188,6 +189,7 @@ class Up:
                 stdout=asyncio.subprocess.PIPE if pipe else output,
                 stderr=output,
                 start_new_session=True,
+                preexec_fn=_die_with_parent,
             )
         self._children.append(process)
         return process
@@ -227,6 +229,16 @@ curl -N http://{self._http}/v1/chat/completions -H 'content-type: application/js
 """,
             flush=True,
         )
+
+
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+
+
+def _die_with_parent() -> None:
+    """Have the kernel end this child when we die without ending it (prctl, Linux)."""
+    if sys.platform == "linux":
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def find_envoy(asked: str | None) -> Path:

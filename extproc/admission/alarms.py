@@ -31,6 +31,8 @@ class Alarms:
 
     def set(self, ticket: Ticket, at: float, live: int) -> None:
         """Wake `ticket` at `at` in place of any earlier wish. `live`: how many tickets wait, which bounds the heap."""
+        if ticket.alarm == at:
+            return  # it is set: a second entry would live as long
         ticket.alarm = at
         self._sequence += 1
         heappush(self._heap, (at, self._sequence, ticket))

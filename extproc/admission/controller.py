@@ -13,6 +13,7 @@ Rules of this room:
 from __future__ import annotations
 
 import math
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING, TypeVar
 
 from extproc.admission.alarms import Alarms
@@ -22,7 +23,7 @@ from extproc.admission.outcome import Outcome
 from extproc.admission.pool import Pool
 from extproc.admission.queue import GUARD, WINDOW
 from extproc.admission.sessions import Sessions
-from extproc.admission.ticket import State, Ticket
+from extproc.admission.ticket import Key, State, Ticket
 from extproc.admission.tokens import TokenEstimate
 from extproc.admission.values import Answer, Binding, Decision, Dispatch, EndpointSpec, Policy, Reject
 from extproc.errors import TransitionError
@@ -67,7 +68,8 @@ class Controller:
         self._sequence = 0
         self._picks = 0
         self._now = 0.0
-        self._arrived: list[Ticket] = []  # tickets that may go somewhere they could not go before this event
+        self._arrived: list[tuple[Key, int, Ticket]] = []  # a heap: tickets that may go where they could not before
+        self._arrivals = 0
         self._timed: dict[Endpoint, None] = {}  # endpoints that time alone will open: closed gates, ejections
         self._stale_at: float | None = None  # not before this can any telemetry have become stale
         self._freed: dict[Endpoint, None] = {}  # endpoints that may have room they did not have before this event
@@ -102,7 +104,7 @@ class Controller:
             self._join(ticket, pool.queue_of(home))
         else:
             self._join(ticket, pool.shared)
-        self._arrived.append(ticket)
+        self._arrive(ticket)
         self._pass()
         if ticket.state is State.WAITING and ticket.queue is not pool.shared and ticket.patience_until <= now:
             self._go_anywhere(ticket)  # no time to wait for its home
@@ -126,6 +128,15 @@ class Controller:
             self._changed(ticket.endpoint)
         return self._dispatch()
 
+    def answered(self, ticket: Ticket, now: float) -> list[Decision]:
+        """Note that an answer began well, long before it ends: a trial need not last as long as an answer."""
+        self._now = now
+        endpoint = ticket.endpoint
+        if ticket.state is State.LEASED and endpoint is not None and endpoint.is_doubted:
+            endpoint.succeeded()
+            self._changed(endpoint)
+        return self._dispatch()
+
     def release(
         self, ticket: Ticket, now: float, answer: Answer = Answer.UNKNOWN, output_tokens: int | None = None
     ) -> list[Decision]:
@@ -140,11 +151,17 @@ class Controller:
             case Answer.OK:
                 endpoint.succeeded()
             case Answer.FAILED:
-                endpoint.failed(now)
+                endpoint.failed(ticket, now, spare=False)
+            case Answer.ERROR:
+                # A request that makes engines fail must not take out one after the other: the last one stays.
+                others = any(other.available for other in pool.members if other is not endpoint)
+                endpoint.failed(ticket, now, spare=not others)
             case Answer.SATURATED:
                 endpoint.saturated(now)
             case Answer.UNKNOWN:
                 pass
+        if ticket is endpoint.trial:
+            endpoint.trial = None
         if output_tokens is not None:
             surplus = OUTPUT_WEIGHT * (output_tokens - ticket.output_tokens)
             if ticket.charge is not None:
@@ -241,7 +258,11 @@ class Controller:
     def set_policy(self, policy: Policy, now: float) -> list[Decision]:
         """Replace the rules. Waiting requests keep the class, the place and the budget they came with."""
         self._now = now
+        reorder = (policy.fair, policy.short_first) != (self.policy.fair, self.policy.short_first)
         self._adopt(policy)
+        if reorder:
+            for pool in self.pools():
+                self._reorder(pool)
         for endpoint in self.endpoints.values():
             endpoint.apply(policy)
             self._changed(endpoint)
@@ -302,12 +323,15 @@ class Controller:
                 else:
                     self._lease(best, endpoint)
             else:
-                if len(arrived) > 1:
-                    arrived.sort(key=_place, reverse=True)
-                ticket = arrived.pop()
+                ticket = heappop(arrived)[2]
                 target = self._place_for(ticket) if ticket.state is State.WAITING else None
                 if target is not None:
                     self._lease(ticket, target)
+
+    def _arrive(self, ticket: Ticket) -> None:
+        """Have the dispatch pass look at a ticket, in the order of keys."""
+        self._arrivals += 1
+        heappush(self._arrived, (ticket.key, self._arrivals, ticket))
 
     def _best_for(self, endpoint: Endpoint) -> Ticket | None:
         """Return who goes to `endpoint` next: between pools class decides, then arrival; inside a pool its order."""
@@ -417,7 +441,7 @@ class Controller:
         elif shifts:
             entrant = queue.entrant()
             if entrant is not None:
-                self._arrived.append(entrant)
+                self._arrive(entrant)
             if pool.homes:  # an endpoint looks at its home's line and the shared one as one: others may have moved up
                 self._freed.update((endpoint, None) for endpoint in pool.open if endpoint in pool.homes)
         if queue is not pool.shared and not queue and ticket.home is not None:
@@ -472,7 +496,7 @@ class Controller:
         """Empty all lines because the queue was switched off: nothing is held any more."""
         for ticket in list(self.waiting_tickets()):
             self._go_anywhere(ticket)
-            self._arrived.append(ticket)
+            self._arrive(ticket)
         self._pass()
         for ticket in list(self.waiting_tickets()):
             self._refuse(ticket, Outcome.NO_ENDPOINT)
@@ -552,6 +576,17 @@ class Controller:
         if pool.waiting_total == 1:
             pool.pace.backlog_began(self._now)
         self._set_alarm(ticket)
+        self._freed.update(pool.open)
+
+    def _reorder(self, pool: Pool) -> None:
+        """Give those who wait new places, as the rules of order changed: old and new ones can't be compared."""
+        for queue in pool.queues():
+            for ticket in list(queue):
+                queue.remove(ticket)
+                self._refund(ticket, pool)
+                ticket.charge = None
+                ticket.key = (ticket.key[0], self._tag(ticket, pool), ticket.key[2])
+                queue.add(ticket)
         self._freed.update(pool.open)
 
     def _forget_stale_loads(self) -> None:

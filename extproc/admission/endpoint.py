@@ -67,6 +67,7 @@ class Endpoint:
         "removed",
         "sees_first_tokens",
         "spec",
+        "trial",
     )
 
     def __init__(self, spec: EndpointSpec, policy: Policy) -> None:
@@ -93,7 +94,8 @@ class Endpoint:
         self.sees_first_tokens = False
         self.ejected_until: float | None = None
         self.ejections = 0
-        self.on_trial = False  # back from an ejection: one request at a time until one succeeds
+        self.on_trial = False  # back from an ejection: one new request at a time until one succeeds
+        self.trial: Ticket | None = None  # that request; answers from before the ejection may still run beside it
         self._failures = 0
         self.apply(policy)
 
@@ -139,7 +141,9 @@ class Endpoint:
             return False
         if not self.enforcing:
             return True
-        return self.gate_until is None and len(self.leases) < (1 if self.on_trial else self.limit.value)
+        if self.gate_until is not None or (self.on_trial and self.trial is not None):
+            return False
+        return len(self.leases) < self.limit.value
 
     def has_room_for(self, ticket: Ticket) -> bool:
         """Whether `ticket` may be dispatched here now. An idle endpoint takes any one request, however big."""
@@ -177,6 +181,8 @@ class Endpoint:
     def lease(self, ticket: Ticket, now: float) -> None:
         """Put `ticket` in the books."""
         self.leases[ticket] = None
+        if self.on_trial:
+            self.trial = ticket
         self.kv_tokens += ticket.kv_tokens
         self.prefill.add(ticket, now)
         self.kv_turnover += ticket.work_tokens + ticket.output_tokens
@@ -230,16 +236,28 @@ class Endpoint:
 
     # ---- failures
 
+    @property
+    def is_doubted(self) -> bool:
+        """Whether an answer that begins well is news."""
+        return self.on_trial or self._failures > 0
+
     def succeeded(self) -> None:
         """Note an answer that shows that the endpoint works."""
         self._failures = 0
         self.ejections = 0
         self.on_trial = False
+        self.trial = None
 
-    def failed(self, now: float) -> None:
-        """Note a failure; enough of them in a row eject the endpoint, each time for longer."""
+    def failed(self, ticket: Ticket, now: float, *, spare: bool) -> None:
+        """Note a failure; enough of them in a row eject the endpoint, each time for longer, unless it is to be spared.
+
+        On trial the trial's own failure is enough; those of older requests say nothing new.
+        """
+        on_trial, self.trial = ticket is self.trial, None if ticket is self.trial else self.trial
+        if self.on_trial and not on_trial:
+            return
         self._failures += 1
-        if (self._failures >= EJECT_AFTER or self.on_trial) and self.ejected_until is None:
+        if (self._failures >= EJECT_AFTER or on_trial) and self.ejected_until is None and not spare:
             self.ejected_until = now + min(EJECT_S * 2**self.ejections, EJECT_MAX_S)
             self.ejections += 1
             self._failures = 0

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from extproc.admission.values import Decision, Request, RequestClass
 
 
+Key = tuple[int, float, int]
+"""A place in the order: -priority, tag, sequence number."""
+
+
 class State(Enum):
     """new → waiting → leased → done, new → waiting → left; nothing else."""
 

@@ -16,6 +16,8 @@ PROMPTS = 500
 """About so many of the last prompts make the correction of estimates, and half as many believe in none at first."""
 FIRST_PROMPT = 1000.0
 """Tokens of such a prompt that nobody has seen."""
+MOST_PROMPT, MOST_OUTPUT = 262_144, 32_768
+"""What a page says of one prompt or answer above this is not believed."""
 MOST_OFF = 8.0
 """The most that estimates are corrected by, either way."""
 
@@ -74,10 +76,15 @@ class TokenEstimate:
     def learn_prompts(self, tokens: int, prompts: int) -> None:
         """Follow what an engine counted: means are compared, so others may use the engine too."""
         if prompts > 0:
-            self._counted.add(tokens, prompts)
+            self._counted.add(min(tokens, MOST_PROMPT * prompts), prompts)
 
     def learn(self, output_tokens: int, answers: int) -> None:
-        """Follow `answers` finished answers that had `output_tokens` together."""
+        """Follow `answers` finished answers that had `output_tokens` together.
+
+        One engine's page must not spoil the estimate for all: what it says of an answer is bounded, and one reading
+        at most doubles the mean.
+        """
         if answers > 0:
             share = min(answers / MEMORY, 0.5)
-            self._mean += share * (output_tokens / answers - self._mean)
+            seen = min(output_tokens / answers, MOST_OUTPUT)
+            self._mean = min(self._mean + share * (seen - self._mean), 2.0 * self._mean + 1.0)

@@ -84,7 +84,8 @@ class Answer(Enum):
     """What the end of a lease says about the endpoint."""
 
     OK = "ok"
-    FAILED = "failed"  # 5xx, reset, no connection
+    FAILED = "failed"  # no connection, or cut before it answered
+    ERROR = "error"  # the engine itself answered 5xx: it may be down, or the request may be poison
     SATURATED = "saturated"  # the engine refused it as full
     UNKNOWN = "unknown"  # the client left, or nobody saw
 

