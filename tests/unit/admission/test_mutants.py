@@ -626,6 +626,49 @@ def test_without_a_queue_the_emptiest_of_the_doubtful_endpoints_is_chosen() -> N
     assert [len(desk.endpoint(name).leases) for name in "ab"] == [3, 3]
 
 
+def test_without_a_queue_the_emptiest_endpoint_is_chosen_again_and_again() -> None:
+    desk = Desk(one("a"), one("b"), enable_queue=False)
+    for ticket in desk.fill(6):
+        if desk.where(ticket) == "b":
+            desk.release(ticket)
+    assert [desk.where(ticket) for ticket in desk.fill(3)] == ["b", "b", "b"]
+
+
+@pytest.mark.parametrize(("prompt_a", "prompt_b", "limit_b", "goes_to"), [(7800, 0, 10, "b"), (1800, 0, 3, "a")])
+def test_the_fullest_of_an_endpoints_limits_says_how_full_it_is(
+    prompt_a: int, prompt_b: int, limit_b: int, goes_to: str
+) -> None:
+    desk = Desk(*(one(name, limit, kv_capacity_tokens=10_000) for name, limit in (("a", 10), ("b", limit_b))))
+    for _ in range(2):
+        desk.ask(home="b", prompt_tokens=prompt_b)
+    desk.ask(home="a", prompt_tokens=prompt_a)
+    assert desk.where(desk.ask()) == goes_to
+
+
+def test_an_endpoint_whose_models_change_serves_the_new_ones_and_no_others() -> None:
+    desk = Desk(one("a", 10, models=frozenset({"m"})), one("b", 10, models=frozenset({"other"})))
+    desk.put(one("a", 10, models=frozenset({"n"})))
+    assert desk.where(desk.ask(model="n")) == "a"
+    assert desk.ask(model="m").state is State.WAITING
+
+
+def test_a_full_endpoint_that_was_removed_gets_nothing_as_its_leases_run_out() -> None:
+    desk = Desk(one("a", 2), one("b", 1))
+    held = [desk.ask(home="a") for _ in range(2)]
+    desk.ask(home="b")
+    waits = desk.ask()
+    desk.remove("a")
+    desk.release(held[0])
+    assert waits.state is State.WAITING
+
+
+def test_who_asks_for_a_home_that_runs_out_goes_elsewhere_at_once() -> None:
+    desk = Desk(one("a", 2), one("b", 2))
+    desk.ask(home="a")
+    desk.remove("a")
+    assert desk.where(desk.ask(home="a")) == "b"
+
+
 # ---- order and window
 
 
