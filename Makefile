@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Envoy's official messages, in a folder of their own: in site-packages they would overwrite other packages' files.
 XDS := $(VENV)/xds-protos
 
-.PHONY: run test faults storm bench-policy bench-core bench-scrape bench-burst bench-engine lint types proto envoy-files reference check-generated clean help
+.PHONY: run test faults mutation storm bench-policy bench-core bench-scrape bench-burst bench-engine vllm lint types proto envoy-files reference check-generated clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -41,12 +41,29 @@ bench-core: $(STAMP)  ## what one request costs the admission core
 bench-scrape: $(STAMP)  ## what telemetry of 200 endpoints costs
 	$(BIN)/python -m bench.scrape scrape
 
+# In a copy: mutmut writes its mutants beside the sources. A mutant that loops may ask for memory without end.
+MUTANTS ?= extproc.admission.*
+mutation: $(STAMP)  ## every mutant of the admission core against its tests; fails under 85 % killed (about 10 minutes)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[mutation]'
+	rm -rf build/mutation && mkdir -p build/mutation && cp -r extproc tests pyproject.toml build/mutation
+	cd build/mutation && { ulimit -v 6000000 || true; } && $(abspath $(BIN))/mutmut run --max-children 1 '$(MUTANTS)' > run.log
+	cd build/mutation && $(abspath $(BIN))/mutmut results --all true > results.txt
+	@grep -E ': (survived|no tests|suspicious)$$' build/mutation/results.txt || true
+	@awk -F '[.:] *' '$$5 && $$5 != "not checked" { n++; all[$$3]++; if ($$5 ~ /killed|timeout/) { k++; ok[$$3]++ } } \
+		END { for (f in all) printf "%-12s %4d mutants, %4d killed\n", f, all[f], ok[f] | "sort"; close("sort"); \
+		printf "%d of %d killed: %.1f %%\n", k, n, 100 * k / n; exit k < 0.85 * n }' build/mutation/results.txt
+
 bench-burst: $(STAMP)  ## one burst on real Envoy, queue off against on (about a minute)
 	$(BIN)/python -m bench.burst
 
 bench-engine: $(STAMP)  ## what the simulated engine itself costs
 	$(BIN)/python -m bench.engine model
 	$(BIN)/python -m bench.engine http
+
+# Long: the first time it installs a CPU build of vLLM, versions pinned in bench/vllm.py, into .venv-vllm (3.5 GB, 2 to 5
+# minutes); then 3 minutes. `clean` leaves .venv-vllm alone.
+vllm: $(STAMP)   ## real vLLM on a CPU: two servers behind the sidecar, queue off against on, and what telemetry reads
+	nice $(BIN)/python -m bench.vllm
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -64,6 +64,21 @@ def test_a_position_counts_who_waits_in_the_class_or_above() -> None:
     assert [desk.ask(request_class=name).position for name in names] == [0, 0, 1, 0, 2, 4]
 
 
+def test_an_endpoint_says_in_words_whether_it_may_be_used() -> None:
+    desk = Desk(one("a", 10))
+    endpoint = desk.endpoint("a")
+    tickets = desk.fill(EJECT_AFTER + 1)
+    words = [endpoint.condition]
+    for ticket in tickets[1:]:
+        desk.release(ticket, Answer.FAILED)
+    words.append(endpoint.condition)
+    desk.set_up("a", is_up=False)
+    words.append(endpoint.condition)
+    desk.remove("a")
+    words.append(endpoint.condition)
+    assert words == ["up", "ejected after failures", "down", "removed"]
+
+
 # ---- fairness
 
 
