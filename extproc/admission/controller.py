@@ -104,7 +104,9 @@ class Controller:
             self._join(ticket, pool.queue_of(home))
         else:
             self._join(ticket, pool.shared)
-        self._arrive(ticket)
+        target = self._place_for(ticket)
+        if target is not None:
+            self._lease(ticket, target)
         self._pass()
         if ticket.state is State.WAITING and ticket.queue is not pool.shared and ticket.patience_until <= now:
             self._go_anywhere(ticket)  # no time to wait for its home
@@ -346,7 +348,7 @@ class Controller:
     def _place_for(self, ticket: Ticket) -> Endpoint | None:
         """Return the endpoint with the most room among those that `ticket` may take now."""
         pool, queue = _placed(ticket.pool), _placed(ticket.queue)
-        if not queue.in_window(ticket) and self.policy.enable_queue:
+        if self.policy.enable_queue and not (pool.open and queue.in_window(ticket)):
             return None
         best: Endpoint | None = None
         if queue is pool.shared:

@@ -73,7 +73,11 @@ class Pool:
 
     def ahead_of(self, priority: int) -> int:
         """Count those waiting with `priority` or more."""
-        return sum(count for klass, count in self.waiting.items() if klass.priority >= priority)
+        ahead = 0
+        for klass, count in self.waiting.items():
+            if klass.priority >= priority:
+                ahead += count
+        return ahead
 
     def present(self) -> Iterator[Endpoint]:
         """Walk the members that the config has, whether they are up or not."""

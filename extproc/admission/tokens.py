@@ -45,12 +45,18 @@ class _Mean:
 
 
 class TokenEstimate:
-    """The running mean of output tokens, and by how much the announced prompt tokens are off."""
+    """The running mean of output tokens, and by how much the announced prompt tokens are off.
 
-    __slots__ = ("_announced", "_counted", "_mean")
+    Attributes:
+        scale: tokens that engines count per token announced: languages and JSON differ in bytes per token. 1 while no
+            engine counts.
+    """
+
+    __slots__ = ("_announced", "_counted", "_mean", "scale")
 
     def __init__(self) -> None:
         """Start at FIRST_GUESS, and believe what requests announce."""
+        self.scale = 1.0
         self._mean = FIRST_GUESS
         self._announced = _Mean()  # prompt tokens of a request, as announced
         self._counted = _Mean()  # the same, as engines count them
@@ -64,11 +70,6 @@ class TokenEstimate:
         ticket.prompt_tokens = ticket.work_tokens = int(request.prompt_tokens * self.scale)
         ticket.kv_tokens = ticket.prompt_tokens + ticket.output_tokens
 
-    @property
-    def scale(self) -> float:
-        """Tokens that engines count per token announced: languages and JSON differ in bytes per token."""
-        return min(max(self._counted.value / self._announced.value, 1 / MOST_OFF), MOST_OFF)
-
     def sent(self, prompt_tokens: int) -> None:
         """Note what a request announced that went to an engine."""
         self._announced.add(prompt_tokens, 1)
@@ -77,6 +78,7 @@ class TokenEstimate:
         """Follow what an engine counted: means are compared, so others may use the engine too."""
         if prompts > 0:
             self._counted.add(min(tokens, MOST_PROMPT * prompts), prompts)
+            self.scale = min(max(self._counted.value / self._announced.value, 1 / MOST_OFF), MOST_OFF)
 
     def learn(self, output_tokens: int, answers: int) -> None:
         """Follow `answers` finished answers that had `output_tokens` together.

@@ -99,3 +99,10 @@ def test_ten_thousand_that_wait_are_let_go_in_one_orderly_pass():
     waiting = sorted(tickets[1:], key=lambda ticket: ticket.key)
     decisions = core.set_policy(Policy(classes=CLASSES, enable_queue=False), 1.0)
     assert [decision.ticket for decision in decisions] == waiting
+
+
+def test_without_an_engine_that_counts_prompts_the_announced_tokens_are_believed():
+    core = room(EndpointSpec("a", max_running_requests=2000))
+    for _ in range(1000):
+        offer(core, prompt_tokens=50)
+    assert offer(core, prompt_tokens=50).prompt_tokens == 50
