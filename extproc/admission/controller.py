@@ -377,7 +377,6 @@ class Controller:
         pool, queue, now, request = _placed(ticket.pool), _placed(ticket.queue), self._now, ticket.request
         ticket.state = State.LEASED
         ticket.endpoint = endpoint
-        ticket.since = now
         if request.session is not None:
             cached = min(self._sessions.cached(request.session, endpoint), int(CACHED_AT_MOST * ticket.prompt_tokens))
             ticket.work_tokens = ticket.prompt_tokens - cached

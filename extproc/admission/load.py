@@ -32,10 +32,3 @@ class Load:
     prompt_tokens: int | None = None
     output_tokens: int | None = None
     first_tokens: int | None = None
-
-    @property
-    def time_per_token_s(self) -> float | None:
-        """Seconds between two tokens of one answer: Little's law. None while it can't be told."""
-        if self.running is None or self.tokens_per_s is None or self.running < 1 or self.tokens_per_s <= 0:
-            return None
-        return self.running / self.tokens_per_s

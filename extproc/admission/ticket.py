@@ -58,7 +58,6 @@ class Ticket:
         "queue",
         "request",
         "request_class",
-        "since",
         "state",
         "wait_until",
         "work_tokens",
@@ -87,7 +86,6 @@ class Ticket:
         self.kv_tokens = 0  # estimate of the KV cache it will need: prompt and answer
         self.prompt_pending = False  # leased, and its first token has not been seen
         self.passed_over = 0  # how often a later request that fits was let past
-        self.since = 0.0  # when it was leased
         self.wait_until = 0.0  # the end of its budget
         self.patience_until = 0.0  # the end of its wait for its home
         self.alarm = 0.0  # the one alarm that is set for it

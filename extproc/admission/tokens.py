@@ -52,11 +52,13 @@ class TokenEstimate:
             engine counts.
     """
 
-    __slots__ = ("_announced", "_counted", "_mean", "scale")
+    __slots__ = ("_announced", "_counted", "_counts", "_held_over", "_mean", "scale")
 
     def __init__(self) -> None:
         """Start at FIRST_GUESS, and believe what requests announce."""
         self.scale = 1.0
+        self._counts = False  # some engine does
+        self._held_over = 0
         self._mean = FIRST_GUESS
         self._announced = _Mean()  # prompt tokens of a request, as announced
         self._counted = _Mean()  # the same, as engines count them
@@ -71,13 +73,17 @@ class TokenEstimate:
         ticket.kv_tokens = ticket.prompt_tokens + ticket.output_tokens
 
     def sent(self, prompt_tokens: int) -> None:
-        """Note what a request announced that went to an engine."""
-        self._announced.add(prompt_tokens, 1)
+        """Note what a request announced that went to an engine, once engines count: the two means are compared."""
+        if self._counts:
+            self._announced.add(prompt_tokens, 1)
 
     def learn_prompts(self, tokens: int, prompts: int) -> None:
         """Follow what an engine counted: means are compared, so others may use the engine too."""
+        self._counts = True
+        self._held_over += tokens  # of prompts whose first token comes with a later reading
         if prompts > 0:
-            self._counted.add(min(tokens, MOST_PROMPT * prompts), prompts)
+            self._counted.add(min(self._held_over, MOST_PROMPT * prompts), prompts)
+            self._held_over = 0
             self.scale = min(max(self._counted.value / self._announced.value, 1 / MOST_OFF), MOST_OFF)
 
     def learn(self, output_tokens: int, answers: int) -> None:

@@ -41,7 +41,6 @@ def test_differences_and_the_token_rate_are_since_the_reading_before():
     load = rates.load(read(vllm("1200", prompts=80, preemptions=3)), 102.0)
     assert (load.output_tokens, load.prompt_tokens, load.preemptions) == (200, 30, 2)
     assert load.tokens_per_s == 100.0
-    assert load.time_per_token_s == pytest.approx(0.04)
 
 
 def test_a_counter_that_was_reset_gives_an_unknown_difference_once_and_never_a_negative_one():

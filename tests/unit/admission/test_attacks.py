@@ -106,3 +106,11 @@ def test_without_an_engine_that_counts_prompts_the_announced_tokens_are_believed
     for _ in range(1000):
         offer(core, prompt_tokens=50)
     assert offer(core, prompt_tokens=50).prompt_tokens == 50
+
+
+def test_engines_that_begin_to_count_late_do_not_throw_the_estimates_off():
+    core = room(EndpointSpec("a", max_running_requests=5000))
+    for _ in range(3000):
+        offer(core, prompt_tokens=100)
+    core.observe("a", Load(prompt_tokens=500, first_tokens=5), 1.0)
+    assert 90 <= offer(core, 1.0, prompt_tokens=100).prompt_tokens <= 110

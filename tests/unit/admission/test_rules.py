@@ -1034,11 +1034,6 @@ def test_a_fixed_limit_ignores_telemetry() -> None:
     assert follow(FixedLimit(7), Load(preemptions=9, kv_usage=1.0), wanted=True) == 7
 
 
-@pytest.mark.parametrize(("running", "tokens_per_s"), [(None, 5.0), (3.0, None), (0.0, 5.0), (3.0, 0.0), (0.0, 0.0)])
-def test_an_unknown_time_per_token_is_unknown_and_not_zero(running: float | None, tokens_per_s: float | None) -> None:
-    assert Load(running=running, tokens_per_s=tokens_per_s).time_per_token_s is None
-
-
 # ---- telemetry as a brake
 
 
