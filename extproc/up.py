@@ -73,6 +73,8 @@ class Up:
 
     async def run(self) -> int:
         """Start all, wait for Ctrl-C or SIGTERM, drain, stop all. Return the exit code."""
+        if self._config_file is not None:
+            load_config(self._config_file, self._own_keys(Path("/")))  # its mistakes come before anything is tried
         for flag, address in (("--http", self._http), ("--admin", self._admin)):
             _require_free(flag, address)
         binary = find_envoy(self._envoy)
