@@ -185,7 +185,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _envoy_config(arguments: argparse.Namespace) -> int:
-    from extproc.config import load_config
+    from extproc.config import load_config, require_address
     from extproc.envoy_config import EnvoyOptions, render
 
     config = load_config(arguments.config)
@@ -203,6 +203,7 @@ def _envoy_config(arguments: argparse.Namespace) -> int:
 
 
 def _top(arguments: argparse.Namespace) -> int:
+    from extproc.config import require_address
     from extproc.top import top
 
     require_address("--admin", arguments.admin)
@@ -217,15 +218,3 @@ def _engine(arguments: argparse.Namespace) -> int:
 
     engine_server.serve(engine_server.from_arguments(arguments))
     return OK
-
-
-def require_address(flag: str, address: str) -> None:
-    """Raise ConfigError unless `address` is host:port."""
-    from extproc.config import split_address
-
-    try:
-        split_address(address)
-    except ValueError:
-        raise ConfigError(
-            "command line", [f"{flag}: must be host:port, like 127.0.0.1:8080, not {address!r}"]
-        ) from None

@@ -19,6 +19,7 @@ from yarl import URL
 from extproc.admission.values import Binding, EndpointSpec, Policy, RequestClass
 from extproc.durations import parse_duration
 from extproc.errors import ConfigError
+from extproc.files import read_text
 from extproc.session import Headers
 from extproc.telemetry.engines import metrics_path
 from extproc.telemetry.target import Target
@@ -141,6 +142,15 @@ def split_address(address: str) -> tuple[str, int]:
     if not parts.hostname or parts.port is None or strange or not _HOST.fullmatch(parts.hostname):
         raise ValueError(address)
     return parts.hostname, parts.port
+
+
+def require_address(flag: str, address: str) -> tuple[str, int]:
+    """Split what a command-line flag names. Raises ConfigError unless it is host:port."""
+    try:
+        return split_address(address)
+    except ValueError:
+        problem = f"{flag}: must be host:port, like 127.0.0.1:8080, not {address!r}"
+        raise ConfigError("command line", [problem]) from None
 
 
 Duration = Annotated[float, BeforeValidator(_duration)]
@@ -438,15 +448,7 @@ def target_of(endpoint: EndpointConfig) -> Target:
 
 def load_config(path: Path, environ: Mapping[str, str] = os.environ) -> Config:
     """Read and validate a file. Environment variables win over it. Raises ConfigError with all problems."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(str(path), [f"can't be read: {error.strerror or error}"]) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            str(path), [f"is no UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"]
-        ) from None
-    return parse_config(text, str(path), environ)
+    return parse_config(read_text(path), str(path), environ)
 
 
 def parse_config(text: str, source: str, environ: Mapping[str, str] = os.environ) -> Config:

@@ -16,6 +16,7 @@ from extproc import wire
 from extproc.durations import parse_duration
 from extproc.envoy_config import IDLE_S, MARGIN_S
 from extproc.errors import ConfigError
+from extproc.files import read_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -83,10 +84,8 @@ class _View:
 def check_envoy(config: Config, path: Path) -> list[str]:
     """Return what in the bootstrap at `path` does not fit `config`. Raises ConfigError if it can't be read."""
     try:
-        bootstrap = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(str(path), [f"can't be read: {error.strerror or error}"]) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        bootstrap = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
         raise ConfigError(str(path), ["is no valid YAML: " + " ".join(str(error).split())]) from None
     spots = list(_walk(bootstrap, ""))
     clusters = {str(spot.node.get("name")): spot for spot in spots if "clusters[" in spot.path.rsplit(".", 1)[-1]}

@@ -20,7 +20,7 @@ import aiohttp
 import yaml
 
 from extproc.app import App
-from extproc.config import Config, load_config, parse_config, split_address
+from extproc.config import Config, load_config, parse_config, require_address
 from extproc.demo import Demo
 from extproc.envoy_config import EnvoyOptions, render
 from extproc.errors import ConfigError, StartError
@@ -273,12 +273,7 @@ def _endpoint_of(url: str, index: int, *, simulated: bool) -> dict[str, str]:
 
 def _require_free(flag: str, address: str) -> None:
     """Raise unless `address` is host:port and nobody listens there."""
-    try:
-        host, port = split_address(address)
-    except ValueError:
-        raise ConfigError(
-            "command line", [f"{flag}: must be host:port, like 127.0.0.1:8080, not {address!r}"]
-        ) from None
+    host, port = require_address(flag, address)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from extproc.errors import ConfigError
+from extproc.files import read_text
 from extproc.simulate.workload import LONGEST_OUTPUT, Demand, guess
 
 if TYPE_CHECKING:
@@ -42,15 +43,7 @@ def read_trace(path: Path, classes: Sequence[Klass], seed: int = 0) -> list[Dema
     Times start at 0 with the first request. A class that is not in `classes` counts as the first of them only when it
     is empty; else it is a problem.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigError(str(path), [f"can't be read: {error.strerror or error}"]) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            str(path), [f"is no UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"]
-        ) from None
-    lines = text.splitlines()
+    lines = read_text(path, "utf-8-sig").splitlines()
     first = next((line for line in lines if line.strip()), "")
     reader = _Reader(str(path), classes, seed)
     demands = reader.access_log(lines) if first.lstrip().startswith("{") else reader.table(lines)
