@@ -16,11 +16,11 @@ import math
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, TypeVar
 
-from extproc.admission.alarms import Alarms
+from extproc.admission.alarms import NEVER, Alarms
 from extproc.admission.endpoint import Endpoint
 from extproc.admission.fairness import OUTPUT_WEIGHT
 from extproc.admission.outcome import Outcome
-from extproc.admission.pool import Pool
+from extproc.admission.pool import Pool, seniority
 from extproc.admission.queue import GUARD, WINDOW
 from extproc.admission.sessions import Sessions
 from extproc.admission.ticket import Key, State, Ticket
@@ -62,7 +62,8 @@ class Controller:
         self._by_model: dict[str, Pool] = {}
         self._any_model = Pool(None)  # the endpoints that list no models
         self._every = Pool(None)  # all endpoints: for requests without a model where every endpoint lists its own
-        self._alarms = Alarms()
+        self._alarms: Alarms[Ticket] = Alarms(_is_waiting)
+        self._changes: Alarms[Endpoint] = Alarms()  # endpoints that time alone will open: closed gates, ejections
         self._sessions = Sessions()
         self._tokens = TokenEstimate()
         self._sequence = 0
@@ -70,7 +71,6 @@ class Controller:
         self._now = 0.0
         self._arrived: list[tuple[Key, int, Ticket]] = []  # a heap: tickets that may go where they could not before
         self._arrivals = 0
-        self._timed: dict[Endpoint, None] = {}  # endpoints that time alone will open: closed gates, ejections
         self._stale_at: float | None = None  # not before this can any telemetry have become stale
         self._freed: dict[Endpoint, None] = {}  # endpoints that may have room they did not have before this event
         self._decisions: list[Decision] = []
@@ -234,6 +234,17 @@ class Controller:
             self._changed(endpoint)
         return self._dispatch()
 
+    def report(self, name: str, load: Load, now: float) -> list[Decision]:
+        """Follow what an endpoint's answer says of its load. Unknown: no-op."""
+        self._now = now
+        endpoint = self.endpoints.get(name)
+        if endpoint is not None:
+            endpoint.merge(load, now, self.policy)
+            if self._stale_at is None:
+                self._stale_at = now + self.policy.stale_after_s
+            self._changed(endpoint)
+        return self._dispatch()
+
     # ---- events: everything else
 
     def tick(self, now: float) -> list[Decision]:
@@ -247,13 +258,14 @@ class Controller:
                 self._set_alarm(ticket)
         if self._stale_at is not None and now >= self._stale_at:
             self._forget_stale_loads()
-        for endpoint in [endpoint for endpoint in self._timed if endpoint.pass_time(now)]:
+        for endpoint in self._changes.due(now):
+            endpoint.pass_time(now)
             self._changed(endpoint)
         return self._dispatch()
 
     def next_deadline(self) -> float | None:
         """Return when `tick` is due next, never before the last event; None: nothing is due."""
-        times = [self._alarms.next(), self._stale_at, *(endpoint.next_change() for endpoint in self._timed)]
+        times = (self._alarms.next(), self._stale_at, self._changes.next())
         due = min((at for at in times if at is not None), default=None)
         return None if due is None else max(due, self._now)
 
@@ -337,12 +349,16 @@ class Controller:
 
     def _best_for(self, endpoint: Endpoint) -> Ticket | None:
         """Return who goes to `endpoint` next: between pools class decides, then arrival; inside a pool its order."""
-        best: Ticket | None = None
+        best = guard = None
         for pool in endpoint.pools:
             if pool.waiting_total:
-                ticket = pool.best_for(endpoint)
-                if ticket is not None and (best is None or _seniority(ticket) < _seniority(best)):
+                ticket, its_guard = pool.best_for(endpoint)
+                if ticket is not None and (best is None or seniority(ticket) < seniority(best)):
                     best = ticket
+                if its_guard is not None and (guard is None or seniority(its_guard) < seniority(guard)):
+                    guard = its_guard
+        if best is not None and guard is not None and seniority(guard) < seniority(best):
+            return None
         return best
 
     def _place_for(self, ticket: Ticket) -> Endpoint | None:
@@ -356,18 +372,18 @@ class Controller:
                 if (
                     endpoint.has_room_for(ticket)
                     and (best is None or _most_room(endpoint) < _most_room(best))
-                    and not self._is_guarded(pool, endpoint)
+                    and not self._is_guarded(endpoint)
                 ):
                     best = endpoint
             if best is None and not self.policy.enable_queue:
                 best = min(pool.present(), key=_most_room, default=None)  # nothing is held: better a doubtful endpoint
-        elif ticket.home is not None and ticket.home.has_room_for(ticket) and not self._is_guarded(pool, ticket.home):
+        elif ticket.home is not None and ticket.home.has_room_for(ticket) and not self._is_guarded(ticket.home):
             best = ticket.home
         return best
 
-    def _is_guarded(self, pool: Pool, endpoint: Endpoint) -> bool:
+    def _is_guarded(self, endpoint: Endpoint) -> bool:
         """Tell whether somebody keeps room at `endpoint` for himself; if so, its next request is found in order."""
-        guarded = self.policy.enable_queue and pool.has_guards_for(endpoint)
+        guarded = self.policy.enable_queue and any(pool.has_guards_for(endpoint) for pool in endpoint.pools)
         if guarded:
             self._freed[endpoint] = None
         return guarded
@@ -382,12 +398,14 @@ class Controller:
             ticket.work_tokens = ticket.prompt_tokens - cached
         endpoint.lease(ticket, now)
         self._tokens.sent(request.prompt_tokens)
-        if endpoint.next_change() is not None:
-            self._timed[endpoint] = None
+        self._watch(endpoint)
         self._picks += 1
         endpoint.picked = self._picks
         self._list(endpoint)
-        pool.pass_over_before(ticket, endpoint)
+        if self.waiting > 1:
+            for other in endpoint.pools:
+                if other.waiting_total:
+                    other.pass_over_before(ticket, endpoint)
         self._quit(ticket, pool, queue)
         if ticket.charge is not None:
             pool.share(ticket.request_class.priority).served(request.tenant, ticket.key[1])
@@ -429,6 +447,8 @@ class Controller:
     def _join(self, ticket: Ticket, queue: Queue) -> None:
         ticket.state = State.WAITING
         queue.add(ticket)
+        if queue.exhausted and len(queue) > WINDOW:  # a guard that is pushed out of the window keeps no room any more
+            self._freed.update(_placed(ticket.pool).open)
         _placed(ticket.pool).note_waiting(ticket.request_class, 1)
         self.waiting += 1
 
@@ -532,7 +552,7 @@ class Controller:
     def _last_of_all(self) -> Ticket:
         """Return the waiting request that goes last: of the lowest class, the one that came last."""
         lines = (queue for pool in self.pools() for queue in pool.queues() if queue)
-        return max((queue.last() for queue in lines), key=_seniority)
+        return max((queue.last() for queue in lines), key=seniority)
 
     # ---- endpoints
 
@@ -548,14 +568,17 @@ class Controller:
     def _regroup(self) -> None:
         """Recompute who belongs to which pool, after endpoints came, changed or went."""
         present = [endpoint for endpoint in self.endpoints.values() if not endpoint.removed]
+        for pool in self.pools():
+            pool.open.clear()
+            pool.members = []
         for endpoint in present:
             endpoint.pools = [self._by_model[model] for model in sorted(endpoint.spec.models)]
             if not endpoint.spec.models:
                 endpoint.pools = [self._any_model, *self._by_model.values()]
             endpoint.pools.append(self._every)
+            for pool in endpoint.pools:
+                pool.members.append(endpoint)
         for pool in self.pools():
-            pool.open.clear()
-            pool.members = [endpoint for endpoint in present if pool in endpoint.pools]
             for home in [home for home in pool.homes if home not in pool.members]:
                 self._evict(pool, home)
         for endpoint in present:
@@ -591,29 +614,30 @@ class Controller:
         self._freed.update(pool.open)
 
     def _forget_stale_loads(self) -> None:
-        ages = []
+        ages: list[float] = []
         for endpoint in self.endpoints.values():
-            if endpoint.load is None:
-                continue
-            if self._now >= endpoint.load_at + self.policy.stale_after_s:  # as `_stale_at` is computed, to the last bit
-                endpoint.forget_load(self.policy)
+            if endpoint.forget_stale(self._now, self.policy):
                 self._changed(endpoint)
-            else:
-                ages.append(endpoint.load_at)
+            ages += endpoint.told_at
         self._stale_at = min(ages) + self.policy.stale_after_s if ages else None
 
     def _changed(self, endpoint: Endpoint) -> None:
         """Follow whatever changed an endpoint's room."""
         self._list(endpoint)
-        if endpoint.next_change() is None:
-            self._timed.pop(endpoint, None)
-        else:
-            self._timed[endpoint] = None
+        self._watch(endpoint)
         if endpoint.listed:
             self._freed[endpoint] = None
         elif not endpoint.available:
             for pool in endpoint.pools:
                 self._evict(pool, endpoint)
+
+    def _watch(self, endpoint: Endpoint) -> None:
+        """Follow when time alone will change an endpoint's room."""
+        at = endpoint.next_change()
+        if at is None:
+            endpoint.alarm = NEVER
+        else:
+            self._changes.set(endpoint, at, len(self.endpoints))
 
     def _evict(self, pool: Pool, home: Endpoint) -> None:
         """Let those at home at an endpoint that is gone go anywhere."""
@@ -656,13 +680,13 @@ def _placed(part: T | None) -> T:
     return part
 
 
+def _is_waiting(ticket: Ticket) -> bool:
+    return ticket.state is State.WAITING
+
+
 def _most_room(endpoint: Endpoint) -> tuple[float, int]:
     return (endpoint.pressure, endpoint.picked)
 
 
 def _place(ticket: Ticket) -> tuple[int, float, int]:
     return ticket.key
-
-
-def _seniority(ticket: Ticket) -> tuple[int, int]:
-    return (ticket.key[0], ticket.key[2])

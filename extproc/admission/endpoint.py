@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from extproc.admission.alarms import NEVER
 from extproc.admission.limit import AdaptiveLimit, FixedLimit
 from extproc.admission.prefill import Prefill
 
@@ -25,6 +26,12 @@ EJECT_MAX_S = 60.0
 SATURATED_S = 0.25
 """How long an endpoint that refused a request as full is left alone."""
 
+ARRIVED_S = 0.1
+"""A lease as old as this has reached its engine."""
+FOREIGN_S = 30.0
+"""Foreign requests that don't get fewer for so long are somebody's steady traffic, not answers that run out: from then
+on fewer of them are counted, since nobody who fills an engine steadily may keep us out of it for ever."""
+
 
 class Endpoint:
     """One inference server.
@@ -34,7 +41,10 @@ class Endpoint:
         is_up: False while health checks say that it is down.
         removed: True once the config or discovery no longer has it; its leases run out.
         enforcing: False while the queue is switched off: then there is always room.
-        load, load_at: the last telemetry and when it came.
+        load, load_at: what its metrics page said last, and when.
+        report, report_at: what the headers of an answer said last, where the page said nothing since, and when.
+        foreign: requests that the engine held when its telemetry came first and that are not ours, as far as they
+            still run: answers whose leases were lost when a sidecar died. They take room like leases.
         kv_tokens: estimated KV tokens of all leases.
         prefill: the leases whose first token was not seen.
         sees_first_tokens: whether anything tells when a first token came; without it the prompt limit can't work.
@@ -42,11 +52,15 @@ class Endpoint:
 
     __slots__ = (
         "_failures",
+        "_foreign_at",
+        "_met",
+        "alarm",
         "completed",
         "dispatched",
         "ejected_until",
         "ejections",
         "enforcing",
+        "foreign",
         "gate_until",
         "is_up",
         "kv_capacity",
@@ -65,6 +79,8 @@ class Endpoint:
         "produced",
         "prompt_limit",
         "removed",
+        "report",
+        "report_at",
         "sees_first_tokens",
         "spec",
         "trial",
@@ -85,7 +101,13 @@ class Endpoint:
         self.picked = 0  # when it was picked last, in picks: equal endpoints take turns
         self.load: Load | None = None
         self.load_at = 0.0
+        self.report: Load | None = None
+        self.report_at = 0.0
         self.gate_until: float | None = None  # telemetry closed it until then, or until better telemetry
+        self.alarm = NEVER  # the one alarm that is set for it
+        self.foreign = 0
+        self._foreign_at = 0.0  # when they became fewer last
+        self._met = False  # its telemetry came at least once
         self.kv_tokens = 0
         self.kv_turnover = 0  # tokens that its cache had to take in for all leases so far
         self.kv_excess = 0.0  # what the engine's own figure was above our estimate when it was read
@@ -114,7 +136,7 @@ class Endpoint:
         if spec.max_running_requests != self.spec.max_running_requests:
             self.limit = _limit_of(spec)
         if spec.kv_capacity_tokens != self.spec.kv_capacity_tokens:
-            told = self.load.kv_capacity_tokens if self.load is not None else None
+            told = self.known.kv_capacity_tokens if self.known is not None else None
             self.kv_capacity = spec.kv_capacity_tokens or told or None  # an engine may say 0 before it knows
         self.spec = spec
 
@@ -143,7 +165,12 @@ class Endpoint:
             return True
         if self.gate_until is not None or (self.on_trial and self.trial is not None):
             return False
-        return len(self.leases) < self.limit.value
+        return self.held < self.limit.value
+
+    @property
+    def held(self) -> int:
+        """How many requests count against its limit: ours, and foreign ones."""
+        return len(self.leases) + self.foreign
 
     def has_room_for(self, ticket: Ticket) -> bool:
         """Whether `ticket` may be dispatched here now. An idle endpoint takes any one request, however big."""
@@ -151,7 +178,7 @@ class Endpoint:
 
     def fits(self, ticket: Ticket) -> bool:
         """Whether the tokens of `ticket` fit, given that it is open."""
-        if not self.enforcing or not self.leases:
+        if not self.enforcing or not self.held:
             return True
         if self.kv_capacity is not None:
             used = self.kv_tokens + self.kv_excess
@@ -164,7 +191,7 @@ class Endpoint:
     @property
     def pressure(self) -> float:
         """How full it is: the fullest of its limits. The least pressed endpoint has the most room."""
-        count = len(self.leases)
+        count = self.held
         if not self.enforcing:
             return float(count)
         share = count / self.limit.value
@@ -181,6 +208,7 @@ class Endpoint:
     def lease(self, ticket: Ticket, now: float) -> None:
         """Put `ticket` in the books."""
         self.leases[ticket] = None
+        ticket.leased_at = now
         if self.on_trial:
             self.trial = ticket
         self.kv_tokens += ticket.kv_tokens
@@ -194,6 +222,9 @@ class Endpoint:
         self.kv_tokens -= ticket.kv_tokens
         self.prefill.done(ticket, now)
         self.completed += 1
+        if not self.leases and self.load is None and self.report is not None:
+            self.kv_excess = 0.0  # no page, and no answer that could bring better news
+            self._reopen(now)
 
     def first_token(self, ticket: Ticket, now: float) -> None:
         """Note that the engine has computed the prompt of `ticket`."""
@@ -201,38 +232,117 @@ class Endpoint:
 
     # ---- what the endpoint says of itself
 
+    @property
+    def known(self) -> Load | None:
+        """The last report over the last page; None: nothing is known, or all is stale."""
+        return self.load if self.report is None else self.report.over(self.load)
+
     def observe(self, load: Load, now: float, policy: Policy, *, wanted: bool) -> None:
         """Follow fresh telemetry. `wanted`: requests wait that this endpoint could serve."""
-        full = len(self.leases) >= self.limit.value
+        full = self.held >= self.limit.value
+        self._count_foreign(load, now)
         elapsed_s = now - self.load_at if self.load is not None else 1.0
         self.load, self.load_at = load, now
+        if self.report is not None:
+            self.report = self.report.without(load)
+        known = load if self.report is None else self.report.over(load)
         if load.kv_capacity_tokens and self.spec.kv_capacity_tokens is None:
             self.kv_capacity = load.kv_capacity_tokens
         self.limit.observe(
             load,
             wanted=wanted and full,
-            in_flight=len(self.leases),
+            in_flight=self.held,
             elapsed_s=elapsed_s,
             knows_kv=self.kv_capacity is not None and load.kv_usage is not None,
         )
-        self.kv_excess = 0.0
-        if load.kv_usage is not None and self.kv_capacity is not None:
-            self.kv_excess = max(load.kv_usage * self.kv_capacity - self.kv_tokens, 0.0)
+        if self.report is None or self.report.kv_usage is None:
+            self._compare_kv(load.kv_usage)
         self.sees_first_tokens = policy.first_byte_probe or load.first_tokens is not None
         if load.first_tokens is not None and not policy.first_byte_probe:
             engine_holds = (load.running or 0.0) + (load.waiting or 0.0)
             ours = min(len(self.leases) / engine_holds, 1.0) if engine_holds else 1.0  # others may use it too
             self.prefill.observe(load.first_tokens * ours, elapsed_s, now)
-        idle = not self.leases and load.running == 0
-        self.gate_until = now + policy.stale_after_s if _is_hot(load, policy) and not idle else None
+        idle = not self.leases and known.running == 0
+        if _is_hot(known, policy) and not idle:
+            self.gate_until = now + policy.stale_after_s
+        else:
+            self._reopen(now)
 
-    def forget_load(self, policy: Policy) -> None:
-        """Ignore telemetry that has become stale."""
-        self.load = None
-        self.prefill.forget()
-        self.gate_until = None
+    def merge(self, report: Load, now: float, policy: Policy) -> None:
+        """Follow a report that came with an answer: what it doesn't say stays as it was.
+
+        It is no look at the page: the limit takes no step, no prompt counts as computed, nobody is found foreign.
+        """
+        self.report, self.report_at = report, now
+        if report.kv_capacity_tokens and self.spec.kv_capacity_tokens is None:
+            self.kv_capacity = report.kv_capacity_tokens
+        if report.kv_usage is not None:
+            self._compare_kv(report.kv_usage)
+        if _is_hot(report.over(self.load), policy):
+            self.gate_until = now + policy.stale_after_s
+        else:
+            self._reopen(now)
+
+    def _compare_kv(self, usage: float | None) -> None:
+        """Note what the engine has in its KV cache beyond what our books say."""
         self.kv_excess = 0.0
+        if usage is not None and self.kv_capacity is not None:
+            self.kv_excess = max(usage * self.kv_capacity - self.kv_tokens, 0.0)
+
+    def _reopen(self, now: float) -> None:
+        """Open the gate, unless what closed it was a refusal: that one opens by itself, in a moment."""
+        if self.gate_until is not None and self.gate_until > now + SATURATED_S:
+            self.gate_until = None
+
+    def _count_foreign(self, load: Load, now: float) -> None:
+        """Count the requests of others when telemetry comes first; after that they can only become fewer.
+
+        Never more: what an engine holds above our leases later is mostly our own, between two looks at it.
+        """
+        if load.running is None:
+            return
+        there = int(load.running + (load.waiting or 0.0))
+        if not self._met:
+            self._met = True
+            self.foreign, self._foreign_at = max(there - len(self.leases), 0), now
+        elif self.foreign:
+            arrived = sum(ticket.leased_at <= now - ARRIVED_S for ticket in self.leases)
+            left = max(there - arrived, 0)
+            if left < self.foreign:
+                self.foreign, self._foreign_at = left, now
+            elif now >= self._foreign_at + FOREIGN_S:
+                self.foreign, self._foreign_at = self.foreign // 2, now
+
+    def forget_stale(self, now: float, policy: Policy) -> bool:
+        """Ignore what has become stale; tell whether anything had."""
+        before = len(self.told_at)
+        if self.load is not None and now >= self.load_at + policy.stale_after_s:  # as deadlines are, to the last bit
+            self._forget_load(policy)
+        if self.report is not None and now >= self.report_at + policy.stale_after_s:
+            self.report = None
+            self._cool_down(policy)
+        return len(self.told_at) < before
+
+    @property
+    def told_at(self) -> list[float]:
+        """When its page and its answers spoke last, as far as that still counts."""
+        page = [] if self.load is None else [self.load_at]
+        return page if self.report is None else [*page, self.report_at]
+
+    def _forget_load(self, policy: Policy) -> None:
+        self.load = None
+        self.foreign = 0
+        self.prefill.forget()
+        self._cool_down(policy)
         self.sees_first_tokens = policy.first_byte_probe
+
+    def _cool_down(self, policy: Policy) -> None:
+        """Take back what stale telemetry did, unless what is still known says the same."""
+        known = self.known
+        if known is None or known.kv_usage is None:
+            self.kv_excess = 0.0
+        if known is None or not _is_hot(known, policy):
+            self.gate_until = None
 
     # ---- failures
 
@@ -274,17 +384,14 @@ class Endpoint:
             return prefill_at
         return min(at for at in (self.gate_until, self.ejected_until, prefill_at) if at is not None)
 
-    def pass_time(self, now: float) -> bool:
-        """Open gates and end ejections whose time is over; tell whether any was."""
-        changed = self.prefill.pass_time(now)
+    def pass_time(self, now: float) -> None:
+        """Open gates and end ejections whose time is over."""
+        self.prefill.pass_time(now)
         if self.gate_until is not None and now >= self.gate_until:
             self.gate_until = None
-            changed = True
         if self.ejected_until is not None and now >= self.ejected_until:
             self.ejected_until = None
             self.on_trial = True
-            changed = True
-        return changed
 
     @property
     def condition(self) -> str:

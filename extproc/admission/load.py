@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,3 +32,18 @@ class Load:
     prompt_tokens: int | None = None
     output_tokens: int | None = None
     first_tokens: int | None = None
+
+    def over(self, older: Load | None) -> Load:
+        """Return what this reading tells, and where it tells nothing, what the `older` one did."""
+        if older is None:
+            return self
+        return replace(older, **{name: value for name in _NAMES if (value := getattr(self, name)) is not None})
+
+    def without(self, other: Load) -> Load | None:
+        """Return what this reading tells and `other` doesn't; None: nothing."""
+        left = replace(self, **{name: None for name in _NAMES if getattr(other, name) is not None})
+        return None if left == _NOTHING else left
+
+
+_NAMES = tuple(field.name for field in fields(Load))
+_NOTHING = Load()

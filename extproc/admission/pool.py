@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 _place = attrgetter("key")
 
 
+def seniority(ticket: Ticket) -> tuple[int, int]:
+    """Order tickets of different pools: by class, then by arrival."""
+    return (ticket.key[0], ticket.key[2])
+
+
 class Pool:
     """One model's endpoints and queues.
 
@@ -86,7 +91,7 @@ class Pool:
     def backlog_of(self, endpoint: Endpoint) -> float:
         """Return how full `endpoint` is with those at home there counted in."""
         home = self.homes.get(endpoint)
-        return (len(endpoint.leases) + (len(home) if home is not None else 0)) / endpoint.limit.value
+        return (endpoint.held + (len(home) if home is not None else 0)) / endpoint.limit.value
 
     def has_guards_for(self, endpoint: Endpoint) -> bool:
         """Tell whether somebody who waits for `endpoint` must not be passed over any more."""
@@ -94,35 +99,37 @@ class Pool:
         return self.shared.exhausted > 0 or (home is not None and home.exhausted > 0)
 
     def pass_over_before(self, ticket: Ticket, endpoint: Endpoint) -> None:
-        """Note that `ticket` goes to `endpoint` although some before it stay."""
-        self.shared.pass_over_before(ticket)
+        """Note that `ticket`, of this pool or another, goes to `endpoint` although some before it stay."""
+        self.shared.pass_over_before(ticket, same_pool=ticket.pool is self)
         home = self.homes.get(endpoint)
         if home is not None:
-            home.pass_over_before(ticket)
+            home.pass_over_before(ticket, same_pool=ticket.pool is self)
 
     def queues(self) -> Iterator[Queue]:
         """Walk all its lines."""
         yield self.shared
         yield from self.homes.values()
 
-    def best_for(self, endpoint: Endpoint) -> Ticket | None:
+    def best_for(self, endpoint: Endpoint) -> tuple[Ticket | None, Ticket | None]:
         """Return the first ticket in order that fits `endpoint`, an open one, looking at WINDOW of them.
 
-        A ticket that was passed over GUARD times and does not fit ends the search: the room is kept for it.
+        Or else the ticket that was passed over GUARD times and ended the search: the room is kept for it.
         """
         home, shared = self.homes.get(endpoint), self.shared
         if home is None:
             if not shared:
-                return None
+                return None, None
             first = shared.first()
             if endpoint.fits(first):
-                return first
+                return first, None
             line = shared.window()
         else:
             line = merge(home.window(), shared.window(), key=_place)
         for looked, ticket in enumerate(line):
             if endpoint.fits(ticket):
-                return ticket
-            if ticket.passed_over >= GUARD or looked + 1 >= WINDOW:
-                return None
-        return None
+                return ticket, None
+            if ticket.passed_over >= GUARD:
+                return None, ticket
+            if looked + 1 >= WINDOW:
+                break
+        return None, None

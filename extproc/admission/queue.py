@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from sortedcontainers import SortedList
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from extproc.admission.ticket import Ticket
 
@@ -39,6 +39,10 @@ class Queue:
         """Walk the tickets in order."""
         tickets = self._tickets
         return (tickets[key[2]] for key in self._line)
+
+    def unordered(self) -> Iterable[Ticket]:
+        """Walk the tickets in no order that means anything: a third of the time of walking them in theirs."""
+        return self._tickets.values()
 
     def add(self, ticket: Ticket) -> None:
         """Put `ticket` at the place of its key."""
@@ -88,11 +92,18 @@ class Queue:
         rank: int = self._line.bisect_left(ticket.key)
         return rank
 
-    def pass_over_before(self, ticket: Ticket) -> None:
-        """Note that `ticket` goes although the tickets before it in the window stay."""
+    def pass_over_before(self, ticket: Ticket, *, same_pool: bool) -> None:
+        """Note that `ticket` goes although the tickets before it in the window stay.
+
+        Fairness tags of two pools can't be compared: between pools class and arrival tell who is before.
+        """
+        place, seniority = ticket.key, (ticket.key[0], ticket.key[2])
         for key in islice(self._line, WINDOW):
-            if key >= ticket.key:
-                return
+            if same_pool:
+                if key >= place:
+                    return
+            elif (key[0], key[2]) >= seniority:
+                continue
             other = self._tickets[key[2]]
             other.passed_over += 1
             if other.passed_over == GUARD:

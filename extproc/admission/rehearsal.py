@@ -85,6 +85,11 @@ class Rehearsal(Controller):
         self._count(self._stage.observe(name, load, now))
         return super().observe(name, load, now)
 
+    def report(self, name: str, load: Load, now: float) -> list[Decision]:
+        """Follow what an answer says of its endpoint's load in both."""
+        self._count(self._stage.report(name, load, now))
+        return super().report(name, load, now)
+
     def set_policy(self, policy: Policy, now: float) -> list[Decision]:
         """Replace the rules that are rehearsed."""
         self._count(self._stage.set_policy(replace(policy, enable_queue=True), now))

@@ -48,6 +48,7 @@ class Ticket:
         "home",
         "key",
         "kv_tokens",
+        "leased_at",
         "output_tokens",
         "passed_over",
         "patience_until",
@@ -72,13 +73,10 @@ class Ticket:
         self.request_class: RequestClass = DEFAULT_CLASS
         self.pool: Pool | None = None
         self.queue: Queue | None = None  # the queue it stands in while WAITING
-        self.key: tuple[int, float, int] = (
-            0,
-            0.0,
-            0,
-        )  # its place in that queue: -priority, tag, sequence number
+        self.key: Key = (0, 0.0, 0)  # its place in that queue
         self.home: Endpoint | None = None
         self.endpoint: Endpoint | None = None  # the endpoint that it holds a lease of while LEASED
+        self.leased_at = 0.0
         self.prompt_tokens = 0  # estimate, clipped
         self.work_tokens = 0  # of its prompt, what the engine has to compute: without what is cached there
         self.output_tokens = 0  # estimate

@@ -29,6 +29,7 @@ class Request:
         budget_s: the longest it may wait; capped by the longest budget of all classes.
         prompt_tokens: estimate of its prompt's tokens.
         max_output_tokens: the most tokens it allows in the answer, if it says so.
+        trace: its W3C traceparent, for those who trace; like `id`, nothing is decided by it.
     """
 
     id: str
@@ -41,6 +42,7 @@ class Request:
     budget_s: float | None = None
     prompt_tokens: int = 0
     max_output_tokens: int | None = None
+    trace: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -162,7 +162,11 @@ class Storm:
         )
         if load.prompt_tokens is not None:
             load = replace(load, first_tokens=min(load.prompt_tokens // 300, 5))
-        self.world.observe(random.choice((*NAMES, "nowhere")), load)
+        name = random.choice((*NAMES, "nowhere"))
+        if random.random() < 0.3:
+            self.world.report(name, Load(load.running, load.waiting, load.kv_usage))
+        else:
+            self.world.observe(name, load)
 
     def _pass_time(self) -> None:
         chance = self.random.random()

@@ -135,6 +135,10 @@ class Machine(RuleBasedStateMachine):
     def observe(self, name: str, load: Load) -> None:
         self.world.observe(name, load)
 
+    @rule(name=NAMES, load=LOADS)
+    def report(self, name: str, load: Load) -> None:
+        self.world.report(name, load)
+
     @rule(seconds=st.sampled_from((0.0, 0.001, 0.1, 0.3, 1.0, 2.0, 10.0, 3600.0)), late=st.booleans())
     def pass_time(self, seconds: float, late: bool) -> None:
         self.world.advance(seconds, late=late)

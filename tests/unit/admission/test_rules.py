@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from extproc.admission.controller import RETRY_AFTER_MAX_S, SURE
-from extproc.admission.endpoint import EJECT_AFTER, EJECT_MAX_S, EJECT_S, KV_SHARE, SATURATED_S, Endpoint
+from extproc.admission.endpoint import EJECT_AFTER, EJECT_MAX_S, EJECT_S, FOREIGN_S, KV_SHARE, SATURATED_S, Endpoint
 from extproc.admission.fairness import MAX_TENANTS, FairShare
 from extproc.admission.limit import CEILING, FLOOR, LONGEST_S, START, AdaptiveLimit, FixedLimit, Limit
 from extproc.admission.load import Load
@@ -1378,3 +1378,104 @@ def test_alarms_of_those_who_left_are_bounded() -> None:
         desk.core.offer(ticket := Ticket(Request("r", desk.now)), desk.now)
         desk.core.cancel(ticket, desk.now)
     assert len(desk.core._alarms) <= 300
+
+
+# ---- what engines run that is not ours
+
+
+def test_what_an_engine_runs_when_first_looked_at_counts_against_its_limit() -> None:
+    """A sidecar that was killed left answers running; its successor has no leases for them."""
+    desk = Desk(EndpointSpec("a", max_running_requests=4))
+    desk.observe("a", Load(running=2, waiting=1))
+    tickets = desk.fill(3)
+    assert [desk.where(ticket) for ticket in tickets] == ["a", None, None]
+
+
+def test_what_ran_before_gives_its_room_back_when_it_ends() -> None:
+    desk = Desk(EndpointSpec("a", max_running_requests=4))
+    desk.observe("a", Load(running=4))
+    first, second, third = desk.fill(3)
+    desk.advance(1.0)
+    desk.observe("a", Load(running=3))
+    assert [desk.where(ticket) for ticket in (first, second)] == ["a", None]
+    desk.observe("a", Load(running=3))  # this one was not there yet when the page was written
+    assert desk.core.endpoints["a"].foreign == 3
+    desk.advance(1.0)
+    desk.observe("a", Load(running=3))  # now it is one of the three
+    assert desk.where(second) == "a"
+    desk.advance(1.0)
+    desk.observe("a", Load(running=2))
+    assert desk.core.endpoints["a"].foreign == 0
+    assert desk.where(third) == "a"
+
+
+def test_later_telemetry_never_finds_new_foreign_requests() -> None:
+    """Between two looks at an engine what it holds and what we lent differ by what is on the way."""
+    desk = Desk(EndpointSpec("a", max_running_requests=4))
+    desk.observe("a", Load(running=0))
+    desk.advance(1.0)
+    desk.observe("a", Load(running=4, waiting=9))
+    assert all(desk.where(ticket) == "a" for ticket in desk.fill(4))
+
+
+def test_steady_traffic_of_others_does_not_keep_us_out_for_ever() -> None:
+    desk = Desk(EndpointSpec("a", max_running_requests=4), classes=(RequestClass("std", 0, 600.0),))
+    desk.observe("a", Load(running=4))
+    tickets = desk.fill(4)
+    for _ in range(int(FOREIGN_S) + 1):
+        desk.advance(1.0)
+        desk.observe("a", Load(running=4))
+    assert sum(desk.where(ticket) == "a" for ticket in tickets) == 2
+    for _ in range(3 * int(FOREIGN_S)):
+        desk.advance(1.0)
+        desk.observe("a", Load(running=4))
+    assert all(desk.where(ticket) == "a" for ticket in tickets)
+
+
+def test_foreign_requests_are_forgotten_with_stale_telemetry() -> None:
+    desk = Desk(EndpointSpec("a", max_running_requests=4))
+    desk.observe("a", Load(running=4))
+    (ticket,) = desk.fill(1)
+    assert desk.where(ticket) is None
+    desk.advance(desk.core.policy.stale_after_s)
+    assert desk.where(ticket) == "a"
+
+
+def test_leases_granted_before_the_first_telemetry_are_not_foreign() -> None:
+    desk = Desk(EndpointSpec("a", max_running_requests=4))
+    desk.fill(2)
+    desk.observe("a", Load(running=2))
+    assert all(desk.where(ticket) == "a" for ticket in desk.fill(2))
+
+
+def test_telemetry_that_does_not_say_what_runs_tells_nothing_of_others() -> None:
+    desk = Desk(EndpointSpec("a", max_running_requests=2))
+    desk.observe("a", Load(kv_usage=0.5))
+    desk.observe("a", Load(running=1))  # the first that says it
+    assert [desk.where(ticket) for ticket in desk.fill(2)] == ["a", None]
+
+
+def test_a_big_request_is_not_passed_over_without_end_by_another_models_small_ones() -> None:
+    models = frozenset({"huge", "tiny"})
+    desk = Desk(EndpointSpec("a", models=models, kv_capacity_tokens=10_000, max_running_requests=100))
+    small = [desk.ask(f"first{n}", model="tiny", prompt_tokens=1000, max_output_tokens=100) for n in range(4)]
+    big = desk.ask("big", model="huge", prompt_tokens=6000, max_output_tokens=1000)
+    passed = 0
+    while desk.where(big) is None:
+        passed += 1
+        assert passed < 3 * GUARD
+        small.append(desk.ask(f"later{passed}", model="tiny", prompt_tokens=1000, max_output_tokens=100))
+        leased = next(ticket for ticket in small if ticket.state is State.LEASED)
+        desk.release(leased)
+    assert passed >= GUARD
+
+
+def test_good_telemetry_does_not_cut_short_the_moment_that_an_engine_wanted_after_it_refused_a_request() -> None:
+    desk = Desk(EndpointSpec("a", max_running_requests=4))
+    (ticket,) = desk.fill(1)
+    desk.release(ticket, Answer.SATURATED)
+    desk.observe("a", Load(running=0, kv_usage=0.1))
+    (waiting,) = desk.fill(1)
+    assert desk.where(waiting) is None
+    desk.advance(SATURATED_S)
+    assert desk.where(waiting) == "a"

@@ -46,6 +46,7 @@ class Books:
     spec: EndpointSpec
     present: bool = True
     leases: dict[Ticket, None] = field(default_factory=dict)
+    foreign: int | None = None  # the most that may be foreign: None before the first telemetry
 
     @property
     def kv_tokens(self) -> int:
@@ -123,7 +124,24 @@ class World:
 
     def observe(self, name: str, load: Load) -> None:
         self._begin()
+        self._expect_foreign(name, load)
         self._end(self.core.observe(name, load, self.now))
+
+    def report(self, name: str, load: Load) -> None:
+        """What an answer says of its endpoint's load: nothing but the gate and the KV figure may move."""
+        self._begin()
+        endpoint = self.core.endpoints.get(name)
+        before = None if endpoint is None else _counted(endpoint)
+        self._end(self.core.report(name, load, self.now))
+        require(endpoint is None or before == _counted(endpoint), "a report moved what it knows nothing of:", endpoint)
+
+    def _expect_foreign(self, name: str, load: Load) -> None:
+        books = self.books.get(name)
+        if books is None or load.running is None:
+            return
+        there = int(load.running + (load.waiting or 0))
+        known = there - len(books.leases) if books.foreign is None else min(books.foreign, there)
+        books.foreign = max(known, 0)
 
     def set_policy(self, policy: Policy) -> None:
         self._begin()
@@ -256,7 +274,7 @@ class World:
     # ---- what must hold between events
 
     def _fits(self, books: Books, endpoint: Endpoint, ticket: Ticket) -> bool:
-        count = len(books.leases)
+        count = len(books.leases) + endpoint.foreign
         if count >= endpoint.limit.value or (endpoint.on_trial and endpoint.trial in books.leases):
             return False
         if count == 0:
@@ -291,6 +309,7 @@ class World:
             require(list(endpoint.leases) == list(books.leases), endpoint, books)
             require(endpoint.kv_tokens == books.kv_tokens, endpoint.kv_tokens, books.kv_tokens)
             require(endpoint.prompt_tokens == books.prompt_tokens, endpoint.prompt_tokens, books.prompt_tokens)
+            require(0 <= endpoint.foreign <= (books.foreign or 0), endpoint.foreign, "foreign,", books.foreign)
             require(endpoint.removed is not books.present, endpoint)
             require(all(ticket.endpoint is endpoint for ticket in books.leases), endpoint, "lent twice")
             require(endpoint.kv_tokens >= 0 and endpoint.prompt_tokens >= 0 and endpoint.limit.value >= 1, endpoint)
@@ -333,21 +352,27 @@ class World:
         leases = self.books[endpoint.name].leases
         if endpoint.gate_until is not None or (endpoint.on_trial and endpoint.trial in leases):
             return False
-        return len(leases) < endpoint.limit.value
+        return len(leases) + endpoint.foreign < endpoint.limit.value
 
     def _check_conservation(self) -> None:
         """No endpoint with room while a request waits that it could take, but for those behind a guarded one."""
-        for pool in self.core.pools():
-            for endpoint in pool.members if pool.waiting_total else ():
-                if not self._is_open(endpoint):
+        for endpoint in filter(self._is_open, self.core.endpoints.values()):
+            books, fitting, guards = self.books[endpoint.name], [], []
+            for pool in self.core.pools():
+                if not pool.waiting_total or endpoint not in pool.members:
                     continue
-                books = self.books[endpoint.name]
                 line = [t for t in self.waiting if t.pool is pool and _may_take(t, endpoint)]
                 for ticket in sorted(line, key=attrgetter("key"))[:WINDOW]:
-                    fits = not self.core.policy.enable_queue or self._fits(books, endpoint, ticket)
-                    require(not fits, ticket, "waits, and fits", endpoint)
-                    if ticket.passed_over >= GUARD:
+                    if not self.core.policy.enable_queue or self._fits(books, endpoint, ticket):
+                        fitting.append(ticket)
                         break
+                    if ticket.passed_over >= GUARD:
+                        guards.append(ticket)
+                        break
+            first_guard = min(((t.key[0], t.key[2]) for t in guards), default=None)
+            for ticket in fitting:
+                guarded = first_guard is not None and first_guard < (ticket.key[0], ticket.key[2])
+                require(guarded, ticket, "waits, and fits", endpoint)
         for ticket in self.waiting:
             require(self.core.policy.enable_queue, ticket, "is held although the queue is off")
 
@@ -370,13 +395,15 @@ class World:
             wanted += [at for at in times if at is not None]
             if endpoint.load is not None:
                 wanted.append(endpoint.load_at + self.core.policy.stale_after_s)
+            if endpoint.report is not None:
+                wanted.append(endpoint.report_at + self.core.policy.stale_after_s)
         if wanted:
             earliest = max(min(wanted), self.now)
             require(due is not None and due <= earliest, "next deadline", due, "misses", earliest)
 
     def _check_sizes(self) -> None:
         core = self.core
-        require(len(core._alarms) <= 2 * self.peak + 257, "alarms:", len(core._alarms), "peak", self.peak)
+        require(len(core._alarms) <= 2 * (self.peak + 1) + 257, "alarms:", len(core._alarms), "peak", self.peak)
         require(len(core._sessions) <= max(core.policy.session_memory, self._sessions_before()), len(core._sessions))
         require(not core._arrived and not core._freed and not core._decisions, "an event left work behind")
         for pool in core.pools():
@@ -384,12 +411,18 @@ class World:
             require(all(len(share) <= MAX_TENANTS for share in pool.shares.values()), pool.shares)
             known = set(core.policy.classes) | {t.request_class for t in self.waiting}
             require(pool.waiting.keys() <= known, "classes of old policies are kept:", pool.waiting)
-        for endpoint in core._timed:
-            require(endpoint.next_change() is not None, endpoint, "is timed for nothing")
+        changes = len(core._changes)
+        require(changes <= 2 * len(core.endpoints) + 257, "alarms of endpoints:", changes)
 
     def _sessions_before(self) -> int:
         """A lowered memory takes effect when the next session is remembered."""
         return len(self.core._sessions) if self.epoch else 0
+
+
+def _counted(endpoint: Endpoint) -> tuple[object, ...]:
+    """What only a look at the endpoint's page may change."""
+    told = (endpoint.load, endpoint.load_at, endpoint.foreign, endpoint.sees_first_tokens)
+    return (*told, endpoint.limit, endpoint.limit.value, endpoint.prefill.predicting, endpoint.produced)
 
 
 def _may_take(ticket: Ticket, endpoint: Endpoint) -> bool:
