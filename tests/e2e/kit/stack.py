@@ -81,13 +81,18 @@ class Sidecar:
         lines = [line for line in text.splitlines() if line and not line.startswith("#")]
         return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
-    def envoy_config(self, http: str, admin: str, access_log: Path, protocol: str) -> str:
-        """The bootstrap that `extproc envoy-config` prints for this config."""
+    def envoy_config(
+        self, http: str, admin: str, access_log: Path, protocol: str, sidecars: Sequence[str] = ()
+    ) -> str:
+        """The bootstrap that `extproc envoy-config` prints for this config; for TLS also the files it names."""
+        secrets = self.config.get("tls", {}).get("envoy", {}).get("secrets_directory")
         done = run(
             [
                 *(sys.executable, "-m", "extproc", "envoy-config", "--config", str(self.path)),
                 *("--http", http, "--envoy-admin", admin, "--access-log", str(access_log)),
                 *("--upstream-protocol", protocol),
+                *(("--sidecar", *sidecars) if sidecars else ()),
+                *(("--secrets", secrets) if secrets else ()),
             ]
         )
         if done.returncode != 0:
@@ -154,10 +159,18 @@ class Stack:
     def __exit__(self, *_: object) -> None:
         self._running.close()
 
-    def add_envoy(self, name: str, *, protocol: str = "h1", edit: Edit | None = None, concurrency: int = 1) -> Front:
-        """One more Envoy in front of the same sidecar, until the stack ends."""
+    def add_envoy(
+        self,
+        name: str,
+        *,
+        protocol: str = "h1",
+        edit: Edit | None = None,
+        concurrency: int = 1,
+        sidecars: Sequence[str] = (),
+    ) -> Front:
+        """One more Envoy in front of the same sidecar, or of `sidecars`, until the stack ends."""
         address = local()
-        text = self.sidecar.envoy_config(address, local(), self.directory / f"{name}.access", protocol)
+        text = self.sidecar.envoy_config(address, local(), self.directory / f"{name}.access", protocol, sidecars)
         if edit is not None:
             parsed = yaml.safe_load(text)
             edit(parsed)
