@@ -1,8 +1,8 @@
-"""Reads an ORCA load report: the response header `endpoint-load-metrics`. Pure; garbage is None, never an exception.
+"""Reads an ORCA load report, which a response header may carry. Pure; garbage is None, never an exception.
 
 Formats as Envoy and gRPC know them (gRFC A51, xds.data.orca.v3.OrcaLoadReport): `TEXT a=1, b=2`, `JSON {...}`,
 `BIN <base64>`. vLLM sends the first two, and only on answers that don't stream; the figures are those at the end of
-the answer. A report tells little: whoever wires it must not let its unknowns wipe out a fresh scrape.
+the answer. A report tells little: what it doesn't say stays as the last scrape had it (`Endpoint.merge`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from extproc.telemetry.bounds import MOST_REQUESTS, MOST_TOKENS, share, whole, w
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-MOST_CHARACTERS = 8192
+MOST_CHARACTERS = 4096
 _NAMED = 8
 """Field number of named_metrics in OrcaLoadReport: map<string, double>."""
 
@@ -38,7 +38,7 @@ def parse_orca(value: str) -> Load | None:
                 named = _binary(base64.b64decode(rest.strip() + "=" * (-len(rest.strip()) % 4), validate=True))
             case _:
                 return None
-    except (ValueError, RecursionError, struct.error):
+    except (ValueError, OverflowError, RecursionError, struct.error):
         return None
     load = _load(named)
     return None if load == Load() else load

@@ -46,6 +46,7 @@ class Reason(StrEnum):
     TOO_MANY_SERIES = "too_many_series"
     NO_METRICS = "no_metrics"  # no metric of the engine: HTML, another engine, binary
     MALFORMED = "malformed"  # a wanted line is no sample
+    ORCA = "orca"  # no page: a load report in an answer's header that can't be read, or tells nothing we know
     INTERNAL = "internal"  # a bug of ours; the log has the traceback
 
 

@@ -8,6 +8,7 @@ the last load until that is stale, and then by its own books.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from yarl import URL
 
 from extproc.admission.load import Load
 from extproc.telemetry.engines import DCGM, engines_for
+from extproc.telemetry.orca import parse_orca
 from extproc.telemetry.page import MOST_BYTES, Readings, Reason, read_in_slices
 from extproc.telemetry.rates import Rates
 
@@ -42,7 +44,7 @@ _RATE_GAPS = 3.5
 class _Watch:
     """One endpoint: its target, its task and its freshness."""
 
-    __slots__ = ("gpu_url", "is_stale", "last_at", "rates", "since", "target", "task", "url")
+    __slots__ = ("gpu_url", "is_stale", "last_at", "rates", "reported_at", "since", "target", "task", "tried", "url")
 
     def __init__(self, target: Target, now: float, rates: Rates) -> None:
         self.target = target
@@ -51,7 +53,9 @@ class _Watch:
         self.rates = rates
         self.since = now
         self.last_at: float | None = None
+        self.reported_at: float | None = None
         self.is_stale = False
+        self.tried = asyncio.Event()  # there was a scrape, good or bad
         self.task: asyncio.Task[None] | None = None
 
 
@@ -105,6 +109,13 @@ class Scraper:
         for watch in self._watches.values():
             self._begin(watch)
 
+    async def wait_first(self) -> None:
+        """Wait until each endpoint was scraped once, well or not: what runs there already must not be overlooked."""
+        running = [watch.tried.wait() for watch in self._watches.values() if watch.task is not None]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(2 * self.timeout_s):
+                await asyncio.gather(*running)
+
     async def stop(self) -> None:
         """End all scrapes and close all connections."""
         tasks = [watch.task for watch in self._watches.values() if watch.task is not None]
@@ -126,6 +137,7 @@ class Scraper:
         watch = self._watches[target.name] = _Watch(target, self._loop.time(), rates)
         if known is not None:
             watch.last_at, watch.since, watch.is_stale = known.last_at, known.since, known.is_stale
+            watch.reported_at = known.reported_at
         if self._client is not None:
             self._begin(watch)
 
@@ -136,12 +148,32 @@ class Scraper:
             self._end(watch)
             self._errors = {key: count for key, count in self._errors.items() if key[0] != name}
 
+    def read_report(self, name: str, value: str) -> Load | None:
+        """Return what a load report says that came with an answer of the endpoint `name`; None: nothing, counted."""
+        load, watch = parse_orca(value), self._watches.get(name)
+        if watch is not None and load is None:
+            self._count_error(name, Reason.ORCA)
+        elif watch is not None:
+            watch.reported_at = self._loop.time()
+        return load
+
     # ---- what others may look at
 
     def age_s(self, name: str) -> float | None:
-        """Return how old an endpoint's last good reading is, in seconds; None: there never was one."""
+        """Return how old an endpoint's last good reading is, in seconds; None: there never was one.
+
+        Of its page, if that could ever be read: reports in answers are no substitute. Else of the last report.
+        """
         watch = self._watches.get(name)
-        return None if watch is None or watch.last_at is None else max(self._loop.time() - watch.last_at, 0.0)
+        if watch is None:
+            return None
+        at = watch.reported_at if watch.last_at is None else watch.last_at
+        return None if at is None else max(self._loop.time() - at, 0.0)
+
+    def follows(self, name: str) -> bool:
+        """Tell whether an endpoint is scraped at all."""
+        watch = self._watches.get(name)
+        return watch is not None and watch.task is not None
 
     def errors(self) -> Iterator[tuple[str, str, int]]:
         """Walk endpoint, reason and number of failed scrapes."""
@@ -168,6 +200,7 @@ class Scraper:
             except Exception:  # whatever it is, telemetry must go on
                 self._failed(watch, Reason.INTERNAL)
                 log.exception("scraping %s", watch.target.name)
+            watch.tried.set()
             pause_s = self.interval_s * self._random.uniform(1 - spread, 1 + spread)
             spread = _JITTER
             await asyncio.sleep(self._pause_s(began + pause_s))
@@ -213,7 +246,7 @@ class Scraper:
     def _failed(self, watch: _Watch, reason: Reason, *, alone: bool = True) -> None:
         """Count a failure; `alone` it leaves us without a reading, and that may make the telemetry stale."""
         name = watch.target.name
-        self._errors[name, reason] = self._errors.get((name, reason), 0) + 1
+        self._count_error(name, reason)
         silent_s = self._loop.time() - self._silent_since(watch)
         log.debug("scraping %s: %s", name, reason)
         if alone and not watch.is_stale and silent_s >= self.stale_after_s:
@@ -224,6 +257,9 @@ class Scraper:
                 silent_s,
                 reason.value,
             )
+
+    def _count_error(self, name: str, reason: Reason) -> None:
+        self._errors[name, reason] = self._errors.get((name, reason), 0) + 1
 
     @staticmethod
     def _silent_since(watch: _Watch) -> float:

@@ -148,7 +148,7 @@ def test_tritons_names_are_known_too():
         "JSON 3",
         'JSON {"named_metrics": 3}',
         'JSON {"named_metrics": {"kv_cache_usage_perc": true}}',
-        "JSON " + "[" * 8000,
+        "JSON " + "[" * 4000,
         "BIN !!!",
         "BIN " + base64.b64encode(b"\x42\x7f").decode(),
         "BIN " + base64.b64encode(b"\x09\x00").decode(),
