@@ -15,6 +15,7 @@ from extproc.admin.http import Admin
 from extproc.admission.controller import Controller
 from extproc.admission.rehearsal import Rehearsal
 from extproc.ages import Ages
+from extproc.completion import server_on
 from extproc.config import Config, cross_check, load_config, target_of
 from extproc.discovery.clusters import ClustersFile, EnvoyAdmin
 from extproc.discovery.file import ConfigFile
@@ -23,17 +24,20 @@ from extproc.discovery.source import Sources
 from extproc.errors import ConfigError
 from extproc.gate import Gate
 from extproc.health import HealthChecks
+from extproc.listener import Listener, SocketRights
 from extproc.observe.log import LOOK_S, QueueLog
 from extproc.observe.metrics import Metrics
-from extproc.server import Server
 from extproc.session import Desk
 from extproc.telemetry.scraper import Scraper
+from extproc.tls import ServerTls
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from extproc.config import EndpointConfig
+    from extproc.gate import Observer
+    from extproc.observe.traces import QueueSpans
 
 log = logging.getLogger("extproc.app")
 
@@ -46,7 +50,7 @@ FIRST_SEEN_S = 5.0
 
 CHANGEABLE = frozenset(
     (
-        *("endpoints", "discovery", "health_check", "classes", "enable_queue", "drain_timeout"),
+        *("endpoints", "discovery", "health_check", "classes", "enable_queue", "drain_timeout", "hand_over"),
         *("max_running_requests", "max_queue_wait_time", "binding", "max_queued_requests", "max_prompt_tokens"),
         *("shed", "tenant_fairness", "short_prompts_first", "max_gpu_perc", "gpu_utilization_perc"),
     )
@@ -73,9 +77,18 @@ class App:
             stale_after_s=config.telemetry_stale_after,
             loop=loop,
         )
-        self.metrics = Metrics(controller, lambda: self.desk.streams, self.scraper)
+        self.metrics = Metrics(
+            controller,
+            lambda: self.desk.streams,
+            self.scraper,
+            clock=loop.time,
+            ignored=lambda: self.desk.ignored,
+            config_is_refused=lambda: self.file is not None and self.file.is_refused,
+        )
         self.queue_log = QueueLog(controller, loop.time)
-        self.gate = Gate(controller, loop, [self.metrics, self.queue_log])
+        self.spans = _spans() if config.tracing else None
+        observers: list[Observer] = [self.metrics, self.queue_log, *([self.spans] if self.spans is not None else [])]
+        self.gate = Gate(controller, loop, observers)
         self.ages = Ages(config.longest_budget_s)
         self.desk = Desk(
             self.gate,
@@ -83,6 +96,8 @@ class App:
             self.ages,
             wire.FIELDS_NAMESPACE if config.request_fields else "",
             lambda: {klass.priority: klass.name for klass in controller.policy.classes},
+            self.scraper.read_report,
+            server_timing=config.server_timing,
         )
         self.health = HealthChecks(self.gate.set_up, config.health_check)
         self.roster = Roster(
@@ -100,7 +115,9 @@ class App:
             load = partial(load_config, path, environ)
             self.file = ConfigFile(path, load, self.adopt, self.metrics.config_reloads)
         self._following: asyncio.Task[None] | None = None
-        self.server = Server(self.desk, config.listen, reflect=config.reflection)
+        self.tls = None if config.tls is None else ServerTls(config.tls)
+        self.listener = Listener(config.listen, SocketRights(config.socket_mode, config.socket_group), self.tls)
+        self.server = server_on(loop)(self.desk, self.listener, reflect=config.reflection)
         self.admin = Admin(config.admin, self.gate, self.metrics)
 
     async def start(self) -> None:
@@ -113,10 +130,13 @@ class App:
             self.sources.configure(self.config.discovery)
             await self.sources.wait_first(FIRST_SEEN_S)
             self.roster.start()
-            await self.server.start()
             await self.scraper.start(self.gate.observe)
+            await self.scraper.wait_first()  # what engines still run for a sidecar that died counts from the start
+            self.gate.expect_replays()
+            await self.server.start()
         except BaseException:
             await self._stop_following()
+            await self.scraper.stop()
             await self.server.stop(0)
             await self.admin.stop()
             raise
@@ -146,6 +166,8 @@ class App:
             loop.add_signal_handler(number, on_signal)
         while not stop.is_set():
             self.queue_log.look()
+            if self.tls is not None:
+                self.tls.look()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), LOOK_S)
         await self.drain(hurry)
@@ -204,13 +226,28 @@ class App:
         log.info("draining: %d waiting, %d streams, at most %gs", controller.waiting, self.desk.streams, grace_s)
         seen = self.gate.now() + min(HEALTH_SEEN_S, grace_s / 2)
         while not hurry.is_set() and self.gate.now() < deadline - min(1.0, grace_s / 4):
-            if controller.waiting == 0 and self.gate.now() >= seen:
+            if self.gate.now() >= seen and (controller.waiting == 0 or self.config.hand_over):
                 break
             await asyncio.sleep(POLL_S)
-        self.gate.drain()
-        await asyncio.sleep(POLL_S)  # lets the refusals go out before the port closes
-        await self.server.stop(0 if hurry.is_set() else max(deadline - self.gate.now(), POLL_S))
+        if self.config.hand_over:
+            self.gate.leave()  # Envoy sends again what waits, and lets what runs go on; the successor counts it anew
+            await self.server.stop(0)
+        else:
+            self.gate.drain()
+            await asyncio.sleep(POLL_S)  # lets the refusals go out before the port closes
+            await self.server.stop(0 if hurry.is_set() else max(deadline - self.gate.now(), POLL_S))
         await self._stop_following()
         await self.scraper.stop()
         await self.admin.stop()
+        if self.spans is not None:
+            await self.spans.stop()
         log.info("stopped")
+
+
+def _spans() -> QueueSpans:
+    try:
+        from extproc.observe.traces import QueueSpans
+    except ImportError as error:
+        problem = f"tracing: needs OpenTelemetry, which is not here: `pip install 'extproc-queue[otel]'` ({error})"
+        raise ConfigError("configuration", [problem]) from None
+    return QueueSpans()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import logging
 import os
 import sys
 from importlib import import_module
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from extproc import __version__
 from extproc.errors import ConfigError, StartError
+from extproc.observe.log import set_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -83,11 +83,24 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="while no sidecar answers, send requests to any endpoint (default: 503)",
     )
+    envoy.add_argument(
+        "--sidecar",
+        nargs="+",
+        default=[],
+        metavar="ADDRESS",
+        help="where Envoy finds the sidecar, or several: HOST:PORT or unix:PATH (default: `listen` of the file)",
+    )
+    envoy.add_argument(
+        "--secrets",
+        type=Path,
+        metavar="DIR",
+        help="with tls: write the files there that tell Envoy which certificates to follow",
+    )
     envoy.set_defaults(command=_envoy_config)
 
     top = commands.add_parser("top", help="show the queues of a running sidecar in the terminal")
     top.add_argument("--admin", default="127.0.0.1:9902", metavar="HOST:PORT", help="its admin port (%(default)s)")
-    top.add_argument("--once", action="store_true", help="show them once and end")
+    top.add_argument("--once", action="store_true", help="show them once and end, as without a terminal")
     top.set_defaults(command=_top)
 
     simulate = commands.add_parser(
@@ -120,17 +133,14 @@ def _limit(text: str) -> int:
     return number
 
 
-def run_loop(main: Coroutine[object, object, int]) -> int:
-    """Run `main` on uvloop if it is installed, else on asyncio's loop; return its exit code."""
+def run_loop(main: Coroutine[object, object, int], transport: str = "asyncio") -> int:
+    """Run `main` on the loop that `transport` needs, or on uvloop if it is installed, or on asyncio's; return its code."""
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     with contextlib.suppress(ImportError):
         loop_factory = import_module("uvloop").new_event_loop
-    with asyncio.Runner(loop_factory=loop_factory) as runner:
+    loop = import_module("extproc.completion.loop").make_loop() if transport == "completion_queue" else None
+    with asyncio.Runner(loop_factory=loop_factory if loop is None else lambda: loop) as runner:
         return runner.run(main)
-
-
-def _log(level: str) -> None:
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -138,19 +148,19 @@ def _serve(arguments: argparse.Namespace) -> int:
     from extproc.config import load_config
 
     config = load_config(arguments.config)
-    _log(arguments.log_level)
+    set_up(arguments.log_level, config.log_format)
 
     async def serve() -> int:
         await App(config, asyncio.get_running_loop(), arguments.config).run()
         return OK
 
-    return run_loop(serve())
+    return run_loop(serve(), config.transport)
 
 
 def _up(arguments: argparse.Namespace) -> int:
     from extproc.up import Up
 
-    _log(arguments.log_level)
+    set_up(arguments.log_level)
     return run_loop(
         Up(
             endpoints=arguments.endpoint,
@@ -166,10 +176,16 @@ def _up(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from extproc import tls
     from extproc.config import load_config
     from extproc.envoy_check import check_envoy
 
     config = load_config(arguments.file)
+    if config.tls is not None:
+        try:
+            tls.read(config.tls)
+        except ConfigError as error:
+            raise ConfigError(str(arguments.file), error.problems) from None
     if arguments.envoy is not None:
         problems = check_envoy(config, arguments.envoy)
         if problems:
@@ -186,19 +202,30 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _envoy_config(arguments: argparse.Namespace) -> int:
     from extproc.config import load_config, require_address
-    from extproc.envoy_config import EnvoyOptions, render
+    from extproc.envoy_config import EnvoyOptions, render, render_secrets
 
     config = load_config(arguments.config)
     for flag, address in (("--http", arguments.http), ("--envoy-admin", arguments.envoy_admin)):
         require_address(flag, address)
+    for address in arguments.sidecar:
+        if not address.startswith("unix:"):
+            require_address("--sidecar", address)
     options = EnvoyOptions(
         http=arguments.http,
         admin=arguments.envoy_admin,
         access_log=None if arguments.access_log == "none" else arguments.access_log,
         upstream_protocol=arguments.upstream_protocol,
         fail_open=arguments.fail_open,
+        sidecars=tuple(arguments.sidecar),
     )
-    print(render(config, options), end="")
+    bootstrap = render(config, options)
+    if arguments.secrets is not None:
+        try:
+            for name, text in render_secrets(config).items():
+                (arguments.secrets / name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise StartError(f"--secrets: can't write into {arguments.secrets}: {error.strerror}") from None
+    print(bootstrap, end="")
     return OK
 
 

@@ -123,6 +123,27 @@ def _clusters_file(value: object) -> str:
     raise ValueError(f"must be an absolute path that ends in .yaml, like /run/extproc/clusters.yaml, not {value!r}")
 
 
+def _file(value: object) -> str:
+    if isinstance(value, str) and value.startswith("/") and value.isprintable():
+        return value
+    raise ValueError(f"must be an absolute path, like /etc/extproc/tls/tls.crt, not {value!r}")
+
+
+_SOCKET_MODES: dict[object, int] = {
+    spelt: mode for mode in (0o600, 0o660, 0o666) for spelt in (f"{mode:04o}", f"{mode:#o}", mode, int(f"{mode:o}"))
+}
+"""Also as YAML 1.1 and 1.2 read a bare 0660: 432 and 660. With three choices no number means two."""
+
+
+def _socket_mode(value: object) -> int:
+    try:
+        return _SOCKET_MODES[value]
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"must be 0600 (owner), 0660 (owner and group) or 0666 (anyone on this machine), not {value!r}"
+        ) from None
+
+
 def _path_of_url(value: object) -> str:
     if isinstance(value, str) and value.startswith("/") and value.isascii() and value.isprintable():
         return value
@@ -164,6 +185,8 @@ Address = Annotated[str, BeforeValidator(_address)]
 Listen = Annotated[str, BeforeValidator(_listen)]
 Url = Annotated[str, BeforeValidator(_url)]
 ClustersFile = Annotated[str, BeforeValidator(_clusters_file)]
+FilePath = Annotated[str, BeforeValidator(_file)]
+SocketMode = Annotated[int, BeforeValidator(_socket_mode)]
 UrlPath = Annotated[str, BeforeValidator(_path_of_url)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 SlicePort = Annotated[int | str | None, BeforeValidator(_slice_port)]
@@ -276,6 +299,33 @@ class HealthCheckConfig(_Section):
     healthy_threshold: Threshold = Field(1, description="Successes in a row that bring it back.")
 
 
+class TlsEnvoyConfig(_Section):
+    """For `extproc envoy-config`: how Envoy meets our TLS. The paths are Envoy's, and nobody else looks at them."""
+
+    server_name: Annotated[str, Field(min_length=1, max_length=253)] = Field(
+        description="A DNS name in our certificate. Envoy takes no other certificate."
+    )
+    ca_file: FilePath = Field(description="Who signed our certificate.")
+    cert_file: FilePath | None = Field(
+        None, description="What Envoy shows us. Needed with `client_ca_file`, and `key_file` with it."
+    )
+    key_file: FilePath | None = Field(None, description="Its key.")
+    secrets_directory: FilePath = Field(
+        "/etc/envoy", description="Where Envoy finds the files that `extproc envoy-config --secrets DIR` writes."
+    )
+
+
+class TlsConfig(_Section):
+    """TLS at `listen`. PEM files, read again when they change: a rotated certificate needs no restart."""
+
+    cert_file: FilePath = Field(description="Our certificate, and after it those between it and its CA.")
+    key_file: FilePath = Field(description="Its key, without a passphrase.")
+    client_ca_file: FilePath | None = Field(
+        None, description="Mutual TLS: only who shows a certificate signed by this CA may connect. Unset: anyone may."
+    )
+    envoy: TlsEnvoyConfig | None = Field(None, description="Envoy's side, for `extproc envoy-config`.")
+
+
 class ClassConfig(_Section):
     """A service class. A request names its class in a header; an unknown or missing name means the first class."""
 
@@ -304,8 +354,20 @@ class Config(_Section):
 
     listen: Listen = Field("127.0.0.1:50051", description="Where Envoy connects: host:port or `unix:/path`.")
     admin: Address = Field("127.0.0.1:9902", description="HTTP: metrics, health, queues, the live page. Read-only.")
-    allow_remote: bool = Field(
-        False, description="Allow `listen` and `admin` on addresses other than loopback, in plain text."
+    tls: TlsConfig | None = Field(None, description="TLS at `listen`. Unset: plain text.")
+    allow_insecure_listen: bool = Field(
+        False, description="Allow `listen` without `tls` on addresses other than loopback: anyone there can take slots."
+    )
+    allow_remote_admin: bool = Field(
+        False,
+        description="Allow `admin` on addresses other than loopback, in plain text: for probes and Prometheus in a "
+        "cluster. Whoever gets there sees request ids, models and tenants' names.",
+    )
+    socket_mode: SocketMode = Field(
+        0o660, description="Of a unix socket at `listen`: `0600`, `0660` or `0666`. Envoy must be able to write it."
+    )
+    socket_group: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}$")] | None = Field(
+        None, description="Its group, a name or a quoted number. Unset: this process's, or the directory's if setgid."
     )
     enable_queue: bool = Field(False, description="Off: endpoints are chosen and counted, nothing is held or refused.")
     dry_run: bool = Field(
@@ -379,9 +441,32 @@ class Config(_Section):
         description="A second ext_proc filter tells when an answer's first byte came, for `max_prompt_tokens`. Costs "
         "one more stream per request; without it the engine's own counters tell, where it has them.",
     )
+    server_timing: bool = Field(
+        False,
+        description="Tell clients how long their request waited: `server-timing: queue;dur=` (ms) on every answer. "
+        "Render Envoy's configuration again after a change: it must allow the header.",
+    )
+    log_format: Literal["text", "json"] = Field("text", description="`json`: the log is one JSON object per line.")
+    tracing: bool = Field(
+        False,
+        description="OpenTelemetry: the time in the queue as a span of the trace that the request's `traceparent` "
+        "names. Needs `pip install extproc-queue[otel]`; OTEL_... environment variables say where to. Render Envoy's "
+        "configuration again after a change.",
+    )
+    transport: Literal["asyncio", "completion_queue"] = Field(
+        "asyncio",
+        description="What carries gRPC: grpc.aio, or grpcio's core driven directly, which costs far less CPU but uses "
+        "private parts of grpcio (docs/adr/0006); it falls back to the former if they are not as expected.",
+    )
     reflection: bool = Field(False, description="Serve gRPC reflection, for grpcurl.")
     drain_timeout: Duration = Field(
         30.0, description="After SIGTERM: how long held requests may still be placed, and then answers may run out."
+    )
+    hand_over: bool = Field(
+        False,
+        description="On SIGTERM, leave held requests to another sidecar behind the same Envoy, or to this one "
+        "restarted: exit a second later; Envoy sends them again, and running answers go on. Off: place them, or "
+        "refuse them with 503.",
     )
 
     def policy(self) -> Policy:
@@ -424,7 +509,15 @@ class Config(_Section):
     def header_names(self) -> Headers:
         """Return the names of headers as a session knows them."""
         names = self.headers
-        return Headers(names.model, names.request_class, names.tenant, names.session, names.budget, names.cluster)
+        return Headers(
+            names.model,
+            names.request_class,
+            names.tenant,
+            names.session,
+            names.budget,
+            names.cluster,
+            "traceparent" if self.tracing else "",
+        )
 
     @property
     def longest_budget_s(self) -> float:
@@ -543,6 +636,9 @@ def _drop(data: Any, location: tuple[int | str, ...]) -> None:
     if location[0] == "discovery":
         data.pop("discovery", None)  # all that is wrong in it was reported at once
         return
+    if location[0] == "tls":
+        data["tls"] = {"cert_file": "/broken", "key_file": "/broken"}  # likewise, and it is there
+        return
     for depth, key in enumerate(location):
         last = depth + 1 == len(location)
         if isinstance(data, list) and isinstance(key, int):
@@ -622,6 +718,8 @@ def _keys_at(location: tuple[int | str, ...]) -> list[str]:
         "classes": ClassConfig,
         "headers": HeadersConfig,
         "health_check": HealthCheckConfig,
+        "tls": TlsConfig,
+        "envoy": TlsEnvoyConfig,
         "discovery": DiscoveryConfig,
         "dns": DnsConfig,
         "kubernetes": KubernetesConfig,
@@ -674,13 +772,30 @@ def cross_check(config: Config) -> list[str]:
         f"headers: {name!r} is used for two things; each needs a header of its own"
         for name in sorted({name for name in names if names.count(name) > 1})
     ]
-    if not config.allow_remote:
-        problems += [
-            f"{key}: {address!r} can be reached from other machines in plain text; use loopback or a unix socket, "
-            "or set allow_remote: true"
-            for key, address in (("listen", config.listen), ("admin", config.admin))
-            if not _is_local(address)
-        ]
+    return problems + _check_ports(config)
+
+
+def _check_ports(config: Config) -> list[str]:
+    problems = []
+    if config.tls is None and not config.allow_insecure_listen and not _is_local(config.listen):
+        problems.append(
+            f"listen: {config.listen!r} can be reached from other machines in plain text; set tls, use loopback or a "
+            "unix socket, or set allow_insecure_listen: true"
+        )
+    if not config.allow_remote_admin and not _is_local(config.admin):
+        problems.append(
+            f"admin: {config.admin!r} can be reached from other machines in plain text; use loopback, or set "
+            "allow_remote_admin: true"
+        )
+    if config.tls is None:
+        return problems
+    if config.listen.startswith("unix:"):
+        problems.append("tls: a unix socket needs none, its socket_mode says who may connect; leave one of them out")
+    envoy = config.tls.envoy
+    if envoy is not None and (envoy.cert_file is None) is not (envoy.key_file is None):
+        problems.append("tls.envoy: needs both or none of cert_file and key_file")
+    elif envoy is not None and envoy.cert_file is None and config.tls.client_ca_file is not None:
+        problems.append("tls.envoy.cert_file: is needed, and key_file: tls.client_ca_file asks Envoy for a certificate")
     return problems
 
 

@@ -189,7 +189,7 @@ def _answers(view: _View) -> Iterator[str]:
         yield f"{view.filter.path}.disable_immediate_response: turns our 429s into 500s; leave it unset"
     rules = view.filter.get("mutation_rules") or {}
     allowed = (rules.get("allow_expression") or {}).get("regex", "")
-    wanted = [view.config.headers.cluster, *wire.REFUSAL_HEADERS]
+    wanted = wire.written(view.config.headers.cluster, server_timing=view.config.server_timing)
     if rules.get("disallow_all"):
         missing = [name for name in wanted if not _matches(allowed, name)]
         if missing:
@@ -304,6 +304,44 @@ def _ext_proc_cluster(view: _View) -> Iterator[str]:
         )
 
 
+def _sidecar_tls(view: _View) -> Iterator[str]:
+    cluster = view.clusters.get(str(view.filter.get("grpc_service", "envoy_grpc", "cluster_name")))
+    if cluster is None:
+        return  # said already
+    path, tls = f"{cluster.path}.transport_socket", view.config.tls
+    if (cluster.get("transport_socket") is not None) is (tls is None):
+        speaks = "plain text" if tls is None else "TLS"
+        right = "remove it, or set tls" if tls is None else "what `extproc envoy-config` prints there would be right"
+        yield f"{path}: the sidecar speaks {speaks} and Envoy would not: no request reaches it; {right}"
+        return
+    if tls is None:
+        return
+    context = cluster.get("transport_socket", "typed_config", "common_tls_context") or {}
+    shown = any(key.startswith("tls_certificate") or key == "custom_tls_certificate_selector" for key in context)
+    if tls.client_ca_file is not None and not shown:
+        yield (
+            f"{path}.typed_config.common_tls_context: lacks a certificate to show, and tls.client_ca_file asks for one; "
+            "tls_certificate_sds_secret_configs would be right"
+        )
+    if not any("validation_context" in key for key in context):
+        yield (
+            f"{path}.typed_config.common_tls_context: lacks a validation context: Envoy believes whoever answers; "
+            "combined_validation_context with the CA and the sidecar's name would be right"
+        )
+    elif "match_typed_subject_alt_names" not in str(context) and not context.get(
+        "validation_context_sds_secret_config"
+    ):
+        yield (
+            f"{path}.typed_config.common_tls_context: lacks match_typed_subject_alt_names: anyone with a certificate of "
+            "that CA can be the sidecar; the DNS name in the sidecar's certificate would be right"
+        )
+    if "h2" not in (context.get("alpn_protocols") or []):
+        yield (
+            f"{path}.typed_config.common_tls_context.alpn_protocols: lacks h2, and gRPC servers refuse such a handshake; "
+            "[h2] would be right"
+        )
+
+
 def _endpoint_clusters(view: _View) -> Iterator[str]:
     if not view.static_clusters:
         return  # clusters come by CDS: nothing to look at here
@@ -336,6 +374,7 @@ _RULES: tuple[Callable[[_View], Iterator[str]], ...] = (
     _unsteered,
     _body_limit,
     _ext_proc_cluster,
+    _sidecar_tls,
     _endpoint_clusters,
     _dangerous,
 )

@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from ipaddress import ip_address
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from extproc import wire
 from extproc.config import split_address
 from extproc.durations import format_duration
+from extproc.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from extproc.config import Config, HealthCheckConfig
+    from extproc.config import Config, HealthCheckConfig, TlsEnvoyConfig
 
 MARGIN_S = 20.0
 """message_timeout above the longest budget: Envoy must never give up before we do."""
@@ -41,6 +43,7 @@ class EnvoyOptions:
         access_log: path of a JSON access log; None: no log.
         upstream_protocol: what the endpoints speak, "h1" or "h2" (prior knowledge).
         fail_open: what happens while no sidecar answers: True: requests go to any endpoint; False: they get 503.
+        sidecars: where Envoy finds sidecars, as in `listen`; none: where the configuration says that this one listens.
     """
 
     http: str = "127.0.0.1:8080"
@@ -48,6 +51,7 @@ class EnvoyOptions:
     access_log: str | None = "/dev/stdout"
     upstream_protocol: str = "h1"
     fail_open: bool = False
+    sidecars: tuple[str, ...] = ()
 
 
 def render(config: Config, options: EnvoyOptions) -> str:
@@ -62,10 +66,12 @@ def render(config: Config, options: EnvoyOptions) -> str:
         clusters += [_endpoint_cluster(cluster, address, options.upstream_protocol) for cluster, address in endpoints]
     names = config.header_names()
     wanted = sorted(name for name in names.wanted() if name != names.cluster)
+    written = wire.written(names.cluster, server_timing=config.server_timing)
     header = json.dumps(names.cluster)
     message_timeout = format_duration(config.longest_budget_s + MARGIN_S)
+    sidecars = options.sidecars or (config.listen,)
     return f"""\
-# Written by `extproc envoy-config` for Envoy 1.40. Sidecar at {config.listen}; {count} endpoint(s).
+# Written by `extproc envoy-config` for Envoy 1.40. Sidecar at {", ".join(sidecars)}; {count} endpoint(s).
 admin:
   address: {_socket(options.admin)}
 {_dynamic(config)}
@@ -136,6 +142,7 @@ static_resources:
                   retry_on: connect-failure,reset,unavailable,cancelled
                   num_retries: 30
                   retry_back_off: {{base_interval: 0.2s, max_interval: 1s}}
+{_other_host(sidecars)}\
               # true: answers that run survive a sidecar's death. New requests then take the second route.
               failure_mode_allow: true
               # Default 200 ms. Above the longest budget ({config.longest_budget_s:g}s); at most 3600s.
@@ -154,7 +161,7 @@ static_resources:
               # The sidecar may write the routing header, and the headers of its refusals: the rules apply to those too.
               mutation_rules:
                 disallow_all: true
-                allow_expression: {{regex: {json.dumps("|".join([_regex(names.cluster), *wire.REFUSAL_HEADERS]))}}}
+                allow_expression: {{regex: {json.dumps("|".join(map(_regex, written)))}}}
               # ... and sees these headers and nothing else: no authorization, no cookies.
               forward_rules:
                 allowed_headers:
@@ -173,7 +180,10 @@ static_resources:
     connect_timeout: 1s
     load_assignment:
       cluster_name: {EXT_PROC_CLUSTER}
-      endpoints: [{{lb_endpoints: [{{endpoint: {{address: {_sidecar(config.listen)}}}}}]}}]
+      endpoints:
+      - lb_endpoints:
+{_lines(8, [f"- {{endpoint: {{address: {_sidecar(address)}}}}}" for address in sidecars])}\
+{_sidecar_health(sidecars)}\
     typed_extension_protocol_options:
       envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
         "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
@@ -187,6 +197,7 @@ static_resources:
             # A hung sidecar is noticed in 8 s: until then heads of answers wait for it. Our server allows pings this
             # often; one with gRPC's defaults would close the connection.
             connection_keepalive: {{interval: 5s, timeout: 3s}}
+{_sidecar_tls(config)}\
     # Every held and every running request counts here. By default the 1,025th would get a 500 or go un-steered.
     circuit_breakers:
       thresholds:
@@ -216,6 +227,111 @@ def _sidecar(listen: str) -> str:
     if listen.startswith("unix:"):
         return f"{{pipe: {{path: {json.dumps(listen.removeprefix('unix:'))}}}}}"
     return _socket(listen)
+
+
+def _other_host(sidecars: tuple[str, ...]) -> str:
+    if len(sidecars) == 1:
+        return ""
+    return """\
+                  # Not to the one that just went away.
+                  retry_host_predicate:
+                  - name: envoy.retry_host_predicates.previous_hosts
+                    typed_config:
+                      "@type": type.googleapis.com/envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate
+                  host_selection_retry_max_attempts: 5
+"""
+
+
+def _sidecar_health(sidecars: tuple[str, ...]) -> str:
+    if len(sidecars) == 1:  # a single one is never left out: where else should requests go
+        return ""
+    return f"""\
+    # A draining sidecar says NOT_SERVING and gets no new requests. Without traffic, the default is a check a minute.
+    health_checks:
+    - interval: 0.5s
+      no_traffic_interval: 0.5s
+      timeout: 1s
+      unhealthy_threshold: 1
+      healthy_threshold: 1
+      grpc_health_check: {{service_name: {json.dumps(wire.SERVICE)}}}
+"""
+
+
+_TLS_TYPES = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3."
+_CA_SECRET, _CLIENT_SECRET = "extproc_ca", "extproc_client"
+
+
+def _sidecar_tls(config: Config) -> str:
+    """Return how Envoy meets a sidecar with TLS. Raises ConfigError if the configuration does not tell."""
+    if config.tls is None:
+        return ""
+    envoy = config.tls.envoy
+    if envoy is None:
+        problem = "tls.envoy: is needed here: with which CA, name and certificate shall Envoy meet the sidecar's tls?"
+        raise ConfigError("configuration", [problem])
+    name = json.dumps(envoy.server_name)
+    shown = ""
+    if envoy.cert_file is not None:
+        shown = f"""\
+          tls_certificate_sds_secret_configs:
+          - name: {_CLIENT_SECRET}
+            sds_config: {_followed(envoy, _CLIENT_SECRET)}
+"""
+    return f"""\
+    # Only a certificate with this name, signed by this CA, is believed. Envoy follows the files: none of them needs a
+    # restart when it is rotated. `extproc envoy-config --secrets DIR` writes the files in {envoy.secrets_directory}.
+    transport_socket:
+      name: envoy.transport_sockets.tls
+      typed_config:
+        "@type": {_TLS_TYPES}UpstreamTlsContext
+        sni: {name}
+        common_tls_context:
+          tls_params: {{tls_minimum_protocol_version: TLSv1_3, tls_maximum_protocol_version: TLSv1_3}}
+          alpn_protocols: [h2]
+{shown}\
+          combined_validation_context:
+            default_validation_context:
+              match_typed_subject_alt_names: [{{san_type: DNS, matcher: {{exact: {name}}}}}]
+            validation_context_sds_secret_config:
+              name: {_CA_SECRET}
+              sds_config: {_followed(envoy, _CA_SECRET)}
+"""
+
+
+def _followed(envoy: TlsEnvoyConfig, secret: str) -> str:
+    path = PurePosixPath(envoy.secrets_directory) / f"{secret}.yaml"
+    return f"{{path_config_source: {{path: {json.dumps(str(path))}}}, resource_api_version: V3}}"
+
+
+def render_secrets(config: Config) -> dict[str, str]:
+    """Return the files that tell Envoy which certificate files to follow: name -> text. They hold no secret.
+
+    Envoy follows certificate files only if another file names them (SDS); named in the bootstrap they are read once.
+    """
+    envoy = None if config.tls is None else config.tls.envoy
+    if envoy is None:
+        raise ConfigError("configuration", ["tls.envoy: is needed to write the files that name Envoy's certificates"])
+    bodies = {_CA_SECRET: f"validation_context:\n    trusted_ca: {_file(envoy.ca_file)}"}
+    if envoy.cert_file is not None and envoy.key_file is not None:
+        bodies[_CLIENT_SECRET] = f"""\
+tls_certificate:
+    certificate_chain: {_file(envoy.cert_file)}
+    private_key: {_file(envoy.key_file)}"""
+    return {
+        f"{secret}.yaml": f"""\
+# Written by `extproc envoy-config --secrets`. Envoy reads the files named here again when something is renamed in their
+# directory, as Kubernetes does when a secret changes. By hand: write new files beside the old ones, and rename them.
+resources:
+- "@type": {_TLS_TYPES}Secret
+  name: {secret}
+  {body}
+"""
+        for secret, body in bodies.items()
+    }
+
+
+def _file(path: str) -> str:
+    return f"{{filename: {json.dumps(path)}}}"
 
 
 def _regex(name: str) -> str:
@@ -326,11 +442,16 @@ def _late_cluster(unsteered: str) -> str:
 
 
 def _dynamic(config: Config) -> str:
-    if config.envoy_clusters_file is None:
+    if config.envoy_clusters_file is None and config.tls is None:
         return ""
-    return f"""
+    node = """
 # Envoy wants a name to follow a file.
-node: {{id: extproc, cluster: extproc}}
+node: {id: extproc, cluster: extproc}
+"""
+    if config.envoy_clusters_file is None:
+        return node
+    return f"""\
+{node}\
 dynamic_resources:
   # The sidecar writes the endpoints' clusters there: start it first, Envoy wants to find the file.
   cds_config:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
@@ -14,12 +11,13 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from extproc import wire
-from extproc.errors import ProtocolError, StartError
+from extproc.errors import ProtocolError
 from extproc.session import Session
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from extproc.listener import Listener
     from extproc.session import Desk
 
 log = logging.getLogger("extproc.server")
@@ -35,6 +33,9 @@ OPTIONS = (
     ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
     ("grpc.max_receive_message_length", 4 << 20),
 )
+RESET_S = 0.25
+"""How long to wait for the reset that follows Envoy's end of a stream: a handler that returns before it costs 134 bytes
+for good, one that is cancelled nothing (`make soak`; grpc/grpc#43360)."""
 SERVICES = ("", "liveness", "readiness", wire.SERVICE)
 """Health services: the whole; the loop lives; new requests are welcome (by the probe's name and by the service's)."""
 
@@ -42,20 +43,17 @@ SERVICES = ("", "liveness", "readiness", wire.SERVICE)
 class Server:
     """An ext_proc server on one address."""
 
-    def __init__(self, desk: Desk, listen: str, *, reflect: bool = False) -> None:
-        """Prepare to serve `desk` at `listen`: host:port or unix:/path."""
+    def __init__(self, desk: Desk, listener: Listener, *, reflect: bool = False) -> None:
+        """Prepare to serve `desk` at what `listener` binds."""
         self._desk = desk
-        self._listen = listen
+        self._listener = listener
         self._reflect = reflect
         self._health = health.aio.HealthServicer()
-        self._lock: int | None = None
         self._server: grpc.aio.Server | None = None
         self.port = 0
 
     async def start(self) -> None:
         """Bind and serve. Raises StartError if the address can't be had."""
-        if self._listen.startswith("unix:"):
-            self._lock = _lock_socket(self._listen.removeprefix("unix:"))
         server = grpc.aio.server(options=OPTIONS)
         handler = grpc.stream_stream_rpc_method_handler(self._process)  # no serializers: a session wants bytes
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(wire.SERVICE, {wire.METHOD: handler}),))
@@ -63,10 +61,12 @@ class Server:
         if self._reflect:
             names = (wire.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, server)
-        try:
-            self.port = server.add_insecure_port(self._listen)
-        except RuntimeError as error:
-            raise StartError(f"listen: can't bind {self._listen}; is another process using it? ({error})") from None
+
+        def add_port(address: str, credentials: grpc.ServerCredentials | None) -> int:
+            port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
+            return int(port)
+
+        self.port = self._listener.bind(add_port)
         await server.start()
         self._server = server
         await self._set_health(health_pb2.HealthCheckResponse.SERVING, SERVICES)
@@ -80,8 +80,7 @@ class Server:
         """Close the port at once, let streams end for `grace_s`, then cut them."""
         if self._server is not None:
             await self._server.stop(grace_s)
-        if self._lock is not None:
-            os.close(self._lock)
+        self._listener.close()
 
     async def _set_health(self, status: int, services: tuple[str, ...] | list[str]) -> None:
         for name in services:
@@ -106,6 +105,8 @@ class Server:
                     break
             session.end()  # before anything that may take time: somebody waits for the slot
             await writer.rest()
+            if not session.over:  # EOF: Envoy resets the stream next
+                await asyncio.sleep(RESET_S)
         finally:  # EOF, a reset and a cancelled handler all mean the same: the HTTP request is over
             session.end()
 
@@ -146,23 +147,3 @@ class _Writer:
         """Wait for a write under way: the status that ends the stream may not be sent beside it."""
         if self._task is not None and not self._task.done():
             await asyncio.wait([self._task])
-
-
-def _lock_socket(path: str) -> int:
-    """Take the lock beside a unix socket: without it a second server would silently steal the path."""
-    try:
-        descriptor = os.open(path + ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StartError(f"listen: can't create {path}.lock: {error.strerror}") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise StartError(f"listen: another server holds {path} (its lock is {path}.lock)") from None
-    left = Path(path)
-    if left.is_socket():
-        left.unlink()  # of a server that died: its lock is free
-    elif left.exists():
-        os.close(descriptor)
-        raise StartError(f"listen: {path} is there already, and it is no socket; choose another path, or remove it")
-    return descriptor

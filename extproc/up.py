@@ -130,6 +130,7 @@ class Up:
         """Return what is ours to say, whatever the file says; as environment variables, which win over it."""
         return {
             "EXTPROC_LISTEN": f"unix:{directory}/ext_proc.sock",
+            "EXTPROC_TLS": "null",
             "EXTPROC_ADMIN": self._admin,
             "EXTPROC_ENVOY_CLUSTERS_FILE": f"{directory}/clusters.yaml",
         }

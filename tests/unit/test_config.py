@@ -156,7 +156,8 @@ def test_an_endpoint_inherits_the_common_limit_or_has_its_own():
 
 
 def test_remote_addresses_work_when_asked_for_by_name():
-    assert config({"allow_remote": True, "listen": "0.0.0.0:1", "admin": "[::]:2"}).listen == "0.0.0.0:1"
+    asked = {"allow_insecure_listen": True, "allow_remote_admin": True}
+    assert config({**asked, "listen": "0.0.0.0:1", "admin": "[::]:2"}).listen == "0.0.0.0:1"
 
 
 json_like = st.recursive(
