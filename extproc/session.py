@@ -21,6 +21,7 @@ from extproc.wire import Kind
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from extproc.admission.load import Load
     from extproc.admission.values import Decision
     from extproc.ages import Ages
     from extproc.gate import Gate
@@ -33,11 +34,14 @@ UNKNOWN_PROMPT_TOKENS = 512
 MAX_TOKENS = 1_000_000
 MAX_NAME = 256
 """Characters of a client's name for something that we keep."""
+REPORT, BINARY_REPORT = "endpoint-load-metrics", "endpoint-load-metrics-bin"
+"""Response headers in which an endpoint may tell its load (ORCA): with its form in front; base64 of a protobuf."""
 
 
 @dataclass(frozen=True, slots=True)
 class Headers:
-    """Which header carries what; all lower case. Names of request headers except the last, which we write."""
+    """Which request header carries what; all lower case. `cluster` is the one we write; `trace`, W3C trace context,
+    is read if it has a name."""
 
     model: str = "x-model"
     request_class: str = "x-request-class"
@@ -45,11 +49,14 @@ class Headers:
     session: str = "x-session-id"
     budget: str = "x-queue-budget"
     cluster: str = "x-upstream-cluster"
+    trace: str = ""
 
     def wanted(self) -> frozenset[str]:
         """Return all headers that a session reads."""
-        names = (self.model, self.request_class, self.tenant, self.session, self.budget, self.cluster)
-        return frozenset((*names, ":status", "content-length", "x-request-id"))
+        names: tuple[str, ...] = (self.model, self.request_class, self.tenant, self.session, self.budget, self.cluster)
+        if self.trace:
+            names = (*names, self.trace)
+        return frozenset((*names, ":status", "content-length", "x-request-id", REPORT, BINARY_REPORT))
 
 
 class _State(Enum):
@@ -69,18 +76,26 @@ class Desk:
         ages: Ages,
         fields_namespace: str = "",
         class_priorities: Callable[[], Mapping[int, str]] = dict,
+        read_report: Callable[[str, str], Load | None] = lambda _endpoint, _value: None,
+        *,
+        server_timing: bool = False,
     ) -> None:
         """Sit between the streams and `gate`.
 
-        `fields_namespace`: where Envoy puts fields of the body, if it does; `class_priorities`: classes by priority.
+        `fields_namespace`: where Envoy puts fields of the body, if it does; `class_priorities`: classes by priority;
+        `read_report`: reads the report of its load that an endpoint sent;
+        `server_timing`: tell clients how long they waited.
         """
         self.gate = gate
         self.running: dict[str, Ticket] = {}  # by Envoy's request id, for the first-byte probe
         self._class_priorities = class_priorities
+        self._read_report = read_report
         self.headers = headers
         self.ages = ages
         self.reader = wire.Reader(headers.wanted(), fields_namespace)
         self.streams = 0
+        self.server_timing = server_timing
+        self.ignored = {"budget": 0, "cluster": 0}  # header values that told nothing
         self._clusters: dict[str, str] = {}  # endpoint -> cluster
         self._endpoints: dict[str, str] = {}  # cluster -> endpoint
         self._steers: dict[str, bytes] = {}
@@ -115,7 +130,16 @@ class Desk:
         tenant = headers.get(names.tenant) or _text(fields.get("user")) or ""
         session = headers.get(names.session)
         cluster = headers.get(names.cluster)
+        home = budget_s = None
+        if cluster:
+            home = self._endpoints.get(cluster)
+            if home is None:
+                self.ignored["cluster"] += 1
         budget = headers.get(names.budget)
+        if budget:
+            budget_s = parse_duration(budget)
+            if budget_s is None:
+                self.ignored["budget"] += 1
         return Request(
             id=(incoming.attributes.get("request.id") or headers.get("x-request-id", ""))[:MAX_NAME],
             arrived=self.gate.now() - self.ages.age_s(incoming.attributes.get("request.time")),
@@ -123,11 +147,22 @@ class Desk:
             request_class=(headers.get(names.request_class) or self._class_of(fields))[:MAX_NAME],
             tenant=tenant[:MAX_NAME],
             session=session[:MAX_NAME] if session else None,
-            home=self._endpoints.get(cluster) if cluster else None,
-            budget_s=parse_duration(budget) if budget else None,
+            home=home,
+            budget_s=budget_s,
             prompt_tokens=_prompt_tokens(headers.get("content-length"), has_body=incoming.has_body),
             max_output_tokens=_count(fields.get("max_tokens")) or _count(fields.get("max_completion_tokens")),
+            trace=headers.get(names.trace, "")[:MAX_NAME] if names.trace else "",
         )
+
+    def take_report(self, ticket: Ticket, headers: Mapping[str, str]) -> None:
+        """Pass on what the headers of an answer say of the load of its endpoint, the one that `ticket` was sent to."""
+        value = headers.get(REPORT)
+        if value is None and BINARY_REPORT in headers:
+            value = f"BIN {headers[BINARY_REPORT]}"
+        if value is not None and ticket.endpoint is not None:
+            load = self._read_report(ticket.endpoint.name, value)
+            if load is not None:
+                self.gate.report(ticket, load)
 
     def _class_of(self, fields: Mapping[str, object]) -> str:
         """Return the class that a body asks for: by name as OpenAI's service_tier, by number as vLLM's priority."""
@@ -143,7 +178,7 @@ class Desk:
 class Session:
     """One stream. `receive` and `end` come from the driver, `_decided` from the gate, all in one thread."""
 
-    __slots__ = ("_answer", "_desk", "_send", "_state", "_ticket", "over")
+    __slots__ = ("_answer", "_desk", "_send", "_state", "_ticket", "_wait_s", "over")
 
     def __init__(self, desk: Desk, send: Callable[[bytes], None]) -> None:
         """Open a stream whose replies go to `send`."""
@@ -152,6 +187,7 @@ class Session:
         self._state = _State.NEW
         self._ticket: Ticket | None = None
         self._answer = Answer.UNKNOWN
+        self._wait_s: float | None = None  # set once dispatched, if the client is to be told
         self.over = False  # nothing more is wanted: the driver ends the stream
         desk.streams += 1
 
@@ -174,9 +210,12 @@ class Session:
                 self._send(wire.go_on(incoming.kind))
             case _State.ANSWERED, Kind.RESPONSE_HEADERS:
                 self._answer = _judge(incoming)
-                if self._answer is Answer.OK and self._ticket is not None:
-                    self._desk.gate.answered(self._ticket)
-                self._send(wire.go_on(incoming.kind))
+                if self._ticket is not None:
+                    if self._answer is Answer.OK:
+                        self._desk.gate.answered(self._ticket)
+                    self._desk.take_report(self._ticket, incoming.headers)
+                wait_s = self._wait_s
+                self._send(wire.go_on(incoming.kind) if wait_s is None else wire.go_on_timed(wait_s))
             case (
                 _State.ANSWERED,
                 Kind.REQUEST_BODY | Kind.RESPONSE_BODY | Kind.REQUEST_TRAILERS | Kind.RESPONSE_TRAILERS,
@@ -211,13 +250,16 @@ class Session:
             return
         self._state = _State.ANSWERED
         details = _details(decision)
+        wait_s = decision.wait_s if self._desk.server_timing else None
         if isinstance(decision, Dispatch):
             self._desk.running[decision.ticket.request.id] = decision.ticket
+            self._wait_s = wait_s
             self._send(self._desk.steer(decision.endpoint) + details)
         else:
             outcome = decision.outcome
             status = outcome.status or 500
-            self._send(wire.refuse(status, outcome.value, outcome.message, decision.retry_after_s) + details)
+            refusal = wire.refuse(status, outcome.value, outcome.message, decision.retry_after_s, wait_s)
+            self._send(refusal + details)
 
 
 def _details(decision: Decision) -> bytes:

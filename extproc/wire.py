@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from google.protobuf import wrappers_pb2
 from google.protobuf.message import DecodeError
 
 from extproc._pb import ext_proc_pb2 as pb
@@ -28,8 +29,15 @@ FIELDS_NAMESPACE = "extproc_request"
 REFUSAL_HEADERS = ("content-type", "retry-after", "x-extproc-outcome")
 """What a refusal sets: Envoy's mutation_rules must allow them, or they are dropped without a word."""
 
+SERVER_TIMING = "server-timing"
+
 _ATTRIBUTES = "envoy.filters.http.ext_proc"
 _OVERWRITE = pb.HeaderValueOption.HeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
+
+
+def written(cluster_header: str, *, server_timing: bool) -> tuple[str, ...]:
+    """Return the names of all headers that our answers set: what Envoy's mutation_rules must allow."""
+    return (cluster_header, *REFUSAL_HEADERS, *((SERVER_TIMING,) if server_timing else ()))
 
 
 class Kind(Enum):
@@ -153,14 +161,33 @@ def steer(header: str, cluster: str) -> bytes:
     return pb.ProcessingResponse(request_headers=pb.HeadersResponse(response=common)).SerializeToString()
 
 
-def refuse(status: int, outcome: str, message: str, retry_after_s: int | None) -> bytes:
-    """Answer the client in an engine's stead, with an error in OpenAI's shape."""
+def queue_time(wait_s: float) -> str:
+    """Return `wait_s` as an entry of a Server-Timing header (W3C Server Timing): milliseconds."""
+    return f"queue;dur={wait_s * 1000:.1f}"
+
+
+def go_on_timed(wait_s: float) -> bytes:
+    """Answer an answer's headers with "continue", and tell the client how long its request waited.
+
+    Appended: an engine's own Server-Timing stays.
+    """
+    header = pb.HeaderValue(key=SERVER_TIMING, raw_value=queue_time(wait_s).encode())
+    option = pb.HeaderValueOption(header=header, append=wrappers_pb2.BoolValue(value=True))
+    mutation = pb.HeaderMutation(set_headers=[option])
+    common = pb.CommonResponse(header_mutation=mutation)
+    return pb.ProcessingResponse(response_headers=pb.HeadersResponse(response=common)).SerializeToString()
+
+
+def refuse(status: int, outcome: str, message: str, retry_after_s: int | None, wait_s: float | None = None) -> bytes:
+    """Answer the client in an engine's stead, with an error in OpenAI's shape; `wait_s`: with a Server-Timing too."""
     kind = {404: "invalid_request_error", 429: "rate_limit_error"}.get(status, "server_error")
     body = {"error": {"message": message, "type": kind, "param": None, "code": outcome}}
     content_type, retry_after, outcome_header = REFUSAL_HEADERS
     headers = {content_type: "application/json", outcome_header: outcome}
     if retry_after_s is not None:
         headers[retry_after] = str(retry_after_s)
+    if wait_s is not None:
+        headers[SERVER_TIMING] = queue_time(wait_s)
     return pb.ProcessingResponse(
         immediate_response=pb.ImmediateResponse(
             status=pb.HttpStatus(code=status),

@@ -23,9 +23,10 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
+from google.protobuf import wrappers_pb2 as google_dot_protobuf_dot_wrappers__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65xtproc/_pb/ext_proc.proto\x12\x19\x65nvoy.service.ext_proc.v3\x1a\x1cgoogle/protobuf/struct.proto\"\xae\x05\n\x11ProcessingRequest\x12\x41\n\x0frequest_headers\x18\x02 \x01(\x0b\x32&.envoy.service.ext_proc.v3.HttpHeadersH\x00\x12\x42\n\x10response_headers\x18\x03 \x01(\x0b\x32&.envoy.service.ext_proc.v3.HttpHeadersH\x00\x12;\n\x0crequest_body\x18\x04 \x01(\x0b\x32#.envoy.service.ext_proc.v3.HttpBodyH\x00\x12<\n\rresponse_body\x18\x05 \x01(\x0b\x32#.envoy.service.ext_proc.v3.HttpBodyH\x00\x12\x43\n\x10request_trailers\x18\x06 \x01(\x0b\x32\'.envoy.service.ext_proc.v3.HttpTrailersH\x00\x12\x44\n\x11response_trailers\x18\x07 \x01(\x0b\x32\'.envoy.service.ext_proc.v3.HttpTrailersH\x00\x12=\n\x10metadata_context\x18\x08 \x01(\x0b\x32#.envoy.service.ext_proc.v3.Metadata\x12P\n\nattributes\x18\t \x03(\x0b\x32<.envoy.service.ext_proc.v3.ProcessingRequest.AttributesEntry\x12\x1a\n\x12observability_mode\x18\n \x01(\x08\x1aT\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x30\n\x05value\x18\x02 \x01(\x0b\x32!.envoy.service.ext_proc.v3.Fields:\x02\x38\x01\x42\t\n\x07request\"[\n\x0bHttpHeaders\x12\x35\n\x07headers\x18\x01 \x01(\x0b\x32$.envoy.service.ext_proc.v3.HeaderMap\x12\x15\n\rend_of_stream\x18\x03 \x01(\x08\"/\n\x08HttpBody\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x15\n\rend_of_stream\x18\x02 \x01(\x08\"F\n\x0cHttpTrailers\x12\x36\n\x08trailers\x18\x01 \x01(\x0b\x32$.envoy.service.ext_proc.v3.HeaderMap\"\xb6\x01\n\x08Metadata\x12P\n\x0f\x66ilter_metadata\x18\x01 \x03(\x0b\x32\x37.envoy.service.ext_proc.v3.Metadata.FilterMetadataEntry\x1aX\n\x13\x46ilterMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x30\n\x05value\x18\x02 \x01(\x0b\x32!.envoy.service.ext_proc.v3.Fields:\x02\x38\x01\"\x9d\x01\n\x06\x46ields\x12=\n\x06\x66ields\x18\x01 \x03(\x0b\x32-.envoy.service.ext_proc.v3.Fields.FieldsEntry\x1aT\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x34\n\x05value\x18\x02 \x01(\x0b\x32%.envoy.service.ext_proc.v3.FieldValue:\x02\x38\x01\"Z\n\nFieldValue\x12\x16\n\x0cnumber_value\x18\x02 \x01(\x01H\x00\x12\x16\n\x0cstring_value\x18\x03 \x01(\x0cH\x00\x12\x14\n\nbool_value\x18\x04 \x01(\x08H\x00\x42\x06\n\x04kind\"D\n\tHeaderMap\x12\x37\n\x07headers\x18\x01 \x03(\x0b\x32&.envoy.service.ext_proc.v3.HeaderValue\"<\n\x0bHeaderValue\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c\x12\x11\n\traw_value\x18\x03 \x01(\x0c\"\xc4\x04\n\x12ProcessingResponse\x12\x45\n\x0frequest_headers\x18\x01 \x01(\x0b\x32*.envoy.service.ext_proc.v3.HeadersResponseH\x00\x12\x46\n\x10response_headers\x18\x02 \x01(\x0b\x32*.envoy.service.ext_proc.v3.HeadersResponseH\x00\x12?\n\x0crequest_body\x18\x03 \x01(\x0b\x32\'.envoy.service.ext_proc.v3.BodyResponseH\x00\x12@\n\rresponse_body\x18\x04 \x01(\x0b\x32\'.envoy.service.ext_proc.v3.BodyResponseH\x00\x12G\n\x10request_trailers\x18\x05 \x01(\x0b\x32+.envoy.service.ext_proc.v3.TrailersResponseH\x00\x12H\n\x11response_trailers\x18\x06 \x01(\x0b\x32+.envoy.service.ext_proc.v3.TrailersResponseH\x00\x12J\n\x12immediate_response\x18\x07 \x01(\x0b\x32,.envoy.service.ext_proc.v3.ImmediateResponseH\x00\x12\x31\n\x10\x64ynamic_metadata\x18\x08 \x01(\x0b\x32\x17.google.protobuf.StructB\n\n\x08response\"N\n\x0fHeadersResponse\x12;\n\x08response\x18\x01 \x01(\x0b\x32).envoy.service.ext_proc.v3.CommonResponse\"K\n\x0c\x42odyResponse\x12;\n\x08response\x18\x01 \x01(\x0b\x32).envoy.service.ext_proc.v3.CommonResponse\"V\n\x10TrailersResponse\x12\x42\n\x0fheader_mutation\x18\x01 \x01(\x0b\x32).envoy.service.ext_proc.v3.HeaderMutation\"o\n\x0e\x43ommonResponse\x12\x42\n\x0fheader_mutation\x18\x02 \x01(\x0b\x32).envoy.service.ext_proc.v3.HeaderMutation\x12\x19\n\x11\x63lear_route_cache\x18\x05 \x01(\x08\"S\n\x0eHeaderMutation\x12\x41\n\x0bset_headers\x18\x01 \x03(\x0b\x32,.envoy.service.ext_proc.v3.HeaderValueOption\"\x89\x02\n\x11HeaderValueOption\x12\x36\n\x06header\x18\x01 \x01(\x0b\x32&.envoy.service.ext_proc.v3.HeaderValue\x12V\n\rappend_action\x18\x03 \x01(\x0e\x32?.envoy.service.ext_proc.v3.HeaderValueOption.HeaderAppendAction\"d\n\x12HeaderAppendAction\x12\x1b\n\x17\x41PPEND_IF_EXISTS_OR_ADD\x10\x00\x12\x11\n\rADD_IF_ABSENT\x10\x01\x12\x1e\n\x1aOVERWRITE_IF_EXISTS_OR_ADD\x10\x02\"\xe1\x01\n\x11ImmediateResponse\x12\x35\n\x06status\x18\x01 \x01(\x0b\x32%.envoy.service.ext_proc.v3.HttpStatus\x12:\n\x07headers\x18\x02 \x01(\x0b\x32).envoy.service.ext_proc.v3.HeaderMutation\x12\x0c\n\x04\x62ody\x18\x03 \x01(\x0c\x12:\n\x0bgrpc_status\x18\x04 \x01(\x0b\x32%.envoy.service.ext_proc.v3.GrpcStatus\x12\x0f\n\x07\x64\x65tails\x18\x05 \x01(\t\"\x1a\n\nHttpStatus\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\"\x1c\n\nGrpcStatus\x12\x0e\n\x06status\x18\x01 \x01(\r2\x7f\n\x11\x45xternalProcessor\x12j\n\x07Process\x12,.envoy.service.ext_proc.v3.ProcessingRequest\x1a-.envoy.service.ext_proc.v3.ProcessingResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65xtproc/_pb/ext_proc.proto\x12\x19\x65nvoy.service.ext_proc.v3\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1egoogle/protobuf/wrappers.proto\"\xae\x05\n\x11ProcessingRequest\x12\x41\n\x0frequest_headers\x18\x02 \x01(\x0b\x32&.envoy.service.ext_proc.v3.HttpHeadersH\x00\x12\x42\n\x10response_headers\x18\x03 \x01(\x0b\x32&.envoy.service.ext_proc.v3.HttpHeadersH\x00\x12;\n\x0crequest_body\x18\x04 \x01(\x0b\x32#.envoy.service.ext_proc.v3.HttpBodyH\x00\x12<\n\rresponse_body\x18\x05 \x01(\x0b\x32#.envoy.service.ext_proc.v3.HttpBodyH\x00\x12\x43\n\x10request_trailers\x18\x06 \x01(\x0b\x32\'.envoy.service.ext_proc.v3.HttpTrailersH\x00\x12\x44\n\x11response_trailers\x18\x07 \x01(\x0b\x32\'.envoy.service.ext_proc.v3.HttpTrailersH\x00\x12=\n\x10metadata_context\x18\x08 \x01(\x0b\x32#.envoy.service.ext_proc.v3.Metadata\x12P\n\nattributes\x18\t \x03(\x0b\x32<.envoy.service.ext_proc.v3.ProcessingRequest.AttributesEntry\x12\x1a\n\x12observability_mode\x18\n \x01(\x08\x1aT\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x30\n\x05value\x18\x02 \x01(\x0b\x32!.envoy.service.ext_proc.v3.Fields:\x02\x38\x01\x42\t\n\x07request\"[\n\x0bHttpHeaders\x12\x35\n\x07headers\x18\x01 \x01(\x0b\x32$.envoy.service.ext_proc.v3.HeaderMap\x12\x15\n\rend_of_stream\x18\x03 \x01(\x08\"/\n\x08HttpBody\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x15\n\rend_of_stream\x18\x02 \x01(\x08\"F\n\x0cHttpTrailers\x12\x36\n\x08trailers\x18\x01 \x01(\x0b\x32$.envoy.service.ext_proc.v3.HeaderMap\"\xb6\x01\n\x08Metadata\x12P\n\x0f\x66ilter_metadata\x18\x01 \x03(\x0b\x32\x37.envoy.service.ext_proc.v3.Metadata.FilterMetadataEntry\x1aX\n\x13\x46ilterMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x30\n\x05value\x18\x02 \x01(\x0b\x32!.envoy.service.ext_proc.v3.Fields:\x02\x38\x01\"\x9d\x01\n\x06\x46ields\x12=\n\x06\x66ields\x18\x01 \x03(\x0b\x32-.envoy.service.ext_proc.v3.Fields.FieldsEntry\x1aT\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x34\n\x05value\x18\x02 \x01(\x0b\x32%.envoy.service.ext_proc.v3.FieldValue:\x02\x38\x01\"Z\n\nFieldValue\x12\x16\n\x0cnumber_value\x18\x02 \x01(\x01H\x00\x12\x16\n\x0cstring_value\x18\x03 \x01(\x0cH\x00\x12\x14\n\nbool_value\x18\x04 \x01(\x08H\x00\x42\x06\n\x04kind\"D\n\tHeaderMap\x12\x37\n\x07headers\x18\x01 \x03(\x0b\x32&.envoy.service.ext_proc.v3.HeaderValue\"<\n\x0bHeaderValue\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c\x12\x11\n\traw_value\x18\x03 \x01(\x0c\"\xc4\x04\n\x12ProcessingResponse\x12\x45\n\x0frequest_headers\x18\x01 \x01(\x0b\x32*.envoy.service.ext_proc.v3.HeadersResponseH\x00\x12\x46\n\x10response_headers\x18\x02 \x01(\x0b\x32*.envoy.service.ext_proc.v3.HeadersResponseH\x00\x12?\n\x0crequest_body\x18\x03 \x01(\x0b\x32\'.envoy.service.ext_proc.v3.BodyResponseH\x00\x12@\n\rresponse_body\x18\x04 \x01(\x0b\x32\'.envoy.service.ext_proc.v3.BodyResponseH\x00\x12G\n\x10request_trailers\x18\x05 \x01(\x0b\x32+.envoy.service.ext_proc.v3.TrailersResponseH\x00\x12H\n\x11response_trailers\x18\x06 \x01(\x0b\x32+.envoy.service.ext_proc.v3.TrailersResponseH\x00\x12J\n\x12immediate_response\x18\x07 \x01(\x0b\x32,.envoy.service.ext_proc.v3.ImmediateResponseH\x00\x12\x31\n\x10\x64ynamic_metadata\x18\x08 \x01(\x0b\x32\x17.google.protobuf.StructB\n\n\x08response\"N\n\x0fHeadersResponse\x12;\n\x08response\x18\x01 \x01(\x0b\x32).envoy.service.ext_proc.v3.CommonResponse\"K\n\x0c\x42odyResponse\x12;\n\x08response\x18\x01 \x01(\x0b\x32).envoy.service.ext_proc.v3.CommonResponse\"V\n\x10TrailersResponse\x12\x42\n\x0fheader_mutation\x18\x01 \x01(\x0b\x32).envoy.service.ext_proc.v3.HeaderMutation\"o\n\x0e\x43ommonResponse\x12\x42\n\x0fheader_mutation\x18\x02 \x01(\x0b\x32).envoy.service.ext_proc.v3.HeaderMutation\x12\x19\n\x11\x63lear_route_cache\x18\x05 \x01(\x08\"S\n\x0eHeaderMutation\x12\x41\n\x0bset_headers\x18\x01 \x03(\x0b\x32,.envoy.service.ext_proc.v3.HeaderValueOption\"\xb5\x02\n\x11HeaderValueOption\x12\x36\n\x06header\x18\x01 \x01(\x0b\x32&.envoy.service.ext_proc.v3.HeaderValue\x12*\n\x06\x61ppend\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.BoolValue\x12V\n\rappend_action\x18\x03 \x01(\x0e\x32?.envoy.service.ext_proc.v3.HeaderValueOption.HeaderAppendAction\"d\n\x12HeaderAppendAction\x12\x1b\n\x17\x41PPEND_IF_EXISTS_OR_ADD\x10\x00\x12\x11\n\rADD_IF_ABSENT\x10\x01\x12\x1e\n\x1aOVERWRITE_IF_EXISTS_OR_ADD\x10\x02\"\xe1\x01\n\x11ImmediateResponse\x12\x35\n\x06status\x18\x01 \x01(\x0b\x32%.envoy.service.ext_proc.v3.HttpStatus\x12:\n\x07headers\x18\x02 \x01(\x0b\x32).envoy.service.ext_proc.v3.HeaderMutation\x12\x0c\n\x04\x62ody\x18\x03 \x01(\x0c\x12:\n\x0bgrpc_status\x18\x04 \x01(\x0b\x32%.envoy.service.ext_proc.v3.GrpcStatus\x12\x0f\n\x07\x64\x65tails\x18\x05 \x01(\t\"\x1a\n\nHttpStatus\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\"\x1c\n\nGrpcStatus\x12\x0e\n\x06status\x18\x01 \x01(\r2\x7f\n\x11\x45xternalProcessor\x12j\n\x07Process\x12,.envoy.service.ext_proc.v3.ProcessingRequest\x1a-.envoy.service.ext_proc.v3.ProcessingResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,52 +39,52 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_METADATA_FILTERMETADATAENTRY']._serialized_options = b'8\001'
   _globals['_FIELDS_FIELDSENTRY']._loaded_options = None
   _globals['_FIELDS_FIELDSENTRY']._serialized_options = b'8\001'
-  _globals['_PROCESSINGREQUEST']._serialized_start=88
-  _globals['_PROCESSINGREQUEST']._serialized_end=774
-  _globals['_PROCESSINGREQUEST_ATTRIBUTESENTRY']._serialized_start=679
-  _globals['_PROCESSINGREQUEST_ATTRIBUTESENTRY']._serialized_end=763
-  _globals['_HTTPHEADERS']._serialized_start=776
-  _globals['_HTTPHEADERS']._serialized_end=867
-  _globals['_HTTPBODY']._serialized_start=869
-  _globals['_HTTPBODY']._serialized_end=916
-  _globals['_HTTPTRAILERS']._serialized_start=918
-  _globals['_HTTPTRAILERS']._serialized_end=988
-  _globals['_METADATA']._serialized_start=991
-  _globals['_METADATA']._serialized_end=1173
-  _globals['_METADATA_FILTERMETADATAENTRY']._serialized_start=1085
-  _globals['_METADATA_FILTERMETADATAENTRY']._serialized_end=1173
-  _globals['_FIELDS']._serialized_start=1176
-  _globals['_FIELDS']._serialized_end=1333
-  _globals['_FIELDS_FIELDSENTRY']._serialized_start=1249
-  _globals['_FIELDS_FIELDSENTRY']._serialized_end=1333
-  _globals['_FIELDVALUE']._serialized_start=1335
-  _globals['_FIELDVALUE']._serialized_end=1425
-  _globals['_HEADERMAP']._serialized_start=1427
-  _globals['_HEADERMAP']._serialized_end=1495
-  _globals['_HEADERVALUE']._serialized_start=1497
-  _globals['_HEADERVALUE']._serialized_end=1557
-  _globals['_PROCESSINGRESPONSE']._serialized_start=1560
-  _globals['_PROCESSINGRESPONSE']._serialized_end=2140
-  _globals['_HEADERSRESPONSE']._serialized_start=2142
-  _globals['_HEADERSRESPONSE']._serialized_end=2220
-  _globals['_BODYRESPONSE']._serialized_start=2222
-  _globals['_BODYRESPONSE']._serialized_end=2297
-  _globals['_TRAILERSRESPONSE']._serialized_start=2299
-  _globals['_TRAILERSRESPONSE']._serialized_end=2385
-  _globals['_COMMONRESPONSE']._serialized_start=2387
-  _globals['_COMMONRESPONSE']._serialized_end=2498
-  _globals['_HEADERMUTATION']._serialized_start=2500
-  _globals['_HEADERMUTATION']._serialized_end=2583
-  _globals['_HEADERVALUEOPTION']._serialized_start=2586
-  _globals['_HEADERVALUEOPTION']._serialized_end=2851
-  _globals['_HEADERVALUEOPTION_HEADERAPPENDACTION']._serialized_start=2751
-  _globals['_HEADERVALUEOPTION_HEADERAPPENDACTION']._serialized_end=2851
-  _globals['_IMMEDIATERESPONSE']._serialized_start=2854
-  _globals['_IMMEDIATERESPONSE']._serialized_end=3079
-  _globals['_HTTPSTATUS']._serialized_start=3081
-  _globals['_HTTPSTATUS']._serialized_end=3107
-  _globals['_GRPCSTATUS']._serialized_start=3109
-  _globals['_GRPCSTATUS']._serialized_end=3137
-  _globals['_EXTERNALPROCESSOR']._serialized_start=3139
-  _globals['_EXTERNALPROCESSOR']._serialized_end=3266
+  _globals['_PROCESSINGREQUEST']._serialized_start=120
+  _globals['_PROCESSINGREQUEST']._serialized_end=806
+  _globals['_PROCESSINGREQUEST_ATTRIBUTESENTRY']._serialized_start=711
+  _globals['_PROCESSINGREQUEST_ATTRIBUTESENTRY']._serialized_end=795
+  _globals['_HTTPHEADERS']._serialized_start=808
+  _globals['_HTTPHEADERS']._serialized_end=899
+  _globals['_HTTPBODY']._serialized_start=901
+  _globals['_HTTPBODY']._serialized_end=948
+  _globals['_HTTPTRAILERS']._serialized_start=950
+  _globals['_HTTPTRAILERS']._serialized_end=1020
+  _globals['_METADATA']._serialized_start=1023
+  _globals['_METADATA']._serialized_end=1205
+  _globals['_METADATA_FILTERMETADATAENTRY']._serialized_start=1117
+  _globals['_METADATA_FILTERMETADATAENTRY']._serialized_end=1205
+  _globals['_FIELDS']._serialized_start=1208
+  _globals['_FIELDS']._serialized_end=1365
+  _globals['_FIELDS_FIELDSENTRY']._serialized_start=1281
+  _globals['_FIELDS_FIELDSENTRY']._serialized_end=1365
+  _globals['_FIELDVALUE']._serialized_start=1367
+  _globals['_FIELDVALUE']._serialized_end=1457
+  _globals['_HEADERMAP']._serialized_start=1459
+  _globals['_HEADERMAP']._serialized_end=1527
+  _globals['_HEADERVALUE']._serialized_start=1529
+  _globals['_HEADERVALUE']._serialized_end=1589
+  _globals['_PROCESSINGRESPONSE']._serialized_start=1592
+  _globals['_PROCESSINGRESPONSE']._serialized_end=2172
+  _globals['_HEADERSRESPONSE']._serialized_start=2174
+  _globals['_HEADERSRESPONSE']._serialized_end=2252
+  _globals['_BODYRESPONSE']._serialized_start=2254
+  _globals['_BODYRESPONSE']._serialized_end=2329
+  _globals['_TRAILERSRESPONSE']._serialized_start=2331
+  _globals['_TRAILERSRESPONSE']._serialized_end=2417
+  _globals['_COMMONRESPONSE']._serialized_start=2419
+  _globals['_COMMONRESPONSE']._serialized_end=2530
+  _globals['_HEADERMUTATION']._serialized_start=2532
+  _globals['_HEADERMUTATION']._serialized_end=2615
+  _globals['_HEADERVALUEOPTION']._serialized_start=2618
+  _globals['_HEADERVALUEOPTION']._serialized_end=2927
+  _globals['_HEADERVALUEOPTION_HEADERAPPENDACTION']._serialized_start=2827
+  _globals['_HEADERVALUEOPTION_HEADERAPPENDACTION']._serialized_end=2927
+  _globals['_IMMEDIATERESPONSE']._serialized_start=2930
+  _globals['_IMMEDIATERESPONSE']._serialized_end=3155
+  _globals['_HTTPSTATUS']._serialized_start=3157
+  _globals['_HTTPSTATUS']._serialized_end=3183
+  _globals['_GRPCSTATUS']._serialized_start=3185
+  _globals['_GRPCSTATUS']._serialized_end=3213
+  _globals['_EXTERNALPROCESSOR']._serialized_start=3215
+  _globals['_EXTERNALPROCESSOR']._serialized_end=3342
 # @@protoc_insertion_point(module_scope)

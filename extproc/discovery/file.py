@@ -39,6 +39,7 @@ class ConfigFile:
 
         Both may raise ConfigError; then the old configuration stays.
         """
+        self.is_refused = False  # it has mistakes, and an older one is in force
         self._path = path
         self._load = load
         self._adopt = adopt
@@ -74,6 +75,7 @@ class ConfigFile:
         try:
             config = await asyncio.to_thread(self._load)
             if config == known:
+                self.is_refused = False
                 return
             self._adopt(config)
         except ConfigError as error:
@@ -81,6 +83,7 @@ class ConfigFile:
         except Exception as error:  # whatever it is, the next change must still be read
             log.exception("a bug of ours: please report it")
             failure = ConfigError(str(self._path), [f"can't be taken over: {error or type(error).__name__}"])
+        self.is_refused = failure is not None
         self._count["success" if failure is None else "failure"] += 1
         if failure is not None:
             for problem in failure.problems:

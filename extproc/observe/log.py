@@ -1,12 +1,17 @@
 """What the log says: requests that were refused or moved, and endpoints that go out and come back.
 
-One line for each of them would be a flood just when a person reads the log, so lines of a kind are rated: a few a
-second, and then how many were left out. `/metrics` counts them all.
+One line for each of them would be a flood just when a person reads the log, so lines are rated: a few a second for each
+outcome, and then how many were left out. `/metrics` counts them all.
+
+What a client wrote (its request id) is cut short, and cannot begin a line of its own or steer a terminal.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import sys
+import time
 from typing import TYPE_CHECKING
 
 from extproc.admission.outcome import Outcome
@@ -24,6 +29,54 @@ log = logging.getLogger("extproc.queue")
 LINES = 5
 PERIOD_S = 1.0
 LOOK_S = 0.5
+MOST_TEXT = 128
+"""Characters of a client's text in a line."""
+TEXT = "%(asctime)s %(levelname)s %(name)s %(message)s"
+
+
+def set_up(level: str, log_format: str = "text") -> None:
+    """Let this process log to stderr; `log_format`: "text", or "json" for one object per line."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines() if log_format == "json" else logging.Formatter(TEXT))
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+
+
+def printable(text: str) -> str:
+    """Return a client's text as a line may show it: at most MOST_TEXT characters, control characters escaped."""
+    shown = "".join(
+        letter if letter.isprintable() and letter != "\\" else letter.encode("unicode_escape").decode()
+        for letter in text[:MOST_TEXT]
+    )
+    return shown if len(text) <= MOST_TEXT else shown + "..."
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object per line, in ASCII: time (UTC), level, logger, message, what the line is about, exception."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line: dict[str, object] = {
+            "time": f"{seconds}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        line |= getattr(record, "about", {})
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+class _Rate:
+    """How many lines of one outcome were written, and left out, since `since`."""
+
+    __slots__ = ("left_out", "since", "written")
+
+    def __init__(self, since: float) -> None:
+        self.since = since
+        self.written = 0
+        self.left_out = 0
 
 
 class QueueLog:
@@ -33,47 +86,74 @@ class QueueLog:
         """Write about `controller`; `clock` tells monotonic seconds."""
         self._controller = controller
         self._clock = clock
-        self._since = 0.0
-        self._written = 0
-        self._left_out = 0
+        self._rates: dict[Outcome, _Rate] = {}
         self._states: dict[str, str] = {}
 
     def decided(self, decision: Decision) -> None:
         """Write a line for a refusal or a reroute. Everything else is in the metrics."""
-        if decision.outcome is Outcome.DISPATCHED or not self._may_write():
+        outcome = decision.outcome
+        if outcome is Outcome.DISPATCHED or not self._may_write(outcome):
             return
         ticket = decision.ticket
-        what = f"to {decision.endpoint}" if isinstance(decision, Dispatch) else "refused"
+        request_id = printable(ticket.request.id)
+        about: dict[str, object] = {
+            "outcome": outcome.value,
+            "request_id": request_id,
+            "class": ticket.request_class.name,
+            "wait_s": round(decision.wait_s, 3),
+            "position": ticket.position,
+        }
+        if isinstance(decision, Dispatch):
+            what = f"to {decision.endpoint}"
+            about["endpoint"] = decision.endpoint
+        else:
+            what = "refused"
+        if ticket.home is not None:
+            about["home"] = ticket.home.name
         log.info(
             "%s: request %s, class %s, %s after %.3f s",
-            decision.outcome.value,
-            ticket.request.id or "without an id",
+            outcome.value,
+            request_id or "without an id",
             ticket.request_class.name,
             what,
             decision.wait_s,
+            extra={"about": about},
         )
 
     def cancelled(self, ticket: Ticket, wait_s: float) -> None:
         """Write nothing: clients leave all the time."""
 
     def look(self) -> None:
-        """Write a line for each endpoint that went out or came back since the last look; to be called now and then."""
+        """Tell of endpoints that went out or came back since the last look, and of lines left out; call it often."""
+        for outcome, rate in self._rates.items():
+            self._settle(outcome, rate)
         states = {name: endpoint.condition for name, endpoint in self._controller.endpoints.items()}
         for name, state in states.items():
             before = self._states.get(name)
             if before is not None and state != before:
                 level = logging.INFO if state == "up" else logging.WARNING
-                log.log(level, "endpoint %s: %s (was %s)", name, state, before)
+                about = {"endpoint": name, "state": state}
+                log.log(level, "endpoint %s: %s (was %s)", name, state, before, extra={"about": about})
         self._states = states
 
-    def _may_write(self) -> bool:
-        now = self._clock()
-        if now - self._since >= PERIOD_S:
-            if self._left_out:
-                log.info("... and %d more such lines in the last %.0f s", self._left_out, now - self._since)
-            self._since, self._written, self._left_out = now, 0, 0
-        if self._written < LINES:
-            self._written += 1
+    def _may_write(self, outcome: Outcome) -> bool:
+        rate = self._rates.get(outcome)
+        if rate is None:
+            rate = self._rates[outcome] = _Rate(self._clock())
+        self._settle(outcome, rate)
+        if rate.written < LINES:
+            rate.written += 1
             return True
-        self._left_out += 1
+        rate.left_out += 1
         return False
+
+    def _settle(self, outcome: Outcome, rate: _Rate) -> None:
+        """Begin a new period if the last one is over, and say what was left out of it."""
+        now = self._clock()
+        if now - rate.since < PERIOD_S:
+            return
+        if rate.left_out:
+            about = {"outcome": outcome.value, "left_out": rate.left_out}
+            text = "%s: and %d more such lines in the last %.0f s"
+            log.info(text, outcome.value, rate.left_out, now - rate.since, extra={"about": about})
+        rate.since, rate.written, rate.left_out = now, 0, 0

@@ -1,15 +1,19 @@
 """Prometheus metrics. Counters follow decisions; gauges are read from the books when somebody asks.
 
-Labels come from the config and from the outcome table alone, never from a client: their number is bounded.
+Labels come from the config and from the tables here alone, never from a client: their number is bounded.
+
+A page is one moment: all values are collected in one go, so that they agree with each other (leases never outnumber the
+streams that hold them). Writing them as text takes longer, so that is done in pieces, and the loop turns in between.
 """
 
 from __future__ import annotations
 
 import platform
+import time
 from bisect import bisect_left
 from typing import TYPE_CHECKING, Protocol
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -23,7 +27,7 @@ from extproc.admission.rehearsal import Rehearsal
 from extproc.admission.values import Dispatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from prometheus_client.metrics_core import Metric
 
@@ -35,6 +39,16 @@ if TYPE_CHECKING:
 WAIT_BUCKETS_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 SHARED = "*"
 """The `endpoint` label of requests that any endpoint of their pool may take."""
+PIECE_LINES = 500
+"""Samples written as text in one turn of the loop: 2 ms here."""
+
+
+def _nothing() -> Mapping[str, int]:
+    return {}
+
+
+def _no() -> bool:
+    return False
 
 
 class _Waits:
@@ -50,6 +64,9 @@ class Telemetry(Protocol):
 
     def age_s(self, name: str) -> float | None:
         """Return the age of an endpoint's last good reading, in seconds; None: there never was one."""
+
+    def follows(self, name: str) -> bool:
+        """Tell whether an endpoint is scraped at all."""
 
     def errors(self) -> Iterable[tuple[str, str, int]]:
         """Walk endpoint, reason and number of failed scrapes."""
@@ -72,9 +89,27 @@ def known_signals(load: Load | None) -> dict[str, float]:
 class Metrics:
     """An observer of decisions, and a collector for a Prometheus registry."""
 
-    def __init__(self, controller: Controller, streams: Callable[[], int], telemetry: Telemetry | None = None) -> None:
-        """Count for `controller`; `streams` tells how many ext_proc streams are open, `telemetry` of the scraping."""
+    def __init__(
+        self,
+        controller: Controller,
+        streams: Callable[[], int],
+        telemetry: Telemetry | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        ignored: Callable[[], Mapping[str, int]] = _nothing,
+        config_is_refused: Callable[[], bool] = _no,
+    ) -> None:
+        """Count for `controller`.
+
+        `streams`: how many ext_proc streams are open; `telemetry`: how the scraping goes; `clock`: the core's;
+        `ignored`: header values of requests that told nothing, by header; `config_is_refused`: the file is worse than
+        what runs.
+        """
         self._controller = controller
+        self._clock = clock
+        self._ignored = ignored
+        self._config_is_refused = config_is_refused
+        self.unknown_classes = 0
         self._telemetry = telemetry
         self._streams = streams
         self.outcomes: dict[tuple[Outcome, str], int] = {}
@@ -82,14 +117,19 @@ class Metrics:
         self.config_reloads = {"success": 0, "failure": 0}
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
+        ProcessCollector(registry=self.registry)
 
     # ---- an observer
 
     def decided(self, decision: Decision) -> None:
         """Count a decision."""
-        self._count(decision.outcome, decision.ticket.request_class.name)
+        ticket = decision.ticket
+        name = ticket.request_class.name
+        self._count(decision.outcome, name)
+        if ticket.request.request_class != name and ticket.request.request_class:
+            self.unknown_classes += 1
         if isinstance(decision, Dispatch):
-            self._note_wait(decision.ticket.request_class.name, decision.wait_s)
+            self._note_wait(name, decision.wait_s)
 
     def cancelled(self, ticket: Ticket, wait_s: float) -> None:
         """Count a client that left while it waited. Its wait is none that anybody was served after."""
@@ -107,7 +147,24 @@ class Metrics:
         waits.counts[bisect_left(WAIT_BUCKETS_S, wait_s)] += 1
         waits.total_s += wait_s
 
+    def wait_counts(self) -> dict[str, list[int]]:
+        """Return for each class how many dispatched requests' waits fell into each of WAIT_BUCKETS_S, and above."""
+        return {request_class: list(waits.counts) for request_class, waits in self._waits.items()}
+
     # ---- a collector
+
+    def pieces(self) -> Iterator[bytes]:
+        """Write the page of this moment, a piece at a time; all values are read before the first piece is returned."""
+        return self._written(list(self.registry.collect()))
+
+    @staticmethod
+    def _written(families: list[Metric]) -> Iterator[bytes]:
+        for family in families:
+            samples = family.samples
+            for start in range(0, max(len(samples), 1), PIECE_LINES):
+                family.samples = samples[start : start + PIECE_LINES]
+                text = generate_latest(_Page(family))
+                yield text if start == 0 else text.split(b"\n", 2)[2]  # HELP and TYPE stand once
 
     def collect(self) -> Iterator[Metric]:
         """Yield all metric families."""
@@ -127,17 +184,46 @@ class Metrics:
         streams = GaugeMetricFamily("extproc_streams", "Open ext_proc streams: requests waiting or running.")
         streams.add_metric([], self._streams())
         yield streams
+        yield from self._config_families()
+        ignored = CounterMetricFamily(
+            "extproc_ignored_values",
+            "Values of request headers that the configuration does not know, or that don't parse; they are ignored.",
+            labels=["header"],
+        )
+        for header, count in {"class": self.unknown_classes, **self._ignored()}.items():
+            ignored.add_metric([header], count)
+        yield ignored
+        yield InfoMetricFamily(
+            "extproc_build",
+            "What runs.",
+            value={"version": __version__, "python": platform.python_version()},
+        )
+
+    def _config_families(self) -> Iterator[Metric]:
         reloads = CounterMetricFamily(
             "extproc_config_reloads", "Reloads of the configuration file, by result.", labels=["result"]
         )
         for result, count in self.config_reloads.items():
             reloads.add_metric([result], count)
         yield reloads
-        yield InfoMetricFamily(
-            "extproc_build",
-            "What runs.",
-            value={"version": __version__, "python": platform.python_version()},
+        yield GaugeMetricFamily(
+            "extproc_config_refused",
+            "1 while the configuration file has mistakes and an older one is in force.",
+            value=int(self._config_is_refused()),
         )
+        policy = self._controller.policy
+        yield GaugeMetricFamily(
+            "extproc_queue_enabled", "1 while requests are held or refused for load.", value=int(policy.enable_queue)
+        )
+        yield GaugeMetricFamily(
+            "extproc_queue_limit", "The most requests that may wait.", value=policy.max_queued_requests
+        )
+        budgets = GaugeMetricFamily(
+            "extproc_class_budget_seconds", "The longest that requests of a class may wait.", labels=["class"]
+        )
+        for klass in policy.classes:
+            budgets.add_metric([klass.name], klass.budget_s)
+        yield budgets
 
     def _request_families(self) -> Iterator[Metric]:
         requests = CounterMetricFamily(
@@ -163,15 +249,30 @@ class Metrics:
             'Waiting requests by the endpoint they are at home at; "*": any of their pool.',
             labels=["endpoint", "class"],
         )
-        depths: dict[tuple[str, str], int] = {(SHARED, klass.name): 0 for klass in self._controller.policy.classes}
+        classes = [klass.name for klass in self._controller.policy.classes]
+        depths: dict[tuple[str, str], int] = {(SHARED, name): 0 for name in classes}
+        now = self._clock()
+        arrivals = dict.fromkeys(classes, now)
         for pool in self._controller.pools():
             for home, queue in ((SHARED, pool.shared), *((home.name, queue) for home, queue in pool.homes.items())):
                 for request_class, count in queue.depth.items():
                     key = (home, request_class)
                     depths[key] = depths.get(key, 0) + count
+                for ticket in queue.unordered():
+                    name, arrived = ticket.request_class.name, ticket.request.arrived
+                    if arrived < arrivals.get(name, now):
+                        arrivals[name] = arrived
         for (endpoint, request_class), count in depths.items():
             depth.add_metric([endpoint, request_class], count)
         yield depth
+        oldest = GaugeMetricFamily(
+            "extproc_oldest_waiting_seconds",
+            "Age of the request that has waited longest; 0 while none waits.",
+            labels=["class"],
+        )
+        for request_class, arrived in arrivals.items():
+            oldest.add_metric([request_class], now - arrived)
+        yield oldest
 
     def _endpoint_families(self) -> Iterator[Metric]:
         inflight = GaugeMetricFamily(
@@ -184,15 +285,32 @@ class Metrics:
         is_up = GaugeMetricFamily(
             "extproc_endpoint_up", "1 while an endpoint may be sent requests.", labels=["endpoint"]
         )
+        oldest = GaugeMetricFamily(
+            "extproc_oldest_lease_seconds",
+            "How long an endpoint has held the request that it holds longest; 0 while it holds none.",
+            labels=["endpoint"],
+        )
+        closed = GaugeMetricFamily(
+            "extproc_endpoint_closed",
+            "1 while this keeps requests from an endpoint: health checks (down), failures in a row (ejected), its "
+            "telemetry or its own refusals (load).",
+            labels=["endpoint", "reason"],
+        )
+        now = self._clock()
         for endpoint in self._controller.endpoints.values():
             name = [endpoint.name]
             inflight.add_metric(name, len(endpoint.leases))
+            first = next(iter(endpoint.leases), None)
+            oldest.add_metric(name, 0.0 if first is None else max(now - first.leased_at, 0.0))
+            closed.add_metric([*name, "down"], int(not endpoint.is_up))
+            closed.add_metric([*name, "ejected"], int(endpoint.ejected_until is not None))
+            closed.add_metric([*name, "load"], int(endpoint.gate_until is not None))
             dispatched.add_metric(name, endpoint.dispatched)
             limit.add_metric([*name, "requests"], endpoint.limit.value)
             if endpoint.kv_capacity is not None:
                 limit.add_metric([*name, "kv_tokens"], endpoint.kv_capacity)
             is_up.add_metric(name, int(endpoint.available))
-        yield from (inflight, dispatched, limit, is_up)
+        yield from (inflight, oldest, dispatched, limit, is_up, closed)
 
     def _telemetry_families(self) -> Iterator[Metric]:
         loads = GaugeMetricFamily(
@@ -203,19 +321,41 @@ class Metrics:
         ages = GaugeMetricFamily(
             "extproc_telemetry_age_seconds", "Age of an endpoint's last good reading.", labels=["endpoint"]
         )
+        stale = GaugeMetricFamily(
+            "extproc_telemetry_stale",
+            "1 while a scraped endpoint has told nothing for telemetry_stale_after: it goes by our own books.",
+            labels=["endpoint"],
+        )
         errors = CounterMetricFamily(
-            "extproc_scrape_errors", "Scrapes that told nothing, by why.", labels=["endpoint", "reason"]
+            "extproc_scrape_errors",
+            "Scrapes, and reports in answers, that told nothing, by why.",
+            labels=["endpoint", "reason"],
         )
         for endpoint in self._controller.endpoints.values():
-            for signal, value in known_signals(endpoint.load).items():
+            for signal, value in known_signals(endpoint.known).items():
                 loads.add_metric([endpoint.name, signal], value)
             age_s = self.age_s(endpoint.name)
             if age_s is not None:
                 ages.add_metric([endpoint.name], age_s)
+            if self._telemetry is not None and self._telemetry.follows(endpoint.name):
+                is_stale = age_s is None or age_s > self._controller.policy.stale_after_s
+                stale.add_metric([endpoint.name], int(is_stale))
         for name, reason, count in self._telemetry.errors() if self._telemetry is not None else ():
             errors.add_metric([name, reason], count)
-        yield from (loads, ages, errors)
+        yield from (loads, ages, stale, errors)
 
     def age_s(self, name: str) -> float | None:
         """Return the age of an endpoint's last good reading, in seconds; None: there never was one."""
         return self._telemetry.age_s(name) if self._telemetry is not None else None
+
+
+class _Page(CollectorRegistry):
+    """A registry that holds one family, for the library's writer."""
+
+    def __init__(self, family: Metric) -> None:
+        super().__init__()
+        self._family = family
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the family."""
+        yield self._family

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
+import sys
 
 import pytest
 
 from extproc.admission.controller import Controller
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request, RequestClass
-from extproc.observe.log import LINES, QueueLog
+from extproc.observe.log import LINES, JsonLines, QueueLog
 
 
 @pytest.fixture
@@ -44,8 +47,79 @@ def test_many_refusals_are_a_few_lines_and_a_count(room, caplog, now):
     now[0] = 2.0
     for decision in controller.offer(Ticket(Request("late", 0.0)), 0.0):
         log.decided(decision)
-    assert f"and {100 - LINES} more such lines" in caplog.records[LINES].getMessage()
+    assert caplog.records[LINES].getMessage() == f"budget_expired: and {100 - LINES} more such lines in the last 2 s"
     assert len(caplog.records) == LINES + 2
+
+
+def test_a_flood_that_ends_is_summed_up_by_the_next_look(room, caplog, now):
+    controller, log = room
+    for number in range(LINES + 8):
+        for decision in controller.offer(Ticket(Request(f"r-{number}", 0.0)), 0.0):
+            log.decided(decision)
+    now[0] = 1.0
+    log.look()
+    log.look()
+    assert [record.getMessage() for record in caplog.records[LINES:]] == [
+        "budget_expired: and 7 more such lines in the last 1 s"
+    ]
+
+
+def test_a_flood_of_one_outcome_hides_no_line_of_another(room, caplog):
+    controller, log = room
+    for number in range(LINES + 8):
+        for decision in controller.offer(Ticket(Request(f"r-{number}", 0.0)), 0.0):
+            log.decided(decision)
+    controller.remove_endpoint("a", 0.0)
+    controller.put_endpoint(EndpointSpec("b", models=frozenset({"m"})), 0.0)
+    for decision in controller.offer(Ticket(Request("other", 0.0, model="none")), 0.0):
+        log.decided(decision)
+    assert caplog.records[-1].getMessage().startswith("unknown_model: request other")
+
+
+HOSTILE = "id\r\nERROR forged line \x1b[2J\u202e\\" + "x" * 500
+
+
+def test_a_clients_text_stays_on_its_line_is_short_and_steers_no_terminal(room, caplog):
+    controller, log = room
+    for name in ("first", HOSTILE):
+        for decision in controller.offer(Ticket(Request(name, 0.0)), 0.0):
+            log.decided(decision)
+    text = caplog.records[0].getMessage()
+    assert text.isprintable()
+    assert "\\r\\nERROR forged" in text
+    assert len(text) < 250
+
+
+def test_a_json_line_is_one_object_in_ascii_with_the_fields_of_the_refusal(room, caplog):
+    controller, log = room
+    for name in ("first", HOSTILE):
+        for decision in controller.offer(Ticket(Request(name, 0.0)), 0.0):
+            log.decided(decision)
+    line = JsonLines().format(caplog.records[0])
+    assert line.isascii()
+    assert "\n" not in line
+    entry = json.loads(line)
+    assert {key: entry[key] for key in ("level", "logger", "outcome", "class", "wait_s", "position")} == {
+        "level": "info",
+        "logger": "extproc.queue",
+        "outcome": "budget_expired",
+        "class": "default",
+        "wait_s": 0.0,
+        "position": 0,
+    }
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", entry["time"])
+    assert "endpoint" not in entry
+
+
+def test_a_json_line_carries_an_exceptions_trace():
+    try:
+        raise ValueError("two\nlines")
+    except ValueError:
+        record = logging.LogRecord("x", logging.ERROR, "f", 1, "failed: %s", ("a\nb",), sys.exc_info())
+    line = JsonLines().format(record)
+    assert "\n" not in line
+    assert json.loads(line)["message"] == "failed: a\nb"
+    assert "ValueError: two" in json.loads(line)["exception"]
 
 
 def test_an_endpoint_that_goes_and_comes_is_a_line_each(room, caplog):

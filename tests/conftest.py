@@ -1,0 +1,39 @@
+"""For all tests: what a machine lacks is said, and a CI run that lacks it fails."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+TOOL_MISSING = "tool missing: "
+
+
+def tool(name: str, package: str) -> str:
+    """The path of a program that this machine may lack; without it the test is skipped, and under CI it fails."""
+    found = shutil.which(name)
+    if found is None:
+        pytest.skip(f"{TOOL_MISSING}{name}, of Debian's {package}; `make tools` installs it")
+    return found
+
+
+@pytest.fixture(scope="session")
+def promtool() -> str:
+    """Prometheus's own checker."""
+    return tool("promtool", "prometheus")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Under CI a check that was not made is a failure, not a skip that nobody reads."""
+    report = yield
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
+    if report.skipped and TOOL_MISSING in reason and os.environ.get("CI"):
+        report.outcome = "failed"
+        report.longrepr = f"CI is set, and so nothing may be left out. {reason}"
+    return report

@@ -1,0 +1,63 @@
+"""A collector of traces on a real socket: OTLP over HTTP, protobuf, as OpenTelemetry's own exporter speaks it."""
+
+from __future__ import annotations
+
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING, Any
+
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from .processes import free_port
+
+if TYPE_CHECKING:
+    from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+
+class Collector:
+    """Listens while `with` lasts; `spans` are those that came."""
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+        self.services: set[str] = set()
+        self.url = f"http://127.0.0.1:{free_port()}"
+        spans, services = self.spans, self.services
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+                    services.update(
+                        pair.value.string_value for pair in resource.resource.attributes if pair.key == "service.name"
+                    )
+                    for scope in resource.scope_spans:
+                        spans.extend(scope.spans)
+                self.send_response(200)
+                self.send_header("content-length", "0")
+                self.end_headers()
+
+            def log_message(self, *_: Any) -> None:
+                """Nothing: the test's output is not the place."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", int(self.url.rsplit(":", 1)[1])), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
+
+    def __enter__(self) -> Collector:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def span_of(self, request_id: str) -> Span | None:
+        """The span that carries this request id, once it has come."""
+        return next(
+            (span for span in list(self.spans) if attributes(span).get("extproc.request_id") == request_id), None
+        )
+
+
+def attributes(span: Span) -> dict[str, Any]:
+    """A span's attributes as plain values."""
+    return {pair.key: getattr(pair.value, str(pair.value.WhichOneof("value"))) for pair in span.attributes}

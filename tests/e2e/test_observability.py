@@ -1,0 +1,251 @@
+"""What a person on call is told: metrics, access log, server-timing, log lines, spans. On real Envoy, real sockets."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import yaml
+
+from .kit.clients import H1Request, complete_many
+from .kit.otlp import Collector, attributes
+from .kit.processes import http_get, wait_until
+from .kit.stack import Sidecar, Stack, local
+from .kit.upstream import behave
+
+ROOT = Path(__file__).parents[2]
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+PARENT = "b7ad6b7169203331"
+CLASSES = [{"name": "default", "budget": "20s"}, {"name": "now", "budget": "0s"}]
+
+
+@pytest.fixture(scope="module")
+def collector():
+    with Collector() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def here(module_stack, collector):
+    """Everything that can be switched on is on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
+        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
+        on = {"server_timing": True, "log_format": "json", "tracing": True}
+        config = {**on, "classes": CLASSES, "scrape_interval": "50ms"}
+        yield module_stack(upstreams=("a", "b"), config=config)
+
+
+@pytest.fixture(scope="module")
+def story(here):
+    """One request runs at each endpoint, one is held until a slot is free, one is refused; what the last two saw."""
+    running = [
+        H1Request(here.address, headers=[("x-test-id", f"first-{number}"), behave(hold="head")]).send()
+        for number in range(2)
+    ]
+    here._wait(lambda page: sum(one["in_flight"] for one in page["endpoints"]) == 2, 5.0, "both endpoints busy")
+    # A client's x-request-id is not believed by Envoy at the edge: ours comes by the attribute, so it is Envoy's own.
+    trace = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(complete_many, here.url, 1, lambda _: {**labels("held"), **trace, **timed()})
+        here.wait_waiting(1)
+        (refused,) = complete_many(here.url, 1, lambda _: {**labels("refused"), **trace, "x-request-class": "now"})
+        for number in range(2):
+            for upstream in here.upstreams.values():
+                upstream.release(f"first-{number}")
+        (answered,) = held.result()
+    for request in running:
+        assert request.read_head() == 200
+        request.read_all()
+        with request:
+            pass
+    here.wait_idle()
+    return answered, refused
+
+
+def labels(name: str) -> dict[str, str]:
+    return {"x-test-id": name, "x-request-id": f"id-of-{name}"}
+
+
+def timed() -> dict[str, str]:
+    return dict([behave(reply="server-timing: cache")])
+
+
+def log_lines(here: Stack) -> list[dict]:
+    return [json.loads(line) for line in here.sidecar.child.output().splitlines()]
+
+
+def wait_line(here: Stack, **wanted: object) -> dict:
+    def look():
+        return [line for line in log_lines(here) if wanted.items() <= line.items()]
+
+    return wait_until(look, 5.0, f"a log line with {wanted}")[0]
+
+
+# ---- why did my request wait?
+
+
+def test_the_access_log_line_of_a_held_request_says_how_long_it_waited_for_whom(here, story):
+    line = here.envoy.wait_access_log(lambda entry: entry["code"] == 200 and entry["queue"]["wait_ms"] > 0)
+    queue = line["queue"]
+    assert (queue["outcome"], queue["class"], queue["position"]) == ("dispatched", "default", 0)
+    assert queue["endpoint"] in ("a", "b")
+    assert queue["endpoint"] == line["cluster"]
+    assert queue["wait_ms"] <= line["duration_ms"] + 1
+
+
+def test_the_access_log_line_of_a_refused_request_says_why(here, story):
+    line = here.envoy.wait_access_log(lambda entry: entry["code"] == 429)
+    assert line["details"] == "extproc_budget_expired"
+    assert line["queue"]["outcome"] == "budget_expired"
+    assert line["queue"]["class"] == "now"
+    assert "endpoint" not in line["queue"]
+
+
+def test_server_timing_tells_the_client_and_an_engines_own_stays(here, story):
+    answered, refused = story
+    with H1Request(here.address, headers=[("x-test-id", "both"), behave(reply="server-timing: cache")]) as request:
+        assert request.send().read_head() == 200
+        found = [value for name, value in request.headers if name == "server-timing"]
+    assert [value.split(";")[0] for value in ",".join(found).split(",")] == ["cache", "queue"]
+    assert re.fullmatch(r"queue;dur=\d+\.\d", refused.headers["server-timing"])
+    assert float(re.search(r"queue;dur=([\d.]+)", answered.headers["server-timing"])[1]) > 0
+
+
+def test_the_log_is_json_with_a_line_for_the_refusal_and_none_for_what_went_well(here, story):
+    line = wait_line(here, outcome="budget_expired")
+    assert line["class"] == "now"
+    assert line["logger"] == "extproc.queue"
+    assert line["level"] == "info"
+    assert line["request_id"]
+    assert line["wait_s"] >= 0
+    assert not [entry for entry in log_lines(here) if entry.get("outcome") == "dispatched"]
+
+
+# ---- spans
+
+
+def test_the_wait_is_a_span_of_the_requests_own_trace(here, story, collector):
+    spans = wait_until(
+        lambda: [span for span in collector.spans if span.trace_id.hex() == TRACE][1:] and collector.spans
+    )
+    ours = {attributes(span)["extproc.outcome"]: span for span in spans if span.trace_id.hex() == TRACE}
+    held, refused = ours["dispatched"], ours["budget_expired"]
+    assert held.parent_span_id.hex() == refused.parent_span_id.hex() == PARENT
+    told = attributes(held)
+    assert told["extproc.class"] == "default"
+    assert told["extproc.endpoint"] in ("a", "b")
+    lasted_ms = (held.end_time_unix_nano - held.start_time_unix_nano) / 1e6
+    assert lasted_ms == pytest.approx(told["extproc.wait_ms"], abs=0.2)
+    assert lasted_ms > 0
+    assert refused.status.code == refused.status.STATUS_CODE_ERROR
+    assert collector.services == {"extproc"}
+
+
+def test_a_parent_that_is_not_sampled_makes_no_span_and_a_broken_one_harms_nobody(here, collector):
+    quiet = "1" * 32
+    parents = [f"00-{quiet}-{PARENT}-00", "garbage", "00-" + "0" * 32 + f"-{PARENT}-01", f"00-{TRACE}-{PARENT}-01"]
+    answers = complete_many(here.url, 4, lambda n: {"x-test-id": f"parent-{n}", "traceparent": parents[n]})
+    assert [answer.status for answer in answers] == [200] * 4
+    before = len(collector.spans)
+    last = complete_many(here.url, 1, lambda _: {"x-test-id": "last", "traceparent": f"00-{'2' * 32}-{PARENT}-01"})
+    assert last[0].status == 200
+    wait_until(lambda: [span for span in collector.spans if span.trace_id.hex() == "2" * 32])
+    assert len(collector.spans) > before
+    assert not [span for span in collector.spans if span.trace_id.hex() == quiet]
+
+
+def test_tracing_without_the_extra_is_a_clear_error_and_off_it_is_not_even_imported(tmp_path):
+    file = tmp_path / "sidecar.yaml"
+    file.write_text(yaml.safe_dump({"tracing": True, "listen": local(), "admin": local()}))
+    blocked = (
+        "import sys; sys.modules['opentelemetry.sdk.trace'] = None; from extproc.cli import main; sys.exit(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", blocked, "serve", "--config", str(file)], capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 1
+    assert "pip install 'extproc-queue[otel]'" in done.stderr
+    assert "Traceback" not in done.stderr
+    quiet = (
+        "import asyncio, sys; from extproc.app import App; from extproc.config import Config\n"
+        "async def main(): App(Config(), asyncio.get_running_loop())\n"
+        "asyncio.run(main()); sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", quiet], capture_output=True, timeout=30).returncode == 0
+
+
+# ---- metrics
+
+
+def test_promtool_finds_nothing_to_say_about_a_live_page(here, story, promtool):
+    page = http_get(here.sidecar.admin, "/metrics")[1]
+    done = subprocess.run([promtool, "check", "metrics"], input=page, capture_output=True)
+    assert (done.returncode, done.stdout.decode() + done.stderr.decode()) == (0, "")
+
+
+def test_values_that_the_configuration_does_not_know_are_counted(here, story):
+    def ignored():
+        return {
+            name: value for name, value in here.sidecar.metrics().items() if name.startswith("extproc_ignored_values")
+        }
+
+    before = ignored()
+    complete_many(here.url, 1, lambda _: {"x-request-class": "platinum", "x-queue-budget": "soon"})
+    rose = {name for name, value in ignored().items() if value > before[name]}
+    assert rose == {f'extproc_ignored_values_total{{header="{name}"}}' for name in ("class", "budget")}
+    assert "platinum" not in http_get(here.sidecar.admin, "/metrics")[1].decode()
+
+
+def test_a_refused_reload_shows_until_it_is_mended(tmp_path):
+    config = {"listen": local(), "admin": local()}
+    with Sidecar(config, tmp_path) as sidecar:
+
+        def refused() -> float:
+            return sidecar.metrics()["extproc_config_refused"]
+
+        assert refused() == 0
+        sidecar.write_config(max_queued_requests=-1)
+        sidecar.child.signal(signal.SIGHUP)
+        wait_until(lambda: refused() == 1, 10.0)
+        sidecar.write_config(max_queued_requests=7)
+        sidecar.child.signal(signal.SIGHUP)
+        wait_until(lambda: refused() == 0, 10.0)
+        assert sidecar.metrics()["extproc_queue_limit"] == 7
+
+
+def test_envoy_exports_what_the_alerts_ask_it_and_counts_what_nobody_steered(here, story):
+    names = json.loads((ROOT / "observability/envoy-metrics.json").read_text())
+    page = here.envoy.get("/stats/prometheus")
+    exported = set(re.findall(r"^([a-z_0-9]+)(?:\{| )", page, re.MULTILINE))
+    assert set(names) <= exported
+
+
+def test_a_collector_that_is_not_there_harms_nobody_and_envoy_counts_what_nobody_steered(tmp_path, monkeypatch):
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{local()}")
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
+
+    def impatient(bootstrap) -> None:
+        manager = bootstrap["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
+        steering = next(one for one in manager["http_filters"] if one["name"].endswith("ext_proc"))
+        steering["typed_config"]["grpc_service"]["retry_policy"]["num_retries"] = 0
+
+    with Stack(tmp_path, config={"tracing": True, "max_running_requests": 8}, edit=impatient) as stack:
+        answers = complete_many(stack.url, 20, lambda n: {"x-test-id": f"r-{n}"})
+        assert {answer.status for answer in answers} == {200}
+        wait_until(lambda: "opentelemetry" in stack.sidecar.child.output(), 10.0, "the log says that nobody listens")
+        stack.sidecar.child.signal(signal.SIGTERM)
+        assert stack.sidecar.child.wait_exit(20.0) == 0
+        (answer,) = complete_many(stack.url, 1, lambda _: {})
+        assert answer.headers["x-extproc-outcome"] == "unsteered"
+        page = stack.envoy.get("/stats/prometheus")
+        assert re.search(
+            r'^envoy_cluster_upstream_rq_completed\{envoy_cluster_name="unsteered"\} 1$', page, re.MULTILINE
+        )
+        assert re.search(r"^envoy_http_ext_proc_failure_mode_allowed\{.*\} 1$", page, re.MULTILINE)

@@ -1,0 +1,149 @@
+"""Metrics on a real core: what is counted, what the gauges say, and a page that is one moment however it is written."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from extproc.admission.controller import Controller
+from extproc.admission.ticket import Ticket
+from extproc.admission.values import Answer, EndpointSpec, Policy, Request, RequestClass
+from extproc.observe.metrics import PIECE_LINES, Metrics
+
+CLASSES = (RequestClass("low", 0, 30.0), RequestClass("high", 1, 5.0))
+
+
+class Telemetry:
+    """Who says how the scraping goes, in a test's words."""
+
+    def __init__(self) -> None:
+        self.ages: dict[str, float | None] = {}
+
+    def age_s(self, name: str) -> float | None:
+        return self.ages.get(name)
+
+    def follows(self, name: str) -> bool:
+        return name in self.ages
+
+    def errors(self) -> list[tuple[str, str, int]]:
+        return []
+
+
+class Desk:
+    """A core with endpoints a and b of one slot each, its metrics, and a clock that the test moves."""
+
+    def __init__(self, endpoints: int = 2) -> None:
+        self.now = 100.0
+        self.streams = 0
+        self.telemetry = Telemetry()
+        self.controller = Controller(Policy(classes=CLASSES))
+        self.metrics = Metrics(
+            self.controller, lambda: self.streams, self.telemetry, clock=lambda: self.now, ignored=lambda: {"budget": 3}
+        )
+        for number in range(endpoints):
+            name = "ab"[number] if endpoints <= 2 else f"e{number}"
+            self.controller.put_endpoint(EndpointSpec(name, max_running_requests=1), self.now)
+
+    def offer(self, name: str = "r", request_class: str = "low") -> Ticket:
+        ticket = Ticket(Request(name, self.now, request_class=request_class))
+        for decision in self.controller.offer(ticket, self.now):
+            self.metrics.decided(decision)
+        return ticket
+
+    def page(self) -> dict[str, float]:
+        text = b"".join(self.metrics.pieces()).decode()
+        lines = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
+        return {name: float(value) for name, _, value in lines}
+
+
+@pytest.fixture
+def desk() -> Desk:
+    return Desk()
+
+
+def test_the_oldest_waiting_request_of_each_class_has_an_age_and_a_class_that_waits_not_has_0(desk):
+    desk.offer("runs-1")
+    desk.offer("runs-2")
+    desk.offer("first")
+    desk.now += 2
+    desk.offer("second")
+    desk.now += 3
+    page = desk.page()
+    assert page['extproc_oldest_waiting_seconds{class="low"}'] == 5
+    assert page['extproc_oldest_waiting_seconds{class="high"}'] == 0
+    assert page['extproc_class_budget_seconds{class="high"}'] == 5
+
+
+def test_the_oldest_lease_is_counted_from_its_dispatch(desk):
+    first = desk.offer()
+    desk.now += 4
+    desk.offer()
+    desk.now += 3
+    ages = {desk.page()[f'extproc_oldest_lease_seconds{{endpoint="{name}"}}'] for name in "ab"}
+    assert ages == {7, 3}
+    desk.controller.release(first, desk.now)
+    assert desk.page()[f'extproc_oldest_lease_seconds{{endpoint="{first.endpoint.name}"}}'] == 0
+
+
+def test_a_closed_endpoint_says_by_what(desk):
+    def closed(name: str) -> set[str]:
+        page = desk.page()
+        reasons = ("down", "ejected", "load")
+        return {one for one in reasons if page[f'extproc_endpoint_closed{{endpoint="{name}",reason="{one}"}}']}
+
+    assert closed("a") == closed("b") == set()
+    desk.controller.set_up("a", desk.now, is_up=False)
+    assert (closed("a"), closed("b")) == ({"down"}, set())
+    for _ in range(5):
+        desk.controller.release(desk.offer(), desk.now, Answer.FAILED)
+    assert closed("b") == {"ejected"}
+
+
+def test_telemetry_is_stale_when_old_or_never_there_and_not_said_of_what_is_not_scraped(desk):
+    desk.telemetry.ages = {"a": 10.5}
+    assert desk.page()['extproc_telemetry_stale{endpoint="a"}'] == 1
+    assert 'extproc_telemetry_stale{endpoint="b"}' not in desk.page()
+    desk.telemetry.ages = {"a": 9.5, "b": None}
+    assert desk.page()['extproc_telemetry_stale{endpoint="a"}'] == 0
+    assert desk.page()['extproc_telemetry_stale{endpoint="b"}'] == 1
+
+
+def test_unknown_classes_are_counted_whoever_is_refused_or_served_and_never_become_labels(desk):
+    for request_class in ("high", "", "Low", "platinum"):
+        desk.offer(request_class=request_class)
+    page = desk.page()
+    assert page['extproc_ignored_values_total{header="class"}'] == 0, "two run, and two wait undecided"
+    for decision in desk.controller.drain(desk.now):
+        desk.metrics.decided(decision)
+    for request_class in ("gold", "low", ""):
+        desk.offer(request_class=request_class)
+    page = desk.page()
+    assert page['extproc_ignored_values_total{header="class"}'] == 3
+    assert page['extproc_ignored_values_total{header="budget"}'] == 3
+    assert not [name for name in page if "platinum" in name]
+
+
+def test_a_long_page_is_written_in_pieces_that_together_are_the_librarys_own_text():
+    desk = Desk(endpoints=PIECE_LINES)
+    pieces = list(desk.metrics.pieces())
+    text = b"".join(pieces).decode()
+    stable = [line for line in text.splitlines() if "process_" not in line]
+    whole = generate_latest(desk.metrics.registry).decode()
+    assert stable == [line for line in whole.splitlines() if "process_" not in line]
+    assert max(piece.count(b"\n") for piece in pieces) <= PIECE_LINES + 2
+    families = [family.name for family in text_string_to_metric_families(text)]
+    assert len(families) == len(set(families))
+
+
+def test_a_page_is_one_moment_whatever_happens_while_it_is_written(desk):
+    desk.streams = 1
+    desk.offer()
+    pieces = desk.metrics.pieces()
+    first = next(pieces)
+    desk.streams = 0
+    desk.offer()
+    text = (first + b"".join(pieces)).decode()
+    assert "extproc_streams 1.0" in text
+    inflight = [line for line in text.splitlines() if line.startswith("extproc_inflight_requests{")]
+    assert sum(float(line.split()[-1]) for line in inflight) == 1
