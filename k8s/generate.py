@@ -1,0 +1,213 @@
+"""Writes what in k8s/ follows from somewhere else: `make envoy-files`. `make check-generated` fails when they differ.
+
+Envoy's bootstraps come from the sidecar's configurations beside them; the EnvoyFilter and the EnvoyPatchPolicy hold
+parts of such a bootstrap; rules and dashboard come from observability/, as kustomize reads no file outside its root.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from extproc.config import load_config
+from extproc.envoy_config import EXT_PROC_CLUSTER, EnvoyOptions, render
+
+if TYPE_CHECKING:
+    from extproc.config import Config
+
+K8S = Path(__file__).parent
+OBSERVABILITY = K8S.parent / "observability"
+HTTP = "0.0.0.0:8080"
+NAMESPACE = "llm"
+SIDECAR = f"extproc.{NAMESPACE}.svc.cluster.local:50051"
+GATEWAY_PODS = {"istio": "ingress"}
+VIRTUAL_HOST = "*:80"
+HTTP_MANAGER = "envoy.filters.network.http_connection_manager"
+ROUTER = "envoy.filters.http.router"
+EXT_PROC = "envoy.filters.http.ext_proc"
+
+_WRITTEN = "# Written by k8s/generate.py (`make envoy-files`) from {source}: change that instead.\n"
+
+
+def main() -> None:
+    """Write all of them."""
+    (K8S / "base/envoy.yaml").write_text(bootstrap_of_pod(load_config(K8S / "base/sidecar.yaml", {})))
+    bootstrap = mesh_bootstrap()
+    source = "standalone/sidecar.yaml"
+    _write("overlays/istio/envoyfilter.yaml", source, envoy_filter(bootstrap), _FILTER_SAYS)
+    _write("overlays/envoy-gateway/envoypatchpolicy.yaml", source, envoy_patch_policy(bootstrap), _PATCH_SAYS)
+    _write("components/monitoring/prometheusrule.yaml", "observability/alerts.yaml", prometheus_rule())
+    shutil.copyfile(OBSERVABILITY / "dashboard.json", K8S / "components/monitoring/dashboard.json")
+
+
+_FILTER_SAYS = """\
+# What must be so in any Envoy in front of the sidecar; envoy/sidecar.yaml says why, line by line. Not here: Istio has
+# its own: the access log (Telemetry API; the `extproc` dynamic metadata tells why a request waited) and the listener's
+# TCP keepalive (without it a client that vanishes without a packet stays in the queue, and is run for nobody).
+"""
+_PATCH_SAYS = """\
+# What Envoy Gateway's API can't say, in Envoy's words. The first patch replaces the filter of the EnvoyExtensionPolicy;
+# without it, and that is so while this kind is not enabled, these promises are lost:
+#   response_trailer_mode: SEND    the stream ends with the HEAD of an answer: the slot is given away while the engine
+#                                  still works, so no limit holds. There is no point in running without this one.
+#   grpc_service.retry_policy      a sidecar that restarts costs every held request (they go to the start route: 503).
+#   forward_rules, mutation_rules  the sidecar sees all headers, authorization too, and may write any.
+#   max_outbound_control_frames    a thousand answers that end in one moment close the connection: all held are lost.
+#   connection_keepalive           a hung sidecar goes unnoticed until messageTimeout.
+"""
+
+
+def _write(path: str, source: str, document: dict[str, Any], says: str = "") -> None:
+    text = yaml.safe_dump(document, sort_keys=False, width=120)
+    (K8S / path).write_text(_WRITTEN.format(source=source) + says + text)
+
+
+_STATS_LISTENER = """\
+  # Envoy's admin interface can stop it, so it is on loopback. This much of it Prometheus and the kubelet may see.
+  - name: stats
+    address: {socket_address: {address: "0.0.0.0", port_value: 9903}}
+    filter_chains:
+    - filters:
+      - name: envoy.filters.network.http_connection_manager
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
+          stat_prefix: stats
+          route_config:
+            virtual_hosts:
+            - name: all
+              domains: ["*"]
+              routes:
+              - match: {path: /stats/prometheus}
+                route: {cluster: envoy_admin}
+              - match: {path: /ready}
+                route: {cluster: envoy_admin}
+          http_filters:
+          - name: envoy.filters.http.router
+            typed_config: {"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}
+"""
+_ADMIN_CLUSTER = """\
+  - name: envoy_admin
+    type: STATIC
+    connect_timeout: 1s
+    load_assignment:
+      cluster_name: envoy_admin
+      endpoints: [{lb_endpoints: [{endpoint: {address: {socket_address: {address: "127.0.0.1", port_value: 9901}}}}]}]
+"""
+
+
+def bootstrap_of_pod(config: Config) -> str:
+    """Return the bootstrap of an Envoy beside its sidecar: with a second listener, for who looks from outside."""
+    text = render(config, EnvoyOptions(http=HTTP))
+    for heading, more in (("  listeners:\n", _STATS_LISTENER), ("  clusters:\n", _ADMIN_CLUSTER)):
+        before, found, after = text.partition(heading)
+        if not found:
+            raise SystemExit(f"k8s/generate.py: the bootstrap has no line {heading!r} to write after")
+        text = before + heading + more + after
+    return text
+
+
+def mesh_bootstrap() -> dict[str, Any]:
+    """Return the bootstrap of a plain Envoy in front of the standalone sidecar."""
+    config = load_config(K8S / "standalone/sidecar.yaml", {})
+    bootstrap: dict[str, Any] = yaml.safe_load(render(config, EnvoyOptions(http=HTTP, sidecars=(SIDECAR,))))
+    for cluster in bootstrap["static_resources"]["clusters"]:
+        if cluster["name"] == EXT_PROC_CLUSTER:
+            cluster["type"] = "STRICT_DNS"  # a Service's name, where the bootstrap has an address
+    return bootstrap
+
+
+def _manager(bootstrap: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = bootstrap["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0][
+        "typed_config"
+    ]
+    return found
+
+
+def _ext_proc(bootstrap: dict[str, Any]) -> dict[str, Any]:
+    return next(one for one in _manager(bootstrap)["http_filters"] if one["name"] == EXT_PROC)
+
+
+def envoy_filter(bootstrap: dict[str, Any]) -> dict[str, Any]:
+    """Return Istio's way to say it: parts of a bootstrap, and where in Istio's own they belong."""
+    manager = _manager(bootstrap)
+    host = manager["route_config"]["virtual_hosts"][0]
+    clusters = [one for one in bootstrap["static_resources"]["clusters"] if one["name"] != "unsteered"]
+    listener = {"filterChain": {"filter": {"name": HTTP_MANAGER}}}
+    before_router = {"filterChain": {"filter": {"name": HTTP_MANAGER, "subFilter": {"name": ROUTER}}}}
+    virtual_host = {"vhost": {"name": VIRTUAL_HOST}}
+    settings = ("@type", "stream_idle_timeout", "request_timeout", "early_header_mutation_extensions")
+    merged = {"typed_config": {key: manager[key] for key in settings}}
+    limit = {"request_body_buffer_limit": host["request_body_buffer_limit"]}
+    steered = {"name": "extproc-steered", **host["routes"][0]}
+    patches = [
+        *(_patch("CLUSTER", {}, "ADD", cluster) for cluster in clusters),
+        _patch("NETWORK_FILTER", {"listener": listener}, "MERGE", {"name": HTTP_MANAGER, **merged}),
+        _patch("HTTP_FILTER", {"listener": before_router}, "INSERT_BEFORE", _ext_proc(bootstrap)),
+        _patch("VIRTUAL_HOST", {"routeConfiguration": virtual_host}, "MERGE", limit),
+        _patch("HTTP_ROUTE", {"routeConfiguration": virtual_host}, "INSERT_FIRST", steered),
+    ]
+    return {
+        "apiVersion": "networking.istio.io/v1alpha3",
+        "kind": "EnvoyFilter",
+        "metadata": {"name": "extproc"},
+        "spec": {"workloadSelector": {"labels": GATEWAY_PODS}, "configPatches": patches},
+    }
+
+
+def _patch(apply_to: str, match: dict[str, Any], operation: str, value: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "applyTo": apply_to,
+        "match": {"context": "GATEWAY", **match},
+        "patch": {"operation": operation, "value": value},
+    }
+
+
+def envoy_patch_policy(bootstrap: dict[str, Any]) -> dict[str, Any]:
+    """Return Envoy Gateway's way to say it: the whole filter and the whole cluster, in place of those that it makes."""
+    cluster = next(one for one in bootstrap["static_resources"]["clusters"] if one["name"] == EXT_PROC_CLUSTER)
+    name = f"{EXT_PROC}/envoyextensionpolicy/{NAMESPACE}/extproc/extproc/0"
+    manager = "$.default_filter_chain.filters[0].typed_config"
+    json_patches = [
+        {
+            "type": "type.googleapis.com/envoy.config.listener.v3.Listener",
+            "name": f"{NAMESPACE}/extproc/http",
+            "operation": {
+                "op": "replace",
+                "jsonPath": f"{manager}.http_filters[?(@.name == '{name}')]",
+                "path": "/typed_config",
+                "value": _ext_proc(bootstrap)["typed_config"],
+            },
+        },
+        {
+            "type": "type.googleapis.com/envoy.config.cluster.v3.Cluster",
+            "name": EXT_PROC_CLUSTER,
+            "operation": {"op": "add", "path": "", "value": cluster},
+        },
+    ]
+    return {
+        "apiVersion": "gateway.envoyproxy.io/v1alpha1",
+        "kind": "EnvoyPatchPolicy",
+        "metadata": {"name": "extproc"},
+        "spec": {
+            "targetRef": {"group": "gateway.networking.k8s.io", "kind": "Gateway", "name": "extproc"},
+            "type": "JSONPatch",
+            "jsonPatches": json_patches,
+        },
+    }
+
+
+def prometheus_rule() -> dict[str, Any]:
+    """Return Prometheus' own rule file as the operator wants it."""
+    return {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PrometheusRule",
+        "metadata": {"name": "extproc"},
+        "spec": yaml.safe_load((OBSERVABILITY / "alerts.yaml").read_text()),
+    }
+
+
+if __name__ == "__main__":
+    main()
