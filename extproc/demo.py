@@ -78,7 +78,9 @@ class Demo:
     async def _show(self) -> None:
         screen = Screen()
         while True:
-            screen.draw([*lines(self._admin.snapshot()), self._first_token_line()])
+            view = await self._admin.view()
+            width, height = screen.size(taken=2)
+            screen.draw([*lines({**view, "waiting": []}, width, height), self._first_token_line()])
             await asyncio.sleep(SHOW_EVERY_S if screen.redraws else 4 * SHOW_EVERY_S)
 
     def _first_token_line(self) -> str:

@@ -1,9 +1,16 @@
-"""`extproc top`: the queues in a terminal, from the admin port of a running sidecar. The demo shows the same lines."""
+"""`extproc top`: what the live page shows, in a terminal, from a sidecar's admin port. The demo shows it too.
+
+Names and ids may be a client's: whatever is not plainly printable never reaches the terminal.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 import sys
+import time
+import unicodedata
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -11,26 +18,45 @@ import aiohttp
 from extproc.errors import StartError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
-REFRESH_S = 0.5
-WIDTH = 24
+AGAIN_S = 1.0
+SILENT_S = 3.5
+"""So long without a view is no connection; the sidecar sends one a second."""
+MOST_BYTES = 16 * 1024 * 1024
+"""Of one view: something else may listen at that port."""
+BAR = 20
 """Characters of a bar, for limits above it."""
+STEPS = "▁▂▃▄▅▆▇█"
+PLAIN_STEPS = "_.-:=+*#"  # where the terminal has no such characters
+SENT = ("dispatched", "rerouted")
+
+View = dict[str, Any]
 
 
-def lines(state: Mapping[str, Any]) -> list[str]:
-    """Describe `state`, as /queues has it, in a line per endpoint and two more."""
-    described = []
-    widest = max((len(endpoint["name"]) for endpoint in state["endpoints"]), default=0)
-    for endpoint in state["endpoints"]:
-        in_flight, limit = endpoint["in_flight"], endpoint["limit"]
-        text = f"{endpoint['name']:<{widest}}  [{_bar(in_flight, limit)}] {in_flight}/{limit} in flight"
-        if endpoint["waiting"]:
-            text += f", {endpoint['waiting']} at home"
-        described.append(text if endpoint["up"] else f"{text}  DOWN")
-    described.append("waiting   " + _pairs(state["waiting_by_class"]))
-    described.append("outcomes  " + (_pairs(state["outcomes"]) or "none yet"))
-    return described
+def plain(text: str) -> str:
+    """Return `text` with a question mark for each character that would not take exactly one place on a line."""
+    return "".join(
+        one
+        if one.isprintable() and unicodedata.east_asian_width(one) not in "WF" and not unicodedata.combining(one)
+        else "?"
+        for one in text
+    )
+
+
+def lines(view: Mapping[str, Any], width: int = 80, height: int = 24) -> list[str]:
+    """Describe `view`, as /events sends it, in at most `height` lines of at most `width` characters.
+
+    What is wrong goes before what is well where there are too many endpoints; waiting requests get the lines left over.
+    """
+    classes, outcomes = _classes(view), _outcomes(view)
+    fixed = 1 + len(classes) + len(outcomes)
+    endpoints = _endpoints(view, max(height - fixed, 3))
+    rows = [_heading(view), *endpoints, *classes, *outcomes]
+    left = height - len(rows)
+    if view["waiting"] and left >= 3:
+        rows += _waiting(view, left)
+    return [_cut(plain(row.rstrip()), width) for row in rows[:height]]
 
 
 class Screen:
@@ -41,10 +67,15 @@ class Screen:
         self._height = 0
         self.redraws = sys.stdout.isatty()
 
+    def size(self, taken: int = 1) -> tuple[int, int]:
+        """Return characters of a line, and lines, without `taken` of them."""
+        columns, rows = shutil.get_terminal_size()
+        return columns, max(rows - taken, 8)
+
     def draw(self, rows: list[str]) -> None:
         """Show `rows`."""
         if not self.redraws:
-            print(" | ".join(rows), flush=True)
+            print(" | ".join(" ".join(row.split()) for row in rows), flush=True)
             return
         print(f"\x1b[{self._height}A\x1b[J" if self._height else "", end="")
         print("\n".join(rows), flush=True)
@@ -52,26 +83,236 @@ class Screen:
 
 
 async def top(admin: str, *, once: bool) -> int:
-    """Show the sidecar whose admin port is `admin` until interrupted. Raises StartError if it can't be reached."""
+    """Show the sidecar whose admin port is `admin` until interrupted; where stdout is no terminal, once.
+
+    Raises StartError if it can't be reached. One that goes away later is waited for.
+    """
     screen = Screen()
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=3)) as client:
+    if not screen.redraws or once:
+        print("\n".join(lines(await _first(admin), width=200, height=60)), flush=True)
+        return 0
+    shown = _Shown(admin, screen)
+    drawing = asyncio.create_task(shown.keep_drawing())
+    try:
         while True:
             try:
-                async with client.get(f"http://{admin}/queues") as response:
-                    state = await response.json()
-            except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-                raise StartError(f"no sidecar's admin port at {admin}: {error or type(error).__name__}") from None
-            screen.draw(lines(state))
-            if once:
-                return 0
-            await asyncio.sleep(REFRESH_S)
+                await follow(admin, shown.take)
+                shown.problem = "it ended the connection"
+            except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+                if shown.view is None:
+                    raise StartError(_nobody(admin, error)) from None
+                shown.problem = _why(error)
+            await asyncio.sleep(AGAIN_S)
+    finally:
+        drawing.cancel()
+        await asyncio.gather(drawing, return_exceptions=True)
+
+
+async def follow(admin: str, take: Callable[[View], Awaitable[bool] | bool | None]) -> None:
+    """Give `take` each view that the sidecar sends, until `take` returns False or the stream ends.
+
+    Raises what aiohttp raises, and ValueError for what is no view.
+    """
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=3, sock_read=SILENT_S)
+    async with (
+        aiohttp.ClientSession(timeout=timeout, read_bufsize=MOST_BYTES) as client,
+        client.get(f"http://{admin}/events") as response,
+    ):
+        if response.status != 200 or response.content_type != "text/event-stream":
+            said = (await response.content.read(200)).decode(errors="replace").strip()
+            raise ValueError(plain(f"HTTP {response.status} at /events: {said}"))
+        async for line in response.content:
+            if line.startswith(b"data: "):
+                view = json.loads(line[6:])
+                if not isinstance(view, dict) or "classes" not in view:
+                    raise ValueError("no view of a sidecar")
+                if take(view) is False:
+                    return
+
+
+class _Shown:
+    """The last view and how old it is."""
+
+    def __init__(self, admin: str, screen: Screen) -> None:
+        self.view: View | None = None
+        self.problem = ""
+        self._at = 0.0
+        self._admin = admin
+        self._screen = screen
+
+    def take(self, view: View) -> None:
+        self.view, self._at, self.problem = view, time.monotonic(), ""
+        self._draw()
+
+    async def keep_drawing(self) -> None:
+        """Show the age of what is shown while nothing comes."""
+        while True:
+            await asyncio.sleep(AGAIN_S)
+            if self.problem:
+                self._draw()
+
+    def _draw(self) -> None:
+        if self.view is None:
+            return
+        width, height = self._screen.size()
+        said = []
+        if self.problem:
+            age_s = time.monotonic() - self._at
+            text = f"NO CONNECTION to {self._admin}: what you see is {age_s:.0f} s old; trying again ({self.problem})"
+            said = [_cut(plain(text), width)]
+        self._screen.draw([*said, *lines(self.view, width, height - len(said))])
+
+
+async def _first(admin: str) -> View:
+    views: list[View] = []
+
+    def take(view: View) -> bool:
+        views.append(view)
+        return False
+
+    try:
+        await follow(admin, take)
+        return views[0]
+    except (aiohttp.ClientError, OSError, TimeoutError, ValueError, IndexError) as error:
+        raise StartError(_nobody(admin, error)) from None
+
+
+def _nobody(admin: str, error: Exception) -> str:
+    return f"no sidecar's admin port at {admin}: {_why(error)}"
+
+
+def _why(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+# ---- the parts of a screen
+
+
+def _heading(view: Mapping[str, Any]) -> str:
+    mode = "dry run" if view["dry_run"] else "queue on" if view["enable_queue"] else "queue off"
+    held = sum(one["in_flight"] for one in view["endpoints"])
+    up = sum(one["up"] for one in view["endpoints"])
+    text = f"{mode}{', DRAINING' if view['draining'] else ''}   {view['waiting_total']} waiting, {held} in flight, "
+    return text + f"{up} of {len(view['endpoints'])} endpoints up"
+
+
+def _endpoints(view: Mapping[str, Any], room: int) -> list[str]:
+    """Describe the endpoints in at most `room` lines, those in trouble first if not all fit."""
+    endpoints = view["endpoints"]
+    if len(endpoints) + 1 > room:
+        order = sorted(endpoints, key=lambda one: one["state"] == "up")
+        endpoints = order[: max(room - 2, 1)]
+    table = [("ENDPOINT", "STATE", "IN FLIGHT", "RUNS", "QUEUES", "KV", "AGE", "PREFER IT", "SENT")]
+    for one in endpoints:
+        load = one["load"]
+        state = one["state"] if one["state"] != "up" else "held back" if one["held_back"] else "up"
+        state = state if state in ("up", "held back", "on trial") else state.upper()
+        flight = f"[{_bar(one['in_flight'], one['limit'])}] {one['in_flight']}/{one['limit']} in flight"
+        if one["foreign"]:
+            flight += f" + {one['foreign']} foreign"
+        table.append(
+            (
+                one["name"] if len(one["name"]) <= 24 else one["name"][:23] + "~",
+                state,
+                flight,
+                _count(load.get("running")),
+                _count(load.get("waiting")),
+                f"{load['kv_usage']:.0%}" if "kv_usage" in load else "-",
+                _seconds(one.get("telemetry_age_s")),
+                str(one["waiting"] or "-"),
+                str(one["dispatched"]),
+            )
+        )
+    rows = _columns(table, left=(0, 1, 2))
+    more = len(view["endpoints"]) - len(endpoints)
+    return [*rows, f"and {more} more"] if more else rows
+
+
+def _classes(view: Mapping[str, Any]) -> list[str]:
+    table = [("CLASS", "WAITING", "OLDEST", "P50 WAIT", "P95 WAIT", "WAITING, 5 MIN")]
+    for one in view["classes"]:
+        oldest = _seconds(one["oldest_s"])
+        table.append(
+            (
+                one["name"],
+                str(one["waiting"]),
+                oldest if view["scanned_all"] else f">={oldest}",
+                _seconds(one["p50_s"]),
+                _seconds(one["p95_s"]),
+                _curve(one["history"]["waiting"], 25),
+            )
+        )
+    return _columns(table, left=(0, 5))
+
+
+def _outcomes(view: Mapping[str, Any]) -> list[str]:
+    counted = [one for one in view["outcomes"] if one["total"]]
+    named = [f"{one['outcome']} {one['total']} ({one['per_s']:.1f}/s)" for one in counted]
+    rows = ["OUTCOMES  " + ("  ".join(named[:2]) or "none yet")]
+    rows += ["          " + "  ".join(named[start : start + 3]) for start in range(2, len(named), 3)]
+    if view["dry_run"]:
+        rows.append("DRY RUN   " + "  ".join(f"{what} {count}" for what, count in view["rehearsed"].items()))
+    return rows
+
+
+def _waiting(view: Mapping[str, Any], room: int) -> list[str]:
+    table = [("LONGEST WAITING", "WAITS", "LEFT", "MAY GO TO", "TENANT", "REQUEST")]
+    for one in view["waiting"][: room - 1]:
+        to = "any" if one["queue"] == "*" else f"first {one['queue']}"
+        left = _seconds(max(one["budget_left_s"], 0.0))
+        table.append((one["class"], _seconds(one["age_s"]), left, to[:30], one["tenant"][:16] or "-", one["id"]))
+    return _columns(table, left=(0, 3, 4, 5))
+
+
+def _columns(table: Sequence[Sequence[str]], *, left: Iterable[int]) -> list[str]:
+    """Line up columns: those of `left` to the left, figures to the right."""
+    table = [[plain(text) for text in row] for row in table]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    to_left = set(left)
+    return [
+        "  ".join(
+            text.ljust(width) if index in to_left else text.rjust(width)
+            for index, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in table
+    ]
 
 
 def _bar(in_flight: int, limit: int) -> str:
-    width = min(max(limit, in_flight), WIDTH)
+    width = min(max(limit, in_flight), BAR)
     full = round(width * in_flight / max(limit, in_flight, 1))
     return "#" * full + "." * (width - full)
 
 
-def _pairs(counts: Mapping[str, int]) -> str:
-    return "  ".join(f"{name} {count}" for name, count in counts.items())
+def _curve(values: Sequence[int | None], width: int) -> str:
+    """Draw `values`, a number each STEP_S, in `width` characters: the highest of each stretch."""
+    known = [value or 0 for value in values]
+    most = max(known, default=0)
+    steps = STEPS if _speaks_unicode() else PLAIN_STEPS
+    stretch = max(-(-150 // width), 1)
+    starts = range(len(known), 0, -stretch)
+    peaks = [max(known[max(start - stretch, 0) : start]) for start in starts][::-1]
+    drawn = "".join(steps[min(peak * len(steps) // (most + 1), len(steps) - 1)] for peak in peaks) if most else ""
+    return f"{drawn} max {most}" if most else "-"
+
+
+def _speaks_unicode() -> bool:
+    return (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+
+
+def _count(value: float | None) -> str:
+    return "-" if value is None else f"{value:g}"
+
+
+def _seconds(value_s: float | None) -> str:
+    if value_s is None:
+        return "-"
+    if value_s < 0.001:
+        return "<1 ms"
+    if value_s < 1:
+        return f"{1000 * value_s:.0f} ms"
+    return f"{value_s:.1f} s" if value_s < 100 else f"{value_s / 60:.0f} min"
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: max(width - 1, 0)] + "~"

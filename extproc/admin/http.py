@@ -1,26 +1,47 @@
-"""The admin port: metrics, health, the queues as JSON, the live page. Read-only."""
+"""The admin port: metrics, health, the queues as JSON, the live page. Read-only.
+
+A browser on this machine may be made to ask us by a page from anywhere, so that a name of the outside world that
+resolves to loopback (DNS rebinding) and requests from other sites are refused.
+"""
 
 from __future__ import annotations
 
-from itertools import islice
+import asyncio
+import contextlib
+from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 
+from extproc.admin.feed import Feed
+from extproc.admin.history import STEP_S
+from extproc.admin.state import MOST_WAITING, WAITING_LISTED, Viewer
 from extproc.config import split_address
 from extproc.errors import StartError
-from extproc.observe.metrics import SHARED, known_signals
 
 if TYPE_CHECKING:
-    from extproc.admission.ticket import Ticket
+    from aiohttp.typedefs import Handler
+
     from extproc.gate import Gate
     from extproc.observe.metrics import Metrics
 
-MOST_WAITING = 200
-"""Waiting requests listed in full by /queues; the counts are always of all."""
-_PAGE = Path(__file__).with_name("page.html")
+_FILES = {
+    "/": ("page.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
+_HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'",
+    "cross-origin-resource-policy": "same-origin",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+    "cache-control": "no-store",
+}
+STOP_S = 2.0
+"""How long an answer under way may take at the end."""
 
 
 class Admin:
@@ -32,36 +53,68 @@ class Admin:
         self._gate = gate
         self._metrics = metrics
         self._runner: web.AppRunner | None = None
+        self._sampling: asyncio.Task[None] | None = None
+        self._files = {
+            path: (Path(__file__).with_name(name).read_bytes(), kind) for path, (name, kind) in _FILES.items()
+        }
+        self.viewer = Viewer(gate, metrics)
+        self.feed = Feed(self.view)
         self.ready = False
         self.port = 0
 
     async def start(self) -> None:
         """Bind and serve. Raises StartError if the address can't be had."""
-        app = web.Application()
-        app.router.add_get("/", self._page)
+        host, port = split_address(self._address)
+        app = web.Application(middlewares=[_only_local] if _is_loopback(host) else [])
+        app.on_response_prepare.append(_add_headers)
+        for path in self._files:
+            app.router.add_get(path, self._file)
+        app.router.add_get("/events", self.feed.subscribe, allow_head=False)
         app.router.add_get("/metrics", self._prometheus)
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
         app.router.add_get("/queues", self._queues)
-        self._runner = web.AppRunner(app, access_log=None)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=STOP_S)
         await self._runner.setup()
-        host, port = split_address(self._address)
         try:
             await web.TCPSite(self._runner, host, port).start()
         except OSError as error:
             raise StartError(f"admin: can't bind {self._address}: {error.strerror}") from None
         self.port = self._runner.addresses[0][1]
+        self._sampling = asyncio.create_task(self._sample(), name="admin history")
 
     async def stop(self) -> None:
         """Stop serving."""
+        if self._sampling is not None:
+            self._sampling.cancel()
+            await asyncio.gather(self._sampling, return_exceptions=True)
+        await self.feed.close()
         if self._runner is not None:
             await self._runner.cleanup()
 
-    async def _page(self, _: web.Request) -> web.StreamResponse:
-        return web.FileResponse(_PAGE, headers={"content-type": "text/html; charset=utf-8"})
+    def snapshot(self, limit: int = WAITING_LISTED) -> dict[str, Any]:
+        """Return the state of all queues as plain values, as /queues has it."""
+        return self.viewer.queues(ready=self.ready, limit=limit)
+
+    async def view(self) -> dict[str, Any]:
+        """Return what the live page and `extproc top` show."""
+        return await self.viewer.view(ready=self.ready)
+
+    async def _sample(self) -> None:
+        while True:
+            self.viewer.sample()
+            await asyncio.sleep(STEP_S)
+
+    async def _file(self, request: web.Request) -> web.Response:
+        body, kind = self._files[request.path]
+        return web.Response(body=body, content_type=kind, charset="utf-8")
 
     async def _prometheus(self, _: web.Request) -> web.Response:
-        return web.Response(body=generate_latest(self._metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})
+        pieces = []
+        for piece in self._metrics.pieces():
+            pieces.append(piece)
+            await asyncio.sleep(0)  # a long page must not keep a request waiting
+        return web.Response(body=b"".join(pieces), headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def _healthz(self, _: web.Request) -> web.Response:
         return web.Response(text="ok\n")
@@ -71,67 +124,40 @@ class Admin:
             return web.Response(text="ready\n")
         return web.Response(status=503, text="not ready: starting or draining\n")
 
-    async def _queues(self, _: web.Request) -> web.Response:
-        return web.json_response(self.snapshot())
-
-    def snapshot(self) -> dict[str, object]:
-        """Return the state of all queues as plain values."""
-        controller, now = self._gate.controller, self._gate.now()
-        at_home: dict[str, int] = {}
-        for pool in controller.pools():
-            for home, queue in pool.homes.items():
-                at_home[home.name] = at_home.get(home.name, 0) + len(queue)
-        by_class = {klass.name: 0 for klass in controller.policy.classes}
-        for pool in controller.pools():
-            for klass, count in pool.waiting.items():
-                by_class[klass.name] = by_class.get(klass.name, 0) + count
-        return {
-            "enable_queue": controller.policy.enable_queue,
-            "draining": controller.draining or not self.ready,
-            "endpoints": [
-                {
-                    "name": endpoint.name,
-                    "cluster": endpoint.spec.cluster,
-                    "models": sorted(endpoint.spec.models),
-                    "up": endpoint.available,
-                    "in_flight": len(endpoint.leases),
-                    "limit": endpoint.limit.value,
-                    "kv_tokens": endpoint.kv_tokens,
-                    "kv_capacity_tokens": endpoint.kv_capacity,
-                    "waiting": at_home.get(endpoint.name, 0),
-                    "dispatched": endpoint.dispatched,
-                    "load": known_signals(endpoint.load),
-                    **self._age_of(endpoint.name),
-                }
-                for endpoint in controller.endpoints.values()
-            ],
-            "waiting_total": controller.waiting,
-            "waiting_by_class": by_class,
-            "waiting": [_row(ticket, now) for ticket in islice(controller.waiting_tickets(), MOST_WAITING)],
-            "outcomes": self._outcomes(),
-        }
-
-    def _age_of(self, name: str) -> dict[str, float]:
-        age_s = self._metrics.age_s(name)
-        return {} if age_s is None else {"telemetry_age_s": round(age_s, 3)}
-
-    def _outcomes(self) -> dict[str, int]:
-        totals: dict[str, int] = {}
-        for (outcome, _), count in self._metrics.outcomes.items():
-            totals[outcome.value] = totals.get(outcome.value, 0) + count
-        return totals
+    async def _queues(self, request: web.Request) -> web.Response:
+        asked = request.query.get("limit", str(WAITING_LISTED))
+        if not (asked.isascii() and asked.isdigit() and int(asked[:9]) <= MOST_WAITING):
+            text = f"limit: must be a number from 0 to {MOST_WAITING}: how many waiting requests to list\n"
+            return web.Response(status=400, text=text)
+        return web.json_response(self.snapshot(int(asked)))
 
 
-def _row(ticket: Ticket, now: float) -> dict[str, object]:
-    pool = ticket.pool
-    shared = pool is None or ticket.queue is pool.shared
-    return {
-        "id": ticket.request.id,
-        "model": ticket.request.model,
-        "class": ticket.request_class.name,
-        "age_s": round(now - ticket.request.arrived, 3),
-        "budget_left_s": round(ticket.wait_until - now, 3),
-        "home": ticket.home.name if ticket.home is not None else None,
-        "queue": SHARED if shared or ticket.home is None else ticket.home.name,
-        "position": ticket.position,
-    }
+@web.middleware
+async def _only_local(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Refuse what a page of another site may have caused; for a server on loopback."""
+    host = request.headers.get("host", "")
+    if host and not _is_local_name(host):
+        text = "This port answers to an IP address or localhost as host alone, for fear of DNS rebinding.\n"
+        return web.Response(status=403, text=text)
+    strange = request.headers.get("sec-fetch-site") in ("cross-site", "same-site")
+    if strange and request.headers.get("sec-fetch-mode") != "navigate":
+        return web.Response(status=403, text="This port answers no requests from pages of other sites.\n")
+    return await handler(request)
+
+
+async def _add_headers(_: web.Request, response: web.StreamResponse) -> None:
+    response.headers.update(_HEADERS)
+
+
+def _is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def _is_local_name(host: str) -> bool:
+    """Tell whether no DNS server can have made up the host of a Host header: an address, or a name of this machine."""
+    name = host.rpartition("]")[0].removeprefix("[") if host.startswith("[") else host.partition(":")[0]
+    with contextlib.suppress(ValueError):
+        return bool(ip_address(name))
+    return name.lower() == "localhost" or name.lower().endswith(".localhost")

@@ -1,0 +1,128 @@
+"""The last five minutes in a ring: a few numbers per class every two seconds, whether anybody looks or not.
+
+A sample reads counters that are there anyway; nothing happens on the way of a request.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
+
+from extproc.observe.metrics import WAIT_BUCKETS_S
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from extproc.admission.controller import Controller
+    from extproc.observe.metrics import Metrics
+
+STEP_S = 2.0
+SAMPLES = 150
+"""Samples kept, one each STEP_S: five minutes."""
+SMOOTHED = 5
+"""Steps over which one point of the wait's curve looks back; a single step often sees no request leave."""
+RECENT_STEPS = 30
+"""Steps over which a rate is taken: a minute."""
+
+
+class Sample(NamedTuple):
+    """Counters as they stood at one moment."""
+
+    at: float
+    outcomes: dict[str, int]
+    waits: dict[str, list[int]]
+
+
+class History:
+    """What the admin page shows of the past."""
+
+    def __init__(self, controller: Controller, metrics: Metrics) -> None:
+        """Remember nothing yet; `sample` is to be called each STEP_S."""
+        self._controller = controller
+        self._metrics = metrics
+        self._samples: deque[Sample] = deque(maxlen=SAMPLES + 1)
+        self._curves: deque[dict[str, tuple[int, float | None]]] = deque(maxlen=SAMPLES)
+
+    def sample(self, now: float) -> None:
+        """Note the counters, and a point of each class's curves."""
+        taken = self._read(now)
+        if self._samples:
+            before = self._samples[-min(SMOOTHED, len(self._samples))]
+            depth = waiting_by_class(self._controller)
+            self._curves.append(
+                {
+                    name: (waiting, quantile(_since(before.waits, taken.waits, name), 0.95))
+                    for name, waiting in depth.items()
+                }
+            )
+        self._samples.append(taken)
+
+    def curves(self, classes: Iterable[str]) -> dict[str, dict[str, list[float | None]]]:
+        """Return for each class its waiting requests and its p95 wait in seconds, oldest first, STEP_S apart."""
+        nothing = (0, None)
+        points = {name: [at.get(name, nothing) for at in self._curves] for name in classes}
+        return {
+            name: {"waiting": [depth for depth, _ in curve], "p95_s": [_rounded(p95_s) for _, p95_s in curve]}
+            for name, curve in points.items()
+        }
+
+    def percentiles(self, request_class: str, now: float) -> tuple[float | None, float | None]:
+        """Return p50 and p95 of the waits of requests sent in the time remembered, in seconds; None: none was sent."""
+        first = self._samples[0].waits if self._samples else {}
+        counts = _since(first, self._read(now).waits, request_class)
+        return _rounded(quantile(counts, 0.5)), _rounded(quantile(counts, 0.95))
+
+    def rates(self, now: float) -> dict[str, float]:
+        """Return requests per second by outcome, over the last minute or what there is of it."""
+        if not self._samples:
+            return {}
+        before = self._samples[-min(RECENT_STEPS, len(self._samples))]
+        elapsed_s = max(now - before.at, STEP_S)
+        return {
+            outcome: (count - before.outcomes.get(outcome, 0)) / elapsed_s
+            for outcome, count in self._read(now).outcomes.items()
+        }
+
+    def _read(self, now: float) -> Sample:
+        return Sample(now, outcome_totals(self._metrics), self._metrics.wait_counts())
+
+
+def quantile(counts: Sequence[int], share: float) -> float | None:
+    """Estimate a quantile from counts per bucket of WAIT_BUCKETS_S, evenly spread inside a bucket; None: no counts."""
+    total = sum(counts)
+    if total <= 0:
+        return None
+    rank, below = share * total, 0
+    for index, count in enumerate(counts):
+        if count and below + count >= rank:
+            low = WAIT_BUCKETS_S[index - 1] if index else 0.0
+            high = WAIT_BUCKETS_S[index] if index < len(WAIT_BUCKETS_S) else low
+            return low + (high - low) * (rank - below) / count
+        below += count
+    return WAIT_BUCKETS_S[-1]
+
+
+def waiting_by_class(controller: Controller) -> dict[str, int]:
+    """Count what waits by class: all of the policy's, and former ones that somebody still waits in."""
+    counts = {klass.name: 0 for klass in controller.policy.classes}
+    for pool in controller.pools():
+        for klass, count in pool.waiting.items():
+            counts[klass.name] = counts.get(klass.name, 0) + count
+    return counts
+
+
+def outcome_totals(metrics: Metrics) -> dict[str, int]:
+    """Count requests by outcome, all classes together."""
+    totals: dict[str, int] = {}
+    for (outcome, _), count in metrics.outcomes.items():
+        totals[outcome.value] = totals.get(outcome.value, 0) + count
+    return totals
+
+
+def _since(before: dict[str, list[int]], after: dict[str, list[int]], name: str) -> list[int]:
+    now = after.get(name, [])
+    return [count - old for count, old in zip(now, before.get(name, [0] * len(now)), strict=True)]
+
+
+def _rounded(value_s: float | None) -> float | None:
+    return None if value_s is None else round(value_s, 4)

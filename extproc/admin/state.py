@@ -1,0 +1,259 @@
+"""What the sidecar's queues look like now, as plain values: /queues, and the view that the live page and `top` show.
+
+Ten thousand requests may wait and two hundred endpoints exist: lists are capped, counts are of all, and what must look
+at every waiting request gives way to the event loop every few hundred.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
+
+from extproc import __version__
+from extproc.admin.history import STEP_S, History, outcome_totals, waiting_by_class
+from extproc.admission.outcome import Outcome
+from extproc.admission.rehearsal import Rehearsal
+from extproc.admission.ticket import State
+from extproc.observe.metrics import SHARED, known_signals
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from extproc.admission.controller import Controller
+    from extproc.admission.endpoint import Endpoint
+    from extproc.admission.ticket import Ticket
+    from extproc.gate import Gate
+    from extproc.observe.metrics import Metrics
+
+Values = dict[str, Any]
+
+WAITING_LISTED = 200
+"""Waiting requests listed by /queues unless it is asked for another number."""
+MOST_WAITING = 500
+"""The most it lists: each hundred takes the event loop half a millisecond (`python -m bench.page`)."""
+MOST_BARS = 120
+"""Waiting requests of a class that the view tells apart."""
+ROWS = 40
+"""Waiting requests that the view lists by name."""
+MOST_SCANNED = 50_000
+"""Waiting requests that the view looks at; with more, the oldest wait is "at least"."""
+TURN = 500
+"""Tickets looked at in one turn of the event loop."""
+ENDPOINTS_TURN = 50
+"""Endpoints described in one turn."""
+MOST_CHARACTERS = 96
+"""Of a text that a client sent; a header may be 60 KiB long."""
+MOST_MODELS = 8
+"""Models listed of an endpoint in the view."""
+
+WORDS = {
+    Outcome.DISPATCHED: "Sent",
+    Outcome.REROUTED: "Sent to another endpoint",
+    Outcome.QUEUE_FULL: "Refused: queue full",
+    Outcome.BUDGET_PREDICTED: "Refused: would wait too long",
+    Outcome.BUDGET_EXPIRED: "Refused: waited too long",
+    Outcome.NO_ENDPOINT: "Refused: no endpoint up",
+    Outcome.UNKNOWN_MODEL: "Refused: unknown model",
+    Outcome.DRAINING: "Refused: shutting down",
+    Outcome.CANCELLED: "Client left while it waited",
+}
+"""Outcomes for people who have not read the documents."""
+
+
+class Viewer:
+    """Describes one sidecar."""
+
+    def __init__(self, gate: Gate, metrics: Metrics) -> None:
+        """Describe what `gate` drives and `metrics` counted."""
+        self._gate = gate
+        self._metrics = metrics
+        self.history = History(gate.controller, metrics)
+        self.sample()  # counts from the first second are news
+        self._began = gate.now()
+
+    def sample(self) -> None:
+        """Note a moment for the history; to be called each STEP_S."""
+        self.history.sample(self._gate.now())
+
+    def queues(self, *, ready: bool, limit: int = WAITING_LISTED) -> Values:
+        """Return the state with the first `limit` waiting requests, line by line."""
+        controller, now = self._gate.controller, self._gate.now()
+        preferring = _preferring(controller)
+        return {
+            **self._mode(ready=ready),
+            "endpoints": [self._endpoint(endpoint, preferring, now) for endpoint in controller.endpoints.values()],
+            "waiting_total": controller.waiting,
+            "waiting_by_class": waiting_by_class(controller),
+            "waiting": [_row(ticket, now) for ticket in islice(controller.waiting_tickets(), limit)],
+            "outcomes": outcome_totals(self._metrics),
+        }
+
+    async def view(self, *, ready: bool) -> Values:
+        """Return what the page and `top` show. Its parts may be some milliseconds apart."""
+        controller = self._gate.controller
+        lines = (queue.unordered() for pool in controller.pools() for queue in pool.queues())
+        tickets = list(islice(chain.from_iterable(lines), MOST_SCANNED))
+        by_class: dict[str, list[Ticket]] = {name: [] for name in waiting_by_class(controller)}
+        for start in range(0, len(tickets), TURN):
+            await asyncio.sleep(0)
+            for ticket in tickets[start : start + TURN]:
+                if ticket.state is State.WAITING:
+                    by_class.setdefault(ticket.request_class.name, []).append(ticket)
+        for waiting in by_class.values():
+            await asyncio.sleep(0)
+            waiting.sort(key=_arrival)
+        await asyncio.sleep(0)
+        now = self._gate.now()
+        everyone = [ticket for waiting in by_class.values() for ticket in waiting[:ROWS]]
+        oldest = sorted(everyone, key=_arrival)[:ROWS]
+        curves = self.history.curves(by_class)
+        endpoints, preferring = [], _preferring(controller)
+        for number, endpoint in enumerate(list(controller.endpoints.values())):
+            if number % ENDPOINTS_TURN == 0:
+                await asyncio.sleep(0)
+            endpoints.append(self._endpoint(endpoint, preferring, now, most_models=MOST_MODELS))
+        rates = self.history.rates(now)
+        totals = outcome_totals(self._metrics)
+        return {
+            **self._mode(ready=ready),
+            "version": __version__,
+            "up_s": round(now - self._began),
+            "patience_s": controller.policy.patience_s,
+            "step_s": STEP_S,
+            "endpoints": endpoints,
+            "waiting_total": sum(map(len, by_class.values())) if len(tickets) < MOST_SCANNED else controller.waiting,
+            "scanned_all": len(tickets) < MOST_SCANNED,
+            "classes": self._classes(by_class, curves, now),
+            "waiting": [_row(ticket, now) for ticket in oldest],
+            "outcomes": [
+                {
+                    "outcome": outcome.value,
+                    "words": words,
+                    "status": outcome.status,
+                    "total": totals.get(outcome.value, 0),
+                    "per_s": round(rates.get(outcome.value, 0.0), 2),
+                }
+                for outcome, words in WORDS.items()
+            ],
+            "rehearsed": _rehearsed(controller),
+        }
+
+    def _mode(self, *, ready: bool) -> Values:
+        controller = self._gate.controller
+        return {
+            "enable_queue": controller.policy.enable_queue,
+            "dry_run": isinstance(controller, Rehearsal),
+            "draining": controller.draining or not ready,
+        }
+
+    def _classes(self, by_class: Mapping[str, list[Ticket]], curves: Mapping[str, Any], now: float) -> list[Values]:
+        known = {klass.name: klass for klass in self._gate.controller.policy.classes}
+        classes = []
+        for name, waiting in by_class.items():
+            klass = known.get(name) or waiting[0].request_class  # a former class is here for those who wait in it
+            p50_s, p95_s = self.history.percentiles(name, now)
+            classes.append(
+                {
+                    "name": name,
+                    "priority": klass.priority,
+                    "budget_s": klass.budget_s,
+                    "waiting": len(waiting),
+                    "oldest_s": round(now - waiting[0].request.arrived, 2) if waiting else None,
+                    "p50_s": p50_s,
+                    "p95_s": p95_s,
+                    # The sequence number tells a bar from its neighbours; the share of the budget is its height.
+                    "bars": [[ticket.key[2], _budget_used(ticket, now)] for ticket in waiting[:MOST_BARS]],
+                    "history": curves[name],
+                }
+            )
+        return sorted(classes, key=lambda one: -int(one["priority"]))
+
+    def _endpoint(
+        self, endpoint: Endpoint, preferring: Mapping[str, int], now: float, most_models: int | None = None
+    ) -> Values:
+        models = sorted(endpoint.spec.models)
+        age_s = self._metrics.age_s(endpoint.name)
+        row: Values = {
+            "name": endpoint.name,
+            "cluster": endpoint.spec.cluster,
+            "models": models[:most_models],
+            "up": endpoint.available,
+            "state": _state(endpoint),
+            "in_flight": len(endpoint.leases),
+            "foreign": endpoint.foreign,
+            "limit": endpoint.limit.value,
+            "adaptive": endpoint.spec.max_running_requests is None,
+            "held_back": endpoint.gate_until is not None,
+            "kv_tokens": endpoint.kv_tokens,
+            "kv_capacity_tokens": endpoint.kv_capacity,
+            "waiting": preferring.get(endpoint.name, 0),
+            "dispatched": endpoint.dispatched,
+            "load": known_signals(endpoint.known),
+        }
+        if len(models) > len(row["models"]):
+            row["more_models"] = len(models) - len(row["models"])
+        if endpoint.ejected_until is not None:
+            row["ejected_for_s"] = round(max(endpoint.ejected_until - now, 0.0), 1)
+        if age_s is not None:
+            row["telemetry_age_s"] = round(age_s, 3)
+        return row
+
+
+def _state(endpoint: Endpoint) -> str:
+    """Whether it may be used, in a word."""
+    if endpoint.removed:
+        return "removed"
+    if not endpoint.is_up:
+        return "down"
+    if endpoint.ejected_until is not None:
+        return "ejected"
+    return "on trial" if endpoint.on_trial else "up"
+
+
+def _preferring(controller: Controller) -> dict[str, int]:
+    """Count the requests that wait for one endpoint, their home, by its name."""
+    counts: dict[str, int] = {}
+    for pool in controller.pools():
+        for home, queue in pool.homes.items():
+            counts[home.name] = counts.get(home.name, 0) + len(queue)
+    return counts
+
+
+def _rehearsed(controller: Controller) -> dict[str, int]:
+    """Count what a dry run would have done, by outcome; empty without one."""
+    counts: dict[str, int] = {}
+    if isinstance(controller, Rehearsal):
+        for (what, _), count in controller.counts.items():
+            counts[what] = counts.get(what, 0) + count
+    return counts
+
+
+def _row(ticket: Ticket, now: float) -> Values:
+    pool = ticket.pool
+    shared = pool is None or ticket.queue is pool.shared
+    request = ticket.request
+    return {
+        "id": _short(request.id),
+        "model": None if request.model is None else _short(request.model),
+        "class": ticket.request_class.name,
+        "tenant": _short(request.tenant),
+        "age_s": round(now - request.arrived, 3),
+        "budget_left_s": round(ticket.wait_until - now, 3),
+        "home": ticket.home.name if ticket.home is not None else None,
+        "queue": SHARED if shared or ticket.home is None else ticket.home.name,
+        "position": ticket.position,
+    }
+
+
+def _arrival(ticket: Ticket) -> float:
+    return ticket.request.arrived
+
+
+def _budget_used(ticket: Ticket, now: float) -> float:
+    budget_s = ticket.wait_until - ticket.request.arrived
+    return round(min((now - ticket.request.arrived) / budget_s, 1.0), 2) if budget_s > 0 else 1.0
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MOST_CHARACTERS else text[: MOST_CHARACTERS - 1] + "…"
