@@ -107,9 +107,11 @@ class Reader:
             case _:
                 pass
         if _ATTRIBUTES in message.attributes:
-            for key, value in message.attributes[_ATTRIBUTES].fields.items():
-                if value.WhichOneof("kind") == "string_value":
-                    incoming.attributes[key] = value.string_value.decode("utf-8", "replace")
+            attributes = message.attributes[_ATTRIBUTES].fields
+            for key in attributes:  # .items() and WhichOneof would cost more than all else here
+                text = attributes[key].string_value
+                if text or attributes[key].HasField("string_value"):
+                    incoming.attributes[key] = text.decode("utf-8", "replace")
         return incoming
 
     def _pick(self, part: pb.HttpHeaders, incoming: Incoming) -> None:

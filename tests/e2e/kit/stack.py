@@ -81,9 +81,7 @@ class Sidecar:
         lines = [line for line in text.splitlines() if line and not line.startswith("#")]
         return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
-    def envoy_config(
-        self, http: str, admin: str, access_log: Path, protocol: str, sidecars: Sequence[str] = ()
-    ) -> str:
+    def envoy_config(self, http: str, admin: str, access_log: Path, protocol: str, sidecars: Sequence[str] = ()) -> str:
         """The bootstrap that `extproc envoy-config` prints for this config; for TLS also the files it names."""
         secrets = self.config.get("tls", {}).get("envoy", {}).get("secrets_directory")
         done = run(

@@ -1,6 +1,7 @@
-"""`extproc serve`, but SIGUSR1 blocks its event loop for some seconds: what a bug or a busy machine can do to us all.
+"""`extproc serve` with buttons, for what a bug, a busy machine or an administrator can do to us all.
 
-Only the loop stands still: gRPC's own threads go on and accept streams, which is what makes it dangerous.
+SIGUSR1 blocks the event loop for some seconds. Only the loop stands still: gRPC's own threads go on and accept
+streams, which is what makes it dangerous. SIGUSR2 moves the wall clock by the seconds given as second argument.
 """
 
 from __future__ import annotations
@@ -13,18 +14,26 @@ from pathlib import Path
 
 from extproc.app import App
 from extproc.cli import run_loop
-from extproc.config import load_config
+from extproc.config import Config, load_config
 
 STALL_S = 4.0
 
 
-async def serve(path: Path) -> int:
-    """Serve the config at `path`."""
+async def serve(config: Config, jump_s: float) -> int:
+    """Serve this configuration."""
     loop = asyncio.get_running_loop()
+    app = App(config, loop)
+    wall = app.ages._wall
+
+    def jump() -> None:
+        app.ages._wall = lambda: wall() + jump_s
+
     loop.add_signal_handler(signal.SIGUSR1, lambda: time.sleep(STALL_S))
-    await App(load_config(path), loop).run()
+    loop.add_signal_handler(signal.SIGUSR2, jump)
+    await app.run()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_loop(serve(Path(sys.argv[1]))))
+    config = load_config(Path(sys.argv[1]))
+    sys.exit(run_loop(serve(config, float(sys.argv[2]) if len(sys.argv) > 2 else 0.0), config.transport))

@@ -44,6 +44,7 @@ class Behaviour:
     gap_s     silence between events
     hold      "head": wait for `release(id)` before the head; "body": after the first event, or after half of an ok body
     fail      that many attempts of this request id are reset before the head; the next one goes as told
+    reply     one more header of the answer (kinds ok and with events): `name: value`
     """
 
     kind: str = "ok"
@@ -54,6 +55,12 @@ class Behaviour:
     wait_s: float = 0.0
     hold: str = ""
     fail: int = 0
+    reply: str = ""
+
+    @property
+    def reply_headers(self) -> Headers:
+        name, colon, value = self.reply.partition(":")
+        return [(name.strip(), value.strip())] if colon else []
 
     @classmethod
     def parse(cls, text: str) -> Behaviour:
@@ -131,6 +138,7 @@ class Upstream:
         self.connections: set[Connection] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._server: asyncio.Server | None = None
+        self.is_shut = False
         self._stopping: asyncio.Event | None = None
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"upstream-{name}", daemon=True)
@@ -217,6 +225,7 @@ class Upstream:
         await self._shut()
 
     async def _listen(self) -> None:
+        self.is_shut = False
         if self._server is None:
             loop = asyncio.get_running_loop()
             self._server = await loop.create_server(
@@ -224,7 +233,13 @@ class Upstream:
             )
 
     async def _shut(self) -> None:
+        self.is_shut = True
         if self._server is not None:
+            # Accept no more, and let what was accepted come to be: asyncio drops it, open, if its server is closed.
+            for listening in self._server.sockets:
+                asyncio.get_running_loop().remove_reader(listening.fileno())
+            for _ in range(3):
+                await asyncio.sleep(0)
             self._server.close()
             self._server = None
         ending = list(self.connections)
@@ -284,7 +299,8 @@ class Upstream:
         self.close(record, "finished")
 
     async def _answer_whole(self, record: Received, how: Behaviour, wire: _Wire) -> None:
-        await wire.head(how.status, [("content-type", "text/plain"), ("content-length", str(how.size))])
+        headers = [("content-type", "text/plain"), ("content-length", str(how.size)), *how.reply_headers]
+        await wire.head(how.status, headers)
         half = how.size // 2 if how.hold == "body" else 0
         for start in range(0, half, _PIECE_BYTES):
             await wire.data(b"x" * min(_PIECE_BYTES, half - start))
@@ -296,7 +312,8 @@ class Upstream:
     async def _answer_events(self, record: Received, how: Behaviour, wire: _Wire) -> bool:
         """Whether the answer is to be ended well (False: it was cut)."""
         if how.events or how.kind in ("sse", "trailers"):
-            await wire.head(how.status, [("content-type", "text/event-stream"), ("cache-control", "no-cache")])
+            headers = [("content-type", "text/event-stream"), ("cache-control", "no-cache"), *how.reply_headers]
+            await wire.head(how.status, headers)
         for number in range(how.events):
             if number and how.gap_s:
                 await asyncio.sleep(how.gap_s)

@@ -39,6 +39,8 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
         self.upstream.connections.add(self)
+        if self.upstream.is_shut:  # it was accepted before, and comes to be only now
+            self.reset()
 
     def data_received(self, data: bytes) -> None:
         if self._speaker is None:

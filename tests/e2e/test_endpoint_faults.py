@@ -1,0 +1,251 @@
+"""Endpoints that die, hang, refuse, dawdle or flap: each request ends in exactly one outcome, and none is stuck."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import pytest
+
+from .kit.clients import H1Request, complete_many
+from .kit.processes import free_port, wait_until
+from .kit.upstream import SSE_DONE, behave
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .kit.clients import Completion
+    from .kit.stack import Stack
+
+LONG = os.environ.get("EXTPROC_LONG") == "1"
+CHECK = {"interval": "100ms", "timeout": "300ms", "unhealthy_threshold": 2}
+PATIENT = [{"name": "default", "budget": "30s"}]
+
+
+class Deaf:
+    """A server that accepts connections and never says a word, until `close`."""
+
+    def __init__(self, *, backlog: int = 256) -> None:
+        self.port = free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._socket.bind(("127.0.0.1", self.port))
+        self._socket.listen(backlog)
+
+    def __enter__(self) -> Deaf:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+
+@contextlib.contextmanager
+def unreachable() -> Iterator[str]:
+    """An address where connecting itself hangs: a listener whose queue of connections is full."""
+    with Deaf(backlog=0) as deaf, contextlib.ExitStack() as queue:
+        for _ in range(4):
+            one = queue.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(("127.0.0.1", deaf.port))
+        yield deaf.address
+
+
+def settle(here: Stack, offered: int) -> None:
+    """All books are empty, and say of each request what became of it, once."""
+    here.wait_idle(10)
+    outcomes = here.sidecar.queues()["outcomes"]
+    assert sum(outcomes.values()) == offered, outcomes
+    left = sum(one["dispatched"] for one in here.sidecar.queues()["endpoints"])
+    assert left == outcomes.get("dispatched", 0) + outcomes.get("rerouted", 0)
+    wait_until(lambda: here.sidecar.metrics()["extproc_streams"] == 0, 5, "all streams gone")
+
+
+def reached(here: Stack, *names: str) -> list[str]:
+    """The ids of requests that reached these upstreams (all, if none is named), without health checks."""
+    upstreams = [here.upstreams[name] for name in names] if names else here.upstreams.values()
+    return [record.request_id for one in upstreams for record in one.records() if record.request_id]
+
+
+def whole(answers: list[Completion]) -> list[Completion]:
+    return [one for one in answers if one.status == 200 and not one.error]
+
+
+def test_an_endpoint_that_refuses_connections_is_left_out_and_its_pool_serves_on(stack):
+    here = stack(upstreams=("a", "b"), config={"max_running_requests": 4})
+    here.upstreams["a"].down()
+    answers = complete_many(here.url, 60, lambda n: {"x-test-id": f"f-{n}"}, gap_s=0.01)
+    statuses = Counter(answer.status for answer in answers)
+    assert statuses[200] + statuses[503] == 60
+    assert statuses[503] <= 12  # five failures in a row, and those that were under way, eject it
+    late = complete_many(here.url, 20, lambda n: {"x-test-id": f"l-{n}"})
+    assert {answer.status for answer in late} == {200}
+    settle(here, 80)
+
+
+def test_an_endpoint_that_is_killed_mid_stream_costs_only_its_own_answers(stack):
+    """Those are cut, the clients see it, their slots come back; what waits goes to the other endpoint."""
+    here = stack(upstreams=("a", "b"), config={"max_running_requests": 8, "health_check": CHECK, "classes": PATIENT})
+    with ThreadPoolExecutor(2) as pool:
+
+        def answer(number: int) -> dict[str, str]:
+            return {"x-test-id": f"run-{number}", **dict([behave("sse", hold="body")])}
+
+        running = pool.submit(complete_many, here.url, 16, answer)
+        here.wait_in_flight("a", 8)
+        here.wait_in_flight("b", 8)
+        wait_until(lambda: len(reached(here)) == 16)
+        waiting = pool.submit(complete_many, here.url, 40, lambda n: {"x-test-id": f"wait-{n}"})
+        here.wait_waiting(40)
+        on_a = reached(here, "a")
+        here.upstreams["a"].down()
+        wait_until(lambda: here.in_flight("a") == 0, 5, "the slots at a come back")
+        for number in range(16):
+            here.upstreams["b"].release(f"run-{number}")
+        for one in running.result():
+            if f"run-{one.number}" in on_a:
+                assert (one.status, bool(one.error)) == (200, True), "its head was through, its body was cut"
+            else:
+                assert (one.status, one.error, one.body.endswith(SSE_DONE)) == (200, "", True)
+        fates = Counter((one.status, one.headers.get("x-extproc-outcome")) for one in waiting.result())
+        # Until a is known to be gone, some are sent there, and fail as Envoy's 503. None is lost, none is stuck.
+        assert fates[200, None] + fates[503, None] == 40
+        assert fates[503, None] <= 16
+    settle(here, 56)
+
+
+def test_a_hung_endpoint_keeps_its_slots_and_nothing_else(stack):
+    """It accepts and never answers. Its limit bounds who is stuck there; a client that gives up gives its slot back."""
+    with Deaf() as deaf:
+        here = stack(
+            upstreams=("a",),
+            endpoints={"deaf": {"address": deaf.address}},
+            config={"max_running_requests": 4, "classes": PATIENT},
+        )
+        with contextlib.ExitStack() as clients:
+            for number in range(12):
+                headers = [("x-test-id", f"first-{number}")]
+                clients.enter_context(H1Request(here.address, headers=headers, body=b"{}")).send()
+            wait_until(lambda: len(reached(here)) == 8, message="four are stuck, eight are served")
+            here.wait_in_flight("deaf", 4)
+            served = complete_many(here.url, 30, lambda n: {"x-test-id": f"w-{n}"}, timeout_s=10)
+            assert len(whole(served)) == 30
+            assert here.in_flight("deaf") == 4
+        settle(here, 42)
+
+
+def test_health_checks_find_a_hung_endpoint_before_any_request_does(stack):
+    with Deaf() as deaf:
+        here = stack(
+            upstreams=("a",),
+            endpoints={"deaf": {"address": deaf.address}},
+            config={"max_running_requests": 4, "health_check": CHECK, "classes": PATIENT},
+        )
+        wait_until(lambda: not here.endpoint("deaf")["up"], 5)
+        answers = complete_many(here.url, 30, lambda n: {"x-test-id": f"w-{n}"}, timeout_s=10)
+        assert len(whole(answers)) == 30
+        assert here.endpoint("deaf")["dispatched"] == 0
+        settle(here, 30)
+
+
+@pytest.mark.skipif(not LONG, reason="waits for Envoy's connect timeouts: make faults")
+def test_an_endpoint_that_hangs_while_connecting_is_left_out(stack):
+    """Envoy gives up connecting after 2 s (connect_timeout), tries once more, answers 503; five of those eject it."""
+    with unreachable() as address:
+        here = stack(
+            upstreams=("a",),
+            endpoints={"far": {"address": address}},
+            config={"max_running_requests": 8, "classes": PATIENT},
+        )
+        answers = complete_many(here.url, 60, lambda n: {"x-test-id": f"f-{n}"}, timeout_s=20)
+        assert Counter(one.status for one in answers).keys() <= {200, 503}
+        assert 60 - len(whole(answers)) <= 16
+        late = complete_many(here.url, 20, lambda n: {"x-test-id": f"l-{n}"}, timeout_s=20)
+        assert len(whole(late)) >= 19  # a trial may be among them
+        settle(here, 80)
+
+
+def test_an_endpoint_that_is_slow_to_accept_only_makes_its_requests_late(stack):
+    here = stack(upstreams=("a",), config={"max_running_requests": 4})
+    loop = here.upstreams["a"]._loop
+    loop.call_soon_threadsafe(time.sleep, 0.8)  # its kernel takes connections, and nobody looks at them
+    began = time.monotonic()
+    answers = complete_many(here.url, 20, lambda n: {"x-test-id": f"s-{n}"})
+    assert len(whole(answers)) == 20
+    assert time.monotonic() - began >= 0.5
+    settle(here, 20)
+
+
+def test_when_all_endpoints_go_and_come_back_each_request_has_one_end_and_service_resumes(stack):
+    """Without health checks: failures alone tell. The one last endpoint of a pool is tried again after 5 s."""
+    here = stack(upstreams=("a", "b"), config={"max_running_requests": 2, "classes": PATIENT})
+    with ThreadPoolExecutor(2) as pool:
+
+        def answer(number: int) -> dict[str, str]:
+            return {"x-test-id": f"run-{number}", **dict([behave("sse", hold="body")])}
+
+        running = pool.submit(complete_many, here.url, 4, answer)
+        wait_until(lambda: len(reached(here)) == 4)
+        waiting = pool.submit(complete_many, here.url, 30, lambda n: {"x-test-id": f"w-{n}"}, timeout_s=25)
+        here.wait_waiting(30)
+        for upstream in here.upstreams.values():
+            upstream.down()
+        assert len(running.result()) == 4
+        wait_until(lambda: here.sidecar.queues()["waiting_total"] < 30, 5)
+        for upstream in here.upstreams.values():
+            upstream.up()
+        fates = Counter((one.status, one.headers.get("x-extproc-outcome")) for one in waiting.result())
+        assert set(fates) <= {(200, None), (503, None)}, fates
+        assert fates[200, None] >= 10
+        assert len(whole(complete_many(here.url, 10, lambda n: {"x-test-id": f"late-{n}"}, timeout_s=20))) == 10
+    settle(here, 44)
+
+
+@pytest.mark.skipif(not LONG, reason="waits out ejections: make faults")
+def test_a_flapping_endpoint_strands_nobody(stack):
+    here = stack(upstreams=("a", "b"), config={"max_running_requests": 4, "health_check": CHECK, "classes": PATIENT})
+    ending = threading.Event()
+
+    def flap() -> None:
+        while not ending.wait(0.15):
+            here.upstreams["a"].down()
+            if not ending.wait(0.15):
+                here.upstreams["a"].up()
+
+    flapping = threading.Thread(target=flap)
+    flapping.start()
+    count = 4000
+    try:
+
+        def answer(number: int) -> dict[str, str]:
+            return {"x-test-id": f"f-{number}", **dict([behave("sse", events=3, gap_s=0.005)])}
+
+        answers = complete_many(here.url, count, answer, gap_s=0.005, timeout_s=40)
+    finally:
+        ending.set()
+        flapping.join()
+    here.upstreams["a"].up()
+    assert {one.status for one in answers} <= {200, 502, 503}, "no hang, no refusal"
+    assert len(whole(answers)) >= count // 2
+    seen = reached(here)
+    assert len(seen) == len(set(seen)), "dispatched twice"
+    wait_until(lambda: here.endpoint("a")["up"], 15, "a is trusted again")
+    assert len(whole(complete_many(here.url, 20, lambda n: {"x-test-id": f"late-{n}"}))) == 20
+    settle(here, count + 20)
+
+
+@pytest.mark.parametrize("how", ["rst", "fin"])
+def test_answers_that_break_off_end_once_and_give_their_slots_back(stack, how):
+    here = stack(upstreams=("a",), config={"max_running_requests": 4})
+    answers = complete_many(
+        here.url, 40, lambda n: {"x-test-id": f"b-{n}", **dict([behave(how, events=n % 3)])}, timeout_s=20
+    )
+    assert not whole(answers)
+    assert {one.status for one in answers} <= {200, 502, 503}
+    settle(here, 40)

@@ -1,0 +1,143 @@
+"""Requests that Envoy replays to a restarted sidecar come back in random order; the gate puts them right."""
+
+from __future__ import annotations
+
+import heapq
+from typing import TYPE_CHECKING
+
+from extproc.admission.controller import Controller
+from extproc.admission.ticket import State, Ticket
+from extproc.admission.values import EndpointSpec, Policy, Request, RequestClass
+from extproc.gate import GATHER_S, REPLAYS_S, Gate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Loop:
+    """A loop whose time stands still until the test moves it."""
+
+    def __init__(self) -> None:
+        self.now = 50.0
+        self._timers: list[tuple[float, int, list[Callable[[], None]]]] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        self.call_at(self.now, callback)
+
+    def call_at(self, when: float, callback: Callable[[], None]) -> Timer:
+        timer = Timer([callback])
+        heapq.heappush(self._timers, (when, len(self._timers), timer.callbacks))
+        return timer
+
+    def advance(self, seconds: float) -> None:
+        end = self.now + seconds
+        while self._timers and self._timers[0][0] <= end:
+            self.now, _, callbacks = heapq.heappop(self._timers)
+            for callback in callbacks:
+                callback()
+        self.now = end
+
+
+class Timer:
+    def __init__(self, callbacks: list[Callable[[], None]]) -> None:
+        self.callbacks = callbacks
+
+    def cancel(self) -> None:
+        self.callbacks.clear()
+
+
+class Room:
+    """A gate with one endpoint of so many slots, and who was sent there, in order."""
+
+    def __init__(self, slots: int = 1, *, enable_queue: bool = True) -> None:
+        self.loop = Loop()
+        self.sent: list[str] = []
+        self.cancelled_ids: list[str] = []
+        policy = Policy(classes=(RequestClass("default", 0, 30.0),), enable_queue=enable_queue)
+        self.gate = Gate(Controller(policy), self.loop, [self])
+        self.gate.put_endpoint(EndpointSpec("a", max_running_requests=slots))
+        self.gate.expect_replays()
+
+    def decided(self, decision) -> None:
+        self.sent.append(decision.ticket.request.id)
+
+    def cancelled(self, ticket, wait_s) -> None:
+        self.cancelled_ids.append(ticket.request.id)
+
+    def offer(self, name: str, age_s: float = 0.0) -> Ticket:
+        ticket = Ticket(Request(name, self.loop.now - age_s))
+        self.gate.offer(ticket)
+        return ticket
+
+    def run_dry(self, *tickets: Ticket) -> None:
+        for _ in tickets:
+            for ticket in tickets:
+                if ticket.state is State.LEASED:
+                    self.gate.close(ticket)
+
+
+def test_replayed_requests_go_in_the_order_in_which_they_came_to_envoy():
+    room = Room()
+    tickets = [room.offer(f"r{age}", age) for age in (3, 5, 2, 4)]
+    assert room.sent == []
+    room.loop.advance(GATHER_S)
+    room.run_dry(*tickets)
+    assert room.sent == ["r5", "r4", "r3", "r2"]
+
+
+def test_a_new_request_between_replayed_ones_does_not_pass_them():
+    room = Room()
+    tickets = [room.offer("old", 3), room.offer("new"), room.offer("older", 4)]
+    room.loop.advance(GATHER_S)
+    room.run_dry(*tickets)
+    assert room.sent == ["older", "old", "new"]
+
+
+def test_without_a_replayed_request_nothing_is_kept_back():
+    room = Room()
+    room.offer("new")
+    assert room.sent == ["new"]
+
+
+def test_long_after_a_start_an_old_request_is_not_kept_back():
+    room = Room()
+    room.loop.advance(REPLAYS_S)
+    room.offer("slow upload", 5)
+    assert room.sent == ["slow upload"]
+
+
+def test_requests_are_gathered_once_and_not_again():
+    room = Room(slots=4)
+    room.offer("first", 3)
+    room.loop.advance(GATHER_S)
+    room.offer("late", 3)
+    assert room.sent == ["first", "late"]
+
+
+def test_with_the_queue_off_nothing_is_kept_back():
+    room = Room(enable_queue=False)
+    room.offer("old", 3)
+    assert room.sent == ["old"]
+
+
+def test_a_client_that_leaves_while_replays_are_gathered_is_forgotten_and_counted():
+    room = Room()
+    gone, here = room.offer("gone", 3), room.offer("here", 2)
+    room.gate.close(gone)
+    room.loop.advance(GATHER_S)
+    assert room.sent == ["here"]
+    assert room.cancelled_ids == ["gone"]
+    room.gate.close(here)
+
+
+def test_a_drain_does_not_forget_what_is_being_gathered():
+    room = Room()
+    first, second = room.offer("r3", 3), room.offer("r4", 4)
+    room.gate.drain()
+    assert room.sent == ["r4", "r3"]
+    assert (second.state, first.state) == (State.LEASED, State.LEFT)
+    room.loop.advance(GATHER_S)
+    assert room.sent == ["r4", "r3"]
