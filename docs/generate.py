@@ -21,6 +21,8 @@ from extproc.config import (
     HeadersConfig,
     HealthCheckConfig,
     KubernetesConfig,
+    TlsConfig,
+    TlsEnvoyConfig,
 )
 from extproc.durations import format_duration
 from extproc.observe.metrics import Metrics
@@ -52,6 +54,8 @@ def reference() -> str:
         f"### `discovery[]`\n\n{DiscoveryConfig.__doc__}\n\n{_keys(DiscoveryConfig)}",
         f"### `discovery[].dns`\n\n{DnsConfig.__doc__}\n\n{_keys(DnsConfig)}",
         f"### `discovery[].kubernetes`\n\n{cleandoc(KubernetesConfig.__doc__ or '')}\n\n{_keys(KubernetesConfig)}",
+        f"### `tls`\n\n{TlsConfig.__doc__}\n\n{_keys(TlsConfig)}",
+        f"### `tls.envoy`\n\n{TlsEnvoyConfig.__doc__}\n\n{_keys(TlsEnvoyConfig)}",
         f"### `health_check`\n\n{HealthCheckConfig.__doc__}\n\n{_keys(HealthCheckConfig)}",
         f"### `classes[]`\n\n{ClassConfig.__doc__}\n\n{_keys(ClassConfig)}",
         f"### `headers`\n\n{HeadersConfig.__doc__}\n\n{_keys(HeadersConfig)}",
@@ -77,6 +81,8 @@ def _default(name: str, value: object, *, required: bool) -> str:
         return "`adaptive`" if name in ADAPTIVE else ""
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
+    if name == "socket_mode":
+        return f"`{value:04o}`"
     if isinstance(value, float):
         return f"`{format_duration(value)}`"
     if isinstance(value, (list, HeadersConfig)):
@@ -99,7 +105,8 @@ def _outcomes() -> str:
 def _metrics() -> str:
     """Describe what /metrics has, from the collectors themselves, in a dry run so that its metrics are there too."""
     rows = [
-        "## Metrics\n\nAt `/metrics` of the admin port. Labels come from the configuration, never from clients.\n",
+        "## Metrics\n\nAt `/metrics` of the admin port. Labels come from the configuration, never from clients.",
+        "On Linux `process_*` too: CPU, memory, file descriptors. [observability.md](observability.md) has alerts.\n",
         "| metric | type | labels | meaning |",
         "| --- | --- | --- | --- |",
     ]

@@ -1,0 +1,217 @@
+"""An asyncio event loop that waits on a gRPC completion queue: what gRPC has to tell and what sockets have to tell
+is all dealt with in one thread, and no request crosses from one thread to another.
+
+The completion queue is grpcio's own, from `grpc._cython.cygrpc`, which is private. So `make_loop` tries out everything
+that is used of it before anybody depends on it (docs/adr/0006).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import select
+import selectors
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from grpc._cython import cygrpc
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+log = logging.getLogger("extproc.completion")
+
+TESTED = ((1, 80), (1, 86))
+"""grpcio versions that the driver is tested with: from, and below."""
+PROBE_S = 5.0
+"""How long the self-test may take before it counts as failed; it takes some milliseconds."""
+HEARTBEAT_S = 1.0
+"""`poll` waits by the wall clock; so long, at most, is a timer late when somebody sets that clock back."""
+BATCH = 256
+"""Events taken from the queue before everybody else has a turn."""
+
+_WAKE = object()  # the tag of an event that says: look at the files
+
+
+class UnusableError(Exception):
+    """This grpcio is not what the driver was written for."""
+
+
+class CompletionLoop(asyncio.SelectorEventLoop):
+    """asyncio's own loop, but what it waits on is `queue`; the tag of an event is called with the event."""
+
+    def __init__(self, queue: Any, waker: Any) -> None:
+        """Wait on `queue`; `waker`: a call whose batches end up there (`make_loop` makes both)."""
+        self.queue = queue
+        self.at_close: list[Callable[[], None]] = []
+        """What must be done before the queue can close: a server on it would keep it open for ever."""
+        super().__init__(_Selector(queue, waker, self._arrived))
+
+    def close(self) -> None:
+        """Close whatever is left on the queue, then the loop."""
+        while self.at_close:
+            self.at_close.pop()()
+        super().close()
+
+    def _arrived(self, events: list[Any]) -> None:
+        self.call_soon(_dispatch, events)
+
+
+def make_loop() -> CompletionLoop | None:
+    """Make a loop on a completion queue, or say in the log why that can't be had, and return None."""
+    version = tuple(int(part) for part in grpc.__version__.split(".")[:2] if part.isdigit())
+    if not TESTED[0] <= version < TESTED[1]:
+        why = f"tested with grpcio {_dotted(TESTED[0])} to below {_dotted(TESTED[1])}, this is {grpc.__version__}"
+    else:
+        try:
+            queue = cygrpc.CompletionQueue()
+            return CompletionLoop(queue, _probe(queue))
+        except Exception as error:  # whatever it is, there is another way to serve
+            why = f"grpcio {grpc.__version__} failed the self-test: {type(error).__name__}: {error}"
+    log.warning("transport completion_queue: not usable, serving on grpc.aio instead, which costs more CPU: %s", why)
+    return None
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
+
+
+def _dispatch(events: list[Any]) -> None:
+    for event in events:
+        try:
+            event.tag(event)
+        except Exception:  # one request's bug must not cost the others
+            log.exception("an event of a stream could not be dealt with: please report it")
+
+
+class _Selector(selectors.BaseSelector):
+    """Waits on the completion queue. For asyncio's files (sockets, signals) a thread waits, and wakes the queue.
+
+    That thread does nothing else. An epoll file is itself a file that can be waited on, so it needs no list of files.
+    """
+
+    def __init__(self, queue: Any, waker: Any, arrived: Callable[[list[Any]], None]) -> None:
+        self._queue = queue
+        self._waker = waker
+        self._arrived = arrived
+        self._files = selectors.DefaultSelector()
+        self._parked = False  # the thread waits until the files have been dealt with
+        self._go_on = threading.Semaphore(0)
+        self._closed = False
+        self._thread = threading.Thread(target=self._watch, name="files", daemon=True)
+        self._thread.start()
+
+    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        return self._files.register(fileobj, events, data)
+
+    def unregister(self, fileobj: Any) -> selectors.SelectorKey:
+        return self._files.unregister(fileobj)
+
+    def modify(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        return self._files.modify(fileobj, events, data)
+
+    def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
+        return self._files.get_map()
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if self._parked:
+            self._parked = False
+            self._go_on.release()
+        # 0 is long ago, that is: don't wait.
+        deadline = None if timeout is None else time.time() + timeout if timeout > 0 else 0
+        poll = self._queue.poll
+        events = []
+        event = poll(deadline)
+        while (tag := event.tag) is not None:  # only the event that says "nothing" has no tag
+            if tag is _WAKE:
+                self._parked = True
+            else:
+                events.append(event)
+                if len(events) == BATCH:
+                    break
+            event = poll(0)
+        if events:
+            self._arrived(events)
+        return self._files.select(0) if self._parked else []
+
+    def close(self) -> None:
+        self._closed = True
+        readable, writable = os.pipe()
+        os.close(writable)
+        self._files.register(readable, selectors.EVENT_READ)  # at its end, so it is ready: the thread wakes
+        self._go_on.release()
+        self._thread.join()
+        os.close(readable)
+        self._files.close()
+        self._queue.shutdown()
+        while self._queue.poll().completion_type != cygrpc.CompletionType.queue_shutdown:
+            pass
+
+    def _watch(self) -> None:
+        files = select.poll()
+        files.register(self._files.fileno(), select.POLLIN)
+        while True:
+            files.poll(HEARTBEAT_S * 1000)
+            if self._closed:
+                return
+            self._waker.start_server_batch((), _WAKE)
+            self._go_on.acquire()
+
+
+def _probe(queue: Any) -> Any:
+    """Serve one call to ourselves with every part of cygrpc that is used here, and return that call.
+
+    It is over, but good for one thing: an empty batch on it puts its tag into the queue at once, from any thread.
+    """
+    server = cygrpc.Server((), False)
+    server.register_completion_queue(queue)
+    port = server.add_http2_port(b"127.0.0.1:0", None)
+    if not port:
+        raise UnusableError("can't bind a port on 127.0.0.1")
+    server.start()
+    deadline = time.time() + PROBE_S
+    seen: dict[str, Any] = {}
+
+    def wait_for(*tags: str) -> None:
+        while not all(tag in seen for tag in tags):
+            event = queue.poll(deadline)
+            if event.tag is None:
+                raise UnusableError(f"no {', '.join(tag for tag in tags if tag not in seen)} within {PROBE_S:g} s")
+            seen[event.tag] = event
+
+    server.request_call(queue, queue, "call")
+    try:
+        with grpc.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.enable_http_proxy", 0)]) as channel:
+            answer = channel.unary_unary("/probe/Probe").future(b"ping", timeout=PROBE_S)
+            wait_for("call")
+            if not seen["call"].success or seen["call"].call_details.method != b"/probe/Probe":
+                raise UnusableError("an accepted call without its method")
+            call = seen["call"].call
+            _start(call, (cygrpc.ReceiveCloseOnServerOperation(0),), "close")
+            _start(call, (cygrpc.ReceiveMessageOperation(0),), "message")
+            wait_for("message")
+            if seen["message"].batch_operations[0].message() != b"ping":
+                raise UnusableError("a message that differs from the one sent")
+            replies = (cygrpc.SendInitialMetadataOperation(None, 0), cygrpc.SendMessageOperation(b"pong", 0))
+            status = cygrpc.SendStatusFromServerOperation(None, cygrpc.StatusCode.ok, b"", 0)
+            _start(call, (*replies, status), "sent")
+            wait_for("sent", "close")
+            if seen["close"].batch_operations[0].cancelled() or answer.result() != b"pong":
+                raise UnusableError("an answer that differs from the one sent")
+    finally:
+        server.shutdown(queue, "shutdown")
+        server.cancel_all_calls()
+        wait_for("shutdown")
+        server.destroy()
+    _start(call, (), "woken")
+    wait_for("woken")
+    return call
+
+
+def _start(call: Any, operations: tuple[Any, ...], tag: str) -> None:
+    error = call.start_server_batch(operations, tag)
+    if error != 0:
+        raise UnusableError(f"a batch of operations was refused with {error}")

@@ -1,0 +1,235 @@
+"""The ext_proc server on a completion queue. Has the interface of `extproc.server.Server`, and the same settings."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import grpc
+from grpc._cython import cygrpc
+
+from extproc import wire
+from extproc.completion.services import Health, Reflection, StatusError
+from extproc.errors import ProtocolError
+from extproc.server import OPTIONS, SERVICES
+from extproc.session import Session
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from extproc.completion.loop import CompletionLoop
+    from extproc.listener import Listener
+    from extproc.session import Desk
+
+log = logging.getLogger("extproc.server")
+
+ACCEPTING = 256
+"""Calls that core may hand over before we asked for more; what comes above waits in core, without limit (OPTIONS)."""
+FORCED_S = 5.0
+"""How long a cut connection may take to go away."""
+
+_OK = (cygrpc.StatusCode.ok, b"")
+
+
+class Handler(Protocol):
+    """Who deals with the messages of one stream; `Session` is one."""
+
+    over: bool
+
+    def receive(self, data: bytes) -> None:
+        """Take one message. ProtocolError and StatusError end the stream."""
+
+    def end(self) -> None:
+        """Note that the stream is over. Called exactly once."""
+
+
+class Server:
+    """An ext_proc server on one address."""
+
+    def __init__(self, desk: Desk, listener: Listener, loop: CompletionLoop, *, reflect: bool = False) -> None:
+        """Prepare to serve `desk` at what `listener` binds, on `loop`."""
+        self._listener = listener
+        self._loop = loop
+        self._health = Health()
+        self._server: Any = None
+        self._stopping = False
+        self.port = 0
+        self._methods: dict[bytes, Callable[[Callable[[bytes], None]], Handler]] = {
+            f"/{wire.SERVICE}/{wire.METHOD}".encode(): partial(Session, desk),
+            **self._health.methods(),
+        }
+        self._one_message = self._health.WATCH  # its client says no more, and stays
+        if reflect:
+            self._methods |= Reflection.methods((wire.SERVICE, Health.NAME))
+
+    async def start(self) -> None:
+        """Bind and serve. Raises StartError if the address can't be had."""
+        server = cygrpc.Server(OPTIONS, False)
+        server.register_completion_queue(self._loop.queue)
+
+        def add_port(address: str, credentials: grpc.ServerCredentials | None) -> int:
+            port = int(server.add_http2_port(address.encode(), credentials and credentials._credentials))
+            if port == 0:
+                raise RuntimeError("gRPC's log says why")
+            return port
+
+        self.port = self._listener.bind(add_port)
+        server.start()
+        self._server = server
+        self._loop.at_close.append(self._cut)
+        for _ in range(ACCEPTING):
+            self._accept_one()
+        self._health.put(SERVICES, serving=True)
+        log.info("transport completion_queue: in use, grpcio %s", grpc.__version__)
+
+    async def refuse_new(self) -> None:
+        """Tell Envoy and Kubernetes to send new requests elsewhere; liveness stays."""
+        self._health.put([name for name in SERVICES if name != "liveness"], serving=False)
+
+    async def stop(self, grace_s: float) -> None:
+        """Close the port at once, let streams end for `grace_s`, then cut them."""
+        if self._server is not None and not self._stopping:
+            self._stopping = True
+            gone = asyncio.Event()
+            self._server.shutdown(self._loop.queue, lambda _: gone.set())
+            try:
+                await asyncio.wait_for(gone.wait(), grace_s)
+            except TimeoutError:
+                self._server.cancel_all_calls()
+                await asyncio.wait_for(gone.wait(), FORCED_S)
+            self._server.destroy()
+            self._loop.at_close.remove(self._cut)
+        self._listener.close()
+
+    def _cut(self) -> None:
+        """Stop without a loop: it closes while we serve."""
+        if not self._stopping:
+            self._stopping = True
+            self._server.shutdown(self._loop.queue, lambda _: None)
+        self._server.cancel_all_calls()
+
+    def _accept_one(self) -> None:
+        self._server.request_call(self._loop.queue, self._loop.queue, self._accepted)
+
+    def _accepted(self, event: Any) -> None:
+        if not event.success:  # the server shuts down: this is a request that was never filled
+            return
+        if not self._stopping:
+            self._accept_one()
+        method = event.call_details.method
+        open_handler = self._methods.get(method)
+        if open_handler is None:
+            _refuse(event.call)
+        else:
+            Stream(event.call, open_handler, one_message=method == self._one_message)
+
+
+class Stream:
+    """One gRPC stream: what arrives goes to a handler, what the handler sends goes out, one message at a time.
+
+    Core calls back, through the loop: `_received`, `_written`, `_closed`. Operations under way keep this object alive.
+    """
+
+    __slots__ = ("_begun", "_call", "_handler", "_one_message", "_pending", "_status", "_writing")
+
+    def __init__(
+        self, call: Any, open_handler: Callable[[Callable[[bytes], None]], Handler], *, one_message: bool
+    ) -> None:
+        """Serve `call`; with `one_message` only the first is taken, and that no more come doesn't end the stream."""
+        self._call = call
+        self._one_message = one_message
+        self._begun = False  # our headers are out
+        self._writing = False
+        self._pending: list[bytes] = []
+        self._status: tuple[Any, bytes] | None = None  # what ends the stream, once all else is out
+        self._handler: Handler | None = open_handler(self.send)
+        self._start((cygrpc.ReceiveCloseOnServerOperation(0),), self._closed)
+        self._start((cygrpc.ReceiveMessageOperation(0),), self._received)
+
+    def send(self, data: bytes) -> None:
+        """Send a message after those before it. A stream that is over takes nothing."""
+        if self._handler is not None:
+            self._pending.append(data)
+            if not self._writing:
+                self._write()
+
+    def _start(self, operations: tuple[Any, ...], then: Callable[[Any], None]) -> None:
+        error = self._call.start_server_batch(operations, then)
+        if error != 0:
+            raise RuntimeError(f"gRPC refused {operations} with {error}")
+
+    def _received(self, event: Any) -> None:
+        handler = self._handler
+        if handler is None:
+            return
+        data = event.batch_operations[0].message()
+        if data is None:  # the client sends no more
+            self._end(_OK)
+            return
+        try:
+            handler.receive(data)
+        except ProtocolError as error:
+            self._end((cygrpc.StatusCode.invalid_argument, str(error).encode()))
+        except StatusError as error:
+            self._end((error.code, str(error).encode()))
+        except Exception:  # one stream's bug must not cost the others
+            log.exception("a message could not be dealt with: please report it")
+            self._end((cygrpc.StatusCode.internal, b"a bug in the sidecar; its log has more"))
+        else:
+            if handler.over:
+                self._end(_OK)
+            elif not self._one_message:
+                self._start((cygrpc.ReceiveMessageOperation(0),), self._received)
+
+    def _end(self, status: tuple[Any, bytes] | None) -> None:
+        """Tell the handler, once, that it is over, and the client if it is still there to hear a status."""
+        handler, self._handler = self._handler, None
+        if handler is None:
+            return
+        self._status = status
+        try:
+            handler.end()  # before anything that may take time: somebody waits for the slot
+        finally:
+            if status is not None and not self._writing:
+                self._write()
+
+    def _write(self) -> None:
+        """Send the next message, and the status with the last one."""
+        operations: list[Any] = []
+        if not self._begun:
+            self._begun = True
+            operations.append(cygrpc.SendInitialMetadataOperation(None, 0))
+        if self._pending:
+            operations.append(cygrpc.SendMessageOperation(self._pending.pop(0), 0))
+        if self._status is not None and not self._pending:
+            code, details = self._status
+            self._status = None
+            operations.append(cygrpc.SendStatusFromServerOperation(None, code, details, 0))
+        self._writing = True
+        self._start(tuple(operations), self._written)
+
+    def _written(self, event: Any) -> None:
+        self._writing = False
+        if not event.success:  # the stream is gone, `_closed` will say so
+            self._pending.clear()
+            self._status = None
+        elif self._pending or self._status is not None:
+            self._write()
+
+    def _closed(self, _: Any) -> None:
+        """All is over, from either side; mostly we know already, but not of a reset."""
+        self._pending.clear()
+        self._end(None)
+
+
+def _refuse(call: Any) -> None:
+    """End a call of a method that we don't have."""
+    status = cygrpc.SendStatusFromServerOperation(None, cygrpc.StatusCode.unimplemented, b"Method not found!", 0)
+    call.start_server_batch((cygrpc.ReceiveCloseOnServerOperation(0),), _nothing)
+    call.start_server_batch((cygrpc.SendInitialMetadataOperation(None, 0), status), _nothing)
+
+
+def _nothing(_: Any) -> None:
+    pass
