@@ -134,7 +134,7 @@ def _limit(text: str) -> int:
 
 
 def run_loop(main: Coroutine[object, object, int], transport: str = "asyncio") -> int:
-    """Run `main` on the loop that `transport` needs, or on uvloop if it is installed, or on asyncio's; return its code."""
+    """Run `main` on the loop that `transport` needs, else on uvloop or asyncio's; return its exit code."""
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     with contextlib.suppress(ImportError):
         loop_factory = import_module("uvloop").new_event_loop

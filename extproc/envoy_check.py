@@ -352,6 +352,15 @@ def _endpoint_clusters(view: _View) -> Iterator[str]:
             yield f"static_resources.clusters: there is no {name!r}, the cluster of endpoints[{index}]: its requests get 503"
 
 
+def _clients_orders(view: _View) -> Iterator[str]:
+    if view.manager.get("internal_address_config") is not None:
+        yield (
+            f"{view.manager.path}.internal_address_config: from addresses that it names Envoy obeys x-envoy-retry-on and "
+            "x-envoy-hedge-on-per-try-timeout: one lease, several runs at the endpoint (seen on 1.40); leave it unset, "
+            "or strip x-envoy-* headers"
+        )
+
+
 def _dangerous(view: _View) -> Iterator[str]:
     for index, http_filter in enumerate(view.manager.node["http_filters"]):
         if isinstance(http_filter, dict) and http_filter.get("name") == _SSE_TO_METADATA:
@@ -376,6 +385,7 @@ _RULES: tuple[Callable[[_View], Iterator[str]], ...] = (
     _ext_proc_cluster,
     _sidecar_tls,
     _endpoint_clusters,
+    _clients_orders,
     _dangerous,
 )
 

@@ -61,13 +61,12 @@ def test_a_burst_of_60_fills_both_engines_evenly_never_over_their_slots_and_high
         assert 26 <= peak["requests"] <= 34, (name, peak)
     arrivals = sorted((one["arrived_s"], one["class"]) for peak in seen.values() for one in peak["arrivals"])
     waited = [request_class for _, request_class in arrivals[2 * SLOTS :]]
-    last_high = max(index for index, name in enumerate(waited) if name == "interactive")
-    sent_before = [answer.first_chunk_s for answer in answers[:8]]
-    assert all(sent_before)
-    # Every interactive request waited (all slots were taken when they came), and then none of the batch went first,
-    # but for those that were dispatched while the interactive ones were still being sent.
+    # The interactive ones came last, and went before all that waited, but for what a slot that became free while they
+    # were still being sent was given to.
     first_high = waited.index("interactive")
-    assert waited[first_high : last_high + 1] == ["interactive"] * 6
+    last_high = max(index for index, name in enumerate(waited) if name == "interactive")
+    assert waited[first_high : last_high + 1].count("batch") <= 2, waited
+    assert waited[last_high + 1 :].count("batch") >= 20, waited
 
 
 def test_1200_requests_held_at_once_all_finish(stack):

@@ -7,11 +7,11 @@ import json
 import signal
 import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from .kit.clients import complete_many
+from .kit.clients import Completion, complete_many
 from .kit.processes import Child, http_get, wait_until
 from .kit.stack import Sidecar, Stack
 
@@ -55,19 +55,28 @@ def test_a_restarted_sidecar_counts_the_answers_that_outlived_it_and_fills_no_en
     """Their leases died with the first sidecar; what the engines' metrics say they run takes their place."""
     config = {**CONFIG, "hand_over": True, "drain_timeout": "10s"}
     endpoints = {name: {"address": address} for name, address in engines.items()}
-    with Stack(tmp_path, upstreams=(), endpoints=endpoints, config=config) as here, ThreadPoolExecutor(1) as pool:
-        answers = pool.submit(
-            complete_many, here.url, 16, lambda n: {"x-test-id": f"r-{n}"}, body=body(120), timeout_s=90
-        )
-        here.wait_waiting(16 - 2 * LIMIT)
+    with Stack(tmp_path, upstreams=(), endpoints=endpoints, config=config) as here, ThreadPoolExecutor(2) as pool:
+
+        def send(name: str, max_tokens: int) -> Future[list[Completion]]:
+            def headers(number: int) -> dict[str, str]:
+                return {"x-test-id": f"{name}-{number}"}
+
+            return pool.submit(complete_many, here.url, 2 * LIMIT, headers, body=body(max_tokens), timeout_s=90)
+
+        running = send("running", 250)  # some seconds: longer than a restart takes
+        for name in engines:
+            here.wait_in_flight(name, LIMIT)
+        held = send("held", 20)
+        here.wait_waiting(2 * LIMIT)
         here.sidecar.child.signal(end)
         here.sidecar.child.wait_exit()
         here.sidecar.child.stop()
         here.sidecar.start()
         page = here.sidecar.queues()
         assert sum(endpoint["foreign"] for endpoint in page["endpoints"]) > 0
-        assert Counter(answer.status for answer in answers.result()) == {200: 16}
-        assert not [answer.error for answer in answers.result() if answer.error]
+        answers = running.result() + held.result()
+        assert Counter(answer.status for answer in answers) == {200: 4 * LIMIT}
+        assert not [answer.error for answer in answers if answer.error]
         here.wait_idle()
         assert [endpoint["foreign"] for endpoint in here.sidecar.queues()["endpoints"]] == [0, 0]
     assert "Traceback" not in here.sidecar.child.output()

@@ -132,6 +132,10 @@ SPOILT = {
         lambda b: b.clusters.pop(2),
         "static_resources.clusters: there is no 'a', the cluster of endpoints[0]",
     ),
+    "clients that may order retries": (
+        lambda b: b.manager.update(internal_address_config={"cidr_ranges": [{"address_prefix": "10.0.0.0"}]}),
+        f"{MANAGER}.internal_address_config:",
+    ),
     "a filter that crashes Envoy": (
         lambda b: b.manager["http_filters"].insert(0, {"name": "envoy.filters.http.sse_to_metadata"}),
         f"{MANAGER}.http_filters[0]: sse_to_metadata crashes",
