@@ -194,6 +194,12 @@ def cpu_s(child: Child) -> float:
     return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks.iterdir()) / 1e9
 
 
+def sleeps(child: Child) -> int:
+    """Return how often the threads of a process went to sleep: each is a wake-up, and something that it was told."""
+    states = [(task / "status").read_text() for task in Path(f"/proc/{child.pid}/task").iterdir()]
+    return sum(int(re.findall(r"^voluntary_ctxt_switches:\s+(\d+)", state, re.MULTILINE)[0]) for state in states)
+
+
 def rss_kib(child: Child) -> int:
     """Return the memory of a process, in KiB."""
     found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{child.pid}/status").read_text())
@@ -360,10 +366,13 @@ def _hold(where: Site, sidecar: Sidecar, count: int) -> list[float]:
 
 
 def tokens(directory: Path, chosen: list[Contender], rounds: int = 3) -> None:
-    """Stream short and long answers; compare what a request costs the sidecar."""
-    print("\n## An answer's length: CPU µs per request in the sidecar\n")
-    row("", "100 tokens", "10,000 tokens", "Envoy: 100", "Envoy: 10,000")
-    row(*["---"] * 5)
+    """Stream short and long answers; compare what a request costs the sidecar.
+
+    Its wake-ups tell what it does; its CPU time also tells how cold the caches are that a long answer leaves behind.
+    """
+    print("\n## An answer's length: CPU µs and wake-ups per request in the sidecar, one request at a time\n")
+    row("", "100 tokens", "10,000 tokens", "Envoy: 100", "Envoy: 10,000", "wake-ups: 100", "wake-ups: 10,000")
+    row(*["---"] * 7)
     for contender in chosen:
         if contender.transport is None or contender.argv is not None:
             continue
@@ -374,23 +383,28 @@ def tokens(directory: Path, chosen: list[Contender], rounds: int = 3) -> None:
             keys = {"scrape_interval": "60s", "endpoints": [{"name": "e0", "address": address, "engine": "none"}]}
             where = running.enter_context(site(contender, directory, [address], **keys))
             children = [child for child in (where.server, where.envoy.child) if child is not None]
+            sidecar = children[0]
             spent: dict[int, list[list[float]]] = {100: [], 10_000: []}
+
+            def read(children: Sequence[Child] = children, sidecar: Child = sidecar) -> list[float]:
+                return [*(cpu_s(child) * 1e6 for child in children), sleeps(sidecar)]
+
             _stream(where.address, 100, 100)
-            before = [cpu_s(child) for child in children]
+            before = read()
             time.sleep(IDLE_S)
             # What goes on without any request is no cost of one, and a long answer takes its time.
-            idle = [(cpu_s(child) - was) / IDLE_S for child, was in zip(children, before, strict=True)]
+            idle = [(now - was) / IDLE_S for now, was in zip(read(), before, strict=True)]
             for _ in range(rounds):
                 for count, figures in spent.items():
-                    before, began = [cpu_s(child) for child in children], time.monotonic()
+                    before, began = read(), time.monotonic()
                     _stream(where.address, count, 100)
                     took_s = time.monotonic() - began
-                    spent_s = [cpu_s(child) - was for child, was in zip(children, before, strict=True)]
-                    figures.append([(s - i * took_s) / 100 * 1e6 for s, i in zip(spent_s, idle, strict=True)])
-            ours, envoys = (
-                [statistics.median(turn[which] for turn in figures) for figures in spent.values()] for which in (0, 1)
-            )
-            row(contender.name, *ours, *envoys)
+                    gone = [now - was for now, was in zip(read(), before, strict=True)]
+                    figures.append([(figure - i * took_s) / 100 for figure, i in zip(gone, idle, strict=True)])
+            columns = [
+                [statistics.median(turn[which] for turn in figures) for figures in spent.values()] for which in range(3)
+            ]
+            row(contender.name, *(value for column in columns for value in column))
 
 
 def _stream(address: str, count: int, requests: int) -> None:
