@@ -133,7 +133,7 @@ def _limit(text: str) -> int:
     return number
 
 
-def run_loop(main: Coroutine[object, object, int], transport: str = "asyncio") -> int:
+def run_loop(main: Coroutine[object, object, int], transport: str) -> int:
     """Run `main` on the loop that `transport` needs, else on uvloop or asyncio's; return its exit code."""
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     with contextlib.suppress(ImportError):
@@ -158,21 +158,21 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _up(arguments: argparse.Namespace) -> int:
+    from extproc.config import Config
     from extproc.up import Up
 
     set_up(arguments.log_level)
-    return run_loop(
-        Up(
-            endpoints=arguments.endpoint,
-            engines=arguments.engines,
-            config_file=arguments.config,
-            http=arguments.http,
-            admin=arguments.admin,
-            envoy=arguments.envoy,
-            demo=arguments.demo,
-            limit=arguments.limit,
-        ).run()
+    up = Up(
+        endpoints=arguments.endpoint,
+        engines=arguments.engines,
+        config_file=arguments.config,
+        http=arguments.http,
+        admin=arguments.admin,
+        envoy=arguments.envoy,
+        demo=arguments.demo,
+        limit=arguments.limit,
     )
+    return run_loop(up.run(), Config().transport)
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -235,7 +235,7 @@ def _top(arguments: argparse.Namespace) -> int:
 
     require_address("--admin", arguments.admin)
     try:
-        return run_loop(top(arguments.admin, once=arguments.once))
+        return run_loop(top(arguments.admin, once=arguments.once), "asyncio")
     except KeyboardInterrupt:
         return OK
 

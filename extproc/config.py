@@ -454,9 +454,10 @@ class Config(_Section):
         "configuration again after a change.",
     )
     transport: Literal["asyncio", "completion_queue"] = Field(
-        "asyncio",
-        description="What carries gRPC: grpc.aio, or grpcio's core driven directly, which costs far less CPU but uses "
-        "private parts of grpcio (docs/adr/0006); it falls back to the former if they are not as expected.",
+        "completion_queue",
+        description="What carries gRPC: grpcio's core driven directly, or grpc.aio, which costs about three times the "
+        "CPU. The former uses private parts of grpcio; if these are not as expected, the log says so and grpc.aio "
+        "serves (docs/adr/0006).",
     )
     reflection: bool = Field(False, description="Serve gRPC reflection, for grpcurl.")
     drain_timeout: Duration = Field(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("extproc.completion")
 
-TESTED = ((1, 80), (1, 86))
+TESTED = ((1, 82), (1, 86))
 """grpcio versions that the driver is tested with: from, and below."""
 PROBE_S = 5.0
 """How long the self-test may take before it counts as failed; it takes some milliseconds."""

@@ -127,6 +127,12 @@ def test_a_run_with_late_engines_or_without_requests_is_rejected():
     assert run([]).problem() == "no requests"
 
 
+def test_a_run_that_was_not_set_up_right_is_rejected_unless_an_engine_was_killed():
+    some = [record() for _ in range(90)] + [record(outcome="failed", status=0) for _ in range(10)]
+    assert "10% got no answer" in run(some).problem()
+    assert run(some, dies=True).problem() == ""
+
+
 def test_rejected_runs_are_named_on_the_page_and_not_counted(tmp_path):
     bad = run([record(lag_s=1.0)], seed=7)
     found = collect([run([record()]), bad])
