@@ -1,0 +1,330 @@
+"""The contenders as processes: what stands before the engines of one stack, each set as its operator would set it.
+
+A contender's name is one of NAMES; `ours` and `original` take config keys after commas: `ours,scrape_interval=5s`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from extproc.config import parse_config
+from extproc.durations import format_duration
+from extproc.envoy_config import EnvoyOptions, render
+from extproc.simulate.contenders import BEST_FIXED, ENGINE_QUEUE
+from tests.e2e.kit.envoy import envoy_binary
+from tests.e2e.kit.processes import Child, free_port, http_get, http_ok, tcp_open
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from extproc.simulate.workload import Klass
+
+NAMES = ("round_robin", "least_request", "circuit_breaker", "tuned_engine", "haproxy", "original", "ours")
+HAPROXY = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin:/usr/local/sbin")
+HAPROXY_QUEUE_S = {"h100-32b": 1.6, "a100-8b": 1.6}
+"""The best `timeout queue` of 1, 1.6, 3, 5 and 15 s over 90, 120 and 150 % load; `maxconn` is BEST_FIXED, the best of
+five around it. Both chosen for HAProxy on seeds 51 to 53, in the simulator."""
+CHECK = {"path": "/health", "interval": "1s", "timeout": "1s", "down": 3, "up": 1}
+"""Active health checks of all balancers. `ours` has none by default: failures tell it."""
+NEVER_S = 3500.0
+READY_S = 30.0
+_EXTENSIONS = "type.googleapis.com/envoy.extensions"
+
+
+def engine_params(contender: str, preset: str) -> dict[str, Any]:
+    """Return how the engines are started for a contender: the preset, but for the one that tunes them."""
+    if contender != "tuned_engine":
+        return {"preset": preset}
+    limit = BEST_FIXED[preset]
+    return {
+        "preset": preset,
+        "scheduling_policy": "priority",
+        "max_num_seqs": limit,
+        "max_num_queued": limit + ENGINE_QUEUE[preset],
+    }
+
+
+class Front:
+    """One contender before engines at `addresses`. `address` is where clients send."""
+
+    def __init__(
+        self,
+        contender: str,
+        preset: str,
+        addresses: Sequence[str],
+        classes: Sequence[Klass],
+        directory: Path,
+    ) -> None:
+        """Write its configuration; start nothing. `directory` takes that and the logs."""
+        self.contender = contender
+        self.address = f"127.0.0.1:{free_port()}"
+        self.children: dict[str, Child] = {}
+        self._ready: list[tuple[Child, Callable[[], bool]]] = []
+        name, *settings = contender.split(",")
+        match name:
+            case "haproxy":
+                path = directory / "haproxy.cfg"
+                path.write_text(haproxy_config(self.address, addresses, classes, preset))
+                self._add("front", [str(HAPROXY), "-db", "-f", str(path)], directory)
+                self._ready.append((self.children["front"], lambda: tcp_open(self.address)))
+            case "ours" | "original":
+                keys = sidecar_config(name, addresses, classes) | dict(map(_setting, settings))
+                path = directory / "sidecar.yaml"
+                path.write_text(yaml.safe_dump(keys, sort_keys=False))
+                config = parse_config(path.read_text(), str(path), {})
+                self._add("sidecar", [sys.executable, "-m", "extproc", "serve", "--config", str(path)], directory)
+                self._ready.append((self.children["sidecar"], lambda: http_ok(config.admin, "/readyz")))
+                admin = f"127.0.0.1:{free_port()}"
+                self._envoy(render(config, EnvoyOptions(self.address, admin, None)), admin, directory)
+            case _:
+                admin = f"127.0.0.1:{free_port()}"
+                bootstrap = balancer_config(name, self.address, admin, addresses, preset)
+                self._envoy(yaml.safe_dump(bootstrap, sort_keys=False), admin, directory)
+
+    def _envoy(self, text: str, admin: str, directory: Path) -> None:
+        path = directory / "envoy.yaml"
+        path.write_text(text)
+        options = ["--concurrency", "1", "--log-level", "warning", "--disable-hot-restart"]
+        self._add("front", [str(envoy_binary()), "-c", str(path), *options], directory)
+        # Not just any Envoy on that port: the one with this file.
+        self._ready.append((self.children["front"], lambda: http_ok(admin, "/ready") and _says(admin, str(path))))
+
+    def _add(self, kind: str, argv: list[str], directory: Path) -> None:
+        self.children[kind] = Child(argv, directory / f"{kind}.log", name=f"{self.contender} {kind}")
+
+    def start(self) -> None:
+        """Start the processes; `wait` says when they are ready."""
+        for child in self.children.values():
+            child.start()
+
+    def wait(self) -> None:
+        """Wait until it takes requests. Raises AssertionError if a process ended, or a port is somebody else's."""
+        for child, probe in self._ready:
+            child.wait_ready(probe, READY_S)
+        for child in self.children.values():
+            if child.returncode is not None:
+                raise AssertionError(f"{child!r}; its output:\n{child.output()[-2000:]}")
+
+    def stop(self) -> None:
+        """End the processes."""
+        for child in self.children.values():
+            child.stop()
+
+
+def _says(admin: str, text: str) -> bool:
+    return text.encode() in http_get(admin, "/server_info")[1]
+
+
+def cpu_s(child: Child) -> float:
+    """Return the CPU seconds that a running child used so far."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
+# ---- ours
+
+
+def sidecar_config(name: str, addresses: Sequence[str], classes: Sequence[Klass]) -> dict[str, Any]:
+    """Return the config file of `ours`, defaults but for what a site must say, or of `original`."""
+    keys: dict[str, Any] = {
+        "listen": f"127.0.0.1:{free_port()}",
+        "admin": f"127.0.0.1:{free_port()}",
+        "enable_queue": True,
+        "classes": [
+            {"name": klass.name, "priority": klass.priority, "budget": format_duration(klass.budget_s)}
+            for klass in classes
+        ],
+        "endpoints": [{"name": f"engine-{number}", "address": address} for number, address in enumerate(addresses)],
+    }
+    if name == "ours":
+        return keys
+    # A home on arrival, ten requests, ten seconds, a look at the gauges every thirty; no KV or prompt books, no budget.
+    for klass in keys["classes"]:
+        klass["budget"] = format_duration(NEVER_S)
+    for endpoint in keys["endpoints"]:
+        endpoint["kv_capacity_tokens"] = 1_000_000_000
+    return keys | {
+        "binding": "bound",
+        "max_running_requests": 10,
+        "max_queue_wait_time": "10s",
+        "scrape_interval": "30s",
+        "telemetry_stale_after": "90s",
+        "max_prompt_tokens": 1_000_000_000,
+        "shed": False,
+        "tenant_fairness": False,
+    }
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    key, _, value = text.partition("=")
+    return key, yaml.safe_load(value)
+
+
+# ---- Envoy alone
+
+
+def balancer_config(name: str, listen: str, admin: str, addresses: Sequence[str], preset: str) -> dict[str, Any]:
+    """Return the bootstrap of an Envoy without a sidecar: health checks, and another host after a failed connect."""
+    route = {
+        "cluster": "engines",
+        "timeout": "0s",
+        "retry_policy": {
+            "retry_on": "connect-failure",
+            "num_retries": 2,
+            "retry_host_predicate": [
+                {
+                    "name": "envoy.retry_host_predicates.previous_hosts",
+                    "typed_config": {"@type": f"{_EXTENSIONS}.retry.host.previous_hosts.v3.PreviousHostsPredicate"},
+                }
+            ],
+            "host_selection_retry_max_attempts": 3,
+        },
+    }
+    manager = {
+        "@type": f"{_EXTENSIONS}.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": "ingress",
+        "stream_idle_timeout": "0s",
+        "route_config": {
+            "virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [{"match": {"prefix": "/"}, "route": route}]}]
+        },
+        "http_filters": [
+            {
+                "name": "envoy.filters.http.router",
+                "typed_config": {"@type": f"{_EXTENSIONS}.filters.http.router.v3.Router"},
+            }
+        ],
+    }
+    cluster: dict[str, Any] = {
+        "name": "engines",
+        "type": "STATIC",
+        "connect_timeout": "1s",
+        "load_assignment": {
+            "cluster_name": "engines",
+            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": _socket(address)}} for address in addresses]}],
+        },
+        "health_checks": [
+            {
+                "interval": CHECK["interval"],
+                "no_traffic_interval": CHECK["interval"],
+                "timeout": CHECK["timeout"],
+                "unhealthy_threshold": CHECK["down"],
+                "healthy_threshold": CHECK["up"],
+                "http_health_check": {"path": CHECK["path"]},
+            }
+        ],
+        # Only `max_requests` is a breaker; a bound on connections would make Envoy hold requests in order of arrival.
+        "circuit_breakers": {
+            "thresholds": [
+                {
+                    "max_connections": 100_000,
+                    "max_pending_requests": 100_000,
+                    "max_requests": BEST_FIXED[preset] * len(addresses) if name == "circuit_breaker" else 100_000,
+                }
+            ]
+        },
+    }
+    match name:
+        case "round_robin":
+            cluster["lb_policy"] = "ROUND_ROBIN"
+        case "least_request" | "circuit_breaker":
+            cluster["lb_policy"] = "LEAST_REQUEST"  # as it is by default: the better of two random hosts
+        case "tuned_engine":
+            kind = f"{_EXTENSIONS}.load_balancing_policies.least_request.v3.LeastRequest"
+            policy = {
+                "name": "least",
+                "typed_config": {"@type": kind, "selection_method": "FULL_SCAN"},
+            }
+            cluster["load_balancing_policy"] = {"policies": [{"typed_extension_config": policy}]}
+        case _:
+            raise ValueError(f"no such contender: {name}; known are {', '.join(NAMES)}")
+    return {
+        "admin": {"address": _socket(admin)},
+        "static_resources": {
+            "listeners": [
+                {
+                    "name": "ingress",
+                    "address": _socket(listen),
+                    "filter_chains": [
+                        {
+                            "filters": [
+                                {
+                                    "name": "envoy.filters.network.http_connection_manager",
+                                    "typed_config": manager,
+                                }
+                            ]
+                        }
+                    ],
+                }
+            ],
+            "clusters": [cluster],
+        },
+    }
+
+
+def _socket(address: str) -> dict[str, Any]:
+    host, _, port = address.rpartition(":")
+    return {"socket_address": {"address": host, "port_value": int(port)}}
+
+
+# ---- HAProxy
+
+
+def haproxy_config(listen: str, addresses: Sequence[str], classes: Sequence[Klass], preset: str) -> str:
+    """Return the configuration of HAProxy: its own queue, late binding, priority classes, the best limit per engine.
+
+    No `maxqueue` beside `leastconn`: it would bind early. With one class nothing bids it wait for longer than that
+    class can use, so its `timeout queue` is that class' budget.
+    """
+    wait_s = classes[0].budget_s if len(classes) == 1 else HAPROXY_QUEUE_S[preset]
+    order = sorted(classes, key=lambda klass: -klass.priority)
+    rules = [
+        f"    http-request set-priority-class int({place}) if {{ req.hdr(x-request-class) -m str {klass.name} }}"
+        for place, klass in enumerate(order)
+    ]
+    servers = [f"    server engine-{number} {address}" for number, address in enumerate(addresses)]
+    return f"""\
+global
+    maxconn 5000
+    nbthread 1
+defaults
+    mode http
+    timeout connect 1s
+    timeout client 3600s
+    timeout server 3600s
+    timeout queue {wait_s * 1000:.0f}ms
+    option abortonclose
+    option redispatch 1
+    option http-no-delay
+    retries 3
+frontend ingress
+    bind {listen}
+{chr(10).join(rules) if len(classes) > 1 else ""}
+    default_backend engines
+backend engines
+    balance leastconn
+    option httpchk GET {CHECK["path"]}
+    default-server check inter {CHECK["interval"]} fall {CHECK["down"]} rise {CHECK["up"]} maxconn {BEST_FIXED[preset]}
+{chr(10).join(servers)}
+"""
+
+
+# ---- what engines counted
+
+
+def engine_counts(address: str) -> Mapping[str, Any]:
+    """Return an engine's own figures since its start."""
+    status, body = http_get(address, "/debug/peaks", timeout_s=10)
+    if status != 200:
+        raise AssertionError(f"engine {address}: /debug/peaks answered {status}")
+    counts: dict[str, Any] = json.loads(body)
+    return counts

@@ -1,0 +1,316 @@
+"""Writes docs/benchmarks.md and its plots from runs: every figure in it is computed here, none is typed.
+
+Sentences that judge are made from comparisons, so a run with other results writes another page.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from statistics import mean
+from typing import TYPE_CHECKING
+
+from bench.proof import tables
+from bench.proof.experiments import BY_NAME
+from bench.proof.figures import LAG_MAX_S, LAG_P99_S, STEP_LAG_S, ratio
+from bench.proof.pictures import draw
+from bench.proof.words import SAME, average, collect, pick, plain, share, table
+from extproc.simulate.contenders import BEST_FIXED
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from bench.proof.figures import Figures, Run
+    from bench.proof.words import Key, Row
+
+HEAD = """\
+# Does a queue in front help? Measured against what else could stand there
+
+Written by `make bench` ({date}, {minutes:.0f} minutes); don't edit. Real Envoy {envoy} and HAProxy {haproxy}, real
+sockets, real time; the engines are simulated (`extproc engine`, calibrated by arithmetic and not on a GPU), so read
+ratios, not rates. **Goodput** is the share of ALL requests that met the objectives of their class for the first
+token (TTFT) and for the mean time of the tokens after it (TPOT): what was refused, abandoned or failed missed. ± is
+the standard deviation between seeds.
+"""
+VIRTUAL = """\
+## On a virtual clock
+
+The same core and engines without Envoy (`extproc simulate`, and a model of HAProxy): {seconds:g} s of arrivals, of
+which the first {warm:g} s don't count, the same seeds. For a second engine, for longer runs, and for sweeps that
+would take hours. A100-8B is bound by compute, H100-32B by its KV cache. Empty: not run.
+"""
+CHECKED = """\
+### Does the simulator say the same?
+
+The ramp's real runs beside the same requests on the virtual clock: {apart:.3f} apart in the mean of {count} pairs,
+at most {most:.2f} ({who} at {load:.0%}). Real sockets, real scrapes, real HAProxy and a sidecar that shares two
+cores with all else are in the first figure and not in the second.
+"""
+METHOD = """\
+- **Open loop.** Requests are sent at their planned time, whatever came of the others, and times count from the
+  plan. Poisson arrivals for {end:g} s from an empty system, of which the first {warm:g} s don't count. At {cut:g} s
+  what still answers is cut off and judged by its tokens so far; who has no token by then has missed. Load 100 % is
+  what the engines finish per second when there is always another request.
+- **The same for all.** Seeds {seeds}. All contenders of an experiment, load and seed get the same requests at the
+  same moments and run at the same time, each with engines and a front of its own: what the machine does to one it
+  does to all. Up to {stacks:g} busy stacks of three engines at once. The sender, alone, may run before all others.
+  Nothing was tuned on these seeds.
+- **Not sped up.** The sidecar's time constants are seconds, so engines run at the speed of their preset, H100-32B:
+  three per stack, four where one fails. A body has 4 characters per token of its prompt as estimated, which is off
+  by 20 % (sigma).
+- **Contenders.** Round robin and least request: Envoy with active health checks, and another host after a failed
+  connect. Circuit breaker: least request and `max_requests` of 12 per engine. Tuned, no queue: least request over
+  all hosts, vLLM's priority scheduling, `max_num_seqs` 12, 503 from the engine above 13. HAProxy: `leastconn`,
+  `maxconn` 12, priority class by header, `timeout queue` 1.6 s, `abortonclose`, health checks; 12 and 1.6 s were
+  the best of 5 x 5 on seeds 51 to 53. Original: `binding: bound`, 10 requests, 10 s, a scrape every 30 s, gauges
+  only, nobody refused. Ours: `enable_queue: true` and the classes with their budgets (TTFT objective less 0.4 s);
+  not a number that describes the engine. For A100-8B the rivals' number is 96 (and 14 more for the tuned stack's own
+  queue), for conversations 6 and 56: each the best found on those seeds.
+- **Not in it:** GPUs, networks, retries after a refusal, several sidecars; `smg` and `vllm-router` were not run.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What came of it: the expectations, whether each held, and the text."""
+
+    expectations: list[tuple[bool, str]]
+    text: str
+
+
+def write(runs: Sequence[Run], rows: Sequence[Row], facts: Row, docs: Path) -> Written:
+    """Write the page and its plots under `docs`."""
+    found = collect(runs)
+    pictures = docs / "benchmarks"
+    pictures.mkdir(parents=True, exist_ok=True)
+    for old in pictures.glob("*.svg"):
+        old.unlink()
+    drawn = draw(found, rows)
+    for name, svg in drawn.items():
+        (pictures / f"{name}.svg").write_text(svg)
+    expectations = [*expected(found), *simulated(rows)]
+    parts = [*_head(facts), *_answer(found, expectations), *_why(rows), ""]
+    parts += [*_ramp(found, drawn), *_others(found, drawn)]
+    parts += [*_virtual(found, rows, facts, drawn), *_no_help(found, rows), *_method(runs, facts)]
+    text = "\n".join(parts).rstrip() + "\n"
+    (docs / "benchmarks.md").write_text(text)
+    return Written(expectations, text)
+
+
+def expected(found: dict[Key, Figures]) -> list[tuple[bool, str]]:
+    """Return what was expected of the ramp, and whether it held."""
+    checks = []
+    for other, factor in (("least_request", 2.5), ("tuned_engine", 1.1), ("haproxy", 1.1)):
+        ours, theirs = found.get(("ramp", 1.2, "ours")), found.get(("ramp", 1.2, other))
+        if ours is not None and theirs is not None:
+            mine, other_one = ours.all.goodput, theirs.all.goodput
+            times = mine / other_one if other_one else math.inf
+            text = f"120 % load: ours {share(mine)} is {times:.2f} times {plain(other)} ({share(other_one)})"
+            checks.append((times >= factor, f"{text}; {factor:g} or more was expected"))
+    ours = found.get(("ramp", 0.7, "ours"))
+    others = [one for key, one in found.items() if key[:2] == ("ramp", 0.7) and key[2] != "ours"]
+    if ours is not None and others:
+        best = max(others, key=lambda one: one.all.goodput)
+        text = f"70 % load: ours {share(ours.all.goodput)}, the best other, {plain(best.contender)}, "
+        holds = ours.all.goodput >= best.all.goodput - SAME
+        checks.append((holds, f"{text}{share(best.all.goodput)}; no worse than any was expected"))
+    return checks
+
+
+def simulated(rows: Sequence[Row]) -> list[tuple[bool, str]]:
+    """Return what was expected at 120 %, for the preset that has no real runs, and whether it held."""
+    checks = []
+    for preset in dict.fromkeys(row["preset"] for row in rows):
+        here = pick(rows, kind="sweep", preset=preset, experiment="ramp", load=1.2)
+        if preset == BY_NAME["ramp"].preset or not here:
+            continue
+        ours = average(here, "ours")
+        for other, factor in (("least_request", 2.5), ("tuned_engine", 1.1), ("haproxy", 1.1)):
+            theirs = average(here, other)
+            text = f"{preset}, simulated, 120 % load: ours {share(ours)} is {ours / theirs:.2f} times {plain(other)}"
+            checks.append((ours >= factor * theirs, f"{text} ({share(theirs)}); {factor:g} or more was expected"))
+    return checks
+
+
+def _why(rows: Sequence[Row]) -> list[str]:
+    """Say what of the distance to HAProxy is the limit: ours with HAProxy's own number."""
+    parts = []
+    for preset in dict.fromkeys(row["preset"] for row in rows):
+        here = pick(rows, kind="sweep", preset=preset, experiment="limits", load=1.2)
+        limit = BEST_FIXED[preset]
+        fixed, theirs = (average(here, f"{who}={limit}") for who in ("ours,max_running_requests", "haproxy,maxconn"))
+        if not math.isnan(fixed + theirs):
+            parts.append(
+                f"- What the number is worth: HAProxy with the best fixed limit for {preset}, {limit}, has "
+                f"{share(theirs)} at 120 % (simulated), ours with that same number {share(fixed)}, ours without any "
+                f"{share(average(here, 'ours'))}."
+            )
+    return parts
+
+
+def _head(facts: Row) -> list[str]:
+    versions = facts["versions"]
+    text = HEAD.format(
+        date=facts["date"],
+        minutes=facts["duration_s"] / 60,
+        envoy=versions.get("Envoy", "unknown"),
+        haproxy=versions.get("HAProxy", "(not installed: left out)"),
+    )
+    rows = [
+        [k.name, f"{k.share:.0%}", f"{k.ttft_s:g} s", f"{k.tpot_s * 1000:g} ms", f"{k.patience_s:g} s"]
+        for k in BY_NAME["ramp"].workload.classes
+    ]
+    return [text, *table(["class", "of requests", "TTFT", "TPOT", "client leaves after"], rows)]
+
+
+def _answer(found: dict[Key, Figures], expectations: Sequence[tuple[bool, str]]) -> list[str]:
+    parts = ["## The answer", ""]
+    parts += [f"- {'' if holds else '**Not reached.** '}{sentence}." for holds, sentence in expectations]
+    ours = found.get(("ramp", 1.2, "ours"))
+    if ours is not None:
+        words = []
+        for other in ("least_request", "tuned_engine", "haproxy"):
+            theirs = found.get(("ramp", 1.2, other))
+            if theirs is not None:
+                middle, least = ratio(ours, theirs)
+                words.append(f"{middle:.2f} times {plain(other)} (the least seed {least:.2f})")
+        parts.append(f"- Seed by seed, with the same requests, at 120 %: {', '.join(words)}.")
+    return parts
+
+
+def _picture(name: str, text: str, drawn: dict[str, str]) -> list[str]:
+    return [f"![{text}](benchmarks/{name}.svg)", ""] if name in drawn else []
+
+
+def _ramp(found: dict[Key, Figures], drawn: dict[str, str]) -> list[str]:
+    parts = ["## Overload ramp", "", *_picture("ramp", "Goodput over load", drawn)]
+    parts += [*_picture("classes", "Goodput by class", drawn), "Goodput (int/std/batch):", "", *tables.ramp(found)]
+    for load in sorted({key[1] for key in found if key[0] == "ramp"}):
+        some = [one for key, one in found.items() if key[:2] == ("ramp", load)]
+        parts += [f"<details><summary>All figures at {load:.0%}</summary>", "", *tables.details(some), "</details>", ""]
+    return parts
+
+
+def _others(found: dict[Key, Figures], drawn: dict[str, str]) -> list[str]:
+    parts = ["## When something is wrong", "", *_picture("experiments", "Goodput", drawn)]
+    for name, experiment in BY_NAME.items():
+        some = [one for key, one in found.items() if key[0] == name]
+        if name != "ramp" and some:
+            parts += [f"### {experiment.title}", "", tables.NOTES[name], "", *tables.experiment(name, some)]
+    return parts
+
+
+def _virtual(found: dict[Key, Figures], rows: Sequence[Row], facts: Row, drawn: dict[str, str]) -> list[str]:
+    swept = pick(rows, kind="sweep")
+    if not swept:
+        return []
+    parts = [VIRTUAL.format(seconds=facts["virtual_s"], warm=min(60.0, facts["virtual_s"] / 5))]
+    for preset in dict.fromkeys(row["preset"] for row in swept):
+        some = pick(swept, preset=preset)
+        parts += [f"### {preset}", "", *tables.again(some)]
+        parts += ["Load of conversations in % of what engines do without prefix caches:", "", *tables.sessions(some)]
+        parts += [*_picture(f"limits-{preset}", "A fixed limit", drawn), *tables.limits(some), *tables.telemetry(some)]
+    pairs = tables.pairs(found, rows)
+    if pairs:
+        load, who, real, simulated = max(pairs, key=lambda pair: abs(pair[2] - pair[3]))
+        apart = mean(abs(one - other) for _, _, one, other in pairs)
+        most = abs(real - simulated)
+        parts.append(CHECKED.format(apart=apart, count=len(pairs), most=most, who=plain(who), load=load))
+        parts += tables.compared(pairs)
+    return parts
+
+
+# ---- where it does not help
+
+
+def _no_help(found: dict[Key, Figures], rows: Sequence[Row]) -> list[str]:
+    groups: dict[tuple[str, float], dict[str, Figures]] = defaultdict(dict)
+    for (name, load, who), one in found.items():
+        groups[name, load][who] = one
+    parts = ["## Where it does not help", ""]
+    for (name, load), group in groups.items():
+        ours = group.pop("ours", None)
+        others = [one for who, one in group.items() if not who.startswith("ours")]
+        if ours is not None and others:
+            parts += _real_losses(f"{_title(name)}, {load:.0%}", ours, others)
+    for preset in dict.fromkeys(row["preset"] for row in rows):
+        parts += _virtual_losses(preset, pick(rows, kind="sweep", preset=preset))
+    return [*parts, *_cost(found), ""]
+
+
+def _title(name: str) -> str:
+    return BY_NAME[name].short if name in BY_NAME else "conversations"
+
+
+def _real_losses(where: str, ours: Figures, others: Sequence[Figures]) -> list[str]:
+    parts = []
+    best = max(others, key=lambda one: one.all.goodput)
+    gain = ours.all.goodput - best.all.goodput
+    if gain < SAME:
+        word = "is worse" if gain < -SAME else "gains nothing"
+        parts.append(f"- Real, {where}: {word}, {share(ours.all.goodput)} against {_whose(best, 'all')}.")
+    for line in ours.lines[:-1] if len(ours.lines) > 2 else ():
+        winner = max(others, key=lambda one: one.of_class((line.klass,)).goodput)
+        if winner.of_class((line.klass,)).goodput - line.goodput > 2 * SAME:
+            mine = f"the class {line.klass} pays, {share(line.goodput)}"
+            parts.append(f"- Real, {where}: {mine} against {_whose(winner, line.klass)}.")
+    return parts
+
+
+def _whose(one: Figures, klass: str) -> str:
+    return f"{share(one.of_class((klass,)).goodput)} of {plain(one.contender)}"
+
+
+def _virtual_losses(preset: str, rows: Sequence[Row]) -> list[str]:
+    parts = []
+    for name, load in dict.fromkeys((row["experiment"], row["load"]) for row in rows):
+        if name in ("limits", "telemetry"):
+            continue
+        here = pick(rows, experiment=name, load=load)
+        others = {row["contender"]: average(here, row["contender"]) for row in here}
+        others = {who: value for who, value in others.items() if not who.startswith("ours")}
+        best = max(others, key=others.__getitem__)
+        ours = average(here, "ours")
+        if ours < 1.1 * others[best]:
+            words = f"{share(ours)} against {share(others[best])} of {plain(best)}, {ours / others[best]:.2f} times"
+            parts.append(f"- Simulated {preset}, {_title(name)}, {load:.0%}: {words}.")
+    return parts
+
+
+def _cost(found: dict[Key, Figures]) -> list[str]:
+    ours, least = found.get(("ramp", 0.7, "ours")), found.get(("ramp", 0.7, "least_request"))
+    if ours is None or least is None:
+        return []
+    sidecar, envoy = ours.cpu_ms.get("sidecar", 0.0), ours.cpu_ms.get("front", 0.0)
+    alone = least.cpu_ms.get("front", 0.0)
+    text = f"- CPU a request at 70 % load: Envoy alone {alone:.1f} ms, with the sidecar {envoy:.1f} ms, the sidecar "
+    return [f"{text}itself {sidecar:.1f} ms. Its start and its scrapes are in that, shared by few requests."]
+
+
+# ---- method
+
+
+def _method(runs: Sequence[Run], facts: Row) -> list[str]:
+    warm, end, cut = facts["times"]
+    rejected = [run for run in runs if run.problem()]
+    kept = [run for run in runs if not run.problem()]
+    parts = ["## How it was measured", ""]
+    if kept:
+        lags = (max(run.lag[0] for run in kept), max(run.lag[1] for run in kept), max(run.step_lag_s for run in kept))
+        allowed = " / ".join(f"{value * 1000:.0f}" for value in (LAG_P99_S, LAG_MAX_S, STEP_LAG_S))
+        worst = " / ".join(f"{value * 1000:.0f}" for value in lags)
+        parts.append(
+            f"- **Rejection.** A run counts if the sender's lag (p99 / maximum) and the worst lag of an engine's "
+            f"step stay under {allowed} ms, and nothing of the stack was missing. {len(runs)} real runs, "
+            f"{len(rejected)} rejected and left out; the worst of those that count: {worst} ms."
+        )
+    parts += [f"  - rejected: {r.experiment} {r.load:.0%} #{r.seed} {r.contender}: {r.problem()}" for r in rejected]
+    seeds = ", ".join(map(str, facts["seeds"]))
+    parts.append(METHOD.format(warm=warm, end=end, cut=cut, seeds=seeds, stacks=facts["stacks"]).rstrip())
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    parts.append(
+        f"- `{facts['command']}` on {facts['machine']}; {versions}. Every request of every run: build/bench/runs."
+    )
+    return parts

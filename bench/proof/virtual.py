@@ -1,0 +1,214 @@
+"""The same cells on a virtual clock: sweeps that would take hours, and a check of the real runs.
+
+The simulator of `extproc simulate` with one contender more: HAProxy, modelled here, as its real runs are what it is
+compared with.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from sortedcontainers import SortedDict
+
+from bench.proof.experiments import Cell, Experiment, Times
+from bench.proof.figures import Record, Run
+from bench.proof.fronts import HAPROXY_QUEUE_S
+from extproc.engine.params import PRESETS
+from extproc.simulate.contenders import BEST_FIXED, Job, Verdict, contender
+from extproc.simulate.workload import CLASSES, Sessions, Workload
+from extproc.simulate.world import Faults, World
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from extproc.admission.load import Load
+    from extproc.admission.values import Answer
+    from extproc.engine.params import EngineParams
+    from extproc.simulate.workload import Demand
+
+ORIGINAL = "original,scrape_interval=30s,stale_after_s=90s,max_queue_wait_time=10s"
+LONG = Times(60.0, 300.0, math.inf)
+
+
+class Haproxy:
+    """One backend: a queue by class and arrival, `maxconn` per server, the least busy of those with room."""
+
+    def __init__(self, engines: int, limit: int, wait_s: float) -> None:
+        """Queue before `engines`, `limit` requests each; who waited `wait_s` gets 503."""
+        self._limit = limit
+        self._wait_s = wait_s
+        self._in_flight = [0] * engines
+        self._healthy = set(range(engines))
+        self._queue = SortedDict()
+        self._waiting: dict[int, tuple[int, float, int]] = {}
+
+    def arrive(self, job: Job, now: float) -> list[Verdict]:
+        """Queue it, and place who can be placed."""
+        key = (-job.demand.klass.priority, now, job.number)
+        self._queue[key] = job
+        self._waiting[job.number] = key
+        return self._place()
+
+    def leave(self, job: Job, now: float) -> list[Verdict]:  # noqa: ARG002
+        """`option abortonclose`."""
+        self._drop(job)
+        return []
+
+    def first_token(self, job: Job, now: float) -> list[Verdict]:  # noqa: ARG002
+        """Not looked at."""
+        return []
+
+    def end(self, job: Job, now: float, answer: Answer) -> list[Verdict]:  # noqa: ARG002
+        """A connection less."""
+        if job.engine is not None:
+            self._in_flight[job.engine] -= 1
+        return self._place()
+
+    def observe(self, engine: int, load: Load, now: float) -> list[Verdict]:  # noqa: ARG002
+        """Not looked at."""
+        return []
+
+    def set_up(self, engine: int, now: float, *, is_up: bool) -> list[Verdict]:  # noqa: ARG002
+        """Follow the health check."""
+        (self._healthy.add if is_up else self._healthy.discard)(engine)
+        return self._place()
+
+    def tick(self, now: float) -> list[Verdict]:
+        """Turn away who waited too long."""
+        late = [job for job in self._queue.values() if job.arrived + self._wait_s <= now]
+        for job in late:
+            self._drop(job)
+        return [Verdict(job, None, "timeout") for job in late]
+
+    def next_deadline(self) -> float | None:
+        """Return when the oldest has waited too long."""
+        return min((key[1] + self._wait_s for key in self._queue), default=None)
+
+    def _drop(self, job: Job) -> None:
+        del self._queue[self._waiting.pop(job.number)]
+
+    def _place(self) -> list[Verdict]:
+        placed = []
+        while self._queue:
+            room = [engine for engine in sorted(self._healthy) if self._in_flight[engine] < self._limit]
+            if not room:
+                break
+            engine = min(room, key=self._in_flight.__getitem__)
+            _, job = self._queue.peekitem(0)
+            self._drop(job)
+            self._in_flight[engine] += 1
+            placed.append(Verdict(job, engine, "dispatched"))
+        return placed
+
+
+@dataclass(frozen=True, slots=True)
+class HaproxyContender:
+    """HAProxy where the simulator expects a Contender."""
+
+    name: str
+    limit: int
+    wait_s: float
+    scrape_interval_s: float | None = None
+
+    def front(self, engines: int, seed: int) -> Haproxy:  # noqa: ARG002
+        """Build it."""
+        return Haproxy(engines, self.limit, self.wait_s)
+
+    def engine(self, params: EngineParams) -> EngineParams:
+        """Return the engine as it is."""
+        return params
+
+
+def play(cell: Cell, name: str, times: Times) -> Run:
+    """Run one contender; `haproxy,maxconn=N` is HAProxy with another limit than its best."""
+    experiment, classes = cell.experiment, cell.experiment.workload.classes
+    best = experiment.limit or BEST_FIXED[experiment.preset]
+    if name.startswith("haproxy"):
+        limit = int(name.partition("maxconn=")[2] or best)
+        wait_s = classes[0].budget_s if len(classes) == 1 else HAPROXY_QUEUE_S[experiment.preset]
+        who = HaproxyContender(name, limit, wait_s)
+    else:
+        who = contender(ORIGINAL if name == "original" else name, experiment.preset, classes, best=best)
+    speeds = (experiment.slow,) if experiment.slow != 1.0 else ()
+    dies = None if experiment.dies is None else (0, *experiment.dies)
+    world = World(PRESETS[experiment.preset], experiment.engines, who, cell.seed, Faults(speeds, dies))
+    jobs = world.run(cell.demands(times), times.end_s)
+    result = world.result(cell.load, cell.seed, times.end_s)
+    share = (times.window[1] - times.window[0]) / times.end_s
+    return Run(
+        experiment=experiment.name,
+        contender=name,
+        load=cell.load,
+        seed=cell.seed,
+        window=times.window,
+        records=[_record(job) for job in jobs],
+        tokens=round(result.generated * share),
+        wasted=result.wasted,
+        preemptions=result.preemptions,
+        peak_waiting=result.peak_waiting,
+        virtual=True,
+    )
+
+
+def _record(job: Job) -> Record:
+    demand: Demand = job.demand
+    outcome = job.outcome if job.outcome in ("finished", "abandoned", "failed") else "refused"
+    assert job.ended is not None
+    record = Record(
+        at=job.arrived,
+        klass=demand.klass.name,
+        tenant=demand.tenant,
+        prompt=demand.prompt,
+        output=demand.output if outcome == "finished" else 0,
+        outcome=outcome,
+        first_s=None if job.first_token is None else job.first_token - job.arrived,
+        end_s=job.ended - job.arrived,
+    )
+    record.judge(demand.klass)
+    return record
+
+
+# ---- what is swept
+
+CHATTY = Workload(
+    classes=tuple(replace(klass, share=share) for klass, share in zip(CLASSES, (0.8, 0.13, 0.07), strict=True)),
+    sessions=Sessions(think_s=30.0, system_prompt=3000),
+)
+LIMITS = {"h100-32b": (4, 8, 12, 16, 24, 32, 64), "a100-8b": (8, 16, 32, 64, 96, 128, 192, 256)}
+
+
+SESSIONS_LIMIT = {"h100-32b": 6, "a100-8b": 56}
+"""The best for conversations, by the same seeds as the others: their prompts are longer."""
+SCRAPES_S = (1, 5, 30)
+
+
+def sweeps(experiments: Iterable[Experiment], preset: str) -> list[Experiment]:
+    """Return what is swept on a preset: the real experiments again, longer, and those that have no real runs."""
+    again = [one if one.dies is None else replace(one, dies=(90.0, 180.0)) for one in experiments]
+    chat = ("least_request", "circuit_breaker", "tuned_engine", "haproxy", "ours,session_homes=false", "ours")
+    talk = Experiment("sessions", "conversations", "Conversations and prefix caches", chat, (1.1, 1.4, 1.8), CHATTY)
+    limited = [(f"haproxy,maxconn={limit}", f"ours,max_running_requests={limit}") for limit in LIMITS[preset]]
+    scraped = [(f"ours,scrape_interval={s}s", f"ours,own_books=false,scrape_interval={s}s") for s in SCRAPES_S]
+    added = (
+        replace(talk, limit=SESSIONS_LIMIT[preset]),
+        Experiment("limits", "limits", "A fixed limit per engine", (*chain(*limited), "ours"), (0.9, 1.2)),
+        Experiment("telemetry", "stale metrics", "Stale telemetry", tuple(chain(*scraped)), (0.9, 1.2)),
+    )
+    return [replace(one, preset=preset) for one in (*again, *added) if one.name != "stale"]
+
+
+def _task(task: tuple[Cell, str, Times]) -> tuple[str, Run]:
+    cell, name, times = task
+    return cell.experiment.preset, play(cell, name, times)
+
+
+def run(tasks: Sequence[tuple[Cell, str, Times]], workers: int) -> list[tuple[str, Run]]:
+    """Play tasks in some processes; each one's preset and run, in order."""
+    if workers == 1:
+        return [_task(task) for task in tasks]
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        return pool.map(_task, tasks, chunksize=4)

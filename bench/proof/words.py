@@ -1,0 +1,120 @@
+"""How figures and contenders are called on the page, and the groups that its tables are made of."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Any
+
+from bench.proof.experiments import BY_NAME
+from bench.proof.figures import Figures, Run, figures, goodput, waste
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+CLASSES = ("int", "std", "batch")
+SAME = 0.01
+"""Goodputs that differ by less are called the same."""
+LABELS = {
+    "round_robin": "Envoy round robin",
+    "least_request": "Envoy least request",
+    "circuit_breaker": "... + circuit breaker",
+    "tuned_engine": "tuned, no queue",
+    "haproxy": "HAProxy",
+    "original": "original design",
+    "ours": "**ours, defaults**",
+}
+Row = dict[str, Any]
+"""What the page needs of one virtual run."""
+Key = tuple[str, float, str]
+"""Experiment, load, contender."""
+
+
+def summary(run: Run) -> Row:
+    """Return the row of a virtual run."""
+    counted = run.counted
+    return {
+        "experiment": run.experiment,
+        "contender": run.contender,
+        "load": run.load,
+        "seed": run.seed,
+        "goodput": goodput(counted),
+        "by_class": {k: goodput(r for r in counted if r.klass == k) for k in dict.fromkeys(r.klass for r in counted)},
+        "victims": goodput(record for record in counted if record.tenant != "tenant-1"),
+        "wasted": waste([run]),
+    }
+
+
+def collect(runs: Iterable[Run]) -> dict[Key, Figures]:
+    """Put runs together by experiment, load and contender; rejected ones are left out."""
+    groups: dict[Key, list[Run]] = defaultdict(list)
+    for run in runs:
+        if not run.problem():
+            groups[run.experiment, run.load, run.contender].append(run)
+    places = {name: place for place, name in enumerate(LABELS)}
+    keys = sorted(groups, key=lambda key: (list(BY_NAME).index(key[0]), key[1], places.get(key[2], 99), key[2]))
+    return {key: figures(groups[key]) for key in keys}
+
+
+def pick(rows: Sequence[Row], **wanted: Any) -> list[Row]:
+    """Return the rows that have these values."""
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def average(rows: Sequence[Row], contender: str, key: str = "goodput") -> float:
+    """Return the mean over a contender's seeds; nan of none."""
+    values = [row[key] for row in rows if row["contender"] == contender]
+    return mean(values) if values else math.nan
+
+
+def deviation(rows: Sequence[Row], contender: str) -> float:
+    """Return the standard deviation of goodput between a contender's seeds; nan of less than two."""
+    values = [row["goodput"] for row in rows if row["contender"] == contender]
+    return stdev(values) if len(values) > 1 else math.nan
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return a Markdown table, with an empty line after it."""
+    lines = [head, ["---"] * len(head), *rows]
+    return [*(f"| {' | '.join(cells)} |" for cells in lines), ""]
+
+
+def label(contender: str) -> str:
+    """Return what a contender is called in a table."""
+    return LABELS.get(contender, f"`{contender}`")
+
+
+def plain(contender: str) -> str:
+    """Return what a contender is called in a sentence."""
+    known = {"tuned_engine": "the tuned stack", "haproxy": "HAProxy", "least_request": "least request"}
+    return known.get(contender, contender.replace("_", " "))
+
+
+def by_class(one: Figures) -> str:
+    """Return the goodputs of the classes, the most urgent first."""
+    known = {line.klass: line.goodput for line in one.lines[:-1]}
+    return "/".join(share(known[klass], 2) for klass in CLASSES if klass in known)
+
+
+def share(value: float, digits: int = 3) -> str:
+    """Return a share without its 0; nothing for nan."""
+    if math.isnan(value):
+        return ""
+    text = f"{value:.{digits}f}"
+    return text.removeprefix("0") if text.startswith("0.") else text
+
+
+def plus_minus(spread: float) -> str:
+    """Return the spread behind a figure; nothing for nan."""
+    return "" if math.isnan(spread) else f" ±{share(spread)}"
+
+
+def seconds(values: Iterable[float]) -> str:
+    """Return percentiles in seconds."""
+    return " / ".join("-" if math.isnan(value) else f"{value:.2f}" for value in values)
+
+
+def milliseconds(values: Iterable[float]) -> str:
+    """Return percentiles in milliseconds."""
+    return " / ".join("-" if math.isnan(value) else f"{value * 1000:.0f}" for value in values)
