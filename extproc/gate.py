@@ -155,6 +155,10 @@ class Gate:
         """Replace the rules."""
         self._settle(self.controller.set_policy(policy, self._loop.time()))
 
+    def stop_gathering(self) -> None:
+        """Expect no more replays: what was gathered takes its place in the queue now."""
+        self._offer_gathered()
+
     def drain(self) -> None:
         """Refuse what waits, and what would have to."""
         self._offer_gathered()
@@ -173,6 +177,7 @@ class Gate:
                 return False
             self._replays_until = now + GATHER_S
             self._loop.call_at(self._replays_until, self._offer_gathered)
+        ticket.request_class = self.controller.class_of(ticket.request)  # it may leave before it is offered
         self._gathered[ticket] = None
         return True
 

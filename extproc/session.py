@@ -281,14 +281,17 @@ def _details(decision: Decision) -> bytes:
 def _judge(incoming: Incoming) -> Answer:
     """Read from the response headers what the answer says about the endpoint."""
     status = incoming.headers.get(":status", "")
-    from_engine = incoming.attributes.get("response.code_details") == "via_upstream"
-    if status == "429" or (status == "503" and from_engine):
+    details = incoming.attributes.get("response.code_details")
+    failed = status.startswith("5")
+    if details is not None and details != "via_upstream":  # Envoy's own: a client's mistake says nothing of the engine
+        return Answer.FAILED if failed else Answer.UNKNOWN
+    if status == "429" or (status == "503" and details is not None):
         return Answer.SATURATED
-    if status == "503" and "response.code_details" not in incoming.attributes:
+    if status == "503":
         return Answer.UNKNOWN  # a full engine or a dead one: this Envoy doesn't say
-    if not status.startswith("5"):
+    if not failed:
         return Answer.OK
-    return Answer.ERROR if from_engine else Answer.FAILED
+    return Answer.ERROR if details is not None else Answer.FAILED
 
 
 def _prompt_tokens(content_length: str | None, *, has_body: bool) -> int:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from extproc.admission.load import Load
     from extproc.admission.queue import Queue
+    from extproc.admission.values import Request, RequestClass
 
 RETRY_AFTER_MAX_S = 60
 SURE = 2.0
@@ -83,7 +84,7 @@ class Controller:
         self._expect(ticket, State.NEW, "offered")
         self._now = now
         request, policy = ticket.request, self.policy
-        ticket.request_class = klass = self._classes.get(request.request_class, policy.classes[0])
+        ticket.request_class = klass = self.class_of(request)
         pool = self._pool_for(request.model)
         if pool is None:
             ticket.state = State.LEFT
@@ -294,6 +295,10 @@ class Controller:
         return self._dispatch()
 
     # ---- what others may look at
+
+    def class_of(self, request: Request) -> RequestClass:
+        """Return a request's class: the one it names, if we have it."""
+        return self._classes.get(request.request_class, self.policy.classes[0])
 
     def pools(self) -> Iterator[Pool]:
         """Walk all pools."""

@@ -54,6 +54,7 @@ class Endpoint:
         "_failures",
         "_foreign_at",
         "_met",
+        "_page_capacity",
         "alarm",
         "completed",
         "dispatched",
@@ -112,6 +113,7 @@ class Endpoint:
         self.kv_turnover = 0  # tokens that its cache had to take in for all leases so far
         self.kv_excess = 0.0  # what the engine's own figure was above our estimate when it was read
         self.kv_capacity = spec.kv_capacity_tokens
+        self._page_capacity: int | None = None
         self.prefill = Prefill()
         self.sees_first_tokens = False
         self.ejected_until: float | None = None
@@ -135,10 +137,8 @@ class Endpoint:
         """Take over a changed `spec`; leases stay, and a lowered limit lets them finish."""
         if spec.max_running_requests != self.spec.max_running_requests:
             self.limit = _limit_of(spec)
-        if spec.kv_capacity_tokens != self.spec.kv_capacity_tokens:
-            told = self.known.kv_capacity_tokens if self.known is not None else None
-            self.kv_capacity = spec.kv_capacity_tokens or told or None  # an engine may say 0 before it knows
         self.spec = spec
+        self._size_cache()
 
     def apply(self, policy: Policy) -> None:
         """Follow a changed policy."""
@@ -246,8 +246,7 @@ class Endpoint:
         if self.report is not None:
             self.report = self.report.without(load)
         known = load if self.report is None else self.report.over(load)
-        if load.kv_capacity_tokens and self.spec.kv_capacity_tokens is None:
-            self.kv_capacity = load.kv_capacity_tokens
+        self._size_cache()
         self.limit.observe(
             load,
             wanted=wanted and full,
@@ -274,14 +273,20 @@ class Endpoint:
         It is no look at the page: the limit takes no step, no prompt counts as computed, nobody is found foreign.
         """
         self.report, self.report_at = report, now
-        if report.kv_capacity_tokens and self.spec.kv_capacity_tokens is None:
-            self.kv_capacity = report.kv_capacity_tokens
+        self._size_cache()
         if report.kv_usage is not None:
             self._compare_kv(report.kv_usage)
         if _is_hot(report.over(self.load), policy):
             self.gate_until = now + policy.stale_after_s
         else:
             self._reopen(now)
+
+    def _size_cache(self) -> None:
+        """Take the size of the KV cache from the config, else from the page, whose word lasts, else from a report."""
+        if self.load is not None and self.load.kv_capacity_tokens:  # an engine may say 0 before it knows
+            self._page_capacity = self.load.kv_capacity_tokens
+        reported = self.report.kv_capacity_tokens if self.report is not None else None
+        self.kv_capacity = self.spec.kv_capacity_tokens or self._page_capacity or reported or None
 
     def _compare_kv(self, usage: float | None) -> None:
         """Note what the engine has in its KV cache beyond what our books say."""
@@ -300,14 +305,16 @@ class Endpoint:
         Never more: what an engine holds above our leases later is mostly our own, between two looks at it.
         """
         if load.running is None:
+            self.foreign = 0
             return
         there = int(load.running + (load.waiting or 0.0))
+        most = self.limit.value  # more would only take longer to forget
         if not self._met:
             self._met = True
-            self.foreign, self._foreign_at = max(there - len(self.leases), 0), now
+            self.foreign, self._foreign_at = min(max(there - len(self.leases), 0), most), now
         elif self.foreign:
             arrived = sum(ticket.leased_at <= now - ARRIVED_S for ticket in self.leases)
-            left = max(there - arrived, 0)
+            left = min(max(there - arrived, 0), most)
             if left < self.foreign:
                 self.foreign, self._foreign_at = left, now
             elif now >= self._foreign_at + FOREIGN_S:
@@ -320,6 +327,7 @@ class Endpoint:
             self._forget_load(policy)
         if self.report is not None and now >= self.report_at + policy.stale_after_s:
             self.report = None
+            self._size_cache()
             self._cool_down(policy)
         return len(self.told_at) < before
 

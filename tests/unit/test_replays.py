@@ -141,3 +141,33 @@ def test_a_drain_does_not_forget_what_is_being_gathered():
     assert (second.state, first.state) == (State.LEASED, State.LEFT)
     room.loop.advance(GATHER_S)
     assert room.sent == ["r4", "r3"]
+
+
+def test_a_drain_that_begins_while_requests_are_gathered_gives_them_their_places_first():
+    room = Room(slots=1)
+    first, second = room.offer("later", 2.0), room.offer("earlier", 3.0)
+    room.gate.stop_gathering()
+    assert room.sent == ["earlier"]
+    assert room.gate.controller.waiting == 1
+    room.run_dry(first, second)
+    assert room.sent == ["earlier", "later"]
+
+
+def test_who_leaves_while_it_is_gathered_is_counted_in_its_own_class():
+    loop, seen = Loop(), []
+
+    class Observer:
+        def decided(self, decision) -> None:
+            seen.append(decision)
+
+        def cancelled(self, ticket, wait_s) -> None:
+            seen.append(ticket.request_class.name)
+
+    classes = (RequestClass("bronze", 0, 30.0), RequestClass("gold", 1, 30.0))
+    gate = Gate(Controller(Policy(classes=classes)), loop, [Observer()])
+    gate.put_endpoint(EndpointSpec("a", max_running_requests=1))
+    gate.expect_replays()
+    ticket = Ticket(Request("x", loop.now - 3, request_class="gold"))
+    gate.offer(ticket)
+    gate.close(ticket)
+    assert seen == ["gold"]

@@ -229,6 +229,18 @@ def test_only_failures_of_the_endpoint_count_towards_its_ejection(status, detail
     assert (room.gate.controller.endpoints["a"].ejected_until is not None) is bool(failures)
 
 
+@pytest.mark.parametrize(("status", "details"), [("400", "http1.codec_error"), ("429", "local_rate_limited")])
+def test_what_envoy_answers_by_itself_to_a_clients_mistake_does_not_speak_for_the_endpoint(status, details):
+    room = Room(EndpointSpec("a", max_running_requests=10))
+    for bad in (True, True, False, True, True, True):
+        session, _ = room.open()
+        ours = ("503", "upstream_reset_before_response_started{connection_termination}")
+        said, why = ours if bad else (status, details)
+        session.receive(message("response_headers", {"response.code_details": why}, status=said))
+        session.end()
+    assert room.gate.controller.endpoints["a"].ejected_until is not None
+
+
 def test_headers_win_over_fields_of_the_body_and_wrong_types_are_ignored():
     room = Room(EndpointSpec("a", models=frozenset({"m1"})), EndpointSpec("b", models=frozenset({"m2"})), fields="llm")
     replies: list[bytes] = []

@@ -222,3 +222,14 @@ def test_a_dry_run_rehearses_reports_too() -> None:
     core.release(second, 2.0)
     assert core.counts[HELD, "std"] == 1
     assert core.endpoints["a"].known == HOT
+
+
+def test_the_size_of_a_cache_that_a_report_told_is_forgotten_with_it() -> None:
+    desk = Desk(one("a", 10))
+    desk.report("a", Load(kv_capacity_tokens=1))
+    assert desk.endpoint("a").kv_capacity == 1
+    desk.advance(desk.core.policy.stale_after_s)
+    assert desk.endpoint("a").kv_capacity is None
+    desk.observe("a", Load(kv_capacity_tokens=5000))
+    desk.report("a", Load(kv_capacity_tokens=1))
+    assert desk.endpoint("a").kv_capacity == 5000, "the page's word goes first, and lasts"

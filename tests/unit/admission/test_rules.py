@@ -1479,3 +1479,23 @@ def test_good_telemetry_does_not_cut_short_the_moment_that_an_engine_wanted_afte
     assert desk.where(waiting) is None
     desk.advance(SATURATED_S)
     assert desk.where(waiting) == "a"
+
+
+def test_a_page_that_no_longer_says_what_runs_takes_its_foreign_requests_back() -> None:
+    desk = Desk(EndpointSpec("a", max_running_requests=4))
+    desk.observe("a", Load(running=4, kv_usage=0.1))
+    (ticket,) = desk.fill(1)
+    assert desk.where(ticket) is None
+    desk.observe("a", Load(kv_usage=0.1))
+    assert desk.where(ticket) == "a"
+
+
+def test_a_page_that_lies_about_what_runs_keeps_an_endpoint_closed_no_longer_than_a_true_one() -> None:
+    desk = Desk(EndpointSpec("a", max_running_requests=4), classes=(RequestClass("std", 0, 600.0),))
+    desk.observe("a", Load(running=1e6))
+    (ticket,) = desk.fill(1)
+    for _ in range(int(FOREIGN_S) + 1):
+        assert desk.where(ticket) is None or desk.now >= FOREIGN_S
+        desk.advance(1.0)
+        desk.observe("a", Load(running=1e6))
+    assert desk.where(ticket) == "a"
