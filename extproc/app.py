@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from extproc import wire
 from extproc.admin.http import Admin
+from extproc.admin.state import FileState
 from extproc.admission.controller import Controller
 from extproc.admission.rehearsal import Rehearsal
 from extproc.ages import Ages
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("extproc.app")
 
 POLL_S = 0.05
+LAST_WORDS_S = 2.0
+"""What refusals get at least to reach Envoy, by the thousand: a stream that is cut before looks like a crash."""
 HEALTH_SEEN_S = 1.0
 """How long Envoy is given to notice that we want no new requests (its health check interval in our config)."""
 
@@ -118,7 +121,9 @@ class App:
         self.tls = None if config.tls is None else ServerTls(config.tls)
         self.listener = Listener(config.listen, SocketRights(config.socket_mode, config.socket_group), self.tls)
         self.server = server_on(loop)(self.desk, self.listener, reflect=config.reflection)
-        self.admin = Admin(config.admin, self.gate, self.metrics)
+        self._restart_needed: tuple[str, ...] = ()  # keys whose values in the file are not those in use
+        self.admin = Admin(config.admin, self.gate, self.metrics, self._file_state)
+        self._known_bugs: set[str] = set()
 
     async def start(self) -> None:
         """Bind and serve. Raises StartError, with nothing left running."""
@@ -165,12 +170,21 @@ class App:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, on_signal)
         while not stop.is_set():
-            self.queue_log.look()
-            if self.tls is not None:
-                self.tls.look()
+            self._look()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), LOOK_S)
         await self.drain(hurry)
+
+    def _look(self) -> None:
+        """Do what is due now and then. A bug there ends neither the process nor the other looks; it is told once."""
+        for look in (self.queue_log.look, *([self.tls.look] if self.tls is not None else [])):
+            try:
+                look()
+            except Exception as error:
+                kind = f"{look.__qualname__}: {type(error).__name__}"
+                if kind not in self._known_bugs:
+                    self._known_bugs.add(kind)
+                    log.exception("%s, told once and tried again all the time: please report it", kind)
 
     # ---- what changes while it runs
 
@@ -193,12 +207,16 @@ class App:
                 config.longest_budget_s,
             )
         self.config = config
+        self._restart_needed = tuple(fixed)
         self.ages.oldest_s = config.longest_budget_s
         self.gate.set_policy(config.policy())
         self.health.configure(config.health_check)
         self.roster.configure(config)
         self.sources.configure(config.discovery)
         log.info("configuration taken over: %d endpoint(s) in the file", len(config.endpoints))
+
+    def _file_state(self) -> FileState:
+        return FileState(self.file is not None and self.file.is_refused, self._restart_needed)
 
     def _follow(self, endpoint: EndpointConfig) -> None:
         self.scraper.put(target_of(endpoint))
@@ -220,6 +238,7 @@ class App:
         """Take no new requests; place or refuse those that wait; let answers run out; all within drain_timeout."""
         self.admin.ready = False
         await self.server.refuse_new()
+        self.gate.stop_gathering()
         grace_s = self.config.drain_timeout
         deadline = self.gate.now() + grace_s
         controller = self.gate.controller
@@ -233,9 +252,11 @@ class App:
             self.gate.leave()  # Envoy sends again what waits, and lets what runs go on; the successor counts it anew
             await self.server.stop(0)
         else:
+            refused = controller.waiting
             self.gate.drain()
             await asyncio.sleep(POLL_S)  # lets the refusals go out before the port closes
-            await self.server.stop(0 if hurry.is_set() else max(deadline - self.gate.now(), POLL_S))
+            least_s = LAST_WORDS_S if refused else POLL_S
+            await self.server.stop(0 if hurry.is_set() else max(deadline - self.gate.now(), least_s))
         await self._stop_following()
         await self.scraper.stop()
         await self.admin.stop()

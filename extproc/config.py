@@ -407,7 +407,7 @@ class Config(_Section):
     )
     shed: bool = Field(
         True,
-        description="Refuse at once what is predicted to wait longer than its budget. Off: it waits its budget out.",
+        description="Refuse at once what is predicted to wait over twice its budget. Off: it waits its budget out.",
     )
     tenant_fairness: bool = Field(True, description="Inside a class, fair shares of tokens between tenants.")
     short_prompts_first: bool = Field(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from extproc import wire
+from extproc.admission.limit import CEILING
 from extproc.durations import parse_duration
 from extproc.envoy_config import IDLE_S, MARGIN_S
 from extproc.errors import ConfigError
@@ -33,6 +34,14 @@ DEFAULT_MESSAGE_TIMEOUT_S = 0.2
 DEFAULT_IDLE_S = 300.0
 DEFAULT_ROUTE_TIMEOUT_S = 15.0
 DEFAULT_BODY_LIMIT = 1 << 20
+DEFAULT_BREAKER = 1024
+DEFAULT_RETRIES = 1
+DEFAULT_BACK_OFF_S = 1.0
+"""The first back-off of a gRPC service's retry_policy; a route's is 25 ms."""
+FEW_RETRIES = 10
+"""Ten last some 4 s with the rendered back-off (2.5 to 5.5 s measured)."""
+RESTART_S = 3.0
+"""How long a sidecar may be away while it is restarted."""
 MANY = 10_000
 """Requests held or running at once that Envoy should not stand in the way of."""
 
@@ -208,10 +217,16 @@ def _answers(view: _View) -> Iterator[str]:
 def _what_we_see(view: _View) -> Iterator[str]:
     rules = view.filter.get("forward_rules") or {}
     allowed = (rules.get("allowed_headers") or {}).get("patterns")
-    if allowed is not None:
+    wanted = view.config.header_names().wanted() - {view.config.headers.cluster}
+    if not allowed:
+        yield (
+            f"{view.filter.path}.forward_rules.allowed_headers: without it every header goes to the sidecar, authorization "
+            f"and cookies too; exact patterns for {', '.join(sorted(wanted))} would be right"
+        )
+    else:
         exact = {pattern.get("exact") for pattern in allowed if isinstance(pattern, dict)}
         other = any("exact" not in pattern for pattern in allowed if isinstance(pattern, dict))
-        missing = sorted(view.config.header_names().wanted() - exact - {view.config.headers.cluster})
+        missing = sorted(wanted - exact)
         if missing and not other:
             yield f"{view.filter.path}.forward_rules.allowed_headers: lacks {', '.join(missing)}, which we read"
     if "request.time" not in (view.filter.get("request_attributes") or []):
@@ -227,11 +242,34 @@ def _failure_mode(view: _View) -> Iterator[str]:
             f"{view.filter.path}.failure_mode_allow: false cuts every running answer when the sidecar dies; true, and a "
             "last route to a cluster of your choice (empty: 503), would be right"
         )
-    retry = view.filter.get("grpc_service", "retry_policy")
+    yield from _replays(
+        f"{view.filter.path}.grpc_service.retry_policy", view.filter.get("grpc_service", "retry_policy")
+    )
+
+
+def _replays(path: str, retry: dict[str, Any] | None) -> Iterator[str]:
     if retry is None or "reset" not in str(retry.get("retry_on", "")):
         yield (
-            f"{view.filter.path}.grpc_service.retry_policy: without retry_on connect-failure,reset,unavailable,cancelled "
-            "held requests fail when the sidecar restarts, instead of being replayed to it"
+            f"{path}: without retry_on connect-failure,reset,unavailable,cancelled held requests fail when the sidecar "
+            "restarts, instead of being replayed to it"
+        )
+        return
+    tries = retry.get("num_retries", DEFAULT_RETRIES)
+    if tries < FEW_RETRIES:
+        yield (
+            f"{path}.num_retries: {tries}{'' if 'num_retries' in retry else ', the default,'} is used up before a "
+            "restarted sidecar is back, and held requests get 503; 30 would be right"
+        )
+        return
+    # Envoy waits a random part of each interval: half of it on average. The intervals double up to the longest.
+    back_off = _Spot("", retry.get("retry_back_off") or {})
+    interval_s = back_off.seconds("base_interval", DEFAULT_BACK_OFF_S)
+    longest_s = back_off.seconds("max_interval", 10 * interval_s)
+    patience_s = sum(min(interval_s * 2.0 ** min(number, 30), longest_s) / 2 for number in range(tries))
+    if patience_s < RESTART_S:
+        yield (
+            f"{path}.retry_back_off: {tries} retries are used up after some {patience_s:.1g}s, before a restarted sidecar "
+            "is back, and held requests get 503; {base_interval: 0.2s, max_interval: 1s} would be right"
         )
 
 
@@ -289,7 +327,11 @@ def _ext_proc_cluster(view: _View) -> Iterator[str]:
         yield f"{view.filter.path}.grpc_service.envoy_grpc.cluster_name: there is no cluster {name!r}"
         return
     thresholds = (cluster.get("circuit_breakers", "thresholds") or [{}])[0]
-    for key, default in (("max_requests", 1024), ("max_pending_requests", 1024), ("max_retries", 3)):
+    for key, default in (
+        ("max_requests", DEFAULT_BREAKER),
+        ("max_pending_requests", DEFAULT_BREAKER),
+        ("max_retries", 3),
+    ):
         if thresholds.get(key, default) < MANY:
             yield (
                 f"{cluster.path}.circuit_breakers.thresholds[0].{key}: {thresholds.get(key, default)}: each held and each "
@@ -350,6 +392,17 @@ def _endpoint_clusters(view: _View) -> Iterator[str]:
         cluster = view.clusters.get(name)
         if cluster is None:
             yield f"static_resources.clusters: there is no {name!r}, the cluster of endpoints[{index}]: its requests get 503"
+            continue
+        limit = view.config.spec_of(endpoint).max_running_requests or CEILING
+        thresholds = (cluster.get("circuit_breakers", "thresholds") or [{}])[0]
+        http2 = "http2_protocol_options" in str(cluster.get("typed_extension_protocol_options"))
+        for key in ("max_requests",) if http2 else ("max_requests", "max_connections"):
+            if (most := thresholds.get(key, DEFAULT_BREAKER)) < limit:
+                what = "get 503" if key == "max_requests" else "wait in Envoy, in no order"
+                yield (
+                    f"{cluster.path}.circuit_breakers.thresholds[0].{key}: {most} is below the limit of "
+                    f"endpoints[{index}], {limit}: those above {what}; {10 * MANY} would be right"
+                )
 
 
 def _clients_orders(view: _View) -> Iterator[str]:

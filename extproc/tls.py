@@ -144,7 +144,7 @@ def _stat(path: str) -> tuple[int, ...] | None:
 def _text(key: str, path: str, problems: list[str]) -> str:
     """Return a file's text, or "" with a problem noted."""
     try:
-        text = Path(path).read_text(encoding="ascii", errors="replace")  # what stands around PEM blocks is nobody's
+        text = Path(path).read_text(encoding="ascii", errors="ignore")  # PEM is ASCII; comments around it need not be
     except OSError as error:
         problems.append(f"{key}: {path} can't be read: {error.strerror}")
         return ""

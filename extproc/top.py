@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import shutil
 import sys
 import time
@@ -49,10 +50,10 @@ def lines(view: Mapping[str, Any], width: int = 80, height: int = 24) -> list[st
 
     What is wrong goes before what is well where there are too many endpoints; waiting requests get the lines left over.
     """
-    classes, outcomes = _classes(view), _outcomes(view)
-    fixed = 1 + len(classes) + len(outcomes)
+    heading, classes, outcomes = [_heading(view), *_notices(view)], _classes(view), _outcomes(view)
+    fixed = len(heading) + len(classes) + len(outcomes)
     endpoints = _endpoints(view, max(height - fixed, 3))
-    rows = [_heading(view), *endpoints, *classes, *outcomes]
+    rows = [*heading, *endpoints, *classes, *outcomes]
     left = height - len(rows)
     if view["waiting"] and left >= 3:
         rows += _waiting(view, left)
@@ -196,6 +197,16 @@ def _heading(view: Mapping[str, Any]) -> str:
     return text + f"{up} of {len(view['endpoints'])} endpoints up"
 
 
+def _notices(view: Mapping[str, Any]) -> list[str]:
+    """Tell how the configuration file differs from what is in use; an older sidecar doesn't say."""
+    notices = []
+    if view.get("config_refused"):
+        notices.append("CONFIGURATION REFUSED at its last change: the old one is in use, see the log")
+    if view.get("restart_needed"):
+        notices.append(f"RESTART NEEDED to change {', '.join(view['restart_needed'])}")
+    return notices
+
+
 def _endpoints(view: Mapping[str, Any], room: int) -> list[str]:
     """Describe the endpoints in at most `room` lines, those in trouble first if not all fit."""
     endpoints = view["endpoints"]
@@ -207,6 +218,8 @@ def _endpoints(view: Mapping[str, Any], room: int) -> list[str]:
         load = one["load"]
         state = one["state"] if one["state"] != "up" else "held back" if one["held_back"] else "up"
         state = state if state in ("up", "held back", "on trial") else state.upper()
+        if "ejected_for_s" in one and one["state"] == "ejected":
+            state += f", back in {math.ceil(one['ejected_for_s'])} s"
         flight = f"[{_bar(one['in_flight'], one['limit'])}] {one['in_flight']}/{one['limit']} in flight"
         if one["foreign"]:
             flight += f" + {one['foreign']} foreign"

@@ -17,11 +17,13 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from extproc.admin.feed import Feed
 from extproc.admin.history import STEP_S
-from extproc.admin.state import MOST_WAITING, WAITING_LISTED, Viewer
+from extproc.admin.state import MOST_WAITING, WAITING_LISTED, FileState, Viewer
 from extproc.config import split_address
 from extproc.errors import StartError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aiohttp.typedefs import Handler
 
     from extproc.gate import Gate
@@ -47,8 +49,10 @@ STOP_S = 2.0
 class Admin:
     """The admin HTTP server."""
 
-    def __init__(self, address: str, gate: Gate, metrics: Metrics) -> None:
-        """Prepare to serve at `address`, host:port."""
+    def __init__(
+        self, address: str, gate: Gate, metrics: Metrics, file_state: Callable[[], FileState] = FileState
+    ) -> None:
+        """Prepare to serve at `address`, host:port; `file_state` tells of the configuration file."""
         self._address = address
         self._gate = gate
         self._metrics = metrics
@@ -57,7 +61,7 @@ class Admin:
         self._files = {
             path: (Path(__file__).with_name(name).read_bytes(), kind) for path, (name, kind) in _FILES.items()
         }
-        self.viewer = Viewer(gate, metrics)
+        self.viewer = Viewer(gate, metrics, file_state)
         self.feed = Feed(self.view)
         self.ready = False
         self.port = 0

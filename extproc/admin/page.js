@@ -155,7 +155,7 @@ function drawCurve(to, values, words, what, stepS) {
 
 // ---- endpoints
 
-const STATES = { up: ["good", "●"], down: ["bad", "✕"], ejected: ["bad", "⏸"], "on trial": ["warn", "◐"], removed: ["", "○"] };
+const STATES = { up: ["good", "●"], down: ["bad", "✕"], ejected: ["bad", "■"], "on trial": ["warn", "◐"], removed: ["", "○"] };
 function endpointRow(one) {
   const row = newRow();
   const name = cell(row, "name", "", "name wrap", "th");
@@ -177,7 +177,7 @@ function fillEndpoint(row, one) {
   const models = one.models.length ? one.models.join(", ") + (one.more_models ? ` and ${one.more_models} more` : "") : "any model";
   say(row.parts.models, models);
   let [tone, sign] = STATES[one.state] || ["", "?"], words = one.state;
-  if (one.state === "ejected") words += `, ${seconds(one.ejected_for_s)}`;
+  if (one.state === "ejected") words += `, back in ${Math.ceil(one.ejected_for_s)} s`;
   if (one.state === "up" && one.held_back) { tone = "warn"; sign = "◆"; words = "up, held back"; }
   say(row.parts.state, `${sign} ${words}`);
   row.parts.state.className = "state " + tone;
@@ -244,6 +244,9 @@ function draw(view) {
   $("main").hidden = false; // first, so that things have a width
   const modes = [[view.dry_run ? "dry run: nothing is held" : view.enable_queue ? "queue on" : "queue off: nothing is held", view.dry_run || !view.enable_queue]];
   if (view.draining) modes.push(["draining", true]);
+  $("refused").hidden = !view.config_refused;
+  $("restart").hidden = !view.restart_needed.length;
+  say($("restart"), `Changed in the configuration file, in use only after a restart: ${view.restart_needed.join(", ")}`);
   const wanted = JSON.stringify(modes);
   if ($("modes").dataset.shown !== wanted) {
     $("modes").dataset.shown = wanted;

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from extproc import __version__
 from extproc.admin.history import STEP_S, History, outcome_totals, waiting_by_class
@@ -18,7 +18,7 @@ from extproc.admission.ticket import State
 from extproc.observe.metrics import SHARED, known_signals
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from extproc.admission.controller import Controller
     from extproc.admission.endpoint import Endpoint
@@ -61,12 +61,22 @@ WORDS = {
 """Outcomes for people who have not read the documents."""
 
 
+class FileState(NamedTuple):
+    """How the configuration file differs from what is in use."""
+
+    refused: bool = False
+    """It has mistakes since its last change."""
+    restart_needed: tuple[str, ...] = ()
+    """Keys with values there that only a restart brings into use."""
+
+
 class Viewer:
     """Describes one sidecar."""
 
-    def __init__(self, gate: Gate, metrics: Metrics) -> None:
-        """Describe what `gate` drives and `metrics` counted."""
+    def __init__(self, gate: Gate, metrics: Metrics, file_state: Callable[[], FileState] = FileState) -> None:
+        """Describe what `gate` drives, `metrics` counted and `file_state` tells of the configuration file."""
         self._gate = gate
+        self._file_state = file_state
         self._metrics = metrics
         self.history = History(gate.controller, metrics)
         self.sample()  # counts from the first second are news
@@ -140,18 +150,22 @@ class Viewer:
         }
 
     def _mode(self, *, ready: bool) -> Values:
-        controller = self._gate.controller
+        controller, file = self._gate.controller, self._file_state()
         return {
             "enable_queue": controller.policy.enable_queue,
             "dry_run": isinstance(controller, Rehearsal),
             "draining": controller.draining or not ready,
+            "config_refused": file.refused,
+            "restart_needed": list(file.restart_needed),
         }
 
     def _classes(self, by_class: Mapping[str, list[Ticket]], curves: Mapping[str, Any], now: float) -> list[Values]:
         known = {klass.name: klass for klass in self._gate.controller.policy.classes}
         classes = []
         for name, waiting in by_class.items():
-            klass = known.get(name) or waiting[0].request_class  # a former class is here for those who wait in it
+            klass = known.get(name) or (waiting[0].request_class if waiting else None)
+            if klass is None:  # a former class, and those who waited in it have just left
+                continue
             p50_s, p95_s = self.history.percentiles(name, now)
             classes.append(
                 {

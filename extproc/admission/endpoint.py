@@ -23,6 +23,8 @@ EJECT_AFTER = 5
 EJECT_S = 5.0
 """The first ejection; each one that follows without a success between lasts twice as long."""
 EJECT_MAX_S = 60.0
+EJECTED = "ejected after failures"
+"""The condition of an endpoint that is out."""
 SATURATED_S = 0.25
 """How long an endpoint that refused a request as full is left alone."""
 
@@ -376,9 +378,14 @@ class Endpoint:
             return
         self._failures += 1
         if (self._failures >= EJECT_AFTER or on_trial) and self.ejected_until is None and not spare:
-            self.ejected_until = now + min(EJECT_S * 2**self.ejections, EJECT_MAX_S)
             self.ejections += 1
+            self.ejected_until = now + self.ejection_s
             self._failures = 0
+
+    @property
+    def ejection_s(self) -> float:
+        """How long the latest ejection lasts, in seconds."""
+        return min(EJECT_S * 2.0 ** (self.ejections - 1), EJECT_MAX_S)
 
     def saturated(self, now: float) -> None:
         """Note that it refused a request as full: it works, and wants to be left alone for a moment."""
@@ -408,7 +415,7 @@ class Endpoint:
             return "removed"
         if not self.is_up:
             return "down"
-        return "ejected after failures" if self.ejected_until is not None else "up"
+        return EJECTED if self.ejected_until is not None else "up"
 
     def __repr__(self) -> str:
         """Show the state that tests, logs and people read."""

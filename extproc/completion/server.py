@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,6 +30,8 @@ ACCEPTING = 256
 """Calls that core may hand over before we asked for more; what comes above waits in core, without limit (OPTIONS)."""
 FORCED_S = 5.0
 """How long a cut connection may take to go away."""
+MOST_PENDING = 16
+"""Replies that a client has not taken yet before no more of its messages are read."""
 
 _OK = (cygrpc.StatusCode.ok, b"")
 
@@ -98,8 +101,12 @@ class Server:
                 await asyncio.wait_for(gone.wait(), grace_s)
             except TimeoutError:
                 self._server.cancel_all_calls()
-                await asyncio.wait_for(gone.wait(), FORCED_S)
-            self._server.destroy()
+                try:
+                    await asyncio.wait_for(gone.wait(), FORCED_S)
+                except TimeoutError:
+                    log.warning("streams that were cut are not all gone after %gs; going on without them", FORCED_S)
+            if gone.is_set():  # before, it would wait for an event that nobody takes from the queue
+                self._server.destroy()
             self._loop.at_close.remove(self._cut)
         self._listener.close()
 
@@ -132,7 +139,7 @@ class Stream:
     Core calls back, through the loop: `_received`, `_written`, `_closed`. Operations under way keep this object alive.
     """
 
-    __slots__ = ("_begun", "_call", "_handler", "_one_message", "_pending", "_status", "_writing")
+    __slots__ = ("_begun", "_call", "_handler", "_one_message", "_paused", "_pending", "_status", "_writing")
 
     def __init__(
         self, call: Any, open_handler: Callable[[Callable[[bytes], None]], Handler], *, one_message: bool
@@ -142,11 +149,12 @@ class Stream:
         self._one_message = one_message
         self._begun = False  # our headers are out
         self._writing = False
-        self._pending: list[bytes] = []
+        self._paused = False  # the next message is not asked for: its client takes no replies
+        self._pending: deque[bytes] = deque()
         self._status: tuple[Any, bytes] | None = None  # what ends the stream, once all else is out
         self._handler: Handler | None = open_handler(self.send)
         self._start((cygrpc.ReceiveCloseOnServerOperation(0),), self._closed)
-        self._start((cygrpc.ReceiveMessageOperation(0),), self._received)
+        self._receive()
 
     def send(self, data: bytes) -> None:
         """Send a message after those before it. A stream that is over takes nothing."""
@@ -159,6 +167,9 @@ class Stream:
         error = self._call.start_server_batch(operations, then)
         if error != 0:
             raise RuntimeError(f"gRPC refused {operations} with {error}")
+
+    def _receive(self) -> None:
+        self._start((cygrpc.ReceiveMessageOperation(0),), self._received)
 
     def _received(self, event: Any) -> None:
         handler = self._handler
@@ -181,7 +192,9 @@ class Stream:
             if handler.over:
                 self._end(_OK)
             elif not self._one_message:
-                self._start((cygrpc.ReceiveMessageOperation(0),), self._received)
+                self._paused = len(self._pending) >= MOST_PENDING
+                if not self._paused:
+                    self._receive()
 
     def _end(self, status: tuple[Any, bytes] | None) -> None:
         """Tell the handler, once, that it is over, and the client if it is still there to hear a status."""
@@ -202,7 +215,7 @@ class Stream:
             self._begun = True
             operations.append(cygrpc.SendInitialMetadataOperation(None, 0))
         if self._pending:
-            operations.append(cygrpc.SendMessageOperation(self._pending.pop(0), 0))
+            operations.append(cygrpc.SendMessageOperation(self._pending.popleft(), 0))
         if self._status is not None and not self._pending:
             code, details = self._status
             self._status = None
@@ -215,8 +228,12 @@ class Stream:
         if not event.success:  # the stream is gone, `_closed` will say so
             self._pending.clear()
             self._status = None
-        elif self._pending or self._status is not None:
+            return
+        if self._pending or self._status is not None:
             self._write()
+        if self._paused and self._handler is not None and len(self._pending) < MOST_PENDING:
+            self._paused = False
+            self._receive()
 
     def _closed(self, _: Any) -> None:
         """All is over, from either side; mostly we know already, but not of a reset."""

@@ -14,6 +14,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from extproc.admission.endpoint import EJECT_AFTER, EJECTED
 from extproc.admission.outcome import Outcome
 from extproc.admission.values import Dispatch
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from extproc.admission.controller import Controller
+    from extproc.admission.endpoint import Endpoint
     from extproc.admission.ticket import Ticket
     from extproc.admission.values import Decision
 
@@ -127,13 +129,15 @@ class QueueLog:
         """Tell of endpoints that went out or came back since the last look, and of lines left out; call it often."""
         for outcome, rate in self._rates.items():
             self._settle(outcome, rate)
-        states = {name: endpoint.condition for name, endpoint in self._controller.endpoints.items()}
+        endpoints = self._controller.endpoints
+        states = {name: endpoint.condition for name, endpoint in endpoints.items()}
         for name, state in states.items():
             before = self._states.get(name)
             if before is not None and state != before:
                 level = logging.INFO if state == "up" else logging.WARNING
                 about = {"endpoint": name, "state": state}
-                log.log(level, "endpoint %s: %s (was %s)", name, state, before, extra={"about": about})
+                words = _ejection(endpoints[name]) if state == EJECTED else state
+                log.log(level, "endpoint %s: %s (was %s)", name, words, before, extra={"about": about})
         self._states = states
 
     def _may_write(self, outcome: Outcome) -> bool:
@@ -157,3 +161,9 @@ class QueueLog:
             text = "%s: and %d more such lines in the last %.0f s"
             log.info(text, outcome.value, rate.left_out, now - rate.since, extra={"about": about})
         rate.since, rate.written, rate.left_out = now, 0, 0
+
+
+def _ejection(endpoint: Endpoint) -> str:
+    """Say for how long it is out, and why: only the first ejection needs several failures, then one trial is enough."""
+    why = f"{EJECT_AFTER} failures in a row" if endpoint.ejections == 1 else "a failed trial"
+    return f"ejected for {endpoint.ejection_s:g}s after {why}"

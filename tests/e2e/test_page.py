@@ -22,8 +22,9 @@ import pytest
 from tests.conftest import tool
 
 from .kit.browser import Browser
-from .kit.clients import H2Client
+from .kit.clients import H2Client, complete_many
 from .kit.processes import wait_until
+from .kit.stack import Sidecar
 from .kit.upstream import behave
 
 if TYPE_CHECKING:
@@ -190,6 +191,35 @@ def test_all_text_has_the_contrast_of_wcag_aa_in_light_and_dark(here, page):
     finally:
         here.upstreams["b"].up()
     page.wait("document.getElementById('f-up').textContent === '2 of 2'")
+
+
+def test_a_refused_file_and_keys_that_need_a_restart_are_seen(tmp_path, the_browser):
+    with Sidecar({"endpoints": []}, tmp_path) as sidecar:
+        the_browser.open(f"http://{sidecar.admin}/")
+        the_browser.wait(SHOWN)
+        assert the_browser.value("document.getElementById('refused').hidden")
+        assert the_browser.value("document.getElementById('restart').hidden")
+        sidecar.write_config(server_timing=True)
+        sidecar.child.signal(signal.SIGHUP)
+        the_browser.wait("/a restart: server_timing$/.test(document.getElementById('restart').innerText)")
+        sidecar.write_config(max_queued_requests=-1)
+        sidecar.child.signal(signal.SIGHUP)
+        the_browser.wait("!document.getElementById('refused').hidden")
+        assert "The old one is in use" in the_browser.text("#refused")
+        assert (sidecar.queues()["config_refused"], sidecar.queues()["restart_needed"]) == (True, ["server_timing"])
+        for dark in (False, True):
+            the_browser.dark(on=dark)
+            assert the_browser.value(CONTRASTS) == []
+        the_browser.dark(on=False)
+        sidecar.write_config(max_queued_requests=7, server_timing=False)
+        sidecar.child.signal(signal.SIGHUP)
+        the_browser.wait("['refused', 'restart'].every(id => document.getElementById(id).hidden)")
+
+
+def test_an_ejected_endpoint_says_for_how_long(here, page):
+    """The next test starts the sidecar anew."""
+    complete_many(here.url, 20, lambda _: dict([behave(status=500)]))
+    page.wait("/■ ejected, back in [1-5] s/.test(document.getElementById('endpoints').innerText)")
 
 
 def test_the_page_says_when_it_shows_the_past_and_comes_back_by_itself(here, the_browser):

@@ -14,6 +14,7 @@ from extproc.admin import state
 from extproc.admin.feed import MOST_SUBSCRIBERS, Feed
 from extproc.admin.history import SAMPLES, STEP_S, quantile
 from extproc.admin.http import Admin
+from extproc.admin.state import FileState
 from extproc.admission.controller import Controller
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request, RequestClass
@@ -229,7 +230,35 @@ def test_an_endpoints_state_is_a_word():
     assert [rows[f"vllm-{n}"]["up"] for n in range(5)] == [True, False, False, True, False]
     assert rows["vllm-2"]["ejected_for_s"] == 4
     assert "ejected_for_s" not in rows["vllm-0"]
+    assert any("EJECTED, back in 4 s" in line for line in lines(room.view()))
     assert all(ticket.endpoint for ticket in tickets)
+
+
+def test_a_former_class_that_empties_while_the_view_is_made_is_left_out():
+    room = Room()
+    (_, last) = room.offer(2, request_class="high")
+    room.gate.set_policy(Policy(classes=CLASSES[:1]))
+
+    async def look():
+        viewing = asyncio.create_task(room.admin.view())
+        await asyncio.sleep(0)
+        room.gate.close(last)
+        return await viewing
+
+    assert [one["name"] for one in asyncio.run(look())["classes"]] == ["default"]
+
+
+def test_a_file_that_is_not_in_use_shows_everywhere():
+    room = Room()
+    assert (room.view()["config_refused"], room.view()["restart_needed"]) == (False, [])
+    assert not any("CONFIGURATION" in line or "RESTART" in line for line in lines(room.view()))
+    room.admin = Admin("127.0.0.1:0", room.gate, room.metrics, lambda: FileState(True, ("listen", "admin")))
+    for shown in (room.view(), room.admin.snapshot()):
+        assert (shown["config_refused"], shown["restart_needed"]) == (True, ["listen", "admin"])
+    drawn = lines(room.view(), 80, 24)
+    assert drawn[1] == "CONFIGURATION REFUSED at its last change: the old one is in use, see the log"
+    assert drawn[2] == "RESTART NEEDED to change listen, admin"
+    assert len(lines(room.view(), 80, 8)) <= 8
 
 
 # ---- history

@@ -156,6 +156,27 @@ def test_replies_come_in_order_also_when_thousands_are_sent_at_once(server):
     assert server.log == ["end"]
 
 
+def test_a_client_that_takes_no_replies_is_read_no_further_until_it_does_and_its_end_is_noticed(server):
+    """As long as a message is under way to the server, the next one is not taken from the talk's queue."""
+    size, count = 100_000, 400
+    for leaves in (False, True):
+        talk = Talk(server)
+        for _ in range(count):
+            talk.say(b"echo " + b"x" * size)
+        talk.say(None)
+        left = 0
+        while left != len(talk._queue):  # until all stands still
+            left = len(talk._queue)
+            time.sleep(0.5)
+        assert left > count / 4
+        if leaves:
+            talk.call.cancel()
+            wait_for(lambda: server.log == ["end"] * 2)
+        else:
+            assert [len(reply) for reply in talk.call] == [size] * count
+            wait_for(lambda: server.log == ["end"])
+
+
 def test_a_reply_may_come_later_and_one_for_a_stream_that_is_over_is_dropped(server):
     talk = Talk(server)
     talk.say(b"late 0.05")
@@ -267,6 +288,20 @@ def test_stop_closes_the_port_at_once_lets_streams_end_and_cuts_what_stays(serve
     stays.say(None)
 
 
+def test_a_server_whose_streams_stay_although_they_were_cut_stops_all_the_same(loop, monkeypatch, caplog):
+    monkeypatch.setattr(extproc.completion.server, "Session", Chatter)
+    monkeypatch.setattr(extproc.completion.server, "FORCED_S", 0.0)
+    server = Server([], Listener("127.0.0.1:0"), loop)  # type: ignore[arg-type]
+    loop.run_until_complete(server.start())
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        call = channel.stream_stream(METHOD)(iter([b"echo hi"]), timeout=10)
+        loop.run_until_complete(asyncio.sleep(0.1))
+        loop.run_until_complete(server.stop(0))
+        assert "are not all gone after 0s" in caplog.text
+        loop.close()
+        call.cancel()
+
+
 # ---- the loop
 
 
@@ -357,3 +392,12 @@ def test_a_grpcio_that_nobody_tested_is_not_tried(monkeypatch, caplog):
     monkeypatch.setattr(loop_module, "TESTED", ((1, 0), (1, 1)))
     assert make_loop() is None
     assert "tested with grpcio 1.0 to below 1.1" in caplog.text
+
+
+def test_the_self_test_is_silent(capfd):
+    """A line of gRPC's own is no JSON, and looks like trouble."""
+    for _ in range(200):
+        made = make_loop()
+        assert made is not None
+        made.close()
+    assert capfd.readouterr() == ("", "")

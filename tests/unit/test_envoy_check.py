@@ -93,6 +93,10 @@ SPOILT = {
         lambda b: b.filter["forward_rules"]["allowed_headers"]["patterns"].pop(0),
         f"{EXT_PROC}.forward_rules.allowed_headers: lacks :status",
     ),
+    "every header, secrets too": (
+        lambda b: b.filter.pop("forward_rules"),
+        f"{EXT_PROC}.forward_rules.allowed_headers: without it every header goes to the sidecar, authorization and cookies",
+    ),
     "no request.time": (lambda b: b.filter.update(request_attributes=[]), f"{EXT_PROC}.request_attributes: lacks"),
     "running answers cut with the sidecar": (
         lambda b: b.filter.update(failure_mode_allow=False),
@@ -101,6 +105,20 @@ SPOILT = {
     "no replay": (
         lambda b: b.filter["grpc_service"].pop("retry_policy"),
         f"{EXT_PROC}.grpc_service.retry_policy: without",
+    ),
+    "replays once, by default": (
+        lambda b: b.filter["grpc_service"]["retry_policy"].pop("num_retries"),
+        f"{EXT_PROC}.grpc_service.retry_policy.num_retries: 1, the default, is used up before",
+    ),
+    "too few replays": (
+        lambda b: b.filter["grpc_service"]["retry_policy"].update(num_retries=9),
+        "retry_policy.num_retries: 9 is used up before",
+    ),
+    "replays in no time": (
+        lambda b: b.filter["grpc_service"]["retry_policy"].update(
+            retry_back_off={"base_interval": "0.01s", "max_interval": "0.1s"}
+        ),
+        f"{EXT_PROC}.grpc_service.retry_policy.retry_back_off: 30 retries are used up after some 1s",
     ),
     "no route that follows us": (
         lambda b: b.host["routes"].pop(0),
@@ -132,6 +150,14 @@ SPOILT = {
         lambda b: b.clusters.pop(2),
         "static_resources.clusters: there is no 'a', the cluster of endpoints[0]",
     ),
+    "a server's breaker below its limit: requests": (
+        lambda b: b.clusters[2]["circuit_breakers"]["thresholds"][0].update(max_requests=511),
+        "static_resources.clusters[2].circuit_breakers.thresholds[0].max_requests: 511 is below the limit of endpoints[0], 512",
+    ),
+    "a server's breaker below its limit: connections": (
+        lambda b: b.clusters[2]["circuit_breakers"]["thresholds"][0].update(max_connections=100),
+        "static_resources.clusters[2].circuit_breakers.thresholds[0].max_connections: 100 is below",
+    ),
     "clients that may order retries": (
         lambda b: b.manager.update(internal_address_config={"cidr_ranges": [{"address_prefix": "10.0.0.0"}]}),
         f"{MANAGER}.internal_address_config:",
@@ -151,6 +177,31 @@ def test_one_spoilt_setting_is_the_one_problem_named(tmp_path, name):
     problems = bootstrap.check(tmp_path)
     assert len(problems) == 1, problems
     assert words in problems[0]
+
+
+HARMLESS = {
+    "Envoy's own back-off of 1 to 10 s": lambda b: b.filter["grpc_service"]["retry_policy"].pop("retry_back_off"),
+    "ten replays": lambda b: b.filter["grpc_service"]["retry_policy"].update(num_retries=10),
+    "a server's default breaker": lambda b: b.clusters[2].pop("circuit_breakers"),
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_what_costs_nobody_anything_is_no_problem(tmp_path, name):
+    bootstrap = Bootstrap()
+    HARMLESS[name](bootstrap)
+    assert bootstrap.check(tmp_path) == []
+
+
+def test_a_breaker_by_default_is_a_problem_where_the_limit_is_higher(tmp_path):
+    bootstrap = Bootstrap()
+    bootstrap.clusters[2].pop("circuit_breakers")
+    path = tmp_path / "envoy.yaml"
+    path.write_text(yaml.safe_dump(bootstrap.whole))
+    config = CONFIG.model_copy(update={"max_running_requests": 2000})
+    problems = check_envoy(config, path)
+    assert [problem.split(":")[0].rsplit(".", 1)[-1] for problem in problems] == ["max_requests", "max_connections"]
+    assert "1024 is below the limit of endpoints[0], 2000" in problems[0]
 
 
 def test_a_bootstrap_without_our_filter_and_one_that_is_no_yaml_are_named(tmp_path):

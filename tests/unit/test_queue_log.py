@@ -138,5 +138,15 @@ def test_an_endpoint_that_goes_and_comes_is_a_line_each(room, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "endpoint a: down (was up)",
         "endpoint a: up (was down)",
-        "endpoint a: ejected after failures (was up)",
+        "endpoint a: ejected for 5s after 5 failures in a row (was up)",
+    ]
+    controller.tick(8.0)
+    log.look()
+    trial = Ticket(Request("trial", 8.0))
+    controller.offer(trial, 8.0)
+    controller.release(trial, 8.0, Answer.FAILED)
+    log.look()
+    assert [record.getMessage() for record in caplog.records[3:]] == [
+        "endpoint a: up (was ejected after failures)",
+        "endpoint a: ejected for 10s after a failed trial (was up)",
     ]

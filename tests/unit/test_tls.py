@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 import logging
 
@@ -16,7 +17,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from extproc import cli
-from extproc.config import TlsConfig, parse_config
+from extproc.app import App
+from extproc.config import Config, TlsConfig, parse_config
 from extproc.envoy_check import check_envoy
 from extproc.envoy_config import EnvoyOptions, render, render_secrets
 from extproc.errors import ConfigError
@@ -112,6 +114,26 @@ def test_a_mistake_is_named_with_its_key_and_its_file(files, mistake):
         read(config_of(files))
     (problem,) = caught.value.problems
     assert expected.replace("{}", str(files)) in problem
+
+
+@pytest.mark.parametrize("comment", ["# für uns\n".encode(), b"# f\xfcr uns\n"])
+@pytest.mark.parametrize("name", ["cert", "key", "ca"])
+def test_a_comment_in_a_file_may_be_in_any_encoding(files, name, comment):
+    (files / name).write_bytes(comment + b"\n" + (files / name).read_bytes())
+    assert read(config_of(files))
+
+
+def test_a_bug_in_what_runs_now_and_then_is_told_once_and_stops_nothing_else(files, caplog):
+    loop = asyncio.new_event_loop()
+    app = App(Config(tls=config_of(files)), loop)
+    app.queue_log.look = lambda: 1 / 0
+    put(files, issue())
+    first = app.tls.material
+    for _ in range(3):
+        app._look()
+    loop.close()
+    assert app.tls.material is not first
+    assert caplog.text.count("ZeroDivisionError, told once") == 1
 
 
 def test_all_mistakes_are_told_at_once_and_check_ends_with_1(files, capsys):
