@@ -68,6 +68,7 @@ def _write(path: str, source: str, document: dict[str, Any], says: str = "") -> 
 _STATS_LISTENER = """\
   # Envoy's admin interface can stop it, so it is on loopback. This much of it Prometheus and the kubelet may see.
   - name: stats
+    bypass_overload_manager: true # a pod that refuses some is ready all the same
     address: {socket_address: {address: "0.0.0.0", port_value: 9903}}
     filter_chains:
     - filters:
@@ -96,17 +97,33 @@ _ADMIN_CLUSTER = """\
       cluster_name: envoy_admin
       endpoints: [{lb_endpoints: [{endpoint: {address: {socket_address: {address: "127.0.0.1", port_value: 9901}}}}]}]
 """
+# 90 % of what base/deployment.yaml gives Envoy (640 MiB): the rest is for what is not heap.
+_OVERLOAD = """
+# Bodies are held in memory: enough big ones, and Envoy is killed, and with it all that it holds. Before that, new
+# requests get a 503. Not covered: bodies that still arrive for requests taken before (reset_high_memory_stream reset
+# none over HTTP/1.1). The heap may have 90 % of the memory limit of Envoy's container.
+overload_manager:
+  refresh_interval: 0.25s
+  resource_monitors:
+  - name: envoy.resource_monitors.fixed_heap
+    typed_config:
+      "@type": type.googleapis.com/envoy.extensions.resource_monitors.fixed_heap.v3.FixedHeapConfig
+      max_heap_size_bytes: 603979776
+  actions:
+  - name: envoy.overload_actions.stop_accepting_requests
+    triggers: [{name: envoy.resource_monitors.fixed_heap, threshold: {value: 0.95}}]
+"""
 
 
 def bootstrap_of_pod(config: Config) -> str:
-    """Return the bootstrap of an Envoy beside its sidecar: with a second listener, for who looks from outside."""
+    """Return the bootstrap of an Envoy beside its sidecar: a listener for who looks from outside, a limit of heap."""
     text = render(config, EnvoyOptions(http=HTTP))
     for heading, more in (("  listeners:\n", _STATS_LISTENER), ("  clusters:\n", _ADMIN_CLUSTER)):
         before, found, after = text.partition(heading)
         if not found:
             raise SystemExit(f"k8s/generate.py: the bootstrap has no line {heading!r} to write after")
         text = before + heading + more + after
-    return text
+    return text + _OVERLOAD
 
 
 def mesh_bootstrap() -> dict[str, Any]:

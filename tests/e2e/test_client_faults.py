@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from .kit.clients import H1Request, H2Client, complete_many
-from .kit.load import KEPT_BYTES, Blocker, Growth, descriptors, memory_bytes
+from .kit.load import KEPT_BYTES, SAW_BYTES, Blocker, Growth, descriptors, memory_bytes
 from .kit.processes import wait_until
 from .kit.upstream import behave, sse_event
 
@@ -144,23 +144,22 @@ def test_opens_and_cancels_by_the_thousand_leave_nothing_behind(stack):
 @pytest.mark.skipif(not LONG, reason="minutes: make faults")
 @pytest.mark.parametrize("kind", ["served", "abandoned"])
 def test_memory_of_30_000_streams_returns(stack, kind):
-    """By regression over batches, after a warm-up."""
+    """Over 100,000, since an allocator's saw is a mebibyte high: what is kept must show against that."""
     here = stack(config={"max_running_requests": 64 if kind == "served" else 1})
-    growth = Growth()
+    growth, per_round = Growth(), 10_000
     with ThreadPoolExecutor(1) as pool:
-        blocker = Blocker(pool, here) if kind == "abandoned" else None
-        for batch in range(45):
-            if kind == "served":
-                answers = complete_many(here.url, 1000, lambda _: {"x-test-id": "m"}, gap_s=0.0005)
-                assert {one.status for one in answers} == {200}
-            else:
-                answers = complete_many(here.url, 1000, lambda _: {"x-test-id": "m"}, gap_s=0.0002, timeout_s=0.5)
-            wait_until(lambda: here.sidecar.metrics()["extproc_streams"] == (blocker is not None), 10)
+        for number in range(13):
+            blocker = Blocker(pool, here) if kind == "abandoned" else None
+            timeout_s = 30.0 if blocker is None else 0.1
+            for _ in range(per_round // 1000):
+                answers = complete_many(here.url, 1000, lambda _: {"x-test-id": "m"}, gap_s=0.0005, timeout_s=timeout_s)
+                assert {one.status for one in answers} == {200 if blocker is None else 0}
+            if blocker is not None:
+                blocker.free()
+                assert blocker.statuses() == {200}
+            wait_until(lambda: here.sidecar.metrics()["extproc_streams"] == 0, 10)
             here.upstreams["a"].clear()
-            if batch >= 15:  # allocators' pools are filled by then
-                growth.add((batch + 1) * 1000, memory_bytes(here.sidecar.child.pid))
-        if blocker is not None:
-            blocker.free()
-            assert blocker.statuses() == {200}
+            if number >= 3:  # allocators' pools are filled by then
+                growth.add((number + 1) * per_round, memory_bytes(here.sidecar.child.pid))
     print(f"{kind}: {growth}")
-    assert growth.slope <= KEPT_BYTES, growth
+    assert growth.kept * growth.units <= KEPT_BYTES * growth.units + SAW_BYTES, growth

@@ -9,7 +9,6 @@ import pytest
 from extproc.config import Config
 
 from .test_hold import test_1200_requests_held_at_once_all_finish  # noqa: F401
-from .test_load import test_a_stalled_event_loop_loses_nobody  # noqa: F401
 from .test_protocol import *  # noqa: F403  # all of them, and their fixtures
 
 OTHER = {"asyncio": "completion_queue", "completion_queue": "asyncio"}[Config().transport]

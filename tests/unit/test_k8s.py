@@ -74,6 +74,8 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Doc
                 "kind": "Kustomization",
                 "resources": [os.path.relpath(K8S / base, directory.resolve())],
                 "components": [os.path.relpath(K8S / "components" / one, directory.resolve()) for one in components],
+                # A must with discovery, docs/kubernetes.md says; without it as without any.
+                **({"namespace": "llm"} if "discovery" in components else {}),
             }
             (directory / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
             done = run([*kustomize, str(directory)])
@@ -186,6 +188,7 @@ def test_the_directory_that_the_documents_describe_renders(rendered, tmp_path):
     assert sidecar_config(documents).max_running_requests == 7
     assert containers(gateway(documents))["extproc"]["image"] == "registry.example/extproc-queue:0.1.0"
     assert {document["metadata"]["namespace"] for document in documents} == {"llm"}
+    assert one(documents, "RoleBinding")["subjects"][0]["namespace"] == "llm"
 
 
 # ---- names that must meet
@@ -236,6 +239,52 @@ def test_selectors_ports_and_mounts_lead_to_something(rendered, parts):
                 )
         elif document["kind"] == "ScaledObject" and parts[0] == "overlays/gateway":
             assert spec["scaleTargetRef"]["name"] in ports
+
+
+def test_every_subject_of_a_binding_has_the_namespace_of_its_account(rendered):
+    """The API refuses one without."""
+    seen = 0
+    for parts in COMBINATIONS:
+        documents = rendered(*parts)
+        accounts = {
+            (document["metadata"]["name"], document["metadata"].get("namespace"))
+            for document in documents
+            if document["kind"] == "ServiceAccount"
+        }
+        for binding in (document for document in documents if document["kind"] == "RoleBinding"):
+            for subject in binding["subjects"]:
+                assert subject.get("namespace"), parts
+                assert (subject["name"], subject["namespace"]) in accounts
+                seen += 1
+    assert seen == sum("discovery" in parts for parts in COMBINATIONS)
+
+
+@pytest.mark.parametrize("overlay", ["overlays/gateway", "overlays/demo"])
+def test_nobody_but_the_gateway_gets_to_the_engines(rendered, overlay):
+    documents = rendered(overlay)
+    policy = one(documents, "NetworkPolicy", "vllm")["spec"]
+    assert policy["policyTypes"] == ["Ingress"], "they fetch models from elsewhere"
+    assert _matches(policy["podSelector"]["matchLabels"], one(documents, "Deployment", "vllm"))
+    (rule,) = policy["ingress"]
+    (peer,) = rule["from"]
+    assert peer.keys() == {"podSelector"}
+    allowed = [
+        document["metadata"]["name"]
+        for document in documents
+        if document["kind"] == "Deployment" and _matches(peer["podSelector"]["matchLabels"], document)
+    ]
+    assert allowed == ["extproc-gateway"]
+    (port,) = next(iter(containers(one(documents, "Deployment", "vllm")).values()))["ports"]
+    assert rule["ports"] == [{"port": port["name"]}]
+    found = sidecar_config(documents).discovery[0].dns
+    assert found is not None
+    assert port["containerPort"] == found.port
+
+
+def test_a_rollout_of_engines_needs_no_gpu_to_spare(rendered):
+    vllm = one(rendered("overlays/gateway"), "Deployment", "vllm")
+    assert vllm["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": 1}
+    assert containers(vllm)["vllm"]["readinessProbe"]["timeoutSeconds"] == 5
 
 
 @pytest.mark.parametrize("parts", [("base",), ("overlays/demo",), *((name,) for name in MESH)], ids="+".join)
@@ -498,6 +547,17 @@ def test_grace_covers_the_longest_drain(rendered, parts):
     assert gateway(documents)["spec"]["replicas"] == 1
 
 
+def test_envoy_refuses_before_its_memory_ends(rendered):
+    documents = rendered("base")
+    limit = containers(gateway(documents))["envoy"]["resources"]["limits"]["memory"]
+    assert limit.endswith("Mi")
+    bootstrap = yaml.safe_load(one(documents, "ConfigMap", "extproc-envoy")["data"]["envoy.yaml"])
+    (monitor,) = bootstrap["overload_manager"]["resource_monitors"]
+    assert monitor["typed_config"]["max_heap_size_bytes"] == int(limit[:-2]) * 1024 * 1024 * 9 // 10
+    listeners = bootstrap["static_resources"]["listeners"]
+    assert [one["name"] for one in listeners if one.get("bypass_overload_manager")] == ["stats"]
+
+
 def test_the_standalone_sidecar_hands_over_within_its_grace(rendered):
     documents = rendered("standalone")
     deployment = one(documents, "Deployment")
@@ -558,6 +618,20 @@ class Pod:
         environ = {"PATH": os.environ["PATH"], "ENVOY_ADMIN_PORT": str(self.envoy_admin), **more}
         return subprocess.run(here, env=environ, capture_output=True, text=True, timeout=60, check=False)
 
+    def endpoints_are_down(self) -> bool:
+        """Whether the one endpoint, where nobody is, was found and seen to be down: until then it gets requests."""
+        known = json.loads(http_get(f"127.0.0.1:{self.admin}", "/queues")[1])["endpoints"]
+        return bool(known) and not any(endpoint["up"] for endpoint in known)
+
+    def ask(self, body: bytes = b"{}", budget: str = "2s") -> tuple[int, bytes]:
+        """The answer to one request: its status and its body."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.http, timeout=60)
+        connection.request("POST", "/v1/completions", body=body, headers={"x-queue-budget": budget})
+        answer = connection.getresponse()
+        status, text = answer.status, answer.read()
+        connection.close()
+        return status, text
+
 
 @pytest.fixture
 def pod(rendered, tmp_path) -> Iterator[Pod]:
@@ -589,11 +663,9 @@ def test_probes_ask_what_the_running_pod_answers_and_preStop_waits_for_requests(
         statuses: list[int] = []
 
         def ask() -> None:
-            connection = http.client.HTTPConnection("127.0.0.1", pod.http, timeout=60)
-            connection.request("POST", "/v1/completions", body=b"{}", headers={"x-queue-budget": "2s"})
-            statuses.append(connection.getresponse().status)
-            connection.close()
+            statuses.append(pod.ask()[0])
 
+        wait_until(pod.endpoints_are_down, timeout_s=30, message="the endpoint is down")
         asking = threading.Thread(target=ask)
         asking.start()
         wait_until(lambda: json.loads(http_get(at, "/queues")[1])["waiting_total"], message="it is held")
@@ -609,7 +681,76 @@ def test_probes_ask_what_the_running_pod_answers_and_preStop_waits_for_requests(
     assert pod.hook(stop, PROPAGATION_S="0", DRAIN_S="60").returncode == 0, "an Envoy that died is no reason to wait"
 
 
+def test_big_bodies_that_are_held_make_envoy_refuse_and_stay_ready(rendered, tmp_path):
+    documents = rendered("base")
+    files = one(documents, "ConfigMap", "extproc-envoy")["data"]
+    files["envoy.yaml"], count = re.subn(
+        r"max_heap_size_bytes: \d+", f"max_heap_size_bytes: {64 << 20}", files["envoy.yaml"]
+    )
+    assert count == 1
+    pod = Pod(documents, tmp_path)
+    with pod.sidecar:
+        pod.sidecar.wait_ready(lambda: http_ok(f"127.0.0.1:{pod.admin}", "/readyz"), what="/readyz")
+        with pod.envoy:
+            outside = f"127.0.0.1:{pod.stats}"
+            pod.envoy.wait_ready(lambda: http_ok(outside, "/ready"), what="/ready")
+            wait_until(pod.endpoints_are_down, timeout_s=30, message="the endpoint is down")
+
+            def refuses() -> bool:
+                name = "overload.envoy.overload_actions.stop_accepting_requests.active"
+                return f"{name}: 1" in http_get(f"127.0.0.1:{pod.envoy_admin}", f"/stats?filter={name}")[1].decode()
+
+            assert not refuses()
+            answers: list[tuple[int, bytes]] = []
+            body = b"x" * (20 << 20)
+            asking = [threading.Thread(target=lambda: answers.append(pod.ask(body, "6s"))) for _ in range(3)]
+            for thread in asking:
+                thread.start()
+            wait_until(refuses, timeout_s=30, message="the overload manager acts")
+            assert pod.ask() == (503, b"envoy overloaded")
+            assert http_get(outside, "/ready")[0] == 200
+            for thread in asking:
+                thread.join(timeout=60)
+            assert [status for status, _ in answers] == [503] * 3
+            assert all(b"endpoint" in text for _, text in answers), "what was held has the sidecar's answer"
+            wait_until(lambda: not refuses(), timeout_s=30, message="the overload is over")
+            assert b"endpoint" in pod.ask(budget="1s")[1]
+
+
 # ---- autoscaling
+
+
+def test_an_apply_leaves_the_scalers_number_of_engines_alone(rendered):
+    assert one(rendered("overlays/gateway"), "Deployment", "vllm")["spec"]["replicas"] == 2
+    documents = rendered("overlays/gateway", "autoscaling")
+    assert "replicas" not in one(documents, "Deployment", "vllm")["spec"]
+    assert gateway(documents)["spec"]["replicas"] == 1
+
+
+def test_the_scalers_query_has_no_answer_without_the_sidecar_and_the_queue_without_endpoints(tmp_path):
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip(f"{TOOL_MISSING}promtool, of Debian's prometheus")
+    (trigger,) = yaml.safe_load((K8S / "components/autoscaling/scaledobject.yaml").read_text())["spec"]["triggers"]
+    assert trigger["metadata"]["ignoreNullValues"] == "false", "else no answer is 0 work"
+    waits = {"series": 'extproc_queue_depth{job="extproc", endpoint="*", class="a"}', "values": "7x2"}
+    runs = {"series": 'extproc_inflight_requests{job="extproc", endpoint="e"}', "values": "5x2"}
+    cases: list[tuple[list[Document], list[Document]]] = [
+        ([waits, runs], [{"labels": "{}", "value": 12}]),
+        ([waits], [{"labels": "{}", "value": 7}]),
+        ([], []),
+    ]
+    tests = [
+        {
+            "interval": "1m",
+            "input_series": series,
+            "promql_expr_test": [{"expr": trigger["metadata"]["query"], "eval_time": "1m", "exp_samples": samples}],
+        }
+        for series, samples in cases
+    ]
+    (tmp_path / "test.yaml").write_text(yaml.safe_dump({"tests": tests}))
+    done = run([promtool, "test", "rules", "test.yaml"], cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_scaler_asks_for_metrics_that_the_sidecar_has():

@@ -57,8 +57,8 @@ def test_an_alert_asks_for_what_is_exported_and_leads_to_its_runbook(rule):
     assert names_in(rule["expr"]) <= exported()
     assert names_in(rule["expr"])
     notes = rule["annotations"]
-    assert notes.keys() == {"summary", "description", "runbook_url"}
-    page, _, anchor = notes["runbook_url"].partition("#")
+    assert notes.keys() == {"summary", "description", "runbook"}
+    page, _, anchor = notes["runbook"].partition("#")
     assert anchor == rule["alert"].lower()
     assert f"### {rule['alert']}\n" in (ROOT / page).read_text(), "no heading in the runbook"
 
