@@ -31,7 +31,7 @@ run: $(STAMP)    ## real Envoy, the sidecar, three simulated engines, live traff
 	@exec $(BIN)/python -m extproc up --engines 3 --demo
 
 test: $(STAMP) $(XDS) $(CRDS) lint types check-generated  ## everything: lint, types, generated files, unit, property and end-to-end tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # What no package registry of Python has. Not needed: without it `make test` says which checks it skipped.
 tools:           ## Debian packages that some tests want: promtool, npm, chromium (needs root)
