@@ -121,17 +121,15 @@ class Gate:
         if self._left:
             return
         now = self._loop.time()
-        if ticket.state is State.WAITING:
-            decisions = self.controller.cancel(ticket, now)
-            for observer in self._observers:
-                observer.cancelled(ticket, now - ticket.request.arrived)
-            self._settle(decisions)
-        elif ticket.state is State.LEASED:
+        if ticket.state is State.LEASED:
             self._settle(self.controller.release(ticket, now, answer))
+        elif ticket.state is State.WAITING:
+            decisions = self.controller.cancel(ticket, now)
+            self._tell_cancelled(ticket, now)
+            self._settle(decisions)
         elif ticket in self._gathered:
             del self._gathered[ticket]
-            for observer in self._observers:
-                observer.cancelled(ticket, now - ticket.request.arrived)
+            self._tell_cancelled(ticket, now)
 
     # ---- endpoints and rules
 
@@ -157,11 +155,14 @@ class Gate:
 
     def stop_gathering(self) -> None:
         """Expect no more replays: what was gathered takes its place in the queue now."""
-        self._offer_gathered()
+        self._replays_until = 0.0
+        gathered, self._gathered = self._gathered, {}
+        for ticket in sorted(gathered, key=lambda ticket: ticket.request.arrived):
+            self._settle(self.controller.offer(ticket, self._loop.time()))
 
     def drain(self) -> None:
         """Refuse what waits, and what would have to."""
-        self._offer_gathered()
+        self.stop_gathering()
         self._settle(self.controller.drain(self._loop.time()))
 
     def leave(self) -> None:
@@ -170,22 +171,20 @@ class Gate:
 
     # ---- driving
 
+    def _tell_cancelled(self, ticket: Ticket, now: float) -> None:
+        for observer in self._observers:
+            observer.cancelled(ticket, now - ticket.request.arrived)
+
     def _gathers(self, ticket: Ticket, now: float) -> bool:
         """Keep `ticket` back if requests are being replayed to us; tell whether."""
         if not self._gathered:
             if now - ticket.request.arrived < REPLAYED_S or not self.controller.policy.enable_queue:
                 return False
             self._replays_until = now + GATHER_S
-            self._loop.call_at(self._replays_until, self._offer_gathered)
+            self._loop.call_at(self._replays_until, self.stop_gathering)
         ticket.request_class = self.controller.class_of(ticket.request)  # it may leave before it is offered
         self._gathered[ticket] = None
         return True
-
-    def _offer_gathered(self) -> None:
-        self._replays_until = 0.0
-        gathered, self._gathered = self._gathered, {}
-        for ticket in sorted(gathered, key=lambda ticket: ticket.request.arrived):
-            self._settle(self.controller.offer(ticket, self._loop.time()))
 
     def _settle(self, decisions: list[Decision]) -> None:
         """Carry out what an event led to."""

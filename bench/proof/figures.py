@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from extproc.simulate.report import NAN, jain, percentile
+from extproc.simulate.report import NAN, Line, jain, percentile
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -115,20 +115,6 @@ class Run:
         if failed > BROKEN and not self.dies:
             return f"{failed:.0%} got no answer, or half of one: something of the stack was not there"
         return ""
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One class of one contender, all seeds together; `klass` is "all" for all classes. Shares 0..1."""
-
-    klass: str
-    requests: int
-    goodput: float
-    refused: float
-    abandoned: float
-    failed: float
-    ttft: tuple[float, float, float]  # p50, p95, p99
-    tpot: tuple[float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +222,7 @@ def line(klass: str, records: Sequence[Record]) -> Line:
 
     return Line(
         klass=klass,
-        requests=len(records),
+        arrivals=len(records),
         goodput=goodput(records),
         refused=share("refused"),
         abandoned=share("abandoned"),

@@ -18,14 +18,13 @@ from bench.proof.experiments import Cell, Experiment, Times
 from bench.proof.figures import Record, Run
 from bench.proof.fronts import HAPROXY_QUEUE_S
 from extproc.engine.params import PRESETS
-from extproc.simulate.contenders import BEST_FIXED, Job, Verdict, contender
+from extproc.simulate.contenders import BEST_FIXED, Job, Proxy, Verdict, contender
 from extproc.simulate.workload import CLASSES, Sessions, Workload
 from extproc.simulate.world import Faults, World
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from extproc.admission.load import Load
     from extproc.admission.values import Answer
     from extproc.engine.params import EngineParams
     from extproc.simulate.workload import Demand
@@ -34,14 +33,14 @@ ORIGINAL = "original,scrape_interval=30s,stale_after_s=90s,max_queue_wait_time=1
 LONG = Times(60.0, 300.0, math.inf)
 
 
-class Haproxy:
+class Haproxy(Proxy):
     """One backend: a queue by class and arrival, `maxconn` per server, the least busy of those with room."""
 
     def __init__(self, engines: int, limit: int, wait_s: float) -> None:
         """Queue before `engines`, `limit` requests each; who waited `wait_s` gets 503."""
+        super().__init__(engines)
         self._limit = limit
         self._wait_s = wait_s
-        self._in_flight = [0] * engines
         self._healthy = set(range(engines))
         self._queue = SortedDict()
         self._waiting: dict[int, tuple[int, float, int]] = {}
@@ -58,19 +57,11 @@ class Haproxy:
         self._drop(job)
         return []
 
-    def first_token(self, job: Job, now: float) -> list[Verdict]:  # noqa: ARG002
-        """Not looked at."""
-        return []
-
     def end(self, job: Job, now: float, answer: Answer) -> list[Verdict]:  # noqa: ARG002
         """A connection less."""
         if job.engine is not None:
             self._in_flight[job.engine] -= 1
         return self._place()
-
-    def observe(self, engine: int, load: Load, now: float) -> list[Verdict]:  # noqa: ARG002
-        """Not looked at."""
-        return []
 
     def set_up(self, engine: int, now: float, *, is_up: bool) -> list[Verdict]:  # noqa: ARG002
         """Follow the health check."""

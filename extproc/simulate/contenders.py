@@ -79,14 +79,30 @@ class Front(Protocol):
         """Return when `tick` is due."""
 
 
-class Balancer:
+class Proxy:
+    """What counts its own requests in flight, and sees neither first tokens nor telemetry."""
+
+    def __init__(self, engines: int) -> None:
+        """Stand before `engines`."""
+        self._in_flight = [0] * engines
+
+    def first_token(self, job: Job, now: float) -> list[Verdict]:  # noqa: ARG002
+        """Not looked at."""
+        return []
+
+    def observe(self, engine: int, load: Load, now: float) -> list[Verdict]:  # noqa: ARG002
+        """Not looked at."""
+        return []
+
+
+class Balancer(Proxy):
     """A load balancer without a queue. `pick` chooses among the healthy engines by requests in flight."""
 
     def __init__(self, engines: int, pick: Callable[[list[int], list[int]], int], breaker: int | None) -> None:
         """Balance over `engines`; more than `breaker` in flight at the chosen one is refused with 503."""
+        super().__init__(engines)
         self._pick = pick
         self._breaker = breaker
-        self._in_flight = [0] * engines
         self._healthy = list(range(engines))
 
     def arrive(self, job: Job, now: float) -> list[Verdict]:  # noqa: ARG002
@@ -103,18 +119,10 @@ class Balancer:
         """Nothing waits here."""
         return []
 
-    def first_token(self, job: Job, now: float) -> list[Verdict]:  # noqa: ARG002
-        """Not looked at."""
-        return []
-
     def end(self, job: Job, now: float, answer: Answer) -> list[Verdict]:  # noqa: ARG002
         """Count one less."""
         if job.engine is not None:
             self._in_flight[job.engine] -= 1
-        return []
-
-    def observe(self, engine: int, load: Load, now: float) -> list[Verdict]:  # noqa: ARG002
-        """Not looked at."""
         return []
 
     def set_up(self, engine: int, now: float, *, is_up: bool) -> list[Verdict]:  # noqa: ARG002
