@@ -39,6 +39,13 @@ ALLOWED = {
         *("extproc.admin", "extproc.admission", "extproc.gate", "extproc.observe", "extproc.config", "extproc.errors"),
         "extproc",
     },
+    "config": {
+        *("extproc.config", "extproc.admission", "extproc.session", "extproc.telemetry"),
+        *("extproc.durations", "extproc.files", "extproc.errors"),
+    },
+    "config/types": {"extproc.durations", "extproc.errors"},
+    "config/keys": {"extproc.config.types", "extproc.admission", "extproc.session", "extproc.telemetry"},
+    "config/rules": {"extproc.config.types", "extproc.config.keys"},
     "observe": {"extproc.observe", "extproc.admission", "extproc.telemetry", "extproc"},
 }
 FORBIDDEN_OUTSIDE = {

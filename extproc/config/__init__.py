@@ -1,0 +1,39 @@
+"""The configuration, in four rooms: `types`, what a value may be; `keys`, every key; `rules`, how keys depend on one
+another; `read`, from YAML and environment variables to these. Each uses only those before it. Others import from here.
+"""
+
+from extproc.config.keys import (
+    ClassConfig,
+    Config,
+    DiscoveryConfig,
+    DnsConfig,
+    EndpointConfig,
+    HeadersConfig,
+    HealthCheckConfig,
+    KubernetesConfig,
+    TlsConfig,
+    TlsEnvoyConfig,
+    target_of,
+)
+from extproc.config.read import load_config, parse_config
+from extproc.config.rules import cross_check
+from extproc.config.types import require_address, split_address
+
+__all__ = [
+    "ClassConfig",
+    "Config",
+    "DiscoveryConfig",
+    "DnsConfig",
+    "EndpointConfig",
+    "HeadersConfig",
+    "HealthCheckConfig",
+    "KubernetesConfig",
+    "TlsConfig",
+    "TlsEnvoyConfig",
+    "cross_check",
+    "load_config",
+    "parse_config",
+    "require_address",
+    "split_address",
+    "target_of",
+]

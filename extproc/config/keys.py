@@ -1,0 +1,375 @@
+"""Every key, its default and its meaning, in one place; `docs/reference.md` is written from here.
+
+`Config` also says it in the words of the other parts: admission's policy, a session's headers, what is scraped.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from extproc.admission.values import Binding, EndpointSpec, Policy, RequestClass
+from extproc.config.types import (
+    Address,
+    ClustersFile,
+    Duration,
+    FilePath,
+    HeaderName,
+    Limit,
+    Listen,
+    Name,
+    OwnLimit,
+    Percent,
+    Port,
+    PositiveDuration,
+    SlicePort,
+    SocketMode,
+    Threshold,
+    Url,
+    UrlPath,
+)
+from extproc.session import Headers
+from extproc.telemetry.engines import metrics_path
+from extproc.telemetry.target import Target
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class EndpointConfig(_Section):
+    """One inference server. Any of the limits here overrides the common one."""
+
+    name: Name = Field(description="Its name: in metrics, logs, `/queues`.")
+    cluster: Name | None = Field(None, description="The Envoy cluster that leads to it. Default: `name`.")
+    address: Address = Field(description="host:port of the server.")
+    models: Annotated[list[str], Field(max_length=1000)] = Field(
+        [], description="Model names it serves; it gets only requests for those. Empty: any."
+    )
+    max_running_requests: OwnLimit = Field(
+        "inherit", description="The most requests at once: a number, or `adaptive`. Default: the common one."
+    )
+    kv_capacity_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Size of its KV cache in tokens. Default: what its metrics say; no KV limit while unknown."
+    )
+    engine: Literal["auto", "vllm", "sglang", "tgi", "trtllm", "triton", "llamacpp", "none"] = Field(
+        "auto", description="Whose metric names it uses. `auto`: its page tells. `none`: its page is not read."
+    )
+    metrics_url: Url | None = Field(
+        None, description="Its metrics page. Default: http://ADDRESS/metrics; for `trtllm` /prometheus/metrics."
+    )
+    gpu_metrics_url: Url | None = Field(None, description="Page of a DCGM exporter that sees its GPUs.")
+    gpu_metrics_labels: dict[str, str] = Field(
+        {}, description="Labels of the series there that are its GPUs, like `{Hostname: node-7, gpu: '0'}`. Empty: all."
+    )
+
+
+class _Found(_Section):
+    """What is said of all endpoints that one source finds."""
+
+    models: Annotated[list[str], Field(max_length=1000)] = Field([], description="As of `endpoints[]`, for each found.")
+    max_running_requests: OwnLimit = Field("inherit", description="As of `endpoints[]`, for each found.")
+    kv_capacity_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="As of `endpoints[]`, for each found."
+    )
+    engine: Literal["auto", "vllm", "sglang", "tgi", "trtllm", "triton", "llamacpp", "none"] = Field(
+        "auto", description="As of `endpoints[]`, for each found."
+    )
+
+    def endpoint(self, name: str, address: str) -> EndpointConfig:
+        """Return a found endpoint as if the file had listed it."""
+        return EndpointConfig(
+            name=name,
+            address=address,
+            models=self.models,
+            max_running_requests=self.max_running_requests,
+            kv_capacity_tokens=self.kv_capacity_tokens,
+            engine=self.engine,
+        )
+
+
+class DnsConfig(_Found):
+    """Every A and AAAA record of a name is an endpoint, called `address:port`. A failed lookup changes nothing."""
+
+    name: Annotated[str, Field(min_length=1, max_length=253)] = Field(description="The name to look up.")
+    port: Port = Field(description="The servers' port.")
+    interval: PositiveDuration = Field(5.0, description="How often.")
+
+
+class KubernetesConfig(_Found):
+    """Every ready address in the EndpointSlices of a service is an endpoint, called as its pod.
+
+    Needs the right to list and watch `endpointslices` of `discovery.k8s.io`, in its namespace.
+    """
+
+    service: str | None = Field(None, description="The service's name. Either this or `selector`.")
+    selector: str | None = Field(None, description="A label selector of EndpointSlices, like `app=vllm`.")
+    namespace: str | None = Field(None, description="Default: the pod's own.")
+    port: SlicePort = Field(
+        None, description="Number, or the name of the slices' port. Default: the only or first one."
+    )
+    api: Url | None = Field(None, description="The API server. Default: the one that a pod is told of.")
+    token_file: str = Field(
+        "/var/run/secrets/kubernetes.io/serviceaccount/token", description="Read again for every call: it is rotated."
+    )
+    ca_file: str = Field(
+        "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt", description="Who signed the API server's certificate."
+    )
+
+
+class DiscoveryConfig(_Section):
+    """A source of endpoints that come and go. Each item has one of these keys."""
+
+    dns: DnsConfig | None = Field(None, description="By DNS.")
+    kubernetes: KubernetesConfig | None = Field(None, description="From Kubernetes.")
+
+
+class HealthCheckConfig(_Section):
+    """How to ask endpoints whether they live. 2xx within the timeout is a success."""
+
+    path: UrlPath = Field("/health", description="vLLM's and SGLang's is `/health`.")
+    interval: PositiveDuration = Field(2.0, description="From one check of an endpoint to the next.")
+    timeout: PositiveDuration = Field(1.0, description="An answer that is not there by then is a failure.")
+    unhealthy_threshold: Threshold = Field(
+        3, description="Failures in a row that take an endpoint out; one is enough if it never passed."
+    )
+    healthy_threshold: Threshold = Field(1, description="Successes in a row that bring it back.")
+
+
+class TlsEnvoyConfig(_Section):
+    """For `extproc envoy-config`: how Envoy meets our TLS. The paths are Envoy's, and nobody else looks at them."""
+
+    server_name: Annotated[str, Field(min_length=1, max_length=253)] = Field(
+        description="A DNS name in our certificate. Envoy takes no other certificate."
+    )
+    ca_file: FilePath = Field(description="Who signed our certificate.")
+    cert_file: FilePath | None = Field(
+        None, description="What Envoy shows us. Needed with `client_ca_file`, and `key_file` with it."
+    )
+    key_file: FilePath | None = Field(None, description="Its key.")
+    secrets_directory: FilePath = Field(
+        "/etc/envoy", description="Where Envoy finds the files that `extproc envoy-config --secrets DIR` writes."
+    )
+
+
+class TlsConfig(_Section):
+    """TLS at `listen`. PEM files, read again when they change: a rotated certificate needs no restart."""
+
+    cert_file: FilePath = Field(description="Our certificate, and after it those between it and its CA.")
+    key_file: FilePath = Field(description="Its key, without a passphrase.")
+    client_ca_file: FilePath | None = Field(
+        None, description="Mutual TLS: only who shows a certificate signed by this CA may connect. Unset: anyone may."
+    )
+    envoy: TlsEnvoyConfig | None = Field(None, description="Envoy's side, for `extproc envoy-config`.")
+
+
+class ClassConfig(_Section):
+    """A service class. A request names its class in a header; an unknown or missing name means the first class."""
+
+    name: Name = Field(description="Its name, as the header gives it.")
+    priority: Annotated[int, Field(ge=-1000, le=1000)] = Field(0, description="Higher goes first, always.")
+    budget: Duration = Field(30.0, description="The longest that a request of this class may wait.")
+
+
+class HeadersConfig(_Section):
+    """Which request header carries what."""
+
+    cluster: HeaderName = Field(
+        "x-upstream-cluster", description="We write the chosen cluster here; Envoy routes by it."
+    )
+    model: HeaderName = Field("x-model", description="Model name.")
+    request_class: HeaderName = Field("x-request-class", alias="class", description="Class name.")
+    tenant: HeaderName = Field("x-tenant-id", description="Whom to be fair to.")
+    session: HeaderName = Field(
+        "x-session-id", description="Requests of a session prefer the endpoint of the last one."
+    )
+    budget: HeaderName = Field("x-queue-budget", description="This request's budget, like `5s`; `0s`: never wait.")
+
+
+class Config(_Section):
+    """The sidecar's configuration file."""
+
+    listen: Listen = Field("127.0.0.1:50051", description="Where Envoy connects: host:port or `unix:/path`.")
+    admin: Address = Field("127.0.0.1:9902", description="HTTP: metrics, health, queues, the live page. Read-only.")
+    tls: TlsConfig | None = Field(None, description="TLS at `listen`. Unset: plain text.")
+    allow_insecure_listen: bool = Field(
+        False, description="Allow `listen` without `tls` on addresses other than loopback: anyone there can take slots."
+    )
+    allow_remote_admin: bool = Field(
+        False,
+        description="Allow `admin` on addresses other than loopback, in plain text: for probes and Prometheus in a "
+        "cluster. Whoever gets there sees request ids, models and tenants' names.",
+    )
+    socket_mode: SocketMode = Field(
+        0o660, description="Of a unix socket at `listen`: `0600`, `0660` or `0666`. Envoy must be able to write it."
+    )
+    socket_group: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}$")] | None = Field(
+        None, description="Its group, a name or a quoted number. Unset: this process's, or the directory's if setgid."
+    )
+    enable_queue: bool = Field(False, description="Off: endpoints are chosen and counted, nothing is held or refused.")
+    dry_run: bool = Field(
+        False, description="Hold nothing; count in metrics what would have been held or refused, were the queue on."
+    )
+    endpoints: list[EndpointConfig] = Field([], description="The inference servers.")
+    discovery: list[DiscoveryConfig] = Field([], description="Sources of more endpoints. Needs `envoy_clusters_file`.")
+    health_check: HealthCheckConfig | None = Field(
+        None, description="Ask endpoints whether they live; `{}` takes all defaults. Unset: only answers tell."
+    )
+    envoy_clusters_file: ClustersFile | None = Field(
+        None,
+        description="We write the endpoints' Envoy clusters there, and `envoy-config` makes Envoy follow it. Unset: "
+        "the bootstrap lists them, and a new endpoint needs a new bootstrap.",
+    )
+    envoy_admin: Address | None = Field(
+        None,
+        description="Envoy's admin interface: tells when Envoy knows a new cluster. Unset: we give it a second.",
+    )
+    upstream_protocol: Literal["h1", "h2"] = Field(
+        "h1", description="What the endpoints speak, for `envoy_clusters_file`; `h2` is prior knowledge."
+    )
+    max_running_requests: Limit = Field(
+        None, description="The most requests at once per endpoint: a number, or `adaptive` (steered by token speed)."
+    )
+    max_queue_wait_time: Duration = Field(
+        1.0, description="How long a request waits for its home endpoint before any other may take it."
+    )
+    binding: Literal["late", "bound"] = Field(
+        "late", description="`bound`: every request gets a home on arrival; the original design, for comparison."
+    )
+    max_queued_requests: Annotated[int, Field(ge=0)] = Field(
+        10_000, description="Over it the last request of the lowest class is refused, not the newest as such."
+    )
+    max_prompt_tokens: Annotated[int, Field(ge=1)] = Field(
+        4096, description="The most prompt tokens at an endpoint that have no first token yet, where that can be seen."
+    )
+    shed: bool = Field(
+        True,
+        description="Refuse at once what is predicted to wait over twice its budget. Off: it waits its budget out.",
+    )
+    tenant_fairness: bool = Field(True, description="Inside a class, fair shares of tokens between tenants.")
+    short_prompts_first: bool = Field(
+        False, description="Inside a class, short prompts first, instead of fairness; long ones wait longest."
+    )
+    classes: Annotated[list[ClassConfig], Field(min_length=1)] = Field(
+        [ClassConfig(name="default")], description="Service classes; the first is the default."
+    )
+    headers: HeadersConfig = Field(HeadersConfig(), description="Names of headers.")
+    scrape_interval: Duration = Field(
+        1.0, description="How often the endpoints' metrics are read. `0s`: never; limits go by our own books alone."
+    )
+    scrape_timeout: PositiveDuration = Field(0.5, description="A page that is not whole by then is given up.")
+    telemetry_stale_after: PositiveDuration = Field(
+        10.0, description="Metrics older than this are ignored; own books, the hard limit, go on."
+    )
+    max_gpu_perc: Percent = Field(
+        95, description="Percent of the KV cache in use from which an endpoint gets nothing more."
+    )
+    gpu_utilization_perc: Percent | None = Field(
+        None,
+        description="The same for GPU utilization, from `gpu_metrics_url`. Near 100 at any load: better left unset.",
+    )
+    request_fields: bool = Field(
+        False,
+        description="Also read model, max_tokens, user, service_tier and priority from the JSON body, which Envoy "
+        "parses (json_to_metadata, rendered by `envoy-config`). Headers win. Envoy waits for the whole body first.",
+    )
+    first_byte_probe: bool = Field(
+        False,
+        description="A second ext_proc filter tells when an answer's first byte came, for `max_prompt_tokens`. Costs "
+        "one more stream per request; without it the engine's own counters tell, where it has them.",
+    )
+    server_timing: bool = Field(
+        False,
+        description="Tell clients how long their request waited: `server-timing: queue;dur=` (ms) on every answer. "
+        "Render Envoy's configuration again after a change: it must allow the header.",
+    )
+    log_format: Literal["text", "json"] = Field("text", description="`json`: the log is one JSON object per line.")
+    tracing: bool = Field(
+        False,
+        description="OpenTelemetry: the time in the queue as a span of the trace that the request's `traceparent` "
+        "names. Needs `pip install extproc-queue[otel]`; OTEL_... environment variables say where to. Render Envoy's "
+        "configuration again after a change.",
+    )
+    transport: Literal["asyncio", "completion_queue"] = Field(
+        "completion_queue",
+        description="What carries gRPC: grpcio's core driven directly, or grpc.aio, which costs about three times the "
+        "CPU. The former uses private parts of grpcio; if these are not as expected, the log says so and grpc.aio "
+        "serves (docs/adr/0006).",
+    )
+    reflection: bool = Field(False, description="Serve gRPC reflection, for grpcurl.")
+    drain_timeout: Duration = Field(
+        30.0, description="After SIGTERM: how long held requests may still be placed, and then answers may run out."
+    )
+    hand_over: bool = Field(
+        False,
+        description="On SIGTERM, leave held requests to another sidecar behind the same Envoy, or to this one "
+        "restarted: exit a second later; Envoy sends them again, and running answers go on. Off: place them, or "
+        "refuse them with 503.",
+    )
+
+    def policy(self) -> Policy:
+        """Return the rules of admission."""
+        return Policy(
+            enable_queue=self.enable_queue,
+            classes=tuple(RequestClass(klass.name, klass.priority, klass.budget) for klass in self.classes),
+            patience_s=self.max_queue_wait_time,
+            binding=Binding(self.binding),
+            max_queued_requests=self.max_queued_requests,
+            max_prompt_tokens=self.max_prompt_tokens,
+            shed=self.shed,
+            fair=self.tenant_fairness,
+            short_first=self.short_prompts_first,
+            first_byte_probe=self.first_byte_probe,
+            max_kv_usage=self.max_gpu_perc / 100,
+            max_gpu_usage=None if self.gpu_utilization_perc is None else self.gpu_utilization_perc / 100,
+            stale_after_s=self.telemetry_stale_after,
+        )
+
+    def endpoint_specs(self) -> list[EndpointSpec]:
+        """Return the endpoints of the file as admission knows them."""
+        return [self.spec_of(endpoint) for endpoint in self.endpoints]
+
+    def spec_of(self, endpoint: EndpointConfig) -> EndpointSpec:
+        """Return one endpoint as admission knows it."""
+        own = endpoint.max_running_requests
+        return EndpointSpec(
+            name=endpoint.name,
+            cluster=endpoint.cluster or endpoint.name,
+            models=frozenset(endpoint.models),
+            max_running_requests=self.max_running_requests if own == "inherit" else own,
+            kv_capacity_tokens=endpoint.kv_capacity_tokens,
+        )
+
+    def scrape_targets(self) -> list[Target]:
+        """Return what is scraped for each endpoint of the file."""
+        return [target_of(endpoint) for endpoint in self.endpoints]
+
+    def header_names(self) -> Headers:
+        """Return the names of headers as a session knows them."""
+        names = self.headers
+        return Headers(
+            names.model,
+            names.request_class,
+            names.tenant,
+            names.session,
+            names.budget,
+            names.cluster,
+            "traceparent" if self.tracing else "",
+        )
+
+    @property
+    def longest_budget_s(self) -> float:
+        """The longest that any request may wait."""
+        return max(klass.budget for klass in self.classes)
+
+
+def target_of(endpoint: EndpointConfig) -> Target:
+    """Return what is scraped for one endpoint."""
+    return Target(
+        name=endpoint.name,
+        url=endpoint.metrics_url or f"http://{endpoint.address}{metrics_path(endpoint.engine)}",
+        engine=endpoint.engine,
+        gpu_url=endpoint.gpu_metrics_url,
+        gpu_labels=tuple(sorted(endpoint.gpu_metrics_labels.items())),
+    )

@@ -1,0 +1,235 @@
+"""From a file and environment variables to a `Config`.
+
+All problems of a file are reported at once, each with its key path and what would be right.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from extproc.config.keys import (
+    ClassConfig,
+    Config,
+    DiscoveryConfig,
+    DnsConfig,
+    EndpointConfig,
+    HeadersConfig,
+    HealthCheckConfig,
+    KubernetesConfig,
+    TlsConfig,
+    TlsEnvoyConfig,
+)
+from extproc.config.rules import cross_check
+from extproc.errors import ConfigError
+from extproc.files import read_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from pydantic_core import ErrorDetails
+
+ENV_PREFIX = "EXTPROC_"
+
+
+def load_config(path: Path, environ: Mapping[str, str] = os.environ) -> Config:
+    """Read and validate a file. Environment variables win over it. Raises ConfigError with all problems."""
+    return parse_config(read_text(path), str(path), environ)
+
+
+def parse_config(text: str, source: str, environ: Mapping[str, str] = os.environ) -> Config:
+    """Validate the YAML `text`, called `source` in messages. Raises ConfigError with all problems."""
+    try:
+        data = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader that also refuses duplicate keys
+    except _YAML_ERRORS as error:
+        raise ConfigError(source, ["is no valid YAML: " + _one_line(error)]) from None
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError(source, [f"must be a mapping of keys to values, not {_kind(data)}"])
+    problems = _overlay_environment(data, environ)
+    config, found = _validate(data)
+    problems += found
+    if config is not None:
+        problems += cross_check(config)
+    if problems or config is None:
+        raise ConfigError(source, problems)
+    return config
+
+
+_YAML_ERRORS = (yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError)
+"""What PyYAML raises: also its own constructors' errors, for a date like 2024-13-45, `!!int abc`, or deep nesting."""
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key may stand only once in a mapping."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(None, None, "a key must be a plain word", key.start_mark)
+        if key.value in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+        seen.add(key.value)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def _overlay_environment(data: dict[str, Any], environ: Mapping[str, str]) -> list[str]:
+    """Let EXTPROC_KEY, and EXTPROC_SECTION__KEY, win over the file. Other EXTPROC_ names are somebody else's."""
+    problems = []
+    for variable in sorted(environ):
+        if not variable.startswith(ENV_PREFIX):
+            continue
+        path = variable.removeprefix(ENV_PREFIX).lower().split("__")
+        if path[0] not in Config.model_fields or len(path) > 2:
+            continue
+        try:
+            value = yaml.safe_load(environ[variable])
+        except _YAML_ERRORS:
+            problems.append(f"{'.'.join(path)}: environment variable {variable} is no valid YAML")
+            continue
+        target = data
+        if len(path) > 1:
+            section = data.get(path[0])
+            target = section if isinstance(section, dict) else {}
+            data[path[0]] = target
+        target[path[-1]] = value
+    return problems
+
+
+def _validate(data: dict[str, Any]) -> tuple[Config | None, list[str]]:
+    """Validate types; on problems, return also the config without the broken parts, so that the rest is checked too."""
+    problems: list[str] = []
+    for _ in range(20):
+        try:
+            return Config.model_validate(data), problems
+        except ValidationError as error:
+            details = error.errors(include_url=False)
+        problems += [problem for problem in map(_explain, details) if problem not in problems]
+        for detail in sorted(details, key=lambda detail: str(detail["loc"]), reverse=True):
+            _drop(data, detail["loc"])
+    return None, problems
+
+
+_STAND_INS = {"name": "broken-{}", "address": "broken.invalid:1"}
+
+
+def _drop(data: Any, location: tuple[int | str, ...]) -> None:
+    """Replace the broken part at `location` by its default, or by a stand-in where a value is required."""
+    index: int | str = 0
+    if location[0] == "discovery":
+        data.pop("discovery", None)  # all that is wrong in it was reported at once
+        return
+    if location[0] == "tls":
+        data["tls"] = {"cert_file": "/broken", "key_file": "/broken"}  # likewise, and it is there
+        return
+    for depth, key in enumerate(location):
+        last = depth + 1 == len(location)
+        if isinstance(data, list) and isinstance(key, int):
+            index = key
+            if last or not isinstance(data[key], dict):
+                names = _required(location) if depth == 1 else ()
+                data[key] = {name: _STAND_INS[name].format(index) for name in names} or ""
+                return
+        elif last or not isinstance(data.get(key), (dict, list)):
+            if key in _required(location):
+                data[key] = _STAND_INS[str(key)].format(index)
+            else:
+                data.pop(key, None)
+            return
+        data = data[key]
+
+
+def _required(location: tuple[int | str, ...]) -> tuple[str, ...]:
+    return {"endpoints": ("name", "address"), "classes": ("name",)}.get(str(location[0]), ())
+
+
+def _path(location: Iterable[int | str]) -> str:
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+_TYPES = {
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": "a mapping of keys to values",
+    "model_type": "a mapping of keys to values",
+    "model_attributes_type": "a mapping of keys to values",
+}
+
+
+def _explain(detail: ErrorDetails) -> str:
+    location, kind, value = detail["loc"], detail["type"], detail["input"]
+    context = detail.get("ctx", {})
+    path = _path(part for part in location if not _is_union_branch(part))
+    match kind:
+        case "extra_forbidden":
+            known = _keys_at(location[:-1])
+            close = difflib.get_close_matches(str(location[-1]), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+            return f"{path}: unknown key; {hint}"
+        case "missing":
+            return f"{path}: is required"
+        case "value_error":
+            return f"{path}: {context['error']}"
+        case "literal_error":
+            return f"{path}: must be {context['expected']}, not {value!r}"
+        case "greater_than_equal":
+            return f"{path}: must be {context['ge']} or more, not {value!r}"
+        case "less_than_equal":
+            return f"{path}: must be {context['le']} or less, not {value!r}"
+        case "too_short" | "too_long":
+            return f"{path}: {detail['msg'].lower()}"
+        case "invalid_key":
+            return f"{path}: unknown key; keys are words"
+        case _ if kind in _TYPES:
+            return f"{path}: must be {_TYPES[kind]}, not {_kind(value)}"
+        case _:
+            return f"{path}: {detail['msg']}"
+
+
+def _is_union_branch(part: int | str) -> bool:
+    return isinstance(part, str) and "[" in part
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    sections: dict[str, type[BaseModel]] = {
+        "endpoints": EndpointConfig,
+        "classes": ClassConfig,
+        "headers": HeadersConfig,
+        "health_check": HealthCheckConfig,
+        "tls": TlsConfig,
+        "envoy": TlsEnvoyConfig,
+        "discovery": DiscoveryConfig,
+        "dns": DnsConfig,
+        "kubernetes": KubernetesConfig,
+    }
+    words = [part for part in location if isinstance(part, str)]
+    section = sections[words[-1]] if words else Config
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list"
+    return repr(value)

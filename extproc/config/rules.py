@@ -1,0 +1,104 @@
+"""What no single key can tell: which keys need, or exclude, one another."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+from typing import TYPE_CHECKING
+
+from extproc.config.types import split_address
+
+if TYPE_CHECKING:
+    from extproc.config.keys import Config
+
+LONGEST_BUDGET_S = 3500.0
+"""Envoy refuses a message_timeout above 3600 s, and ours must lie above the longest budget."""
+_NOT_OURS = frozenset(
+    ("host", "connection", "content-length", "content-type", "transfer-encoding", "te", "upgrade", "x-request-id")
+)
+"""Headers that can't carry our routing decision: Envoy refuses to set them, or other things break."""
+
+
+def cross_check(config: Config) -> list[str]:
+    """Check what no single key can tell."""
+    problems = []
+    for section, what, names in (
+        ("endpoints", "name", [endpoint.name for endpoint in config.endpoints]),
+        ("endpoints", "cluster", [endpoint.cluster or endpoint.name for endpoint in config.endpoints]),
+        ("classes", "name", [klass.name for klass in config.classes]),
+    ):
+        for index, name in enumerate(names):
+            first = names.index(name)
+            if first != index:
+                problems.append(
+                    f"{section}[{index}].{what}: {name!r} is taken by {section}[{first}]; each must be unique"
+                )
+    for index, klass in enumerate(config.classes):
+        if klass.budget > LONGEST_BUDGET_S:
+            problems.append(
+                f"classes[{index}].budget: {klass.budget:g}s is above what Envoy's message_timeout can cover "
+                f"(at most 3600s); {LONGEST_BUDGET_S:g}s or less works"
+            )
+    if config.gpu_utilization_perc is not None and not any(one.gpu_metrics_url for one in config.endpoints):
+        problems.append(
+            "gpu_utilization_perc: needs gpu_metrics_url at one endpoint at least; without it nothing tells GPU use"
+        )
+    problems += _check_discovery(config)
+    if config.headers.cluster in _NOT_OURS:
+        problems.append(
+            f"headers.cluster: {config.headers.cluster!r} has a meaning of its own in HTTP or Envoy; one like "
+            "'x-upstream-cluster' works"
+        )
+    names = [name for _, name in config.headers]
+    problems += [
+        f"headers: {name!r} is used for two things; each needs a header of its own"
+        for name in sorted({name for name in names if names.count(name) > 1})
+    ]
+    return problems + _check_ports(config)
+
+
+def _check_ports(config: Config) -> list[str]:
+    problems = []
+    if config.tls is None and not config.allow_insecure_listen and not _is_local(config.listen):
+        problems.append(
+            f"listen: {config.listen!r} can be reached from other machines in plain text; set tls, use loopback or a "
+            "unix socket, or set allow_insecure_listen: true"
+        )
+    if not config.allow_remote_admin and not _is_local(config.admin):
+        problems.append(
+            f"admin: {config.admin!r} can be reached from other machines in plain text; use loopback, or set "
+            "allow_remote_admin: true"
+        )
+    if config.tls is None:
+        return problems
+    if config.listen.startswith("unix:"):
+        problems.append("tls: a unix socket needs none, its socket_mode says who may connect; leave one of them out")
+    envoy = config.tls.envoy
+    if envoy is not None and (envoy.cert_file is None) is not (envoy.key_file is None):
+        problems.append("tls.envoy: needs both or none of cert_file and key_file")
+    elif envoy is not None and envoy.cert_file is None and config.tls.client_ca_file is not None:
+        problems.append("tls.envoy.cert_file: is needed, and key_file: tls.client_ca_file asks Envoy for a certificate")
+    return problems
+
+
+def _check_discovery(config: Config) -> list[str]:
+    problems = []
+    if config.discovery and config.envoy_clusters_file is None:
+        problems.append("discovery: needs envoy_clusters_file; without it Envoy can't know the endpoints found")
+    for index, source in enumerate(config.discovery):
+        where = f"discovery[{index}]"
+        if (source.dns is None) is (source.kubernetes is None):
+            problems.append(f"{where}: needs one of dns and kubernetes")
+        found = source.kubernetes
+        if found is not None and (found.service is None) is (found.selector is None):
+            problems.append(f"{where}.kubernetes: needs one of service and selector")
+    return problems
+
+
+def _is_local(address: str) -> bool:
+    if address.startswith("unix:"):
+        return True
+    host, _ = split_address(address)
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

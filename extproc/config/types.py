@@ -1,0 +1,163 @@
+"""What a single value may be: durations, names, addresses. Each refusal says what would be right."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BeforeValidator, Field
+from yarl import URL
+
+from extproc.durations import parse_duration
+from extproc.errors import ConfigError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}", re.ASCII)
+_HOST = re.compile(r"[A-Za-z0-9._:%-]{1,253}", re.ASCII)
+_HEADER = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]{1,64}", re.ASCII)
+
+
+def _duration(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError(f"must be a duration like 10s or 250ms, not {value!r}")  # noqa: TRY004 - pydantic wants it
+    seconds = parse_duration(str(value))
+    if seconds is None:
+        raise ValueError(f"must be a duration like 10s or 250ms, not {value!r}")
+    return seconds
+
+
+def _positive_duration(value: object) -> float:
+    seconds = _duration(value)
+    if seconds <= 0:
+        raise ValueError(f"must be longer than 0s, not {value!r}")
+    return seconds
+
+
+def _limit(value: object) -> int | None:
+    if value == "adaptive" or value is None:
+        return None
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1_000_000:
+        return value
+    raise ValueError(f"must be 'adaptive' or a whole number from 1, not {value!r}")
+
+
+def _own_limit(value: object) -> int | str | None:
+    return value if value == "inherit" else _limit(value)
+
+
+def _name(value: object) -> str:
+    if isinstance(value, str) and _NAME.fullmatch(value):
+        return value
+    raise ValueError(
+        f"must be 1 to 128 letters, digits, '.', '_', ':' or '-', beginning with a letter or digit, not {value!r}"
+    )
+
+
+def _header(value: object) -> str:
+    if isinstance(value, str) and _HEADER.fullmatch(value.lower()):
+        return value.lower()
+    raise ValueError(f"must be the name of an HTTP header, like x-model, not {value!r}")
+
+
+def _address(value: object) -> str:
+    if isinstance(value, str):
+        try:
+            split_address(value)
+        except ValueError:
+            pass
+        else:
+            return value
+    raise ValueError(f"must be host:port, like 10.0.0.7:8000 or [::1]:8000, not {value!r}")
+
+
+def _listen(value: object) -> str:
+    if isinstance(value, str) and value.startswith("unix:/"):
+        return value
+    return _address(value)
+
+
+def _url(value: object) -> str:
+    if isinstance(value, str):
+        try:
+            url = URL(value)
+            if url.scheme in ("http", "https") and url.host and (url.explicit_port is None or url.explicit_port > 0):
+                return value
+        except ValueError:
+            pass
+    raise ValueError(f"must be a URL like http://10.0.0.7:8000/metrics, not {value!r}")
+
+
+def _clusters_file(value: object) -> str:
+    if isinstance(value, str) and value.startswith("/") and value.endswith((".yaml", ".yml")):
+        return value
+    raise ValueError(f"must be an absolute path that ends in .yaml, like /run/extproc/clusters.yaml, not {value!r}")
+
+
+def _file(value: object) -> str:
+    if isinstance(value, str) and value.startswith("/") and value.isprintable():
+        return value
+    raise ValueError(f"must be an absolute path, like /etc/extproc/tls/tls.crt, not {value!r}")
+
+
+_SOCKET_MODES: dict[object, int] = {
+    spelt: mode for mode in (0o600, 0o660, 0o666) for spelt in (f"{mode:04o}", f"{mode:#o}", mode, int(f"{mode:o}"))
+}
+"""Also as YAML 1.1 and 1.2 read a bare 0660: 432 and 660. With three choices no number means two."""
+
+
+def _socket_mode(value: object) -> int:
+    try:
+        return _SOCKET_MODES[value]
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"must be 0600 (owner), 0660 (owner and group) or 0666 (anyone on this machine), not {value!r}"
+        ) from None
+
+
+def _path_of_url(value: object) -> str:
+    if isinstance(value, str) and value.startswith("/") and value.isascii() and value.isprintable():
+        return value
+    raise ValueError(f"must be the path of a URL, like /health, not {value!r}")
+
+
+def _slice_port(value: object) -> int | str | None:
+    if value is None or (isinstance(value, str) and value) or (type(value) is int and 1 <= value <= 65535):
+        return value
+    raise ValueError(f"must be a port's number or name, not {value!r}")
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Split host:port, IPv6 hosts in brackets. Raises ValueError."""
+    parts = urlsplit(f"//{address}")
+    strange = parts.path or parts.query or parts.fragment or parts.username is not None
+    if not parts.hostname or parts.port is None or strange or not _HOST.fullmatch(parts.hostname):
+        raise ValueError(address)
+    return parts.hostname, parts.port
+
+
+def require_address(flag: str, address: str) -> tuple[str, int]:
+    """Split what a command-line flag names. Raises ConfigError unless it is host:port."""
+    try:
+        return split_address(address)
+    except ValueError:
+        problem = f"{flag}: must be host:port, like 127.0.0.1:8080, not {address!r}"
+        raise ConfigError("command line", [problem]) from None
+
+
+Duration = Annotated[float, BeforeValidator(_duration)]
+PositiveDuration = Annotated[float, BeforeValidator(_positive_duration)]
+Percent = Annotated[int, Field(ge=1, le=100)]
+Limit = Annotated[int | None, BeforeValidator(_limit)]
+OwnLimit = Annotated[int | Literal["inherit"] | None, BeforeValidator(_own_limit)]
+Name = Annotated[str, BeforeValidator(_name)]
+HeaderName = Annotated[str, BeforeValidator(_header)]
+Address = Annotated[str, BeforeValidator(_address)]
+Listen = Annotated[str, BeforeValidator(_listen)]
+Url = Annotated[str, BeforeValidator(_url)]
+ClustersFile = Annotated[str, BeforeValidator(_clusters_file)]
+FilePath = Annotated[str, BeforeValidator(_file)]
+SocketMode = Annotated[int, BeforeValidator(_socket_mode)]
+UrlPath = Annotated[str, BeforeValidator(_path_of_url)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+SlicePort = Annotated[int | str | None, BeforeValidator(_slice_port)]
+Threshold = Annotated[int, Field(ge=1, le=100)]
