@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import random
 import sys
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import aiohttp
 
-from extproc.top import Screen, lines
+from extproc.top import Screen, line, lines
 
 if TYPE_CHECKING:
     from extproc.admin.http import Admin
@@ -18,19 +19,27 @@ WAVE = (("batch", 18), ("default", 14), ("interactive", 8))
 """Requests of a wave by class, in the order they are sent: the lowest class first, so that the order shows."""
 WAVE_EVERY_S = 8.0
 SHOW_EVERY_S = 0.5
+LOG_EVERY_S = 2.0
+"""Where stdout is no terminal."""
+_LEGEND = f"""\
+A line every {LOG_EVERY_S:g} s. running: requests at the engines, of the slots there; waiting: here, in front of them;
+done: by HTTP status; first token p95: 95 % of a class's requests had their first token by then.
+"""
 
 
 class Demo:
     """Sends traffic to Envoy and prints the state of the queues."""
 
-    def __init__(self, url: str, admin: Admin) -> None:
-        """Send to Envoy at `url`; `admin` knows what happens."""
+    def __init__(self, url: str, admin: Admin, page: str) -> None:
+        """Send to Envoy at `url`; `admin` knows what happens, and shows it at the URL `page`."""
         self._url = url
         self._admin = admin
+        self._page = page
         self._random = random.Random(1)  # noqa: S311 - a demo
         self._tasks: list[asyncio.Task[None]] = []
         self._requests: set[asyncio.Task[None]] = set()
         self._first_tokens: dict[str, list[float]] = {}
+        self._done: Counter[str] = Counter()
 
     def start(self) -> None:
         """Begin."""
@@ -72,19 +81,33 @@ class Demo:
                     if first and response.status == 200:
                         self._first_tokens.setdefault(request_class, []).append(loop.time() - began)
                         first = False
+            self._done["ok" if response.status == 200 else str(response.status)] += 1
         except aiohttp.ClientError as error:
+            self._done["failed"] += 1
             print(f"request failed: {error}", file=sys.stderr)
 
     async def _show(self) -> None:
         screen = Screen()
+        if not screen.redraws:
+            print(_LEGEND + f"More is shown at {self._page}, and in a terminal.\n", flush=True)
         while True:
             view = await self._admin.view()
-            width, height = screen.size(taken=2)
-            screen.draw([*lines({**view, "waiting": []}, width, height), self._first_token_line()])
-            await asyncio.sleep(SHOW_EVERY_S if screen.redraws else 4 * SHOW_EVERY_S)
+            if screen.redraws:
+                width, height = screen.size(taken=2)
+                screen.draw([*lines({**view, "waiting": []}, width, height), self._first_token_line()])
+                await asyncio.sleep(SHOW_EVERY_S)
+            else:
+                print(f"{line(view)}  {self._done_words()}  {self._first_token_line()}", flush=True)
+                await asyncio.sleep(LOG_EVERY_S)
+
+    def _done_words(self) -> str:
+        """Count the answers, refusals by their HTTP status."""
+        counts = sorted({"ok": 0, **self._done}.items(), reverse=True)
+        named = ", ".join(f"{what} {count}" for what, count in counts)
+        return f"done {self._done.total():3} {f'({named})':<8}"
 
     def _first_token_line(self) -> str:
         """Describe the slow end: the median of a class hides that its first requests found empty engines."""
         slow = {name: sorted(times)[len(times) * 95 // 100] for name, times in self._first_tokens.items()}
-        text = "  ".join(f"{name} {seconds:.2f}s" for name, seconds in sorted(slow.items(), key=lambda item: item[1]))
-        return "first token p95  " + (text or "none yet")
+        said = {name: f"{seconds:.2f}s" for name, seconds in slow.items()}
+        return "first token p95  " + "  ".join(f"{name} {said.get(name, '-'):>6}" for name, _ in reversed(WAVE))

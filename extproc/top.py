@@ -1,4 +1,5 @@
-"""`extproc top`: what the live page shows, in a terminal, from a sidecar's admin port. The demo shows it too.
+"""`extproc top`: what the live page shows, in a terminal, from a sidecar's admin port. The demo shows it too, and in a
+log a line of it.
 
 Names and ids may be a client's: whatever is not plainly printable never reaches the terminal.
 """
@@ -60,11 +61,22 @@ def lines(view: Mapping[str, Any], width: int = 80, height: int = 24) -> list[st
     return [_cut(plain(row.rstrip()), width) for row in rows[:height]]
 
 
+def line(view: Mapping[str, Any]) -> str:
+    """Describe `view` in one short line, for a log. Of endpoints and the like it says only what is wrong."""
+    up = [one for one in view["endpoints"] if one["up"]]
+    running, room = sum(one["in_flight"] for one in view["endpoints"]), sum(one["limit"] for one in up)
+    unusual = [] if _mode(view) == "queue on" else [_mode(view)]
+    if len(up) < len(view["endpoints"]):
+        unusual.append(f"{len(up)} of {len(view['endpoints'])} endpoints up")
+    text = f"{view['up_s']:4}s  running {f'{running}/{room}':>5}  waiting {view['waiting_total']:3}"
+    return plain("  ".join([text, *unusual, *_notices(view)]))
+
+
 class Screen:
-    """Draws lines over the ones drawn before, or, where that is no terminal, one line after the other."""
+    """Draws lines over the ones drawn before."""
 
     def __init__(self) -> None:
-        """Draw on stdout."""
+        """Draw on stdout, if that is a terminal: `redraws`."""
         self._height = 0
         self.redraws = sys.stdout.isatty()
 
@@ -75,9 +87,6 @@ class Screen:
 
     def draw(self, rows: list[str]) -> None:
         """Show `rows`."""
-        if not self.redraws:
-            print(" | ".join(" ".join(row.split()) for row in rows), flush=True)
-            return
         print(f"\x1b[{self._height}A\x1b[J" if self._height else "", end="")
         print("\n".join(rows), flush=True)
         self._height = len(rows)
@@ -189,11 +198,15 @@ def _why(error: Exception) -> str:
 # ---- the parts of a screen
 
 
-def _heading(view: Mapping[str, Any]) -> str:
+def _mode(view: Mapping[str, Any]) -> str:
     mode = "dry run" if view["dry_run"] else "queue on" if view["enable_queue"] else "queue off"
+    return mode + (", DRAINING" if view["draining"] else "")
+
+
+def _heading(view: Mapping[str, Any]) -> str:
     held = sum(one["in_flight"] for one in view["endpoints"])
     up = sum(one["up"] for one in view["endpoints"])
-    text = f"{mode}{', DRAINING' if view['draining'] else ''}   {view['waiting_total']} waiting, {held} in flight, "
+    text = f"{_mode(view)}   {view['waiting_total']} waiting, {held} in flight, "
     return text + f"{up} of {len(view['endpoints'])} endpoints up"
 
 

@@ -104,7 +104,7 @@ class Up:
         try:
             envoy = await self._start_envoy(binary, config, directory)
             self._greet(config)
-            demo = Demo(f"http://{self._http}", app.admin) if self._demo else None
+            demo = Demo(f"http://{self._http}", app.admin, f"http://{self._admin}/") if self._demo else None
             if demo is not None:
                 demo.start()
             died = asyncio.create_task(envoy.wait())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,6 +21,12 @@ from .kit.stack import local
 
 EXTPROC = [sys.executable, "-m", "extproc"]
 ROOT = Path(__file__).parents[2]
+_S = r"( +-| +\d+\.\d\ds)"
+STATUS = (
+    r" *\d+s  running +\d+/8  waiting +\d+  done +\d+ \(ok \d+(, \w+ \d+)*\) *"
+    rf"  first token p95  interactive{_S}  default{_S}  batch{_S}"
+)
+"""A line of the demo in a log: no drawing over, and nothing that needs columns."""
 
 
 def extproc(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -149,8 +156,10 @@ def test_up_serves_through_envoy_says_that_the_queue_is_on_and_leaves_nothing_be
     http, admin = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
     command = [*EXTPROC, "up", "--engines", "2", "--demo", "--http", http, "--admin", admin]
     with Child(command, tmp_path / "up.log", env={"TMPDIR": str(tmp_path)}) as up:
-        up.wait_line("first token p95 .*s")
+        up.wait_line(r"interactive +\d+\.\d\ds")
         said = up.output()
+        in_a_log = said.split(f"More is shown at http://{admin}/, and in a terminal.\n\n")[1].splitlines()
+        assert all(re.fullmatch(STATUS, line) for line in in_a_log), said
         assert "queue      on (no configuration file was given)" in said
         assert f"curl -N http://{http}/v1/chat/completions" in said
         body = {"model": "sim", "max_tokens": 2, "messages": [{"role": "user", "content": "hi"}]}

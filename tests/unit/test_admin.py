@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import aiohttp
 import pytest
@@ -20,7 +21,7 @@ from extproc.admission.ticket import Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request, RequestClass
 from extproc.gate import Gate
 from extproc.observe.metrics import WAIT_BUCKETS_S, Metrics
-from extproc.top import lines, plain
+from extproc.top import line, lines, plain
 
 CLASSES = (RequestClass("default", 0, 60.0), RequestClass("high", 5, 60.0))
 
@@ -430,3 +431,13 @@ def test_top_makes_what_clients_sent_harmless():
     assert all(one == "\n" or one.isprintable() for one in text)
     assert "?]0;owned??[2J" in text
     assert plain(evil) == "?]0;owned??[2J?????e?"
+
+
+def test_in_a_log_the_state_is_one_short_line_that_names_what_is_wrong():
+    room = Room(endpoints=3, limit=4)
+    room.offer(15)
+    assert line(room.view()) == "   0s  running 12/12  waiting   3"
+    room.gate.set_up("vllm-1", is_up=False)
+    assert line(room.view()) == "   0s  running  12/8  waiting   3  2 of 3 endpoints up"
+    room.gate.controller.policy = replace(room.gate.controller.policy, enable_queue=False)
+    assert line(room.view()).startswith("   0s  running  12/8  waiting   3  queue off  2 of 3")
