@@ -1,4 +1,4 @@
-"""Is the admission policy worth it? The table of POLICY 3.1 from the shipped core, and where it does not win.
+"""Is the admission policy worth it? The tables of docs/simulate.md from the shipped core, and where it does not win.
 
     python -m bench.policy                # about two minutes on one core
     python -m bench.policy --seeds 11 12 13 14 15 --duration 420

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from extproc.admission.load import Load
 
 LINES = 314
-"""Of a live vLLM 0.32's page (ENGINES.md)."""
+"""Counted in the page of a live vLLM 0.32."""
 BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 
 

@@ -72,7 +72,7 @@ A100_8B: Final = EngineParams(
     num_gpu_blocks=26_875,  # 430,000 tokens
     max_num_seqs=256,
 )
-"""An 8B model on one A100: compute-bound, four of them saturate near 24 req/s of the mix in POLICY.md."""
+"""An 8B model on one A100: compute-bound, four of them saturate near 24 req/s of the mix in simulate/workload.py."""
 
 H100_32B: Final = EngineParams(
     step_base_s=0.022,

@@ -1,7 +1,8 @@
 """What clients ask for: classes with their objectives, synthetic arrivals, tenants, sessions.
 
-Values and random draws only. The same seed gives the same demands, whatever serves them. Numbers follow POLICY
-section 2: chat turns with history, conversations like Azure's public trace, and long batch prompts.
+Values and random draws only. The same seed gives the same demands, whatever serves them. The standing mix is chat turns
+with history, conversations with the lengths of Azure's public trace (AzurePublicDataset, LLM inference 2023), and long
+batch prompts.
 """
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("extproc.telemetry")
 
 SLOW_S = 5.0
-"""An interval above this steers badly: limits follow the engine this late (POLICY.md 3.7)."""
+"""Limits follow the engine this late. Simulated, 5 s cost next to nothing (docs/simulate.md); from 15 s on much hung on
+where an adaptive limit started."""
 _HEADERS = {"Accept": "text/plain;version=0.0.4, text/plain;q=0.5", "Accept-Encoding": "identity"}
 _JITTER = 0.1
 _SLOTS = 20

@@ -101,7 +101,7 @@ DOWN_S = (0.0, 2.0, 4.5) if LONG else (0.5,)
 
 @pytest.mark.parametrize("down_s", DOWN_S)
 def test_a_killed_sidecar_costs_200_held_and_50_running_requests_nothing(tmp_path, down_s):
-    """Envoy replays held headers to the restarted one, ENVOY.md section 7; running answers need no sidecar.
+    """Envoy replays held headers to the restarted one (retry_policy of grpc_service); running answers need no sidecar.
 
     By `kill -9`, which is also what the kernel's OOM killer sends.
     """

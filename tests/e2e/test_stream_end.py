@@ -1,6 +1,6 @@
 """How Envoy ends a request's ext_proc stream, event by event: it is the end that gives the lease back.
 
-One test per row of the table "when is a request complete" (ENVOY.md section 3), for each protocol that the row names.
+One test per way in which a request ends (answered, given up by either side, timed out, refused), for each protocol.
 That response_trailer_mode SEND keeps the stream open to the last byte is a consequence of Envoy's code, not a promise
 of its documentation: these tests pin it against the Envoy in use. In each, endpoint `a` takes one request at a time, so
 a lease that came back late or twice would show in the request that follows.
