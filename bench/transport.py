@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from extproc.cli import EXPERIMENTS
 from tests.e2e.kit.envoy import Envoy
 from tests.e2e.kit.processes import Child, run, tcp_open, wait_until
 from tests.e2e.kit.stack import Sidecar, local
@@ -112,7 +113,7 @@ def contenders() -> list[Contender]:
         Contender("native no-op", [str(NATIVE)]),
         Contender("no-op, grpc.aio + protobuf objects", noop, "protobuf"),
         Contender("no-op, asyncio", noop, "asyncio"),
-        Contender("no-op, completion_queue", noop, "completion_queue"),
+        Contender("no-op, completion_queue", ["env", f"GRPC_EXPERIMENTS={EXPERIMENTS}", *noop], "completion_queue"),
         Contender("sidecar, asyncio without uvloop", None, "asyncio", uvloop=False),
         Contender("sidecar, asyncio", None, "asyncio"),
         Contender("sidecar, completion_queue", None, "completion_queue"),

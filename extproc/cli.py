@@ -18,10 +18,13 @@ from extproc.observe.log import set_up
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # children are new programs; grpc warns of them otherwise
-
 OK, INVALID, USAGE, NO_START = 0, 1, 2, 3
 LOG_LEVELS = ("debug", "info", "warning", "error")
+
+EXPERIMENTS = "-event_engine_listener"
+"""What of gRPC's is switched off under the completion queue: sockets are then read and written by the thread that waits
+on the queue, ours, and not by threads of gRPC's own that hand over to it. A fifth of a request's CPU (docs/adr/0006).
+A gRPC that doesn't know the name says so in its log, and goes on."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,6 +136,13 @@ def _limit(text: str) -> int:
     return number
 
 
+def prepare_grpc(transport: str) -> None:
+    """Set what gRPC reads when it is imported: to be called before. What the user set stays."""
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # children are new programs; grpc warns of them otherwise
+    if transport == "completion_queue":
+        os.environ.setdefault("GRPC_EXPERIMENTS", EXPERIMENTS)
+
+
 def run_loop(main: Coroutine[object, object, int], transport: str) -> int:
     """Run `main` on the loop that `transport` needs, else on uvloop or asyncio's; return its exit code."""
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
@@ -144,11 +154,12 @@ def run_loop(main: Coroutine[object, object, int], transport: str) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from extproc.app import App
     from extproc.config import load_config
 
     config = load_config(arguments.config)
     set_up(arguments.log_level, config.log_format)
+    prepare_grpc(config.transport)
+    from extproc.app import App
 
     async def serve() -> int:
         await App(config, asyncio.get_running_loop(), arguments.config).run()
@@ -159,6 +170,9 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _up(arguments: argparse.Namespace) -> int:
     from extproc.config import Config
+
+    transport = Config().transport
+    prepare_grpc(transport)
     from extproc.up import Up
 
     set_up(arguments.log_level)
@@ -172,7 +186,7 @@ def _up(arguments: argparse.Namespace) -> int:
         demo=arguments.demo,
         limit=arguments.limit,
     )
-    return run_loop(up.run(), Config().transport)
+    return run_loop(up.run(), transport)
 
 
 def _check(arguments: argparse.Namespace) -> int:

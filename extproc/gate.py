@@ -32,7 +32,7 @@ GATHER_S = 1.1
 
 BURST = 256
 """Decisions delivered per turn of the loop. Envoy resets each stream that ends; more than 1,000 resets at once look
-to its HTTP/2 flood guard like an attack, and it closes the whole connection (TRANSPORT.md, measured on 1.40)."""
+to its HTTP/2 flood guard like an attack (max_outbound_control_frames), and it closes the whole connection."""
 
 
 class Timer(Protocol):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from extproc.wire import Incoming
 
 BYTES_PER_TOKEN = 4
-"""English prose in common tokenizers; POLICY 3.4 found content-length as good as an oracle."""
+"""English prose in common tokenizers. Ordering by it did as well in simulation as ordering by the true lengths."""
 UNKNOWN_PROMPT_TOKENS = 512
 """For a body that comes without a content-length."""
 MAX_TOKENS = 1_000_000
@@ -87,7 +87,8 @@ class Desk:
         `server_timing`: tell clients how long they waited.
         """
         self.gate = gate
-        self.running: dict[str, Ticket] = {}  # by Envoy's request id, for the first-byte probe
+        self.is_probed = gate.controller.policy.first_byte_probe
+        self.running: dict[str, Ticket] = {}  # by Envoy's request id, for the first-byte probe alone
         self._class_priorities = class_priorities
         self._read_report = read_report
         self.headers = headers
@@ -241,7 +242,8 @@ class Session:
     def _close(self) -> None:
         if self._ticket is not None:
             ticket, self._ticket = self._ticket, None
-            self._desk.running.pop(ticket.request.id, None)
+            if self._desk.is_probed:
+                self._desk.running.pop(ticket.request.id, None)
             self._desk.gate.close(ticket, self._answer)
 
     def _decided(self, decision: Decision) -> None:
@@ -252,7 +254,8 @@ class Session:
         details = _details(decision)
         wait_s = decision.wait_s if self._desk.server_timing else None
         if isinstance(decision, Dispatch):
-            self._desk.running[decision.ticket.request.id] = decision.ticket
+            if self._desk.is_probed:
+                self._desk.running[decision.ticket.request.id] = decision.ticket
             self._wait_s = wait_s
             self._send(self._desk.steer(decision.endpoint) + details)
         else:
@@ -265,17 +268,12 @@ class Session:
 def _details(decision: Decision) -> bytes:
     """Return what Envoy's access log can say about the decision."""
     ticket = decision.ticket
-    values: dict[str, str | float] = {
-        "outcome": decision.outcome.value,
-        "class": ticket.request_class.name,
-        "wait_ms": round(decision.wait_s * 1000, 1),
-        "position": ticket.position,
-    }
+    texts: tuple[tuple[str, str], ...] = (("outcome", decision.outcome.value), ("class", ticket.request_class.name))
     if isinstance(decision, Dispatch):
-        values["endpoint"] = decision.endpoint
+        texts += (("endpoint", decision.endpoint),)
     if ticket.home is not None:
-        values["home"] = ticket.home.name
-    return wire.metadata(values)
+        texts += (("home", ticket.home.name),)
+    return wire.decision_metadata(texts, round(decision.wait_s * 1000, 1), ticket.position)
 
 
 def _judge(incoming: Incoming) -> Answer:

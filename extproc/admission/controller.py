@@ -7,7 +7,8 @@ Rules of this room:
 * After each event: no lease beyond a limit, and no endpoint with room for a request that may go there.
 
     new ──offer──▶ waiting ──dispatch──▶ leased ──release──▶ done
-                      └──cancel, refuse──▶ left
+     │                └──cancel, refuse──▶ left
+     └──offer, while there is room──▶ leased
 """
 
 from __future__ import annotations
@@ -99,15 +100,16 @@ class Controller:
         ticket.key = (-klass.priority, self._tag(ticket, pool), self._sequence)
         pool.pace.arrived(klass.priority, now)
         ticket.home = home = self._home_of(ticket, pool)
-        if home is not None and home.available:
+        if home is not None and not home.available:
+            home = None
+        if home is not None:
             # At least half of its budget is left for any endpoint: else it would be refused while others have room.
             ticket.patience_until = now + min(policy.patience_s, (ticket.wait_until - now) / 2)
-            self._join(ticket, pool.queue_of(home))
-        else:
-            self._join(ticket, pool.shared)
-        target = self._place_for(ticket)
+        target = self._place_for(ticket, pool, home)
         if target is not None:
             self._lease(ticket, target)
+            return self._dispatch()
+        self._join(ticket, pool.shared if home is None else pool.queue_of(home))
         self._pass()
         if ticket.state is State.WAITING and ticket.queue is not pool.shared and ticket.patience_until <= now:
             self._go_anywhere(ticket)  # no time to wait for its home
@@ -266,9 +268,11 @@ class Controller:
 
     def next_deadline(self) -> float | None:
         """Return when `tick` is due next, never before the last event; None: nothing is due."""
-        times = (self._alarms.next(), self._stale_at, self._changes.next())
-        due = min((at for at in times if at is not None), default=None)
-        return None if due is None else max(due, self._now)
+        due = self._stale_at
+        for at in (self._alarms.next(), self._changes.next()):
+            if at is not None and (due is None or at < due):
+                due = at
+        return due if due is None or due > self._now else self._now
 
     def set_policy(self, policy: Policy, now: float) -> list[Decision]:
         """Replace the rules. Waiting requests keep the class, the place and the budget they came with."""
@@ -343,9 +347,11 @@ class Controller:
                     self._lease(best, endpoint)
             else:
                 ticket = heappop(arrived)[2]
-                target = self._place_for(ticket) if ticket.state is State.WAITING else None
-                if target is not None:
-                    self._lease(ticket, target)
+                if ticket.state is State.WAITING:
+                    pool = _placed(ticket.pool)
+                    target = self._place_for(ticket, pool, None if ticket.queue is pool.shared else ticket.home)
+                    if target is not None:
+                        self._lease(ticket, target)
 
     def _arrive(self, ticket: Ticket) -> None:
         """Have the dispatch pass look at a ticket, in the order of keys."""
@@ -366,36 +372,36 @@ class Controller:
             return None
         return best
 
-    def _place_for(self, ticket: Ticket) -> Endpoint | None:
-        """Return the endpoint with the most room among those that `ticket` may take now."""
-        pool, queue = _placed(ticket.pool), _placed(ticket.queue)
-        if self.policy.enable_queue and not (pool.open and queue.in_window(ticket)):
+    def _place_for(self, ticket: Ticket, pool: Pool, home: Endpoint | None) -> Endpoint | None:
+        """Return the endpoint with the most room among those that `ticket` may take now: `home` alone, or any."""
+        queue = pool.shared if home is None else pool.homes.get(home)
+        if self.policy.enable_queue and not (pool.open and (queue is None or queue.in_window(ticket))):
             return None
+        if home is not None:
+            return home if home.has_room_for(ticket) and not self._is_guarded(home) else None
         best: Endpoint | None = None
-        if queue is pool.shared:
-            for endpoint in pool.open:
-                if (
-                    endpoint.has_room_for(ticket)
-                    and (best is None or _most_room(endpoint) < _most_room(best))
-                    and not self._is_guarded(endpoint)
-                ):
-                    best = endpoint
-            if best is None and not self.policy.enable_queue:
-                best = min(pool.present(), key=_most_room, default=None)  # nothing is held: better a doubtful endpoint
-        elif ticket.home is not None and ticket.home.has_room_for(ticket) and not self._is_guarded(ticket.home):
-            best = ticket.home
+        most: tuple[float, int] | None = None
+        for endpoint in pool.open:
+            if endpoint.fits(ticket):
+                room = _most_room(endpoint)
+                if (most is None or room < most) and not self._is_guarded(endpoint):
+                    best, most = endpoint, room
+        if best is None and not self.policy.enable_queue:
+            best = min(pool.present(), key=_most_room, default=None)  # nothing is held: better a doubtful endpoint
         return best
 
     def _is_guarded(self, endpoint: Endpoint) -> bool:
         """Tell whether somebody keeps room at `endpoint` for himself; if so, its next request is found in order."""
-        guarded = self.policy.enable_queue and any(pool.has_guards_for(endpoint) for pool in endpoint.pools)
+        if not self.waiting or not self.policy.enable_queue:
+            return False
+        guarded = any(pool.has_guards_for(endpoint) for pool in endpoint.pools)
         if guarded:
             self._freed[endpoint] = None
         return guarded
 
     def _lease(self, ticket: Ticket, endpoint: Endpoint) -> None:
         """Dispatch: from here on the slot is taken."""
-        pool, queue, now, request = _placed(ticket.pool), _placed(ticket.queue), self._now, ticket.request
+        pool, now, request = _placed(ticket.pool), self._now, ticket.request
         ticket.state = State.LEASED
         ticket.endpoint = endpoint
         if request.session is not None:
@@ -407,11 +413,12 @@ class Controller:
         self._picks += 1
         endpoint.picked = self._picks
         self._list(endpoint)
-        if self.waiting > 1:
+        if ticket.queue is not None:
+            self._quit(ticket, pool, ticket.queue)
+        if self.waiting:
             for other in endpoint.pools:
                 if other.waiting_total:
                     other.pass_over_before(ticket, endpoint)
-        self._quit(ticket, pool, queue)
         if ticket.charge is not None:
             pool.share(ticket.request_class.priority).served(request.tenant, ticket.key[1])
         if ticket.alarm or pool.waiting_total:
@@ -420,7 +427,8 @@ class Controller:
             self._sessions.remember(request.session, endpoint, ticket.kv_tokens, self.policy.session_memory)
         moved = ticket.home is not None and ticket.home.name != endpoint.name  # it may have gone and come back
         outcome = Outcome.REROUTED if moved else Outcome.DISPATCHED
-        self._decisions.append(Dispatch(ticket, outcome, endpoint.name, max(now - request.arrived, 0.0)))
+        wait_s = now - request.arrived
+        self._decisions.append(Dispatch(ticket, outcome, endpoint.name, wait_s if wait_s > 0.0 else 0.0))
 
     # ---- waiting and leaving
 

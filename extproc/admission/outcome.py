@@ -16,6 +16,8 @@ class Outcome(Enum):
     status: int | None
     message: str
 
+    __hash__ = object.__hash__  # a member equals nothing but itself; Enum's own hash is a call of Python's
+
     def __new__(cls, label: str, status: int | None, message: str) -> Outcome:
         """Make a member whose value is its label alone."""
         member = object.__new__(cls)

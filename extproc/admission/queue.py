@@ -79,8 +79,8 @@ class Queue:
         return (tickets[key[2]] for key in islice(self._line, WINDOW))
 
     def in_window(self, ticket: Ticket) -> bool:
-        """Tell whether `ticket` is among the first WINDOW."""
-        in_window: bool = len(self._tickets) <= WINDOW or ticket.key <= self._line[WINDOW - 1]
+        """Tell whether `ticket` is among the first WINDOW, or would be if it stood here."""
+        in_window: bool = len(self._tickets) < WINDOW or ticket.key <= self._line[WINDOW - 1]
         return in_window
 
     def entrant(self) -> Ticket | None:

@@ -21,7 +21,7 @@ Key = tuple[int, float, int]
 
 
 class State(Enum):
-    """new → waiting → leased → done, new → waiting → left; nothing else."""
+    """new → [waiting →] leased → done, new → [waiting →] left; nothing else."""
 
     NEW = auto()
     WAITING = auto()

@@ -30,9 +30,6 @@ ACCEPTING = 256
 """Calls that core may hand over before we asked for more; what comes above waits in core, without limit (OPTIONS)."""
 FORCED_S = 5.0
 """How long a cut connection may take to go away."""
-MOST_PENDING = 16
-"""Replies that a client has not taken yet before no more of its messages are read."""
-
 _OK = (cygrpc.StatusCode.ok, b"")
 
 
@@ -42,7 +39,10 @@ class Handler(Protocol):
     over: bool
 
     def receive(self, data: bytes) -> None:
-        """Take one message. ProtocolError and StatusError end the stream."""
+        """Take one message. ProtocolError and StatusError end the stream.
+
+        Who sends a reply in here sends the next one when the next message comes; who sends none, at any time.
+        """
 
     def end(self) -> None:
         """Note that the stream is over. Called exactly once."""
@@ -136,10 +136,22 @@ class Server:
 class Stream:
     """One gRPC stream: what arrives goes to a handler, what the handler sends goes out, one message at a time.
 
-    Core calls back, through the loop: `_received`, `_written`, `_closed`. Operations under way keep this object alive.
+    Core calls back, through the loop: `_received`, `_written`, `_exchanged`, `_closed`. Operations under way keep this
+    object alive. The next message is asked for when all replies are on their way, and together with the last one: that
+    saves a turn through core, and a client that takes no replies is not listened to.
     """
 
-    __slots__ = ("_begun", "_call", "_handler", "_one_message", "_paused", "_pending", "_status", "_writing")
+    __slots__ = (
+        "_asking",
+        "_begun",
+        "_call",
+        "_handler",
+        "_one_message",
+        "_pending",
+        "_receiving",
+        "_status",
+        "_writing",
+    )
 
     def __init__(
         self, call: Any, open_handler: Callable[[Callable[[bytes], None]], Handler], *, one_message: bool
@@ -148,39 +160,67 @@ class Stream:
         self._call = call
         self._one_message = one_message
         self._begun = False  # our headers are out
+        self._receiving = False  # the handler is at work
+        self._asking = True  # the next message is wanted, and not asked for yet
         self._writing = False
-        self._paused = False  # the next message is not asked for: its client takes no replies
         self._pending: deque[bytes] = deque()
         self._status: tuple[Any, bytes] | None = None  # what ends the stream, once all else is out
         self._handler: Handler | None = open_handler(self.send)
         self._start((cygrpc.ReceiveCloseOnServerOperation(0),), self._closed)
-        self._receive()
+        self._go_on()
 
     def send(self, data: bytes) -> None:
         """Send a message after those before it. A stream that is over takes nothing."""
         if self._handler is not None:
             self._pending.append(data)
-            if not self._writing:
-                self._write()
+            if not self._receiving:
+                self._go_on()
 
     def _start(self, operations: tuple[Any, ...], then: Callable[[Any], None]) -> None:
         error = self._call.start_server_batch(operations, then)
         if error != 0:
             raise RuntimeError(f"gRPC refused {operations} with {error}")
 
-    def _receive(self) -> None:
-        self._start((cygrpc.ReceiveMessageOperation(0),), self._received)
+    def _go_on(self) -> None:
+        """Start what can be started: the next reply, with the last one the status or the wait for another message."""
+        if self._writing:  # `_written` or `_exchanged` comes back here
+            return
+        operations: list[Any] = []
+        then = self._written
+        pending = self._pending
+        if pending or self._status is not None:
+            self._writing = True
+            if not self._begun:
+                self._begun = True
+                operations.append(cygrpc.SendInitialMetadataOperation(None, 0))
+            if pending:
+                operations.append(cygrpc.SendMessageOperation(pending.popleft(), 0))
+            if self._status is not None and not pending:
+                code, details = self._status
+                self._status = None
+                operations.append(cygrpc.SendStatusFromServerOperation(None, code, details, 0))
+        if self._asking and not pending and self._handler is not None:
+            self._asking = False
+            operations.insert(0, cygrpc.ReceiveMessageOperation(0))
+            then = self._exchanged if self._writing else self._received
+        if operations:
+            self._start(tuple(operations), then)
 
     def _received(self, event: Any) -> None:
         handler = self._handler
         if handler is None:
             return
         data = event.batch_operations[0].message()
-        if data is None:  # the client sends no more
-            self._end(_OK)
-            return
+        self._receiving = True
         try:
+            if data is None:  # the client sends no more
+                self._end(_OK)
+                return
             handler.receive(data)
+            if handler.over:
+                self._end(_OK)
+            else:
+                self._asking = not self._one_message
         except ProtocolError as error:
             self._end((cygrpc.StatusCode.invalid_argument, str(error).encode()))
         except StatusError as error:
@@ -188,13 +228,22 @@ class Stream:
         except Exception:  # one stream's bug must not cost the others
             log.exception("a message could not be dealt with: please report it")
             self._end((cygrpc.StatusCode.internal, b"a bug in the sidecar; its log has more"))
-        else:
-            if handler.over:
-                self._end(_OK)
-            elif not self._one_message:
-                self._paused = len(self._pending) >= MOST_PENDING
-                if not self._paused:
-                    self._receive()
+        finally:
+            self._receiving = False
+            self._go_on()
+
+    def _exchanged(self, event: Any) -> None:
+        """A reply is out, and the next message is here; or neither will ever be."""
+        self._writing = False
+        self._received(event)
+
+    def _written(self, event: Any) -> None:
+        self._writing = False
+        if not event.success:  # the stream is gone, `_closed` will say so
+            self._pending.clear()
+            self._status = None
+            return
+        self._go_on()
 
     def _end(self, status: tuple[Any, bytes] | None) -> None:
         """Tell the handler, once, that it is over, and the client if it is still there to hear a status."""
@@ -205,35 +254,8 @@ class Stream:
         try:
             handler.end()  # before anything that may take time: somebody waits for the slot
         finally:
-            if status is not None and not self._writing:
-                self._write()
-
-    def _write(self) -> None:
-        """Send the next message, and the status with the last one."""
-        operations: list[Any] = []
-        if not self._begun:
-            self._begun = True
-            operations.append(cygrpc.SendInitialMetadataOperation(None, 0))
-        if self._pending:
-            operations.append(cygrpc.SendMessageOperation(self._pending.popleft(), 0))
-        if self._status is not None and not self._pending:
-            code, details = self._status
-            self._status = None
-            operations.append(cygrpc.SendStatusFromServerOperation(None, code, details, 0))
-        self._writing = True
-        self._start(tuple(operations), self._written)
-
-    def _written(self, event: Any) -> None:
-        self._writing = False
-        if not event.success:  # the stream is gone, `_closed` will say so
-            self._pending.clear()
-            self._status = None
-            return
-        if self._pending or self._status is not None:
-            self._write()
-        if self._paused and self._handler is not None and len(self._pending) < MOST_PENDING:
-            self._paused = False
-            self._receive()
+            if not self._receiving:
+                self._go_on()
 
     def _closed(self, _: Any) -> None:
         """All is over, from either side; mostly we know already, but not of a reset."""

@@ -7,6 +7,8 @@ import contextlib
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -401,3 +403,9 @@ def test_the_self_test_is_silent(capfd):
         assert made is not None
         made.close()
     assert capfd.readouterr() == ("", "")
+
+
+def test_reading_a_configuration_imports_no_grpc():
+    """What `prepare_grpc` sets for the transport that the configuration names, gRPC reads when it is imported."""
+    code = "import sys, extproc.config, extproc.cli; sys.exit('grpc' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

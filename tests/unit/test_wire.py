@@ -69,3 +69,43 @@ def test_attributes_and_fields_that_are_no_utf8_are_values_and_not_parse_errors(
     incoming = wire.Reader((), "llm").read(message.SerializeToString())
     assert incoming.attributes == {"request.id": "\ufffd\ufffd"}
     assert incoming.fields == {"model": "\ufffd"}
+
+
+def answer_message(status: bytes, *more: tuple[str, bytes]) -> bytes:
+    part = pb.HttpHeaders(headers=pb.HeaderMap(headers=[pb.HeaderValue(key=":status", raw_value=status)]))
+    part.headers.headers.extend(pb.HeaderValue(key=key, raw_value=value) for key, value in more)
+    return pb.ProcessingRequest(response_headers=part).SerializeToString()
+
+
+def test_answers_that_begin_alike_are_parsed_once_and_others_each_for_itself():
+    reader = wire.Reader({":status"})
+    fine = reader.read(answer_message(b"200"))
+    assert reader.read(answer_message(b"200")) is fine
+    assert reader.read(answer_message(b"503")).headers == {":status": "503"}
+    assert reader.read(answer_message(b"200")).headers == {":status": "200"}
+
+
+def test_a_client_or_an_engine_cannot_make_the_memory_of_answers_grow():
+    reader = wire.Reader({":status"})
+    for number in range(3 * wire.REPEATED):
+        reader.read(answer_message(b"200", ("x-unique", str(number).encode())))
+        reader.read(headers_message(("x-unique", str(number).encode())))
+        assert len(reader._repeated) <= wire.REPEATED
+    reader = wire.Reader({":status"})
+    reader.read(answer_message(b"200", ("x-long", b"x" * wire.SHORT)))
+    assert not reader._repeated
+
+
+@given(
+    st.dictionaries(st.sampled_from(("outcome", "class", "endpoint", "home")), st.text(max_size=20)),
+    st.floats(0, 1e9),
+    st.integers(0, 10**6),
+)
+def test_a_decision_is_told_as_it_is(texts, wait_ms, position):
+    data = wire.decision_metadata(tuple(texts.items()), wait_ms, position)
+    fields = pb.ProcessingResponse.FromString(data).dynamic_metadata.fields[wire.NAMESPACE].struct_value.fields
+    told = {
+        key: value.string_value if value.HasField("string_value") else value.number_value
+        for key, value in fields.items()
+    }
+    assert told == {**texts, "wait_ms": wait_ms, "position": position}

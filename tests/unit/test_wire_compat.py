@@ -80,7 +80,7 @@ def test_an_empty_answer_is_the_official_answer_to_the_same_kind(official, kind)
 
 
 def test_a_steering_answer_reads_officially_as_an_overwritten_header_and_a_cleared_route(official):
-    data = wire.steer("x-upstream-cluster", "vllm-a") + wire.metadata({"outcome": "dispatched", "wait_ms": 2.5})
+    data = wire.steer("x-upstream-cluster", "vllm-a") + wire.decision_metadata((("outcome", "dispatched"),), 2.5, 3)
     response = official("ProcessingResponse").FromString(data)
     common = response.request_headers.response
     (option,) = common.header_mutation.set_headers
@@ -88,7 +88,7 @@ def test_a_steering_answer_reads_officially_as_an_overwritten_header_and_a_clear
     assert (option.header.key, option.header.raw_value, option.header.value) == ("x-upstream-cluster", b"vllm-a", "")
     assert option.append_action == option.OVERWRITE_IF_EXISTS_OR_ADD
     fields = response.dynamic_metadata["extproc"]
-    assert (fields["outcome"], fields["wait_ms"]) == ("dispatched", 2.5)
+    assert dict(fields) == {"outcome": "dispatched", "wait_ms": 2.5, "position": 3}
 
 
 def test_a_refusal_reads_officially_as_status_headers_body_and_details(official):
