@@ -2,6 +2,7 @@
 
     python -m bench.proof                      # `make bench`: all of it, about 14 minutes
     python -m bench.proof --quick              # `make bench-quick`: one seed of the ramp's ends, four minutes
+    python -m bench.proof --peers              # `make bench-peers`: against two routers from PyPI, five minutes
     python -m bench.proof --only ramp noisy --seeds 71 72 --stacks 8
     python -m bench.proof --page               # the page again, from the runs that lie in build/bench
 
@@ -26,8 +27,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import extproc
-from bench.proof import page, virtual
-from bench.proof.experiments import BY_NAME, EXPERIMENTS, Cell, Times, cells, pack
+from bench.proof import page, peers, peers_page, virtual
+from bench.proof.experiments import BY_NAME, EXPERIMENTS, WITH_PEERS, Cell, Times, cells, pack
 from bench.proof.figures import Run, from_json, to_json
 from bench.proof.fronts import HAPROXY
 from bench.proof.stacks import run_round
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = (71, 72, 73)
-"""Nothing was tuned on these: POLICY used 1 to 3 and 11 to 18, docs/simulate.md 21 to 35, this benchmark 51 to 53."""
+"""Nothing was tuned on these: prototypes had 1 to 3 and 11 to 18, docs/simulate.md 21 to 35, our tuning 51 to 53."""
 STACKS = 21.0
 """Busy stacks of three engines at once: they keep two cores at rest some 70 % busy."""
 QUICK = ("ramp", "slow", "noisy", "dies", "abandoned", "one_class")
@@ -59,6 +60,10 @@ def main() -> int:
     left: list[Cell] = []
     if not flags.page:
         experiments = [BY_NAME[name] for name in flags.only]
+        if flags.peers:
+            peers.install()
+            experiments = [replace(one, contenders=tuple(flags.contender) or one.contenders) for one in experiments]
+            experiments = [replace(one, loads=tuple(flags.loads) or one.loads) for one in experiments]
         if flags.quick:
             experiments = [replace(one, loads=(0.7, 1.2)) if one.name == "ramp" else one for one in experiments]
         if HAPROXY is None:
@@ -72,6 +77,10 @@ def main() -> int:
     runs = load_runs(out)
     facts = json.loads((out / "facts.json").read_text())
     rejected = [run for run in runs if run.problem()]
+    if flags.peers:
+        path = peers_page.write(runs, facts, flags.docs)
+        print(f"{time.monotonic() - began:.0f} s; {len(runs)} runs, {len(rejected)} rejected; {path}")
+        return 1 if rejected or left else 0
     written = page.write(runs, load_sweeps(out), facts, flags.docs)
     for holds, sentence in written.expectations:
         print(f"  {'reached    ' if holds else 'NOT REACHED'} {sentence}")
@@ -96,7 +105,9 @@ def _flags() -> argparse.Namespace:
         prog="python -m bench.proof", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="one seed, 70 and 120 %% of the ramp, not all else")
-    parser.add_argument("--only", nargs="+", choices=sorted(BY_NAME), help="real experiments (all)")
+    parser.add_argument("--peers", action="store_true", help="that experiment alone; with --contender, any of them")
+    parser.add_argument("--loads", type=float, nargs="+", default=[], help="of --peers (0.7 1.2)")
+    parser.add_argument("--only", nargs="+", choices=sorted(one.name for one in EXPERIMENTS), help="experiments (all)")
     parser.add_argument("--contender", nargs="+", default=[], help="of those (all)")
     parser.add_argument("--seeds", type=int, nargs="+", help=f"({' '.join(map(str, SEEDS))})")
     parser.add_argument("--stacks", type=float, default=STACKS, help="busy stacks at once (%(default)g)")
@@ -109,13 +120,16 @@ def _flags() -> argparse.Namespace:
     )
     parser.add_argument("--lock", type=Path, metavar="FILE", help="lock it for each round: others measure here too")
     parser.add_argument("--page", action="store_true", help="write the page from earlier runs")
-    parser.add_argument("--out", type=Path, default=ROOT / "build/bench", help="raw runs (%(default)s)")
+    parser.add_argument("--out", type=Path, help="raw runs (build/bench; with --peers, build/bench-peers)")
     parser.add_argument("--docs", type=Path, help="where the page goes (docs/; with --quick, --out)")
     flags = parser.parse_args()
+    if flags.peers:
+        flags.only, flags.no_virtual = [WITH_PEERS.name], True
+    flags.out = flags.out or ROOT / ("build/bench-peers" if flags.peers else "build/bench")
     flags.only = flags.only or (QUICK if flags.quick else [one.name for one in EXPERIMENTS])
     flags.seeds = flags.seeds or (SEEDS[:1] if flags.quick else SEEDS)
     flags.times = Times(*flags.times) if flags.times else Times()
-    whole = set(flags.only) == set(BY_NAME) and not flags.quick and not flags.contender
+    whole = set(flags.only) == {one.name for one in EXPERIMENTS} and not flags.quick and not flags.contender
     flags.docs = flags.docs or (ROOT / "docs" if whole else flags.out)
     return flags
 

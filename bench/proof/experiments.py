@@ -144,7 +144,15 @@ EXPERIMENTS = (
         (1.2,),
     ),
 )
-BY_NAME = {experiment.name: experiment for experiment in EXPERIMENTS}
+WITH_PEERS = Experiment(
+    "peers",
+    "routers from PyPI",
+    "Routers from PyPI",
+    ("least_request", "haproxy", "ours", "smg", "vllm_router"),
+    (0.7, 1.2),
+)
+"""Not one of EXPERIMENTS: it needs what `make bench-peers` installs."""
+BY_NAME = {experiment.name: experiment for experiment in (*EXPERIMENTS, WITH_PEERS)}
 
 
 def cells(experiments: Iterable[Experiment], seeds: Sequence[int]) -> list[Cell]:

@@ -1,6 +1,7 @@
 """The contenders as processes: what stands before the engines of one stack, each set as its operator would set it.
 
-A contender's name is one of NAMES; `ours` and `original` take config keys after commas: `ours,scrape_interval=5s`.
+A contender's name is one of NAMES, or of the peers that are installed on demand (peers.py); `ours` and `original` take
+config keys after commas: `ours,scrape_interval=5s`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from bench.proof import peers
 from extproc.config import parse_config
 from extproc.durations import format_duration
 from extproc.envoy_config import EnvoyOptions, render
@@ -41,8 +43,11 @@ _EXTENSIONS = "type.googleapis.com/envoy.extensions"
 
 def engine_params(contender: str, preset: str) -> dict[str, Any]:
     """Return how the engines are started for a contender: the preset, but for the one that tunes them."""
-    if contender != "tuned_engine":
+    kind = "tuned" if contender == "tuned_engine" else peers.engines(contender)
+    if kind == "plain":
         return {"preset": preset}
+    if kind == "priority":
+        return {"preset": preset, "scheduling_policy": "priority"}
     limit = BEST_FIXED[preset]
     return {
         "preset": preset,
@@ -75,6 +80,12 @@ class Front:
                 path.write_text(haproxy_config(self.address, addresses, classes, preset))
                 self._add("front", [str(HAPROXY), "-db", "-f", str(path)], directory)
                 self._ready.append((self.children["front"], lambda: tcp_open(self.address)))
+            case "smg" | "vllm_router":
+                argv = peers.argv(contender, self.address, addresses, classes, CHECK, directory)
+                self._add("front", argv, directory)
+                self._ready.append(
+                    (self.children["front"], lambda: peers.ready(contender, self.address, len(addresses)))
+                )
             case "ours" | "original":
                 keys = sidecar_config(name, addresses, classes) | dict(map(_setting, settings))
                 path = directory / "sidecar.yaml"

@@ -11,7 +11,7 @@ import contextlib
 import gc
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import uvloop
 
@@ -35,19 +35,28 @@ class Target:
     Attributes:
         window: the part whose output tokens are counted.
         tagged: requests name their class and tenant. Off: they say nothing of themselves.
+        marks: headers, and fields of the body, that this stack's proxy alone understands.
     """
 
     address: str
     demands: Sequence[Demand]
     window: tuple[float, float]
     tagged: bool = True
+    marks: Callable[[Demand], tuple[dict[str, str], dict[str, Any]]] | None = None
     records: list[Record] = field(default_factory=list)
     tokens: int = 0
 
 
-def request(demand: Demand, address: str, *, tagged: bool) -> bytes:
+def request(
+    demand: Demand,
+    address: str,
+    *,
+    tagged: bool,
+    marks: Callable[[Demand], tuple[dict[str, str], dict[str, Any]]] | None = None,
+) -> bytes:
     """Return the bytes of one HTTP/1.1 request."""
-    fields = {"model": "sim", "stream": True, "prompt": "", "priority": -demand.klass.priority}
+    own_headers, own_fields = marks(demand) if tagged and marks is not None else ({}, {})
+    fields = {"model": "sim", "stream": True, "prompt": "", "priority": -demand.klass.priority} | own_fields
     empty = len(json.dumps(fields))
     fields["prompt"] = "x" * max(demand.estimate * CHARS_PER_TOKEN - empty, 1)
     body = json.dumps(fields).encode()
@@ -63,6 +72,7 @@ def request(demand: Demand, address: str, *, tagged: bool) -> bytes:
         headers |= {"x-request-class": demand.klass.name, "x-tenant-id": demand.tenant}
         if demand.session is not None:
             headers["x-session-id"] = demand.session
+    headers |= own_headers
     head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     return f"POST {PATH} HTTP/1.1\r\n{head}\r\n".encode() + body
 
@@ -91,7 +101,7 @@ class Exchange(asyncio.Protocol):
         self.demand = demand
         self._planned = 0.0
         self._over: Callable[[Exchange, float], None] | None = over
-        self._data = request(demand, target.address, tagged=target.tagged)
+        self._data = request(demand, target.address, tagged=target.tagged, marks=target.marks)
         self._record = Record(0.0, demand.klass.name, demand.tenant, demand.prompt, 0)
         self._rest = b""
         self._begin = 0.0

@@ -68,7 +68,8 @@ METHOD = """\
   only, nobody refused. Ours: `enable_queue: true` and the classes with their budgets (TTFT objective less 0.4 s);
   not a number that describes the engine. For A100-8B the rivals' number is 96 (and 14 more for the tuned stack's own
   queue), for conversations 6 and 56: each the best found on those seeds.
-- **Not in it:** GPUs, networks, retries after a refusal, several sidecars; `smg` and `vllm-router` were not run.
+- **Not in it:** GPUs, networks, retries after a refusal, several sidecars; `smg` and `vllm-router` have a page of
+  their own, benchmarks-peers.md (`make bench-peers`).
 """
 
 

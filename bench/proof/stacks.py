@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.proof import load
+from bench.proof import load, peers
 from bench.proof.figures import Run
 from bench.proof.fronts import Front, cpu_s, engine_counts, engine_params
 from tests.e2e.kit.processes import Child, free_port
@@ -137,7 +137,8 @@ def _play(stacks: Sequence[Stack], times: Times) -> tuple[list[Run], float]:
     targets, runs = [], []
     for stack in stacks:
         cell, experiment = stack.cell, stack.cell.experiment
-        targets.append(load.Target(stack.front.address, cell.demands(times), times.window, experiment.tagged))
+        marks = peers.marks(stack.contender, experiment.workload.classes)
+        targets.append(load.Target(stack.front.address, cell.demands(times), times.window, experiment.tagged, marks))
         run = Run(experiment.name, stack.contender, cell.load, cell.seed, times.window, [])
         run.dies = experiment.dies is not None
         runs.append(run)

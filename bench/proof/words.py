@@ -25,6 +25,7 @@ LABELS = {
     "original": "original design",
     "ours": "**ours, defaults**",
 }
+PEER_LABELS = {"smg": "smg", "vllm_router": "vllm-router"}
 Row = dict[str, Any]
 """What the page needs of one virtual run."""
 Key = tuple[str, float, str]
@@ -52,7 +53,7 @@ def collect(runs: Iterable[Run]) -> dict[Key, Figures]:
     for run in runs:
         if not run.problem():
             groups[run.experiment, run.load, run.contender].append(run)
-    places = {name: place for place, name in enumerate(LABELS)}
+    places = {name: place for place, name in enumerate((*LABELS, *PEER_LABELS))}
     keys = sorted(groups, key=lambda key: (list(BY_NAME).index(key[0]), key[1], places.get(key[2], 99), key[2]))
     return {key: figures(groups[key]) for key in keys}
 
@@ -82,7 +83,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def label(contender: str) -> str:
     """Return what a contender is called in a table."""
-    return LABELS.get(contender, f"`{contender}`")
+    return (LABELS | PEER_LABELS).get(contender, f"`{contender}`")
 
 
 def plain(contender: str) -> str:

@@ -76,9 +76,9 @@ def read_ask(
     if _typed(fields, "n", int, 1) != 1:
         raise BadRequest("this engine answers n=1 only", param="n")
     chars = _chat_chars(fields) if kind == "chat" else _prompt_chars(fields)
-    prompt = _count_header(headers, "x-sim-prompt-tokens") or max(1, chars // CHARS_PER_TOKEN)
+    prompt = _told(headers, fields, "x-sim-prompt-tokens") or max(1, chars // CHARS_PER_TOKEN)
     limit = _max_tokens(fields, kind)
-    wanted = _count_header(headers, "x-sim-output-tokens")
+    wanted = _told(headers, fields, "x-sim-output-tokens")
     stops = wanted is not None and (limit is None or wanted < limit)
     output = (wanted if stops else limit) or max(1, min(DEFAULT_OUTPUT_TOKENS, longest - prompt))
     if prompt + output > longest:
@@ -114,10 +114,14 @@ def _typed(fields: dict[str, Any], name: str, kind: type[T], default: T) -> T:
     return value
 
 
-def _count_header(headers: Mapping[str, str], name: str) -> int | None:
+def _told(headers: Mapping[str, str], fields: dict[str, Any], name: str) -> int | None:
+    """A length that the request tells in a header; or, for proxies that drop headers, in vLLM's field for extras."""
     text = headers.get(name)
     if text is None:
+        text = _typed(fields, "vllm_xargs", dict, {}).get(name)
+    if text is None:
         return None
+    text = str(text)
     if not (text.isascii() and text.isdigit() and 0 < len(text) < 10 and int(text) > 0):
         raise BadRequest(f"header {name} must be a whole number of at least 1, got {text!r}")
     return int(text)

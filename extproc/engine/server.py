@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 BODY_LIMIT_BYTES: Final = 64 * 1024 * 1024
 ARRIVALS_KEPT: Final = 10_000
+VERSION: Final = "0.32.0"
+"""The vLLM that the names of its metrics are of."""
 FAULTS: Final = ("ok", "503", "500", "hang", "slow_headers", "refuse")
 _SHUTDOWN_S: Final = 0.2
 _HELP: Final = {
@@ -105,6 +107,7 @@ class EngineServer:
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/completions", self._text)
         app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/version", self._version)
         app.router.add_get("/health", self._healthy)
         app.router.add_get("/ping", self._healthy)
         app.router.add_post("/ping", self._healthy)
@@ -212,6 +215,10 @@ class EngineServer:
             for name in self.config.models
         ]
         return web.json_response({"object": "list", "data": models})
+
+    async def _version(self, _request: web.Request) -> web.Response:
+        """As vLLM's: routers take an engine that has it for vLLM, and read its metrics."""
+        return web.json_response({"version": VERSION})
 
     async def _healthy(self, _request: web.Request) -> web.Response:
         return web.Response()

@@ -381,6 +381,8 @@ def test_models_and_health_answer() -> None:
                     assert response.status == 200
             async with client.get("/v1/models") as response:
                 assert [model["id"] for model in (await response.json())["data"]] == ["m1", "m2"]
+            async with client.get("/version") as response:  # routers take who answers this for vLLM
+                assert await response.json() == {"version": "0.32.0"}
 
     play(scene())
 
