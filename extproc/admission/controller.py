@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from heapq import heappop, heappush
+from operator import attrgetter
 from typing import TYPE_CHECKING, TypeVar
 
 from extproc.admission.alarms import NEVER, Alarms
@@ -42,6 +43,9 @@ SURE = 2.0
 make it waits its budget out. Goodput at 120% load over shedding at 1.0: +0.5 to +1 points, under bursts +2 to +3."""
 CACHED_AT_MOST = 7 / 8
 """Share of a prompt that is taken as cached at its session's home: the guess may be wrong."""
+
+
+_most_room = attrgetter("crowding")
 
 
 class Controller:
@@ -380,12 +384,13 @@ class Controller:
         if home is not None:
             return home if home.has_room_for(ticket) and not self._is_guarded(home) else None
         best: Endpoint | None = None
-        most: tuple[float, int] | None = None
         for endpoint in pool.open:
-            if endpoint.fits(ticket):
-                room = _most_room(endpoint)
-                if (most is None or room < most) and not self._is_guarded(endpoint):
-                    best, most = endpoint, room
+            if (
+                (best is None or endpoint.crowding < best.crowding)
+                and endpoint.fits(ticket)
+                and not self._is_guarded(endpoint)
+            ):
+                best = endpoint
         if best is None and not self.policy.enable_queue:
             best = min(pool.present(), key=_most_room, default=None)  # nothing is held: better a doubtful endpoint
         return best
@@ -660,7 +665,8 @@ class Controller:
             self._set_alarm(ticket)
 
     def _list(self, endpoint: Endpoint) -> None:
-        """Keep each pool's list of open endpoints true."""
+        """Keep each pool's list of open endpoints true, and who has the most room."""
+        endpoint.crowding = (endpoint.pressure, endpoint.picked)
         is_open = endpoint.is_open
         if is_open is endpoint.listed:
             return
@@ -695,10 +701,6 @@ def _placed(part: T | None) -> T:
 
 def _is_waiting(ticket: Ticket) -> bool:
     return ticket.state is State.WAITING
-
-
-def _most_room(endpoint: Endpoint) -> tuple[float, int]:
-    return (endpoint.pressure, endpoint.picked)
 
 
 def _place(ticket: Ticket) -> tuple[int, float, int]:

@@ -59,6 +59,7 @@ class Endpoint:
         "_page_capacity",
         "alarm",
         "completed",
+        "crowding",
         "dispatched",
         "ejected_until",
         "ejections",
@@ -102,6 +103,7 @@ class Endpoint:
         self.completed = 0  # leases that ended since the mean of output tokens was fed last
         self.produced = 0  # output tokens that telemetry reported since then
         self.picked = 0  # when it was picked last, in picks: equal endpoints take turns
+        self.crowding = (0.0, 0)  # its pressure and `picked`, kept by the controller: the least has the most room
         self.load: Load | None = None
         self.load_at = 0.0
         self.report: Load | None = None

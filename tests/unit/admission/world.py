@@ -311,6 +311,8 @@ class World:
             require(endpoint.prompt_tokens == books.prompt_tokens, endpoint.prompt_tokens, books.prompt_tokens)
             require(0 <= endpoint.foreign <= (books.foreign or 0), endpoint.foreign, "foreign,", books.foreign)
             require(endpoint.removed is not books.present, endpoint)
+            crowding = (endpoint.pressure, endpoint.picked)
+            require(endpoint.removed or endpoint.crowding == crowding, endpoint, endpoint.crowding, crowding)
             require(all(ticket.endpoint is endpoint for ticket in books.leases), endpoint, "lent twice")
             require(endpoint.kv_tokens >= 0 and endpoint.prompt_tokens >= 0 and endpoint.limit.value >= 1, endpoint)
 
