@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import math
 from heapq import heappop, heappush
-from operator import attrgetter
 from typing import TYPE_CHECKING, TypeVar
 
 from extproc.admission.alarms import NEVER, Alarms
 from extproc.admission.endpoint import Endpoint
 from extproc.admission.fairness import OUTPUT_WEIGHT
 from extproc.admission.outcome import Outcome
-from extproc.admission.pool import Pool, seniority
+from extproc.admission.pool import Pool, most_room, seniority
 from extproc.admission.queue import GUARD, WINDOW
 from extproc.admission.sessions import Sessions
 from extproc.admission.ticket import Key, State, Ticket
@@ -43,9 +42,6 @@ SURE = 2.0
 make it waits its budget out. Goodput at 120% load over shedding at 1.0: +0.5 to +1 points, under bursts +2 to +3."""
 CACHED_AT_MOST = 7 / 8
 """Share of a prompt that is taken as cached at its session's home: the guess may be wrong."""
-
-
-_most_room = attrgetter("crowding")
 
 
 class Controller:
@@ -343,7 +339,7 @@ class Controller:
                 freed.clear()
                 arrived.clear()
             elif freed:
-                endpoint = min(freed, key=_most_room) if len(freed) > 1 else next(iter(freed))
+                endpoint = min(freed, key=most_room) if len(freed) > 1 else next(iter(freed))
                 best = self._best_for(endpoint) if endpoint.is_open else None
                 if best is None:
                     del freed[endpoint]
@@ -392,7 +388,7 @@ class Controller:
             ):
                 best = endpoint
         if best is None and not self.policy.enable_queue:
-            best = min(pool.present(), key=_most_room, default=None)  # nothing is held: better a doubtful endpoint
+            best = min(pool.present(), key=most_room, default=None)  # nothing is held: better a doubtful endpoint
         return best
 
     def _is_guarded(self, endpoint: Endpoint) -> bool:
@@ -587,8 +583,7 @@ class Controller:
         """Recompute who belongs to which pool, after endpoints came, changed or went."""
         present = [endpoint for endpoint in self.endpoints.values() if not endpoint.removed]
         for pool in self.pools():
-            pool.open.clear()
-            pool.members = []
+            pool.clear()
         for endpoint in present:
             endpoint.pools = [self._by_model[model] for model in sorted(endpoint.spec.models)]
             if not endpoint.spec.models:
@@ -667,15 +662,11 @@ class Controller:
     def _list(self, endpoint: Endpoint) -> None:
         """Keep each pool's list of open endpoints true, and who has the most room."""
         endpoint.crowding = (endpoint.pressure, endpoint.picked)
-        is_open = endpoint.is_open
-        if is_open is endpoint.listed:
-            return
-        endpoint.listed = is_open
+        endpoint.listed = is_open = endpoint.is_open
         for pool in endpoint.pools:
-            if is_open:
-                pool.open[endpoint] = None
-            else:
-                pool.open.pop(endpoint, None)
+            kept = pool.list_open(endpoint, is_open=is_open)
+            if kept is not None:
+                self._freed[kept] = None
 
     def _adopt(self, policy: Policy) -> None:
         self.policy = policy

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 _place = attrgetter("key")
+most_room = attrgetter("crowding")
 
 
 def seniority(ticket: Ticket) -> tuple[int, int]:
@@ -31,7 +32,8 @@ class Pool:
 
     Attributes:
         members: its endpoints, in the order they came.
-        open: those of them that have room for some request; a full one costs nothing.
+        open: those of them that have room for some request; a full one costs nothing. The controller keeps it, by
+            `list_open`.
         shared: requests that any member may take.
         homes: for each member that somebody waits for, the requests at home there.
         shares: fairness between tenants, by priority.
@@ -39,13 +41,25 @@ class Pool:
         pace: how fast requests leave and arrive.
     """
 
-    __slots__ = ("homes", "members", "model", "open", "pace", "shared", "shares", "waiting", "waiting_total")
+    __slots__ = (
+        "_emptiest",
+        "homes",
+        "members",
+        "model",
+        "open",
+        "pace",
+        "shared",
+        "shares",
+        "waiting",
+        "waiting_total",
+    )
 
     def __init__(self, model: str | None) -> None:
         """Make an empty pool for `model`; None: for requests that name no model."""
         self.model = model
         self.members: list[Endpoint] = []
         self.open: dict[Endpoint, None] = {}
+        self._emptiest: Endpoint | None = None  # not looked for since the last change
         self.shared = Queue()
         self.homes: dict[Endpoint, Queue] = {}
         self.shares: dict[int, FairShare] = {}
@@ -93,10 +107,31 @@ class Pool:
         home = self.homes.get(endpoint)
         return (endpoint.held + (len(home) if home is not None else 0)) / endpoint.limit.value
 
+    def list_open(self, endpoint: Endpoint, *, is_open: bool) -> Endpoint | None:
+        """Follow a change of an endpoint's room. Return the one whose room was kept until now, if there is one."""
+        kept, self._emptiest = self._emptiest, None
+        if is_open:
+            self.open[endpoint] = None
+        else:
+            self.open.pop(endpoint, None)
+        return kept if self.shared.exhausted else None
+
+    def clear(self) -> None:
+        """Forget all endpoints: those that remain are about to be put back."""
+        self.open.clear()
+        self.members = []
+        self._emptiest = None
+
+    def is_emptiest(self, endpoint: Endpoint) -> bool:
+        """Tell whether no other open endpoint has more room."""
+        if self._emptiest is None:
+            self._emptiest = min(self.open, key=most_room, default=None)
+        return self._emptiest is endpoint
+
     def has_guards_for(self, endpoint: Endpoint) -> bool:
-        """Tell whether somebody who waits for `endpoint` must not be passed over any more."""
+        """Tell whether somebody who waits for `endpoint` keeps its room for himself."""
         home = self.homes.get(endpoint)
-        return self.shared.exhausted > 0 or (home is not None and home.exhausted > 0)
+        return (home is not None and home.exhausted > 0) or (self.shared.exhausted > 0 and self.is_emptiest(endpoint))
 
     def pass_over_before(self, ticket: Ticket, endpoint: Endpoint) -> None:
         """Note that `ticket`, of this pool or another, goes to `endpoint` although some before it stay."""
@@ -113,7 +148,9 @@ class Pool:
     def best_for(self, endpoint: Endpoint) -> tuple[Ticket | None, Ticket | None]:
         """Return the first ticket in order that fits `endpoint`, an open one, looking at WINDOW of them.
 
-        Or else the ticket that was passed over GUARD times and ended the search: the room is kept for it.
+        Or else the ticket that was passed over GUARD times and ended the search: the room is kept for it. At its home,
+        or at the emptiest endpoint: that one gets emptier while nobody else is sent there, so it stays the emptiest
+        until the ticket fits, and the others need not wait.
         """
         home, shared = self.homes.get(endpoint), self.shared
         if home is None:
@@ -128,7 +165,7 @@ class Pool:
         for looked, ticket in enumerate(line):
             if endpoint.fits(ticket):
                 return ticket, None
-            if ticket.passed_over >= GUARD:
+            if ticket.passed_over >= GUARD and (ticket.queue is home or self.is_emptiest(endpoint)):
                 return None, ticket
             if looked + 1 >= WINDOW:
                 break

@@ -16,7 +16,7 @@ WINDOW = 32
 """How many requests at the head of a line are looked at for one that fits (group dispatch by first fit)."""
 
 GUARD = 64
-"""How often a request may be passed over by later ones that fit; after that nobody passes it."""
+"""How often a request may be passed over by later ones that fit; after that room is kept for it, at one endpoint."""
 
 
 class Queue:

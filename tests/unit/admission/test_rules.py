@@ -924,6 +924,34 @@ def test_nobody_passes_a_big_one_for_ever() -> None:
     assert big.state is State.LEASED
 
 
+def test_room_is_kept_at_the_emptiest_endpoint_alone_and_the_others_serve_on() -> None:
+    """Found by an attacker: twenty huge requests of one client kept four endpoints all but empty."""
+    desk = Desk(*(one(name, 1000, kv_capacity_tokens=10_000) for name in "abcd"))
+    held = [desk.ask("held", prompt_tokens=4000 - 100 * number) for number in range(4)]  # d's room is the biggest
+    elephants = [desk.ask("elephant", prompt_tokens=6000) for _ in range(3)]
+    while elephants[-1].passed_over < GUARD:
+        desk.release(desk.ask("mouse"))
+    mice = [desk.ask("mouse", prompt_tokens=800) for _ in range(9)]
+    assert in_use(mice) == [True] * 9
+    assert {desk.where(mouse) for mouse in mice} == {"a", "b", "c"}
+    assert desk.ask("one too many", prompt_tokens=2100).state is State.WAITING  # it would fit at d
+    desk.release(held[3])
+    assert [desk.where(elephant) for elephant in elephants] == ["d", None, None]
+
+
+def test_when_another_endpoint_becomes_the_emptiest_the_room_kept_until_then_is_free() -> None:
+    desk = Desk(*(one(name, 1000, kv_capacity_tokens=10_000) for name in "ab"))
+    a, _ = (desk.ask("held", prompt_tokens=tokens) for tokens in (4000, 3900))
+    desk.ask("held", home="a", prompt_tokens=2500)
+    desk.ask("elephant", prompt_tokens=7000)
+    for _ in range(GUARD):
+        desk.release(desk.ask("mouse", home="a"))
+    waiting = [desk.ask("mouse", prompt_tokens=4000) for _ in range(2)]  # only b has that room, and keeps it
+    assert in_use(waiting) == [False, False]
+    desk.release(a)  # now a is the emptiest, though the elephant does not fit yet
+    assert [desk.where(ticket) for ticket in waiting] == ["b", None]
+
+
 @pytest.mark.parametrize("how", ["cancel", "expire"])
 def test_when_the_guarded_one_leaves_the_others_go(how: str) -> None:
     desk = Desk(one("a", 1000, kv_capacity_tokens=10_000))

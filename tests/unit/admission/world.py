@@ -235,7 +235,8 @@ class World:
             if other.key > ticket.key or other is ticket:
                 return
             require(not self._fits(books, endpoint, other), ticket, "passed", other, "at", endpoint)
-            require(self._before[other][1] < GUARD, ticket, "passed the guarded", other)
+            if other.queue is not other.pool.shared or len(other.pool.members) == 1:  # else room is kept elsewhere
+                require(self._before[other][1] < GUARD, ticket, "passed the guarded", other)
 
     def _rejected(self, decision: Reject, offered: Ticket | None) -> None:
         ticket, policy, outcome = decision.ticket, self.core.policy, decision.outcome
@@ -368,7 +369,8 @@ class World:
                     if not self.core.policy.enable_queue or self._fits(books, endpoint, ticket):
                         fitting.append(ticket)
                         break
-                    if ticket.passed_over >= GUARD:
+                    emptiest = min(pool.open, key=lambda e: (e.pressure, e.picked))
+                    if ticket.passed_over >= GUARD and (ticket.queue is not pool.shared or endpoint is emptiest):
                         guards.append(ticket)
                         break
             first_guard = min(((t.key[0], t.key[2]) for t in guards), default=None)
