@@ -2,6 +2,7 @@
 
     python -m bench.ceiling                         # `make bench-ceiling`: half a minute on one core
     python -m bench.ceiling --preset h100-32b --load 1.5
+    python -m bench.ceiling --one-class             # nobody says what he is
 
 The same simulated cells as in `bench.proof`: three engines, 300 s, of which the first 60 don't count. The front that
 sees the future knows every request's true lengths, refuses the costliest share of them at arrival, as large a share as
@@ -106,10 +107,9 @@ def cause(job: Job) -> str:
     return "tokens slow" if late else MET
 
 
-def foresee(preset: str, demands: Sequence[Demand], seed: int, arrived: int) -> float:
+def foresee(who: Contender, preset: str, demands: Sequence[Demand], seed: int, arrived: int) -> float:
     """Return the best goodput over REFUSED of the front that sees the future."""
     params = PRESETS[preset]
-    who = contender("ours", preset, BY_NAME["ramp"].workload.classes)
     known = [replace(demand, estimate=demand.prompt) for demand in demands]
     costs = sorted(cost_s(demand, params) for demand in known)
     limits = [costs[int((1 - share) * (len(costs) - 1))] for share in REFUSED]
@@ -140,20 +140,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=sorted(BEST_FIXED), action="append")
     parser.add_argument("--load", type=float, default=1.2)
+    parser.add_argument("--one-class", action="store_true", help="no classes, no tenants")
     parser.add_argument("--seeds", type=int, nargs="+", default=[71, 72, 73], help="those of bench.proof")
     flags = parser.parse_args()
     for preset in flags.preset or sorted(BEST_FIXED):
-        experiment = replace(BY_NAME["ramp"], preset=preset, engines=ENGINES)
+        experiment = replace(BY_NAME["one_class" if flags.one_class else "ramp"], preset=preset, engines=ENGINES)
+        ours, short_first = (
+            contender(name, preset, experiment.workload.classes) for name in ("ours", "ours,short_first=true")
+        )
         drawn = {seed: Cell(experiment, flags.load, seed).demands(LONG) for seed in flags.seeds}
         window = {seed: [demand for demand in demands if counts(demand)] for seed, demands in drawn.items()}
         print(f"{preset}, {flags.load:.0%}, seeds {', '.join(map(str, flags.seeds))}")
         blind, cheapest = zip(*(bounds(some, PRESETS[preset]) for some in window.values()), strict=True)
         show("bound: all that fits, whatever its length", blind)
         show("bound: all that fits, the cheapest first", cheapest)
-        show("sees the future", [foresee(preset, drawn[seed], seed, len(window[seed])) for seed in drawn])
-        for name in ("ours,short_first=true", "ours"):
-            who = contender(name, preset, experiment.workload.classes)
-            misses(name, [play(who, preset, drawn[seed], seed, len(window[seed])) for seed in drawn])
+        show("sees the future", [foresee(ours, preset, drawn[seed], seed, len(window[seed])) for seed in drawn])
+        for who in (short_first, ours):
+            misses(who.name, [play(who, preset, drawn[seed], seed, len(window[seed])) for seed in drawn])
         haproxy = HaproxyContender("haproxy", BEST_FIXED[preset], HAPROXY_QUEUE_S[preset])
         misses("HAProxy", [play(haproxy, preset, drawn[seed], seed, len(window[seed])) for seed in drawn])
 
