@@ -789,3 +789,9 @@ def test_failures_of_leases_that_outlive_an_ejection_do_not_prolong_it() -> None
     for ticket in tickets[EJECT_AFTER:]:
         desk.release(ticket, Answer.FAILED)
     assert (desk.endpoint("a").ejected_until, desk.endpoint("a").ejections) == (until, 1)
+
+
+def test_who_came_later_than_now_by_another_clock_has_not_waited() -> None:
+    desk = Desk(one("a", 1))
+    ticket = desk.ask("from the future", arrived=desk.now + 5.0)
+    assert desk.decided[ticket].wait_s == 0.0
