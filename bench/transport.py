@@ -7,7 +7,8 @@ socket to the server, and nginx behind them. They take turns, each for a few sec
 
     python -m bench.transport [speed] [hold] [tokens] [--turns 5] [--seconds 4] [--only NAME ...]
 
-speed   requests/s with 64 clients, CPU of server and Envoy per request, latency with 1 client and at half load
+speed   requests/s with 64 clients, CPU of server and Envoy per request, latency with 1 client, at half load, and at 30
+        requests/s, as LLM servers have them: there caches are cold, and scrapes are shared by few
 hold    memory per held request, and the time from room for all to the last answer
 tokens  CPU per request of the sidecar when the answer streams 100 and 10,000 tokens
 """
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 NATIVE = ROOT / "build/native/noop"
 CLIENTS = 64
+PACED, PACED_S = 30, 10.0
+"""Requests/s of few requests, and for how long."""
 IDLE_S = 3.0
 NO_UVLOOP = "import sys; sys.modules['uvloop'] = None; from extproc.cli import main; sys.exit(main(sys.argv[1:]))"
 METRICS = """\
@@ -269,6 +272,7 @@ def speed(directory: Path, chosen: list[Contender], turns: int, seconds: float) 
             for name, where in sites.items():
                 idle[name].append(load(where, directory, 1, seconds / 2))
                 half[name].append(load(where, directory, CLIENTS, seconds / 2, pause_ms))
+        paced = {name: load(where, directory, 8, PACED_S, round(8 / PACED * 1000)) for name, where in sites.items()}
 
     def of(turns_of: dict[str, list[dict[str, float]]], name: str, figure: str) -> float | None:
         values = [turn[figure] for turn in turns_of[name] if figure in turn]
@@ -296,6 +300,11 @@ def speed(directory: Path, chosen: list[Contender], turns: int, seconds: float) 
             *(of(idle, name, "p50"), of(idle, name, "p99"), of(half, name, "p50"), of(half, name, "p99")),
             *(of(half, name, "rate"), of(half, name, "server_us")),
         )
+    print(f"\n## A few requests: {PACED}/s from 8 clients, one turn of {PACED_S:g} s, scrapes in it\n")
+    row("", "req/s", "p50 ms", "p99", "server µs", "Envoy µs")
+    row(*["---"] * 6)
+    for name, figures in paced.items():
+        row(name, *(figures.get(key) for key in ("rate", "p50", "p99", "server_us", "envoy_us")))
 
 
 # ---- hold
