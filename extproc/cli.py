@@ -22,8 +22,10 @@ OK, INVALID, USAGE, NO_START = 0, 1, 2, 3
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 EXPERIMENTS = "-event_engine_listener"
-"""What of gRPC's is switched off under the completion queue: sockets are then read and written by the thread that waits
-on the queue, ours, and not by threads of gRPC's own that hand over to it. A fifth of a request's CPU (docs/adr/0006).
+"""What of gRPC's is switched off under the completion queue and a unix socket: it is then read and written by the
+thread that waits on the queue, ours, and not by threads of gRPC's own that hand over to it. A fifth of a request's CPU
+(docs/adr/0006). Not over TCP: there those sockets miss a reset that comes right behind data, and the leases of that
+connection would never come back (tests/e2e/test_transport_attack.py).
 A gRPC that doesn't know the name says so in its log, and goes on."""
 
 
@@ -136,10 +138,10 @@ def _limit(text: str) -> int:
     return number
 
 
-def prepare_grpc(transport: str) -> None:
+def prepare_grpc(transport: str, listen: str) -> None:
     """Set what gRPC reads when it is imported: to be called before. What the user set stays."""
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # children are new programs; grpc warns of them otherwise
-    if transport == "completion_queue":
+    if transport == "completion_queue" and listen.startswith("unix:"):
         os.environ.setdefault("GRPC_EXPERIMENTS", EXPERIMENTS)
 
 
@@ -158,7 +160,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config)
     set_up(arguments.log_level, config.log_format)
-    prepare_grpc(config.transport)
+    prepare_grpc(config.transport, config.listen)
     from extproc.app import App
 
     async def serve() -> int:
@@ -172,7 +174,7 @@ def _up(arguments: argparse.Namespace) -> int:
     from extproc.config import Config
 
     transport = Config().transport
-    prepare_grpc(transport)
+    prepare_grpc(transport, "unix:")  # where `up` lets it listen
     from extproc.up import Up
 
     set_up(arguments.log_level)

@@ -14,13 +14,14 @@ import signal
 import sys
 from pathlib import Path
 
-from extproc.app import App
-from extproc.cli import run_loop
+from extproc.cli import prepare_grpc, run_loop
 from extproc.config import Config, load_config
 
 
 async def serve(config: Config, report: Path) -> int:
     """Serve this configuration."""
+    from extproc.app import App  # it imports gRPC, which is prepared only now
+
     loop = asyncio.get_running_loop()
     app = App(config, loop)
 
@@ -45,4 +46,5 @@ async def serve(config: Config, report: Path) -> int:
 
 if __name__ == "__main__":
     config = load_config(Path(sys.argv[1]))
+    prepare_grpc(config.transport, config.listen)
     sys.exit(run_loop(serve(config, Path(sys.argv[2])), config.transport))

@@ -12,8 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from extproc.app import App
-from extproc.cli import run_loop
+from extproc.cli import prepare_grpc, run_loop
 from extproc.config import Config, load_config
 
 STALL_S = 4.0
@@ -21,6 +20,8 @@ STALL_S = 4.0
 
 async def serve(config: Config, jump_s: float) -> int:
     """Serve this configuration."""
+    from extproc.app import App  # it imports gRPC, which is prepared only now
+
     loop = asyncio.get_running_loop()
     app = App(config, loop)
     wall = app.ages._wall
@@ -36,4 +37,5 @@ async def serve(config: Config, jump_s: float) -> int:
 
 if __name__ == "__main__":
     config = load_config(Path(sys.argv[1]))
+    prepare_grpc(config.transport, config.listen)
     sys.exit(run_loop(serve(config, float(sys.argv[2]) if len(sys.argv) > 2 else 0.0), config.transport))
