@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import os
+import re
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
 OK, INVALID, USAGE, NO_START = 0, 1, 2, 3
+_EXACT_PATH = re.compile(r"/[^\s?#*]*")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 EXPERIMENTS = "-event_engine_listener"
@@ -94,6 +96,13 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="ADDRESS",
         help="where Envoy finds the sidecar, or several: HOST:PORT or unix:PATH (default: `listen` of the file)",
+    )
+    envoy.add_argument(
+        "--unqueued",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="exact paths that go past the queue to any endpoint, like /health, which else is 429 when full",
     )
     envoy.add_argument(
         "--secrets",
@@ -194,7 +203,7 @@ def _up(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     from extproc import tls
     from extproc.config import load_config
-    from extproc.envoy_check import check_envoy
+    from extproc.envoy_check import check_envoy, could_not_look
 
     config = load_config(arguments.file)
     if config.tls is not None:
@@ -212,7 +221,11 @@ def _check(arguments: argparse.Namespace) -> int:
     if not config.endpoints:
         print(f"{arguments.file}: warning: no endpoints: every request will be refused", file=sys.stderr)
     if arguments.envoy is not None:
-        print(f"{arguments.envoy}: ok: fits {arguments.file}")
+        notes = could_not_look(config, arguments.envoy)
+        for note in notes:
+            print(f"{arguments.envoy}: warning: {note}", file=sys.stderr)
+        what = "what could be looked at fits" if notes else "fits"
+        print(f"{arguments.envoy}: ok: {what} {arguments.file}")
     return OK
 
 
@@ -226,6 +239,10 @@ def _envoy_config(arguments: argparse.Namespace) -> int:
     for address in arguments.sidecar:
         if not address.startswith("unix:"):
             require_address("--sidecar", address)
+    for path in arguments.unqueued:
+        if not _EXACT_PATH.fullmatch(path):
+            problem = f"--unqueued: must be an exact path without a query, like /health, not {path!r}"
+            raise ConfigError("command line", [problem])
     options = EnvoyOptions(
         http=arguments.http,
         admin=arguments.envoy_admin,
@@ -233,6 +250,7 @@ def _envoy_config(arguments: argparse.Namespace) -> int:
         upstream_protocol=arguments.upstream_protocol,
         fail_open=arguments.fail_open,
         sidecars=tuple(arguments.sidecar),
+        unqueued=tuple(dict.fromkeys(arguments.unqueued)),
     )
     bootstrap = render(config, options)
     if arguments.secrets is not None:

@@ -6,27 +6,28 @@ does was measured; `extproc envoy-config` prints a bootstrap that passes.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from extproc import envoy_ways as ways
 from extproc import wire
 from extproc.admission.limit import CEILING
 from extproc.durations import parse_duration
 from extproc.envoy_config import IDLE_S, MARGIN_S
+from extproc.envoy_view import Spot, View, views, walk
 from extproc.errors import ConfigError
 from extproc.files import read_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator, Iterator
     from pathlib import Path
 
     from extproc.config import Config
 
 _TYPE = "type.googleapis.com/envoy.extensions."
-_FILTER = _TYPE + "filters.http.ext_proc.v3.ExternalProcessor"
 _SSE_TO_METADATA = "envoy.filters.http.sse_to_metadata"
 _EARLY_MUTATION = _TYPE + "http.early_header_mutation.header_mutation.v3.HeaderMutation"
 _HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
@@ -46,89 +47,47 @@ MANY = 10_000
 """Requests held or running at once that Envoy should not stand in the way of."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Spot:
-    """A part of the bootstrap and its path."""
-
-    path: str
-    node: dict[str, Any]
-
-    def get(self, *keys: str) -> Any:
-        """Return what is under `keys`, or None."""
-        node: Any = self.node
-        for key in keys:
-            node = node.get(key) if isinstance(node, dict) else None
-        return node
-
-    def seconds(self, key: str, default: float) -> float:
-        """Return the duration under `key`."""
-        value = self.node.get(key)
-        seconds = parse_duration(str(value)) if value is not None else None
-        return default if seconds is None else seconds
-
-
-@dataclass(frozen=True, slots=True)
-class _View:
-    """The parts that rules look at."""
-
-    config: Config
-    manager: _Spot
-    filter: _Spot
-    hosts: list[_Spot]
-    routes: list[_Spot]
-    clusters: dict[str, _Spot]
-    static_routes: bool
-    static_clusters: bool
-
-    @property
-    def longest_s(self) -> float:
-        return self.config.longest_budget_s
-
-    @property
-    def steered(self) -> list[_Spot]:
-        header = self.config.headers.cluster
-        return [route for route in self.routes if route.get("route", "cluster_header") == header]
-
-
 def check_envoy(config: Config, path: Path) -> list[str]:
     """Return what in the bootstrap at `path` does not fit `config`. Raises ConfigError if it can't be read."""
+    spots = _read(path)
+    with _no_bootstrap(path):
+        found = list(views(config, spots))
+        if not found and not any("lds_config" in spot.node for spot in spots):
+            return [
+                "has no envoy.filters.http.ext_proc filter that could hold requests; `extproc envoy-config` prints one"
+            ]
+        problems = [problem for view in found for rule in _RULES for problem in rule(view)]
+        return list(dict.fromkeys([*problems, *ways.other_ways(config, spots)]))
+
+
+def could_not_look(config: Config, path: Path) -> list[str]:
+    """Return what of the bootstrap at `path` no rule could judge. Raises ConfigError if it can't be read."""
+    spots = _read(path)
+    with _no_bootstrap(path):
+        return list(dict.fromkeys(ways.unseen(config, spots)))
+
+
+@contextlib.contextmanager
+def _no_bootstrap(path: Path) -> Generator[None, None, None]:
+    """Say it of a file that has text where Envoy wants a map, and the like: Envoy would not take it either."""
     try:
-        bootstrap = yaml.safe_load(read_text(path))
+        yield
+    except (AttributeError, KeyError, TypeError) as error:
+        problem = f"is not shaped like an Envoy bootstrap ({error}): `envoy --mode validate -c {path}` says where"
+        raise ConfigError(str(path), [problem]) from error
+
+
+def _read(path: Path) -> list[Spot]:
+    try:
+        return list(walk(yaml.safe_load(read_text(path))))
     except yaml.YAMLError as error:
         raise ConfigError(str(path), ["is no valid YAML: " + " ".join(str(error).split())]) from None
-    spots = list(_walk(bootstrap, ""))
-    clusters = {str(spot.node.get("name")): spot for spot in spots if "clusters[" in spot.path.rsplit(".", 1)[-1]}
-    problems: list[str] = []
-    views = list(_views(config, spots, clusters))
-    for view in views:
-        for rule in _RULES:
-            problems += [problem for problem in rule(view) if problem not in problems]
-    if not views:
-        return ["has no envoy.filters.http.ext_proc filter that could hold requests; `extproc envoy-config` prints one"]
-    return problems
-
-
-def _views(config: Config, spots: list[_Spot], clusters: dict[str, _Spot]) -> Iterator[_View]:
-    for manager in (spot for spot in spots if "http_filters" in spot.node):
-        inside = [spot for spot in spots if spot.path.startswith(manager.path + ".")]
-        for spot in inside:
-            if spot.node.get("@type") == _FILTER and not spot.node.get("observability_mode"):
-                yield _View(
-                    config,
-                    manager,
-                    spot,
-                    hosts=[other for other in inside if "virtual_hosts[" in other.path.rsplit(".", 1)[-1]],
-                    routes=[other for other in inside if "match" in other.node and "routes[" in other.path],
-                    clusters=clusters,
-                    static_routes=manager.get("rds") is None,
-                    static_clusters=not any("cds_config" in other.node for other in spots),
-                )
 
 
 # ---- rules: time
 
 
-def _message_timeout(view: _View) -> Iterator[str]:
+def _message_timeout(view: View) -> Iterator[str]:
     seconds = view.filter.seconds("message_timeout", DEFAULT_MESSAGE_TIMEOUT_S)
     if seconds <= view.longest_s:
         yield (
@@ -137,7 +96,7 @@ def _message_timeout(view: _View) -> Iterator[str]:
         )
 
 
-def _idle_timeouts(view: _View) -> Iterator[str]:
+def _idle_timeouts(view: View) -> Iterator[str]:
     right = f"held time counts against it (504); {max(IDLE_S, view.longest_s + 60):g}s would be right"
     seconds = view.manager.seconds("stream_idle_timeout", DEFAULT_IDLE_S)
     if 0 < seconds <= view.longest_s:
@@ -148,7 +107,7 @@ def _idle_timeouts(view: _View) -> Iterator[str]:
             yield f"{route.path}.route.idle_timeout: {idle:g}s is not above the longest budget: {right}"
 
 
-def _whole_request_timeouts(view: _View) -> Iterator[str]:
+def _whole_request_timeouts(view: View) -> Iterator[str]:
     if view.manager.seconds("request_timeout", 0.0) > 0:
         yield (
             f"{view.manager.path}.request_timeout: a held request without a body is answered 504 after it, one with a "
@@ -164,7 +123,7 @@ def _whole_request_timeouts(view: _View) -> Iterator[str]:
             yield f"{route.path}.route.max_stream_duration: held time counts against it (504); leave it unset"
 
 
-def _answer_timeout(view: _View) -> Iterator[str]:
+def _answer_timeout(view: View) -> Iterator[str]:
     for route in view.steered:
         timeout = route.get("route", "timeout")
         seconds = DEFAULT_ROUTE_TIMEOUT_S if timeout is None else parse_duration(str(timeout))
@@ -178,7 +137,7 @@ def _answer_timeout(view: _View) -> Iterator[str]:
 # ---- rules: the filter
 
 
-def _modes(view: _View) -> Iterator[str]:
+def _modes(view: View) -> Iterator[str]:
     mode = view.filter.get("processing_mode") or {}
     path = f"{view.filter.path}.processing_mode"
     if mode.get("request_header_mode", "SEND") == "SKIP":
@@ -193,7 +152,7 @@ def _modes(view: _View) -> Iterator[str]:
             yield f"{path}.{key}: {mode[key]} sends bodies through the sidecar; NONE would be right"
 
 
-def _answers(view: _View) -> Iterator[str]:
+def _answers(view: View) -> Iterator[str]:
     if view.filter.get("disable_immediate_response"):
         yield f"{view.filter.path}.disable_immediate_response: turns our 429s into 500s; leave it unset"
     rules = view.filter.get("mutation_rules") or {}
@@ -214,7 +173,7 @@ def _answers(view: _View) -> Iterator[str]:
         )
 
 
-def _what_we_see(view: _View) -> Iterator[str]:
+def _what_we_see(view: View) -> Iterator[str]:
     rules = view.filter.get("forward_rules") or {}
     allowed = (rules.get("allowed_headers") or {}).get("patterns")
     wanted = view.config.header_names().wanted() - {view.config.headers.cluster}
@@ -236,7 +195,7 @@ def _what_we_see(view: _View) -> Iterator[str]:
         )
 
 
-def _failure_mode(view: _View) -> Iterator[str]:
+def _failure_mode(view: View) -> Iterator[str]:
     if not view.filter.get("failure_mode_allow"):
         yield (
             f"{view.filter.path}.failure_mode_allow: false cuts every running answer when the sidecar dies; true, and a "
@@ -262,7 +221,7 @@ def _replays(path: str, retry: dict[str, Any] | None) -> Iterator[str]:
         )
         return
     # Envoy waits a random part of each interval: half of it on average. The intervals double up to the longest.
-    back_off = _Spot("", retry.get("retry_back_off") or {})
+    back_off = Spot("", retry.get("retry_back_off") or {})
     interval_s = back_off.seconds("base_interval", DEFAULT_BACK_OFF_S)
     longest_s = back_off.seconds("max_interval", 10 * interval_s)
     patience_s = sum(min(interval_s * 2.0 ** min(number, 30), longest_s) / 2 for number in range(tries))
@@ -276,11 +235,9 @@ def _replays(path: str, retry: dict[str, Any] | None) -> Iterator[str]:
 # ---- rules: routes
 
 
-def _routing(view: _View) -> Iterator[str]:
-    if not view.static_routes:
-        return  # routes come by RDS: nothing to look at here
+def _routing(view: View) -> Iterator[str]:
     header = view.config.headers.cluster
-    if not view.steered:
+    if view.static_routes and not view.steered:
         yield (
             f"{view.manager.path}.route_config: no route has cluster_header: {header}: nothing follows our decisions; "
             "clear_route_cache and that route are how a request gets to its endpoint"
@@ -298,7 +255,7 @@ def _routing(view: _View) -> Iterator[str]:
         )
 
 
-def _unsteered(view: _View) -> Iterator[str]:
+def _unsteered(view: View) -> Iterator[str]:
     for route in view.routes:
         if "direct_response" in route.node and route.get("match", "prefix") == "/":
             yield (
@@ -307,7 +264,7 @@ def _unsteered(view: _View) -> Iterator[str]:
             )
 
 
-def _body_limit(view: _View) -> Iterator[str]:
+def _body_limit(view: View) -> Iterator[str]:
     for host in view.hosts:
         limit = host.node.get("request_body_buffer_limit", DEFAULT_BODY_LIMIT)
         if isinstance(limit, int) and limit <= DEFAULT_BODY_LIMIT:
@@ -320,11 +277,12 @@ def _body_limit(view: _View) -> Iterator[str]:
 # ---- rules: clusters
 
 
-def _ext_proc_cluster(view: _View) -> Iterator[str]:
-    name = view.filter.get("grpc_service", "envoy_grpc", "cluster_name")
-    cluster = view.clusters.get(str(name))
+def _ext_proc_cluster(view: View) -> Iterator[str]:
+    cluster = view.sidecar_cluster
     if cluster is None:
-        yield f"{view.filter.path}.grpc_service.envoy_grpc.cluster_name: there is no cluster {name!r}"
+        if view.static_clusters:
+            name = view.filter.get("grpc_service", "envoy_grpc", "cluster_name")
+            yield f"{view.filter.path}.grpc_service.envoy_grpc.cluster_name: there is no cluster {name!r}"
         return
     thresholds = (cluster.get("circuit_breakers", "thresholds") or [{}])[0]
     for key, default in (
@@ -337,17 +295,25 @@ def _ext_proc_cluster(view: _View) -> Iterator[str]:
                 f"{cluster.path}.circuit_breakers.thresholds[0].{key}: {thresholds.get(key, default)}: each held and each "
                 f"running request counts, those above get 500 or go un-steered; {10 * MANY} would be right"
             )
-    options = cluster.get("typed_extension_protocol_options", _HTTP_OPTIONS, "explicit_http_config") or {}
-    http2 = options.get("http2_protocol_options") or {}
-    if http2.get("max_outbound_control_frames", 1000) < MANY:
+    options = cluster.get("typed_extension_protocol_options", _HTTP_OPTIONS) or {}
+    http2 = (options.get("explicit_http_config") or options.get("auto_config") or {}).get("http2_protocol_options")
+    if http2 is None:
+        http2 = cluster.get("http2_protocol_options")  # where it was in older versions
+    if http2 is None:
+        yield (
+            f"{cluster.path}.typed_extension_protocol_options: no http2_protocol_options: Envoy speaks HTTP/1.1 there, gRPC "
+            "needs HTTP/2, and no request reaches the sidecar; explicit_http_config: {http2_protocol_options: "
+            f"{{max_outbound_control_frames: {10 * MANY}}}}} would be right"
+        )
+    elif http2.get("max_outbound_control_frames", 1000) < MANY:
         yield (
             f"{cluster.path}.typed_extension_protocol_options: http2_protocol_options.max_outbound_control_frames: 1000 "
             f"streams that end in one moment close the connection with all that is held on it; {10 * MANY} would be right"
         )
 
 
-def _sidecar_tls(view: _View) -> Iterator[str]:
-    cluster = view.clusters.get(str(view.filter.get("grpc_service", "envoy_grpc", "cluster_name")))
+def _sidecar_tls(view: View) -> Iterator[str]:
+    cluster = view.sidecar_cluster
     if cluster is None:
         return  # said already
     path, tls = f"{cluster.path}.transport_socket", view.config.tls
@@ -384,12 +350,12 @@ def _sidecar_tls(view: _View) -> Iterator[str]:
         )
 
 
-def _endpoint_clusters(view: _View) -> Iterator[str]:
-    if not view.static_clusters:
-        return  # clusters come by CDS: nothing to look at here
+def _endpoint_clusters(view: View) -> Iterator[str]:
     for index, endpoint in enumerate(view.config.endpoints):
         name = endpoint.cluster or endpoint.name
         cluster = view.clusters.get(name)
+        if cluster is None and not view.static_clusters:
+            continue  # it comes by CDS
         if cluster is None:
             yield f"static_resources.clusters: there is no {name!r}, the cluster of endpoints[{index}]: its requests get 503"
             continue
@@ -405,7 +371,7 @@ def _endpoint_clusters(view: _View) -> Iterator[str]:
                 )
 
 
-def _clients_orders(view: _View) -> Iterator[str]:
+def _clients_orders(view: View) -> Iterator[str]:
     if view.manager.get("internal_address_config") is not None:
         yield (
             f"{view.manager.path}.internal_address_config: from addresses that it names Envoy obeys x-envoy-retry-on and "
@@ -414,7 +380,7 @@ def _clients_orders(view: _View) -> Iterator[str]:
         )
 
 
-def _dangerous(view: _View) -> Iterator[str]:
+def _dangerous(view: View) -> Iterator[str]:
     for index, http_filter in enumerate(view.manager.node["http_filters"]):
         if isinstance(http_filter, dict) and http_filter.get("name") == _SSE_TO_METADATA:
             yield (
@@ -423,7 +389,7 @@ def _dangerous(view: _View) -> Iterator[str]:
             )
 
 
-_RULES: tuple[Callable[[_View], Iterator[str]], ...] = (
+_RULES: tuple[Callable[[View], Iterator[str]], ...] = (
     _message_timeout,
     _idle_timeouts,
     _whole_request_timeouts,
@@ -433,11 +399,16 @@ _RULES: tuple[Callable[[_View], Iterator[str]], ...] = (
     _what_we_see,
     _failure_mode,
     _routing,
+    ways.order_of_routes,
+    ways.switched_off,
+    ways.retries,
     _unsteered,
     _body_limit,
     _ext_proc_cluster,
+    ways.sidecar_host,
     _sidecar_tls,
     _endpoint_clusters,
+    ways.endpoint_hosts,
     _clients_orders,
     _dangerous,
 )
@@ -456,13 +427,3 @@ def _removes(mutation: dict[str, Any], header: str) -> bool:
     return (
         mutation.get("remove") == header or matcher.get("exact") == header or bool(prefix and header.startswith(prefix))
     )
-
-
-def _walk(node: Any, where: str) -> Iterator[_Spot]:
-    if isinstance(node, dict):
-        yield _Spot(where, node)
-        for key, value in node.items():
-            yield from _walk(value, f"{where}.{key}" if where else str(key))
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            yield from _walk(value, f"{where}[{index}]")

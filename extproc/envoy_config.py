@@ -44,6 +44,7 @@ class EnvoyOptions:
         upstream_protocol: what the endpoints speak, "h1" or "h2" (prior knowledge).
         fail_open: what happens while no sidecar answers: True: requests go to any endpoint; False: they get 503.
         sidecars: where Envoy finds sidecars, as in `listen`; none: where the configuration says that this one listens.
+        unqueued: exact paths that go past the queue, to any endpoint: for probes, which must not get its refusals.
     """
 
     http: str = "127.0.0.1:8080"
@@ -52,6 +53,7 @@ class EnvoyOptions:
     upstream_protocol: str = "h1"
     fail_open: bool = False
     sidecars: tuple[str, ...] = ()
+    unqueued: tuple[str, ...] = ()
 
 
 def render(config: Config, options: EnvoyOptions) -> str:
@@ -62,6 +64,10 @@ def render(config: Config, options: EnvoyOptions) -> str:
     in_file = config.envoy_clusters_file is not None
     unsteered = ANY_CLUSTER if in_file and options.fail_open else UNSTEERED_CLUSTER
     clusters = [] if unsteered == ANY_CLUSTER else [_unsteered_cluster(addresses, config, options)]
+    any_endpoint = unsteered if options.fail_open else ANY_CLUSTER
+    if options.unqueued and not options.fail_open and not in_file:
+        clusters.append(_any_cluster(ANY_CLUSTER, addresses, config.health_check, options.upstream_protocol))
+    late = in_file and (options.fail_open or bool(options.unqueued))
     if not in_file:
         clusters += [_endpoint_cluster(cluster, address, options.upstream_protocol) for cluster, address in endpoints]
     names = config.header_names()
@@ -104,7 +110,7 @@ static_resources:
 {_access_log(options)}\
           route_config:
             name: main
-{_late_cluster(unsteered)}\
+{_late_cluster(late)}\
             virtual_hosts:
             - name: all
               domains: ["*"]
@@ -112,6 +118,7 @@ static_resources:
               # and its request is run for nobody. Costs up to this much memory per held request.
               request_body_buffer_limit: {BODY_LIMIT}
               routes:
+{_unqueued_routes(any_endpoint, config, options)}\
               # Steered: reached only after the sidecar has set the header and cleared the route cache.
               - match:
                   prefix: /
@@ -257,6 +264,8 @@ def _sidecar_health(sidecars: tuple[str, ...]) -> str:
 """
 
 
+_FILTERS = "type.googleapis.com/envoy.extensions.filters.http."
+_PROBE = "first-byte-probe"
 _TLS_TYPES = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3."
 _CA_SECRET, _CLIENT_SECRET = "extproc_ca", "extproc_client"
 
@@ -374,7 +383,7 @@ def _first_byte_probe(config: Config) -> str:
     return f"""\
           # Shows the sidecar the first piece of each answer, and nothing more: the sidecar ends the stream at once.
           # failure_mode_allow: false would cut the answer when no sidecar is there.
-          - name: first-byte-probe
+          - name: {_PROBE}
             typed_config:
               "@type": type.googleapis.com/envoy.extensions.filters.http.ext_proc.v3.ExternalProcessor
               stat_prefix: probe
@@ -432,8 +441,27 @@ def _lb_endpoint(address: str) -> str:
     return f"{{endpoint: {{address: {_socket(address)}}}}}"
 
 
-def _late_cluster(unsteered: str) -> str:
-    if unsteered != ANY_CLUSTER:
+def _unqueued_routes(cluster: str, config: Config, options: EnvoyOptions) -> str:
+    if not options.unqueued:
+        return ""
+    names = ["envoy.filters.http.ext_proc", *([_PROBE] if config.first_byte_probe else [])]
+    off = f'{{"@type": {_FILTERS}ext_proc.v3.ExtProcPerRoute, disabled: true}}'
+    routes = "".join(
+        f"""\
+              - match: {{path: {json.dumps(path)}}}
+                route: {{cluster: {cluster}}}
+                typed_per_filter_config:
+{_lines(18, [f"{name}: {off}" for name in names])}"""
+        for path in options.unqueued
+    )
+    return f"""\
+              # Past the queue, to any endpoint: for probes, which would else wait and be refused when all is full. The
+              # sidecar does not see them, and no limit counts them. Exact paths, whatever the method.
+{routes}"""
+
+
+def _late_cluster(late: bool) -> str:
+    if not late:
         return ""
     return """\
             # The cluster of requests that nobody steered comes with the clusters file, after the listener was read.

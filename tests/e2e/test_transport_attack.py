@@ -16,7 +16,7 @@ import pytest
 
 from .kit.extproc_raw import METHOD
 from .kit.processes import wait_until
-from .kit.stack import Sidecar
+from .kit.stack import Sidecar, local
 from .test_protocol import SIM
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Peer:
 
 @pytest.fixture(scope="module")
 def sidecar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sidecar]:
-    config = {"enable_queue": True, "endpoints": ENDPOINTS, "drain_timeout": "200ms"}
+    config = {"listen": local(), "enable_queue": True, "endpoints": ENDPOINTS, "drain_timeout": "200ms"}
     with Sidecar(config, tmp_path_factory.mktemp("attack")) as running:
         yield running
 

@@ -46,6 +46,8 @@ ALLOWED = {
     "config/types": {"extproc.durations", "extproc.errors"},
     "config/keys": {"extproc.config.types", "extproc.admission", "extproc.session", "extproc.telemetry"},
     "config/rules": {"extproc.config.types", "extproc.config.keys"},
+    "envoy_view": {"extproc.config", "extproc.durations", "extproc.envoy_config"},
+    "envoy_ways": {"extproc.envoy_view", "extproc.config"},
     "observe": {"extproc.observe", "extproc.admission", "extproc.telemetry", "extproc"},
 }
 FORBIDDEN_OUTSIDE = {

@@ -7,8 +7,10 @@ Envoy's bootstrap is the one that the sidecar's own command renders. Only the pu
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import sys
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 
     Edit = Callable[[dict[str, Any]], None]
 
+_SOCKETS = tempfile.TemporaryDirectory(prefix="extproc-")
+_NUMBERS = itertools.count()
+
 # What a test wants unless it says otherwise: the queue is on, an endpoint takes one request, the end comes quickly.
 DEFAULTS: dict[str, Any] = {"enable_queue": True, "max_running_requests": 1, "drain_timeout": "200ms"}
 
@@ -32,11 +37,20 @@ def local() -> str:
     return f"127.0.0.1:{free_port()}"
 
 
+def beside_envoy() -> str:
+    """A unix socket that nobody has, with a path short enough for one: how a sidecar is to be run."""
+    return f"unix:{_SOCKETS.name}/{next(_NUMBERS)}"
+
+
 class Sidecar:
-    """`extproc serve` with this config, ready when `with` is entered. `listen` and `admin` are added if missing."""
+    """`extproc serve` with this config, ready when `with` is entered. `listen` and `admin` are added if missing.
+
+    `listen` is a unix socket; over TCP gRPC works differently (`extproc.cli.EXPERIMENTS`): with TLS, as shipped, and in
+    tests that say so.
+    """
 
     def __init__(self, config: Mapping[str, Any], directory: Path, *, name: str = "sidecar") -> None:
-        self.config = {"listen": local(), "admin": local(), **config}
+        self.config = {"listen": local() if "tls" in config else beside_envoy(), "admin": local(), **config}
         self.listen: str = self.config["listen"]
         self.admin: str = self.config["admin"]
         self.path = directory / f"{name}.yaml"

@@ -1,0 +1,192 @@
+"""What the rules of `extproc check --envoy` look at: parts of an Envoy bootstrap and their paths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import TYPE_CHECKING, Any
+
+from extproc.config import split_address
+from extproc.durations import parse_duration
+from extproc.envoy_config import ANY_CLUSTER
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from extproc.config import Config
+
+EXT_PROC = "type.googleapis.com/envoy.extensions.filters.http.ext_proc.v3.ExternalProcessor"
+DYNAMIC = {"rds": "RDS", "scoped_routes": "SRDS"}
+"""Where a connection manager gets routes that are not in the bootstrap."""
+
+Address = tuple[str, int]
+"""Host and port, or `unix:PATH` and 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """A part of the bootstrap and its path."""
+
+    path: str
+    node: dict[str, Any]
+
+    def get(self, *keys: str) -> Any:
+        """Return what is under `keys`, or None."""
+        node: Any = self.node
+        for key in keys:
+            node = node.get(key) if isinstance(node, dict) else None
+        return node
+
+    def seconds(self, key: str, default: float) -> float:
+        """Return the duration under `key`."""
+        value = self.node.get(key)
+        seconds = parse_duration(str(value)) if value is not None else None
+        return default if seconds is None else seconds
+
+    def each(self, *keys: str) -> list[Spot]:
+        """Return the parts in the list under `keys`."""
+        found = self.get(*keys)
+        path = ".".join((self.path, *keys))
+        parts = enumerate(found if isinstance(found, list) else [])
+        return [Spot(f"{path}[{index}]", part) for index, part in parts if isinstance(part, dict)]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The parts that rules look at. `filter` is the typed_config of the ext_proc filter in `listed`."""
+
+    config: Config
+    manager: Spot
+    listed: Spot
+    filter: Spot
+    hosts: list[Spot]
+    routes: list[Spot]
+    clusters: dict[str, Spot]
+    static_routes: bool
+    static_clusters: bool
+
+    @property
+    def longest_s(self) -> float:
+        return self.config.longest_budget_s
+
+    @property
+    def steered(self) -> list[Spot]:
+        header = self.config.headers.cluster
+        return [route for route in self.routes if route.get("route", "cluster_header") == header]
+
+    @property
+    def sidecar_cluster(self) -> Spot | None:
+        return self.clusters.get(str(self.filter.get("grpc_service", "envoy_grpc", "cluster_name")))
+
+
+def walk(node: Any, where: str = "") -> Iterator[Spot]:
+    """Yield all parts of a bootstrap, the outer ones first."""
+    if isinstance(node, dict):
+        yield Spot(where, node)
+        for key, value in node.items():
+            yield from walk(value, f"{where}.{key}" if where else str(key))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from walk(value, f"{where}[{index}]")
+
+
+def clusters_of(spots: list[Spot]) -> dict[str, Spot]:
+    """Return the clusters by name."""
+    found = (spot for spot in spots if spot.path.rsplit(".", 1)[-1].startswith("clusters["))
+    return {str(spot.node.get("name")): spot for spot in found if ".weighted_clusters." not in spot.path}
+
+
+def views(config: Config, spots: list[Spot]) -> Iterator[View]:
+    """Yield each ext_proc filter that can hold requests, with what belongs to it."""
+    clusters = clusters_of(spots)
+    for manager in (spot for spot in spots if "http_filters" in spot.node):
+        inside = [spot for spot in spots if spot.path.startswith(manager.path + ".")]
+        for listed in manager.each("http_filters"):
+            spot = Spot(f"{listed.path}.typed_config", listed.get("typed_config") or {})
+            if spot.node.get("@type") == EXT_PROC and not spot.node.get("observability_mode"):
+                yield View(
+                    config,
+                    manager,
+                    listed,
+                    spot,
+                    hosts=[other for other in inside if "virtual_hosts[" in other.path.rsplit(".", 1)[-1]],
+                    routes=[other for other in inside if "match" in other.node and "routes[" in other.path],
+                    clusters=clusters,
+                    static_routes=not any(key in manager.node for key in DYNAMIC),
+                    static_clusters=not any("cds_config" in other.node for other in spots),
+                )
+
+
+def hosts_of(cluster: Spot) -> list[Address] | None:
+    """Return a cluster's addresses as they are written; None if they are not in the bootstrap."""
+    if cluster.get("type") in ("EDS", "ORIGINAL_DST") or cluster.get("load_assignment") is None:
+        return None
+    found: list[Address] = []
+    for spot in walk(cluster.get("load_assignment")):
+        if isinstance(spot.get("endpoint", "address"), dict):
+            pipe = spot.get("endpoint", "address", "pipe", "path")
+            socket = spot.get("endpoint", "address", "socket_address") or {}
+            host, port = str(socket.get("address")).lower(), socket.get("port_value")
+            found.append((host, port if isinstance(port, int) else 0) if pipe is None else (f"unix:{pipe}", 0))
+    return found
+
+
+def parse(address: str) -> Address:
+    """Return `host:port` or `unix:PATH` of the configuration in the form of `hosts_of`."""
+    return (address, 0) if address.startswith("unix:") else split_address(address)
+
+
+def written(address: Address) -> str:
+    """Return an address as a person writes it."""
+    host, port = address
+    return host if host.startswith("unix:") else f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def ip_of(host: str) -> IPv4Address | IPv6Address | None:
+    """Return what `host` is as an address; None for names, and for `localhost`, which is one of several."""
+    try:
+        return ip_address(host)
+    except ValueError:
+        return None
+
+
+def is_local(address: Address) -> bool:
+    """Tell whether only this machine can be meant: a unix socket, loopback, or all addresses of this machine."""
+    ip = ip_of(address[0])
+    local_ip = ip is not None and (ip.is_loopback or ip.is_unspecified)
+    return address[0].startswith("unix:") or address[0] == "localhost" or local_ip
+
+
+def same(one: Address, other: Address) -> bool | None:
+    """Tell whether two addresses are one server; None if only who resolves the names could tell."""
+    if one == other:
+        return True
+    if one[1] != other[1] or one[0].startswith("unix:") or other[0].startswith("unix:"):
+        return False
+    ips = ip_of(one[0]), ip_of(other[0])
+    if None not in ips:
+        return ips[0] == ips[1]
+    for name, ip in ((one[0], ips[1]), (other[0], ips[0])):
+        if name == "localhost" and ip is not None:
+            return ip.is_loopback
+    return None
+
+
+def engine_clusters(config: Config, clusters: Mapping[str, Spot]) -> set[str]:
+    """Return the names of clusters that lead to endpoints: their own, and any with an endpoint's address."""
+    addresses = [parse(endpoint.address) for endpoint in config.endpoints]
+    by_address = {
+        name
+        for name, cluster in clusters.items()
+        if any(same(host, address) for host in hosts_of(cluster) or [] for address in addresses)
+    }
+    return by_address | {endpoint.cluster or endpoint.name for endpoint in config.endpoints} | {ANY_CLUSTER}
+
+
+def targets(route: Spot) -> list[str]:
+    """Return the clusters that a route names; none for a redirect, a direct_response and cluster_header."""
+    names = [
+        route.get("route", "cluster"),
+        *(one.get("name") for one in route.each("route", "weighted_clusters", "clusters")),
+    ]
+    return [str(name) for name in names if name is not None]
