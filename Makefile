@@ -79,7 +79,7 @@ $(NATIVE)/noop: bench/native/noop.cc proto/ext_proc.proto
 	protoc -Iproto --cpp_out=$(NATIVE) --grpc_out=$(NATIVE) --plugin=protoc-gen-grpc="$$(command -v grpc_cpp_plugin)" ext_proc.proto
 	g++ -O2 -std=c++17 -I$(NATIVE) -o $@ $< $(NATIVE)/*.cc $$(pkg-config --cflags --libs grpc++ protobuf)
 
-bench-transport: $(STAMP)  ## what the sidecar costs behind Envoy, against a native server that decides nothing (about 6 minutes)
+bench-transport: $(STAMP)  ## what the sidecar costs behind Envoy, against a native server that decides nothing (about 10 minutes)
 	$(MAKE) $(NATIVE)/noop || echo "needs: apt-get install g++ pkg-config libgrpc++-dev libprotobuf-dev protobuf-compiler-grpc nginx-light wrk"
 	$(BIN)/python -m bench.transport
 

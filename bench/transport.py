@@ -1,11 +1,12 @@
-"""What the sidecar costs behind real Envoy: `make bench-transport`, about 6 minutes.
+"""What the sidecar costs behind real Envoy: `make bench-transport`, about 10 minutes.
 
 One run for all contenders: Envoy alone; Envoy with a native C++ ext_proc server that decides nothing; with a server
 that decides nothing on each of our transports; with the whole sidecar (classes, tenants, limits, telemetry of two
 endpoints every second, metrics) on each. All have the bootstrap that `extproc envoy-config` renders, one worker, a unix
-socket to the server, and nginx behind them. They take turns, each for a few seconds; figures are medians of the turns.
+socket to the server (or TCP where the name says so), and nginx behind them. They take turns, each for a few seconds;
+figures are medians of the turns.
 
-    python -m bench.transport [speed] [hold] [tokens] [--turns 5] [--seconds 4] [--only NAME ...]
+    python -m bench.transport [speed] [hold] [tokens] [--turns 4] [--seconds 4] [--only NAME ...]
 
 speed   requests/s with 64 clients, CPU of server and Envoy per request, latency with 1 client, at half load, and at 30
         requests/s, as LLM servers have them: there caches are cold, and scrapes are shared by few
@@ -106,6 +107,7 @@ class Contender:
     argv: Sequence[str] | None = None
     transport: str | None = None
     uvloop: bool = True
+    listen: str = "unix"
 
 
 def contenders() -> list[Contender]:
@@ -119,6 +121,7 @@ def contenders() -> list[Contender]:
         Contender("no-op, completion_queue", ["env", f"GRPC_EXPERIMENTS={EXPERIMENTS}", *noop], "completion_queue"),
         Contender("sidecar, asyncio without uvloop", None, "asyncio", uvloop=False),
         Contender("sidecar, asyncio", None, "asyncio"),
+        Contender("sidecar, completion_queue over TCP", None, "completion_queue", listen="tcp"),
         Contender("sidecar, completion_queue", None, "completion_queue"),
     ]
 
@@ -153,7 +156,7 @@ def site(contender: Contender, directory: Path, addresses: Sequence[str], **keys
     """Run a contender in front of these endpoints; `keys` go over the sidecar's config."""
     directory = Path(tempfile.mkdtemp(dir=directory))
     config: dict[str, Any] = {
-        "listen": f"unix:{directory}/sock",
+        "listen": local() if contender.listen == "tcp" else f"unix:{directory}/sock",
         "enable_queue": True,
         "max_running_requests": 256,
         "scrape_interval": "1s",
@@ -447,7 +450,7 @@ def main() -> None:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["speed", "hold", "tokens"], metavar="speed|hold|tokens")
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=4)
     parser.add_argument("--held", type=int, nargs="+", default=[1_000, 10_000])
     parser.add_argument("--only", nargs="+", default=[], help="parts of names of contenders")
