@@ -83,5 +83,5 @@ if __name__ == "__main__":
     address, cluster, transport = sys.argv[1:]
     if transport == "protobuf":
         sys.modules["uvloop"] = None  # type: ignore[assignment]  # as it comes
-        sys.exit(run_loop(serve_objects(address, cluster)))
+        sys.exit(run_loop(serve_objects(address, cluster), "asyncio"))
     sys.exit(run_loop(serve(address, cluster), transport))
