@@ -460,10 +460,11 @@ class Controller:
 
     def _join(self, ticket: Ticket, queue: Queue) -> None:
         ticket.state = State.WAITING
+        pool = _placed(ticket.pool)
         queue.add(ticket)
-        if queue.exhausted and len(queue) > WINDOW:  # a guard that is pushed out of the window keeps no room any more
-            self._freed.update(_placed(ticket.pool).open)
-        _placed(ticket.pool).note_waiting(ticket.request_class, 1)
+        if queue.exhausted and (pool.homes or queue.has_guard_after_window()):
+            self._freed.update(pool.open)  # a guard that is pushed out of the window keeps no room any more
+        pool.note_waiting(ticket.request_class, 1)
         self.waiting += 1
 
     def _quit(self, ticket: Ticket, pool: Pool, queue: Queue) -> None:

@@ -87,6 +87,10 @@ class Queue:
         """Return the ticket that came into the window when one before it went; None if nobody did."""
         return self._tickets[self._line[WINDOW - 1][2]] if len(self._tickets) >= WINDOW else None
 
+    def has_guard_after_window(self) -> bool:
+        """Tell whether the first ticket behind the window was passed over GUARD times: it may just have left it."""
+        return len(self._line) > WINDOW and self._tickets[self._line[WINDOW][2]].passed_over >= GUARD
+
     def rank(self, ticket: Ticket) -> int:
         """Count the tickets before `ticket`."""
         rank: int = self._line.bisect_left(ticket.key)

@@ -952,6 +952,22 @@ def test_when_another_endpoint_becomes_the_emptiest_the_room_kept_until_then_is_
     assert [desk.where(ticket) for ticket in waiting] == ["b", None]
 
 
+def test_a_guard_that_is_pushed_out_of_the_window_keeps_no_room_from_another_model() -> None:
+    models = frozenset({"huge", "tiny"})
+    desk = Desk(one("a", 1000, kv_capacity_tokens=10_000, models=models), one("b", models=models))
+    desk.ask("held", model="huge", prompt_tokens=4000)
+    desk.ask("blocker", model="huge", prompt_tokens=1)  # takes all of b
+    desk.ask("guard", model="huge", prompt_tokens=6000)
+    for _ in range(GUARD):
+        desk.release(desk.ask("mouse", model="tiny"))
+    for _ in range(WINDOW - 1):
+        desk.ask("first", "urgent", model="huge", prompt_tokens=6000)
+    mouse = desk.ask("mouse", model="tiny")
+    assert mouse.state is State.WAITING
+    desk.ask("first", "urgent", model="huge", prompt_tokens=6000)
+    assert mouse.state is State.LEASED
+
+
 @pytest.mark.parametrize("how", ["cancel", "expire"])
 def test_when_the_guarded_one_leaves_the_others_go(how: str) -> None:
     desk = Desk(one("a", 1000, kv_capacity_tokens=10_000))
