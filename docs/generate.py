@@ -6,29 +6,16 @@ import argparse
 import sys
 from inspect import cleandoc
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from pydantic import BaseModel
 
 from extproc import cli
 from extproc.admission.outcome import Outcome
 from extproc.admission.rehearsal import Rehearsal
 from extproc.admission.values import Policy
-from extproc.config import (
-    ClassConfig,
-    Config,
-    DiscoveryConfig,
-    DnsConfig,
-    EndpointConfig,
-    HeadersConfig,
-    HealthCheckConfig,
-    KubernetesConfig,
-    TlsConfig,
-    TlsEnvoyConfig,
-)
+from extproc.config import Config, sections
 from extproc.durations import format_duration
 from extproc.observe.metrics import Metrics
-
-if TYPE_CHECKING:
-    from pydantic import BaseModel
 
 TARGET = Path(__file__).with_name("reference.md")
 _INTRODUCTION = """\
@@ -50,15 +37,7 @@ def reference() -> str:
     parts = [
         _INTRODUCTION,
         _keys(Config),
-        f"### `endpoints[]`\n\n{EndpointConfig.__doc__}\n\n{_keys(EndpointConfig)}",
-        f"### `discovery[]`\n\n{DiscoveryConfig.__doc__}\n\n{_keys(DiscoveryConfig)}",
-        f"### `discovery[].dns`\n\n{DnsConfig.__doc__}\n\n{_keys(DnsConfig)}",
-        f"### `discovery[].kubernetes`\n\n{cleandoc(KubernetesConfig.__doc__ or '')}\n\n{_keys(KubernetesConfig)}",
-        f"### `tls`\n\n{TlsConfig.__doc__}\n\n{_keys(TlsConfig)}",
-        f"### `tls.envoy`\n\n{TlsEnvoyConfig.__doc__}\n\n{_keys(TlsEnvoyConfig)}",
-        f"### `health_check`\n\n{HealthCheckConfig.__doc__}\n\n{_keys(HealthCheckConfig)}",
-        f"### `classes[]`\n\n{ClassConfig.__doc__}\n\n{_keys(ClassConfig)}",
-        f"### `headers`\n\n{HeadersConfig.__doc__}\n\n{_keys(HeadersConfig)}",
+        *(f"### `{path}`\n\n{cleandoc(one.__doc__ or '')}\n\n{_keys(one)}" for path, one in sections()),
         _outcomes(),
         _metrics(),
         _commands(),
@@ -85,7 +64,7 @@ def _default(name: str, value: object, *, required: bool) -> str:
         return f"`{value:04o}`"
     if isinstance(value, float):
         return f"`{format_duration(value)}`"
-    if isinstance(value, (list, HeadersConfig)):
+    if isinstance(value, (list, BaseModel)):
         return "one, `default`" if value and name == "classes" else "below" if name == "headers" else "none"
     return f"`{value}`"
 

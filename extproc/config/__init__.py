@@ -3,16 +3,15 @@ another; `read`, from YAML and environment variables to these. Each uses only th
 """
 
 from extproc.config.keys import (
-    ClassConfig,
     Config,
     DiscoveryConfig,
     DnsConfig,
     EndpointConfig,
-    HeadersConfig,
     HealthCheckConfig,
     KubernetesConfig,
     TlsConfig,
     TlsEnvoyConfig,
+    sections,
     target_of,
 )
 from extproc.config.read import load_config, parse_config
@@ -20,12 +19,10 @@ from extproc.config.rules import cross_check
 from extproc.config.types import require_address, split_address
 
 __all__ = [
-    "ClassConfig",
     "Config",
     "DiscoveryConfig",
     "DnsConfig",
     "EndpointConfig",
-    "HeadersConfig",
     "HealthCheckConfig",
     "KubernetesConfig",
     "TlsConfig",
@@ -34,6 +31,7 @@ __all__ = [
     "load_config",
     "parse_config",
     "require_address",
+    "sections",
     "split_address",
     "target_of",
 ]

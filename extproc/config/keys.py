@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -32,6 +32,9 @@ from extproc.config.types import (
 from extproc.session import Headers
 from extproc.telemetry.engines import metrics_path
 from extproc.telemetry.target import Target
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class _Section(BaseModel):
@@ -373,3 +376,13 @@ def target_of(endpoint: EndpointConfig) -> Target:
         gpu_url=endpoint.gpu_metrics_url,
         gpu_labels=tuple(sorted(endpoint.gpu_metrics_labels.items())),
     )
+
+
+def sections(section: type[BaseModel] = Config, path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    """Walk all sections below `section`: the path of each, like `discovery[].dns`, and what describes its keys."""
+    for name, field in section.model_fields.items():
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                there = f"{path}{name}{'[]' if get_origin(field.annotation) is list else ''}"
+                yield there, kind
+                yield from sections(kind, f"{there}.")

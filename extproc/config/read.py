@@ -10,20 +10,9 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from extproc.config.keys import (
-    ClassConfig,
-    Config,
-    DiscoveryConfig,
-    DnsConfig,
-    EndpointConfig,
-    HeadersConfig,
-    HealthCheckConfig,
-    KubernetesConfig,
-    TlsConfig,
-    TlsEnvoyConfig,
-)
+from extproc.config.keys import Config, sections
 from extproc.config.rules import cross_check
 from extproc.errors import ConfigError
 from extproc.files import read_text
@@ -32,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
+    from pydantic import BaseModel
     from pydantic_core import ErrorDetails
 
 ENV_PREFIX = "EXTPROC_"
@@ -210,20 +200,14 @@ def _is_union_branch(part: int | str) -> bool:
     return isinstance(part, str) and "[" in part
 
 
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "": Config,
+    **{path.replace("[]", ""): section for path, section in sections()},
+}
+
+
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:
-    sections: dict[str, type[BaseModel]] = {
-        "endpoints": EndpointConfig,
-        "classes": ClassConfig,
-        "headers": HeadersConfig,
-        "health_check": HealthCheckConfig,
-        "tls": TlsConfig,
-        "envoy": TlsEnvoyConfig,
-        "discovery": DiscoveryConfig,
-        "dns": DnsConfig,
-        "kubernetes": KubernetesConfig,
-    }
-    words = [part for part in location if isinstance(part, str)]
-    section = sections[words[-1]] if words else Config
+    section = _SECTIONS[".".join(part for part in location if isinstance(part, str) and not _is_union_branch(part))]
     return [field.alias or name for name, field in section.model_fields.items()]
 
 
