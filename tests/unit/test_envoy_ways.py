@@ -5,21 +5,19 @@ from __future__ import annotations
 import copy
 
 import pytest
-import yaml
 
 from extproc import cli
 from extproc.config import Config, parse_config
 from extproc.envoy_check import check_envoy, could_not_look
-from extproc.envoy_config import EnvoyOptions, render
+from extproc.envoy_config import EnvoyOptions
 from extproc.errors import ConfigError
+from tests.unit.envoy_bootstrap import HOST, MANAGER, Rendered
 
 TEXT = """
 endpoints: [{name: a, address: '127.0.0.1:8001'}, {name: b, address: '127.0.0.1:8002', cluster: llm_b}]
 """
 CONFIG = parse_config(TEXT, "file", {})
 FILTER = "envoy.filters.http.ext_proc"
-MANAGER = "static_resources.listeners[0].filter_chains[0].filters[0].typed_config"
-HOST = f"{MANAGER}.route_config.virtual_hosts[0]"
 ROUTER = {
     "name": "envoy.filters.http.router",
     "typed_config": {"@type": "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router"},
@@ -32,19 +30,13 @@ ON = {
 }
 
 
-class Bootstrap:
+class Bootstrap(Rendered):
     """The parts of a rendered bootstrap that tests change."""
 
     def __init__(self, config: Config = CONFIG, options: EnvoyOptions | None = None) -> None:
-        self.config = config
-        self.whole = yaml.safe_load(render(config, options or EnvoyOptions()))
-        resources = self.whole["static_resources"]
-        self.listeners = resources["listeners"]
-        self.manager = self.listeners[0]["filter_chains"][0]["filters"][0]["typed_config"]
-        self.host = self.manager["route_config"]["virtual_hosts"][0]
-        self.routes = self.host["routes"]
-        self.steered, self.unsteered = self.routes[-2:]
-        self.clusters = {cluster["name"]: cluster for cluster in resources["clusters"]}
+        super().__init__(config, options)
+        self.listeners = self.resources["listeners"]
+        self.clusters = {cluster["name"]: cluster for cluster in self.resources["clusters"]}
 
     def first(self, match: dict, cluster: str = "a", **more: object) -> None:
         """Add a route before all others."""
@@ -75,17 +67,6 @@ class Bootstrap:
         ]
         found = [{"endpoint": {"address": address}} for address in addresses]
         self.clusters[cluster]["load_assignment"]["endpoints"] = [{"lb_endpoints": found}]
-
-    def write(self, tmp_path) -> str:
-        path = tmp_path / "envoy.yaml"
-        path.write_text(yaml.safe_dump(self.whole))
-        return path
-
-    def check(self, tmp_path) -> list[str]:
-        return check_envoy(self.config, self.write(tmp_path))
-
-    def notes(self, tmp_path) -> list[str]:
-        return could_not_look(self.config, self.write(tmp_path))
 
 
 DISCOVERY = "discovery: [{dns: {name: h, port: 80}}]\nenvoy_clusters_file: /run/clusters.yaml"
@@ -262,10 +243,9 @@ def test_one_way_past_the_queue_is_the_one_problem_named(tmp_path, name):
     spoil, words = SPOILT[name]
     bootstrap = Bootstrap()
     spoil(bootstrap)
-    problems = bootstrap.check(tmp_path)
-    assert len(problems) == 1, problems
-    assert words in problems[0]
-    assert any(right in problems[0] for right in ("would be right", "leave it on", "must remove"))
+    problem = bootstrap.the_problem(tmp_path)
+    assert words in problem
+    assert any(right in problem for right in ("would be right", "leave it on", "must remove"))
 
 
 def test_swapped_endpoints_are_named_where_names_alone_could_not_tell(tmp_path):

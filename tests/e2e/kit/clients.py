@@ -272,6 +272,11 @@ class H2Client:
         self._flush()
         return True
 
+    def grant(self, size_bytes: int) -> None:
+        """Send a WINDOW_UPDATE for the connection: a frame that nobody answers."""
+        self._h2.increment_flow_control_window(size_bytes)
+        self._flush()
+
     def _hand_out(self, event: h2.events.Event) -> None:
         if isinstance(event, h2.events.ConnectionTerminated):
             self.goaway = int(event.error_code or 0)
