@@ -195,7 +195,7 @@ def _off(view: View, host: Spot, route: Spot) -> str | None:
 
 def endpoint_hosts(view: View) -> Iterator[str]:
     """An endpoint's cluster must lead to that endpoint, and nowhere else."""
-    for index, (cluster, address, hosts) in _endpoints(view):
+    for index, cluster, address, hosts in _endpoints(view):
         path = f"{cluster.path}.load_assignment"
         if len(hosts) != 1:
             yield (
@@ -223,12 +223,13 @@ def sidecar_host(view: View) -> Iterator[str]:
             yield f"{cluster.path}.load_assignment: no host: no request reaches the sidecar; {written(listen)} would be right"
 
 
-def _endpoints(view: View) -> Iterator[tuple[int, tuple[Spot, Address, list[Address]]]]:
+def _endpoints(view: View) -> Iterator[tuple[int, Spot, Address, list[Address]]]:
+    """Walk the endpoints whose hosts the bootstrap holds: index, cluster, the address that is right, the hosts."""
     for index, endpoint in enumerate(view.config.endpoints):
         cluster = view.clusters.get(endpoint.cluster or endpoint.name)
         hosts = None if cluster is None else hosts_of(cluster)
         if cluster is not None and hosts is not None:
-            yield index, (cluster, parse(endpoint.address), hosts)
+            yield index, cluster, parse(endpoint.address), hosts
 
 
 def _another(view: View, index: int, host: Address) -> bool:
@@ -282,7 +283,7 @@ def _untold_hosts(view: View) -> Iterator[str]:
     for cluster in [view.sidecar_cluster, *(view.clusters.get(one.cluster or one.name) for one in endpoints)]:
         if cluster is not None and hosts_of(cluster) is None:
             yield f"could not look at: hosts (they are not in the file): {cluster.path}"
-    for index, (cluster, address, hosts) in _endpoints(view):
+    for index, cluster, address, hosts in _endpoints(view):
         if len(hosts) == 1 and same(hosts[0], address) is None and not _another(view, index, hosts[0]):
             yield (
                 f"could not tell: whether {written(hosts[0])} ({cluster.path}.load_assignment) is {written(address)} "

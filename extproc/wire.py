@@ -121,9 +121,9 @@ class Reader:
                 incoming.fields = _scalars(message.metadata_context.filter_metadata[self._fields_namespace])
         elif name == "response_headers":
             self._pick(message.response_headers, incoming)
-        everyone = message.attributes
-        if _ATTRIBUTES in everyone:
-            attributes, found = everyone[_ATTRIBUTES].fields, incoming.attributes
+        by_filter = message.attributes
+        if _ATTRIBUTES in by_filter:
+            attributes, found = by_filter[_ATTRIBUTES].fields, incoming.attributes
             for key in attributes:  # .items() and WhichOneof would cost more than all else here
                 value = attributes[key]
                 text = value.string_value
@@ -232,7 +232,7 @@ _POSITION, _WAIT = -1.2345e-300, -5.4321e-300
 
 
 @lru_cache(maxsize=4096)
-def _around_numbers(texts: tuple[tuple[str, str], ...]) -> list[bytes]:
+def _around_numbers(texts: tuple[tuple[str, str], ...]) -> tuple[bytes, bytes, bytes]:
     """Return what stands before, between and after the numbers: all that differs from one decision to the next."""
     response = pb.ProcessingResponse()
     fields = response.dynamic_metadata.fields[NAMESPACE].struct_value.fields
@@ -242,7 +242,7 @@ def _around_numbers(texts: tuple[tuple[str, str], ...]) -> list[bytes]:
         fields[key].string_value = value
     before, _, rest = response.SerializeToString(deterministic=True).partition(_DOUBLE.pack(_POSITION))
     between, _, after = rest.partition(_DOUBLE.pack(_WAIT))
-    return [before, between, after]
+    return before, between, after
 
 
 def _set_headers(headers: Mapping[str, str]) -> pb.HeaderMutation:

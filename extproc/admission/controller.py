@@ -584,7 +584,7 @@ class Controller:
         """Recompute who belongs to which pool, after endpoints came, changed or went."""
         present = [endpoint for endpoint in self.endpoints.values() if not endpoint.removed]
         for pool in self.pools():
-            pool.clear()
+            pool.forget_endpoints()
         for endpoint in present:
             endpoint.pools = [self._by_model[model] for model in sorted(endpoint.spec.models)]
             if not endpoint.spec.models:

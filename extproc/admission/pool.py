@@ -116,8 +116,8 @@ class Pool:
             self.open.pop(endpoint, None)
         return kept if self.shared.exhausted else None
 
-    def clear(self) -> None:
-        """Forget all endpoints: those that remain are about to be put back."""
+    def forget_endpoints(self) -> None:
+        """Start over: those that remain are about to be put back. Who waits stays."""
         self.open.clear()
         self.members = []
         self._emptiest = None

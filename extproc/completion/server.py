@@ -30,6 +30,7 @@ ACCEPTING = 256
 """Calls that core may hand over before we asked for more; what comes above waits in core, without limit (OPTIONS)."""
 FORCED_S = 5.0
 """How long a cut connection may take to go away."""
+
 _OK = (cygrpc.StatusCode.ok, b"")
 
 

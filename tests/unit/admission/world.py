@@ -365,11 +365,11 @@ class World:
                 if not pool.waiting_total or endpoint not in pool.members:
                     continue
                 line = [t for t in self.waiting if t.pool is pool and _may_take(t, endpoint)]
+                emptiest = min(pool.open, key=lambda e: (e.pressure, e.picked))
                 for ticket in sorted(line, key=attrgetter("key"))[:WINDOW]:
                     if not self.core.policy.enable_queue or self._fits(books, endpoint, ticket):
                         fitting.append(ticket)
                         break
-                    emptiest = min(pool.open, key=lambda e: (e.pressure, e.picked))
                     if ticket.passed_over >= GUARD and (ticket.queue is not pool.shared or endpoint is emptiest):
                         guards.append(ticket)
                         break
