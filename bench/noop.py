@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-import extproc.completion.server
-import extproc.server
-from extproc import wire
+import extproc.transport.aio
+import extproc.transport.completion.server
 from extproc._pb import ext_proc_pb2 as pb
-from extproc.cli import run_loop
-from extproc.completion import server_on
-from extproc.listener import Listener
+from extproc.commands.cli import run_loop
+from extproc.stream import wire
+from extproc.transport.completion import server_on
+from extproc.transport.listener import Listener
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -59,7 +59,7 @@ async def serve_objects(address: str, cluster: str) -> int:
         request_deserializer=pb.ProcessingRequest.FromString,
         response_serializer=pb.ProcessingResponse.SerializeToString,
     )
-    server = grpc.aio.server(options=extproc.server.OPTIONS)
+    server = grpc.aio.server(options=extproc.transport.aio.OPTIONS)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(wire.SERVICE, {wire.METHOD: handler}),))
     server.add_insecure_port(address)
     await server.start()
@@ -70,7 +70,7 @@ async def serve_objects(address: str, cluster: str) -> int:
 
 async def serve(address: str, cluster: str) -> int:
     """Serve on the transport that the running loop was made for."""
-    for module in (extproc.server, extproc.completion.server):
+    for module in (extproc.transport.aio, extproc.transport.completion.server):
         module.Session = Noop  # type: ignore[misc, assignment]
     steer = wire.steer("x-upstream-cluster", cluster)
     await server_on(asyncio.get_running_loop())(steer, Listener(address)).start()

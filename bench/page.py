@@ -23,8 +23,8 @@ from extproc.admission.controller import Controller
 from extproc.admission.load import Load
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import EndpointSpec, Policy, Request, RequestClass
-from extproc.gate import Gate
 from extproc.observe.metrics import Metrics
+from extproc.stream.gate import Gate
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -19,11 +19,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from extproc.admission.controller import Controller
 from extproc.admission.values import EndpointSpec, Policy
-from extproc.gate import Gate
-from extproc.telemetry.engines import ENGINES, engines_for
-from extproc.telemetry.page import MOST_BYTES, read_in_slices, read_page
-from extproc.telemetry.scraper import Scraper
-from extproc.telemetry.target import Target
+from extproc.endpoints.telemetry.engines import ENGINES, engines_for
+from extproc.endpoints.telemetry.page import MOST_BYTES, read_in_slices, read_page
+from extproc.endpoints.telemetry.scraper import Scraper
+from extproc.endpoints.telemetry.target import Target
+from extproc.stream.gate import Gate
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from extproc.cli import EXPERIMENTS
+from extproc.commands.cli import EXPERIMENTS
 from tests.e2e.kit.envoy import Envoy
 from tests.e2e.kit.processes import Child, run, tcp_open, wait_until
 from tests.e2e.kit.stack import Sidecar, local
@@ -49,7 +49,9 @@ CLIENTS = 64
 PACED, PACED_S = 30, 10.0
 """Requests/s of few requests, and for how long."""
 IDLE_S = 3.0
-NO_UVLOOP = "import sys; sys.modules['uvloop'] = None; from extproc.cli import main; sys.exit(main(sys.argv[1:]))"
+NO_UVLOOP = (
+    "import sys; sys.modules['uvloop'] = None; from extproc.commands.cli import main; sys.exit(main(sys.argv[1:]))"
+)
 METRICS = """\
 # TYPE vllm:num_requests_running gauge
 vllm:num_requests_running{model_name="sim"} 0

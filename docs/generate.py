@@ -9,10 +9,10 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from extproc import cli
 from extproc.admission.outcome import Outcome
 from extproc.admission.rehearsal import Rehearsal
 from extproc.admission.values import Policy
+from extproc.commands import cli
 from extproc.config import Config, sections
 from extproc.durations import format_duration
 from extproc.observe.metrics import Metrics

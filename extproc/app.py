@@ -11,35 +11,35 @@ import signal
 from functools import partial
 from typing import TYPE_CHECKING
 
-from extproc import wire
 from extproc.admin.http import Admin
 from extproc.admin.state import FileState
 from extproc.admission.controller import Controller
 from extproc.admission.rehearsal import Rehearsal
-from extproc.ages import Ages
-from extproc.completion import server_on
 from extproc.config import Config, cross_check, load_config, target_of
-from extproc.discovery.clusters import ClustersFile, EnvoyAdmin
-from extproc.discovery.file import ConfigFile
-from extproc.discovery.roster import Roster
-from extproc.discovery.source import Sources
+from extproc.endpoints.discovery.file import ConfigFile
+from extproc.endpoints.discovery.source import Sources
+from extproc.endpoints.health import HealthChecks
+from extproc.endpoints.roster import Roster
+from extproc.endpoints.telemetry.scraper import Scraper
+from extproc.envoy.clusters import ClustersFile, EnvoyAdmin
 from extproc.errors import ConfigError
-from extproc.gate import Gate
-from extproc.health import HealthChecks
-from extproc.listener import Listener, SocketRights
 from extproc.observe.log import LOOK_S, QueueLog
 from extproc.observe.metrics import Metrics
-from extproc.session import Desk
-from extproc.telemetry.scraper import Scraper
-from extproc.tls import ServerTls
+from extproc.stream import wire
+from extproc.stream.ages import Ages
+from extproc.stream.gate import Gate
+from extproc.stream.session import Desk
+from extproc.transport.completion import server_on
+from extproc.transport.listener import Listener, SocketRights
+from extproc.transport.tls import ServerTls
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from extproc.config import EndpointConfig
-    from extproc.gate import Observer
     from extproc.observe.traces import QueueSpans
+    from extproc.stream.gate import Observer
 
 log = logging.getLogger("extproc.app")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from extproc.config import load_config
-from extproc.envoy_config import EXT_PROC_CLUSTER, EnvoyOptions, render
+from extproc.envoy.bootstrap import EXT_PROC_CLUSTER, EnvoyOptions, render
 
 if TYPE_CHECKING:
     from extproc.config import Config

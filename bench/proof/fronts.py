@@ -19,7 +19,7 @@ import yaml
 from bench.proof import peers
 from extproc.config import parse_config
 from extproc.durations import format_duration
-from extproc.envoy_config import EnvoyOptions, render
+from extproc.envoy.bootstrap import EnvoyOptions, render
 from extproc.simulate.contenders import BEST_FIXED, ENGINE_QUEUE
 from tests.e2e.kit.envoy import envoy_binary
 from tests.e2e.kit.processes import Child, free_port, http_get, http_ok, tcp_open

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from aiohttp.typedefs import Handler
 
-    from extproc.gate import Gate
     from extproc.observe.metrics import Metrics
+    from extproc.stream.gate import Gate
 
 _FILES = {
     "/": ("page.html", "text/html"),

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from extproc.admission.controller import Controller
     from extproc.admission.endpoint import Endpoint
     from extproc.admission.ticket import Ticket
-    from extproc.gate import Gate
     from extproc.observe.metrics import Metrics
+    from extproc.stream.gate import Gate
 
 Values = dict[str, Any]
 
@@ -198,7 +198,7 @@ class Viewer:
             "foreign": endpoint.foreign,
             "limit": endpoint.limit.value,
             "adaptive": endpoint.spec.max_running_requests is None,
-            "held_back": endpoint.gate_until is not None,
+            "held_back": endpoint.closed_until is not None,
             "kv_tokens": endpoint.kv_tokens,
             "kv_capacity_tokens": endpoint.kv_capacity,
             "waiting": preferring.get(endpoint.name, 0),

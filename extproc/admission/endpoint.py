@@ -58,6 +58,7 @@ class Endpoint:
         "_met",
         "_page_capacity",
         "alarm",
+        "closed_until",
         "completed",
         "crowding",
         "dispatched",
@@ -65,7 +66,6 @@ class Endpoint:
         "ejections",
         "enforcing",
         "foreign",
-        "gate_until",
         "is_up",
         "kv_capacity",
         "kv_excess",
@@ -108,7 +108,7 @@ class Endpoint:
         self.load_at = 0.0
         self.report: Load | None = None
         self.report_at = 0.0
-        self.gate_until: float | None = None  # telemetry closed it until then, or until better telemetry
+        self.closed_until: float | None = None  # telemetry closed it until then, or until better telemetry
         self.alarm = NEVER  # the one alarm that is set for it
         self.foreign = 0
         self._foreign_at = 0.0  # when they became fewer last
@@ -167,7 +167,7 @@ class Endpoint:
             return False
         if not self.enforcing:
             return True
-        if self.gate_until is not None or (self.on_trial and self.trial is not None):
+        if self.closed_until is not None or (self.on_trial and self.trial is not None):
             return False
         return self.held < self.limit.value
 
@@ -267,7 +267,7 @@ class Endpoint:
             self.prefill.observe(load.first_tokens * ours, elapsed_s, now)
         idle = not self.leases and known.running == 0
         if _is_hot(known, policy) and not idle:
-            self.gate_until = now + policy.stale_after_s
+            self.closed_until = now + policy.stale_after_s
         else:
             self._reopen(now)
 
@@ -281,7 +281,7 @@ class Endpoint:
         if report.kv_usage is not None:
             self._compare_kv(report.kv_usage)
         if _is_hot(report.over(self.load), policy):
-            self.gate_until = now + policy.stale_after_s
+            self.closed_until = now + policy.stale_after_s
         else:
             self._reopen(now)
 
@@ -300,8 +300,8 @@ class Endpoint:
 
     def _reopen(self, now: float) -> None:
         """Open the gate, unless what closed it was a refusal: that one opens by itself, in a moment."""
-        if self.gate_until is not None and self.gate_until > now + SATURATED_S:
-            self.gate_until = None
+        if self.closed_until is not None and self.closed_until > now + SATURATED_S:
+            self.closed_until = None
 
     def _count_foreign(self, load: Load, now: float) -> None:
         """Count the requests of others when telemetry comes first; after that they can only become fewer.
@@ -354,7 +354,7 @@ class Endpoint:
         if known is None or known.kv_usage is None:
             self.kv_excess = 0.0
         if known is None or not _is_hot(known, policy):
-            self.gate_until = None
+            self.closed_until = None
 
     # ---- failures
 
@@ -392,20 +392,20 @@ class Endpoint:
     def saturated(self, now: float) -> None:
         """Note that it refused a request as full: it works, and wants to be left alone for a moment."""
         self._failures = 0
-        self.gate_until = max(self.gate_until or 0.0, now + SATURATED_S)
+        self.closed_until = max(self.closed_until or 0.0, now + SATURATED_S)
 
     def next_change(self) -> float | None:
         """Return when time alone changes whether it has room."""
         prefill_at = self.prefill.next_change()
-        if self.gate_until is None and self.ejected_until is None:
+        if self.closed_until is None and self.ejected_until is None:
             return prefill_at
-        return min(at for at in (self.gate_until, self.ejected_until, prefill_at) if at is not None)
+        return min(at for at in (self.closed_until, self.ejected_until, prefill_at) if at is not None)
 
     def pass_time(self, now: float) -> None:
         """Open gates and end ejections whose time is over."""
         self.prefill.pass_time(now)
-        if self.gate_until is not None and now >= self.gate_until:
-            self.gate_until = None
+        if self.closed_until is not None and now >= self.closed_until:
+            self.closed_until = None
         if self.ejected_until is not None and now >= self.ejected_until:
             self.ejected_until = None
             self.on_trial = True

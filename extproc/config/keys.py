@@ -29,9 +29,9 @@ from extproc.config.types import (
     Url,
     UrlPath,
 )
-from extproc.session import Headers
-from extproc.telemetry.engines import metrics_path
-from extproc.telemetry.target import Target
+from extproc.endpoints.telemetry.engines import metrics_path
+from extproc.endpoints.telemetry.target import Target
+from extproc.stream.session import Headers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

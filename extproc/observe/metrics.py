@@ -304,7 +304,7 @@ class Metrics:
             oldest.add_metric(name, 0.0 if first is None else max(now - first.leased_at, 0.0))
             closed.add_metric([*name, "down"], int(not endpoint.is_up))
             closed.add_metric([*name, "ejected"], int(endpoint.ejected_until is not None))
-            closed.add_metric([*name, "load"], int(endpoint.gate_until is not None))
+            closed.add_metric([*name, "load"], int(endpoint.closed_until is not None))
             dispatched.add_metric(name, endpoint.dispatched)
             limit.add_metric([*name, "requests"], endpoint.limit.value)
             if endpoint.kv_capacity is not None:

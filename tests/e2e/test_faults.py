@@ -272,10 +272,10 @@ def test_a_drain_without_the_time_to_place_all_says_so_with_503_and_lets_answers
 def test_nothing_that_waits_or_is_timed_looks_at_the_wall_clock():
     """Everything else runs on monotonic time, and so can't notice that the wall clock jumps."""
     allowed = {
-        "extproc/ages.py",  # ages of requests; the next test moves its clock
-        "extproc/discovery/clusters.py",  # a version number
-        "extproc/tls.py",  # certificates end by the wall clock
-        "extproc/completion/loop.py",  # gRPC's core takes deadlines on it, milliseconds ahead
+        "extproc/stream/ages.py",  # ages of requests; the next test moves its clock
+        "extproc/envoy/clusters.py",  # a version number
+        "extproc/transport/tls.py",  # certificates end by the wall clock
+        "extproc/transport/completion/loop.py",  # gRPC's core takes deadlines on it, milliseconds ahead
         "extproc/observe/traces.py",  # spans say when they were
     }
     looks = set()

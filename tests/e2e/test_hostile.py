@@ -14,10 +14,10 @@ import pytest
 from extproc._pb import ext_proc_pb2 as pb
 from extproc.admission.controller import Controller
 from extproc.admission.values import EndpointSpec, Policy, RequestClass
-from extproc.ages import Ages
 from extproc.errors import ProtocolError
-from extproc.gate import Gate
-from extproc.session import Desk, Headers, Session
+from extproc.stream.ages import Ages
+from extproc.stream.gate import Gate
+from extproc.stream.session import Desk, Headers, Session
 
 from .kit.clients import H1Request, H2Client, complete_many
 from .kit.extproc_raw import RawChannel, StreamEnd

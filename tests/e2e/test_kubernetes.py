@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from extproc.config import KubernetesConfig
-from extproc.discovery import kubernetes
-from extproc.discovery.kubernetes import Kubernetes
+from extproc.endpoints.discovery import kubernetes
+from extproc.endpoints.discovery.kubernetes import Kubernetes
 
 from .kit.kube_api import KubeApi, slice_of
 from .kit.processes import run, wait_until

@@ -165,7 +165,8 @@ def test_tracing_without_the_extra_is_a_clear_error_and_off_it_is_not_even_impor
     file = tmp_path / "sidecar.yaml"
     file.write_text(yaml.safe_dump({"tracing": True, "listen": local(), "admin": local()}))
     blocked = (
-        "import sys; sys.modules['opentelemetry.sdk.trace'] = None; from extproc.cli import main; sys.exit(main())"
+        "import sys; sys.modules['opentelemetry.sdk.trace'] = None; "
+        "from extproc.commands.cli import main; sys.exit(main())"
     )
     done = subprocess.run(
         [sys.executable, "-c", blocked, "serve", "--config", str(file)], capture_output=True, text=True, timeout=30

@@ -10,7 +10,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from extproc._pb import ext_proc_pb2 as pb
-from extproc.wire import SERVICE
+from extproc.stream.wire import SERVICE
 
 from .kit.extproc_raw import RawChannel, StreamEnd
 from .kit.processes import wait_until

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from extproc.errors import StartError
-from extproc.listener import Listener, SocketRights
+from extproc.transport.listener import Listener, SocketRights
 
 from .kit.extproc_raw import RawChannel, StreamEnd
 from .kit.processes import run

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from extproc.envoy_check import check_envoy, could_not_look
-from extproc.envoy_config import EnvoyOptions, render
+from extproc.envoy.bootstrap import EnvoyOptions, render
+from extproc.envoy.check import check_envoy, could_not_look
 
 if TYPE_CHECKING:
     from pathlib import Path

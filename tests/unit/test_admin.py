@@ -19,9 +19,9 @@ from extproc.admin.state import FileState
 from extproc.admission.controller import Controller
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request, RequestClass
-from extproc.gate import Gate
+from extproc.commands.top import line, lines, plain
 from extproc.observe.metrics import WAIT_BUCKETS_S, Metrics
-from extproc.top import line, lines, plain
+from extproc.stream.gate import Gate
 
 CLASSES = (RequestClass("default", 0, 60.0), RequestClass("high", 5, 60.0))
 

@@ -17,14 +17,14 @@ import grpc
 import pytest
 from grpc._cython import cygrpc
 
-import extproc.completion.server
-from extproc import wire
-from extproc.completion import loop as loop_module
-from extproc.completion.loop import CompletionLoop, make_loop
-from extproc.completion.server import Server
+import extproc.transport.completion.server
 from extproc.errors import ProtocolError
-from extproc.listener import Listener
-from extproc.server import Server as AsyncioServer
+from extproc.stream import wire
+from extproc.transport.aio import Server as AsyncioServer
+from extproc.transport.completion import loop as loop_module
+from extproc.transport.completion.loop import CompletionLoop, make_loop
+from extproc.transport.completion.server import Server
+from extproc.transport.listener import Listener
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -104,8 +104,8 @@ def serving(server_class: Any, loop: asyncio.AbstractEventLoop) -> Iterator[Serv
 @pytest.fixture(params=["completion_queue", "asyncio"])
 def server(request, monkeypatch):
     """One per transport: what a client sees must not differ."""
-    monkeypatch.setattr(extproc.completion.server, "Session", Chatter)
-    monkeypatch.setattr("extproc.server.Session", Chatter)
+    monkeypatch.setattr(extproc.transport.completion.server, "Session", Chatter)
+    monkeypatch.setattr("extproc.transport.aio.Session", Chatter)
     if request.param == "asyncio":
         with serving(AsyncioServer, asyncio.new_event_loop()) as running:
             yield running
@@ -291,8 +291,8 @@ def test_stop_closes_the_port_at_once_lets_streams_end_and_cuts_what_stays(serve
 
 
 def test_a_server_whose_streams_stay_although_they_were_cut_stops_all_the_same(loop, monkeypatch, caplog):
-    monkeypatch.setattr(extproc.completion.server, "Session", Chatter)
-    monkeypatch.setattr(extproc.completion.server, "FORCED_S", 0.0)
+    monkeypatch.setattr(extproc.transport.completion.server, "Session", Chatter)
+    monkeypatch.setattr(extproc.transport.completion.server, "FORCED_S", 0.0)
     server = Server([], Listener("127.0.0.1:0"), loop)  # type: ignore[arg-type]
     loop.run_until_complete(server.start())
     with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
@@ -354,7 +354,7 @@ def test_an_idle_loop_sleeps(loop):
 
 
 def test_a_loop_that_closes_with_a_server_on_it_and_a_stream_open_does_not_hang(loop, monkeypatch):
-    monkeypatch.setattr(extproc.completion.server, "Session", Chatter)
+    monkeypatch.setattr(extproc.transport.completion.server, "Session", Chatter)
     server = Server([], Listener("127.0.0.1:0"), loop)  # type: ignore[arg-type]
     loop.run_until_complete(server.start())
     with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
@@ -407,5 +407,5 @@ def test_the_self_test_is_silent(capfd):
 
 def test_reading_a_configuration_imports_no_grpc():
     """What `prepare_grpc` sets for the transport that the configuration names, gRPC reads when it is imported."""
-    code = "import sys, extproc.config, extproc.cli; sys.exit('grpc' in sys.modules)"
+    code = "import sys, extproc.config, extproc.commands.cli; sys.exit('grpc' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

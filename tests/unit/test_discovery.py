@@ -12,18 +12,20 @@ import yaml
 from extproc.admission.controller import Controller
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import Request
-from extproc.ages import Ages
 from extproc.config import Config, DnsConfig, load_config, parse_config
-from extproc.discovery import clusters, dns, file, roster, source
-from extproc.discovery.clusters import ClustersFile
-from extproc.discovery.dns import Dns
-from extproc.discovery.file import ConfigFile
-from extproc.discovery.names import address_of, name_of
-from extproc.discovery.roster import Roster
-from extproc.discovery.source import Sources
+from extproc.endpoints import roster
+from extproc.endpoints.discovery import dns, file, source
+from extproc.endpoints.discovery.dns import Dns
+from extproc.endpoints.discovery.file import ConfigFile
+from extproc.endpoints.discovery.source import Sources
+from extproc.endpoints.names import address_of, name_of
+from extproc.endpoints.roster import Roster
+from extproc.envoy import clusters
+from extproc.envoy.clusters import ClustersFile
 from extproc.errors import ConfigError
-from extproc.gate import Gate
-from extproc.session import Desk, Headers
+from extproc.stream.ages import Ages
+from extproc.stream.gate import Gate
+from extproc.stream.session import Desk, Headers
 
 if TYPE_CHECKING:
     from collections.abc import Callable

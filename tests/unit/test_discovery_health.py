@@ -9,7 +9,7 @@ import pytest
 from aiohttp import web
 
 from extproc.config import HealthCheckConfig
-from extproc.health import HealthChecks
+from extproc.endpoints.health import HealthChecks
 
 if TYPE_CHECKING:
     from collections.abc import Callable

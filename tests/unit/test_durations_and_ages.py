@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extproc.ages import DOUBT_S, Ages
 from extproc.durations import format_duration, parse_duration
+from extproc.stream.ages import DOUBT_S, Ages
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from extproc.config import parse_config
-from extproc.envoy_check import check_envoy
-from extproc.envoy_config import EnvoyOptions
+from extproc.envoy.bootstrap import EnvoyOptions
+from extproc.envoy.check import check_envoy
 from extproc.errors import ConfigError
 from tests.unit.envoy_bootstrap import HOST, MANAGER, Rendered
 

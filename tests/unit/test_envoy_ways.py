@@ -6,10 +6,10 @@ import copy
 
 import pytest
 
-from extproc import cli
+from extproc.commands import cli
 from extproc.config import Config, parse_config
-from extproc.envoy_check import check_envoy, could_not_look
-from extproc.envoy_config import EnvoyOptions
+from extproc.envoy.bootstrap import EnvoyOptions
+from extproc.envoy.check import check_envoy, could_not_look
 from extproc.errors import ConfigError
 from tests.unit.envoy_bootstrap import HOST, MANAGER, Rendered
 

@@ -26,8 +26,8 @@ import yaml
 
 from extproc.admission.controller import Controller
 from extproc.config import Config, parse_config
-from extproc.envoy_check import check_envoy
-from extproc.envoy_config import EnvoyOptions, render
+from extproc.envoy.bootstrap import EnvoyOptions, render
+from extproc.envoy.check import check_envoy
 from extproc.observe.metrics import Metrics
 from tests.conftest import TOOL_MISSING
 from tests.e2e.kit.envoy import envoy_binary, validate

@@ -11,49 +11,44 @@ ROOT = Path(__file__).parents[2] / "extproc"
 # For each part: what of this package, and which outside modules of interest, it may import.
 ALLOWED = {
     "admission": {"extproc.admission", "extproc.errors"},
-    "gate": {"extproc.admission"},
-    "session": {
-        "extproc.admission",
-        "extproc.gate",
-        "extproc.wire",
-        "extproc.durations",
-        "extproc.ages",
-        "extproc.errors",
-    },
-    "wire": {"extproc._pb", "extproc.errors"},
-    "server": {"extproc.session", "extproc.wire", "extproc.errors", "extproc.listener"},
-    "completion": {
-        "extproc.completion",
-        *("extproc.session", "extproc.wire", "extproc.errors", "extproc.listener", "extproc.server"),
-    },
-    "listener": {"extproc.tls", "extproc.errors"},
-    "tls": {"extproc.config", "extproc.errors"},
+    "stream": {"extproc.stream", "extproc.admission", "extproc.durations", "extproc.errors", "extproc._pb"},
+    "stream/gate": {"extproc.admission"},
+    "stream/wire": {"extproc._pb", "extproc.errors"},
+    "transport": {"extproc.transport", "extproc.stream", "extproc.config", "extproc.errors"},
+    "transport/completion": {"extproc.transport", "extproc.stream", "extproc.errors"},
     "engine": {"extproc.engine", "extproc.errors"},
-    "telemetry": {"extproc.telemetry", "extproc.admission", "extproc.errors"},
-    "health": {"extproc.config"},
-    "discovery": {
-        *("extproc.discovery", "extproc.config", "extproc.envoy_config", "extproc.errors"),
-        *("extproc.admission", "extproc.gate", "extproc.session"),
+    "endpoints/telemetry": {"extproc.endpoints.telemetry", "extproc.admission", "extproc.errors"},
+    "endpoints": {
+        *("extproc.endpoints", "extproc.config", "extproc.envoy", "extproc.errors"),
+        *("extproc.admission", "extproc.stream"),
     },
     "admin": {
-        *("extproc.admin", "extproc.admission", "extproc.gate", "extproc.observe", "extproc.config", "extproc.errors"),
+        *(
+            "extproc.admin",
+            "extproc.admission",
+            "extproc.stream",
+            "extproc.observe",
+            "extproc.config",
+            "extproc.errors",
+        ),
         "extproc",
     },
     "config": {
-        *("extproc.config", "extproc.admission", "extproc.session", "extproc.telemetry"),
+        *("extproc.config", "extproc.admission", "extproc.stream", "extproc.endpoints.telemetry"),
         *("extproc.durations", "extproc.files", "extproc.errors"),
     },
     "config/types": {"extproc.durations", "extproc.errors"},
-    "config/keys": {"extproc.config.types", "extproc.admission", "extproc.session", "extproc.telemetry"},
+    "config/keys": {"extproc.config.types", "extproc.admission", "extproc.stream", "extproc.endpoints.telemetry"},
     "config/rules": {"extproc.config.types", "extproc.config.keys"},
-    "envoy_view": {"extproc.config", "extproc.durations", "extproc.envoy_config"},
-    "envoy_ways": {"extproc.envoy_view", "extproc.config"},
-    "observe": {"extproc.observe", "extproc.admission", "extproc.telemetry", "extproc"},
+    "envoy": {
+        *("extproc.envoy", "extproc.config", "extproc.stream", "extproc.durations", "extproc.files", "extproc.errors"),
+        *("extproc.endpoints.names", "extproc.admission.limit"),
+    },
+    "observe": {"extproc.observe", "extproc.admission", "extproc.endpoints.telemetry", "extproc"},
 }
 FORBIDDEN_OUTSIDE = {
     "admission": {"asyncio", "grpc", "time", "random", "logging", "threading", "os", "socket", "aiohttp"},
-    "session": {"grpc", "asyncio"},
-    "gate": {"grpc", "asyncio"},
+    "stream": {"grpc", "asyncio"},
 }
 
 
@@ -69,8 +64,7 @@ def imports_of(part: str) -> set[str]:
                 found |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module == "extproc":
                 found |= {
-                    f"extproc.{alias.name}" if (ROOT / f"{alias.name}.py").exists() else "extproc"
-                    for alias in node.names
+                    f"extproc.{alias.name}" if (ROOT / alias.name).exists() else "extproc" for alias in node.names
                 }
             elif isinstance(node, ast.ImportFrom) and node.module:
                 found.add(node.module)

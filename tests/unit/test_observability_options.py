@@ -6,17 +6,17 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from test_session_and_gate import Clock, message
 
-from extproc import wire
 from extproc._pb import ext_proc_pb2 as pb
 from extproc.admission.controller import Controller
 from extproc.admission.values import EndpointSpec, Policy, RequestClass
-from extproc.ages import Ages
 from extproc.config import parse_config
-from extproc.envoy_check import check_envoy
-from extproc.envoy_config import EnvoyOptions, render
-from extproc.gate import Gate
+from extproc.envoy.bootstrap import EnvoyOptions, render
+from extproc.envoy.check import check_envoy
 from extproc.observe.metrics import Metrics
-from extproc.session import Desk, Headers, Session
+from extproc.stream import wire
+from extproc.stream.ages import Ages
+from extproc.stream.gate import Gate
+from extproc.stream.session import Desk, Headers, Session
 
 ENDPOINTS = "endpoints: [{name: a, address: '127.0.0.1:8001'}]\n"
 OPTIONS = {"server_timing": "server-timing", "tracing": "traceparent"}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from extproc.admission.controller import Controller
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import EndpointSpec, Policy, Request, RequestClass
-from extproc.gate import GATHER_S, REPLAYS_S, Gate
+from extproc.stream.gate import GATHER_S, REPLAYS_S, Gate
 
 if TYPE_CHECKING:
     from collections.abc import Callable

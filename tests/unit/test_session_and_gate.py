@@ -13,12 +13,12 @@ from extproc._pb import ext_proc_pb2 as pb
 from extproc.admission.controller import Controller
 from extproc.admission.load import Load
 from extproc.admission.values import Dispatch, EndpointSpec, Policy, RequestClass
-from extproc.ages import Ages
+from extproc.endpoints.telemetry.scraper import Scraper
+from extproc.endpoints.telemetry.target import Target
 from extproc.errors import ProtocolError
-from extproc.gate import BURST, Gate
-from extproc.session import Desk, Headers, Session
-from extproc.telemetry.scraper import Scraper
-from extproc.telemetry.target import Target
+from extproc.stream.ages import Ages
+from extproc.stream.gate import BURST, Gate
+from extproc.stream.session import Desk, Headers, Session
 
 
 class Clock:

@@ -7,8 +7,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from extproc.telemetry.engines import DCGM, ENGINES, engines_for
-from extproc.telemetry.page import (
+from extproc.endpoints.telemetry.engines import DCGM, ENGINES, engines_for
+from extproc.endpoints.telemetry.page import (
     MOST_BYTES,
     MOST_SERIES,
     MOST_WANTED_BYTES,

@@ -17,12 +17,12 @@ from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import EndpointSpec, Policy, Request
 from extproc.app import App
 from extproc.config import Config, parse_config
+from extproc.endpoints.telemetry.engines import ENGINES
+from extproc.endpoints.telemetry.page import MOST_BYTES
+from extproc.endpoints.telemetry.scraper import Scraper
+from extproc.endpoints.telemetry.target import Target
 from extproc.errors import ConfigError
-from extproc.gate import Gate
-from extproc.telemetry.engines import ENGINES
-from extproc.telemetry.page import MOST_BYTES
-from extproc.telemetry.scraper import Scraper
-from extproc.telemetry.target import Target
+from extproc.stream.gate import Gate
 
 GOOD = b'vllm:num_requests_running{engine="0"} 3\nvllm:num_requests_waiting{engine="0"} 1\n'
 GPUS = b'DCGM_FI_DEV_GPU_UTIL{gpu="0"} 80\nDCGM_FI_DEV_GPU_UTIL{gpu="1"} 20\n'

@@ -16,13 +16,13 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from extproc import cli
 from extproc.app import App
+from extproc.commands import cli
 from extproc.config import Config, TlsConfig, parse_config
-from extproc.envoy_check import check_envoy
-from extproc.envoy_config import EnvoyOptions, render, render_secrets
+from extproc.envoy.bootstrap import EnvoyOptions, render, render_secrets
+from extproc.envoy.check import check_envoy
 from extproc.errors import ConfigError
-from extproc.tls import ServerTls, read
+from extproc.transport.tls import ServerTls, read
 
 NOW, DAY = dt.datetime.now(dt.UTC), dt.timedelta(days=1)
 CA = trustme.CA()

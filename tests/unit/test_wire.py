@@ -7,9 +7,9 @@ from google.protobuf import struct_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extproc import wire
 from extproc._pb import ext_proc_pb2 as pb
 from extproc.errors import ProtocolError
+from extproc.stream import wire
 
 
 def headers_message(*headers: tuple[str, bytes], **fields) -> bytes:

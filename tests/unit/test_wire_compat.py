@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-from extproc import wire
 from extproc._pb import ext_proc_pb2 as pb
+from extproc.stream import wire
 
 XDS = Path(sys.prefix) / "xds-protos"
 DUMP = """

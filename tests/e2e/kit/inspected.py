@@ -14,7 +14,7 @@ import signal
 import sys
 from pathlib import Path
 
-from extproc.cli import prepare_grpc, run_loop
+from extproc.commands.cli import prepare_grpc, run_loop
 from extproc.config import Config, load_config
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from extproc._pb import ext_proc_pb2 as pb
-from extproc.wire import METHOD, SERVICE
+from extproc.stream.wire import METHOD, SERVICE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

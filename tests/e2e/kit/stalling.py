@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from extproc.cli import prepare_grpc, run_loop
+from extproc.commands.cli import prepare_grpc, run_loop
 from extproc.config import Config, load_config
 
 STALL_S = 4.0

@@ -74,7 +74,7 @@ def test_a_report_without_kv_use_does_not_open_what_the_page_closed() -> None:
     desk.observe("a", HOT)
     excess = desk.endpoint("a").kv_excess
     desk.report("a", Load(running=1, waiting=0))
-    assert desk.endpoint("a").gate_until is not None
+    assert desk.endpoint("a").closed_until is not None
     assert desk.endpoint("a").kv_excess == excess > 0
 
 

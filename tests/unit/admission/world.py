@@ -353,7 +353,7 @@ class World:
         if not self.core.policy.enable_queue:
             return True
         leases = self.books[endpoint.name].leases
-        if endpoint.gate_until is not None or (endpoint.on_trial and endpoint.trial in leases):
+        if endpoint.closed_until is not None or (endpoint.on_trial and endpoint.trial in leases):
             return False
         return len(leases) + endpoint.foreign < endpoint.limit.value
 
@@ -395,7 +395,7 @@ class World:
         wanted = [ticket.wait_until for ticket in self.waiting]
         wanted += [t.patience_until for t in self.waiting if t.pool is not None and t.queue is not t.pool.shared]
         for endpoint in self.core.endpoints.values():
-            times = (endpoint.gate_until, endpoint.ejected_until, endpoint.prefill.next_change())
+            times = (endpoint.closed_until, endpoint.ejected_until, endpoint.prefill.next_change())
             wanted += [at for at in times if at is not None]
             if endpoint.load is not None:
                 wanted.append(endpoint.load_at + self.core.policy.stale_after_s)

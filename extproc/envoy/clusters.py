@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import aiohttp
 import yaml
 
-from extproc.discovery.names import address_of
-from extproc.envoy_config import render_clusters
+from extproc.endpoints.names import address_of
+from extproc.envoy.bootstrap import render_clusters
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -13,7 +13,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from extproc.admission.load import Load
-from extproc.telemetry.bounds import MOST_REQUESTS, MOST_TOKENS, share, whole, within
+from extproc.endpoints.telemetry.bounds import MOST_REQUESTS, MOST_TOKENS, share, whole, within
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 import grpc
 from grpc._cython import cygrpc
 
-from extproc import wire
-from extproc.completion.services import Health, Reflection, StatusError
 from extproc.errors import ProtocolError
-from extproc.server import OPTIONS, SERVICES
-from extproc.session import Session
+from extproc.stream import wire
+from extproc.stream.session import Session
+from extproc.transport.aio import OPTIONS, SERVICES
+from extproc.transport.completion.services import Health, Reflection, StatusError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from extproc.completion.loop import CompletionLoop
-    from extproc.listener import Listener
-    from extproc.session import Desk
+    from extproc.stream.session import Desk
+    from extproc.transport.completion.loop import CompletionLoop
+    from extproc.transport.listener import Listener
 
 log = logging.getLogger("extproc.server")
 

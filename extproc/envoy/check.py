@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from extproc import envoy_ways as ways
-from extproc import wire
 from extproc.admission.limit import CEILING
 from extproc.durations import parse_duration
-from extproc.envoy_config import IDLE_S, MARGIN_S
-from extproc.envoy_view import Spot, View, views, walk
+from extproc.envoy import ways
+from extproc.envoy.bootstrap import IDLE_S, MARGIN_S
+from extproc.envoy.view import Spot, View, views, walk
 from extproc.errors import ConfigError
 from extproc.files import read_text
+from extproc.stream import wire
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator

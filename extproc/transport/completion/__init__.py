@@ -9,18 +9,18 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
-    from extproc.completion.server import Server as CompletionServer
-    from extproc.server import Server
+    from extproc.transport.aio import Server
+    from extproc.transport.completion.server import Server as CompletionServer
 
 
 def server_on(loop: asyncio.AbstractEventLoop) -> Callable[..., Server | CompletionServer]:
-    """Return what makes a server on `loop`: the loop was chosen for its transport (`extproc.cli.run_loop`)."""
-    from extproc.completion.loop import CompletionLoop
+    """Return what makes a server on `loop`: the loop was chosen for its transport (`extproc.commands.cli.run_loop`)."""
+    from extproc.transport.completion.loop import CompletionLoop
 
     if isinstance(loop, CompletionLoop):
-        from extproc.completion.server import Server as CompletionServer
+        from extproc.transport.completion.server import Server as CompletionServer
 
         return partial(CompletionServer, loop=loop)
-    from extproc.server import Server
+    from extproc.transport.aio import Server
 
     return Server

@@ -10,15 +10,15 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from extproc import wire
 from extproc.errors import ProtocolError
-from extproc.session import Session
+from extproc.stream import wire
+from extproc.stream.session import Session
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from extproc.listener import Listener
-    from extproc.session import Desk
+    from extproc.stream.session import Desk
+    from extproc.transport.listener import Listener
 
 log = logging.getLogger("extproc.server")
 

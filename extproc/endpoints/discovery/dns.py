@@ -8,7 +8,7 @@ import random
 import socket
 from typing import TYPE_CHECKING
 
-from extproc.discovery.names import address_of, name_of
+from extproc.endpoints.names import address_of, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from extproc.admission.ticket import State
-from extproc.discovery.clusters import GIVE_UP_S, SETTLE_S
+from extproc.envoy.clusters import GIVE_UP_S, SETTLE_S
 from extproc.errors import StartError
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from extproc.admission.ticket import Ticket
     from extproc.admission.values import EndpointSpec
     from extproc.config import Config, EndpointConfig
-    from extproc.discovery.clusters import ClustersFile, EnvoyAdmin
-    from extproc.gate import Gate
-    from extproc.session import Desk
+    from extproc.envoy.clusters import ClustersFile, EnvoyAdmin
+    from extproc.stream.gate import Gate
+    from extproc.stream.session import Desk
 
 log = logging.getLogger("extproc.discovery")
 

@@ -11,21 +11,21 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from extproc import wire
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import Answer, Dispatch, Request
 from extproc.durations import parse_duration
 from extproc.errors import ProtocolError
-from extproc.wire import Kind
+from extproc.stream import wire
+from extproc.stream.wire import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from extproc.admission.load import Load
     from extproc.admission.values import Decision
-    from extproc.ages import Ages
-    from extproc.gate import Gate
-    from extproc.wire import Incoming
+    from extproc.stream.ages import Ages
+    from extproc.stream.gate import Gate
+    from extproc.stream.wire import Incoming
 
 BYTES_PER_TOKEN = 4
 """English prose in common tokenizers. Ordering by it did as well in simulation as ordering by the true lengths."""

@@ -17,16 +17,16 @@ import aiohttp
 from yarl import URL
 
 from extproc.admission.load import Load
-from extproc.telemetry.engines import DCGM, engines_for
-from extproc.telemetry.orca import parse_orca
-from extproc.telemetry.page import MOST_BYTES, Readings, Reason, read_in_slices
-from extproc.telemetry.rates import Rates
+from extproc.endpoints.telemetry.engines import DCGM, engines_for
+from extproc.endpoints.telemetry.orca import parse_orca
+from extproc.endpoints.telemetry.page import MOST_BYTES, Readings, Reason, read_in_slices
+from extproc.endpoints.telemetry.rates import Rates
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from extproc.telemetry.engines import Engine
-    from extproc.telemetry.target import Target
+    from extproc.endpoints.telemetry.engines import Engine
+    from extproc.endpoints.telemetry.target import Target
 
 log = logging.getLogger("extproc.telemetry")
 

@@ -20,9 +20,9 @@ import aiohttp
 import yaml
 
 from extproc.app import App
+from extproc.commands.demo import Demo
 from extproc.config import Config, load_config, parse_config, require_address
-from extproc.demo import Demo
-from extproc.envoy_config import EnvoyOptions, render
+from extproc.envoy.bootstrap import EnvoyOptions, render
 from extproc.errors import ConfigError, StartError
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from extproc.admission.load import Load
-from extproc.telemetry.bounds import MOST_TOKENS, within
+from extproc.endpoints.telemetry.bounds import MOST_TOKENS, within
 
 if TYPE_CHECKING:
-    from extproc.telemetry.page import Counter, Readings
+    from extproc.endpoints.telemetry.page import Counter, Readings
 
 
 class Rates:

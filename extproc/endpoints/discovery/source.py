@@ -8,8 +8,8 @@ import logging
 import random
 from typing import TYPE_CHECKING, Protocol
 
-from extproc.discovery.dns import Dns
-from extproc.discovery.kubernetes import Kubernetes
+from extproc.endpoints.discovery.dns import Dns
+from extproc.endpoints.discovery.kubernetes import Kubernetes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -14,12 +14,12 @@ from enum import StrEnum
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from extproc.telemetry.bounds import MOST_COUNTED, MOST_REQUESTS, MOST_TOKENS, share, whole, within
+from extproc.endpoints.telemetry.bounds import MOST_COUNTED, MOST_REQUESTS, MOST_TOKENS, share, whole, within
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable
 
-    from extproc.telemetry.engines import Engine, Metric, Names
+    from extproc.endpoints.telemetry.engines import Engine, Metric, Names
 
 MOST_BYTES = 1024 * 1024
 MOST_SERIES = 1024

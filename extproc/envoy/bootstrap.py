@@ -12,10 +12,10 @@ from ipaddress import ip_address
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from extproc import wire
 from extproc.config import split_address
 from extproc.durations import format_duration
 from extproc.errors import ConfigError
+from extproc.stream import wire
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

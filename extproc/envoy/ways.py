@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from extproc.envoy_view import (
+from extproc.envoy.view import (
     DYNAMIC,
     Address,
     Spot,

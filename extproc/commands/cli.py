@@ -159,7 +159,7 @@ def run_loop(main: Coroutine[object, object, int], transport: str) -> int:
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     with contextlib.suppress(ImportError):
         loop_factory = import_module("uvloop").new_event_loop
-    loop = import_module("extproc.completion.loop").make_loop() if transport == "completion_queue" else None
+    loop = import_module("extproc.transport.completion.loop").make_loop() if transport == "completion_queue" else None
     with asyncio.Runner(loop_factory=loop_factory if loop is None else lambda: loop) as runner:
         return runner.run(main)
 
@@ -184,7 +184,7 @@ def _up(arguments: argparse.Namespace) -> int:
 
     transport = Config().transport
     prepare_grpc(transport, "unix:")  # where `up` lets it listen
-    from extproc.up import Up
+    from extproc.commands.up import Up
 
     set_up(arguments.log_level)
     up = Up(
@@ -201,9 +201,9 @@ def _up(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from extproc import tls
     from extproc.config import load_config
-    from extproc.envoy_check import check_envoy, could_not_look
+    from extproc.envoy.check import check_envoy, could_not_look
+    from extproc.transport import tls
 
     config = load_config(arguments.file)
     if config.tls is not None:
@@ -231,7 +231,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _envoy_config(arguments: argparse.Namespace) -> int:
     from extproc.config import load_config, require_address
-    from extproc.envoy_config import EnvoyOptions, render, render_secrets
+    from extproc.envoy.bootstrap import EnvoyOptions, render, render_secrets
 
     config = load_config(arguments.config)
     for flag, address in (("--http", arguments.http), ("--envoy-admin", arguments.envoy_admin)):
@@ -264,8 +264,8 @@ def _envoy_config(arguments: argparse.Namespace) -> int:
 
 
 def _top(arguments: argparse.Namespace) -> int:
+    from extproc.commands.top import top
     from extproc.config import require_address
-    from extproc.top import top
 
     require_address("--admin", arguments.admin)
     try:

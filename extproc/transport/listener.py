@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import grpc
 
-    from extproc.tls import ServerTls
+    from extproc.transport.tls import ServerTls
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import aiohttp
 
-from extproc.top import Screen, line, lines
+from extproc.commands.top import Screen, line, lines
 
 if TYPE_CHECKING:
     from extproc.admin.http import Admin

@@ -1,0 +1,1 @@
+"""What Envoy must be told, and whether it was."""

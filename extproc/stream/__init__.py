@@ -1,0 +1,1 @@
+"""One HTTP request: its messages, its state, its decision."""

@@ -1,0 +1,1 @@
+"""How streams are carried: listeners, TLS, gRPC."""
