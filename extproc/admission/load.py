@@ -20,6 +20,10 @@ class Load:
         prompt_tokens: prompt tokens computed since the reading before.
         output_tokens: output tokens made since the reading before.
         first_tokens: answers that began since the reading before.
+        max_running: the most requests that the engine runs at once, as it says itself.
+        cached_tokens: of `prompt_tokens`' prompts, tokens found in the prefix cache since the reading before.
+        context_tokens: the longest prompt and answer together that the model takes.
+        asleep: whether the engine sleeps or is paused: it answers its health check and serves nobody.
     """
 
     running: float | None = None
@@ -32,6 +36,10 @@ class Load:
     prompt_tokens: int | None = None
     output_tokens: int | None = None
     first_tokens: int | None = None
+    max_running: int | None = None
+    cached_tokens: int | None = None
+    context_tokens: int | None = None
+    asleep: bool | None = None
 
     def over(self, older: Load | None) -> Load:
         """Return what this reading tells, and where it tells nothing, what the `older` one did."""
