@@ -198,7 +198,7 @@ class Viewer:
             "foreign": endpoint.foreign,
             "limit": endpoint.limit.value,
             "adaptive": endpoint.spec.max_running_requests is None,
-            "held_back": endpoint.closed_until is not None,
+            "held_back": endpoint.closed_until is not None or endpoint.health.full_until is not None,
             "kv_tokens": endpoint.kv_tokens,
             "kv_capacity_tokens": endpoint.kv_capacity,
             "waiting": preferring.get(endpoint.name, 0),
@@ -207,8 +207,8 @@ class Viewer:
         }
         if len(models) > len(row["models"]):
             row["more_models"] = len(models) - len(row["models"])
-        if endpoint.ejected_until is not None:
-            row["ejected_for_s"] = round(max(endpoint.ejected_until - now, 0.0), 1)
+        if endpoint.health.ejected_until is not None:
+            row["ejected_for_s"] = round(max(endpoint.health.ejected_until - now, 0.0), 1)
         if age_s is not None:
             row["telemetry_age_s"] = round(age_s, 3)
         return row
@@ -218,11 +218,11 @@ def _state(endpoint: Endpoint) -> str:
     """Whether it may be used, in a word."""
     if endpoint.removed:
         return "removed"
-    if not endpoint.is_up:
+    if not endpoint.health.is_up:
         return "down"
-    if endpoint.ejected_until is not None:
+    if endpoint.health.ejected_until is not None:
         return "ejected"
-    return "on trial" if endpoint.on_trial else "up"
+    return "on trial" if endpoint.health.on_trial else "up"
 
 
 def _preferring(controller: Controller) -> dict[str, int]:

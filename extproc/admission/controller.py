@@ -137,8 +137,8 @@ class Controller:
         """Note that an answer began well, long before it ends: a trial need not last as long as an answer."""
         self._now = now
         endpoint = ticket.endpoint
-        if ticket.state is State.LEASED and endpoint is not None and endpoint.is_doubted:
-            endpoint.succeeded()
+        if ticket.state is State.LEASED and endpoint is not None and endpoint.health.is_doubted:
+            endpoint.health.succeeded()
             self._changed(endpoint)
         return self._dispatch()
 
@@ -154,19 +154,18 @@ class Controller:
         endpoint.release(ticket, now)
         match answer:
             case Answer.OK:
-                endpoint.succeeded()
+                endpoint.health.succeeded()
             case Answer.FAILED:
-                endpoint.failed(ticket, now, spare=False)
+                endpoint.health.failed(ticket, now, spare=False)
             case Answer.ERROR:
                 # A request that makes engines fail must not take out one after the other: the last one stays.
                 others = any(other.available for other in pool.members if other is not endpoint)
-                endpoint.failed(ticket, now, spare=not others)
+                endpoint.health.failed(ticket, now, spare=not others)
             case Answer.SATURATED:
-                endpoint.saturated(now)
+                endpoint.health.saturated(now)
             case Answer.UNKNOWN:
                 pass
-        if ticket is endpoint.trial:
-            endpoint.trial = None
+        endpoint.health.released(ticket)
         if output_tokens is not None:
             surplus = OUTPUT_WEIGHT * (output_tokens - ticket.output_tokens)
             if ticket.charge is not None:
@@ -213,8 +212,8 @@ class Controller:
         """Note that an endpoint went down or came back. Unknown: no-op."""
         self._now = now
         endpoint = self.endpoints.get(name)
-        if endpoint is not None and endpoint.is_up is not is_up:
-            endpoint.is_up = is_up
+        if endpoint is not None and endpoint.health.is_up is not is_up:
+            endpoint.health.is_up = is_up
             self._changed(endpoint)
         return self._dispatch()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from extproc.admission.alarms import NEVER
+from extproc.admission.health import Health
 from extproc.admission.limit import AdaptiveLimit, FixedLimit
 from extproc.admission.prefill import Prefill
 
@@ -18,16 +19,6 @@ if TYPE_CHECKING:
 KV_SHARE = 0.92
 """How much of the KV cache estimates may fill: the rest is for estimates that were too low."""
 
-EJECT_AFTER = 5
-"""Consecutive failures that take an endpoint out."""
-EJECT_S = 5.0
-"""The first ejection; each one that follows without a success between lasts twice as long."""
-EJECT_MAX_S = 60.0
-EJECTED = "ejected after failures"
-"""The condition of an endpoint that is out."""
-SATURATED_S = 0.25
-"""How long an endpoint that refused a request as full is left alone."""
-
 ARRIVED_S = 0.1
 """A lease as old as this has reached its engine."""
 FOREIGN_S = 30.0
@@ -40,7 +31,7 @@ class Endpoint:
 
     Attributes:
         leases: the tickets that hold a slot here, oldest first; how many there are is what "in flight" means.
-        is_up: False while health checks say that it is down.
+        health: whether it works, as far as checks and answers say.
         removed: True once the config or discovery no longer has it; its leases run out.
         enforcing: False while the queue is switched off: then there is always room.
         load, load_at: what its metrics page said last, and when.
@@ -53,7 +44,6 @@ class Endpoint:
     """
 
     __slots__ = (
-        "_failures",
         "_foreign_at",
         "_met",
         "_page_capacity",
@@ -62,11 +52,9 @@ class Endpoint:
         "completed",
         "crowding",
         "dispatched",
-        "ejected_until",
-        "ejections",
         "enforcing",
         "foreign",
-        "is_up",
+        "health",
         "kv_capacity",
         "kv_excess",
         "kv_tokens",
@@ -76,7 +64,6 @@ class Endpoint:
         "listed",
         "load",
         "load_at",
-        "on_trial",
         "picked",
         "pools",
         "prefill",
@@ -87,7 +74,6 @@ class Endpoint:
         "report_at",
         "sees_first_tokens",
         "spec",
-        "trial",
     )
 
     def __init__(self, spec: EndpointSpec, policy: Policy) -> None:
@@ -97,7 +83,7 @@ class Endpoint:
         self.limit: Limit = _limit_of(spec)
         self.pools: list[Pool] = []
         self.listed = False  # in its pools' lists of open endpoints
-        self.is_up = True
+        self.health = Health()
         self.removed = False
         self.dispatched = 0
         self.completed = 0  # leases that ended since the mean of output tokens was fed last
@@ -120,11 +106,6 @@ class Endpoint:
         self._page_capacity: int | None = None
         self.prefill = Prefill()
         self.sees_first_tokens = False
-        self.ejected_until: float | None = None
-        self.ejections = 0
-        self.on_trial = False  # back from an ejection: one new request at a time until one succeeds
-        self.trial: Ticket | None = None  # that request; answers from before the ejection may still run beside it
-        self._failures = 0
         self.apply(policy)
 
     @property
@@ -158,16 +139,16 @@ class Endpoint:
     @property
     def available(self) -> bool:
         """Whether it may be sent anything at all."""
-        return self.is_up and not self.removed and self.ejected_until is None
+        return self.health.is_usable and not self.removed
 
     @property
     def is_open(self) -> bool:
         """Whether it has room for a request that needs no tokens: necessary, not sufficient."""
-        if not (self.is_up and not self.removed and self.ejected_until is None):
+        if self.removed or not self.health.is_usable:
             return False
         if not self.enforcing:
             return True
-        if self.closed_until is not None or (self.on_trial and self.trial is not None):
+        if self.closed_until is not None or self.health.is_held_back:
             return False
         return self.held < self.limit.value
 
@@ -213,8 +194,7 @@ class Endpoint:
         """Put `ticket` in the books."""
         self.leases[ticket] = None
         ticket.leased_at = now
-        if self.on_trial:
-            self.trial = ticket
+        self.health.leased(ticket)
         self.kv_tokens += ticket.kv_tokens
         self.prefill.add(ticket, now)
         self.kv_turnover += ticket.work_tokens + ticket.output_tokens
@@ -228,7 +208,7 @@ class Endpoint:
         self.completed += 1
         if not self.leases and self.load is None and self.report is not None:
             self.kv_excess = 0.0  # no page, and no answer that could bring better news
-            self._reopen(now)
+            self.closed_until = None
 
     def first_token(self, ticket: Ticket, now: float) -> None:
         """Note that the engine has computed the prompt of `ticket`."""
@@ -269,7 +249,7 @@ class Endpoint:
         if _is_hot(known, policy) and not idle:
             self.closed_until = now + policy.stale_after_s
         else:
-            self._reopen(now)
+            self.closed_until = None
 
     def merge(self, report: Load, now: float, policy: Policy) -> None:
         """Follow a report that came with an answer: what it doesn't say stays as it was.
@@ -283,7 +263,7 @@ class Endpoint:
         if _is_hot(report.over(self.load), policy):
             self.closed_until = now + policy.stale_after_s
         else:
-            self._reopen(now)
+            self.closed_until = None
 
     def _size_cache(self) -> None:
         """Take the size of the KV cache from the config, else from the page, whose word lasts, else from a report."""
@@ -297,11 +277,6 @@ class Endpoint:
         self.kv_excess = 0.0
         if usage is not None and self.kv_capacity is not None:
             self.kv_excess = max(usage * self.kv_capacity - self.kv_tokens, 0.0)
-
-    def _reopen(self, now: float) -> None:
-        """Open the gate, unless what closed it was a refusal: that one opens by itself, in a moment."""
-        if self.closed_until is not None and self.closed_until > now + SATURATED_S:
-            self.closed_until = None
 
     def _count_foreign(self, load: Load, now: float) -> None:
         """Count the requests of others when telemetry comes first; after that they can only become fewer.
@@ -356,68 +331,29 @@ class Endpoint:
         if known is None or not _is_hot(known, policy):
             self.closed_until = None
 
-    # ---- failures
-
-    @property
-    def is_doubted(self) -> bool:
-        """Whether an answer that begins well is news."""
-        return self.on_trial or self._failures > 0
-
-    def succeeded(self) -> None:
-        """Note an answer that shows that the endpoint works."""
-        self._failures = 0
-        self.ejections = 0
-        self.on_trial = False
-        self.trial = None
-
-    def failed(self, ticket: Ticket, now: float, *, spare: bool) -> None:
-        """Note a failure; enough of them in a row eject the endpoint, each time for longer, unless it is to be spared.
-
-        On trial the trial's own failure is enough; those of older requests say nothing new.
-        """
-        on_trial, self.trial = ticket is self.trial, None if ticket is self.trial else self.trial
-        if self.on_trial and not on_trial:
-            return
-        self._failures += 1
-        if (self._failures >= EJECT_AFTER or on_trial) and self.ejected_until is None and not spare:
-            self.ejections += 1
-            self.ejected_until = now + self.ejection_s
-            self._failures = 0
-
-    @property
-    def ejection_s(self) -> float:
-        """How long the latest ejection lasts, in seconds."""
-        return min(EJECT_S * 2.0 ** (self.ejections - 1), EJECT_MAX_S)
-
-    def saturated(self, now: float) -> None:
-        """Note that it refused a request as full: it works, and wants to be left alone for a moment."""
-        self._failures = 0
-        self.closed_until = max(self.closed_until or 0.0, now + SATURATED_S)
+    # ---- time
 
     def next_change(self) -> float | None:
         """Return when time alone changes whether it has room."""
-        prefill_at = self.prefill.next_change()
-        if self.closed_until is None and self.ejected_until is None:
-            return prefill_at
-        return min(at for at in (self.closed_until, self.ejected_until, prefill_at) if at is not None)
+        soonest: float | None = None
+        for at in (self.closed_until, self.health.next_change(), self.prefill.next_change()):
+            if at is not None and (soonest is None or at < soonest):
+                soonest = at
+        return soonest
 
     def pass_time(self, now: float) -> None:
         """Open gates and end ejections whose time is over."""
         self.prefill.pass_time(now)
         if self.closed_until is not None and now >= self.closed_until:
             self.closed_until = None
-        if self.ejected_until is not None and now >= self.ejected_until:
-            self.ejected_until = None
-            self.on_trial = True
+        self.health.pass_time(now)
 
     @property
     def condition(self) -> str:
         """Whether it may be used, in a few words for people."""
         if self.removed:
             return "removed"
-        if not self.is_up:
-            return "down"
-        return EJECTED if self.ejected_until is not None else "up"
+        return self.health.condition
 
     def __repr__(self) -> str:
         """Show the state that tests, logs and people read."""

@@ -14,7 +14,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from extproc.admission.endpoint import EJECT_AFTER, EJECTED
+from extproc.admission.health import EJECT_AFTER, EJECTED
 from extproc.admission.outcome import Outcome
 from extproc.admission.values import Dispatch
 
@@ -165,5 +165,5 @@ class QueueLog:
 
 def _ejection(endpoint: Endpoint) -> str:
     """Say for how long it is out, and why: only the first ejection needs several failures, then one trial is enough."""
-    why = f"{EJECT_AFTER} failures in a row" if endpoint.ejections == 1 else "a failed trial"
-    return f"ejected for {endpoint.ejection_s:g}s after {why}"
+    why = f"{EJECT_AFTER} failures in a row" if endpoint.health.ejections == 1 else "a failed trial"
+    return f"ejected for {endpoint.health.ejection_s:g}s after {why}"

@@ -302,9 +302,10 @@ class Metrics:
             inflight.add_metric(name, len(endpoint.leases))
             first = next(iter(endpoint.leases), None)
             oldest.add_metric(name, 0.0 if first is None else max(now - first.leased_at, 0.0))
-            closed.add_metric([*name, "down"], int(not endpoint.is_up))
-            closed.add_metric([*name, "ejected"], int(endpoint.ejected_until is not None))
-            closed.add_metric([*name, "load"], int(endpoint.closed_until is not None))
+            closed.add_metric([*name, "down"], int(not endpoint.health.is_up))
+            closed.add_metric([*name, "ejected"], int(endpoint.health.ejected_until is not None))
+            held_back = endpoint.closed_until is not None or endpoint.health.full_until is not None
+            closed.add_metric([*name, "load"], int(held_back))
             dispatched.add_metric(name, endpoint.dispatched)
             limit.add_metric([*name, "requests"], endpoint.limit.value)
             if endpoint.kv_capacity is not None:

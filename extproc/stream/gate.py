@@ -108,7 +108,7 @@ class Gate:
     def answered(self, ticket: Ticket) -> None:
         """Note that an answer began well."""
         endpoint = ticket.endpoint
-        if endpoint is not None and endpoint.is_doubted:  # else it is no news, and costs nothing
+        if endpoint is not None and endpoint.health.is_doubted:  # else it is no news, and costs nothing
             self._settle(self.controller.answered(ticket, self._loop.time()))
 
     def report(self, ticket: Ticket, load: Load) -> None:

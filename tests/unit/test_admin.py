@@ -223,8 +223,8 @@ def test_an_endpoints_state_is_a_word():
     tickets = room.offer(5)
     endpoints = room.gate.controller.endpoints
     room.gate.set_up("vllm-1", is_up=False)
-    endpoints["vllm-2"].ejected_until = room.clock.now + 4
-    endpoints["vllm-3"].on_trial = True
+    endpoints["vllm-2"].health.ejected_until = room.clock.now + 4
+    endpoints["vllm-3"].health.on_trial = True
     room.gate.remove_endpoint("vllm-4")
     rows = {row["name"]: row for row in room.admin.snapshot()["endpoints"]}
     assert [rows[f"vllm-{n}"]["state"] for n in range(5)] == ["up", "down", "ejected", "on trial", "removed"]

@@ -226,7 +226,7 @@ def test_only_failures_of_the_endpoint_count_towards_its_ejection(status, detail
         attributes = {"response.code_details": details} if details else {}
         session.receive(message("response_headers", attributes, status=status))
         session.end()
-    assert (room.gate.controller.endpoints["a"].ejected_until is not None) is bool(failures)
+    assert (room.gate.controller.endpoints["a"].health.ejected_until is not None) is bool(failures)
 
 
 @pytest.mark.parametrize(("status", "details"), [("400", "http1.codec_error"), ("429", "local_rate_limited")])
@@ -238,7 +238,7 @@ def test_what_envoy_answers_by_itself_to_a_clients_mistake_does_not_speak_for_th
         said, why = ours if bad else (status, details)
         session.receive(message("response_headers", {"response.code_details": why}, status=said))
         session.end()
-    assert room.gate.controller.endpoints["a"].ejected_until is not None
+    assert room.gate.controller.endpoints["a"].health.ejected_until is not None
 
 
 def test_headers_win_over_fields_of_the_body_and_wrong_types_are_ignored():

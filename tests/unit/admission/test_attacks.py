@@ -54,7 +54,7 @@ def test_back_from_an_ejection_an_endpoint_is_tried_beside_the_answers_that_stil
     second = offer(core, 6.0)
     assert second.state is State.WAITING, "one at a time"
     core.release(long, 6.1, Answer.FAILED)
-    assert core.endpoints["a"].ejected_until is None, "an old answer says nothing of the trial"
+    assert core.endpoints["a"].health.ejected_until is None, "an old answer says nothing of the trial"
     core.answered(trial, 6.2)
     assert second.state is State.LEASED, "a good beginning ends the trial"
 
@@ -65,7 +65,7 @@ def test_a_failed_trial_ejects_again():
     core.tick(6.0)
     trial = offer(core, 6.0)
     core.release(trial, 6.0, Answer.FAILED)
-    assert core.endpoints["a"].ejected_until == 6.0 + 10.0
+    assert core.endpoints["a"].health.ejected_until == 6.0 + 10.0
 
 
 def test_poison_requests_never_take_out_the_last_endpoint_of_a_pool_but_a_dead_one_goes():

@@ -9,8 +9,9 @@ import pytest
 
 from extproc.admission.alarms import Alarms
 from extproc.admission.controller import CACHED_AT_MOST
-from extproc.admission.endpoint import EJECT_AFTER, KV_SHARE, SATURATED_S
+from extproc.admission.endpoint import KV_SHARE
 from extproc.admission.fairness import MAX_TENANTS, FairShare
+from extproc.admission.health import EJECT_AFTER, SATURATED_S
 from extproc.admission.limit import FAST_S, START, TARGET_S, AdaptiveLimit
 from extproc.admission.load import Load
 from extproc.admission.outcome import Outcome
@@ -784,11 +785,11 @@ def test_failures_of_leases_that_outlive_an_ejection_do_not_prolong_it() -> None
     tickets = desk.fill(2 * EJECT_AFTER)
     for ticket in tickets[:EJECT_AFTER]:
         desk.release(ticket, Answer.FAILED)
-    until = desk.endpoint("a").ejected_until
+    until = desk.endpoint("a").health.ejected_until
     desk.advance(1.0)
     for ticket in tickets[EJECT_AFTER:]:
         desk.release(ticket, Answer.FAILED)
-    assert (desk.endpoint("a").ejected_until, desk.endpoint("a").ejections) == (until, 1)
+    assert (desk.endpoint("a").health.ejected_until, desk.endpoint("a").health.ejections) == (until, 1)
 
 
 def test_who_came_later_than_now_by_another_clock_has_not_waited() -> None:

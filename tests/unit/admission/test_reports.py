@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from extproc.admission.endpoint import SATURATED_S
+from extproc.admission.health import SATURATED_S
 from extproc.admission.limit import START
 from extproc.admission.load import Load
 from extproc.admission.rehearsal import HELD, Rehearsal

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from extproc.admission.controller import RETRY_AFTER_MAX_S, SURE
-from extproc.admission.endpoint import EJECT_AFTER, EJECT_MAX_S, EJECT_S, FOREIGN_S, KV_SHARE, SATURATED_S, Endpoint
+from extproc.admission.endpoint import FOREIGN_S, KV_SHARE, Endpoint
 from extproc.admission.fairness import MAX_TENANTS, FairShare
+from extproc.admission.health import EJECT_AFTER, EJECT_MAX_S, EJECT_S, SATURATED_S
 from extproc.admission.limit import CEILING, FLOOR, LONGEST_S, START, AdaptiveLimit, FixedLimit, Limit
 from extproc.admission.load import Load
 from extproc.admission.outcome import Outcome
@@ -1236,7 +1237,7 @@ def test_each_ejection_lasts_longer_up_to_a_bound_and_a_success_forgives() -> No
     fail(desk, EJECT_AFTER)
     lasted = []
     for _ in range(6):
-        until = desk.endpoint("a").ejected_until
+        until = desk.endpoint("a").health.ejected_until
         assert until is not None
         lasted.append(until - desk.now)
         desk.advance(until - desk.now)
@@ -1245,7 +1246,7 @@ def test_each_ejection_lasts_longer_up_to_a_bound_and_a_success_forgives() -> No
     desk.advance(EJECT_MAX_S)
     desk.release(desk.ask(), Answer.OK)
     fail(desk, EJECT_AFTER)
-    until = desk.endpoint("a").ejected_until
+    until = desk.endpoint("a").health.ejected_until
     assert until is not None
     assert until - desk.now == pytest.approx(EJECT_S)
 

@@ -276,7 +276,7 @@ class World:
 
     def _fits(self, books: Books, endpoint: Endpoint, ticket: Ticket) -> bool:
         count = len(books.leases) + endpoint.foreign
-        if count >= endpoint.limit.value or (endpoint.on_trial and endpoint.trial in books.leases):
+        if count >= endpoint.limit.value or (endpoint.health.on_trial and endpoint.health.trial in books.leases):
             return False
         if count == 0:
             return True
@@ -348,12 +348,16 @@ class World:
         return not books.spec.models or pool.model in books.spec.models
 
     def _is_open(self, endpoint: Endpoint) -> bool:
-        if endpoint.removed or not endpoint.is_up or endpoint.ejected_until is not None:
+        if endpoint.removed or not endpoint.health.is_up or endpoint.health.ejected_until is not None:
             return False
         if not self.core.policy.enable_queue:
             return True
         leases = self.books[endpoint.name].leases
-        if endpoint.closed_until is not None or (endpoint.on_trial and endpoint.trial in leases):
+        if (
+            endpoint.closed_until is not None
+            or endpoint.health.full_until is not None
+            or (endpoint.health.on_trial and endpoint.health.trial in leases)
+        ):
             return False
         return len(leases) + endpoint.foreign < endpoint.limit.value
 
@@ -395,7 +399,12 @@ class World:
         wanted = [ticket.wait_until for ticket in self.waiting]
         wanted += [t.patience_until for t in self.waiting if t.pool is not None and t.queue is not t.pool.shared]
         for endpoint in self.core.endpoints.values():
-            times = (endpoint.closed_until, endpoint.ejected_until, endpoint.prefill.next_change())
+            times = (
+                endpoint.closed_until,
+                endpoint.health.full_until,
+                endpoint.health.ejected_until,
+                endpoint.prefill.next_change(),
+            )
             wanted += [at for at in times if at is not None]
             if endpoint.load is not None:
                 wanted.append(endpoint.load_at + self.core.policy.stale_after_s)
