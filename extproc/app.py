@@ -28,7 +28,7 @@ from extproc.observe.metrics import Metrics
 from extproc.stream import wire
 from extproc.stream.ages import Ages
 from extproc.stream.gate import Gate
-from extproc.stream.session import Desk
+from extproc.stream.session import Reception
 from extproc.transport.completion import server_on
 from extproc.transport.listener import Listener, SocketRights
 from extproc.transport.tls import ServerTls
@@ -83,10 +83,10 @@ class App:
         )
         self.metrics = Metrics(
             controller,
-            lambda: self.desk.streams,
+            lambda: self.reception.streams,
             self.scraper,
             clock=loop.time,
-            ignored=lambda: self.desk.ignored,
+            ignored=lambda: self.reception.requests.ignored,
             config_is_refused=lambda: self.file is not None and self.file.is_refused,
         )
         self.queue_log = QueueLog(controller, loop.time)
@@ -94,7 +94,7 @@ class App:
         observers: list[Observer] = [self.metrics, self.queue_log, *([self.spans] if self.spans is not None else [])]
         self.gate = Gate(controller, loop, observers)
         self.ages = Ages(config.longest_budget_s)
-        self.desk = Desk(
+        self.reception = Reception(
             self.gate,
             config.header_names(),
             self.ages,
@@ -106,7 +106,7 @@ class App:
         self.health = HealthChecks(self.gate.set_up, config.health_check)
         self.roster = Roster(
             self.gate,
-            self.desk,
+            self.reception,
             config,
             file=ClustersFile(config.envoy_clusters_file) if config.envoy_clusters_file is not None else None,
             envoy=EnvoyAdmin(config.envoy_admin) if config.envoy_admin is not None else None,
@@ -121,7 +121,7 @@ class App:
         self._following: asyncio.Task[None] | None = None
         self.tls = None if config.tls is None else ServerTls(config.tls)
         self.listener = Listener(config.listen, SocketRights(config.socket_mode, config.socket_group), self.tls)
-        self.server = server_on(loop)(self.desk, self.listener, reflect=config.reflection)
+        self.server = server_on(loop)(self.reception, self.listener, reflect=config.reflection)
         self._restart_needed: tuple[str, ...] = ()  # keys whose values in the file are not those in use
         self.admin = Admin(config.admin, self.gate, self.metrics, self._file_state)
         self._known_bugs: set[str] = set()
@@ -245,7 +245,7 @@ class App:
         grace_s = self.config.drain_timeout
         deadline = self.gate.now() + grace_s
         controller = self.gate.controller
-        log.info("draining: %d waiting, %d streams, at most %gs", controller.waiting, self.desk.streams, grace_s)
+        log.info("draining: %d waiting, %d streams, at most %gs", controller.waiting, self.reception.streams, grace_s)
         seen = self.gate.now() + min(HEALTH_SEEN_S, grace_s / 2)
         while not hurry.is_set() and self.gate.now() < deadline - min(1.0, grace_s / 4):
             if self.gate.now() >= seen and (controller.waiting == 0 or self.config.hand_over):

@@ -31,7 +31,7 @@ from extproc.config.types import (
 )
 from extproc.endpoints.telemetry.engines import metrics_path
 from extproc.endpoints.telemetry.target import Target
-from extproc.stream.session import Headers
+from extproc.stream.request import Headers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

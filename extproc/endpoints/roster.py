@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from extproc.config import Config, EndpointConfig
     from extproc.envoy.clusters import ClustersFile, EnvoyAdmin
     from extproc.stream.gate import Gate
-    from extproc.stream.session import Desk
+    from extproc.stream.session import Reception
 
 log = logging.getLogger("extproc.discovery")
 
@@ -55,12 +55,12 @@ class _Route:
 
 
 class Roster:
-    """Merges what sources see, and tells the gate, the desk, Envoy and the followers."""
+    """Merges what sources see, and tells the gate, the reception, Envoy and the followers."""
 
     def __init__(
         self,
         gate: Gate,
-        desk: Desk,
+        reception: Reception,
         config: Config,
         *,
         file: ClustersFile | None,
@@ -68,9 +68,9 @@ class Roster:
         put: Callable[[EndpointConfig], None],
         remove: Callable[[str], None],
     ) -> None:
-        """Tell `gate` and `desk`; `put` and `remove` follow the endpoints that requests may be sent to."""
+        """Tell `gate` and `reception`; `put` and `remove` follow the endpoints that requests may be sent to."""
         self._gate = gate
-        self._desk = desk
+        self._reception = reception
         self._config = config
         self._file = file
         self._envoy = envoy
@@ -212,7 +212,7 @@ class Roster:
             )
         self._placed[endpoint.name] = (endpoint, spec)
         self._gone.pop(endpoint.name, None)
-        self._desk.put_cluster(spec.name, spec.cluster)
+        self._reception.put_cluster(spec.name, spec.cluster)
         self._gate.put_endpoint(spec)
         if before is None or before[0] != endpoint:
             self._put(endpoint)
@@ -295,6 +295,6 @@ class Roster:
         for name in [name for name, at in self._gone.items() if now >= at]:
             del self._gone[name]
             if name not in self._gate.controller.endpoints:
-                self._desk.drop_cluster(name)
+                self._reception.drop_cluster(name)
             else:
                 self._gone[name] = now + LINGER_S

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from extproc.admission.ticket import State
 from extproc.admission.values import Answer
+from extproc.stream.replays import Replays
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -22,13 +23,6 @@ if TYPE_CHECKING:
     from extproc.admission.values import Decision, EndpointSpec, Policy
 
 log = logging.getLogger("extproc.gate")
-
-REPLAYS_S = 10.0
-"""How long after a start requests may come that Envoy held for a sidecar that died: it looks for us once a second."""
-REPLAYED_S = 0.5
-"""A request this old when it comes was held before: Envoy needs milliseconds to show us a new one."""
-GATHER_S = 1.1
-"""From the first replayed request to the last: the longest back-off of Envoy's retries in our bootstrap is 1 s."""
 
 BURST = 256
 """Decisions delivered per turn of the loop. Envoy resets each stream that ends; more than 1,000 resets at once look
@@ -77,8 +71,7 @@ class Gate:
         self._flushing = False
         self._timer: Timer | None = None
         self._timer_at = 0.0
-        self._replays_until = 0.0
-        self._gathered: dict[Ticket, None] = {}  # replayed requests, and what came between them
+        self._replays = Replays(loop.call_at, self.stop_gathering)
         self._left = False
 
     def now(self) -> float:
@@ -90,16 +83,15 @@ class Gate:
     def offer(self, ticket: Ticket) -> None:
         """Take a request in. Its decision may be delivered before this returns."""
         now = self._loop.time()
-        if now >= self._replays_until or not self._gathers(ticket, now):
-            self._settle(self.controller.offer(ticket, now))
+        if self._replays.are_expected(now) and self.controller.policy.enable_queue:
+            ticket.request_class = self.controller.class_of(ticket.request)  # it may leave before it is offered
+            if self._replays.gather(ticket, now):
+                return
+        self._settle(self.controller.offer(ticket, now))
 
     def expect_replays(self) -> None:
-        """Put requests that Envoy replays to us from now on back into the order in which they came to Envoy.
-
-        It replays what it held for a sidecar that died within a second, in random order; so all that comes within
-        that second is gathered first. Without a replayed request nothing is kept back.
-        """
-        self._replays_until = self._loop.time() + REPLAYS_S
+        """Put requests that Envoy replays to us from now on back into the order in which they came to Envoy."""
+        self._replays.expect(self._loop.time())
 
     def first_token(self, ticket: Ticket) -> None:
         """Note that the answer began."""
@@ -127,8 +119,7 @@ class Gate:
             decisions = self.controller.cancel(ticket, now)
             self._tell_cancelled(ticket, now)
             self._settle(decisions)
-        elif ticket in self._gathered:
-            del self._gathered[ticket]
+        elif self._replays.forget(ticket):
             self._tell_cancelled(ticket, now)
 
     # ---- endpoints and rules
@@ -155,9 +146,7 @@ class Gate:
 
     def stop_gathering(self) -> None:
         """Expect no more replays: what was gathered takes its place in the queue now."""
-        self._replays_until = 0.0
-        gathered, self._gathered = self._gathered, {}
-        for ticket in sorted(gathered, key=lambda ticket: ticket.request.arrived):
+        for ticket in self._replays.stop():
             self._settle(self.controller.offer(ticket, self._loop.time()))
 
     def drain(self) -> None:
@@ -174,17 +163,6 @@ class Gate:
     def _tell_cancelled(self, ticket: Ticket, now: float) -> None:
         for observer in self._observers:
             observer.cancelled(ticket, now - ticket.request.arrived)
-
-    def _gathers(self, ticket: Ticket, now: float) -> bool:
-        """Keep `ticket` back if requests are being replayed to us; tell whether."""
-        if not self._gathered:
-            if now - ticket.request.arrived < REPLAYED_S or not self.controller.policy.enable_queue:
-                return False
-            self._replays_until = now + GATHER_S
-            self._loop.call_at(self._replays_until, self.stop_gathering)
-        ticket.request_class = self.controller.class_of(ticket.request)  # it may leave before it is offered
-        self._gathered[ticket] = None
-        return True
 
     def _settle(self, decisions: list[Decision]) -> None:
         """Carry out what an event led to."""

@@ -7,15 +7,14 @@ No gRPC and no event loop in here: a driver feeds `receive`, sends what `send` i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 from extproc.admission.ticket import Ticket
-from extproc.admission.values import Answer, Dispatch, Request
-from extproc.durations import parse_duration
+from extproc.admission.values import Answer, Dispatch
 from extproc.errors import ProtocolError
 from extproc.stream import wire
+from extproc.stream.request import BINARY_REPORT, MAX_NAME, REPORT, Requests
 from extproc.stream.wire import Kind
 
 if TYPE_CHECKING:
@@ -25,38 +24,8 @@ if TYPE_CHECKING:
     from extproc.admission.values import Decision
     from extproc.stream.ages import Ages
     from extproc.stream.gate import Gate
+    from extproc.stream.request import Headers
     from extproc.stream.wire import Incoming
-
-BYTES_PER_TOKEN = 4
-"""English prose in common tokenizers. Ordering by it did as well in simulation as ordering by the true lengths."""
-UNKNOWN_PROMPT_TOKENS = 512
-"""For a body that comes without a content-length."""
-MAX_TOKENS = 1_000_000
-MAX_NAME = 256
-"""Characters of a client's name for something that we keep."""
-REPORT, BINARY_REPORT = "endpoint-load-metrics", "endpoint-load-metrics-bin"
-"""Response headers in which an endpoint may tell its load (ORCA): with its form in front; base64 of a protobuf."""
-
-
-@dataclass(frozen=True, slots=True)
-class Headers:
-    """Which request header carries what; all lower case. `cluster` is the one we write; `trace`, W3C trace context,
-    is read if it has a name."""
-
-    model: str = "x-model"
-    request_class: str = "x-request-class"
-    tenant: str = "x-tenant-id"
-    session: str = "x-session-id"
-    budget: str = "x-queue-budget"
-    cluster: str = "x-upstream-cluster"
-    trace: str = ""
-
-    def wanted(self) -> frozenset[str]:
-        """Return all headers that a session reads."""
-        names: tuple[str, ...] = (self.model, self.request_class, self.tenant, self.session, self.budget, self.cluster)
-        if self.trace:
-            names = (*names, self.trace)
-        return frozenset((*names, ":status", "content-length", "x-request-id", REPORT, BINARY_REPORT))
 
 
 class _State(Enum):
@@ -66,7 +35,7 @@ class _State(Enum):
     ENDED = auto()
 
 
-class Desk:
+class Reception:
     """What all sessions share: how to read, whom to ask, and the answers that are the same for every request."""
 
     def __init__(
@@ -89,14 +58,11 @@ class Desk:
         self.gate = gate
         self.is_probed = gate.controller.policy.first_byte_probe
         self.running: dict[str, Ticket] = {}  # by Envoy's request id, for the first-byte probe alone
-        self._class_priorities = class_priorities
         self._read_report = read_report
-        self.headers = headers
-        self.ages = ages
+        self.requests = Requests(headers, ages, class_priorities)
         self.reader = wire.Reader(headers.wanted(), fields_namespace)
         self.streams = 0
         self.server_timing = server_timing
-        self.ignored = {"budget": 0, "cluster": 0}  # header values that told nothing
         self._clusters: dict[str, str] = {}  # endpoint -> cluster
         self._endpoints: dict[str, str] = {}  # cluster -> endpoint
         self._steers: dict[str, bytes] = {}
@@ -106,7 +72,7 @@ class Desk:
         self.drop_cluster(endpoint)
         self._clusters[endpoint] = cluster
         self._endpoints[cluster] = endpoint
-        self._steers[endpoint] = wire.steer(self.headers.cluster, cluster)
+        self._steers[endpoint] = wire.steer(self.requests.names.cluster, cluster)
 
     def drop_cluster(self, endpoint: str) -> None:
         """Forget an endpoint that no request can be sent to any more. Unknown: no-op."""
@@ -120,40 +86,13 @@ class Desk:
         """Return the endpoint behind a cluster named upstream, or None if the config has no such cluster."""
         return self._endpoints.get(cluster)
 
+    def ticket_for(self, incoming: Incoming, deliver: Callable[[Decision], None]) -> Ticket:
+        """Return a new ticket for the request that `incoming` begins."""
+        return Ticket(self.requests.read(incoming, self.gate.now(), self._endpoints), deliver)
+
     def steer(self, endpoint: str) -> bytes:
         """Return the answer that sends a request to `endpoint`."""
         return self._steers[endpoint]
-
-    def request_of(self, incoming: Incoming) -> Request:
-        """Read a request from its headers, and from the fields that Envoy read from its body. Headers win."""
-        names, headers, fields = self.headers, incoming.headers, incoming.fields
-        model = headers.get(names.model) or _text(fields.get("model"))
-        tenant = headers.get(names.tenant) or _text(fields.get("user")) or ""
-        session = headers.get(names.session)
-        cluster = headers.get(names.cluster)
-        home = budget_s = None
-        if cluster:
-            home = self._endpoints.get(cluster)
-            if home is None:
-                self.ignored["cluster"] += 1
-        budget = headers.get(names.budget)
-        if budget:
-            budget_s = parse_duration(budget)
-            if budget_s is None:
-                self.ignored["budget"] += 1
-        return Request(
-            id=(incoming.attributes.get("request.id") or headers.get("x-request-id", ""))[:MAX_NAME],
-            arrived=self.gate.now() - self.ages.age_s(incoming.attributes.get("request.time")),
-            model=model[:MAX_NAME] if model else None,
-            request_class=(headers.get(names.request_class) or self._class_of(fields))[:MAX_NAME],
-            tenant=tenant[:MAX_NAME],
-            session=session[:MAX_NAME] if session else None,
-            home=home,
-            budget_s=budget_s,
-            prompt_tokens=_prompt_tokens(headers.get("content-length"), has_body=incoming.has_body),
-            max_output_tokens=_count(fields.get("max_tokens")) or _count(fields.get("max_completion_tokens")),
-            trace=headers.get(names.trace, "")[:MAX_NAME] if names.trace else "",
-        )
 
     def take_report(self, ticket: Ticket, headers: Mapping[str, str]) -> None:
         """Pass on what the headers of an answer say of the load of its endpoint, the one that `ticket` was sent to."""
@@ -165,44 +104,34 @@ class Desk:
             if load is not None:
                 self.gate.report(ticket, load)
 
-    def _class_of(self, fields: Mapping[str, object]) -> str:
-        """Return the class that a body asks for: by name as OpenAI's service_tier, by number as vLLM's priority."""
-        tier = _text(fields.get("service_tier"))
-        if tier is not None:
-            return tier
-        priority = fields.get("priority")
-        if isinstance(priority, float) and priority.is_integer():
-            return self._class_priorities().get(-int(priority), "")  # vLLM's lower goes first, ours higher
-        return ""
-
 
 class Session:
     """One stream. `receive` and `end` come from the driver, `_decided` from the gate, all in one thread."""
 
-    __slots__ = ("_answer", "_desk", "_send", "_state", "_ticket", "_wait_s", "over")
+    __slots__ = ("_answer", "_reception", "_send", "_state", "_ticket", "_wait_s", "over")
 
-    def __init__(self, desk: Desk, send: Callable[[bytes], None]) -> None:
+    def __init__(self, reception: Reception, send: Callable[[bytes], None]) -> None:
         """Open a stream whose replies go to `send`."""
-        self._desk = desk
+        self._reception = reception
         self._send = send
         self._state = _State.NEW
         self._ticket: Ticket | None = None
         self._answer = Answer.UNKNOWN
         self._wait_s: float | None = None  # set once dispatched, if the client is to be told
         self.over = False  # nothing more is wanted: the driver ends the stream
-        desk.streams += 1
+        reception.streams += 1
 
     def receive(self, data: bytes) -> None:
         """Take one message. Raises ProtocolError for what has no place here; the driver then ends the stream."""
-        incoming = self._desk.reader.read(data)
+        incoming = self._reception.reader.read(data)
         if incoming.observed:
             self._observe(incoming)
             return
         match self._state, incoming.kind:
             case _State.NEW, Kind.REQUEST_HEADERS:
                 self._state = _State.HELD
-                self._ticket = Ticket(self._desk.request_of(incoming), self._decided)
-                self._desk.gate.offer(self._ticket)
+                self._ticket = self._reception.ticket_for(incoming, self._decided)
+                self._reception.gate.offer(self._ticket)
             case _State.NEW, _:  # Envoy answered by itself before it asked us (413), or request headers are not sent
                 self._send(wire.go_on(incoming.kind))
             case _State.HELD, Kind.RESPONSE_HEADERS:  # Envoy answered by itself: nobody waits any more
@@ -213,8 +142,8 @@ class Session:
                 self._answer = _judge(incoming)
                 if self._ticket is not None:
                     if self._answer is Answer.OK:
-                        self._desk.gate.answered(self._ticket)
-                    self._desk.take_report(self._ticket, incoming.headers)
+                        self._reception.gate.answered(self._ticket)
+                    self._reception.take_report(self._ticket, incoming.headers)
                 wait_s = self._wait_s
                 self._send(wire.go_on(incoming.kind) if wait_s is None else wire.go_on_timed(wait_s))
             case (
@@ -229,22 +158,22 @@ class Session:
         """Note that the stream is over, for whatever reason. The lease goes back; the place in the queue is left."""
         if self._state is not _State.ENDED:
             self._state = _State.ENDED
-            self._desk.streams -= 1
+            self._reception.streams -= 1
             self._close()
 
     def _observe(self, incoming: Incoming) -> None:
         """Take the first piece of an answer's body, which Envoy's first-byte probe shows us, and end the probe."""
-        ticket = self._desk.running.get(incoming.attributes.get("request.id", "")[:MAX_NAME])
+        ticket = self._reception.running.get(incoming.attributes.get("request.id", "")[:MAX_NAME])
         if ticket is not None and incoming.kind is Kind.RESPONSE_BODY:
-            self._desk.gate.first_token(ticket)
+            self._reception.gate.first_token(ticket)
         self.over = True
 
     def _close(self) -> None:
         if self._ticket is not None:
             ticket, self._ticket = self._ticket, None
-            if self._desk.is_probed:
-                self._desk.running.pop(ticket.request.id, None)
-            self._desk.gate.close(ticket, self._answer)
+            if self._reception.is_probed:
+                self._reception.running.pop(ticket.request.id, None)
+            self._reception.gate.close(ticket, self._answer)
 
     def _decided(self, decision: Decision) -> None:
         """Answer Envoy. After `end` there is nobody to answer, and the lease is back already."""
@@ -252,12 +181,12 @@ class Session:
             return
         self._state = _State.ANSWERED
         details = _details(decision)
-        wait_s = decision.wait_s if self._desk.server_timing else None
+        wait_s = decision.wait_s if self._reception.server_timing else None
         if isinstance(decision, Dispatch):
-            if self._desk.is_probed:
-                self._desk.running[decision.ticket.request.id] = decision.ticket
+            if self._reception.is_probed:
+                self._reception.running[decision.ticket.request.id] = decision.ticket
             self._wait_s = wait_s
-            self._send(self._desk.steer(decision.endpoint) + details)
+            self._send(self._reception.steer(decision.endpoint) + details)
         else:
             outcome = decision.outcome
             status = outcome.status or 500
@@ -290,20 +219,3 @@ def _judge(incoming: Incoming) -> Answer:
     if not failed:
         return Answer.OK
     return Answer.ERROR if details is not None else Answer.FAILED
-
-
-def _prompt_tokens(content_length: str | None, *, has_body: bool) -> int:
-    if content_length is not None and content_length.isascii() and content_length.isdigit():
-        return min(int(content_length[:12]) // BYTES_PER_TOKEN, MAX_TOKENS)
-    return UNKNOWN_PROMPT_TOKENS if has_body else 0
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) else None
-
-
-def _count(value: object) -> int | None:
-    """Return a whole positive number, or None for whatever else a client wrote there."""
-    if isinstance(value, float) and 1 <= value <= MAX_TOKENS:
-        return int(value)
-    return None

@@ -17,7 +17,7 @@ from extproc.stream.session import Session
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from extproc.stream.session import Desk
+    from extproc.stream.session import Reception
     from extproc.transport.listener import Listener
 
 log = logging.getLogger("extproc.server")
@@ -43,9 +43,9 @@ SERVICES = ("", "liveness", "readiness", wire.SERVICE)
 class Server:
     """An ext_proc server on one address."""
 
-    def __init__(self, desk: Desk, listener: Listener, *, reflect: bool = False) -> None:
-        """Prepare to serve `desk` at what `listener` binds."""
-        self._desk = desk
+    def __init__(self, reception: Reception, listener: Listener, *, reflect: bool = False) -> None:
+        """Prepare to serve `reception` at what `listener` binds."""
+        self._reception = reception
         self._listener = listener
         self._reflect = reflect
         self._health = health.aio.HealthServicer()
@@ -89,7 +89,7 @@ class Server:
     async def _process(self, _: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         """Serve one stream: what Envoy sends goes into a session, what the session answers goes out."""
         writer = _Writer(context.write)
-        session = Session(self._desk, writer.send)
+        session = Session(self._reception, writer.send)
         try:
             while (message := await context.read()) is not grpc.aio.EOF:
                 writer.inline = True

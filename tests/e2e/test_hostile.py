@@ -17,7 +17,8 @@ from extproc.admission.values import EndpointSpec, Policy, RequestClass
 from extproc.errors import ProtocolError
 from extproc.stream.ages import Ages
 from extproc.stream.gate import Gate
-from extproc.stream.session import Desk, Headers, Session
+from extproc.stream.request import Headers
+from extproc.stream.session import Reception, Session
 
 from .kit.clients import H1Request, H2Client, complete_many
 from .kit.extproc_raw import RawChannel, StreamEnd
@@ -76,7 +77,7 @@ class Loop:
 
 
 class Victim:
-    """A desk with two endpoints, and sessions that a fuzzer talks to."""
+    """A reception with two endpoints, and sessions that a fuzzer talks to."""
 
     CLUSTERS = frozenset({"cluster-a", "cluster-b"})
 
@@ -85,9 +86,9 @@ class Victim:
         classes = (RequestClass("default", 0, 5.0), RequestClass("interactive", 10, 2.0))
         self.core = Controller(Policy(classes=classes, session_memory=20))
         self.gate = Gate(self.core, self.loop)
-        self.desk = Desk(self.gate, Headers(), Ages(5.0), "extproc_request")
+        self.reception = Reception(self.gate, Headers(), Ages(5.0), "extproc_request")
         for name, models in (("a", ("sim",)), ("b", ())):
-            self.desk.put_cluster(name, f"cluster-{name}")
+            self.reception.put_cluster(name, f"cluster-{name}")
             self.gate.put_endpoint(
                 EndpointSpec(name, cluster=f"cluster-{name}", models=frozenset(models), max_running_requests=2)
             )
@@ -112,8 +113,8 @@ class Victim:
         return not session.over
 
     def check_empty(self) -> None:
-        assert self.desk.streams == 0
-        assert not self.desk.running
+        assert self.reception.streams == 0
+        assert not self.reception.running
         assert self.core.waiting == 0
         assert not any(endpoint.leases for endpoint in self.core.endpoints.values())
         assert len(self.core._sessions) <= 20
@@ -121,7 +122,7 @@ class Victim:
     def serves(self) -> bool:
         """Whether a good request is answered at once."""
         before = self.replies
-        session = Session(self.desk, self.take)
+        session = Session(self.reception, self.take)
         session.receive(SIM)
         session.end()
         return self.replies == before + 1
@@ -132,7 +133,7 @@ def test_mutated_messages_in_any_order_are_answered_or_refused_and_leave_nothing
     fuzzer, victim = Fuzzer(seed), Victim()
     open_sessions: list[Session] = []
     for number in range(15_000 if LONG else 4_000):
-        session = Session(victim.desk, victim.take)
+        session = Session(victim.reception, victim.take)
         if all(victim.feed(session, message) for message in fuzzer.conversation()):
             open_sessions.append(session)
         else:
@@ -158,7 +159,7 @@ def test_a_million_names_are_not_remembered():
         name = f"made-up-{number}".encode() * 30
         for key in ("x-tenant-id", "x-session-id", "x-model", "x-request-class", "x-request-id"):
             message.request_headers.headers.headers.add(key=key, raw_value=name)
-        session = Session(victim.desk, victim.take)
+        session = Session(victim.reception, victim.take)
         victim.feed(session, message.SerializeToString())
         session.end()
     victim.check_empty()

@@ -25,7 +25,8 @@ from extproc.envoy.clusters import ClustersFile
 from extproc.errors import ConfigError
 from extproc.stream.ages import Ages
 from extproc.stream.gate import Gate
-from extproc.stream.session import Desk, Headers
+from extproc.stream.request import Headers
+from extproc.stream.session import Reception
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -338,12 +339,12 @@ class House:
             keys["envoy_clusters_file"] = str(path)
         self.config = config(enable_queue=True, max_running_requests=1, **keys)
         self.gate = Gate(Controller(self.config.policy()), asyncio.get_running_loop())
-        self.desk = Desk(self.gate, Headers(), Ages(30.0))
+        self.reception = Reception(self.gate, Headers(), Ages(30.0))
         self.envoy = FakeEnvoy()
         self.followed: dict[str, str] = {}
         self.sent: list[str] = []
         self.roster = Roster(
-            *(self.gate, self.desk, self.config),
+            *(self.gate, self.reception, self.config),
             file=ClustersFile(str(path)) if path is not None else None,
             envoy=self.envoy if path is not None else None,
             put=lambda one: self.followed.__setitem__(one.name, one.address),
@@ -356,7 +357,7 @@ class House:
 
     def ask(self) -> Ticket:
         ticket = Ticket(
-            Request("r", self.gate.now()), lambda decision: self.sent.append(self.desk.steer(decision.endpoint))
+            Request("r", self.gate.now()), lambda decision: self.sent.append(self.reception.steer(decision.endpoint))
         )
         self.gate.offer(ticket)
         return ticket
@@ -430,12 +431,12 @@ def test_a_removed_endpoints_cluster_stays_until_its_last_lease_is_back_and_a_wh
         assert here.followed == {}
         await asyncio.sleep(0.1)  # longer than the while
         assert "a" in here.file()
-        here.desk.steer("a")
+        here.reception.steer("a")
         here.gate.close(ticket)
         await until(lambda: here.file() == {})
-        await until(lambda: here.desk.endpoint_of("a") is None)
+        await until(lambda: here.reception.endpoint_of("a") is None)
         with pytest.raises(KeyError):
-            here.desk.steer("a")
+            here.reception.steer("a")
 
     live(story, tmp_path / "c.yaml", endpoints=[endpoint("a")])
 
@@ -449,7 +450,7 @@ def test_a_moved_endpoint_gets_a_second_cluster_and_nothing_until_envoy_knows_it
         assert len(here.sent) == 1
         here.envoy.known = 10**15
         await until(lambda: here.placed() == {"a": "a@10.0.0.9:8000"})
-        assert here.sent[1] == here.desk.steer("a") != here.sent[0]
+        assert here.sent[1] == here.reception.steer("a") != here.sent[0]
         assert here.followed == {"a": "10.0.0.9:8000"}
         here.change(endpoints=[endpoint("a")])  # and back again: the old cluster is still there
         assert here.placed() == {"a": "a"}
@@ -513,7 +514,7 @@ def test_without_a_clusters_file_changes_work_at_once_and_say_what_envoy_must_kn
     async def story(here: House) -> None:
         here.change(endpoints=[endpoint("a", cluster="other"), endpoint("b", "10.0.0.2:8000")])
         assert here.placed() == {"a": "other", "b": "b"}
-        assert (here.desk.endpoint_of("a"), here.desk.endpoint_of("other")) == (None, "a")
+        assert (here.reception.endpoint_of("a"), here.reception.endpoint_of("other")) == (None, "a")
         here.change(endpoints=[])
         assert here.placed() == {}
 

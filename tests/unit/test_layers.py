@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[2] / "extproc"
 ALLOWED = {
     "admission": {"extproc.admission", "extproc.errors"},
     "stream": {"extproc.stream", "extproc.admission", "extproc.durations", "extproc.errors", "extproc._pb"},
-    "stream/gate": {"extproc.admission"},
+    "stream/gate": {"extproc.admission", "extproc.stream.replays"},
+    "stream/replays": {"extproc.admission"},
     "stream/wire": {"extproc._pb", "extproc.errors"},
     "transport": {"extproc.transport", "extproc.stream", "extproc.config", "extproc.errors"},
     "transport/completion": {"extproc.transport", "extproc.stream", "extproc.errors"},

@@ -16,25 +16,26 @@ from extproc.observe.metrics import Metrics
 from extproc.stream import wire
 from extproc.stream.ages import Ages
 from extproc.stream.gate import Gate
-from extproc.stream.session import Desk, Headers, Session
+from extproc.stream.request import Headers
+from extproc.stream.session import Reception, Session
 
 ENDPOINTS = "endpoints: [{name: a, address: '127.0.0.1:8001'}]\n"
 OPTIONS = {"server_timing": "server-timing", "tracing": "traceparent"}
 
 
 class Room:
-    """A desk with one endpoint of one slot; the second request is refused at once."""
+    """A reception with one endpoint of one slot; the second request is refused at once."""
 
     def __init__(self, headers: Headers, *, server_timing: bool) -> None:
         self.clock = Clock()
         self.gate = Gate(Controller(Policy(classes=(RequestClass("default", 0, 0.0),))), self.clock)
-        self.desk = Desk(self.gate, headers, Ages(30.0), server_timing=server_timing)
-        self.desk.put_cluster("a", "a")
+        self.reception = Reception(self.gate, headers, Ages(30.0), server_timing=server_timing)
+        self.reception.put_cluster("a", "a")
         self.gate.put_endpoint(EndpointSpec("a", max_running_requests=1))
 
     def open(self, **headers: str) -> tuple[Session, list[pb.ProcessingResponse]]:
         replies: list[pb.ProcessingResponse] = []
-        session = Session(self.desk, lambda data: replies.append(pb.ProcessingResponse.FromString(data)))
+        session = Session(self.reception, lambda data: replies.append(pb.ProcessingResponse.FromString(data)))
         session.receive(message("request_headers", **headers))
         return session, replies
 
@@ -59,7 +60,7 @@ def test_an_answer_that_nobody_waited_for_is_told_no_time():
     """Envoy answered by itself while the request was held: there was no decision whose wait could be told."""
     room = Room(Headers(), server_timing=True)
     replies: list[pb.ProcessingResponse] = []
-    session = Session(room.desk, lambda data: replies.append(pb.ProcessingResponse.FromString(data)))
+    session = Session(room.reception, lambda data: replies.append(pb.ProcessingResponse.FromString(data)))
     session.receive(message("response_headers", status="413"))
     assert told(replies[0].response_headers.response.header_mutation) == {}
 
@@ -78,7 +79,7 @@ def test_what_a_client_wrote_for_nothing_is_counted_by_header():
     room = Room(Headers(), server_timing=False)
     for budget, cluster in (("5s", "a"), ("soon", "b"), ("-1s", "")):
         room.open(x_queue_budget=budget, x_upstream_cluster=cluster)
-    metrics = Metrics(room.gate.controller, lambda: 0, ignored=lambda: room.desk.ignored)
+    metrics = Metrics(room.gate.controller, lambda: 0, ignored=lambda: room.reception.requests.ignored)
     text = b"".join(metrics.pieces()).decode()
     samples = {
         sample.labels["header"]: sample.value

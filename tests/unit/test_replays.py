@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from extproc.admission.controller import Controller
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import EndpointSpec, Policy, Request, RequestClass
-from extproc.stream.gate import GATHER_S, REPLAYS_S, Gate
+from extproc.stream.gate import Gate
+from extproc.stream.replays import GATHER_S, REPLAYS_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable

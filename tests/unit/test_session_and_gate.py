@@ -18,7 +18,8 @@ from extproc.endpoints.telemetry.target import Target
 from extproc.errors import ProtocolError
 from extproc.stream.ages import Ages
 from extproc.stream.gate import BURST, Gate
-from extproc.stream.session import Desk, Headers, Session
+from extproc.stream.request import Headers
+from extproc.stream.session import Reception, Session
 
 
 class Clock:
@@ -63,16 +64,16 @@ class Timer:
 
 
 class Room:
-    """A desk with endpoints, and the replies of each session opened at it."""
+    """A reception with endpoints, and the replies of each session opened at it."""
 
     def __init__(self, *endpoints: EndpointSpec, fields: str = "", **policy: object) -> None:
         self.clock = Clock()
         self.decisions: list[object] = []
         self.cancels = 0
         self.gate = Gate(Controller(Policy(**policy)), self.clock, [self])
-        self.desk = Desk(self.gate, Headers(), Ages(30.0), fields)
+        self.reception = Reception(self.gate, Headers(), Ages(30.0), fields)
         for spec in endpoints:
-            self.desk.put_cluster(spec.name, spec.cluster or spec.name)
+            self.reception.put_cluster(spec.name, spec.cluster or spec.name)
             self.gate.put_endpoint(spec)
 
     def decided(self, decision) -> None:
@@ -83,7 +84,7 @@ class Room:
 
     def open(self, **headers: str) -> tuple[Session, list[pb.ProcessingResponse]]:
         replies: list[pb.ProcessingResponse] = []
-        session = Session(self.desk, lambda data: replies.append(pb.ProcessingResponse.FromString(data)))
+        session = Session(self.reception, lambda data: replies.append(pb.ProcessingResponse.FromString(data)))
         session.receive(message("request_headers", **headers))
         return session, replies
 
@@ -149,7 +150,7 @@ def test_ending_twice_is_ending_once():
     session, _ = room.open()
     session.end()
     session.end()
-    assert room.desk.streams == 0
+    assert room.reception.streams == 0
     assert room.in_flight("a") == 0
 
 
@@ -249,7 +250,7 @@ def test_headers_win_over_fields_of_the_body_and_wrong_types_are_ignored():
         ({"model": "m2"}, {"x_model": "m1"}, "a"),
         ({"model": "m2", "max_tokens": "12", "user": 5}, {}, "b"),
     ):
-        session = Session(room.desk, replies.append)
+        session = Session(room.reception, replies.append)
         session.receive(message("request_headers", fields=fields, **headers))
         assert cluster(pb.ProcessingResponse.FromString(replies.pop())) == expected
     assert all(isinstance(decision, Dispatch) for decision in room.decisions)
@@ -279,10 +280,10 @@ def reporting_room(**limits: int) -> tuple[Room, Scraper]:
     specs = [EndpointSpec(name, max_running_requests=limit) for name, limit in limits.items()]
     room = Room(*specs)
     scraper = Scraper(interval_s=0, timeout_s=1, stale_after_s=10, loop=room.clock)
-    room.desk = Desk(room.gate, Headers(), Ages(30.0), read_report=scraper.read_report)
+    room.reception = Reception(room.gate, Headers(), Ages(30.0), read_report=scraper.read_report)
     for spec in specs:
         scraper.put(Target(spec.name, "http://127.0.0.1:1/metrics", "none"))
-        room.desk.put_cluster(spec.name, spec.name)
+        room.reception.put_cluster(spec.name, spec.name)
     return room, scraper
 
 

@@ -20,7 +20,7 @@ from extproc.transport.completion.services import Health, Reflection, StatusErro
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from extproc.stream.session import Desk
+    from extproc.stream.session import Reception
     from extproc.transport.completion.loop import CompletionLoop
     from extproc.transport.listener import Listener
 
@@ -52,8 +52,10 @@ class Handler(Protocol):
 class Server:
     """An ext_proc server on one address."""
 
-    def __init__(self, desk: Desk, listener: Listener, loop: CompletionLoop, *, reflect: bool = False) -> None:
-        """Prepare to serve `desk` at what `listener` binds, on `loop`."""
+    def __init__(
+        self, reception: Reception, listener: Listener, loop: CompletionLoop, *, reflect: bool = False
+    ) -> None:
+        """Prepare to serve `reception` at what `listener` binds, on `loop`."""
         self._listener = listener
         self._loop = loop
         self._health = Health()
@@ -61,7 +63,7 @@ class Server:
         self._stopping = False
         self.port = 0
         self._methods: dict[bytes, Callable[[Callable[[bytes], None]], Handler]] = {
-            f"/{wire.SERVICE}/{wire.METHOD}".encode(): partial(Session, desk),
+            f"/{wire.SERVICE}/{wire.METHOD}".encode(): partial(Session, reception),
             **self._health.methods(),
         }
         self._one_message = self._health.WATCH  # its client says no more, and stays

@@ -1,0 +1,118 @@
+"""What a request says of itself: its headers, and the fields that Envoy read from its body, become a `Request`.
+
+Nothing that a client wrote is believed further than the config goes: odd values are ignored, long ones cut.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from extproc.admission.values import Request
+from extproc.durations import parse_duration
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from extproc.stream.ages import Ages
+    from extproc.stream.wire import Incoming
+
+BYTES_PER_TOKEN = 4
+"""English prose in common tokenizers. Ordering by it did as well in simulation as ordering by the true lengths."""
+UNKNOWN_PROMPT_TOKENS = 512
+"""For a body that comes without a content-length."""
+MAX_TOKENS = 1_000_000
+MAX_NAME = 256
+"""Characters of a client's name for something that we keep."""
+REPORT, BINARY_REPORT = "endpoint-load-metrics", "endpoint-load-metrics-bin"
+"""Response headers in which an endpoint may tell its load (ORCA): with its form in front; base64 of a protobuf."""
+
+
+@dataclass(frozen=True, slots=True)
+class Headers:
+    """Which request header carries what; all lower case. `cluster` is the one we write; `trace`, W3C trace context,
+    is read if it has a name."""
+
+    model: str = "x-model"
+    request_class: str = "x-request-class"
+    tenant: str = "x-tenant-id"
+    session: str = "x-session-id"
+    budget: str = "x-queue-budget"
+    cluster: str = "x-upstream-cluster"
+    trace: str = ""
+
+    def wanted(self) -> frozenset[str]:
+        """Return all headers that a session reads."""
+        names: tuple[str, ...] = (self.model, self.request_class, self.tenant, self.session, self.budget, self.cluster)
+        if self.trace:
+            names = (*names, self.trace)
+        return frozenset((*names, ":status", "content-length", "x-request-id", REPORT, BINARY_REPORT))
+
+
+class Requests:
+    """Reads requests, and counts what told nothing."""
+
+    def __init__(self, names: Headers, ages: Ages, class_priorities: Callable[[], Mapping[int, str]] = dict) -> None:
+        """Read headers of these `names`; `class_priorities`: classes by priority."""
+        self.names = names
+        self.ignored = {"budget": 0, "cluster": 0}  # header values that told nothing
+        self._ages = ages
+        self._class_priorities = class_priorities
+
+    def read(self, incoming: Incoming, now: float, endpoints: Mapping[str, str]) -> Request:
+        """Read a request that is here at `now`; `endpoints`: by their Envoy clusters. Headers win over fields."""
+        names, headers, fields = self.names, incoming.headers, incoming.fields
+        model = headers.get(names.model) or _text(fields.get("model"))
+        tenant = headers.get(names.tenant) or _text(fields.get("user")) or ""
+        session = headers.get(names.session)
+        cluster = headers.get(names.cluster)
+        home = budget_s = None
+        if cluster:
+            home = endpoints.get(cluster)
+            if home is None:
+                self.ignored["cluster"] += 1
+        budget = headers.get(names.budget)
+        if budget:
+            budget_s = parse_duration(budget)
+            if budget_s is None:
+                self.ignored["budget"] += 1
+        return Request(
+            id=(incoming.attributes.get("request.id") or headers.get("x-request-id", ""))[:MAX_NAME],
+            arrived=now - self._ages.age_s(incoming.attributes.get("request.time")),
+            model=model[:MAX_NAME] if model else None,
+            request_class=(headers.get(names.request_class) or self._class_of(fields))[:MAX_NAME],
+            tenant=tenant[:MAX_NAME],
+            session=session[:MAX_NAME] if session else None,
+            home=home,
+            budget_s=budget_s,
+            prompt_tokens=_prompt_tokens(headers.get("content-length"), has_body=incoming.has_body),
+            max_output_tokens=_count(fields.get("max_tokens")) or _count(fields.get("max_completion_tokens")),
+            trace=headers.get(names.trace, "")[:MAX_NAME] if names.trace else "",
+        )
+
+    def _class_of(self, fields: Mapping[str, object]) -> str:
+        """Return the class that a body asks for: by name as OpenAI's service_tier, by number as vLLM's priority."""
+        tier = _text(fields.get("service_tier"))
+        if tier is not None:
+            return tier
+        priority = fields.get("priority")
+        if isinstance(priority, float) and priority.is_integer():
+            return self._class_priorities().get(-int(priority), "")  # vLLM's lower goes first, ours higher
+        return ""
+
+
+def _prompt_tokens(content_length: str | None, *, has_body: bool) -> int:
+    if content_length is not None and content_length.isascii() and content_length.isdigit():
+        return min(int(content_length[:12]) // BYTES_PER_TOKEN, MAX_TOKENS)
+    return UNKNOWN_PROMPT_TOKENS if has_body else 0
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _count(value: object) -> int | None:
+    """Return a whole positive number, or None for whatever else a client wrote there."""
+    if isinstance(value, float) and 1 <= value <= MAX_TOKENS:
+        return int(value)
+    return None
