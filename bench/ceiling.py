@@ -20,16 +20,17 @@ from typing import TYPE_CHECKING
 
 from bench.proof.experiments import BY_NAME, Cell
 from bench.proof.fronts import HAPROXY_QUEUE_S
-from bench.proof.virtual import LONG, Haproxy, HaproxyContender
+from bench.proof.virtual import LONG
 from extproc.engine.params import PRESETS
-from extproc.simulate.contenders import BEST_FIXED, contender
+from extproc.simulate.contenders import BEST_FIXED, Contender, contender
+from extproc.simulate.fronts import Group, Haproxy
 from extproc.simulate.world import World
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from extproc.engine.params import EngineParams
-    from extproc.simulate.contenders import Contender, Job
+    from extproc.simulate.fronts import Job
     from extproc.simulate.workload import Demand
 
 ENGINES = 3
@@ -47,12 +48,12 @@ class PatientHaproxy(Haproxy):
         return job.demand.klass.budget_s
 
 
-class PatientHaproxyContender(HaproxyContender):
+class PatientHaproxyContender(Contender):
     """HAProxy with a timeout per class."""
 
-    def front(self, engines: int, seed: int) -> Haproxy:  # noqa: ARG002
+    def front(self, groups: Sequence[Group], seed: int) -> Haproxy:  # noqa: ARG002
         """Build it."""
-        return PatientHaproxy(engines, self.limit, self.wait_s)
+        return PatientHaproxy(sum(group.engines for group in groups), self.limit, self.queue_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +101,9 @@ def bounds(demands: Sequence[Demand], params: EngineParams) -> tuple[float, floa
     return min(blind) / len(demands), min(cheapest) / len(demands)
 
 
-def play(who: Contender | HaproxyContender, preset: str, demands: Sequence[Demand], seed: int, arrived: int) -> Played:
+def play(who: Contender, preset: str, demands: Sequence[Demand], seed: int, arrived: int) -> Played:
     """Run `demands`; `arrived` counts all that came in the window, those left out of `demands` too."""
-    world = World(PRESETS[preset], ENGINES, who, seed)  # type: ignore[arg-type]
+    world = World([Group(PRESETS[preset], ENGINES)], who, seed)
     jobs = [job for job in world.run(demands, LONG.end_s) if counts(job.demand)]
     causes = Counter((job.demand.klass.name, cause(job)) for job in jobs)
     return Played(sum(n for (_, why), n in causes.items() if why == MET) / arrived, causes)
@@ -174,10 +175,10 @@ def main() -> None:
         show("sees the future", [foresee(ours, preset, drawn[seed], seed, len(window[seed])) for seed in drawn])
         for who in (short_first, ours):
             misses(who.name, [play(who, preset, drawn[seed], seed, len(window[seed])) for seed in drawn])
-        haproxy = HaproxyContender("haproxy", BEST_FIXED[preset], HAPROXY_QUEUE_S[preset])
+        haproxy = Contender("haproxy", "haproxy", limit=BEST_FIXED[preset], queue_s=HAPROXY_QUEUE_S[preset])
         misses("HAProxy", [play(haproxy, preset, drawn[seed], seed, len(window[seed])) for seed in drawn])
         for limit in sorted({PATIENT_LIMIT[preset], BEST_FIXED[preset]}):
-            patient = PatientHaproxyContender("haproxy", limit, 0.0)
+            patient = PatientHaproxyContender("haproxy", "haproxy", limit=limit)
             name = f"HAProxy with {limit}, were its timeout per class"
             misses(name, [play(patient, preset, drawn[seed], seed, len(window[seed])) for seed in drawn])
 

@@ -1,121 +1,33 @@
 """The same cells on a virtual clock: sweeps that would take hours, and a check of the real runs.
 
-The simulator of `extproc simulate` with one contender more: HAProxy, modelled here, as its real runs are what it is
-compared with.
+The simulator of `extproc simulate`, its HAProxy included: real runs are what they are compared with.
 """
 
 from __future__ import annotations
 
 import math
 import multiprocessing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING
-
-from sortedcontainers import SortedDict
 
 from bench.proof.experiments import Cell, Experiment, Times
 from bench.proof.figures import Record, Run
 from bench.proof.fronts import HAPROXY_QUEUE_S
 from extproc.engine.params import PRESETS
-from extproc.simulate.contenders import BEST_FIXED, Job, Proxy, Verdict, contender
+from extproc.simulate.contenders import BEST_FIXED, Contender, contender
+from extproc.simulate.fronts import Group
 from extproc.simulate.workload import CLASSES, Sessions, Workload
 from extproc.simulate.world import Faults, World
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from extproc.admission.values import Answer
-    from extproc.engine.params import EngineParams
+    from extproc.simulate.fronts import Job
     from extproc.simulate.workload import Demand
 
 ORIGINAL = "original,scrape_interval=30s,stale_after_s=90s,max_queue_wait_time=10s"
 LONG = Times(60.0, 300.0, math.inf)
-
-
-class Haproxy(Proxy):
-    """One backend: a queue by class and arrival, `maxconn` per server, the least busy of those with room."""
-
-    def __init__(self, engines: int, limit: int, wait_s: float) -> None:
-        """Queue before `engines`, `limit` requests each; who waited `wait_s` gets 503."""
-        super().__init__(engines)
-        self._limit = limit
-        self._wait_s = wait_s
-        self._healthy = set(range(engines))
-        self._queue = SortedDict()
-        self._waiting: dict[int, tuple[int, float, int]] = {}
-
-    def arrive(self, job: Job, now: float) -> list[Verdict]:
-        """Queue it, and place who can be placed."""
-        key = (-job.demand.klass.priority, now, job.number)
-        self._queue[key] = job
-        self._waiting[job.number] = key
-        return self._place()
-
-    def leave(self, job: Job, now: float) -> list[Verdict]:  # noqa: ARG002
-        """`option abortonclose`."""
-        self._drop(job)
-        return []
-
-    def end(self, job: Job, now: float, answer: Answer) -> list[Verdict]:  # noqa: ARG002
-        """A connection less."""
-        if job.engine is not None:
-            self._in_flight[job.engine] -= 1
-        return self._place()
-
-    def set_up(self, engine: int, now: float, *, is_up: bool) -> list[Verdict]:  # noqa: ARG002
-        """Follow the health check."""
-        (self._healthy.add if is_up else self._healthy.discard)(engine)
-        return self._place()
-
-    def tick(self, now: float) -> list[Verdict]:
-        """Turn away who waited too long."""
-        late = [job for job in self._queue.values() if job.arrived + self._wait_of(job) <= now]
-        for job in late:
-            self._drop(job)
-        return [Verdict(job, None, "timeout") for job in late]
-
-    def next_deadline(self) -> float | None:
-        """Return when the first has waited too long."""
-        return min((job.arrived + self._wait_of(job) for job in self._queue.values()), default=None)
-
-    def _wait_of(self, job: Job) -> float:  # noqa: ARG002
-        """Return how long a request may wait: one `timeout queue` for all."""
-        return self._wait_s
-
-    def _drop(self, job: Job) -> None:
-        del self._queue[self._waiting.pop(job.number)]
-
-    def _place(self) -> list[Verdict]:
-        placed = []
-        while self._queue:
-            room = [engine for engine in sorted(self._healthy) if self._in_flight[engine] < self._limit]
-            if not room:
-                break
-            engine = min(room, key=self._in_flight.__getitem__)
-            _, job = self._queue.peekitem(0)
-            self._drop(job)
-            self._in_flight[engine] += 1
-            placed.append(Verdict(job, engine, "dispatched"))
-        return placed
-
-
-@dataclass(frozen=True, slots=True)
-class HaproxyContender:
-    """HAProxy where the simulator expects a Contender."""
-
-    name: str
-    limit: int
-    wait_s: float
-    scrape_interval_s: float | None = None
-
-    def front(self, engines: int, seed: int) -> Haproxy:  # noqa: ARG002
-        """Build it."""
-        return Haproxy(engines, self.limit, self.wait_s)
-
-    def engine(self, params: EngineParams) -> EngineParams:
-        """Return the engine as it is."""
-        return params
 
 
 def play(cell: Cell, name: str, times: Times) -> Run:
@@ -125,12 +37,12 @@ def play(cell: Cell, name: str, times: Times) -> Run:
     if name.startswith("haproxy"):
         limit = int(name.partition("maxconn=")[2] or best)
         wait_s = classes[0].budget_s if len(classes) == 1 else HAPROXY_QUEUE_S[experiment.preset]
-        who = HaproxyContender(name, limit, wait_s)
+        who = Contender(name, "haproxy", limit=limit, queue_s=wait_s)
     else:
         who = contender(ORIGINAL if name == "original" else name, experiment.preset, classes, best=best)
     speeds = (experiment.slow,) if experiment.slow != 1.0 else ()
     dies = None if experiment.dies is None else (0, *experiment.dies)
-    world = World(PRESETS[experiment.preset], experiment.engines, who, cell.seed, Faults(speeds, dies))
+    world = World([Group(PRESETS[experiment.preset], experiment.engines)], who, cell.seed, Faults(speeds, dies))
     jobs = world.run(cell.demands(times), times.end_s)
     result = world.result(cell.load, cell.seed, times.end_s)
     share = (times.window[1] - times.window[0]) / times.end_s

@@ -12,10 +12,12 @@ of 154 output tokens on four engines take 1.9 s of CPU (a100-8b) or 2.5 s (h100-
 
 What is simpler than vLLM, on purpose:
 - Admission takes the blocks of the whole prompt at once; vLLM can take them chunk by chunk.
-- The prefix cache knows sessions, not block hashes: one entry per session, whole blocks, LRU, evicted from
-  its end. While a request of a session runs it owns the entry, so an overlapping one of that session misses.
+- The prefix cache knows sessions and named prefixes, not block hashes: one entry each, whole blocks, LRU, evicted
+  from its end. While a request of a session runs it owns the entry, so an overlapping one of that session misses.
+- Blocks of a named prefix (a system prompt) are there once, however many running sequences use them. Others find what
+  its first user had computed when they were admitted; what it computes later they compute for themselves too.
 - A preempted sequence leaves its full blocks in that cache; back again, it recomputes the evicted ones.
-- Under a prefill chunk, the context that its attention reads costs nothing: the model has no term for it.
+- Under a prefill chunk, attention costs `prefill_context_s` per computed token and token before it, or nothing.
 
 As in vLLM, nobody is preempted to let somebody in, and a head of the queue that does not fit blocks the rest.
 """
@@ -87,6 +89,9 @@ class _Sequence:
     output: int
     order: tuple[int, int]  # (priority, arrival number): the smallest is admitted first, the largest preempted first
     session: str | None
+    prefix: str | None = None
+    prefix_blocks: int = 0  # whole blocks of its prompt's beginning that others have too
+    shared: int = 0  # of these, the ones that it uses of the shared entry, while it runs
     state: _State = _State.WAITING
     produced: int = 0  # output tokens at the end of step `joined`; later ones follow from the step number
     length: int = 0  # tokens to have in the KV cache when prefill ends: prompt + produced
@@ -102,6 +107,16 @@ class _Sequence:
     def cache_key(self) -> str | int:
         """Where its blocks are found again: under its session, or under itself after a preemption."""
         return self.order[1] if self.session is None else self.session
+
+
+@dataclass(slots=True, eq=False)
+class _Prefix:
+    """A prefix in use: its blocks are owned once, by all its users together."""
+
+    blocks: int  # owned
+    computed: int  # of these, the ones that others may use
+    users: int = 0
+    filler: _Sequence | None = None  # who computes the rest
 
 
 class Engine:
@@ -136,7 +151,9 @@ class Engine:
         self._growth = [0] * params.block_size  # decoding sequences that take a block, by step % block_size
         self._used = 0  # blocks that running sequences own
         self._cached = 0  # blocks that are free but still hold a prefix
-        self._cache: OrderedDict[str | int, int] = OrderedDict()
+        self._cache: OrderedDict[str | int | tuple[str], int] = OrderedDict()  # a prefix as a tuple of its name
+        self._prefixes: dict[str, _Prefix] = {}  # those that running sequences use
+        self._attention = 0.0  # computed tokens x tokens before them, in the prefill of the step in progress
         self._steps = 0  # steps that have ended
         self._ends: list[float] = []  # ends of the planned steps; all but the last are quiet. Empty: idle
         self._at = 0  # index of the step in progress in _ends
@@ -176,8 +193,9 @@ class Engine:
         return self._produced(self._live[seq_id])
 
     def blocks_of(self, seq_id: SeqId) -> int:
-        """KV blocks that a live sequence owns now; raises KeyError when it has left."""
-        return self._blocks(self._held_tokens(self._live[seq_id], self._steps + 1))
+        """KV blocks that a live sequence owns now, without shared ones; raises KeyError when it has left."""
+        seq = self._live[seq_id]
+        return self._blocks(self._held_tokens(seq, self._steps + 1)) - seq.shared
 
     def reset_peaks(self) -> None:
         """Forget the peaks: they start again from what runs and waits now."""
@@ -191,8 +209,12 @@ class Engine:
         now: float,
         priority: int = 0,
         session: str | None = None,
+        prefix: str | None = None,
+        prefix_tokens: int = 0,
     ) -> Refusal | None:
         """Queue a sequence, or say why not. A lower `priority` is earlier, under `priority` scheduling only.
+
+        The first `prefix_tokens` of its prompt are the same in all sequences that name the same `prefix`.
 
         Raises ValueError for token counts below 1, an id that is still live, or a time before the last one.
         """
@@ -210,6 +232,8 @@ class Engine:
         self._numbers += 1
         rank = priority if self.params.scheduling_policy == "priority" else 0
         seq = _Sequence(seq_id, prompt_tokens, output_tokens, (rank, self._numbers), session)
+        if prefix is not None and self.params.prefix_caching:
+            seq.prefix, seq.prefix_blocks = prefix, min(prefix_tokens, prompt_tokens - 1) // self.params.block_size
         self._live[seq_id] = seq
         self._waiting[seq.order] = seq
         if not self._ends:
@@ -290,6 +314,8 @@ class Engine:
             for seq in prefilling:
                 seq.left -= seq.chunk
                 seq.chunk = 0
+                if seq.prefix is not None:
+                    self._fill_prefix(seq, seq.prefix)
                 if seq.left:
                     self._prefilling.append(seq)
                 else:
@@ -330,11 +356,12 @@ class Engine:
         self._take(self._growth[step % params.block_size])
         budget = params.max_num_batched_tokens - self._decoding
         prefill = 0
+        self._attention = 0.0
         for seq in self._prefilling:
             prefill += self._schedule_chunk(seq, budget - prefill)
         while self._waiting and not pressed and prefill < budget and len(self._running) < params.max_num_seqs:
             order, seq = self._waiting.peekitem(0)
-            if self._blocks(seq.prompt + seq.produced) > params.num_gpu_blocks - self._used:
+            if self._blocks(seq.prompt + seq.produced) - self._sharable(seq) > params.num_gpu_blocks - self._used:
                 break
             del self._waiting[order]
             self._admit(seq)
@@ -349,7 +376,8 @@ class Engine:
             return
         tokens = self._decoding * step + self._offsets
         step_s = params.step_base_s + params.prefill_token_s * prefill + params.decode_seq_s * self._decoding
-        step_s = (step_s + params.context_token_s * tokens) / params.speed
+        step_s += params.context_token_s * tokens + params.prefill_context_s * self._attention
+        step_s /= params.speed
         # After a step that preempted, the head of the queue gets its chance in the next one.
         alone = bool(self._prefilling) or pressed
         self._ends = [now + step_s] if alone else self._plan(now, step_s, step)
@@ -374,6 +402,7 @@ class Engine:
 
     def _schedule_chunk(self, seq: _Sequence, budget: int) -> int:
         seq.chunk = min(seq.left, budget)
+        self._attention += seq.chunk * (seq.length - seq.left + seq.chunk / 2)
         seq.computed += seq.chunk
         return seq.chunk
 
@@ -382,6 +411,9 @@ class Engine:
         entry = self._cache.pop(seq.cache_key, 0)
         self._cached -= entry
         # The last token is always computed: its logits are the next token (vLLM caps a hit the same way).
+        if seq.prefix is not None:
+            found = self._join_prefix(seq, seq.prefix)
+            entry = found + (entry if found == seq.prefix_blocks else 0)  # of the rest, what follows without a gap
         hit = min(entry, (seq.length - 1) // self.params.block_size) * self.params.block_size
         if self.params.prefix_caching and not seq.preemptions:
             self.prefix_queries_total += seq.prompt
@@ -390,7 +422,7 @@ class Engine:
         seq.state = _State.PREFILLING
         self._running[seq.seq_id] = seq
         self._prefilling.append(seq)
-        self._take(self._blocks(seq.length))
+        self._take(self._blocks(seq.length) - seq.shared)
 
     def _preempt(self, seq: _Sequence, step: int, now: float) -> None:
         seq.produced = self._produced(seq)
@@ -405,7 +437,7 @@ class Engine:
     def _leave_batch(self, seq: _Sequence, step: int, *, resumes: bool = False) -> None:
         """Give back what a running sequence owns; `step` is the last one whose blocks were taken."""
         del self._running[seq.seq_id]
-        self._used -= self._blocks(self._held_tokens(seq, step))
+        self._used -= self._blocks(self._held_tokens(seq, step)) - seq.shared
         if seq.state is _State.DECODING:
             complete = seq.offset + self._steps
             self._decoding -= 1
@@ -415,9 +447,59 @@ class Engine:
             complete = seq.length - seq.left
             self._prefilling.remove(seq)
         if self.params.prefix_caching and (resumes or seq.session is not None):
-            self._remember(seq.cache_key, complete // self.params.block_size)
+            self._remember(seq.cache_key, complete // self.params.block_size - seq.prefix_blocks)
+        if seq.prefix is not None:
+            self._leave_prefix(seq, seq.prefix)
 
-    def _remember(self, key: str | int, blocks: int) -> None:
+    # ---- prefixes
+
+    def _sharable(self, seq: _Sequence) -> int:
+        """Return how many blocks of its prefix are owned already, so that it needs no own ones."""
+        prefix = self._prefixes.get(seq.prefix) if seq.prefix is not None else None
+        return 0 if prefix is None else min(prefix.computed, seq.prefix_blocks)
+
+    def _join_prefix(self, seq: _Sequence, name: str) -> int:
+        """Let `seq` use its prefix, and compute what is missing if nobody does; return the blocks that it finds."""
+        prefix = self._prefixes.get(name)
+        if prefix is None:
+            held = self._cache.pop((name,), 0)
+            self._cached -= held
+            self._used += held
+            prefix = self._prefixes[name] = _Prefix(held, held)
+        found = min(prefix.computed, seq.prefix_blocks)
+        prefix.users += 1
+        seq.shared = found
+        if prefix.filler is None and found < seq.prefix_blocks:
+            prefix.filler = seq
+            self._take(seq.prefix_blocks - prefix.blocks)
+            prefix.blocks = seq.shared = seq.prefix_blocks
+        return found
+
+    def _fill_prefix(self, seq: _Sequence, name: str) -> None:
+        """Note how far the one that computes a prefix is."""
+        prefix = self._prefixes[name]
+        if prefix.filler is seq:
+            prefix.computed = min((seq.length - seq.left) // self.params.block_size, prefix.blocks)
+            if prefix.computed == prefix.blocks:
+                prefix.filler = None
+
+    def _leave_prefix(self, seq: _Sequence, name: str) -> None:
+        """End the use of a prefix: with its last user it becomes a free one that is remembered."""
+        prefix = self._prefixes[name]
+        prefix.users -= 1
+        seq.shared = 0
+        if prefix.filler is seq:
+            prefix.filler = None
+            self._used -= prefix.blocks - prefix.computed
+            prefix.blocks = prefix.computed
+        if not prefix.users:
+            del self._prefixes[name]
+            self._used -= prefix.blocks
+            self._remember((name,), prefix.blocks)
+
+    # ---- blocks
+
+    def _remember(self, key: str | int | tuple[str], blocks: int) -> None:
         old = self._cache.pop(key, 0)
         kept = max(old, blocks)
         if kept:

@@ -1,7 +1,9 @@
-"""What a simulated engine is made of: the constants of its step-time model, its sizes, and three presets.
+"""What a simulated engine is made of: the constants of its step-time model, its sizes, and the presets.
 
-Values only. The constants of `a100-8b` and `h100-32b` come from weight and bandwidth arithmetic, never
-measured on a GPU: ratios between policies are worth more than absolute rates.
+Values only. The constants of `a100-8b` and `h100-32b` come from weight and bandwidth arithmetic; those of
+`a100-8b-profiled`, `h100-32b-profiled`, `h100-8b` and `h100x4-70b` were fitted to the kernel times of A100 and H100
+that Vidur publishes, with attention estimated. No GPU was measured here: ratios between policies are worth more than
+absolute rates.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ SchedulingPolicy = Literal["fcfs", "priority"]
 class EngineParams:
     """One engine: step_s = (base + prefill x tokens + decode x sequences + context x context tokens) / speed.
 
+    `prefill_context_s` is added per prompt token computed and per token of context before it: attention of prefill.
     Names follow vLLM's flags where vLLM has one. Raises ValueError, naming the field, on impossible values.
     """
 
@@ -23,6 +26,7 @@ class EngineParams:
     prefill_token_s: float = 50e-6
     decode_seq_s: float = 500e-6
     context_token_s: float = 0.0
+    prefill_context_s: float = 0.0
     num_gpu_blocks: int = 512
     block_size: int = 16
     max_num_seqs: int = 4
@@ -41,7 +45,7 @@ class EngineParams:
             self._must(name, "at least 1", getattr(self, name) >= 1)
         for name in ("max_model_len", "max_num_queued"):
             self._must(name, "at least 1, or unset", getattr(self, name) is None or getattr(self, name) >= 1)
-        for name in ("prefill_token_s", "decode_seq_s", "context_token_s"):
+        for name in ("prefill_token_s", "decode_seq_s", "context_token_s", "prefill_context_s"):
             self._must(name, "0 to 60 seconds", 0 <= getattr(self, name) <= 60)
         self._must("step_base_s", "more than 0 and at most 60 seconds", 0 < self.step_base_s <= 60)
         self._must("speed", "more than 0; 1.0 is as modelled", 0 < self.speed <= 1e6)
@@ -84,7 +88,73 @@ H100_32B: Final = EngineParams(
 )
 """A 32B model in bf16 on one 80 GB H100: the KV cache is the bottleneck, four saturate near 6 req/s."""
 
+A100_8B_PROFILED: Final = dataclasses.replace(
+    A100_8B,
+    step_base_s=0.0115,
+    prefill_token_s=66e-6,
+    decode_seq_s=28e-6,
+    prefill_context_s=2.8e-9,
+)
+"""`a100-8b` with constants fitted to published kernel times."""
+
+H100_32B_PROFILED: Final = EngineParams(
+    step_base_s=0.025,
+    prefill_token_s=90e-6,
+    decode_seq_s=20e-6,
+    context_token_s=105e-9,
+    prefill_context_s=3e-9,
+    num_gpu_blocks=1_500,  # 24,000 tokens
+    max_num_seqs=1024,
+    max_num_batched_tokens=8192,
+)
+"""`h100-32b` with constants fitted to published kernel times, and the sizes that today's vLLM chooses on an H100."""
+
+H100_8B: Final = EngineParams(
+    step_base_s=0.0075,
+    prefill_token_s=21e-6,
+    decode_seq_s=10e-6,
+    context_token_s=50e-9,
+    prefill_context_s=1.2e-9,
+    num_gpu_blocks=26_875,  # 430,000 tokens of 128 KiB
+    max_num_seqs=1024,
+    max_num_batched_tokens=8192,
+)
+"""An 8B model in bf16 on one 80 GB H100: fast at prompts."""
+
+H100X4_70B: Final = EngineParams(
+    step_base_s=0.0185,
+    prefill_token_s=65e-6,
+    decode_seq_s=20e-6,
+    context_token_s=32e-9,
+    prefill_context_s=1.5e-9,
+    num_gpu_blocks=26_875,  # 430,000 tokens of 320 KiB
+    max_num_seqs=1024,
+    max_num_batched_tokens=8192,
+)
+"""A 70B model in bf16 on four H100 (tensor parallel)."""
+
+LLAMA_CPP: Final = EngineParams(
+    step_base_s=0.025,
+    prefill_token_s=300e-6,
+    decode_seq_s=2e-3,
+    context_token_s=200e-9,
+    num_gpu_blocks=2_048,  # 32,768 tokens: four slots of 8,192
+    max_num_seqs=4,
+    max_num_batched_tokens=512,
+    max_model_len=8_192,
+)
+"""A small engine like llama.cpp's server with four slots, 4 bits on a desktop: constants assumed."""
+
 DEMO: Final = EngineParams()
 """Four slots and about 20 ms a step: queues show on a laptop."""
 
-PRESETS: Final[dict[str, EngineParams]] = {"a100-8b": A100_8B, "h100-32b": H100_32B, "demo": DEMO}
+PRESETS: Final[dict[str, EngineParams]] = {
+    "a100-8b": A100_8B,
+    "h100-32b": H100_32B,
+    "a100-8b-profiled": A100_8B_PROFILED,
+    "h100-32b-profiled": H100_32B_PROFILED,
+    "h100-8b": H100_8B,
+    "h100x4-70b": H100X4_70B,
+    "llama-cpp": LLAMA_CPP,
+    "demo": DEMO,
+}

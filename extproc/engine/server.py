@@ -47,6 +47,7 @@ _HELP: Final = {
     "prefill_token_s": "seconds per prompt token computed in a step",
     "decode_seq_s": "seconds per decoding sequence in a step",
     "context_token_s": "seconds per context token of the decoding sequences in a step",
+    "prefill_context_s": "seconds per prompt token computed in a step and token of context before it",
     "num_gpu_blocks": "KV blocks",
     "block_size": "tokens per KV block",
     "max_num_seqs": "sequences running at once",

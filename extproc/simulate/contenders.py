@@ -1,184 +1,50 @@
-"""Who stands before the engines: Envoy alone, Envoy with an engine tuned for it, the original design, and ours.
+"""Who stands before the engines: Envoy alone, with an engine tuned for it, HAProxy, the original design, and ours.
 
-A front hears what an Envoy filter hears and says who goes where; it sees no engine. Ours is the real Controller.
-Balancers choose at arrival and hold nothing.
+Ours is the real Controller behind the shape of a front; the others' fronts live in fronts.py. A contender is a front
+with its settings, read from a text like `haproxy,limit=24,queue=2s`.
 """
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from extproc.admission.controller import Controller
 from extproc.admission.ticket import State, Ticket
-from extproc.admission.values import Answer, Binding, Dispatch, EndpointSpec, Policy, Request, RequestClass
+from extproc.admission.values import Binding, Dispatch, EndpointSpec, Policy, Request, RequestClass
 from extproc.durations import parse_duration
 from extproc.errors import ConfigError
+from extproc.simulate.fronts import Balancer, Haproxy, Split, Verdict, round_robin, shortest, two_choices
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from extproc.admission.load import Load
-    from extproc.admission.values import Decision
+    from extproc.admission.values import Answer, Decision
     from extproc.engine.params import EngineParams
-    from extproc.simulate.workload import Demand, Klass
+    from extproc.simulate.fronts import Front, Group, Job
+    from extproc.simulate.workload import Klass
 
 FOR_EVER_S = 3500.0
 """A budget that never ends a wait: the longest that the config allows."""
 
 
-@dataclass(slots=True, eq=False)
-class Job:
-    """One demand on its way. The world fills it in; `engine` is where it went."""
-
-    number: int
-    demand: Demand
-    arrived: float
-    engine: int | None = None
-    dispatched: float | None = None
-    first_token: float | None = None
-    ended: float | None = None
-    outcome: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """Send the job to `engine`, or refuse it: then `engine` is None."""
-
-    job: Job
-    engine: int | None
-    outcome: str
-
-
-class Front(Protocol):
-    """What decides. Events in, verdicts out, the clock passed in; the same shape as the core's."""
-
-    def arrive(self, job: Job, now: float) -> list[Verdict]:
-        """Take a new request."""
-
-    def leave(self, job: Job, now: float) -> list[Verdict]:
-        """Note that the client of a job that got no verdict yet has left."""
-
-    def first_token(self, job: Job, now: float) -> list[Verdict]:
-        """Note the first token of an answer."""
-
-    def end(self, job: Job, now: float, answer: Answer) -> list[Verdict]:
-        """Note that a job that was sent somewhere is over."""
-
-    def observe(self, engine: int, load: Load, now: float) -> list[Verdict]:
-        """Follow a scrape."""
-
-    def set_up(self, engine: int, now: float, *, is_up: bool) -> list[Verdict]:
-        """Note what an active health check found."""
-
-    def tick(self, now: float) -> list[Verdict]:
-        """Let time pass."""
-
-    def next_deadline(self) -> float | None:
-        """Return when `tick` is due."""
-
-
-class Proxy:
-    """What counts its own requests in flight, and sees neither first tokens nor telemetry."""
-
-    def __init__(self, engines: int) -> None:
-        """Stand before `engines`."""
-        self._in_flight = [0] * engines
-
-    def first_token(self, job: Job, now: float) -> list[Verdict]:  # noqa: ARG002
-        """Not looked at."""
-        return []
-
-    def observe(self, engine: int, load: Load, now: float) -> list[Verdict]:  # noqa: ARG002
-        """Not looked at."""
-        return []
-
-
-class Balancer(Proxy):
-    """A load balancer without a queue. `pick` chooses among the healthy engines by requests in flight."""
-
-    def __init__(self, engines: int, pick: Callable[[list[int], list[int]], int], breaker: int | None) -> None:
-        """Balance over `engines`; more than `breaker` in flight at the chosen one is refused with 503."""
-        super().__init__(engines)
-        self._pick = pick
-        self._breaker = breaker
-        self._healthy = list(range(engines))
-
-    def arrive(self, job: Job, now: float) -> list[Verdict]:  # noqa: ARG002
-        """Choose at once."""
-        if not self._healthy:
-            return [Verdict(job, None, "no_endpoint")]
-        engine = self._pick(self._healthy, self._in_flight)
-        if self._breaker is not None and self._in_flight[engine] >= self._breaker:
-            return [Verdict(job, None, "circuit_breaker")]
-        self._in_flight[engine] += 1
-        return [Verdict(job, engine, "dispatched")]
-
-    def leave(self, job: Job, now: float) -> list[Verdict]:  # noqa: ARG002
-        """Nothing waits here."""
-        return []
-
-    def end(self, job: Job, now: float, answer: Answer) -> list[Verdict]:  # noqa: ARG002
-        """Count one less."""
-        if job.engine is not None:
-            self._in_flight[job.engine] -= 1
-        return []
-
-    def set_up(self, engine: int, now: float, *, is_up: bool) -> list[Verdict]:  # noqa: ARG002
-        """Take an engine out of the rotation, or back in."""
-        self._healthy = sorted({*self._healthy, engine} if is_up else {*self._healthy} - {engine})
-        return []
-
-    def tick(self, now: float) -> list[Verdict]:  # noqa: ARG002
-        """No timers here."""
-        return []
-
-    def next_deadline(self) -> float | None:
-        """No timers here."""
-        return None
-
-
-def _round_robin() -> Callable[[list[int], list[int]], int]:
-    turn = -1
-
-    def pick(healthy: list[int], in_flight: list[int]) -> int:  # noqa: ARG001
-        nonlocal turn
-        turn += 1
-        return healthy[turn % len(healthy)]
-
-    return pick
-
-
-def _two_choices(seed: int) -> Callable[[list[int], list[int]], int]:
-    """Envoy's LEAST_REQUEST with equal weights: two random hosts, with replacement, the less active of the two."""
-    draw = random.Random(f"{seed} choices")  # noqa: S311 - Envoy's dice
-
-    def pick(healthy: list[int], in_flight: list[int]) -> int:
-        one, other = draw.choice(healthy), draw.choice(healthy)
-        return one if in_flight[one] <= in_flight[other] else other
-
-    return pick
-
-
-def _shortest(healthy: list[int], in_flight: list[int]) -> int:
-    return min(healthy, key=in_flight.__getitem__)
-
-
 class Core:
     """Our core behind the shape of a front, driven as `gate.py` drives it. Nothing in it knows of the simulation."""
 
-    def __init__(self, engines: int, setting: Setting) -> None:
-        """Start a Controller with `setting` before `engines`."""
+    def __init__(self, groups: Sequence[Group], setting: Setting) -> None:
+        """Start a Controller with `setting` before the engines of `groups`."""
         self.controller = Controller(setting.policy)
         self._setting = setting
-        self._names = [f"engine-{number}" for number in range(engines)]
+        models = [frozenset(group.models) for group in groups for _ in range(group.engines)]
+        self._names = [f"engine-{number}" for number in range(len(models))]
         self._index = {name: number for number, name in enumerate(self._names)}
         self._jobs: dict[Ticket, Job] = {}
         self._tickets: dict[Job, Ticket] = {}
-        for name in self._names:
+        for name, served in zip(self._names, models, strict=True):
             spec = EndpointSpec(
                 name,
+                models=served,
                 max_running_requests=setting.max_running_requests,
                 kv_capacity_tokens=setting.kv_capacity_tokens,
             )
@@ -190,9 +56,10 @@ class Core:
         request = Request(
             id=str(job.number),
             arrived=now,
+            model=demand.model,
             request_class=demand.klass.name,
             tenant=demand.tenant,
-            session=demand.session if self._setting.session_homes else None,
+            session=demand.session if self._setting.session_homes and demand.names_session else None,
             prompt_tokens=demand.estimate,
         )
         ticket = Ticket(request)
@@ -209,9 +76,12 @@ class Core:
 
     def first_token(self, job: Job, now: float) -> list[Verdict]:
         """Tell the core, if something would tell it in production."""
+        ticket, verdicts = self._tickets[job], []
+        if ticket.endpoint is not None and ticket.endpoint.health.is_doubted:
+            verdicts = self._verdicts(self.controller.answered(ticket, now))
         if not self._setting.policy.first_byte_probe:
-            return []
-        return self._verdicts(self.controller.first_token(self._tickets[job], now))
+            return verdicts
+        return verdicts + self._verdicts(self.controller.first_token(ticket, now))
 
     def end(self, job: Job, now: float, answer: Answer) -> list[Verdict]:
         """Give the lease back."""
@@ -277,7 +147,8 @@ class Contender:
     """One way to stand before the engines.
 
     Attributes:
-        kind: `core` for the real Controller, else the balancer's rule.
+        kind: `core` for the real Controller, `haproxy`, else the balancer's rule.
+        limit, queue_s: `maxconn` and `timeout queue`, for `haproxy`.
         breaker: per engine; None: none. Envoy's counts per cluster, which does worse: this is the kinder reading.
         setting: for `core`.
         max_num_seqs, engine_priority: how the engines are set for it; None: as the preset says.
@@ -286,27 +157,41 @@ class Contender:
     name: str
     kind: str
     breaker: int | None = None
+    limit: int = 0
+    queue_s: float = 0.0
     setting: Setting | None = None
     max_num_seqs: int | None = None
     engine_priority: bool = False
 
-    def front(self, engines: int, seed: int) -> Front:
+    def front(self, groups: Sequence[Group], seed: int) -> Front:
         """Build it, with its own dice."""
+        if self.kind == "core":
+            assert self.setting is not None  # noqa: S101 - kind is `core`
+            return Core(groups, self.setting)
+        total = sum(group.engines for group in groups)
+        parts: list[tuple[Front, Sequence[int], tuple[str, ...]]] = []
+        first = 0
+        for group in groups:
+            own = range(first, first + group.engines)
+            parts.append((self._proxy(total, own, seed), own, group.models))
+            first += group.engines
+        return parts[0][0] if len(parts) == 1 else Split(parts)
+
+    def _proxy(self, engines: int, own: Sequence[int], seed: int) -> Front:
         match self.kind:
             case "round_robin":
-                return Balancer(engines, _round_robin(), self.breaker)
+                return Balancer(engines, round_robin(), self.breaker, own)
             case "least_request":
-                return Balancer(engines, _two_choices(seed), self.breaker)
+                return Balancer(engines, two_choices(seed), self.breaker, own)
             case "shortest_queue":
-                return Balancer(engines, _shortest, self.breaker)
-        assert self.setting is not None  # noqa: S101 - kind is `core`
-        return Core(engines, self.setting)
+                return Balancer(engines, shortest, self.breaker, own)
+        return Haproxy(engines, self.limit, self.queue_s, own)
 
     def engine(self, params: EngineParams) -> EngineParams:
         """Return the engine as this contender's operator sets it."""
         return replace(
             params,
-            max_num_seqs=self.max_num_seqs or params.max_num_seqs,
+            max_num_seqs=min(self.max_num_seqs or params.max_num_seqs, params.max_num_seqs),
             scheduling_policy="priority" if self.engine_priority else params.scheduling_policy,
         )
 
@@ -318,7 +203,10 @@ class Contender:
 
 # ---- the standing ones
 
-NAMES = ("round_robin", "least_request", "circuit_breaker", "tuned_engine", "original", "ours")
+NAMES = ("round_robin", "least_request", "circuit_breaker", "tuned_engine", "haproxy", "original", "ours")
+TAKE_SETTINGS = ("circuit_breaker", "tuned_engine", "haproxy", "original", "ours")
+HAPROXY_QUEUE_S = 1.6
+"""The best `timeout queue` for the standing mix on both presets; with one class, that class's budget."""
 BEST_FIXED = {"a100-8b": 96, "h100-32b": 12}
 """The limit per engine that a patient operator would find for each preset: of those from 4 to 256, simulated at 120 %
 load, the one with the most goodput."""
@@ -337,19 +225,24 @@ def contender(
     name, *own = text.split(",")
     if name not in NAMES:
         raise ConfigError("command line", [f"--contender: {name!r} is unknown; known are {', '.join(NAMES)}"])
-    if own and name not in ("ours", "original"):
-        raise ConfigError("command line", [f"--contender: {name} takes no settings; only ours and original do"])
+    if own and name not in TAKE_SETTINGS:
+        raise ConfigError("command line", [f"--contender: {name} takes no settings; {', '.join(TAKE_SETTINGS)} do"])
     limit = best or BEST_FIXED.get(preset, 64)
+    queue_s = classes[0].budget_s if len(classes) == 1 else HAPROXY_QUEUE_S
+    if name in ("circuit_breaker", "tuned_engine", "haproxy"):
+        limit, queue_s = _proxy_settings(name, own, limit, queue_s)
     match name:
         case "round_robin" | "least_request":
             return Contender(name, name)
         case "circuit_breaker":
-            return Contender(name, "least_request", breaker=limit)
+            return Contender(text, "least_request", breaker=limit)
+        case "haproxy":
+            return Contender(text, "haproxy", limit=limit, queue_s=queue_s)
         case "tuned_engine":
             return Contender(
-                name,
+                text,
                 "shortest_queue",
-                breaker=limit + ENGINE_QUEUE.get(preset, -(-limit * 15 // 100)),
+                breaker=limit + (-(-limit * 15 // 100) if own else ENGINE_QUEUE.get(preset, -(-limit * 15 // 100))),
                 max_num_seqs=limit,
                 engine_priority=True,
             )
@@ -364,6 +257,23 @@ def contender(
 
 
 # ---- settings by name
+
+
+def _proxy_settings(name: str, own: Iterable[str], limit: int, queue_s: float) -> tuple[int, float]:
+    """Read `limit=N`, and for HAProxy `queue=DURATION`, over what holds without. Raises ConfigError."""
+    known = ("limit", "queue") if name == "haproxy" else ("limit",)
+    for setting in own:
+        key, _, value = setting.partition("=")
+        if key not in known:
+            raise ConfigError("command line", [f"--contender {setting}: {name} knows {' and '.join(known)}"])
+        try:
+            if key == "limit":
+                limit = _count(value)
+            else:
+                queue_s = _duration(value)
+        except ValueError as error:
+            raise ConfigError("command line", [f"--contender {setting}: {error}"]) from None
+    return limit, queue_s
 
 
 def _duration(value: str) -> float:

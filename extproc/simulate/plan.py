@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from extproc.engine.params import PRESETS
 from extproc.simulate.contenders import contender
+from extproc.simulate.fronts import Group
 from extproc.simulate.report import Figures, figures
 from extproc.simulate.traces import read_trace
 from extproc.simulate.workload import Demand, Workload
@@ -75,7 +76,7 @@ class Task:
         demands = demands_for(plan, self.load, self.seed)
         duration_s = plan.duration_s if plan.trace is None else max(demands[-1].at if demands else 0.0, 1.0)
         who = contender(self.contender, plan.preset, plan.workload.classes, plan.changes, best=plan.best_limit)
-        world = World(PRESETS[plan.preset], plan.engines, who, self.seed, plan.faults)
+        world = World([Group(PRESETS[plan.preset], plan.engines)], who, self.seed, plan.faults)
         total = max(sum(1 for demand in demands for _ in demand.chain()), 1)
         ended = 0
 

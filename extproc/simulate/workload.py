@@ -81,7 +81,12 @@ class Demand:
     Attributes:
         at: when it arrives, in seconds from the start; for a later turn of a session, the think time before it.
         estimate: what content-length says of the prompt's tokens.
+        session: the conversation whose earlier turns the engine may still have in its cache.
         then: the next turn of the session, asked `then.at` seconds after the end of this one, however it ended.
+        names_session: whether a header tells the front of the session.
+        prefix, prefix_tokens: what its prompt begins with, and others' too.
+        streamed: False: nothing of the answer comes before all of it. It is judged as if it were streamed.
+        sequences: answers to the same prompt (`n`), all of them `output` tokens long.
     """
 
     at: float
@@ -92,6 +97,12 @@ class Demand:
     tenant: str = ""
     session: str | None = None
     then: Demand | None = None
+    names_session: bool = True
+    model: str | None = None
+    prefix: str | None = None
+    prefix_tokens: int = 0
+    streamed: bool = True
+    sequences: int = 1
 
     def chain(self) -> Iterator[Demand]:
         """Walk this turn and those after it."""

@@ -10,18 +10,20 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from extproc.admission.load import Load
 from extproc.admission.values import Answer
-from extproc.engine.model import Engine, Finished, FirstToken
-from extproc.simulate.contenders import Job
+from extproc.engine.model import Engine, Finished, FirstToken, Refusal
+from extproc.simulate.fronts import Job
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from extproc.engine.model import SeqId
     from extproc.engine.params import EngineParams
-    from extproc.simulate.contenders import Contender, Verdict
+    from extproc.simulate.contenders import Contender
+    from extproc.simulate.fronts import Group, Verdict
     from extproc.simulate.workload import Demand
 
 CHECK_S = 3.0
@@ -36,11 +38,18 @@ class Faults:
 
     Attributes:
         speeds: the speed of the first engines; the rest run at 1.0.
-        dies: (engine, from, until), seconds: it loses all it has and refuses connections.
+        dies: (engine, from, until), seconds: it loses all it has and refuses connections. From 0: it comes late, cold.
+        blink: (at, for), seconds: the network to all engines is gone: what runs is cut, connections are refused. Too
+            short for a health check to notice. The engines keep their caches.
     """
 
     speeds: tuple[float, ...] = ()
     dies: tuple[int, float, float] | None = None
+    blink: tuple[float, float] | None = None
+
+
+Page = Literal["vllm", "gauges", "none"]
+"""What engines tell of themselves: vLLM's gauges and counters; running, waiting and KV use only; or nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,20 +96,29 @@ class World:
     """One run of one contender."""
 
     def __init__(
-        self, params: EngineParams, engines: int, contender: Contender, seed: int = 0, faults: Faults | None = None
+        self,
+        groups: Sequence[Group],
+        contender: Contender,
+        seed: int = 0,
+        faults: Faults | None = None,
+        page: Page = "vllm",
     ) -> None:
-        """Start `engines` engines and the contender's front before them."""
+        """Start the engines of `groups` and the contender's front before them."""
         self.faults = faults or Faults()
         self.contender = contender
-        tuned = contender.engine(params)
+        self.page = page
+        tuned = [contender.engine(group.params) for group in groups for _ in range(group.engines)]
+        self._says_batch = [group.says_batch for group in groups for _ in range(group.engines)]
+        engines = len(tuned)
         speeds = (*self.faults.speeds, *([1.0] * engines))[:engines]
-        self._params = [replace(tuned, speed=tuned.speed * speed) for speed in speeds]
+        self._params = [replace(own, speed=own.speed * speed) for own, speed in zip(tuned, speeds, strict=True)]
         self.engines = [Engine(own) for own in self._params]
-        self.front = contender.front(engines, seed)
+        self.front = contender.front(groups, seed)
         self.jobs: list[Job] = []
         self.now = 0.0
         self.open = 0  # demands that have not ended, later turns of sessions included
-        self._running: list[dict[int, Job]] = [{} for _ in range(engines)]
+        self._running: list[dict[SeqId, Job]] = [{} for _ in range(engines)]  # by sequence
+        self._cut = False  # while the network is gone
         self._dead = [False] * engines
         self._past: list[Engine] = []  # engines that died
         self._versions = [0] * engines
@@ -117,13 +135,17 @@ class World:
         """Play `demands` and return all jobs, each ended. `progress` hears how many ended since it was called last."""
         self.open = sum(1 for demand in demands for _ in demand.chain())
         interval_s = self.contender.scrape_interval_s
-        if interval_s is not None:
+        if interval_s is not None and self.page != "none":
             for engine in range(len(self.engines)):
                 self._at(interval_s * (engine + 1) / len(self.engines), partial(self._scrape, engine))
         if self.faults.dies is not None:
             engine, begin_s, end_s = self.faults.dies
             self._at(begin_s, partial(self._die, engine))
             self._at(end_s, partial(self._revive, engine))
+        if self.faults.blink is not None:
+            at, span_s = self.faults.blink
+            self._at(at, self._blink)
+            self._at(at + span_s, self._see_again)
         self._at(duration_s, self._close_books)
         arrivals = iter(demands)
         coming = next(arrivals, None)
@@ -182,8 +204,7 @@ class World:
         self._settle(job.engine)  # its first token may have come at this very moment
         if job.ended is None and job.first_token is None:
             engine = job.engine
-            del self._running[engine][job.number]
-            self.engines[engine].abort(job.number, self.now)
+            self._abort(job, engine)
             self._end(job, "abandoned")
             self._carry_out(self.front.end(job, self.now, Answer.UNKNOWN))
             self._watch(engine)
@@ -221,21 +242,40 @@ class World:
     def _send(self, job: Job, engine: int) -> None:
         job.engine = engine
         job.dispatched = self.now
-        if self._dead[engine]:
+        if self._dead[engine] or self._cut:
             self._end(job, "failed")
             self._carry_out(self.front.end(job, self.now, Answer.FAILED))
             return
         demand = job.demand
-        priority = -demand.klass.priority
-        refusal = self.engines[engine].submit(
-            job.number, demand.prompt, demand.output, self.now, priority, demand.session
-        )
-        if refusal is not None:
-            self._end(job, refusal.value)
-            self._carry_out(self.front.end(job, self.now, Answer.OK))
-            return
-        self._running[engine][job.number] = job
+        prefix, prefix_tokens = demand.prefix, demand.prefix_tokens
+        if demand.sequences > 1:  # they share the whole prompt
+            prefix, prefix_tokens = f"job-{job.number}", demand.prompt
+        for seq_id in _sequences(job):
+            refusal = self.engines[engine].submit(
+                seq_id,
+                demand.prompt,
+                demand.output,
+                self.now,
+                -demand.klass.priority,
+                demand.session,
+                prefix,
+                prefix_tokens,
+            )
+            if refusal is not None:
+                self._abort(job, engine)
+                self._end(job, refusal.value)
+                full = refusal is Refusal.QUEUE_FULL
+                self._carry_out(self.front.end(job, self.now, Answer.SATURATED if full else Answer.OK))
+                return
+            self._running[engine][seq_id] = job
+            job.unfinished += 1
         self._watch(engine)
+
+    def _abort(self, job: Job, engine: int) -> None:
+        """Let its engine drop all that is left of a job."""
+        for seq_id in _sequences(job):
+            if self._running[engine].pop(seq_id, None) is not None:
+                self.engines[engine].abort(seq_id, self.now)
 
     def _watch(self, engine: int) -> None:
         """Look at the engine again when it next has something to report."""
@@ -253,15 +293,22 @@ class World:
         """Deliver all that the engine reported until now."""
         running = self._running[engine]
         for event in self.engines[engine].advance(self.now):
-            job = running.get(int(event.seq_id))
+            job = running.get(event.seq_id)
             if job is None:
                 continue
             if isinstance(event, FirstToken):
-                job.first_token = event.t
                 self._first_tokens[engine] += 1
-                self._carry_out(self.front.first_token(job, self.now))
+                if job.first_token is None:
+                    job.first_token = event.t
+                    if job.demand.streamed:
+                        self._carry_out(self.front.first_token(job, self.now))
             elif isinstance(event, Finished):
-                del running[job.number]
+                del running[event.seq_id]
+                job.unfinished -= 1
+                if job.unfinished:
+                    continue
+                if not job.demand.streamed:
+                    self._carry_out(self.front.first_token(job, self.now))
                 self._end(job, "finished")
                 self._carry_out(self.front.end(job, self.now, Answer.OK))
 
@@ -272,7 +319,7 @@ class World:
         self.engines[engine] = Engine(self._params[engine])
         self._versions[engine] += 1
         lost, self._running[engine] = self._running[engine], {}
-        for job in lost.values():
+        for job in dict.fromkeys(lost.values()):
             self._end(job, "failed")
             self._carry_out(self.front.end(job, self.now, Answer.FAILED))
         self._at(self.now + CHECK_S, partial(self._check, engine))
@@ -285,16 +332,37 @@ class World:
     def _check(self, engine: int) -> None:
         self._carry_out(self.front.set_up(engine, self.now, is_up=not self._dead[engine]))
 
+    def _blink(self) -> None:
+        """Cut all connections; an engine that sees its client leave stops."""
+        self._cut = True
+        for engine in range(len(self.engines)):
+            self._settle(engine)
+            for job in dict.fromkeys(self._running[engine].values()):
+                self._abort(job, engine)
+                self._end(job, "failed")
+                self._carry_out(self.front.end(job, self.now, Answer.FAILED))
+            self._watch(engine)
+
+    def _see_again(self) -> None:
+        self._cut = False
+
     # ---- telemetry
 
     def _scrape(self, index: int) -> None:
         interval_s = self.contender.scrape_interval_s
         assert interval_s is not None  # noqa: S101 - nobody scrapes otherwise
         self._at(self.now + interval_s, partial(self._scrape, index))
-        if self._dead[index]:
+        if self._dead[index] or self._cut:
             return
         self._settle(index)
-        engine = self.engines[index]
+        engine, params = self.engines[index], self._params[index]
+        if self.page == "gauges":
+            load = Load(float(engine.running), float(engine.waiting), engine.kv_usage)
+            if self._says_batch[index]:
+                load = replace(load, max_running=params.max_num_seqs)
+            self._carry_out(self.front.observe(index, load, self.now))
+            self._watch(index)
+            return
         before = self._scraped[index]
         after = self._scraped[index] = _Counters(engine, self.now, self._first_tokens[index])
         made = after.generated - before.generated
@@ -304,11 +372,14 @@ class World:
             waiting=float(engine.waiting),
             kv_usage=engine.kv_usage,
             tokens_per_s=made / elapsed_s if elapsed_s > 0 else None,
-            kv_capacity_tokens=self._params[index].kv_tokens,
+            kv_capacity_tokens=params.kv_tokens,
             preemptions=after.preemptions - before.preemptions,
             prompt_tokens=after.prompts - before.prompts,
             output_tokens=made,
             first_tokens=after.first - before.first,
+            max_running=params.max_num_seqs if self._says_batch[index] else None,
+            cached_tokens=after.cached - before.cached,
+            context_tokens=params.max_model_len,
         )
         self._carry_out(self.front.observe(index, load, self.now))
         self._watch(index)
@@ -327,14 +398,20 @@ class World:
 class _Counters:
     """What a scraper remembers of the last page."""
 
-    __slots__ = ("at", "first", "generated", "preemptions", "prompts")
+    __slots__ = ("at", "cached", "first", "generated", "preemptions", "prompts")
 
     def __init__(self, engine: Engine, at: float, first: int) -> None:
         self.at = at
+        self.cached = engine.prefix_hits_total
         self.generated = engine.generation_tokens_total
         self.first = first
         self.preemptions = engine.preemptions_total
         self.prompts = engine.prompt_tokens_total
+
+
+def _sequences(job: Job) -> list[SeqId]:
+    """Return the names of its sequences in its engine."""
+    return [job.number, *(f"{job.number}.{more}" for more in range(1, job.demand.sequences))]
 
 
 def _record(job: Job) -> Record:

@@ -19,7 +19,7 @@ from bench.proof.fronts import HAPROXY, balancer_config, haproxy_config, sidecar
 from bench.proof.stacks import run_round
 from bench.proof.words import collect, summary
 from extproc.config import parse_config
-from extproc.simulate.contenders import Job
+from extproc.simulate.fronts import Haproxy, Job
 from extproc.simulate.workload import BATCH, CLASSES, INTERACTIVE, STANDARD, Demand
 from tests.e2e.kit.envoy import validate
 
@@ -211,7 +211,7 @@ def job(number: int, demand: Demand, at: float = 0.0) -> Job:
 
 
 def test_modelled_haproxy_keeps_to_maxconn_and_lets_the_urgent_class_go_first():
-    front = virtual.Haproxy(engines=1, limit=1, wait_s=5.0)
+    front = Haproxy(engines=1, limit=1, wait_s=5.0)
     batch, urgent = Demand(0.0, BATCH, 1, 1, 1), Demand(0.0, INTERACTIVE, 1, 1, 1)
     first, second, third = job(1, batch), job(2, batch), job(3, urgent)
     assert [verdict.engine for verdict in front.arrive(first, 0.0)] == [0]
@@ -222,7 +222,7 @@ def test_modelled_haproxy_keeps_to_maxconn_and_lets_the_urgent_class_go_first():
 
 
 def test_modelled_haproxy_turns_away_who_waited_too_long_and_forgets_who_left():
-    front = virtual.Haproxy(engines=1, limit=1, wait_s=5.0)
+    front = Haproxy(engines=1, limit=1, wait_s=5.0)
     jobs = [job(number, Demand(0.0, BATCH, 1, 1, 1), float(number)) for number in range(3)]
     for one in jobs:
         front.arrive(one, one.arrived)

@@ -305,8 +305,52 @@ def test_the_presets_have_the_kv_sizes_of_the_policy_study() -> None:
     assert {name: params.kv_tokens for name, params in PRESETS.items()} == {
         "a100-8b": 430_000,
         "h100-32b": 24_000,
+        "a100-8b-profiled": 430_000,
+        "h100-32b-profiled": 24_000,
+        "h100-8b": 430_000,
+        "h100x4-70b": 430_000,
+        "llama-cpp": 32_768,
         "demo": 8_192,
     }
+
+
+def test_a_prefix_that_many_share_is_computed_and_kept_once() -> None:
+    engine = Engine(dataclasses.replace(DEMO, max_num_seqs=8, num_gpu_blocks=256))
+    for number in range(5):
+        engine.submit(number, 1000 + 40, 20, 0.0 if number == 0 else 1.0, prefix="system", prefix_tokens=1000)
+        if number == 0:
+            engine.advance(0.9)
+    blocks, whole = engine.params.block_size, 1000 // engine.params.block_size
+    while engine.running < 4:
+        engine.advance(engine.next_step() or 0.0)
+    assert engine.prefix_hits_total == 4 * whole * blocks
+    assert engine.prefill_tokens_total == 1040 + 4 * (1040 - whole * blocks)
+    assert engine.kv_usage * 256 < whole + 5 * 5
+    while (due := engine.next_event()) is not None:
+        engine.advance(due)
+    assert engine.kv_usage == 0.0
+
+
+def test_a_prefix_that_its_first_user_left_unfinished_is_computed_by_the_next() -> None:
+    engine = Engine(dataclasses.replace(DEMO, max_num_batched_tokens=256))
+    engine.submit("first", 1040, 20, 0.0, prefix="system", prefix_tokens=1000)
+    engine.advance(engine.next_step() or 0.0)
+    engine.abort("first", engine.next_step() or 0.0)
+    engine.submit("next", 1040, 20, 1.0, prefix="system", prefix_tokens=1000)
+    while (due := engine.next_event()) is not None:
+        engine.advance(due)
+    assert engine.prefix_hits_total in (256, 512)
+    assert engine.prompt_tokens_total == 1040
+
+
+def test_attention_over_the_context_before_a_prompts_chunk_takes_its_time() -> None:
+    def first_token_s(prefill_context_s: float) -> float:
+        engine = Engine(dataclasses.replace(DEMO, prefill_context_s=prefill_context_s, max_num_batched_tokens=500))
+        engine.submit("one", 1000, 1, 0.0)
+        return engine.advance(10.0)[0].t
+
+    # Two chunks of 500: half of 500 before each token of the first, and 500 more of the second.
+    assert first_token_s(1e-6) - first_token_s(0.0) == pytest.approx(1e-6 * (500 * 250 + 500 * 750))
 
 
 Op = tuple[str, int, int, int, float]  # what, a, b, c, seconds since the last one
@@ -347,8 +391,8 @@ class Run:
             self.advance(self.now + pause_s)
             if what == "submit":
                 self.submitted[number] = (a, b)
-                session = f"s{c}" if c else None
-                if self.engine.submit(number, a, b, self.now, priority=c, session=session) is not None:
+                shared = {"session": f"s{c}" if c else None, "prefix": f"p{a % 2}" if b % 3 else None}
+                if self.engine.submit(number, a, b, self.now, priority=c, prefix_tokens=10, **shared) is not None:
                     self.refused.add(number)
             elif what == "abort" and a in self.engine:
                 tokens = self.engine.tokens_of(a)
@@ -369,6 +413,7 @@ class Run:
     def check(self) -> None:
         engine, params = self.engine, self.engine.params
         owned = sum(engine.blocks_of(number) for number in self.submitted if number in engine)
+        owned += sum(prefix.blocks for prefix in engine._prefixes.values())
         assert engine.kv_usage == pytest.approx(owned / params.num_gpu_blocks)
         assert 0 <= owned <= params.num_gpu_blocks
         assert owned + engine._cached <= params.num_gpu_blocks
@@ -391,7 +436,8 @@ def test_every_request_ends_exactly_once_and_no_block_or_token_is_lost(params: E
     assert (engine._decoding, engine._offsets, set(engine._growth)) == (0, 0, {0})
     assert not engine._live
     assert not engine._finish_at
-    assert all(isinstance(key, str) for key in engine._cache), "only sessions outlive their requests"
+    assert not engine._prefixes
+    assert not any(isinstance(key, int) for key in engine._cache), "only sessions and prefixes outlive their requests"
     began = first_tokens(run.events)
     assert len(began) == len(set(began)) >= finished.total()
     assert engine.prompt_tokens_total == sum(run.submitted[number][0] for number in began)

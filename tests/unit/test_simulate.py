@@ -16,6 +16,7 @@ from extproc.engine.params import PRESETS
 from extproc.errors import ConfigError
 from extproc.simulate import cli, report
 from extproc.simulate.contenders import NAMES, Core, contender
+from extproc.simulate.fronts import Group
 from extproc.simulate.plan import Plan, capacity, run
 from extproc.simulate.workload import CLASSES, STANDARD, Demand, Noise, Sessions, Workload
 from extproc.simulate.world import Faults, World
@@ -35,7 +36,7 @@ def play(
 ) -> World:
     workload = workload or Workload()
     who = contender(name, PRESET, workload.classes)
-    world = World(PRESETS[PRESET], 4, who, seed, **more)
+    world = World([Group(PRESETS[PRESET], 4)], who, seed, **more)
     world.run(workload.demands(rate, seconds, seed), seconds)
     return world
 
@@ -252,7 +253,7 @@ def test_the_command_says_what_is_wrong_with_its_flags(tmp_path: Path) -> None:
 
 def test_a_request_with_one_token_has_no_time_per_token_to_miss() -> None:
     who = contender("round_robin", PRESET, CLASSES)
-    world = World(PRESETS[PRESET], 1, who)
+    world = World([Group(PRESETS[PRESET], 1)], who)
     world.run([Demand(0.0, STANDARD, 100, 1, 100)], 1.0)
     (record,) = world.result(1.0, 1, 1.0).records
     assert record.met
