@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 from extproc.admission.alarms import NEVER, Alarms
 from extproc.admission.endpoint import Endpoint
 from extproc.admission.fairness import OUTPUT_WEIGHT
+from extproc.admission.held import HeldBy
 from extproc.admission.outcome import Outcome
 from extproc.admission.pool import Pool, most_room, seniority
 from extproc.admission.queue import GUARD, WINDOW
@@ -313,6 +314,30 @@ class Controller:
         """Walk everything that waits, line by line."""
         return (ticket for pool in self.pools() for queue in pool.queues() for ticket in queue)
 
+    def holds(self) -> dict[Endpoint, HeldBy]:
+        """Return for each endpoint that would not take the next request what keeps that one from it.
+
+        The next is the first who waits for it, by class and arrival; where nobody does, one that needs no tokens.
+        """
+        found: dict[Endpoint, HeldBy | None] = {}
+        firsts = [
+            (queue.first(), pool, home)
+            for pool in self.pools()
+            if pool.waiting_total
+            for home, queue in ((None, pool.shared), *pool.homes.items())
+            if queue
+        ]
+        for ticket, pool, home in sorted(firsts, key=lambda line: seniority(line[0])):
+            if len(found) == len(self.endpoints):
+                break
+            for endpoint in pool.members if home is None else (home,):
+                if endpoint not in found:
+                    found[endpoint] = endpoint.held_by(ticket) or HeldBy.GUARD
+        for endpoint in self.endpoints.values():
+            if endpoint not in found:
+                found[endpoint] = endpoint.held_by()
+        return {endpoint: held for endpoint, held in found.items() if held is not None}
+
     def __repr__(self) -> str:
         """Show the state that tests, logs and people read."""
         return f"<Controller waiting={self.waiting} {list(self.endpoints.values())}>"
@@ -382,7 +407,7 @@ class Controller:
         for endpoint in pool.open:
             if (
                 (best is None or endpoint.crowding < best.crowding)
-                and endpoint.fits(ticket)
+                and endpoint.lacks(ticket) is None
                 and not self._is_guarded(endpoint)
             ):
                 best = endpoint
@@ -506,6 +531,7 @@ class Controller:
 
     def _may_wait(self, ticket: Ticket, pool: Pool) -> None:
         """Decide whether a request that found no room may wait for it."""
+        ticket.waited_for = pool.held_by(ticket)
         if self.draining:
             self._refuse(ticket, Outcome.DRAINING)
         elif not self.policy.enable_queue:
@@ -542,12 +568,12 @@ class Controller:
         """Predict whether `ticket` would wait longer than its budget."""
         budget_s = SURE * (ticket.wait_until - self._now)
         priority = ticket.request_class.priority
-        wait_s = pool.pace.wait_s(ticket.position, priority, self._now)
+        ticket.predicted_s = wait_s = pool.pace.wait_s(ticket.position, priority, self._now)
         if wait_s is None or wait_s <= budget_s or not any(endpoint.available for endpoint in pool.members):
             return False
         # `position` counts a noisy tenant's whole backlog; fairness may put this one before it. Now look closely.
         ahead = sum(queue.rank(ticket) for queue in pool.queues())
-        exact_s = pool.pace.wait_s(ahead, priority, self._now)
+        ticket.predicted_s = exact_s = pool.pace.wait_s(ahead, priority, self._now)
         return exact_s is not None and exact_s > budget_s
 
     def _expire(self, ticket: Ticket) -> None:

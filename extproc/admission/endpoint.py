@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from extproc.admission.alarms import NEVER
 from extproc.admission.health import Health
+from extproc.admission.held import HeldBy
 from extproc.admission.limit import AdaptiveLimit, FixedLimit
 from extproc.admission.prefill import Prefill
 
@@ -24,6 +25,9 @@ ARRIVED_S = 0.1
 FOREIGN_S = 30.0
 """Foreign requests that don't get fewer for so long are somebody's steady traffic, not answers that run out: from then
 on fewer of them are counted, since nobody who fills an engine steadily may keep us out of it for ever."""
+
+_DOWN, _HOT, _LIMIT, _KV, _PROMPTS = HeldBy.DOWN, HeldBy.HOT, HeldBy.LIMIT, HeldBy.KV, HeldBy.PROMPTS
+"""Bound once: a member looked up on its Enum costs four times a global, and these are asked for in every dispatch."""
 
 
 class Endpoint:
@@ -144,13 +148,23 @@ class Endpoint:
     @property
     def is_open(self) -> bool:
         """Whether it has room for a request that needs no tokens: necessary, not sufficient."""
-        if self.removed or not self.health.is_usable:
-            return False
+        return self.held_by() is None
+
+    def held_by(self, ticket: Ticket | None = None) -> HeldBy | None:
+        """Return what keeps `ticket` from being dispatched here, None for one that needs no tokens; None: nothing."""
+        health = self.health
+        if self.removed or not health.is_usable:
+            return health.shut_by or _DOWN
         if not self.enforcing:
-            return True
-        if self.closed_until is not None or self.health.is_held_back:
-            return False
-        return self.held < self.limit.value
+            return None
+        if self.closed_until is not None:
+            return _HOT
+        by = health.held_back_by
+        if by is not None:
+            return by
+        if self.held >= self.limit.value:
+            return _LIMIT
+        return None if ticket is None else self.lacks(ticket)
 
     @property
     def held(self) -> int:
@@ -159,19 +173,19 @@ class Endpoint:
 
     def has_room_for(self, ticket: Ticket) -> bool:
         """Whether `ticket` may be dispatched here now. An idle endpoint takes any one request, however big."""
-        return self.is_open and self.fits(ticket)
+        return self.held_by(ticket) is None
 
-    def fits(self, ticket: Ticket) -> bool:
-        """Whether the tokens of `ticket` fit, given that it is open."""
+    def lacks(self, ticket: Ticket) -> HeldBy | None:
+        """Return which limit on tokens has no room for `ticket`, given that it is open; None: it fits."""
         if not self.enforcing or not self.held:
-            return True
+            return None
         if self.kv_capacity is not None:
             used = self.kv_tokens + self.kv_excess
             if used + ticket.kv_tokens > KV_SHARE * self.kv_capacity:
-                return False
+                return _KV
         if not self.sees_first_tokens or self.prefill.tokens <= 0:  # a prompt above the limit goes alone
-            return True
-        return self.prefill.tokens + ticket.work_tokens <= self.prompt_limit
+            return None
+        return None if self.prefill.tokens + ticket.work_tokens <= self.prompt_limit else _PROMPTS
 
     @property
     def pressure(self) -> float:

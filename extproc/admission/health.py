@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from extproc.admission.held import HeldBy
+
 if TYPE_CHECKING:
     from extproc.admission.ticket import Ticket
 
@@ -51,9 +53,16 @@ class Health:
         return self.is_up and self.ejected_until is None
 
     @property
-    def is_held_back(self) -> bool:
-        """Whether a usable endpoint is to get nothing more for the moment: its trial runs, or it was full."""
-        return self.full_until is not None or (self.on_trial and self.trial is not None)
+    def shut_by(self) -> HeldBy | None:
+        """What makes it unusable; None: it is usable."""
+        return None if self.is_usable else HeldBy.EJECTED if self.is_up else HeldBy.DOWN
+
+    @property
+    def held_back_by(self) -> HeldBy | None:
+        """What keeps all more from a usable endpoint for the moment: its trial runs, or it was full; None: nothing."""
+        if self.full_until is not None:
+            return HeldBy.REFUSED
+        return HeldBy.TRIAL if self.on_trial and self.trial is not None else None
 
     @property
     def is_doubted(self) -> bool:

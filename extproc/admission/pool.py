@@ -7,6 +7,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from extproc.admission.fairness import FairShare
+from extproc.admission.held import HeldBy
 from extproc.admission.pace import Pace
 from extproc.admission.queue import GUARD, WINDOW, Queue
 
@@ -34,6 +35,7 @@ class Pool:
         members: its endpoints, in the order they came.
         open: those of them that have room for some request; a full one costs nothing. The controller keeps it, by
             `list_open`.
+        closed_last: the member whose room ended last, while any had some: what it lacks is what the line waits for.
         shared: requests that any member may take.
         homes: for each member that somebody waits for, the requests at home there.
         shares: fairness between tenants, by priority.
@@ -43,6 +45,7 @@ class Pool:
 
     __slots__ = (
         "_emptiest",
+        "closed_last",
         "homes",
         "members",
         "model",
@@ -60,6 +63,7 @@ class Pool:
         self.members: list[Endpoint] = []
         self.open: dict[Endpoint, None] = {}
         self._emptiest: Endpoint | None = None  # not looked for since the last change
+        self.closed_last: Endpoint | None = None
         self.shared = Queue()
         self.homes: dict[Endpoint, Queue] = {}
         self.shares: dict[int, FairShare] = {}
@@ -102,6 +106,15 @@ class Pool:
         """Walk the members that the config has, whether they are up or not."""
         return (endpoint for endpoint in self.members if not endpoint.removed)
 
+    def held_by(self, ticket: Ticket) -> HeldBy:
+        """Return what keeps `ticket` waiting here, in one look: at its home, or at one open or lately open member."""
+        endpoint = ticket.home if ticket.queue is not self.shared else next(iter(self.open), self.closed_last)
+        if endpoint is None:
+            endpoint = next(iter(self.members), None)
+        if endpoint is None:
+            return HeldBy.DOWN
+        return endpoint.held_by(ticket) or HeldBy.GUARD
+
     def backlog_of(self, endpoint: Endpoint) -> float:
         """Return how full `endpoint` is with those at home there counted in."""
         home = self.homes.get(endpoint)
@@ -112,15 +125,16 @@ class Pool:
         kept, self._emptiest = self._emptiest, None
         if is_open:
             self.open[endpoint] = None
-        else:
-            self.open.pop(endpoint, None)
+        elif endpoint in self.open:
+            del self.open[endpoint]
+            self.closed_last = endpoint
         return kept if self.shared.exhausted else None
 
     def forget_endpoints(self) -> None:
         """Start over: those that remain are about to be put back. Who waits stays."""
         self.open.clear()
         self.members = []
-        self._emptiest = None
+        self._emptiest = self.closed_last = None
 
     def is_emptiest(self, endpoint: Endpoint) -> bool:
         """Tell whether no other open endpoint has more room."""
@@ -157,13 +171,13 @@ class Pool:
             if not shared:
                 return None, None
             first = shared.first()
-            if endpoint.fits(first):
+            if endpoint.lacks(first) is None:
                 return first, None
             line = shared.window()
         else:
             line = merge(home.window(), shared.window(), key=_place)
         for looked, ticket in enumerate(line):
-            if endpoint.fits(ticket):
+            if endpoint.lacks(ticket) is None:
                 return ticket, None
             if ticket.passed_over >= GUARD and (ticket.queue is home or self.is_emptiest(endpoint)):
                 return None, ticket

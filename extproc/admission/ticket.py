@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from extproc.admission.endpoint import Endpoint
+    from extproc.admission.held import HeldBy
     from extproc.admission.pool import Pool
     from extproc.admission.queue import Queue
     from extproc.admission.values import Decision, Request, RequestClass
@@ -38,6 +39,8 @@ class Ticket:
         deliver: whom the driver tells the decision; the core never calls it.
         state: see `State`.
         position: how many waited in its pool, of its class or above, when it came.
+        waited_for: what held it when it joined the line; None: it did not wait.
+        predicted_s: how long it would wait, as predicted then; None: nobody could say.
     """
 
     __slots__ = (
@@ -54,6 +57,7 @@ class Ticket:
         "patience_until",
         "pool",
         "position",
+        "predicted_s",
         "prompt_pending",
         "prompt_tokens",
         "queue",
@@ -61,6 +65,7 @@ class Ticket:
         "request_class",
         "state",
         "wait_until",
+        "waited_for",
         "work_tokens",
     )
 
@@ -70,6 +75,8 @@ class Ticket:
         self.deliver = deliver
         self.state = State.NEW
         self.position = 0
+        self.waited_for: HeldBy | None = None
+        self.predicted_s: float | None = None
         self.request_class: RequestClass = DEFAULT_CLASS
         self.pool: Pool | None = None
         self.queue: Queue | None = None  # the queue it stands in while WAITING

@@ -315,6 +315,7 @@ class World:
             crowding = (endpoint.pressure, endpoint.picked)
             require(endpoint.removed or endpoint.crowding == crowding, endpoint, endpoint.crowding, crowding)
             require(all(ticket.endpoint is endpoint for ticket in books.leases), endpoint, "lent twice")
+            require((endpoint.held_by() is None) == self._is_open(endpoint), endpoint, "held by", endpoint.held_by())
             require(endpoint.kv_tokens >= 0 and endpoint.prompt_tokens >= 0 and endpoint.limit.value >= 1, endpoint)
 
     def _check_pool(self, pool: Pool, waiting: list[Ticket]) -> None:
@@ -371,6 +372,9 @@ class World:
                 line = [t for t in self.waiting if t.pool is pool and _may_take(t, endpoint)]
                 emptiest = min(pool.open, key=lambda e: (e.pressure, e.picked))
                 for ticket in sorted(line, key=attrgetter("key"))[:WINDOW]:
+                    require(ticket.waited_for is not None, ticket, "waits, and does not say for what")
+                    fits = not self.core.policy.enable_queue or self._fits(books, endpoint, ticket)
+                    require((endpoint.held_by(ticket) is None) == fits, ticket, endpoint, endpoint.held_by(ticket))
                     if not self.core.policy.enable_queue or self._fits(books, endpoint, ticket):
                         fitting.append(ticket)
                         break
