@@ -41,6 +41,11 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+EngineName = Literal[
+    "auto", "vllm", "sglang", "tgi", "trtllm", "triton", "llamacpp", "lmdeploy", "nim", "dynamo", "none"
+]
+
+
 class EndpointConfig(_Section):
     """One inference server. Any of the limits here overrides the common one."""
 
@@ -56,7 +61,7 @@ class EndpointConfig(_Section):
     kv_capacity_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Size of its KV cache in tokens. Default: what its metrics say; no KV limit while unknown."
     )
-    engine: Literal["auto", "vllm", "sglang", "tgi", "trtllm", "triton", "llamacpp", "none"] = Field(
+    engine: EngineName = Field(
         "auto", description="Whose metric names it uses. `auto`: its page tells. `none`: its page is not read."
     )
     metrics_url: Url | None = Field(
@@ -76,9 +81,7 @@ class _Found(_Section):
     kv_capacity_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None, description="As of `endpoints[]`, for each found."
     )
-    engine: Literal["auto", "vllm", "sglang", "tgi", "trtllm", "triton", "llamacpp", "none"] = Field(
-        "auto", description="As of `endpoints[]`, for each found."
-    )
+    engine: EngineName = Field("auto", description="As of `endpoints[]`, for each found.")
 
     def endpoint(self, name: str, address: str) -> EndpointConfig:
         """Return a found endpoint as if the file had listed it."""
@@ -373,6 +376,8 @@ def target_of(endpoint: EndpointConfig) -> Target:
         name=endpoint.name,
         url=endpoint.metrics_url or f"http://{endpoint.address}{metrics_path(endpoint.engine)}",
         engine=endpoint.engine,
+        own=frozenset((endpoint.address, *endpoint.models)),
+        base=f"http://{endpoint.address}",
         gpu_url=endpoint.gpu_metrics_url,
         gpu_labels=tuple(sorted(endpoint.gpu_metrics_labels.items())),
     )

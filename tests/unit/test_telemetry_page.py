@@ -41,13 +41,6 @@ vllm:generation_tokens_total{engine="0",model_name="meta-llama/Llama-3.1-8B-Inst
 vllm:time_to_first_token_seconds_bucket{engine="0",le="0.001",model_name="m"} 0.0
 vllm:time_to_first_token_seconds_count{engine="0",model_name="m"} 55.0
 """
-VLLM_OLD = """\
-vllm:num_requests_running{model_name="m"} 1.0
-vllm:num_requests_waiting{model_name="m"} 0.0
-vllm:gpu_cache_usage_perc{model_name="m"} 0.25
-vllm:cpu_cache_usage_perc{model_name="m"} 0.9
-vllm:cache_config_info{block_size="16",num_gpu_blocks="24188",sliding_window="None"} 1.0
-"""
 VLLM_TWO_ENGINES = """\
 vllm:num_requests_running{engine="0",model_name="m"} 12.0
 vllm:num_requests_running{engine="1",model_name="m"} 4.0
@@ -57,67 +50,6 @@ vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.6
 vllm:kv_cache_usage_perc{engine="1",model_name="m"} 0.2
 vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="1000"} 1.0
 vllm:cache_config_info{block_size="16",engine="1",num_gpu_blocks="1000"} 1.0
-"""
-SGLANG = """\
-# TYPE sglang:num_running_reqs gauge
-sglang:num_running_reqs{engine_type="unified",model_name="m",pp_rank="0",tp_rank="0"} 5.0
-sglang:num_queue_reqs{engine_type="unified",model_name="m",pp_rank="0",tp_rank="0"} 2.0
-sglang:token_usage{engine_type="unified",model_name="m",pp_rank="0",tp_rank="0"} 0.28
-sglang:gen_throughput{engine_type="unified",model_name="m",pp_rank="0",tp_rank="0"} 86.5
-sglang:num_retracted_reqs{engine_type="unified",model_name="m"} 3.0
-sglang:cache_config_info{engine_type="unified",model_name="m",num_pages="4000",page_size="16"} 1.0
-sglang:prompt_tokens_total{model_name="m"} 1.282888e+06
-sglang:generation_tokens_total{model_name="m"} 337.0
-"""
-SGLANG_NEW = """\
-sglang_num_running_reqs{model_name="m"} 5.0
-sglang_num_queue_reqs{model_name="m"} 2.0
-sglang_token_usage{model_name="m"} 0.28
-sglang_page_size{model_name="m"} 64.0
-sglang_num_pages{model_name="m"} 1000.0
-sglang_realtime_tokens_total{mode="prefill_compute",model_name="m"} 9000.0
-sglang_realtime_tokens_total{mode="decode",model_name="m"} 500.0
-sglang_gen_throughput{model_name="m"} 86.5
-sglang_num_retracted_requests_total{model_name="m"} 4.0
-"""
-TGI = """\
-# TYPE tgi_batch_current_size gauge
-tgi_batch_current_size 8
-# TYPE tgi_queue_size gauge
-tgi_queue_size 5
-tgi_batch_current_max_tokens 2048
-# TYPE tgi_request_generated_tokens histogram
-tgi_request_generated_tokens_bucket{le="30"} 0
-tgi_request_generated_tokens_sum 8123
-tgi_request_generated_tokens_count 44
-"""
-TRTLLM = """\
-trtllm_num_requests_running{engine_type="trtllm",model_name="m"} 3.0
-trtllm_num_requests_waiting{engine_type="trtllm",model_name="m"} 1.0
-trtllm_kv_cache_utilization{engine_type="trtllm",model_name="m"} 0.62
-trtllm_kv_cache_tokens_per_block{engine_type="trtllm",model_name="m"} 32.0
-trtllm_kv_cache_max_blocks{engine_type="trtllm",model_name="m"} 5358.0
-trtllm_generation_tokens_total{engine_type="trtllm",model_name="m"} 200.0
-"""
-TRITON = """\
-nv_trt_llm_request_metrics{model="tensorrt_llm",request_type="waiting",version="1"} 2
-nv_trt_llm_request_metrics{model="tensorrt_llm",request_type="context",version="1"} 1
-nv_trt_llm_request_metrics{model="tensorrt_llm",request_type="scheduled",version="1"} 6
-nv_trt_llm_request_metrics{model="tensorrt_llm",request_type="max",version="1"} 512
-nv_trt_llm_request_metrics{model="tensorrt_llm",request_type="active",version="1"} 8
-nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="fraction",model="tensorrt_llm",version="1"} 0.4875
-nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="tokens_per",model="tensorrt_llm",version="1"} 64
-nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="max",model="tensorrt_llm",version="1"} 6239
-"""
-LLAMACPP = """\
-# HELP llamacpp:requests_processing Number of requests processing.
-# TYPE llamacpp:requests_processing gauge
-llamacpp:requests_processing 4
-llamacpp:requests_deferred 1
-llamacpp:prompt_tokens_total 900
-llamacpp:tokens_predicted_total 4400
-llamacpp:predicted_tokens_seconds 35.1
-llamacpp:n_busy_slots_per_decode 2.5
 """
 GPUS = """\
 DCGM_FI_DEV_GPU_UTIL{gpu="0",UUID="GPU-1",device="nvidia0",modelName="H100",Hostname="node-7"} 80
@@ -135,51 +67,6 @@ def readings(page: str, engine: str = "auto") -> Readings:
 def gauges(page: str, engine: str = "auto") -> tuple[object, ...]:
     found = readings(page, engine)
     return (found.engine, found.running, found.waiting, found.kv_usage, found.kv_capacity_tokens)
-
-
-@pytest.mark.parametrize(
-    ("page", "expected"),
-    [
-        (VLLM, ("vllm", 12.0, 3.0, 0.4321, 432_000)),
-        (VLLM_OLD, ("vllm", 1.0, 0.0, 0.25, 387_008)),
-        (VLLM_TWO_ENGINES, ("vllm", 16.0, 3.0, 0.4, 32_000)),
-        (SGLANG, ("sglang", 5.0, 2.0, 0.28, 64_000)),
-        (SGLANG_NEW, ("sglang", 5.0, 2.0, 0.28, 64_000)),
-        (TGI, ("tgi", 8.0, 5.0, None, None)),
-        (TRTLLM, ("trtllm", 3.0, 1.0, 0.62, 171_456)),
-        (TRITON, ("triton", 6.0, 2.0, 0.4875, 399_296)),
-        (LLAMACPP, ("llamacpp", 4.0, 1.0, None, None)),
-    ],
-    ids=["vllm", "vllm-old", "vllm-two-engines", "sglang", "sglang-new", "tgi", "trtllm", "triton", "llamacpp"],
-)
-def test_each_engines_page_is_recognised_and_read_and_what_it_lacks_is_unknown(page, expected):
-    assert gauges(page) == pytest.approx(expected)
-    assert gauges(page, str(expected[0])) == pytest.approx(expected)
-
-
-def counters(page: str) -> dict[str, float]:
-    found = readings(page)
-    fields = ("preemptions", "prompt_tokens", "first_tokens", "output_tokens", "decoded_tokens")
-    return {name: sum(series.values()) for name in fields if (series := getattr(found, name)) is not None}
-
-
-def test_counters_are_taken_only_where_they_mean_what_the_core_thinks_they_mean():
-    vllm = {
-        "preemptions": 7,
-        "prompt_tokens": 1_282_888,
-        "first_tokens": 55,
-        "output_tokens": 33_700,
-        "decoded_tokens": 33_700,
-    }
-    assert counters(VLLM) == vllm
-    # SGLang, TGI, TensorRT-LLM and llama.cpp count at a request's end, or leave out cached prompt tokens.
-    assert counters(SGLANG) == {"output_tokens": 337}
-    assert readings(SGLANG).tokens_per_s == 86.5
-    assert counters(SGLANG_NEW) == {"preemptions": 4, "decoded_tokens": 500}
-    assert counters(TGI) == {"output_tokens": 8123}
-    assert counters(TRTLLM) == {"output_tokens": 200}
-    assert counters(TRITON) == {}
-    assert counters(LLAMACPP) == {"output_tokens": 4400}
 
 
 def test_another_engine_than_the_configured_one_is_no_reading():
@@ -283,7 +170,7 @@ def test_every_row_of_the_table_has_the_signals_that_admission_needs_most():
     assert len({engine.name for engine in ENGINES}) == len(ENGINES)
     for engine in ENGINES:
         assert engine.running, engine.name
-        assert engine.waiting, engine.name
+        assert engine.waiting or engine.name == "dynamo", engine.name  # a frontend of many: it has no queue to show
 
 
 LEAST_STEPS = {"newlines": 4, "almost": 3, "prefixes": 3, "wide": 5, "series": 3, "one line": 0}

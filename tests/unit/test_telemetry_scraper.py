@@ -17,6 +17,7 @@ from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import EndpointSpec, Policy, Request
 from extproc.app import App
 from extproc.config import Config, parse_config
+from extproc.endpoints.telemetry import facts
 from extproc.endpoints.telemetry.engines import ENGINES
 from extproc.endpoints.telemetry.page import MOST_BYTES
 from extproc.endpoints.telemetry.scraper import Scraper
@@ -37,6 +38,7 @@ class Pages:
         self.heads: list[str] = []
         self.sent_bytes = 0
         self.page = GOOD
+        self.models: bytes | None = b'{"data": [{"max_model_len": 4096}]}'  # None: it hangs
         self.address = ""
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
@@ -66,7 +68,7 @@ class Pages:
                 self.heads.append(head)
                 path = head.split(" ")[1].removeprefix("/")
                 self.hits[path] = self.hits.get(path, 0) + 1
-                answer: Callable[[asyncio.StreamWriter], Awaitable[None]] = getattr(self, f"_{path}")
+                answer: Callable[[asyncio.StreamWriter], Awaitable[None]] = getattr(self, f"_{path.replace('/', '_')}")
                 await answer(writer)
                 if path != "good":
                     break
@@ -94,6 +96,12 @@ class Pages:
 
     async def _gpus(self, writer: asyncio.StreamWriter) -> None:
         await self._send(writer, GPUS)
+
+    async def _v1_models(self, writer: asyncio.StreamWriter) -> None:
+        if self.models is None:
+            await asyncio.sleep(60)
+        else:
+            await self._send(writer, self.models)
 
     async def _crlf(self, writer: asyncio.StreamWriter) -> None:
         await self._send(writer, GOOD.replace(b"\n", b"\r\n"))
@@ -421,7 +429,7 @@ def test_the_configuration_says_what_is_scraped_and_how_load_is_judged():
         max_gpu_perc: 90
         gpu_utilization_perc: 97
         endpoints:
-        - {name: a, address: '10.0.0.1:8000'}
+        - {name: a, address: '10.0.0.1:8000', models: [llama]}
         - {name: b, address: '[::1]:8000', engine: trtllm}
         - {name: c, address: 'c:1', engine: triton, metrics_url: 'http://c:8002/metrics',
            gpu_metrics_url: 'http://node:9400/metrics', gpu_metrics_labels: {gpu: '0', Hostname: n}}
@@ -433,9 +441,28 @@ def test_the_configuration_says_what_is_scraped_and_how_load_is_judged():
     policy = config.policy()
     assert (policy.max_kv_usage, policy.max_gpu_usage, policy.stale_after_s) == (0.9, 0.97, 4.0)
     assert config.scrape_targets() == [
-        Target("a", "http://10.0.0.1:8000/metrics"),
-        Target("b", "http://[::1]:8000/prometheus/metrics", "trtllm"),
-        Target("c", "http://c:8002/metrics", "triton", "http://node:9400/metrics", (("Hostname", "n"), ("gpu", "0"))),
+        Target(
+            "a",
+            "http://10.0.0.1:8000/metrics",
+            own=frozenset({"10.0.0.1:8000", "llama"}),
+            base="http://10.0.0.1:8000",
+        ),
+        Target(
+            "b",
+            "http://[::1]:8000/prometheus/metrics",
+            "trtllm",
+            own=frozenset({"[::1]:8000"}),
+            base="http://[::1]:8000",
+        ),
+        Target(
+            "c",
+            "http://c:8002/metrics",
+            "triton",
+            "http://node:9400/metrics",
+            (("Hostname", "n"), ("gpu", "0")),
+            own=frozenset({"c:1"}),
+            base="http://c:1",
+        ),
     ]
 
 
@@ -512,3 +539,47 @@ def test_queues_and_metrics_show_load_and_age_and_leave_out_what_is_unknown():
     assert samples["extproc_telemetry_age_seconds", "a"] < PATIENCE_S
     assert ("extproc_telemetry_age_seconds", "b") not in samples
     assert samples["extproc_scrape_errors_total", "b", "status"] >= 1
+
+
+# ---- what an engine says of itself
+
+
+def test_an_engine_is_asked_for_its_limits_before_its_first_load_is_told_and_then_once_a_minute():
+    async def main() -> None:
+        async with Pages() as pages, Wire(interval_s=0.02) as wire:
+            wire.scraper.put(Target("a", pages.url("good"), base=f"http://{pages.address}"))
+            await until(lambda: len(wire.seen) >= 5)
+        assert all(load.context_tokens == 4096 for _, load in wire.seen)
+        assert pages.hits["v1/models"] == 1
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_does_not_say_its_limits_is_scraped_all_the_same():
+    async def main() -> None:
+        async with Pages() as pages, Wire(interval_s=0.02, timeout_s=0.2) as wire:
+            pages.models = None
+            wire.scraper.put(Target("a", pages.url("good"), base=f"http://{pages.address}"))
+            await until(lambda: len(wire.seen) >= 3)
+            assert wire.errors() == {}
+        assert all((load.running, load.context_tokens) == (3.0, None) for _, load in wire.seen)
+
+    asyncio.run(main())
+
+
+def test_limits_that_cant_be_had_now_stay_and_those_that_are_gone_go(monkeypatch):
+    monkeypatch.setattr(facts, "EVERY_S", 0.0)
+
+    async def main() -> None:
+        async with Pages() as pages, Wire(interval_s=0.02, timeout_s=0.1) as wire:
+            wire.scraper.put(Target("a", pages.url("good"), base=f"http://{pages.address}"))
+            await until(lambda: pages.hits.get("v1/models", 0) >= 2)
+            pages.models = b'{"data": [{"max_model_len": 8192}]}'
+            await until(lambda: wire.seen[-1][1].context_tokens == 8192)
+            pages.models, asked, seen = None, pages.hits["v1/models"], len(wire.seen)
+            await until(lambda: pages.hits["v1/models"] >= asked + 3 and len(wire.seen) >= seen + 3)
+            assert wire.seen[-1][1].context_tokens == 8192
+            pages.models = b'{"data": []}'
+            await until(lambda: wire.seen[-1][1].context_tokens is None)
+
+    asyncio.run(main())

@@ -45,6 +45,7 @@ class Reason(StrEnum):
     TOO_BIG = "too_big"  # above MOST_BYTES, or its wanted lines above MOST_WANTED_BYTES
     TOO_MANY_SERIES = "too_many_series"
     NO_METRICS = "no_metrics"  # no metric of the engine: HTML, another engine, binary
+    SEVERAL_ENGINES = "several_engines"  # lines of two engines, and nothing says whose the endpoint is: set `engine`
     MALFORMED = "malformed"  # a wanted line is no sample
     ORCA = "orca"  # no page: a load report in an answer's header that can't be read, or tells nothing we know
     INTERNAL = "internal"  # a bug of ours; the log has the traceback
@@ -68,8 +69,12 @@ class Readings:
     gpu_usage: float | None = None
     kv_capacity_tokens: int | None = None
     tokens_per_s: float | None = None
+    max_running: int | None = None
+    context_tokens: int | None = None
+    asleep: bool | None = None
     preemptions: Counter | None = None
     prompt_tokens: Counter | None = None
+    cached_tokens: Counter | None = None
     first_tokens: Counter | None = None
     output_tokens: Counter | None = None
     decoded_tokens: Counter | None = None
@@ -90,11 +95,12 @@ class _Page:
         """
         found: dict[Series, float | None] = {}
         for (_, labels), value in self.samples.get(metric.name, {}).items():
-            if any(pair not in labels for pair in metric.labels):
+            if metric.labels and not _carries(labels, metric.labels):
                 continue
             if metric.in_label is None:
                 seen = None if value is None else value * metric.scale
-                rest = tuple(pair for pair in labels if pair not in metric.labels)
+                chosen = {name for name, _ in metric.labels}
+                rest = tuple(pair for pair in labels if pair[0] not in chosen) if chosen else labels
             else:
                 told = dict(labels).get(metric.in_label)
                 if told is None:
@@ -104,35 +110,50 @@ class _Page:
             found[metric.name, rest] = seen
         return found or None
 
-    def first(self, names: Names) -> dict[Series, float | None] | None:
-        """Return the first of the alternatives that is on the page."""
-        return next((found for metric in names if (found := self.series(metric)) is not None), None)
+    def first(self, names: Names, engine: Engine) -> dict[Series, float | None] | None:
+        """Return the first of the alternatives that is on the page, each scheduler of `engine` once."""
+        found = next((found for metric in names if (found := self.series(metric)) is not None), None)
+        return None if found is None else _once(found, engine)
 
-    def total(self, names: Names, most: float) -> float | None:
-        """Return the sum over all series; unknown if one is."""
-        values = _known((self.first(names) or {}).values(), most)
-        return within(sum(values), most) if values else None
+    def total(self, names: Names, engine: Engine, more: tuple[Names, ...] = ()) -> float | None:
+        """Return the number of requests over all series, with those of `more` added; unknown if one is."""
+        found = self.first(names, engine)
+        if found is None:
+            return None
+        added = [value for extra in more for value in (self.first(extra, engine) or {}).values()]
+        values = _known((*found.values(), *added), MOST_REQUESTS)
+        return within(sum(values), MOST_REQUESTS) if values else None
 
-    def mean(self, names: Names) -> float | None:
-        """Return the mean share over all series; unknown if one is."""
-        shares = [share(value) for value in (self.first(names) or {}).values()]
+    def rate(self, names: Names, engine: Engine) -> float | None:
+        """Return the sum of a gauge of tokens per second; unknown if one is."""
+        values = _known((self.first(names, engine) or {}).values(), MOST_TOKENS)
+        return within(sum(values), MOST_TOKENS) if values else None
+
+    def shares(self, names: Names, engine: Engine) -> list[float]:
+        """Return the shares of all series; none if one is unknown."""
+        shares = [share(value) for value in (self.first(names, engine) or {}).values()]
         known = [value for value in shares if value is not None]
-        return sum(known) / len(known) if known and len(known) == len(shares) else None
+        return known if len(known) == len(shares) else []
 
-    def counter(self, names: Names) -> Counter | None:
+    def greatest(self, names: Names, engine: Engine) -> int | None:
+        """Return the greatest size over all series; unknown if one is."""
+        values = _known((self.first(names, engine) or {}).values(), MOST_TOKENS)
+        return whole(max(values, default=None), MOST_TOKENS)
+
+    def counter(self, names: Names, engine: Engine) -> Counter | None:
         """Return a counter's series; unknown if one is."""
-        found = self.first(names)
+        found = self.first(names, engine)
         if found is None:
             return None
         known = {series: value for series, value in found.items() if within(value, MOST_COUNTED) is not None}
         return {series: value for series, value in known.items() if value is not None} if known == found else None
 
-    def size(self, alternatives: tuple[Names, ...]) -> int | None:
+    def size(self, alternatives: tuple[Names, ...], engine: Engine) -> int | None:
         """Return the KV cache's size: of the first alternative that gives one."""
         for factors in alternatives:
             product: dict[tuple[tuple[str, str], ...], float] | None = None
             for metric in factors:
-                found = {series[1]: value for series, value in (self.series(metric) or {}).items()}
+                found = {series[1]: value for series, value in (self.first((metric,), engine) or {}).items()}
                 known = {labels: value for labels, value in found.items() if value is not None and value > 0}
                 if not known or len(known) < len(found) or (product is not None and product.keys() != known.keys()):
                     break
@@ -144,9 +165,14 @@ class _Page:
         return None
 
 
-def read_page(body: bytes, engines: tuple[Engine, ...], labels: Pairs = ()) -> Readings | Reason:
-    """Read what the first of `engines` that is on the page says of its load; only series that carry `labels` count."""
-    steps = read_in_slices(body, engines, labels)
+def read_page(
+    body: bytes, engines: tuple[Engine, ...], labels: Pairs = (), own: frozenset[str] = frozenset()
+) -> Readings | Reason:
+    """Read what the page says of its engine's load; only series that carry `labels` count.
+
+    Of several engines on one page it is the one whose lines name the endpoint: a label's value is in `own`.
+    """
+    steps = read_in_slices(body, engines, labels, own)
     while True:
         try:
             next(steps)
@@ -156,7 +182,7 @@ def read_page(body: bytes, engines: tuple[Engine, ...], labels: Pairs = ()) -> R
 
 
 def read_in_slices(
-    body: bytes, engines: tuple[Engine, ...], labels: Pairs = ()
+    body: bytes, engines: tuple[Engine, ...], labels: Pairs = (), own: frozenset[str] = frozenset()
 ) -> Generator[None, None, Readings | Reason]:
     """Do what `read_page` does, and yield wherever a loop may turn. An engine's own page is read in one go."""
     if len(body) > MOST_BYTES:
@@ -164,26 +190,88 @@ def read_in_slices(
     page = yield from _collect(b"\n" + body, _finder(engines), labels)
     if isinstance(page, Reason):
         return page
-    engine = next((engine for engine in engines if not _names(engine).isdisjoint(page.samples)), None)
-    if engine is None:
-        return Reason.NO_METRICS
-    kv_capacity_tokens = page.size(engine.kv_capacity)
+    engine = _engine_of(page, engines, own)
+    if isinstance(engine, Reason):
+        return engine
+    kv_capacity_tokens = page.size(engine.kv_capacity, engine)
     if page.is_large:
         yield
+    gpu_shares, awake = page.shares(engine.gpu_usage, engine), page.shares(engine.awake, engine)
     return Readings(
         engine=engine.name,
-        running=page.total(engine.running, MOST_REQUESTS),
-        waiting=page.total(engine.waiting, MOST_REQUESTS),
-        kv_usage=page.mean(engine.kv_usage),
-        gpu_usage=page.mean(engine.gpu_usage),
+        running=page.total(engine.running, engine, engine.also_running),
+        waiting=page.total(engine.waiting, engine, engine.also_waiting),
+        kv_usage=max(page.shares(engine.kv_usage, engine), default=None),
+        gpu_usage=sum(gpu_shares) / len(gpu_shares) if gpu_shares else None,
         kv_capacity_tokens=kv_capacity_tokens,
-        tokens_per_s=page.total(engine.tokens_per_s, MOST_TOKENS),
-        preemptions=page.counter(engine.preemptions),
-        prompt_tokens=page.counter(engine.prompt_tokens),
-        first_tokens=page.counter(engine.first_tokens),
-        output_tokens=page.counter(engine.output_tokens),
-        decoded_tokens=page.counter(engine.decoded_tokens),
+        tokens_per_s=page.rate(engine.tokens_per_s, engine),
+        max_running=whole(page.total(engine.max_running, engine), MOST_REQUESTS),
+        context_tokens=page.greatest(engine.context_tokens, engine),
+        asleep=min(awake) < 1.0 if awake else None,
+        preemptions=page.counter(engine.preemptions, engine),
+        prompt_tokens=page.counter(engine.prompt_tokens, engine),
+        cached_tokens=page.counter(engine.cached_tokens, engine),
+        first_tokens=page.counter(engine.first_tokens, engine),
+        output_tokens=page.counter(engine.output_tokens, engine),
+        decoded_tokens=page.counter(engine.decoded_tokens, engine),
     )
+
+
+def _engine_of(page: _Page, engines: tuple[Engine, ...], own: frozenset[str]) -> Engine | Reason:
+    """Return whose page it is: of several engines the only one with a load, else the only one that names us."""
+    there = [engine for engine in engines if not _names(engine).isdisjoint(page.samples)]
+    if len(there) > 1:
+        there = [engine for engine in there if not engine.loads().isdisjoint(page.samples)] or there
+    if len(there) > 1:
+        there = [engine for engine in there if _names_us(page, engine, own)] or there
+    if not there:
+        return Reason.NO_METRICS
+    return there[0] if len(there) == 1 else Reason.SEVERAL_ENGINES
+
+
+def _names_us(page: _Page, engine: Engine, own: frozenset[str]) -> bool:
+    lines = (series for name in engine.loads() for series in page.samples.get(name, ()))
+    return any(value in own for _, labels in lines for _, value in labels)
+
+
+def _carries(labels: Pairs, wanted: tuple[tuple[str, tuple[str, ...]], ...]) -> bool:
+    there = dict(labels)
+    return all(there.get(name) in values for name, values in wanted)
+
+
+def _once(found: dict[Series, float | None], engine: Engine) -> dict[Series, float | None]:
+    """Return the series with each scheduler once: totals without their parts, and one view of several ranks'.
+
+    Of several views the greatest counts, and an unknown one makes it unknown.
+    """
+    if engine.totals:
+        found = _totals(found, engine.totals)
+    if len(found) == 1:
+        return found
+    views: dict[Series, list[float | None]] = {}
+    for (name, labels), value in found.items():
+        kept = tuple(pair for pair in labels if not pair[0].endswith("_rank") or pair[0] in engine.ranks)
+        views.setdefault((name, kept), []).append(value)
+    if len(views) == len(found):
+        return found
+    return {
+        series: max(known) if len(known := [one for one in values if one is not None]) == len(values) else None
+        for series, values in views.items()
+    }
+
+
+def _totals(found: dict[Series, float | None], splits: tuple[str, ...]) -> dict[Series, float | None]:
+    """Leave out the parts of each total that is there too."""
+    totals = {series: value for series, value in found.items() if not any(k in splits and v for k, v in series[1])}
+    if not totals or len(totals) == len(found):
+        return found
+    bare = {tuple(pair for pair in labels if pair[0] not in splits) for _, labels in totals}
+    rest = {
+        series: value
+        for series, value in found.items()
+        if series not in totals and tuple(pair for pair in series[1] if pair[0] not in splits) not in bare
+    }
+    return totals | rest
 
 
 def _collect(text: bytes, finder: re.Pattern[bytes], labels: Pairs) -> Generator[None, None, _Page | Reason]:

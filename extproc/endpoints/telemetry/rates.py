@@ -29,10 +29,11 @@ class Rates:
         """
         before, gap_s = self._before, now - self._at
         self._before, self._at = readings, now
-        preemptions = prompt_tokens = first_tokens = output_tokens = decoded = None
+        preemptions = prompt_tokens = cached_tokens = first_tokens = output_tokens = decoded = None
         if before is not None:
             preemptions = _difference(readings.preemptions, before.preemptions)
             prompt_tokens = _difference(readings.prompt_tokens, before.prompt_tokens)
+            cached_tokens = _difference(readings.cached_tokens, before.cached_tokens)
             first_tokens = _difference(readings.first_tokens, before.first_tokens)
             output_tokens = _difference(readings.output_tokens, before.output_tokens)
             decoded = _difference(readings.decoded_tokens, before.decoded_tokens)
@@ -50,6 +51,10 @@ class Rates:
             prompt_tokens=prompt_tokens,
             output_tokens=output_tokens,
             first_tokens=first_tokens,
+            max_running=readings.max_running,
+            cached_tokens=cached_tokens,
+            context_tokens=readings.context_tokens,
+            asleep=readings.asleep,
         )
 
 

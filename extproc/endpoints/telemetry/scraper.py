@@ -11,12 +11,14 @@ import asyncio
 import contextlib
 import logging
 import random
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import aiohttp
 from yarl import URL
 
 from extproc.admission.load import Load
+from extproc.endpoints.telemetry import facts
 from extproc.endpoints.telemetry.engines import DCGM, engines_for
 from extproc.endpoints.telemetry.orca import parse_orca
 from extproc.endpoints.telemetry.page import MOST_BYTES, Readings, Reason, read_in_slices
@@ -45,12 +47,18 @@ _RATE_GAPS = 3.5
 class _Watch:
     """One endpoint: its target, its task and its freshness."""
 
-    __slots__ = ("gpu_url", "is_stale", "last_at", "rates", "reported_at", "since", "target", "task", "tried", "url")
+    __slots__ = (
+        *("ask_at", "base", "facts", "gpu_url", "is_stale", "last_at"),
+        *("rates", "reported_at", "since", "target", "task", "tried", "url"),
+    )
 
     def __init__(self, target: Target, now: float, rates: Rates) -> None:
         self.target = target
         self.url = URL(target.url)  # parsed once: every scrape uses it
         self.gpu_url = None if target.gpu_url is None else URL(target.gpu_url)
+        self.base = None if target.base is None else URL(target.base)
+        self.facts = facts.Facts()
+        self.ask_at = now  # when the engine is next asked for what it says of itself
         self.rates = rates
         self.since = now
         self.last_at: float | None = None
@@ -216,12 +224,12 @@ class Scraper:
         target, gpu_url = watch.target, watch.gpu_url
         engines = engines_for(target.engine)
         if gpu_url is None:
-            page, gpu = await self._read(watch.url, engines), None
+            page, gpu = await self._read(watch.url, engines, own=target.own), None
         elif target.engine == "none":
             page, gpu = None, await self._read(gpu_url, (DCGM,), target.gpu_labels)
         else:
             page, gpu = await asyncio.gather(
-                self._read(watch.url, engines), self._read(gpu_url, (DCGM,), target.gpu_labels)
+                self._read(watch.url, engines, own=target.own), self._read(gpu_url, (DCGM,), target.gpu_labels)
             )
         gpu_usage = None
         if gpu is not None:
@@ -233,9 +241,34 @@ class Scraper:
             if gpu is not None and isinstance(gpu[0], Readings):
                 self._succeeded(watch, Load(gpu_usage=gpu_usage))
         elif isinstance(page[0], Readings):
-            self._succeeded(watch, watch.rates.load(page[0], page[1], gpu_usage))
+            is_due, is_first = self._loop.time() >= watch.ask_at, watch.ask_at == watch.since
+            if is_first:  # before anything is decided by the load; later it comes after it
+                await self._ask(watch, page[0].engine)
+            load, known = watch.rates.load(page[0], page[1], gpu_usage), watch.facts
+            self._succeeded(
+                watch,
+                replace(
+                    load,
+                    max_running=load.max_running or known.max_running,
+                    context_tokens=load.context_tokens or known.context_tokens,
+                ),
+            )
+            if is_due and not is_first:
+                await self._ask(watch, page[0].engine)
         else:
             self._failed(watch, page[0])
+
+    async def _ask(self, watch: _Watch, name: str) -> None:
+        """Ask an engine for what it says of itself. What can't be had now stays as it was, and harms nothing."""
+        watch.ask_at = self._loop.time() + facts.EVERY_S * self._random.uniform(1 - _JITTER, 1 + _JITTER)
+        if watch.base is None:
+            return
+        (engine,) = engines_for(name)
+        paths = facts.paths(engine)
+        bodies = await asyncio.gather(*(self._fetch(watch.base.join(URL(path)), facts.MOST_BYTES) for path in paths))
+        pages = {path: body for path, body in zip(paths, bodies, strict=True) if isinstance(body, bytes)}
+        if pages:
+            watch.facts = facts.read_facts(engine, pages)
 
     def _succeeded(self, watch: _Watch, load: Load) -> None:
         name, now = watch.target.name, self._loop.time()
@@ -269,14 +302,18 @@ class Scraper:
     # ---- one page
 
     async def _read(
-        self, url: URL, engines: tuple[Engine, ...], labels: tuple[tuple[str, str], ...] = ()
+        self,
+        url: URL,
+        engines: tuple[Engine, ...],
+        labels: tuple[tuple[str, str], ...] = (),
+        own: frozenset[str] = frozenset(),
     ) -> tuple[Readings | Reason, float]:
         """Return what a page says, or why it says nothing, and when it came."""
         body = await self._fetch(url)
         now = self._loop.time()
         if isinstance(body, Reason):
             return body, now
-        steps = read_in_slices(body, engines, labels)
+        steps = read_in_slices(body, engines, labels, own)
         while True:
             try:
                 next(steps)
@@ -285,7 +322,7 @@ class Scraper:
                 return result, now
             await asyncio.sleep(0)
 
-    async def _fetch(self, url: URL) -> bytes | Reason:
+    async def _fetch(self, url: URL, most_bytes: int = MOST_BYTES) -> bytes | Reason:
         """Return a page's bytes, or why there are none."""
         assert self._client is not None  # noqa: S101 - tasks run only while there is one
         try:
@@ -293,14 +330,14 @@ class Scraper:
                 asyncio.timeout(self.timeout_s),
                 self._client.get(url, allow_redirects=False) as response,
             ):
-                refusal = _refusal(response)
+                refusal = _refusal(response, most_bytes)
                 if refusal is not None:
                     response.close()  # whatever else it would send
                     return refusal
                 body = bytearray()
                 while piece := await response.content.readany():
                     body += piece
-                    if len(body) > MOST_BYTES:
+                    if len(body) > most_bytes:
                         response.close()
                         return Reason.TOO_BIG
                 return bytes(body)
@@ -312,7 +349,7 @@ class Scraper:
             return Reason.PROTOCOL
 
 
-def _refusal(response: aiohttp.ClientResponse) -> Reason | None:
+def _refusal(response: aiohttp.ClientResponse, most_bytes: int) -> Reason | None:
     """Return why the body of `response` isn't read, judging by its head."""
     if 300 <= response.status < 400:
         return Reason.REDIRECT
@@ -320,6 +357,6 @@ def _refusal(response: aiohttp.ClientResponse) -> Reason | None:
         return Reason.STATUS
     if response.headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity"):
         return Reason.ENCODING
-    if response.content_length is not None and response.content_length > MOST_BYTES:
+    if response.content_length is not None and response.content_length > most_bytes:
         return Reason.TOO_BIG
     return None

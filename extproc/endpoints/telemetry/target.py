@@ -15,6 +15,8 @@ class Target:
         engine: a name of the table in engines.py, `auto`, or `none`: the engine's page isn't read.
         gpu_url: page of a DCGM exporter.
         gpu_labels: labels of the series there that belong to this endpoint, such as `gpu` or `Hostname`.
+        own: what a line may say to name this endpoint: its address and its models.
+        base: where the server itself is, http://ADDRESS; None: it is asked for nothing but its metrics.
     """
 
     name: str
@@ -22,3 +24,5 @@ class Target:
     engine: str = "auto"
     gpu_url: str | None = None
     gpu_labels: tuple[tuple[str, str], ...] = ()
+    own: frozenset[str] = frozenset()
+    base: str | None = None
