@@ -82,8 +82,11 @@ def known_signals(load: Load | None) -> dict[str, float]:
         "kv_usage": load.kv_usage,
         "gpu_usage": load.gpu_usage,
         "tokens_per_s": load.tokens_per_s,
+        "max_running": load.max_running,
+        "context_tokens": load.context_tokens,
+        "asleep": load.asleep,
     }
-    return {signal: value for signal, value in signals.items() if value is not None}
+    return {signal: float(value) for signal, value in signals.items() if value is not None}
 
 
 class Metrics:
