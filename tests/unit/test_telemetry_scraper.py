@@ -529,7 +529,7 @@ async def shown() -> tuple[list[dict[str, object]], dict[tuple[str, ...], float]
 
 def test_queues_and_metrics_show_load_and_age_and_leave_out_what_is_unknown():
     (first, second), samples = asyncio.run(shown())
-    assert first["load"] == {"running": 3.0, "waiting": 1.0}
+    assert first["load"] == {"running": 3.0, "waiting": 1.0, "context_tokens": 4096.0}
     assert 0 <= first["telemetry_age_s"] < PATIENCE_S
     assert second["load"] == {}
     assert "telemetry_age_s" not in second
