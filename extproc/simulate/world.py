@@ -437,7 +437,7 @@ def saturation(params: EngineParams, engines: int, demands: Sequence[Demand]) ->
     turns = (turn for demand in demands for turn in demand.chain())
     wanted = [turn for turn in turns if turn.prompt + turn.output <= params.longest]
     for number, turn in enumerate(wanted):
-        engine.submit(number, turn.prompt, turn.output, 0.0)
+        engine.submit(number, turn.prompt, turn.output, 0.0, prefix=turn.prefix, prefix_tokens=turn.prefix_tokens)
     ends: list[float] = []
     while (due := engine.next_event()) is not None:
         ends += [event.t for event in engine.advance(due) if isinstance(event, Finished)]

@@ -1,0 +1,153 @@
+"""Play cells of the matrix and print one line each.
+
+python -m bench.matrix --cells a100-8b/vllm/standing@120 'step90/*/standing@80' --seeds 1 2
+python -m bench.matrix --cells llama-cpp/vllm/standing@120 --contender ours ours,first_byte_probe=true haproxy
+python -m bench.matrix                    # all: `make bench-matrix`, about an hour on two cores
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bench.matrix import contest
+from bench.matrix.cells import everything, matching, stage
+from bench.matrix.contest import FIXED, RIVALS, Score, as_row, judge
+from bench.matrix.traffic import TRAFFIC, with_traces
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from bench.matrix.cells import Cell
+
+OUT = Path("build/matrix")
+SEEDS = (1, 2)
+Row = dict[str, object]
+
+
+def play_duel(task: tuple[list[Cell], tuple[str, ...], tuple[int, ...], Path | None, dict[str, Row]]) -> list[Row]:
+    """Play the cells that differ by their page only: rivals once, ours for each."""
+    cells, contenders, seeds, traces, known = task
+    first = cells[0]
+    traffic = (with_traces(traces) if traces else TRAFFIC)[first.traffic]
+    began = time.monotonic()
+    scene = stage(first.engine, traffic, first.load, seeds)
+    scores: dict[str, Score] = {}
+    for name in contenders:
+        if name in RIVALS:
+            scores[name] = Score(**known[name]) if name in known else contest.rival(name, scene)  # type: ignore[arg-type]
+    rows: list[Row] = []
+    for cell in cells:
+        page, says_batch = cell.tells
+        here = dict(scores)
+        for name in contenders:
+            if name == FIXED:
+                here[name] = contest.fixed(scene, page, says_batch=says_batch)
+            elif name not in RIVALS:
+                here[name] = contest.play(name, scene, page, says_batch=says_batch)
+        mine = next((name for name in contenders if name.startswith("ours") and name != FIXED), None)
+        others = [score for name, score in here.items() if name in (*RIVALS, FIXED)]
+        row: Row = {"cell": cell.name, "rate": round(scene.rate, 3), "scores": {n: as_row(s) for n, s in here.items()}}
+        if mine and others:
+            verdict = judge(here[mine], others, cell.load)
+            row |= {"ratio": round(verdict.ratio, 4), "problems": list(verdict.problems)}
+        rows.append(row)
+    rows[0]["took_s"] = round(time.monotonic() - began, 2)
+    return rows
+
+
+def line(row: Row) -> str:
+    """Return a row for people: goodput of each, refused where it is not 0, tokens per second."""
+    parts = [f"{row['cell']:<46}"]
+    scores: dict[str, Row] = row["scores"]  # type: ignore[assignment]
+    for name, score in scores.items():
+        own = str(score["text"]).partition(",")[2]
+        setting = f" ({own})" if own and "," not in name else ""
+        refused = f" ref {score['refused']:.0%}" if float(str(score["refused"])) >= 0.005 else ""
+        parts.append(f"{name} {score['goodput']:.3f}{refused} {score['tokens_per_s']:.0f}t/s{setting}")
+    if "ratio" in row:
+        problems = "; ".join(map(str, row["problems"])) if row["problems"] else "ok"  # type: ignore[call-overload]
+        parts.append(f"=> {row['ratio']:.2f} {problems}")
+    return " | ".join(parts)
+
+
+def duels(cells: list[Cell]) -> list[list[Cell]]:
+    """Put cells together that differ by their page only."""
+    groups: dict[str, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        groups[cell.duel].append(cell)
+    return list(groups.values())
+
+
+def run(
+    cells: list[Cell],
+    contenders: tuple[str, ...],
+    seeds: tuple[int, ...],
+    workers: int = 1,
+    traces: Path | None = None,
+    known: dict[str, dict[str, Row]] | None = None,
+) -> Iterator[Row]:
+    """Play cells and yield their rows."""
+    known = known or {}
+    tasks = [(some, contenders, seeds, traces, known.get(some[0].duel, {})) for some in duels(cells)]
+    if workers == 1:
+        for task in tasks:
+            yield from play_duel(task)
+        return
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        for rows in pool.imap(play_duel, tasks):
+            yield from rows
+
+
+def remembered(seeds: tuple[int, ...]) -> tuple[Path, dict[str, dict[str, Row]]]:
+    """Return the rivals' scores of earlier runs with these seeds, and where they are kept."""
+    path = OUT / f"rivals-{'-'.join(map(str, seeds))}.json"
+    return path, json.loads(path.read_text()) if path.exists() else {}
+
+
+def main() -> int:
+    """Do as the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", nargs="+", metavar="NAME", help="names, or patterns over all of them (all)")
+    parser.add_argument("--contender", nargs="+", default=["ours", *RIVALS, FIXED], metavar="NAME")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--traces", type=Path, metavar="DIR", help="Azure's recorded CSVs instead of their fits")
+    parser.add_argument("--fresh", action="store_true", help=f"play rivals again; else what {OUT} remembers holds")
+    parser.add_argument("--list", action="store_true", help="print the names of all cells")
+    flags = parser.parse_args()
+    if flags.list:
+        print(*(cell.name for cell in everything()), sep="\n")
+        return 0
+    try:
+        cells = matching(flags.cells) if flags.cells else everything()
+    except ValueError as error:
+        parser.error(str(error))
+    seeds, began = tuple(flags.seeds), time.monotonic()
+    path, known = remembered(seeds)
+    if flags.fresh or flags.traces:
+        known = {}
+    by_duel = {cell.name: cell.duel for cell in cells}
+    rows = []
+    for row in run(cells, tuple(flags.contender), seeds, flags.workers, flags.traces, known):
+        rows.append(row)
+        print(line(row), flush=True)
+        scores: dict[str, Row] = row["scores"]  # type: ignore[assignment]
+        known.setdefault(by_duel[str(row["cell"])], {}).update({n: s for n, s in scores.items() if n in RIVALS})
+    OUT.mkdir(parents=True, exist_ok=True)
+    if not flags.traces:
+        path.write_text(json.dumps(known, indent=0))
+    (OUT / "last.json").write_text(json.dumps(rows, indent=1))
+    missed = sum(bool(row.get("problems")) for row in rows)
+    print(f"{len(rows)} cells in {time.monotonic() - began:.0f} s; {missed} miss")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""Playing a cell: ours, and every rival at the best of its settings for that cell.
+
+The search is a small grid around N, the most that an engine can run of this traffic within its objectives: by its
+batch, its KV cache, and its time per token. Fixed limits: .4, .6, .8, 1 and 1.3 N. HAProxy's `timeout queue`: the
+budgets of the classes; a third, once and three times the budget where there is one. First the best limit at the middle
+timeout, then the best timeout at that limit, then the limit's neighbours again. The best is that of all seeds that are
+scored, so rivals know the future.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from statistics import mean
+from typing import TYPE_CHECKING
+
+from extproc.simulate.contenders import Contender, contender
+from extproc.simulate.world import World
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from bench.matrix.cells import Stage
+    from extproc.simulate.world import Page
+
+SHARES_OF_N = (0.4, 0.6, 0.8, 1.0, 1.3)
+RIVALS = ("least_request", "breaker", "haproxy", "tuned_engine")
+FIXED = "ours-fixed"
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One contender in one cell, the mean of the seeds. Shares are 0..1.
+
+    Attributes:
+        text: the contender with its settings, as `extproc simulate --contender` reads it.
+        refused: of all requests, those that the front or the engine turned away.
+        late: of all requests, those that came to nothing otherwise: abandoned, failed.
+    """
+
+    text: str
+    goodput: float
+    refused: float
+    late: float
+    tokens_per_s: float
+
+
+def play(text: str, stage: Stage, page: Page = "vllm", *, says_batch: bool = False) -> Score:
+    """Play one contender on all seeds of a stage."""
+    who = contender(text, "", stage.classes)
+    return play_as(who, stage, page, says_batch=says_batch)
+
+
+def play_as(who: Contender, stage: Stage, page: Page = "vllm", *, says_batch: bool = False) -> Score:
+    """Play a contender that is no text."""
+    groups = [replace(group, says_batch=says_batch) for group in stage.groups]
+    goodput, refused, late, tokens = [], [], [], []
+    for seed, demands in stage.demands.items():
+        world = World(groups, who, seed, stage.traffic.faults(stage.duration_s), page)
+        world.run(demands, stage.duration_s)
+        run = world.result(0.0, seed, stage.duration_s)
+        count = max(len(run.records), 1)
+        lost = sum(record.outcome in ("abandoned", "failed") for record in run.records)
+        finished = sum(record.outcome == "finished" for record in run.records)
+        goodput.append(sum(record.met for record in run.records) / count)
+        late.append(lost / count)
+        refused.append((count - lost - finished) / count)
+        tokens.append(run.generated / stage.duration_s)
+    return Score(who.name, mean(goodput), mean(refused), mean(late), mean(tokens))
+
+
+def limits(stage: Stage) -> list[int]:
+    """Return the fixed limits to try."""
+    natural = stage.natural_limit
+    return sorted({max(round(share * natural), 1) for share in SHARES_OF_N})
+
+
+def queues(stage: Stage) -> list[float]:
+    """Return HAProxy's queue timeouts to try, seconds; the middle one first."""
+    budgets = sorted({klass.budget_s for klass in stage.classes})
+    if len(budgets) == 1:
+        budgets = [budgets[0] / 3, budgets[0], budgets[0] * 3]
+    middle = budgets[len(budgets) // 2]
+    return [middle, *(budget for budget in budgets if budget != middle)]
+
+
+def best(scores: Sequence[Score]) -> Score:
+    """Return the one with the most goodput, then the most tokens."""
+    return max(scores, key=lambda score: (round(score.goodput, 4), score.tokens_per_s))
+
+
+def rival(name: str, stage: Stage) -> Score:
+    """Play a rival at the best of its settings."""
+    if name == "least_request":
+        return play(name, stage)
+    if name == "breaker":
+        return best([play(f"circuit_breaker,limit={limit}", stage) for limit in limits(stage)])
+    if name == "tuned_engine":
+        return best([play(f"tuned_engine,limit={limit}", stage) for limit in limits(stage)])
+    assert name == "haproxy", name
+    return _best_haproxy(stage)
+
+
+def _best_haproxy(stage: Stage) -> Score:
+    known: dict[tuple[int, float], Score] = {}
+
+    def at(limit: int, queue_s: float) -> Score:
+        if (limit, queue_s) not in known:
+            known[limit, queue_s] = play(f"haproxy,limit={limit},queue={round(queue_s * 1000)}ms", stage)
+        return known[limit, queue_s]
+
+    tried, waits = limits(stage), queues(stage)
+    limit = max(tried, key=lambda one: at(one, waits[0]).goodput)
+    queue_s = max(waits, key=lambda one: at(limit, one).goodput)
+    where = tried.index(limit)
+    return best([at(one, queue_s) for one in tried[max(where - 1, 0) : where + 2]])
+
+
+def fixed(stage: Stage, page: Page, *, says_batch: bool = False) -> Score:
+    """Play ours at the best fixed limit."""
+    texts = [f"ours,max_running_requests={limit}" for limit in limits(stage)]
+    return best([play(text, stage, page, says_batch=says_batch) for text in texts])
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether ours keeps up in a cell, and why not."""
+
+    ratio: float
+    problems: tuple[str, ...]
+
+
+LEAST_GOODPUT, LEAST_TOKENS, MOST_REFUSED, EASY_LOAD, ALL_IN_TIME = 0.97, 0.95, 0.01, 80, 0.99
+
+
+def judge(ours: Score, others: Sequence[Score], load: int) -> Verdict:
+    """Hold ours against the best of the others."""
+    strongest = max(score.goodput for score in others)
+    most = max(score.tokens_per_s for score in others)
+    calm = next((score for score in others if score.text == "least_request"), None)
+    ratio = ours.goodput / strongest if strongest else 1.0
+    problems = []
+    if ratio < LEAST_GOODPUT:
+        problems.append(f"goodput {ratio:.2f} of the best")
+    if load <= EASY_LOAD and calm and calm.goodput >= ALL_IN_TIME and ours.refused > MOST_REFUSED:
+        problems.append(f"refuses {ours.refused:.1%} where least request serves all")
+    if ours.tokens_per_s < LEAST_TOKENS * most:
+        problems.append(f"tokens {ours.tokens_per_s / most:.2f} of the most")
+    return Verdict(ratio, tuple(problems))
+
+
+def as_row(score: Score) -> dict[str, object]:
+    """Return a score for a file."""
+    return {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(score).items()}
