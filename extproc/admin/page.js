@@ -162,6 +162,8 @@ function endpointRow(one) {
   row.parts.models = element("span", "tiny wrap");
   name.append(one.name, row.parts.models);
   row.parts.state = cell(row, "condition", "State", "cond").appendChild(element("span", "state"));
+  row.parts.held = element("span", "tiny");
+  row.parts.condition.append(row.parts.held);
   row.parts.fill = element("i");
   row.parts.count = element("span");
   cell(row, "flight", "In flight", "held").append(element("div", "meter", element("div", "track", row.parts.fill), row.parts.count));
@@ -169,7 +171,7 @@ function endpointRow(one) {
   cell(row, "queued", "Engine queues", "n");
   cell(row, "kv", "KV cache", "n");
   cell(row, "age", "Figures’ age", "n");
-  cell(row, "prefer", "Prefer it", "n");
+  cell(row, "prefer", "Wait for it first", "n");
   cell(row, "sent", "Sent", "n");
   return row;
 }
@@ -181,6 +183,7 @@ function fillEndpoint(row, one) {
   if (one.state === "up" && one.held_back) { tone = "warn"; sign = "◆"; words = "up, held back"; }
   say(row.parts.state, `${sign} ${words}`);
   row.parts.state.className = "state " + tone;
+  say(row.parts.held, one.held_by ? `held by ${one.held_by}` : "");
   row.parts.fill.style.width = Math.min(100, 100 * (one.in_flight + one.foreign) / Math.max(one.limit, 1)) + "%";
   mark(row.parts.fill, "full", one.in_flight + one.foreign >= one.limit);
   // Foreign: what the engine holds that is not from this sidecar; it counts against the limit too.
@@ -218,9 +221,10 @@ function fillOutcome(row, one) {
 function waitingRow(one) {
   const row = newRow(colour(one.class));
   cell(row, "name", "", "", "th").append(element("span", "mark"), one.class);
-  cell(row, "age", "Waits for", "n");
+  cell(row, "age", "Waited", "n");
   cell(row, "left", "Budget left", "n");
   cell(row, "to", "May go to", "wide");
+  cell(row, "held", "Held by");
   cell(row, "model", "Model", "wrap wide");
   cell(row, "tenant", "Tenant", "wrap tenant");
   cell(row, "position", "Ahead on arrival", "n");
@@ -231,6 +235,7 @@ function fillWaiting(row, one) {
   say(row.parts.age, seconds(one.age_s));
   say(row.parts.left, one.budget_left_s > 0 ? seconds(one.budget_left_s) : "over");
   say(row.parts.to, one.queue === "*" ? "any endpoint" : `first ${one.queue}, later any`);
+  say(row.parts.held, one.held_by || "–");
   say(row.parts.model, one.model === null ? "any" : one.model);
   say(row.parts.tenant, one.tenant || "–");
   say(row.parts.position, number(one.position));
@@ -276,6 +281,7 @@ function draw(view) {
   $("waiting").hidden = !view.waiting.length;
   $("nobody").hidden = view.waiting.length > 0;
   say($("waiting-note"), view.waiting_total > view.waiting.length ? `the first ${view.waiting.length} of ${number(view.waiting_total)}` : "");
+  say($("limits"), Object.entries(view.limits).map(([name, words]) => `${name}: ${words}`).join("; "));
   say($("patience"), `at most ${setting(view.patience_s)}`);
   say($("build"), `extproc ${view.version}, up for ${seconds(view.up_s)}`);
 }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from extproc import __version__
 from extproc.admin.history import STEP_S, History, outcome_totals, waiting_by_class
+from extproc.admission.held import HeldBy
 from extproc.admission.outcome import Outcome
 from extproc.admission.rehearsal import Rehearsal
 from extproc.admission.ticket import State
@@ -89,10 +90,12 @@ class Viewer:
     def queues(self, *, ready: bool, limit: int = WAITING_LISTED) -> Values:
         """Return the state with the first `limit` waiting requests, line by line."""
         controller, now = self._gate.controller, self._gate.now()
-        preferring = _preferring(controller)
+        preferring, holds = _preferring(controller), controller.holds()
         return {
             **self._mode(ready=ready),
-            "endpoints": [self._endpoint(endpoint, preferring, now) for endpoint in controller.endpoints.values()],
+            "endpoints": [
+                self._endpoint(endpoint, preferring, holds, now) for endpoint in controller.endpoints.values()
+            ],
             "waiting_total": controller.waiting,
             "waiting_by_class": waiting_by_class(controller),
             "waiting": [_row(ticket, now) for ticket in islice(controller.waiting_tickets(), limit)],
@@ -118,11 +121,11 @@ class Viewer:
         everyone = [ticket for waiting in by_class.values() for ticket in waiting[:ROWS]]
         oldest = sorted(everyone, key=_arrival)[:ROWS]
         curves = self.history.curves(by_class)
-        endpoints, preferring = [], _preferring(controller)
+        endpoints, preferring, holds = [], _preferring(controller), controller.holds()
         for number, endpoint in enumerate(list(controller.endpoints.values())):
             if number % ENDPOINTS_TURN == 0:
                 await asyncio.sleep(0)
-            endpoints.append(self._endpoint(endpoint, preferring, now, most_models=MOST_MODELS))
+            endpoints.append(self._endpoint(endpoint, preferring, holds, now, most_models=MOST_MODELS))
         rates = self.history.rates(now)
         totals = outcome_totals(self._metrics)
         return {
@@ -147,6 +150,7 @@ class Viewer:
                 for outcome, words in WORDS.items()
             ],
             "rehearsed": _rehearsed(controller),
+            "limits": {held.value: held.words for held in HeldBy},
         }
 
     def _mode(self, *, ready: bool) -> Values:
@@ -184,10 +188,16 @@ class Viewer:
         return sorted(classes, key=lambda one: -int(one["priority"]))
 
     def _endpoint(
-        self, endpoint: Endpoint, preferring: Mapping[str, int], now: float, most_models: int | None = None
+        self,
+        endpoint: Endpoint,
+        preferring: Mapping[str, int],
+        holds: Mapping[Endpoint, HeldBy],
+        now: float,
+        most_models: int | None = None,
     ) -> Values:
         models = sorted(endpoint.spec.models)
         age_s = self._metrics.age_s(endpoint.name)
+        held = holds.get(endpoint)
         row: Values = {
             "name": endpoint.name,
             "cluster": endpoint.spec.cluster,
@@ -199,6 +209,7 @@ class Viewer:
             "limit": endpoint.limit.value,
             "adaptive": endpoint.spec.max_running_requests is None,
             "held_back": endpoint.closed_until is not None or endpoint.health.full_until is not None,
+            "held_by": None if held is None else held.value,
             "kv_tokens": endpoint.kv_tokens,
             "kv_capacity_tokens": endpoint.kv_capacity,
             "waiting": preferring.get(endpoint.name, 0),
@@ -257,6 +268,7 @@ def _row(ticket: Ticket, now: float) -> Values:
         "home": ticket.home.name if ticket.home is not None else None,
         "queue": SHARED if shared or ticket.home is None else ticket.home.name,
         "position": ticket.position,
+        "held_by": None if pool is None else pool.held_by(ticket).value,
     }
 
 

@@ -35,7 +35,8 @@ class Pool:
         members: its endpoints, in the order they came.
         open: those of them that have room for some request; a full one costs nothing. The controller keeps it, by
             `list_open`.
-        closed_last: the member whose room ended last, while any had some: what it lacks is what the line waits for.
+        closed_last: of the members that may be used, the one whose room ended last: what it lacks is what the line
+            waits for.
         shared: requests that any member may take.
         homes: for each member that somebody waits for, the requests at home there.
         shares: fairness between tenants, by priority.
@@ -125,9 +126,11 @@ class Pool:
         kept, self._emptiest = self._emptiest, None
         if is_open:
             self.open[endpoint] = None
-        elif endpoint in self.open:
-            del self.open[endpoint]
-            self.closed_last = endpoint
+        else:
+            if self.open.pop(endpoint, self) is not self and endpoint.available:
+                self.closed_last = endpoint
+            if self.closed_last is endpoint and not endpoint.available:
+                self.closed_last = next((other for other in self.members if other.available), None)
         return kept if self.shared.exhausted else None
 
     def forget_endpoints(self) -> None:

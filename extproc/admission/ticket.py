@@ -95,6 +95,20 @@ class Ticket:
         self.patience_until = 0.0  # the end of its wait for its home
         self.alarm = 0.0  # the one alarm that is set for it
 
+    def why(self) -> dict[str, str | float]:
+        """Return what people ask about its wait: its budget, the wait predicted when it came, what held it then.
+
+        What is not known is absent.
+        """
+        facts: dict[str, str | float] = {}
+        if self.pool is not None:
+            facts["budget_s"] = round(self.wait_until - self.request.arrived, 3)
+        if self.predicted_s is not None:
+            facts["predicted_wait_s"] = round(self.predicted_s, 3)
+        if self.waited_for is not None:
+            facts["waited_for"] = self.waited_for.value
+        return facts
+
     def __repr__(self) -> str:
         """Show what a person debugging wants first."""
         where = f" at {self.endpoint.name}" if self.endpoint is not None else ""

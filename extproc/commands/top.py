@@ -226,7 +226,7 @@ def _endpoints(view: Mapping[str, Any], room: int) -> list[str]:
     if len(endpoints) + 1 > room:
         order = sorted(endpoints, key=lambda one: one["state"] == "up")
         endpoints = order[: max(room - 2, 1)]
-    table = [("ENDPOINT", "STATE", "IN FLIGHT", "RUNS", "QUEUES", "KV", "AGE", "PREFER IT", "SENT")]
+    table = [("ENDPOINT", "STATE", "HELD BY", "IN FLIGHT", "RUNS", "QUEUES", "KV", "AGE", "FIRST", "SENT")]
     for one in endpoints:
         load = one["load"]
         state = one["state"] if one["state"] != "up" else "held back" if one["held_back"] else "up"
@@ -240,6 +240,7 @@ def _endpoints(view: Mapping[str, Any], room: int) -> list[str]:
             (
                 one["name"] if len(one["name"]) <= 24 else one["name"][:23] + "~",
                 state,
+                one.get("held_by") or "-",
                 flight,
                 _count(load.get("running")),
                 _count(load.get("waiting")),
@@ -249,7 +250,7 @@ def _endpoints(view: Mapping[str, Any], room: int) -> list[str]:
                 str(one["dispatched"]),
             )
         )
-    rows = _columns(table, left=(0, 1, 2))
+    rows = _columns(table, left=(0, 1, 2, 3))
     more = len(view["endpoints"]) - len(endpoints)
     return [*rows, f"and {more} more"] if more else rows
 
@@ -282,12 +283,14 @@ def _outcomes(view: Mapping[str, Any]) -> list[str]:
 
 
 def _waiting(view: Mapping[str, Any], room: int) -> list[str]:
-    table = [("LONGEST WAITING", "WAITS", "LEFT", "MAY GO TO", "TENANT", "REQUEST")]
+    table = [("LONGEST WAITING", "WAITED", "LEFT", "HELD BY", "MAY GO TO", "TENANT", "REQUEST")]
     for one in view["waiting"][: room - 1]:
         to = "any" if one["queue"] == "*" else f"first {one['queue']}"
         left = _seconds(max(one["budget_left_s"], 0.0))
-        table.append((one["class"], _seconds(one["age_s"]), left, to[:30], one["tenant"][:16] or "-", one["id"]))
-    return _columns(table, left=(0, 3, 4, 5))
+        held = one.get("held_by") or "-"
+        tenant = one["tenant"][:16] or "-"
+        table.append((one["class"], _seconds(one["age_s"]), left, held, to[:30], tenant, one["id"]))
+    return _columns(table, left=(0, 3, 4, 5, 6))
 
 
 def _columns(table: Sequence[Sequence[str]], *, left: Iterable[int]) -> list[str]:

@@ -104,21 +104,24 @@ class QueueLog:
             "class": ticket.request_class.name,
             "wait_s": round(decision.wait_s, 3),
             "position": ticket.position,
+            **ticket.why(),
         }
         if isinstance(decision, Dispatch):
-            what = f"to {decision.endpoint}"
+            what, reason = f"to {decision.endpoint}", ""
             about["endpoint"] = decision.endpoint
         else:
             what = "refused"
+            reason = _reason(ticket)
         if ticket.home is not None:
             about["home"] = ticket.home.name
         log.info(
-            "%s: request %s, class %s, %s after %.3f s",
+            "%s: request %s, class %s, %s after %.3f s%s",
             outcome.value,
             request_id or "without an id",
             ticket.request_class.name,
             what,
             decision.wait_s,
+            reason,
             extra={"about": about},
         )
 
@@ -161,6 +164,17 @@ class QueueLog:
             text = "%s: and %d more such lines in the last %.0f s"
             log.info(text, outcome.value, rate.left_out, now - rate.since, extra={"about": about})
         rate.since, rate.written, rate.left_out = now, 0, 0
+
+
+def _reason(ticket: Ticket) -> str:
+    """Say what a refused request waited for, or would have, and how long it might."""
+    why = ticket.why()
+    parts = [f"of a budget of {why['budget_s']:g} s"] if "budget_s" in why else []
+    if "predicted_wait_s" in why:
+        parts.append(f"predicted {why['predicted_wait_s']:g} s")
+    if ticket.waited_for is not None:
+        parts.append(f"held by {ticket.waited_for.value}")
+    return (" " if parts else "") + ", ".join(parts)
 
 
 def _ejection(endpoint: Endpoint) -> str:

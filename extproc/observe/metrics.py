@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
     from extproc.admission.controller import Controller
+    from extproc.admission.held import HeldBy
     from extproc.admission.load import Load
     from extproc.admission.ticket import Ticket
     from extproc.admission.values import Decision
@@ -116,6 +117,7 @@ class Metrics:
         self._telemetry = telemetry
         self._streams = streams
         self.outcomes: dict[tuple[Outcome, str], int] = {}
+        self.waited_for: dict[tuple[HeldBy, str], int] = {}
         self._waits: dict[str, _Waits] = {}
         self.config_reloads = {"success": 0, "failure": 0}
         self.registry = CollectorRegistry(auto_describe=False)
@@ -131,6 +133,7 @@ class Metrics:
         self._count(decision.outcome, name)
         if ticket.request.request_class != name and ticket.request.request_class:
             self.unknown_classes += 1
+        self._note_held(ticket)
         if isinstance(decision, Dispatch):
             self._note_wait(name, decision.wait_s)
 
@@ -138,6 +141,13 @@ class Metrics:
         """Count a client that left while it waited. Its wait is none that anybody was served after."""
         del wait_s
         self._count(Outcome.CANCELLED, ticket.request_class.name)
+        self._note_held(ticket)
+
+    def _note_held(self, ticket: Ticket) -> None:
+        held = ticket.waited_for
+        if held is not None:
+            key = (held, ticket.request_class.name)
+            self.waited_for[key] = self.waited_for.get(key, 0) + 1
 
     def _count(self, outcome: Outcome, request_class: str) -> None:
         key = (outcome, request_class)
@@ -235,6 +245,14 @@ class Metrics:
         for (outcome, request_class), count in self.outcomes.items():
             requests.add_metric([outcome.value, request_class], count)
         yield requests
+        held = CounterMetricFamily(
+            "extproc_held_requests",
+            "Requests that found no room when they came, by the limit that had none.",
+            labels=["limit", "class"],
+        )
+        for (limit, request_class), count in self.waited_for.items():
+            held.add_metric([limit.value, request_class], count)
+        yield held
         waits = HistogramMetricFamily(
             "extproc_queue_wait_seconds", "How long dispatched requests waited.", labels=["class"]
         )
@@ -299,6 +317,13 @@ class Metrics:
             "telemetry or its own refusals (load).",
             labels=["endpoint", "reason"],
         )
+        limited = GaugeMetricFamily(
+            "extproc_limited_by",
+            "1 for the limit that keeps the next request from an endpoint; no line while there is room.",
+            labels=["endpoint", "limit"],
+        )
+        for endpoint, held in self._controller.holds().items():
+            limited.add_metric([endpoint.name, held.value], 1)
         now = self._clock()
         for endpoint in self._controller.endpoints.values():
             name = [endpoint.name]
@@ -314,7 +339,7 @@ class Metrics:
             if endpoint.kv_capacity is not None:
                 limit.add_metric([*name, "kv_tokens"], endpoint.kv_capacity)
             is_up.add_metric(name, int(endpoint.available))
-        yield from (inflight, oldest, dispatched, limit, is_up, closed)
+        yield from (inflight, oldest, dispatched, limit, is_up, closed, limited)
 
     def _telemetry_families(self) -> Iterator[Metric]:
         loads = GaugeMetricFamily(

@@ -76,6 +76,8 @@ class QueueSpans:
                     span.set_attribute("extproc.request_id", ticket.request.id)
                 if endpoint is not None:
                     span.set_attribute("extproc.endpoint", endpoint)
+                if ticket.waited_for is not None:
+                    span.set_attribute("extproc.waited_for", ticket.waited_for.value)
                 if ticket.home is not None:
                     span.set_attribute("extproc.home", ticket.home.name)
                 if outcome.status is not None:

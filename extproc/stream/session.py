@@ -190,7 +190,8 @@ class Session:
         else:
             outcome = decision.outcome
             status = outcome.status or 500
-            refusal = wire.refuse(status, outcome.value, outcome.message, decision.retry_after_s, wait_s)
+            about = {"wait_s": round(decision.wait_s, 3), **decision.ticket.why()}
+            refusal = wire.refuse(status, outcome.value, outcome.message, decision.retry_after_s, wait_s, about)
             self._send(refusal + details)
 
 
@@ -202,7 +203,12 @@ def _details(decision: Decision) -> bytes:
         texts += (("endpoint", decision.endpoint),)
     if ticket.home is not None:
         texts += (("home", ticket.home.name),)
-    return wire.decision_metadata(texts, round(decision.wait_s * 1000, 1), ticket.position)
+    if ticket.waited_for is not None:
+        texts += (("waited_for", ticket.waited_for.value),)
+    numbers = None
+    if not isinstance(decision, Dispatch):
+        numbers = {name: fact for name, fact in ticket.why().items() if not isinstance(fact, str)}
+    return wire.decision_metadata(texts, round(decision.wait_s * 1000, 1), ticket.position, numbers)
 
 
 def _judge(incoming: Incoming) -> Answer:

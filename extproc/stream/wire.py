@@ -197,10 +197,20 @@ def go_on_timed(wait_s: float) -> bytes:
     return pb.ProcessingResponse(response_headers=pb.HeadersResponse(response=common)).SerializeToString()
 
 
-def refuse(status: int, outcome: str, message: str, retry_after_s: int | None, wait_s: float | None = None) -> bytes:
-    """Answer the client in an engine's stead, with an error in OpenAI's shape; `wait_s`: with a Server-Timing too."""
+def refuse(
+    status: int,
+    outcome: str,
+    message: str,
+    retry_after_s: int | None,
+    wait_s: float | None = None,
+    about: Mapping[str, str | float] | None = None,
+) -> bytes:
+    """Answer the client in an engine's stead, with an error in OpenAI's shape.
+
+    `wait_s`: with a Server-Timing too; `about`: what else the error says, beside OpenAI's own four fields.
+    """
     kind = {404: "invalid_request_error", 429: "rate_limit_error"}.get(status, "server_error")
-    body = {"error": {"message": message, "type": kind, "param": None, "code": outcome}}
+    body = {"error": {"message": message, "type": kind, "param": None, "code": outcome, **(about or {})}}
     content_type, retry_after, outcome_header = REFUSAL_HEADERS
     headers = {content_type: "application/json", outcome_header: outcome}
     if retry_after_s is not None:
@@ -217,11 +227,25 @@ def refuse(status: int, outcome: str, message: str, retry_after_s: int | None, w
     ).SerializeToString()
 
 
-def decision_metadata(texts: tuple[tuple[str, str], ...], wait_ms: float, position: int) -> bytes:
+def decision_metadata(
+    texts: tuple[tuple[str, str], ...],
+    wait_ms: float,
+    position: int,
+    numbers: Mapping[str, float] | None = None,
+) -> bytes:
     """Encode what the access log can say of a decision, as dynamic metadata: `texts` by name, and the two numbers.
 
-    To be appended to an answer: protobuf merges concatenated messages.
+    `numbers`: more of them, which costs a message built anew. To be appended to an answer: protobuf merges
+    concatenated messages.
     """
+    if numbers:
+        response = pb.ProcessingResponse()
+        fields = response.dynamic_metadata.fields[NAMESPACE].struct_value.fields
+        for key, number in {"position": float(position), "wait_ms": wait_ms, **numbers}.items():
+            fields[key].number_value = number
+        for key, value in texts:
+            fields[key].string_value = value
+        return response.SerializeToString()
     before, between, after = _around_numbers(texts)
     return before + _DOUBLE.pack(position) + between + _DOUBLE.pack(wait_ms) + after
 

@@ -92,12 +92,14 @@ def wait_line(here: Stack, **wanted: object) -> dict:
 
 
 def test_the_access_log_line_of_a_held_request_says_how_long_it_waited_for_whom(here, story):
-    line = here.envoy.wait_access_log(lambda entry: entry["code"] == 200 and entry["queue"]["wait_ms"] > 0)
+    line = here.envoy.wait_access_log(lambda entry: entry["code"] == 200 and "waited_for" in entry["queue"])
     queue = line["queue"]
     assert (queue["outcome"], queue["class"], queue["position"]) == ("dispatched", "default", 0)
     assert queue["endpoint"] in ("a", "b")
     assert queue["endpoint"] == line["cluster"]
-    assert queue["wait_ms"] <= line["duration_ms"] + 1
+    assert 0 < queue["wait_ms"] <= line["duration_ms"] + 1
+    assert queue["waited_for"] == "limit"
+    here.envoy.wait_access_log(lambda entry: entry["code"] == 200 and "waited_for" not in entry["queue"])
 
 
 def test_the_access_log_line_of_a_refused_request_says_why(here, story):
@@ -106,6 +108,16 @@ def test_the_access_log_line_of_a_refused_request_says_why(here, story):
     assert line["queue"]["outcome"] == "budget_expired"
     assert line["queue"]["class"] == "now"
     assert "endpoint" not in line["queue"]
+
+
+def test_what_held_a_refused_request_and_its_budget_stand_alike_in_its_body_its_log_line_and_its_metadata(here, story):
+    error = json.loads(story[1].body)["error"]
+    line = wait_line(here, outcome="budget_expired")
+    metadata = here.envoy.wait_access_log(lambda entry: entry["code"] == 429)["queue"]
+    for told in (error, line, metadata):
+        assert (told["waited_for"], told["budget_s"]) == ("limit", 0)
+    assert error["code"] == "budget_expired"
+    assert error["wait_s"] == line["wait_s"] == pytest.approx(metadata["wait_ms"] / 1000, abs=0.001)
 
 
 def test_server_timing_tells_the_client_and_an_engines_own_stays(here, story):
@@ -124,7 +136,7 @@ def test_the_log_is_json_with_a_line_for_the_refusal_and_none_for_what_went_well
     assert line["logger"] == "extproc.queue"
     assert line["level"] == "info"
     assert line["request_id"]
-    assert line["wait_s"] >= 0
+    assert "held by limit" in line["message"]
     assert not [entry for entry in log_lines(here) if entry.get("outcome") == "dispatched"]
 
 
@@ -141,6 +153,7 @@ def test_the_wait_is_a_span_of_the_requests_own_trace(here, story, collector):
     told = attributes(held)
     assert told["extproc.class"] == "default"
     assert told["extproc.endpoint"] in ("a", "b")
+    assert told["extproc.waited_for"] == "limit"
     lasted_ms = (held.end_time_unix_nano - held.start_time_unix_nano) / 1e6
     assert lasted_ms == pytest.approx(told["extproc.wait_ms"], abs=0.2)
     assert lasted_ms > 0

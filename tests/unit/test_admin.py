@@ -423,6 +423,24 @@ def test_top_puts_what_is_wrong_first_and_keeps_to_its_terminal():
     assert any(line.startswith("OUTCOMES  dispatched 199") for line in drawn)
 
 
+def test_top_and_the_view_say_which_limit_holds_each_endpoint_and_each_request():
+    room = Room(endpoints=2)
+    room.gate.put_endpoint(EndpointSpec("vllm-1", max_running_requests=9))
+    room.offer(5)
+    assert [one["held_by"] for one in room.view()["endpoints"]] == ["limit", None]
+    room.gate.set_up("vllm-1", is_up=False)
+    room.offer(1)
+    view = room.view()
+    assert [one["held_by"] for one in view["endpoints"]] == ["limit", "down"]
+    assert [one["held_by"] for one in view["waiting"]] == ["limit"]
+    assert set(view["limits"]) >= {"limit", "down", "prompts", "kv"}
+    drawn = lines(view, 200, 40)
+    assert drawn[1].split()[:4] == ["ENDPOINT", "STATE", "HELD", "BY"]
+    assert drawn[2].split()[:3] == ["vllm-0", "up", "limit"]
+    assert room.admin.snapshot()["endpoints"] == [{**one, "models": one["models"]} for one in view["endpoints"]]
+    assert room.admin.snapshot()["waiting"] == view["waiting"]
+
+
 def test_top_makes_what_clients_sent_harmless():
     evil = "\x1b]0;owned\x07\x1b[2J\r\n\u202e\u200b界e\u0301"
     room = Room()

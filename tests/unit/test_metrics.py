@@ -100,6 +100,27 @@ def test_a_closed_endpoint_says_by_what(desk):
     assert closed("b") == {"ejected"}
 
 
+def test_the_limit_that_holds_an_endpoints_line_has_a_line_and_an_endpoint_with_room_has_none(desk):
+    def limits() -> set[str]:
+        return {name for name in desk.page() if name.startswith("extproc_limited_by{")}
+
+    desk.offer()
+    assert len(limits()) == 1, "one of two is full"
+    desk.offer()
+    assert limits() == {f'extproc_limited_by{{endpoint="{name}",limit="limit"}}' for name in "ab"}
+    desk.controller.set_up("a", desk.now, is_up=False)
+    assert 'extproc_limited_by{endpoint="a",limit="down"}' in limits()
+
+
+def test_requests_that_found_no_room_are_counted_by_what_held_them_once_they_leave(desk):
+    waiting = [desk.offer(request_class="high") for _ in range(4)][2:]
+    assert not [name for name in desk.page() if name.startswith("extproc_held_requests_total")], "they still wait"
+    for decision in desk.controller.drain(desk.now):
+        desk.metrics.decided(decision)
+    desk.metrics.cancelled(waiting[0], 1.0)
+    assert desk.page()['extproc_held_requests_total{class="high",limit="limit"}'] == 3
+
+
 def test_telemetry_is_stale_when_old_or_never_there_and_not_said_of_what_is_not_scraped(desk):
     desk.telemetry.ages = {"a": 10.5}
     assert desk.page()['extproc_telemetry_stale{endpoint="a"}'] == 1

@@ -28,13 +28,13 @@ def room(now, caplog):
     return controller, QueueLog(controller, lambda: now[0])
 
 
-def test_a_refusal_is_a_line_with_request_class_outcome_and_wait(room, caplog):
+def test_a_refusal_is_a_line_with_request_class_outcome_wait_budget_and_what_held_it(room, caplog):
     controller, log = room
     for name in ("r-1", "r-2"):
         for decision in controller.offer(Ticket(Request(name, 0.0)), 0.0):
             log.decided(decision)
     assert [record.getMessage() for record in caplog.records] == [
-        "budget_expired: request r-2, class default, refused after 0.000 s"
+        "budget_expired: request r-2, class default, refused after 0.000 s of a budget of 0 s, held by limit"
     ]
 
 
