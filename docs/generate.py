@@ -72,7 +72,8 @@ def _default(name: str, value: object, *, required: bool) -> str:
 def _outcomes() -> str:
     rows = [
         "## Outcomes\n\nHow a request leaves the queue: label of metrics, `x-extproc-outcome` of refusals, `outcome`",
-        "in Envoy's dynamic metadata (namespace `extproc`, with `endpoint`, `home`, `class`, `wait_ms`, `position`, `waited_for`).\n",
+        "in Envoy's dynamic metadata (namespace `extproc`, with `endpoint`, `home`, `class`, `wait_ms`, `position`,",
+        "`waited_for`).\n",
         "| outcome | HTTP | the client reads |",
         "| --- | --- | --- |",
     ]

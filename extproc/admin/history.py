@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
-from extproc.observe.metrics import WAIT_BUCKETS_S
+from extproc.observe.waits import WINDOW_S, percentile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from extproc.admission.controller import Controller
     from extproc.observe.metrics import Metrics
@@ -30,7 +30,6 @@ class Sample(NamedTuple):
 
     at: float
     outcomes: dict[str, int]
-    waits: dict[str, list[int]]
 
 
 class History:
@@ -49,12 +48,8 @@ class History:
         if self._samples:
             before = self._samples[-min(SMOOTHED, len(self._samples))]
             depth = waiting_by_class(self._controller)
-            self._curves.append(
-                {
-                    name: (waiting, quantile(_since(before.waits, taken.waits, name), 0.95))
-                    for name, waiting in depth.items()
-                }
-            )
+            p95_s = {name: percentile(self._metrics.waits_since(name, before.at), 0.95) for name in depth}
+            self._curves.append({name: (waiting, p95_s[name]) for name, waiting in depth.items()})
         self._samples.append(taken)
 
     def curves(self, classes: Iterable[str]) -> dict[str, dict[str, list[float | None]]]:
@@ -67,10 +62,9 @@ class History:
         }
 
     def percentiles(self, request_class: str, now: float) -> tuple[float | None, float | None]:
-        """Return p50 and p95 of the waits of requests sent in the time remembered, in seconds; None: none was sent."""
-        first = self._samples[0].waits if self._samples else {}
-        counts = _since(first, self._read(now).waits, request_class)
-        return _rounded(quantile(counts, 0.5)), _rounded(quantile(counts, 0.95))
+        """Return p50 and p95 of the waits of requests sent in the last five minutes, in seconds; None: none was."""
+        waits = self._metrics.waits_since(request_class, now - WINDOW_S)
+        return _rounded(percentile(waits, 0.5)), _rounded(percentile(waits, 0.95))
 
     def rates(self, now: float) -> dict[str, float]:
         """Return requests per second by outcome, over the last minute or what there is of it."""
@@ -84,22 +78,7 @@ class History:
         }
 
     def _read(self, now: float) -> Sample:
-        return Sample(now, outcome_totals(self._metrics), self._metrics.wait_counts())
-
-
-def quantile(counts: Sequence[int], share: float) -> float | None:
-    """Estimate a quantile from counts per bucket of WAIT_BUCKETS_S, evenly spread inside a bucket; None: no counts."""
-    total = sum(counts)
-    if total <= 0:
-        return None
-    rank, below = share * total, 0
-    for index, count in enumerate(counts):
-        if count and below + count >= rank:
-            low = WAIT_BUCKETS_S[index - 1] if index else 0.0
-            high = WAIT_BUCKETS_S[index] if index < len(WAIT_BUCKETS_S) else low
-            return low + (high - low) * (rank - below) / count
-        below += count
-    return WAIT_BUCKETS_S[-1]
+        return Sample(now, outcome_totals(self._metrics))
 
 
 def waiting_by_class(controller: Controller) -> dict[str, int]:
@@ -117,11 +96,6 @@ def outcome_totals(metrics: Metrics) -> dict[str, int]:
     for (outcome, _), count in metrics.outcomes.items():
         totals[outcome.value] = totals.get(outcome.value, 0) + count
     return totals
-
-
-def _since(before: dict[str, list[int]], after: dict[str, list[int]], name: str) -> list[int]:
-    now = after.get(name, [])
-    return [count - old for count, old in zip(now, before.get(name, [0] * len(now)), strict=True)]
 
 
 def _rounded(value_s: float | None) -> float | None:

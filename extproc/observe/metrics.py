@@ -11,6 +11,7 @@ from __future__ import annotations
 import platform
 import time
 from bisect import bisect_left
+from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -25,9 +26,10 @@ from extproc import __version__
 from extproc.admission.outcome import Outcome
 from extproc.admission.rehearsal import Rehearsal
 from extproc.admission.values import Dispatch
+from extproc.observe.waits import Waits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from prometheus_client.metrics_core import Metric
 
@@ -37,7 +39,13 @@ if TYPE_CHECKING:
     from extproc.admission.ticket import Ticket
     from extproc.admission.values import Decision
 
-WAIT_BUCKETS_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+WAIT_BUCKETS_S = (
+    *(0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 45.0, 60.0),
+    *(90.0, 120.0, 180.0, 300.0, 600.0, 1200.0, 1800.0, 3600.0),
+)
+"""Narrow where budgets are: a percentile read off them is not twice the truth. The last is the longest budget."""
+BUDGET_BUCKETS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+"""Shares of a request's budget: the same buckets fit a class that may wait 2 s and one that may wait 5 minutes."""
 SHARED = "*"
 """The `endpoint` label of requests that any endpoint of their pool may take."""
 PIECE_LINES = 500
@@ -52,12 +60,34 @@ def _no() -> bool:
     return False
 
 
-class _Waits:
-    __slots__ = ("counts", "total_s")
+class _Histogram:
+    """Counts by bucket of one class."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def note(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def cumulative(self) -> list[tuple[str, float]]:
+        bounds = (*map(str, self.bounds), "+Inf")
+        return list(zip(bounds, map(float, accumulate(self.counts)), strict=True))
+
+
+class _Waited:
+    """How long the requests of one class waited that were dispatched."""
+
+    __slots__ = ("latest", "seconds", "shares")
 
     def __init__(self) -> None:
-        self.counts = [0] * (len(WAIT_BUCKETS_S) + 1)
-        self.total_s = 0.0
+        self.seconds = _Histogram(WAIT_BUCKETS_S)
+        self.shares = _Histogram(BUDGET_BUCKETS)
+        self.latest = Waits()
 
 
 class Telemetry(Protocol):
@@ -118,7 +148,7 @@ class Metrics:
         self._streams = streams
         self.outcomes: dict[tuple[Outcome, str], int] = {}
         self.waited_for: dict[tuple[HeldBy, str], int] = {}
-        self._waits: dict[str, _Waits] = {}
+        self._waited: dict[str, _Waited] = {}
         self.config_reloads = {"success": 0, "failure": 0}
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
@@ -135,7 +165,7 @@ class Metrics:
             self.unknown_classes += 1
         self._note_held(ticket)
         if isinstance(decision, Dispatch):
-            self._note_wait(name, decision.wait_s)
+            self._note_wait(name, decision.wait_s, ticket.wait_until - ticket.request.arrived)
 
     def cancelled(self, ticket: Ticket, wait_s: float) -> None:
         """Count a client that left while it waited. Its wait is none that anybody was served after."""
@@ -153,16 +183,19 @@ class Metrics:
         key = (outcome, request_class)
         self.outcomes[key] = self.outcomes.get(key, 0) + 1
 
-    def _note_wait(self, request_class: str, wait_s: float) -> None:
-        waits = self._waits.get(request_class)
-        if waits is None:
-            waits = self._waits[request_class] = _Waits()
-        waits.counts[bisect_left(WAIT_BUCKETS_S, wait_s)] += 1
-        waits.total_s += wait_s
+    def _note_wait(self, request_class: str, wait_s: float, budget_s: float) -> None:
+        waited = self._waited.get(request_class)
+        if waited is None:
+            waited = self._waited[request_class] = _Waited()
+        waited.seconds.note(wait_s)
+        if budget_s > 0:
+            waited.shares.note(wait_s / budget_s)
+        waited.latest.note(self._clock(), wait_s)
 
-    def wait_counts(self) -> dict[str, list[int]]:
-        """Return for each class how many dispatched requests' waits fell into each of WAIT_BUCKETS_S, and above."""
-        return {request_class: list(waits.counts) for request_class, waits in self._waits.items()}
+    def waits_since(self, request_class: str, at: float) -> list[float]:
+        """Return how long the requests of a class waited that were dispatched at `at` or later, shortest first."""
+        waited = self._waited.get(request_class)
+        return [] if waited is None else waited.latest.since(at)
 
     # ---- a collector
 
@@ -256,13 +289,17 @@ class Metrics:
         waits = HistogramMetricFamily(
             "extproc_queue_wait_seconds", "How long dispatched requests waited.", labels=["class"]
         )
-        for request_class, wait in self._waits.items():
-            buckets, running = [], 0
-            for bound, count in zip((*map(str, WAIT_BUCKETS_S), "+Inf"), wait.counts, strict=True):
-                running += count
-                buckets.append((bound, running))
-            waits.add_metric([request_class], buckets, wait.total_s)
+        for request_class, waited in self._waited.items():
+            waits.add_metric([request_class], waited.seconds.cumulative(), waited.seconds.total)
         yield waits
+        used = HistogramMetricFamily(
+            "extproc_budget_used_ratio",
+            "Which share of its budget a request had waited when it was dispatched; without those that may not wait.",
+            labels=["class"],
+        )
+        for request_class, waited in self._waited.items():
+            used.add_metric([request_class], waited.shares.cumulative(), waited.shares.total)
+        yield used
 
     def _queue_families(self) -> Iterator[Metric]:
         depth = GaugeMetricFamily(

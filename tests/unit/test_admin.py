@@ -8,19 +8,19 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import aiohttp
-import pytest
 
 from extproc.admin import feed as feeds
 from extproc.admin import state
 from extproc.admin.feed import MOST_SUBSCRIBERS, Feed
-from extproc.admin.history import SAMPLES, STEP_S, quantile
+from extproc.admin.history import SAMPLES, STEP_S
 from extproc.admin.http import Admin
 from extproc.admin.state import FileState
 from extproc.admission.controller import Controller
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request, RequestClass
 from extproc.commands.top import line, lines, plain
-from extproc.observe.metrics import WAIT_BUCKETS_S, Metrics
+from extproc.observe.metrics import Metrics
+from extproc.observe.waits import MOST, Waits, percentile
 from extproc.stream.gate import Gate
 
 CLASSES = (RequestClass("default", 0, 60.0), RequestClass("high", 5, 60.0))
@@ -51,7 +51,7 @@ class Room:
     def __init__(self, *, endpoints: int = 1, limit: int = 1) -> None:
         self.clock = Clock()
         controller = Controller(Policy(classes=CLASSES, max_queued_requests=20_000, shed=False))
-        self.metrics = Metrics(controller, lambda: 0)
+        self.metrics = Metrics(controller, lambda: 0, clock=self.clock.time)
         self.gate = Gate(controller, self.clock, [self.metrics])
         for number in range(endpoints):
             self.gate.put_endpoint(EndpointSpec(f"vllm-{number}", max_running_requests=limit))
@@ -265,16 +265,32 @@ def test_a_file_that_is_not_in_use_shows_everywhere():
 # ---- history
 
 
-def test_quantiles_lie_inside_their_bucket():
-    counts = [0] * (len(WAIT_BUCKETS_S) + 1)
-    assert quantile(counts, 0.5) is None
-    counts[WAIT_BUCKETS_S.index(1.0)] = 10  # ten waits of 0.5 to 1 s
-    assert quantile(counts, 0.5) == pytest.approx(0.75)
-    counts[WAIT_BUCKETS_S.index(10.0)] = 10
-    assert quantile(counts, 0.5) == pytest.approx(1.0)
-    assert quantile(counts, 0.95) == pytest.approx(9.5)
-    counts[-1] = 1000
-    assert quantile(counts, 0.95) == WAIT_BUCKETS_S[-1]
+def test_percentiles_are_waits_that_somebody_had_and_no_more_than_the_share_exceeds():
+    assert percentile([], 0.95) is None
+    assert percentile([7.0], 0.5) == 7.0
+    assert percentile([1.0, 2.0, 3.0, 4.0], 0.5) == 2.0
+    assert percentile([float(n) for n in range(1, 101)], 0.95) == 95.0
+    assert percentile([float(n) for n in range(1, 101)], 1.0) == 100.0
+
+
+def test_waits_between_two_far_buckets_are_shown_as_they_were():
+    room = Room(limit=40)
+    running = room.offer(40)
+    waiting = room.offer(20)
+    for ticket in running[:20]:  # 20 leave after 13.1 s; the next buckets are 10 and 15
+        room.clock.now = 113.1
+        room.gate.close(ticket, Answer.OK)
+    del waiting
+    (default,) = (one for one in room.view()["classes"] if one["name"] == "default")
+    assert (default["p50_s"], default["p95_s"]) == (0.0, 13.1)
+
+
+def test_of_more_waits_than_it_keeps_the_window_remembers_the_latest():
+    waits = Waits()
+    for number in range(MOST + 10):
+        waits.note(float(number), 1.0 if number < 10 else 2.0)
+    assert waits.since(0.0) == [2.0] * MOST
+    assert waits.since(MOST + 8.0) == [2.0, 2.0]
 
 
 def test_curves_rates_and_percentiles_forget_after_five_minutes():
@@ -288,8 +304,7 @@ def test_curves_rates_and_percentiles_forget_after_five_minutes():
     room.admin.viewer.sample()
     view = room.view()
     (default,) = (one for one in view["classes"] if one["name"] == "default")
-    assert default["p50_s"] == pytest.approx(2.5 + 2.5 * (2 - 1) / 3, abs=1e-3)
-    assert 4 < default["p95_s"] <= 5
+    assert (default["p50_s"], default["p95_s"]) == (4.0, 4.0), "0, 4, 4 and 4"
     assert default["history"]["waiting"] == [0]
     assert view["outcomes"][0] == {
         "outcome": "dispatched",

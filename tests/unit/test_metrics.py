@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -119,6 +121,27 @@ def test_requests_that_found_no_room_are_counted_by_what_held_them_once_they_lea
         desk.metrics.decided(decision)
     desk.metrics.cancelled(waiting[0], 1.0)
     assert desk.page()['extproc_held_requests_total{class="high",limit="limit"}'] == 3
+
+
+def test_the_share_of_the_budget_is_counted_by_the_requests_own_budget_and_not_where_none_may_wait(desk):
+    running = [desk.offer(), desk.offer()]
+    desk.controller.set_policy(replace(desk.controller.policy, shed=False), desk.now)
+    waiting = Ticket(Request("own", desk.now, request_class="low", budget_s=10.0))
+    assert desk.controller.offer(waiting, desk.now) == []
+    desk.now += 4.0
+    for decision in desk.controller.release(running[0], desk.now):
+        desk.metrics.decided(decision)
+    page = desk.page()
+    assert page['extproc_budget_used_ratio_bucket{class="low",le="0.3"}'] == 2, "the two that ran at once"
+    assert page['extproc_budget_used_ratio_bucket{class="low",le="0.4"}'] == 3
+    assert page['extproc_queue_wait_seconds_bucket{class="low",le="5.0"}'] == 3
+    desk.controller.release(running[1], desk.now)
+    now = Ticket(Request("now", desk.now, request_class="low", budget_s=0.0))
+    for decision in desk.controller.offer(now, desk.now):
+        desk.metrics.decided(decision)
+    page = desk.page()
+    assert page['extproc_budget_used_ratio_count{class="low"}'] == 3
+    assert page['extproc_queue_wait_seconds_count{class="low"}'] == 4
 
 
 def test_telemetry_is_stale_when_old_or_never_there_and_not_said_of_what_is_not_scraped(desk):
