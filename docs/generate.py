@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from extproc.admission.controller import Controller
 from extproc.admission.outcome import Outcome
-from extproc.admission.rehearsal import Rehearsal
 from extproc.admission.values import Policy
 from extproc.commands import cli
 from extproc.config import Config, sections
@@ -90,7 +90,7 @@ def _metrics() -> str:
         "| metric | type | labels | meaning |",
         "| --- | --- | --- | --- |",
     ]
-    for family in Metrics(Rehearsal(Policy()), lambda: 0).collect():
+    for family in Metrics(Controller(Policy()), lambda: 0, rehearsed={}).collect():
         suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
         labels = ", ".join(f"`{label}`" for label in getattr(family, "_labelnames", ()))
         rows.append(f"| `{family.name}{suffix}` | {family.type} | {labels} | {family.documentation} |")

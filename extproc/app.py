@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from extproc.admin.http import Admin
 from extproc.admin.state import FileState
 from extproc.admission.controller import Controller
-from extproc.admission.rehearsal import Rehearsal
 from extproc.config import Config, cross_check, load_config, target_of
 from extproc.endpoints.discovery.file import ConfigFile
 from extproc.endpoints.discovery.source import Sources
@@ -27,6 +26,7 @@ from extproc.observe.log import LOOK_S, QueueLog
 from extproc.observe.metrics import Metrics
 from extproc.stream import wire
 from extproc.stream.ages import Ages
+from extproc.stream.dry_run import DryRun
 from extproc.stream.gate import Gate
 from extproc.stream.session import Reception
 from extproc.transport.completion import server_on
@@ -74,7 +74,8 @@ class App:
     ) -> None:
         """Build all parts of a sidecar that will run on `loop`; `path`: the file to follow, `environ` wins over it."""
         self.config = config
-        controller = Rehearsal(config.policy()) if config.dry_run else Controller(config.policy())
+        dry_run = DryRun(config.policy()) if config.dry_run else None
+        controller = Controller(config.policy()) if dry_run is None else dry_run
         self.scraper = Scraper(
             interval_s=config.scrape_interval,
             timeout_s=config.scrape_timeout,
@@ -88,6 +89,7 @@ class App:
             clock=loop.time,
             ignored=lambda: self.reception.requests.ignored,
             config_is_refused=lambda: self.file is not None and self.file.is_refused,
+            rehearsed=None if dry_run is None else dry_run.counts,
         )
         self.queue_log = QueueLog(controller, loop.time)
         self.spans = _spans() if config.tracing else None

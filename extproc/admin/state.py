@@ -14,7 +14,6 @@ from extproc import __version__
 from extproc.admin.history import STEP_S, History, outcome_totals, waiting_by_class
 from extproc.admission.held import HeldBy
 from extproc.admission.outcome import Outcome
-from extproc.admission.rehearsal import Rehearsal
 from extproc.admission.ticket import State
 from extproc.observe.metrics import SHARED, known_signals
 
@@ -149,7 +148,7 @@ class Viewer:
                 }
                 for outcome, words in WORDS.items()
             ],
-            "rehearsed": _rehearsed(controller),
+            "rehearsed": _rehearsed(self._metrics),
             "limits": {held.value: held.words for held in HeldBy},
         }
 
@@ -157,7 +156,7 @@ class Viewer:
         controller, file = self._gate.controller, self._file_state()
         return {
             "enable_queue": controller.policy.enable_queue,
-            "dry_run": isinstance(controller, Rehearsal),
+            "dry_run": self._metrics.rehearsed is not None,
             "draining": controller.draining or not ready,
             "config_refused": file.refused,
             "restart_needed": list(file.restart_needed),
@@ -245,12 +244,11 @@ def _preferring(controller: Controller) -> dict[str, int]:
     return counts
 
 
-def _rehearsed(controller: Controller) -> dict[str, int]:
+def _rehearsed(metrics: Metrics) -> dict[str, int]:
     """Count what a dry run would have done, by outcome; empty without one."""
     counts: dict[str, int] = {}
-    if isinstance(controller, Rehearsal):
-        for (what, _), count in controller.counts.items():
-            counts[what] = counts.get(what, 0) + count
+    for (what, _), count in (metrics.rehearsed or {}).items():
+        counts[what] = counts.get(what, 0) + count
     return counts
 
 

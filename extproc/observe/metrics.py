@@ -24,7 +24,6 @@ from prometheus_client.core import (
 
 from extproc import __version__
 from extproc.admission.outcome import Outcome
-from extproc.admission.rehearsal import Rehearsal
 from extproc.admission.values import Dispatch
 from extproc.observe.waits import Waits
 
@@ -132,17 +131,19 @@ class Metrics:
         clock: Callable[[], float] = time.monotonic,
         ignored: Callable[[], Mapping[str, int]] = _nothing,
         config_is_refused: Callable[[], bool] = _no,
+        rehearsed: Mapping[tuple[str, str], int] | None = None,
     ) -> None:
         """Count for `controller`.
 
         `streams`: how many ext_proc streams are open; `telemetry`: how the scraping goes; `clock`: the core's;
         `ignored`: header values of requests that told nothing, by header; `config_is_refused`: the file is worse than
-        what runs.
+        what runs; `rehearsed`: a dry run's counts, by what would have happened and class.
         """
         self._controller = controller
         self._clock = clock
         self._ignored = ignored
         self._config_is_refused = config_is_refused
+        self.rehearsed = rehearsed
         self.unknown_classes = 0
         self._telemetry = telemetry
         self._streams = streams
@@ -218,13 +219,13 @@ class Metrics:
         yield from self._queue_families()
         yield from self._endpoint_families()
         yield from self._telemetry_families()
-        if isinstance(self._controller, Rehearsal):
+        if self.rehearsed is not None:
             rehearsed = CounterMetricFamily(
                 "extproc_dry_run_requests",
                 "Dry run: what would have happened to requests, were the queue on.",
                 labels=["outcome", "class"],
             )
-            for key, count in self._controller.counts.items():
+            for key, count in self.rehearsed.items():
                 rehearsed.add_metric(key, count)
             yield rehearsed
         streams = GaugeMetricFamily("extproc_streams", "Open ext_proc streams: requests waiting or running.")

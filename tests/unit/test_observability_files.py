@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from extproc.admission.rehearsal import Rehearsal
+from extproc.admission.controller import Controller
 from extproc.admission.values import Policy
 from extproc.observe.metrics import Metrics
 
@@ -30,7 +30,7 @@ def exported() -> set[str]:
     """The names of all series that our code exports, in every mode, and those of Envoy that a test has seen."""
     names = {"up"} | set(json.loads((HOME / "envoy-metrics.json").read_text()))
     suffixes = {"counter": ["_total"], "info": ["_info"], "histogram": ["_bucket", "_sum", "_count"]}
-    for family in Metrics(Rehearsal(Policy()), lambda: 0).registry.collect():
+    for family in Metrics(Controller(Policy()), lambda: 0, rehearsed={}).registry.collect():
         names |= {family.name + suffix for suffix in suffixes.get(family.type, [""])}
     return names
 

@@ -7,11 +7,10 @@ import pytest
 from extproc.admission.health import SATURATED_S
 from extproc.admission.limit import START
 from extproc.admission.load import Load
-from extproc.admission.rehearsal import HELD, Rehearsal
-from extproc.admission.ticket import State, Ticket
-from extproc.admission.values import Answer, EndpointSpec, Policy, Request
+from extproc.admission.ticket import State
+from extproc.admission.values import Answer
 
-from .test_rules import CLASSES, Desk, one
+from .test_rules import Desk, one
 
 HOT, COOL = Load(kv_usage=0.97), Load(kv_usage=0.5)
 
@@ -211,17 +210,6 @@ def test_a_report_of_an_unknown_endpoint_is_ignored() -> None:
     desk = Desk(one("a"))
     desk.report("nowhere", HOT)
     assert desk.endpoint("a").known is None
-
-
-def test_a_dry_run_rehearses_reports_too() -> None:
-    core = Rehearsal(Policy(classes=CLASSES, shed=False))
-    core.put_endpoint(EndpointSpec("a", max_running_requests=10), 0.0)
-    core.offer(Ticket(Request("1", 0.0)), 0.0)
-    core.report("a", HOT, 1.0)
-    core.offer(second := Ticket(Request("2", 1.0)), 1.0)
-    core.release(second, 2.0)
-    assert core.counts[HELD, "std"] == 1
-    assert core.endpoints["a"].known == HOT
 
 
 def test_the_size_of_a_cache_that_a_report_told_is_forgotten_with_it() -> None:

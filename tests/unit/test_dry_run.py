@@ -1,0 +1,149 @@
+"""Dry run: nothing is held, and what would have been is counted."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from extproc.admission.controller import Controller
+from extproc.admission.health import EJECT_AFTER
+from extproc.admission.load import Load
+from extproc.admission.ticket import State, Ticket
+from extproc.admission.values import Answer, Dispatch, EndpointSpec, Policy, Request, RequestClass
+from extproc.stream.dry_run import DryRun
+
+NAME = "default"
+DECIDING = [
+    name
+    for name, method in vars(Controller).items()
+    if not name.startswith("_") and inspect.isfunction(method) and "list[Decision]" in str(method.__annotations__)
+]
+"""The core's events, found by what they return; the dry run finds them by what they take."""
+SAMPLES = {
+    "name": "a",
+    "spec": EndpointSpec("a", max_running_requests=3),
+    "is_up": True,
+    "load": Load(running=1.0),
+    "policy": Policy(),
+}
+
+
+def started(**policy) -> DryRun:
+    run = DryRun(Policy(classes=(RequestClass(NAME, 0, 5.0),), shed=False, **policy))
+    run.put_endpoint(EndpointSpec("a", max_running_requests=2), 0.0)
+    return run
+
+
+def offer(run: DryRun, now: float) -> Ticket:
+    ticket = Ticket(Request("r", now))
+    (decision,) = run.offer(ticket, now)
+    assert isinstance(decision, Dispatch)
+    return ticket
+
+
+def test_everything_is_dispatched_at_once_and_what_would_wait_is_counted_when_its_end_is_known():
+    run = started()
+    tickets = [offer(run, 0.0) for _ in range(5)]
+    assert run.counts == {("dispatched", NAME): 2}
+    run.release(tickets[0], 1.0, Answer.OK)
+    assert run.counts == {("dispatched", NAME): 2, ("held", NAME): 1}
+    for ticket in tickets[1:]:
+        run.release(ticket, 2.0, Answer.OK)
+    assert run.counts == {("dispatched", NAME): 2, ("held", NAME): 3}
+    assert all(ticket.state is State.DONE for ticket in tickets)
+
+
+def test_what_would_have_been_refused_is_counted_under_its_outcome():
+    run = started(max_queued_requests=1)
+    tickets = [offer(run, 0.0) for _ in range(5)]
+    assert run.counts == {("dispatched", NAME): 2, ("queue_full", NAME): 2}
+    run.release(tickets[4], 6.0)
+    assert run.counts[("budget_expired", NAME)] == 1
+
+
+def test_the_run_remembers_nothing_of_requests_that_are_over():
+    run = started()
+    for ticket in [offer(run, 0.0) for _ in range(10)]:
+        run.release(ticket, 1.0)
+    assert run._twins == {}
+    assert run._other.waiting == 0
+    assert not run._other.endpoints["a"].leases
+
+
+def test_endpoints_policy_and_health_reach_both():
+    run = started()
+    run.put_endpoint(EndpointSpec("b", max_running_requests=1), 0.0)
+    run.set_up("a", 0.0, is_up=False)
+    first, second = offer(run, 0.0), offer(run, 0.0)
+    assert (first.endpoint.name, second.endpoint.name) == ("b", "b")
+    assert run.counts == {("dispatched", NAME): 1}
+    run.set_policy(Policy(classes=(RequestClass("other"),)), 0.0)
+    run.remove_endpoint("b", 0.0)
+    assert set(run._other.endpoints) == {"a", "b"}
+    run.release(first, 0.0)
+    run.release(second, 0.0)
+    assert set(run._other.endpoints) == set(run.endpoints) == {"a"}
+
+
+class Listening(Controller):
+    """A core that notes which of its events came."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.heard: list[str] = []
+        super().__init__(policy)
+
+    def __getattribute__(self, name: str) -> object:
+        if name in DECIDING:
+            self.heard.append(name)
+        return super().__getattribute__(name)
+
+
+# Without "cancel": with the queue off nobody waits, so nobody leaves.
+@pytest.mark.parametrize("event", [event for event in DECIDING if event != "cancel"])
+def test_whatever_happens_to_the_real_core_happens_to_the_other_one(event):
+    run = started()
+    ticket = Ticket(Request("r", 0.0)) if event == "offer" else offer(run, 0.0)
+    listening = Listening(Policy(enable_queue=True))
+    listening.put_endpoint(SAMPLES["spec"], 0.0)
+    twin = Ticket(Request("r", 0.0))
+    listening.offer(twin, 0.0)
+    run._other, run._twins[ticket] = listening, twin
+    listening.heard.clear()
+    asked = inspect.signature(getattr(Controller, event)).parameters.values()
+    needed = {one.name for one in asked if one.default is inspect.Parameter.empty and one.name != "self"}
+    known = {"ticket": ticket, "now": 1.0, **SAMPLES}
+    assert needed <= known.keys(), "a new kind of argument: give a sample of it"
+    getattr(run, event)(**{name: known[name] for name in needed})
+    assert event in listening.heard
+
+
+def test_an_answer_that_begins_well_ends_the_trial_in_both():
+    run = started()
+    for _ in range(EJECT_AFTER):
+        run.release(offer(run, 0.0), 0.0, Answer.FAILED)
+    run.put_endpoint(EndpointSpec("a", max_running_requests=64), 0.0)
+    run.tick(run.next_deadline())
+    before = dict(run.counts)
+    long = offer(run, 20.0)
+    run.answered(long, 20.1)
+    for _ in range(20):
+        run.release(offer(run, 21.0), 22.0, Answer.OK)
+    assert run.counts == {**before, ("dispatched", NAME): before["dispatched", NAME] + 21}
+
+
+def test_what_an_answer_reports_closes_the_gate_in_both():
+    run = started()
+    first = offer(run, 0.0)
+    run.report("a", Load(kv_usage=0.99), 1.0)
+    run.release(offer(run, 1.0), 2.0)
+    assert run.counts["held", NAME] == 1
+    run.release(first, 2.0)
+
+
+def test_budgets_end_in_the_other_core_as_time_passes_whatever_the_event():
+    run = started()
+    for _ in range(3):
+        offer(run, 0.0)
+    run.observe("a", Load(), 6.0)
+    assert run.counts[("budget_expired", NAME)] == 1
