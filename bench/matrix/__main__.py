@@ -2,6 +2,7 @@
 
 python -m bench.matrix --cells a100-8b/vllm/standing@120 'step90/*/standing@80' --seeds 1 2
 python -m bench.matrix --cells llama-cpp/vllm/standing@120 --contender ours ours,first_byte_probe=true haproxy
+python -m bench.matrix --gate             # the cells that `make test` plays, against what is recorded of them
 python -m bench.matrix                    # all: `make bench-matrix`, about an hour on two cores
 """
 
@@ -10,13 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import shlex
 import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.matrix import contest
+from bench.matrix import contest, gate, page
+from bench.matrix.cells import cell as named
 from bench.matrix.cells import everything, matching, stage
 from bench.matrix.contest import FIXED, RIVALS, Score, as_row, judge
 from bench.matrix.traffic import TRAFFIC, with_traces
@@ -50,7 +53,8 @@ def play_duel(task: tuple[list[Cell], tuple[str, ...], tuple[int, ...], Path | N
             if name == FIXED:
                 here[name] = contest.fixed(scene, page, says_batch=says_batch)
             elif name not in RIVALS:
-                here[name] = contest.play(name, scene, page, says_batch=says_batch)
+                text = traffic.ours if name == "ours" else name
+                here[name] = contest.play(text, scene, page, says_batch=says_batch)
         mine = next((name for name in contenders if name.startswith("ours") and name != FIXED), None)
         others = [score for name, score in here.items() if name in (*RIVALS, FIXED)]
         row: Row = {"cell": cell.name, "rate": round(scene.rate, 3), "scores": {n: as_row(s) for n, s in here.items()}}
@@ -111,6 +115,46 @@ def remembered(seeds: tuple[int, ...]) -> tuple[Path, dict[str, dict[str, Row]]]
     return path, json.loads(path.read_text()) if path.exists() else {}
 
 
+def play_gate(task: tuple[str, gate.Record | None]) -> tuple[str, gate.Record, list[str]]:
+    """Play a cell of the gate; return what could be recorded of it, and its complaints."""
+    name, record = task
+    one = named(name)
+    if record is None:
+        scene = stage(one.engine, TRAFFIC[one.traffic], one.load, gate.SEEDS)
+        record = gate.Record(tuple(contest.rival(other, scene) for other in RIVALS), None, ())
+    score = gate.play(one)
+    wrong = gate.complaints(name, score, record)
+    verdict = judge(score, record.rivals, one.load)
+    return name, gate.Record(record.rivals, score, gate.missed(verdict)), wrong
+
+
+def pass_gate(workers: int, *, record: bool, fresh: bool) -> int:
+    """Play all cells of the gate, print them, and write them down if asked to."""
+    known = {} if fresh else gate.read()
+    tasks = [(name, known.get(name)) for name in gate.names()]
+    new: dict[str, gate.Record] = {}
+    failed = 0
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        for name, now, wrong in pool.imap(play_gate, tasks):
+            assert now.ours is not None
+            before = known[name].ours if name in known else None
+            was = "new" if before is None else f"{now.ours.goodput - before.goodput:+.3f}"
+            best = contest.best(now.rivals)
+            listed = f" misses {', '.join(now.misses)}" if now.misses else ""
+            print(
+                f"{name:<46} ours {now.ours.goodput:.3f} ({was}) best rival {best.goodput:.3f} ({best.text})"
+                f"{listed}{' | FAIL ' + '; '.join(wrong) if wrong else ''}",
+                flush=True,
+            )
+            new[name] = now
+            failed += bool(wrong)
+    misses = sum(bool(one.misses) for one in new.values())
+    print(f"{len(new)} cells: {failed} fail against the record, {misses} miss a criterion")
+    if record:
+        gate.write(new)
+    return 0 if record or not failed else 1
+
+
 def main() -> int:
     """Do as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -120,11 +164,16 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--traces", type=Path, metavar="DIR", help="Azure's recorded CSVs instead of their fits")
     parser.add_argument("--fresh", action="store_true", help=f"play rivals again; else what {OUT} remembers holds")
+    parser.add_argument("--gate", action="store_true", help="play what `make test` plays")
+    parser.add_argument("--record", action="store_true", help="with --gate: hold ours against this from now on")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="also write a Markdown page of the run")
     parser.add_argument("--list", action="store_true", help="print the names of all cells")
     flags = parser.parse_args()
     if flags.list:
         print(*(cell.name for cell in everything()), sep="\n")
         return 0
+    if flags.gate:
+        return pass_gate(flags.workers, record=flags.record, fresh=flags.fresh)
     try:
         cells = matching(flags.cells) if flags.cells else everything()
     except ValueError as error:
@@ -143,7 +192,10 @@ def main() -> int:
     OUT.mkdir(parents=True, exist_ok=True)
     if not flags.traces:
         path.write_text(json.dumps(known, indent=0))
-    (OUT / "last.json").write_text(json.dumps(rows, indent=1))
+    (OUT / ("last.json" if flags.cells else "all.json")).write_text(json.dumps(rows, indent=1))
+    if flags.page is not None:
+        command = "python -m bench.matrix " + shlex.join(arg for arg in sys.argv[1:])
+        flags.page.write_text(page.render(rows, seeds, command))
     missed = sum(bool(row.get("problems")) for row in rows)
     print(f"{len(rows)} cells in {time.monotonic() - began:.0f} s; {missed} miss")
     return 0

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from extproc.simulate.traces import read_trace
 from extproc.simulate.workload import (
-    CLASSES,
     INTERACTIVE,
     STANDARD,
     Images,
@@ -102,6 +101,7 @@ class Traffic:
         blink_s: in the middle of the run the network is gone for so long.
         slow: the speed of the first engine.
         trace: a recorded file instead of the workload, whose classes still hold.
+        ours: our contender; its defaults, but for what the traffic is about.
     """
 
     workload: Workload = Workload()  # noqa: RUF009 - frozen
@@ -111,6 +111,7 @@ class Traffic:
     blink_s: float = 0.0
     slow: float = 1.0
     trace: Path | None = None
+    ours: str = "ours"
 
     def during(self, workload: Workload, duration_s: float) -> Workload:
         """Return a workload of it with what happens in a run of `duration_s`."""
@@ -140,7 +141,7 @@ TRAFFIC = {
     "flash": Traffic(surge=4.0),
     "blink": Traffic(blink_s=0.5),
     "chunked": Traffic(Workload(unsized=1.0)),
-    "unstreamed": Traffic(replace(AZURE_CONVERSATION, unstreamed=0.3)),
+    "unstreamed": Traffic(replace(AZURE_CONVERSATION, unstreamed=0.3), ours="ours,first_byte_probe=true"),
     "conv-images": Traffic(replace(AZURE_CONVERSATION, images=Images(0.05, 500_000))),
     "several": Traffic(Workload(several=(0.2, 4))),
     "slow": Traffic(slow=1 / 3),
@@ -157,6 +158,3 @@ def with_traces(folder: Path) -> dict[str, Traffic]:
     """Return the traffic with Azure's recorded hours, `azure_conv.csv` and `azure_code.csv`, in place of the fits."""
     found = {name: folder / f"{name.replace('-', '_')}.csv" for name in ("azure-conv", "azure-code")}
     return TRAFFIC | {name: replace(TRAFFIC[name], trace=path) for name, path in found.items()}
-
-
-STANDING = CLASSES

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 CHECK_S = 3.0
 """How long an active health check needs to see that an engine died or came back."""
+REFUSED_S = 0.001
+"""How long a refused connection takes."""
 REPORT_EVERY = 500
 """Ended requests between two calls of `progress`."""
 
@@ -243,8 +245,7 @@ class World:
         job.engine = engine
         job.dispatched = self.now
         if self._dead[engine] or self._cut:
-            self._end(job, "failed")
-            self._carry_out(self.front.end(job, self.now, Answer.FAILED))
+            self._at(self.now + REFUSED_S, partial(self._refuse, job))
             return
         demand = job.demand
         prefix, prefix_tokens = demand.prefix, demand.prefix_tokens
@@ -270,6 +271,12 @@ class World:
             self._running[engine][seq_id] = job
             job.unfinished += 1
         self._watch(engine)
+
+    def _refuse(self, job: Job) -> None:
+        """Let a connection fail."""
+        if job.ended is None:
+            self._end(job, "failed")
+            self._carry_out(self.front.end(job, self.now, Answer.FAILED))
 
     def _abort(self, job: Job, engine: int) -> None:
         """Let its engine drop all that is left of a job."""

@@ -1,0 +1,91 @@
+"""The page of the matrix: what a run of many cells says, as Markdown. A pure function of its rows."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from bench.matrix.cells import cell
+from bench.matrix.contest import FIXED
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from bench.matrix.cells import Cell
+
+Row = dict[str, Any]
+
+INTRODUCTION = """# The policy matrix: engines, pages, traffic and loads beside those of the other pages
+
+Written by `{command}`; seeds {seeds}. Simulated: [simulate.md](simulate.md) says what the engines are and what is left
+out. Do not edit: the next run overwrites it.
+
+**{good} of {cells} cells meet all three criteria; in {near} the defaults have at least .97 of the goodput of the best
+rival.** The criteria: goodput at least .97 of the best rival's; up to 80 % load at most 1 % refused where least request
+serves 99 % in time; output tokens per second at least .95 of the most that any contender makes.
+
+Rivals, each at the best of its settings for the cell and these seeds: least request; the same with a breaker; HAProxy
+with a queue by class (`maxconn` and `timeout queue`); an engine tuned by hand (priorities, `max_num_seqs`, 503 above
+1.15 times that); ours with a fixed limit. The grid stands in `bench/matrix/contest.py`; how objectives follow the
+engine, in `bench/matrix/cells.py`.
+"""
+
+
+def render(rows: Sequence[Row], seeds: Sequence[int], command: str) -> str:
+    """Return the page."""
+    good = sum(not row["problems"] for row in rows)
+    behind = sum(row["ratio"] < 0.97 for row in rows)
+    parts = [
+        INTRODUCTION.format(
+            command=command,
+            seeds=", ".join(map(str, seeds)),
+            good=good,
+            cells=len(rows),
+            near=len(rows) - behind,
+        ),
+        *_table("traffic", rows, lambda one: one.traffic),
+        *_table("load, %", rows, lambda one: str(one.load)),
+        *_table("page", rows, lambda one: one.page),
+        *_table("engine", rows, lambda one: one.engine),
+        "## Cells that miss",
+        "",
+        "| cell | ours | best rival | ratio | what is missed |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in sorted(rows, key=lambda row: row["ratio"]):
+        if row["problems"]:
+            strongest = _strongest(row)
+            rival = f"{strongest['goodput']:.3f} {strongest['text'].replace(',', ' ')}"
+            ours = f"{row['scores']['ours']['goodput']:.3f}"
+            parts.append(f"| {row['cell']} | {ours} | {rival} | {row['ratio']:.2f} | {'; '.join(row['problems'])} |")
+    return "\n".join(parts) + "\n"
+
+
+def _strongest(row: Row) -> Row:
+    others: Iterable[Row] = (
+        score for name, score in row["scores"].items() if not name.startswith("ours") or name == FIXED
+    )
+    return max(others, key=lambda score: score["goodput"])
+
+
+def _table(title: str, rows: Sequence[Row], of: Callable[[Cell], str]) -> list[str]:
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[of(cell(row["cell"]))].append(row)
+    if len(groups) < 2:
+        return []
+    lines = [
+        f"| {title} | cells | meet all | goodput, median: ours | least request | best rival | ratio, least | in |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, some in groups.items():
+        worst = min(some, key=lambda row: row["ratio"])
+        ours, calm = (median(row["scores"][who]["goodput"] for row in some) for who in ("ours", "least_request"))
+        best = median(_strongest(row)["goodput"] for row in some)
+        meet = sum(not row["problems"] for row in some)
+        lines.append(
+            f"| {name} | {len(some)} | {meet} | {ours:.3f} | {calm:.3f} | {best:.3f} | {worst['ratio']:.2f} |"
+            f" {worst['cell']} |"
+        )
+    return [*lines, ""]
