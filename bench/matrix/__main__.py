@@ -14,56 +14,16 @@ import multiprocessing
 import shlex
 import sys
 import time
-from collections import defaultdict
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bench.matrix import contest, gate, page
-from bench.matrix.cells import cell as named
-from bench.matrix.cells import everything, matching, stage
-from bench.matrix.contest import FIXED, RIVALS, Score, as_row, judge
-from bench.matrix.traffic import TRAFFIC, with_traces
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from bench.matrix.cells import Cell
+from bench.matrix.cells import everything, matching
+from bench.matrix.contest import FIXED, RIVALS
+from bench.matrix.runs import Row, play_gate, run
 
 OUT = Path("build/matrix")
 SEEDS = (1, 2)
-Row = dict[str, object]
-
-
-def play_duel(task: tuple[list[Cell], tuple[str, ...], tuple[int, ...], Path | None, dict[str, Row]]) -> list[Row]:
-    """Play the cells that differ by their page only: rivals once, ours for each."""
-    cells, contenders, seeds, traces, known = task
-    first = cells[0]
-    traffic = (with_traces(traces) if traces else TRAFFIC)[first.traffic]
-    began = time.monotonic()
-    scene = stage(first.engine, traffic, first.load, seeds)
-    scores: dict[str, Score] = {}
-    for name in contenders:
-        if name in RIVALS:
-            scores[name] = Score(**known[name]) if name in known else contest.rival(name, scene)  # type: ignore[arg-type]
-    rows: list[Row] = []
-    for cell in cells:
-        page, says_batch = cell.tells
-        here = dict(scores)
-        for name in contenders:
-            if name == FIXED:
-                here[name] = contest.fixed(scene, page, says_batch=says_batch)
-            elif name not in RIVALS:
-                text = traffic.ours if name == "ours" else name
-                here[name] = contest.play(text, scene, page, says_batch=says_batch)
-        mine = next((name for name in contenders if name.startswith("ours") and name != FIXED), None)
-        others = [score for name, score in here.items() if name in (*RIVALS, FIXED)]
-        row: Row = {"cell": cell.name, "rate": round(scene.rate, 3), "scores": {n: as_row(s) for n, s in here.items()}}
-        if mine and others:
-            verdict = judge(here[mine], others, cell.load)
-            row |= {"ratio": round(verdict.ratio, 4), "problems": list(verdict.problems)}
-        rows.append(row)
-    rows[0]["took_s"] = round(time.monotonic() - began, 2)
-    return rows
 
 
 def line(row: Row) -> str:
@@ -81,57 +41,16 @@ def line(row: Row) -> str:
     return " | ".join(parts)
 
 
-def duels(cells: list[Cell]) -> list[list[Cell]]:
-    """Put cells together that differ by their page only."""
-    groups: dict[str, list[Cell]] = defaultdict(list)
-    for cell in cells:
-        groups[cell.duel].append(cell)
-    return list(groups.values())
-
-
-def run(
-    cells: list[Cell],
-    contenders: tuple[str, ...],
-    seeds: tuple[int, ...],
-    workers: int = 1,
-    traces: Path | None = None,
-    known: dict[str, dict[str, Row]] | None = None,
-) -> Iterator[Row]:
-    """Play cells and yield their rows."""
-    known = known or {}
-    tasks = [(some, contenders, seeds, traces, known.get(some[0].duel, {})) for some in duels(cells)]
-    if workers == 1:
-        for task in tasks:
-            yield from play_duel(task)
-        return
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        for rows in pool.imap(play_duel, tasks):
-            yield from rows
-
-
 def remembered(seeds: tuple[int, ...]) -> tuple[Path, dict[str, dict[str, Row]]]:
     """Return the rivals' scores of earlier runs with these seeds, and where they are kept."""
     path = OUT / f"rivals-{'-'.join(map(str, seeds))}.json"
     return path, json.loads(path.read_text()) if path.exists() else {}
 
 
-def play_gate(task: tuple[str, gate.Record | None]) -> tuple[str, gate.Record, list[str]]:
-    """Play a cell of the gate; return what could be recorded of it, and its complaints."""
-    name, record = task
-    one = named(name)
-    if record is None:
-        scene = stage(one.engine, TRAFFIC[one.traffic], one.load, gate.SEEDS)
-        record = gate.Record(tuple(contest.rival(other, scene) for other in RIVALS), None, ())
-    score = gate.play(one)
-    wrong = gate.complaints(name, score, record)
-    verdict = judge(score, record.rivals, one.load)
-    return name, gate.Record(record.rivals, score, gate.missed(verdict)), wrong
-
-
-def pass_gate(workers: int, *, record: bool, fresh: bool) -> int:
-    """Play all cells of the gate, print them, and write them down if asked to."""
-    known = {} if fresh else gate.read()
-    tasks = [(name, known.get(name)) for name in gate.names()]
+def pass_gate(names: list[str], workers: int, *, record: bool, fresh: bool) -> int:
+    """Play cells of the gate, print them, and write them down if asked to."""
+    known = gate.read()
+    tasks = [(name, None if fresh else known.get(name)) for name in names]
     new: dict[str, gate.Record] = {}
     failed = 0
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
@@ -151,7 +70,7 @@ def pass_gate(workers: int, *, record: bool, fresh: bool) -> int:
     misses = sum(bool(one.misses) for one in new.values())
     print(f"{len(new)} cells: {failed} fail against the record, {misses} miss a criterion")
     if record:
-        gate.write(new)
+        gate.write({name: both[name] for name in gate.names() if name in (both := known | new)})
     return 0 if record or not failed else 1
 
 
@@ -173,7 +92,8 @@ def main() -> int:
         print(*(cell.name for cell in everything()), sep="\n")
         return 0
     if flags.gate:
-        return pass_gate(flags.workers, record=flags.record, fresh=flags.fresh)
+        wanted = [name for name in gate.names() if any(fnmatchcase(name, like) for like in flags.cells or ["*"])]
+        return pass_gate(wanted, flags.workers, record=flags.record, fresh=flags.fresh)
     try:
         cells = matching(flags.cells) if flags.cells else everything()
     except ValueError as error:

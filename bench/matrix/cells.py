@@ -8,8 +8,9 @@ Names are like `step90/seqs256/kv430k/vllm/standing@70`, or with a preset `a100-
 - Objectives: a class's own, times `slowness`: 1 up to a base step of 45 ms, above that 2.2 base steps are the 100 ms
   per token of the standing mix. Users of a slow engine know it is slow, and wait longer for the first token too.
 - Load 100 % is what the engines finish of this traffic when there is always more, with no more at once than the time
-  per token allows: on `a100-8b` 5 % less than without that, on slow engines with a large batch much less. A run is as
-  long as `REQUESTS` requests take, at least `LEAST_S`.
+  per token allows: on `a100-8b` 5 % less than without that, on slow engines with a large batch much less. Turns of a
+  session count as if each found `FOUND` of its history in the cache. A run is as long as `REQUESTS` requests take, at
+  least `LEAST_S`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ LEAST_S = 90.0
 REFERENCE_SEED = 0
 REFERENCE_REQUESTS = 3000
 EASY_STEP_S = 0.045
+FOUND = 0.7
+"""Share of a session's history that its next turn finds cached, where load is measured."""
 TOKENS = {"kv24k": 24_000, "kv200k": 200_000, "kv430k": 430_000}
 STEPS_MS, SEQS, KVS = (9, 30, 60, 90, 120), (4, 8, 32, 256), tuple(TOKENS)
 LOADS = (50, 80, 100, 120)
@@ -181,13 +184,32 @@ def _sample(workload: Workload) -> list[Demand]:
 
 
 def _finished_per_s(engine: EngineParams, demands: list[Demand]) -> float:
-    return saturation(replace(engine, max_num_seqs=by_pace(engine, demands)), 1, demands)
+    each = _turns(demands)
+    fresh = [replace(turn, prompt=_own(turn, before) + turn.prefix_tokens, then=None) for turn, before in each]
+    return saturation(replace(engine, max_num_seqs=by_pace(engine, demands)), 1, fresh)
+
+
+def _turns(demands: Sequence[Demand]) -> list[tuple[Demand, Demand | None]]:
+    """Return all turns, each with the one before it in its session."""
+    turns: list[tuple[Demand, Demand | None]] = []
+    for demand in demands:
+        before = None
+        for turn in demand.chain():
+            turns.append((turn, before))
+            before = turn
+    return turns
+
+
+def _own(turn: Demand, before: Demand | None) -> int:
+    """Return the tokens of a prompt that an engine computes: without what all share, and `FOUND` of its history."""
+    history = turn.prefix_tokens if before is None else round(FOUND * (before.prompt + before.output))
+    return max(turn.prompt - history, 1)
 
 
 def by_pace(engine: EngineParams, demands: Sequence[Demand]) -> int:
     """Return how many sequences of `demands` run at once at the tightest time per token, and in a batch at most."""
     turns = [turn for one in demands for turn in one.chain()]
-    own, output = mean(turn.prompt - turn.prefix_tokens for turn in turns), mean(turn.output for turn in turns)
+    own, output = mean(_own(*turn) for turn in _turns(demands)), mean(turn.output for turn in turns)
     context = mean(turn.prompt + turn.output / 2 for turn in turns)
     each_s = engine.decode_seq_s + engine.context_token_s * context + engine.prefill_token_s * own / output
     objective_s = min(turn.klass.tpot_s for turn in turns)

@@ -1,15 +1,16 @@
 """Playing a cell: ours, and every rival at the best of its settings for that cell.
 
 The search is a small grid around N, the most that an engine can run of this traffic within its objectives: by its
-batch, its KV cache, and its time per token. Fixed limits: .4, .6, .8, 1 and 1.3 N. HAProxy's `timeout queue`: the
-budgets of the classes; a third, once and three times the budget where there is one. First the best limit at the middle
-timeout, then the best timeout at that limit, then the limit's neighbours again. The best is that of all seeds that are
-scored, so rivals know the future.
+batch, its KV cache, and its time per token. Fixed limits: .4, .6, .8, 1 and 1.3 N, and beyond the ends of these while
+that is better. HAProxy's `timeout queue`: the budgets of the classes; a third, once and three times the budget where
+there is one. First the best limit at the middle timeout, then the best timeout at that limit, then limits near it
+again. The best is that of all seeds that are scored, so rivals know the future.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from statistics import mean
 from typing import TYPE_CHECKING
 
@@ -17,12 +18,13 @@ from extproc.simulate.contenders import Contender, contender
 from extproc.simulate.world import World
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from bench.matrix.cells import Stage
     from extproc.simulate.world import Page
 
 SHARES_OF_N = (0.4, 0.6, 0.8, 1.0, 1.3)
+BEYOND, MOST_BEYOND, PERFECT = (0.65, 1.4), 4, 0.995
 RIVALS = ("least_request", "breaker", "haproxy", "tuned_engine")
 FIXED = "ours-fixed"
 
@@ -88,37 +90,54 @@ def best(scores: Sequence[Score]) -> Score:
     return max(scores, key=lambda score: (round(score.goodput, 4), score.tokens_per_s))
 
 
+def climb(limits: Sequence[int], score: Callable[[int], Score]) -> Score:
+    """Return the best score over `limits`, and beyond their ends as long as that is better."""
+    known = {limit: score(limit) for limit in limits}
+    for factor in BEYOND:
+        for _ in range(MOST_BEYOND):
+            top = best(list(known.values()))
+            limit = next(limit for limit, one in known.items() if one is top)
+            further = max(round(limit * factor), 1)
+            at_the_end = limit == (min(known) if factor < 1 else max(known))
+            if not at_the_end or further in known or top.goodput >= PERFECT:
+                break
+            known[further] = score(further)
+    return best(list(known.values()))
+
+
 def rival(name: str, stage: Stage) -> Score:
     """Play a rival at the best of its settings."""
-    if name == "least_request":
-        return play(name, stage)
-    if name == "breaker":
-        return best([play(f"circuit_breaker,limit={limit}", stage) for limit in limits(stage)])
-    if name == "tuned_engine":
-        return best([play(f"tuned_engine,limit={limit}", stage) for limit in limits(stage)])
-    assert name == "haproxy", name
-    return _best_haproxy(stage)
+    match name:
+        case "least_request":
+            return play(name, stage)
+        case "breaker":
+            return climb(limits(stage), lambda limit: play(f"circuit_breaker,limit={limit}", stage))
+        case "tuned_engine":
+            return climb(limits(stage), lambda limit: play(f"tuned_engine,limit={limit}", stage))
+        case "haproxy":
+            return _best_haproxy(stage)
+    raise ValueError(f"{name!r} is no rival; they are {', '.join(RIVALS)}")
 
 
 def _best_haproxy(stage: Stage) -> Score:
-    known: dict[tuple[int, float], Score] = {}
+    @cache
+    def at(limit: int, queue_ms: int) -> Score:
+        return play(f"haproxy,limit={limit},queue={queue_ms}ms", stage)
 
-    def at(limit: int, queue_s: float) -> Score:
-        if (limit, queue_s) not in known:
-            known[limit, queue_s] = play(f"haproxy,limit={limit},queue={round(queue_s * 1000)}ms", stage)
-        return known[limit, queue_s]
-
-    tried, waits = limits(stage), queues(stage)
-    limit = max(tried, key=lambda one: at(one, waits[0]).goodput)
-    queue_s = max(waits, key=lambda one: at(limit, one).goodput)
-    where = tried.index(limit)
-    return best([at(one, queue_s) for one in tried[max(where - 1, 0) : where + 2]])
+    waits_ms = [round(queue_s * 1000) for queue_s in queues(stage)]
+    first = climb(limits(stage), lambda limit: at(limit, waits_ms[0]))
+    limit = int(first.text.partition("limit=")[2].partition(",")[0])
+    wait_ms = max(waits_ms, key=lambda wait_ms: at(limit, wait_ms).goodput)
+    return climb(sorted({max(round(limit * factor), 1) for factor in (0.8, 1.0, 1.25)}), lambda one: at(one, wait_ms))
 
 
 def fixed(stage: Stage, page: Page, *, says_batch: bool = False) -> Score:
     """Play ours at the best fixed limit."""
-    texts = [f"ours,max_running_requests={limit}" for limit in limits(stage)]
-    return best([play(text, stage, page, says_batch=says_batch) for text in texts])
+
+    def at(limit: int) -> Score:
+        return play(f"ours,max_running_requests={limit}", stage, page, says_batch=says_batch)
+
+    return climb(limits(stage), at)
 
 
 @dataclass(frozen=True, slots=True)
