@@ -23,18 +23,22 @@ from extproc.config.types import (
     Percent,
     Port,
     PositiveDuration,
+    SecretHeaders,
     SlicePort,
     SocketMode,
     Threshold,
     Url,
     UrlPath,
 )
+from extproc.endpoints.access import Access
 from extproc.endpoints.telemetry.engines import metrics_path
 from extproc.endpoints.telemetry.target import Target
 from extproc.stream.request import Headers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from pydantic import SecretStr
 
 
 class _Section(BaseModel):
@@ -65,8 +69,15 @@ class EndpointConfig(_Section):
         "auto", description="Whose metric names it uses. `auto`: its page tells. `none`: its page is not read."
     )
     metrics_url: Url | None = Field(
-        None, description="Its metrics page. Default: http://ADDRESS/metrics; for `trtllm` /prometheus/metrics."
+        None,
+        description="Its metrics page. Default: http://ADDRESS/metrics (https with `metrics_ca_file`); for `trtllm` "
+        "/prometheus/metrics, for `nim` /v1/metrics.",
     )
+    metrics_headers: SecretHeaders = Field({}, description="Headers for its metrics page. Shown nowhere.")
+    metrics_token_file: FilePath | None = Field(
+        None, description="A token for its metrics page, sent as `authorization: Bearer`. Read again when it changes."
+    )
+    metrics_ca_file: FilePath | None = Field(None, description="Who signed the certificate of its metrics page.")
     gpu_metrics_url: Url | None = Field(None, description="Page of a DCGM exporter that sees its GPUs.")
     gpu_metrics_labels: dict[str, str] = Field(
         {}, description="Labels of the series there that are its GPUs, like `{Hostname: node-7, gpu: '0'}`. Empty: all."
@@ -82,6 +93,9 @@ class _Found(_Section):
         None, description="As of `endpoints[]`, for each found."
     )
     engine: EngineName = Field("auto", description="As of `endpoints[]`, for each found.")
+    metrics_headers: SecretHeaders = Field({}, description="As of `endpoints[]`, for each found.")
+    metrics_token_file: FilePath | None = Field(None, description="As of `endpoints[]`, for each found.")
+    metrics_ca_file: FilePath | None = Field(None, description="As of `endpoints[]`, for each found.")
 
     def endpoint(self, name: str, address: str) -> EndpointConfig:
         """Return a found endpoint as if the file had listed it."""
@@ -92,6 +106,9 @@ class _Found(_Section):
             max_running_requests=self.max_running_requests,
             kv_capacity_tokens=self.kv_capacity_tokens,
             engine=self.engine,
+            metrics_headers=self.metrics_headers,
+            metrics_token_file=self.metrics_token_file,
+            metrics_ca_file=self.metrics_ca_file,
         )
 
 
@@ -141,6 +158,15 @@ class HealthCheckConfig(_Section):
         3, description="Failures in a row that take an endpoint out; one is enough if it never passed."
     )
     healthy_threshold: Threshold = Field(1, description="Successes in a row that bring it back.")
+    headers: SecretHeaders = Field({}, description="Headers of each check. Shown nowhere.")
+    token_file: FilePath | None = Field(
+        None, description="A token, sent as `authorization: Bearer`. Read again when it changes."
+    )
+    ca_file: FilePath | None = Field(None, description="Who signed the servers' certificates; checks then go by https.")
+
+    def access(self) -> Access:
+        """Return what a check needs to be let in."""
+        return _access(self.headers, self.token_file, self.ca_file)
 
 
 class TlsEnvoyConfig(_Section):
@@ -372,15 +398,21 @@ class Config(_Section):
 
 def target_of(endpoint: EndpointConfig) -> Target:
     """Return what is scraped for one endpoint."""
+    scheme = "http" if endpoint.metrics_ca_file is None else "https"
     return Target(
         name=endpoint.name,
-        url=endpoint.metrics_url or f"http://{endpoint.address}{metrics_path(endpoint.engine)}",
+        url=endpoint.metrics_url or f"{scheme}://{endpoint.address}{metrics_path(endpoint.engine)}",
         engine=endpoint.engine,
         own=frozenset((endpoint.address, *endpoint.models)),
-        base=f"http://{endpoint.address}",
+        base=f"{scheme if endpoint.metrics_url is None else 'http'}://{endpoint.address}",
+        access=_access(endpoint.metrics_headers, endpoint.metrics_token_file, endpoint.metrics_ca_file),
         gpu_url=endpoint.gpu_metrics_url,
         gpu_labels=tuple(sorted(endpoint.gpu_metrics_labels.items())),
     )
+
+
+def _access(headers: dict[str, SecretStr], token_file: str | None, ca_file: str | None) -> Access:
+    return Access(tuple((name, value.get_secret_value()) for name, value in headers.items()), token_file, ca_file)
 
 
 def sections(section: type[BaseModel] = Config, path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:

@@ -6,7 +6,7 @@ import re
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, SecretStr
 from yarl import URL
 
 from extproc.durations import parse_duration
@@ -120,6 +120,25 @@ def _path_of_url(value: object) -> str:
     raise ValueError(f"must be the path of a URL, like /health, not {value!r}")
 
 
+_SET_BY_HTTP = frozenset(
+    ("host", "connection", "content-length", "transfer-encoding", "te", "upgrade", "accept-encoding")
+)
+
+
+def _secret_headers(value: object) -> dict[str, SecretStr]:
+    """Say what is wrong without saying what is in there."""
+    if not isinstance(value, dict):
+        raise ValueError("must be a mapping of header names to text")  # noqa: TRY004 - pydantic wants it
+    for name, text in value.items():
+        _header(name)
+        if name.lower() in _SET_BY_HTTP:
+            raise ValueError(f"{name}: HTTP sets this header itself")
+        plain = text.get_secret_value() if isinstance(text, SecretStr) else text
+        if not isinstance(plain, str) or not plain or not plain.isascii() or not plain.isprintable():
+            raise ValueError(f"{name}: must be printable ASCII text")
+    return {name.lower(): text if isinstance(text, SecretStr) else SecretStr(text) for name, text in value.items()}
+
+
 def _slice_port(value: object) -> int | str | None:
     if value is None or (isinstance(value, str) and value) or (type(value) is int and 1 <= value <= 65535):
         return value
@@ -160,4 +179,5 @@ SocketMode = Annotated[int, BeforeValidator(_socket_mode)]
 UrlPath = Annotated[str, BeforeValidator(_path_of_url)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 SlicePort = Annotated[int | str | None, BeforeValidator(_slice_port)]
+SecretHeaders = Annotated[dict[str, SecretStr], BeforeValidator(_secret_headers)]
 Threshold = Annotated[int, Field(ge=1, le=100)]

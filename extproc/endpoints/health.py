@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import aiohttp
+from yarl import URL
+
+from extproc.endpoints.access import HOPS, Credentials, onward
 
 if TYPE_CHECKING:
     from extproc.config import HealthCheckConfig
@@ -107,13 +110,14 @@ class HealthChecks:
     async def _attend(
         self, name: str, patient: _Patient, config: HealthCheckConfig, client: aiohttp.ClientSession
     ) -> None:
-        url = f"http://{patient.address}{config.path}"
+        url = URL(f"{'http' if config.ca_file is None else 'https'}://{patient.address}{config.path}")
+        credentials = Credentials(config.access())
         timeout = aiohttp.ClientTimeout(total=config.timeout)
         pause_s = random.uniform(0.0, min(SPREAD_S, config.interval))  # noqa: S311 - spreads load
         while True:
             await asyncio.sleep(pause_s)
             pause_s = config.interval * random.uniform(0.9, 1.1)  # noqa: S311 - spreads load
-            self._judge(name, patient, config, await _check(client, url, timeout))
+            self._judge(name, patient, config, await _check(client, url, timeout, credentials))
 
     def _judge(self, name: str, patient: _Patient, config: HealthCheckConfig, problem: str | None) -> None:
         """Count a check; `problem` None: it passed."""
@@ -133,12 +137,20 @@ class HealthChecks:
         self._set_up(name, is_up=passed)
 
 
-async def _check(client: aiohttp.ClientSession, url: str, timeout: aiohttp.ClientTimeout) -> str | None:
+async def _check(
+    client: aiohttp.ClientSession, url: URL, timeout: aiohttp.ClientTimeout, credentials: Credentials
+) -> str | None:
     """Return what was wrong, or None."""
     try:
-        async with client.get(url, timeout=timeout, allow_redirects=False) as response:
-            return None if 200 <= response.status < 300 else f"status {response.status}"
+        headers, tls = credentials.headers(), credentials.tls()
+        for _ in range(HOPS + 1):
+            async with client.get(url, timeout=timeout, headers=headers, ssl=tls, allow_redirects=False) as response:
+                further = onward(response, url)
+                if further is None:
+                    return None if 200 <= response.status < 300 else f"status {response.status}"
+                url = further
     except TimeoutError:
         return f"no answer in {timeout.total:g}s"
     except (aiohttp.ClientError, OSError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
+    return "too many redirects"

@@ -18,10 +18,13 @@ ALLOWED = {
     "transport": {"extproc.transport", "extproc.stream", "extproc.config", "extproc.errors"},
     "transport/completion": {"extproc.transport", "extproc.stream", "extproc.errors"},
     "engine": {"extproc.engine", "extproc.errors"},
-    "endpoints/telemetry": {"extproc.endpoints.telemetry", "extproc.admission", "extproc.errors"},
+    "endpoints/access": {"extproc.files"},
+    "endpoints/telemetry": {
+        *("extproc.endpoints.telemetry", "extproc.endpoints.access", "extproc.admission", "extproc.errors"),
+    },
     "endpoints": {
         *("extproc.endpoints", "extproc.config", "extproc.envoy", "extproc.errors"),
-        *("extproc.admission", "extproc.stream"),
+        *("extproc.admission", "extproc.stream", "extproc.files"),
     },
     "admin": {
         *(
@@ -36,10 +39,13 @@ ALLOWED = {
     },
     "config": {
         *("extproc.config", "extproc.admission", "extproc.stream", "extproc.endpoints.telemetry"),
-        *("extproc.durations", "extproc.files", "extproc.errors"),
+        *("extproc.durations", "extproc.files", "extproc.errors", "extproc.endpoints.access"),
     },
     "config/types": {"extproc.durations", "extproc.errors"},
-    "config/keys": {"extproc.config.types", "extproc.admission", "extproc.stream", "extproc.endpoints.telemetry"},
+    "config/keys": {
+        *("extproc.config.types", "extproc.admission", "extproc.stream"),
+        *("extproc.endpoints.telemetry", "extproc.endpoints.access"),
+    },
     "config/rules": {"extproc.config.types", "extproc.config.keys"},
     "envoy": {
         *("extproc.envoy", "extproc.config", "extproc.stream", "extproc.durations", "extproc.files", "extproc.errors"),

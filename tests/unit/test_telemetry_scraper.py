@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gzip
 import logging
+import os
 import socket
 from collections.abc import Awaitable, Callable
 
@@ -17,6 +18,7 @@ from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import EndpointSpec, Policy, Request
 from extproc.app import App
 from extproc.config import Config, parse_config
+from extproc.endpoints.access import Access
 from extproc.endpoints.telemetry import facts
 from extproc.endpoints.telemetry.engines import ENGINES
 from extproc.endpoints.telemetry.page import MOST_BYTES
@@ -38,6 +40,7 @@ class Pages:
         self.heads: list[str] = []
         self.sent_bytes = 0
         self.page = GOOD
+        self.token = ""
         self.models: bytes | None = b'{"data": [{"max_model_len": 4096}]}'  # None: it hangs
         self.address = ""
         self._server: asyncio.Server | None = None
@@ -122,7 +125,18 @@ class Pages:
         await self._send(writer, b"", "location: /loop", status="302 Found")
 
     async def _away(self, writer: asyncio.StreamWriter) -> None:
+        there = self.address.replace("127.0.0.1", "localhost")
+        await self._send(writer, b"", f"location: http://{there}/good", status="307 Temporary Redirect")
+
+    async def _moved(self, writer: asyncio.StreamWriter) -> None:
         await self._send(writer, b"", "location: /good", status="307 Temporary Redirect")
+
+    async def _locked(self, writer: asyncio.StreamWriter) -> None:
+        known = {f"authorization: bearer {self.token}", "x-key: s3cret"}
+        if known <= {line.lower() for line in self.heads[-1].split("\r\n")}:
+            await self._send(writer, self.page)
+        else:
+            await self._send(writer, b"", status="401 Unauthorized")
 
     async def _bomb(self, writer: asyncio.StreamWriter) -> None:
         await self._send(writer, gzip.compress(bytes(5 * 1024 * 1024)), "content-encoding: gzip")
@@ -233,7 +247,8 @@ def test_everything_hostile_is_one_counted_error_no_reading_and_dispatch_goes_on
                 wire.scraper.put(Target(name, url))
             wire.scraper.put(Target("fine", pages.url("good")))
             dispatched = 0
-            while len(wire.errors()) < len(HOSTILE) or not wire.seen:
+            deadline = loop.time() + PATIENCE_S
+            while (len(wire.errors()) < len(HOSTILE) or not wire.seen) and loop.time() < deadline:
                 ticket = Ticket(Request(id="r", arrived=gate.now()))
                 gate.offer(ticket)
                 assert ticket.state is State.LEASED
@@ -244,7 +259,7 @@ def test_everything_hostile_is_one_counted_error_no_reading_and_dispatch_goes_on
             assert wire.errors() == {name: {reason: 1} for name, reason in HOSTILE.items()}
             assert [name for name, _ in wire.seen] == ["fine"]
             assert all(wire.scraper.age_s(name) is None for name in HOSTILE)
-            assert pages.hits["loop"] == 1
+            assert pages.hits["loop"] == 4  # three redirects of one server are followed
             assert pages.hits["good"] == 1  # the redirect to it was not followed
 
     asyncio.run(main())
@@ -583,3 +598,87 @@ def test_limits_that_cant_be_had_now_stay_and_those_that_are_gone_go(monkeypatch
             await until(lambda: wire.seen[-1][1].context_tokens is None)
 
     asyncio.run(main())
+
+
+# ---- pages behind a lock
+
+
+def test_a_page_behind_headers_and_a_token_is_read_and_a_token_that_changed_is_taken_up(tmp_path):
+    token = tmp_path / "token"
+    token.write_text("first\n")
+
+    async def main() -> None:
+        async with Pages() as pages, Wire(interval_s=0.02) as wire:
+            pages.token = "first"  # noqa: S105
+            access = Access((("x-key", "s3cret"),), str(token))
+            wire.scraper.put(Target("a", pages.url("locked"), access=access))
+            await until(lambda: len(wire.seen) >= 2)
+            assert wire.errors() == {}
+            pages.token = "second"  # noqa: S105
+            await until(lambda: wire.errors() == {"a": {"status": wire.errors().get("a", {}).get("status", 0)}})
+            token.with_name("new").write_text("second")
+            token.with_name("new").replace(token)
+            seen = len(wire.seen)
+            await until(lambda: len(wire.seen) >= seen + 2)
+
+    asyncio.run(main())
+
+
+def test_a_token_that_cant_be_read_is_an_error_of_its_own_and_a_fifo_there_holds_nothing_up(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+
+    async def main() -> None:
+        async with Pages() as pages, Wire(interval_s=0.02) as wire:
+            for name in ("missing", "fifo"):
+                wire.scraper.put(Target(name, pages.url("locked"), access=Access((), str(tmp_path / name))))
+            wire.scraper.put(Target("fine", pages.url("good")))
+            await until(lambda: len(wire.errors()) == 2 and len(wire.seen) >= 2)
+            assert {name: set(reasons) for name, reasons in wire.errors().items()} == {
+                "missing": {"credentials"},
+                "fifo": {"credentials"},
+            }
+            assert "locked" not in pages.hits
+
+    asyncio.run(main())
+
+
+def test_a_redirect_on_the_same_server_is_followed_and_no_secret_goes_to_another(tmp_path):
+    async def main() -> None:
+        async with Pages() as pages, Wire() as wire:
+            access = Access((("x-key", "s3cret"),))
+            wire.scraper.put(Target("moved", pages.url("moved"), access=access))
+            await until(lambda: wire.seen)
+            assert wire.seen[0][1].running == 3.0
+            wire.scraper.put(Target("away", pages.url("away"), access=access))
+            await until(wire.errors)
+            assert wire.errors() == {"away": {"redirect": 1}}
+            assert pages.hits["good"] == 1
+            elsewhere = f"http://{pages.address.replace('127.0.0.1', 'localhost')}"
+            wire.scraper.put(Target("asked", pages.url("good"), base=elsewhere, access=access))
+            await until(lambda: "v1/models" in pages.hits)
+            assert "x-key" not in next(head for head in pages.heads if "/v1/models" in head).lower()
+
+    asyncio.run(main())
+
+
+SECRETS = """
+scrape_interval: 1s
+health_check: {headers: {x-probe: hush-probe}}
+endpoints:
+- {name: a, address: '10.0.0.1:8000', metrics_headers: {X-Key: hush-key}, metrics_ca_file: /ca.pem}
+"""
+
+
+def test_secrets_in_the_configuration_are_in_no_text_of_it_and_in_no_error():
+    config = parse_config(SECRETS, "file", {})
+    (target,) = config.scrape_targets()
+    assert target.access == Access((("x-key", "hush-key"),), None, "/ca.pem")
+    assert target.url == "https://10.0.0.1:8000/metrics"
+    assert config.health_check is not None
+    assert config.health_check.access().headers == (("x-probe", "hush-probe"),)
+    assert "hush" not in repr(config) + str(config) + repr(target) + config.model_dump_json()
+    for wrong in ("{X-Key: [hush]}", "{host: hush}", "hush", "{X-Key: 'hush\u00e9'}", "{'hush key\u00e9': a}"):
+        with pytest.raises(ConfigError) as caught:
+            parse_config(SECRETS.replace("{X-Key: hush-key}", wrong), "file", {})
+        assert "endpoints[0].metrics_headers" in str(caught.value)
+        assert "hush" not in str(caught.value) or "hush key" in str(caught.value)  # a name is no secret

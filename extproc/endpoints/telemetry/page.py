@@ -40,7 +40,8 @@ class Reason(StrEnum):
     TIMEOUT = "timeout"  # not whole within scrape_timeout
     PROTOCOL = "protocol"  # broken HTTP, or cut off
     STATUS = "status"  # neither 200 nor a redirect
-    REDIRECT = "redirect"
+    REDIRECT = "redirect"  # to another server, or too many
+    CREDENTIALS = "credentials"  # metrics_token_file or metrics_ca_file can't be read
     ENCODING = "encoding"  # compressed, though we ask for plain text
     TOO_BIG = "too_big"  # above MOST_BYTES, or its wanted lines above MOST_WANTED_BYTES
     TOO_MANY_SERIES = "too_many_series"

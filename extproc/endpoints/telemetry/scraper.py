@@ -14,12 +14,13 @@ import random
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import aiohttp
 from yarl import URL
 
 from extproc.admission.load import Load
+from extproc.endpoints.access import Credentials
 from extproc.endpoints.telemetry import facts
 from extproc.endpoints.telemetry.engines import DCGM, engines_for
+from extproc.endpoints.telemetry.fetch import Pages
 from extproc.endpoints.telemetry.orca import parse_orca
 from extproc.endpoints.telemetry.page import MOST_BYTES, Readings, Reason, read_in_slices
 from extproc.endpoints.telemetry.rates import Rates
@@ -35,7 +36,6 @@ log = logging.getLogger("extproc.telemetry")
 SLOW_S = 5.0
 """Limits follow the engine this late. Simulated, 5 s cost next to nothing (docs/simulate.md); from 15 s on much hung on
 where an adaptive limit started."""
-_HEADERS = {"Accept": "text/plain;version=0.0.4, text/plain;q=0.5", "Accept-Encoding": "identity"}
 _JITTER = 0.1
 _SLOTS = 20
 """Of an interval. Ten scrapes in a row cost half of ten scrapes apart, since the processor's caches are still warm
@@ -48,7 +48,7 @@ class _Watch:
     """One endpoint: its target, its task and its freshness."""
 
     __slots__ = (
-        *("ask_at", "base", "facts", "gpu_url", "is_stale", "last_at"),
+        *("ask_at", "base", "credentials", "facts", "gpu_url", "is_stale", "last_at"),
         *("rates", "reported_at", "since", "target", "task", "tried", "url"),
     )
 
@@ -57,6 +57,7 @@ class _Watch:
         self.url = URL(target.url)  # parsed once: every scrape uses it
         self.gpu_url = None if target.gpu_url is None else URL(target.gpu_url)
         self.base = None if target.base is None else URL(target.base)
+        self.credentials = Credentials(target.access)
         self.facts = facts.Facts()
         self.ask_at = now  # when the engine is next asked for what it says of itself
         self.rates = rates
@@ -88,11 +89,11 @@ class Scraper:
         self._random = random.Random()  # noqa: S311 - spreads load, guards nothing
         self._watches: dict[str, _Watch] = {}
         self._errors: dict[tuple[str, Reason], int] = {}
-        self._client: aiohttp.ClientSession | None = None
+        self._pages: Pages | None = None
 
     async def start(self, observe: Callable[[str, Load], None]) -> None:
         """Begin to scrape, if there is an interval, and call `observe(name, load)` with each reading."""
-        if self.interval_s <= 0 or self._client is not None:
+        if self.interval_s <= 0 or self._pages is not None:
             return
         self._observe = observe
         if self.interval_s > SLOW_S:
@@ -107,14 +108,7 @@ class Scraper:
                 self.interval_s,
                 self.stale_after_s,
             )
-        self._client = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2 * self.interval_s + 5, loop=self._loop),
-            cookie_jar=aiohttp.DummyCookieJar(loop=self._loop),
-            auto_decompress=False,
-            trust_env=False,
-            headers=_HEADERS,
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),  # the deadline in _fetch covers all
-        )
+        self._pages = Pages(timeout_s=self.timeout_s, keep_s=2 * self.interval_s + 5, loop=self._loop)
         for watch in self._watches.values():
             self._begin(watch)
 
@@ -131,9 +125,9 @@ class Scraper:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._client is not None:
-            await self._client.close()
-            self._client = None
+        if self._pages is not None:
+            await self._pages.close()
+            self._pages = None
 
     def put(self, target: Target) -> None:
         """Scrape a new endpoint, or a changed one in the new way. Unchanged: no-op."""
@@ -147,7 +141,7 @@ class Scraper:
         if known is not None:
             watch.last_at, watch.since, watch.is_stale = known.last_at, known.since, known.is_stale
             watch.reported_at = known.reported_at
-        if self._client is not None:
+        if self._pages is not None:
             self._begin(watch)
 
     def remove(self, name: str) -> None:
@@ -224,12 +218,13 @@ class Scraper:
         target, gpu_url = watch.target, watch.gpu_url
         engines = engines_for(target.engine)
         if gpu_url is None:
-            page, gpu = await self._read(watch.url, engines, own=target.own), None
+            page, gpu = await self._read(watch.url, engines, (), target.own, watch.credentials), None
         elif target.engine == "none":
             page, gpu = None, await self._read(gpu_url, (DCGM,), target.gpu_labels)
         else:
             page, gpu = await asyncio.gather(
-                self._read(watch.url, engines, own=target.own), self._read(gpu_url, (DCGM,), target.gpu_labels)
+                self._read(watch.url, engines, (), target.own, watch.credentials),
+                self._read(gpu_url, (DCGM,), target.gpu_labels),
             )
         gpu_usage = None
         if gpu is not None:
@@ -265,7 +260,10 @@ class Scraper:
             return
         (engine,) = engines_for(name)
         paths = facts.paths(engine)
-        bodies = await asyncio.gather(*(self._fetch(watch.base.join(URL(path)), facts.MOST_BYTES) for path in paths))
+        assert self._pages is not None  # noqa: S101 - tasks run only while there is one
+        secrets = watch.credentials if watch.base.origin() == watch.url.origin() else None  # another server's, not ours
+        get, base = self._pages.get, watch.base
+        bodies = await asyncio.gather(*(get(base.join(URL(path)), facts.MOST_BYTES, secrets) for path in paths))
         pages = {path: body for path, body in zip(paths, bodies, strict=True) if isinstance(body, bytes)}
         if pages:
             watch.facts = facts.read_facts(engine, pages)
@@ -307,9 +305,11 @@ class Scraper:
         engines: tuple[Engine, ...],
         labels: tuple[tuple[str, str], ...] = (),
         own: frozenset[str] = frozenset(),
+        credentials: Credentials | None = None,
     ) -> tuple[Readings | Reason, float]:
         """Return what a page says, or why it says nothing, and when it came."""
-        body = await self._fetch(url)
+        assert self._pages is not None  # noqa: S101 - tasks run only while there is one
+        body = await self._pages.get(url, MOST_BYTES, credentials)
         now = self._loop.time()
         if isinstance(body, Reason):
             return body, now
@@ -321,42 +321,3 @@ class Scraper:
                 result: Readings | Reason = end.value
                 return result, now
             await asyncio.sleep(0)
-
-    async def _fetch(self, url: URL, most_bytes: int = MOST_BYTES) -> bytes | Reason:
-        """Return a page's bytes, or why there are none."""
-        assert self._client is not None  # noqa: S101 - tasks run only while there is one
-        try:
-            async with (
-                asyncio.timeout(self.timeout_s),
-                self._client.get(url, allow_redirects=False) as response,
-            ):
-                refusal = _refusal(response, most_bytes)
-                if refusal is not None:
-                    response.close()  # whatever else it would send
-                    return refusal
-                body = bytearray()
-                while piece := await response.content.readany():
-                    body += piece
-                    if len(body) > most_bytes:
-                        response.close()
-                        return Reason.TOO_BIG
-                return bytes(body)
-        except TimeoutError:
-            return Reason.TIMEOUT
-        except aiohttp.ClientConnectorError:
-            return Reason.CONNECT
-        except (aiohttp.ClientError, OSError, ValueError):
-            return Reason.PROTOCOL
-
-
-def _refusal(response: aiohttp.ClientResponse, most_bytes: int) -> Reason | None:
-    """Return why the body of `response` isn't read, judging by its head."""
-    if 300 <= response.status < 400:
-        return Reason.REDIRECT
-    if response.status != 200:
-        return Reason.STATUS
-    if response.headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity"):
-        return Reason.ENCODING
-    if response.content_length is not None and response.content_length > most_bytes:
-        return Reason.TOO_BIG
-    return None

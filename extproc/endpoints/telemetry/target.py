@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from extproc.endpoints.access import NOTHING, Access
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -17,6 +19,7 @@ class Target:
         gpu_labels: labels of the series there that belong to this endpoint, such as `gpu` or `Hostname`.
         own: what a line may say to name this endpoint: its address and its models.
         base: where the server itself is, http://ADDRESS; None: it is asked for nothing but its metrics.
+        access: what the metrics page needs to be shown.
     """
 
     name: str
@@ -26,3 +29,4 @@ class Target:
     gpu_labels: tuple[tuple[str, str], ...] = ()
     own: frozenset[str] = frozenset()
     base: str | None = None
+    access: Access = NOTHING
