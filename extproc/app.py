@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from extproc.admin.http import Admin
 from extproc.admin.state import FileState
 from extproc.admission.controller import Controller
-from extproc.config import Config, cross_check, load_config, target_of
+from extproc.config import Config, changes, cross_check, load_config, target_of
 from extproc.endpoints.discovery.file import ConfigFile
 from extproc.endpoints.discovery.source import Sources
 from extproc.endpoints.health import HealthChecks
@@ -51,6 +51,9 @@ HEALTH_SEEN_S = 1.0
 
 FIRST_SEEN_S = 5.0
 """How long a start waits for sources to see their endpoints; a model nobody has listed yet would get 404."""
+
+MOST_CHANGES = 50
+"""Lines of what a reload changed."""
 
 CHANGEABLE = frozenset(
     (
@@ -218,6 +221,11 @@ class App:
         self.health.configure(config.health_check)
         self.roster.configure(config)
         self.sources.configure(config.discovery)
+        told = changes(old, config)
+        for line in told[:MOST_CHANGES]:
+            log.info("configuration: %s", line)
+        if len(told) > MOST_CHANGES:
+            log.info("configuration: and %d more changes", len(told) - MOST_CHANGES)
         log.info("configuration taken over: %d endpoint(s) in the file", len(config.endpoints))
 
     def _file_state(self) -> FileState:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 
 class ExtprocError(Exception):
     """Base of the errors below: catch it to catch all that we raise on purpose."""
@@ -26,3 +28,11 @@ class ProtocolError(ExtprocError):
 
 class TransitionError(ExtprocError):
     """A ticket was moved in a way that its state does not allow: a bug in the caller, never in the peer."""
+
+
+def plain_words(error: BaseException) -> str:
+    """Say why something failed in the operating system's words where it has some, without those of a library."""
+    cause = getattr(error, "os_error", error)  # aiohttp's own text goes on with "ssl:default [Connect call failed"
+    if isinstance(cause, OSError) and cause.errno is not None and cause.errno > 0:
+        return os.strerror(cause.errno)
+    return str(error) or type(error).__name__

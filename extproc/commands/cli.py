@@ -1,10 +1,11 @@
-"""The command line. Exit codes: 0 ok, 1 invalid input, 2 usage, 3 could not bind or start."""
+"""The command line. Exit codes: 0 ok, 1 invalid input, 2 usage, 3 could not bind or start, 130 interrupted before."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import contextlib
+import logging
 import os
 import re
 import sys
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
 OK, INVALID, USAGE, NO_START = 0, 1, 2, 3
+INTERRUPTED = 130
+"""As shells count it: 128 and SIGINT."""
 _EXACT_PATH = re.compile(r"/[^\s?#*]*")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -45,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return NO_START
     except BrokenPipeError:
         return OK
+    except KeyboardInterrupt:
+        print("extproc: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -165,10 +171,12 @@ def run_loop(main: Coroutine[object, object, int], transport: str) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from extproc.config import load_config
+    from extproc.config import doubts, load_config
 
     config = load_config(arguments.config)
     set_up(arguments.log_level, config.log_format)
+    for doubt in doubts(config, arguments.config):
+        logging.getLogger("extproc.config").warning("%s: %s", arguments.config, doubt)
     prepare_grpc(config.transport, config.listen)
     from extproc.app import App
 
@@ -201,7 +209,8 @@ def _up(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from extproc.config import load_config
+    from extproc.config import doubts, load_config
+    from extproc.envoy.advice import advice
     from extproc.envoy.check import check_envoy, could_not_look
     from extproc.transport import tls
 
@@ -217,12 +226,13 @@ def _check(arguments: argparse.Namespace) -> int:
             raise ConfigError(str(arguments.envoy), problems)
     classes = ", ".join(f"{klass.name} (budget {klass.budget:g}s)" for klass in config.classes)
     queue = "on" if config.enable_queue else "off (enable_queue: false)"
-    print(f"{arguments.file}: ok: {len(config.endpoints)} endpoint(s), queue {queue}, classes: {classes}")
-    if not config.endpoints:
-        print(f"{arguments.file}: warning: no endpoints: every request will be refused", file=sys.stderr)
+    found = f" and those of {len(config.discovery)} source(s)" if config.discovery else ""
+    print(f"{arguments.file}: ok: {len(config.endpoints)} endpoint(s){found}, queue {queue}, classes: {classes}")
+    for doubt in doubts(config, arguments.file):
+        print(f"{arguments.file}: warning: {doubt}", file=sys.stderr)
     if arguments.envoy is not None:
         notes = could_not_look(config, arguments.envoy)
-        for note in notes:
+        for note in [*notes, *advice(config, arguments.envoy)]:
             print(f"{arguments.envoy}: warning: {note}", file=sys.stderr)
         what = "what could be looked at fits" if notes else "fits"
         print(f"{arguments.envoy}: ok: {what} {arguments.file}")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from extproc.errors import StartError
+from extproc.errors import StartError, plain_words
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -111,7 +111,7 @@ async def top(admin: str, *, once: bool) -> int:
             except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
                 if shown.view is None:
                     raise StartError(_nobody(admin, error)) from None
-                shown.problem = _why(error)
+                shown.problem = plain_words(error)
             await asyncio.sleep(AGAIN_S)
     finally:
         drawing.cancel()
@@ -188,11 +188,7 @@ async def _first(admin: str) -> View:
 
 
 def _nobody(admin: str, error: Exception) -> str:
-    return f"no sidecar's admin port at {admin}: {_why(error)}"
-
-
-def _why(error: Exception) -> str:
-    return str(error) or type(error).__name__
+    return f"no sidecar's admin port at {admin}: {plain_words(error)}"
 
 
 # ---- the parts of a screen

@@ -260,16 +260,24 @@ def find_envoy(asked: str | None) -> Path:
     return Path(found)
 
 
-_PLAIN = str.maketrans("", "", "[]")
-
-
 def _endpoint_of(url: str, index: int, *, simulated: bool) -> dict[str, str]:
-    parts = urlsplit(url if "//" in url else f"http://{url}")
-    if parts.scheme != "http" or not parts.hostname or parts.path not in ("", "/"):
+    if "," in url:
+        raise ConfigError("command line", [f"--endpoint: several stand apart by spaces, without commas, not {url!r}"])
+    try:
+        parts = urlsplit(url if "//" in url else f"http://{url}")
+    except ValueError:  # brackets that don't close
+        raise ConfigError("command line", [f"--endpoint: must be like http://10.0.0.7:8000, not {url!r}"]) from None
+    if parts.scheme == "https":
+        raise ConfigError("command line", [f"--endpoint: Envoy as rendered speaks plain HTTP to servers, not {url!r}"])
+    if parts.scheme != "http" or not parts.netloc or parts.path not in ("", "/"):
         raise ConfigError("command line", [f"--endpoint: must be like http://10.0.0.7:8000, not {url!r}"])
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    address = f"{host}:{parts.port or 80}"
-    return {"name": f"engine-{index + 1}" if simulated else address.translate(_PLAIN), "address": address}
+    bare = parts.netloc.endswith("]") or ":" not in parts.netloc
+    host, port = require_address("--endpoint", f"{parts.netloc}:80" if bare else parts.netloc)
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    name = f"{host}:{port}"
+    if name.startswith(":"):
+        name = f"0{name}"  # ::1 is 0::1, and a name begins with a letter or digit
+    return {"name": f"engine-{index + 1}" if simulated else name, "address": address}
 
 
 def _require_free(flag: str, address: str) -> None:

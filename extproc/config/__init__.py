@@ -2,6 +2,8 @@
 another; `read`, from YAML and environment variables to these. Each uses only those before it. Others import from here.
 """
 
+from extproc.config.changes import changes
+from extproc.config.doubts import doubts
 from extproc.config.keys import (
     Config,
     DiscoveryConfig,
@@ -27,7 +29,9 @@ __all__ = [
     "KubernetesConfig",
     "TlsConfig",
     "TlsEnvoyConfig",
+    "changes",
     "cross_check",
+    "doubts",
     "load_config",
     "parse_config",
     "require_address",

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from extproc.config.keys import Config, sections
 from extproc.config.rules import cross_check
+from extproc.config.types import shown
 from extproc.errors import ConfigError
 from extproc.files import read_text
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 ENV_PREFIX = "EXTPROC_"
+NEARLY = 0.8
+"""How like a key's name a variable must be to be a mistake: others may be somebody else's (a Kubernetes service that is
+called extproc gives every pod EXTPROC_PORT and the like)."""
 
 
 def load_config(path: Path, environ: Mapping[str, str] = os.environ) -> Config:
@@ -35,13 +39,13 @@ def load_config(path: Path, environ: Mapping[str, str] = os.environ) -> Config:
 def parse_config(text: str, source: str, environ: Mapping[str, str] = os.environ) -> Config:
     """Validate the YAML `text`, called `source` in messages. Raises ConfigError with all problems."""
     try:
-        data = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader that also refuses duplicate keys
+        data = load_yaml(text)
     except _YAML_ERRORS as error:
         raise ConfigError(source, ["is no valid YAML: " + _one_line(error)]) from None
     if data is None:
         data = {}
     if not isinstance(data, dict):
-        raise ConfigError(source, [f"must be a mapping of keys to values, not {_kind(data)}"])
+        raise ConfigError(source, [f"must be a mapping of keys to values, not {shown(data)}"])
     problems = _overlay_environment(data, environ)
     config, found = _validate(data)
     problems += found
@@ -79,13 +83,17 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 
 
 def _overlay_environment(data: dict[str, Any], environ: Mapping[str, str]) -> list[str]:
-    """Let EXTPROC_KEY, and EXTPROC_SECTION__KEY, win over the file. Other EXTPROC_ names are somebody else's."""
+    """Let EXTPROC_KEY, and EXTPROC_SECTION__KEY, win over the file. What is nearly a key's name is a problem."""
     problems = []
     for variable in sorted(environ):
         if not variable.startswith(ENV_PREFIX):
             continue
         path = variable.removeprefix(ENV_PREFIX).lower().split("__")
         if path[0] not in Config.model_fields or len(path) > 2:
+            close = difflib.get_close_matches(path[0], Config.model_fields, n=1, cutoff=NEARLY)
+            if close:
+                meant = "__".join([ENV_PREFIX + close[0].upper(), *map(str.upper, path[1:2])])
+                problems.append(f"environment variable {variable}: no such key; did you mean {meant}?")
             continue
         try:
             value = yaml.safe_load(environ[variable])
@@ -99,6 +107,11 @@ def _overlay_environment(data: dict[str, Any], environ: Mapping[str, str]) -> li
             data[path[0]] = target
         target[path[-1]] = value
     return problems
+
+
+def load_yaml(text: str) -> Any:
+    """Return what the YAML `text` says. Raises what _YAML_ERRORS lists."""
+    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader that also refuses duplicate keys
 
 
 def _validate(data: dict[str, Any]) -> tuple[Config | None, list[str]]:
@@ -166,6 +179,20 @@ _TYPES = {
 }
 
 
+_BOUNDS = {
+    "missing": "is required",
+    "literal_error": "must be {expected}, not {value}",
+    "greater_than_equal": "must be {ge} or more, not {value}",
+    "less_than_equal": "must be {le} or less, not {value}",
+    "too_short": "needs {min_length} item at least",
+    "too_long": "may have {max_length} items at most, not {actual_length}",
+    "string_too_short": "must not be empty",
+    "string_too_long": "may have {max_length} characters at most",
+    "string_pattern_mismatch": "must match {pattern}, not {value}",
+}
+"""What pydantic finds by itself, in our words."""
+
+
 def _explain(detail: ErrorDetails) -> str:
     location, kind, value = detail["loc"], detail["type"], detail["input"]
     context = detail.get("ctx", {})
@@ -176,44 +203,27 @@ def _explain(detail: ErrorDetails) -> str:
             close = difflib.get_close_matches(str(location[-1]), known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
             return f"{path}: unknown key; {hint}"
-        case "missing":
-            return f"{path}: is required"
         case "value_error":
             return f"{path}: {context['error']}"
-        case "literal_error":
-            return f"{path}: must be {context['expected']}, not {value!r}"
-        case "greater_than_equal":
-            return f"{path}: must be {context['ge']} or more, not {value!r}"
-        case "less_than_equal":
-            return f"{path}: must be {context['le']} or less, not {value!r}"
-        case "too_short" | "too_long":
-            return f"{path}: {detail['msg'].lower()}"
         case "invalid_key":
             return f"{path}: unknown key; keys are words"
         case _ if kind in _TYPES:
-            return f"{path}: must be {_TYPES[kind]}, not {_kind(value)}"
+            return f"{path}: must be {_TYPES[kind]}, not {shown(value)}"
         case _:
-            return f"{path}: {detail['msg']}"
+            words = _BOUNDS.get(kind, "can't be {value}")
+            return f"{path}: {words.format(**context, value=shown(value))}"
 
 
 def _is_union_branch(part: int | str) -> bool:
     return isinstance(part, str) and "[" in part
 
 
-_SECTIONS: dict[str, type[BaseModel]] = {
+SECTIONS: dict[str, type[BaseModel]] = {
     "": Config,
     **{path.replace("[]", ""): section for path, section in sections()},
 }
 
 
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:
-    section = _SECTIONS[".".join(part for part in location if isinstance(part, str) and not _is_union_branch(part))]
+    section = SECTIONS[".".join(part for part in location if isinstance(part, str) and not _is_union_branch(part))]
     return [field.alias or name for name, field in section.model_fields.items()]
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, dict):
-        return "a mapping"
-    if isinstance(value, list):
-        return "a list"
-    return repr(value)

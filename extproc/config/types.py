@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, SecretStr
@@ -12,24 +12,43 @@ from yarl import URL
 from extproc.durations import parse_duration
 from extproc.errors import ConfigError
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+MOST_SOCKET_PATH = 107
+"""Bytes of a unix socket's path: sockaddr_un has 108, and the last is 0 (unix(7))."""
+MOST_PORT = 65535
+_ADDRESS = "host:port, like 10.0.0.7:8000 or [::1]:8000"
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}", re.ASCII)
 _HOST = re.compile(r"[A-Za-z0-9._:%-]{1,253}", re.ASCII)
 _HEADER = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]{1,64}", re.ASCII)
 
 
+def shown(value: object) -> str:
+    """Return what somebody wrote, in YAML's words and not Python's."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "a mapping"
+    return "a list" if isinstance(value, list) else repr(value)
+
+
 def _duration(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise ValueError(f"must be a duration like 10s or 250ms, not {value!r}")  # noqa: TRY004 - pydantic wants it
+        raise ValueError(f"must be a duration like 10s or 250ms, not {shown(value)}")  # noqa: TRY004 - pydantic wants it
     seconds = parse_duration(str(value))
     if seconds is None:
-        raise ValueError(f"must be a duration like 10s or 250ms, not {value!r}")
+        raise ValueError(f"must be a duration like 10s or 250ms, not {shown(value)}")
     return seconds
 
 
 def _positive_duration(value: object) -> float:
     seconds = _duration(value)
     if seconds <= 0:
-        raise ValueError(f"must be longer than 0s, not {value!r}")
+        raise ValueError(f"must be longer than 0s, not {shown(value)}")
     return seconds
 
 
@@ -38,7 +57,7 @@ def _limit(value: object) -> int | None:
         return None
     if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1_000_000:
         return value
-    raise ValueError(f"must be 'adaptive' or a whole number from 1, not {value!r}")
+    raise ValueError(f"must be 'adaptive' or a whole number from 1, not {shown(value)}")
 
 
 def _own_limit(value: object) -> int | str | None:
@@ -49,29 +68,28 @@ def _name(value: object) -> str:
     if isinstance(value, str) and _NAME.fullmatch(value):
         return value
     raise ValueError(
-        f"must be 1 to 128 letters, digits, '.', '_', ':' or '-', beginning with a letter or digit, not {value!r}"
+        f"must be 1 to 128 letters, digits, '.', '_', ':' or '-', beginning with a letter or digit, not {shown(value)}"
     )
 
 
 def _header(value: object) -> str:
     if isinstance(value, str) and _HEADER.fullmatch(value.lower()):
         return value.lower()
-    raise ValueError(f"must be the name of an HTTP header, like x-model, not {value!r}")
+    raise ValueError(f"must be the name of an HTTP header, like x-model, not {shown(value)}")
 
 
 def _address(value: object) -> str:
     if isinstance(value, str):
-        try:
-            split_address(value)
-        except ValueError:
-            pass
-        else:
-            return value
-    raise ValueError(f"must be host:port, like 10.0.0.7:8000 or [::1]:8000, not {value!r}")
+        split_address(value)
+        return value
+    raise ValueError(f"must be {_ADDRESS}, not {shown(value)}")
 
 
 def _listen(value: object) -> str:
     if isinstance(value, str) and value.startswith("unix:/"):
+        length = len(value.removeprefix("unix:").encode())
+        if length > MOST_SOCKET_PATH:
+            raise ValueError(f"the path of a unix socket has at most {MOST_SOCKET_PATH} bytes; this one has {length}")
         return value
     return _address(value)
 
@@ -84,19 +102,20 @@ def _url(value: object) -> str:
                 return value
         except ValueError:
             pass
-    raise ValueError(f"must be a URL like http://10.0.0.7:8000/metrics, not {value!r}")
+    raise ValueError(f"must be a URL like http://10.0.0.7:8000/metrics, not {shown(value)}")
 
 
 def _clusters_file(value: object) -> str:
     if isinstance(value, str) and value.startswith("/") and value.endswith((".yaml", ".yml")):
         return value
-    raise ValueError(f"must be an absolute path that ends in .yaml, like /run/extproc/clusters.yaml, not {value!r}")
+    right = "an absolute path that ends in .yaml, like /run/extproc/clusters.yaml"
+    raise ValueError(f"must be {right}, not {shown(value)}")
 
 
 def _file(value: object) -> str:
     if isinstance(value, str) and value.startswith("/") and value.isprintable():
         return value
-    raise ValueError(f"must be an absolute path, like /etc/extproc/tls/tls.crt, not {value!r}")
+    raise ValueError(f"must be an absolute path, like /etc/extproc/tls/tls.crt, not {shown(value)}")
 
 
 _SOCKET_MODES: dict[object, int] = {
@@ -110,14 +129,14 @@ def _socket_mode(value: object) -> int:
         return _SOCKET_MODES[value]
     except (KeyError, TypeError):
         raise ValueError(
-            f"must be 0600 (owner), 0660 (owner and group) or 0666 (anyone on this machine), not {value!r}"
+            f"must be 0600 (owner), 0660 (owner and group) or 0666 (anyone on this machine), not {shown(value)}"
         ) from None
 
 
 def _path_of_url(value: object) -> str:
     if isinstance(value, str) and value.startswith("/") and value.isascii() and value.isprintable():
         return value
-    raise ValueError(f"must be the path of a URL, like /health, not {value!r}")
+    raise ValueError(f"must be the path of a URL, like /health, not {shown(value)}")
 
 
 _SET_BY_HTTP = frozenset(
@@ -142,25 +161,41 @@ def _secret_headers(value: object) -> dict[str, SecretStr]:
 def _slice_port(value: object) -> int | str | None:
     if value is None or (isinstance(value, str) and value) or (type(value) is int and 1 <= value <= 65535):
         return value
-    raise ValueError(f"must be a port's number or name, not {value!r}")
+    raise ValueError(f"must be a port's number or name, not {shown(value)}")
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Split host:port, IPv6 hosts in brackets. Raises ValueError."""
-    parts = urlsplit(f"//{address}")
+    """Split host:port, IPv6 hosts in brackets. Raises ValueError that says what would be right."""
+    scheme, with_scheme, _ = address.partition("://")
+    if with_scheme:
+        why = "; Envoy and we speak plain HTTP to it" if scheme == "https" else ""
+        raise ValueError(f"must be host:port without {scheme}://{why}: like 10.0.0.7:8000, not {address!r}")
+    try:
+        parts = urlsplit(f"//{address}")
+        host, port = parts.hostname, parts.port
+    except ValueError:  # urllib's words for a port that is none, and for brackets that don't close
+        number = address.rpartition(":")[2]
+        if number.isascii() and number.isdigit() and int(number[:20]) > MOST_PORT:
+            raise ValueError(f"must have a port from 1 to 65535, not {number[:20]}: {address!r}") from None
+        raise ValueError(f"must be {_ADDRESS}, not {address!r}") from None
     strange = parts.path or parts.query or parts.fragment or parts.username is not None
-    if not parts.hostname or parts.port is None or strange or not _HOST.fullmatch(parts.hostname):
-        raise ValueError(address)
-    return parts.hostname, parts.port
+    if not host or port is None or strange or not _HOST.fullmatch(host):
+        raise ValueError(f"must be {_ADDRESS}, not {address!r}")
+    return host, port
 
 
 def require_address(flag: str, address: str) -> tuple[str, int]:
     """Split what a command-line flag names. Raises ConfigError unless it is host:port."""
     try:
         return split_address(address)
-    except ValueError:
-        problem = f"{flag}: must be host:port, like 127.0.0.1:8080, not {address!r}"
-        raise ConfigError("command line", [problem]) from None
+    except ValueError as error:
+        raise ConfigError("command line", [f"{flag}: {error}"]) from None
+
+
+def is_duration(metadata: Iterable[object]) -> bool:
+    """Tell whether a key whose type has this metadata is a duration."""
+    durations = (_duration, _positive_duration)
+    return any(isinstance(one, BeforeValidator) and one.func in durations for one in metadata)
 
 
 Duration = Annotated[float, BeforeValidator(_duration)]

@@ -16,6 +16,7 @@ import aiohttp
 from yarl import URL
 
 from extproc.endpoints.access import HOPS, Credentials, onward
+from extproc.errors import plain_words
 
 if TYPE_CHECKING:
     from extproc.config import HealthCheckConfig
@@ -152,5 +153,5 @@ async def _check(
     except TimeoutError:
         return f"no answer in {timeout.total:g}s"
     except (aiohttp.ClientError, OSError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {plain_words(error)}"
     return "too many redirects"

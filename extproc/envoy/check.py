@@ -49,7 +49,7 @@ MANY = 10_000
 
 def check_envoy(config: Config, path: Path) -> list[str]:
     """Return what in the bootstrap at `path` does not fit `config`. Raises ConfigError if it can't be read."""
-    spots = _read(path)
+    spots = read_bootstrap(path)
     with _no_bootstrap(path):
         found = list(views(config, spots))
         if not found and not any("lds_config" in spot.node for spot in spots):
@@ -62,7 +62,7 @@ def check_envoy(config: Config, path: Path) -> list[str]:
 
 def could_not_look(config: Config, path: Path) -> list[str]:
     """Return what of the bootstrap at `path` no rule could judge. Raises ConfigError if it can't be read."""
-    spots = _read(path)
+    spots = read_bootstrap(path)
     with _no_bootstrap(path):
         return list(dict.fromkeys(ways.unseen(config, spots)))
 
@@ -77,7 +77,8 @@ def _no_bootstrap(path: Path) -> Generator[None, None, None]:
         raise ConfigError(str(path), [problem]) from error
 
 
-def _read(path: Path) -> list[Spot]:
+def read_bootstrap(path: Path) -> list[Spot]:
+    """Return all parts of the bootstrap at `path`. Raises ConfigError if it can't be read."""
     try:
         return list(walk(yaml.safe_load(read_text(path))))
     except yaml.YAMLError as error:
@@ -371,6 +372,33 @@ def _endpoint_clusters(view: View) -> Iterator[str]:
                 )
 
 
+def _features(view: View) -> Iterator[str]:
+    """Yield the features of the configuration that need a filter of their own, where that is not before or beside us."""
+    filters = [spot.get("typed_config") or {} for spot in view.manager.each("http_filters")]
+    types = [str(one.get("@type", "")).rpartition(".")[2] for one in filters]
+    ours = filters.index(view.filter.node) if view.filter.node in filters else len(filters)
+    path = f"{view.manager.path}.http_filters"
+    if view.config.request_fields:
+        if "JsonToMetadata" not in types[:ours]:
+            yield (
+                f"{path}: request_fields is on, and no json_to_metadata filter stands before ext_proc: models and limits "
+                "in bodies are not read; what `extproc envoy-config` prints would be right"
+            )
+        elif wire.FIELDS_NAMESPACE not in (
+            view.filter.get("metadata_options", "forwarding_namespaces", "untyped") or []
+        ):
+            yield (
+                f"{view.filter.path}.metadata_options.forwarding_namespaces.untyped: lacks {wire.FIELDS_NAMESPACE}, in "
+                "which json_to_metadata puts what request_fields reads"
+            )
+    if view.config.first_byte_probe and not any(one.get("observability_mode") for one in filters):
+        yield (
+            f"{path}: first_byte_probe is on, and no second ext_proc filter has observability_mode: first tokens are never "
+            "seen, and max_prompt_tokens lets one prompt after the other through; what `extproc envoy-config` prints "
+            "would be right"
+        )
+
+
 def _clients_orders(view: View) -> Iterator[str]:
     if view.manager.get("internal_address_config") is not None:
         yield (
@@ -409,6 +437,7 @@ _RULES: tuple[Callable[[View], Iterator[str]], ...] = (
     _sidecar_tls,
     _endpoint_clusters,
     ways.endpoint_hosts,
+    _features,
     _clients_orders,
     _dangerous,
 )

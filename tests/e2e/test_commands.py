@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from extproc.commands.up import _endpoint_of
+from extproc.config import parse_config
+
 from .kit.envoy import validate
 from .kit.processes import Child, free_port, http_ok, run, wait_until
 from .kit.stack import local
@@ -133,6 +136,62 @@ def test_a_listen_path_that_is_no_socket_is_left_alone(config_file, tmp_path):
     folder = extproc("serve", "--config", config_file(listen=f"unix:{tmp_path}", admin=local()))
     assert folder.returncode == 3
     assert "Traceback" not in folder.stderr
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("a:1,b:2", "several stand apart by spaces, without commas"),
+        ("https://x:1", "speaks plain HTTP to servers"),
+        ("h:70000", "must have a port from 1 to 65535, not 70000"),
+        ("http://[::1", "must be like http://10.0.0.7:8000"),
+        ("h:x", "must be host:port"),
+    ],
+)
+def test_up_with_a_server_that_is_none_is_one_line_that_says_what_would_be_right(url, words):
+    done = extproc("up", "--endpoint", url, "--http", local(), "--admin", local())
+    assert done.returncode == 1
+    assert done.stderr.startswith("command line: --endpoint: ")
+    assert words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_server_with_an_ipv6_address_is_one_that_up_and_the_configuration_take():
+    given = _endpoint_of("http://[::1]:8000", 0, simulated=False)
+    assert given == {"name": "0::1:8000", "address": "[::1]:8000"}
+    parse_config(yaml.safe_dump({"endpoints": [given]}), "up", {})
+
+
+def test_ctrl_c_during_a_start_is_one_line(config_file, tmp_path):
+    """A source that doesn't answer keeps the start waiting for some seconds."""
+    silent = {"kubernetes": {"service": "x", "namespace": "y", "api": f"http://{local()}"}}
+    config = config_file(
+        listen=local(), admin=local(), discovery=[silent], envoy_clusters_file=str(tmp_path / "clusters.yaml")
+    )
+    with Child([*EXTPROC, "serve", "--config", config], tmp_path / "serve.log") as starting:
+        admin = yaml.safe_load(Path(config).read_text())["admin"]
+        starting.wait_ready(lambda: http_ok(admin, "/healthz"))
+        starting.signal(signal.SIGINT)
+        assert starting.wait_exit(10) == 130
+        assert "Traceback" not in starting.output()
+        assert starting.output().splitlines()[-1] == "extproc: interrupted"
+
+
+def test_a_reload_says_each_key_with_its_old_and_its_new_value(config_file, tmp_path):
+    keys = {"listen": local(), "admin": local(), "drain_timeout": "200ms"}
+    config = config_file(**keys)
+    with Child([*EXTPROC, "serve", "--config", config], tmp_path / "serve.log") as serving:
+        serving.wait_ready(lambda: http_ok(keys["admin"], "/readyz"))
+        config_file(**keys, enable_queue=True, max_queued_requests=7)
+        serving.wait_line("configuration taken over")
+        said = [line.partition(" configuration: ")[2] for line in serving.output().splitlines()]
+        assert [line for line in said if line] == ["enable_queue: false -> true", "max_queued_requests: 10000 -> 7"]
+
+
+def test_check_of_a_configuration_that_finds_its_endpoints_raises_no_alarm():
+    done = extproc("check", str(ROOT / "k8s/base/sidecar.yaml"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "0 endpoint(s) and those of 1 source(s)" in done.stdout
 
 
 def test_up_without_an_envoy_binary_says_how_to_get_one():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extproc.config import Config, load_config, parse_config
+from extproc.config import Config, doubts, load_config, parse_config
 from extproc.errors import ConfigError
 
 ENDPOINT = {"name": "a", "address": "10.0.0.1:8000"}
@@ -85,7 +87,19 @@ def test_all_problems_come_at_once_each_with_its_key_path_and_what_would_be_righ
         ("3: 4", "unknown key"),
         ("endpoints: 3", "endpoints: must be a list, not 3"),
         ("endpoints: [3]", "endpoints[0]: must be a mapping"),
-        ("classes: []", "classes: list should have at least 1 item"),
+        ("classes: []", "classes: needs 1 item at least"),
+        ("listen: null", "not nothing"),
+        ("enable_queue: null", "must be true or false, not nothing"),
+        ("endpoints: [{name: a, address: 'https://h:443'}]", "must be host:port without https://; Envoy and we speak"),
+        ("endpoints: [{name: a, address: 'h:70000'}]", "must have a port from 1 to 65535, not 70000"),
+        ("endpoints: [{name: a, address: '[::1:80'}]", "address: must be host:port, like"),
+        ("listen: 'unix:/" + "x" * 107 + "'", "the path of a unix socket has at most 107 bytes; this one has 108"),
+        ("socket_group: 'a b'", "socket_group: must match ^[A-Za-z0-9_]"),
+        (
+            "endpoints: [{name: a, address: 'h:1', models: [" + "a, " * 1001 + "]}]",
+            "may have 1000 items at most, not 1001",
+        ),
+        ("envoy_clusters_file: /a.yaml\ndiscovery: [{dns: {name: '', port: 1}}]", "dns.name: must not be empty"),
         ("endpoints: [{name: a, address: 'h:1', models: [3]}]", "endpoints[0].models[0]: must be text, not 3"),
         ("headers: {model: x-a, tenant: x-a}", "headers: 'x-a' is used for two things"),
         ("listen: 0.0.0.0:1", "listen: '0.0.0.0:1' can be reached from other machines"),
@@ -179,3 +193,97 @@ def test_any_yaml_is_a_config_or_a_config_error_with_problems(data):
     else:
         return
     assert found
+
+
+def test_the_longest_path_that_a_unix_socket_can_have_is_taken():
+    assert config({"listen": "unix:/" + "x" * 106}).listen.endswith("x")
+
+
+# ---- the words of a library are not ours
+
+
+def test_whatever_pydantic_finds_is_said_in_our_words():
+    """Every kind of mistake at every key: none of pydantic's sentences comes out."""
+    strange = (None, 3, -1, 1e99, "", "x" * 300, True, [], {}, [[]], [None], {"a": None}, {3: 4}, [{}])
+    said = set()
+    for key in Config.model_fields:
+        for value in strange:
+            try:
+                parse_config(yaml.safe_dump({key: value}), "file", {})
+            except ConfigError as error:
+                said |= {problem.partition(": ")[2] for problem in error.problems}
+    theirs = re.compile(
+        r"Input should|validation|String should|List should|Value error|None|valid (string|integer|list)"
+    )
+    assert [words for words in said if theirs.search(words)] == []
+    assert len(said) > 30
+
+
+# ---- doubts
+
+TWO_MODELS = "[{name: a, address: 'h:1', models: [m]}, {name: b, address: 'h:2', models: [n]}]"
+
+
+def doubtful(tmp_path, text: str, environ: dict[str, str] | None = None) -> list[str]:
+    path = tmp_path / "sidecar.yaml"
+    path.write_text(text)
+    return doubts(load_config(path, environ or {}), path, environ or {})
+
+
+def test_a_misspelt_environment_variable_is_refused_and_one_of_somebody_else_is_not():
+    assert problems({}, {"EXTPROC_ENABLE_QEUE": "true"}) == [
+        "environment variable EXTPROC_ENABLE_QEUE: no such key; did you mean EXTPROC_ENABLE_QUEUE?"
+    ]
+    assert problems({}, {"EXTPROC_HEADER__MODEL": "x-llm"})[0].endswith("did you mean EXTPROC_HEADERS__MODEL?")
+    config({}, {"EXTPROC_PORT_50051_TCP": "tcp://10.0.0.1:50051", "EXTPROC_SERVICE_HOST": "10.0.0.1", "EXTPROC_X": "1"})
+
+
+def test_a_variable_that_does_nothing_is_named_but_for_those_that_kubernetes_sets(tmp_path):
+    text = "endpoints: [{name: a, address: 'h:1'}]"
+    environ = {"EXTPROC_PORT_50051_TCP": "tcp://10.0.0.1:50051", "EXTPROC_SERVICE_HOST": "h", "EXTPROC_LISTEN": "h:1"}
+    environ |= {"EXTPROC_ALLOW_INSECURE_LISTEN": "true"}
+    assert doubtful(tmp_path, text, environ) == []
+    assert doubtful(tmp_path, text, {"EXTPROC_FOO": "1"}) == [
+        "environment variable EXTPROC_FOO: no such key; it does nothing"
+    ]
+
+
+def test_durations_without_a_unit_are_doubted_where_they_stand(tmp_path):
+    text = (
+        "endpoints: [{name: a, address: 'h:1'}]\nclasses: [{name: x, budget: 1s}, {name: y, budget: 30}]\n"
+        "health_check: {interval: 2}\ndrain_timeout: 0\nscrape_timeout: 250ms"
+    )
+    assert doubtful(tmp_path, text) == [
+        "health_check.interval: 2 is read as 2s; write the unit",
+        "classes[1].budget: 30 is read as 30s; write the unit",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "is empty: every key has its default"),
+        ("enable_queue: true", "no endpoints, and no discovery"),
+        (
+            f"endpoints: {TWO_MODELS}",
+            "only the header x-model says which one",
+        ),
+        ("endpoints: [{name: a, address: 'h:1', engine: none}]", "endpoints[0].max_running_requests: nothing tells"),
+        ("scrape_interval: 0s\nendpoints: [{name: a, address: 'h:1'}]", "(scrape_interval: 0s)"),
+    ],
+)
+def test_what_may_not_be_meant_is_a_doubt_and_no_mistake(tmp_path, text, words):
+    assert any(words in doubt for doubt in doubtful(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "envoy_clusters_file: /c.yaml\ndiscovery: [{dns: {name: engines, port: 8000}}]",
+        f"request_fields: true\nendpoints: {TWO_MODELS}",
+        "endpoints: [{name: a, address: 'h:1', models: [m]}, {name: b, address: 'h:2', models: [m]}]",
+        "max_running_requests: 8\nendpoints: [{name: a, address: 'h:1', engine: none}]",
+    ],
+)
+def test_what_is_well_raises_no_doubt(tmp_path, text):
+    assert doubtful(tmp_path, text) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from extproc.config import parse_config
+from extproc.envoy.advice import advice
 from extproc.envoy.bootstrap import EnvoyOptions
 from extproc.envoy.check import check_envoy
 from extproc.errors import ConfigError
@@ -27,6 +28,46 @@ class Bootstrap(Rendered):
         """The HTTP/2 settings of the sidecar's cluster."""
         (options,) = self.clusters[0]["typed_extension_protocol_options"].values()
         return options["explicit_http_config"]["http2_protocol_options"]
+
+
+FEATURES = {
+    "request_fields": "request_fields is on, and no json_to_metadata",
+    "first_byte_probe": "first_byte_probe is on",
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_a_feature_without_its_filter_is_named_and_with_it_fits(tmp_path, feature):
+    text = f"endpoints: [{{name: a, address: 'h:1'}}]\n{feature}: true"
+    rendered = Rendered(parse_config(text, "file", {}))
+    assert rendered.check(tmp_path) == []
+    plain = Rendered(parse_config("endpoints: [{name: a, address: 'h:1'}]", "file", {}))
+    plain.config = rendered.config
+    assert any(FEATURES[feature] in problem for problem in plain.check(tmp_path))
+
+
+def test_fields_of_the_body_that_envoy_does_not_forward_are_named(tmp_path):
+    rendered = Rendered(parse_config("endpoints: [{name: a, address: 'h:1'}]\nrequest_fields: true", "file", {}))
+    filters = rendered.manager["http_filters"]
+    (ours,) = (one for one in filters if one["name"] == "envoy.filters.http.ext_proc")
+    del ours["typed_config"]["metadata_options"]["forwarding_namespaces"]
+    assert "forwarding_namespaces.untyped: lacks extproc_request" in rendered.the_problem(tmp_path)
+
+
+def test_an_access_log_without_queue_data_is_worth_a_word_and_no_problem(tmp_path):
+    rendered = Rendered(CONFIG)
+    assert advice(CONFIG, rendered.write(tmp_path)) == []
+    (log,) = rendered.manager["access_log"]
+    del log["typed_config"]["log_format"]["json_format"]["queue"]
+    (told,) = advice(CONFIG, rendered.write(tmp_path))
+    assert told.startswith(f"{MANAGER}.access_log: has no queue data")
+    assert rendered.check(tmp_path) == []
+    log["typed_config"]["log_format"]["json_format"]["wait"] = "%DYNAMIC_METADATA(extproc:wait_ms)%"
+    assert advice(CONFIG, rendered.write(tmp_path)) == []
+    del rendered.manager["access_log"]
+    assert advice(CONFIG, rendered.write(tmp_path)) == [
+        f"{MANAGER}.access_log: there is none: nothing says later why a request waited or was refused"
+    ]
 
 
 @pytest.mark.parametrize("fail_open", [False, True])

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 
 from extproc.endpoints.names import address_of, name_of
+from extproc.errors import plain_words
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
@@ -78,7 +79,7 @@ class Kubernetes:
                 self._version = None
                 why = "the version is gone, listing again"
             except (aiohttp.ClientError, OSError, ValueError, TimeoutError) as error:
-                why = f"{type(error).__name__}: {error}"
+                why = f"{type(error).__name__}: {plain_words(error)}"
             lasted_s = asyncio.get_running_loop().time() - began
             failures = 0 if self._fresh or lasted_s >= STEADY_S else failures + 1
             if failures >= LIST_AFTER:

@@ -62,10 +62,10 @@ class Sources:
 
     async def wait_first(self, timeout_s: float) -> None:
         """Wait until each source has seen something, but not for ever."""
-        waits = [self._first[name].wait() for name in self._running]
-        if waits:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.gather(*waits), timeout_s)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                for name in list(self._running):
+                    await self._first[name].wait()
         for name in self._running:
             if not self._first[name].is_set():
                 log.warning("%s: nothing seen in %gs; serving without it until it is", name, timeout_s)

@@ -1,0 +1,73 @@
+"""What differs between two configurations, a line for each key: key, old value, new value."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from extproc.config.types import shown
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from extproc.config.keys import Config
+
+SECRET = ("_headers", "_token")
+"""Keys with such a part may hold a secret: that they changed is told, and not to what."""
+
+
+def changes(old: Config, new: Config) -> list[str]:
+    """Return a line for each key of which the value differs, items of lists by their names."""
+    return list(_changes(old.model_dump(by_alias=True), new.model_dump(by_alias=True), ""))
+
+
+def _changes(old: Any, new: Any, where: str) -> Iterator[str]:
+    if old == new:
+        return
+    if _is_secret(where):
+        yield f"{where}: changed"
+    elif isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from _changes(old.get(key), new.get(key), f"{where}.{key}" if where else str(key))
+    elif _are_named(old) and _are_named(new):
+        yield from _named_changes(old, new, where)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and isinstance(old[0], dict):
+        for index, pair in enumerate(zip(old, new, strict=True)):
+            yield from _changes(*pair, f"{where}[{index}]")
+    else:
+        yield f"{where}: {_short(old)} -> {_short(new)}"
+
+
+def _named_changes(old: list[dict[str, Any]], new: list[dict[str, Any]], where: str) -> Iterator[str]:
+    before, after = ({item["name"]: item for item in items} for items in (old, new))
+    for name in {**before, **after}:
+        if name not in after:
+            yield f"{where}: {name} is gone"
+        elif name not in before:
+            yield f"{where}: {name} is new{_address_of(after[name])}"
+        else:
+            yield from _changes(before[name], after[name], f"{where}[{name}]")
+    if list(before) != list(after) and before.keys() == after.keys():
+        yield f"{where}: in another order: {', '.join(after)}"
+
+
+def _are_named(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) and "name" in item for item in value)
+
+
+def _address_of(item: dict[str, Any]) -> str:
+    return f" ({item['address']})" if "address" in item else ""
+
+
+def _is_secret(where: str) -> bool:
+    return any(part in where.rpartition(".")[2] for part in SECRET)
+
+
+def _short(value: object) -> str:
+    if isinstance(value, list) and not any(isinstance(item, (dict, list)) for item in value):
+        text = ", ".join(map(str, value)) or "none"
+        return f"[{text if len(text) <= 100 else text[:100] + '...'}]"
+    if value is None:
+        return "unset"
+    if isinstance(value, list):
+        return f"{len(value)} item(s)"
+    return f"{value:g}" if isinstance(value, float) else shown(value).strip("'")

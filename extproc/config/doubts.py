@@ -1,0 +1,71 @@
+"""What in a valid configuration may not be what was meant: `extproc check` warns of it, and the log of a start."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING
+
+from extproc.config.keys import Config
+from extproc.config.read import ENV_PREFIX, SECTIONS, load_yaml
+from extproc.config.types import is_duration
+from extproc.files import read_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from pydantic import BaseModel
+
+_KUBERNETES = re.compile(r"EXTPROC_(.*_)?(SERVICE|PORT)(_.*)?")
+"""What Kubernetes tells each pod of a service called extproc."""
+
+
+def doubts(config: Config, path: Path, environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Return a line for each doubt about `config`, which was read from `path` and `environ`."""
+    data = load_yaml(read_text(path))
+    found = [] if data else ["is empty: every key has its default"]
+    found += [f"{where}: {value:g} is read as {value:g}s; write the unit" for where, value in _bare(data, Config, "")]
+    return [*found, *_variables(environ), *_endpoints(config)]
+
+
+def _variables(environ: Mapping[str, str]) -> Iterator[str]:
+    for variable in sorted(environ):
+        key = variable.removeprefix(ENV_PREFIX).lower().partition("__")[0]
+        if variable.startswith(ENV_PREFIX) and key not in Config.model_fields and not _KUBERNETES.fullmatch(variable):
+            yield f"environment variable {variable}: no such key; it does nothing"
+
+
+def _endpoints(config: Config) -> Iterator[str]:
+    if not config.endpoints and not config.discovery:
+        yield "no endpoints, and no discovery: every request will be refused"
+    named = [endpoint for endpoint in config.endpoints if endpoint.models]
+    if len({model for endpoint in named for model in endpoint.models}) > 1 and not config.request_fields:
+        yield (
+            f"endpoints list models, and only the header {config.headers.model} says which one a request wants, which "
+            "OpenAI's clients don't send; set request_fields: true, or have that header set before the sidecar"
+        )
+    for index, endpoint in enumerate(config.endpoints):
+        blind = endpoint.engine == "none" or config.scrape_interval == 0
+        if blind and config.spec_of(endpoint).max_running_requests is None:
+            why = "engine: none" if endpoint.engine == "none" else "scrape_interval: 0s"
+            yield (
+                f"endpoints[{index}].max_running_requests: nothing tells how full {endpoint.name} is ({why}), so an "
+                "adaptive limit stays at 64; set the number of requests that it batches (vLLM: --max-num-seqs)"
+            )
+
+
+def _bare(data: object, section: type[BaseModel], path: str, at: str = "") -> Iterator[tuple[str, float]]:
+    """Walk the durations that are written without a unit; `path` of a section in the model, `at` in the file."""
+    if not isinstance(data, dict):
+        return
+    for name, field in section.model_fields.items():
+        key = field.alias or name
+        value, below = data.get(key), f"{path}.{key}".lstrip(".")
+        here = f"{at}.{key}".lstrip(".")
+        if is_duration(field.metadata):
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and value:
+                yield here, value
+        elif below in SECTIONS:
+            for index, item in enumerate(value if isinstance(value, list) else [value]):
+                yield from _bare(item, SECTIONS[below], below, f"{here}[{index}]" if isinstance(value, list) else here)
