@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from extproc.admin.connections import IDLE_S, Connections
 from extproc.admin.feed import Feed
 from extproc.admin.history import STEP_S
 from extproc.admin.state import MOST_WAITING, WAITING_LISTED, FileState, Viewer
@@ -57,6 +58,7 @@ class Admin:
         self._gate = gate
         self._metrics = metrics
         self._runner: web.AppRunner | None = None
+        self._server: asyncio.Server | None = None
         self._sampling: asyncio.Task[None] | None = None
         self._files = {
             path: (Path(__file__).with_name(name).read_bytes(), kind) for path, (name, kind) in _FILES.items()
@@ -69,7 +71,10 @@ class Admin:
     async def start(self) -> None:
         """Bind and serve. Raises StartError if the address can't be had."""
         host, port = split_address(self._address)
-        app = web.Application(middlewares=[_only_local] if _is_loopback(host) else [])
+        loop = asyncio.get_running_loop()
+        self.connections = Connections(self._speak, loop)
+        guards = [_only_local] if _is_loopback(host) else []
+        app = web.Application(middlewares=[self.connections.note, *guards])
         app.on_response_prepare.append(_add_headers)
         for path in self._files:
             app.router.add_get(path, self._file)
@@ -78,13 +83,13 @@ class Admin:
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
         app.router.add_get("/queues", self._queues)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=STOP_S)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=STOP_S, keepalive_timeout=IDLE_S)
         await self._runner.setup()
         try:
-            await web.TCPSite(self._runner, host, port).start()
+            self._server = await loop.create_server(self.connections, host, port)
         except OSError as error:
             raise StartError(f"admin: can't bind {self._address}: {error.strerror}") from None
-        self.port = self._runner.addresses[0][1]
+        self.port = self._server.sockets[0].getsockname()[1]
         self._sampling = asyncio.create_task(self._sample(), name="admin history")
 
     async def stop(self) -> None:
@@ -92,6 +97,8 @@ class Admin:
         if self._sampling is not None:
             self._sampling.cancel()
             await asyncio.gather(self._sampling, return_exceptions=True)
+        if self._server is not None:
+            self._server.close()
         await self.feed.close()
         if self._runner is not None:
             await self._runner.cleanup()
@@ -103,6 +110,12 @@ class Admin:
     async def view(self) -> dict[str, Any]:
         """Return what the live page and `extproc top` show."""
         return await self.viewer.view(ready=self.ready)
+
+    def _speak(self) -> asyncio.Protocol:
+        """Return aiohttp's side of a new connection."""
+        server = self._runner.server if self._runner is not None else None
+        assert server is not None  # noqa: S101 - the runner is set up before anybody can connect
+        return server()
 
     async def _sample(self) -> None:
         while True:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from extproc import __version__
+from extproc.commands.descriptors import raise_limit
 from extproc.errors import ConfigError, StartError
 from extproc.observe.log import set_up
 
@@ -177,6 +178,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     set_up(arguments.log_level, config.log_format)
     for doubt in doubts(config, arguments.config):
         logging.getLogger("extproc.config").warning("%s: %s", arguments.config, doubt)
+    raise_limit()
     prepare_grpc(config.transport, config.listen)
     from extproc.app import App
 
@@ -195,6 +197,7 @@ def _up(arguments: argparse.Namespace) -> int:
     from extproc.commands.up import Up
 
     set_up(arguments.log_level)
+    raise_limit()
     up = Up(
         endpoints=arguments.endpoint,
         engines=arguments.engines,

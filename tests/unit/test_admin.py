@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 
 import aiohttp
+import pytest
 
+from extproc.admin import connections, state
 from extproc.admin import feed as feeds
-from extproc.admin import state
 from extproc.admin.feed import MOST_SUBSCRIBERS, Feed
 from extproc.admin.history import SAMPLES, STEP_S
 from extproc.admin.http import Admin
@@ -262,6 +263,54 @@ def test_a_file_that_is_not_in_use_shows_everywhere():
     assert len(lines(room.view(), 80, 8)) <= 8
 
 
+# ---- connections
+
+
+def test_idle_connections_can_neither_use_up_descriptors_nor_lock_anybody_out(caplog):
+    async def flood() -> None:
+        room = Room()
+        async with served(room) as client:
+            page = await client.get("/events")
+            await event(page)
+            idle = [await asyncio.open_connection("127.0.0.1", room.admin.port) for _ in range(3 * connections.MOST)]
+            async with client.get("/readyz") as answer:
+                assert answer.status == 200
+            assert len(room.admin.connections) <= connections.MOST
+            assert (await event(page))["enable_queue"], "who is being answered stays"
+            await until(lambda: sum(reader.exception() is not None or reader.at_eof() for reader, _ in idle) >= 200)
+            for _, writer in idle:
+                writer.close()
+            page.close()
+
+    asyncio.run(flood())
+    assert [record.getMessage() for record in caplog.records] == [
+        f"more than {connections.MOST} connections to the admin port: the oldest idle ones are closed"
+    ]
+
+
+def test_a_connection_that_asks_nothing_is_closed_and_one_that_asks_stays(monkeypatch):
+    monkeypatch.setattr(connections, "SPEAK_S", 0.1)
+
+    async def wait() -> None:
+        room = Room()
+        async with served(room):
+            silent, half = [await asyncio.open_connection("127.0.0.1", room.admin.port) for _ in range(2)]
+            half[1].write(b"GET /readyz HTTP/1.1\r\nhost: local")
+            speaking, writer = await asyncio.open_connection("127.0.0.1", room.admin.port)
+            for _ in range(2):
+                writer.write(b"GET /readyz HTTP/1.1\r\nhost: localhost\r\n\r\n")
+                assert (await speaking.readline()).startswith(b"HTTP/1.1 200")
+                await speaking.readuntil(b"ready\n")
+                for reader, _ in (silent, half):
+                    with suppress(ConnectionError):
+                        assert await asyncio.wait_for(reader.read(), 10) == b""
+            assert len(room.admin.connections) == 1
+            for one in (silent[1], half[1], writer):
+                one.close()
+
+    asyncio.run(wait())
+
+
 # ---- history
 
 
@@ -454,6 +503,18 @@ def test_top_and_the_view_say_which_limit_holds_each_endpoint_and_each_request()
     assert drawn[2].split()[:3] == ["vllm-0", "up", "limit"]
     assert room.admin.snapshot()["endpoints"] == [{**one, "models": one["models"]} for one in view["endpoints"]]
     assert room.admin.snapshot()["waiting"] == view["waiting"]
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_on_a_narrow_terminal_top_leaves_columns_out_and_cuts_none(width):
+    room = Room(endpoints=3, limit=8)
+    room.offer(30)
+    drawn = lines(room.view(), width, 24)
+    assert not [row for row in drawn if row.endswith("~")]
+    head = drawn[1].split()
+    assert head[:4] == ["ENDPOINT", "STATE", "HELD", "BY"]
+    assert "SENT" in head
+    assert any(row.startswith("LONGEST WAITING") for row in drawn)
 
 
 def test_top_makes_what_clients_sent_harmless():
