@@ -7,11 +7,15 @@ Names and ids may be a client's: whatever is not plainly printable never reaches
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
+import os
 import shutil
 import sys
+import termios
 import time
+import tty
 import unicodedata
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +24,7 @@ import aiohttp
 from extproc.errors import StartError, plain_words
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 
 AGAIN_S = 1.0
 SILENT_S = 3.5
@@ -31,6 +35,7 @@ BAR = 20
 """Characters of a bar, for limits above it."""
 STEPS = "▁▂▃▄▅▆▇█"
 PLAIN_STEPS = "_.-:=+*#"  # where the terminal has no such characters
+GAP = "  "
 SENT = ("dispatched", "rerouted")
 
 View = dict[str, Any]
@@ -51,13 +56,13 @@ def lines(view: Mapping[str, Any], width: int = 80, height: int = 24) -> list[st
 
     What is wrong goes before what is well where there are too many endpoints; waiting requests get the lines left over.
     """
-    heading, classes, outcomes = [_heading(view), *_notices(view)], _classes(view), _outcomes(view)
+    heading, classes, outcomes = [_heading(view), *_notices(view)], _classes(view, width), _outcomes(view)
     fixed = len(heading) + len(classes) + len(outcomes)
-    endpoints = _endpoints(view, max(height - fixed, 3))
+    endpoints = _endpoints(view, max(height - fixed, 3), width)
     rows = [*heading, *endpoints, *classes, *outcomes]
     left = height - len(rows)
     if view["waiting"] and left >= 3:
-        rows += _waiting(view, left)
+        rows += _waiting(view, left, width)
     return [_cut(plain(row.rstrip()), width) for row in rows[:height]]
 
 
@@ -93,7 +98,7 @@ class Screen:
 
 
 async def top(admin: str, *, once: bool) -> int:
-    """Show the sidecar whose admin port is `admin` until interrupted; where stdout is no terminal, once.
+    """Show the sidecar whose admin port is `admin` until `q` or Ctrl-C; where stdout is no terminal, once.
 
     Raises StartError if it can't be reached. One that goes away later is waited for.
     """
@@ -102,6 +107,45 @@ async def top(admin: str, *, once: bool) -> int:
         print("\n".join(lines(await _first(admin), width=200, height=60)), flush=True)
         return 0
     shown = _Shown(admin, screen)
+    with keys() as pressed:
+        following = asyncio.create_task(_keep_following(admin, shown))
+        quitting = asyncio.create_task(pressed.wait())
+        try:
+            await asyncio.wait((following, quitting), return_when=asyncio.FIRST_COMPLETED)
+            if following.done():
+                await following  # raises what ended it
+        finally:
+            for task in (following, quitting):
+                task.cancel()
+            await asyncio.gather(following, quitting, return_exceptions=True)
+    return 0
+
+
+@contextlib.contextmanager
+def keys() -> Iterator[asyncio.Event]:
+    """Have `q` set an event, while the terminal gives keys as they are pressed; without a terminal, nothing does."""
+    pressed = asyncio.Event()
+    if not sys.stdin.isatty():
+        yield pressed
+        return
+    terminal, loop = sys.stdin.fileno(), asyncio.get_running_loop()
+    before = termios.tcgetattr(terminal)
+
+    def read() -> None:
+        typed = os.read(terminal, 64)
+        if not typed or typed in (b"q", b"Q"):
+            pressed.set()
+
+    tty.setcbreak(terminal)  # Ctrl-C goes on to be a signal
+    loop.add_reader(terminal, read)
+    try:
+        yield pressed
+    finally:
+        loop.remove_reader(terminal)
+        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+
+
+async def _keep_following(admin: str, shown: _Shown) -> None:
     drawing = asyncio.create_task(shown.keep_drawing())
     try:
         while True:
@@ -216,20 +260,20 @@ def _notices(view: Mapping[str, Any]) -> list[str]:
     return notices
 
 
-def _endpoints(view: Mapping[str, Any], room: int) -> list[str]:
+def _endpoints(view: Mapping[str, Any], room: int, width: int) -> list[str]:
     """Describe the endpoints in at most `room` lines, those in trouble first if not all fit."""
     endpoints = view["endpoints"]
     if len(endpoints) + 1 > room:
         order = sorted(endpoints, key=lambda one: one["state"] == "up")
         endpoints = order[: max(room - 2, 1)]
-    table = [("ENDPOINT", "STATE", "HELD BY", "IN FLIGHT", "RUNS", "QUEUES", "KV", "AGE", "FIRST", "SENT")]
+    table = [("ENDPOINT", "STATE", "HELD BY", "", "IN FLIGHT", "RUNS", "QUEUES", "KV", "AGE", "FIRST", "SENT")]
     for one in endpoints:
         load = one["load"]
         state = one["state"] if one["state"] != "up" else "held back" if one["held_back"] else "up"
         state = state if state in ("up", "held back", "on trial") else state.upper()
         if "ejected_for_s" in one and one["state"] == "ejected":
             state += f", back in {math.ceil(one['ejected_for_s'])} s"
-        flight = f"[{_bar(one['in_flight'], one['limit'])}] {one['in_flight']}/{one['limit']} in flight"
+        flight = f"{one['in_flight']}/{one['limit']} in flight"
         if one["foreign"]:
             flight += f" + {one['foreign']} foreign"
         table.append(
@@ -237,6 +281,7 @@ def _endpoints(view: Mapping[str, Any], room: int) -> list[str]:
                 one["name"] if len(one["name"]) <= 24 else one["name"][:23] + "~",
                 state,
                 one.get("held_by") or "-",
+                f"[{_bar(one['in_flight'], one['limit'])}]",
                 flight,
                 _count(load.get("running")),
                 _count(load.get("waiting")),
@@ -246,12 +291,12 @@ def _endpoints(view: Mapping[str, Any], room: int) -> list[str]:
                 str(one["dispatched"]),
             )
         )
-    rows = _columns(table, left=(0, 1, 2, 3))
+    rows = _columns(table, width=width, left=(0, 1, 2, 3, 4), spare=(8, 9, 3, 5, 6, 10, 7))
     more = len(view["endpoints"]) - len(endpoints)
     return [*rows, f"and {more} more"] if more else rows
 
 
-def _classes(view: Mapping[str, Any]) -> list[str]:
+def _classes(view: Mapping[str, Any], width: int) -> list[str]:
     table = [("CLASS", "WAITING", "OLDEST", "P50 WAIT", "P95 WAIT", "WAITING, 5 MIN")]
     for one in view["classes"]:
         oldest = _seconds(one["oldest_s"])
@@ -265,7 +310,7 @@ def _classes(view: Mapping[str, Any]) -> list[str]:
                 _curve(one["history"]["waiting"], 25),
             )
         )
-    return _columns(table, left=(0, 5))
+    return _columns(table, width=width, left=(0, 5), spare=(5, 3))
 
 
 def _outcomes(view: Mapping[str, Any]) -> list[str]:
@@ -278,7 +323,7 @@ def _outcomes(view: Mapping[str, Any]) -> list[str]:
     return rows
 
 
-def _waiting(view: Mapping[str, Any], room: int) -> list[str]:
+def _waiting(view: Mapping[str, Any], room: int, width: int) -> list[str]:
     table = [("LONGEST WAITING", "WAITED", "LEFT", "HELD BY", "MAY GO TO", "TENANT", "REQUEST")]
     for one in view["waiting"][: room - 1]:
         to = "any" if one["queue"] == "*" else f"first {one['queue']}"
@@ -286,18 +331,23 @@ def _waiting(view: Mapping[str, Any], room: int) -> list[str]:
         held = one.get("held_by") or "-"
         tenant = one["tenant"][:16] or "-"
         table.append((one["class"], _seconds(one["age_s"]), left, held, to[:30], tenant, one["id"]))
-    return _columns(table, left=(0, 3, 4, 5, 6))
+    return _columns(table, width=width, left=(0, 3, 4, 5, 6), spare=(6, 5, 4))
 
 
-def _columns(table: Sequence[Sequence[str]], *, left: Iterable[int]) -> list[str]:
-    """Line up columns: those of `left` to the left, figures to the right."""
+def _columns(
+    table: Sequence[Sequence[str]], *, width: int, left: Iterable[int], spare: Sequence[int] = ()
+) -> list[str]:
+    """Line up columns: those of `left` to the left, figures to the right; `spare`: who goes on a narrow screen."""
     table = [[plain(text) for text in row] for row in table]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    to_left = set(left)
+    to_left, shown = set(left), list(range(len(widths)))
+    for index in spare:
+        if sum(widths[one] + len(GAP) for one in shown) - len(GAP) <= width:
+            break
+        shown.remove(index)
     return [
-        "  ".join(
-            text.ljust(width) if index in to_left else text.rjust(width)
-            for index, (text, width) in enumerate(zip(row, widths, strict=True))
+        GAP.join(
+            row[index].ljust(widths[index]) if index in to_left else row[index].rjust(widths[index]) for index in shown
         )
         for row in table
     ]

@@ -107,7 +107,7 @@ static_resources:
               "@type": type.googleapis.com/envoy.extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation
               mutations:
               - remove: {header}
-{_access_log(options)}\
+{_access_log(config, options)}\
           route_config:
             name: main
 {_late_cluster(late)}\
@@ -413,9 +413,12 @@ def _unsteered_comment(options: EnvoyOptions) -> str:
     return "Fail closed: the cluster is empty, so 503."
 
 
-def _access_log(options: EnvoyOptions) -> str:
+def _access_log(config: Config, options: EnvoyOptions) -> str:
     if options.access_log is None:
         return ""
+    in_body = f"""\
+                  model_in_body: "%DYNAMIC_METADATA({wire.FIELDS_NAMESPACE}:model)%"
+"""
     return f"""\
           access_log:
           - name: file
@@ -426,6 +429,10 @@ def _access_log(options: EnvoyOptions) -> str:
                 json_format:
                   time: "%START_TIME%"
                   request_id: "%REQ(X-REQUEST-ID)%"
+                  method: "%REQ(:METHOD)%"
+                  path: "%PATH(NQ:ORIG_OR_PATH)%"
+                  model: "%REQ({config.headers.model})%"
+{in_body if config.request_fields else ""}\
                   code: "%RESPONSE_CODE%"
                   flags: "%RESPONSE_FLAGS%"
                   details: "%RESPONSE_CODE_DETAILS%"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import urllib.request
 from pathlib import Path
 
@@ -124,6 +126,29 @@ def test_top_without_a_sidecar_is_one_line_and_exit_code_3():
     assert done.returncode == 3
     assert "no sidecar's admin port at" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_q_ends_top_and_the_terminal_is_as_it_was(config_file, tmp_path):
+    keys = {"listen": local(), "admin": local(), "drain_timeout": "200ms"}
+    ours, theirs = os.openpty()
+    before = termios.tcgetattr(ours)
+    with Child([*EXTPROC, "serve", "--config", config_file(**keys)], tmp_path / "serve.log") as serving:
+        serving.wait_ready(lambda: http_ok(keys["admin"], "/readyz"))
+        shown = subprocess.Popen(
+            [*EXTPROC, "top", "--admin", keys["admin"]], stdin=theirs, stdout=theirs, stderr=theirs
+        )
+        try:
+            seen = b""
+            while b"OUTCOMES" not in seen:
+                assert select.select([ours], [], [], 10)[0], seen
+                seen += os.read(ours, 4096)
+            os.write(ours, b"q")
+            assert shown.wait(10) == 0
+        finally:
+            shown.kill()
+        assert termios.tcgetattr(ours) == before
+    os.close(ours)
+    os.close(theirs)
 
 
 def test_a_listen_path_that_is_no_socket_is_left_alone(config_file, tmp_path):

@@ -260,14 +260,19 @@ def test_every_subject_of_a_binding_has_the_namespace_of_its_account(rendered):
 
 
 @pytest.mark.parametrize("overlay", ["overlays/gateway", "overlays/demo"])
-def test_nobody_but_the_gateway_gets_to_the_engines(rendered, overlay):
+def test_nobody_but_the_gateway_and_prometheus_gets_to_the_engines(rendered, overlay):
     documents = rendered(overlay)
     policy = one(documents, "NetworkPolicy", "vllm")["spec"]
     assert policy["policyTypes"] == ["Ingress"], "they fetch models from elsewhere"
     assert _matches(policy["podSelector"]["matchLabels"], one(documents, "Deployment", "vllm"))
-    (rule,) = policy["ingress"]
+    rule, prometheus = policy["ingress"]
     (peer,) = rule["from"]
     assert peer.keys() == {"podSelector"}
+    (scraper,) = prometheus["from"]
+    assert scraper == {
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}},
+        "podSelector": {"matchLabels": {"app.kubernetes.io/name": "prometheus"}},
+    }
     allowed = [
         document["metadata"]["name"]
         for document in documents
@@ -275,7 +280,7 @@ def test_nobody_but_the_gateway_gets_to_the_engines(rendered, overlay):
     ]
     assert allowed == ["extproc-gateway"]
     (port,) = next(iter(containers(one(documents, "Deployment", "vllm")).values()))["ports"]
-    assert rule["ports"] == [{"port": port["name"]}]
+    assert rule["ports"] == prometheus["ports"] == [{"port": port["name"]}]
     found = sidecar_config(documents).discovery[0].dns
     assert found is not None
     assert port["containerPort"] == found.port
