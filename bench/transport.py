@@ -189,7 +189,7 @@ def site(contender: Contender, directory: Path, addresses: Sequence[str], **keys
         manager = bootstrap["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
         del manager["access_log"]
         if contender.name == "Envoy alone":
-            del manager["http_filters"][0]
+            del manager["http_filters"][:-1]
             manager["route_config"]["virtual_hosts"][0]["routes"] = [
                 {"match": {"prefix": "/"}, "route": {"cluster": "e0"}}
             ]

@@ -59,6 +59,7 @@ CHANGEABLE = frozenset(
     (
         *("endpoints", "discovery", "health_check", "classes", "enable_queue", "drain_timeout", "hand_over"),
         *("max_running_requests", "max_queue_wait_time", "binding", "max_queued_requests", "max_prompt_tokens"),
+        *("routes", "default_model"),
         *("shed", "tenant_fairness", "short_prompts_first", "max_gpu_perc", "gpu_utilization_perc"),
     )
 )
@@ -106,6 +107,8 @@ class App:
             wire.FIELDS_NAMESPACE if config.request_fields else "",
             lambda: {klass.priority: klass.name for klass in controller.policy.classes},
             self.scraper.read_report,
+            routes=config.routes_table(),
+            default_model=config.default_model,
             server_timing=config.server_timing,
         )
         self.health = HealthChecks(self.gate.set_up, config.health_check)
@@ -217,6 +220,8 @@ class App:
         self.config = config
         self._restart_needed = tuple(fixed)
         self.ages.oldest_s = config.longest_budget_s
+        self.reception.routes = config.routes_table()
+        self.reception.requests.default_model = config.default_model
         self.gate.set_policy(config.policy())
         self.health.configure(config.health_check)
         self.roster.configure(config)

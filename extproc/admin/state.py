@@ -54,6 +54,8 @@ WORDS = {
     Outcome.BUDGET_PREDICTED: "Refused: would wait too long",
     Outcome.BUDGET_EXPIRED: "Refused: waited too long",
     Outcome.NO_ENDPOINT: "Refused: no endpoint up",
+    Outcome.PASSED: "Sent on without a slot",
+    Outcome.MODEL_MISSING: "Refused: no model named",
     Outcome.UNKNOWN_MODEL: "Refused: unknown model",
     Outcome.DRAINING: "Refused: shutting down",
     Outcome.CANCELLED: "Client left while it waited",

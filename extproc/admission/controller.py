@@ -65,6 +65,7 @@ class Controller:
         self._by_model: dict[str, Pool] = {}
         self._any_model = Pool(None)  # the endpoints that list no models
         self._every = Pool(None)  # all endpoints: for requests without a model where every endpoint lists its own
+        self._models_differ = False  # nobody may guess a model then
         self._alarms: Alarms[Ticket] = Alarms(_is_waiting)
         self._changes: Alarms[Endpoint] = Alarms()  # endpoints that time alone will open: closed gates, ejections
         self._sessions = Sessions()
@@ -88,11 +89,12 @@ class Controller:
         request, policy = ticket.request, self.policy
         ticket.request_class = klass = self.class_of(request)
         pool = self._pool_for(request.model)
-        if pool is None:
+        if pool is None or (pool is self._every and self._models_differ):
             ticket.state = State.LEFT
-            self._decisions.append(Reject(ticket, Outcome.UNKNOWN_MODEL, 0.0, None))
+            outcome = Outcome.UNKNOWN_MODEL if pool is None else Outcome.MODEL_MISSING
+            self._decisions.append(Reject(ticket, outcome, 0.0, None))
             return self._dispatch()
-        budget_s = klass.budget_s if request.budget_s is None else min(request.budget_s, self._longest_budget_s)
+        budget_s = klass.budget_s if request.budget_s is None else min(request.budget_s, klass.budget_s)
         ticket.pool = pool
         ticket.wait_until = request.arrived + budget_s
         ticket.position = pool.ahead_of(klass.priority)
@@ -117,6 +119,28 @@ class Controller:
             self._pass()
         if ticket.state is State.WAITING:
             self._may_wait(ticket, pool)
+        return self._dispatch()
+
+    def send(self, ticket: Ticket, now: float) -> list[Decision]:
+        """Let a new request that asks for no tokens go at once, to an endpoint that serves its model: it takes no slot.
+
+        To its home if that is up, else to each in turn. No limit counts it, and its end is no event.
+        """
+        self._expect(ticket, State.NEW, "sent")
+        self._now = now
+        ticket.state = State.LEFT
+        ticket.request_class = self.class_of(ticket.request)
+        pool = self._pool_for(ticket.request.model)
+        if pool is None:
+            self._decisions.append(Reject(ticket, Outcome.UNKNOWN_MODEL, 0.0, None))
+            return self._dispatch()
+        target = self._home_of(ticket, pool)
+        if target is None or not target.available:
+            target = pool.next_in_turn(doubtful=not self.policy.enable_queue)
+        if target is None:
+            self._decisions.append(Reject(ticket, Outcome.NO_ENDPOINT, 0.0, 1))
+        else:
+            self._decisions.append(Dispatch(ticket, Outcome.PASSED, target.name, 0.0))
         return self._dispatch()
 
     def cancel(self, ticket: Ticket, now: float) -> list[Decision]:
@@ -608,6 +632,7 @@ class Controller:
     def _regroup(self) -> None:
         """Recompute who belongs to which pool, after endpoints came, changed or went."""
         present = [endpoint for endpoint in self.endpoints.values() if not endpoint.removed]
+        self._models_differ = len({endpoint.spec.models for endpoint in present}) > 1
         for pool in self.pools():
             pool.forget_endpoints()
         for endpoint in present:
@@ -697,7 +722,6 @@ class Controller:
     def _adopt(self, policy: Policy) -> None:
         self.policy = policy
         self._classes = {klass.name: klass for klass in policy.classes}
-        self._longest_budget_s = max(klass.budget_s for klass in policy.classes)
 
     @staticmethod
     def _expect(ticket: Ticket, state: State, event: str) -> None:

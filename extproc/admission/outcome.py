@@ -36,6 +36,12 @@ class Outcome(Enum):
     )
     BUDGET_EXPIRED = ("budget_expired", 429, "No inference server had room in time. Try again later.")
     NO_ENDPOINT = ("no_endpoint", 503, "No inference server is available for this model at the moment.")
+    PASSED = ("passed", None, "")  # it takes no slot: sent on without a wait
+    MODEL_MISSING = (
+        "model_missing",
+        400,
+        "Several models are served here: name the one meant in a header (x-model, if not configured otherwise).",
+    )
     UNKNOWN_MODEL = ("unknown_model", 404, "No inference server serves this model.")
     DRAINING = ("draining", 503, "The gateway is shutting down. Try again.")
     CANCELLED = ("cancelled", None, "")

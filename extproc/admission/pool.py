@@ -46,6 +46,7 @@ class Pool:
 
     __slots__ = (
         "_emptiest",
+        "_turn",
         "closed_last",
         "homes",
         "members",
@@ -63,6 +64,7 @@ class Pool:
         self.model = model
         self.members: list[Endpoint] = []
         self.open: dict[Endpoint, None] = {}
+        self._turn = 0  # the member that was last sent something that takes no slot
         self._emptiest: Endpoint | None = None  # not looked for since the last change
         self.closed_last: Endpoint | None = None
         self.shared = Queue()
@@ -115,6 +117,16 @@ class Pool:
         if endpoint is None:
             return HeldBy.DOWN
         return endpoint.held_by(ticket) or HeldBy.GUARD
+
+    def next_in_turn(self, *, doubtful: bool) -> Endpoint | None:
+        """Return an available member, each in its turn; if there is none and `doubtful`, one that is not."""
+        members, count = self.members, len(self.members)
+        for offset in range(1, count + 1):
+            turn = (self._turn + offset) % count
+            if members[turn].available:
+                self._turn = turn
+                return members[turn]
+        return next(self.present(), None) if doubtful else None
 
     def backlog_of(self, endpoint: Endpoint) -> float:
         """Return how full `endpoint` is with those at home there counted in."""

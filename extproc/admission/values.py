@@ -26,7 +26,7 @@ class Request:
         tenant: whom to be fair to.
         session: requests of one session prefer the endpoint that served the last one.
         home: name of the endpoint that the client side asked for.
-        budget_s: the longest it may wait; capped by the longest budget of all classes.
+        budget_s: the longest it may wait; its class's budget is the most.
         prompt_tokens: estimate of its prompt's tokens.
         max_output_tokens: the most tokens it allows in the answer, if it says so.
         trace: its W3C traceparent, for those who trace; like `id`, nothing is decided by it.

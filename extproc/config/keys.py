@@ -18,11 +18,13 @@ from extproc.config.types import (
     HeaderName,
     Limit,
     Listen,
+    Method,
     Name,
     OwnLimit,
     Percent,
     Port,
     PositiveDuration,
+    RoutePath,
     SecretHeaders,
     SlicePort,
     SocketMode,
@@ -34,6 +36,7 @@ from extproc.endpoints.access import Access
 from extproc.endpoints.telemetry.engines import metrics_path
 from extproc.endpoints.telemetry.target import Target
 from extproc.stream.request import Headers
+from extproc.stream.routes import Action, Routes, Rule, Shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -204,6 +207,26 @@ class ClassConfig(_Section):
     budget: Duration = Field(30.0, description="The longest that a request of this class may wait.")
 
 
+class RouteConfig(_Section):
+    """What becomes of some requests. The first row that fits decides.
+
+    After these rows, `GET /v1/models` is answered with the models of all endpoints. What no row names: GET, HEAD,
+    OPTIONS and DELETE go at once, all else is queued, and so is a WebSocket (`UPGRADE` stands for its method).
+    """
+
+    path: RoutePath = Field(description="Path without the query; with `*` at its end, all that begin so.")
+    methods: Annotated[list[Method], Field(max_length=20)] = Field([], description="Methods. Empty: any.")
+    action: Literal["queue", "pass", "models"] | None = Field(
+        None,
+        description="`queue`: waits for a slot. `pass`: goes at once to an endpoint that serves its model, takes no "
+        "slot, counts for no limit. `models`: we list the models of all endpoints. Default: by method.",
+    )
+    errors: Literal["openai", "anthropic"] | None = Field(
+        None,
+        description="Shape of our errors. Default: Anthropic's at `/v1/messages`, else OpenAI's. gRPC has its own.",
+    )
+
+
 class HeadersConfig(_Section):
     """Which request header carries what."""
 
@@ -286,6 +309,13 @@ class Config(_Section):
     classes: Annotated[list[ClassConfig], Field(min_length=1)] = Field(
         [ClassConfig(name="default")], description="Service classes; the first is the default."
     )
+    routes: Annotated[list[RouteConfig], Field(max_length=100)] = Field(
+        [], description="Which requests are queued, which go at once, and what shape errors have, by method and path."
+    )
+    default_model: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
+        None,
+        description="Model of requests that name none. Unset: where endpoints list different models, they get 400.",
+    )
     headers: HeadersConfig = Field(HeadersConfig(), description="Names of headers.")
     scrape_interval: Duration = Field(
         1.0, description="How often the endpoints' metrics are read. `0s`: never; limits go by our own books alone."
@@ -301,10 +331,15 @@ class Config(_Section):
         None,
         description="The same for GPU utilization, from `gpu_metrics_url`. Near 100 at any load: better left unset.",
     )
+    upgrades: bool = Field(
+        False,
+        description="Let WebSockets through (`/v1/realtime`): each takes a slot for as long as it is open. For "
+        "`envoy-config`; render Envoy's configuration again after a change.",
+    )
     request_fields: bool = Field(
         False,
         description="Also read model, max_tokens, user, service_tier and priority from the JSON body, which Envoy "
-        "parses (json_to_metadata, rendered by `envoy-config`). Headers win. Envoy waits for the whole body first.",
+        "parses (json_to_metadata, rendered by `envoy-config`), and the model from a form's field. Headers win.",
     )
     first_byte_probe: bool = Field(
         False,
@@ -388,6 +423,18 @@ class Config(_Section):
             names.budget,
             names.cluster,
             "traceparent" if self.tracing else "",
+        )
+
+    def routes_table(self) -> Routes:
+        """Return the table of routes as a session knows it."""
+        return Routes(
+            Rule(
+                path=row.path,
+                methods=frozenset(row.methods),
+                action=None if row.action is None else Action(row.action),
+                shape=None if row.errors is None else Shape(row.errors),
+            )
+            for row in self.routes
         )
 
     @property

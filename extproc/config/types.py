@@ -21,6 +21,8 @@ MOST_PORT = 65535
 _ADDRESS = "host:port, like 10.0.0.7:8000 or [::1]:8000"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}", re.ASCII)
+_ROUTE = re.compile(r"/[!-)+->@-~]*\*?")
+_METHOD = re.compile(r"[A-Z]{1,32}")
 _HOST = re.compile(r"[A-Za-z0-9._:%-]{1,253}", re.ASCII)
 _HEADER = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]{1,64}", re.ASCII)
 
@@ -158,6 +160,18 @@ def _secret_headers(value: object) -> dict[str, SecretStr]:
     return {name.lower(): text if isinstance(text, SecretStr) else SecretStr(text) for name, text in value.items()}
 
 
+def _route_path(value: object) -> str:
+    if isinstance(value, str) and _ROUTE.fullmatch(value):
+        return value
+    raise ValueError(f"must be a path, with `*` only at its end, like /v1/rerank or /v2/*, not {value!r}")
+
+
+def _method(value: object) -> str:
+    if isinstance(value, str) and _METHOD.fullmatch(value):
+        return value
+    raise ValueError(f"must be an HTTP method in capitals, like GET, or UPGRADE for a WebSocket, not {value!r}")
+
+
 def _slice_port(value: object) -> int | str | None:
     if value is None or (isinstance(value, str) and value) or (type(value) is int and 1 <= value <= 65535):
         return value
@@ -211,6 +225,8 @@ Url = Annotated[str, BeforeValidator(_url)]
 ClustersFile = Annotated[str, BeforeValidator(_clusters_file)]
 FilePath = Annotated[str, BeforeValidator(_file)]
 SocketMode = Annotated[int, BeforeValidator(_socket_mode)]
+RoutePath = Annotated[str, BeforeValidator(_route_path)]
+Method = Annotated[str, BeforeValidator(_method)]
 UrlPath = Annotated[str, BeforeValidator(_path_of_url)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 SlicePort = Annotated[int | str | None, BeforeValidator(_slice_port)]

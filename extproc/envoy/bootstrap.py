@@ -16,6 +16,7 @@ from extproc.config import split_address
 from extproc.durations import format_duration
 from extproc.errors import ConfigError
 from extproc.stream import wire
+from extproc.stream.request import MAX_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -129,14 +130,21 @@ static_resources:
                   timeout: 0s
                   retry_policy: {{retry_on: connect-failure, num_retries: 1}}
                 request_headers_to_remove: [{header}]
-              # Not steered: no sidecar answered. {_unsteered_comment(options)}
+{_upgrade_route(config, unsteered)}              # Not steered: no sidecar answered. {_unsteered_comment(options)}
               # It must be a route, not a direct_response: with that, the buffer limit above does not hold.
               - match: {{prefix: /}}
                 route: {{cluster: {unsteered}, timeout: 0s}}
                 response_headers_to_add:
-                # A refusal by the sidecar passes here too, and overwrites it with its own outcome.
-                - {{header: {{key: x-extproc-outcome, value: unsteered}}}}
+                # Only what came past our filter, as the last filter notes: not what Envoy itself refused before (413).
+                - {{header: {{key: x-extproc-outcome, value: "{_UNSTEERED}"}}}}
+{_upgrades(config)}\
           http_filters:
+          # A request waits, and takes a slot, when all of it is here: a body that stalls costs nobody a slot. Above the
+          # size the answer is 413.
+          - name: {_BUFFER}
+            typed_config:
+              "@type": {_FILTERS}buffer.v3.Buffer
+              max_request_bytes: {BODY_LIMIT}
 {_request_fields(config)}\
           - name: envoy.filters.http.ext_proc
             typed_config:
@@ -175,9 +183,13 @@ static_resources:
                   patterns:
 {_lines(18, [f"- {{exact: {json.dumps(name)}}}" for name in wanted])}\
               metadata_options:
-                receiving_namespaces: {{untyped: [{wire.NAMESPACE}]}}
+                receiving_namespaces: {{untyped: [{", ".join(_received(config))}]}}
 {_forward_fields(config)}\
 {_first_byte_probe(config)}\
+          - name: envoy.filters.http.set_metadata
+            typed_config:
+              "@type": {_FILTERS}set_metadata.v3.Config
+              metadata: [{{metadata_namespace: {wire.UNSTEERED_NAMESPACE}, value: {{outcome: unsteered}}}}]
           - name: envoy.filters.http.router
             typed_config: {{"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}
 
@@ -266,6 +278,8 @@ def _sidecar_health(sidecars: tuple[str, ...]) -> str:
 
 _FILTERS = "type.googleapis.com/envoy.extensions.filters.http."
 _PROBE = "first-byte-probe"
+_BUFFER, _JSON, _FORMS = "envoy.filters.http.buffer", "envoy.filters.http.json_to_metadata", "envoy.filters.http.lua"
+_UNSTEERED = f"%DYNAMIC_METADATA({wire.UNSTEERED_NAMESPACE}:outcome)%"
 _TLS_TYPES = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3."
 _CA_SECRET, _CLIENT_SECRET = "extproc_ca", "extproc_client"
 
@@ -358,9 +372,16 @@ def _request_fields(config: Config) -> str:
         f"- {{selectors: [{{key: {key}}}], on_present: {{metadata_namespace: {space}, key: {key}}}}}" for key in _FIELDS
     ]
     return f"""\
-          # Reads fields of the JSON body, so it waits for the whole body; one above the buffer limit is answered 413.
+          # The model of a form, as for audio/transcriptions. It looks at no other body.
+          - name: {_FORMS}
+            typed_config:
+              "@type": {_FILTERS}lua.v3.Lua
+              default_source_code:
+                inline_string: |
+{_lines(18, _FORM_MODEL.splitlines())}\
+          # Reads fields of the JSON body; a compressed one it can't.
           # Its response rules, and the sse_to_metadata filter, are left alone: in 1.40 one engine event crashes Envoy.
-          - name: envoy.filters.http.json_to_metadata
+          - name: {_JSON}
             typed_config:
               "@type": type.googleapis.com/envoy.extensions.filters.http.json_to_metadata.v3.JsonToMetadata
               request_rules:
@@ -369,6 +390,65 @@ def _request_fields(config: Config) -> str:
                 allow_empty_content_type: true
                 rules:
 {_lines(16, rules)}"""
+
+
+_FORM_MODEL = f"""\
+function envoy_on_request(handle)
+  local kind = handle:headers():get("content-type") or ""
+  if not kind:lower():find("^multipart/form%-data") then return end
+  local mark = kind:match('[Bb]oundary="([^"]+)"') or kind:match("[Bb]oundary=([^;%s]+)")
+  local body = mark and handle:body()
+  if not body then return end
+  local text = body:getBytes(0, body:length())
+  mark = "--" .. mark
+  local at = text:find(mark, 1, true)
+  while at do
+    local head_end = text:find("\\r\\n\\r\\n", at, true)
+    local after = head_end and text:find("\\r\\n" .. mark, head_end + 2, true)
+    if not after then return end
+    local head = text:sub(at, head_end)
+    if head:find(';%s*name="model"') or head:find(";%s*name=model[;\\r]") then
+      local model = text:sub(head_end + 4, after - 1)
+      if #model <= {MAX_NAME} then
+        handle:streamInfo():dynamicMetadata():set("{wire.FIELDS_NAMESPACE}", "model", model)
+      end
+      return
+    end
+    at = after + 2
+  end
+end
+"""
+
+
+def _received(config: Config) -> tuple[str, ...]:
+    return (wire.NAMESPACE, *((wire.TICKETS_NAMESPACE,) if config.first_byte_probe else ()))
+
+
+def _upgrades(config: Config) -> str:
+    if not config.upgrades:
+        return ""
+    return """\
+          # WebSockets: each holds its slot for as long as it is open.
+          upgrade_configs: [{upgrade_type: websocket}]
+"""
+
+
+def _upgrade_route(config: Config, cluster: str) -> str:
+    if not config.upgrades:
+        return ""
+    names = [_BUFFER, *((_FORMS, _JSON) if config.request_fields else ())]
+    off = '{"@type": type.googleapis.com/envoy.config.route.v3.FilterConfig, disabled: true}'
+    return f"""\
+              # A WebSocket on arrival: its "body" ends when it closes, so nothing may wait for all of it.
+              - match:
+                  prefix: /
+                  headers: [{{name: upgrade, present_match: true}}]
+                route: {{cluster: {cluster}, timeout: 0s}}
+                typed_per_filter_config:
+{_lines(18, [f"{name}: {off}" for name in names])}\
+                response_headers_to_add:
+                - {{header: {{key: x-extproc-outcome, value: "{_UNSTEERED}"}}}}
+"""
 
 
 def _forward_fields(config: Config) -> str:
@@ -399,7 +479,9 @@ def _first_byte_probe(config: Config) -> str:
                 response_body_mode: STREAMED
                 request_trailer_mode: SKIP
                 response_trailer_mode: SKIP
-              response_attributes: [request.id]
+              # Our own number of the request, from the answer of the filter above: no header of a client's can be it.
+              metadata_options:
+                forwarding_namespaces: {{untyped: [{wire.TICKETS_NAMESPACE}]}}
 """
 
 

@@ -167,6 +167,11 @@ def _answers(view: View) -> Iterator[str]:
                 f"of {'|'.join(wanted)!r} would be right"
             )
     spaces = view.filter.get("metadata_options", "receiving_namespaces", "untyped") or []
+    if view.config.first_byte_probe and wire.TICKETS_NAMESPACE not in spaces:
+        yield (
+            f"{view.filter.path}.metadata_options.receiving_namespaces.untyped: lacks {wire.TICKETS_NAMESPACE}: the "
+            "first-byte probe can't tell whose answer begins"
+        )
     if wire.NAMESPACE not in spaces:
         yield (
             f"{view.filter.path}.metadata_options.receiving_namespaces.untyped: lacks {wire.NAMESPACE}: the access log "

@@ -94,7 +94,7 @@ class QueueLog:
     def decided(self, decision: Decision) -> None:
         """Write a line for a refusal or a reroute. Everything else is in the metrics."""
         outcome = decision.outcome
-        if outcome is Outcome.DISPATCHED or not self._may_write(outcome):
+        if outcome in (Outcome.DISPATCHED, Outcome.PASSED) or not self._may_write(outcome):
             return
         ticket = decision.ticket
         request_id = printable(ticket.request.id)

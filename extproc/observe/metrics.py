@@ -165,7 +165,7 @@ class Metrics:
         if ticket.request.request_class != name and ticket.request.request_class:
             self.unknown_classes += 1
         self._note_held(ticket)
-        if isinstance(decision, Dispatch):
+        if isinstance(decision, Dispatch) and decision.outcome is not Outcome.PASSED:
             self._note_wait(name, decision.wait_s, ticket.wait_until - ticket.request.arrived)
 
     def cancelled(self, ticket: Ticket, wait_s: float) -> None:

@@ -89,6 +89,10 @@ class Gate:
                 return
         self._settle(self.controller.offer(ticket, now))
 
+    def send(self, ticket: Ticket) -> None:
+        """Let a request that takes no slot go at once."""
+        self._settle(self.controller.send(ticket, self._loop.time()))
+
     def expect_replays(self) -> None:
         """Put requests that Envoy replays to us from now on back into the order in which they came to Envoy."""
         self._replays.expect(self._loop.time())

@@ -24,6 +24,8 @@ UNKNOWN_PROMPT_TOKENS = 512
 MAX_TOKENS = 1_000_000
 MAX_NAME = 256
 """Characters of a client's name for something that we keep."""
+WHAT = (":method", ":path", "upgrade", "content-type")
+"""Headers that tell what kind of request it is."""
 REPORT, BINARY_REPORT = "endpoint-load-metrics", "endpoint-load-metrics-bin"
 """Response headers in which an endpoint may tell its load (ORCA): with its form in front; base64 of a protobuf."""
 
@@ -46,15 +48,22 @@ class Headers:
         names: tuple[str, ...] = (self.model, self.request_class, self.tenant, self.session, self.budget, self.cluster)
         if self.trace:
             names = (*names, self.trace)
-        return frozenset((*names, ":status", "content-length", "x-request-id", REPORT, BINARY_REPORT))
+        return frozenset((*names, ":status", "content-length", "x-request-id", *WHAT, REPORT, BINARY_REPORT))
 
 
 class Requests:
     """Reads requests, and counts what told nothing."""
 
-    def __init__(self, names: Headers, ages: Ages, class_priorities: Callable[[], Mapping[int, str]] = dict) -> None:
-        """Read headers of these `names`; `class_priorities`: classes by priority."""
+    def __init__(
+        self,
+        names: Headers,
+        ages: Ages,
+        class_priorities: Callable[[], Mapping[int, str]] = dict,
+        default_model: str | None = None,
+    ) -> None:
+        """Read headers of these `names`; `class_priorities`: classes by priority; `default_model`: if none is named."""
         self.names = names
+        self.default_model = default_model
         self.ignored = {"budget": 0, "cluster": 0}  # header values that told nothing
         self._ages = ages
         self._class_priorities = class_priorities
@@ -62,7 +71,7 @@ class Requests:
     def read(self, incoming: Incoming, now: float, endpoints: Mapping[str, str]) -> Request:
         """Read a request that is here at `now`; `endpoints`: by their Envoy clusters. Headers win over fields."""
         names, headers, fields = self.names, incoming.headers, incoming.fields
-        model = headers.get(names.model) or _text(fields.get("model"))
+        model = headers.get(names.model) or _text(fields.get("model")) or self.default_model
         tenant = headers.get(names.tenant) or _text(fields.get("user")) or ""
         session = headers.get(names.session)
         cluster = headers.get(names.cluster)

@@ -9,12 +9,23 @@ from __future__ import annotations
 
 from enum import Enum, auto
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
+from extproc.admission.outcome import Outcome
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import Answer, Dispatch
 from extproc.errors import ProtocolError
 from extproc.stream import wire
-from extproc.stream.request import BINARY_REPORT, MAX_NAME, REPORT, Requests
+from extproc.stream.request import BINARY_REPORT, REPORT, Requests
+from extproc.stream.routes import (
+    GRPC_STATUSES,
+    GRPC_UNKNOWN,
+    Action,
+    Routes,
+    Shape,
+    error_body,
+    models_body,
+)
 from extproc.stream.wire import Kind
 
 if TYPE_CHECKING:
@@ -26,6 +37,12 @@ if TYPE_CHECKING:
     from extproc.stream.gate import Gate
     from extproc.stream.request import Headers
     from extproc.stream.wire import Incoming
+
+
+UPGRADE = "UPGRADE"
+"""Stands for the method of requests that ask for another protocol, in the table of routes."""
+LIST_S = 1.0
+"""How long the list of all models is kept."""
 
 
 class _State(Enum):
@@ -47,19 +64,25 @@ class Reception:
         class_priorities: Callable[[], Mapping[int, str]] = dict,
         read_report: Callable[[str, str], Load | None] = lambda _endpoint, _value: None,
         *,
+        routes: Routes | None = None,
+        default_model: str | None = None,
         server_timing: bool = False,
     ) -> None:
         """Sit between the streams and `gate`.
 
         `fields_namespace`: where Envoy puts fields of the body, if it does; `class_priorities`: classes by priority;
         `read_report`: reads the report of its load that an endpoint sent;
+        `routes`: which requests are queued; `default_model`: of requests that name none;
         `server_timing`: tell clients how long they waited.
         """
         self.gate = gate
         self.is_probed = gate.controller.policy.first_byte_probe
-        self.running: dict[str, Ticket] = {}  # by Envoy's request id, for the first-byte probe alone
+        self.running: dict[int, Ticket] = {}  # by our own number, for the first-byte probe alone
+        self.dispatched = 0
         self._read_report = read_report
-        self.requests = Requests(headers, ages, class_priorities)
+        self.requests = Requests(headers, ages, class_priorities, default_model)
+        self.routes = routes or Routes()
+        self._listed: tuple[float, frozenset[str]] = (-LIST_S, frozenset())  # when, and all models
         self.reader = wire.Reader(headers.wanted(), fields_namespace)
         self.streams = 0
         self.server_timing = server_timing
@@ -90,6 +113,26 @@ class Reception:
         """Return a new ticket for the request that `incoming` begins."""
         return Ticket(self.requests.read(incoming, self.gate.now(), self._endpoints), deliver)
 
+    def kind_of(self, headers: Mapping[str, str]) -> tuple[Action, Shape]:
+        """Return what becomes of a request with these headers, and the shape that its errors have."""
+        method = headers.get(":method", "")
+        if "upgrade" in headers:  # a WebSocket begins as a GET, and takes tokens for as long as it is open
+            method = UPGRADE
+        action, shape = self.routes.find(method, headers.get(":path", ""))
+        if headers.get("content-type", "").startswith("application/grpc"):
+            shape = Shape.GRPC
+        return action, shape
+
+    def models(self) -> frozenset[str]:
+        """Return all models served here; none where an endpoint lists none, because nobody knows what it has."""
+        now = self.gate.now()
+        at, models = self._listed
+        if now - at >= LIST_S:
+            lists = [one.spec.models for one in self.gate.controller.endpoints.values() if not one.removed]
+            models = frozenset().union(*lists) if all(lists) else frozenset()
+            self._listed = now, models
+        return models
+
     def steer(self, endpoint: str) -> bytes:
         """Return the answer that sends a request to `endpoint`."""
         return self._steers[endpoint]
@@ -108,7 +151,7 @@ class Reception:
 class Session:
     """One stream. `receive` and `end` come from the driver, `_decided` from the gate, all in one thread."""
 
-    __slots__ = ("_answer", "_reception", "_send", "_state", "_ticket", "_wait_s", "over")
+    __slots__ = ("_answer", "_number", "_reception", "_send", "_shape", "_state", "_ticket", "_wait_s", "over")
 
     def __init__(self, reception: Reception, send: Callable[[bytes], None]) -> None:
         """Open a stream whose replies go to `send`."""
@@ -117,6 +160,8 @@ class Session:
         self._state = _State.NEW
         self._ticket: Ticket | None = None
         self._answer = Answer.UNKNOWN
+        self._shape = Shape.OPENAI
+        self._number = 0  # in `running`
         self._wait_s: float | None = None  # set once dispatched, if the client is to be told
         self.over = False  # nothing more is wanted: the driver ends the stream
         reception.streams += 1
@@ -130,8 +175,7 @@ class Session:
         match self._state, incoming.kind:
             case _State.NEW, Kind.REQUEST_HEADERS:
                 self._state = _State.HELD
-                self._ticket = self._reception.ticket_for(incoming, self._decided)
-                self._reception.gate.offer(self._ticket)
+                self._begin(incoming)
             case _State.NEW, _:  # Envoy answered by itself before it asked us (413), or request headers are not sent
                 self._send(wire.go_on(incoming.kind))
             case _State.HELD, Kind.RESPONSE_HEADERS:  # Envoy answered by itself: nobody waits any more
@@ -161,9 +205,48 @@ class Session:
             self._reception.streams -= 1
             self._close()
 
+    def _begin(self, incoming: Incoming) -> None:
+        """Hold the request, let it go at once, or answer it: the table of routes says."""
+        reception = self._reception
+        action, self._shape = reception.kind_of(incoming.headers)
+        if action is Action.MODELS and self._tell_models(incoming.headers.get(":path", "")):
+            return
+        self._ticket = reception.ticket_for(incoming, self._decided)
+        if action is Action.QUEUE:
+            reception.gate.offer(self._ticket)
+        else:
+            reception.gate.send(self._ticket)
+
+    def _tell_models(self, path: str) -> bool:
+        """Answer with all models, or the one that the path names after `/models/`; tell whether they are known."""
+        models = self._reception.models()
+        if not models:
+            return False
+        name = unquote(path.partition("?")[0].partition("/models/")[2])
+        body = models_body(models, name)
+        self._state = _State.ANSWERED
+        if body is None:
+            self._send(self._refusal(Outcome.UNKNOWN_MODEL))
+        else:
+            self._send(wire.answer(body, "extproc_models"))
+        return True
+
+    def _refusal(
+        self,
+        outcome: Outcome,
+        retry_after_s: int | None = None,
+        wait_s: float | None = None,
+        about: Mapping[str, str | float] | None = None,
+    ) -> bytes:
+        """Return the answer that refuses; `wait_s`: for a Server-Timing; `about`: what else the error says."""
+        status, shape = outcome.status or 500, self._shape
+        body = error_body(shape, status, outcome.value, outcome.message, about)
+        grpc_status = GRPC_STATUSES.get(status, GRPC_UNKNOWN) if shape is Shape.GRPC else None
+        return wire.refuse(status, outcome.value, body, retry_after_s, wait_s, grpc_status=grpc_status)
+
     def _observe(self, incoming: Incoming) -> None:
         """Take the first piece of an answer's body, which Envoy's first-byte probe shows us, and end the probe."""
-        ticket = self._reception.running.get(incoming.attributes.get("request.id", "")[:MAX_NAME])
+        ticket = self._reception.running.get(incoming.ticket)
         if ticket is not None and incoming.kind is Kind.RESPONSE_BODY:
             self._reception.gate.first_token(ticket)
         self.over = True
@@ -171,8 +254,9 @@ class Session:
     def _close(self) -> None:
         if self._ticket is not None:
             ticket, self._ticket = self._ticket, None
-            if self._reception.is_probed:
-                self._reception.running.pop(ticket.request.id, None)
+            if self._number:
+                del self._reception.running[self._number]
+                self._number = 0
             self._reception.gate.close(ticket, self._answer)
 
     def _decided(self, decision: Decision) -> None:
@@ -183,16 +267,15 @@ class Session:
         details = _details(decision)
         wait_s = decision.wait_s if self._reception.server_timing else None
         if isinstance(decision, Dispatch):
-            if self._reception.is_probed:
-                self._reception.running[decision.ticket.request.id] = decision.ticket
+            if self._reception.is_probed and decision.ticket.endpoint is not None:
+                self._reception.dispatched = self._number = self._reception.dispatched + 1
+                self._reception.running[self._number] = decision.ticket
+                details += wire.ticket_metadata(self._number)
             self._wait_s = wait_s
             self._send(self._reception.steer(decision.endpoint) + details)
         else:
-            outcome = decision.outcome
-            status = outcome.status or 500
             about = {"wait_s": round(decision.wait_s, 3), **decision.ticket.why()}
-            refusal = wire.refuse(status, outcome.value, outcome.message, decision.retry_after_s, wait_s, about)
-            self._send(refusal + details)
+            self._send(self._refusal(decision.outcome, decision.retry_after_s, wait_s, about) + details)
 
 
 def _details(decision: Decision) -> bytes:

@@ -5,7 +5,6 @@ In: what Envoy sent becomes an `Incoming`. Out: decisions become bytes; what is 
 
 from __future__ import annotations
 
-import json
 import struct
 from dataclasses import dataclass, field
 from enum import Enum
@@ -27,6 +26,11 @@ NAMESPACE = "extproc"
 """The dynamic metadata namespace that our decisions go to."""
 FIELDS_NAMESPACE = "extproc_request"
 """The namespace in which Envoy's json_to_metadata filter puts the fields of a request's body."""
+
+TICKETS_NAMESPACE = "extproc_ticket"
+"""The namespace by which Envoy's first-byte probe tells whose answer begins. Only we write it: a client can't."""
+UNSTEERED_NAMESPACE = "extproc_route"
+"""The namespace in which our bootstrap notes that a request came past our filter."""
 
 REFUSAL_HEADERS = ("content-type", "retry-after", "x-extproc-outcome")
 """What a refusal sets: Envoy's mutation_rules must allow them, or they are dropped without a word."""
@@ -71,6 +75,7 @@ class Incoming:
         attributes: Envoy's attributes by name (request.id, request.time, ...); only strings.
         fields: request fields that Envoy's json_to_metadata filter read from the body, unchecked.
         has_body: a request body will follow the headers.
+        ticket: our number of the request whose answer the first-byte probe shows; 0: none.
         observed: Envoy only shows it (the first-byte probe) and ignores any answer.
     """
 
@@ -79,6 +84,7 @@ class Incoming:
     attributes: dict[str, str] = field(default_factory=dict)
     fields: dict[str, str | float | bool] = field(default_factory=dict)
     has_body: bool = False
+    ticket: int = 0
     observed: bool = False
 
 
@@ -119,6 +125,8 @@ class Reader:
             self._pick(part, incoming)
             if self._fields_namespace and self._fields_namespace in message.metadata_context.filter_metadata:
                 incoming.fields = _scalars(message.metadata_context.filter_metadata[self._fields_namespace])
+        elif incoming.observed and TICKETS_NAMESPACE in message.metadata_context.filter_metadata:
+            incoming.ticket = int(message.metadata_context.filter_metadata[TICKETS_NAMESPACE].fields["n"].number_value)
         elif name == "response_headers":
             self._pick(message.response_headers, incoming)
         by_filter = message.attributes
@@ -200,19 +208,20 @@ def go_on_timed(wait_s: float) -> bytes:
 def refuse(
     status: int,
     outcome: str,
-    message: str,
+    body: bytes,
     retry_after_s: int | None,
     wait_s: float | None = None,
-    about: Mapping[str, str | float] | None = None,
+    *,
+    grpc_status: int | None = None,
 ) -> bytes:
-    """Answer the client in an engine's stead, with an error in OpenAI's shape.
+    """Answer the client in an engine's stead; `wait_s`: with a Server-Timing too.
 
-    `wait_s`: with a Server-Timing too; `about`: what else the error says, beside OpenAI's own four fields.
+    `grpc_status`: Envoy tells a gRPC client this code, with `body` as its message and our headers as metadata.
     """
-    kind = {404: "invalid_request_error", 429: "rate_limit_error"}.get(status, "server_error")
-    body = {"error": {"message": message, "type": kind, "param": None, "code": outcome, **(about or {})}}
     content_type, retry_after, outcome_header = REFUSAL_HEADERS
-    headers = {content_type: "application/json", outcome_header: outcome}
+    headers = {outcome_header: outcome}
+    if grpc_status is None:
+        headers[content_type] = "application/json"
     if retry_after_s is not None:
         headers[retry_after] = str(retry_after_s)
     if wait_s is not None:
@@ -221,10 +230,28 @@ def refuse(
         immediate_response=pb.ImmediateResponse(
             status=pb.HttpStatus(code=status),
             headers=_set_headers(headers),
-            body=json.dumps(body).encode(),
+            body=body,
+            grpc_status=None if grpc_status is None else pb.GrpcStatus(status=grpc_status),
             details=f"extproc_{outcome}",
         )
     ).SerializeToString()
+
+
+def answer(body: bytes, details: str) -> bytes:
+    """Answer the client ourselves, with 200 and JSON."""
+    return pb.ProcessingResponse(
+        immediate_response=pb.ImmediateResponse(
+            status=pb.HttpStatus(code=200),
+            headers=_set_headers({REFUSAL_HEADERS[0]: "application/json"}),
+            body=body,
+            details=details,
+        )
+    ).SerializeToString()
+
+
+def ticket_metadata(number: int) -> bytes:
+    """Encode our number of a request, for the first-byte probe. To be appended to an answer, as `decision_metadata`."""
+    return _TICKET[0] + _DOUBLE.pack(number) + _TICKET[1]
 
 
 def decision_metadata(
@@ -267,6 +294,16 @@ def _around_numbers(texts: tuple[tuple[str, str], ...]) -> tuple[bytes, bytes, b
     before, _, rest = response.SerializeToString(deterministic=True).partition(_DOUBLE.pack(_POSITION))
     between, _, after = rest.partition(_DOUBLE.pack(_WAIT))
     return before, between, after
+
+
+def _around_ticket() -> tuple[bytes, bytes]:
+    response = pb.ProcessingResponse()
+    response.dynamic_metadata.fields[TICKETS_NAMESPACE].struct_value.fields["n"].number_value = _POSITION
+    before, _, after = response.SerializeToString().partition(_DOUBLE.pack(_POSITION))
+    return before, after
+
+
+_TICKET = _around_ticket()
 
 
 def _set_headers(headers: Mapping[str, str]) -> pb.HeaderMutation:

@@ -135,7 +135,8 @@ def envoy_for(told: Sidecar, directory: Path, change: Any) -> Iterator[Front]:
     address = local()
     bootstrap = yaml.safe_load(told.envoy_config(address, local(), directory / "access", "h1"))
     manager = bootstrap["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
-    manager["http_filters"][0]["typed_config"]["grpc_service"]["retry_policy"]["num_retries"] = 0
+    ours = next(one for one in manager["http_filters"] if one["name"] == "envoy.filters.http.ext_proc")
+    ours["typed_config"]["grpc_service"]["retry_policy"]["num_retries"] = 0
     change(bootstrap)
     with Envoy(yaml.safe_dump(bootstrap), directory) as envoy:
         yield Front(address, envoy)

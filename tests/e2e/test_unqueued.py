@@ -42,7 +42,7 @@ def test_an_unqueued_path_is_answered_while_the_only_slot_is_taken_and_does_not_
                 with H1Request(http, asked, headers, method="GET") as probe:
                     probe.send().read_all()
                     assert probe.status == 200, (asked, probe.received)
-            near = H1Request(http, "/health/x", [("x-test-id", "near")], method="GET").send()
+            near = H1Request(http, "/health/x", [("x-test-id", "near")], method="POST").send()
             here.wait_waiting(2)  # not the exact path: it waits like any other
             near.rst()
             here.wait_waiting(1)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from extproc.config import Config
 
 MANAGER = "static_resources.listeners[0].filter_chains[0].filters[0].typed_config"
+OURS = 1
+"""Where our filter stands among the HTTP filters: behind the one that waits for the whole body."""
 HOST = f"{MANAGER}.route_config.virtual_hosts[0]"
 
 

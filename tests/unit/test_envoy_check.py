@@ -9,10 +9,10 @@ from extproc.envoy.advice import advice
 from extproc.envoy.bootstrap import EnvoyOptions
 from extproc.envoy.check import check_envoy
 from extproc.errors import ConfigError
-from tests.unit.envoy_bootstrap import HOST, MANAGER, Rendered
+from tests.unit.envoy_bootstrap import HOST, MANAGER, OURS, Rendered
 
 CONFIG = parse_config("endpoints: [{name: a, address: 'h:1'}]\nclasses: [{name: default, budget: 40s}]", "file", {})
-EXT_PROC = f"{MANAGER}.http_filters[0].typed_config"
+EXT_PROC = f"{MANAGER}.http_filters[{OURS}].typed_config"
 
 
 class Bootstrap(Rendered):
@@ -20,7 +20,7 @@ class Bootstrap(Rendered):
 
     def __init__(self, *, fail_open: bool = False) -> None:
         super().__init__(CONFIG, EnvoyOptions(fail_open=fail_open))
-        self.filter = self.manager["http_filters"][0]["typed_config"]
+        self.filter = self.manager["http_filters"][OURS]["typed_config"]
         self.clusters = self.resources["clusters"]
         self.breaker = self.clusters[0]["circuit_breakers"]["thresholds"][0]
 
@@ -126,7 +126,7 @@ SPOILT = {
     "no namespace for our metadata": (lambda b: b.filter.pop("metadata_options"), "lacks extproc"),
     "headers that we need and don't get": (
         lambda b: b.filter["forward_rules"]["allowed_headers"]["patterns"].pop(0),
-        f"{EXT_PROC}.forward_rules.allowed_headers: lacks :status",
+        f"{EXT_PROC}.forward_rules.allowed_headers: lacks :method",
     ),
     "every header, secrets too": (
         lambda b: b.filter.pop("forward_rules"),

@@ -11,7 +11,7 @@ from extproc.config import Config, parse_config
 from extproc.envoy.bootstrap import EnvoyOptions
 from extproc.envoy.check import check_envoy, could_not_look
 from extproc.errors import ConfigError
-from tests.unit.envoy_bootstrap import HOST, MANAGER, Rendered
+from tests.unit.envoy_bootstrap import HOST, MANAGER, OURS, Rendered
 
 TEXT = """
 endpoints: [{name: a, address: '127.0.0.1:8001'}, {name: b, address: '127.0.0.1:8002', cluster: llm_b}]
@@ -193,8 +193,8 @@ SPOILT = {
         f"{HOST}.routes[1].typed_per_filter_config[{FILTER}].disabled: switches the filter off",
     ),
     "off in the list of filters": (
-        lambda b: b.manager["http_filters"][0].update(disabled=True),
-        f"{MANAGER}.http_filters[0].disabled: switches the filter off",
+        lambda b: b.manager["http_filters"][OURS].update(disabled=True),
+        f"{MANAGER}.http_filters[{OURS}].disabled: switches the filter off",
     ),
     "off for a prefix that leads to an engine": (
         lambda b: b.first({"prefix": "/v1/"}, typed_per_filter_config=OFF),
@@ -266,7 +266,7 @@ HARMLESS = {
     "another service on its own host": lambda b: b.another_host("ui", typed_per_filter_config=OFF),
     "off at the steered route, where no request arrives": lambda b: b.steered.update(typed_per_filter_config=OFF),
     "off in the list of filters and on where requests arrive": lambda b: (
-        b.manager["http_filters"][0].update(disabled=True),
+        b.manager["http_filters"][OURS].update(disabled=True),
         b.unsteered.update(typed_per_filter_config=ON),
     ),
     "off for the virtual host and on where requests arrive": lambda b: (

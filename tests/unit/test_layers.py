@@ -13,6 +13,7 @@ ALLOWED = {
     "admission": {"extproc.admission", "extproc.errors"},
     "stream": {"extproc.stream", "extproc.admission", "extproc.durations", "extproc.errors", "extproc._pb"},
     "stream/gate": {"extproc.admission", "extproc.stream.replays"},
+    "stream/routes": set(),
     "stream/replays": {"extproc.admission"},
     "stream/wire": {"extproc._pb", "extproc.errors"},
     "transport": {"extproc.transport", "extproc.stream", "extproc.config", "extproc.errors"},

@@ -92,14 +92,30 @@ def test_a_steering_answer_reads_officially_as_an_overwritten_header_and_a_clear
 
 
 def test_a_refusal_reads_officially_as_status_headers_body_and_details(official):
-    response = official("ProcessingResponse").FromString(wire.refuse(429, "queue_full", "Full.", 7)).immediate_response
+    response = official("ProcessingResponse").FromString(wire.refuse(429, "queue_full", b"{}", 7)).immediate_response
     headers = {option.header.key: option.header.raw_value for option in response.headers.set_headers}
     assert response.status.code == 429
     assert headers["retry-after"] == b"7"
     assert headers["x-extproc-outcome"] == b"queue_full"
     assert headers["content-type"] == b"application/json"
     assert response.details == "extproc_queue_full"
-    assert b'"code": "queue_full"' in response.body
+    assert response.body == b"{}"
+    assert not response.HasField("grpc_status")
+
+
+def test_a_refusal_of_a_grpc_request_reads_officially_as_a_grpc_status(official):
+    data = wire.refuse(429, "queue_full", b"Full.", 7, grpc_status=8)
+    response = official("ProcessingResponse").FromString(data).immediate_response
+    headers = {option.header.key: option.header.raw_value for option in response.headers.set_headers}
+    assert (response.grpc_status.status, response.body) == (8, b"Full.")
+    assert headers == {"retry-after": b"7", "x-extproc-outcome": b"queue_full"}
+
+
+def test_our_number_of_a_request_reads_officially_beside_the_decisions_metadata(official):
+    data = wire.decision_metadata((("outcome", "dispatched"),), 2.5, 3) + wire.ticket_metadata(12345)
+    found = official("ProcessingResponse").FromString(data).dynamic_metadata
+    assert found["extproc_ticket"]["n"] == 12345
+    assert found["extproc"]["position"] == 3
 
 
 def test_every_field_we_name_has_the_official_number_and_a_wire_compatible_type(official):

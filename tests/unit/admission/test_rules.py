@@ -431,13 +431,11 @@ def test_a_request_may_ask_for_a_shorter_wait() -> None:
     assert desk.outcome(hasty) is Outcome.BUDGET_EXPIRED
 
 
-def test_a_request_may_ask_for_a_longer_wait_up_to_the_longest_of_all_classes() -> None:
+def test_the_budget_of_its_class_is_the_most_that_a_request_can_ask_for() -> None:
     desk = Desk(one())
     desk.ask()
-    patient = desk.ask(request_class="urgent", budget_s=10.0)
     greedy = desk.ask(request_class="urgent", budget_s=1e6)
-    assert patient.wait_until - desk.now == 10.0
-    assert greedy.wait_until - desk.now == BATCH.budget_s
+    assert greedy.wait_until - desk.now == greedy.request_class.budget_s < BATCH.budget_s
 
 
 def test_a_budget_of_zero_means_now_or_never() -> None:
@@ -550,9 +548,55 @@ def test_an_endpoint_that_lists_models_gets_no_others() -> None:
     assert [desk.where(desk.ask(model="n")) for _ in range(2)] == ["any", None]
 
 
-def test_a_request_without_a_model_goes_anywhere_if_every_endpoint_lists_its_own() -> None:
-    desk = Desk(one("m", models=frozenset({"m"})), one("n", models=frozenset({"n"})))
+def test_a_request_without_a_model_goes_anywhere_if_all_endpoints_list_the_same() -> None:
+    desk = Desk(one("m", models=frozenset({"m"})), one("n", models=frozenset({"m"})))
     assert {desk.where(desk.ask()) for _ in range(2)} == {"m", "n"}
+
+
+def test_a_request_without_a_model_goes_nowhere_if_endpoints_list_different_ones() -> None:
+    desk = Desk(one("m", models=frozenset({"m"})), one("n", models=frozenset({"n"})))
+    assert desk.outcome(desk.ask()) is Outcome.MODEL_MISSING
+    assert desk.where(desk.ask(model="n")) == "n"
+    desk.remove("n")
+    assert desk.where(desk.ask()) == "m"
+
+
+def passed(desk: Desk, **request: Any) -> Decision:
+    """What becomes of a request that takes no slot."""
+    (decision,) = desk.core.send(Ticket(Request("p", desk.now, **request)), desk.now)
+    desk.check()
+    return decision
+
+
+def test_a_request_that_takes_no_slot_goes_to_each_available_endpoint_in_turn_whatever_runs_there() -> None:
+    desk = Desk(one("a"), one("b"), one("down"))
+    desk.fill(3)
+    desk.set_up("down", is_up=False)
+    decisions = [passed(desk) for _ in range(4)]
+    assert {decision.outcome for decision in decisions} == {Outcome.PASSED}
+    names = [decision.endpoint for decision in decisions if isinstance(decision, Dispatch)]
+    assert sorted(names) == ["a", "a", "b", "b"]
+    assert names[0] != names[1]
+
+
+def test_a_request_that_takes_no_slot_goes_where_its_model_its_home_and_its_session_are() -> None:
+    desk = Desk(
+        one("a", models=frozenset({"m"})), one("b", 9, models=frozenset({"n"})), one("c", 9, models=frozenset({"n"}))
+    )
+    where = desk.where(desk.ask(model="n", session="s"))
+    for request, expected in (
+        ({"model": "m"}, "a"),
+        ({"model": "n", "session": "s"}, where),
+        ({"model": "n", "home": "c"}, "c"),
+    ):
+        assert {getattr(passed(desk, **request), "endpoint", None) for _ in range(3)} == {expected}
+
+
+def test_a_request_that_takes_no_slot_is_refused_only_where_nobody_could_answer_it() -> None:
+    desk = Desk(one("a", models=frozenset({"m"})))
+    assert passed(desk, model="x").outcome is Outcome.UNKNOWN_MODEL
+    desk.set_up("a", is_up=False)
+    assert passed(desk).outcome is Outcome.NO_ENDPOINT
 
 
 def test_an_endpoint_of_two_models_serves_the_higher_class_then_who_came_first() -> None:

@@ -246,6 +246,9 @@ class World:
                 listed = [books.spec.models for books in self.books.values() if books.present]
                 require(all(listed) and not any(ticket.request.model in models for models in listed), decision)
                 require(decision.retry_after_s is None, decision)
+            case Outcome.MODEL_MISSING:
+                listed = [books.spec.models for books in self.books.values() if books.present]
+                require(ticket.request.model is None and all(listed) and len(set(listed)) > 1, decision)
             case Outcome.QUEUE_FULL:
                 require(len(self.waiting) > policy.max_queued_requests, decision, len(self.waiting))
                 lowest = min(u.request_class.priority for u in self.waiting)
