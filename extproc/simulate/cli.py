@@ -10,12 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
+from extproc.config import load_config
 from extproc.engine.params import PRESETS
 from extproc.errors import ConfigError
 from extproc.simulate import report
 from extproc.simulate.contenders import KEYS, NAMES
 from extproc.simulate.plan import Plan, capacity
 from extproc.simulate.plan import run as run_plan
+from extproc.simulate.traces import classes_in
 from extproc.simulate.workload import BATCH, CLASSES, INTERACTIVE, STANDARD, Klass, Noise, Sessions, Workload
 from extproc.simulate.world import Faults
 
@@ -54,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"repeatable: {', '.join(NAMES)}; ours and original take settings",
     )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=f"for every ours: {', '.join(KEYS)}")
-    add("--trace", type=Path, metavar="FILE", help="a CSV (time, prompt_tokens, output_tokens) or our Envoy access log")
+    add("--trace", type=Path, metavar="FILE", help="recorded traffic: a CSV, JSON lines, Envoy's access log")
+    add("--config", type=Path, metavar="FILE", help="a sidecar's configuration: its classes, and their budgets")
     add(
         "--class",
         action="append",
@@ -79,6 +82,9 @@ def run(args: argparse.Namespace) -> int:
     """Simulate and print; returns the exit code. Raises ConfigError."""
     plan = plan_from(args)
     began = time.monotonic()
+    if _are_guessed(args):
+        names = ", ".join(klass.name for klass in plan.workload.classes)
+        _say(f"classes of the trace ({names}) are judged like std; --config FILE or --class NAME=TTFT/TPOT says more")
     tasks = plan.tasks()
     rate = capacity(plan.preset, plan.engines, plan.workload, plan.trace)
     _say(
@@ -104,11 +110,19 @@ def run(args: argparse.Namespace) -> int:
 
 def plan_from(args: argparse.Namespace) -> Plan:
     """Return the plan that the flags ask for. Raises ConfigError."""
-    classes = _classes(args.classes) if args.classes else CLASSES
-    if args.sessions and not args.classes:
-        classes = _with_shares(CHATTY)
     if args.trace is not None and (args.sessions or args.noisy):
         raise ConfigError("command line", ["--trace brings its own traffic; --sessions and --noisy don't go with it"])
+    if args.classes and args.config is not None:
+        raise ConfigError("command line", ["--class and --config both tell the classes; give one of them"])
+    classes = _classes(args.classes) if args.classes else CLASSES
+    if args.config is not None:
+        classes = _configured(args.config)
+    elif _are_guessed(args):
+        classes = tuple(
+            replace(STANDARD, name=name, share=1 / len(names)) for names in [classes_in(args.trace)] for name in names
+        )
+    if args.sessions and not args.classes:
+        classes = _with_shares(CHATTY)
     noise = None
     if args.noisy is not None:
         noise = Noise(1, args.noisy, args.duration / 7, args.duration * 6 / 7)
@@ -135,6 +149,29 @@ def plan_from(args: argparse.Namespace) -> Plan:
         best_limit=args.limit,
     )
     return replace(plan, contenders=tuple(args.contender)) if args.contender else plan
+
+
+def _are_guessed(args: argparse.Namespace) -> bool:
+    """Tell whether a trace has class names that nothing tells of."""
+    if args.trace is None or args.classes or args.config is not None:
+        return False
+    return not {klass.name for klass in CLASSES}.issuperset(classes_in(args.trace))
+
+
+def _configured(path: Path) -> tuple[Klass, ...]:
+    """Return the classes of a sidecar's configuration; an objective is the budget and what the engine needs then."""
+    classes = load_config(path).classes
+    return tuple(
+        replace(
+            STANDARD,
+            name=klass.name,
+            priority=klass.priority,
+            ttft_s=klass.budget + STANDARD.margin_s,
+            patience_s=max(2 * klass.budget, STANDARD.patience_s),
+            share=1 / len(classes),
+        )
+        for klass in classes
+    )
 
 
 def _with_shares(shares: tuple[float, ...]) -> tuple[Klass, ...]:

@@ -1,6 +1,7 @@
-"""Traffic that was recorded: a CSV of requests, or the JSON access log that our Envoy config writes.
+"""Traffic that was recorded: a CSV, JSON lines of one kind or another, or Envoy's access log as text.
 
-Reading only. All problems of a file are reported at once, each with its line and what would be right.
+Reading only. What a field is called differs from tool to tool; `NAMES` is the one table of that. All problems of a file
+are reported at once, each with its line and what would be right.
 """
 
 from __future__ import annotations
@@ -8,45 +9,76 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from extproc.errors import ConfigError
 from extproc.files import read_text
-from extproc.simulate.workload import LONGEST_OUTPUT, Demand, guess
+from extproc.simulate.workload import LONGEST_OUTPUT, STANDARD, Demand, guess
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from extproc.simulate.workload import Klass
 
-COLUMNS = {
-    "time": ("time", "timestamp", "arrived", "arrived_at"),
-    "prompt_tokens": ("prompt_tokens", "contexttokens", "input_tokens"),
-    "output_tokens": ("output_tokens", "generatedtokens", "completion_tokens"),
-    "class": ("class", "request_class"),
-    "tenant": ("tenant", "user"),
-    "session": ("session", "session_id"),
+NAMES = {
+    "time": (
+        *("time", "timestamp", "@timestamp", "ts", "arrived", "arrived_at", "date", "starttime", "start_time"),
+        *("starttimeunixnano", "start_time_unix_nano"),
+    ),
+    "prompt_tokens": (
+        *("prompt_tokens", "contexttokens", "input_tokens", "input_length", "request tokens"),
+        *("usage.prompt_tokens", "usage.input_tokens", "gen_ai.usage.input_tokens", "gen_ai.usage.prompt_tokens"),
+    ),
+    "output_tokens": (
+        *("output_tokens", "generatedtokens", "completion_tokens", "output_length", "response tokens"),
+        *("usage.completion_tokens", "usage.output_tokens"),
+        *("gen_ai.usage.output_tokens", "gen_ai.usage.completion_tokens"),
+    ),
+    "class": ("class", "request_class", "queue.class"),
+    "tenant": ("tenant", "user", "end_user", "user_id", "team_id"),
+    "session": ("session", "session_id", "session id", "conversation_id", "gen_ai.conversation.id"),
+    "bytes": ("bytes_received", "request_bytes", "request_size", "request_length"),
+    "duration_ms": ("duration_ms", "latency_ms"),
+    "duration_s": ("duration", "duration_s", "latency", "latency_s", "request_time", "response_time"),
+    "end": ("endtime", "end_time", "endtimeunixnano", "end_time_unix_nano"),
+    "wait_ms": ("queue.wait_ms",),
+    "code": ("code", "status", "status_code", "response_code"),
+    "method": ("method", "request_method"),
 }
-"""Columns of a CSV and their other names, in any case; Azure's public LLM traces can be read as they are."""
+"""What a field may be called, in any case; dots lead into nested objects and OpenTelemetry's attributes.
+
+Sources: Azure's LLM traces (AzurePublicDataset), BurstGPT's CSV, Mooncake's JSON lines (`input_length`, times in
+milliseconds), LiteLLM's spend logs (`startTime`, `completion_tokens`), OpenTelemetry's semantic conventions for GenAI,
+and what `extproc envoy-config` logs."""
 REQUIRED = ("time", "prompt_tokens", "output_tokens")
 SECONDS_PER_TOKEN = 0.040
 """What one output token is taken to have taken where a log tells only how long an answer took."""
 MOST_TOKENS = 1_000_000
 MOST_PROBLEMS = 10
+MOST_SHOWN = 12
+"""Names of fields that a message lists."""
+_ENVOY_TEXT = re.compile(
+    r'\[(?P<time>[^\]]+)\] "(?P<method>\S+) .*?" (?P<code>\d+) \S+ '
+    r'(?:\S+ \S+ "[^"]*" )?(?P<bytes_received>\d+) \d+ (?P<duration_ms>\d+) (?:\d+|-)'
+)
+"""Envoy's default format, and Istio's, which has details and transport failures between flags and bytes."""
+_UNITS = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
+"""A moment that is as big as this as a number is no number of seconds since 1970, but of so much smaller units."""
+
+Fields = dict[str, str]
 
 
 def read_trace(path: Path, classes: Sequence[Klass], seed: int = 0) -> list[Demand]:
-    """Read `path`, a CSV or an access log, whichever its first line looks like. Raises ConfigError.
+    """Read `path`, in whichever form its first line has. Raises ConfigError.
 
     Times start at 0 with the first request. A class that is not in `classes` counts as the first of them only when it
     is empty; else it is a problem.
     """
-    lines = read_text(path, "utf-8-sig").splitlines()
-    first = next((line for line in lines if line.strip()), "")
-    reader = _Reader(str(path), classes, seed)
-    demands = reader.access_log(lines) if first.lstrip().startswith("{") else reader.table(lines)
+    reader = _Reader({klass.name: klass for klass in classes}, classes[0], seed)
+    demands = reader.read(read_text(path, "utf-8-sig"))
     if reader.problems:
         more = len(reader.problems) - MOST_PROBLEMS
         raise ConfigError(
@@ -61,100 +93,135 @@ def read_trace(path: Path, classes: Sequence[Klass], seed: int = 0) -> list[Dema
     return demands
 
 
-class _Reader:
-    def __init__(self, source: str, classes: Sequence[Klass], seed: int) -> None:
-        self.source = source
-        self.problems: list[str] = []
-        self._classes = {klass.name: klass for klass in classes}
-        self._default = classes[0]
-        self._draw = random.Random(f"{seed} trace")  # noqa: S311 - a workload, not a secret
+def classes_in(path: Path) -> list[str]:
+    """Return the names of classes in a trace, in the order they come; what can't be read is for `read_trace` to say."""
+    reader = _Reader(None, STANDARD, 0)
+    reader.read(read_text(path, "utf-8-sig"))
+    return list(reader.seen)
 
-    def table(self, lines: list[str]) -> list[Demand]:
+
+class _Reader:
+    def __init__(self, classes: Mapping[str, Klass] | None, default: Klass, seed: int) -> None:
+        """Read requests of these `classes`; None: of any."""
+        self.problems: list[str] = []
+        self.seen: dict[str, None] = {}
+        self._classes = classes
+        self._default = default
+        self._draw = random.Random(f"{seed} trace")  # noqa: S311 - a workload, not a secret
+        self._told = False  # some request tells its tokens, or how long it took
+
+    def read(self, text: str) -> list[Demand]:
+        lines = text.splitlines()
+        number, first = next(((number, line) for number, line in enumerate(lines) if line.strip()), (0, ""))
+        if _ENVOY_TEXT.match(first):
+            return self._demands(self._envoy_text(lines))
+        if first.lstrip().startswith(("{", "[")):
+            demands = self._demands(self._json(text, lines))
+            if not self._told and not self.problems:
+                found = ", ".join(list(_flat(_object(lines[number])))[:MOST_SHOWN]) or "none"
+                self.problems.append(f"tells nothing of how long requests are: {_needed()}; found are {found}")
+            return demands
+        return self._demands(self._table(lines))
+
+    def _demands(self, requests: Iterator[tuple[str, Fields]]) -> list[Demand]:
+        demands = (self._demand(fields, where) for where, fields in requests)
+        return [demand for demand in demands if demand is not None]
+
+    # ---- forms
+
+    def _table(self, lines: list[str]) -> Iterator[tuple[str, Fields]]:
         rows = csv.reader(line for line in lines if line.strip())
         header = [name.strip().lower() for name in next(rows, [])]
-        place: dict[str, int] = {}
-        for column, names in COLUMNS.items():
-            found = [index for index, name in enumerate(header) if name in names]
-            if found:
-                place[column] = found[0]
-        missing = [column for column in REQUIRED if column not in place]
+        missing = [field for field in REQUIRED if not set(NAMES[field]) & set(header)]
         if missing:
             self.problems.append(
                 f"line 1: no column {', '.join(missing)}; needed are {', '.join(REQUIRED)}, "
-                f"known too are class, tenant, session; found are {', '.join(header) or 'none'}"
+                f"known too are class, tenant, session; found are {', '.join(header)[:200] or 'none'}. JSON lines and "
+                "Envoy's default access log are read too"
             )
-            return []
-        return list(self._rows(rows, place, len(header)))
-
-    def _rows(self, rows: Iterable[list[str]], place: dict[str, int], width: int) -> Iterator[Demand]:
+            return
         for number, row in enumerate(rows, 2):
             where = f"line {number}"
-            if len(row) != width:
-                self.problems.append(f"{where}: has {len(row)} fields, the header has {width}")
+            if len(row) != len(header):
+                self.problems.append(f"{where}: has {len(row)} fields, the header has {len(header)}")
                 continue
-            cells = {column: row[index].strip() for column, index in place.items()}
-            at = self._time(cells["time"], f"{where}: time")
-            prompt = self._tokens(cells["prompt_tokens"], f"{where}: prompt_tokens")
-            output = self._tokens(cells["output_tokens"], f"{where}: output_tokens")
-            klass = self._class(cells.get("class", ""), f"{where}: class")
-            if at is not None and prompt is not None and output is not None and klass is not None:
-                session = cells.get("session") or None
-                yield Demand(at, klass, prompt, output, guess(self._draw, prompt), cells.get("tenant", ""), session)
+            yield where, _named({name: cell.strip() for name, cell in zip(header, row, strict=True)})
 
-    def access_log(self, lines: list[str]) -> list[Demand]:
-        """Read what `extproc envoy-config` logs. It has no token counts.
-
-        An answer's tokens are told from its duration without the wait, `SECONDS_PER_TOKEN` each; a refused request's,
-        and every prompt's unless the log has `bytes_received`, are drawn as usual for the class.
-        """
-        demands = []
+    def _envoy_text(self, lines: list[str]) -> Iterator[tuple[str, Fields]]:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"line {number}"
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                self.problems.append(f"{where}: is no JSON; an access log has one JSON object per line")
-                continue
-            if not isinstance(entry, dict):
-                self.problems.append(f"{where}: must be a JSON object, not {line.strip()[:40]!r}")
-                continue
-            demand = self._entry(entry, where)
-            if demand is not None:
-                demands.append(demand)
-        return demands
+            match = _ENVOY_TEXT.match(line)
+            if match is not None:
+                yield f"line {number}", _named(match.groupdict())
+            elif line.strip():
+                self.problems.append(f"line {number}: is no line of Envoy's default access log, as the first one is")
 
-    def _entry(self, entry: dict[str, Any], where: str) -> Demand | None:
-        queue = entry.get("queue")
-        queue = queue if isinstance(queue, dict) else {}
-        at = self._time(str(entry.get("time", "")), f"{where}: time")
-        klass = self._class(str(queue.get("class") or ""), f"{where}: queue.class")
-        if at is None or klass is None:
+    def _json(self, text: str, lines: list[str]) -> Iterator[tuple[str, Fields]]:
+        """Walk the objects of JSON lines, or of one JSON list."""
+        if text.lstrip().startswith("["):
+            try:
+                items = [(f"item {number}", item) for number, item in enumerate(json.loads(text))]
+            except ValueError:
+                self.problems.append("begins with [ and is neither a JSON list nor Envoy's default access log")
+                return
+        else:
+            items = []
+            for number, line in enumerate(lines, 1):
+                try:
+                    items += [(f"line {number}", json.loads(line))] if line.strip() else []
+                except ValueError:
+                    self.problems.append(f"line {number}: is no JSON; a log has one JSON object per line")
+        for where, item in items:
+            if not isinstance(item, dict):
+                self.problems.append(f"{where}: must be a JSON object, not {str(item)[:40]!r}")
+                continue
+            is_telemetry = "resourceSpans" in item or "attributes" in item
+            for span in _spans(item):
+                flat = _flat(span)
+                if not is_telemetry or any(name.startswith("gen_ai.usage.") for name in flat):
+                    yield where, _named(flat)
+
+    # ---- one request
+
+    def _demand(self, fields: Fields, where: str) -> Demand | None:
+        """Return a request, or None with a problem noted, or for one that is no completion.
+
+        Where tokens are not told, an answer's are read off its duration without the wait, `SECONDS_PER_TOKEN` each, and
+        a prompt's off the bytes of the body; else they are drawn as usual for the class.
+        """
+        if fields.get("method", "POST").upper() != "POST":
             return None
-        size, duration = entry.get("bytes_received"), entry.get("duration_ms")
-        prompt = klass.prompt.draw(self._draw, MOST_TOKENS)
-        if isinstance(size, int) and size > 0:
+        at = self._time(fields.get("time", ""), where)
+        klass = self._class(fields.get("class", ""), f"{where}: class")
+        told = {name: self._tokens(fields[name], f"{where}: {name}") for name in REQUIRED[1:] if name in fields}
+        if at is None or klass is None or None in told.values():
+            return None
+        at /= 1000.0 if "milliseconds" in fields else 1.0
+        prompt, output = klass.prompt.draw(self._draw, MOST_TOKENS), klass.output.draw(self._draw, LONGEST_OUTPUT)
+        size, took_s = _number(fields.get("bytes")), self._took_s(fields, at)
+        if size:
             prompt = max(int(size) // 4, 1)
-        output = klass.output.draw(self._draw, LONGEST_OUTPUT)
-        wait = queue.get("wait_ms", 0)
-        if str(entry.get("code")) == "200" and isinstance(duration, (int, float)) and isinstance(wait, (int, float)):
-            output = min(max(round((duration - wait) / 1000 / SECONDS_PER_TOKEN), 1), LONGEST_OUTPUT)
-        text = {key: str(entry[key]) for key in ("tenant", "session") if entry.get(key)}
-        return Demand(at, klass, prompt, output, guess(self._draw, prompt), text.get("tenant", ""), text.get("session"))
+        if fields.get("code", "200") in ("200", "success") and took_s is not None:
+            output = min(max(round(took_s / SECONDS_PER_TOKEN), 1), LONGEST_OUTPUT)
+        prompt, output = told.get("prompt_tokens") or prompt, told.get("output_tokens") or output
+        self._told = self._told or took_s is not None or bool(size) or "output_tokens" in told
+        session = fields.get("session") or None
+        return Demand(at, klass, prompt, output, guess(self._draw, prompt), fields.get("tenant", ""), session)
+
+    def _took_s(self, fields: Fields, at: float) -> float | None:
+        seconds, milliseconds = _number(fields.get("duration_s")), _number(fields.get("duration_ms"))
+        if milliseconds is not None:
+            seconds = milliseconds / 1000
+        if seconds is None and "end" in fields:
+            end = _moment(fields["end"])
+            seconds = None if end is None else end - at
+        return None if seconds is None else seconds - (_number(fields.get("wait_ms")) or 0.0) / 1000
 
     def _time(self, text: str, where: str) -> float | None:
-        try:
-            seconds = float(text)
-        except ValueError:
-            try:
-                moment = datetime.fromisoformat(text)
-            except ValueError:
-                self.problems.append(f"{where}: must be seconds or like 2026-01-31T12:00:00.250Z, not {text!r}")
-                return None
-            return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-        if not abs(seconds) < 1e12:
-            self.problems.append(f"{where}: must be a finite number of seconds, not {text!r}")
+        seconds = _moment(text)
+        if seconds is None:
+            self.problems.append(f"{where}: time: must be seconds or like 2026-01-31T12:00:00.250Z, not {text!r}")
+        elif not abs(seconds) < 1e12:
+            self.problems.append(f"{where}: time: must be a finite number of seconds, not {text!r}")
             return None
         return seconds
 
@@ -169,8 +236,86 @@ class _Reader:
     def _class(self, name: str, where: str) -> Klass | None:
         if not name:
             return self._default
+        self.seen[name] = None
+        if self._classes is None:
+            return self._default
         klass = self._classes.get(name)
         if klass is None:
             known = ", ".join(self._classes)
-            self.problems.append(f"{where}: unknown class {name!r}; known are {known}; --class adds one")
+            self.problems.append(f"{where}: unknown class {name!r}; known are {known}; --class or --config adds one")
         return klass
+
+
+def _needed() -> str:
+    return (
+        f"needed are time and either prompt_tokens ({', '.join(NAMES['prompt_tokens'][1:5])} ...) and output_tokens "
+        f"({', '.join(NAMES['output_tokens'][1:5])} ...), or duration_ms and bytes_received"
+    )
+
+
+def _named(flat: Mapping[str, str]) -> Fields:
+    """Return what `flat` has under the names of this room, the first of each that says something."""
+    fields: Fields = {}
+    for field, names in NAMES.items():
+        for name in names:
+            if flat.get(name, "") not in ("", "-", "None"):
+                fields[field] = flat[name]
+                break
+    if "input_length" in flat:
+        fields["milliseconds"] = "yes"  # Mooncake's times
+    return fields
+
+
+def _flat(value: Mapping[str, Any], before: str = "") -> dict[str, str]:
+    """Return an object's plain values by the way to them, in lower case; attributes by their own names."""
+    flat: dict[str, str] = {}
+    for key, item in value.items():
+        name = f"{before}{key}".lower()
+        if isinstance(item, dict):
+            flat |= _flat(item, "" if key == "attributes" else f"{name}.")
+        elif key == "attributes" and isinstance(item, list):  # OTLP: [{key: ..., value: {intValue: "12"}}]
+            pairs = [one for one in item if isinstance(one, dict) and isinstance(one.get("value"), dict)]
+            flat |= {str(one.get("key")).lower(): str(next(iter(one["value"].values()), "")) for one in pairs}
+        elif item is not None and not isinstance(item, list):
+            flat[name] = str(item)
+    return flat
+
+
+def _spans(item: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Walk the spans in a line of OpenTelemetry's file exporter; anything else is one request."""
+    if "resourceSpans" not in item:
+        yield item
+        return
+    for resource in item["resourceSpans"]:
+        for scope in resource.get("scopeSpans", []):
+            yield from scope.get("spans", [])
+
+
+def _object(line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None
+
+
+def _moment(text: str) -> float | None:
+    """Return a moment in seconds, whatever its unit if it is counted from 1970; None: it is none."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        for parse in (datetime.fromisoformat, lambda written: datetime.strptime(written, "%d/%b/%Y:%H:%M:%S %z")):
+            try:
+                moment = parse(text)
+            except ValueError:
+                continue
+            return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+        return None
+    return next((seconds / unit for least, unit in _UNITS if least <= abs(seconds) < 1e20), seconds)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
 import pytest
 
 from extproc.errors import ConfigError
+from extproc.simulate.cli import add_arguments, plan_from
 from extproc.simulate.plan import Plan, run
-from extproc.simulate.traces import read_trace
+from extproc.simulate.traces import classes_in, read_trace
 from extproc.simulate.workload import CLASSES
 
 
@@ -67,6 +69,96 @@ def test_a_trace_drives_the_contenders_as_recorded_or_at_a_load(tmp_path: Path) 
     assert as_recorded.all.goodput > loaded.all.goodput
 
 
+ENVOY_TEXT = (
+    '[2026-01-31T12:00:00.250Z] "POST /v1/chat/completions HTTP/1.1" 200 - 4000 5678 5000 4990 "-" "OpenAI/Python" '
+    '"1c3f" "llm.example" "10.0.0.1:8000"'
+)
+ISTIO_TEXT = ENVOY_TEXT.replace("200 - 4000", '200 - via_upstream - "-" 4000').replace("00.250Z", "02.250Z")
+OTLP = {
+    "resourceSpans": [
+        {
+            "scopeSpans": [
+                {
+                    "spans": [
+                        {"name": "http", "startTimeUnixNano": "1769860800000000000", "attributes": []},
+                        {
+                            "startTimeUnixNano": "1769860801500000000",
+                            "attributes": [
+                                {"key": "gen_ai.usage.input_tokens", "value": {"intValue": "700"}},
+                                {"key": "gen_ai.usage.output_tokens", "value": {"intValue": "80"}},
+                            ],
+                        },
+                    ]
+                }
+            ]
+        }
+    ]
+}
+CONSOLE_SPAN = {
+    "name": "chat m",
+    "start_time": "2026-01-31T12:00:03.000000Z",
+    "attributes": {"gen_ai.usage.input_tokens": 900, "gen_ai.usage.output_tokens": 90, "gen_ai.conversation.id": "c"},
+}
+
+
+BURST_GPT = """\
+Timestamp,Session ID,Elapsed time,Model,Request tokens,Response tokens,Total tokens,Log Type
+5,,1.5,ChatGPT,472,18,490,Conversation log
+45,7,9,GPT-4,1087,230,1317,API log
+"""
+MOONCAKE = """\
+{"timestamp": 0, "input_length": 6755, "output_length": 500, "hash_ids": [0, 1]}
+{"timestamp": 3000, "input_length": 7319, "output_length": 490, "hash_ids": [0]}
+"""
+LITELLM = """\
+[{"request_id": "x", "startTime": "2026-01-31T12:00:00.250000+00:00", "endTime": "2026-01-31T12:00:09+00:00",
+  "prompt_tokens": 30, "completion_tokens": 40, "end_user": "u"}]
+"""
+NGINX = """\
+{"ts": "31/Jan/2026:12:00:00 +0000", "status": 200, "request_length": 400, "request_time": 2.0}
+{"ts": "31/Jan/2026:12:00:04 +0000", "status": 200, "request_length": 800, "request_time": "0.4"}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "requests"),
+    [
+        (
+            f"{ENVOY_TEXT}\n{ENVOY_TEXT.replace('POST', 'GET')}\n{ISTIO_TEXT}\n",
+            [(0.0, 1000, 125), (2.0, 1000, 125)],
+        ),
+        (BURST_GPT, [(0.0, 472, 18), (40.0, 1087, 230)]),
+        (MOONCAKE, [(0.0, 6755, 500), (3.0, 7319, 490)]),
+        (LITELLM, [(0.0, 30, 40)]),
+        (json.dumps(OTLP) + "\n" + json.dumps(CONSOLE_SPAN) + "\n", [(0.0, 700, 80), (1.5, 900, 90)]),
+        (NGINX, [(0.0, 100, 50), (4.0, 200, 10)]),
+        ('{"@timestamp": 1769860800123, "usage": {"prompt_tokens": 5, "completion_tokens": 6}}\n', [(0.0, 5, 6)]),
+    ],
+    ids=["envoy-and-istio-text", "burstgpt", "mooncake", "litellm", "opentelemetry", "nginx-json", "nested-usage"],
+)
+def test_what_others_record_is_read_as_it_is(tmp_path: Path, text: str, requests: list[tuple[float, int, int]]) -> None:
+    demands = read_trace(written(tmp_path, text), CLASSES)
+    found = [(pytest.approx(demand.at, abs=1e-6), demand.prompt, demand.output) for demand in demands]
+    assert requests == found
+
+
+def test_ones_own_class_names_need_no_flag_and_a_configuration_tells_more(tmp_path: Path) -> None:
+    rows = "".join(f"{number},10,20,{'vip' if number % 2 else 'rest'}\n" for number in range(4))
+    trace = written(tmp_path, "time,prompt_tokens,output_tokens,class\n" + rows)
+    assert classes_in(trace) == ["rest", "vip"]
+    config = tmp_path / "sidecar.yaml"
+    config.write_text("classes: [{name: vip, priority: 9, budget: 3s}, {name: rest, budget: 1m}]")
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    guessed = plan_from(parser.parse_args(["--trace", str(trace)])).workload.classes
+    assert [(klass.name, klass.ttft_s) for klass in guessed] == [("rest", 2.0), ("vip", 2.0)]
+    told = plan_from(parser.parse_args(["--trace", str(trace), "--config", str(config)])).workload.classes
+    assert [(klass.name, klass.priority, klass.budget_s) for klass in told] == [("vip", 9, 3.0), ("rest", 0, 60.0)]
+    assert len(read_trace(trace, told)) == 4
+    with pytest.raises(ConfigError, match="--class and --config both tell"):
+        plan_from(parser.parse_args(["--config", str(config), "--class", "a=1/1"]))
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
@@ -82,7 +174,14 @@ def test_a_trace_drives_the_contenders_as_recorded_or_at_a_load(tmp_path: Path) 
         ('{"time": 1}\n{"time": \n', "line 2: is no JSON"),
         ('{"time": 1}\n[]\n', "line 2: must be a JSON object"),
         ('{"code": 200}\n', "line 1: time: must be seconds"),
-        ('{"time": 1, "queue": {"class": "vip"}}\n', "line 1: queue.class: unknown class 'vip'"),
+        ('{"time": 1, "queue": {"class": "vip"}}\n', "line 1: class: unknown class 'vip'"),
+        (
+            '{"time": 1, "model": "m"}\n',
+            "tells nothing of how long requests are: needed are time and either prompt_tokens",
+        ),
+        ('{"time": 1, "model": "m"}\n', "found are time, model"),
+        ("[1, 2", "begins with [ and is neither a JSON list nor Envoy"),
+        (ENVOY_TEXT + "\nsomething else\n", "line 2: is no line of Envoy's default access log"),
         (b"\xff\xfe\x00", "is no UTF-8 text: byte 0 is 0xff"),
     ],
 )
