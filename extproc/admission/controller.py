@@ -9,6 +9,9 @@ Rules of this room:
     new ──offer──▶ waiting ──dispatch──▶ leased ──release──▶ done
      │                └──cancel, refuse──▶ left
      └──offer, while there is room──▶ leased
+
+Where several sidecars share endpoints, a lease may also come from elsewhere (adopt: new → leased) or be left to
+telemetry (disown: leased → done), and who waits may be taken back to be decided elsewhere (withdraw: waiting → new).
 """
 
 from __future__ import annotations
@@ -55,6 +58,7 @@ class Controller:
         endpoints: by name; a removed one stays until its last lease is back.
         waiting: how many requests wait.
         draining: after `drain`, nothing waits any more.
+        is_shared: other sidecars may dispatch to the same endpoints: a new one stays closed until `set_quota`.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -62,6 +66,7 @@ class Controller:
         self.endpoints: dict[str, Endpoint] = {}
         self.waiting = 0
         self.draining = False
+        self.is_shared = False
         self._by_model: dict[str, Pool] = {}
         self._any_model = Pool(None)  # the endpoints that list no models
         self._every = Pool(None)  # all endpoints: for requests without a model where every endpoint lists its own
@@ -209,6 +214,7 @@ class Controller:
         endpoint = self.endpoints.get(spec.name)
         if endpoint is None:
             endpoint = self.endpoints[spec.name] = Endpoint(spec, self.policy)
+            endpoint.quota = 0 if self.is_shared else None
         elif not endpoint.removed and endpoint.spec.models == spec.models:
             endpoint.respec(spec)
             self._changed(endpoint)
@@ -320,6 +326,63 @@ class Controller:
         self.draining = True
         for ticket in list(self.waiting_tickets()):
             self._refuse(ticket, Outcome.DRAINING)
+        return self._dispatch()
+
+    # ---- events: several sidecars that share endpoints
+
+    def adopt(
+        self, ticket: Ticket, name: str, now: float, *, held_s: float = 0.0, begun: bool = False
+    ) -> list[Decision]:
+        """Take over a lease that another sidecar's core gave `held_s` ago, whatever the limits say.
+
+        `begun`: its first token was seen. An unknown endpoint: no-op, and the ticket stays new.
+        """
+        self._expect(ticket, State.NEW, "adopted")
+        self._now = now
+        endpoint = self.endpoints.get(name)
+        if endpoint is not None:
+            request = ticket.request
+            ticket.request_class = self.class_of(request)
+            ticket.pool = self._pool_for(request.model) or self._every
+            self._tokens.estimate(ticket)
+            ticket.state, ticket.endpoint = State.LEASED, endpoint
+            endpoint.lease(ticket, now)
+            ticket.leased_at = now - held_s
+            if begun:
+                endpoint.first_token(ticket, now)
+            if request.session is not None:
+                self._sessions.remember(request.session, endpoint, ticket.kv_tokens, self.policy.session_memory)
+            self._changed(endpoint)
+        return self._dispatch()
+
+    def disown(self, ticket: Ticket, now: float) -> list[Decision]:
+        """Forget a lease that another sidecar holds and that we can't follow any more: it counts as foreign."""
+        self._expect(ticket, State.LEASED, "disowned")
+        self._now = now
+        endpoint = _placed(ticket.endpoint)
+        ticket.state = State.DONE
+        endpoint.disown(ticket, now)
+        if endpoint.removed and not endpoint.leases:
+            del self.endpoints[endpoint.name]
+        self._changed(endpoint)
+        return self._dispatch()
+
+    def withdraw(self, ticket: Ticket, now: float) -> list[Decision]:
+        """Take a waiting request back without an outcome: another sidecar's core will decide, or this one later."""
+        self._expect(ticket, State.WAITING, "withdrawn")
+        self._now = now
+        self._leave(ticket)
+        ticket.state, ticket.passed_over, ticket.charge, ticket.alarm = State.NEW, 0, None, NEVER
+        ticket.home = None
+        return self._dispatch()
+
+    def set_quota(self, name: str, quota: int | None, now: float) -> list[Decision]:
+        """Hold at most `quota` leases at an endpoint, besides its limit; None: the limit alone. Unknown: no-op."""
+        self._now = now
+        endpoint = self.endpoints.get(name)
+        if endpoint is not None and endpoint.quota != quota:
+            endpoint.quota = quota
+            self._changed(endpoint)
         return self._dispatch()
 
     # ---- what others may look at

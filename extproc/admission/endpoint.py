@@ -26,7 +26,8 @@ FOREIGN_S = 30.0
 """Foreign requests that don't get fewer for so long are somebody's steady traffic, not answers that run out: from then
 on fewer of them are counted, since nobody who fills an engine steadily may keep us out of it for ever."""
 
-_DOWN, _HOT, _LIMIT, _KV, _PROMPTS = HeldBy.DOWN, HeldBy.HOT, HeldBy.LIMIT, HeldBy.KV, HeldBy.PROMPTS
+_DOWN, _HOT, _PART, _LIMIT = HeldBy.DOWN, HeldBy.HOT, HeldBy.PART, HeldBy.LIMIT
+_KV, _PROMPTS = HeldBy.KV, HeldBy.PROMPTS
 """Bound once: a member looked up on its Enum costs four times a global, and these are asked for in every dispatch."""
 
 
@@ -42,6 +43,7 @@ class Endpoint:
         report, report_at: what the headers of an answer said last, where the page said nothing since, and when.
         foreign: requests that the engine held when its telemetry came first and that are not ours, as far as they
             still run: answers whose leases were lost when a sidecar died. They take room like leases.
+        quota: the most leases that we may hold while sidecars that we can't reach dispatch here too; None: no such.
         kv_tokens: estimated KV tokens of all leases.
         prefill: the leases whose first token was not seen.
         sees_first_tokens: whether anything tells when a first token came; without it the prompt limit can't work.
@@ -73,6 +75,7 @@ class Endpoint:
         "prefill",
         "produced",
         "prompt_limit",
+        "quota",
         "removed",
         "report",
         "report_at",
@@ -101,6 +104,7 @@ class Endpoint:
         self.closed_until: float | None = None  # telemetry closed it until then, or until better telemetry
         self.alarm = NEVER  # the one alarm that is set for it
         self.foreign = 0
+        self.quota: int | None = None
         self._foreign_at = 0.0  # when they became fewer last
         self._met = False  # its telemetry came at least once
         self.kv_tokens = 0
@@ -162,6 +166,8 @@ class Endpoint:
         by = health.held_back_by
         if by is not None:
             return by
+        if self.quota is not None and len(self.leases) >= self.quota:
+            return _PART
         if self.held >= self.limit.value:
             return _LIMIT
         return None if ticket is None else self.lacks(ticket)
@@ -223,6 +229,18 @@ class Endpoint:
         if not self.leases and self.load is None and self.report is not None:
             self.kv_excess = 0.0  # no page, and no answer that could bring better news
             self.closed_until = None
+
+    def disown(self, ticket: Ticket, now: float) -> None:
+        """Take `ticket` out of the books, although its engine may still run it: from now on telemetry counts it."""
+        del self.leases[ticket]
+        self.kv_tokens -= ticket.kv_tokens
+        self.prefill.done(ticket, now)
+        if self.load is not None and self.load.running is not None:  # else nothing would ever tell that it is over
+            self.foreign, self._foreign_at = min(self.foreign + 1, self.limit.value), now
+
+    def meet_again(self) -> None:
+        """Look at the next telemetry as at the first: others' requests may have come."""
+        self._met = False
 
     def first_token(self, ticket: Ticket, now: float) -> None:
         """Note that the engine has computed the prompt of `ticket`."""

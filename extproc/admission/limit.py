@@ -36,6 +36,9 @@ class FixedLimit:
         """Hold at most `value` requests; at least 1."""
         self.value = value
 
+    def start_at(self, value: int) -> None:
+        """Stay at what was chosen."""
+
     def observe(self, load: Load, *, wanted: bool, in_flight: int, elapsed_s: float, knows_kv: bool) -> None:
         """Ignore telemetry."""
 
@@ -55,6 +58,11 @@ class AdaptiveLimit:
         self._running = 0.0  # running requests x seconds, weighted by age
         self._tokens = 0.0  # output tokens, weighted alike
         self.value = START
+
+    def start_at(self, value: int) -> None:
+        """Go on from where another sidecar's limit was."""
+        self._exact = float(min(max(value, FLOOR), CEILING))
+        self.value = int(self._exact)
 
     def observe(self, load: Load, *, wanted: bool, in_flight: int, elapsed_s: float, knows_kv: bool) -> None:
         """Follow one fresh `load`, `elapsed_s` after the one before.

@@ -72,6 +72,28 @@ class DryRun(Controller):
             self._count(self._other.release(twin, now, answer, output_tokens))
         return decisions
 
+    def adopt(
+        self, ticket: Ticket, name: str, now: float, *, held_s: float = 0.0, begun: bool = False
+    ) -> list[Decision]:
+        """Take over a lease, and a twin of it in the other core."""
+        decisions = super().adopt(ticket, name, now, held_s=held_s, begun=begun)
+        if ticket.state is State.LEASED:
+            self._catch_up(now)
+            twin = self._twins[ticket] = Ticket(ticket.request)
+            self._count(self._other.adopt(twin, name, now, held_s=held_s, begun=begun))
+        return decisions
+
+    def disown(self, ticket: Ticket, now: float) -> list[Decision]:
+        """Forget a lease, and its twin wherever that stands."""
+        decisions = super().disown(ticket, now)
+        twin = self._twins.pop(ticket, None)
+        self._catch_up(now)
+        if twin is not None and twin.state is State.WAITING:
+            self._count(self._other.withdraw(twin, now))
+        elif twin is not None and twin.state is State.LEASED:
+            self._count(self._other.disown(twin, now))
+        return decisions
+
     def set_policy(self, policy: Policy, now: float) -> list[Decision]:
         """Replace the rules of both, each with the queue as it has it."""
         self._catch_up(now)

@@ -78,6 +78,11 @@ class Gate:
         """Return the clock's time, in seconds."""
         return self._loop.time()
 
+    @property
+    def waiting(self) -> int:
+        """How many requests wait."""
+        return self.controller.waiting
+
     # ---- requests
 
     def offer(self, ticket: Ticket) -> None:

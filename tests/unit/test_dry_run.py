@@ -26,6 +26,7 @@ SAMPLES = {
     "is_up": True,
     "load": Load(running=1.0),
     "policy": Policy(),
+    "quota": 1,
 }
 
 
@@ -99,11 +100,11 @@ class Listening(Controller):
         return super().__getattribute__(name)
 
 
-# Without "cancel": with the queue off nobody waits, so nobody leaves. Without "send": it takes no slot.
-@pytest.mark.parametrize("event", [event for event in DECIDING if event not in ("cancel", "send")])
+# With the queue off nobody waits, so nobody leaves or is taken back; and "send" takes no slot.
+@pytest.mark.parametrize("event", [event for event in DECIDING if event not in ("cancel", "send", "withdraw")])
 def test_whatever_happens_to_the_real_core_happens_to_the_other_one(event):
     run = started()
-    ticket = Ticket(Request("r", 0.0)) if event == "offer" else offer(run, 0.0)
+    ticket = Ticket(Request("r", 0.0)) if event in ("offer", "adopt") else offer(run, 0.0)
     listening = Listening(Policy(enable_queue=True))
     listening.put_endpoint(SAMPLES["spec"], 0.0)
     twin = Ticket(Request("r", 0.0))

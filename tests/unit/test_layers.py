@@ -16,6 +16,10 @@ ALLOWED = {
     "stream/routes": set(),
     "stream/replays": {"extproc.admission"},
     "stream/wire": {"extproc._pb", "extproc.errors"},
+    "replicas": {
+        *("extproc.replicas", "extproc.stream", "extproc.admission", "extproc.config", "extproc.errors"),
+        *("extproc.transport.tls", "extproc._pb"),
+    },
     "transport": {"extproc.transport", "extproc.stream", "extproc.config", "extproc.errors"},
     "transport/completion": {"extproc.transport", "extproc.stream", "extproc.errors"},
     "engine": {"extproc.engine", "extproc.errors"},
@@ -54,9 +58,11 @@ ALLOWED = {
     },
     "observe": {"extproc.observe", "extproc.admission", "extproc.endpoints.telemetry", "extproc"},
 }
+PURE_ROOMS_OF_REPLICAS = ("census", "following", "gate", "leading", "messages", "replica", "wire")
 FORBIDDEN_OUTSIDE = {
     "admission": {"asyncio", "grpc", "time", "random", "logging", "threading", "os", "socket", "aiohttp"},
     "stream": {"grpc", "asyncio"},
+    **{f"replicas/{room}": {"asyncio", "time", "random", "socket"} for room in PURE_ROOMS_OF_REPLICAS},
 }
 
 
@@ -100,3 +106,15 @@ def test_only_wire_knows_the_generated_messages():
     for file in ROOT.rglob("*.py"):
         if file.name != "wire.py" and "_pb" not in file.parts:
             assert "_pb" not in re.sub(r"\b(health|reflection|struct)_pb2", "", file.read_text()), file
+
+
+def test_one_sidecar_alone_imports_nothing_of_the_rooms_for_several():
+    """They are imported where `replicas` is set, inside a function; the top of a module never does."""
+    for file in ROOT.rglob("*.py"):
+        if "replicas" not in file.parts:
+            names = {
+                node.module
+                for node in ast.parse(file.read_text()).body
+                if isinstance(node, ast.ImportFrom) and node.module is not None
+            }
+            assert not {name for name in names if name.startswith("extproc.replicas")}, file

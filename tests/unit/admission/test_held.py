@@ -54,10 +54,16 @@ def computing_prompts(desk: Desk) -> None:
     desk.ask(prompt_tokens=3_000)
 
 
+def at_our_part(desk: Desk) -> None:
+    desk.fill(2)
+    desk.core.set_quota("a", 2, desk.now)
+
+
 @pytest.mark.parametrize(
     ("fill", "by"),
     [
         (at_limit, HeldBy.LIMIT),
+        (at_our_part, HeldBy.PART),
         (down, HeldBy.DOWN),
         (ejected, HeldBy.EJECTED),
         (on_trial, HeldBy.TRIAL),

@@ -363,6 +363,8 @@ class World:
             or (endpoint.health.on_trial and endpoint.health.trial in leases)
         ):
             return False
+        if endpoint.quota is not None and len(leases) >= endpoint.quota:
+            return False
         return len(leases) + endpoint.foreign < endpoint.limit.value
 
     def _check_conservation(self) -> None:

@@ -1,0 +1,77 @@
+"""How many sidecars there are. Wrong on the safe side: quick to count somebody in, slow to count him out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Set
+
+    from extproc.replicas.messages import Member
+
+GONE_S = 3.0
+"""Somebody must be missing from the store's answers for so long before he counts as gone. A store that was restarted
+empty knows everybody again after a second."""
+WARY_S = 600.0
+"""How long after somebody vanished without a word his requests are looked for in the engines' figures at every reading:
+he may be alive where neither we nor the store see him."""
+
+
+class Census:
+    """The members of a pool, as the store and streams tell."""
+
+    def __init__(self) -> None:
+        """Know nobody."""
+        self.members: dict[str, Member] = {}
+        self.answered_at: float | None = None  # when the store answered last
+        self.vanished_at: float | None = None  # when somebody was counted out who had not said goodbye
+        self._missing: dict[str, float] = {}  # since when
+        self._left: set[str] = set()
+
+    def heard(self, members: Iterable[Member], now: float) -> None:
+        """Take over an answer of the store."""
+        self.answered_at = now
+        seen = {member.id: member for member in members}
+        self.members.update(seen)
+        for name in list(self.members):
+            if name in seen:
+                self._missing.pop(name, None)
+            elif name in self._left or now - self._missing.setdefault(name, now) >= GONE_S:
+                if name not in self._left:
+                    self.vanished_at = now
+                self._forget(name)
+        self._left &= seen.keys()
+
+    def met(self, member: Member) -> None:
+        """Count somebody in who opened a stream to us."""
+        self._left.discard(member.id)
+        self.members[member.id] = member
+
+    def left(self, name: str) -> None:
+        """Count somebody out who said goodbye; the store may still list him for a moment."""
+        self._left.add(name)
+        self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        self.members.pop(name, None)
+        self._missing.pop(name, None)
+
+    def count(self, group: Set[str]) -> int | None:
+        """Return how many there are, those in `group` surely; None: the store has not told yet."""
+        if self.answered_at is None:
+            return None
+        return len(self.members.keys() - self._left | group)
+
+    def part(self, group: Set[str]) -> float:
+        """Return the part of each limit that `group` may use, 0..1; 0: the store has not told yet."""
+        count = self.count(group)
+        return 0.0 if count is None else len(group) / count
+
+    def is_wary(self, now: float) -> bool:
+        """Tell whether somebody may be alive whom nobody sees."""
+        return self.vanished_at is not None and now < self.vanished_at + WARY_S
+
+    def others(self, me: str) -> list[Member]:
+        """Return all but `me`, the oldest first."""
+        found = [member for name, member in self.members.items() if name != me and name not in self._left]
+        return sorted(found, key=lambda member: (member.joined, member.id))

@@ -1,0 +1,194 @@
+"""What a sidecar keeps of its own requests while another one decides: their numbers, and whether a grant still counts.
+
+A grant counts if the leader has shown that it heard us lately: as long as it has, it has not given us up, and counts
+what we hold. A grant that comes when that is in doubt waits for the next word of the leader.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from extproc.admission.ticket import State
+from extproc.admission.values import Answer, Dispatch, Reject
+from extproc.replicas.leading import asked_by
+from extproc.replicas.messages import (
+    Answered,
+    Beat,
+    Cancel,
+    FirstToken,
+    Grant,
+    Held,
+    Offer,
+    Release,
+    Report,
+    Return,
+    Status,
+    Synced,
+    Turned,
+)
+
+if TYPE_CHECKING:
+    from extproc.admission.load import Load
+    from extproc.admission.ticket import Ticket
+    from extproc.replicas.gate import SharedGate
+    from extproc.replicas.messages import Link, Member
+
+FRESH_S = 1.2
+"""How old the last beat may be that the leader has surely heard. It gives us up after SILENCE_S without one."""
+PROMPT_S = 5.0
+"""A prompt sent longer ago is taken as computed: nobody tells a sidecar that does not lead."""
+
+
+class Following:
+    """Our requests under one leader, from its welcome until we leave or lose it.
+
+    Attributes:
+        leader: whom we follow; `epoch`: of its leadership.
+        status: its last word about the whole; None: not yet.
+    """
+
+    def __init__(self, gate: SharedGate, leader: Member, epoch: int, link: Link, waiting: dict[Ticket, None]) -> None:
+        """Tell `leader` what we hold and what of ours waits."""
+        self._gate = gate
+        self.leader = leader
+        self.epoch = epoch
+        self.link = link
+        self.heard_at = gate.now()
+        self.status: Status | None = None
+        self._numbers: dict[Ticket, int] = {}
+        self._waiting: dict[int, Ticket] = {}
+        self._last = 0
+        self._beat = 0
+        self._beats: deque[tuple[int, float]] = deque()
+        self._confirmed_at = self.heard_at
+        self._doubtful: list[Grant] = []
+        now = gate.now()
+        for endpoint in gate.controller.endpoints.values():
+            for ticket in endpoint.leases:
+                number = self._number(ticket)
+                asked, held_s = asked_by(ticket.request, now), now - ticket.leased_at
+                begun = not ticket.prompt_pending or held_s > PROMPT_S
+                link.send(Held(number, asked, endpoint.name, held_s, begun=begun))
+        for ticket in sorted(waiting, key=lambda ticket: ticket.request.arrived):
+            self.offer(ticket)
+        link.send(Synced())
+
+    def _number(self, ticket: Ticket) -> int:
+        self._last += 1
+        self._numbers[ticket] = self._last
+        return self._last
+
+    @property
+    def waiting(self) -> int:
+        """How many of our requests wait."""
+        return len(self._waiting)
+
+    def end(self) -> dict[Ticket, None]:
+        """Leave; return our requests that wait."""
+        self.link.close()
+        self._doubtful.clear()
+        return dict.fromkeys(self._waiting.values())
+
+    # ---- our sessions' words
+
+    def offer(self, ticket: Ticket) -> None:
+        """Have the leader decide."""
+        number = self._number(ticket)
+        self._waiting[number] = ticket
+        self.link.send(Offer(number, asked_by(ticket.request, self._gate.now())))
+
+    def close(self, ticket: Ticket, answer: Answer) -> bool:
+        """Note that one of our requests is over; tell whether it waited."""
+        number = self._numbers.pop(ticket, None)
+        if number is None:
+            return False
+        if self._waiting.pop(number, None) is None:
+            self.link.send(Release(number, answer))
+            return False
+        self.link.send(Cancel(number))
+        return True
+
+    def first_token(self, ticket: Ticket) -> None:
+        """Pass on that the answer began."""
+        if ticket in self._numbers:
+            self.link.send(FirstToken(self._numbers[ticket]))
+
+    def answered(self, ticket: Ticket) -> None:
+        """Pass on that an answer began well, where that is news."""
+        status, endpoint = self.status, ticket.endpoint
+        if status is not None and endpoint is not None and endpoint.name in status.doubted and ticket in self._numbers:
+            self.link.send(Answered(self._numbers[ticket]))
+
+    def report(self, ticket: Ticket, load: Load) -> None:
+        """Pass on what an answer said of its endpoint."""
+        if ticket in self._numbers:
+            self.link.send(Report(self._numbers[ticket], load))
+
+    def refuse_all(self) -> list[Ticket]:
+        """Give up what waits; return it."""
+        tickets = list(self._waiting.values())
+        for number in self._waiting:
+            self.link.send(Cancel(number))
+        for ticket in tickets:
+            del self._numbers[ticket]
+        self._waiting.clear()
+        return tickets
+
+    # ---- the leader's words
+
+    def beat(self) -> None:
+        """Tell the leader that we live."""
+        self._beat += 1
+        self._beats.append((self._beat, self._gate.now()))
+        self.link.send(Beat(self._beat))
+
+    def take_status(self, status: Status) -> None:
+        """Follow the leader's word, and look again at grants that were in doubt."""
+        self.status = status
+        while self._beats and self._beats[0][0] <= status.heard:
+            self._confirmed_at = max(self._confirmed_at, self._beats.popleft()[1])
+        doubtful, self._doubtful = self._doubtful, []
+        for grant in doubtful:
+            self.take_grant(grant)
+        for name, value in status.limits:
+            endpoint = self._gate.controller.endpoints.get(name)
+            if endpoint is not None:
+                endpoint.limit.start_at(value)
+
+    def take_grant(self, grant: Grant) -> None:
+        """Dispatch a request. The lease is in our own books before anybody hears of it."""
+        if self._gate.now() - self._confirmed_at > FRESH_S:
+            self._doubtful.append(grant)
+            return
+        ticket = self._waiting.get(grant.number)
+        if ticket is None:
+            return  # its client left, and our word of that is on its way
+        controller = self._gate.controller
+        endpoint = controller.endpoints.get(grant.endpoint)
+        if endpoint is None or endpoint.removed:
+            self.link.send(Return(grant.number))
+            return
+        del self._waiting[grant.number]
+        self._gate.do(lambda now: controller.adopt(ticket, grant.endpoint, now))
+        assert ticket.state is State.LEASED  # noqa: S101 - the endpoint is there
+        ticket.position = grant.position
+        ticket.home = controller.endpoints.get(grant.home) if grant.home is not None else None
+        wait_s = max(self._gate.now() - ticket.request.arrived, 0.0)
+        self._gate.carry(Dispatch(ticket, grant.outcome, grant.endpoint, wait_s))
+
+    def take_refusal(self, turned: Turned) -> None:
+        """Refuse a request."""
+        ticket = self._waiting.pop(turned.number, None)
+        if ticket is not None:
+            del self._numbers[ticket]
+            self.turn_away(ticket, turned)
+
+    def turn_away(self, ticket: Ticket, turned: Turned) -> None:
+        """Carry a refusal to the session that holds the request."""
+        controller = self._gate.controller
+        ticket.state = State.LEFT
+        ticket.request_class = controller.class_of(ticket.request)
+        ticket.position = turned.position
+        wait_s = max(self._gate.now() - ticket.request.arrived, 0.0)
+        self._gate.carry(Reject(ticket, turned.outcome, wait_s, turned.retry_after_s))

@@ -1,0 +1,186 @@
+"""The gate of a sidecar that shares endpoints with others: to sessions a gate like any, whoever decides."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from extproc.admission.outcome import Outcome
+from extproc.admission.ticket import State
+from extproc.admission.values import Answer, Reject
+from extproc.replicas.leading import Forwarded
+from extproc.stream.gate import Gate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from extproc.admission.controller import Controller
+    from extproc.admission.load import Load
+    from extproc.admission.ticket import Ticket
+    from extproc.admission.values import Decision, EndpointSpec
+    from extproc.replicas.replica import Replica
+    from extproc.stream.gate import Loop, Observer, Timer
+
+
+class _OwnOnly:
+    """Tells an observer of our own requests alone: others' sidecars tell of theirs."""
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+
+    def decided(self, decision: Decision) -> None:
+        if not isinstance(decision.ticket, Forwarded):
+            self._observer.decided(decision)
+
+    def cancelled(self, ticket: Ticket, wait_s: float) -> None:
+        if not isinstance(ticket, Forwarded):
+            self._observer.cancelled(ticket, wait_s)
+
+
+class _Watch:
+    """A loop whose clock has the replica notice, before anything is decided, that the process was stopped."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self.look: Callable[[], None] = lambda: None
+
+    def time(self) -> float:
+        self.look()
+        return self._loop.time()
+
+    def call_at(self, when: float, callback: Callable[[], None]) -> Timer:
+        return self._loop.call_at(when, callback)
+
+    def call_soon(self, callback: Callable[[], None]) -> object:
+        return self._loop.call_soon(callback)
+
+
+class SharedGate(Gate):
+    """Decides by its own core while this sidecar leads, and passes everything on while it follows."""
+
+    replica: Replica
+
+    def __init__(self, controller: Controller, loop: Loop, observers: Iterable[Observer] = ()) -> None:
+        """Drive `controller` on `loop`; a `Replica` made with this gate must begin before requests come."""
+        self._watch = _Watch(loop)
+        super().__init__(controller, self._watch, [_OwnOnly(observer) for observer in observers])
+        controller.is_shared = True
+
+    def watch(self) -> None:
+        """Have every look at the clock notice whether the process was stopped."""
+        self._watch.look = self.replica.look
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait here, ours and, if we lead, those of others."""
+        return super().waiting + self.replica.waiting
+
+    # ---- for the roles: events of our own core
+
+    def do(self, event: Callable[[float], list[Decision]]) -> None:
+        """Carry out an event of the core that only sidecars among others have."""
+        self._settle(event(self.now()))
+
+    def carry(self, decision: Decision) -> None:
+        """Deliver a decision that another sidecar's core made."""
+        self._settle([decision])
+
+    def offer_here(self, ticket: Ticket) -> None:
+        """Have our own core decide."""
+        self.do(lambda now: self.controller.offer(ticket, now))
+
+    def close_here(self, ticket: Ticket, answer: Answer) -> None:
+        """End a request in our own core."""
+        super().close(ticket, answer)
+
+    # ---- as any gate
+
+    def offer(self, ticket: Ticket) -> None:
+        """Take a request in; whoever leads decides."""
+        now = self.now()
+        if self._left:
+            return
+        ticket.request_class = self.controller.class_of(ticket.request)  # it may leave before it is decided
+        if (
+            self._replays.are_expected(now)
+            and self.controller.policy.enable_queue
+            and self._replays.gather(ticket, now)
+        ):
+            return
+        self._route(ticket)
+
+    def stop_gathering(self) -> None:
+        """Expect no more replays: what was gathered takes its place now, wherever that is."""
+        for ticket in self._replays.stop():
+            self._route(ticket)
+
+    def _route(self, ticket: Ticket) -> None:
+        if self.controller.draining and not self.replica.decides:
+            ticket.state = State.LEFT
+            self.carry(Reject(ticket, Outcome.DRAINING, 0.0, 1))
+        elif not self.replica.offer(ticket):
+            self.offer_here(ticket)
+
+    def close(self, ticket: Ticket, answer: Answer = Answer.UNKNOWN) -> None:
+        """Note that a request is over."""
+        if self._left:
+            return
+        now = self.now()
+        waited = self.replica.close(ticket, answer)
+        if waited:
+            self._tell_cancelled(ticket, now)
+        else:
+            super().close(ticket, answer)
+
+    def first_token(self, ticket: Ticket) -> None:
+        """Note that the answer began."""
+        super().first_token(ticket)
+        self.replica.first_token(ticket)
+
+    def answered(self, ticket: Ticket) -> None:
+        """Note that an answer began well."""
+        super().answered(ticket)
+        self.replica.answered(ticket)
+
+    def report(self, ticket: Ticket, load: Load) -> None:
+        """Follow what an answer's headers say of its endpoint's load; who leads is told."""
+        if self.replica.decides:
+            super().report(ticket, load)
+        else:
+            self.replica.report(ticket, load)
+
+    def put_endpoint(self, spec: EndpointSpec) -> None:
+        """Add or change an endpoint."""
+        super().put_endpoint(spec)
+        if self.replica.leading is not None:
+            self.replica.leading.came(spec.name)
+        self.replica.names_changed()
+
+    def remove_endpoint(self, name: str) -> None:
+        """Send nothing more to an endpoint."""
+        super().remove_endpoint(name)
+        if self.replica.leading is not None:
+            self.replica.leading.look_at_names()
+        self.replica.names_changed()
+
+    def observe(self, name: str, load: Load) -> None:
+        """Follow an endpoint's telemetry, if we lead: who follows goes by the leader's decisions."""
+        self.now()
+        leading = self.replica.leading
+        if leading is not None:
+            leading.before_reading(name)
+            super().observe(name, load)
+            leading.after_reading(name)
+
+    def drain(self) -> None:
+        """Refuse what waits here, and what would have to."""
+        super().drain()
+        for ticket in self.replica.refuse_all():
+            ticket.state = State.LEFT
+            ticket.request_class = self.controller.class_of(ticket.request)
+            wait_s = max(self.now() - ticket.request.arrived, 0.0)
+            self.carry(Reject(ticket, Outcome.DRAINING, wait_s, 1))
+
+    def leave(self) -> None:
+        """Decide nothing more, and say goodbye to the others."""
+        super().leave()
+        self.replica.end()

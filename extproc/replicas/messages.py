@@ -1,0 +1,251 @@
+"""What sidecars say to each other, as plain values. Ages travel, never times: no clock is compared with another's."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from extproc.admission.load import Load
+    from extproc.admission.outcome import Outcome
+    from extproc.admission.values import Answer
+
+VERSION = 1
+"""Of the protocol. Sidecars of different versions don't follow each other; each group uses its part alone."""
+
+
+class Member(NamedTuple):
+    """One sidecar: a name of its own for each life, where others reach it, and when it joined, by the store's count."""
+
+    id: str
+    address: str
+    joined: int
+
+
+class Asked(NamedTuple):
+    """A request as its headers said it, `age_s` after Envoy received it."""
+
+    id: str
+    age_s: float
+    model: str | None = None
+    request_class: str = ""
+    tenant: str = ""
+    session: str | None = None
+    home: str | None = None
+    budget_s: float | None = None
+    prompt_tokens: int = 0
+    max_output_tokens: int | None = None
+
+
+class Purpose(Enum):
+    """Why somebody says hello."""
+
+    FOLLOW = 1
+    MEET = 2
+
+
+# ---- both ways
+
+
+class Hello(NamedTuple):
+    """The first word of whoever opens a stream. `names`: the endpoints that its Envoy can be sent to."""
+
+    version: int
+    pool: str
+    member: Member
+    purpose: Purpose
+    followers: int
+    epoch: int
+    names: frozenset[str]
+
+
+class Leave(NamedTuple):
+    """The stream ends on purpose. A leader names who leads from now on, if it knows."""
+
+    successor: Member | None = None
+
+
+# ---- the first answer
+
+
+class Welcome(NamedTuple):
+    """Follow me; tell me what you hold."""
+
+    member: Member
+    epoch: int
+
+
+class Redirect(NamedTuple):
+    """I follow somebody else: ask there."""
+
+    leader: Member
+
+
+class Met(NamedTuple):
+    """I lead, too."""
+
+    member: Member
+    followers: int
+    epoch: int
+
+
+class Refuse(NamedTuple):
+    """You can't follow me, and this is why."""
+
+    why: str
+
+
+# ---- from who follows
+
+
+class Held(NamedTuple):
+    """A request that I dispatched `held_s` ago and that still runs. `begun`: its first token was seen."""
+
+    number: int
+    asked: Asked
+    endpoint: str
+    held_s: float
+    begun: bool
+
+
+class Offer(NamedTuple):
+    """A request that waits."""
+
+    number: int
+    asked: Asked
+
+
+class Synced(NamedTuple):
+    """That was all I hold."""
+
+
+class Names(NamedTuple):
+    """My endpoints have changed."""
+
+    names: frozenset[str]
+
+
+class Beat(NamedTuple):
+    """I live. Counts up."""
+
+    number: int
+
+
+class Cancel(NamedTuple):
+    """The client left."""
+
+    number: int
+
+
+class Release(NamedTuple):
+    """The answer is complete, or broken."""
+
+    number: int
+    answer: Answer
+
+
+class FirstToken(NamedTuple):
+    """The answer's first byte came."""
+
+    number: int
+
+
+class Answered(NamedTuple):
+    """The answer began well."""
+
+    number: int
+
+
+class Report(NamedTuple):
+    """What an answer's headers said of its endpoint."""
+
+    number: int
+    load: Load
+
+
+class Return(NamedTuple):
+    """I can't send it there; decide again."""
+
+    number: int
+
+
+# ---- from who leads
+
+
+class Grant(NamedTuple):
+    """Send it to `endpoint`. Good once, and only while this leader is followed."""
+
+    number: int
+    outcome: Outcome
+    endpoint: str
+    position: int
+    home: str | None
+
+
+class Turned(NamedTuple):
+    """Refuse it."""
+
+    number: int
+    outcome: Outcome
+    retry_after_s: int | None
+    position: int
+
+
+class Status(NamedTuple):
+    """The leader lives, and has heard the beat `heard`.
+
+    Attributes:
+        members: how many sidecars there are, by what the leader knows.
+        group: how many of them are in its group, itself included.
+        limits: of endpoints, for who leads next: an adaptive limit need not start over.
+        doubted: endpoints of which an answer that begins well is news.
+    """
+
+    heard: int
+    members: int
+    group: int
+    limits: tuple[tuple[str, int], ...] = ()
+    doubted: frozenset[str] = frozenset()
+
+
+Message = (
+    Hello
+    | Leave
+    | Welcome
+    | Redirect
+    | Met
+    | Refuse
+    | Held
+    | Offer
+    | Synced
+    | Names
+    | Beat
+    | Cancel
+    | Release
+    | FirstToken
+    | Answered
+    | Report
+    | Return
+    | Grant
+    | Turned
+    | Status
+)
+
+
+class Link(Protocol):
+    """One side of a stream between two sidecars: in order, each message once, or the stream is closed."""
+
+    def send(self, message: Message) -> None:
+        """Send, soon. After the stream has ended: no-op."""
+
+    def close(self) -> None:
+        """End the stream once what was sent is on its way; nothing is received any more."""
+
+
+class Network(Protocol):
+    """How to reach others. No callback is called before `dial` returns, and none after the link was closed by us."""
+
+    def dial(self, address: str, receive: Callable[[Message], None], closed: Callable[[], None]) -> Link:
+        """Open a stream. `closed` is called once if it can't be, or when it ends."""

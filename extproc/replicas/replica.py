@@ -1,0 +1,698 @@
+"""One sidecar among others, as a state machine: whom it follows, or whom it leads.
+
+    seeking ──welcome──▶ following ──the leader is lost, or leaves──▶ seeking
+       └──nobody older answers──▶ leading ──meets a bigger group──▶ seeking
+
+There is no election and no lock. Everybody who follows nobody leads itself, and each group uses its part of the limits
+(`leading`), so any number of leaders is safe; that there is one is only better. Whoever seeks asks the oldest first.
+Leaders look for others once a second, and the smaller group joins the bigger one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from enum import Enum
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+from extproc.replicas.census import Census
+from extproc.replicas.following import Following
+from extproc.replicas.leading import Follower, Leading
+from extproc.replicas.messages import (
+    VERSION,
+    Grant,
+    Hello,
+    Leave,
+    Member,
+    Met,
+    Names,
+    Purpose,
+    Redirect,
+    Refuse,
+    Status,
+    Turned,
+    Welcome,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from extproc.admission.load import Load
+    from extproc.admission.ticket import Ticket
+    from extproc.admission.values import Answer
+    from extproc.replicas.gate import SharedGate
+    from extproc.replicas.messages import Link, Message, Network
+    from extproc.stream.gate import Loop, Timer
+
+log = logging.getLogger("extproc.replicas")
+
+BEAT_S = 0.25
+SILENCE_S = 2.0
+"""Who was not heard of for so long is given up, on both sides."""
+STOPPED_S = 1.2
+"""Who finds that he himself did nothing for so long has been given up by others, or soon will be."""
+TRY_S = 0.5
+"""How long one sidecar is given to answer whether it leads."""
+RETRY_S = 0.1
+NOTICE_S = 1.0
+"""How long somebody who still follows a leader that we have lost is given to lose it, too."""
+SEEK_S = 2.0
+"""How long to look for a leader before leading oneself."""
+GATHER_S = 1.0
+"""The longest that a new leader waits for others to tell what they hold, so that age decides who goes first."""
+MEET_S = 1.0
+REFUSED_S = 5.0
+"""How long somebody who refused us is left alone."""
+LAST = 1 << 62
+"""The place in the order of joining of who is about to leave: nobody should follow it."""
+
+
+class Role(Enum):
+    """What a sidecar is to others."""
+
+    SEEKING = "seeking"
+    FOLLOWING = "following"
+    LEADING = "leading"
+
+
+class _Attempt:
+    """One try to find out whom to follow."""
+
+    __slots__ = ("is_over", "link", "member", "timer")
+
+    def __init__(self, member: Member) -> None:
+        self.member = member
+        self.link: Link | None = None
+        self.timer: Timer | None = None
+        self.is_over = False
+
+    def end(self) -> None:
+        self.is_over = True
+        if self.timer is not None:
+            self.timer.cancel()
+
+
+class Guest:
+    """Who opened a stream to us: a follower, a leader that wants to meet, or nobody yet."""
+
+    __slots__ = ("_replica", "follower", "hello", "link")
+
+    def __init__(self, replica: Replica, link: Link) -> None:
+        """Expect a hello on `link`."""
+        self._replica = replica
+        self.link = link
+        self.hello: Hello | None = None
+        self.follower: Follower | None = None
+
+    def receive(self, message: Message) -> None:
+        """Take a message."""
+        self._replica.hear_guest(self, message)
+
+    def closed(self) -> None:
+        """Note that the stream ended."""
+        self._replica.lose_guest(self)
+
+
+class Picture(NamedTuple):
+    """What people see of a replica.
+
+    Attributes:
+        leader: id of whom it follows, its own if it leads, None while it seeks.
+        members, group: how many sidecars there are, and how many of them are in our group; 0: not known.
+        store_age_s: since the store answered last; None: never.
+        leader_age_s: since the leader was heard; None for who leads.
+    """
+
+    role: Role
+    since_s: float
+    leader: str | None
+    epoch: int
+    members: int
+    group: int
+    store_age_s: float | None
+    leader_age_s: float | None
+
+
+class Replica:
+    """This sidecar's place among others.
+
+    Attributes:
+        role: see `Role`.
+        leading, following: the books of the role; None in another.
+        turns: how often it began to lead, follow, seek.
+    """
+
+    def __init__(self, gate: SharedGate, me: Member, pool: str, network: Network, loop: Loop) -> None:
+        """Belong to the sidecars of `pool` as `me`; `begin` starts it."""
+        self.me = me
+        self.census = Census()
+        self.role = Role.SEEKING
+        self.leading: Leading | None = None
+        self.following: Following | None = None
+        self.turns = dict.fromkeys(Role, 0)
+        self.refused: str | None = None  # why the leader would not have us
+        self._gate = gate
+        self._pool = pool
+        self._network = network
+        self._loop = loop
+        self._waiting: dict[Ticket, None] = {}  # ours, while nobody decides
+        self._epoch = 0
+        self._since = loop.time()
+        self._hold_until = 0.0
+        self._seek_until = 0.0
+        self._candidates: deque[Member] = deque()
+        self._avoided: str | None = None  # whom we have just lost
+        self._refusals: dict[str, float] = {}
+        self._attempt: _Attempt | None = None
+        self._probe: _Attempt | None = None
+        self._probe_next: Member | None = None
+        self._probed = 0
+        self._probed_at = 0.0
+        self._parked: list[Guest] = []
+        self._guests: set[Guest] = set()
+        self._alive_at = loop.time()
+        self._ends_gathering: Timer | None = None
+        self._leaving = False
+        self._ended = False
+        self._on_role: Callable[[Role], None] = lambda _role: None
+        gate.replica = self
+
+    # ---- life
+
+    def begin(self, on_role: Callable[[Role], None]) -> None:
+        """Look for a leader now; `on_role` is told of each change of role."""
+        self._on_role = on_role
+        self._alive_at = self._loop.time()
+        self._seek([], hold_until=self._loop.time() + SILENCE_S, everybody=True)
+        self._loop.call_at(self._loop.time() + BEAT_S, self._beat)
+
+    def resign(self) -> None:
+        """Have somebody else lead, and follow him, as we are about to leave. Who waits loses nothing but a moment."""
+        self._leaving = True
+        self.me = self.me._replace(joined=LAST)
+        if self.leading is not None and self.leading.followers:
+            members = [follower.member for follower in self.leading.followers.values()]
+            self._yield_to(min(members, key=lambda member: (member.joined, member.id)))
+
+    def end(self) -> None:
+        """Say goodbye and do nothing more. What runs goes on in Envoy; the engines' figures count it."""
+        self._ended = True
+        for guest in self._guests:
+            if guest.follower is None:
+                guest.link.close()
+        if self.following is not None:
+            self.following.link.send(Leave())
+            self.following.link.close()
+        if self.leading is not None:
+            for follower in self.leading.followers.values():
+                follower.link.send(Leave())
+                follower.link.close()
+        for attempt in (self._attempt, self._probe):
+            if attempt is not None:
+                self._drop_attempt(attempt)
+
+    def store_says(self, members: Iterable[Member]) -> None:
+        """Take over who is alive."""
+        found = list(members)
+        self.census.heard(found, self._loop.time())
+        for member in found:
+            if member.id == self.me.id and not self._leaving:
+                self.me = member
+        if self.leading is not None:
+            self.leading.relimit()
+
+    @property
+    def decides(self) -> bool:
+        """Whether our own core decides, for whoever is in our group."""
+        return self.leading is not None
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait here that our own core does not know of."""
+        held = len(self._waiting)
+        if self.following is not None:
+            held += self.following.waiting
+        if self.leading is not None:
+            held += len(self.leading.gathering or ())
+        return held
+
+    def picture(self) -> Picture:
+        """Return what people want to see."""
+        now, leading, following = self._loop.time(), self.leading, self.following
+        answered_at = self.census.answered_at
+        leader = self.me.id if leading is not None else following.leader.id if following is not None else None
+        members = group = 0
+        if leading is not None:
+            members, group = self.census.count(leading.group) or 0, len(leading.group)
+        elif following is not None and following.status is not None:
+            members, group = following.status.members, following.status.group
+        return Picture(
+            self.role,
+            now - self._since,
+            leader,
+            self._epoch,
+            members,
+            group,
+            None if answered_at is None else now - answered_at,
+            None if following is None else now - following.heard_at,
+        )
+
+    # ---- our own requests
+
+    def offer(self, ticket: Ticket) -> bool:
+        """Take a new request, unless our own core is to decide it now; tell whether."""
+        if self.following is not None:
+            self.following.offer(ticket)
+            return True
+        if self.leading is not None:
+            return self.leading.gather(ticket)
+        self._waiting[ticket] = None
+        return True
+
+    def close(self, ticket: Ticket, answer: Answer) -> bool:
+        """Note the end of one of our requests; tell whether it waited where our own core does not know of it."""
+        if self.following is not None:
+            return self.following.close(ticket, answer)
+        if self.leading is not None:
+            return self.leading.close_gathered(ticket)
+        waited = ticket in self._waiting
+        self._waiting.pop(ticket, None)
+        return waited
+
+    def refuse_all(self) -> list[Ticket]:
+        """Give up what waits and is not in our own core; return it."""
+        tickets, self._waiting = list(self._waiting), {}
+        if self.following is not None:
+            tickets += self.following.refuse_all()
+        return tickets
+
+    def names_changed(self) -> None:
+        """Follow a change of our endpoints."""
+        if self.following is not None:
+            self.following.link.send(Names(self._names()))
+
+    def _names(self) -> frozenset[str]:
+        endpoints = self._gate.controller.endpoints.values()
+        return frozenset(endpoint.name for endpoint in endpoints if not endpoint.removed)
+
+    # ---- roles
+
+    def _become(self, role: Role) -> None:
+        if role is not self.role:
+            self._since = self._loop.time()
+        self.role = role
+        self.turns[role] += 1
+        self._on_role(role)
+
+    def _seek(
+        self,
+        first: list[Member],
+        *,
+        hold_until: float,
+        avoid: str | None = None,
+        everybody: bool = False,
+    ) -> None:
+        """Look for a leader: ask `first`, then who is older than we, or everybody."""
+        now = self._loop.time()
+        self._hold_until = max(self._hold_until, hold_until)
+        self._avoided = avoid
+        self._seek_until = now + SEEK_S
+        mine = (self.me.joined, self.me.id)
+        others = [
+            member
+            for member in self.census.others(self.me.id)
+            if member.id != avoid and (everybody or (member.joined, member.id) < mine)
+        ]
+        self._candidates = deque(first + [member for member in others if member not in first])
+        if self._probe is not None:
+            self._drop_attempt(self._probe)
+        self._probe = None
+        self._become(Role.SEEKING)
+        self._ask_next()
+
+    def _ask_next(self) -> None:
+        if self._attempt is not None:
+            self._drop_attempt(self._attempt)
+            self._attempt = None
+        now = self._loop.time()
+        while self._candidates and now < self._seek_until:
+            member = self._candidates.popleft()
+            if member.id != self.me.id and self._refusals.get(member.id, 0.0) <= now:
+                self._ask(member, now)
+                return
+        self._lead()
+
+    def _ask(self, member: Member, since: float) -> None:
+        """Ask somebody whom we have asked `since` then whether he leads us."""
+        attempt = self._attempt = _Attempt(member)
+        attempt.timer = self._loop.call_at(self._loop.time() + TRY_S, partial(self._gave_no_answer, attempt))
+        attempt.link = self._network.dial(
+            member.address, partial(self._hear_answer, attempt, since), partial(self._gave_no_answer, attempt)
+        )
+        attempt.link.send(self._hello(Purpose.FOLLOW))
+
+    def _hello(self, purpose: Purpose) -> Hello:
+        followers = len(self.leading.followers) if self.leading is not None else 0
+        return Hello(VERSION, self._pool, self.me, purpose, followers, self._epoch, self._names())
+
+    def _drop_attempt(self, attempt: _Attempt) -> None:
+        attempt.end()
+        if attempt.link is not None:
+            attempt.link.close()
+
+    def _gave_no_answer(self, attempt: _Attempt) -> None:
+        if self.following is not None and self.following.link is attempt.link:
+            self._lose_leader(silent=False)
+        elif not attempt.is_over and attempt is self._attempt:
+            self._ask_next()
+
+    def _hear_answer(self, attempt: _Attempt, since: float, message: Message) -> None:
+        """Take the word of whom we asked, and later of whom we follow."""
+        self.look()
+        following = self.following
+        if following is not None and following.link is attempt.link:
+            self._hear_leader(following, message)
+        elif not attempt.is_over and attempt is self._attempt and attempt.link is not None:
+            match message:
+                case Welcome(member, epoch):
+                    attempt.end()
+                    self._follow(member, epoch, attempt.link)
+                case Redirect(leader):
+                    self._redirected(attempt, leader, since)
+                case Refuse(why):
+                    self.refused = why
+                    self._refusals[attempt.member.id] = self._loop.time() + REFUSED_S
+                    log.warning("the leader %s does not have us: %s; deciding alone", attempt.member.id, why)
+                    self._ask_next()
+                case _:
+                    self._ask_next()
+
+    def _redirected(self, attempt: _Attempt, leader: Member, since: float) -> None:
+        now = self._loop.time()
+        if leader.id in (self._avoided, self.me.id, attempt.member.id):  # he has not noticed yet
+            self._drop_attempt(attempt)
+            self._attempt = waits = _Attempt(attempt.member)
+            if now + RETRY_S < min(since + NOTICE_S, self._seek_until):
+                waits.timer = self._loop.call_at(now + RETRY_S, partial(self._ask, attempt.member, since))
+            else:
+                self._ask_next()
+        else:
+            self._candidates.appendleft(leader)
+            self._ask_next()
+
+    def _follow(self, leader: Member, epoch: int, link: Link) -> None:
+        self._attempt = None
+        self._epoch = max(self._epoch, epoch)
+        self.refused = None
+        self._hold_until = 0.0
+        waiting, self._waiting = self._waiting, {}
+        self.census.met(leader)
+        self.following = Following(self._gate, leader, epoch, link, waiting)
+        self._become(Role.FOLLOWING)
+        log.info("following %s, epoch %d", leader.id, epoch)
+        self._answer_parked()
+
+    def _lead(self) -> None:
+        now = self._loop.time()
+        self._epoch += 1
+        self.leading = Leading(self._gate, self.me, self.census, hold_until=self._hold_until)
+        self._hold_until = 0.0
+        self._probed_at = now
+        waiting, self._waiting = self._waiting, {}
+        for ticket in waiting:
+            self.leading.gather(ticket)
+        self._become(Role.LEADING)
+        log.info("leading, epoch %d, %d other sidecar(s) known", self._epoch, len(self.census.others(self.me.id)))
+        self._ends_gathering = self._loop.call_at(now + GATHER_S, partial(self._stop_gathering, self.leading))
+        self._answer_parked()
+        self._look_whether_all_came()
+
+    def _stop_gathering(self, leading: Leading) -> None:
+        if self._ends_gathering is not None:
+            self._ends_gathering.cancel()
+        if leading is self.leading and leading.gathering is not None:
+            leading.stop_gathering()
+
+    def _look_whether_all_came(self) -> None:
+        leading = self.leading
+        if leading is not None and leading.gathering is not None:
+            expected = {member.id for member in self.census.others(self.me.id)} - {self._avoided}
+            told = {name for name, follower in leading.followers.items() if follower.syncing is None}
+            if expected <= told and self.census.answered_at is not None:
+                self._stop_gathering(leading)
+
+    def _lose_leader(self, *, silent: bool, successor: Member | None = None, clean: bool = False) -> None:
+        following = self.following
+        if following is None:
+            return
+        self.following = None
+        self._waiting |= following.end()
+        leader = following.leader
+        log.warning("the leader %s %s", leader.id, "has left" if clean else "is silent" if silent else "is gone")
+        hold_until = 0.0 if clean else following.heard_at + SILENCE_S
+        first = [successor] if successor is not None else [] if silent or clean else [leader]
+        if clean and successor is None:
+            self.census.left(leader.id)
+        if successor is not None and successor.id == self.me.id:
+            self._avoided = None
+            self._candidates.clear()
+            self._hold_until = 0.0
+            self._become(Role.SEEKING)
+            self._lead()
+        else:
+            self._seek(first, hold_until=hold_until, avoid=leader.id)
+
+    def _yield_to(self, successor: Member) -> None:
+        """Lead no more, and follow `successor`."""
+        leading = self.leading
+        if leading is None:
+            return
+        log.info("leading no more: following %s", successor.id)
+        self._waiting |= dict.fromkeys(leading.end(successor))
+        self.leading = None
+        self._seek([successor], hold_until=0.0)
+
+    # ---- whom we follow
+
+    def _hear_leader(self, following: Following, message: Message) -> None:
+        following.heard_at = self._loop.time()
+        match message:
+            case Grant():
+                following.take_grant(message)
+            case Turned():
+                following.take_refusal(message)
+            case Status():
+                following.take_status(message)
+            case Leave(successor):
+                self._lose_leader(silent=False, successor=successor, clean=True)
+            case Refuse(why):
+                self.refused = why
+                self._refusals[following.leader.id] = self._loop.time() + REFUSED_S
+                self._lose_leader(silent=True)
+            case _:
+                pass  # nothing that has a place here
+
+    # ---- who comes to us
+
+    def accept(self, link: Link) -> Guest:
+        """Take a stream that somebody opened; the network calls the guest's `receive` and `closed`."""
+        guest = Guest(self, link)
+        self._guests.add(guest)
+        return guest
+
+    def hear_guest(self, guest: Guest, message: Message) -> None:
+        """Take a message of somebody who came to us."""
+        self.look()
+        if self._ended:
+            guest.link.close()
+        elif guest.follower is not None:
+            if self.leading is None or self.leading.followers.get(guest.follower.member.id) is not guest.follower:
+                return  # we lead him no more
+            if isinstance(message, Leave):
+                self.leading.drop(guest.follower, clean=True)
+                guest.link.close()
+            else:
+                self.leading.receive(guest.follower, message)
+                self._look_whether_all_came()
+        elif isinstance(message, Hello) and guest.hello is None:
+            guest.hello = message
+            self._answer(guest, message)
+        else:
+            guest.link.close()
+
+    def lose_guest(self, guest: Guest) -> None:
+        """Note that somebody's stream ended."""
+        self._guests.discard(guest)
+        if guest in self._parked:
+            self._parked.remove(guest)
+        if guest.follower is not None and self.leading is not None:
+            self.leading.drop(guest.follower, clean=False)
+
+    def _answer(self, guest: Guest, hello: Hello) -> None:
+        refusal = self._refusal_of(hello)
+        if refusal is not None:
+            guest.link.send(Refuse(refusal))
+            guest.link.close()
+            return
+        self._epoch = max(self._epoch, hello.epoch)
+        self.census.met(hello.member)
+        if self.following is not None:
+            guest.link.send(Redirect(self.following.leader))
+            guest.link.close()
+        elif self.leading is None:
+            self._parked.append(guest)
+        elif hello.purpose is Purpose.MEET:
+            guest.link.send(Met(self.me, len(self.leading.followers), self._epoch))
+            guest.link.close()
+            if self._rank() < _rank_of(hello.followers, hello.member):
+                self._yield_to(hello.member)
+        else:
+            self._take_in(guest, hello)
+
+    def _refusal_of(self, hello: Hello) -> str | None:
+        if hello.version != VERSION:
+            return f"its protocol is version {hello.version}, ours {VERSION}"
+        if hello.pool != self._pool:
+            return f"its pool is {hello.pool!r}, ours {self._pool!r}"
+        return None
+
+    def _take_in(self, guest: Guest, hello: Hello) -> None:
+        leading = self.leading
+        assert leading is not None  # noqa: S101 - asked before
+        before = leading.followers.get(hello.member.id)
+        if before is not None:  # its old stream has died unnoticed
+            before.link.close()
+            leading.drop(before, clean=False)
+        self._epoch = max(self._epoch, hello.epoch)
+        guest.follower = Follower(hello.member, guest.link, hello.names, self._loop.time())
+        guest.link.send(Welcome(self.me, self._epoch))
+        leading.add(guest.follower)
+        guest.link.send(leading.status(guest.follower))
+        log.info("%s follows", hello.member.id)
+
+    def _answer_parked(self) -> None:
+        parked, self._parked = self._parked, []
+        for guest in parked:
+            if guest.hello is not None:
+                self._answer(guest, guest.hello)
+
+    # ---- other leaders
+
+    def _rank(self) -> tuple[int, int, str]:
+        followers = len(self.leading.followers) if self.leading is not None else 0
+        return _rank_of(followers, self.me)
+
+    def _meet(self) -> None:
+        """Look whether one of those who don't follow us leads, too; one at a time."""
+        leading = self.leading
+        assert leading is not None  # noqa: S101 - only leaders look
+        now = self._loop.time()
+        strangers = [
+            member
+            for member in self.census.others(self.me.id)
+            if member.id not in leading.followers and self._refusals.get(member.id, 0.0) <= now
+        ]
+        if not strangers:
+            return
+        self._probed += 1
+        target = self._probe_next or strangers[self._probed % len(strangers)]
+        self._probe_next = None
+        if self._probe is not None:
+            self._drop_attempt(self._probe)
+        probe = self._probe = _Attempt(target)
+        probe.link = self._network.dial(target.address, partial(self._hear_other, probe), lambda: None)
+        probe.link.send(self._hello(Purpose.MEET))
+
+    def _hear_other(self, probe: _Attempt, message: Message) -> None:
+        self.look()
+        if probe is not self._probe or probe.is_over or self.leading is None:
+            return
+        self._drop_attempt(probe)
+        match message:
+            case Met(member, followers, epoch):
+                self._epoch = max(self._epoch, epoch)
+                if self._rank() < _rank_of(followers, member):
+                    self._yield_to(member)
+            case Redirect(leader) if leader.id != self.me.id and leader.id not in self.leading.followers:
+                self._probe_next = leader
+            case Refuse(why):
+                self.refused = why
+                self._refusals[probe.member.id] = self._loop.time() + REFUSED_S
+            case _:
+                pass
+
+    # ---- time
+
+    def look(self) -> None:
+        """Notice that this process was stopped for a while: others have gone on without us."""
+        now = self._loop.time()
+        stopped_s, self._alive_at = now - self._alive_at, now
+        if stopped_s > STOPPED_S and not self._ended and self.turns[Role.SEEKING]:
+            self._was_stopped(now, stopped_s)
+
+    def _was_stopped(self, now: float, stopped_s: float) -> None:
+        log.warning("this process did nothing for %.1f s; others may have gone on without it", stopped_s)
+        if self.following is not None:
+            following, self.following = self.following, None
+            self._waiting |= following.end()
+        elif self.leading is not None:
+            self._waiting |= dict.fromkeys(self.leading.end(None))
+            self.leading = None
+        self._seek([], hold_until=now + SILENCE_S, everybody=True)
+
+    def _beat(self) -> None:
+        if self._ended:
+            return
+        self.look()
+        now = self._loop.time()
+        self._loop.call_at(now + BEAT_S, self._beat)
+        if self.following is not None:
+            if now - self.following.heard_at > SILENCE_S:
+                self._lose_leader(silent=True)
+            else:
+                self.following.beat()
+        elif self.leading is not None:
+            self._beat_as_leader(self.leading, now)
+
+    def _beat_as_leader(self, leading: Leading, now: float) -> None:
+        for follower in list(leading.followers.values()):
+            if now - follower.heard_at > SILENCE_S:
+                log.warning("%s is silent: leading without it", follower.member.id)
+                follower.link.close()
+                leading.drop(follower, clean=False)
+            else:
+                follower.link.send(leading.status(follower))
+        for follower in leading.turn():
+            lacking = ", ".join(leading.lacks(follower.names)[:5])
+            log.warning("%s does not know endpoint(s) %s: it decides alone", follower.member.id, lacking)
+            follower.link.send(Refuse(f"we use endpoint(s) that it does not know: {lacking}"))
+            follower.link.close()
+            leading.drop(follower, clean=False)
+        if now - self._probed_at >= MEET_S and not self._leaving:
+            self._probed_at = now
+            self._meet()
+
+    # ---- words of our sessions for whoever leads
+
+    def first_token(self, ticket: Ticket) -> None:
+        """Pass on that an answer began."""
+        if self.following is not None:
+            self.following.first_token(ticket)
+
+    def answered(self, ticket: Ticket) -> None:
+        """Pass on that an answer began well."""
+        if self.following is not None:
+            self.following.answered(ticket)
+
+    def report(self, ticket: Ticket, load: Load) -> None:
+        """Pass on what an answer said of its endpoint."""
+        if self.following is not None:
+            self.following.report(ticket, load)
+
+
+def _rank_of(followers: int, member: Member) -> tuple[int, int, str]:
+    """Return who leads when two meet: who has more followers, then who is older."""
+    if member.joined == LAST:
+        return (-1, -LAST, member.id)
+    return (followers, -member.joined, member.id)

@@ -1,0 +1,257 @@
+"""Messages to bytes and back. Whatever bytes come, what comes out is messages or a ProtocolError, nothing else."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from google.protobuf.message import DecodeError
+
+from extproc._pb import replicas_pb2 as pb
+from extproc.admission.load import Load
+from extproc.admission.outcome import Outcome
+from extproc.admission.values import Answer
+from extproc.errors import ProtocolError
+from extproc.replicas import messages as m
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+MOST_BYTES = 4 << 20
+"""Of a frame. A batch of BATCH messages with every name as long as may be has less than half."""
+BATCH = 1000
+LENGTH_BYTES = 4
+MOST_NAME = 256
+"""Characters of a text that a request brought; sessions cut them to as many."""
+MOST_AGE_S = 86_400.0
+_OUTCOMES = {outcome.value: outcome for outcome in Outcome}
+
+
+# ---- out
+
+
+def frames(batch: Sequence[m.Message]) -> bytes:
+    """Return `batch` as one frame or more."""
+    parts = []
+    for begin in range(0, len(batch), BATCH):
+        data = pb.Batch(messages=[_encode(message) for message in batch[begin : begin + BATCH]]).SerializeToString()
+        parts += [len(data).to_bytes(LENGTH_BYTES), data]
+    return b"".join(parts)
+
+
+def _encode(message: m.Message) -> pb.Message:  # noqa: C901 - a table
+    match message:
+        case m.Offer(number, asked):
+            return pb.Message(offer=pb.Offer(number=number, asked=_asked(asked)))
+        case m.Grant(number, outcome, endpoint, position, home):
+            grant = pb.Grant(number=number, outcome=outcome.value, endpoint=endpoint, position=position, home=home)
+            return pb.Message(grant=grant)
+        case m.Release(number, answer):
+            return pb.Message(release=pb.Release(number=number, answer=answer.value))
+        case m.FirstToken(number):
+            return pb.Message(first_token=number)
+        case m.Cancel(number):
+            return pb.Message(cancel=number)
+        case m.Turned(number, outcome, retry_after_s, position):
+            turned = pb.Turned(number=number, outcome=outcome.value, retry_after_s=retry_after_s, position=position)
+            return pb.Message(turned=turned)
+        case m.Beat(number):
+            return pb.Message(beat=number)
+        case m.Status(heard, members, group, limits, doubted):
+            pairs = [pb.Limit(endpoint=name, value=value) for name, value in limits]
+            status = pb.Status(heard=heard, members=members, group=group, limits=pairs, doubted=doubted)
+            return pb.Message(status=status)
+        case m.Answered(number):
+            return pb.Message(answered=number)
+        case m.Report(number, load):
+            return pb.Message(report=pb.Report(number=number, load=_load(load)))
+        case m.Return(number):
+            return pb.Message(return_=number)
+        case m.Held(number, asked, endpoint, held_s, begun):
+            held = pb.Held(number=number, asked=_asked(asked), endpoint=endpoint, held_s=held_s, begun=begun)
+            return pb.Message(held=held)
+        case m.Synced():
+            return pb.Message(synced=True)
+        case m.Names(names):
+            return pb.Message(names=pb.Names(names=names))
+        case m.Hello(version, pool, member, purpose, followers, epoch, names):
+            hello = pb.Hello(
+                version=version,
+                pool=pool,
+                member=_member(member),
+                purpose=purpose.value,
+                followers=followers,
+                epoch=epoch,
+                names=names,
+            )
+            return pb.Message(hello=hello)
+        case m.Leave(successor):
+            return pb.Message(leave=pb.Leave(successor=None if successor is None else _member(successor)))
+        case m.Welcome(member, epoch):
+            return pb.Message(welcome=pb.Welcome(member=_member(member), epoch=epoch))
+        case m.Redirect(leader):
+            return pb.Message(redirect=_member(leader))
+        case m.Met(member, followers, epoch):
+            return pb.Message(met=pb.Met(member=_member(member), followers=followers, epoch=epoch))
+        case m.Refuse(why):
+            return pb.Message(refuse=why)
+
+
+def _member(member: m.Member) -> pb.Member:
+    return pb.Member(id=member.id, address=member.address, joined=member.joined)
+
+
+def _asked(asked: m.Asked) -> pb.Asked:
+    return pb.Asked(
+        id=asked.id,
+        age_s=asked.age_s,
+        model=asked.model,
+        request_class=asked.request_class,
+        tenant=asked.tenant,
+        session=asked.session,
+        home=asked.home,
+        budget_s=asked.budget_s,
+        prompt_tokens=asked.prompt_tokens,
+        max_output_tokens=asked.max_output_tokens,
+    )
+
+
+def _load(load: Load) -> pb.Load:
+    return pb.Load(
+        running=load.running,
+        waiting=load.waiting,
+        kv_usage=load.kv_usage,
+        gpu_usage=load.gpu_usage,
+        tokens_per_s=load.tokens_per_s,
+        kv_capacity_tokens=load.kv_capacity_tokens,
+    )
+
+
+# ---- in
+
+
+def read(frame: bytes) -> list[m.Message]:
+    """Return the messages of one frame without its length. Raises ProtocolError."""
+    try:
+        batch = pb.Batch.FromString(frame)
+        return [_decode(message) for message in batch.messages]
+    except (DecodeError, ValueError, KeyError) as error:
+        raise ProtocolError(f"no batch of replicas: {type(error).__name__}: {error}") from None
+
+
+def _decode(message: pb.Message) -> m.Message:  # noqa: C901 - a table
+    kind = message.WhichOneof("kind")
+    match kind:
+        case "offer":
+            return m.Offer(message.offer.number, _asked_of(message.offer.asked))
+        case "grant":
+            grant = message.grant
+            home = grant.home if grant.HasField("home") else None
+            return m.Grant(grant.number, _OUTCOMES[grant.outcome], grant.endpoint, grant.position, home)
+        case "release":
+            return m.Release(message.release.number, Answer(message.release.answer))
+        case "first_token":
+            return m.FirstToken(message.first_token)
+        case "cancel":
+            return m.Cancel(message.cancel)
+        case "turned":
+            turned = message.turned
+            retry_after_s = turned.retry_after_s if turned.HasField("retry_after_s") else None
+            return m.Turned(turned.number, _refusal(turned.outcome), retry_after_s, turned.position)
+        case "beat":
+            return m.Beat(message.beat)
+        case "status":
+            status = message.status
+            limits = tuple((limit.endpoint, limit.value) for limit in status.limits)
+            return m.Status(status.heard, status.members, status.group, limits, frozenset(status.doubted))
+        case "answered":
+            return m.Answered(message.answered)
+        case "report":
+            return m.Report(message.report.number, _load_of(message.report.load))
+        case "return_":
+            return m.Return(message.return_)
+        case "held":
+            held = message.held
+            return m.Held(held.number, _asked_of(held.asked), held.endpoint, _seconds(held.held_s), begun=held.begun)
+        case "synced":
+            return m.Synced()
+        case "names":
+            return m.Names(frozenset(message.names.names))
+        case "hello":
+            hello = message.hello
+            return m.Hello(
+                hello.version,
+                hello.pool,
+                _member_of(hello.member),
+                m.Purpose(hello.purpose),
+                hello.followers,
+                hello.epoch,
+                frozenset(hello.names),
+            )
+        case "leave":
+            successor = _member_of(message.leave.successor) if message.leave.HasField("successor") else None
+            return m.Leave(successor)
+        case "welcome":
+            return m.Welcome(_member_of(message.welcome.member), message.welcome.epoch)
+        case "redirect":
+            return m.Redirect(_member_of(message.redirect))
+        case "met":
+            return m.Met(_member_of(message.met.member), message.met.followers, message.met.epoch)
+        case "refuse":
+            return m.Refuse(message.refuse[:MOST_NAME])
+        case _:
+            raise ValueError("a message of a kind that this version does not know")
+
+
+def _refusal(name: str) -> Outcome:
+    outcome = _OUTCOMES[name]
+    if outcome.status is None:
+        raise ValueError(f"{name} is no refusal")
+    return outcome
+
+
+def _member_of(member: pb.Member) -> m.Member:
+    if not member.id or not member.address:
+        raise ValueError("a member without id or address")
+    return m.Member(member.id[:MOST_NAME], member.address[:MOST_NAME], member.joined)
+
+
+def _seconds(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"{value} is no age")
+    return min(max(value, 0.0), MOST_AGE_S)
+
+
+def _asked_of(asked: pb.Asked) -> m.Asked:
+    has = asked.HasField
+    return m.Asked(
+        asked.id[:MOST_NAME],
+        _seconds(asked.age_s),
+        asked.model[:MOST_NAME] if has("model") else None,
+        asked.request_class[:MOST_NAME],
+        asked.tenant[:MOST_NAME],
+        asked.session[:MOST_NAME] if has("session") else None,
+        asked.home[:MOST_NAME] if has("home") else None,
+        _seconds(asked.budget_s) if has("budget_s") else None,
+        asked.prompt_tokens,
+        asked.max_output_tokens if has("max_output_tokens") else None,
+    )
+
+
+def _load_of(load: pb.Load) -> Load:
+    def number(name: str) -> float | None:
+        if not load.HasField(name):
+            return None
+        value: float = getattr(load, name)
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(f"{name} is {value}")
+        return value
+
+    return Load(
+        running=number("running"),
+        waiting=number("waiting"),
+        kv_usage=number("kv_usage"),
+        gpu_usage=number("gpu_usage"),
+        tokens_per_s=number("tokens_per_s"),
+        kv_capacity_tokens=load.kv_capacity_tokens if load.HasField("kv_capacity_tokens") else None,
+    )

@@ -1,0 +1,120 @@
+"""The core's events for several sidecars: leases from elsewhere, leases left to telemetry, parts of a limit."""
+
+from __future__ import annotations
+
+import pytest
+
+from extproc.admission.controller import Controller
+from extproc.admission.load import Load
+from extproc.admission.ticket import State, Ticket
+from extproc.admission.values import Dispatch, EndpointSpec, Policy, Request
+from extproc.errors import TransitionError
+
+
+def core(limit: int = 2) -> Controller:
+    made = Controller(Policy())
+    made.put_endpoint(EndpointSpec("a", max_running_requests=limit), 0.0)
+    return made
+
+
+def ticket(name: str = "one", at: float = 0.0) -> Ticket:
+    return Ticket(Request(id=name, arrived=at))
+
+
+def test_an_adopted_lease_takes_its_slot_even_above_the_limit_and_gives_it_back_like_any():
+    here = core(limit=1)
+    for name in ("one", "two"):
+        assert here.adopt(ticket(name), "a", 1.0) == []
+    late = ticket("late")
+    here.offer(late, 1.0)
+    assert late.state is State.WAITING
+    first, second = here.endpoints["a"].leases
+    assert here.release(first, 2.0) == []
+    (decision,) = here.release(second, 3.0)
+    assert (decision.ticket, type(decision)) == (late, Dispatch)
+
+
+def test_an_adopted_lease_is_as_old_as_it_was_elsewhere():
+    here = core()
+    old = ticket()
+    here.adopt(old, "a", 100.0, held_s=30.0)
+    assert old.leased_at == 70.0
+
+
+def test_a_lease_at_an_endpoint_that_is_not_known_here_is_not_adopted():
+    here = core()
+    stranger = ticket()
+    here.adopt(stranger, "b", 1.0)
+    assert stranger.state is State.NEW
+
+
+def test_a_disowned_lease_takes_its_room_until_telemetry_no_longer_shows_it():
+    here = core(limit=1)
+    here.observe("a", Load(running=0.0, waiting=0.0), 0.5)
+    lost, late = ticket("lost"), ticket("late")
+    here.adopt(lost, "a", 1.0)
+    here.offer(late, 1.0)
+    assert here.disown(lost, 2.0) == []
+    assert here.endpoints["a"].foreign == 1
+    assert here.observe("a", Load(running=1.0, waiting=0.0), 3.0) == []
+    (decision,) = here.observe("a", Load(running=0.0, waiting=0.0), 4.0)
+    assert decision.ticket is late
+
+
+def test_a_disowned_lease_at_an_endpoint_that_shows_nothing_gives_its_room_at_once():
+    here = core(limit=1)
+    lost, late = ticket("lost"), ticket("late")
+    here.adopt(lost, "a", 1.0)
+    here.offer(late, 1.0)
+    (decision,) = here.disown(lost, 2.0)
+    assert decision.ticket is late
+
+
+def test_a_withdrawn_request_is_as_new_and_takes_its_place_again_when_it_is_offered():
+    here = core(limit=1)
+    holder, first, second = ticket("holder"), ticket("first"), ticket("second")
+    for one in (holder, first, second):
+        here.offer(one, 1.0)
+    here.withdraw(first, 2.0)
+    assert (first.state, here.waiting) == (State.NEW, 1)
+    here.offer(first, 3.0)
+    (decision,) = here.release(holder, 4.0)
+    assert decision.ticket is second
+    (decision,) = here.release(second, 5.0)
+    assert decision.ticket is first
+    assert here.tick(1000.0) == []
+
+
+def test_a_quota_holds_back_what_the_limit_would_let_through_and_lets_it_go_when_it_is_gone():
+    here = core(limit=4)
+    here.set_quota("a", 1, 0.5)
+    tickets = [ticket(str(number)) for number in range(4)]
+    for one in tickets:
+        here.offer(one, 1.0)
+    assert [one.state for one in tickets] == [State.LEASED] + 3 * [State.WAITING]
+    assert len(here.set_quota("a", 3, 2.0)) == 2
+    assert len(here.set_quota("a", None, 3.0)) == 1
+
+
+def test_a_new_endpoint_of_a_shared_core_is_closed_until_it_has_a_quota():
+    here = Controller(Policy())
+    here.is_shared = True
+    here.put_endpoint(EndpointSpec("a", max_running_requests=4), 0.0)
+    one = ticket()
+    here.offer(one, 1.0)
+    assert one.state is State.WAITING
+    (decision,) = here.set_quota("a", None, 2.0)
+    assert decision.ticket is one
+
+
+def test_only_leases_are_disowned_and_only_who_waits_is_withdrawn():
+    here = core()
+    one = ticket()
+    here.offer(one, 1.0)
+    with pytest.raises(TransitionError, match="withdrawn"):
+        here.withdraw(one, 1.0)
+    with pytest.raises(TransitionError, match="adopted"):
+        here.adopt(one, "a", 1.0)
+    here.disown(one, 1.0)
+    with pytest.raises(TransitionError, match="disowned"):
+        here.disown(one, 1.0)

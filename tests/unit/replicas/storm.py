@@ -1,0 +1,262 @@
+"""Sidecars under random faults at random times on virtual time: deterministic from the seed.
+
+    python -m tests.unit.replicas.storm --events 1000000 --seed 1
+
+After each event what it touched is checked, and now and then everything. What is promised of limits:
+
+* All reachable, and all that ran at the last fault over: no engine ever holds more than its limit.
+* At any other time: at most one request per sidecar above it. A group of M of N uses M/N of a limit and at least one
+  slot, and where parts were rounded or what was sent is not seen yet, that is what can come on top.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from .world import BrokenError, Client, Engine, World, require
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+CALM_S = 12.0
+"""So long after the last fault every sidecar must be back in one group."""
+LONGEST_S = 6.0
+"""The longest answer in a storm: what ran at a fault is over by then."""
+
+
+class Storm(World):
+    """A world with bad weather."""
+
+    def __init__(self, seed: int, *, sidecars: int = 5, engines: int = 4, limit: int = 8) -> None:
+        super().__init__(seed, sidecars=sidecars, engines=engines, limit=limit, budget_s=15.0)
+        self.fault_at = self.clock.now
+        self.calm_from = self.clock.now + CALM_S + LONGEST_S
+        self.faults: dict[str, int] = {}
+        self.worst_over = 0
+        self.rate = 20.0
+        self._undo: list[Callable[[], None]] = []
+
+    # ---- traffic
+
+    def rain(self) -> None:
+        """Send one request, and plan the next."""
+        random = self.random
+        place = random.choice(list(self.sidecars)) if random.random() < 0.7 else "s1"
+        client = self.send(
+            place,
+            work_s=min(random.expovariate(1 / 1.5), LONGEST_S),
+            budget_s=random.choice((0.0, 2.0, 15.0)),
+            tenant=random.choice("abc"),
+        )
+        if random.random() < 0.1:
+            self.clock.at(self.clock.now + random.expovariate(1.0), lambda: self.hang_up(client))
+        self.clock.at(self.clock.now + random.expovariate(self.rate), self.rain)
+
+    def hang_up(self, client: Client) -> None:
+        if client in self.open and not client.running:
+            super().hang_up(client)
+
+    # ---- faults
+
+    def blow(self) -> None:
+        """Do some harm, or undo all of it."""
+        random = self.random
+        self.fault_at = self.clock.now
+        if self._undo and random.random() < 0.4:
+            self.mend()
+            self.clock.at(self.clock.now + random.choice((0.5, 3.0, CALM_S + LONGEST_S + 15.0)), self.blow)
+            return
+        places = list(self.sidecars)
+        one = random.choice(places)
+        name, harm = random.choice(
+            (
+                ("kill", lambda: self._kill(one)),
+                ("kill and start", lambda: self._restart(one)),
+                ("stop", lambda: self._stop(one)),
+                ("leader stops", lambda: self._stop(self._leader() or one)),
+                ("leader killed", lambda: self._kill(self._leader() or one)),
+                ("cut off", lambda: self.net.cut([one], places)),
+                ("leader cut off", lambda: self.net.cut([self._leader() or one], places)),
+                ("halves", lambda: self.net.cut(places[: len(places) // 2], places[len(places) // 2 :])),
+                ("each alone", lambda: self.net.cut(places, places)),
+                ("two can't meet", lambda: self.net.cut([one], [random.choice(places)])),
+                ("store gone", self._lose_store),
+                ("store empty", self.store.restart_empty),
+                ("store not seen by one", lambda: self.store.cut.add(one)),
+                ("slow network", self._slow),
+                ("resign", lambda: self._resign(one)),
+                ("rate", self._other_rate),
+            )
+        )
+        self.faults[name] = self.faults.get(name, 0) + 1
+        harm()
+        self._undo.append(lambda: None)
+        self.clock.at(self.clock.now + random.choice((0.05, 0.3, 1.0, 3.0, 8.0)), self.blow)
+
+    def mend(self) -> None:
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
+        self.net.heal()
+        self.net.delay_s = (0.0002, 0.002)
+        self.store.is_up, self.store.delay_s = True, 0.002
+        self.store.cut.clear()
+        for place, sidecar in list(self.sidecars.items()):
+            if sidecar.is_dead:
+                self.start(place)
+            elif sidecar.is_stopped:
+                self.resume(place)
+        self.fault_at = self.clock.now
+        self.calm_from = self.clock.now + CALM_S + LONGEST_S
+
+    def _leader(self) -> str | None:
+        leaders = self.leaders()
+        return leaders[0].place if leaders else None
+
+    def _kill(self, place: str) -> None:
+        if not self.sidecars[place].is_dead and len(self.alive) > 1:
+            self.kill(place)
+
+    def _restart(self, place: str) -> None:
+        if not self.sidecars[place].is_dead:
+            self.kill(place)
+        self.start(place)
+
+    def _stop(self, place: str) -> None:
+        sidecar = self.sidecars[place]
+        if not sidecar.is_dead and not sidecar.is_stopped and len(self.alive) > 1:
+            self.stop(place)
+            wakes = self.random.choice((0.3, 1.5, 2.5, 10.0))
+            self.clock.at(self.clock.now + wakes, lambda: self._wake(sidecar.place, sidecar.life))
+
+    def _wake(self, place: str, life: int) -> None:
+        sidecar = self.sidecars[place]
+        if sidecar.life == life and sidecar.is_stopped:
+            self.resume(place)
+            self.fault_at = self.clock.now
+            if not self._undo:
+                self.calm_from = self.clock.now + CALM_S + LONGEST_S
+
+    def _resign(self, place: str) -> None:
+        """A rolling restart: hand over, say goodbye, come again."""
+        sidecar = self.sidecars[place]
+        if sidecar.is_dead or sidecar.is_stopped:
+            return
+        sidecar.replica.resign()
+
+        def leave() -> None:
+            if self.sidecars[place] is sidecar and not sidecar.is_dead and not sidecar.is_stopped:
+                sidecar.gate.leave()
+                self.kill(place)
+                self.start(place)
+
+        self.clock.at(self.clock.now + 1.0, leave)
+
+    def _lose_store(self) -> None:
+        self.store.is_up = False
+
+    def _slow(self) -> None:
+        self.net.delay_s = self.random.choice(((0.005, 0.05), (0.05, 0.4), (0.2, 1.0), (0.5, 3.0)))
+
+    def _other_rate(self) -> None:
+        self.rate = self.random.choice((5.0, 15.0, 22.0, 40.0))
+
+    # ---- promises
+
+    @property
+    def is_calm(self) -> bool:
+        return not self._undo and self.clock.now >= self.calm_from
+
+    def check_engine(self, engine: Engine) -> None:
+        super().check_engine(engine)
+        over = len(engine.holds) - engine.limit
+        self.worst_over = max(self.worst_over, over)
+        bound = 0 if self.is_calm else len(self.sidecars)
+        require(
+            over <= bound,
+            "over the limit by",
+            over,
+            "at",
+            engine.name,
+            "calm:",
+            self.is_calm,
+            list(self.sidecars.values()),
+        )
+
+    def check_all(self) -> None:
+        self.check()
+        if self.is_calm:
+            require(self.is_one_group(), "no one group:", list(self.sidecars.values()))
+            for client in self.open:
+                waited_s = self.clock.now - client.request.arrived
+                stuck = not client.running and waited_s > self.budget_s + CALM_S
+                require(not stuck, "stuck:", client, list(self.sidecars.values()))
+
+    def finish(self) -> None:
+        """Let it clear up: everything ends, and no book holds anything."""
+        self.rate = 1e-9
+        self._undo.append(lambda: None)
+        self.mend()
+        self.blow = self.mend  # type: ignore[method-assign]
+        self.run(CALM_S + self.budget_s + LONGEST_S + 30)
+        self.check_all()
+        require(not self.open, "never ended:", list(self.open)[:3])
+        for sidecar in self.sidecars.values():
+            require(not sidecar.tickets and not sidecar.gate.waiting, "something waits at", sidecar)
+            for endpoint in sidecar.controller.endpoints.values():
+                require(not endpoint.leases and not endpoint.foreign, "something is leased at", sidecar)
+
+
+def storm(
+    seed: int, events: int, *, check_every: int = 100, progress: Callable[[Storm], None] = lambda _: None
+) -> Storm:
+    """Let `events` events happen."""
+    here = Storm(seed)
+    here.rain()
+    here.clock.at(here.clock.now + 5.0, here.blow)
+    number = 0
+    while here.clock.events < events:
+        here.clock.step()
+        number += 1
+        if number % check_every == 0:
+            here.check_all()
+        if number % 50_000 == 0:
+            progress(here)
+    here.finish()
+    return here
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.unit.replicas.storm", description=__doc__.split("\n")[0])
+    parser.add_argument("--events", type=int, default=1_000_000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--check-every", type=int, default=100)
+    asked = parser.parse_args(arguments)
+    began = time.monotonic()
+
+    def progress(here: Storm) -> None:
+        print(
+            f"{here.clock.events:>9} events  {time.monotonic() - began:6.1f} s  {here.clients} requests  "
+            f"over {here.worst_over}"
+        )
+
+    try:
+        here = storm(asked.seed, asked.events, check_every=asked.check_every, progress=progress)
+    except BrokenError as error:
+        print(f"BROKEN, seed {asked.seed}: {error}", file=sys.stderr)
+        return 1
+    outcomes = "  ".join(f"{what}={count}" for what, count in here.outcomes.most_common())
+    faults = "  ".join(f"{what}={count}" for what, count in sorted(here.faults.items()))
+    took_s = time.monotonic() - began
+    print(
+        f"{here.clock.events} events, {here.clients} requests, seed {asked.seed}, {took_s:.1f} s: 0 invariants broken"
+    )
+    print(f"most above a limit: {here.worst_over}\n{outcomes}\n{faults}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

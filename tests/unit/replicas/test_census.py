@@ -1,0 +1,48 @@
+"""How many sidecars there are: quick to count somebody in, slow to count him out."""
+
+from __future__ import annotations
+
+from extproc.replicas.census import GONE_S, WARY_S, Census
+from extproc.replicas.messages import Member
+
+ONE, TWO, THREE = (Member(name, f"{name}:1", number) for number, name in enumerate("abc"))
+
+
+def test_a_part_is_nothing_until_the_store_has_spoken():
+    assert Census().part({"a"}) == 0.0
+
+
+def test_a_sidecar_that_the_store_leaves_out_for_a_moment_still_counts():
+    census = Census()
+    census.heard([ONE, TWO, THREE], 0.0)
+    census.heard([ONE], 1.0)
+    census.heard([ONE], 1.0 + GONE_S - 0.1)
+    assert census.part({"a"}) == 1 / 3
+    census.heard([ONE, TWO], 4.1)
+    assert census.part({"a"}) == 1 / 2
+
+
+def test_a_sidecar_that_connects_counts_before_the_store_has_told_of_it():
+    census = Census()
+    census.heard([ONE], 0.0)
+    census.met(TWO)
+    assert census.part({"a"}) == 1 / 2
+
+
+def test_who_said_goodbye_counts_no_more_although_the_store_lists_it_for_a_while():
+    census = Census()
+    census.heard([ONE, TWO], 0.0)
+    census.left("b")
+    census.heard([ONE, TWO], 0.5)
+    assert census.part({"a"}) == 1.0
+    assert not census.is_wary(0.5)
+
+
+def test_who_vanished_without_a_word_may_be_alive_unseen_for_a_long_time():
+    census = Census()
+    census.heard([ONE, TWO], 0.0)
+    census.heard([ONE], 1.0)
+    census.heard([ONE], 5.0)
+    assert census.part({"a"}) == 1.0
+    assert census.is_wary(5.0 + WARY_S - 1)
+    assert not census.is_wary(5.0 + WARY_S + 1)

@@ -1,0 +1,302 @@
+"""Sidecars that share engines: one leads, and whatever dies, no request is lost, sent twice, or sent too early."""
+
+from __future__ import annotations
+
+import pytest
+
+from extproc.admission.values import EndpointSpec, RequestClass
+from extproc.replicas.replica import SILENCE_S, Role
+
+from .storm import storm
+from .world import Client, Sidecar, World
+
+CLASSES = (RequestClass("std", 0, 60.0), RequestClass("urgent", 10, 60.0))
+
+
+def world(**more: int) -> World:
+    """Three sidecars in one group, that has looked at its engines."""
+    here = World(1, **more)
+    here.run(6.0)
+    assert here.is_one_group()
+    return here
+
+
+def leader(here: World) -> Sidecar:
+    (found,) = here.leaders()
+    return found
+
+
+def followers(here: World) -> list[Sidecar]:
+    return [one for one in here.alive if one.replica.role is Role.FOLLOWING]
+
+
+def fill(here: World, work_s: float) -> None:
+    """Fill all engines, from all sidecars."""
+    for number in range(sum(engine.limit for engine in here.engines.values())):
+        here.send(f"s{number % len(here.sidecars)}", work_s=work_s)
+    here.run(0.1)
+    assert here.load() == sum(engine.limit for engine in here.engines.values())
+
+
+def test_sidecars_that_start_together_become_one_group_led_by_the_one_that_joined_first():
+    here = World(1)
+    here.run_until(here.is_one_group, 5.0)
+    joined = [one.replica.me.joined for one in here.alive]
+    assert leader(here).replica.me.joined == min(joined)
+
+
+def test_the_limit_of_an_engine_holds_over_all_sidecars_and_all_of_it_is_used():
+    here = world(engines=2, limit=4)
+    for number in range(60):
+        here.send(f"s{number % 3}", work_s=1.0)
+    here.run(0.5)
+    assert [len(engine.holds) for engine in here.engines.values()] == [4, 4]
+    here.run(30.0, here.check)
+    assert [engine.peak for engine in here.engines.values()] == [4, 4]
+    assert here.outcomes == {"done": 60}
+
+
+def test_of_two_sidecars_requests_the_more_important_goes_first_wherever_it_came():
+    here = World(1, engines=1, limit=1)
+    for sidecar in here.sidecars.values():
+        sidecar.gate.set_policy(here.policy.__class__(classes=CLASSES))
+    here.run(6.0)
+    first, second = followers(here)
+    here.send(leader(here).place, work_s=2.0)
+    low = here.send(first.place, work_s=2.0, request_class="std")
+    here.run(0.2)
+    high = here.send(second.place, work_s=2.0, request_class="urgent")
+    here.run(2.5)
+    assert (high.dispatches, low.dispatches) == (1, 0)
+
+
+@pytest.mark.parametrize("end", ["kill", "stop"])
+def test_a_leader_that_is_lost_takes_no_other_sidecars_request_with_it_and_the_oldest_goes_first(end):
+    here = world(engines=1, limit=4)
+    lost = leader(here)
+    places = [one.place for one in followers(here)]
+    for number in range(4):
+        here.send(places[number % 2], work_s=8.0 + 1.5 * number)
+    here.run(0.1)
+    waiting = []
+    for number in range(8):  # the elder follower's came last: each tells its own, and age decides
+        waiting.append(here.send(places[1 - number % 2], work_s=6.0, budget_s=60.0))
+        here.run(0.01)
+    (here.kill if end == "kill" else here.stop)(lost.place)
+    order: list[Client] = []
+    here.run(40.0, lambda: order.extend(one for one in waiting if one.dispatches and one not in order))
+    assert [one.number for one in order] == [one.number for one in waiting]
+    assert {one.dispatches for one in waiting} == {1}
+    assert here.engines["e0"].peak == 4
+
+
+def test_a_leader_that_was_stopped_sends_nothing_when_it_goes_on_until_it_has_found_the_others():
+    here = world(engines=1, limit=4)
+    lost = leader(here)
+    fill(here, work_s=1.0)
+    for _ in range(20):
+        here.send(lost.place, work_s=1.0)
+        here.send(followers(here)[0].place, work_s=5.0)
+    here.run(0.05)
+    here.stop(lost.place)
+    here.run(8.0)
+    assert here.load() == 4  # the others have filled the engine
+    here.resume(lost.place)
+    assert here.load() == 4
+    here.run(60.0, here.check)
+    assert here.engines["e0"].peak == 4
+    assert here.is_one_group()
+
+
+def test_what_runs_for_a_sidecar_that_died_keeps_its_place_at_the_engine():
+    here = world(engines=1, limit=4)
+    dead = followers(here)[0]
+    for _ in range(3):
+        here.send(dead.place, work_s=20.0)
+    here.run(0.1)
+    here.kill(dead.place)
+    for _ in range(10):
+        here.send(leader(here).place, work_s=2.0)
+    here.run(15.0, here.check)
+    assert here.engines["e0"].peak == 4
+
+
+def test_a_sidecar_that_is_cut_off_uses_its_part_alone_and_comes_back_by_itself():
+    here = world(engines=1, limit=9)
+    alone = followers(here)[0]
+    rest = [one.place for one in here.alive if one is not alone]
+    here.net.cut([alone.place], rest)
+    for _ in range(30):
+        here.send(alone.place, work_s=2.0)
+        here.send(rest[0], work_s=2.0)
+    here.run(SILENCE_S + 6.0, here.check)
+    assert len(here.leaders()) == 2
+    parts = {one.place: len(one.controller.endpoints["e0"].leases) for one in here.leaders()}
+    assert parts == {alone.place: 3, rest[0] if rest[0] in parts else rest[1]: 6}
+    here.net.heal()
+    here.run(15.0, here.check)
+    assert here.is_one_group()
+    assert here.engines["e0"].peak == 9
+
+
+def test_a_grant_that_comes_when_its_leader_may_have_given_us_up_waits_for_the_leaders_next_word():
+    here = world(engines=1, limit=2)
+    late = followers(here)[0]
+    here.net.delay_s = (0.1, 0.1)
+    asked = here.send(late.place, work_s=5.0)
+    here.run(0.05)  # the offer is on its way; the grant will be held back with all else that the leader says
+    here.net.cut([leader(here).place], [late.place])
+    here.run(1.7)
+    here.net.heal()
+    here.run(0.15)
+    assert late.replica.role is Role.FOLLOWING
+    assert asked.dispatches == 0  # it is here, but of a leader that has not shown for 1.7 s that it hears us
+    here.run(1.0, here.check)
+    assert asked.dispatches == 1
+
+
+def test_a_group_that_has_just_formed_does_not_take_the_room_of_a_sidecar_that_it_loses_at_once():
+    here = world(engines=1, limit=6)
+    for place in ("s0", "s1", "s2") * 2:
+        here.send(place, work_s=30.0)
+    here.run(0.1)
+    here.kill("s0")
+    here.run(0.3)
+    here.kill("s2")
+    for _ in range(10):
+        here.send("s1", work_s=5.0)
+    here.run(20.0, here.check)
+    assert here.engines["e0"].peak == 6
+
+
+def test_who_has_lost_the_leader_takes_no_room_until_the_leader_must_have_noticed():
+    """The stream has ended on one side alone, and the engine is idle: both see the same free room."""
+    here = world(engines=1, limit=9)
+    lost = followers(here)[0]
+    here.net.cut([lost.place], [one.place for one in here.alive if one is not lost])
+    for end in here.net.ends:
+        if end.owner is lost:
+            end.finish()
+    here.run(1.7)
+    assert lost.replica.role is Role.LEADING
+    for _ in range(9):
+        here.send(lost.place, work_s=5.0)
+    here.run(0.2)
+    for _ in range(9):
+        here.send(followers(here)[0].place, work_s=5.0)
+    here.run(4.0, here.check)
+    assert here.engines["e0"].peak == 9
+
+
+def test_requests_of_a_sidecar_that_nobody_sees_any_more_are_found_in_the_engines_figures():
+    """Cut off from all others and from the store: it is counted out, and the others may use every limit whole."""
+    here = world(engines=1, limit=9)
+    unseen = followers(here)[0]
+    here.net.cut([unseen.place], [one.place for one in here.alive if one is not unseen])
+    here.store.cut.add(unseen.place)
+    here.run(12.0)
+    assert leader_of_most(here).replica.picture().members == 2
+    for _ in range(3):
+        here.send(unseen.place, work_s=30.0)
+    here.run(2.0)
+    for _ in range(20):
+        here.send(leader_of_most(here).place, work_s=3.0)
+    here.run(20.0, here.check)
+    assert here.engines["e0"].peak == 9
+
+
+def test_an_endpoint_that_is_new_stays_closed_until_it_is_known_how_much_of_it_is_ours():
+    here = World(1, sidecars=1, engines=2, limit=8)
+    here.store.is_up = False
+    here.sidecars.clear()
+    alone = here.start("s0")
+    alone.gate.remove_endpoint("e1")
+    for _ in range(20):
+        here.send("s0", work_s=30.0)
+    here.run(6.0)
+    alone.gate.put_endpoint(EndpointSpec("e1", max_running_requests=8))
+    here.run(6.0)
+    assert [len(engine.holds) for engine in here.engines.values()] == [1, 1]
+
+
+def test_without_a_word_of_the_store_a_sidecar_sends_one_request_at_a_time_to_an_engine():
+    here = World(1, sidecars=1, engines=2, limit=8)
+    here.store.is_up = False
+    here.sidecars.clear()
+    alone = here.start("s0")
+    for _ in range(20):
+        here.send("s0", work_s=3.0)
+    here.run(6.0)
+    assert alone.replica.role is Role.LEADING
+    assert [len(engine.holds) for engine in here.engines.values()] == [1, 1]
+
+
+def test_a_store_that_goes_away_and_comes_back_empty_changes_nothing():
+    here = world(engines=1, limit=9)
+    here.store.is_up = False
+    here.run(20.0)
+    fill(here, work_s=1.0)
+    here.store.is_up = True
+    here.store.restart_empty()
+    turns = [dict(one.replica.turns) for one in here.alive]
+    here.run(10.0, here.check)
+    fill(here, work_s=1.0)
+    assert [dict(one.replica.turns) for one in here.alive] == turns
+    assert here.engines["e0"].peak == 9
+
+
+def test_a_leader_that_resigns_hands_everything_over_and_nobody_waits_longer():
+    here = world(engines=1, limit=4)
+    old = leader(here)
+    fill(here, work_s=3.0)
+    waiting = [here.send(place, work_s=0.1) for place in here.sidecars]
+    here.run(0.05)
+    old.replica.resign()
+    here.run(1.0, here.check)
+    assert old.replica.role is Role.FOLLOWING
+    assert here.is_one_group()
+    here.run(5.0, here.check)
+    assert [one.dispatches for one in waiting] == [1, 1, 1]
+    assert here.engines["e0"].peak == 4
+
+
+def test_a_client_that_leaves_while_its_grant_is_on_the_way_leaves_no_lease_behind():
+    here = world(engines=1, limit=1)
+    follower = followers(here)[0]
+    here.net.delay_s = (0.1, 0.1)
+    gone = here.send(follower.place)
+    here.run(0.15)  # the leader has decided; its grant is on the way
+    assert leader(here).controller.endpoints["e0"].leases
+    here.hang_up(gone)
+    here.run(1.0, here.check)
+    assert gone.dispatches == 0
+    assert not leader(here).controller.endpoints["e0"].leases
+
+
+def test_an_endpoint_that_one_sidecars_envoy_does_not_know_is_not_used_and_then_that_sidecar_is_on_its_own():
+    here = world(engines=2, limit=4)
+    poor = followers(here)[0]
+    poor.gate.remove_endpoint("e1")
+    here.run(0.5)
+    asked = [here.send(leader(here).place, work_s=1.0) for _ in range(4)]
+    here.run(0.1)
+    assert [one.dispatches for one in asked] == [1, 1, 1, 1]
+    assert not here.engines["e1"].holds
+    here.run(15.0)
+    assert poor.replica.role is Role.LEADING
+    assert "e1" in (poor.replica.refused or "")
+    for _ in range(8):
+        here.send(leader_of_most(here).place, work_s=2.0)
+    here.run(0.5)
+    assert here.engines["e1"].holds
+
+
+def leader_of_most(here: World) -> Sidecar:
+    return max(here.leaders(), key=lambda one: one.replica.picture().group)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_storm_of_faults_breaks_no_promise(seed):
+    """A slice of `make storm-replicas`."""
+    here = storm(seed, 60_000)
+    assert here.outcomes["done"] > 1000

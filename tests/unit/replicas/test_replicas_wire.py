@@ -1,0 +1,96 @@
+"""Messages between sidecars: what goes in comes out, and nonsense is one named error."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from extproc.admission.load import Load
+from extproc.admission.outcome import Outcome
+from extproc.admission.values import Answer
+from extproc.errors import ProtocolError
+from extproc.replicas import messages as m
+from extproc.replicas.wire import BATCH, LENGTH_BYTES, MOST_AGE_S, frames, read
+
+MEMBER = m.Member("s1-abc", "10.0.0.7:50060", 7)
+ASKED = m.Asked("r-1", 1.5, "llama", "urgent", "tenant", "session", "a", 2.5, 100, 200)
+BARE = m.Asked("", 0.0)
+MESSAGES: list[m.Message] = [
+    m.Hello(1, "pool", MEMBER, m.Purpose.MEET, 3, 9, frozenset({"a", "b"})),
+    m.Leave(MEMBER),
+    m.Leave(None),
+    m.Welcome(MEMBER, 9),
+    m.Redirect(MEMBER),
+    m.Met(MEMBER, 2, 9),
+    m.Refuse("another version"),
+    m.Held(1, ASKED, "a", 12.5, begun=True),
+    m.Offer(2, BARE),
+    m.Offer(3, ASKED),
+    m.Synced(),
+    m.Names(frozenset()),
+    m.Beat(17),
+    m.Cancel(4),
+    *(m.Release(5, answer) for answer in Answer),
+    m.FirstToken(6),
+    m.Answered(7),
+    m.Report(8, Load(running=3.0, kv_usage=0.5, kv_capacity_tokens=1000)),
+    m.Report(8, Load()),
+    m.Return(9),
+    m.Grant(10, Outcome.DISPATCHED, "a", 3, None),
+    m.Grant(10, Outcome.REROUTED, "a", 0, "b"),
+    *(m.Turned(11, outcome, 7, 2) for outcome in Outcome if outcome.status is not None),
+    m.Turned(11, Outcome.UNKNOWN_MODEL, None, 0),
+    m.Status(17, 3, 2, (("a", 64), ("b", 8)), frozenset({"b"})),
+]
+
+
+def unframed(data: bytes) -> list[m.Message]:
+    found: list[m.Message] = []
+    while data:
+        end = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES])
+        found += read(data[LENGTH_BYTES:end])
+        data = data[end:]
+    return found
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
+def test_every_message_arrives_as_it_was_sent(message):
+    assert unframed(frames([message])) == [message]
+
+
+def test_a_long_batch_goes_in_several_frames_and_keeps_its_order():
+    batch: list[m.Message] = [m.Beat(number) for number in range(2 * BATCH + 1)]
+    assert unframed(frames(batch)) == batch
+
+
+def test_whatever_bytes_come_they_are_messages_or_one_named_error():
+    random = Random(7)
+    good = frames(MESSAGES)[LENGTH_BYTES:]
+    refused = 0
+    for _ in range(20_000):
+        data = bytearray(good)
+        for _ in range(random.choice((1, 3, 30))):
+            data[random.randrange(len(data))] = random.randrange(256)
+        del data[random.randrange(len(data)) :]
+        try:
+            read(bytes(data))
+        except ProtocolError:
+            refused += 1
+    assert refused > 1000
+
+
+@pytest.mark.parametrize("age_s", [float("nan"), float("inf")])
+def test_an_age_that_is_no_number_is_refused(age_s):
+    with pytest.raises(ProtocolError, match="no age"):
+        unframed(frames([m.Offer(1, ASKED._replace(age_s=age_s))]))
+
+
+def test_an_age_below_nothing_or_beyond_a_day_is_cut():
+    ages = [unframed(frames([m.Offer(1, ASKED._replace(age_s=age_s))]))[0].asked.age_s for age_s in (-5.0, 1e12)]
+    assert ages == [0.0, MOST_AGE_S]
+
+
+def test_a_refusal_by_an_outcome_that_is_none_is_refused():
+    with pytest.raises(ProtocolError, match="is no refusal"):
+        unframed(frames([m.Turned(1, Outcome.DISPATCHED, None, 0)]))
