@@ -40,10 +40,12 @@ def _endpoints(config: Config) -> Iterator[str]:
     if not config.endpoints and not config.discovery:
         yield "no endpoints, and no discovery: every request will be refused"
     named = [endpoint for endpoint in config.endpoints if endpoint.models]
-    if len({model for endpoint in named for model in endpoint.models}) > 1 and not config.request_fields:
+    if len({model for endpoint in named for model in endpoint.models}) > 1 and not (
+        config.request_fields or config.default_model
+    ):
         yield (
             f"endpoints list models, and only the header {config.headers.model} says which one a request wants, which "
-            "OpenAI's clients don't send; set request_fields: true, or have that header set before the sidecar"
+            "OpenAI's clients don't send: they get 400; set request_fields: true, or default_model"
         )
     for index, endpoint in enumerate(config.endpoints):
         blind = endpoint.engine == "none" or config.scrape_interval == 0

@@ -8,10 +8,10 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from extproc.config import load_config
-from extproc.engine.params import PRESETS
+from extproc.engine.params import PRESETS, EngineParams
 from extproc.errors import ConfigError
 from extproc.simulate import report
 from extproc.simulate.contenders import KEYS, NAMES
@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 MOST_ENGINES = 256
 BAR_WIDTH = 40
+_CONSTANTS = (
+    *("step_base_s", "prefill_token_s", "decode_seq_s", "context_token_s", "prefill_context_s"),
+    *("max_num_seqs", "max_num_batched_tokens", "speed"),
+)
+"""Of an engine, what `--engine` sets: `EngineParams` has what each means."""
 CHATTY = (0.80, 0.13, 0.07)
 """Shares of the classes when most requests are turns of sessions."""
 
@@ -38,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=[name for name in sorted(PRESETS) if name != "demo"],
         default="a100-8b",
         help="engine model (%(default)s)",
+    )
+    add(
+        "--engine",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"a constant of your own engines over the preset's: kv_tokens, {', '.join(_CONSTANTS)}",
     )
     add("--engines", type=_whole(1, MOST_ENGINES), default=4, metavar="N", help="how many (%(default)s)")
     add(
@@ -86,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         names = ", ".join(klass.name for klass in plan.workload.classes)
         _say(f"classes of the trace ({names}) are judged like std; --config FILE or --class NAME=TTFT/TPOT says more")
     tasks = plan.tasks()
-    rate = capacity(plan.preset, plan.engines, plan.workload, plan.trace)
+    rate = capacity(plan.preset, plan.engines, plan.workload, plan.trace, plan.engine)
     _say(
         f"{plan.engines} x {plan.preset}: load 100% is {rate:.1f} requests/s of this traffic; "
         f"{len(tasks)} runs{'' if plan.trace else f' of {plan.duration_s:g} s'}"
@@ -147,8 +159,33 @@ def plan_from(args: argparse.Namespace) -> Plan:
             dies=(0, *args.dies) if args.dies is not None else None,
         ),
         best_limit=args.limit,
+        engine=_engine(args.preset, args.engine) if args.engine else None,
     )
     return replace(plan, contenders=tuple(args.contender)) if args.contender else plan
+
+
+def _engine(preset: str, settings: Sequence[str]) -> EngineParams:
+    """Return the preset's engine with constants of one's own. Raises ConfigError."""
+    engine = PRESETS[preset]
+    problems = []
+    for setting in settings:
+        key, _, text = setting.partition("=")
+        try:
+            engine = _with_constant(engine, key, text)
+        except ValueError as error:
+            problems.append(f"--engine {setting}: {error}")
+    if problems:
+        raise ConfigError("command line", problems)
+    return engine
+
+
+def _with_constant(engine: EngineParams, key: str, text: str) -> EngineParams:
+    if key == "kv_tokens":
+        return replace(engine, num_gpu_blocks=int(text) // engine.block_size)
+    if key not in _CONSTANTS:
+        raise ValueError(f"unknown constant {key!r}; known are kv_tokens, {', '.join(_CONSTANTS)}")
+    constants: dict[str, Any] = {key: int(text) if isinstance(getattr(engine, key), int) else float(text)}
+    return replace(engine, **constants)
 
 
 def _are_guessed(args: argparse.Namespace) -> bool:

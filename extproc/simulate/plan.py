@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from extproc.engine.params import PRESETS
+from extproc.engine.params import PRESETS, EngineParams
 from extproc.simulate.contenders import contender
 from extproc.simulate.fronts import Group
 from extproc.simulate.report import Figures, figures
@@ -38,6 +38,7 @@ class Plan:
         changes: `key=value` for every `ours`.
         loads: shares of what the engines can do; empty, with a trace only: as recorded.
         trace: a recorded file instead of `workload`, whose classes still hold.
+        engine: instead of what the preset has.
         best_limit: the fixed limit per engine of the tuned baselines; None: the preset's own.
     """
 
@@ -52,6 +53,12 @@ class Plan:
     trace: Path | None = None
     faults: Faults = Faults()  # noqa: RUF009 - frozen
     best_limit: int | None = None
+    engine: EngineParams | None = None
+
+    @property
+    def params(self) -> EngineParams:
+        """Return what each engine is made of."""
+        return PRESETS[self.preset] if self.engine is None else self.engine
 
     def tasks(self) -> list[Task]:
         """Return all runs. Raises ConfigError for a contender, a setting or a trace that can't be."""
@@ -76,7 +83,7 @@ class Task:
         demands = demands_for(plan, self.load, self.seed)
         duration_s = plan.duration_s if plan.trace is None else max(demands[-1].at if demands else 0.0, 1.0)
         who = contender(self.contender, plan.preset, plan.workload.classes, plan.changes, best=plan.best_limit)
-        world = World([Group(PRESETS[plan.preset], plan.engines)], who, self.seed, plan.faults)
+        world = World([Group(plan.params, plan.engines)], who, self.seed, plan.faults)
         total = max(sum(1 for demand in demands for _ in demand.chain()), 1)
         ended = 0
 
@@ -91,20 +98,22 @@ class Task:
 
 
 @lru_cache(maxsize=4)
-def capacity(preset: str, engines: int, workload: Workload, trace: Path | None) -> float:
-    """Return the requests per second at load 1.0."""
+def capacity(
+    preset: str, engines: int, workload: Workload, trace: Path | None, engine: EngineParams | None = None
+) -> float:
+    """Return the requests per second at load 1.0; `engine`: instead of what the preset has."""
     if trace is not None:
         demands = list(_recorded(trace, workload)[:REFERENCE_REQUESTS])
     else:
         calm = replace(workload, process="poisson", noise=None)
         demands = calm.demands(10.0, REFERENCE_REQUESTS / 10.0, REFERENCE_SEED)
-    return saturation(PRESETS[preset], engines, demands)
+    return saturation(PRESETS[preset] if engine is None else engine, engines, demands)
 
 
 @lru_cache(maxsize=2)
 def demands_for(plan: Plan, load: float, seed: int) -> list[Demand]:
     """Return what every contender gets at `load` with `seed`."""
-    rate = load * capacity(plan.preset, plan.engines, plan.workload, plan.trace)
+    rate = load * capacity(plan.preset, plan.engines, plan.workload, plan.trace, plan.engine)
     if plan.trace is None:
         return plan.workload.demands(rate, plan.duration_s, seed)
     recorded = _recorded(plan.trace, plan.workload)
@@ -117,7 +126,8 @@ def demands_for(plan: Plan, load: float, seed: int) -> list[Demand]:
 def recorded_load(plan: Plan) -> float:
     """Return the load of the plan's trace as it was recorded."""
     assert plan.trace is not None  # noqa: S101 - the command line sees to it
-    return _rate(_recorded(plan.trace, plan.workload)) / capacity(plan.preset, plan.engines, plan.workload, plan.trace)
+    most = capacity(plan.preset, plan.engines, plan.workload, plan.trace, plan.engine)
+    return _rate(_recorded(plan.trace, plan.workload)) / most
 
 
 def run(plan: Plan, workers: int = 1, progress: Callable[[float], None] | None = None) -> list[Figures]:

@@ -281,6 +281,7 @@ def test_what_may_not_be_meant_is_a_doubt_and_no_mistake(tmp_path, text, words):
     [
         "envoy_clusters_file: /c.yaml\ndiscovery: [{dns: {name: engines, port: 8000}}]",
         f"request_fields: true\nendpoints: {TWO_MODELS}",
+        f"default_model: m\nendpoints: {TWO_MODELS}",
         "endpoints: [{name: a, address: 'h:1', models: [m]}, {name: b, address: 'h:2', models: [m]}]",
         "max_running_requests: 8\nendpoints: [{name: a, address: 'h:1', engine: none}]",
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -237,9 +238,20 @@ def test_the_command_prints_a_table_and_writes_a_page_that_needs_nothing_else(
     assert "<script" not in text
 
 
+def test_engines_of_ones_own_are_the_preset_with_what_is_said_over_it(capsys: pytest.CaptureFixture[str]) -> None:
+    rates = []
+    for flags in ((), ("--engine", "step_base_s=0.09", "--engine", "kv_tokens=64000", "--engine", "max_num_seqs=32")):
+        assert simulate("--duration", "5", "--load", "0.5", "--contender", "ours", *flags) == 0
+        rates.append(float(re.search(r"load 100% is ([\d.]+) requests/s", capsys.readouterr().out)[1]))
+    assert rates[1] < 0.5 * rates[0]
+
+
 def test_the_command_says_what_is_wrong_with_its_flags(tmp_path: Path) -> None:
     for flags, problem in (
         (("--class", "chat"), "must be NAME=TTFT/TPOT"),
+        (("--engine", "blocks=3"), "unknown constant 'blocks'; known are kv_tokens, step_base_s"),
+        (("--engine", "step_base_s=fast"), "--engine step_base_s=fast: could not convert"),
+        (("--engine", "max_num_seqs=0"), "max_num_seqs must be at least 1"),
         (("--class", "chat=0/1"), "above 0 s"),
         (("--class", "chat=1/1", "--class", "chat=2/1"), "given once"),
         (("--trace", "x.csv", "--sessions"), "don't go with it"),
