@@ -319,6 +319,11 @@ class World:
             require(endpoint.removed or endpoint.crowding == crowding, endpoint, endpoint.crowding, crowding)
             require(all(ticket.endpoint is endpoint for ticket in books.leases), endpoint, "lent twice")
             require((endpoint.held_by() is None) == self._is_open(endpoint), endpoint, "held by", endpoint.held_by())
+        holds = self.core.holds()
+        for endpoint in self.core.endpoints.values():
+            waited_for = any(_may_take(t, endpoint) and endpoint in t.pool.members for t in self.waiting)
+            held = waited_for or not self._is_open(endpoint)
+            require((endpoint in holds) is held, endpoint, "is held by", holds.get(endpoint))
             require(endpoint.kv_tokens >= 0 and endpoint.prompt_tokens >= 0 and endpoint.limit.value >= 1, endpoint)
 
     def _check_pool(self, pool: Pool, waiting: list[Ticket]) -> None:
