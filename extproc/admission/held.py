@@ -28,7 +28,7 @@ class HeldBy(Enum):
     ASLEEP = ("asleep", "the engine says that it sleeps or is paused")
     REFUSED = ("refused", "the engine has just refused a request as full")
     TRIAL = ("trial", "one request at a time shows whether it works")
-    HOT = ("hot", "its telemetry is over max_kv_usage or max_gpu_usage")
+    HOT = ("hot", "its telemetry is over max_gpu_perc or gpu_utilization_perc")
     PART = ("part", "the rest of its limit is for sidecars that can't be reached")
     LIMIT = ("limit", "as many requests as its limit allows are in flight")
     KV = ("kv", "the KV cache has no room for the prompt and answer")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from extproc.admission.held import HeldBy
+
 ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 
@@ -32,3 +34,8 @@ def test_every_make_target_that_the_documents_name_exists():
     for page in PAGES:
         for words in re.findall(r"`make ([a-z -]+)`", page.read_text()):
             assert set(words.split()) <= targets, f"{page.name}: make {words}"
+
+
+def test_every_limit_that_can_hold_a_line_is_explained():
+    page = (ROOT / "docs/observability.md").read_text()
+    assert [held.value for held in HeldBy if f"`{held.value}`" not in page] == []
