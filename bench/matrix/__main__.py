@@ -3,7 +3,7 @@
 python -m bench.matrix --cells a100-8b/vllm/standing@120 'step90/*/standing@80' --seeds 1 2
 python -m bench.matrix --cells llama-cpp/vllm/standing@120 --contender ours ours,first_byte_probe=true haproxy
 python -m bench.matrix --gate             # the cells that `make test` plays, against what is recorded of them
-python -m bench.matrix                    # all: `make bench-matrix`, about an hour on two cores
+python -m bench.matrix                    # all: `make bench-matrix`, some 90 minutes on two cores
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The slice of the matrix that `make test` plays, and what it is held against.
 
-`gate.json` beside this file has, for each cell, the rivals at their best and what ours made when it was recorded. A
-cell fails when ours falls more than `SLACK` below that, when it misses a criterion of contest.judge that it did not
-miss then, and when it no longer misses one that it is listed for, so that the list stays true. After a change of
-policy:
+`gate.json` beside this file has, for each cell, the rivals at their best, ours at its best fixed limit among them, and
+what ours made at its defaults when it was recorded. A cell fails when ours falls more than `SLACK` below that, when it
+misses a criterion of contest.judge that it did not miss then, and when it no longer misses one that it is listed for:
+the list stays true. After a change of policy:
 
     python -m bench.matrix --gate             # what holds, what doesn't
     python -m bench.matrix --gate --record    # hold ours against this from now on; the rivals stay as they are

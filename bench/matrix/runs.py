@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections import defaultdict
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from bench.matrix import contest, gate
@@ -86,9 +87,12 @@ def play_gate(task: tuple[str, gate.Record | None]) -> tuple[str, gate.Record, l
     """Play a cell of the gate; return what could be recorded of it, and its complaints."""
     name, record = task
     one = named(name)
+    scene = stage(one.engine, TRAFFIC[one.traffic], one.load, gate.SEEDS)
     if record is None:
-        scene = stage(one.engine, TRAFFIC[one.traffic], one.load, gate.SEEDS)
         record = gate.Record(tuple(contest.rival(other, scene) for other in RIVALS), None, ())
+    if not any(other.text.startswith("ours,") for other in record.rivals):
+        page, says_batch = one.tells
+        record = replace(record, rivals=(*record.rivals, contest.fixed(scene, page, says_batch=says_batch)))
     score = gate.play(one)
     wrong = gate.complaints(name, score, record)
     verdict = judge(score, record.rivals, one.load)

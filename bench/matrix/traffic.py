@@ -101,6 +101,7 @@ class Traffic:
         blink_s: in the middle of the run the network is gone for so long.
         slow: the speed of the first engine.
         trace: a recorded file instead of the workload, whose classes still hold.
+        least_s: how long a run lasts at least: a rate that wanders slowly shows only in a long one.
         ours: our contender; its defaults, but for what the traffic is about.
     """
 
@@ -111,6 +112,7 @@ class Traffic:
     blink_s: float = 0.0
     slow: float = 1.0
     trace: Path | None = None
+    least_s: float = 90.0
     ours: str = "ours"
 
     def during(self, workload: Workload, duration_s: float) -> Workload:
@@ -128,7 +130,7 @@ class Traffic:
 TRAFFIC = {
     "standing": Traffic(),
     "azure-conv": Traffic(AZURE_CONVERSATION),
-    "azure-code": Traffic(AZURE_CODE),
+    "azure-code": Traffic(AZURE_CODE, least_s=300.0),
     "prefix": Traffic(Workload(prefix_tokens=3000)),
     "images": Traffic(Workload(images=Images(0.3))),
     "reasoning": Traffic(CHAT, beside=REASONING),

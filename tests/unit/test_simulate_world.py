@@ -48,7 +48,7 @@ class Listener(Core):
         return super().observe(engine, load, now)
 
     def first_token(self, job: Job, now: float) -> list[Verdict]:
-        self.first[job.number] = now
+        self.first.setdefault(job.number, now)
         return super().first_token(job, now)
 
 
