@@ -30,6 +30,7 @@ from extproc.stream.dry_run import DryRun
 from extproc.stream.gate import Gate
 from extproc.stream.session import Reception
 from extproc.transport.completion import server_on
+from extproc.transport.completion.loop import CompletionLoop
 from extproc.transport.listener import Listener, SocketRights
 from extproc.transport.tls import ServerTls
 
@@ -57,7 +58,8 @@ MOST_CHANGES = 50
 
 CHANGEABLE = frozenset(
     (
-        *("endpoints", "discovery", "health_check", "classes", "enable_queue", "drain_timeout", "hand_over"),
+        *("endpoints", "discovery", "allowed_addresses", "health_check", "classes", "enable_queue"),
+        *("drain_timeout", "hand_over"),
         *("max_running_requests", "max_queue_wait_time", "binding", "max_queued_requests", "max_prompt_tokens"),
         *("routes", "default_model"),
         *("shed", "tenant_fairness", "short_prompts_first", "max_gpu_perc", "gpu_utilization_perc"),
@@ -93,6 +95,8 @@ class App:
             clock=loop.time,
             ignored=lambda: self.reception.requests.ignored,
             config_is_refused=lambda: self.file is not None and self.file.is_refused,
+            left_out=lambda: self.sources.left_out + self.roster.left_out,
+            transport="completion_queue" if isinstance(loop, CompletionLoop) else "asyncio",
             rehearsed=None if dry_run is None else dry_run.counts,
         )
         self.queue_log = QueueLog(controller, loop.time)
@@ -202,6 +206,12 @@ class App:
     def adopt(self, config: Config) -> None:
         """Take over a changed configuration, as far as that works while running. Raises ConfigError."""
         old = self.config
+        is_empty = not config.endpoints and not config.discovery
+        if is_empty and "endpoints" not in config.model_fields_set and (old.endpoints or old.discovery):
+            raise ConfigError(
+                "configuration",
+                ["endpoints: all are gone, as from a file that was cut off; say `endpoints: []` if that is meant"],
+            )
         fixed = [
             key for key in Config.model_fields if key not in CHANGEABLE and getattr(config, key) != getattr(old, key)
         ]

@@ -38,10 +38,10 @@ def signature_of(path: str | Path) -> Signature:
 def read_regular(path: str | Path, most_bytes: int | None = None) -> bytes:
     """Return what is in a regular file; others, which could block for ever, are not read. Raises OSError."""
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(0, "is no regular file", str(path))
     with os.fdopen(number, "rb") as file:
-        found = os.fstat(number)
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError(0, "is no regular file", str(path))
         content = file.read() if most_bytes is None else file.read(most_bytes + 1)
     if most_bytes is not None and len(content) > most_bytes:
         raise OSError(0, f"has more than {most_bytes} bytes", str(path))

@@ -34,7 +34,7 @@ from extproc.admission.values import Answer, Binding, Decision, Dispatch, Endpoi
 from extproc.errors import TransitionError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from extproc.admission.load import Load
     from extproc.admission.queue import Queue
@@ -226,6 +226,16 @@ class Controller:
             if model not in self._by_model:
                 self._by_model[model] = Pool(model)
         self._regroup()
+        return self._dispatch()
+
+    def know_models(self, models: Iterable[str], now: float) -> list[Decision]:
+        """Note which models the configuration names: requests for them wait even while nobody serves them."""
+        self._now = now
+        fresh = [model for model in models if model not in self._by_model]
+        for model in fresh:
+            self._by_model[model] = Pool(model)
+        if fresh:
+            self._regroup()
         return self._dispatch()
 
     def remove_endpoint(self, name: str, now: float) -> list[Decision]:

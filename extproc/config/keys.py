@@ -20,6 +20,8 @@ from extproc.config.types import (
     Listen,
     Method,
     Name,
+    NamedPort,
+    Network,
     OwnLimit,
     Percent,
     Port,
@@ -116,10 +118,18 @@ class _Found(_Section):
 
 
 class DnsConfig(_Found):
-    """Every A and AAAA record of a name is an endpoint, called `address:port`. A failed lookup changes nothing."""
+    """Every address of a name is an endpoint, called `address:port`. A failed lookup changes nothing."""
 
     name: Annotated[str, Field(min_length=1, max_length=253)] = Field(description="The name to look up.")
-    port: Port = Field(description="The servers' port.")
+    port: Port | None = Field(None, description="The servers' port. Either this or `ports`.")
+    ports: Annotated[list[Port], Field(min_length=1, max_length=64)] | None = Field(
+        None, description="Several: one endpoint for each address and port, as of a data parallel server."
+    )
+    family: Literal["auto", "ipv4", "ipv6", "any"] = Field(
+        "auto",
+        description="Which addresses count. `auto`: IPv4 if there is any, else IPv6: a name with both is mostly one "
+        "server. `any`: each is a server of its own.",
+    )
     interval: PositiveDuration = Field(5.0, description="How often.")
 
 
@@ -134,6 +144,11 @@ class KubernetesConfig(_Found):
     namespace: str | None = Field(None, description="Default: the pod's own.")
     port: SlicePort = Field(
         None, description="Number, or the name of the slices' port. Default: the only or first one."
+    )
+    ports: Annotated[list[NamedPort], Field(min_length=1, max_length=64)] | None = Field(
+        None,
+        description="Several, instead of `port`: one endpoint for each pod and port, called POD-PORT, as of a data "
+        "parallel server with a port for each rank.",
     )
     api: Url | None = Field(None, description="The API server. Default: the one that a pod is told of.")
     token_file: str = Field(
@@ -268,6 +283,11 @@ class Config(_Section):
     )
     endpoints: list[EndpointConfig] = Field([], description="The inference servers.")
     discovery: list[DiscoveryConfig] = Field([], description="Sources of more endpoints. Needs `envoy_clusters_file`.")
+    allowed_addresses: Annotated[list[Network], Field(max_length=100)] | None = Field(
+        None,
+        description="Networks that discovered endpoints may be in, like `[10.0.0.0/8]`; others are left out. Unset: "
+        "any but loopback, link-local, unspecified and multicast ones. `endpoints` may be anywhere.",
+    )
     health_check: HealthCheckConfig | None = Field(
         None, description="Ask endpoints whether they live; `{}` takes all defaults. Unset: only answers tell."
     )
@@ -411,6 +431,12 @@ class Config(_Section):
     def scrape_targets(self) -> list[Target]:
         """Return what is scraped for each endpoint of the file."""
         return [target_of(endpoint) for endpoint in self.endpoints]
+
+    @property
+    def models(self) -> frozenset[str]:
+        """All models that the file names, whoever serves them at the moment."""
+        found = [source for item in self.discovery for source in (item.dns, item.kubernetes) if source is not None]
+        return frozenset(model for one in (*self.endpoints, *found) for model in one.models)
 
     def header_names(self) -> Headers:
         """Return the names of headers as a session knows them."""

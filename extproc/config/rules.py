@@ -5,7 +5,7 @@ from __future__ import annotations
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
-from extproc.config.types import split_address
+from extproc.config.types import is_ours, split_address
 
 if TYPE_CHECKING:
     from extproc.config.keys import Config
@@ -32,6 +32,7 @@ def cross_check(config: Config) -> list[str]:
                 problems.append(
                     f"{section}[{index}].{what}: {name!r} is taken by {section}[{first}]; each must be unique"
                 )
+    problems += _check_who(config)
     for index, klass in enumerate(config.classes):
         if klass.budget > LONGEST_BUDGET_S:
             problems.append(
@@ -54,6 +55,34 @@ def cross_check(config: Config) -> list[str]:
         for name in sorted({name for name in names if names.count(name) > 1})
     ]
     return problems + _check_ports(config)
+
+
+def _check_who(config: Config) -> list[str]:
+    """Check that each endpoint is one server, behind a cluster of its own."""
+    problems, first = [], dict[str, int]()
+    for index, endpoint in enumerate(config.endpoints):
+        where = f"endpoints[{index}]"
+        same = first.setdefault(_canonical(endpoint.address), index)
+        if same != index:
+            problems.append(
+                f"{where}.address: {endpoint.name!r} and {config.endpoints[same].name!r} (endpoints[{same}]) have the "
+                f"same address, {endpoint.address}: one server needs one endpoint, else it gets both limits"
+            )
+        key = "cluster" if endpoint.cluster is not None else "name"
+        if is_ours(endpoint.cluster or endpoint.name):
+            problems.append(
+                f"{where}.{key}: {endpoint.cluster or endpoint.name!r} is kept for clusters of our own ('unsteered', "
+                "and all that begin with 'extproc_'); choose another"
+            )
+    return problems
+
+
+def _canonical(address: str) -> str:
+    host, port = split_address(address)
+    try:
+        return f"{ip_address(host)} {port}"
+    except ValueError:
+        return f"{host.lower()} {port}"
 
 
 def _check_ports(config: Config) -> list[str]:
@@ -89,6 +118,10 @@ def _check_discovery(config: Config) -> list[str]:
         if (source.dns is None) is (source.kubernetes is None):
             problems.append(f"{where}: needs one of dns and kubernetes")
         found = source.kubernetes
+        if found is not None and found.port is not None and found.ports is not None:
+            problems.append(f"{where}.kubernetes: takes one of port and ports, not both")
+        if source.dns is not None and (source.dns.port is None) is (source.dns.ports is None):
+            problems.append(f"{where}.dns: needs one of port and ports")
         if found is not None and (found.service is None) is (found.selector is None):
             problems.append(f"{where}.kubernetes: needs one of service and selector")
     return problems

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from ipaddress import ip_network
 from typing import TYPE_CHECKING, Annotated, Literal
 from urllib.parse import urlsplit
 
@@ -172,10 +173,31 @@ def _method(value: object) -> str:
     raise ValueError(f"must be an HTTP method in capitals, like GET, or UPGRADE for a WebSocket, not {value!r}")
 
 
+def _network(value: object) -> str:
+    try:
+        if isinstance(value, str):
+            return str(ip_network(value))
+    except ValueError:
+        pass
+    raise ValueError(f"must be a network like 10.0.0.0/8 or fd00::/8, not {value!r}")
+
+
+def is_ours(cluster: str) -> bool:
+    """Tell whether the name of a cluster is kept for those that we render ourselves."""
+    return cluster == "unsteered" or cluster.startswith("extproc_")
+
+
 def _slice_port(value: object) -> int | str | None:
     if value is None or (isinstance(value, str) and value) or (type(value) is int and 1 <= value <= 65535):
         return value
     raise ValueError(f"must be a port's number or name, not {shown(value)}")
+
+
+def _named_port(value: object) -> int | str:
+    port = _slice_port(value)
+    if port is None:
+        raise ValueError("must be a port's number or name")
+    return port
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -229,6 +251,8 @@ RoutePath = Annotated[str, BeforeValidator(_route_path)]
 Method = Annotated[str, BeforeValidator(_method)]
 UrlPath = Annotated[str, BeforeValidator(_path_of_url)]
 Port = Annotated[int, Field(ge=1, le=65535)]
+NamedPort = Annotated[int | str, BeforeValidator(_named_port)]
 SlicePort = Annotated[int | str | None, BeforeValidator(_slice_port)]
+Network = Annotated[str, BeforeValidator(_network)]
 SecretHeaders = Annotated[dict[str, SecretStr], BeforeValidator(_secret_headers)]
 Threshold = Annotated[int, Field(ge=1, le=100)]

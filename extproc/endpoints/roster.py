@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from extproc.admission.ticket import State
+from extproc.config.types import is_ours
+from extproc.endpoints.names import may_be_found
 from extproc.envoy.clusters import GIVE_UP_S, SETTLE_S
 from extproc.errors import StartError
 
@@ -84,6 +86,7 @@ class Roster:
         self._problem: str | None = None
         self._doubted = False
         self._refused: set[str] = set()
+        self.left_out = 0  # found endpoints that were not taken
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -104,6 +107,7 @@ class Roster:
             if before is None:  # Envoy does not start without the file: whichever comes will read all of it first
                 for route in self._routes.values():
                     route.known = True
+        self._gate.know_models(self._config.models)
         self._reconcile()
         self._task = asyncio.get_running_loop().create_task(self._keep(), name="roster")
 
@@ -127,6 +131,7 @@ class Roster:
     def configure(self, config: Config) -> None:
         """Take over changed endpoints of the file, and changed common limits."""
         self._config = config
+        self._gate.know_models(config.models)
         self.report(FILE, config.endpoints)
 
     # ---- carrying it out
@@ -136,17 +141,27 @@ class Roster:
         names: set[str] = set()
         addresses: set[str] = set()
         refused = set()
+        in_file = {endpoint.name for endpoint in self._seen.get(FILE, ())}
         for source, endpoints in self._seen.items():
-            for endpoint in endpoints:
-                taken = endpoint.name in names or (source != FILE and endpoint.address in addresses)
-                if taken:
-                    refused.add(f"{source}: {endpoint.name} at {endpoint.address}")
+            for seen in endpoints:
+                endpoint, why = seen, None
+                if source != FILE and not may_be_found(seen.address, self._config.allowed_addresses):
+                    why = "its address is not in allowed_addresses"
+                elif source != FILE and seen.address in addresses:
+                    why = "another endpoint has its address"
+                elif seen.name in names:  # another port of a pod, from another item
+                    endpoint = seen.model_copy(update={"name": f"{seen.name}-{seen.address.rpartition(':')[2]}"})
+                    if source == FILE or seen.name in in_file or endpoint.name in names:
+                        why = "another source has its name"
+                if why is not None:
+                    refused.add(f"{source}: {seen.name} at {seen.address} is left out: {why}")
                     continue
                 names.add(endpoint.name)
+                addresses.add(endpoint.address)
                 yield endpoint
-            addresses |= {endpoint.address for endpoint in endpoints}
-        for which in sorted(refused - self._refused):
-            log.warning("%s is left out: another source has its name or address", which)
+        for line in sorted(refused - self._refused):
+            log.warning("%s", line)
+        self.left_out += len(refused - self._refused)
         self._refused = refused
 
     def _reconcile(self) -> None:
@@ -176,7 +191,7 @@ class Roster:
         used: set[str] = set()
         for endpoint in self._wanted():
             own = endpoint.cluster or endpoint.name
-            candidates = (own, f"{own}@{endpoint.address}")
+            candidates = (own, f"{own}@{endpoint.address}")[is_ours(own) :]  # a pod may have the name of our cluster
             fitting = [name for name in candidates if name in self._routes and self._at(name) == endpoint.address]
             cluster = fitting[0] if fitting else next(name for name in candidates if name not in self._routes)
             route = self._routes.setdefault(cluster, _Route(endpoint.address))

@@ -7,7 +7,9 @@ a host name when its first DNS answer is there. Until then a request steered to 
 from __future__ import annotations
 
 import logging
+import os
 import re
+import stat
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +19,7 @@ import yaml
 
 from extproc.endpoints.names import address_of
 from extproc.envoy.bootstrap import render_clusters
+from extproc.files import read_regular
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -34,6 +37,11 @@ _VERSION = re.compile(r'^cluster_manager\.cds\.version_text: "(\d+)"$', re.MULTI
 _WARMING = re.compile(r"^cluster_manager\.warming_clusters: (\d+)$", re.MULTILINE)
 
 
+MOST_BYTES = 16 << 20
+_NOT_OURS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What comes of reading a file that somebody else wrote, or half of one."""
+
+
 class ClustersFile:
     """One clusters file, replaced whole by a rename."""
 
@@ -45,28 +53,50 @@ class ClustersFile:
     def read(self) -> dict[str, str] | None:
         """Return what a sidecar before us wrote, cluster -> address; None: there is no file."""
         try:
-            resources = yaml.safe_load(self._path.read_text(encoding="utf-8"))["resources"]
+            resources = yaml.safe_load(read_regular(self._path, MOST_BYTES).decode())["resources"]
             hosts = [
                 (resource["name"], endpoint["endpoint"]["address"]["socket_address"])
                 for resource in resources
                 for endpoint in resource["load_assignment"]["endpoints"][0]["lb_endpoints"]
                 if resource.get("lb_policy") is None
             ]
-            return {name: address_of(host["address"], host["port_value"]) for name, host in hosts}
+            return {_word(name): address_of(_word(host["address"]), _port(host["port_value"])) for name, host in hosts}
         except FileNotFoundError:
             return None
-        except (OSError, yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, AttributeError) as error:
-            log.warning("%s can't be read (%r); writing it anew", self._path, error)
+        except (OSError, *_NOT_OURS) as error:
+            log.warning(
+                "%s is not as we write it (%s: %.200s); writing it anew", self._path, type(error).__name__, error
+            )
             return {}
 
     def write(self, routes: Mapping[str, str], addresses: Iterable[str], config: Config) -> int:
         """Write `routes`, cluster -> address, and return the version of this write. Raises OSError."""
         self._version = max(self._version + 1, int(time.time() * 1000))  # rises over restarts too
         fresh = self._path.with_name(f".{self._path.name}.new")
-        fresh.write_text(render_clusters(routes, addresses, self._version, config), encoding="utf-8")
-        fresh.chmod(0o644)  # Envoy may run as somebody else
+        text = render_clusters(routes, addresses, self._version, config)
+        try:
+            mode = stat.S_IMODE(self._path.lstat().st_mode)  # whoever narrowed it meant it
+        except FileNotFoundError:
+            mode = 0o644  # Envoy may run as somebody else
+        fresh.unlink(missing_ok=True)  # of a write that was cut off; a link there would lead elsewhere
+        number = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with os.fdopen(number, "w", encoding="utf-8") as file:
+            file.write(text)
+            os.fchmod(number, mode)
         fresh.replace(self._path)
         return self._version
+
+
+def _word(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.100} is no text")
+    return value
+
+
+def _port(value: object) -> int:
+    if not isinstance(value, int) or not 0 < value < 65536:
+        raise TypeError(f"{value!r:.100} is no port")
+    return value
 
 
 class EnvoyAdmin:

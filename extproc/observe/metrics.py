@@ -102,6 +102,10 @@ class Telemetry(Protocol):
         """Walk endpoint, reason and number of failed scrapes."""
 
 
+def _none() -> int:
+    return 0
+
+
 def known_signals(load: Load | None) -> dict[str, float]:
     """Return the gauges of a load that are known; an unknown one is absent, never 0."""
     if load is None:
@@ -131,11 +135,14 @@ class Metrics:
         clock: Callable[[], float] = time.monotonic,
         ignored: Callable[[], Mapping[str, int]] = _nothing,
         config_is_refused: Callable[[], bool] = _no,
+        left_out: Callable[[], int] = _none,
+        transport: str | None = None,
         rehearsed: Mapping[tuple[str, str], int] | None = None,
     ) -> None:
         """Count for `controller`.
 
         `streams`: how many ext_proc streams are open; `telemetry`: how the scraping goes; `clock`: the core's;
+        `left_out`: found endpoints that were not taken; `transport`: what carries gRPC;
         `ignored`: header values of requests that told nothing, by header; `config_is_refused`: the file is worse than
         what runs; `rehearsed`: a dry run's counts, by what would have happened and class.
         """
@@ -143,6 +150,8 @@ class Metrics:
         self._clock = clock
         self._ignored = ignored
         self._config_is_refused = config_is_refused
+        self._left_out = left_out
+        self._transport = transport
         self.rehearsed = rehearsed
         self.unknown_classes = 0
         self._telemetry = telemetry
@@ -258,6 +267,15 @@ class Metrics:
             "1 while the configuration file has mistakes and an older one is in force.",
             value=int(self._config_is_refused()),
         )
+        left_out = CounterMetricFamily(
+            "extproc_discovery_left_out", "Found items that became no endpoint: malformed, not allowed, there already."
+        )
+        left_out.add_metric([], self._left_out())
+        yield left_out
+        transport = GaugeMetricFamily("extproc_transport", "1 for what carries gRPC.", labels=["transport"])
+        if self._transport is not None:
+            transport.add_metric([self._transport], 1)
+        yield transport
         policy = self._controller.policy
         yield GaugeMetricFamily(
             "extproc_queue_enabled", "1 while requests are held or refused for load.", value=int(policy.enable_queue)

@@ -137,6 +137,10 @@ class Gate:
         """Add or change an endpoint."""
         self._settle(self.controller.put_endpoint(spec, self._loop.time()))
 
+    def know_models(self, models: Iterable[str]) -> None:
+        """Let requests for these models wait, even while nobody serves them."""
+        self._settle(self.controller.know_models(models, self._loop.time()))
+
     def remove_endpoint(self, name: str) -> None:
         """Send nothing more to an endpoint."""
         self._settle(self.controller.remove_endpoint(name, self._loop.time()))

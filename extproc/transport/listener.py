@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -86,8 +87,10 @@ def _open_socket(path: str, rights: SocketRights) -> None:
 def _lock_socket(path: str) -> int:
     """Take the lock beside a unix socket: without it a second server would silently steal the path."""
     try:
-        descriptor = os.open(path + ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(path + ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise StartError(f"listen: {path}.lock is a symbolic link; remove it, and see who made it") from None
         raise StartError(f"listen: can't create {path}.lock: {error.strerror}") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

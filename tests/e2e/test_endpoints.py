@@ -338,7 +338,7 @@ def test_pods_that_come_and_go_in_kubernetes_cost_no_client_an_error(dynamic, tm
     with KubeApi() as api, Upstream("a") as a, Upstream("b") as b:
         api.put(slice_of("s-a", {"pod-a": "127.0.0.1"}, port=a.port))
         source = {"service": "vllm", "namespace": "ml", "api": api.url, "max_running_requests": 3}
-        here = dynamic({"discovery": [{"kubernetes": source}]}, upstreams=())
+        here = dynamic({"discovery": [{"kubernetes": source}], "allowed_addresses": ["127.0.0.0/8"]}, upstreams=())
         assert names(here) == {"pod-a"}  # seen before the sidecar was ready
         assert here.endpoint("pod-a")["limit"] == 3
         with Traffic(here) as traffic:
@@ -360,7 +360,7 @@ def test_pods_that_come_and_go_in_kubernetes_cost_no_client_an_error(dynamic, tm
 def test_addresses_of_a_name_are_endpoints(dynamic):
     with Upstream("a") as a:
         source = {"name": "127.0.0.1", "port": a.port, "interval": "50ms", "models": ["sim"]}
-        here = dynamic({"discovery": [{"dns": source}]}, upstreams=())
+        here = dynamic({"discovery": [{"dns": source}], "allowed_addresses": ["127.0.0.0/8"]}, upstreams=())
         assert names(here) == {a.address}
         assert complete_many(here.url, 1, header("one", **{"x-model": "sim"}))[0].status == 200
         assert complete_many(here.url, 1, header("two", **{"x-model": "other"}))[0].status == 404

@@ -160,8 +160,8 @@ def test_an_endpoint_inherits_the_common_limit_or_has_its_own():
             "max_running_requests": 7,
             "endpoints": [
                 ENDPOINT,
-                {**ENDPOINT, "name": "b", "max_running_requests": 3},
-                {**ENDPOINT, "name": "c", "max_running_requests": "adaptive"},
+                {**ENDPOINT, "name": "b", "address": "10.0.0.2:8000", "max_running_requests": 3},
+                {**ENDPOINT, "name": "c", "address": "10.0.0.3:8000", "max_running_requests": "adaptive"},
             ],
         }
     ).endpoint_specs()

@@ -12,7 +12,8 @@ import yaml
 from extproc.admission.controller import Controller
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import Request
-from extproc.config import Config, DnsConfig, load_config, parse_config
+from extproc.app import App
+from extproc.config import Config, DnsConfig, EndpointConfig, load_config, parse_config
 from extproc.endpoints import roster
 from extproc.endpoints.discovery import dns, file, source
 from extproc.endpoints.discovery.dns import Dns
@@ -67,7 +68,7 @@ def test_a_name_made_of_an_address_is_a_valid_name():
     [
         ({"discovery": [{"dns": {"name": "x", "port": 1}}]}, "discovery: needs envoy_clusters_file"),
         ({"discovery": [{}]}, "discovery[0]: needs one of dns and kubernetes"),
-        ({"discovery": [{"dns": {"name": "x"}}]}, "discovery[0].dns.port: is required"),
+        ({"discovery": [{"dns": {"name": "x"}}]}, "discovery[0].dns: needs one of port and ports"),
         ({"discovery": [{"dns": {"nam": "x", "name": "x", "port": 1}}]}, "unknown key; did you mean 'name'?"),
         ({"discovery": [{"kubernetes": {}}]}, "discovery[0].kubernetes: needs one of service and selector"),
         ({"discovery": [{"kubernetes": {"service": "a", "port": 0}}]}, "discovery[0].kubernetes.port: must be a port"),
@@ -197,6 +198,36 @@ def test_a_file_that_is_being_written_is_read_when_it_is_whole(tmp_path, monkeyp
     assert here.count["failure"] == 0
 
 
+def test_a_fifo_where_the_file_was_is_a_failed_reload_and_what_replaces_it_is_read(tmp_path):
+    path = tmp_path / "sidecar.yaml"
+    path.write_text("max_queued_requests: 1\n")
+
+    async def story(here: Followed) -> None:
+        path.unlink()
+        os.mkfifo(path)
+        here.file.poke()
+        await until(lambda: here.count["failure"] >= 1)
+        assert here.file.is_refused
+        path.unlink()
+        path.write_text("max_queued_requests: 2\n")
+        await until(lambda: [one.max_queued_requests for one in here.adopted] == [2])
+
+    Followed(path).run(story)
+
+
+def test_a_file_that_loses_all_endpoints_is_refused_unless_it_says_so():
+    keys = {"listen": "127.0.0.1:0", "admin": "127.0.0.1:0"}
+
+    async def main() -> None:
+        app = App(config(**keys, endpoints=[endpoint("a")]), asyncio.get_running_loop())
+        with pytest.raises(ConfigError, match=r"endpoints: all are gone.*say `endpoints: \[\]`"):
+            app.adopt(config(**keys))
+        app.adopt(config(**keys, endpoints=[]))
+        assert app.config.endpoints == []
+
+    asyncio.run(main())
+
+
 # ---- DNS
 
 
@@ -255,7 +286,7 @@ class Scripted:
 @pytest.fixture
 def scripted(monkeypatch):
     Scripted.made = []
-    monkeypatch.setattr(source, "_source_of", Scripted)
+    monkeypatch.setattr(source, "_source_of", lambda config, _leave_out: Scripted(config))
     return Scripted.made
 
 
@@ -489,6 +520,30 @@ def test_the_file_wins_over_what_is_found_and_an_address_is_used_once(tmp_path, 
 
     live(story, tmp_path / "c.yaml", endpoints=[endpoint("a")])
     assert "dns: twin at 10.0.0.1:8000 is left out" in caplog.text
+
+
+def test_two_ports_of_a_pod_from_two_items_are_two_endpoints(tmp_path):
+    async def story(here: House) -> None:
+        here.envoy.known = 10**15
+        here.roster.report("k8s 1", config(endpoints=[endpoint("pod", "10.0.0.5:8000")]).endpoints)
+        here.roster.report("k8s 2", config(endpoints=[endpoint("pod", "10.0.0.5:8001")]).endpoints)
+        await until(lambda: len(here.placed()) == 3)
+        assert here.followed == {"a": "10.0.0.1:8000", "pod": "10.0.0.5:8000", "pod-8001": "10.0.0.5:8001"}
+
+    live(story, tmp_path / "c.yaml", endpoints=[endpoint("a")])
+
+
+def test_a_found_address_that_is_not_allowed_gets_nothing_and_one_with_our_clusters_name_gets_another(tmp_path, caplog):
+    async def story(here: House) -> None:
+        here.envoy.known = 10**15
+        found = [endpoint("near", "127.0.0.1:22"), EndpointConfig(name="unsteered", address="10.0.0.6:1")]
+        here.roster.report("dns", [*config(endpoints=found[:1]).endpoints, found[1]])
+        await until(lambda: "unsteered" in here.placed())
+        assert here.placed() == {"a": "a", "unsteered": "unsteered@10.0.0.6:1"}
+        assert here.roster.left_out == 1
+
+    live(story, tmp_path / "c.yaml", endpoints=[endpoint("a")])
+    assert "dns: near at 127.0.0.1:22 is left out: its address is not in allowed_addresses" in caplog.text
 
 
 def test_a_clusters_file_that_cannot_be_written_is_a_start_error_then_only_a_delay(tmp_path, caplog):

@@ -595,6 +595,7 @@ class Pod:
             bootstrap = bootstrap.replace(f"port_value: {port}}}", f"port_value: {here}}}")
         config = config.replace("0.0.0.0:9902", f"127.0.0.1:{self.admin}").replace("name: vllm", "name: localhost")
         config = config.replace("port: 8000", f"port: {free_port()}")  # nobody is there
+        config += "\nallowed_addresses: [127.0.0.0/8]\n"
         (directory / "envoy.yaml").write_text(bootstrap)
         (directory / "sidecar.yaml").write_text(config)
         self.directory = directory

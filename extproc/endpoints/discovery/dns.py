@@ -8,7 +8,7 @@ import random
 import socket
 from typing import TYPE_CHECKING
 
-from extproc.endpoints.names import address_of, name_of
+from extproc.endpoints.names import address_of, name_of, of_family
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -37,9 +37,11 @@ class Dns:
     async def run(self, report: Callable[[Sequence[EndpointConfig]], None]) -> None:
         """Look for ever. A failed or empty answer is never reported: no DNS server can take all endpoints away."""
         config, failing = self._config, False
+        ports = [config.port] if config.ports is None else config.ports
         while True:
             try:
-                addresses = sorted(set(await self._lookup(config.name, config.port)))
+                found = [address for port in ports if port for address in await self._lookup(config.name, port)]
+                addresses = sorted(set(of_family(found, config.family)))
             except OSError as error:
                 addresses = []
                 if not failing:

@@ -12,12 +12,14 @@ import logging
 from typing import TYPE_CHECKING
 
 from extproc.errors import ConfigError
+from extproc.files import read_regular, signature_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from extproc.config import Config
+    from extproc.files import Signature
 
 log = logging.getLogger("extproc.reload")
 
@@ -25,8 +27,6 @@ POLL_S = 1.0
 STILL_S = 0.1
 """A file that was just changed is read once it has not changed for this long: somebody may be writing it."""
 STILL_LOOKS = 20
-
-Signature = tuple[int, int, int] | None
 
 
 class ConfigFile:
@@ -64,16 +64,16 @@ class ConfigFile:
                 fresh_content = await asyncio.to_thread(self._content)
                 if asked or fresh_content != content:
                     content = fresh_content
-                    await self._read(current if first else None)
+                    await self._read(content, current if first else None)
             first = False
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._poke.wait(), POLL_S)
 
-    async def _read(self, known: Config | None) -> None:
-        """Load and adopt; `known` is nothing new."""
+    async def _read(self, content: bytes | None, known: Config | None) -> None:
+        """Load and adopt, if there is `content`; `known` is nothing new."""
         failure = None
         try:
-            config = await asyncio.to_thread(self._load)
+            config = await asyncio.to_thread(self._load_from, content)
             if config == known:
                 self.is_refused = False
                 return
@@ -90,6 +90,11 @@ class ConfigFile:
                 log.error("%s: %s", failure.source, problem)
             log.error("the configuration stays as it was: %d problem(s)", len(failure.problems))
 
+    def _load_from(self, content: bytes | None) -> Config:
+        if content is None:  # loading it could block for ever
+            raise ConfigError(str(self._path), ["can't be read, or is no regular file"])
+        return self._load()
+
     async def _still(self, signature: Signature) -> Signature:
         for _ in range(STILL_LOOKS):
             await asyncio.sleep(STILL_S)
@@ -100,14 +105,10 @@ class ConfigFile:
         return signature
 
     def _signature(self) -> Signature:
-        try:
-            found = self._path.stat()
-        except OSError:
-            return None
-        return found.st_mtime_ns, found.st_size, found.st_ino
+        return signature_of(self._path)
 
     def _content(self) -> bytes | None:
         try:
-            return self._path.read_bytes()
+            return read_regular(self._path)
         except OSError:
             return None

@@ -14,17 +14,18 @@ import json
 import logging
 import os
 import random
-import ssl
 from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
+from extproc.endpoints.access import client_tls
 from extproc.endpoints.names import address_of, name_of
 from extproc.errors import plain_words
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 
     from extproc.config import EndpointConfig, KubernetesConfig
@@ -47,6 +48,8 @@ LIST_AFTER = 3
 (kubernetes issue 104171)."""
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 MOST_NAME = 128
+MOST_TOLD = 10
+"""Lines about what is left out, at a time; all of it is counted."""
 
 Slice = dict[str, Any]
 
@@ -58,12 +61,19 @@ class GoneError(Exception):
 class Kubernetes:
     """Lists and watches EndpointSlices."""
 
-    def __init__(self, config: KubernetesConfig, environ: Mapping[str, str] = os.environ) -> None:
-        """Watch what `config` says; `environ` tells a pod where the API server is."""
+    def __init__(
+        self,
+        config: KubernetesConfig,
+        environ: Mapping[str, str] = os.environ,
+        leave_out: Callable[[int], None] = lambda _number: None,
+    ) -> None:
+        """Watch what `config` says; `environ` tells a pod where the API server is; `leave_out` counts."""
         self._config = config
         self._environ = environ
         self._slices: dict[str, Slice] = {}
         self._version: str | None = None
+        self._leave_out = leave_out
+        self._told: set[str] = set()
         self._fresh = False  # whether this connection brought anything: then the next failure is a new one
 
     async def run(self, report: Report) -> None:
@@ -130,7 +140,7 @@ class Kubernetes:
                 await _check(response)
                 page = json.loads(await response.read())
             try:
-                slices |= {item["metadata"]["name"]: item for item in page["items"] or ()}
+                slices |= {_name_of(item, index): item for index, item in enumerate(page["items"] or ())}
                 version, more = str(page["metadata"]["resourceVersion"]), page["metadata"].get("continue")
             except (KeyError, TypeError) as error:
                 raise ValueError(f"no EndpointSliceList: {error!r}") from None
@@ -174,7 +184,7 @@ class Kubernetes:
         path = Path(self._config.ca_file)
         if not url.startswith("https:") or not path.exists():
             return True
-        return ssl.create_default_context(cafile=path)
+        return client_tls(self._config.ca_file)
 
     def _headers(self) -> dict[str, str]:
         path = Path(self._config.token_file)
@@ -188,41 +198,86 @@ class Kubernetes:
     # ---- slices to endpoints
 
     def _endpoints(self) -> list[EndpointConfig]:
-        """Return each pod once: it may stand in several slices for a while, and in one per IP family."""
+        """Return each pod and port once: it may stand in several slices for a while, and in one per IP family.
+
+        What makes no endpoint is left out, said and counted once, and the rest is followed.
+        """
         found: dict[str, str] = {}
-        for name, address in sorted(
-            seen for slice_ in self._slices.values() for seen in ready_addresses(slice_, self._config.port)
-        ):
+        problems: set[str] = set()
+        seen = [pair for slice_ in self._slices.values() for pair in ready_addresses(slice_, self._config, problems)]
+        for name, address in sorted(seen):
             if name not in found or (found[name].startswith("[") and not address.startswith("[")):
                 found[name] = address
-        return [self._config.endpoint(name, address) for name, address in found.items()]
+        endpoints = []
+        for name, address in found.items():
+            try:
+                endpoints.append(self._config.endpoint(name, address))
+            except ValueError:  # pydantic's too
+                problems.add(f"{name!r:.100} at {address!r:.100}")
+        for problem in sorted(problems - self._told)[:MOST_TOLD]:
+            log.warning("kubernetes %s: left out, no endpoint: %s", self._what, problem)
+        self._leave_out(len(problems - self._told))
+        self._told = problems
+        return endpoints
 
 
-def ready_addresses(slice_: Slice, port: int | str | None) -> Iterator[tuple[str, str]]:
-    """Walk name and address of the endpoints of a slice that may be sent requests.
+def ready_addresses(slice_: Slice, config: KubernetesConfig, problems: set[str]) -> Iterator[tuple[str, str]]:
+    """Walk name and address of the endpoints of a slice that may be sent requests; add what is none to `problems`.
 
-    A missing `ready` means ready, says the API; what terminates is left out even while it still serves.
+    A missing condition says yes, says the API. `serving` is the pod's readiness where `ready` is always true
+    (publishNotReadyAddresses); what terminates is left out even while it still serves.
     """
-    number = _port_of(slice_, port)
-    if number is None:
+    if not isinstance(slice_, dict) or not isinstance(slice_.get("metadata"), dict):
+        problems.add("an item that is no EndpointSlice")
         return
-    for endpoint in slice_.get("endpoints") or ():
-        conditions = endpoint.get("conditions") or {}
-        addresses = endpoint.get("addresses") or ()
-        if conditions.get("ready") is False or conditions.get("terminating") is True or not addresses:
+    which = slice_["metadata"].get("name", "?")
+    endpoints = slice_.get("endpoints") or []
+    if not isinstance(endpoints, list):
+        problems.add(f"slice {which!r:.100}: endpoints is no list")
+        return
+    numbers = _ports_of(slice_, config)
+    several = config.ports is not None and len(config.ports) > 1
+    for index, endpoint in enumerate(endpoints):
+        try:
+            conditions = endpoint.get("conditions") or {}
+            is_ready = conditions.get("ready") is not False and conditions.get("serving") is not False
+            if not is_ready or conditions.get("terminating") is True or not endpoint.get("addresses"):
+                continue
+            host = endpoint["addresses"][0]  # more than one is never used, says the API
+            target = endpoint.get("targetRef") or {}
+            pod = target.get("name") if target.get("kind") == "Pod" else None
+        except (AttributeError, LookupError, TypeError):
+            problems.add(f"slice {which!r:.100}, endpoint {index}")
             continue
-        address = address_of(str(addresses[0]), number)  # more than one is never used, says the API
-        target = endpoint.get("targetRef") or {}
-        name = target.get("name") if target.get("kind") == "Pod" else None
-        yield (name if name and len(name) <= MOST_NAME else name_of(address)), address
+        for number in numbers:
+            address = address_of(str(host), number)
+            name = f"{pod}-{number}" if several else str(pod)
+            yield (name if pod and len(name) <= MOST_NAME else name_of(address)), address
 
 
-def _port_of(slice_: Slice, wanted: int | str | None) -> int | None:
-    if isinstance(wanted, int):
-        return wanted
-    ports = slice_.get("ports") or ()
-    numbers = [port.get("port") for port in ports if wanted is None or port.get("name") == wanted]
-    return next((number for number in numbers if isinstance(number, int)), None)
+def _ports_of(slice_: Slice, config: KubernetesConfig) -> list[int]:
+    """Return the numbers of the ports that are wanted, those that the slice names only if it has them."""
+    ports = [port for port in _listed(slice_.get("ports")) if isinstance(port, dict)]
+    if config.ports is None and config.port is None:
+        numbers = [port.get("port") for port in ports][:1]
+    else:
+        wanted = [config.port] if config.ports is None else config.ports
+        numbers = [number for one in wanted for number in ([one] if isinstance(one, int) else _named(ports, one))]
+    return list(dict.fromkeys(number for number in numbers if isinstance(number, int)))
+
+
+def _named(ports: list[dict[str, Any]], name: str | None) -> list[Any]:
+    return [port.get("port") for port in ports if port.get("name") == name][:1]
+
+
+def _listed(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _name_of(item: object, index: int) -> str:
+    """Return the name of an item of a list; one of its own where it has none."""
+    name = item["metadata"].get("name") if isinstance(item, dict) and isinstance(item.get("metadata"), dict) else None
+    return name if isinstance(name, str) else f"item {index}"
 
 
 def _event(line: bytes) -> tuple[str, Slice]:

@@ -36,6 +36,8 @@ class Sources:
     def __init__(self, report: Callable[[str, Sequence[EndpointConfig] | None], None]) -> None:
         """Report as `report(source, endpoints)`; None: the source is gone, and with it what it saw."""
         self._report = report
+        self.left_out = 0
+        """Items seen that make no endpoint."""
         self._running: dict[str, tuple[DiscoveryConfig, asyncio.Task[None]]] = {}
         self._first: dict[str, asyncio.Event] = {}
 
@@ -57,8 +59,13 @@ class Sources:
             if known is not None:
                 known[1].cancel()
             first = self._first.setdefault(name, asyncio.Event())
-            task = asyncio.get_running_loop().create_task(self._run(name, _source_of(config), first), name=name)
+            task = asyncio.get_running_loop().create_task(
+                self._run(name, _source_of(config, self._leave_out), first), name=name
+            )
             self._running[name] = (config, task)
+
+    def _leave_out(self, number: int) -> None:
+        self.left_out += number
 
     async def wait_first(self, timeout_s: float) -> None:
         """Wait until each source has seen something, but not for ever."""
@@ -93,15 +100,16 @@ class Sources:
             await asyncio.sleep(RESTART_S * random.uniform(0.5, 1.5))  # noqa: S311 - spreads load, hides nothing
 
 
-def _source_of(config: DiscoveryConfig) -> Source:
+def _source_of(config: DiscoveryConfig, leave_out: Callable[[int], None]) -> Source:
     if config.dns is not None:
         return Dns(config.dns)
     assert config.kubernetes is not None  # noqa: S101 - the config was checked
-    return Kubernetes(config.kubernetes)
+    return Kubernetes(config.kubernetes, leave_out=leave_out)
 
 
 def _name_of(config: DiscoveryConfig) -> str:
     if config.dns is not None:
-        return f"dns {config.dns.name}:{config.dns.port}"
+        ports = [config.dns.port] if config.dns.ports is None else config.dns.ports
+        return f"dns {config.dns.name}:{','.join(map(str, ports))}"
     found = config.kubernetes
     return f"kubernetes {found.namespace or ''}/{found.service or found.selector}" if found is not None else ""
