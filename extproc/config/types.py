@@ -179,7 +179,7 @@ def _network(value: object) -> str:
             return str(ip_network(value))
     except ValueError:
         pass
-    raise ValueError(f"must be a network like 10.0.0.0/8 or fd00::/8, not {value!r}")
+    raise ValueError(f"must be a network like 10.0.0.0/8 or fd00::/8, not {shown(value)}")
 
 
 def is_ours(cluster: str) -> bool:
