@@ -27,6 +27,7 @@ SAMPLES = {
     "load": Load(running=1.0),
     "policy": Policy(),
     "quota": 1,
+    "models": frozenset({"m"}),
 }
 
 
