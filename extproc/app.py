@@ -46,7 +46,8 @@ log = logging.getLogger("extproc.app")
 
 POLL_S = 0.05
 LAST_WORDS_S = 2.0
-"""What refusals get at least to reach Envoy, by the thousand: a stream that is cut before looks like a crash."""
+"""How long a drain waits for the next refusal to reach Envoy: by the thousand they take a while, and a stream that is cut
+before looks like a crash."""
 HEALTH_SEEN_S = 1.0
 """How long Envoy is given to notice that we want no new requests (its health check interval in our config)."""
 
@@ -94,6 +95,7 @@ class App:
             self.scraper,
             clock=loop.time,
             ignored=lambda: self.reception.requests.ignored,
+            clock_offset_s=lambda: self.ages.offset_s,
             config_is_refused=lambda: self.file is not None and self.file.is_refused,
             left_out=lambda: self.sources.left_out + self.roster.left_out,
             transport="completion_queue" if isinstance(loop, CompletionLoop) else "asyncio",
@@ -150,7 +152,8 @@ class App:
             self.roster.start()
             await self.scraper.start(self.gate.observe)
             await self.scraper.wait_first()  # what engines still run for a sidecar that died counts from the start
-            self.gate.expect_replays()
+            self.ages.expect_replays()
+            self.gate.expect_replays(lambda: self.ages.offset_s)
             await self.server.start()
         except BaseException:
             await self._stop_following()
@@ -280,17 +283,26 @@ class App:
             self.gate.leave()  # Envoy sends again what waits, and lets what runs go on; the successor counts it anew
             await self.server.stop(0)
         else:
-            refused = controller.waiting
             self.gate.drain()
             await asyncio.sleep(POLL_S)  # lets the refusals go out before the port closes
-            least_s = LAST_WORDS_S if refused else POLL_S
-            await self.server.stop(0 if hurry.is_set() else max(deadline - self.gate.now(), least_s))
+            await self._last_words(hurry)
+            await self.server.stop(0 if hurry.is_set() else max(deadline - self.gate.now(), POLL_S))
         await self._stop_following()
         await self.scraper.stop()
         await self.admin.stop()
         if self.spans is not None:
             await self.spans.stop()
         log.info("stopped")
+
+    async def _last_words(self, hurry: asyncio.Event) -> None:
+        """Wait until all refusals have reached Envoy, that is: their streams ended; or until none does for a while."""
+        left = least = self.gate.undelivered + self.reception.refused
+        patient_until = self.gate.now() + LAST_WORDS_S
+        while left and not hurry.is_set() and self.gate.now() < patient_until:
+            await asyncio.sleep(POLL_S)
+            left = self.gate.undelivered + self.reception.refused
+            if left < least:
+                least, patient_until = left, self.gate.now() + LAST_WORDS_S
 
 
 def _spans() -> QueueSpans:

@@ -134,6 +134,7 @@ class Metrics:
         *,
         clock: Callable[[], float] = time.monotonic,
         ignored: Callable[[], Mapping[str, int]] = _nothing,
+        clock_offset_s: Callable[[], float] = float,
         config_is_refused: Callable[[], bool] = _no,
         left_out: Callable[[], int] = _none,
         transport: str | None = None,
@@ -143,12 +144,14 @@ class Metrics:
 
         `streams`: how many ext_proc streams are open; `telemetry`: how the scraping goes; `clock`: the core's;
         `left_out`: found endpoints that were not taken; `transport`: what carries gRPC;
-        `ignored`: header values of requests that told nothing, by header; `config_is_refused`: the file is worse than
-        what runs; `rehearsed`: a dry run's counts, by what would have happened and class.
+        `ignored`: header values of requests that told nothing, by header; `clock_offset_s`: of our wall clock against
+        Envoy's; `config_is_refused`: the file is worse than what runs; `rehearsed`: a dry run's counts, by what would
+        have happened and class.
         """
         self._controller = controller
         self._clock = clock
         self._ignored = ignored
+        self._clock_offset_s = clock_offset_s
         self._config_is_refused = config_is_refused
         self._left_out = left_out
         self._transport = transport
@@ -240,6 +243,11 @@ class Metrics:
         streams = GaugeMetricFamily("extproc_streams", "Open ext_proc streams: requests waiting or running.")
         streams.add_metric([], self._streams())
         yield streams
+        yield GaugeMetricFamily(
+            "extproc_clock_offset_seconds",
+            "How far our clock is ahead of Envoy's, as far as requests have shown; negative: behind it.",
+            value=round(self._clock_offset_s(), 3),
+        )
         yield from self._config_families()
         ignored = CounterMetricFamily(
             "extproc_ignored_values",

@@ -1,12 +1,15 @@
 """How old a request was when it reached us: Envoy stamps it (request.time), and a replay keeps the stamp.
 
-So a request that was held by a sidecar that died keeps its age at the next one. Stamps are wall-clock times; when the
-wall clock jumps, ages are not believed for a while rather than budgets being cut short.
+So a request that was held by a sidecar that died keeps its age at the next one. Stamps are times of Envoy's wall clock,
+which need not be ours. How far the two are apart is seen in requests that nobody held: they are milliseconds old, so
+what they seem to be is the difference. Ages are believed only for a while after a start, when replays can come; else a
+clock that is set would end requests that just came.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -15,7 +18,13 @@ if TYPE_CHECKING:
 
 JUMP_S = 1.0
 DOUBT_S = 30.0
-"""How long after a jump stamps may come from the time before it."""
+"""How long after a jump of our clock stamps may come from the time before it."""
+BELIEVED_S = 12.0
+"""How long after a start ages are believed: replays come within 10 s, and wait a second to be put in order."""
+FRESH_S = 0.05
+"""Requests that nobody held come within so many seconds of each other's age: Envoy needs milliseconds to show one."""
+RUN_S = 0.25
+"""How long requests must have seemed old before the clock may be to blame."""
 
 
 class Ages:
@@ -27,25 +36,61 @@ class Ages:
         wall: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Believe no age above `oldest_s`, the longest that a request may wait: Envoy's clock may not be ours."""
+        """Believe no age above `oldest_s`, the longest that a request may wait."""
         self.oldest_s = oldest_s
         self._wall, self._monotonic = wall, monotonic
-        self._offset = wall() - monotonic()
+        self._own = wall() - monotonic()
         self._doubt_until = 0.0
+        self._believed_until = 0.0
+        self._offset_s = 0.0
+        self._old: deque[float] = deque(maxlen=64)  # what requests seemed to be since one was fresh
+        self._old_since = 0.0
+
+    def expect_replays(self) -> None:
+        """Believe ages for a while from now on."""
+        self._believed_until = self._monotonic() + BELIEVED_S
 
     def age_s(self, stamp: str | None) -> float:
         """Return the age of a request stamped `stamp` (RFC 3339); 0 if it says nothing believable."""
         if not stamp:
             return 0.0
         wall, monotonic = self._wall(), self._monotonic()
-        offset = wall - monotonic
-        if abs(offset - self._offset) > JUMP_S:
-            self._doubt_until = monotonic + DOUBT_S
-        self._offset = offset
-        if monotonic < self._doubt_until:
-            return 0.0
         try:
-            age_s = wall - datetime.fromisoformat(stamp).timestamp()
+            seeming_s = wall - datetime.fromisoformat(stamp).timestamp()
         except (ValueError, OverflowError):
             return 0.0
-        return min(max(age_s, 0.0), self.oldest_s)
+        own = wall - monotonic
+        if abs(own - self._own) > JUMP_S:
+            self._doubt_until, self._own = monotonic + DOUBT_S, own
+            self._old.clear()
+        if monotonic < self._doubt_until:
+            return 0.0
+        self._note(seeming_s, monotonic)
+        if monotonic >= self._believed_until:
+            return 0.0
+        return min(max(seeming_s - self._offset_s, 0.0), self.oldest_s)
+
+    @property
+    def offset_s(self) -> float:
+        """How far our clock is ahead of Envoy's, in seconds, as far as requests have shown; negative: behind it."""
+        if self._old:
+            least = min(self._old)
+            alike = sum(seeming - least <= FRESH_S for seeming in self._old)
+            if alike >= 2 and 2 * alike >= len(self._old):  # replayed ones would differ: they come at random
+                self._offset_s = least
+                self._old.clear()
+        return self._offset_s
+
+    def _note(self, seeming_s: float, now: float) -> None:
+        """Learn from one more request. Too young can only be the clock; too old may also be a replay, or its upload."""
+        if seeming_s < self._offset_s:
+            self._offset_s = seeming_s
+            self._old.clear()
+        elif seeming_s <= self._offset_s + FRESH_S:
+            self._old.clear()
+        else:
+            if not self._old:
+                self._old_since = now
+            self._old.append(seeming_s)
+            if now - self._old_since >= RUN_S:
+                _ = self.offset_s

@@ -71,7 +71,7 @@ class Gate:
         self._flushing = False
         self._timer: Timer | None = None
         self._timer_at = 0.0
-        self._replays = Replays(loop.call_at, self.stop_gathering)
+        self._replays = Replays(loop, self._let_go)
         self._left = False
 
     def now(self) -> float:
@@ -82,6 +82,11 @@ class Gate:
     def waiting(self) -> int:
         """How many requests wait."""
         return self.controller.waiting
+
+    @property
+    def undelivered(self) -> int:
+        """How many decisions wait for their turn to be told."""
+        return len(self._outbox)
 
     # ---- requests
 
@@ -98,9 +103,12 @@ class Gate:
         """Let a request that takes no slot go at once."""
         self._settle(self.controller.send(ticket, self._loop.time()))
 
-    def expect_replays(self) -> None:
-        """Put requests that Envoy replays to us from now on back into the order in which they came to Envoy."""
-        self._replays.expect(self._loop.time())
+    def expect_replays(self, clock_offset_s: Callable[[], float] = float) -> None:
+        """Put requests that Envoy replays to us from now on back into the order in which they came to Envoy.
+
+        `clock_offset_s`: how far times of arrival are off, as far as is known when it is asked.
+        """
+        self._replays.expect(clock_offset_s)
 
     def first_token(self, ticket: Ticket) -> None:
         """Note that the answer began."""
@@ -159,7 +167,11 @@ class Gate:
 
     def stop_gathering(self) -> None:
         """Expect no more replays: what was gathered takes its place in the queue now."""
-        for ticket in self._replays.stop():
+        self._replays.expect_no_more()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        for ticket in self._replays.take():
             self._settle(self.controller.offer(ticket, self._loop.time()))
 
     def drain(self) -> None:

@@ -1,13 +1,14 @@
 """Requests that Envoy held for a sidecar that died come to the next one in random order: put right here.
 
 Envoy looks for a sidecar once a second, so all that it replays comes within about a second of the first of it. What
-comes in that time is gathered, then offered in the order in which it came to Envoy.
+comes then is gathered, and offered in the order in which it came to Envoy, as soon as no more replays come. Replayed is
+what came to Envoy before we began: a request that is old because its upload was slow is not.
 """
 
 from __future__ import annotations
 
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,6 +21,19 @@ REPLAYED_S = 0.5
 """A request this old when it comes was held before: Envoy needs milliseconds to show us a new one."""
 GATHER_S = 1.1
 """From the first replayed request to the last: the longest back-off of Envoy's retries in our bootstrap is 1 s."""
+QUIET_S = 0.25
+"""Without another replayed request for so long, there are no more."""
+
+
+class Loop(Protocol):
+    """What is needed of an event loop."""
+
+    def time(self) -> float:
+        """Return monotonic seconds."""
+
+    def call_at(self, when: float, callback: Callable[[], None]) -> object:
+        """Call once at `when`."""
+
 
 _arrival = attrgetter("request.arrived")
 
@@ -27,16 +41,20 @@ _arrival = attrgetter("request.arrived")
 class Replays:
     """What is kept back for a moment after a start. Without a replayed request that is nothing."""
 
-    def __init__(self, call_at: Callable[[float, Callable[[], None]], object], ended: Callable[[], None]) -> None:
-        """Call `ended` through `call_at` when a gathering is over."""
-        self._call_at = call_at
+    def __init__(self, loop: Loop, ended: Callable[[], None]) -> None:
+        """Call `ended` when a gathering is over."""
+        self._loop = loop
         self._ended = ended
-        self._until = 0.0
-        self._gathered: dict[Ticket, None] = {}  # replayed requests, and what came between them
+        self._clock_offset_s: Callable[[], float] = float  # nobody measures it: 0
+        self._began = self._until = 0.0
+        self._over = 0.0  # when the gathering under way ends
+        self._gathered: dict[Ticket, float] = {}  # and the clocks' offset that was known when each came
 
-    def expect(self, now: float) -> None:
-        """Expect replays from now on, for a while."""
-        self._until = now + REPLAYS_S
+    def expect(self, clock_offset_s: Callable[[], float]) -> None:
+        """Expect replays from now on, for a while; `clock_offset_s`: what stamps of requests are off by."""
+        self._began = self._loop.time()
+        self._until = self._began + REPLAYS_S
+        self._clock_offset_s = clock_offset_s
 
     def are_expected(self, now: float) -> bool:
         """Tell whether a request that comes at `now` may have been replayed to us, or must stand behind one."""
@@ -44,23 +62,38 @@ class Replays:
 
     def gather(self, ticket: Ticket, now: float) -> bool:
         """Keep `ticket` back if requests are being replayed to us; tell whether."""
-        if not self._gathered:
-            if now - ticket.request.arrived < REPLAYED_S:
-                return False
-            self._until = now + GATHER_S
-            self._call_at(self._until, self._ended)
-        self._gathered[ticket] = None
+        arrived = ticket.request.arrived
+        if arrived < self._began and now - arrived >= REPLAYED_S:
+            if not self._gathered:
+                self._until = min(self._until, now + GATHER_S)
+                self._loop.call_at(min(now + QUIET_S, self._until), self._look)
+            self._over = min(now + QUIET_S, self._until)
+        elif not self._gathered:
+            return False
+        self._gathered[ticket] = self._clock_offset_s()
         return True
 
     def forget(self, ticket: Ticket) -> bool:
         """Drop a request whose client left; tell whether it was kept back."""
-        kept = ticket in self._gathered
-        if kept:
-            del self._gathered[ticket]
-        return kept
+        return self._gathered.pop(ticket, None) is not None
 
-    def stop(self) -> list[Ticket]:
-        """Expect no more; return what was kept back, in the order in which it came to Envoy."""
+    def expect_no_more(self) -> None:
+        """Keep nothing back from now on."""
         self._until = 0.0
+
+    def take(self) -> list[Ticket]:
+        """Let go what was kept back, in the order in which it came to Envoy."""
         gathered, self._gathered = self._gathered, {}
+        offset_s, now = self._clock_offset_s(), self._loop.time()
+        for ticket, known_s in gathered.items():  # together they may have shown that the clocks differ
+            ticket.request.arrived = min(ticket.request.arrived + offset_s - known_s, now)
         return sorted(gathered, key=_arrival)
+
+    def _look(self) -> None:
+        """End the gathering, if no more has come for a while."""
+        if not self._gathered:
+            return
+        if self._loop.time() >= self._over:
+            self._ended()
+        else:
+            self._loop.call_at(self._over, self._look)

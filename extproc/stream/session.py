@@ -85,6 +85,7 @@ class Reception:
         self._listed: tuple[float, frozenset[str]] = (-LIST_S, frozenset())  # when, and all models
         self.reader = wire.Reader(headers.wanted(), fields_namespace)
         self.streams = 0
+        self.refused = 0  # those of them that were refused: Envoy has not ended them yet
         self.server_timing = server_timing
         self._clusters: dict[str, str] = {}  # endpoint -> cluster
         self._endpoints: dict[str, str] = {}  # cluster -> endpoint
@@ -151,7 +152,18 @@ class Reception:
 class Session:
     """One stream. `receive` and `end` come from the driver, `_decided` from the gate, all in one thread."""
 
-    __slots__ = ("_answer", "_number", "_reception", "_send", "_shape", "_state", "_ticket", "_wait_s", "over")
+    __slots__ = (
+        "_answer",
+        "_is_refused",
+        "_number",
+        "_reception",
+        "_send",
+        "_shape",
+        "_state",
+        "_ticket",
+        "_wait_s",
+        "over",
+    )
 
     def __init__(self, reception: Reception, send: Callable[[bytes], None]) -> None:
         """Open a stream whose replies go to `send`."""
@@ -162,6 +174,7 @@ class Session:
         self._answer = Answer.UNKNOWN
         self._shape = Shape.OPENAI
         self._number = 0  # in `running`
+        self._is_refused = False
         self._wait_s: float | None = None  # set once dispatched, if the client is to be told
         self.over = False  # nothing more is wanted: the driver ends the stream
         reception.streams += 1
@@ -201,6 +214,7 @@ class Session:
     def end(self) -> None:
         """Note that the stream is over, for whatever reason. The lease goes back; the place in the queue is left."""
         if self._state is not _State.ENDED:
+            self._reception.refused -= self._is_refused
             self._state = _State.ENDED
             self._reception.streams -= 1
             self._close()
@@ -274,6 +288,8 @@ class Session:
             self._wait_s = wait_s
             self._send(self._reception.steer(decision.endpoint) + details)
         else:
+            self._is_refused = True
+            self._reception.refused += 1
             about = {"wait_s": round(decision.wait_s, 3), **decision.ticket.why()}
             self._send(self._refusal(decision.outcome, decision.retry_after_s, wait_s, about) + details)
 

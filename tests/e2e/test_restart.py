@@ -14,6 +14,7 @@ import pytest
 from .kit.clients import Completion, complete_many
 from .kit.processes import Child, http_get, wait_until
 from .kit.stack import Sidecar, Stack
+from .kit.upstream import behave
 
 LIMIT = 4
 
@@ -114,3 +115,29 @@ def test_two_sidecars_behind_one_envoy_are_restarted_in_turn_under_load_without_
         assert not [answer.error for answer in results if answer.error]
         for sidecar in sidecars:
             assert "Traceback" not in sidecar.child.output()
+
+
+@pytest.mark.parametrize("ahead_s", [6.0, -6.0])
+def test_a_clock_that_is_not_envoys_costs_nobody_its_budget(tmp_path, ahead_s):
+    """By a clock six seconds ahead, all of them would be older than their budget as they come, and be refused."""
+    config = {"classes": [{"name": "default", "budget": "5s"}]}
+    here = Stack(tmp_path, config=config)
+    here.sidecar.child.argv = [
+        sys.executable,
+        "-m",
+        "tests.e2e.kit.stalling",
+        str(here.sidecar.path),
+        "0",
+        str(ahead_s),
+    ]
+    with here, ThreadPoolExecutor(1) as pool:
+
+        def held(number: int) -> dict[str, str]:
+            return {"x-test-id": f"c-{number}", **dict([behave(hold="head")])}
+
+        asked = pool.submit(complete_many, here.url, 6, held)
+        here.wait_waiting(5)
+        for number in range(6):
+            here.upstreams["a"].release(f"c-{number}")
+        assert Counter(answer.status for answer in asked.result()) == {200: 6}
+        assert here.sidecar.metrics()["extproc_clock_offset_seconds"] == pytest.approx(ahead_s, abs=0.2)

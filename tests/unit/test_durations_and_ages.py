@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from extproc.durations import format_duration, parse_duration
-from extproc.stream.ages import DOUBT_S, Ages
+from extproc.stream.ages import BELIEVED_S, DOUBT_S, Ages
 
 
 @pytest.mark.parametrize(
@@ -34,17 +34,21 @@ class Clocks:
     """A wall clock and a monotonic one that a test sets."""
 
     def __init__(self) -> None:
-        self.wall_s, self.monotonic_s = 1_800_000_000.0, 50.0
+        self.wall_s, self.monotonic_s, self.envoy_s = 1_800_000_000.0, 50.0, 0.0
 
     def stamp(self, ago_s: float = 0.0) -> str:
-        return datetime.fromtimestamp(self.wall_s - ago_s, UTC).isoformat().replace("+00:00", "Z")
+        return datetime.fromtimestamp(self.wall_s - ago_s - self.envoy_s, UTC).isoformat().replace("+00:00", "Z")
 
     def advance(self, seconds: float) -> None:
         self.wall_s += seconds
         self.monotonic_s += seconds
 
-    def ages(self) -> Ages:
-        return Ages(30.0, lambda: self.wall_s, lambda: self.monotonic_s)
+    def ages(self, *, envoy_s: float = 0.0) -> Ages:
+        """Those of a sidecar that has just begun; Envoy's clock is `envoy_s` behind ours."""
+        self.envoy_s = envoy_s
+        ages = Ages(30.0, lambda: self.wall_s, lambda: self.monotonic_s)
+        ages.expect_replays()
+        return ages
 
 
 def test_a_replayed_request_has_the_age_of_its_stamp():
@@ -72,4 +76,55 @@ def test_when_the_wall_clock_jumps_ages_are_not_believed_for_a_while(jump_s):
     clocks.wall_s += jump_s
     assert ages.age_s(before) == 0.0
     clocks.advance(DOUBT_S + 1)
+    ages.expect_replays()
     assert ages.age_s(clocks.stamp(ago_s=3.0)) == pytest.approx(3.0)
+
+
+def test_long_after_a_start_no_age_is_believed():
+    clocks = Clocks()
+    ages = clocks.ages()
+    clocks.advance(BELIEVED_S)
+    assert ages.age_s(clocks.stamp(ago_s=4.0)) == 0.0
+
+
+@pytest.mark.parametrize("behind_s", [6.0, 0.2, -6.0, -3600.0])
+def test_envoys_clock_is_compared_with_ours_by_requests_that_nobody_held(behind_s):
+    clocks = Clocks()
+    ages = clocks.ages(envoy_s=behind_s)
+    for _ in range(3):
+        ages.age_s(clocks.stamp())
+        clocks.advance(0.3)
+    assert ages.offset_s == pytest.approx(behind_s)
+    assert ages.age_s(clocks.stamp(ago_s=0.01)) == pytest.approx(0.01, abs=1e-4)
+    assert ages.age_s(clocks.stamp(ago_s=4.0)) == pytest.approx(4.0), "and a replayed one keeps its age"
+
+
+def test_replayed_requests_do_not_move_the_clock():
+    clocks = Clocks()
+    ages = clocks.ages()
+    held = [clocks.stamp(ago_s=3.0 + number / 10) for number in range(20)]
+    for number in (7, 3, 19, 0, 11, 5, 16):
+        assert ages.age_s(held[number]) > 2.9
+        clocks.advance(0.07)
+    assert ages.offset_s == 0.0
+
+
+def test_a_slow_upload_among_others_does_not_move_the_clock():
+    clocks = Clocks()
+    ages = clocks.ages()
+    for number in range(40):
+        ages.age_s(clocks.stamp(ago_s=5.0 if number % 2 else 0.002))
+        clocks.advance(0.3)
+    assert ages.offset_s == 0.0
+
+
+def test_a_clock_of_envoys_that_is_set_while_we_run_is_followed():
+    clocks = Clocks()
+    ages = clocks.ages()
+    ages.age_s(clocks.stamp())
+    for behind_s in (7.0, -2.0, 0.0):
+        clocks.envoy_s = behind_s
+        for _ in range(3):
+            clocks.advance(5.0)
+            ages.age_s(clocks.stamp())
+        assert ages.offset_s == pytest.approx(behind_s)

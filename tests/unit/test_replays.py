@@ -9,7 +9,7 @@ from extproc.admission.controller import Controller
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import EndpointSpec, Policy, Request, RequestClass
 from extproc.stream.gate import Gate
-from extproc.stream.replays import GATHER_S, REPLAYS_S
+from extproc.stream.replays import GATHER_S, QUIET_S, REPLAYED_S, REPLAYS_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -172,3 +172,40 @@ def test_who_leaves_while_it_is_gathered_is_counted_in_its_own_class():
     gate.offer(ticket)
     gate.close(ticket)
     assert seen == ["gold"]
+
+
+def test_what_is_gathered_goes_as_soon_as_no_more_is_replayed():
+    room = Room(slots=9)
+    for age_s in (3, 5):
+        room.offer(f"r{age_s}", age_s)
+        room.loop.advance(QUIET_S / 2)
+    room.offer("new")
+    assert room.sent == []
+    room.loop.advance(QUIET_S / 2 + 0.01)
+    assert room.sent == ["r5", "r3", "new"]
+
+
+def test_a_stream_of_replays_is_gathered_for_a_second_and_no_longer():
+    room = Room(slots=99)
+    for number in range(int(GATHER_S / 0.1)):
+        room.offer(f"r{number}", 3)
+        room.loop.advance(0.1)
+    assert len(room.sent) == int(GATHER_S / 0.1)
+
+
+def test_a_request_that_came_to_envoy_after_our_start_is_no_replay_however_slow_its_upload_was():
+    room = Room(slots=9)
+    room.loop.advance(4)
+    room.offer("slow upload", 3)
+    room.offer("new")
+    assert room.sent == ["slow upload", "new"]
+
+
+def test_requests_that_only_a_clock_made_old_get_their_time_back_when_they_are_let_go():
+    room, offsets = Room(slots=1), [0.0]
+    room.gate.expect_replays(lambda: offsets[-1])
+    tickets = [room.offer(f"r{number}", 6.0 + number / 100) for number in range(3)]
+    offsets.append(6.0)
+    room.loop.advance(GATHER_S)
+    ages = [room.loop.now - GATHER_S - ticket.request.arrived for ticket in tickets]
+    assert all(0 <= age < REPLAYED_S for age in ages)
