@@ -46,8 +46,8 @@ log = logging.getLogger("extproc.app")
 
 POLL_S = 0.05
 LAST_WORDS_S = 2.0
-"""How long a drain waits for the next refusal to reach Envoy: by the thousand they take a while, and a stream that is cut
-before looks like a crash."""
+"""How long a drain waits for the next refusal to reach Envoy: by the thousand they take a while, and a stream that is
+cut before looks like a crash."""
 HEALTH_SEEN_S = 1.0
 """How long Envoy is given to notice that we want no new requests (its health check interval in our config)."""
 

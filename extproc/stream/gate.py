@@ -7,7 +7,7 @@ plain call.
 from __future__ import annotations
 
 import logging
-from collections import deque
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Protocol
 
 from extproc.admission.ticket import State
@@ -67,7 +67,8 @@ class Gate:
         self.controller = controller
         self._loop = loop
         self._observers = tuple(observers)
-        self._outbox: deque[Decision] = deque()
+        self._outbox: list[tuple[int, int, Decision]] = []  # a heap: higher classes are told first
+        self._decided = 0
         self._flushing = False
         self._timer: Timer | None = None
         self._timer_at = 0.0
@@ -77,6 +78,10 @@ class Gate:
     def now(self) -> float:
         """Return the clock's time, in seconds."""
         return self._loop.time()
+
+    def call_later(self, delay_s: float, callback: Callable[[], None]) -> None:
+        """Call once, in so many seconds."""
+        self._loop.call_at(self._loop.time() + delay_s, callback)
 
     @property
     def waiting(self) -> int:
@@ -194,7 +199,9 @@ class Gate:
         if self._left:
             return
         if decisions:
-            self._outbox.extend(decisions)
+            for decision in decisions:
+                self._decided += 1
+                heappush(self._outbox, (-decision.ticket.request_class.priority, self._decided, decision))
             if not self._flushing:
                 self._flush()
         due = self.controller.next_deadline()
@@ -207,7 +214,7 @@ class Gate:
         self._flushing = False
         outbox = self._outbox
         for _ in range(min(BURST, len(outbox))):
-            decision = outbox.popleft()
+            decision = heappop(outbox)[2]
             for observer in self._observers:
                 observer.decided(decision)
             deliver = decision.ticket.deliver

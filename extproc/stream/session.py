@@ -26,6 +26,7 @@ from extproc.stream.routes import (
     error_body,
     models_body,
 )
+from extproc.stream.silence import Silence
 from extproc.stream.wire import Kind
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class Reception:
         self._listed: tuple[float, frozenset[str]] = (-LIST_S, frozenset())  # when, and all models
         self.reader = wire.Reader(headers.wanted(), fields_namespace)
         self.streams = 0
+        self.silence = Silence(gate)
         self.refused = 0  # those of them that were refused: Envoy has not ended them yet
         self.server_timing = server_timing
         self._clusters: dict[str, str] = {}  # endpoint -> cluster
@@ -162,6 +164,7 @@ class Session:
         "_state",
         "_ticket",
         "_wait_s",
+        "hang_up",
         "over",
     )
 
@@ -177,6 +180,8 @@ class Session:
         self._is_refused = False
         self._wait_s: float | None = None  # set once dispatched, if the client is to be told
         self.over = False  # nothing more is wanted: the driver ends the stream
+        self.hang_up: Callable[[], object] | None = None  # the driver's: it ends the stream
+        reception.silence.began(self)
         reception.streams += 1
 
     def receive(self, data: bytes) -> None:
@@ -190,6 +195,7 @@ class Session:
                 self._state = _State.HELD
                 self._begin(incoming)
             case _State.NEW, _:  # Envoy answered by itself before it asked us (413), or request headers are not sent
+                self._reception.silence.ended(self)
                 self._send(wire.go_on(incoming.kind))
             case _State.HELD, Kind.RESPONSE_HEADERS:  # Envoy answered by itself: nobody waits any more
                 self._close()
@@ -214,6 +220,8 @@ class Session:
     def end(self) -> None:
         """Note that the stream is over, for whatever reason. The lease goes back; the place in the queue is left."""
         if self._state is not _State.ENDED:
+            if self._state is _State.NEW:
+                self._reception.silence.ended(self)
             self._reception.refused -= self._is_refused
             self._state = _State.ENDED
             self._reception.streams -= 1
@@ -222,6 +230,7 @@ class Session:
     def _begin(self, incoming: Incoming) -> None:
         """Hold the request, let it go at once, or answer it: the table of routes says."""
         reception = self._reception
+        reception.silence.ended(self)
         action, self._shape = reception.kind_of(incoming.headers)
         if action is Action.MODELS and self._tell_models(incoming.headers.get(":path", "")):
             return

@@ -90,6 +90,8 @@ class Server:
         """Serve one stream: what Envoy sends goes into a session, what the session answers goes out."""
         writer = _Writer(context.write)
         session = Session(self._reception, writer.send)
+        task = asyncio.current_task()
+        session.hang_up = None if task is None else task.cancel
         try:
             while (message := await context.read()) is not grpc.aio.EOF:
                 writer.inline = True

@@ -14,6 +14,7 @@ ALLOWED = {
     "stream": {"extproc.stream", "extproc.admission", "extproc.durations", "extproc.errors", "extproc._pb"},
     "stream/gate": {"extproc.admission", "extproc.stream.replays"},
     "stream/routes": set(),
+    "stream/silence": set(),
     "stream/replays": {"extproc.admission"},
     "stream/wire": {"extproc._pb", "extproc.errors"},
     "replicas": {

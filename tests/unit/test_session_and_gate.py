@@ -20,6 +20,7 @@ from extproc.stream.ages import Ages
 from extproc.stream.gate import BURST, Gate
 from extproc.stream.request import Headers
 from extproc.stream.session import Reception, Session
+from extproc.stream.silence import CROWDED_S, MOST, SILENT_S
 
 
 class Clock:
@@ -343,3 +344,48 @@ def test_a_page_that_was_read_has_the_say_on_how_old_telemetry_is():
     room.clock.advance(5.0)
     assert scraper.read_report("a", FULL) == Load(kv_usage=0.97)
     assert scraper.age_s("a") == 5.0
+
+
+def silent(room: Room, count: int) -> list[int]:
+    """Open streams that say nothing; a list that gets their numbers as they are hung up."""
+    ended: list[int] = []
+    for number in range(count):
+        session = Session(room.reception, lambda _: None)
+        session.hang_up = lambda session=session, number=number: (ended.append(number), session.end())
+    return ended
+
+
+def test_a_stream_that_says_nothing_is_ended_after_a_while_and_one_that_spoke_is_not():
+    room = Room(EndpointSpec("a", max_running_requests=1))
+    ended = silent(room, 3)
+    room.open()
+    room.open()
+    room.clock.advance(SILENT_S - 0.1)
+    assert ended == []
+    room.clock.advance(0.2)
+    assert (ended, room.reception.streams) == ([0, 1, 2], 2)
+
+
+def test_of_too_many_streams_that_say_nothing_the_oldest_are_ended_after_a_second():
+    room = Room()
+    ended = silent(room, MOST)
+    room.clock.advance(CROWDED_S / 2)
+    silent(room, 10)
+    assert ended == []
+    room.clock.advance(CROWDED_S / 2)
+    silent(room, 1)
+    assert ended == list(range(MOST))
+    assert room.reception.streams == 11
+
+
+def test_decisions_for_higher_classes_are_told_first():
+    classes = (RequestClass("low", 0, 1.0), RequestClass("high", 5, 60.0))
+    room = Room(EndpointSpec("a", max_running_requests=1), classes=classes, shed=False)
+    first, _ = room.open()
+    low = [room.open(x_request_class="low")[1] for _ in range(3 * BURST)]
+    _, high = room.open(x_request_class="high")
+    room.clock.advance(1.0)  # all of the low class expire in one moment: most of them wait for their turn to be told
+    assert sum(map(len, low)) == BURST
+    first.end()
+    room.clock.turn()
+    assert cluster(high[0]) == "a"

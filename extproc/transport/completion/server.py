@@ -169,6 +169,8 @@ class Stream:
         self._pending: deque[bytes] = deque()
         self._status: tuple[Any, bytes] | None = None  # what ends the stream, once all else is out
         self._handler: Handler | None = open_handler(self.send)
+        if isinstance(self._handler, Session):
+            self._handler.hang_up = self._hang_up
         self._start((cygrpc.ReceiveCloseOnServerOperation(0),), self._closed)
         self._go_on()
 
@@ -259,6 +261,9 @@ class Stream:
         finally:
             if not self._receiving:
                 self._go_on()
+
+    def _hang_up(self) -> None:
+        self._end((cygrpc.StatusCode.deadline_exceeded, b"a stream begins with the headers of a request"))
 
     def _closed(self, _: Any) -> None:
         """All is over, from either side; mostly we know already, but not of a reset."""

@@ -1,8 +1,8 @@
 """`extproc serve` with buttons, for what a bug, a busy machine or an administrator can do to us all.
 
 SIGUSR1 blocks the event loop for some seconds. Only the loop stands still: gRPC's own threads go on and accept
-streams, which is what makes it dangerous. SIGUSR2 moves the wall clock by the seconds given as second argument. A third one: how far that clock is ahead of Envoy's
-from the start.
+streams, which is what makes it dangerous. SIGUSR2 moves the wall clock by the seconds given as second argument; a third
+one says how far that clock is ahead of Envoy's from the start.
 """
 
 from __future__ import annotations
