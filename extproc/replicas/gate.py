@@ -108,9 +108,9 @@ class SharedGate(Gate):
             return
         self._route(ticket)
 
-    def stop_gathering(self) -> None:
-        """Expect no more replays: what was gathered takes its place now, wherever that is."""
-        for ticket in self._replays.stop():
+    def _let_go(self) -> None:
+        """Give what was gathered its place, wherever that is."""
+        for ticket in self._replays.take():
             self._route(ticket)
 
     def _route(self, ticket: Ticket) -> None:

@@ -128,3 +128,13 @@ def test_a_clock_of_envoys_that_is_set_while_we_run_is_followed():
             clocks.advance(5.0)
             ages.age_s(clocks.stamp())
         assert ages.offset_s == pytest.approx(behind_s)
+
+
+def test_requests_that_were_held_since_one_moment_do_not_move_the_clock_although_two_come_together():
+    clocks = Clocks()
+    ages = clocks.ages()
+    held = clocks.stamp(ago_s=3.0)
+    for gap_s in (0.0, 0.01, 0.08, 0.06, 0.07, 0.07):
+        clocks.advance(gap_s)
+        assert ages.age_s(held) > 2.9
+    assert ages.offset_s == 0.0
