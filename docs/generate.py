@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from inspect import cleandoc
+from itertools import chain
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -16,6 +17,7 @@ from extproc.commands import cli
 from extproc.config import Config, sections
 from extproc.durations import format_duration
 from extproc.observe.metrics import Metrics
+from extproc.replicas.observe import ReplicaMetrics
 
 TARGET = Path(__file__).with_name("reference.md")
 _INTRODUCTION = """\
@@ -90,7 +92,7 @@ def _metrics() -> str:
         "| metric | type | labels | meaning |",
         "| --- | --- | --- | --- |",
     ]
-    for family in Metrics(Controller(Policy()), lambda: 0, rehearsed={}).collect():
+    for family in chain(Metrics(Controller(Policy()), lambda: 0, rehearsed={}).collect(), ReplicaMetrics().collect()):
         suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
         labels = ", ".join(f"`{label}`" for label in getattr(family, "_labelnames", ()))
         rows.append(f"| `{family.name}{suffix}` | {family.type} | {labels} | {family.documentation} |")

@@ -38,8 +38,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from extproc.config import EndpointConfig
+    from extproc.config import EndpointConfig, ReplicasConfig
+    from extproc.endpoints.telemetry.target import Target
     from extproc.observe.traces import QueueSpans
+    from extproc.replicas.member import Membership
+    from extproc.replicas.observe import ReplicaMetrics
+    from extproc.replicas.replica import Role
     from extproc.stream.gate import Observer
 
 log = logging.getLogger("extproc.app")
@@ -104,7 +108,14 @@ class App:
         self.queue_log = QueueLog(controller, loop.time)
         self.spans = _spans() if config.tracing else None
         observers: list[Observer] = [self.metrics, self.queue_log, *([self.spans] if self.spans is not None else [])]
-        self.gate = Gate(controller, loop, observers)
+        self.membership: Membership | None = None
+        if config.replicas is None:
+            self.gate = Gate(controller, loop, observers)
+        else:
+            self.gate, self.membership = _among_others(config.replicas, controller, loop, observers)
+            self.metrics.registry.register(_replica_metrics(self.membership))
+        self._targets: dict[str, Target] = {}
+        self._scrapes = True
         self.ages = Ages(config.longest_budget_s)
         self.reception = Reception(
             self.gate,
@@ -137,7 +148,7 @@ class App:
         self.listener = Listener(config.listen, SocketRights(config.socket_mode, config.socket_group), self.tls)
         self.server = server_on(loop)(self.reception, self.listener, reflect=config.reflection)
         self._restart_needed: tuple[str, ...] = ()  # keys whose values in the file are not those in use
-        self.admin = Admin(config.admin, self.gate, self.metrics, self._file_state)
+        self.admin = Admin(config.admin, self.gate, self.metrics, self._file_state, self._sharing)
         self._known_bugs: set[str] = set()
 
     async def start(self) -> None:
@@ -154,11 +165,15 @@ class App:
             await self.scraper.wait_first()  # what engines still run for a sidecar that died counts from the start
             self.ages.expect_replays()
             self.gate.expect_replays(lambda: self.ages.offset_s)
+            if self.membership is not None:
+                await self.membership.start(self._turned)
             await self.server.start()
         except BaseException:
             await self._stop_following()
             await self.scraper.stop()
             await self.server.stop(0)
+            if self.membership is not None:
+                await self.membership.stop()
             await self.admin.stop()
             raise
         if self.file is not None:
@@ -249,11 +264,33 @@ class App:
     def _file_state(self) -> FileState:
         return FileState(self.file is not None and self.file.is_refused, self._restart_needed)
 
+    def _sharing(self) -> dict[str, object] | None:
+        """Return what /queues says of us among other sidecars; None: we are alone."""
+        if self.membership is None:
+            return None
+        from extproc.replicas.observe import described
+
+        return described(self.membership, self.gate.waiting)
+
+    def _turned(self, role: Role) -> None:
+        """Scrape while we lead, so that engines are scraped once and not by each of us."""
+        if role.value == "seeking":
+            return
+        self._scrapes = role.value == "leading"
+        for name, target in self._targets.items():
+            if self._scrapes:
+                self.scraper.put(target)
+            else:
+                self.scraper.remove(name)
+
     def _follow(self, endpoint: EndpointConfig) -> None:
-        self.scraper.put(target_of(endpoint))
+        target = self._targets[endpoint.name] = target_of(endpoint)
+        if self._scrapes:
+            self.scraper.put(target)
         self.health.put(endpoint.name, endpoint.address)
 
     def _unfollow(self, name: str) -> None:
+        self._targets.pop(name, None)
         self.scraper.remove(name)
         self.health.remove(name)
 
@@ -270,13 +307,14 @@ class App:
         self.admin.ready = False
         await self.server.refuse_new()
         self.gate.stop_gathering()
+        if self.membership is not None:
+            self.membership.resign()
         grace_s = self.config.drain_timeout
         deadline = self.gate.now() + grace_s
-        controller = self.gate.controller
-        log.info("draining: %d waiting, %d streams, at most %gs", controller.waiting, self.reception.streams, grace_s)
+        log.info("draining: %d waiting, %d streams, at most %gs", self.gate.waiting, self.reception.streams, grace_s)
         seen = self.gate.now() + min(HEALTH_SEEN_S, grace_s / 2)
         while not hurry.is_set() and self.gate.now() < deadline - min(1.0, grace_s / 4):
-            if self.gate.now() >= seen and (controller.waiting == 0 or self.config.hand_over):
+            if self.gate.now() >= seen and (self.gate.waiting == 0 or self.config.hand_over):
                 break
             await asyncio.sleep(POLL_S)
         if self.config.hand_over:
@@ -287,6 +325,8 @@ class App:
             await asyncio.sleep(POLL_S)  # lets the refusals go out before the port closes
             await self._last_words(hurry)
             await self.server.stop(0 if hurry.is_set() else max(deadline - self.gate.now(), POLL_S))
+        if self.membership is not None:
+            await self.membership.stop()
         await self._stop_following()
         await self.scraper.stop()
         await self.admin.stop()
@@ -303,6 +343,22 @@ class App:
             left = self.gate.undelivered + self.reception.refused
             if left < least:
                 least, patient_until = left, self.gate.now() + LAST_WORDS_S
+
+
+def _among_others(
+    config: ReplicasConfig, controller: Controller, loop: asyncio.AbstractEventLoop, observers: list[Observer]
+) -> tuple[Gate, Membership]:
+    from extproc.replicas.gate import SharedGate
+    from extproc.replicas.member import Membership
+
+    gate = SharedGate(controller, loop, observers)
+    return gate, Membership(config, gate, loop)
+
+
+def _replica_metrics(membership: Membership) -> ReplicaMetrics:
+    from extproc.replicas.observe import ReplicaMetrics
+
+    return ReplicaMetrics.of(membership)
 
 
 def _spans() -> QueueSpans:

@@ -51,9 +51,15 @@ class Admin:
     """The admin HTTP server."""
 
     def __init__(
-        self, address: str, gate: Gate, metrics: Metrics, file_state: Callable[[], FileState] = FileState
+        self,
+        address: str,
+        gate: Gate,
+        metrics: Metrics,
+        file_state: Callable[[], FileState] = FileState,
+        sharing: Callable[[], dict[str, object] | None] = lambda: None,
     ) -> None:
-        """Prepare to serve at `address`, host:port; `file_state` tells of the configuration file."""
+        """Prepare to serve at `address`, host:port; `file_state` tells of the configuration file, `sharing` of other
+        sidecars that share our endpoints."""
         self._address = address
         self._gate = gate
         self._metrics = metrics
@@ -63,7 +69,7 @@ class Admin:
         self._files = {
             path: (Path(__file__).with_name(name).read_bytes(), kind) for path, (name, kind) in _FILES.items()
         }
-        self.viewer = Viewer(gate, metrics, file_state)
+        self.viewer = Viewer(gate, metrics, file_state, sharing)
         self.feed = Feed(self.view)
         self.ready = False
         self.port = 0

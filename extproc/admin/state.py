@@ -75,8 +75,16 @@ class FileState(NamedTuple):
 class Viewer:
     """Describes one sidecar."""
 
-    def __init__(self, gate: Gate, metrics: Metrics, file_state: Callable[[], FileState] = FileState) -> None:
-        """Describe what `gate` drives, `metrics` counted and `file_state` tells of the configuration file."""
+    def __init__(
+        self,
+        gate: Gate,
+        metrics: Metrics,
+        file_state: Callable[[], FileState] = FileState,
+        sharing: Callable[[], Values | None] = lambda: None,
+    ) -> None:
+        """Describe what `gate` drives, `metrics` counted, `file_state` tells of the configuration file, and `sharing`
+        of other sidecars."""
+        self._sharing = sharing
         self._gate = gate
         self._file_state = file_state
         self._metrics = metrics
@@ -162,6 +170,7 @@ class Viewer:
             "draining": controller.draining or not ready,
             "config_refused": file.refused,
             "restart_needed": list(file.restart_needed),
+            "replicas": self._sharing(),
         }
 
     def _classes(self, by_class: Mapping[str, list[Ticket]], curves: Mapping[str, Any], now: float) -> list[Values]:

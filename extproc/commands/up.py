@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ctypes
 import logging
+import os
 import shutil
 import signal
 import socket
@@ -56,11 +57,16 @@ class Up:
         envoy: str | None,
         demo: bool,
         limit: int | None,
+        replicas: int = 1,
     ) -> None:
         """Plan to run in front of `endpoints` (URLs), of `engines` simulated ones, or of those in `config_file`.
 
         `limit`: requests per endpoint at once, where no `config_file` says; None: adaptive, or the simulated slots.
+        `replicas`: so many sidecars that decide as one, each with an Envoy of its own, on the ports that follow.
         """
+        self._replicas = replicas
+        self._store = ""  # where they find each other
+        self._reached_at = [f"127.0.0.1:{_free_port()}" for _ in range(replicas)] if replicas > 1 else []
         self._urls = endpoints
         self._engines = engines
         self._config_file = config_file
@@ -70,13 +76,15 @@ class Up:
         self._demo = demo
         self._limit: int | str = limit or (DEMO_SLOTS if engines else "adaptive")
         self._children: list[Process] = []
+        self._made = ""  # the configuration, where none was given
 
     async def run(self) -> int:
         """Start all, wait for Ctrl-C or SIGTERM, drain, stop all. Return the exit code."""
         if self._config_file is not None:
             load_config(self._config_file, self._own_keys(Path("/")))  # its mistakes come before anything is tried
-        for flag, address in (("--http", self._http), ("--admin", self._admin)):
-            _require_free(flag, address)
+        for number in range(self._replicas):
+            for flag, address in (("--http", self._http), ("--admin", self._admin)):
+                _require_free(flag, _next(address, number))
         binary = find_envoy(self._envoy)
         with tempfile.TemporaryDirectory(prefix="extproc-") as directory:
             try:
@@ -91,11 +99,12 @@ class Up:
         def on_signal() -> None:
             (hurry if stop.is_set() else stop).set()
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, on_signal)
+        for which in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(which, on_signal)
         urls = self._urls
         if self._engines is not None:
             urls = [await self._start_engine(index + 1, directory) for index in range(self._engines)]
+        self._store = await self._start_store(directory)
         own = self._own_keys(directory)
         config = self._configure(urls, own)
         app = App(config, loop, self._config_file, own)
@@ -103,8 +112,9 @@ class Up:
         code = 0
         try:
             envoy = await self._start_envoy(binary, config, directory)
+            await self._start_others(urls, binary, directory)
             self._greet(config)
-            demo = Demo(f"http://{self._http}", app.admin, f"http://{self._admin}/") if self._demo else None
+            demo = Demo(self._each(self._http).split(), app.admin, f"http://{self._admin}/") if self._demo else None
             if demo is not None:
                 demo.start()
             died = asyncio.create_task(envoy.wait())
@@ -126,14 +136,19 @@ class Up:
 
     # ---- parts
 
-    def _own_keys(self, directory: Path) -> dict[str, str]:
+    def _own_keys(self, directory: Path, number: int = 0) -> dict[str, str]:
         """Return what is ours to say, whatever the file says; as environment variables, which win over it."""
-        return {
-            "EXTPROC_LISTEN": f"unix:{directory}/ext_proc.sock",
+        which = f"-{number + 1}" if number else ""
+        keys = {
+            "EXTPROC_LISTEN": f"unix:{directory}/ext_proc{which}.sock",
             "EXTPROC_TLS": "null",
-            "EXTPROC_ADMIN": self._admin,
-            "EXTPROC_ENVOY_CLUSTERS_FILE": f"{directory}/clusters.yaml",
+            "EXTPROC_ADMIN": _next(self._admin, number),
+            "EXTPROC_ENVOY_CLUSTERS_FILE": f"{directory}/clusters{which}.yaml",
         }
+        if self._store:
+            reached_at = self._reached_at[number]
+            keys["EXTPROC_REPLICAS"] = yaml.safe_dump({"listen": reached_at, "valkey": {"url": self._store}})
+        return keys
 
     def _configure(self, urls: list[str] | None, own: dict[str, str]) -> Config:
         """Return the configuration: the file's, or one made for `urls`, with the queue on."""
@@ -148,7 +163,9 @@ class Up:
                 _endpoint_of(url, index, simulated=bool(self._engines)) for index, url in enumerate(urls or [])
             ],
         }
-        return parse_config(yaml.safe_dump(data), "command line", own)
+        text = yaml.safe_dump(data)
+        self._made = text
+        return parse_config(text, "command line", own)
 
     async def _start_engine(self, number: int, directory: Path) -> str:
         """Start a simulated engine and return its URL."""
@@ -163,15 +180,60 @@ class Up:
             raise StartError(f"simulated engine {number} did not start: {_read(directory / f'engine-{number}.log')}")
         return line.rsplit(" ", 1)[1].strip()
 
-    async def _start_envoy(self, binary: Path, config: Config, directory: Path) -> Process:
+    async def _start_store(self, directory: Path) -> str:
+        """Start a Valkey or Redis for several sidecars to find each other, and return its URL; "" for one alone."""
+        if self._replicas == 1:
+            return ""
+        program = shutil.which("valkey-server") or shutil.which("redis-server")
+        if program is None:
+            raise StartError("--replicas: needs valkey-server or redis-server on PATH: apt-get install redis-server")
+        path = directory / "store.sock"
+        command = [program, "--port", "0", "--unixsocket", str(path), "--save", "", "--dir", str(directory)]
+        process = await self._spawn(command, directory / "store.log")
+        deadline = asyncio.get_running_loop().time() + START_S
+        while not path.exists():
+            if process.returncode is not None or asyncio.get_running_loop().time() > deadline:
+                raise StartError(f"{program} did not start: {_read(directory / 'store.log')}")
+            await asyncio.sleep(0.02)
+        return f"unix://{path}"
+
+    async def _start_others(self, urls: list[str] | None, binary: Path, directory: Path) -> None:
+        for number in range(1, self._replicas):
+            await self._start_another(number, urls, binary, directory)
+
+    async def _start_another(self, number: int, urls: list[str] | None, binary: Path, directory: Path) -> None:
+        """Start one more sidecar, and its Envoy."""
+        own = self._own_keys(directory, number)
+        config = self._configure(urls, own)
+        file = self._config_file
+        if file is None:
+            file = directory / "config.yaml"
+            file.write_text(self._made)
+        log_file = directory / f"sidecar-{number + 1}.log"
+        command = [sys.executable, "-m", "extproc", "serve", "--config", str(file)]
+        process = await self._spawn(command, log_file, env=own)
+        deadline = asyncio.get_running_loop().time() + START_S
+        async with aiohttp.ClientSession() as client:
+            while process.returncode is None and asyncio.get_running_loop().time() < deadline:
+                with contextlib.suppress(OSError, aiohttp.ClientError, TimeoutError):
+                    url = f"http://{config.admin}/readyz"
+                    async with client.get(url, timeout=aiohttp.ClientTimeout(total=1)) as response:
+                        if response.status == 200:
+                            await self._start_envoy(binary, config, directory, number)
+                            return
+                await asyncio.sleep(0.05)
+        raise StartError(f"sidecar {number + 1} did not start: {_read(log_file)}")
+
+    async def _start_envoy(self, binary: Path, config: Config, directory: Path, number: int = 0) -> Process:
         """Start Envoy and wait until it is ready."""
-        admin_file = directory / "envoy-admin"
-        options = EnvoyOptions(http=self._http, admin="127.0.0.1:0", access_log=None)
-        bootstrap = directory / "envoy.yaml"
+        which = f"-{number + 1}" if number else ""
+        admin_file = directory / f"envoy-admin{which}"
+        options = EnvoyOptions(http=_next(self._http, number), admin="127.0.0.1:0", access_log=None)
+        bootstrap = directory / f"envoy{which}.yaml"
         bootstrap.write_text(render(config, options))
         command = [str(binary), "-c", str(bootstrap), "--admin-address-path", str(admin_file)]
         command += ["--disable-hot-restart", "--log-level", "warning"]
-        process = await self._spawn(command, directory / "envoy.log")
+        process = await self._spawn(command, directory / f"envoy{which}.log")
         deadline = asyncio.get_running_loop().time() + START_S
         async with aiohttp.ClientSession() as client:
             while asyncio.get_running_loop().time() < deadline and process.returncode is None:
@@ -183,7 +245,9 @@ class Up:
                 await asyncio.sleep(0.05)
         raise StartError(f"Envoy did not start: {_tail(directory)}")
 
-    async def _spawn(self, command: list[str], log_file: Path, *, pipe: bool = False) -> Process:
+    async def _spawn(
+        self, command: list[str], log_file: Path, *, pipe: bool = False, env: dict[str, str] | None = None
+    ) -> Process:
         """Start a child in a session of its own: Ctrl-C reaches us alone, and we end children in order."""
         with log_file.open("wb") as output:
             process = await asyncio.create_subprocess_exec(
@@ -193,6 +257,7 @@ class Up:
                 stderr=output,
                 start_new_session=True,
                 preexec_fn=_die_with_parent,
+                env=None if env is None else {**os.environ, **env},
             )
         self._children.append(process)
         return process
@@ -208,6 +273,9 @@ class Up:
                 process.kill()
                 await process.wait()
 
+    def _each(self, address: str, path: str = "") -> str:
+        return "  ".join(f"http://{_next(address, number)}{path}" for number in range(self._replicas))
+
     def _greet(self, config: Config) -> None:
         model = '"model": "sim", ' if self._engines else ""
         queue = "on" if config.enable_queue else "off"
@@ -219,8 +287,8 @@ class Up:
             limit += ": starts at 64, follows the servers' metrics; --limit N sets a number"
         print(
             f"""\
-Envoy      http://{self._http}
-live page  http://{self._admin}/
+Envoy      {self._each(self._http)}
+live page  {self._each(self._admin, "/")}
 endpoints  {", ".join(f"{endpoint.name} ({endpoint.address})" for endpoint in config.endpoints)}
 queue      {queue}
 limit      {limit}
@@ -232,6 +300,18 @@ curl -N http://{self._http}/v1/chat/completions -H 'content-type: application/js
 """,
             flush=True,
         )
+
+
+def _next(address: str, number: int) -> str:
+    """Return the address `number` ports further on."""
+    host, _, port = address.rpartition(":")
+    return f"{host}:{int(port) + number}" if number else address
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 _LIBC = ctypes.CDLL(None)

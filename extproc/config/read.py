@@ -134,8 +134,8 @@ _STAND_INS = {"name": "broken-{}", "address": "broken.invalid:1"}
 def _drop(data: Any, location: tuple[int | str, ...]) -> None:
     """Replace the broken part at `location` by its default, or by a stand-in where a value is required."""
     index: int | str = 0
-    if location[0] == "discovery":
-        data.pop("discovery", None)  # all that is wrong in it was reported at once
+    if location[0] in ("discovery", "replicas"):
+        data.pop(location[0], None)  # all that is wrong in it was reported at once
         return
     if location[0] == "tls":
         data["tls"] = {"cert_file": "/broken", "key_file": "/broken"}  # likewise, and it is there

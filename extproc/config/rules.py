@@ -43,7 +43,7 @@ def cross_check(config: Config) -> list[str]:
         problems.append(
             "gpu_utilization_perc: needs gpu_metrics_url at one endpoint at least; without it nothing tells GPU use"
         )
-    problems += _check_discovery(config)
+    problems += _check_discovery(config) + _check_replicas(config)
     if config.headers.cluster in _NOT_OURS:
         problems.append(
             f"headers.cluster: {config.headers.cluster!r} has a meaning of its own in HTTP or Envoy; one like "
@@ -106,6 +106,24 @@ def _check_ports(config: Config) -> list[str]:
         problems.append("tls.envoy: needs both or none of cert_file and key_file")
     elif envoy is not None and envoy.cert_file is None and config.tls.client_ca_file is not None:
         problems.append("tls.envoy.cert_file: is needed, and key_file: tls.client_ca_file asks Envoy for a certificate")
+    return problems
+
+
+def _check_replicas(config: Config) -> list[str]:
+    replicas = config.replicas
+    if replicas is None:
+        return []
+    problems = []
+    if (replicas.valkey is None) is (replicas.kubernetes_lease is None):
+        problems.append("replicas: needs one of valkey and kubernetes_lease, by which sidecars find each other")
+    if replicas.tls is None and not replicas.allow_insecure and not _is_local(replicas.listen):
+        problems.append(
+            f"replicas.listen: {replicas.listen!r} can be reached from other machines in plain text; set replicas.tls, "
+            "use loopback, or set replicas.allow_insecure: true"
+        )
+    host, _ = split_address(replicas.reached_at)
+    if host in ("0.0.0.0", "::"):
+        problems.append(f"replicas.advertise: is needed: nobody can connect to {replicas.reached_at!r}")
     return problems
 
 

@@ -24,6 +24,7 @@ _ADDRESS = "host:port, like 10.0.0.7:8000 or [::1]:8000"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}", re.ASCII)
 _ROUTE = re.compile(r"/[!-)+->@-~]*\*?")
 _METHOD = re.compile(r"[A-Z]{1,32}")
+_POOL = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 _HOST = re.compile(r"[A-Za-z0-9._:%-]{1,253}", re.ASCII)
 _HEADER = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]{1,64}", re.ASCII)
 
@@ -106,6 +107,25 @@ def _url(value: object) -> str:
         except ValueError:
             pass
     raise ValueError(f"must be a URL like http://10.0.0.7:8000/metrics, not {shown(value)}")
+
+
+def _store_url(value: object) -> SecretStr:
+    plain = value.get_secret_value() if isinstance(value, SecretStr) else value
+    if isinstance(plain, str):
+        try:
+            url = URL(plain)
+            schemes = ("valkey", "valkeys", "redis", "rediss")
+            if (url.scheme in schemes and url.host) or (url.scheme == "unix" and url.path.startswith("/")):
+                return SecretStr(plain)
+        except ValueError:
+            pass
+    raise ValueError("must be a URL like valkey://10.0.0.7:6379, redis://, valkeys:// (TLS) or unix:///path")
+
+
+def _pool(value: object) -> str:
+    if isinstance(value, str) and _POOL.fullmatch(value):
+        return value
+    raise ValueError(f"must be 1 to 40 of a-z, 0-9 and '-', a letter or digit at both ends, not {shown(value)}")
 
 
 def _clusters_file(value: object) -> str:
@@ -244,6 +264,8 @@ HeaderName = Annotated[str, BeforeValidator(_header)]
 Address = Annotated[str, BeforeValidator(_address)]
 Listen = Annotated[str, BeforeValidator(_listen)]
 Url = Annotated[str, BeforeValidator(_url)]
+StoreUrl = Annotated[SecretStr, BeforeValidator(_store_url)]
+PoolName = Annotated[str, BeforeValidator(_pool)]
 ClustersFile = Annotated[str, BeforeValidator(_clusters_file)]
 FilePath = Annotated[str, BeforeValidator(_file)]
 SocketMode = Annotated[int, BeforeValidator(_socket_mode)]

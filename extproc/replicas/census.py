@@ -31,7 +31,12 @@ class Census:
     def heard(self, members: Iterable[Member], now: float) -> None:
         """Take over an answer of the store."""
         self.answered_at = now
-        seen = {member.id: member for member in members}
+        seen = {}
+        for member in members:
+            if member.address:
+                seen[member.id] = member
+            else:
+                self.left(member.id)
         self.members.update(seen)
         for name in list(self.members):
             if name in seen:

@@ -237,6 +237,16 @@ class Replica:
             held += len(self.leading.gathering or ())
         return held
 
+    @property
+    def forwarded(self) -> int:
+        """How many requests of others are in our books."""
+        followers = self.leading.followers.values() if self.leading is not None else ()
+        return sum(len(follower.tickets) for follower in followers)
+
+    def now(self) -> float:
+        """Return the clock's time, in seconds."""
+        return self._loop.time()
+
     def picture(self) -> Picture:
         """Return what people want to see."""
         now, leading, following = self._loop.time(), self.leading, self.following

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ import yaml
 from extproc.admission.controller import Controller
 from extproc.admission.values import Policy
 from extproc.observe.metrics import Metrics
+from extproc.replicas.observe import ReplicaMetrics
 
 ROOT = Path(__file__).parents[2]
 HOME = ROOT / "observability"
@@ -30,7 +31,8 @@ def exported() -> set[str]:
     """The names of all series that our code exports, in every mode, and those of Envoy that a test has seen."""
     names = {"up"} | set(json.loads((HOME / "envoy-metrics.json").read_text()))
     suffixes = {"counter": ["_total"], "info": ["_info"], "histogram": ["_bucket", "_sum", "_count"]}
-    for family in Metrics(Controller(Policy()), lambda: 0, rehearsed={}).registry.collect():
+    ours = Metrics(Controller(Policy()), lambda: 0, rehearsed={}).registry.collect()
+    for family in chain(ours, ReplicaMetrics().collect()):
         names |= {family.name + suffix for suffix in suffixes.get(family.type, [""])}
     return names
 

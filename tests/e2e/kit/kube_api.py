@@ -1,4 +1,4 @@
-"""A small Kubernetes API server for EndpointSlices: lists in pages, watches, bookmarks, 410 Gone, and bad days."""
+"""A small Kubernetes API server: EndpointSlices in pages, watches, bookmarks, 410 Gone, bad days; and Leases."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import threading
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable
 
+LEASES = "/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases"
 PATH = "/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices"
 
 
@@ -58,6 +60,7 @@ class KubeApi:
         self.gone_as = "event"
         self._tls = tls
         self._slices: dict[str, dict[str, Any]] = {}
+        self.leases: dict[str, dict[str, Any]] = {}
         self._version = 100
         self._oldest = 100
         self._history: list[tuple[int, str, dict[str, Any]]] = []
@@ -165,6 +168,10 @@ class KubeApi:
         self._loop = asyncio.get_running_loop()
         app = web.Application()
         app.router.add_get(PATH, self._get)
+        app.router.add_get(LEASES, self._list_leases)
+        app.router.add_post(LEASES, self._create_lease)
+        app.router.add_patch(LEASES + "/{name}", self._patch_lease)
+        app.router.add_delete(LEASES + "/{name}", self._delete_lease)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
         await self._listen()
@@ -245,3 +252,46 @@ class KubeApi:
         finally:
             del self._watches[woken]
         return response
+
+    # Leases: as much of the API as one sidecar with one Lease of its own sees
+
+    def _refusal(self, request: web.Request) -> web.Response | None:
+        authorization = request.headers.get("authorization", "")
+        if self.token is None or authorization == f"Bearer {self.token}":
+            return None
+        return web.json_response({"kind": "Status", "code": 403, "message": "forbidden"}, status=403)
+
+    async def _list_leases(self, request: web.Request) -> web.Response:
+        key, _, value = request.query["labelSelector"].partition("=")
+        items = [lease for lease in self.leases.values() if lease["metadata"]["labels"].get(key) == value]
+        metadata = {"resourceVersion": str(self._version)}
+        return self._refusal(request) or web.json_response({"kind": "LeaseList", "metadata": metadata, "items": items})
+
+    async def _create_lease(self, request: web.Request) -> web.Response:
+        lease = await request.json()
+        name = lease["metadata"]["name"]
+        if name in self.leases:
+            return web.json_response({"kind": "Status", "code": 409, "reason": "AlreadyExists"}, status=409)
+        self._version += 1
+        created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        lease["metadata"] |= {"resourceVersion": str(self._version), "creationTimestamp": created}
+        refusal = self._refusal(request)
+        if refusal is None:
+            self.leases[name] = lease
+        return refusal or web.json_response(lease, status=201)
+
+    async def _patch_lease(self, request: web.Request) -> web.Response:
+        assert request.content_type == "application/merge-patch+json"
+        lease = self.leases.get(request.match_info["name"])
+        if lease is None:
+            return web.json_response({"kind": "Status", "code": 404, "reason": "NotFound"}, status=404)
+        patch = await request.json()
+        self._version += 1
+        lease["metadata"]["annotations"] |= patch["metadata"]["annotations"]
+        lease["metadata"]["resourceVersion"] = str(self._version)
+        lease["spec"] |= patch["spec"]
+        return self._refusal(request) or web.json_response(lease)
+
+    async def _delete_lease(self, request: web.Request) -> web.Response:
+        self.leases.pop(request.match_info["name"], None)
+        return self._refusal(request) or web.json_response({"kind": "Status", "status": "Success"})

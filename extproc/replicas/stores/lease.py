@@ -1,0 +1,188 @@
+"""Kubernetes: one Lease per sidecar, renewed by it alone. Who is alive is told by whether its Lease still changes.
+
+A Lease's times are its writer's clock, so they are not looked at: a Lease that did not change for ALIVE_S by our own
+clock is that of a dead sidecar. It is as the kubelets do it (a Lease per node). What a dead one leaves is deleted by
+whoever notices after FORGOTTEN_S.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import ssl
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+
+from extproc.replicas.messages import Member
+from extproc.replicas.stores import StoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from extproc.config import LeaseConfig
+
+BEAT_S = 2.0
+ALIVE_S = 6.0
+FORGOTTEN_S = 120.0
+TIMEOUT_S = 1.5
+NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+LABEL = "extproc/pool"
+ADDRESS = "extproc/address"
+MOST = 500
+"""Leases listed: a pool has a handful."""
+
+
+class LeaseStore:
+    """Members of a pool as Leases."""
+
+    beat_s = BEAT_S
+
+    def __init__(
+        self,
+        config: LeaseConfig,
+        pool: str,
+        environ: Mapping[str, str] = os.environ,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Use the API server that `config` names, or that a pod is told of in `environ`."""
+        self._config = config
+        self._pool = pool
+        self._environ = environ
+        self._clock = clock
+        self._client: aiohttp.ClientSession | None = None
+        self._changed: dict[str, tuple[str, float]] = {}  # of each Lease: its version, and since when it has that
+
+    async def beat(self, me: Member) -> list[Member]:
+        """Renew our Lease; return whose Leases change."""
+        await self._renew(me)
+        query = {"labelSelector": f"{LABEL}={self._pool}", "limit": str(MOST)}
+        page = await self._call("GET", "", query=query)
+        now, found, dead = self._clock(), [], []
+        seen: dict[str, tuple[str, float]] = {}
+        try:
+            for item in page["items"] or ():
+                metadata = item["metadata"]
+                name, version = str(metadata["name"]), str(metadata["resourceVersion"])
+                before = self._changed.get(name)
+                seen[name] = before if before is not None and before[0] == version else (version, now)
+                age_s = now - seen[name][1]
+                if age_s < ALIVE_S:
+                    joined = datetime.fromisoformat(metadata["creationTimestamp"]).timestamp()
+                    found.append(Member(_id_of(item), str(metadata["annotations"][ADDRESS]), int(joined)))
+                elif age_s >= FORGOTTEN_S:
+                    dead.append(name)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StoreError(f"no LeaseList: {error!r}") from None
+        self._changed = seen
+        for name in dead:
+            with contextlib.suppress(StoreError):
+                await self._call("DELETE", f"/{name}")
+        return found
+
+    async def leave(self, me: Member) -> None:
+        """Take our address out of our Lease; whoever sees it last deletes it."""
+        await self._renew(me._replace(address=""))
+
+    async def close(self) -> None:
+        """Give up connections."""
+        if self._client is not None:
+            client, self._client = self._client, None
+            await client.close()
+
+    # ----
+
+    def _name(self, me: Member) -> str:
+        return re.sub(r"[^a-z0-9-]+", "-", f"{self._pool}-{me.id}".lower()).strip("-")[:253]
+
+    async def _renew(self, me: Member) -> None:
+        lease = {
+            "apiVersion": "coordination.k8s.io/v1",
+            "kind": "Lease",
+            "metadata": {
+                "name": self._name(me),
+                "labels": {LABEL: self._pool},
+                "annotations": {ADDRESS: me.address},
+            },
+            "spec": {
+                "holderIdentity": me.id,
+                "leaseDurationSeconds": int(ALIVE_S),
+                "renewTime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+            },
+        }
+        if await self._call("PATCH", f"/{self._name(me)}", lease, missing_is_ok=True) is None:
+            await self._call("POST", "", lease)
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        *,
+        query: dict[str, str] | None = None,
+        missing_is_ok: bool = False,
+    ) -> Any:
+        kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
+        try:
+            url = self._url()
+            if self._client is None:
+                self._client = aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=self._context(url)))
+            async with (
+                asyncio.timeout(TIMEOUT_S),
+                self._client.request(
+                    method,
+                    url + path,
+                    params=query,
+                    data=None if body is None else json.dumps(body),
+                    headers={"content-type": kind, **self._headers()},
+                    allow_redirects=False,
+                ) as response,
+            ):
+                if response.status == 404 and missing_is_ok:
+                    return None
+                answer = await response.read()
+                if response.status not in (200, 201):
+                    said = answer[:300].decode(errors="replace")
+                    raise StoreError(f"{method} lease: {response.status} {response.reason}: {said}")
+                return json.loads(answer)
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+            await self.close()
+            raise StoreError(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from None
+
+    def _url(self) -> str:
+        api = self._config.api
+        if api is None:
+            host, port = (
+                self._environ.get("KUBERNETES_SERVICE_HOST"),
+                self._environ.get("KUBERNETES_SERVICE_PORT", "443"),
+            )
+            if not host:
+                raise ValueError("not in a pod: KUBERNETES_SERVICE_HOST is not set; set `api`")
+            api = f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
+        namespace = self._config.namespace
+        if namespace is None:
+            namespace = NAMESPACE_FILE.read_text().strip() if NAMESPACE_FILE.exists() else "default"
+        return f"{api.rstrip('/')}/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases"
+
+    def _context(self, url: str) -> ssl.SSLContext | bool:
+        path = Path(self._config.ca_file)
+        if not url.startswith("https:") or not path.exists():
+            return True
+        context = ssl.create_default_context(cafile=path)
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # clusters still have CAs without key identifiers
+        return context
+
+    def _headers(self) -> dict[str, str]:
+        path = Path(self._config.token_file)
+        token = {"authorization": f"Bearer {path.read_text().strip()}"} if path.exists() else {}
+        return {"accept": "application/json", **token}
+
+
+def _id_of(item: Mapping[str, Any]) -> str:
+    return str(item["spec"]["holderIdentity"])

@@ -1,0 +1,178 @@
+"""Several sidecars, each with an Envoy of its own, one set of simulated engines, and a real Redis or Valkey."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from tests.conftest import tool
+
+from .clients import Completion, complete_many
+from .envoy import Envoy
+from .processes import Child, free_port, http_get, tcp_open, wait_until
+from .stack import Sidecar, local
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+
+def body(max_tokens: int) -> bytes:
+    message = {"role": "user", "content": "hi"}
+    return json.dumps({"model": "sim", "stream": True, "max_tokens": max_tokens, "messages": [message]}).encode()
+
+
+class Store:
+    """A server on loopback that keeps nothing on disk: Valkey's if there is one, else Redis's."""
+
+    def __init__(self, directory: Path) -> None:
+        self.port = free_port()
+        self.url = f"valkey://127.0.0.1:{self.port}"
+        program = shutil.which("valkey-server") or tool("redis-server", "redis-server")
+        argv = [program, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        self.child = Child([*argv, "--dir", str(directory)], directory / "store.log", name="store")
+
+    def __enter__(self) -> Store:
+        self.start()
+        return self
+
+    def start(self) -> None:
+        """Start it, empty."""
+        self.child.start()
+        self.child.wait_ready(lambda: tcp_open(f"127.0.0.1:{self.port}"))
+
+    def __exit__(self, *_: object) -> None:
+        self.child.stop()
+
+
+class Place:
+    """One sidecar and its Envoy."""
+
+    def __init__(self, sidecar: Sidecar, url: str) -> None:
+        self.sidecar = sidecar
+        self.url = url
+
+    @property
+    def replicas(self) -> dict[str, Any]:
+        """What /queues says of it among the others."""
+        return dict(self.sidecar.queues()["replicas"])
+
+
+class Pool:
+    """All of it, running while `with` lasts."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        sidecars: int = 3,
+        engines: Sequence[str] = ("one", "two"),
+        config: Mapping[str, Any] | None = None,
+        replicas: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.directory = directory
+        self.places: list[Place] = []
+        self.engines: dict[str, str] = {}
+        self._names = engines
+        self._count = sidecars
+        self._config = config or {}
+        self._replicas = replicas
+        self._running = contextlib.ExitStack()
+        self._pool = ThreadPoolExecutor(16)
+        self.store: Store
+
+    def __enter__(self) -> Pool:
+        with contextlib.ExitStack() as starting:
+            if self._replicas is None:
+                self.store = starting.enter_context(Store(self.directory))
+            for name in self._names:
+                command = [sys.executable, "-m", "extproc", "engine", "--preset", "demo", "--port", "0"]
+                child = Child([*command, "--max-num-seqs", "64"], self.directory / f"{name}.log")
+                starting.enter_context(child)
+                self.engines[name] = child.wait_line(r"listening on http://(\S+)").group(1)
+            for number in range(self._count):
+                sidecar = starting.enter_context(Sidecar(self._config_of(), self.directory, name=f"sidecar-{number}"))
+                self.places.append(Place(sidecar, self._envoy(starting, sidecar, number)))
+            self._running = starting.pop_all()
+        self.wait_one_group()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self._running.close()
+
+    def _config_of(self) -> dict[str, Any]:
+        found = self._replicas if self._replicas is not None else {"valkey": {"url": self.store.url}}
+        return {
+            "enable_queue": True,
+            "drain_timeout": "10s",
+            "endpoints": [{"name": name, "address": address} for name, address in self.engines.items()],
+            **self._config,
+            "replicas": {"listen": local(), **found},
+        }
+
+    def _envoy(self, starting: contextlib.ExitStack, sidecar: Sidecar, number: int) -> str:
+        address = local()
+        text = sidecar.envoy_config(address, local(), self.directory / f"envoy-{number}.access", "h1")
+        starting.enter_context(Envoy(text, self.directory, name=f"envoy-{number}"))
+        return f"http://{address}/v1/chat/completions"
+
+    # ---- what a test does and asks
+
+    def send(self, place: Place, name: str, count: int, max_tokens: int, **headers: str) -> Future[list[Completion]]:
+        """Send `count` requests at once through the Envoy of `place`."""
+
+        def of(number: int) -> dict[str, str]:
+            return {"x-test-id": f"{name}-{number}", **headers}
+
+        return self._pool.submit(complete_many, place.url, count, of, body=body(max_tokens), timeout_s=120)
+
+    def wait_one_group(self, timeout_s: float = 20.0) -> None:
+        """Wait until all sidecars are in one group and know that it is everybody."""
+
+        def is_one() -> bool:
+            seen = [place.replicas for place in self.places]
+            whole = all(one["group"] == one["members"] == len(self.places) for one in seen)
+            return whole and len({one["leader"] for one in seen}) == 1
+
+        wait_until(is_one, timeout_s, "one group")
+
+    @property
+    def leader(self) -> Place:
+        """The one that leads everybody."""
+        (found,) = (place for place in self.places if place.replicas["role"] == "leading")
+        return found
+
+    @property
+    def followers(self) -> list[Place]:
+        """Those that follow."""
+        return [place for place in self.places if place.replicas["role"] == "following"]
+
+    def in_flight(self) -> int:
+        """What the leader's books say runs."""
+        return sum(one["in_flight"] for one in self.leader.sidecar.queues()["endpoints"])
+
+    def waiting(self) -> int:
+        """What waits everywhere, by the leader's books."""
+        return int(self.leader.replicas["waiting_here"])
+
+    def peaks(self) -> dict[str, int]:
+        """The most requests that each engine ever held at once, by its own count."""
+        found = {}
+        for name, address in self.engines.items():
+            page = json.loads(http_get(address, "/debug/peaks")[1])
+            found[name] = int(page["peak_running"]) + int(page["peak_waiting"])
+        return found
+
+    def served(self) -> int:
+        """How many requests all engines have answered to the end."""
+        total = 0.0
+        for address in self.engines.values():
+            text = http_get(address, "/metrics")[1].decode()
+            lines = [line for line in text.splitlines() if "request_success_total{" in line]
+            total += sum(float(line.rpartition(" ")[2]) for line in lines)
+        return int(total)

@@ -1,0 +1,167 @@
+"""Three sidecars, each with an Envoy of its own, share two engines. Whatever dies, every request is answered once.
+
+`EXTPROC_LONG=1` sends more: 50 running and 200 held.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.conftest import tool
+
+from .kit.clients import complete_many
+from .kit.pool import Pool, body
+from .kit.processes import Child, free_port, http_get, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+LONG = bool(os.environ.get("EXTPROC_LONG"))
+LIMIT = 25 if LONG else 4
+HELD = 200 if LONG else 24
+CONFIG = {
+    "max_running_requests": LIMIT,
+    "classes": [{"name": "default", "budget": "110s"}, {"name": "urgent", "priority": 10, "budget": "110s"}],
+    "scrape_interval": "200ms",
+}
+
+
+def kill_the_leader(pool: Pool) -> None:
+    leader = pool.leader.sidecar
+    leader.child.signal(signal.SIGKILL)
+    leader.child.wait_exit()
+    leader.child.stop()
+    leader.start()
+
+
+def stop_the_leader_for_a_while(pool: Pool) -> None:
+    leader = pool.leader
+    others = pool.followers
+    leader.sidecar.child.signal(signal.SIGSTOP)
+    try:
+        wait_until(lambda: [one.replicas["role"] for one in others].count("leading") == 1, 15, "another leads")
+    finally:
+        leader.sidecar.child.signal(signal.SIGCONT)
+
+
+def kill_a_follower(pool: Pool) -> None:
+    follower = pool.followers[0].sidecar
+    follower.child.signal(signal.SIGKILL)
+    follower.child.wait_exit()
+    follower.child.stop()
+    follower.start()
+
+
+def kill_the_store_and_start_it_empty(pool: Pool) -> None:
+    pool.store.child.signal(signal.SIGKILL)
+    pool.store.child.wait_exit()
+    pool.store.child.stop()
+    wait_until(lambda: pool.leader.replicas["store_age_s"] > 2.5, 10)
+    pool.store.start()
+    wait_until(lambda: pool.leader.replicas["store_age_s"] < 1.5, 10)
+
+
+def stop_the_store_for_a_while(pool: Pool) -> None:
+    pool.store.child.signal(signal.SIGSTOP)
+    try:
+        wait_until(lambda: pool.leader.replicas["store_age_s"] > 4, 10)
+    finally:
+        pool.store.child.signal(signal.SIGCONT)
+
+
+def restart_each_in_turn(pool: Pool) -> None:
+    for place in pool.places:
+        place.sidecar.child.signal(signal.SIGTERM)
+        assert place.sidecar.child.wait_exit(20) == 0
+        place.sidecar.child.stop()
+        place.sidecar.start()
+
+
+FAULTS = [kill_the_leader, stop_the_leader_for_a_while, kill_the_store_and_start_it_empty, restart_each_in_turn]
+LONG_FAULTS = [kill_a_follower, stop_the_store_for_a_while]
+
+
+@pytest.mark.parametrize("fault", FAULTS + (LONG_FAULTS if LONG else []), ids=lambda fault: fault.__name__)
+def test_whatever_happens_each_request_is_answered_once_and_no_engine_is_filled_above_its_limit(
+    tmp_path, fault: Callable[[Pool], None]
+):
+    config = {**CONFIG, "hand_over": fault is restart_each_in_turn}
+    with Pool(tmp_path, config=config) as pool:
+        running = [pool.send(place, f"running-{n}", 2 * LIMIT // 3 + 1, 250) for n, place in enumerate(pool.places)]
+        wait_until(lambda: pool.in_flight() == 2 * LIMIT, 10, "all slots taken")
+        held = [pool.send(place, f"held-{n}", HELD // 3, 20) for n, place in enumerate(pool.places)]
+        sent = 3 * (2 * LIMIT // 3 + 1) + 3 * (HELD // 3)
+        wait_until(lambda: pool.waiting() == sent - 2 * LIMIT, 10, "all others held")
+        fault(pool)
+        answers = [answer for batch in (*running, *held) for answer in batch.result()]
+        assert Counter(answer.status for answer in answers) == {200: sent}
+        assert not [answer.error for answer in answers if answer.error]
+        pool.wait_one_group()
+        wait_until(lambda: pool.in_flight() == 0 and pool.waiting() == 0, 5, "all books empty")
+        assert pool.served() == sent
+        assert max(pool.peaks().values()) == LIMIT
+        for place in pool.places:
+            assert "Traceback" not in place.sidecar.child.output()
+
+
+def test_requests_of_all_sidecars_stand_in_one_line_and_the_urgent_go_first(tmp_path):
+    with Pool(tmp_path, engines=("one",), config={**CONFIG, "max_running_requests": 1}) as pool:
+        first, second = pool.followers
+        running = pool.send(first, "running", 1, 100)
+        wait_until(lambda: pool.in_flight() == 1, 5)
+        low = pool.send(first, "low", 3, 30)
+        wait_until(lambda: pool.waiting() == 3, 5)
+        urgent = pool.send(second, "urgent", 3, 30, **{"x-request-class": "urgent"})
+        wait_until(lambda: pool.waiting() == 6, 5)
+        ends = threading.Lock()
+        order: list[str] = []
+
+        def note(name: str) -> Callable[[object], None]:
+            def ended(_: object) -> None:
+                with ends:
+                    order.append(name)
+
+            return ended
+
+        for name, future in (("low", low), ("urgent", urgent)):
+            future.add_done_callback(note(name))
+        assert [answer.status for answer in (*running.result(), *low.result(), *urgent.result())] == [200] * 7
+        wait_until(lambda: len(order) == 2, 5)
+        assert order == ["urgent", "low"]
+
+
+def test_up_runs_several_sidecars_that_decide_as_one_each_behind_an_envoy_of_its_own(tmp_path):
+    tool("redis-server", "redis-server")
+    http, admin = two_in_a_row(), two_in_a_row()
+    argv = [sys.executable, "-m", "extproc", "up", "--engines", "1", "--replicas", "2"]
+    argv += ["--http", f"127.0.0.1:{http}", "--admin", f"127.0.0.1:{admin}"]
+    with Child(argv, tmp_path / "up.log", name="up", grace_s=15) as up:
+        up.wait_line(r"^curl ", 40)
+        seen = [json.loads(http_get(f"127.0.0.1:{admin + n}", "/queues")[1])["replicas"] for n in range(2)]
+        assert [one["group"] for one in seen] == [2, 2]
+        assert seen[0]["leader"] == seen[1]["leader"]
+        for n in range(2):
+            url = f"http://127.0.0.1:{http + n}/v1/chat/completions"
+            (answer,) = complete_many(url, 1, lambda _: {}, body=body(2))
+            assert answer.status == 200
+        up.signal(signal.SIGTERM)
+        assert up.wait_exit(30) == 0
+
+
+def two_in_a_row() -> int:
+    """A free port after which another one is free."""
+    while True:
+        first = free_port()
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", first + 1))
+            return first
