@@ -7,6 +7,7 @@ what we hold. A grant that comes when that is in doubt waits for the next word o
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING
 
 from extproc.admission.ticket import State
@@ -64,7 +65,8 @@ class Following:
         self._confirmed_at = self.heard_at
         self._doubtful: list[Grant] = []
         now = gate.now()
-        for endpoint in gate.controller.endpoints.values():
+        for endpoint in list(gate.controller.endpoints.values()):
+            gate.do(partial(gate.controller.set_quota, endpoint.name, None))  # nobody waits for it in our own core
             for ticket in endpoint.leases:
                 number = self._number(ticket)
                 asked, held_s = asked_by(ticket.request, now), now - ticket.leased_at

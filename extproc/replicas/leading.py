@@ -225,16 +225,16 @@ class Leading:
     def look_at_names(self) -> None:
         """Keep unused, for a while, what some follower's Envoy does not know."""
         now = self._gate.now()
-        ours = set(self._gate.controller.endpoints)
         missing: set[str] = set()
         for follower in self.followers.values():
-            missing |= ours - follower.names
+            missing.update(self.lacks(follower.names))
         self._lacking = {name: self._lacking.get(name, now) for name in missing}
         self.relimit()
 
     def lacks(self, names: frozenset[str]) -> list[str]:
         """Return which of our endpoints are not among `names`."""
-        return sorted(set(self._gate.controller.endpoints) - names)
+        endpoints = self._gate.controller.endpoints.values()
+        return sorted({endpoint.name for endpoint in endpoints if not endpoint.removed} - names)
 
     def turn(self) -> list[Follower]:
         """Follow the passing of time; return the followers whose endpoints have differed from ours for too long."""

@@ -81,9 +81,10 @@ class Membership:
     async def stop(self) -> None:
         """Say goodbye and close everything."""
         self.replica.end()
-        await self._stop_asking()
-        with contextlib.suppress(StoreError):
-            await self._store.leave(self.replica.me)
+        if self._asking is not None:
+            await self._stop_asking()
+            with contextlib.suppress(StoreError):
+                await self._store.leave(self.replica.me)
         await self._network.close()
         await self._store.close()
 

@@ -170,7 +170,6 @@ class Replica:
         self._probed = 0
         self._probed_at = 0.0
         self._parked: list[Guest] = []
-        self._guests: set[Guest] = set()
         self._alive_at = loop.time()
         self._ends_gathering: Timer | None = None
         self._leaving = False
@@ -198,9 +197,8 @@ class Replica:
     def end(self) -> None:
         """Say goodbye and do nothing more. What runs goes on in Envoy; the engines' figures count it."""
         self._ended = True
-        for guest in self._guests:
-            if guest.follower is None:
-                guest.link.close()
+        for guest in self._parked:
+            guest.link.close()
         if self.following is not None:
             self.following.link.send(Leave())
             self.following.link.close()
@@ -419,6 +417,7 @@ class Replica:
         waiting, self._waiting = self._waiting, {}
         self.census.met(leader)
         self.following = Following(self._gate, leader, epoch, link, waiting)
+        self.names_changed()  # they may have, since we said hello
         self._become(Role.FOLLOWING)
         log.info("following %s, epoch %d", leader.id, epoch)
         self._answer_parked()
@@ -507,9 +506,7 @@ class Replica:
 
     def accept(self, link: Link) -> Guest:
         """Take a stream that somebody opened; the network calls the guest's `receive` and `closed`."""
-        guest = Guest(self, link)
-        self._guests.add(guest)
-        return guest
+        return Guest(self, link)
 
     def hear_guest(self, guest: Guest, message: Message) -> None:
         """Take a message of somebody who came to us."""
@@ -533,7 +530,6 @@ class Replica:
 
     def lose_guest(self, guest: Guest) -> None:
         """Note that somebody's stream ended."""
-        self._guests.discard(guest)
         if guest in self._parked:
             self._parked.remove(guest)
         if guest.follower is not None and self.leading is not None:

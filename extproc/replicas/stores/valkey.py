@@ -51,7 +51,7 @@ end
 for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, 3600) end
 return redis.call('HGETALL', KEYS[2])
 """
-_LEAVE = "return redis.call('HSET', KEYS[2], ARGV[1], '0 ')"
+_LEAVE = "return redis.call('HEXISTS', KEYS[2], ARGV[1]) == 1 and redis.call('HSET', KEYS[2], ARGV[1], '0 ') or 0"
 """Without an address: others see it until it is old."""
 
 

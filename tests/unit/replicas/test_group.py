@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 
 from extproc.admission.values import EndpointSpec, RequestClass
-from extproc.replicas.replica import SILENCE_S, Role
+from extproc.replicas.messages import VERSION, Hello, Member, Purpose
+from extproc.replicas.replica import SILENCE_S, Guest, Role
 
 from .storm import storm
 from .world import Client, Sidecar, World
@@ -289,6 +292,35 @@ def test_an_endpoint_that_one_sidecars_envoy_does_not_know_is_not_used_and_then_
         here.send(leader_of_most(here).place, work_s=2.0)
     here.run(0.5)
     assert here.engines["e1"].holds
+
+
+def test_an_endpoint_that_is_gone_everywhere_may_finish_its_answers_without_anybody_being_sent_away():
+    here = world(engines=2, limit=4)
+    for _ in range(6):
+        here.send(leader(here).place, work_s=30.0)
+    here.run(0.1)
+    for one in here.alive:
+        one.gate.remove_endpoint("e1")
+    here.run(20.0)
+    assert here.engines["e1"].holds
+    assert here.is_one_group()
+
+
+def test_a_leader_that_many_have_asked_keeps_nothing_of_them():
+    here = world(engines=1)
+    before = gc_count(Guest)
+    for _ in range(200):
+        here.sidecars["s1"].replica._network.dial(leader(here).place, lambda _: None, lambda: None).send(
+            Hello(VERSION, "pool", Member("x", "s1", 9), Purpose.MEET, 0, 1, frozenset())
+        )
+        here.run(0.01)
+    here.net.heal()
+    assert gc_count(Guest) <= before + 1
+
+
+def gc_count(kind: type) -> int:
+    gc.collect()
+    return sum(isinstance(one, kind) for one in gc.get_objects())
 
 
 def leader_of_most(here: World) -> Sidecar:
