@@ -458,7 +458,8 @@ class Replica:
         self.following = None
         self._waiting |= following.end()
         leader = following.leader
-        log.warning("the leader %s %s", leader.id, "has left" if clean else "is silent" if silent else "is gone")
+        level = logging.INFO if clean else logging.WARNING
+        log.log(level, "the leader %s %s", leader.id, "hands over" if clean else "is silent" if silent else "is gone")
         hold_until = 0.0 if clean else following.heard_at + SILENCE_S
         first = [successor] if successor is not None else [] if silent or clean else [leader]
         if clean and successor is None:

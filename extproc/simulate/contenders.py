@@ -132,6 +132,8 @@ class Setting:
         scrape_interval_s: how often engines are asked for their metrics.
         session_homes: whether the session header is read.
         own_books: whether KV capacity and counters of prompts are known; the original design had only gauges.
+        replicas: how many sidecars share the engines, each with a part of the arrivals.
+        replicas_fault: what happens to them in the middle.
     """
 
     policy: Policy = field(default_factory=Policy)
@@ -140,6 +142,8 @@ class Setting:
     scrape_interval_s: float = 1.0
     session_homes: bool = True
     own_books: bool = True
+    replicas: int = 1
+    replicas_fault: str = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +171,10 @@ class Contender:
         """Build it, with its own dice."""
         if self.kind == "core":
             assert self.setting is not None  # noqa: S101 - kind is `core`
+            if self.setting.replicas > 1:
+                from extproc.simulate.replicas import Several
+
+                return Several(groups, self.setting)
             return Core(groups, self.setting)
         total = sum(group.engines for group in groups)
         parts: list[tuple[Front, Sequence[int], tuple[str, ...]]] = []
@@ -314,6 +322,14 @@ def _switch(value: str) -> bool:
     return value == "true"
 
 
+def _replicas_fault(value: str) -> str:
+    from extproc.simulate.replicas import FAULTS
+
+    if value not in FAULTS:
+        raise ValueError(f"must be one of {', '.join(FAULTS)}")
+    return value
+
+
 def _binding(value: str) -> Binding:
     if value not in ("late", "bound"):
         raise ValueError(f"must be late or bound, not {value!r}")
@@ -332,6 +348,8 @@ _KEYS: dict[str, tuple[str, str, Callable[[str], object]]] = {
     "max_queued_requests": ("policy", "max_queued_requests", lambda value: int(_number(value, 0, 1e9))),
     "max_running_requests": ("setting", "max_running_requests", _limit),
     "own_books": ("setting", "own_books", _switch),
+    "replicas": ("setting", "replicas", _count),
+    "replicas_fault": ("setting", "replicas_fault", _replicas_fault),
     "scrape_interval": ("setting", "scrape_interval_s", _interval),
     "session_homes": ("setting", "session_homes", _switch),
     "shed": ("policy", "shed", _switch),

@@ -1,0 +1,57 @@
+"""Several simulated sidecars: nearly as good as one, whatever happens to them, and every request ends once."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from extproc.engine.params import PRESETS
+from extproc.errors import ConfigError
+from extproc.simulate.contenders import contender
+from extproc.simulate.fronts import Group
+from extproc.simulate.replicas import FAULT_AT_S, FAULT_S, FAULTS, Several
+from extproc.simulate.workload import CLASSES, Workload
+from extproc.simulate.world import World
+
+PRESET = "a100-8b"
+RATE = 29.0
+"""About 120 % of what the engines do."""
+SECONDS = FAULT_AT_S + FAULT_S + 20.0
+
+
+def play(name: str) -> World:
+    world = World([Group(PRESETS[PRESET], 4)], contender(name, PRESET, CLASSES), 5)
+    world.run(Workload().demands(RATE, SECONDS, 5), SECONDS)
+    return world
+
+
+@cache
+def dispatched(name: str) -> int:
+    world = play(name)
+    assert all(job.ended is not None for job in world.jobs)
+    return sum(job.first_token is not None for job in world.jobs)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_eight_sidecars_serve_nearly_as_many_as_one_whatever_happens_to_them(fault):
+    """The world asserts that each request ends once; the least is for a fault of 20 s in a run of 100 s."""
+    least = 0.97 if fault in ("none", "store-gone") else 0.92
+    assert dispatched(f"ours,replicas=8,replicas_fault={fault}") >= least * dispatched("ours")
+
+
+def test_a_run_of_several_is_deterministic():
+    first, second = (play("ours,replicas=3,replicas_fault=leader-killed") for _ in range(2))
+    assert [(job.engine, job.ended) for job in first.jobs] == [(job.engine, job.ended) for job in second.jobs]
+
+
+def test_one_of_several_leads_when_all_is_over():
+    world = play("ours,replicas=4,replicas_fault=halves")
+    assert isinstance(world.front, Several)
+    roles = [place.sidecar.replica.role.value for place in world.front.places]
+    assert sorted(roles) == ["following", "following", "following", "leading"]
+
+
+def test_a_fault_that_is_unknown_is_named_with_those_that_are_known():
+    with pytest.raises(ConfigError, match=r"replicas_fault=flood: must be one of none, leader-killed"):
+        contender("ours,replicas=8,replicas_fault=flood", PRESET, CLASSES)
