@@ -249,6 +249,7 @@ function draw(view) {
   $("main").hidden = false; // first, so that things have a width
   const modes = [[view.dry_run ? "dry run: nothing is held" : view.enable_queue ? "queue on" : "queue off: nothing is held", view.dry_run || !view.enable_queue]];
   if (view.draining) modes.push(["draining", true]);
+  if (view.replicas) modes.push([view.replicas.words, view.replicas.cut_off]);
   $("refused").hidden = !view.config_refused;
   $("restart").hidden = !view.restart_needed.length;
   say($("restart"), `Changed in the configuration file, in use only after a restart: ${view.restart_needed.join(", ")}`);

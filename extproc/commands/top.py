@@ -240,7 +240,8 @@ def _nobody(admin: str, error: Exception) -> str:
 
 def _mode(view: Mapping[str, Any]) -> str:
     mode = "dry run" if view["dry_run"] else "queue on" if view["enable_queue"] else "queue off"
-    return mode + (", DRAINING" if view["draining"] else "")
+    among = view.get("replicas")
+    return mode + (", DRAINING" if view["draining"] else "") + (f", {among['words']}" if among else "")
 
 
 def _heading(view: Mapping[str, Any]) -> str:

@@ -109,6 +109,7 @@ class Leading:
         self._unread = set(endpoints)
         self._caps = {name: endpoint.limit.value for name, endpoint in endpoints.items()}
         self._lacking: dict[str, float] = {}  # endpoints that not every follower knows, since when
+        self._sent_away: dict[str, list[str]] = {}  # followers, and what they lacked for too long
         gate.controller.is_shared = True
         for endpoint in endpoints.values():
             endpoint.meet_again()
@@ -235,6 +236,21 @@ class Leading:
         """Return which of our endpoints are not among `names`."""
         endpoints = self._gate.controller.endpoints.values()
         return sorted({endpoint.name for endpoint in endpoints if not endpoint.removed} - names)
+
+    def refuses(self, name: str, names: frozenset[str]) -> str | None:
+        """Return why somebody called `name` whose Envoy knows `names` can't follow; None: he can."""
+        missing = sorted(set(self._sent_away.get(name, ())).intersection(self.lacks(names)))
+        if not missing:
+            self._sent_away.pop(name, None)
+            return None
+        return f"we use endpoint(s) that it does not know: {', '.join(missing[:5])}"
+
+    def send_away(self, follower: Follower) -> str:
+        """Lose a follower whose endpoints differ, until they don't; return why."""
+        self._sent_away[follower.member.id] = self.lacks(follower.names)
+        why = self.refuses(follower.member.id, follower.names) or ""
+        self.drop(follower, clean=False)
+        return why
 
     def turn(self) -> list[Follower]:
         """Follow the passing of time; return the followers whose endpoints have differed from ours for too long."""

@@ -86,6 +86,7 @@ def described(membership: Membership, waiting: int) -> dict[str, Any]:
     return {
         "id": replica.me.id,
         "role": picture.role.value,
+        "words": _words(picture, replica.me.id),
         "since_s": round(picture.since_s, 1),
         "leader": picture.leader,
         "epoch": picture.epoch,
@@ -109,6 +110,17 @@ def described(membership: Membership, waiting: int) -> dict[str, Any]:
             for follower in leading.followers.values()
         ],
     }
+
+
+def _words(picture: Picture, me: str) -> str:
+    """Return for people who decides; at a sidecar that follows, its own page shows its own requests alone."""
+    of = f"{picture.group} of {picture.members or '?'} sidecars"
+    match picture.role:
+        case Role.LEADING:
+            return f"leads {of}"
+        case Role.FOLLOWING:
+            return f"follows {picture.leader}: who waits is on its page ({of})"
+    return f"looks for a leader ({me})"
 
 
 def _rounded(age_s: float | None) -> float | None:

@@ -567,6 +567,11 @@ class Replica:
     def _take_in(self, guest: Guest, hello: Hello) -> None:
         leading = self.leading
         assert leading is not None  # noqa: S101 - asked before
+        why = leading.refuses(hello.member.id, hello.names)
+        if why is not None:
+            guest.link.send(Refuse(why))
+            guest.link.close()
+            return
         before = leading.followers.get(hello.member.id)
         if before is not None:  # its old stream has died unnoticed
             before.link.close()
@@ -671,11 +676,10 @@ class Replica:
             else:
                 follower.link.send(leading.status(follower))
         for follower in leading.turn():
-            lacking = ", ".join(leading.lacks(follower.names)[:5])
-            log.warning("%s does not know endpoint(s) %s: it decides alone", follower.member.id, lacking)
-            follower.link.send(Refuse(f"we use endpoint(s) that it does not know: {lacking}"))
+            why = leading.send_away(follower)
+            log.warning("%s is sent away, and decides alone: %s", follower.member.id, why)
+            follower.link.send(Refuse(why))
             follower.link.close()
-            leading.drop(follower, clean=False)
         if now - self._probed_at >= MEET_S and not self._leaving:
             self._probed_at = now
             self._meet()
