@@ -35,6 +35,7 @@ class Load:
         for name in "abcdefgh"[:endpoints]:
             limit = LIMIT * 2 if kv else LIMIT
             self.core.put_endpoint(EndpointSpec(name, max_running_requests=limit, kv_capacity_tokens=capacity), 0.0)
+            self.core.set_up(name, 0.0, is_up=True)
         while self.core.waiting < waiting:
             self.note(self.core.offer(self.request(), self.now))
 

@@ -50,6 +50,7 @@ def crowd(gate: Gate, endpoints: int, waiting: int) -> None:
     chance = random.Random(1)
     for number in range(endpoints):
         gate.put_endpoint(EndpointSpec(f"vllm-{number}", max_running_requests=4))
+        gate.set_up(f"vllm-{number}", is_up=True)
         gate.observe(f"vllm-{number}", Load(running=4, waiting=0, kv_usage=0.5))
     for number in range(4 * endpoints + waiting):
         request = Request(

@@ -29,6 +29,7 @@ from extproc.stream.ages import Ages
 from extproc.stream.dry_run import DryRun
 from extproc.stream.gate import Gate
 from extproc.stream.session import Reception
+from extproc.tasks import Tasks
 from extproc.transport.completion import server_on
 from extproc.transport.completion.loop import CompletionLoop
 from extproc.transport.listener import Listener, SocketRights
@@ -85,6 +86,7 @@ class App:
     ) -> None:
         """Build all parts of a sidecar that will run on `loop`; `path`: the file to follow, `environ` wins over it."""
         self.config = config
+        self.tasks = Tasks()
         dry_run = DryRun(config.policy()) if config.dry_run else None
         controller = Controller(config.policy()) if dry_run is None else dry_run
         self.scraper = Scraper(
@@ -104,6 +106,7 @@ class App:
             left_out=lambda: self.sources.left_out + self.roster.left_out,
             transport="completion_queue" if isinstance(loop, CompletionLoop) else "asyncio",
             rehearsed=None if dry_run is None else dry_run.counts,
+            restarts=self.tasks.restarts,
         )
         self.queue_log = QueueLog(controller, loop.time)
         self.spans = _spans() if config.tracing else None
@@ -128,7 +131,7 @@ class App:
             default_model=config.default_model,
             server_timing=config.server_timing,
         )
-        self.health = HealthChecks(self.gate.set_up, config.health_check)
+        self.health = HealthChecks(self.gate.set_up, config.health_check, self.tasks, self.gate.heard_at)
         self.roster = Roster(
             self.gate,
             self.reception,
@@ -137,6 +140,7 @@ class App:
             envoy=EnvoyAdmin(config.envoy_admin) if config.envoy_admin is not None else None,
             put=self._follow,
             remove=self._unfollow,
+            tasks=self.tasks,
         )
         self.sources = Sources(self.roster.report)
         self.file: ConfigFile | None = None
@@ -177,8 +181,8 @@ class App:
             await self.admin.stop()
             raise
         if self.file is not None:
-            following = self.file.run(self.config)
-            self._following = asyncio.get_running_loop().create_task(following, name="config file")
+            follow = partial(self._follow_file, self.file)
+            self._following = self.tasks.keep("config file", "config file", follow)
         self.admin.ready = True
         config = self.config
         log.info(
@@ -260,6 +264,9 @@ class App:
         if len(told) > MOST_CHANGES:
             log.info("configuration: and %d more changes", len(told) - MOST_CHANGES)
         log.info("configuration taken over: %d endpoint(s) in the file", len(config.endpoints))
+
+    async def _follow_file(self, file: ConfigFile) -> None:
+        await file.run(self.config)
 
     def _file_state(self) -> FileState:
         return FileState(self.file is not None and self.file.is_refused, self._restart_needed)

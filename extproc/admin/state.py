@@ -212,13 +212,13 @@ class Viewer:
             "name": endpoint.name,
             "cluster": endpoint.spec.cluster,
             "models": models[:most_models],
-            "up": endpoint.available,
+            "up": endpoint.available and endpoint.health.is_known,
             "state": _state(endpoint),
             "in_flight": len(endpoint.leases),
             "foreign": endpoint.foreign,
             "limit": endpoint.limit.value,
             "adaptive": endpoint.spec.max_running_requests is None,
-            "held_back": endpoint.closed_until is not None or endpoint.health.full_until is not None,
+            "held_back": endpoint.closed_until is not None or endpoint.health.held_back_by is not None,
             "held_by": None if held is None else held.value,
             "kv_tokens": endpoint.kv_tokens,
             "kv_capacity_tokens": endpoint.kv_capacity,
@@ -239,11 +239,16 @@ def _state(endpoint: Endpoint) -> str:
     """Whether it may be used, in a word."""
     if endpoint.removed:
         return "removed"
-    if not endpoint.health.is_up:
+    health = endpoint.health
+    if health.is_up is False:
         return "down"
-    if endpoint.health.ejected_until is not None:
+    if health.ejected_until is not None:
         return "ejected"
-    return "on trial" if endpoint.health.on_trial else "up"
+    if health.is_asleep:
+        return "asleep"
+    if health.on_trial:
+        return "on trial"
+    return "up" if health.is_known else "unknown"
 
 
 def _preferring(controller: Controller) -> dict[str, int]:

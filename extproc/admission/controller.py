@@ -160,16 +160,16 @@ class Controller:
         self._now = now
         if ticket.state is State.LEASED and ticket.endpoint is not None:
             ticket.endpoint.first_token(ticket, now)
+            if not ticket.is_answered:
+                self._served(ticket, ticket.endpoint, _placed(ticket.pool))
             self._changed(ticket.endpoint)
         return self._dispatch()
 
     def answered(self, ticket: Ticket, now: float) -> list[Decision]:
         """Note that an answer began well, long before it ends: a trial need not last as long as an answer."""
         self._now = now
-        endpoint = ticket.endpoint
-        if ticket.state is State.LEASED and endpoint is not None and endpoint.health.is_doubted:
-            endpoint.health.succeeded()
-            self._changed(endpoint)
+        if ticket.state is State.LEASED and not ticket.is_answered:
+            self._served(ticket, _placed(ticket.endpoint), _placed(ticket.pool))
         return self._dispatch()
 
     def release(
@@ -182,20 +182,7 @@ class Controller:
         assert endpoint is not None  # noqa: S101 - LEASED means that there is one
         ticket.state = State.DONE
         endpoint.release(ticket, now)
-        match answer:
-            case Answer.OK:
-                endpoint.health.succeeded()
-            case Answer.FAILED:
-                endpoint.health.failed(ticket, now, spare=False)
-            case Answer.ERROR:
-                # A request that makes engines fail must not take out one after the other: the last one stays.
-                others = any(other.available for other in pool.members if other is not endpoint)
-                endpoint.health.failed(ticket, now, spare=not others)
-            case Answer.SATURATED:
-                endpoint.health.saturated(now)
-            case Answer.UNKNOWN:
-                pass
-        endpoint.health.released(ticket)
+        self._judge(answer, ticket, endpoint, pool)
         if output_tokens is not None:
             surplus = OUTPUT_WEIGHT * (output_tokens - ticket.output_tokens)
             if ticket.charge is not None:
@@ -249,12 +236,12 @@ class Controller:
             self._regroup()
         return self._dispatch()
 
-    def set_up(self, name: str, now: float, *, is_up: bool) -> list[Decision]:
-        """Note that an endpoint went down or came back. Unknown: no-op."""
+    def set_up(self, name: str, now: float, *, is_up: bool | None) -> list[Decision]:
+        """Follow health checks; None: nothing is known, as of a new endpoint. Unknown endpoint: no-op."""
         self._now = now
         endpoint = self.endpoints.get(name)
-        if endpoint is not None and endpoint.health.is_up is not is_up:
-            endpoint.health.is_up = is_up
+        if endpoint is not None and (is_up is None or endpoint.health.is_up is not is_up):
+            endpoint.health.check(is_up=is_up)
             self._changed(endpoint)
         return self._dispatch()
 
@@ -269,6 +256,8 @@ class Controller:
                 self._tokens.learn_prompts(load.prompt_tokens, load.first_tokens)
             if load.output_tokens is not None:
                 endpoint.produced += load.output_tokens
+                if load.output_tokens:
+                    endpoint.health.heard_at = now
                 if endpoint.completed:
                     self._tokens.learn(endpoint.produced, endpoint.completed)
                     endpoint.produced = endpoint.completed = 0
@@ -666,7 +655,7 @@ class Controller:
         budget_s = SURE * (ticket.wait_until - self._now)
         priority = ticket.request_class.priority
         ticket.predicted_s = wait_s = pool.pace.wait_s(ticket.position, priority, self._now)
-        if wait_s is None or wait_s <= budget_s or not any(endpoint.available for endpoint in pool.members):
+        if wait_s is None or wait_s <= budget_s or not pool.usable:
             return False
         # `position` counts a noisy tenant's whole backlog; fairness may put this one before it. Now look closely.
         ahead = sum(queue.rank(ticket) for queue in pool.queues())
@@ -674,8 +663,7 @@ class Controller:
         return exact_s is not None and exact_s > budget_s
 
     def _expire(self, ticket: Ticket) -> None:
-        alive = any(endpoint.available for endpoint in _placed(ticket.pool).members)
-        self._refuse(ticket, Outcome.BUDGET_EXPIRED if alive else Outcome.NO_ENDPOINT)
+        self._refuse(ticket, Outcome.BUDGET_EXPIRED if _placed(ticket.pool).usable else Outcome.NO_ENDPOINT)
 
     def _refuse(self, ticket: Ticket, outcome: Outcome) -> None:
         pool = _placed(ticket.pool)
@@ -690,6 +678,33 @@ class Controller:
         """Return the waiting request that goes last: of the lowest class, the one that came last."""
         lines = (queue for pool in self.pools() for queue in pool.queues() if queue)
         return max((queue.last() for queue in lines), key=seniority)
+
+    # ---- what answers tell
+
+    def _served(self, ticket: Ticket, endpoint: Endpoint, pool: Pool) -> None:
+        """Note a good answer, once."""
+        ticket.is_answered = True
+        pool.record.served += 1
+        was_doubted = endpoint.health.is_doubted
+        endpoint.health.answered(self._now)
+        if was_doubted:
+            self._changed(endpoint)
+
+    def _judge(self, answer: Answer, ticket: Ticket, endpoint: Endpoint, pool: Pool) -> None:
+        """Note how an answer ended. One that began well has told what it can: whether it was cut, nobody knows."""
+        if ticket.is_answered or answer is Answer.UNKNOWN:
+            return
+        if answer is Answer.OK:
+            self._served(ticket, endpoint, pool)
+            return
+        is_own_fault = answer is Answer.FAILED
+        if answer is Answer.SATURATED:
+            endpoint.health.saturated(self._now)
+            if endpoint.is_at_work(self._now):
+                return
+            is_own_fault = True  # full of nothing: it loads, or is broken
+        has_peers = pool.usable > endpoint.counted
+        endpoint.health.refused(ticket, pool.record, self._now, is_own_fault=is_own_fault, has_peers=has_peers)
 
     # ---- endpoints
 
@@ -721,6 +736,7 @@ class Controller:
         for endpoint in present:
             endpoint.listed = False
             self._changed(endpoint)
+        self._spare_the_last(self.pools())
         for ticket in sorted((ticket for queue in self._any_model.queues() for ticket in queue), key=_place):
             target = self._pool_for(ticket.request.model)
             if target is not None and target is not self._any_model:
@@ -760,13 +776,29 @@ class Controller:
 
     def _changed(self, endpoint: Endpoint) -> None:
         """Follow whatever changed an endpoint's room."""
+        is_usable = endpoint.available
+        if is_usable is not endpoint.counted:
+            endpoint.counted = is_usable
+            for pool in endpoint.pools:
+                pool.usable += 1 if is_usable else -1
+            if not is_usable:
+                self._spare_the_last(endpoint.pools)
         self._list(endpoint)
         self._watch(endpoint)
         if endpoint.listed:
             self._freed[endpoint] = None
-        elif not endpoint.available:
+        elif not is_usable:
             for pool in endpoint.pools:
                 self._evict(pool, endpoint)
+
+    def _spare_the_last(self, pools: Iterable[Pool]) -> None:
+        """End the ejections in pools that nobody is left to serve: they were made because others did."""
+        for pool in pools:
+            if not pool.usable:
+                for endpoint in pool.members:
+                    if endpoint.health.ejected_until is not None:
+                        endpoint.health.take_back(self._now)
+                        self._changed(endpoint)
 
     def _watch(self, endpoint: Endpoint) -> None:
         """Follow when time alone will change an endpoint's room."""

@@ -56,6 +56,7 @@ class Endpoint:
         "alarm",
         "closed_until",
         "completed",
+        "counted",
         "crowding",
         "dispatched",
         "enforcing",
@@ -90,6 +91,7 @@ class Endpoint:
         self.limit: Limit = _limit_of(spec)
         self.pools: list[Pool] = []
         self.listed = False  # in its pools' lists of open endpoints
+        self.counted = False  # among its pools' usable ones
         self.health = Health()
         self.removed = False
         self.dispatched = 0
@@ -214,7 +216,7 @@ class Endpoint:
         """Put `ticket` in the books."""
         self.leases[ticket] = None
         ticket.leased_at = now
-        self.health.leased(ticket)
+        self.health.leased(now)
         self.kv_tokens += ticket.kv_tokens
         self.prefill.add(ticket, now)
         self.kv_turnover += ticket.work_tokens + ticket.output_tokens
@@ -246,6 +248,13 @@ class Endpoint:
         """Note that the engine has computed the prompt of `ticket`."""
         self.prefill.done(ticket, now)
 
+    def is_at_work(self, now: float) -> bool:
+        """Tell whether the engine computes anything, as far as one can tell: a lease that it did not refuse at once."""
+        oldest = next(iter(self.leases), None)
+        if oldest is not None and oldest.leased_at + ARRIVED_S <= now:
+            return True
+        return bool(self.foreign) or (self.load is not None and bool(self.load.running))
+
     # ---- what the endpoint says of itself
 
     @property
@@ -257,6 +266,7 @@ class Endpoint:
         """Follow fresh telemetry. `wanted`: requests wait that this endpoint could serve."""
         full = self.held >= self.limit.value
         self._count_foreign(load, now)
+        self.health.is_asleep = load.asleep is True
         elapsed_s = now - self.load_at if self.load is not None else 1.0
         self.load, self.load_at = load, now
         if self.report is not None:
@@ -351,6 +361,7 @@ class Endpoint:
     def _forget_load(self, policy: Policy) -> None:
         self.load = None
         self.foreign = 0
+        self.health.is_asleep = False
         self.prefill.forget()
         self._cool_down(policy)
         self.sees_first_tokens = policy.first_byte_probe

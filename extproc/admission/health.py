@@ -1,6 +1,14 @@
 """Whether an endpoint may be sent requests for reasons of health: what checks say of it, and what its answers say.
 
 An endpoint is made of it, and asks it before it looks at its own room; only the controller's events change it.
+
+    unknown ──a good answer, a passed check──▶ up ──refusals in a row──▶ in doubt ──worse than its peers──▶ ejected
+                                               ▲                         │                                    │
+                                               └──────a good answer──────┴──────────── on trial ◀──its time───┘
+
+A refusal is any answer that is not what a client came for, or none at all: no status code is looked up in a list. What
+counts is that the others serve what this one refuses. So a client's own mistakes, which all refuse, and an outage that
+all share put nobody out. Who is unknown, in doubt or on trial is sent a few requests at a time.
 """
 
 from __future__ import annotations
@@ -13,120 +21,285 @@ if TYPE_CHECKING:
     from extproc.admission.ticket import Ticket
 
 EJECT_AFTER = 5
-"""Consecutive failures that take an endpoint out."""
+"""Refusals in a row that bring an endpoint into doubt: fewer are everyday's bad luck."""
+CHANCE = 1e-5
+"""An endpoint is ejected when its refusals in a row would come to one that is as its peers are by a smaller chance."""
 EJECT_S = 5.0
-"""The first ejection; each one that follows without a success between lasts twice as long."""
+"""The first ejection; each one that follows without a good answer between lasts twice as long."""
 EJECT_MAX_S = 60.0
 EJECTED = "ejected after failures"
 """The condition of an endpoint that is out."""
 SATURATED_S = 0.25
 """How long an endpoint that refused a request as full is left alone."""
 
+FEW = 4
+"""Requests that one is sent at first that nobody has heard of: with the next one a dead endpoint costs EJECT_AFTER."""
+STEP_S = 0.1
+"""In doubt, a few are sent in a step; when it passes without a refusal, twice as many in the next. A dead endpoint
+shows within 30 ms (Envoy connects again after up to 25 ms); an engine with 64 slots whose answers don't stream, and so
+show nothing for long, is filled in half a second."""
+STEP_MAX_S = 1.0
+"""Each refusal makes the wait for the next try twice as long, at most this: how late the end of an outage is seen."""
+
+
+class Record:
+    """What became of the requests of one pool: the measure for each of its endpoints.
+
+    Attributes:
+        served: answers that were good.
+        refused: those that were not.
+    """
+
+    __slots__ = ("refused", "served")
+
+    def __init__(self) -> None:
+        """Start without any."""
+        self.served = 0
+        self.refused = 0
+
+
+class _Streak:
+    """Refusals in a row by one endpoint, in one pool, and what the pool had seen when the first one came."""
+
+    __slots__ = ("count", "refused", "served")
+
+    def __init__(self, record: Record) -> None:
+        self.count = 0
+        self.served = record.served
+        self.refused = record.refused
+
+    def peers_share(self, record: Record) -> float:
+        """Return the share of their requests that the others of the pool refused meanwhile; 1/2: nobody can say."""
+        refused = record.refused - self.refused - self.count
+        return (refused + 1) / (refused + record.served - self.served + 2)
+
+
+class _Doubt:
+    """A few requests at a time: how many of this step are left, and whether one was refused in it."""
+
+    __slots__ = ("allowed", "ends", "has_failed", "sent", "step_s")
+
+    def __init__(self, allowed: int) -> None:
+        self.allowed = allowed
+        self.sent = 0
+        self.step_s = STEP_S
+        self.ends: float | None = None  # None: nothing was sent yet
+        self.has_failed = False
+
+    @property
+    def is_spent(self) -> bool:
+        return self.has_failed or self.sent >= self.allowed
+
+    def send(self, now: float) -> None:
+        self.pass_time(now)
+        if self.ends is None:
+            self.ends = now + self.step_s
+        self.sent += 1
+
+    def fail(self, now: float) -> None:
+        self.pass_time(now)
+        if not self.has_failed:  # those of the same step have nothing to add
+            self.has_failed, self.ends = True, now + self.step_s
+
+    def pass_time(self, now: float) -> None:
+        if self.ends is None or now < self.ends:
+            return
+        if self.has_failed:
+            self.allowed, self.step_s = 1, min(2 * self.step_s, STEP_MAX_S)
+        else:
+            self.allowed, self.step_s = min(2 * self.allowed, 1 << 20), STEP_S
+        self.sent, self.ends, self.has_failed = 0, None, False
+
 
 class Health:
     """One endpoint's health.
 
     Attributes:
-        is_up: False while health checks say that it is down.
+        is_up: what health checks say; None: nothing.
+        is_known: a request was answered well there, or a check passed.
+        is_asleep: its page says that it sleeps or is paused.
         ejected_until: when its ejection ends; None: it is in.
-        ejections: how many followed each other without a success between.
-        on_trial: back from an ejection: one new request at a time until one succeeds.
-        trial: that request; answers from before the ejection may still run beside it.
+        ejections: how many followed each other without a good answer between.
+        refusals: how many in a row led to the last ejection.
+        on_trial: back from an ejection, and no good answer since.
         full_until: it refused a request as full, and is left alone till then.
+        heard_at: when an answer of it began well last, or its page showed that it makes tokens.
     """
 
-    __slots__ = ("_failures", "ejected_until", "ejections", "full_until", "is_up", "on_trial", "trial")
+    __slots__ = (
+        "_back_at",
+        "_doubt",
+        "_streaks",
+        "ejected_until",
+        "ejections",
+        "full_until",
+        "heard_at",
+        "is_asleep",
+        "is_known",
+        "is_up",
+        "on_trial",
+        "refusals",
+    )
 
     def __init__(self) -> None:
-        """Start up, without a failure."""
-        self.is_up = True
+        """Start unknown."""
+        self.is_asleep = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything but what its page says: it is another server now, or nobody checks it any more."""
+        self.is_up: bool | None = None
+        self.is_known = False
         self.ejected_until: float | None = None
         self.ejections = 0
+        self.refusals = 0
         self.on_trial = False
-        self.trial: Ticket | None = None
         self.full_until: float | None = None
-        self._failures = 0
+        self.heard_at: float | None = None
+        self._back_at = 0.0  # requests that were sent before tell nothing of how it is now
+        self._streaks: dict[Record, _Streak] = {}  # since its last good answer
+        self._doubt: _Doubt | None = _Doubt(FEW)
+
+    # ---- what it allows
 
     @property
     def is_usable(self) -> bool:
         """Whether it may be sent anything at all."""
-        return self.is_up and self.ejected_until is None
+        return self.ejected_until is None and self.is_up is not False and not self.is_asleep
 
     @property
     def shut_by(self) -> HeldBy | None:
         """What makes it unusable; None: it is usable."""
-        return None if self.is_usable else HeldBy.EJECTED if self.is_up else HeldBy.DOWN
+        if self.is_usable:
+            return None
+        if self.is_up is False:
+            return HeldBy.DOWN
+        return HeldBy.ASLEEP if self.ejected_until is None else HeldBy.EJECTED
 
     @property
     def held_back_by(self) -> HeldBy | None:
-        """What keeps all more from a usable endpoint for the moment: its trial runs, or it was full; None: nothing."""
+        """What keeps all more from a usable endpoint for the moment: it was full, or had its few; None: nothing."""
         if self.full_until is not None:
             return HeldBy.REFUSED
-        return HeldBy.TRIAL if self.on_trial and self.trial is not None else None
+        return HeldBy.TRIAL if self.is_doubtful else None
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether it had the few requests that one in doubt gets at a time."""
+        return self._doubt is not None and self._doubt.is_spent
 
     @property
     def is_doubted(self) -> bool:
         """Whether an answer that begins well is news."""
-        return self.on_trial or self._failures > 0
+        return self._doubt is not None or bool(self._streaks) or self.on_trial
 
-    def leased(self, ticket: Ticket) -> None:
-        """Note that `ticket` is sent there: on trial, it is the trial."""
-        if self.on_trial:
-            self.trial = ticket
+    # ---- what is known of it
 
-    def succeeded(self) -> None:
-        """Note an answer that shows that the endpoint works."""
-        self._failures = 0
-        self.ejections = 0
-        self.on_trial = False
-        self.trial = None
-
-    def failed(self, ticket: Ticket, now: float, *, spare: bool) -> None:
-        """Note a failure; enough of them in a row eject the endpoint, each time for longer, unless it is to be spared.
-
-        On trial the trial's own failure is enough; those of older requests say nothing new.
-        """
-        on_trial, self.trial = ticket is self.trial, None if ticket is self.trial else self.trial
-        if self.on_trial and not on_trial:
+    def check(self, *, is_up: bool | None) -> None:
+        """Follow health checks. A passed one ends that it is unknown, and no other doubt: an engine may pass them and
+        refuse everything."""
+        if is_up is None:
+            self.reset()
             return
-        self._failures += 1
-        if (self._failures >= EJECT_AFTER or on_trial) and self.ejected_until is None and not spare:
+        self.is_up = is_up
+        if is_up and not self.is_known:
+            self.is_known = True
+            if not self._streaks and not self.on_trial:
+                self._doubt = None
+
+    def leased(self, now: float) -> None:
+        """Note that a request is sent there."""
+        if self._doubt is not None:
+            self._doubt.send(now)
+
+    def answered(self, now: float) -> None:
+        """Note an answer that begins well: whatever was held against it is over."""
+        self.heard_at = now
+        self.is_known = True
+        self.on_trial = False
+        self.ejections = 0
+        self._doubt = None
+        if self._streaks:
+            self._streaks = {}
+
+    def refused(self, ticket: Ticket, record: Record, now: float, *, is_own_fault: bool, has_peers: bool) -> None:
+        """Note that `ticket`, of the pool with this `record`, was refused, or not answered at all.
+
+        `is_own_fault`: the request can't be to blame; `has_peers`: the pool has others that may be sent requests.
+        The last one of a pool stays; where requests may be to blame and nobody can compare, nothing is held against it.
+        """
+        if self.ejected_until is not None or ticket.leased_at < self._back_at:
+            return
+        if not has_peers and not is_own_fault:
+            self.is_known = True  # it speaks
+            self._doubt = None
+            return
+        streak = self._streaks.get(record)
+        if streak is None:
+            streak = self._streaks[record] = _Streak(record)
+        streak.count += 1
+        record.refused += 1
+        share = streak.peers_share(record)
+        if not is_own_fault and share > 0.5:  # the others refuse as well: as good as they are
+            if self.is_known and not self.on_trial:
+                self._doubt = None
+            return
+        if has_peers and streak.count >= EJECT_AFTER and share**streak.count <= CHANCE:
             self.ejections += 1
             self.ejected_until = now + self.ejection_s
-            self._failures = 0
+            self.refusals = streak.count
+            self.on_trial = False
+            return
+        if self._doubt is None and streak.count >= EJECT_AFTER:
+            self._doubt = _Doubt(1)
+        if self._doubt is not None:
+            self._doubt.fail(now)
 
     def saturated(self, now: float) -> None:
         """Note that it refused a request as full: it works, and wants to be left alone for a moment."""
-        self._failures = 0
         self.full_until = now + SATURATED_S
-
-    def released(self, ticket: Ticket) -> None:
-        """Note that `ticket` is over, whatever became of it: the next one may be the trial."""
-        if ticket is self.trial:
-            self.trial = None
 
     @property
     def ejection_s(self) -> float:
         """How long the latest ejection lasts, in seconds."""
         return min(EJECT_S * 2.0 ** (self.ejections - 1), EJECT_MAX_S)
 
+    def take_back(self, now: float) -> None:
+        """End its ejection: it is on trial."""
+        self.ejected_until = None
+        self.on_trial = True
+        self._back_at = now
+        self._doubt = _Doubt(1)
+
+    # ---- time
+
     def next_change(self) -> float | None:
         """Return when time alone changes it."""
-        if self.full_until is None or self.ejected_until is None:
-            return self.full_until if self.ejected_until is None else self.ejected_until
-        return min(self.full_until, self.ejected_until)
+        soonest = self.full_until
+        if self.ejected_until is not None and (soonest is None or self.ejected_until < soonest):
+            soonest = self.ejected_until
+        if self._doubt is not None and self._doubt.is_spent:
+            ends = self._doubt.ends
+            if ends is not None and (soonest is None or ends < soonest):
+                soonest = ends
+        return soonest
 
     def pass_time(self, now: float) -> None:
         """End what is over."""
         if self.full_until is not None and now >= self.full_until:
             self.full_until = None
+        if self._doubt is not None:
+            self._doubt.pass_time(now)
         if self.ejected_until is not None and now >= self.ejected_until:
-            self.ejected_until = None
-            self.on_trial = True
+            self.take_back(now)
 
     @property
     def condition(self) -> str:
         """Whether it may be used, in a few words for people."""
-        if not self.is_up:
+        if self.is_up is False:
             return "down"
-        return EJECTED if self.ejected_until is not None else "up"
+        if self.ejected_until is not None:
+            return EJECTED
+        if self.is_asleep:
+            return "asleep"
+        return "up" if self.is_known else "unknown"

@@ -24,10 +24,10 @@ class HeldBy(Enum):
         return member
 
     DOWN = ("down", "health checks say that it is down")
-    EJECTED = ("ejected", "it failed, and is left out for a while")
+    EJECTED = ("ejected", "it refused what its peers serve, and is left out for a while")
     ASLEEP = ("asleep", "the engine says that it sleeps or is paused")
     REFUSED = ("refused", "the engine has just refused a request as full")
-    TRIAL = ("trial", "one request at a time shows whether it works")
+    TRIAL = ("trial", "a few requests at a time show whether it works")
     HOT = ("hot", "its telemetry is over max_gpu_perc or gpu_utilization_perc")
     PART = ("part", "the rest of its limit is for sidecars that can't be reached")
     LIMIT = ("limit", "as many requests as its limit allows are in flight")

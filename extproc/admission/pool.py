@@ -7,6 +7,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from extproc.admission.fairness import FairShare
+from extproc.admission.health import Record
 from extproc.admission.held import HeldBy
 from extproc.admission.pace import Pace
 from extproc.admission.queue import GUARD, WINDOW, Queue
@@ -33,6 +34,7 @@ class Pool:
 
     Attributes:
         members: its endpoints, in the order they came.
+        usable: how many of them may be sent requests at all. The controller keeps it.
         open: those of them that have room for some request; a full one costs nothing. The controller keeps it, by
             `list_open`.
         closed_last: of the members that may be used, the one whose room ended last: what it lacks is what the line
@@ -42,6 +44,7 @@ class Pool:
         shares: fairness between tenants, by priority.
         waiting, waiting_total: how many wait in all its lines, by class and together.
         pace: how fast requests leave and arrive.
+        record: how its requests were answered.
     """
 
     __slots__ = (
@@ -53,8 +56,10 @@ class Pool:
         "model",
         "open",
         "pace",
+        "record",
         "shared",
         "shares",
+        "usable",
         "waiting",
         "waiting_total",
     )
@@ -63,6 +68,7 @@ class Pool:
         """Make an empty pool for `model`; None: for requests that name no model."""
         self.model = model
         self.members: list[Endpoint] = []
+        self.usable = 0
         self.open: dict[Endpoint, None] = {}
         self._turn = 0  # the member that was last sent something that takes no slot
         self._emptiest: Endpoint | None = None  # not looked for since the last change
@@ -73,6 +79,7 @@ class Pool:
         self.waiting: dict[RequestClass, int] = {}
         self.waiting_total = 0
         self.pace = Pace()
+        self.record = Record()
 
     def share(self, priority: int) -> FairShare:
         """Return the tenants' fair shares at `priority`."""
@@ -148,7 +155,10 @@ class Pool:
     def forget_endpoints(self) -> None:
         """Start over: those that remain are about to be put back. Who waits stays."""
         self.open.clear()
+        for endpoint in self.members:
+            endpoint.counted = False
         self.members = []
+        self.usable = 0
         self._emptiest = self.closed_last = None
 
     def is_emptiest(self, endpoint: Endpoint) -> bool:

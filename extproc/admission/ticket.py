@@ -49,6 +49,7 @@ class Ticket:
         "deliver",
         "endpoint",
         "home",
+        "is_answered",
         "key",
         "kv_tokens",
         "leased_at",
@@ -84,6 +85,7 @@ class Ticket:
         self.home: Endpoint | None = None
         self.endpoint: Endpoint | None = None  # the endpoint that it holds a lease of while LEASED
         self.leased_at = 0.0
+        self.is_answered = False  # a good answer to it has begun
         self.prompt_tokens = 0  # estimate, clipped
         self.work_tokens = 0  # of its prompt, what the engine has to compute: without what is cached there
         self.output_tokens = 0  # estimate

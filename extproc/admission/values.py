@@ -83,12 +83,14 @@ class Binding(Enum):
 
 
 class Answer(Enum):
-    """What the end of a lease says about the endpoint."""
+    """What an answer says about the endpoint. Whether a refusal is its fault, others' answers tell: see health.py."""
 
     OK = "ok"
     FAILED = "failed"  # no connection, or cut before it answered
     ERROR = "error"  # the engine itself answered 5xx: it may be down, or the request may be poison
-    SATURATED = "saturated"  # the engine refused it as full
+    REFUSED = "refused"  # 4xx: the request may be wrong, or the engine lacks the model
+    EMPTY = "empty"  # success, it says, and not a byte
+    SATURATED = "saturated"  # the engine refused it as full, or as not ready yet
     UNKNOWN = "unknown"  # the client left, or nobody saw
 
 

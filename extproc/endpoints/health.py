@@ -10,6 +10,7 @@ import asyncio
 import logging
 import random
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import aiohttp
@@ -19,7 +20,10 @@ from extproc.endpoints.access import HOPS, Credentials, onward
 from extproc.errors import plain_words
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from extproc.config import HealthCheckConfig
+    from extproc.tasks import Tasks
 
 log = logging.getLogger("extproc.health")
 
@@ -30,7 +34,7 @@ SPREAD_S = 0.1
 class SetUp(Protocol):
     """Where verdicts go: the gate's `set_up`."""
 
-    def __call__(self, name: str, *, is_up: bool) -> None: ...
+    def __call__(self, name: str, *, is_up: bool | None) -> None: ...
 
 
 @dataclass(slots=True)
@@ -46,10 +50,21 @@ class _Patient:
 class HealthChecks:
     """Checks endpoints, each in a task of its own."""
 
-    def __init__(self, set_up: SetUp, config: HealthCheckConfig | None) -> None:
-        """Tell `set_up`; None: nothing is checked, and everything counts as up."""
+    def __init__(
+        self,
+        set_up: SetUp,
+        config: HealthCheckConfig | None,
+        tasks: Tasks,
+        heard_at: Callable[[str], float | None],
+    ) -> None:
+        """Tell `set_up`; config None: nothing is checked, and what answers show is all that is known.
+
+        `tasks`: who keeps each check running; `heard_at`: when an endpoint's answers last showed that it works.
+        """
         self._set_up = set_up
         self._config = config
+        self._tasks = tasks
+        self._heard_at = heard_at
         self._patients: dict[str, _Patient] = {}
         self._client: aiohttp.ClientSession | None = None
 
@@ -79,17 +94,17 @@ class HealthChecks:
             patient.streak = 0
             if config is None:
                 patient.is_up = None
-                self._set_up(name, is_up=True)
+                self._set_up(name, is_up=None)
             self._begin(name)
 
     def put(self, name: str, address: str) -> None:
-        """Check an endpoint, new or at a new address: it counts as up until a check fails. Known: no-op."""
+        """Check an endpoint, new or at a new address: nothing is known of it then. Known: no-op."""
         known = self._patients.get(name)
         if known is not None and known.address == address:
             return
         self.remove(name)
         self._patients[name] = _Patient(address)
-        self._set_up(name, is_up=True)
+        self._set_up(name, is_up=None)
         self._begin(name)
 
     def remove(self, name: str) -> None:
@@ -104,9 +119,8 @@ class HealthChecks:
             patient.task.cancel()
             patient.task = None
         if self._config is not None and self._client is not None:
-            patient.task = asyncio.get_running_loop().create_task(
-                self._attend(name, patient, self._config, self._client), name=f"health {name}"
-            )
+            attend = partial(self._attend, name, patient, self._config, self._client)
+            patient.task = self._tasks.keep("health", f"health checks of {name}", attend)
 
     async def _attend(
         self, name: str, patient: _Patient, config: HealthCheckConfig, client: aiohttp.ClientSession
@@ -115,10 +129,20 @@ class HealthChecks:
         credentials = Credentials(config.access())
         timeout = aiohttp.ClientTimeout(total=config.timeout)
         pause_s = random.uniform(0.0, min(SPREAD_S, config.interval))  # noqa: S311 - spreads load
+        clock = asyncio.get_running_loop().time
+        before = clock()
         while True:
             await asyncio.sleep(pause_s)
             pause_s = config.interval * random.uniform(0.9, 1.1)  # noqa: S311 - spreads load
-            self._judge(name, patient, config, await _check(client, url, timeout, credentials))
+            since, before = before, clock()
+            try:
+                problem = await _check(client, url, timeout, credentials)
+            except TimeoutError:
+                heard_at = self._heard_at(name)
+                if heard_at is not None and heard_at >= since:
+                    continue  # its answers flow: too busy to talk about its health is not ill
+                problem = f"no answer in {config.timeout:g}s"
+            self._judge(name, patient, config, problem)
 
     def _judge(self, name: str, patient: _Patient, config: HealthCheckConfig, problem: str | None) -> None:
         """Count a check; `problem` None: it passed."""
@@ -141,7 +165,7 @@ class HealthChecks:
 async def _check(
     client: aiohttp.ClientSession, url: URL, timeout: aiohttp.ClientTimeout, credentials: Credentials
 ) -> str | None:
-    """Return what was wrong, or None."""
+    """Return what was wrong, or None. Raises TimeoutError if it says nothing."""
     try:
         headers, tls = credentials.headers(), credentials.tls()
         for _ in range(HOPS + 1):
@@ -151,7 +175,7 @@ async def _check(
                     return None if 200 <= response.status < 300 else f"status {response.status}"
                 url = further
     except TimeoutError:
-        return f"no answer in {timeout.total:g}s"
+        raise
     except (aiohttp.ClientError, OSError, ValueError) as error:
         return f"{type(error).__name__}: {plain_words(error)}"
     return "too many redirects"

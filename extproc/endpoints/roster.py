@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from extproc.envoy.clusters import ClustersFile, EnvoyAdmin
     from extproc.stream.gate import Gate
     from extproc.stream.session import Reception
+    from extproc.tasks import Tasks
 
 log = logging.getLogger("extproc.discovery")
 
@@ -69,6 +70,7 @@ class Roster:
         envoy: EnvoyAdmin | None,
         put: Callable[[EndpointConfig], None],
         remove: Callable[[str], None],
+        tasks: Tasks,
     ) -> None:
         """Tell `gate` and `reception`; `put` and `remove` follow the endpoints that requests may be sent to."""
         self._gate = gate
@@ -78,6 +80,7 @@ class Roster:
         self._envoy = envoy
         self._put = put
         self._remove = remove
+        self._tasks = tasks
         self._seen: dict[str, tuple[EndpointConfig, ...]] = {FILE: tuple(config.endpoints)}
         self._placed: dict[str, tuple[EndpointConfig, EndpointSpec]] = {}
         self._routes: dict[str, _Route] = {}
@@ -109,7 +112,7 @@ class Roster:
                     route.known = True
         self._gate.know_models(self._config.models)
         self._reconcile()
-        self._task = asyncio.get_running_loop().create_task(self._keep(), name="roster")
+        self._task = self._tasks.keep("roster", "roster", self._keep)
 
     async def stop(self) -> None:
         """Stop following; the clusters file stays."""

@@ -14,7 +14,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from extproc.admission.health import EJECT_AFTER, EJECTED
+from extproc.admission.health import EJECTED
 from extproc.admission.outcome import Outcome
 from extproc.admission.values import Dispatch
 
@@ -137,7 +137,7 @@ class QueueLog:
         for name, state in states.items():
             before = self._states.get(name)
             if before is not None and state != before:
-                level = logging.INFO if state == "up" else logging.WARNING
+                level = logging.INFO if state in ("up", "unknown") else logging.WARNING
                 about = {"endpoint": name, "state": state}
                 words = _ejection(endpoints[name]) if state == EJECTED else state
                 log.log(level, "endpoint %s: %s (was %s)", name, words, before, extra={"about": about})
@@ -178,6 +178,7 @@ def _reason(ticket: Ticket) -> str:
 
 
 def _ejection(endpoint: Endpoint) -> str:
-    """Say for how long it is out, and why: only the first ejection needs several failures, then one trial is enough."""
-    why = f"{EJECT_AFTER} failures in a row" if endpoint.health.ejections == 1 else "a failed trial"
+    """Say for how long it is out, and why: only the first ejection needs several refusals, then one trial is enough."""
+    count = f"{endpoint.health.refusals} refusals in a row of what its peers serve"
+    why = count if endpoint.health.ejections == 1 else "a failed trial"
     return f"ejected for {endpoint.health.ejection_s:g}s after {why}"

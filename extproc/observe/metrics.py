@@ -12,6 +12,7 @@ import platform
 import time
 from bisect import bisect_left
 from itertools import accumulate
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -139,6 +140,7 @@ class Metrics:
         left_out: Callable[[], int] = _none,
         transport: str | None = None,
         rehearsed: Mapping[tuple[str, str], int] | None = None,
+        restarts: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         """Count for `controller`.
 
@@ -146,7 +148,7 @@ class Metrics:
         `left_out`: found endpoints that were not taken; `transport`: what carries gRPC;
         `ignored`: header values of requests that told nothing, by header; `clock_offset_s`: of our wall clock against
         Envoy's; `config_is_refused`: the file is worse than what runs; `rehearsed`: a dry run's counts, by what would
-        have happened and class.
+        have happened and class; `restarts`: of tasks, by kind.
         """
         self._controller = controller
         self._clock = clock
@@ -156,6 +158,7 @@ class Metrics:
         self._left_out = left_out
         self._transport = transport
         self.rehearsed = rehearsed
+        self._restarts = restarts
         self.unknown_classes = 0
         self._telemetry = telemetry
         self._streams = streams
@@ -242,6 +245,14 @@ class Metrics:
             yield rehearsed
         streams = GaugeMetricFamily("extproc_streams", "Open ext_proc streams: requests waiting or running.")
         streams.add_metric([], self._streams())
+        restarts = CounterMetricFamily(
+            "extproc_task_restarts",
+            "Times that an unexpected error ended a task that follows endpoints or the config file, which began again.",
+            labels=["task"],
+        )
+        for task, count in self._restarts.items():
+            restarts.add_metric([task], count)
+        yield restarts
         yield streams
         yield GaugeMetricFamily(
             "extproc_clock_offset_seconds",
@@ -370,6 +381,11 @@ class Metrics:
         is_up = GaugeMetricFamily(
             "extproc_endpoint_up", "1 while an endpoint may be sent requests.", labels=["endpoint"]
         )
+        is_known = GaugeMetricFamily(
+            "extproc_endpoint_known",
+            "1 once an endpoint has answered a request well or passed a health check; before, it gets a few at a time.",
+            labels=["endpoint"],
+        )
         oldest = GaugeMetricFamily(
             "extproc_oldest_lease_seconds",
             "How long an endpoint has held the request that it holds longest; 0 while it holds none.",
@@ -377,8 +393,8 @@ class Metrics:
         )
         closed = GaugeMetricFamily(
             "extproc_endpoint_closed",
-            "1 while this keeps requests from an endpoint: health checks (down), failures in a row (ejected), its "
-            "telemetry or its own refusals (load).",
+            "1 while this keeps requests from an endpoint: health checks (down), refusals of what its peers serve "
+            "(ejected), its page (asleep), a doubt whether it works (doubt), its telemetry or its own refusals (load).",
             labels=["endpoint", "reason"],
         )
         limited = GaugeMetricFamily(
@@ -390,20 +406,23 @@ class Metrics:
             limited.add_metric([endpoint.name, held.value], 1)
         now = self._clock()
         for endpoint in self._controller.endpoints.values():
-            name = [endpoint.name]
+            name, health = [endpoint.name], endpoint.health
             inflight.add_metric(name, len(endpoint.leases))
             first = next(iter(endpoint.leases), None)
             oldest.add_metric(name, 0.0 if first is None else max(now - first.leased_at, 0.0))
-            closed.add_metric([*name, "down"], int(not endpoint.health.is_up))
-            closed.add_metric([*name, "ejected"], int(endpoint.health.ejected_until is not None))
-            held_back = endpoint.closed_until is not None or endpoint.health.full_until is not None
+            closed.add_metric([*name, "down"], int(health.is_up is False))
+            closed.add_metric([*name, "ejected"], int(health.ejected_until is not None))
+            closed.add_metric([*name, "asleep"], int(health.is_asleep))
+            closed.add_metric([*name, "doubt"], int(health.is_doubtful))
+            held_back = endpoint.closed_until is not None or health.full_until is not None
             closed.add_metric([*name, "load"], int(held_back))
             dispatched.add_metric(name, endpoint.dispatched)
             limit.add_metric([*name, "requests"], endpoint.limit.value)
             if endpoint.kv_capacity is not None:
                 limit.add_metric([*name, "kv_tokens"], endpoint.kv_capacity)
             is_up.add_metric(name, int(endpoint.available))
-        yield from (inflight, oldest, dispatched, limit, is_up, closed, limited)
+            is_known.add_metric(name, int(health.is_known))
+        yield from (inflight, oldest, dispatched, limit, is_up, is_known, closed, limited)
 
     def _telemetry_families(self) -> Iterator[Metric]:
         loads = GaugeMetricFamily(

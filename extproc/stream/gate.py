@@ -122,8 +122,11 @@ class Gate:
     def answered(self, ticket: Ticket) -> None:
         """Note that an answer began well."""
         endpoint = ticket.endpoint
-        if endpoint is not None and endpoint.health.is_doubted:  # else it is no news, and costs nothing
-            self._settle(self.controller.answered(ticket, self._loop.time()))
+        if endpoint is not None:
+            is_news = endpoint.health.is_doubted
+            decisions = self.controller.answered(ticket, self._loop.time())
+            if is_news:  # else nothing follows from it
+                self._settle(decisions)
 
     def report(self, ticket: Ticket, load: Load) -> None:
         """Follow what an answer's headers say of its endpoint's load."""
@@ -158,9 +161,14 @@ class Gate:
         """Send nothing more to an endpoint."""
         self._settle(self.controller.remove_endpoint(name, self._loop.time()))
 
-    def set_up(self, name: str, *, is_up: bool) -> None:
-        """Note an endpoint's health."""
+    def set_up(self, name: str, *, is_up: bool | None) -> None:
+        """Follow an endpoint's health checks; None: nothing is known."""
         self._settle(self.controller.set_up(name, self._loop.time(), is_up=is_up))
+
+    def heard_at(self, name: str) -> float | None:
+        """Return when an endpoint last showed by its answers, or by tokens on its page, that it works."""
+        endpoint = self.controller.endpoints.get(name)
+        return None if endpoint is None else endpoint.health.heard_at
 
     def observe(self, name: str, load: Load) -> None:
         """Follow an endpoint's telemetry."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from extproc.admission.values import Request
 from extproc.durations import parse_duration
+from extproc.stream.answer import GRPC_STATUS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -48,7 +49,8 @@ class Headers:
         names: tuple[str, ...] = (self.model, self.request_class, self.tenant, self.session, self.budget, self.cluster)
         if self.trace:
             names = (*names, self.trace)
-        return frozenset((*names, ":status", "content-length", "x-request-id", *WHAT, REPORT, BINARY_REPORT))
+        ours = (":status", "content-length", GRPC_STATUS, "x-request-id")
+        return frozenset((*names, *ours, *WHAT, REPORT, BINARY_REPORT))
 
 
 class Requests:

@@ -16,6 +16,7 @@ from extproc.admission.ticket import Ticket
 from extproc.admission.values import Answer, Dispatch
 from extproc.errors import ProtocolError
 from extproc.stream import wire
+from extproc.stream.answer import judge
 from extproc.stream.request import BINARY_REPORT, REPORT, Requests
 from extproc.stream.routes import (
     GRPC_STATUSES,
@@ -202,7 +203,7 @@ class Session:
                 self._state = _State.ANSWERED
                 self._send(wire.go_on(incoming.kind))
             case _State.ANSWERED, Kind.RESPONSE_HEADERS:
-                self._answer = _judge(incoming)
+                self._answer = judge(incoming)
                 if self._ticket is not None:
                     if self._answer is Answer.OK:
                         self._reception.gate.answered(self._ticket)
@@ -317,19 +318,3 @@ def _details(decision: Decision) -> bytes:
     if not isinstance(decision, Dispatch):
         numbers = {name: fact for name, fact in ticket.why().items() if not isinstance(fact, str)}
     return wire.decision_metadata(texts, round(decision.wait_s * 1000, 1), ticket.position, numbers)
-
-
-def _judge(incoming: Incoming) -> Answer:
-    """Read from the response headers what the answer says about the endpoint."""
-    status = incoming.headers.get(":status", "")
-    details = incoming.attributes.get("response.code_details")
-    failed = status.startswith("5")
-    if details is not None and details != "via_upstream":  # Envoy's own: a client's mistake says nothing of the engine
-        return Answer.FAILED if failed else Answer.UNKNOWN
-    if status == "429" or (status == "503" and details is not None):
-        return Answer.SATURATED
-    if status == "503":
-        return Answer.UNKNOWN  # a full engine or a dead one: this Envoy doesn't say
-    if not failed:
-        return Answer.OK
-    return Answer.ERROR if details is not None else Answer.FAILED

@@ -74,7 +74,7 @@ class Incoming:
         headers: the wanted headers that it has, lower-case names; of a repeated header the first value.
         attributes: Envoy's attributes by name (request.id, request.time, ...); only strings.
         fields: request fields that Envoy's json_to_metadata filter read from the body, unchecked.
-        has_body: a request body will follow the headers.
+        has_body: a body will follow the headers.
         ticket: our number of the request whose answer the first-byte probe shows; 0: none.
         observed: Envoy only shows it (the first-byte probe) and ignores any answer.
     """
@@ -128,7 +128,9 @@ class Reader:
         elif incoming.observed and TICKETS_NAMESPACE in message.metadata_context.filter_metadata:
             incoming.ticket = int(message.metadata_context.filter_metadata[TICKETS_NAMESPACE].fields["n"].number_value)
         elif name == "response_headers":
-            self._pick(message.response_headers, incoming)
+            part = message.response_headers
+            incoming.has_body = not part.end_of_stream
+            self._pick(part, incoming)
         by_filter = message.attributes
         if _ATTRIBUTES in by_filter:
             attributes, found = by_filter[_ATTRIBUTES].fields, incoming.attributes

@@ -17,6 +17,7 @@ from extproc.admin.history import SAMPLES, STEP_S
 from extproc.admin.http import Admin
 from extproc.admin.state import FileState
 from extproc.admission.controller import Controller
+from extproc.admission.load import Load
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request, RequestClass
 from extproc.commands.top import line, lines, plain
@@ -56,6 +57,7 @@ class Room:
         self.gate = Gate(controller, self.clock, [self.metrics])
         for number in range(endpoints):
             self.gate.put_endpoint(EndpointSpec(f"vllm-{number}", max_running_requests=limit))
+            self.gate.set_up(f"vllm-{number}", is_up=True)
         self.admin = Admin("127.0.0.1:0", self.gate, self.metrics)
         self.admin.ready = True
 
@@ -220,16 +222,19 @@ def test_the_view_counts_all_tells_some_apart_and_lets_the_loop_turn():
 
 
 def test_an_endpoints_state_is_a_word():
-    room = Room(endpoints=5)
-    tickets = room.offer(5)
+    room = Room(endpoints=7)
+    tickets = room.offer(7)
     endpoints = room.gate.controller.endpoints
     room.gate.set_up("vllm-1", is_up=False)
     endpoints["vllm-2"].health.ejected_until = room.clock.now + 4
     endpoints["vllm-3"].health.on_trial = True
     room.gate.remove_endpoint("vllm-4")
+    room.gate.set_up("vllm-5", is_up=None)
+    room.gate.observe("vllm-6", Load(asleep=True))
     rows = {row["name"]: row for row in room.admin.snapshot()["endpoints"]}
-    assert [rows[f"vllm-{n}"]["state"] for n in range(5)] == ["up", "down", "ejected", "on trial", "removed"]
-    assert [rows[f"vllm-{n}"]["up"] for n in range(5)] == [True, False, False, True, False]
+    states = ["up", "down", "ejected", "on trial", "removed", "unknown", "asleep"]
+    assert [rows[f"vllm-{n}"]["state"] for n in range(7)] == states
+    assert [rows[f"vllm-{n}"]["up"] for n in range(7)] == [True, False, False, True, False, False, False]
     assert rows["vllm-2"]["ejected_for_s"] == 4
     assert "ejected_for_s" not in rows["vllm-0"]
     assert any("EJECTED, back in 4 s" in line for line in lines(room.view()))

@@ -28,6 +28,7 @@ from extproc.stream.ages import Ages
 from extproc.stream.gate import Gate
 from extproc.stream.request import Headers
 from extproc.stream.session import Reception
+from extproc.tasks import Tasks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -380,6 +381,7 @@ class House:
             envoy=self.envoy if path is not None else None,
             put=lambda one: self.followed.__setitem__(one.name, one.address),
             remove=self.followed.__delitem__,
+            tasks=Tasks(),
         )
 
     def change(self, **keys: Any) -> None:

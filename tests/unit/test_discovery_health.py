@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from aiohttp import web
 
+from extproc import tasks
 from extproc.config import HealthCheckConfig
 from extproc.endpoints.health import HealthChecks
+from extproc.tasks import Tasks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,12 +61,14 @@ class Ward:
     """Health checks of one endpoint, and the verdicts in order."""
 
     def __init__(self, **how: Any) -> None:
-        self.verdicts: list[bool] = []
+        self.verdicts: list[bool | None] = []
         keys = {"interval": "10ms", "timeout": "100ms", "unhealthy_threshold": 3, "healthy_threshold": 2, **how}
         self.config = HealthCheckConfig.model_validate(keys)
-        self.checks = HealthChecks(self._verdict, self.config)
+        self.tasks = Tasks()
+        self.heard_at: float | None = None
+        self.checks = HealthChecks(self._verdict, self.config, self.tasks, lambda _: self.heard_at)
 
-    def _verdict(self, name: str, *, is_up: bool) -> None:
+    def _verdict(self, name: str, *, is_up: bool | None) -> None:
         assert name == "a"
         self.verdicts.append(is_up)
 
@@ -84,7 +89,7 @@ def story(tell: Callable[[Ward, Engine], Any], **how: Any) -> None:
 def test_it_takes_so_many_failures_to_go_down_and_so_many_successes_to_come_back():
     async def tell(ward: Ward, engine: Engine) -> None:
         ward.checks.put("a", engine.address)
-        await until(lambda: ward.verdicts == [True, True])  # presumed, then seen
+        await until(lambda: ward.verdicts == [None, True])  # nothing is known, then it is seen
         engine.status = 503
         before = engine.seen
         await until(lambda: ward.verdicts[2:] == [False])
@@ -100,13 +105,13 @@ def test_it_takes_so_many_failures_to_go_down_and_so_many_successes_to_come_back
 def test_failures_that_are_not_in_a_row_change_nothing():
     async def tell(ward: Ward, engine: Engine) -> None:
         ward.checks.put("a", engine.address)
-        await until(lambda: ward.verdicts == [True, True])
+        await until(lambda: ward.verdicts == [None, True])
         for _ in range(12):
             engine.status = 500
             await engine.checks(1)
             engine.status = 200
             await engine.checks(2)
-        assert ward.verdicts == [True, True]
+        assert ward.verdicts == [None, True]
 
     story(tell, unhealthy_threshold=10)
 
@@ -116,7 +121,7 @@ def test_an_endpoint_that_never_passed_goes_down_at_its_first_failure(status, wa
     async def tell(ward: Ward, engine: Engine) -> None:
         engine.status, engine.wait_s = status, wait_s
         ward.checks.put("a", engine.address)
-        await until(lambda: ward.verdicts == [True, False])
+        await until(lambda: ward.verdicts == [None, False])
         assert engine.seen <= 2
 
     story(tell, unhealthy_threshold=100)
@@ -125,28 +130,73 @@ def test_an_endpoint_that_never_passed_goes_down_at_its_first_failure(status, wa
 def test_a_server_that_is_not_there_is_down_and_a_known_endpoint_put_again_stays_so():
     async def tell(ward: Ward, engine: Engine) -> None:
         ward.checks.put("a", "127.0.0.1:1")
-        await until(lambda: ward.verdicts == [True, False])
+        await until(lambda: ward.verdicts == [None, False])
         ward.checks.put("a", "127.0.0.1:1")
-        assert ward.verdicts == [True, False]
+        assert ward.verdicts == [None, False]
         ward.checks.put("a", engine.address)  # it moved: nothing is known of it
-        await until(lambda: ward.verdicts == [True, False, True, True])
+        await until(lambda: ward.verdicts == [None, False, None, True])
 
     story(tell)
 
 
-def test_switched_off_everything_counts_as_up_and_nobody_is_asked():
+def test_switched_off_nothing_is_known_and_nobody_is_asked():
     async def tell(ward: Ward, engine: Engine) -> None:
         engine.status = 500
         ward.checks.put("a", engine.address)
-        await until(lambda: ward.verdicts == [True, False])
+        await until(lambda: ward.verdicts == [None, False])
         ward.checks.configure(None)
-        assert ward.verdicts == [True, False, True]
+        assert ward.verdicts == [None, False, None]
         seen = engine.seen
         await asyncio.sleep(0.05)
         assert engine.seen <= seen + 1
         ward.checks.configure(ward.config)
-        await until(lambda: ward.verdicts == [True, False, True, False])
+        await until(lambda: ward.verdicts == [None, False, None, False])
         ward.checks.remove("a")
         ward.checks.remove("a")
 
     story(tell)
+
+
+def test_a_check_that_hears_nothing_counts_for_nothing_while_answers_flow():
+    """A saturated engine answers its health check after seconds, and streams tokens all the while."""
+
+    async def tell(ward: Ward, engine: Engine) -> None:
+        ward.checks.put("a", engine.address)
+        await until(lambda: ward.verdicts == [None, True])
+        engine.wait_s = 5.0
+        ward.heard_at = math.inf
+        await engine.checks(8)
+        assert ward.verdicts == [None, True]
+        ward.heard_at = asyncio.get_running_loop().time()  # the last answer was now
+        await until(lambda: ward.verdicts == [None, True, False])
+
+    story(tell, timeout="10ms")
+
+
+@pytest.mark.parametrize("status", [500, 0])
+def test_a_check_that_fails_in_words_counts_whatever_flows(status):
+    async def tell(ward: Ward, engine: Engine) -> None:
+        engine.status = 500
+        ward.heard_at = math.inf
+        ward.checks.put("a", engine.address if status else "127.0.0.1:1")
+        await until(lambda: ward.verdicts == [None, False])
+
+    story(tell)
+
+
+def test_a_bug_ends_no_health_check_and_is_counted(monkeypatch, caplog):
+    monkeypatch.setattr(tasks, "RESTART_S", 0.01)
+
+    async def tell(ward: Ward, engine: Engine) -> None:
+        def broken(_: str) -> float:
+            raise ZeroDivisionError
+
+        ward.checks.put("a", engine.address)
+        await until(lambda: ward.verdicts == [None, True])
+        engine.wait_s, ward.checks._heard_at = 5.0, broken
+        await until(lambda: ward.tasks.restarts["health"] >= 2)
+        engine.status, engine.wait_s = 500, 0.0
+        await until(lambda: ward.verdicts == [None, True, False])
+
+    story(tell, timeout="10ms")
+    assert "health checks of a failed and begins again" in caplog.text

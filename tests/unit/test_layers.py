@@ -29,7 +29,7 @@ ALLOWED = {
         *("extproc.endpoints.telemetry", "extproc.endpoints.access", "extproc.admission", "extproc.errors"),
     },
     "endpoints": {
-        *("extproc.endpoints", "extproc.config", "extproc.envoy", "extproc.errors"),
+        *("extproc.endpoints", "extproc.config", "extproc.envoy", "extproc.errors", "extproc.tasks"),
         *("extproc.admission", "extproc.stream", "extproc.files"),
     },
     "admin": {

@@ -9,6 +9,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from extproc.admission.controller import Controller
+from extproc.admission.load import Load
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request, RequestClass
 from extproc.observe.metrics import PIECE_LINES, Metrics
@@ -46,6 +47,7 @@ class Desk:
         for number in range(endpoints):
             name = "ab"[number] if endpoints <= 2 else f"e{number}"
             self.controller.put_endpoint(EndpointSpec(name, max_running_requests=1), self.now)
+            self.controller.set_up(name, self.now, is_up=True)
 
     def offer(self, name: str = "r", request_class: str = "low") -> Ticket:
         ticket = Ticket(Request(name, self.now, request_class=request_class))
@@ -91,15 +93,27 @@ def test_the_oldest_lease_is_counted_from_its_dispatch(desk):
 def test_a_closed_endpoint_says_by_what(desk):
     def closed(name: str) -> set[str]:
         page = desk.page()
-        reasons = ("down", "ejected", "load")
+        reasons = ("down", "ejected", "asleep", "doubt", "load")
         return {one for one in reasons if page[f'extproc_endpoint_closed{{endpoint="{name}",reason="{one}"}}']}
 
     assert closed("a") == closed("b") == set()
+    desk.controller.observe("a", Load(asleep=True), desk.now)
+    assert (closed("a"), closed("b")) == ({"asleep"}, set())
     desk.controller.set_up("a", desk.now, is_up=False)
+    desk.controller.observe("a", Load(asleep=False), desk.now)
     assert (closed("a"), closed("b")) == ({"down"}, set())
     for _ in range(5):
         desk.controller.release(desk.offer(), desk.now, Answer.FAILED)
-    assert closed("b") == {"ejected"}
+    assert closed("b") == {"doubt"}, "the last one is not ejected"
+    desk.controller.endpoints["b"].health.ejected_until = desk.now + 1
+    assert closed("b") == {"ejected", "doubt"}
+
+
+def test_an_endpoint_that_nobody_has_heard_of_may_be_used_and_is_not_known(desk):
+    desk.controller.set_up("a", desk.now, is_up=None)
+    page = desk.page()
+    assert [page[f'extproc_endpoint_{what}{{endpoint="a"}}'] for what in ("up", "known")] == [1, 0]
+    assert page['extproc_endpoint_known{endpoint="b"}'] == 1
 
 
 def test_the_limit_that_holds_an_endpoints_line_has_a_line_and_an_endpoint_with_room_has_none(desk):

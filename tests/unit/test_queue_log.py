@@ -124,25 +124,27 @@ def test_a_json_line_carries_an_exceptions_trace():
 
 def test_an_endpoint_that_goes_and_comes_is_a_line_each(room, caplog):
     controller, log = room
+    controller.put_endpoint(EndpointSpec("b", max_running_requests=1), 0.0)
+    controller.set_up("b", 0.0, is_up=True)
     log.look()
     controller.set_up("a", 1.0, is_up=False)
     log.look()
     log.look()
     controller.set_up("a", 2.0, is_up=True)
     log.look()
-    for _ in range(5):
-        ticket = Ticket(Request("r", 2.0))
+    for name in ("a", *12 * "b", *4 * "a"):
+        ticket = Ticket(Request("r", 2.0, home=name))
         controller.offer(ticket, 2.0)
-        controller.release(ticket, 2.0, Answer.FAILED)
+        controller.release(ticket, 2.0, Answer.FAILED if name == "a" else Answer.OK)
     log.look()
     assert [record.getMessage() for record in caplog.records] == [
-        "endpoint a: down (was up)",
+        "endpoint a: down (was unknown)",
         "endpoint a: up (was down)",
-        "endpoint a: ejected for 5s after 5 failures in a row (was up)",
+        "endpoint a: ejected for 5s after 5 refusals in a row of what its peers serve (was up)",
     ]
     controller.tick(8.0)
     log.look()
-    trial = Ticket(Request("trial", 8.0))
+    trial = Ticket(Request("trial", 8.0, home="a"))
     controller.offer(trial, 8.0)
     controller.release(trial, 8.0, Answer.FAILED)
     log.look()

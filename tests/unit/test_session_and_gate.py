@@ -76,6 +76,7 @@ class Room:
         for spec in endpoints:
             self.reception.put_cluster(spec.name, spec.cluster or spec.name)
             self.gate.put_endpoint(spec)
+            self.gate.set_up(spec.name, is_up=True)
 
     def decided(self, decision) -> None:
         self.decisions.append(decision)
@@ -191,6 +192,7 @@ def test_more_decisions_than_a_burst_are_delivered_over_several_turns_of_the_loo
     blocker, _ = room.open()
     answered = [room.open()[1] for _ in range(3 * BURST)]
     room.gate.put_endpoint(EndpointSpec("a", max_running_requests=10_000))
+    room.gate.set_up("a", is_up=True)
     assert sum(map(len, answered)) == BURST
     room.clock.turn()
     assert sum(map(len, answered)) == 2 * BURST
@@ -205,6 +207,7 @@ def test_a_request_dispatched_in_a_burst_that_ends_before_its_turn_gives_its_lea
     room.open()
     waiting = [room.open() for _ in range(BURST + 1)]
     room.gate.put_endpoint(EndpointSpec("a", max_running_requests=10_000))
+    room.gate.set_up("a", is_up=True)
     late, replies = waiting[-1]
     assert replies == []
     late.end()
@@ -215,32 +218,28 @@ def test_a_request_dispatched_in_a_burst_that_ends_before_its_turn_gives_its_lea
 
 @pytest.mark.parametrize(
     ("status", "details", "failures"),
-    [("500", "via_upstream", 0), ("504", "response_timeout", 1),
+    [("500", "via_upstream", 1), ("504", "response_timeout", 1),
      ("503", "upstream_reset_before_response_started{connection_failure}", 1),
-     ("503", "via_upstream", 0), ("429", "via_upstream", 0), ("200", "via_upstream", 0), ("404", "via_upstream", 0),
-     ("503", None, 0)],
+     ("503", "via_upstream", 1), ("429", "via_upstream", 1), ("200", "via_upstream", 0), ("404", "via_upstream", 1),
+     ("400", "http1.codec_error", 0), ("429", "local_rate_limited", 0), ("503", None, 0)],
 )  # fmt: skip
-def test_only_failures_of_the_endpoint_count_towards_its_ejection(status, details, failures):
-    """An engine's own 500 may be the request's fault: it ejects, but never a pool's last endpoint, as this one is."""
-    room = Room(EndpointSpec("a", max_running_requests=10))
-    for _ in range(5):
+def test_what_an_endpoint_refuses_counts_against_it_and_what_envoy_refuses_by_itself_does_not(
+    status, details, failures
+):
+    room = Room(EndpointSpec("a", max_running_requests=1), EndpointSpec("b", max_running_requests=100))
+    attributes = {"response.code_details": details} if details else {}
+    for _ in range(100):
+        room.clock.advance(0.3)
         session, _ = room.open()
-        attributes = {"response.code_details": details} if details else {}
-        session.receive(message("response_headers", attributes, status=status))
+        at_a = room.in_flight("a") == 1
+        answer = (
+            ("response_headers", attributes)
+            if at_a
+            else ("response_headers", {"response.code_details": "via_upstream"})
+        )
+        session.receive(message(*answer, status=status if at_a else "200"))
         session.end()
     assert (room.gate.controller.endpoints["a"].health.ejected_until is not None) is bool(failures)
-
-
-@pytest.mark.parametrize(("status", "details"), [("400", "http1.codec_error"), ("429", "local_rate_limited")])
-def test_what_envoy_answers_by_itself_to_a_clients_mistake_does_not_speak_for_the_endpoint(status, details):
-    room = Room(EndpointSpec("a", max_running_requests=10))
-    for bad in (True, True, False, True, True, True):
-        session, _ = room.open()
-        ours = ("503", "upstream_reset_before_response_started{connection_termination}")
-        said, why = ours if bad else (status, details)
-        session.receive(message("response_headers", {"response.code_details": why}, status=said))
-        session.end()
-    assert room.gate.controller.endpoints["a"].health.ejected_until is not None
 
 
 def test_headers_win_over_fields_of_the_body_and_wrong_types_are_ignored():

@@ -44,6 +44,9 @@ class Weather:
     step_s: float
     prompts: tuple[int, ...] = PROMPTS
     budgets: tuple[float | None, ...] = (None, None, None, 0.0, 0.3, 5.0, 1e9)
+    answers: tuple[int, ...] = (10, 1, 1, 1, 1, 1, 3)  # how often each kind of `Answer`, as they stand there
+    sick: str = ""  # an endpoint that answers everything by `sickness`
+    sickness: Answer = Answer.FAILED
 
 
 class Storm:
@@ -93,6 +96,11 @@ class Storm:
             cancel=pick((0.0, 0.1, 0.3)),
             churn=pick((0.0, 0.05, 0.05, 0.3)),
             step_s=pick((0.001, 0.02, 0.02, 0.2)),
+            answers=pick(
+                ((10, 1, 1, 1, 1, 1, 3), (10, 1, 1, 1, 1, 1, 3), (0, 1, 0, 0, 0, 0, 0), (0, 1, 1, 1, 1, 1, 1))
+            ),
+            sick=pick(("", *NAMES[:2])),
+            sickness=pick(tuple(Answer)),
         )
 
     def _step(self) -> None:
@@ -102,11 +110,12 @@ class Storm:
             self._release,
             self._cancel,
             self._first_token,
+            self._answered,
             self._observe,
             self._pass_time,
             self._churn,
         )
-        weights = (weather.offer, weather.release, weather.cancel, 0.2, 0.1, 0.6, weather.churn)
+        weights = (weather.offer, weather.release, weather.cancel, 0.2, 0.2, 0.1, 0.6, weather.churn)
         self.random.choices(doings, weights)[0]()
 
     # ---- events
@@ -132,7 +141,10 @@ class Storm:
         ticket = self._random_leased()
         if ticket is None:
             return
-        answer = self.random.choices((Answer.OK, Answer.UNKNOWN, Answer.FAILED, Answer.SATURATED), (10, 3, 2, 1))[0]
+        if ticket.endpoint is not None and ticket.endpoint.name == self.weather.sick:
+            answer = self.weather.sickness
+        else:
+            answer = self.random.choices(tuple(Answer), self.weather.answers)[0]
         tokens = self.random.choice((None, 0, 20, 900))
         self._leased.remove(ticket)
         self.world.release(ticket, answer, tokens)
@@ -147,6 +159,11 @@ class Storm:
         if ticket is not None:
             self.world.first_token(ticket)
 
+    def _answered(self) -> None:
+        ticket = self._random_leased()
+        if ticket is not None:
+            self.world.answered(ticket)
+
     def _observe(self) -> None:
         random = self.random
         load = Load(
@@ -159,6 +176,7 @@ class Storm:
             preemptions=random.choice((None, 0, 0, 2)),
             prompt_tokens=random.choice((None, None, 0, 300, 5000)),
             output_tokens=random.choice((None, 0, 4000)),
+            asleep=random.choice((None, None, False, random.random() < 0.1)),
         )
         if load.prompt_tokens is not None:
             load = replace(load, first_tokens=min(load.prompt_tokens // 300, 5))
@@ -186,7 +204,7 @@ class Storm:
             case 3:
                 world.remove(name)
             case 4 | 5 | 6:
-                world.set_up(name, is_up=random.random() < 0.6)
+                world.set_up(name, is_up=None if random.random() < 0.1 else random.random() < 0.6)
             case _:
                 self._change_policy()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from extproc.admission.controller import Controller
 from extproc.admission.load import Load
 from extproc.admission.ticket import State, Ticket
-from extproc.admission.values import Answer, Dispatch, EndpointSpec, Policy, Request, RequestClass
+from extproc.admission.values import Answer, EndpointSpec, Policy, Request, RequestClass
 
 CLASSES = (RequestClass("default", 0, 100.0),)
 
@@ -14,6 +14,7 @@ def room(*specs: EndpointSpec, **policy) -> Controller:
     core = Controller(Policy(classes=CLASSES, shed=False, **policy))
     for spec in specs:
         core.put_endpoint(spec, 0.0)
+        core.set_up(spec.name, 0.0, is_up=True)
     return core
 
 
@@ -34,48 +35,6 @@ def test_one_engines_page_does_not_spoil_the_token_estimates_of_all():
     core.observe("liar", Load(output_tokens=2**52, prompt_tokens=2**52, first_tokens=1), 1.0)
     taken = [offer(core, 1.0, prompt_tokens=100) for _ in range(100)]
     assert sum(ticket.state is State.LEASED and at(ticket) != "liar" for ticket in taken) >= 60
-
-
-def eject(core: Controller, name: str, answer: Answer = Answer.FAILED) -> None:
-    failed = 0
-    while failed < 5:
-        ticket = offer(core)
-        core.release(ticket, 0.0, answer if (hit := at(ticket) == name) else Answer.UNKNOWN)
-        failed += hit
-
-
-def test_back_from_an_ejection_an_endpoint_is_tried_beside_the_answers_that_still_run_there():
-    core = room(EndpointSpec("a", max_running_requests=8))
-    long = offer(core)
-    eject(core, "a")
-    assert offer(core).state is State.WAITING
-    core.tick(6.0)
-    (trial,) = [ticket for ticket in core.endpoints["a"].leases if ticket is not long]
-    second = offer(core, 6.0)
-    assert second.state is State.WAITING, "one at a time"
-    core.release(long, 6.1, Answer.FAILED)
-    assert core.endpoints["a"].health.ejected_until is None, "an old answer says nothing of the trial"
-    core.answered(trial, 6.2)
-    assert second.state is State.LEASED, "a good beginning ends the trial"
-
-
-def test_a_failed_trial_ejects_again():
-    core = room(EndpointSpec("a", max_running_requests=8))
-    eject(core, "a")
-    core.tick(6.0)
-    trial = offer(core, 6.0)
-    core.release(trial, 6.0, Answer.FAILED)
-    assert core.endpoints["a"].health.ejected_until == 6.0 + 10.0
-
-
-def test_poison_requests_never_take_out_the_last_endpoint_of_a_pool_but_a_dead_one_goes():
-    core = room(EndpointSpec("a"), EndpointSpec("b"))
-    for _ in range(40):
-        core.release(offer(core), 0.0, Answer.ERROR)
-    assert sum(endpoint.available for endpoint in core.endpoints.values()) == 1
-    assert isinstance(core.offer(Ticket(Request("innocent", 0.0)), 0.0)[0], Dispatch)
-    core.release(offer(core), 0.0, Answer.FAILED)
-    assert not any(endpoint.available for endpoint in core.endpoints.values())
 
 
 def test_changed_rules_of_order_do_not_let_new_requests_pass_those_that_wait():

@@ -26,15 +26,13 @@ def down(desk: Desk) -> None:
     desk.set_up("a", is_up=False)
 
 
-def ejected(desk: Desk) -> None:
-    for ticket in desk.fill(EJECT_AFTER):
-        desk.release(ticket, Answer.FAILED)
+def asleep(desk: Desk) -> None:
+    desk.observe("a", Load(running=0.0, asleep=True))
 
 
 def on_trial(desk: Desk) -> None:
-    ejected(desk)
-    desk.advance(6.0)
-    desk.ask()
+    for ticket in desk.fill(EJECT_AFTER):
+        desk.release(ticket, Answer.FAILED)
 
 
 def just_refused(desk: Desk) -> None:
@@ -65,7 +63,7 @@ def at_our_part(desk: Desk) -> None:
         (at_limit, HeldBy.LIMIT),
         (at_our_part, HeldBy.PART),
         (down, HeldBy.DOWN),
-        (ejected, HeldBy.EJECTED),
+        (asleep, HeldBy.ASLEEP),
         (on_trial, HeldBy.TRIAL),
         (just_refused, HeldBy.REFUSED),
         (hot, HeldBy.HOT),

@@ -11,7 +11,7 @@ from extproc.admission.alarms import Alarms
 from extproc.admission.controller import CACHED_AT_MOST
 from extproc.admission.endpoint import KV_SHARE
 from extproc.admission.fairness import MAX_TENANTS, FairShare
-from extproc.admission.health import EJECT_AFTER, SATURATED_S
+from extproc.admission.health import SATURATED_S
 from extproc.admission.limit import FAST_S, START, TARGET_S, AdaptiveLimit
 from extproc.admission.load import Load
 from extproc.admission.outcome import Outcome
@@ -63,21 +63,6 @@ def test_a_position_counts_who_waits_in_the_class_or_above() -> None:
     desk = Desk(one("a"))
     names = ("std", "std", "batch", "urgent", "std", "batch")
     assert [desk.ask(request_class=name).position for name in names] == [0, 0, 1, 0, 2, 4]
-
-
-def test_an_endpoint_says_in_words_whether_it_may_be_used() -> None:
-    desk = Desk(one("a", 10))
-    endpoint = desk.endpoint("a")
-    tickets = desk.fill(EJECT_AFTER + 1)
-    words = [endpoint.condition]
-    for ticket in tickets[1:]:
-        desk.release(ticket, Answer.FAILED)
-    words.append(endpoint.condition)
-    desk.set_up("a", is_up=False)
-    words.append(endpoint.condition)
-    desk.remove("a")
-    words.append(endpoint.condition)
-    assert words == ["up", "ejected after failures", "down", "removed"]
 
 
 # ---- fairness
@@ -778,18 +763,6 @@ def test_a_saturated_endpoint_that_was_closed_by_its_cache_stays_closed() -> Non
     desk.release(a, Answer.SATURATED)
     desk.advance(2 * SATURATED_S)
     assert waits.state is State.WAITING
-
-
-def test_failures_of_leases_that_outlive_an_ejection_do_not_prolong_it() -> None:
-    desk = Desk(one("a", 3 * EJECT_AFTER))
-    tickets = desk.fill(2 * EJECT_AFTER)
-    for ticket in tickets[:EJECT_AFTER]:
-        desk.release(ticket, Answer.FAILED)
-    until = desk.endpoint("a").health.ejected_until
-    desk.advance(1.0)
-    for ticket in tickets[EJECT_AFTER:]:
-        desk.release(ticket, Answer.FAILED)
-    assert (desk.endpoint("a").health.ejected_until, desk.endpoint("a").health.ejections) == (until, 1)
 
 
 def test_who_came_later_than_now_by_another_clock_has_not_waited() -> None:

@@ -65,6 +65,7 @@ LOADS = st.builds(
     prompt_tokens=COUNTS,
     output_tokens=COUNTS,
     first_tokens=perhaps(st.sampled_from((0, 1, 5))),
+    asleep=st.sampled_from((None, None, False, True)),
 )
 
 
@@ -119,6 +120,11 @@ class Machine(RuleBasedStateMachine):
     def first_token(self, data: st.DataObject) -> None:
         self.world.first_token(self._pick(self.world.leased, data))
 
+    @precondition(lambda self: self.world.leased)
+    @rule(data=st.data())
+    def answered(self, data: st.DataObject) -> None:
+        self.world.answered(self._pick(self.world.leased, data))
+
     @rule(spec=SPECS)
     def put(self, spec: EndpointSpec) -> None:
         self.world.put(spec)
@@ -127,8 +133,8 @@ class Machine(RuleBasedStateMachine):
     def remove(self, name: str) -> None:
         self.world.remove(name)
 
-    @rule(name=NAMES, is_up=st.booleans())
-    def set_up(self, name: str, is_up: bool) -> None:
+    @rule(name=NAMES, is_up=st.sampled_from((True, False, None)))
+    def set_up(self, name: str, is_up: bool | None) -> None:
         self.world.set_up(name, is_up=is_up)
 
     @rule(name=NAMES, load=LOADS)

@@ -87,6 +87,7 @@ class Core:
         self.decided: list[tuple[str, str, str | None]] = []
         for name, limit in LIMITS.items():
             self.core.put_endpoint(EndpointSpec(name, max_running_requests=limit), self.now)
+            self.core.set_up(name, self.now, is_up=True)
         # One pick each: no two endpoints are equal then, so the order of ties is not at stake.
         for name in LIMITS:
             self.core.offer(ticket := Ticket(Request("warm-up", self.now, home=name)), self.now)

@@ -101,6 +101,10 @@ class World:
         self._bury(books)
         self._end(self.core.release(ticket, self.now, answer, output_tokens))
 
+    def answered(self, ticket: Ticket) -> None:
+        self._begin()
+        self._end(self.core.answered(ticket, self.now))
+
     def first_token(self, ticket: Ticket) -> None:
         self._begin()
         self._end(self.core.first_token(ticket, self.now))
@@ -118,7 +122,7 @@ class World:
             self._bury(self.books[name])
         self._end(self.core.remove_endpoint(name, self.now))
 
-    def set_up(self, name: str, *, is_up: bool) -> None:
+    def set_up(self, name: str, *, is_up: bool | None) -> None:
         self._begin()
         self._end(self.core.set_up(name, self.now, is_up=is_up))
 
@@ -279,7 +283,7 @@ class World:
 
     def _fits(self, books: Books, endpoint: Endpoint, ticket: Ticket) -> bool:
         count = len(books.leases) + endpoint.foreign
-        if count >= endpoint.limit.value or (endpoint.health.on_trial and endpoint.health.trial in books.leases):
+        if count >= endpoint.limit.value:
             return False
         if count == 0:
             return True
@@ -345,6 +349,10 @@ class World:
             require(queue.exhausted == sum(t.passed_over >= GUARD for t in line), "exhausted", queue.exhausted)
         members = [name for name, books in self.books.items() if books.present and self._serves(books, pool)]
         require([endpoint.name for endpoint in pool.members] == members, pool.model, pool.members, members)
+        usable = [endpoint for endpoint in pool.members if endpoint.available]
+        require(pool.usable == len(usable), pool.model, "usable:", pool.usable, usable)
+        ejected = [endpoint for endpoint in pool.members if endpoint.health.ejected_until is not None]
+        require(usable or not ejected, pool.model, "has ejected ones alone:", pool.members)
         is_open = {endpoint.name for endpoint in pool.members if self._is_open(endpoint)}
         require({endpoint.name for endpoint in pool.open} == is_open, pool.model, list(pool.open), is_open)
 
@@ -357,16 +365,17 @@ class World:
         return not books.spec.models or pool.model in books.spec.models
 
     def _is_open(self, endpoint: Endpoint) -> bool:
-        if endpoint.removed or not endpoint.health.is_up or endpoint.health.ejected_until is not None:
+        if (
+            endpoint.removed
+            or endpoint.health.is_up is False
+            or endpoint.health.is_asleep
+            or endpoint.health.ejected_until is not None
+        ):
             return False
         if not self.core.policy.enable_queue:
             return True
         leases = self.books[endpoint.name].leases
-        if (
-            endpoint.closed_until is not None
-            or endpoint.health.full_until is not None
-            or (endpoint.health.on_trial and endpoint.health.trial in leases)
-        ):
+        if endpoint.closed_until is not None or endpoint.health.held_back_by is not None:
             return False
         if endpoint.quota is not None and len(leases) >= endpoint.quota:
             return False
@@ -417,6 +426,7 @@ class World:
                 endpoint.closed_until,
                 endpoint.health.full_until,
                 endpoint.health.ejected_until,
+                endpoint.health._doubt.ends if endpoint.health.held_back_by and endpoint.health._doubt else None,
                 endpoint.prefill.next_change(),
             )
             wanted += [at for at in times if at is not None]
