@@ -255,6 +255,7 @@ class Sidecar:
     def start(self) -> None:
         for engine in self.world.engines.values():
             self.gate.put_endpoint(EndpointSpec(engine.name, max_running_requests=engine.limit))
+            self.gate.set_up(engine.name, is_up=True)
         self._ask_store()
         self.replica.begin(self._turned)
 
