@@ -24,7 +24,10 @@ BELIEVED_S = 12.0
 FRESH_S = 0.05
 """Requests that nobody held come within so many seconds of each other's age: Envoy needs milliseconds to show one."""
 RUN_S = 0.25
-"""How long requests must have seemed old before the clock may be to blame."""
+"""Requests that seem equally old, and come further apart than this, were not held: those would have grown older."""
+REPLAYS_BEGIN_S = 2.0
+"""How long after a start the first replayed request comes: Envoy looks for us once a second. They may come in one moment,
+all equally old; if that happens later, it is the clock."""
 
 
 class Ages:
@@ -41,14 +44,16 @@ class Ages:
         self._wall, self._monotonic = wall, monotonic
         self._own = wall() - monotonic()
         self._doubt_until = 0.0
-        self._believed_until = 0.0
+        self._expected = self._believed_until = 0.0
         self._offset_s = 0.0
-        self._old: deque[float] = deque(maxlen=64)  # what requests seemed to be since one was fresh
-        self._old_since = 0.0
+        self._old: deque[tuple[float, float]] = deque(
+            maxlen=64
+        )  # how old requests seemed since one was fresh, and when
 
     def expect_replays(self) -> None:
         """Believe ages for a while from now on."""
-        self._believed_until = self._monotonic() + BELIEVED_S
+        self._expected = self._monotonic()
+        self._believed_until = self._expected + BELIEVED_S
 
     def age_s(self, stamp: str | None) -> float:
         """Return the age of a request stamped `stamp` (RFC 3339); 0 if it says nothing believable."""
@@ -74,9 +79,10 @@ class Ages:
     def offset_s(self) -> float:
         """How far our clock is ahead of Envoy's, in seconds, as far as requests have shown; negative: behind it."""
         if self._old:
-            least = min(self._old)
-            alike = sum(seeming - least <= FRESH_S for seeming in self._old)
-            if alike >= 2 and 2 * alike >= len(self._old):  # replayed ones would differ: they come at random
+            least, _ = min(self._old)
+            alike = [came for seeming, came in self._old if seeming - least <= FRESH_S]
+            most = len(alike) >= 2 and 2 * len(alike) >= len(self._old)
+            if most and (alike[-1] - alike[0] >= RUN_S or self._old[0][1] >= self._expected + REPLAYS_BEGIN_S):
                 self._offset_s = least
                 self._old.clear()
         return self._offset_s
@@ -89,8 +95,6 @@ class Ages:
         elif seeming_s <= self._offset_s + FRESH_S:
             self._old.clear()
         else:
-            if not self._old:
-                self._old_since = now
-            self._old.append(seeming_s)
-            if now - self._old_since >= RUN_S:
+            self._old.append((seeming_s, now))
+            if now - self._old[0][1] >= RUN_S:
                 _ = self.offset_s

@@ -21,7 +21,7 @@ REPLAYED_S = 0.5
 """A request this old when it comes was held before: Envoy needs milliseconds to show us a new one."""
 GATHER_S = 1.1
 """From the first replayed request to the last: the longest back-off of Envoy's retries in our bootstrap is 1 s."""
-QUIET_S = 0.25
+QUIET_S = 0.5
 """Without another replayed request for so long, there are no more."""
 
 

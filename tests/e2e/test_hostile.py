@@ -224,6 +224,9 @@ BROKEN_OFF = 0
 """No answer: Envoy closes the connection beside its 400 or 431, and the reset may overtake them."""
 
 
+SIM = {"x-model": "sim"}
+
+
 @pytest.fixture(scope="module")
 def front(module_stack):
     """Endpoint a for model `sim`, b for model `b`; and an Envoy cluster `secret` that the sidecar does not know."""
@@ -390,9 +393,9 @@ def test_a_class_given_twice_or_in_capitals_is_one_of_ours_or_the_default(front)
         {"x-request-class": "INTERACTIVE"},
         {"x-request-class": "default,interactive"},
     ):
-        (answer,) = complete_many(front.url, 1, lambda _, headers=headers: {"x-test-id": "class", **headers})
+        (answer,) = complete_many(front.url, 1, lambda _, headers=headers: {**SIM, "x-test-id": "class", **headers})
         assert answer.status == 200
-    twice = [("x-test-id", "class"), ("x-request-class", "evil"), ("x-request-class", "interactive")]
+    twice = [*SIM.items(), ("x-test-id", "class"), ("x-request-class", "evil"), ("x-request-class", "interactive")]
     with H1Request(front.address, headers=twice, body=b"{}") as request:
         assert request.send().read_head() == 200
     front.wait_idle()
@@ -404,7 +407,7 @@ def test_thousands_of_made_up_names_are_no_labels(front):
     names = ("x-tenant-id", "x-session-id", "x-request-class")
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(
-            complete_many, front.url, count, lambda n: {"x-test-id": "l", **dict.fromkeys(names, f"made-up-{n}")}
+            complete_many, front.url, count, lambda n: {**SIM, "x-test-id": "l", **dict.fromkeys(names, f"made-up-{n}")}
         )
         assert {one.status for one in asked.result()} == {200}
     front.wait_idle()

@@ -135,8 +135,8 @@ def test_a_clock_that_is_not_envoys_costs_nobody_its_budget(tmp_path, ahead_s):
         def held(number: int) -> dict[str, str]:
             return {"x-test-id": f"c-{number}", **dict([behave(hold="head")])}
 
-        asked = pool.submit(complete_many, here.url, 6, held)
-        here.wait_waiting(5)
+        asked = pool.submit(complete_many, here.url, 6, held, gap_s=0.1)
+        here.wait_waiting(5, timeout_s=5)
         for number in range(6):
             here.upstreams["a"].release(f"c-{number}")
         assert Counter(answer.status for answer in asked.result()) == {200: 6}

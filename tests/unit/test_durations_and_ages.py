@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from extproc.durations import format_duration, parse_duration
-from extproc.stream.ages import BELIEVED_S, DOUBT_S, Ages
+from extproc.stream.ages import BELIEVED_S, DOUBT_S, REPLAYS_BEGIN_S, Ages
 
 
 @pytest.mark.parametrize(
@@ -130,11 +130,21 @@ def test_a_clock_of_envoys_that_is_set_while_we_run_is_followed():
         assert ages.offset_s == pytest.approx(behind_s)
 
 
-def test_requests_that_were_held_since_one_moment_do_not_move_the_clock_although_two_come_together():
+@pytest.mark.parametrize("gaps_s", [(0.0, 0.01, 0.08, 0.06, 0.07, 0.07), (0.0,) * 9, (0.0, 0.0, 0.0, 0.3, 0.0, 0.0)])
+def test_requests_that_were_held_since_one_moment_do_not_move_the_clock_however_they_come(gaps_s):
     clocks = Clocks()
     ages = clocks.ages()
     held = clocks.stamp(ago_s=3.0)
-    for gap_s in (0.0, 0.01, 0.08, 0.06, 0.07, 0.07):
+    for gap_s in gaps_s:
         clocks.advance(gap_s)
         assert ages.age_s(held) > 2.9
     assert ages.offset_s == 0.0
+
+
+def test_requests_that_come_in_one_moment_too_late_for_a_replay_are_not_old():
+    clocks = Clocks()
+    ages = clocks.ages(envoy_s=6.0)
+    clocks.advance(REPLAYS_BEGIN_S)
+    for _ in range(5):
+        ages.age_s(clocks.stamp())
+    assert ages.offset_s == pytest.approx(6.0)
