@@ -26,8 +26,8 @@ FRESH_S = 0.05
 RUN_S = 0.25
 """Requests that seem equally old, and come further apart than this, were not held: those would have grown older."""
 REPLAYS_BEGIN_S = 2.0
-"""How long after a start the first replayed request comes: Envoy looks for us once a second. They may come in one moment,
-all equally old; if that happens later, it is the clock."""
+"""How long after a start the first replayed request comes: Envoy looks for us once a second. They may come in one
+moment, all equally old; if that happens later, it is the clock."""
 
 
 class Ages:
