@@ -114,6 +114,33 @@ def test_whatever_happens_each_request_is_answered_once_and_no_engine_is_filled_
             assert "Traceback" not in place.sidecar.child.output()
 
 
+def test_sidecars_that_do_not_reach_each_other_use_their_parts_and_come_together_again(tmp_path):
+    """All cables between them are cut for a while, and the store is there: each knows how many they are."""
+    with Pool(tmp_path, config={**CONFIG, "max_running_requests": 6}, cables=True) as pool:
+        first = [pool.send(place, f"first-{n}", 12, 150) for n, place in enumerate(pool.places)]
+        wait_until(lambda: pool.in_flight() == 12, 10, "all slots taken")
+        for cable in pool.cables:
+            cable.cut()
+        wait_until(lambda: all(place.replicas["role"] == "leading" for place in pool.places), 20, "each leads itself")
+        assert {(place.replicas["group"], place.replicas["cut_off"]) for place in pool.places} == {(1, True)}
+        second = [pool.send(place, f"second-{n}", 6, 20) for n, place in enumerate(pool.places)]
+
+        def parts() -> list[int]:
+            return [
+                max(endpoint["in_flight"] for endpoint in place.sidecar.queues()["endpoints"]) for place in pool.places
+            ]
+
+        wait_until(lambda: max(parts()) <= 2, 60, "each uses its third")
+        for cable in pool.cables:
+            cable.mend()
+        answers = [answer for batch in (*first, *second) for answer in batch.result()]
+        assert Counter(answer.status for answer in answers) == {200: 54}
+        pool.wait_one_group()
+        wait_until(lambda: pool.in_flight() == 0 and pool.waiting() == 0, 5, "all books empty")
+        assert pool.served() == 54
+        assert max(pool.peaks().values()) <= 6 + 3, "at most one request per sidecar above the limit"
+
+
 def test_requests_of_all_sidecars_stand_in_one_line_and_the_urgent_go_first(tmp_path):
     with Pool(tmp_path, engines=("one",), config={**CONFIG, "max_running_requests": 1}) as pool:
         first, second = pool.followers

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tests.conftest import tool
 
+from .cable import Cable
 from .clients import Completion, complete_many
 from .envoy import Envoy
 from .processes import Child, free_port, http_get, tcp_open, wait_until
@@ -73,6 +74,7 @@ class Pool:
         engines: Sequence[str] = ("one", "two"),
         config: Mapping[str, Any] | None = None,
         replicas: Mapping[str, Any] | None = None,
+        cables: bool = False,
     ) -> None:
         self.directory = directory
         self.places: list[Place] = []
@@ -81,6 +83,8 @@ class Pool:
         self._count = sidecars
         self._config = config or {}
         self._replicas = replicas
+        self._has_cables = cables
+        self.cables: list[Cable] = []
         self._running = contextlib.ExitStack()
         self._pool = ThreadPoolExecutor(16)
         self.store: Store
@@ -95,7 +99,11 @@ class Pool:
                 starting.enter_context(child)
                 self.engines[name] = child.wait_line(r"listening on http://(\S+)").group(1)
             for number in range(self._count):
-                sidecar = starting.enter_context(Sidecar(self._config_of(), self.directory, name=f"sidecar-{number}"))
+                config = self._config_of()
+                if self._has_cables:
+                    self.cables.append(starting.enter_context(Cable(config["replicas"]["listen"])))
+                    config["replicas"]["advertise"] = self.cables[-1].address
+                sidecar = starting.enter_context(Sidecar(config, self.directory, name=f"sidecar-{number}"))
                 self.places.append(Place(sidecar, self._envoy(starting, sidecar, number)))
             self._running = starting.pop_all()
         self.wait_one_group()
