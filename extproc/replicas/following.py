@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from extproc.admission.load import Load
     from extproc.admission.ticket import Ticket
     from extproc.replicas.gate import SharedGate
-    from extproc.replicas.messages import Link, Member
+    from extproc.replicas.messages import Member
+    from extproc.replicas.seeking import Call
 
 FRESH_S = 1.2
 """How old the last beat may be that the leader has surely heard. It gives us up after SILENCE_S without one."""
@@ -49,8 +50,9 @@ class Following:
         status: its last word about the whole; None: not yet.
     """
 
-    def __init__(self, gate: SharedGate, leader: Member, epoch: int, link: Link, waiting: dict[Ticket, None]) -> None:
-        """Tell `leader` what we hold and what of ours waits."""
+    def __init__(self, gate: SharedGate, leader: Member, epoch: int, call: Call, waiting: dict[Ticket, None]) -> None:
+        """Tell `leader`, who welcomed us on `call`, what we hold and what of ours waits."""
+        link = call.link
         self._gate = gate
         self.leader = leader
         self.epoch = epoch
@@ -62,7 +64,7 @@ class Following:
         self._last = 0
         self._beat = 0
         self._beats: deque[tuple[int, float]] = deque()
-        self._confirmed_at = self.heard_at
+        self._confirmed_at = call.asked_at  # its welcome may be old: it came when this process was stopped
         self._doubtful: list[Grant] = []
         now = gate.now()
         for endpoint in list(gate.controller.endpoints.values()):

@@ -11,7 +11,6 @@ Leaders look for others once a second, and the smaller group joins the bigger on
 from __future__ import annotations
 
 import logging
-from collections import deque
 from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -34,6 +33,7 @@ from extproc.replicas.messages import (
     Turned,
     Welcome,
 )
+from extproc.replicas.seeking import Call, Outcome, Seeking
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -52,13 +52,6 @@ SILENCE_S = 2.0
 """Who was not heard of for so long is given up, on both sides."""
 STOPPED_S = 1.2
 """Who finds that he himself did nothing for so long has been given up by others, or soon will be."""
-TRY_S = 0.5
-"""How long one sidecar is given to answer whether it leads."""
-RETRY_S = 0.1
-NOTICE_S = 1.0
-"""How long somebody who still follows a leader that we have lost is given to lose it, too."""
-SEEK_S = 2.0
-"""How long to look for a leader before leading oneself."""
 GATHER_S = 1.0
 """The longest that a new leader waits for others to tell what they hold, so that age decides who goes first."""
 MEET_S = 1.0
@@ -74,23 +67,6 @@ class Role(Enum):
     SEEKING = "seeking"
     FOLLOWING = "following"
     LEADING = "leading"
-
-
-class _Attempt:
-    """One try to find out whom to follow."""
-
-    __slots__ = ("is_over", "link", "member", "timer")
-
-    def __init__(self, member: Member) -> None:
-        self.member = member
-        self.link: Link | None = None
-        self.timer: Timer | None = None
-        self.is_over = False
-
-    def end(self) -> None:
-        self.is_over = True
-        if self.timer is not None:
-            self.timer.cancel()
 
 
 class Guest:
@@ -160,12 +136,10 @@ class Replica:
         self._epoch = 0
         self._since = loop.time()
         self._hold_until = 0.0
-        self._seek_until = 0.0
-        self._candidates: deque[Member] = deque()
-        self._avoided: str | None = None  # whom we have just lost
+        self._lost: str | None = None  # the leader that we lost last
         self._refusals: dict[str, float] = {}
-        self._attempt: _Attempt | None = None
-        self._probe: _Attempt | None = None
+        self._seeking: Seeking | None = None
+        self._probe: Call | None = None
         self._probe_next: Member | None = None
         self._probed = 0
         self._probed_at = 0.0
@@ -206,9 +180,7 @@ class Replica:
             for follower in self.leading.followers.values():
                 follower.link.send(Leave())
                 follower.link.close()
-        for attempt in (self._attempt, self._probe):
-            if attempt is not None:
-                self._drop_attempt(attempt)
+        self._stop_looking()
 
     def store_says(self, members: Iterable[Member]) -> None:
         """Take over who is alive."""
@@ -322,101 +294,56 @@ class Replica:
         everybody: bool = False,
     ) -> None:
         """Look for a leader: ask `first`, then who is older than we, or everybody."""
-        now = self._loop.time()
         self._hold_until = max(self._hold_until, hold_until)
-        self._avoided = avoid
-        self._seek_until = now + SEEK_S
+        self._lost = avoid
         mine = (self.me.joined, self.me.id)
         others = [
             member
             for member in self.census.others(self.me.id)
             if member.id != avoid and (everybody or (member.joined, member.id) < mine)
         ]
-        self._candidates = deque(first + [member for member in others if member not in first])
-        if self._probe is not None:
-            self._drop_attempt(self._probe)
-        self._probe = None
+        asked = first + [member for member in others if member not in first]
+        self._stop_looking()
         self._become(Role.SEEKING)
-        self._ask_next()
-
-    def _ask_next(self) -> None:
-        if self._attempt is not None:
-            self._drop_attempt(self._attempt)
-            self._attempt = None
-        now = self._loop.time()
-        while self._candidates and now < self._seek_until:
-            member = self._candidates.popleft()
-            if member.id != self.me.id and self._refusals.get(member.id, 0.0) <= now:
-                self._ask(member, now)
-                return
-        self._lead()
-
-    def _ask(self, member: Member, since: float) -> None:
-        """Ask somebody whom we have asked `since` then whether he leads us."""
-        attempt = self._attempt = _Attempt(member)
-        attempt.timer = self._loop.call_at(self._loop.time() + TRY_S, partial(self._gave_no_answer, attempt))
-        attempt.link = self._network.dial(
-            member.address, partial(self._hear_answer, attempt, since), partial(self._gave_no_answer, attempt)
+        self._seeking = Seeking(
+            self._network,
+            self._loop,
+            self._hello(Purpose.FOLLOW),
+            [member for member in asked if member.id != self.me.id and not self._is_refused_by(member)],
+            avoid,
+            Outcome(self._follow, self._was_refused, self._lead),
         )
-        attempt.link.send(self._hello(Purpose.FOLLOW))
+        self._seeking.next()
+
+    def _stop_looking(self) -> None:
+        if self._seeking is not None:
+            self._seeking.give_up()
+        if self._probe is not None:
+            self._probe.close()
+        self._seeking = self._probe = None
+
+    def _is_refused_by(self, member: Member) -> bool:
+        return self._refusals.get(member.id, 0.0) > self._loop.time()
+
+    def _was_refused(self, member: Member, why: str) -> None:
+        self.refused = why
+        self._refusals[member.id] = self._loop.time() + REFUSED_S
+        log.warning("%s does not have us: %s", member.id, why)
 
     def _hello(self, purpose: Purpose) -> Hello:
         followers = len(self.leading.followers) if self.leading is not None else 0
         return Hello(VERSION, self._pool, self.me, purpose, followers, self._epoch, self._names())
 
-    def _drop_attempt(self, attempt: _Attempt) -> None:
-        attempt.end()
-        if attempt.link is not None:
-            attempt.link.close()
-
-    def _gave_no_answer(self, attempt: _Attempt) -> None:
-        if self.following is not None and self.following.link is attempt.link:
-            self._lose_leader(silent=False)
-        elif not attempt.is_over and attempt is self._attempt:
-            self._ask_next()
-
-    def _hear_answer(self, attempt: _Attempt, since: float, message: Message) -> None:
-        """Take the word of whom we asked, and later of whom we follow."""
-        self.look()
-        following = self.following
-        if following is not None and following.link is attempt.link:
-            self._hear_leader(following, message)
-        elif not attempt.is_over and attempt is self._attempt and attempt.link is not None:
-            match message:
-                case Welcome(member, epoch):
-                    attempt.end()
-                    self._follow(member, epoch, attempt.link)
-                case Redirect(leader):
-                    self._redirected(attempt, leader, since)
-                case Refuse(why):
-                    self.refused = why
-                    self._refusals[attempt.member.id] = self._loop.time() + REFUSED_S
-                    log.warning("the leader %s does not have us: %s; deciding alone", attempt.member.id, why)
-                    self._ask_next()
-                case _:
-                    self._ask_next()
-
-    def _redirected(self, attempt: _Attempt, leader: Member, since: float) -> None:
-        now = self._loop.time()
-        if leader.id in (self._avoided, self.me.id, attempt.member.id):  # he has not noticed yet
-            self._drop_attempt(attempt)
-            self._attempt = waits = _Attempt(attempt.member)
-            if now + RETRY_S < min(since + NOTICE_S, self._seek_until):
-                waits.timer = self._loop.call_at(now + RETRY_S, partial(self._ask, attempt.member, since))
-            else:
-                self._ask_next()
-        else:
-            self._candidates.appendleft(leader)
-            self._ask_next()
-
-    def _follow(self, leader: Member, epoch: int, link: Link) -> None:
-        self._attempt = None
+    def _follow(self, leader: Member, epoch: int, call: Call) -> None:
+        self._seeking = None
         self._epoch = max(self._epoch, epoch)
         self.refused = None
         self._hold_until = 0.0
         waiting, self._waiting = self._waiting, {}
         self.census.met(leader)
-        self.following = Following(self._gate, leader, epoch, link, waiting)
+        self.following = Following(self._gate, leader, epoch, call, waiting)
+        call.heard = partial(self._hear_leader, self.following)
+        call.ended = partial(self._lose_leader, silent=False)
         self.names_changed()  # they may have, since we said hello
         self._become(Role.FOLLOWING)
         log.info("following %s, epoch %d", leader.id, epoch)
@@ -424,6 +351,7 @@ class Replica:
 
     def _lead(self) -> None:
         now = self._loop.time()
+        self._seeking = None
         self._epoch += 1
         self.leading = Leading(self._gate, self.me, self.census, hold_until=self._hold_until)
         self._hold_until = 0.0
@@ -446,7 +374,7 @@ class Replica:
     def _look_whether_all_came(self) -> None:
         leading = self.leading
         if leading is not None and leading.gathering is not None:
-            expected = {member.id for member in self.census.others(self.me.id)} - {self._avoided}
+            expected = {member.id for member in self.census.others(self.me.id)} - {self._lost}
             told = {name for name, follower in leading.followers.items() if follower.syncing is None}
             if expected <= told and self.census.answered_at is not None:
                 self._stop_gathering(leading)
@@ -465,8 +393,7 @@ class Replica:
         if clean and successor is None:
             self.census.left(leader.id)
         if successor is not None and successor.id == self.me.id:
-            self._avoided = None
-            self._candidates.clear()
+            self._lost = None
             self._hold_until = 0.0
             self._become(Role.SEEKING)
             self._lead()
@@ -486,6 +413,9 @@ class Replica:
     # ---- whom we follow
 
     def _hear_leader(self, following: Following, message: Message) -> None:
+        self.look()
+        if following is not self.following:
+            return  # we have just given it up
         following.heard_at = self._loop.time()
         match message:
             case Grant():
@@ -497,8 +427,7 @@ class Replica:
             case Leave(successor):
                 self._lose_leader(silent=False, successor=successor, clean=True)
             case Refuse(why):
-                self.refused = why
-                self._refusals[following.leader.id] = self._loop.time() + REFUSED_S
+                self._was_refused(following.leader, why)
                 self._lose_leader(silent=True)
             case _:
                 pass  # nothing that has a place here
@@ -599,11 +528,10 @@ class Replica:
         """Look whether one of those who don't follow us leads, too; one at a time."""
         leading = self.leading
         assert leading is not None  # noqa: S101 - only leaders look
-        now = self._loop.time()
         strangers = [
             member
             for member in self.census.others(self.me.id)
-            if member.id not in leading.followers and self._refusals.get(member.id, 0.0) <= now
+            if member.id not in leading.followers and not self._is_refused_by(member)
         ]
         if not strangers:
             return
@@ -611,16 +539,16 @@ class Replica:
         target = self._probe_next or strangers[self._probed % len(strangers)]
         self._probe_next = None
         if self._probe is not None:
-            self._drop_attempt(self._probe)
-        probe = self._probe = _Attempt(target)
-        probe.link = self._network.dial(target.address, partial(self._hear_other, probe), lambda: None)
-        probe.link.send(self._hello(Purpose.MEET))
+            self._probe.close()
+        hello, now = self._hello(Purpose.MEET), self._loop.time()
+        self._probe = Call(self._network, target, hello, now, partial(self._hear_other, target), lambda: None)
 
-    def _hear_other(self, probe: _Attempt, message: Message) -> None:
+    def _hear_other(self, other: Member, message: Message) -> None:
         self.look()
-        if probe is not self._probe or probe.is_over or self.leading is None:
+        if self._probe is None or self.leading is None:
             return
-        self._drop_attempt(probe)
+        self._probe.close()
+        self._probe = None
         match message:
             case Met(member, followers, epoch):
                 self._epoch = max(self._epoch, epoch)
@@ -629,8 +557,7 @@ class Replica:
             case Redirect(leader) if leader.id != self.me.id and leader.id not in self.leading.followers:
                 self._probe_next = leader
             case Refuse(why):
-                self.refused = why
-                self._refusals[probe.member.id] = self._loop.time() + REFUSED_S
+                self._was_refused(other, why)
             case _:
                 pass
 
