@@ -36,7 +36,7 @@ def dispatched(name: str) -> int:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_eight_sidecars_serve_nearly_as_many_as_one_whatever_happens_to_them(fault):
     """The world asserts that each request ends once; the least is for a fault of 20 s in a run of 100 s."""
-    least = 0.97 if fault in ("none", "store-gone") else 0.92
+    least = 0.97 if fault in ("none", "store-gone") else 0.90
     assert dispatched(f"ours,replicas=8,replicas_fault={fault}") >= least * dispatched("ours")
 
 
