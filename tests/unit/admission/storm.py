@@ -16,6 +16,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from extproc.admission.load import Load
+from extproc.admission.ticket import State
 from extproc.admission.values import Answer, Binding, EndpointSpec, Policy, Request, RequestClass
 
 from .world import BrokenError, World
@@ -44,6 +45,7 @@ class Weather:
     step_s: float
     prompts: tuple[int, ...] = PROMPTS
     budgets: tuple[float | None, ...] = (None, None, None, 0.0, 0.3, 5.0, 1e9)
+    share: float = 0.0
     answers: tuple[int, ...] = (10, 1, 1, 1, 1, 1, 3)  # how often each kind of `Answer`, as they stand there
     sick: str = ""  # an endpoint that answers everything by `sickness`
     sickness: Answer = Answer.FAILED
@@ -96,6 +98,7 @@ class Storm:
             cancel=pick((0.0, 0.1, 0.3)),
             churn=pick((0.0, 0.05, 0.05, 0.3)),
             step_s=pick((0.001, 0.02, 0.02, 0.2)),
+            share=pick((0.0, 0.0, 0.1, 0.5)),
             answers=pick(
                 ((10, 1, 1, 1, 1, 1, 3), (10, 1, 1, 1, 1, 1, 3), (0, 1, 0, 0, 0, 0, 0), (0, 1, 1, 1, 1, 1, 1))
             ),
@@ -114,8 +117,9 @@ class Storm:
             self._observe,
             self._pass_time,
             self._churn,
+            self._share,
         )
-        weights = (weather.offer, weather.release, weather.cancel, 0.2, 0.2, 0.1, 0.6, weather.churn)
+        weights = (weather.offer, weather.release, weather.cancel, 0.2, 0.2, 0.1, 0.6, weather.churn, weather.share)
         self.random.choices(doings, weights)[0]()
 
     # ---- events
@@ -153,6 +157,31 @@ class Storm:
         self._sort_out()
         if self._waiting:
             self.world.cancel(self.random.choice(self._waiting))
+
+    def _share(self) -> None:
+        """What happens where several sidecars share endpoints."""
+        random, world = self.random, self.world
+        match random.randrange(4):
+            case 0:
+                self.ids += 1
+                request = Request(id=str(self.ids), arrived=world.now, model="m1", prompt_tokens=random.choice(PROMPTS))
+                self._waiting.append(world.adopt(request, random.choice((*NAMES, "nowhere"))))
+            case 1:
+                ticket = self._random_leased()
+                if ticket is not None:
+                    self._leased.remove(ticket)
+                    world.disown(ticket)
+            case 2:
+                self._sort_out()
+                taken = random.sample(self._waiting, min(len(self._waiting), 3))
+                for ticket in taken:
+                    if ticket in world.waiting:
+                        world.withdraw(ticket)
+                for ticket in taken:
+                    if ticket.state is State.NEW:
+                        world.offer_again(ticket)
+            case _:
+                world.set_quota(random.choice(NAMES), random.choice((None, None, 0, 1, 3)))
 
     def _first_token(self) -> None:
         ticket = self._random_leased()

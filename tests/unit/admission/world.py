@@ -101,6 +101,46 @@ class World:
         self._bury(books)
         self._end(self.core.release(ticket, self.now, answer, output_tokens))
 
+    def adopt(self, request: Request, name: str) -> Ticket:
+        """A lease comes that another sidecar's core gave: limits have no say."""
+        ticket = Ticket(request)
+        self._begin()
+        books = self.books.get(name)
+        if books is not None:
+            books.leases[ticket] = None
+            self.leased[ticket] = books
+        self._end(self.core.adopt(ticket, name, self.now))
+        return ticket
+
+    def disown(self, ticket: Ticket) -> None:
+        """A lease is left to telemetry."""
+        self._begin()
+        books = self.leased.pop(ticket)
+        del books.leases[ticket]
+        if books.foreign is not None:
+            books.foreign += 1
+        self._bury(books)
+        self._end(self.core.disown(ticket, self.now))
+
+    def withdraw(self, ticket: Ticket) -> None:
+        """A waiting request is taken back, and may be offered again."""
+        self._begin()
+        self._forget(ticket)
+        self.offered -= 1
+        self._end(self.core.withdraw(ticket, self.now))
+        require(ticket.state is State.NEW, ticket, "was taken back")
+
+    def offer_again(self, ticket: Ticket) -> None:
+        self._begin()
+        self.offered += 1
+        self.waiting[ticket] = None
+        self.epochs[ticket] = self.epoch
+        self._end(self.core.offer(ticket, self.now), offered=ticket)
+
+    def set_quota(self, name: str, quota: int | None) -> None:
+        self._begin()
+        self._end(self.core.set_quota(name, quota, self.now))
+
     def answered(self, ticket: Ticket) -> None:
         self._begin()
         self._end(self.core.answered(ticket, self.now))
@@ -283,7 +323,7 @@ class World:
 
     def _fits(self, books: Books, endpoint: Endpoint, ticket: Ticket) -> bool:
         count = len(books.leases) + endpoint.foreign
-        if count >= endpoint.limit.value:
+        if count >= endpoint.limit.value or (endpoint.quota is not None and len(books.leases) >= endpoint.quota):
             return False
         if count == 0:
             return True
@@ -426,7 +466,7 @@ class World:
                 endpoint.closed_until,
                 endpoint.health.full_until,
                 endpoint.health.ejected_until,
-                endpoint.health._doubt.ends if endpoint.health.held_back_by and endpoint.health._doubt else None,
+                endpoint.health._doubt.ends if endpoint.health._doubt and endpoint.health._doubt.is_spent else None,
                 endpoint.prefill.next_change(),
             )
             wanted += [at for at in times if at is not None]
