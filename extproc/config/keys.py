@@ -365,6 +365,11 @@ class Config(_Section):
     upstream_protocol: Literal["h1", "h2"] = Field(
         "h1", description="What the endpoints speak, for `envoy_clusters_file`; `h2` is prior knowledge."
     )
+    upstream_idle_timeout: PositiveDuration = Field(
+        4.0,
+        description="Envoy closes a connection to an endpoint that was idle for so long. Keep it below the server's "
+        "own keep-alive (uvicorn, so vLLM and SGLang: 5 s): a request that meets a closing connection fails.",
+    )
     max_running_requests: Limit = Field(
         None, description="The most requests at once per endpoint: a number, or `adaptive` (steered by token speed)."
     )

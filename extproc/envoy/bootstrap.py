@@ -67,10 +67,17 @@ def render(config: Config, options: EnvoyOptions) -> str:
     clusters = [] if unsteered == ANY_CLUSTER else [_unsteered_cluster(addresses, config, options)]
     any_endpoint = unsteered if options.fail_open else ANY_CLUSTER
     if options.unqueued and not options.fail_open and not in_file:
-        clusters.append(_any_cluster(ANY_CLUSTER, addresses, config.health_check, options.upstream_protocol))
+        clusters.append(
+            _any_cluster(
+                ANY_CLUSTER, addresses, config.health_check, options.upstream_protocol, config.upstream_idle_timeout
+            )
+        )
     late = in_file and (options.fail_open or bool(options.unqueued))
     if not in_file:
-        clusters += [_endpoint_cluster(cluster, address, options.upstream_protocol) for cluster, address in endpoints]
+        clusters += [
+            _endpoint_cluster(cluster, address, options.upstream_protocol, config.upstream_idle_timeout)
+            for cluster, address in endpoints
+        ]
     names = config.header_names()
     wanted = sorted(name for name in names.wanted() if name != names.cluster)
     written = wire.written(names.cluster, server_timing=config.server_timing)
@@ -128,7 +135,8 @@ static_resources:
                   cluster_header: {header}
                   cluster_not_found_response_code: SERVICE_UNAVAILABLE
                   timeout: 0s
-                  retry_policy: {{retry_on: connect-failure, num_retries: 1}}
+                  # What no engine has begun to read; plain "reset" would run again what one may still compute.
+                  retry_policy: {{retry_on: "connect-failure,refused-stream,reset-before-request", num_retries: 1}}
                 request_headers_to_remove: [{header}]
 {_upgrade_route(config, unsteered)}              # Not steered: no sidecar answered. {_unsteered_comment(options)}
               # It must be a route, not a direct_response: with that, the buffer limit above does not hold.
@@ -226,8 +234,15 @@ static_resources:
 
 def render_clusters(routes: Mapping[str, str], addresses: Iterable[str], version: int, config: Config) -> str:
     """Return the file that Envoy follows: `routes` are cluster -> address; `addresses` share a cluster."""
-    clusters = [_endpoint_cluster(cluster, address, config.upstream_protocol) for cluster, address in routes.items()]
-    clusters.append(_any_cluster(ANY_CLUSTER, sorted(addresses), config.health_check, config.upstream_protocol))
+    clusters = [
+        _endpoint_cluster(cluster, address, config.upstream_protocol, config.upstream_idle_timeout)
+        for cluster, address in routes.items()
+    ]
+    clusters.append(
+        _any_cluster(
+            ANY_CLUSTER, sorted(addresses), config.health_check, config.upstream_protocol, config.upstream_idle_timeout
+        )
+    )
     kind = '    "@type": type.googleapis.com/envoy.config.cluster.v3.Cluster\n'
     named = (cluster.partition("\n") for cluster in clusters)
     return f"""\
@@ -579,7 +594,9 @@ dynamic_resources:
 
 def _unsteered_cluster(addresses: list[str], config: Config, options: EnvoyOptions) -> str:
     if options.fail_open:
-        return _any_cluster(UNSTEERED_CLUSTER, addresses, config.health_check, options.upstream_protocol)
+        return _any_cluster(
+            UNSTEERED_CLUSTER, addresses, config.health_check, options.upstream_protocol, config.upstream_idle_timeout
+        )
     return f"""\
   - name: {UNSTEERED_CLUSTER}
     type: STATIC
@@ -588,7 +605,9 @@ def _unsteered_cluster(addresses: list[str], config: Config, options: EnvoyOptio
 """
 
 
-def _any_cluster(name: str, addresses: list[str], health: HealthCheckConfig | None, protocol: str) -> str:
+def _any_cluster(
+    name: str, addresses: list[str], health: HealthCheckConfig | None, protocol: str, idle_s: float
+) -> str:
     """Return the cluster that takes what nobody steered. It alone has health checks of Envoy's own.
 
     An endpoint's cluster has one host, and the sidecar chooses it: if Envoy thought it down, it would panic and send
@@ -607,7 +626,7 @@ def _any_cluster(name: str, addresses: list[str], health: HealthCheckConfig | No
     # Its own breaker: without a queue, what the engines can't take is refused here.
     circuit_breakers: {{thresholds: [{{max_connections: 1000, max_requests: {64 * max(len(addresses), 1)}}}]}}
 {_health(health, protocol)}\
-{_protocol(protocol)}"""
+{_protocol(protocol, idle_s)}"""
 
 
 def _health(health: HealthCheckConfig | None, protocol: str) -> str:
@@ -629,18 +648,19 @@ def _health(health: HealthCheckConfig | None, protocol: str) -> str:
 """
 
 
-def _protocol(protocol: str) -> str:
-    if protocol != "h2":
-        return ""
-    return """\
+def _protocol(protocol: str, idle_s: float) -> str:
+    kind = "http2_protocol_options" if protocol == "h2" else "http_protocol_options"
+    return f"""\
     typed_extension_protocol_options:
       envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
         "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
-        explicit_http_config: {http2_protocol_options: {}}
+        # Below the server's own (uvicorn: 5 s): a request that meets a connection as the server closes it gets a 503.
+        common_http_protocol_options: {{idle_timeout: {format_duration(idle_s)}}}
+        explicit_http_config: {{{kind}: {{}}}}
 """
 
 
-def _endpoint_cluster(cluster: str, address: str, protocol: str) -> str:
+def _endpoint_cluster(cluster: str, address: str, protocol: str, idle_s: float) -> str:
     name = json.dumps(cluster)
     return f"""\
   - name: {name}
@@ -652,7 +672,7 @@ def _endpoint_cluster(cluster: str, address: str, protocol: str) -> str:
     # The sidecar's limits decide; Envoy's default of 1024 must not.
     circuit_breakers:
       thresholds: [{{max_connections: 100000, max_requests: 100000, max_pending_requests: 100000}}]
-{_protocol(protocol)}"""
+{_protocol(protocol, idle_s)}"""
 
 
 def _is_ip(address: str) -> bool:

@@ -377,6 +377,23 @@ def _endpoint_clusters(view: View) -> Iterator[str]:
                 )
 
 
+def _idle_connections(view: View) -> Iterator[str]:
+    wanted_s = view.config.upstream_idle_timeout
+    for endpoint in view.config.endpoints:
+        cluster = view.clusters.get(endpoint.cluster or endpoint.name)
+        if cluster is None:
+            continue
+        options: dict[str, Any] = next(iter((cluster.get("typed_extension_protocol_options") or {}).values()), {})
+        told = (options.get("common_http_protocol_options") or {}).get("idle_timeout")
+        idle_s = parse_duration(str(told or ""))
+        if idle_s is None or not 0 < idle_s <= wanted_s:
+            yield (
+                f"{cluster.path}: an idle connection is kept for {told or '1h'}, and most servers close theirs after 5 s: "
+                "a request that meets that gets a 503; HttpProtocolOptions with common_http_protocol_options: "
+                f"{{idle_timeout: {wanted_s:g}s}} would be right"
+            )
+
+
 def _features(view: View) -> Iterator[str]:
     """Yield the features of the configuration that need a filter of their own, where that is not before or beside us."""
     filters = [spot.get("typed_config") or {} for spot in view.manager.each("http_filters")]
@@ -441,6 +458,7 @@ _RULES: tuple[Callable[[View], Iterator[str]], ...] = (
     ways.sidecar_host,
     _sidecar_tls,
     _endpoint_clusters,
+    _idle_connections,
     ways.endpoint_hosts,
     _features,
     _clients_orders,

@@ -24,6 +24,11 @@ class Bootstrap(Rendered):
         self.clusters = self.resources["clusters"]
         self.breaker = self.clusters[0]["circuit_breakers"]["thresholds"][0]
 
+    def endpoint_options(self) -> dict:
+        """The HTTP settings of the endpoint's cluster."""
+        (options,) = self.clusters[2]["typed_extension_protocol_options"].values()
+        return options
+
     def http2(self) -> dict:
         """The HTTP/2 settings of the sidecar's cluster."""
         (options,) = self.clusters[0]["typed_extension_protocol_options"].values()
@@ -136,6 +141,14 @@ SPOILT = {
     "running answers cut with the sidecar": (
         lambda b: b.filter.update(failure_mode_allow=False),
         f"{EXT_PROC}.failure_mode_allow: false cuts every running answer",
+    ),
+    "idle connections kept for an hour": (
+        lambda b: b.clusters[2].pop("typed_extension_protocol_options"),
+        "static_resources.clusters[2]: an idle connection is kept for 1h, and most servers close theirs after 5 s",
+    ),
+    "idle connections kept for a minute": (
+        lambda b: b.endpoint_options()["common_http_protocol_options"].update(idle_timeout="60s"),
+        "static_resources.clusters[2]: an idle connection is kept for 60s",
     ),
     "no replay": (
         lambda b: b.filter["grpc_service"].pop("retry_policy"),

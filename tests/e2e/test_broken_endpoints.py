@@ -1,0 +1,234 @@
+"""Broken endpoints beside a good one, on real Envoy: one row each, and how few requests it may cost to find out.
+
+"bad" answers at once whatever it is asked; "good" takes its time. Without judgement the bad one, always idle, gets all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from .kit.clients import complete_many
+from .kit.processes import free_port, wait_until
+from .kit.upstream import behave
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .kit.stack import Stack
+
+PATIENT = [{"name": "default", "budget": "30s"}]
+HEALTH = {"interval": "100ms", "timeout": "300ms"}
+GOOD = dict([behave("sse", events=3, wait_s=0.02, gap_s=0.01)])
+FEW = 12
+"""What it may cost to find out one that nobody has heard of: a few at first, then one at a time."""
+LIMIT = 8
+
+
+class Canned:
+    """A server that answers every request but GET /health and /metrics by the same bytes, and counts what is posted."""
+
+    def __init__(self, answer: bytes, *, health_s: float = 0.0, page: str = "", idle_s: float = 60.0) -> None:
+        self.answer, self.page, self.health_s, self.idle_s = answer, page, health_s, idle_s
+        self.port = free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        self.served = 0
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+
+    def __enter__(self) -> Canned:
+        self._thread.start()
+        asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(5)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(5)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _listen(self) -> None:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, backlog=1024)
+
+    async def _end(self) -> None:
+        self._server.close()
+        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, TimeoutError, asyncio.CancelledError):
+            idle_since = self._loop.time()
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                for line in head.lower().split(b"\r\n"):
+                    if line.startswith(b"content-length:"):
+                        await reader.readexactly(int(line.partition(b":")[2]))
+                if head.startswith(b"GET /health"):
+                    await asyncio.sleep(self.health_s)
+                    writer.write(answer(200, "ok"))
+                elif head.startswith(b"GET /metrics"):
+                    writer.write(answer(200, self.page))
+                else:
+                    self.served += head.startswith(b"POST ")  # not what the sidecar itself asks
+                    if not self.answer or self._loop.time() - idle_since > self.idle_s:
+                        break
+                    writer.write(self.answer)
+                await writer.drain()
+                idle_since = self._loop.time()
+        writer.close()
+
+
+def answer(status: int, body: str) -> bytes:
+    return f"HTTP/1.1 {status} said\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode()
+
+
+ASLEEP = '# TYPE vllm:engine_sleep_state gauge\nvllm:engine_sleep_state{engine="0",sleep_state="awake"} 0.0\n'
+ROWS = {
+    "A1 404 to all": Canned(answer(404, '{"error": "model not found"}')),
+    "A1 401 to all": Canned(answer(401, "who are you")),
+    "A1 400 to all": Canned(answer(400, "no such model")),
+    "A1 500 to all": Canned(answer(500, "broken")),
+    "A2 loads for ever": Canned(answer(503, '{"error": "Loading model"}')),
+    "A2 429 with nothing running": Canned(answer(429, "full of nothing")),
+    "H3 200 and not a byte": Canned(answer(200, "")),
+    "takes the request and hangs up": Canned(b""),
+}
+
+
+def costs(here: Stack, count: int = 120) -> int:
+    """How many of `count` requests did not get a good answer."""
+    answers = complete_many(here.url, count, lambda n: {"x-test-id": f"r-{n}", **GOOD}, timeout_s=30)
+    return sum(one.status != 200 or bool(one.error) or not one.body for one in answers)
+
+
+@pytest.mark.parametrize("checked", [False, True], ids=["no health checks", "passes its health checks"])
+@pytest.mark.parametrize("row", ROWS)
+def test_one_that_refuses_what_its_peer_serves_costs_a_few_requests(stack, row, checked):
+    canned = ROWS[row]
+    with Canned(canned.answer) as bad:
+        config: dict[str, Any] = {"max_running_requests": LIMIT, "classes": PATIENT}
+        most = LIMIT + FEW if checked else FEW  # whose checks pass is sent as many as it may run
+        if checked:
+            config["health_check"] = HEALTH
+        here = stack(upstreams=("good",), endpoints={"bad": {"address": bad.address}}, config=config)
+        if checked:
+            wait_until(lambda: here.endpoint("bad")["state"] == "up")
+        assert costs(here) <= most
+        here.wait_idle()
+        assert here.endpoint("bad")["dispatched"] <= most
+
+
+def test_a3_one_whose_page_says_that_it_sleeps_gets_nothing(stack):
+    with Canned(answer(500, "asleep"), page=ASLEEP) as bad:
+        here = stack(
+            upstreams=("good",),
+            endpoints={"bad": {"address": bad.address, "metrics_url": f"http://{bad.address}/metrics"}},
+            config={"max_running_requests": 4, "classes": PATIENT, "scrape_interval": "100ms", "health_check": HEALTH},
+        )
+        wait_until(lambda: here.endpoint("bad")["state"] == "asleep", 5)
+        assert costs(here, 40) == 0
+        assert bad.served == 0
+        bad.page = ASLEEP.replace("0.0", "1.0")
+        wait_until(lambda: here.endpoint("bad")["state"] == "up", 5)
+
+
+def test_a6_one_that_is_too_busy_for_its_health_check_serves_on(stack):
+    with Canned(answer(200, "tokens"), health_s=0.0) as busy:
+        here = stack(
+            upstreams=(),
+            endpoints={"busy": {"address": busy.address}},
+            config={"max_running_requests": 4, "health_check": {**HEALTH, "unhealthy_threshold": 1}},
+        )
+        wait_until(lambda: here.endpoint("busy")["state"] == "up", 5)
+        busy.health_s = 5.0
+        until = time.monotonic() + 1.5  # five checks
+        statuses: Counter[int] = Counter()
+        while time.monotonic() < until:
+            statuses.update(one.status for one in complete_many(here.url, 4, lambda n: {"x-test-id": f"b-{n}"}))
+        assert statuses.keys() == {200}
+        wait_until(lambda: here.endpoint("busy")["state"] == "down", 5, "and one that is silent altogether is down")
+
+
+@contextlib.contextmanager
+def nobody() -> Iterator[str]:
+    """An address where nobody listens, and nobody else will."""
+    with socket.socket() as kept:
+        kept.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{kept.getsockname()[1]}"
+
+
+def test_a7_h9_one_that_was_never_there_is_unknown_and_costs_a_burst_a_few(stack):
+    with nobody() as address:
+        here = stack(
+            upstreams=("good",),
+            endpoints={"bad": {"address": address}},
+            config={"max_running_requests": 64, "classes": PATIENT},
+        )
+        assert {one["name"]: one["state"] for one in here.sidecar.queues()["endpoints"]} == {
+            "good": "unknown",
+            "bad": "unknown",
+        }
+        assert not here.endpoint("bad")["up"]
+        assert costs(here, 400) <= FEW
+        assert here.endpoint("good")["state"] == "up"
+        assert not here.endpoint("bad")["up"]
+
+
+def test_g3_a_blink_that_all_share_refuses_nobody_afterwards(stack):
+    hasty = [{"name": "default", "budget": "2s"}]
+    here = stack(upstreams=("a", "b", "c"), config={"max_running_requests": 8, "classes": hasty})
+    assert costs(here, 60) == 0
+    with ThreadPoolExecutor(1) as pool:
+        meanwhile = pool.submit(complete_many, here.url, 200, lambda n: {"x-test-id": f"m-{n}", **GOOD}, gap_s=0.004)
+        time.sleep(0.2)  # the outage itself, not a wait for something
+        for upstream in here.upstreams.values():
+            upstream.down()
+        time.sleep(0.5)
+        for upstream in here.upstreams.values():
+            upstream.up()
+        assert costs(here, 100) == 0
+        meanwhile.result()
+    assert {one["state"] for one in here.sidecar.queues()["endpoints"]} == {"up"}
+
+
+def test_a_clients_own_mistake_holds_nobody_back(stack):
+    here = stack(upstreams=("a", "b"), config={"max_running_requests": 8, "classes": PATIENT})
+    bad = dict([behave("ok", status=400)])
+    answers = complete_many(here.url, 200, lambda n: {"x-test-id": f"b-{n}", **bad})
+    assert Counter(one.status for one in answers) == {400: 200}
+    assert {one["state"] for one in here.sidecar.queues()["endpoints"]} <= {"unknown", "up"}
+    assert costs(here, 40) == 0
+
+
+@pytest.mark.parametrize(("idle", "statuses"), [("300ms", {200}), ("60s", {503})])
+def test_a5_no_request_meets_a_connection_that_its_server_closes_when_idle(stack, idle, statuses):
+    """The server made certain of the race: on a connection that was idle for 0.5 s it closes on the next request.
+
+    Envoy does not try that one again, and must not: whether an engine has begun with it, nobody can tell. So it has to
+    close first. Where it does not, the endpoint is left in: it is the last one, as in a pool whose members all do it.
+    """
+    with Canned(answer(200, "tokens"), idle_s=0.5) as server:
+        here = stack(
+            upstreams=(),
+            endpoints={"a": {"address": server.address}},
+            config={"max_running_requests": 1, "upstream_idle_timeout": idle, "classes": PATIENT},
+        )
+        assert complete_many(here.url, 1, lambda _: {"x-test-id": "first"})[0].status == 200
+        for number in range(3):
+            time.sleep(0.7)  # the pause is what is tested
+            assert complete_many(here.url, 1, lambda _, n=number: {"x-test-id": f"i-{n}"})[0].status in statuses
+            if statuses == {503}:
+                assert complete_many(here.url, 1, lambda _, n=number: {"x-test-id": f"o-{n}"})[0].status == 200
+        here.wait_idle()
+        assert here.endpoint("a")["state"] == "up"
+        assert here.endpoint("a")["dispatched"] == server.served
