@@ -218,7 +218,7 @@ def test_a_refused_file_and_keys_that_need_a_restart_are_seen(tmp_path, the_brow
 
 def test_an_ejected_endpoint_says_for_how_long(here, page):
     """The next test starts the sidecar anew."""
-    complete_many(here.url, 20, lambda _: dict([behave(status=500)]))
+    complete_many(here.url, 60, lambda _: dict([behave(status=500, at="a")]), gap_s=0.02)
     page.wait("/■ ejected, back in [1-5] s/.test(document.getElementById('endpoints').innerText)")
 
 

@@ -44,6 +44,7 @@ class Behaviour:
     gap_s     silence between events
     hold      "head": wait for `release(id)` before the head; "body": after the first event, or after half of an ok body
     fail      that many attempts of this request id are reset before the head; the next one goes as told
+    at        the name of the upstream that behaves so; the others answer ok
     reply     one more header of the answer (kinds ok and with events): `name: value`
     """
 
@@ -55,6 +56,7 @@ class Behaviour:
     wait_s: float = 0.0
     hold: str = ""
     fail: int = 0
+    at: str = ""
     reply: str = ""
 
     @property
@@ -288,6 +290,8 @@ class Upstream:
             self.close(record, "finished")
             return
         how = Behaviour.parse(header(record.headers, BEHAVIOUR_HEADER) or "ok")
+        if how.at not in ("", self.name):
+            how = Behaviour()
         if how.wait_s:
             await asyncio.sleep(how.wait_s)
         if how.hold == "head":
