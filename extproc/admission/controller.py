@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from extproc.admission.alarms import NEVER, Alarms
 from extproc.admission.endpoint import Endpoint
+from extproc.admission.estimate import TokenEstimate
 from extproc.admission.fairness import OUTPUT_WEIGHT
 from extproc.admission.held import HeldBy
 from extproc.admission.outcome import Outcome
@@ -29,7 +30,6 @@ from extproc.admission.pool import Pool, most_room, seniority
 from extproc.admission.queue import GUARD, WINDOW
 from extproc.admission.sessions import Sessions
 from extproc.admission.ticket import Key, State, Ticket
-from extproc.admission.tokens import TokenEstimate
 from extproc.admission.values import Answer, Binding, Decision, Dispatch, EndpointSpec, Policy, Reject
 from extproc.errors import TransitionError
 
@@ -103,7 +103,7 @@ class Controller:
         ticket.pool = pool
         ticket.wait_until = request.arrived + budget_s
         ticket.position = pool.ahead_of(klass.priority)
-        self._tokens.estimate(ticket)
+        self._tokens.estimate(ticket, pool.longest)
         self._sequence += 1
         ticket.key = (-klass.priority, self._tag(ticket, pool), self._sequence)
         pool.pace.arrived(klass.priority, now)
@@ -172,22 +172,24 @@ class Controller:
             self._served(ticket, _placed(ticket.endpoint), _placed(ticket.pool))
         return self._dispatch()
 
-    def release(
-        self, ticket: Ticket, now: float, answer: Answer = Answer.UNKNOWN, output_tokens: int | None = None
-    ) -> list[Decision]:
-        """Give a lease back: the request is over. `answer` and `output_tokens` say what is known of how."""
+    def release(self, ticket: Ticket, now: float, answer: Answer = Answer.UNKNOWN) -> list[Decision]:
+        """Give a lease back: the request is over. `answer` says what is known of how.
+
+        What the answer really cost is charged to its tenant: how long it was written, at the pace of its engine.
+        """
         self._expect(ticket, State.LEASED, "released")
         self._now = now
         pool, endpoint = _placed(ticket.pool), ticket.endpoint
         assert endpoint is not None  # noqa: S101 - LEASED means that there is one
         ticket.state = State.DONE
-        endpoint.release(ticket, now)
+        endpoint.release(ticket, now, served=answer is Answer.OK, wanted=pool.waiting_total > 0)
         self._judge(answer, ticket, endpoint, pool)
-        if output_tokens is not None:
-            surplus = OUTPUT_WEIGHT * (output_tokens - ticket.output_tokens)
+        if answer in (Answer.OK, Answer.UNKNOWN):
+            writing_s, pace = endpoint.writing_s(ticket, now), endpoint.steps.pace
+            tokens = self._tokens.tokens_of(ticket, writing_s, pace, learn=answer is Answer.OK)
             if ticket.charge is not None:
+                surplus = OUTPUT_WEIGHT * (tokens - ticket.output_tokens)
                 pool.share(ticket.request_class.priority).correct(ticket.request.tenant, surplus)
-            self._tokens.learn(output_tokens, 1)
         if endpoint.removed and not endpoint.leases:
             del self.endpoints[endpoint.name]
         self._changed(endpoint)
@@ -203,11 +205,11 @@ class Controller:
             endpoint = self.endpoints[spec.name] = Endpoint(spec, self.policy)
             endpoint.quota = 0 if self.is_shared else None
         elif not endpoint.removed and endpoint.spec.models == spec.models:
-            endpoint.respec(spec)
+            endpoint.respec(spec, self.policy)
             self._changed(endpoint)
             return self._dispatch()
         else:
-            endpoint.respec(spec)
+            endpoint.respec(spec, self.policy)
             endpoint.removed = False
         for model in spec.models:
             if model not in self._by_model:
@@ -251,9 +253,12 @@ class Controller:
         endpoint = self.endpoints.get(name)
         if endpoint is not None:
             wanted = any(pool.waiting_total for pool in endpoint.pools)
-            endpoint.observe(load, now, self.policy, wanted=wanted)
-            if load.prompt_tokens is not None and load.first_tokens is not None:
-                self._tokens.learn_prompts(load.prompt_tokens, load.first_tokens)
+            counted = endpoint.observe(load, now, self.policy, wanted=wanted)
+            if counted and load.prompt_tokens:
+                self._tokens.learn_prompts(load.prompt_tokens, counted)
+            if load.context_tokens:
+                for pool in endpoint.pools:
+                    pool.longest = max(pool.longest or 0, load.context_tokens)
             if load.output_tokens is not None:
                 endpoint.produced += load.output_tokens
                 if load.output_tokens:
@@ -343,7 +348,7 @@ class Controller:
             request = ticket.request
             ticket.request_class = self.class_of(request)
             ticket.pool = self._pool_for(request.model) or self._every
-            self._tokens.estimate(ticket)
+            self._tokens.estimate(ticket, ticket.pool.longest)
             ticket.state, ticket.endpoint = State.LEASED, endpoint
             endpoint.lease(ticket, now)
             ticket.leased_at = now - held_s
@@ -519,7 +524,6 @@ class Controller:
             cached = min(self._sessions.cached(request.session, endpoint), int(CACHED_AT_MOST * ticket.prompt_tokens))
             ticket.work_tokens = ticket.prompt_tokens - cached
         endpoint.lease(ticket, now)
-        self._tokens.sent(request.prompt_tokens)
         self._watch(endpoint)
         self._picks += 1
         endpoint.picked = self._picks
@@ -771,7 +775,7 @@ class Controller:
         for endpoint in self.endpoints.values():
             if endpoint.forget_stale(self._now, self.policy):
                 self._changed(endpoint)
-            ages += endpoint.told_at
+            ages += endpoint.reading.told_at
         self._stale_at = min(ages) + self.policy.stale_after_s if ages else None
 
     def _changed(self, endpoint: Endpoint) -> None:

@@ -1,28 +1,84 @@
-"""How many requests an endpoint may hold: a fixed number, or one steered by the time per output token.
+"""How many requests an endpoint may hold: a fixed number, or one that follows what the engine shows.
 
-The law is Little's: time per output token = running requests / token rate. A latency-gradient limiter does not work
-in front of continuous batching, where the wanted slow-down by batching looks like queueing (docs/adr/0003).
+An adaptive limit is a guess, and evidence overrules it, within seconds:
+
+* The engine queues (`waiting` stays above 0 while it runs no more than before): the limit is what it runs. That is
+  remembered as its batch size, and tried anew after a while. An engine that says its batch size is believed at once.
+* Answers are slower than wanted: fewer. By Little's law time per output token = running requests / token rate, so the
+  limit goes to where the wanted time is met, but never below what the engine could do at best (`steps.py`): an engine
+  whose steps are slow is no reason for a low limit.
+* Neither, while requests wait for this limit: more. It starts low and doubles, as a connection's window does.
+* An engine that says nothing of its tokens is judged by how long answers take (`slowdown.py`).
+
+A latency-gradient limiter does not work in front of continuous batching, where the wanted slow-down by batching looks
+like queueing (docs/adr/0003).
 """
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from extproc.admission.slowdown import Slowdown
 
 if TYPE_CHECKING:
     from extproc.admission.load import Load
+    from extproc.admission.steps import StepCost
 
-START = 64
-FLOOR = 4
 CEILING = 512
-TARGET_S = 0.080
-"""Wanted time per output token: slower shrinks the limit in proportion."""
-FAST_S = 0.050
-"""Below this the limit grows fast."""
-KV_BRAKE = 0.92
-"""Fuller than this, the limit shrinks, unless KV tokens are counted in the books."""
-MEMORY_S = 4.0
-"""What is longer ago weighs less than a third in the time per token."""
+"""The most requests that any adaptive limit allows at one endpoint."""
+
+
+KEPT = 0.8
+"""Share of an objective that is aimed at: answers vary."""
+ATTAINABLE = 1.1
+"""An objective below so many best steps can't be met, and aiming at it would only cost throughput."""
+
+
+@dataclass(frozen=True, slots=True)
+class LimitLaw:
+    """The constants of the adaptive limit.
+
+    Attributes:
+        start: the first limit.
+        floor: the least, unless the engine itself runs fewer.
+        tpot_s: wanted time per output token.
+        best_factor: on an engine whose best step is slow: so many times that step is wanted instead, if that is more.
+        objective_s: what users want per output token, if they say: it wins over both, as far as steps allow.
+        shrink, grow, leap: the most that a second changes the limit by; it leaps while answers are much faster than
+            wanted.
+        kv_brake: a fuller KV cache shrinks the limit, unless KV tokens are counted in the books.
+        queued: an engine queues when it has more than this share of what it runs waiting.
+        queued_readings: so many readings in a row make its batch size.
+        probe_s: how long a batch size is believed before one more request is tried; each time it is found again it
+            doubles, up to probe_most_s.
+    """
+
+    start: int = 16
+    floor: int = 4
+    tpot_s: float = 0.080
+    best_factor: float = 1.75
+    objective_s: float | None = None
+    shrink: float = 0.85
+    grow: float = 1.1
+    leap: float = 2.0
+    kv_brake: float = 0.92
+    queued: float = 0.1
+    queued_readings: int = 3
+    probe_s: float = 30.0
+    probe_most_s: float = 480.0
+
+    def target_s(self, base_s: float) -> float:
+        """Return the time per output token to keep on an engine whose steps take `base_s` at the least."""
+        if self.objective_s is not None:
+            return max(KEPT * self.objective_s, ATTAINABLE * base_s)
+        return max(self.tpot_s, self.best_factor * base_s)
+
+
+DEFAULT_LAW = LimitLaw()
+
+SILENT = 5
+"""Readings in a row without a word of tokens that make a limit blind."""
 LONGEST_S = 2.0
 """One reading after a long silence changes the limit no more than one after this."""
 
@@ -39,54 +95,158 @@ class FixedLimit:
     def start_at(self, value: int) -> None:
         """Stay at what was chosen."""
 
-    def observe(self, load: Load, *, wanted: bool, in_flight: int, elapsed_s: float, knows_kv: bool) -> None:
+    def observe(
+        self, load: Load, costs: StepCost, *, wanted: bool, in_flight: int, elapsed_s: float, knows_kv: bool
+    ) -> None:
         """Ignore telemetry."""
+
+    def learn(self, took_s: float, beside: float, *, wanted: bool) -> None:
+        """Ignore answers."""
+
+    def forget(self) -> None:
+        """Forget nothing."""
 
 
 class AdaptiveLimit:
-    """A limit that follows the engine. Without telemetry it stays where it is.
+    """A limit that follows the engine.
 
-    Both sides of the law are sums over the last seconds, so that a scrape in the middle of a long step, or between two
-    answers, says little; and steps are per second, so that the scrape interval makes no difference.
+    Attributes:
+        law: its constants.
+        value: the limit.
+        batch: the most sequences that the engine runs at once, said or found; None: not known.
+        blind: whether the engine says nothing of its tokens; then our own books make the limit.
+        slowdown: what these say.
+        why: what set the limit last, in a word for people: start, batch, speed, kv, growth, answers.
+        target_s: the wanted time per output token.
     """
 
-    __slots__ = ("_exact", "_running", "_tokens", "value")
+    __slots__ = (
+        "_exact",
+        "_found_for_s",
+        "_peak",
+        "_probe_s",
+        "_queued",
+        "_silent",
+        "_tried",
+        "batch",
+        "blind",
+        "law",
+        "slowdown",
+        "target_s",
+        "value",
+        "why",
+    )
 
-    def __init__(self) -> None:
-        """Start at START: high enough for a big engine, and a small one shows soon that it is too much."""
-        self._exact = float(START)
-        self._running = 0.0  # running requests x seconds, weighted by age
-        self._tokens = 0.0  # output tokens, weighted alike
-        self.value = START
+    def __init__(self, law: LimitLaw = DEFAULT_LAW) -> None:
+        """Start at the law's `start`: low, for a few seconds in which it doubles."""
+        self.law = law
+        self._exact = float(self.law.start)
+        self._queued = 0  # readings in a row with a queue inside the engine
+        self._silent = 0  # readings in a row that said nothing of tokens
+        self._peak = 0.0  # the most it ran in these
+        self._found_for_s = 0.0  # how long `batch` is believed already
+        self._probe_s = self.law.probe_s
+        self._tried: int | None = None  # the batch size that is being tried anew
+        self.target_s = self.law.tpot_s
+        self.batch: int | None = None
+        self.blind = True
+        self.slowdown = Slowdown()
+        self.value = self.law.start
+        self.why = "start"
 
     def start_at(self, value: int) -> None:
         """Go on from where another sidecar's limit was."""
-        self._exact = float(min(max(value, FLOOR), CEILING))
-        self.value = int(self._exact)
+        self._set(float(value))
 
-    def observe(self, load: Load, *, wanted: bool, in_flight: int, elapsed_s: float, knows_kv: bool) -> None:
+    def observe(
+        self, load: Load, costs: StepCost, *, wanted: bool, in_flight: int, elapsed_s: float, knows_kv: bool
+    ) -> None:
         """Follow one fresh `load`, `elapsed_s` after the one before.
 
+        `costs`: what the engine's steps cost; its best step bounds what can be wanted of it.
         `wanted`: requests wait and this limit is what holds them back. `in_flight`: what the limit allowed lately.
         `knows_kv`: KV tokens are in the books; then a full cache is their affair, and no reason for fewer requests.
         """
+        law = self.law
+        self.target_s = law.target_s(costs.base_s if costs.readings else 0.0)
+        self._silent = self._silent + 1 if load.tokens_per_s is None else 0
+        self.blind = self._silent > SILENT or (self.blind and self._silent > 0)
+        queues = self._find_batch(load, wanted=wanted, elapsed_s=elapsed_s)
         elapsed_s = min(elapsed_s, LONGEST_S)
-        if load.running is not None and load.tokens_per_s is not None:
-            kept = math.exp(-elapsed_s / MEMORY_S)
-            self._running = self._running * kept + load.running * elapsed_s
-            self._tokens = self._tokens * kept + load.tokens_per_s * elapsed_s
-        slow = self._running / self._tokens if self._running > 0 and self._tokens > 0 else None
-        kv, exact = load.kv_usage, self._exact
-        if not knows_kv and (load.preemptions or (kv is not None and kv > KV_BRAKE)):
+        slow, target_s, kv, exact = costs.tpot_s, self.target_s, load.kv_usage, self._exact
+        if not knows_kv and (load.preemptions or (kv is not None and kv > law.kv_brake)):
             exact *= 0.9**elapsed_s
-        elif slow is not None and slow > TARGET_S:
+            self.why = "kv"
+        elif costs.worked and slow is not None and slow > target_s:
             # What is in flight made it slow, not the limit: while that runs out, the limit stays at what is right.
-            exact = min(exact, max(exact * 0.85**elapsed_s, in_flight * TARGET_S / slow))
-        elif wanted and slow is not None:
-            growth = min(1.5, TARGET_S / slow)
-            exact *= (growth if slow < FAST_S else min(1.1, growth)) ** elapsed_s
-        self._exact = min(max(exact, FLOOR), CEILING)
-        self.value = int(self._exact)
+            exact = min(exact, max(exact * law.shrink**elapsed_s, in_flight * target_s / slow))
+            self.why = "speed"
+        elif wanted and not queues and not self.blind and slow is not None:
+            room = target_s / slow
+            growth = min(law.leap, room) if room > 1.6 else min(law.grow, room)
+            exact *= growth**elapsed_s
+            self.why = "growth"
+        self._set(exact)
+
+    def learn(self, took_s: float, beside: float, *, wanted: bool) -> None:
+        """Follow an answer that took `took_s`, with `beside` requests at the endpoint in the mean.
+
+        A blind limit moves with the answers, by one for each: up while requests wait for it, to what they say is right.
+        """
+        self.slowdown.learn(took_s, beside)
+        if self.blind:
+            most = self.slowdown.most
+            if self._exact > most:
+                self._exact, self.why = max(self._exact - 1.0, most), "answers"
+            elif wanted and not self._queued and self._tried is None:
+                self._exact, self.why = min(self._exact + 1.0, most), "answers"
+            self._set(self._exact)
+
+    def forget(self) -> None:
+        """Note that telemetry has become stale: what it taught stays, as long as answers don't say otherwise."""
+        self.blind = True
+        self._queued = 0
+
+    def _set(self, exact: float) -> None:
+        self._exact = exact = min(max(exact, self.law.floor), CEILING)
+        self.value = int(exact)
+        if self.batch is not None and self.batch <= self.value:
+            self._exact, self.value, self.why = float(self.batch), self.batch, "batch"
+
+    def _find_batch(self, load: Load, *, wanted: bool, elapsed_s: float) -> bool:
+        """Learn the engine's batch size from what waits inside it; tell whether growing is out of place."""
+        running, waiting = load.running, load.waiting
+        if load.max_running is not None and load.max_running >= (running or 0):
+            self.batch, self._tried = max(load.max_running, 1), None
+            return bool(waiting)
+        if running is None or waiting is None:
+            return False
+        self._doubt_batch(running, elapsed_s if wanted else 0.0)
+        queues = running > 0 and waiting > self.law.queued * running
+        if not queues:
+            self._queued = 0
+        elif self._queued and 0.9 * self._peak <= running <= 1.05 * self._peak:
+            self._queued += 1
+            self._peak = max(self._peak, running)
+            if self._queued >= self.law.queued_readings:
+                if self._tried is not None:
+                    self._probe_s = min(2 * self._probe_s, self.law.probe_most_s)
+                self.batch, self._tried, self._found_for_s = max(int(self._peak), 1), None, 0.0
+        else:
+            self._queued, self._peak = 1, running
+        return queues or self._tried is not None
+
+    def _doubt_batch(self, running: float, wanted_s: float) -> None:
+        """Try a little more than the batch size found, after a while in which more was wanted; drop a wrong one."""
+        if self.batch is not None:
+            self._found_for_s += wanted_s
+            if running > self.batch or self._found_for_s >= self._probe_s:
+                self._tried, self.batch, self._queued = self.batch, None, 0
+        if self._tried is not None:
+            if running > self._tried:
+                self._tried, self._probe_s = None, self.law.probe_s
+            else:
+                self._exact = self._tried + max(1.0, self._tried / 8)
 
 
 Limit = FixedLimit | AdaptiveLimit

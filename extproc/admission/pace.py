@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 
 HORIZON_S = 10.0
-"""What is longer ago than this weighs less than a third."""
+"""What is longer ago than this weighs less than a third ..."""
+HORIZON_GAPS = 16
+"""... in a pool that sends so many meanwhile; a slower one remembers for longer."""
 
 ENOUGH = 8
-"""Dispatches from a backlog that make a rate worth believing."""
+"""Dispatches from a backlog that make a rate worth believing ..."""
+ENOUGH_SLOW = 3
+"""... or so few, in a backlog as long as HORIZON_S: large answers leave seldom."""
 
 LEAST_BUSY_S = 1.0
 """... and how long the backlog must have lasted: the first moments of a burst say little of what follows."""
@@ -24,23 +28,24 @@ class Pace:
     says nothing about what it could do.
     """
 
-    __slots__ = ("_arrivals", "_busy_s", "_marked", "_served")
+    __slots__ = ("_arrivals", "_busy_s", "_horizon_s", "_marked", "_served")
 
     def __init__(self) -> None:
         """Start knowing nothing."""
         self._arrivals: dict[int, tuple[float, float]] = {}  # priority -> weight of arrivals, at
         self._served = 0.0
         self._busy_s = 0.0
+        self._horizon_s = HORIZON_S
         self._marked = 0.0  # up to here busy time is counted
 
     def arrived(self, priority: int, now: float) -> None:
         """Count an arrival."""
         weight, at = self._arrivals.get(priority, (0.0, now))
-        self._arrivals[priority] = (weight * math.exp((at - now) / HORIZON_S) + 1.0, now)
+        self._arrivals[priority] = (weight * math.exp((at - now) / self._horizon_s) + 1.0, now)
 
     def backlog_began(self, now: float) -> None:
         """Note that the first request began to wait. What an earlier backlog taught loses weight, not its rate."""
-        kept = math.exp(-max(now - self._marked, 0.0) / HORIZON_S)
+        kept = math.exp(-max(now - self._marked, 0.0) / self._horizon_s)
         self._served *= kept
         self._busy_s *= kept
         self._marked = now
@@ -48,14 +53,15 @@ class Pace:
     def dispatched(self, now: float) -> None:
         """Note that a waiting request went to an endpoint."""
         elapsed = max(now - self._marked, 0.0)
-        kept = math.exp(-elapsed / HORIZON_S)
+        kept = math.exp(-elapsed / self._horizon_s)
         self._busy_s = self._busy_s * kept + elapsed
         self._served = self._served * kept + 1.0
+        self._horizon_s = max(HORIZON_S, HORIZON_GAPS * self._busy_s / self._served)
         self._marked = now
 
     def drain_rate(self) -> float | None:
         """Return dispatches per second out of a backlog; None until enough were seen."""
-        if self._served < ENOUGH or self._busy_s < LEAST_BUSY_S:
+        if self._served < (ENOUGH if self._busy_s < HORIZON_S else ENOUGH_SLOW) or self._busy_s < LEAST_BUSY_S:
             return None
         return self._served / self._busy_s
 
@@ -65,7 +71,7 @@ class Pace:
         if drain is None:
             return None
         above = sum(
-            weight * math.exp((at - now) / HORIZON_S) / HORIZON_S
+            weight * math.exp((at - now) / self._horizon_s) / self._horizon_s
             for other, (weight, at) in self._arrivals.items()
             if other > priority
         )

@@ -45,6 +45,7 @@ class Pool:
         waiting, waiting_total: how many wait in all its lines, by class and together.
         pace: how fast requests leave and arrive.
         record: how its requests were answered.
+        longest: the longest prompt and answer together that a member takes; None: nobody says.
     """
 
     __slots__ = (
@@ -52,6 +53,7 @@ class Pool:
         "_turn",
         "closed_last",
         "homes",
+        "longest",
         "members",
         "model",
         "open",
@@ -80,6 +82,7 @@ class Pool:
         self.waiting_total = 0
         self.pace = Pace()
         self.record = Record()
+        self.longest: int | None = None
 
     def share(self, priority: int) -> FairShare:
         """Return the tenants' fair shares at `priority`."""

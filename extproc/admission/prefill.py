@@ -1,8 +1,9 @@
 """Which prompts an engine has not computed yet: what bounds the time to the first token behind continuous batching.
 
-The first token of an answer says so exactly, where something sees it. Otherwise it is predicted from the pace that
-the engine showed, and the engine's own count of first tokens corrects that at every scrape. Where both are in doubt, a
-prompt counts as computed: too early costs some order inside the engine, too late leaves the engine idle.
+The first token of an answer says so exactly, where something sees it. Otherwise it is predicted: prompts are computed
+one after the other, in chunks that share their steps with the running sequences, at the costs that the engine's
+counters show (`steps.py`); and a prompt that comes in the middle of a step waits for the end of that. The engine's own
+count of first tokens corrects the prediction at every reading.
 """
 
 from __future__ import annotations
@@ -13,114 +14,200 @@ from typing import TYPE_CHECKING
 from extproc.admission.ticket import State
 
 if TYPE_CHECKING:
+    from extproc.admission.steps import StepCost
     from extproc.admission.ticket import Ticket
 
-FIRST_SPEED = 8000.0
-"""Prompt tokens per second before anything was seen."""
-LEAST_SPEED, MOST_SPEED = 500.0, 1e6
-PAUSE_S = 0.02
-"""A pause that a late timer explains."""
-FASTER, SLOWER = 1.5, 0.9
-"""The most that one scrape changes the pace."""
+CHUNK = 2048
+"""Prompt tokens that a step computes at the most (vLLM's max_num_batched_tokens was 512 to 8,192 over the years)."""
+CAUTION = 1.15
+"""How much longer than its costs say a prompt is taken to need: what is sent too early waits inside the engine."""
+SLOWER, CALMER = 1.15, 0.98
+"""What a reading changes that by when the count is behind the prediction, and when it is not: an engine may compute
+less of its prompts in a step than CHUNK."""
 TOLERANCE = 0.25
-"""How far behind the prediction an engine may be, as a share of what it could have done, before it counts as slower."""
+"""How far behind the count may be, as a share of what the engine could have done since the last reading ..."""
+MOST_SLACK = 20.0
+FIRST_TOKEN_S = 1.2e-4
+"""Seconds a prompt token takes before anything was seen."""
+NUDGE = 1.05
+"""How far one first byte moves that, where nothing else tells: up or down, so that it settles at the median."""
+STREAMED = 0.1
+"""An answer whose first byte came this share of its time before its end was streamed."""
+PATIENCE, PATIENCE_S = 3.0, 2.0
+"""A first byte that was to be seen and did not come in so many times the predicted time, or so many seconds, is one of
+an answer that does not stream."""
+CHUNKS, LIMIT_S, PROMPTS = 2, 0.25, 3.0
+"""So many chunks may be under way at an endpoint, or what it computes in LIMIT_S, or so many prompts of mean length:
+what is most. Less leaves steps half empty; more is a line inside the engine that nobody can reorder."""
+KEPT, FRESH_AT_FIRST, LEAST_FRESH = 0.9, 20_000.0, 0.02
+"""What a reading keeps of those before, the prompt tokens that make up the first belief in no hits, and the least."""
+MEMORY = 50
+"""About so many of the last prompts make their mean length."""
 
 
 class Prefill:
     """The prompts of one endpoint's leases that the engine has not computed, oldest first.
 
     Attributes:
-        tokens: estimated tokens of them all.
-        predicting: go on by the pace between scrapes.
+        tokens: estimated tokens of them all that have to be computed.
+        prompts, outputs: what these requests have booked for their whole prompts and answers.
+        probed: something sees first bytes as they come. An answer that does not stream has its first byte at its end,
+            so here too a prompt counts as computed after a while.
+        fresh: share of the prompts' tokens that is not found in the prefix cache.
+        limit: how many tokens may be under way at once.
     """
 
-    __slots__ = ("_begun", "_busy", "_part", "_pending", "_speed", "_uncounted", "predicting", "tokens")
+    __slots__ = (
+        "_asked",
+        "_computed",
+        "_computed_at",
+        "_counts",
+        "_mean",
+        "_part",
+        "_pending",
+        "_seen",
+        "_seen_at",
+        "_slack",
+        "_step_s",
+        "_token_s",
+        "_uncounted",
+        "fresh",
+        "limit",
+        "outputs",
+        "probed",
+        "prompts",
+        "tokens",
+    )
 
     def __init__(self) -> None:
         """Start idle."""
-        self.tokens = 0
-        self.predicting = False
+        self.tokens = self.prompts = self.outputs = 0
+        self.probed = False
+        self.limit = CHUNKS * CHUNK
         self._pending: dict[Ticket, None] = {}
+        self._counts = False  # the engine does
         self._uncounted: deque[Ticket] = deque()  # sent, and not yet in the engine's counter
         self._part = 0.0  # of a first token: the count is a share where others use the engine too
-        self._speed = FIRST_SPEED
-        self._begun = 0.0  # when the engine began with the oldest
-        self._busy = False  # it had something to do ever since the last scrape
+        self._slack = CAUTION
+        self.fresh = 1.0
+        self._asked = self._computed = FRESH_AT_FIRST
+        self._seen = 0
+        self._mean = 0.0  # of the last prompts' tokens
+        self._computed_at = 0.0  # when the last of them will be computed
+        self._token_s = FIRST_TOKEN_S
+        self._seen_at = 0.0  # when a first byte was seen last
+        self._step_s = 0.0  # of a step without prompts
+
+    def work_of(self, ticket: Ticket) -> int:
+        """Return how many tokens of its prompt the engine will probably have to compute."""
+        return min(ticket.work_tokens, int(self.fresh * ticket.prompt_tokens))
+
+    def found(self, cached_tokens: int, prompt_tokens: int) -> None:
+        """Follow how many tokens of `prompt_tokens` the engine found in its prefix cache."""
+        self._computed = KEPT * self._computed + max(prompt_tokens - cached_tokens, 0)
+        self._asked = KEPT * self._asked + prompt_tokens
+        self.fresh = min(max(self._computed / self._asked, LEAST_FRESH), 1.0)
 
     def add(self, ticket: Ticket, now: float) -> None:
         """Note a prompt that was sent."""
-        if not self._pending:
-            self._rest(now)
-            self._begun = now
         self._pending[ticket] = None
         ticket.prompt_pending = True
+        ticket.work_tokens = self.work_of(ticket)
         self.tokens += ticket.work_tokens
-        if self.predicting:
+        self._seen = min(self._seen + 1, MEMORY)
+        self._mean += (ticket.work_tokens - self._mean) / self._seen
+        self.prompts += ticket.prompt_tokens
+        self.outputs += ticket.output_tokens
+        if self._counts:
             self._uncounted.append(ticket)
+        if self._counts or self.probed:
+            self._predict(ticket, now)
 
-    def done(self, ticket: Ticket, now: float) -> None:
-        """Note that a prompt is computed, or its request over. Repeated: no-op."""
+    def computed(self, ticket: Ticket, now: float) -> None:
+        """Note that the first token of `ticket` was seen. Repeated: no-op."""
+        if ticket.prompt_pending:
+            ticket.begun_at = max(ticket.leased_at, self._seen_at)
+            self._seen_at = ticket.computed_at = now
+            self._drop(ticket)
+
+    def over(self, ticket: Ticket, now: float, *, served: bool) -> None:
+        """Note that the request is over. Unless it was `served`, a prompt that was not computed never will be."""
+        if not served and ticket in self._uncounted:
+            self._uncounted.remove(ticket)
         if ticket.prompt_pending:
             self._drop(ticket)
-            self._begun = now
-            if self.predicting and ticket in self._uncounted:
-                self._uncounted.remove(ticket)
+        elif (
+            ticket.begun_at > 0.0
+            and not self._counts
+            and now - ticket.computed_at > STREAMED * (now - ticket.leased_at)
+        ):
+            took_s = ticket.computed_at - ticket.begun_at
+            self._token_s *= NUDGE if took_s > self._token_s * ticket.work_tokens else 1.0 / NUDGE
 
     def next_change(self) -> float | None:
-        """Return when the oldest prompt will be computed, if all goes as before."""
-        if not self.predicting or not self._pending:
+        """Return when the oldest prompt will count as computed, if anything tells."""
+        if not self._pending or not (self._counts or self.probed):
             return None
-        return self._begun + next(iter(self._pending)).work_tokens / self._speed
+        return next(iter(self._pending)).computed_at
 
     def pass_time(self, now: float) -> bool:
         """Take the prompts as computed whose time has come; tell whether there were any."""
         changed = False
         while (due := self.next_change()) is not None and due <= now:
             self._drop(next(iter(self._pending)))
-            self._begun = due
             changed = True
         return changed
 
-    def observe(self, counted: float, elapsed_s: float, now: float) -> None:
-        """Follow the engine's count of first tokens: `counted` for our requests in the last `elapsed_s`."""
-        self.predicting = True
-        left = self._count(counted)
-        could = self._speed * max(elapsed_s, PAUSE_S)
-        if not self._pending:
-            self._rest(now)
-        if self._busy and left < self.tokens:
-            self._speed = min(self._speed * min(1.0 + (self.tokens - left) / could, FASTER), MOST_SPEED)
-        elif self._uncounted and left - self.tokens - self._uncounted[0].work_tokens > TOLERANCE * could:
-            self._speed = max(self._speed * SLOWER, LEAST_SPEED)
-        known = set(self._uncounted)
-        for ticket in [ticket for ticket in self._pending if ticket not in known]:
-            self._drop(ticket)
-            self._begun = now
-        self._busy = True
+    def observe(self, counted: float, elapsed_s: float, now: float, costs: StepCost, running: float) -> list[Ticket]:
+        """Follow the engine's count of first tokens: `counted` for our requests in the last `elapsed_s`.
+
+        Return those requests, if it counted at the reading before too.
+        """
+        self._step_s = costs.base_s + costs.sequence_s * running
+        token_s = costs.prompt_s + self._step_s / CHUNK
+        done = self._count(counted)
+        behind = sum(ticket.work_tokens for ticket in self._uncounted) - self.tokens
+        if behind > TOLERANCE * elapsed_s / token_s + min(self.tokens, CHUNK):
+            self._slack = min(self._slack * SLOWER, MOST_SLACK)
+        else:
+            self._slack = max(self._slack * CALMER, CAUTION)
+        self._token_s = self._slack * token_s
+        self.limit = max(CHUNKS * CHUNK, int(LIMIT_S / self._token_s), int(PROMPTS * self._mean))
+        self._counts = True
+        if not self.probed:
+            known = set(self._uncounted)
+            for ticket in [ticket for ticket in self._pending if ticket not in known]:
+                self._drop(ticket)
+        self._computed_at = now
+        for ticket in self._pending:
+            self._predict(ticket, now)
+        return done
 
     def forget(self) -> None:
-        """Predict no more: the counter is silent."""
-        self.predicting = False
+        """Count no more: the counter is silent."""
+        self._counts = False
         self._uncounted.clear()
 
-    def _count(self, counted: float) -> int:
-        """Match the count with the prompts sent, oldest first; return the tokens of those that it lacks."""
+    def _predict(self, ticket: Ticket, now: float) -> None:
+        begins = max(self._computed_at, now)
+        self._computed_at = begins + ticket.work_tokens * self._token_s
+        in_progress_s = self._step_s + min(self.tokens, CHUNK) * self._token_s
+        due = self._computed_at + in_progress_s / 2
+        ticket.computed_at = due if self._counts else min(now + PATIENCE * (due - now), now + PATIENCE_S)
+
+    def _count(self, counted: float) -> list[Ticket]:
+        """Match the count with the prompts sent, oldest first; return those counted."""
         uncounted = self._uncounted
         self._part += counted
         done, self._part = int(self._part), self._part % 1.0
         for number, ticket in enumerate(uncounted):
             if ticket.state is State.DONE:  # an answer that is over tells of all prompts sent before it
                 done = max(done, number + 1)
-        for _ in range(min(done, len(uncounted))):
-            uncounted.popleft()
-        return sum(ticket.work_tokens for ticket in uncounted)
-
-    def _rest(self, now: float) -> None:
-        """Note that the engine had nothing to do since `_begun`."""
-        if now > self._begun + PAUSE_S:
-            self._busy = False
+        return [uncounted.popleft() for _ in range(min(done, len(uncounted)))]
 
     def _drop(self, ticket: Ticket) -> None:
         del self._pending[ticket]
         ticket.prompt_pending = False
         self.tokens -= ticket.work_tokens
+        self.prompts -= ticket.prompt_tokens
+        self.outputs -= ticket.output_tokens

@@ -27,7 +27,7 @@ class Sessions:
 
         Over `capacity` sessions, the one that was seen longest ago is forgotten.
         """
-        self._endpoints[session] = (endpoint, tokens, endpoint.kv_turnover)
+        self._endpoints[session] = (endpoint, tokens, endpoint.kv.turnover)
         self._endpoints.move_to_end(session)
         while len(self._endpoints) > capacity:
             self._endpoints.popitem(last=False)

@@ -45,7 +45,10 @@ class Ticket:
 
     __slots__ = (
         "alarm",
+        "begun_at",
+        "beside",
         "charge",
+        "computed_at",
         "deliver",
         "endpoint",
         "home",
@@ -64,6 +67,7 @@ class Ticket:
         "queue",
         "request",
         "request_class",
+        "sequences",
         "state",
         "wait_until",
         "waited_for",
@@ -79,6 +83,7 @@ class Ticket:
         self.waited_for: HeldBy | None = None
         self.predicted_s: float | None = None
         self.request_class: RequestClass = DEFAULT_CLASS
+        self.sequences = request.sequences
         self.pool: Pool | None = None
         self.queue: Queue | None = None  # the queue it stands in while WAITING
         self.key: Key = (0, 0.0, 0)  # its place in that queue
@@ -91,6 +96,9 @@ class Ticket:
         self.output_tokens = 0  # estimate
         self.charge: float | None = None  # what its tenant was charged for it; None while nobody counts
         self.kv_tokens = 0  # estimate of the KV cache it will need: prompt and answer
+        self.beside = 0  # how many its endpoint held when it was sent there
+        self.begun_at = 0.0  # when the engine began with its prompt, if its first byte was seen
+        self.computed_at = 0.0  # when its prompt will be computed, as far as that is predicted
         self.prompt_pending = False  # leased, and its first token has not been seen
         self.passed_over = 0  # how often a later request that fits was let past
         self.wait_until = 0.0  # the end of its budget

@@ -9,9 +9,15 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
+from extproc.admission.limit import DEFAULT_LAW, LimitLaw
+
 if TYPE_CHECKING:
     from extproc.admission.outcome import Outcome
     from extproc.admission.ticket import Ticket
+
+
+UNSIZED = "unsized"
+"""The kind of a body whose size nobody announced."""
 
 
 @dataclass(slots=True)
@@ -29,6 +35,8 @@ class Request:
         budget_s: the longest it may wait; its class's budget is the most.
         prompt_tokens: estimate of its prompt's tokens.
         max_output_tokens: the most tokens it allows in the answer, if it says so.
+        sequences: how many sequences it is for the engine: answers asked for, times prompts.
+        kind: what its body is, for estimates: bodies of one kind and size have prompts of about one length.
         trace: its W3C traceparent, for those who trace; like `id`, nothing is decided by it.
     """
 
@@ -42,6 +50,8 @@ class Request:
     budget_s: float | None = None
     prompt_tokens: int = 0
     max_output_tokens: int | None = None
+    sequences: int = 1
+    kind: str = ""
     trace: str = ""
 
 
@@ -106,9 +116,11 @@ class Policy:
         shed: refuse at once what would wait longer than its budget. Off, it waits its budget out.
         fair: fair shares between the tenants of a class. Off, arrival alone decides.
         short_first: inside a class, short prompts first; long ones wait longest. Instead of fairness.
-        max_prompt_tokens: the most prompt tokens sent to an endpoint whose first token has not come.
+        max_prompt_tokens: the most prompt tokens sent to an endpoint whose first token has not come; None: as many as
+            the engine's measured pace allows.
         max_kv_usage: share of the KV cache in use from which an endpoint gets nothing more.
         max_gpu_usage: the same for GPU utilization; None: not looked at (it is near 1 at any load).
+        limit_law: the constants of adaptive limits.
         stale_after_s: telemetry older than this is ignored.
         first_byte_probe: something calls `first_token`.
         session_memory: how many sessions' endpoints are remembered.
@@ -122,9 +134,10 @@ class Policy:
     shed: bool = True
     fair: bool = True
     short_first: bool = False
-    max_prompt_tokens: int = 4096
+    max_prompt_tokens: int | None = None
     max_kv_usage: float = 0.95
     max_gpu_usage: float | None = None
+    limit_law: LimitLaw = DEFAULT_LAW
     stale_after_s: float = 10.0
     first_byte_probe: bool = False
     session_memory: int = 100_000

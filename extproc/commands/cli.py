@@ -229,7 +229,7 @@ def _check(arguments: argparse.Namespace) -> int:
         problems = check_envoy(config, arguments.envoy)
         if problems:
             raise ConfigError(str(arguments.envoy), problems)
-    classes = ", ".join(f"{klass.name} (budget {klass.budget:g}s)" for klass in config.classes)
+    classes = ", ".join(f"{klass.name} (budget {klass.budget_s:g}s)" for klass in config.classes)
     queue = "on" if config.enable_queue else "off (enable_queue: false)"
     found = f" and those of {len(config.discovery)} source(s)" if config.discovery else ""
     print(f"{arguments.file}: ok: {len(config.endpoints)} endpoint(s){found}, queue {queue}, classes: {classes}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from extproc.admission.limit import CEILING, DEFAULT_LAW, LimitLaw
 from extproc.admission.values import Binding, EndpointSpec, Policy, RequestClass
 from extproc.config.types import (
     Address,
@@ -216,12 +217,65 @@ class TlsConfig(_Section):
     envoy: TlsEnvoyConfig | None = Field(None, description="Envoy's side, for `extproc envoy-config`.")
 
 
+SERVER_MARGIN_S = 0.4
+"""Of an objective for the first token, what is left to the server."""
+
+
+class LimitConfig(_Section):
+    """How an adaptive limit follows an endpoint; docs/how-it-works.md has the law."""
+
+    start: Annotated[int, Field(ge=1, le=CEILING)] = Field(
+        DEFAULT_LAW.start, description="The first limit. It doubles."
+    )
+    floor: Annotated[int, Field(ge=1, le=CEILING)] = Field(
+        DEFAULT_LAW.floor, description="The least, unless the server itself runs fewer."
+    )
+    tpot: PositiveDuration = Field(
+        DEFAULT_LAW.tpot_s, description="Wanted time per output token where no class has a `tpot`."
+    )
+    step_factor: Annotated[float, Field(ge=1.0, le=10.0)] = Field(
+        DEFAULT_LAW.best_factor,
+        description="Where a server's step alone takes long, so many times that is wanted instead.",
+    )
+    probe: PositiveDuration = Field(
+        DEFAULT_LAW.probe_s,
+        description="How long a batch size that was found is believed before more is tried; doubles.",
+    )
+
+    def law(self, objective_s: float | None) -> LimitLaw:
+        """Return them as admission knows them; `objective_s`: the tightest `tpot` of the classes."""
+        return LimitLaw(
+            start=self.start,
+            floor=self.floor,
+            tpot_s=self.tpot,
+            best_factor=self.step_factor,
+            objective_s=objective_s,
+            probe_s=self.probe,
+        )
+
+
 class ClassConfig(_Section):
     """A service class. A request names its class in a header; an unknown or missing name means the first class."""
 
     name: Name = Field(description="Its name, as the header gives it.")
     priority: Annotated[int, Field(ge=-1000, le=1000)] = Field(0, description="Higher goes first, always.")
-    budget: Duration = Field(30.0, description="The longest that a request of this class may wait.")
+    budget: Duration = Field(
+        30.0,
+        description="The longest that a request of this class may wait. Where `ttft` is given, by default that less "
+        "0.4s, which the server needs.",
+    )
+    ttft: PositiveDuration | None = Field(None, description="Wanted time to the first token, as its users say it.")
+    tpot: PositiveDuration | None = Field(
+        None,
+        description="Wanted time per output token after the first. Adaptive limits keep the tightest of all classes.",
+    )
+
+    @property
+    def budget_s(self) -> float:
+        """Return the longest that a request of this class may wait, in seconds."""
+        if self.ttft is None or "budget" in self.model_fields_set:
+            return self.budget
+        return max(self.ttft - SERVER_MARGIN_S, self.ttft / 2)
 
 
 class RouteConfig(_Section):
@@ -382,8 +436,13 @@ class Config(_Section):
     max_queued_requests: Annotated[int, Field(ge=0)] = Field(
         10_000, description="Over it the last request of the lowest class is refused, not the newest as such."
     )
-    max_prompt_tokens: Annotated[int, Field(ge=1)] = Field(
-        4096, description="The most prompt tokens at an endpoint that have no first token yet, where that can be seen."
+    max_prompt_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="The most prompt tokens at an endpoint that have no first token yet, where that can be seen. "
+        "Unset: 4096, what the server computes in a quarter of a second, or three mean prompts: what is most.",
+    )
+    adaptive_limit: LimitConfig = Field(
+        LimitConfig(), description="The constants of `max_running_requests: adaptive`. The defaults need no change."
     )
     shed: bool = Field(
         True,
@@ -425,7 +484,7 @@ class Config(_Section):
     )
     request_fields: bool = Field(
         False,
-        description="Also read model, max_tokens, user, service_tier and priority from the JSON body, which Envoy "
+        description="Also read model, max_tokens, n, user, service_tier and priority from the JSON body, which Envoy "
         "parses (json_to_metadata, rendered by `envoy-config`), and the model from a form's field. Headers win.",
     )
     first_byte_probe: bool = Field(
@@ -469,11 +528,12 @@ class Config(_Section):
         """Return the rules of admission."""
         return Policy(
             enable_queue=self.enable_queue,
-            classes=tuple(RequestClass(klass.name, klass.priority, klass.budget) for klass in self.classes),
+            classes=tuple(RequestClass(klass.name, klass.priority, klass.budget_s) for klass in self.classes),
             patience_s=self.max_queue_wait_time,
             binding=Binding(self.binding),
             max_queued_requests=self.max_queued_requests,
             max_prompt_tokens=self.max_prompt_tokens,
+            limit_law=self.adaptive_limit.law(min((klass.tpot for klass in self.classes if klass.tpot), default=None)),
             shed=self.shed,
             fair=self.tenant_fairness,
             short_first=self.short_prompts_first,
@@ -536,7 +596,7 @@ class Config(_Section):
     @property
     def longest_budget_s(self) -> float:
         """The longest that any request may wait."""
-        return max(klass.budget for klass in self.classes)
+        return max(klass.budget_s for klass in self.classes)
 
 
 def target_of(endpoint: EndpointConfig) -> Target:

@@ -34,9 +34,9 @@ def cross_check(config: Config) -> list[str]:
                 )
     problems += _check_who(config)
     for index, klass in enumerate(config.classes):
-        if klass.budget > LONGEST_BUDGET_S:
+        if klass.budget_s > LONGEST_BUDGET_S:
             problems.append(
-                f"classes[{index}].budget: {klass.budget:g}s is above what Envoy's message_timeout can cover "
+                f"classes[{index}].budget: {klass.budget_s:g}s is above what Envoy's message_timeout can cover "
                 f"(at most 3600s); {LONGEST_BUDGET_S:g}s or less works"
             )
     if config.gpu_utilization_perc is not None and not any(one.gpu_metrics_url for one in config.endpoints):

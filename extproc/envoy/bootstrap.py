@@ -376,7 +376,7 @@ def _regex(name: str) -> str:
     return "".join(letter if letter.isalnum() or letter == "-" else f"[{letter}]" for letter in name)
 
 
-_FIELDS = ("model", "max_tokens", "max_completion_tokens", "user", "service_tier", "priority")
+_FIELDS = ("model", "max_tokens", "max_completion_tokens", "n", "user", "service_tier", "priority")
 
 
 def _request_fields(config: Config) -> str:

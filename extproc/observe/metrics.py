@@ -418,8 +418,8 @@ class Metrics:
             closed.add_metric([*name, "load"], int(held_back))
             dispatched.add_metric(name, endpoint.dispatched)
             limit.add_metric([*name, "requests"], endpoint.limit.value)
-            if endpoint.kv_capacity is not None:
-                limit.add_metric([*name, "kv_tokens"], endpoint.kv_capacity)
+            if endpoint.kv.capacity is not None:
+                limit.add_metric([*name, "kv_tokens"], endpoint.kv.capacity)
             is_up.add_metric(name, int(endpoint.available))
             is_known.add_metric(name, int(health.is_known))
         yield from (inflight, oldest, dispatched, limit, is_up, is_known, closed, limited)

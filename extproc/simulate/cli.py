@@ -203,8 +203,8 @@ def _configured(path: Path) -> tuple[Klass, ...]:
             STANDARD,
             name=klass.name,
             priority=klass.priority,
-            ttft_s=klass.budget + STANDARD.margin_s,
-            patience_s=max(2 * klass.budget, STANDARD.patience_s),
+            ttft_s=klass.budget_s + STANDARD.margin_s,
+            patience_s=max(2 * klass.budget_s, STANDARD.patience_s),
             share=1 / len(classes),
         )
         for klass in classes

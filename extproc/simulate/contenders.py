@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from extproc.admission.controller import Controller
 from extproc.admission.ticket import State, Ticket
-from extproc.admission.values import Binding, Dispatch, EndpointSpec, Policy, Request, RequestClass
+from extproc.admission.values import UNSIZED, Binding, Dispatch, EndpointSpec, Policy, Request, RequestClass
 from extproc.durations import parse_duration
 from extproc.errors import ConfigError
 from extproc.simulate.fronts import Balancer, Haproxy, Split, Verdict, round_robin, shortest, two_choices
@@ -61,6 +61,8 @@ class Core:
             tenant=demand.tenant,
             session=demand.session if self._setting.session_homes and demand.names_session else None,
             prompt_tokens=demand.estimate,
+            sequences=demand.sequences if self._setting.reads_n else 1,
+            kind="" if demand.sized else UNSIZED,
         )
         ticket = Ticket(request)
         self._jobs[ticket] = job
@@ -130,6 +132,7 @@ class Setting:
 
     Attributes:
         scrape_interval_s: how often engines are asked for their metrics.
+        reads_n: whether the body's `n` is read (`request_fields`).
         session_homes: whether the session header is read.
         own_books: whether KV capacity and counters of prompts are known; the original design had only gauges.
         replicas: how many sidecars share the engines, each with a part of the arrivals.
@@ -140,6 +143,7 @@ class Setting:
     max_running_requests: int | None = None
     kv_capacity_tokens: int | None = None
     scrape_interval_s: float = 1.0
+    reads_n: bool = False
     session_homes: bool = True
     own_books: bool = True
     replicas: int = 1
@@ -350,6 +354,7 @@ _KEYS: dict[str, tuple[str, str, Callable[[str], object]]] = {
     "own_books": ("setting", "own_books", _switch),
     "replicas": ("setting", "replicas", _count),
     "replicas_fault": ("setting", "replicas_fault", _replicas_fault),
+    "reads_n": ("setting", "reads_n", _switch),
     "scrape_interval": ("setting", "scrape_interval_s", _interval),
     "session_homes": ("setting", "session_homes", _switch),
     "shed": ("policy", "shed", _switch),

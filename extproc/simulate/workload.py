@@ -109,6 +109,7 @@ class Demand:
         prefix, prefix_tokens: what its prompt begins with, and others' too.
         streamed: False: nothing of the answer comes before all of it. It is judged as if it were streamed.
         sequences: answers to the same prompt (`n`), all of them `output` tokens long.
+        sized: False: its body comes without a length.
     """
 
     at: float
@@ -125,6 +126,7 @@ class Demand:
     prefix_tokens: int = 0
     streamed: bool = True
     sequences: int = 1
+    sized: bool = True
 
     def chain(self) -> Iterator[Demand]:
         """Walk this turn and those after it."""
@@ -296,7 +298,7 @@ class _Draw:
                 demand.prompt = fits
             demand.output = min(demand.output, workload.context_tokens - demand.prompt)
         if workload.unsized and draw.random() < workload.unsized:
-            demand.estimate = UNKNOWN_PROMPT_TOKENS
+            demand.estimate, demand.sized = UNKNOWN_PROMPT_TOKENS, False
         if workload.unstreamed and draw.random() < workload.unstreamed:
             demand.streamed = False
         share, sequences = workload.several

@@ -58,18 +58,16 @@ class DryRun(Controller):
             self._count(self._other.offer(twin, now))
         return decisions
 
-    def release(
-        self, ticket: Ticket, now: float, answer: Answer = Answer.UNKNOWN, output_tokens: int | None = None
-    ) -> list[Decision]:
+    def release(self, ticket: Ticket, now: float, answer: Answer = Answer.UNKNOWN) -> list[Decision]:
         """End a request, and its twin wherever that stands."""
-        decisions = super().release(ticket, now, answer, output_tokens)
+        decisions = super().release(ticket, now, answer)
         twin = self._twins.pop(ticket, None)
         self._catch_up(now)
         if twin is not None and twin.state is State.WAITING:
             self._note(HELD, twin)
             self._count(self._other.cancel(twin, now))
         elif twin is not None and twin.state is State.LEASED:
-            self._count(self._other.release(twin, now, answer, output_tokens))
+            self._count(self._other.release(twin, now, answer))
         return decisions
 
     def adopt(

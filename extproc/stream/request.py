@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from extproc.admission.values import Request
+from extproc.admission.values import UNSIZED, Request
 from extproc.durations import parse_duration
 from extproc.stream.answer import GRPC_STATUS
 
@@ -23,6 +23,8 @@ BYTES_PER_TOKEN = 4
 UNKNOWN_PROMPT_TOKENS = 512
 """For a body that comes without a content-length."""
 MAX_TOKENS = 1_000_000
+MAX_SEQUENCES = 128
+"""Answers to one prompt, at most: what OpenAI's API allows as `n`."""
 MAX_NAME = 256
 """Characters of a client's name for something that we keep."""
 WHAT = (":method", ":path", "upgrade", "content-type")
@@ -97,6 +99,8 @@ class Requests:
             home=home,
             budget_s=budget_s,
             prompt_tokens=_prompt_tokens(headers.get("content-length"), has_body=incoming.has_body),
+            kind=UNSIZED if incoming.has_body and "content-length" not in headers else "",
+            sequences=min(_count(fields.get("n")) or 1, MAX_SEQUENCES),
             max_output_tokens=_count(fields.get("max_tokens")) or _count(fields.get("max_completion_tokens")),
             trace=headers.get(names.trace, "")[:MAX_NAME] if names.trace else "",
         )

@@ -103,7 +103,7 @@ def test_every_demand_ends_exactly_once_and_nothing_is_left(name: str, workload:
     if isinstance(world.front, Core):
         core = world.front.controller
         assert core.waiting == 0
-        assert not any(endpoint.leases or endpoint.kv_tokens for endpoint in core.endpoints.values())
+        assert not any(endpoint.leases or endpoint.kv.tokens for endpoint in core.endpoints.values())
 
 
 def test_ours_is_the_core_itself() -> None:
@@ -144,9 +144,9 @@ def test_the_core_sees_telemetry_like_a_scraper_makes_it() -> None:
     world = play("ours", rate=10.0)
     assert isinstance(world.front, Core)
     endpoint = world.front.controller.endpoints["engine-0"]
-    assert endpoint.load is not None
-    assert endpoint.load.kv_capacity_tokens == PRESETS[PRESET].kv_tokens
-    assert endpoint.load.first_tokens is not None
+    assert endpoint.reading.page is not None
+    assert endpoint.reading.page.kv_capacity_tokens == PRESETS[PRESET].kv_tokens
+    assert endpoint.reading.page.first_tokens is not None
 
 
 def test_a_small_overloaded_run_has_sane_figures() -> None:

@@ -81,7 +81,7 @@ def test_whatever_comes_ends_exactly_once_and_nothing_is_left(name: str, page: P
     assert all(engine.running == engine.waiting == 0 and engine.kv_usage == 0 for engine in played.engines)
     if isinstance(played.front, Core):
         endpoints = played.front.controller.endpoints.values()
-        assert not any(endpoint.leases or endpoint.kv_tokens for endpoint in endpoints)
+        assert not any(endpoint.leases or endpoint.kv.tokens for endpoint in endpoints)
 
 
 # ---- pages

@@ -138,6 +138,8 @@ class Storm:
             budget_s=random.choice(self.weather.budgets),
             prompt_tokens=random.choice(self.weather.prompts),
             max_output_tokens=random.choice((None, None, 1, 50, 100_000)),
+            sequences=random.choice((1, 1, 1, 1, 1, 1, 2, 4, 30)),
+            kind=random.choice(("", "image")),
         )
         self._waiting.append(self.world.offer(request))
 
@@ -149,9 +151,8 @@ class Storm:
             answer = self.weather.sickness
         else:
             answer = self.random.choices(tuple(Answer), self.weather.answers)[0]
-        tokens = self.random.choice((None, 0, 20, 900))
         self._leased.remove(ticket)
-        self.world.release(ticket, answer, tokens)
+        self.world.release(ticket, answer)
 
     def _cancel(self) -> None:
         self._sort_out()
@@ -206,9 +207,11 @@ class Storm:
             prompt_tokens=random.choice((None, None, 0, 300, 5000)),
             output_tokens=random.choice((None, 0, 4000)),
             asleep=random.choice((None, None, False, random.random() < 0.1)),
+            max_running=random.choice((None, None, None, 4)),
         )
         if load.prompt_tokens is not None:
             load = replace(load, first_tokens=min(load.prompt_tokens // 300, 5))
+            load = replace(load, cached_tokens=random.choice((None, 0, load.prompt_tokens // 2, 9000)))
         name = random.choice((*NAMES, "nowhere"))
         if random.random() < 0.3:
             self.world.report(name, Load(load.running, load.waiting, load.kv_usage))
@@ -259,7 +262,7 @@ class Storm:
             shed=random.random() < 0.5,
             fair=random.random() < 0.8,
             short_first=random.random() < 0.1,
-            max_prompt_tokens=random.choice((500, 4096)),
+            max_prompt_tokens=random.choice((500, 4096, None)),
             max_gpu_usage=random.choice((None, None, 0.9)),
             stale_after_s=random.choice((0.3, 2.0, 10.0)),
             first_byte_probe=random.random() < 0.3,

@@ -11,7 +11,7 @@ from extproc.admission.outcome import Outcome
 from extproc.admission.queue import GUARD
 from extproc.admission.values import Answer, EndpointSpec, Reject
 
-from .test_rules import Desk
+from .desk import Desk
 
 
 def held(desk: Desk) -> dict[str, HeldBy]:
@@ -40,7 +40,8 @@ def just_refused(desk: Desk) -> None:
 
 
 def hot(desk: Desk) -> None:
-    desk.observe("a", Load(running=3.0, kv_usage=0.99))
+    desk.ask()  # one at a time
+    desk.observe("a", Load(running=1.0, kv_usage=0.99))
 
 
 def out_of_cache(desk: Desk) -> None:

@@ -45,7 +45,7 @@ POLICIES = st.builds(
     shed=st.booleans(),
     fair=st.booleans(),
     short_first=st.sampled_from((False, False, True)),
-    max_prompt_tokens=st.sampled_from((500, 4096)),
+    max_prompt_tokens=st.sampled_from((500, 4096, None)),
     max_gpu_usage=perhaps(st.just(0.9)),
     stale_after_s=st.sampled_from((0.1, 2.0, 10.0)),
     first_byte_probe=st.booleans(),
@@ -64,8 +64,10 @@ LOADS = st.builds(
     preemptions=perhaps(st.integers(0, 1)),
     prompt_tokens=COUNTS,
     output_tokens=COUNTS,
+    cached_tokens=COUNTS,
     first_tokens=perhaps(st.sampled_from((0, 1, 5))),
     asleep=st.sampled_from((None, None, False, True)),
+    max_running=perhaps(st.sampled_from((0, 2))),
 )
 
 
@@ -94,6 +96,8 @@ class Machine(RuleBasedStateMachine):
         age_s=st.sampled_from((0.0, 0.0, 2.0, 100.0)),
         prompt_tokens=TOKENS,
         max_output_tokens=perhaps(TOKENS),
+        sequences=st.sampled_from((1, 1, 1, 3, 20)),
+        kind=st.sampled_from(("", "image")),
     )
     def offer(self, count: int, age_s: float, **request: object) -> None:
         for _ in range(count):
@@ -109,11 +113,11 @@ class Machine(RuleBasedStateMachine):
         self.world.cancel(self._pick(self.world.waiting, data))
 
     @precondition(lambda self: self.world.leased)
-    @rule(data=st.data(), answer=st.sampled_from(Answer), output_tokens=COUNTS, count=st.sampled_from((1, 1, 1, 6, 70)))
-    def release(self, data: st.DataObject, answer: Answer, output_tokens: int | None, count: int) -> None:
-        self.world.release(self._pick(self.world.leased, data), answer, output_tokens)
+    @rule(data=st.data(), answer=st.sampled_from(Answer), count=st.sampled_from((1, 1, 1, 6, 70)))
+    def release(self, data: st.DataObject, answer: Answer, count: int) -> None:
+        self.world.release(self._pick(self.world.leased, data), answer)
         for _ in range(min(count - 1, len(self.world.leased))):
-            self.world.release(next(iter(self.world.leased)), answer, output_tokens)
+            self.world.release(next(iter(self.world.leased)), answer)
 
     @precondition(lambda self: self.world.leased)
     @rule(data=st.data())
@@ -166,7 +170,8 @@ class Machine(RuleBasedStateMachine):
             world.release(ticket)
         assert world.outcomes.total() == world.offered
         for endpoint in world.core.endpoints.values():
-            assert (endpoint.leases, endpoint.kv_tokens, endpoint.prompt_tokens) == ({}, 0, 0)
+            assert (endpoint.leases, endpoint.sequences) == ({}, 0)
+            assert (endpoint.kv.prompts, endpoint.kv.outputs, endpoint.prefill.tokens) == (0, 0, 0)
         world.advance(100.0)
         assert world.core.next_deadline() is None
         assert len(world.core._alarms) == 0

@@ -26,7 +26,7 @@ def test_a_storm_breaks_no_invariant(seed: int) -> None:
     ("seed", "events"),
     [
         # What each showed on the first version of the core. Changing `storm.py` changes what a seed does: the bugs
-        # themselves are pinned one by one in test_rules.py.
+        # themselves are pinned one by one beside it.
         pytest.param(1, 1500, id="telemetry outlived a reload that shortened its life"),
         pytest.param(2, 1500, id="a request waited beside an endpoint with room"),
         pytest.param(4, 3000, id="requests that moved to a new pool did not keep their order"),

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from math import isfinite
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from extproc.admission.controller import RETRY_AFTER_MAX_S, Controller
-from extproc.admission.endpoint import KV_SHARE
 from extproc.admission.fairness import MAX_TENANTS
+from extproc.admission.kv import SHARE as KV_SHARE
 from extproc.admission.outcome import Outcome
 from extproc.admission.queue import GUARD, WINDOW
 from extproc.admission.ticket import State, Ticket
@@ -49,8 +50,17 @@ class Books:
     foreign: int | None = None  # the most that may be foreign: None before the first telemetry
 
     @property
-    def kv_tokens(self) -> int:
-        return sum(ticket.kv_tokens for ticket in self.leases)
+    def sequences(self) -> int:
+        """What counts against its limit: a request may be several sequences for the engine."""
+        return sum(ticket.request.sequences for ticket in self.leases)
+
+    @property
+    def prompts(self) -> int:
+        return sum(ticket.prompt_tokens for ticket in self.leases)
+
+    @property
+    def outputs(self) -> int:
+        return sum(ticket.kv_tokens - ticket.prompt_tokens for ticket in self.leases)
 
     @property
     def prompt_tokens(self) -> int:
@@ -94,12 +104,12 @@ class World:
         self.outcomes[Outcome.CANCELLED] += 1
         self._end(self.core.cancel(ticket, self.now))
 
-    def release(self, ticket: Ticket, answer: Answer = Answer.UNKNOWN, output_tokens: int | None = None) -> None:
+    def release(self, ticket: Ticket, answer: Answer = Answer.UNKNOWN) -> None:
         self._begin()
         books = self.leased.pop(ticket)
         del books.leases[ticket]
         self._bury(books)
-        self._end(self.core.release(ticket, self.now, answer, output_tokens))
+        self._end(self.core.release(ticket, self.now, answer))
 
     def adopt(self, request: Request, name: str) -> Ticket:
         """A lease comes that another sidecar's core gave: limits have no say."""
@@ -118,7 +128,7 @@ class World:
         books = self.leased.pop(ticket)
         del books.leases[ticket]
         if books.foreign is not None:
-            books.foreign += 1
+            books.foreign += ticket.sequences
         self._bury(books)
         self._end(self.core.disown(ticket, self.now))
 
@@ -184,7 +194,7 @@ class World:
         if books is None or load.running is None:
             return
         there = int(load.running + (load.waiting or 0))
-        known = there - len(books.leases) if books.foreign is None else min(books.foreign, there)
+        known = there - books.sequences if books.foreign is None else min(books.foreign, there)
         books.foreign = max(known, 0)
 
     def set_policy(self, policy: Policy) -> None:
@@ -322,17 +332,33 @@ class World:
     # ---- what must hold between events
 
     def _fits(self, books: Books, endpoint: Endpoint, ticket: Ticket) -> bool:
-        count = len(books.leases) + endpoint.foreign
+        count = books.sequences + endpoint.foreign
         if count >= endpoint.limit.value or (endpoint.quota is not None and len(books.leases) >= endpoint.quota):
+            return False
+        if endpoint.closed_until is not None and books.leases:  # hot: one at a time
             return False
         if count == 0:
             return True
-        used, capacity = books.kv_tokens + endpoint.kv_excess, endpoint.kv_capacity
-        if capacity is not None and used + ticket.kv_tokens > KV_SHARE * capacity:
+        if ticket.request.sequences > 1 and count + ticket.request.sequences > endpoint.limit.value:
             return False
+        kv = endpoint.kv
+        if kv.capacity is not None:  # what requests share of their prompts is in the cache once
+            needed = (books.prompts + ticket.prompt_tokens) * kv.real + books.outputs + ticket.output_tokens
+            if needed + kv.excess > KV_SHARE * kv.capacity:
+                return False
         if not endpoint.sees_first_tokens or books.prompt_tokens == 0:
             return True
-        return books.prompt_tokens + ticket.work_tokens <= self.core.policy.max_prompt_tokens
+        asked = self.core.policy.max_prompt_tokens
+        most = endpoint.prefill.limit if asked is None else asked
+        new = min(ticket.work_tokens, int(endpoint.prefill.fresh * ticket.prompt_tokens))  # the rest is cached there
+        return books.prompt_tokens + new <= most
+
+    def _is_kept_back(self, books: Books, endpoint: Endpoint) -> bool:
+        """Whether no request at all may go to an endpoint that is up and below its limit."""
+        health = endpoint.health
+        if endpoint.closed_until is not None and books.leases:  # hot: one at a time
+            return True
+        return health.held_back_by is not None
 
     def check(self) -> None:
         """Recompute everything that the core keeps."""
@@ -355,8 +381,8 @@ class World:
         for name, books in self.books.items():
             endpoint = self.core.endpoints[name]
             require(list(endpoint.leases) == list(books.leases), endpoint, books)
-            require(endpoint.kv_tokens == books.kv_tokens, endpoint.kv_tokens, books.kv_tokens)
-            require(endpoint.prompt_tokens == books.prompt_tokens, endpoint.prompt_tokens, books.prompt_tokens)
+            require(endpoint.sequences == books.sequences, endpoint.sequences, books.sequences)
+            self._check_tokens(endpoint, books)
             require(0 <= endpoint.foreign <= (books.foreign or 0), endpoint.foreign, "foreign,", books.foreign)
             require(endpoint.removed is not books.present, endpoint)
             crowding = (endpoint.pressure, endpoint.picked)
@@ -368,7 +394,19 @@ class World:
             waited_for = any(_may_take(t, endpoint) and endpoint in t.pool.members for t in self.waiting)
             held = waited_for or not self._is_open(endpoint)
             require((endpoint in holds) is held, endpoint, "is held by", holds.get(endpoint))
-            require(endpoint.kv_tokens >= 0 and endpoint.prompt_tokens >= 0 and endpoint.limit.value >= 1, endpoint)
+            require(endpoint.limit.value >= 1, endpoint)
+
+    def _check_tokens(self, endpoint: Endpoint, books: Books) -> None:
+        kv, prefill = endpoint.kv, endpoint.prefill
+        require((kv.prompts, kv.outputs) == (books.prompts, books.outputs), kv.prompts, kv.outputs, books)
+        require(0.0 < kv.real <= 1.0 and 0.0 <= kv.trust <= 1.0 and kv.excess >= 0.0, kv.real, kv.trust, kv.excess)
+        require(prefill.tokens == books.prompt_tokens, prefill.tokens, books.prompt_tokens)
+        pending = [ticket for ticket in books.leases if ticket.prompt_pending]
+        prompts, outputs = (sum(t.prompt_tokens for t in pending), sum(t.output_tokens for t in pending))
+        require((prefill.prompts, prefill.outputs) == (prompts, outputs), prefill.prompts, prefill.outputs)
+        require(prefill.limit > 0 and 0.0 < prefill.fresh <= 1.0, prefill.limit, prefill.fresh)
+        costs = endpoint.steps
+        require(all(map(isfinite, (costs.base_s, costs.sequence_s, costs.prompt_s))), "costs of steps:", costs)
 
     def _check_pool(self, pool: Pool, waiting: list[Ticket]) -> None:
         in_lines = [ticket for queue in pool.queues() for ticket in queue]
@@ -414,12 +452,10 @@ class World:
             return False
         if not self.core.policy.enable_queue:
             return True
-        leases = self.books[endpoint.name].leases
-        if endpoint.closed_until is not None or endpoint.health.held_back_by is not None:
+        books = self.books[endpoint.name]
+        if endpoint.quota is not None and len(books.leases) >= endpoint.quota:
             return False
-        if endpoint.quota is not None and len(leases) >= endpoint.quota:
-            return False
-        return len(leases) + endpoint.foreign < endpoint.limit.value
+        return not self._is_kept_back(books, endpoint) and books.sequences + endpoint.foreign < endpoint.limit.value
 
     def _check_conservation(self) -> None:
         """No endpoint with room while a request waits that it could take, but for those behind a guarded one."""
@@ -470,10 +506,11 @@ class World:
                 endpoint.prefill.next_change(),
             )
             wanted += [at for at in times if at is not None]
-            if endpoint.load is not None:
-                wanted.append(endpoint.load_at + self.core.policy.stale_after_s)
-            if endpoint.report is not None:
-                wanted.append(endpoint.report_at + self.core.policy.stale_after_s)
+            reading, stale_after_s = endpoint.reading, self.core.policy.stale_after_s
+            if reading.page is not None:
+                wanted.append(reading.page_at + stale_after_s)
+            if reading.report is not None:
+                wanted.append(reading.report_at + stale_after_s)
         if wanted:
             earliest = max(min(wanted), self.now)
             require(due is not None and due <= earliest, "next deadline", due, "misses", earliest)
@@ -498,8 +535,10 @@ class World:
 
 def _counted(endpoint: Endpoint) -> tuple[object, ...]:
     """What only a look at the endpoint's page may change."""
-    told = (endpoint.load, endpoint.load_at, endpoint.foreign, endpoint.sees_first_tokens)
-    return (*told, endpoint.limit, endpoint.limit.value, endpoint.prefill.predicting, endpoint.produced)
+    reading, prefill, kv, steps = endpoint.reading, endpoint.prefill, endpoint.kv, endpoint.steps
+    told = (reading.page, reading.page_at, endpoint.foreign, endpoint.sees_first_tokens, endpoint.produced)
+    learned = (kv.real, kv.trust, prefill.fresh, steps.base_s, steps.sequence_s, steps.prompt_s, steps.tpot_s)
+    return (*told, *learned, endpoint.limit, endpoint.limit.value, prefill.limit, prefill._counts)
 
 
 def _may_take(ticket: Ticket, endpoint: Endpoint) -> bool:

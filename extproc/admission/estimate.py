@@ -1,0 +1,193 @@
+"""Estimates of the tokens a request will need, from its headers and from what engines counted for earlier ones.
+
+Prompts: a size in bytes says little by itself. Prose, code, other languages, base64 of an image have each their own
+tokens per byte; bodies of about one size mostly are of one kind. So for each model, kind of body and power of two of
+the announced size, the scale from announced to real tokens is learned from the engines' counters.
+
+Answers: their mean length by model and class. Counters tell the mean of all; how long an answer was being written, at
+the pace of its engine, tells one from another.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+from extproc.admission.values import UNSIZED
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from extproc.admission.ticket import Ticket
+    from extproc.admission.values import Request
+
+FIRST_GUESS = 200.0
+"""Mean output tokens before anything was seen; public chat traces have means of 130 to 210."""
+MEMORY = 200
+"""About so many of the last answers make the mean."""
+FEW = 8
+"""So many answers of its own a model and class must have had to be told from the others by half."""
+MOST_PROMPT, MOST_OUTPUT = 262_144, 32_768
+"""What a page says of one prompt or answer above this is not believed."""
+MOST_CONTEXT = 131_072
+"""Tokens that a model takes where nobody says: a size is a claim, and books no more than could be true."""
+LEAST_SCALE, MOST_SCALE = 1 / 1024, 8.0
+MOST_STEP = 4.0
+"""By how much one reading may differ from what was expected: one page that lies must not move much."""
+MOST_FASTER = 2.5
+"""An engine is taken to write at most so many times as fast as the median of all."""
+FIRST_PACE, MOST_PACE, NUDGE = 50.0, 1000.0, 1.01
+"""Tokens per second of one sequence: the first median over engines, its most, and what an answer moves it by."""
+SURE, UNSURE = 0.01, 1.0
+"""Variance of a scale that has settled (it may still drift), and of one that nobody has seen."""
+NOISE = 0.25
+"""By how much a sum of prompts may be off for other reasons, as a share of it."""
+SCALES = 4096
+"""Scales remembered; the one that was used longest ago is forgotten first."""
+
+
+class _Scale:
+    __slots__ = ("value", "variance")
+
+    def __init__(self) -> None:
+        self.value = 1.0
+        self.variance = UNSURE
+
+
+class _Mean:
+    """A mean of the last MEMORY values, and how many there were."""
+
+    __slots__ = ("count", "value")
+
+    def __init__(self) -> None:
+        self.count = 0.0
+        self.value = 0.0
+
+    def add(self, value: float) -> None:
+        self.count = min(self.count + 1.0, MEMORY)
+        self.value += (value - self.value) / self.count
+
+
+SizeClass = tuple[str | None, str, int]
+"""A model, a kind of body, and the bits of the announced size."""
+
+
+class TokenEstimate:
+    """What requests of each kind really need."""
+
+    __slots__ = ("_all", "_answers", "_durations", "_mean", "_pace", "_scales")
+
+    def __init__(self) -> None:
+        """Start at FIRST_GUESS, and believe what requests announce."""
+        self._scales: OrderedDict[SizeClass, _Scale] = OrderedDict()
+        self._mean = FIRST_GUESS  # of all answers, by the counters
+        self._all = _Mean()  # of all answers, as `tokens_of` sees them
+        self._answers: OrderedDict[tuple[str | None, str], _Mean] = OrderedDict()
+        self._durations = _Mean()
+        self._pace = FIRST_PACE  # the median of what engines showed
+
+    def estimate(self, ticket: Ticket, longest: int | None) -> None:
+        """Fill in the ticket's token estimates. `longest`: what the model takes; nobody needs more."""
+        request = ticket.request
+        prompt = request.prompt_tokens
+        scale = self._scales.get(_size_class(ticket)) if prompt else None
+        if scale is not None:
+            prompt = int(prompt * scale.value)
+        output = self._output_of(ticket)
+        ceiling = request.max_output_tokens
+        if ceiling is not None and ceiling < output:
+            output = ceiling
+        most = longest or MOST_CONTEXT
+        prompt, output = min(prompt, most), min(output, most)
+        ticket.prompt_tokens = ticket.work_tokens = prompt
+        ticket.output_tokens = output * ticket.sequences
+        ticket.kv_tokens = prompt + ticket.output_tokens
+
+    def learn_prompts(self, tokens: int, tickets: Sequence[Ticket]) -> None:
+        """Follow what an engine counted for the prompts of `tickets`: `tokens` together.
+
+        A Kalman filter for each scale, with what they have to share: the largest and the least known pay the most.
+        """
+        announced: dict[SizeClass, int] = {}
+        for ticket in tickets:
+            if ticket.request.prompt_tokens:
+                key = _size_class(ticket)
+                announced[key] = announced.get(key, 0) + ticket.request.prompt_tokens
+        scales = {key: self._scale(key) for key in announced}
+        expected = sum(scales[key].value * size for key, size in announced.items())
+        if expected <= 0.0:
+            return
+        counted = min(tokens, expected * MOST_STEP, MOST_PROMPT * len(tickets))
+        spread = sum(scales[key].variance * size * size for key, size in announced.items())
+        spread += (NOISE * min(expected, counted)) ** 2
+        for key, size in announced.items():
+            scale = scales[key]
+            gain = scale.variance * size / spread
+            scale.value = min(max(scale.value + gain * (counted - expected), LEAST_SCALE), MOST_SCALE)
+            scale.variance = max(scale.variance * (1.0 - gain * size), SURE * scale.value**2)
+
+    def tokens_of(self, ticket: Ticket, writing_s: float, pace: float | None, *, learn: bool) -> float:
+        """Return about how many tokens an answer had that was written for `writing_s`; `learn` from a whole one.
+
+        `pace`: tokens per second of one sequence at its engine; None: not known, their times alone tell answers apart.
+        """
+        self._durations.add(writing_s)
+        if pace is None:
+            pace = self._mean / max(self._durations.value, 1e-3)
+        else:
+            self._pace = min(self._pace * (NUDGE if pace > self._pace else 1.0 / NUDGE), MOST_PACE)
+            pace = min(pace, self._pace * MOST_FASTER)
+        seen = min(writing_s * pace * ticket.sequences, float(MOST_OUTPUT))
+        if not learn:
+            return seen * self._correction
+        self._all.add(seen)
+        key = (ticket.request.model, ticket.request_class.name)
+        mean = self._answers.get(key)
+        if mean is None:
+            mean = self._answers[key] = _Mean()
+            if len(self._answers) > SCALES:
+                self._answers.popitem(last=False)
+        mean.add(seen / ticket.sequences)
+        return seen * self._correction
+
+    def learn(self, output_tokens: int, answers: int) -> None:
+        """Follow `answers` finished answers that had `output_tokens` together, by an engine's counter.
+
+        One engine's page must not spoil the estimate for all: what it says of an answer is bounded, and one reading
+        at most doubles the mean.
+        """
+        if answers > 0:
+            share = min(answers / MEMORY, 0.5)
+            seen = min(output_tokens / answers, MOST_OUTPUT)
+            self._mean = min(self._mean + share * (seen - self._mean), 2.0 * self._mean + 1.0)
+
+    @property
+    def _correction(self) -> float:
+        """By how much counters and our own view of answers differ."""
+        if self._all.value <= 0.0:
+            return 1.0
+        return min(max(self._mean / self._all.value, 1 / MOST_SCALE), MOST_SCALE)
+
+    def _output_of(self, ticket: Ticket) -> int:
+        own = self._answers.get((ticket.request.model, ticket.request_class.name))
+        if own is None:
+            return int(self._mean)
+        weight = own.count / (own.count + FEW)
+        return int(self._mean + weight * (own.value * self._correction - self._mean))
+
+    def _scale(self, key: SizeClass) -> _Scale:
+        scale = self._scales.get(key)
+        if scale is None:
+            scale = self._scales[key] = _Scale()
+            if len(self._scales) > SCALES:
+                self._scales.popitem(last=False)
+        else:
+            self._scales.move_to_end(key)
+        return scale
+
+
+def _size_class(ticket: Ticket) -> SizeClass:
+    request: Request = ticket.request
+    if request.kind == UNSIZED:  # its class says more than the size that it was given
+        return (request.model, f"{UNSIZED} {ticket.request_class.name}", 0)
+    return (request.model, request.kind, request.prompt_tokens.bit_length())

@@ -1,0 +1,107 @@
+"""The KV cache of one endpoint: what its leases will need there, held against what the engine says is in use.
+
+A request will need its prompt and its answer. What requests share, a system prompt, is in the cache once: how much of
+a booked prompt really takes room is learned from the engine's own figure. What the figure shows beyond our books is
+somebody else's. It may also be wrong (blocks that are only kept for reuse, a page that lies): an engine that makes
+nobody wait and preempts nobody is not full, whatever the figure.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from extproc.admission.ticket import Ticket
+
+SHARE = 0.92
+"""How much of the KV cache the books may fill: the rest is for estimates that were too low."""
+LEAST_REAL = 1 / 32
+"""The least of a booked prompt that is taken to need room."""
+MEMORY_S = 10.0
+"""What a reading before that showed of shared prompts weighs less than a third."""
+ENOUGH = 0.05
+"""Share of the cache that computed prompts must be booked for before a reading says anything of them."""
+PRESSED = 0.9
+"""Requests that wait inside an engine say that its cache is full if so much of it is in use."""
+DOUBT_S = 20.0
+"""So long an engine must show no pressure, while requests wait for it, until its figure is not believed at all."""
+
+
+class KvBooks:
+    """Tokens in one engine's KV cache.
+
+    Attributes:
+        capacity: tokens that the cache holds; None: not known, and no limit.
+        prompts, outputs: tokens booked for the prompts and the answers of all leases.
+        real: share of a booked prompt that really takes room.
+        excess: tokens in use beyond our books.
+        trust: how far the engine's figure is believed, 0..1.
+        turnover: tokens that the cache had to take in for all leases so far.
+    """
+
+    __slots__ = ("capacity", "excess", "outputs", "prompts", "real", "trust", "turnover")
+
+    def __init__(self, capacity: int | None) -> None:
+        """Start with an empty cache."""
+        self.capacity = capacity
+        self.prompts = 0
+        self.outputs = 0
+        self.real = 1.0
+        self.excess = 0.0
+        self.trust = 1.0
+        self.turnover = 0
+
+    @property
+    def tokens(self) -> float:
+        """Tokens that the leases will need."""
+        return self.prompts * self.real + self.outputs
+
+    @property
+    def pressure(self) -> float:
+        """The share of the room that is booked; 0 while nobody knows how much there is."""
+        return 0.0 if self.capacity is None else self.tokens / (SHARE * self.capacity)
+
+    def fits(self, ticket: Ticket) -> bool:
+        """Whether there is room for `ticket` too."""
+        if self.capacity is None:
+            return True
+        prompts = (self.prompts + ticket.prompt_tokens) * self.real
+        return prompts + self.outputs + ticket.output_tokens + self.excess <= SHARE * self.capacity
+
+    def add(self, ticket: Ticket) -> None:
+        """Book a lease."""
+        self.prompts += ticket.prompt_tokens
+        self.outputs += ticket.output_tokens
+        self.turnover += ticket.work_tokens + ticket.output_tokens
+
+    def remove(self, ticket: Ticket) -> None:
+        """Take a lease out of the books."""
+        self.prompts -= ticket.prompt_tokens
+        self.outputs -= ticket.output_tokens
+
+    def compare(self, usage: float | None) -> None:
+        """Follow the engine's figure for what is in use, as far as it is believed."""
+        self.excess = 0.0
+        if usage is not None and self.capacity is not None:
+            self.excess = self.trust * max(usage * self.capacity - self.tokens, 0.0)
+
+    def learn(self, usage: float, prompts: int, outputs: int, elapsed_s: float) -> None:
+        """Learn what prompts really take, from `usage` after `elapsed_s`.
+
+        `prompts`, `outputs`: what is booked for the leases whose prompts are computed; their answers are half written.
+        """
+        if self.capacity is not None and prompts > ENOUGH * self.capacity:
+            seen = (usage * self.capacity - outputs / 2) / prompts
+            weight = 1.0 - math.exp(-elapsed_s / MEMORY_S)
+            self.real += weight * (min(max(seen, LEAST_REAL), 1.0) - self.real)
+
+    def judge(
+        self, usage: float, waiting: float | None, preemptions: int | None, elapsed_s: float, *, wanted: bool
+    ) -> None:
+        """Doubt a figure that no pressure confirms, while requests wait for this endpoint; believe one that it does."""
+        if preemptions or (waiting and usage >= PRESSED):
+            self.trust = 1.0
+            self.real += (1.0 - self.real) / 2  # the guess was too low
+        elif wanted and waiting is not None:
+            self.trust = max(self.trust - elapsed_s / DOUBT_S, 0.0)

@@ -1,0 +1,104 @@
+"""What an endpoint says of itself: its metrics page, the reports in its answers, and how old they are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from extproc.admission.load import Load
+    from extproc.admission.ticket import Ticket
+
+ARRIVED_S = 0.1
+"""A lease as old as this has reached its engine."""
+FOREIGN_S = 30.0
+"""Foreign requests that don't get fewer for so long are somebody's steady traffic, not answers that run out: from then
+on fewer of them are counted, since nobody who fills an engine steadily may keep us out of it for ever."""
+
+
+class Reading:
+    """The last page and the last report of one endpoint.
+
+    Attributes:
+        page, page_at: what its metrics page said last, and when.
+        report, report_at: what the headers of an answer said last, where the page said nothing since, and when.
+        capacity: the size of the KV cache that a page told; its word lasts.
+    """
+
+    __slots__ = ("capacity", "page", "page_at", "report", "report_at")
+
+    def __init__(self) -> None:
+        """Start without a word."""
+        self.page: Load | None = None
+        self.page_at = 0.0
+        self.report: Load | None = None
+        self.report_at = 0.0
+        self.capacity: int | None = None
+
+    @property
+    def known(self) -> Load | None:
+        """The last report over the last page; None: nothing is known, or all is stale."""
+        return self.page if self.report is None else self.report.over(self.page)
+
+    @property
+    def told_at(self) -> list[float]:
+        """When its page and its answers spoke last, as far as that still counts."""
+        page = [] if self.page is None else [self.page_at]
+        return page if self.report is None else [*page, self.report_at]
+
+    def take_page(self, load: Load, now: float) -> None:
+        """Note a fresh page: what it says ends what reports said of the same."""
+        self.page, self.page_at = load, now
+        if load.kv_capacity_tokens:  # an engine may say 0 before it knows
+            self.capacity = load.kv_capacity_tokens
+        if self.report is not None:
+            self.report = self.report.without(load)
+
+    def take_report(self, report: Load, now: float) -> None:
+        """Note what came with an answer."""
+        self.report, self.report_at = report, now
+
+
+class Foreign:
+    """The requests that an engine held when its telemetry came first and that are not ours, as far as they still run.
+
+    They are answers whose leases were lost when a sidecar died. Never more: what an engine holds above our leases later
+    is mostly our own, between two looks at it.
+
+    Attributes:
+        count: how many; they take room like leases.
+    """
+
+    __slots__ = ("_changed_at", "_met", "count")
+
+    def __init__(self) -> None:
+        """Start before the first page."""
+        self.count = 0
+        self._changed_at = 0.0  # when they became fewer last
+        self._met = False  # telemetry came at least once
+
+    def add(self, count: int, most: int, now: float) -> None:
+        """Count `count` more that were ours until now, up to `most`."""
+        self.count, self._changed_at = min(self.count + count, most), now
+
+    def meet_again(self) -> None:
+        """Look at the next page as at the first."""
+        self._met = False
+
+    def follow(self, load: Load, leases: Iterable[Ticket], in_flight: int, most: int, now: float) -> None:
+        """Count them when telemetry comes first, at most `most`; after that they can only become fewer."""
+        if load.running is None:
+            self.count = 0
+            return
+        there = int(load.running + (load.waiting or 0.0))
+        if not self._met:
+            self._met = True
+            self.count, self._changed_at = min(max(there - in_flight, 0), most), now
+        elif self.count:
+            arrived = sum(ticket.sequences for ticket in leases if ticket.leased_at <= now - ARRIVED_S)
+            left = min(max(there - arrived, 0), most)
+            if left < self.count:
+                self.count, self._changed_at = left, now
+            elif now >= self._changed_at + FOREIGN_S:
+                self.count, self._changed_at = self.count // 2, now

@@ -1,0 +1,112 @@
+"""What a step of an engine costs, learned from its counters.
+
+Continuous batching runs in steps. A step gives each running sequence one token and computes some prompt tokens beside.
+So the seconds in which an engine was busy are
+
+    elapsed = base_s x steps + sequence_s x output tokens + prompt_s x prompt tokens
+
+where the steps are output tokens over running sequences (each token of a step belongs to another sequence). Two
+readings of the counters give all but the three costs; a Kalman filter follows those. What readings don't tell apart it
+leaves as it was: an engine that runs at one concurrency for hours says nothing new about another one.
+
+`base_s` is what a limit must know: no limit, however low, makes answers faster than that.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from extproc.admission.load import Load
+
+FIRST = (0.02, 1e-4, 6e-5)
+"""What the three cost before anything was seen, in seconds; and below, by how much that may be off."""
+FIRST_OFF = (0.05, 1.5e-4, 7e-5)
+DRIFT = (5e-4, 2e-6, 1e-6)
+"""How far each may move in a second: engines change with their load and their settings."""
+LEAST = (1e-3, 0.0, 1e-6)
+NOISE = 0.12
+"""By how much the equation is off, as a share of the elapsed time ..."""
+UNCOUNTED_TOKENS = 700.0
+"""... and the prompt tokens that were computed and are counted with the next reading, or were counted late."""
+MEMORY_S = 4.0
+"""What is longer ago weighs less than a third in the time per token."""
+LONGEST_S = 2.0
+"""A reading after a long silence weighs no more than one after this."""
+
+
+class StepCost:
+    """The costs of one engine's steps.
+
+    Attributes:
+        base_s: seconds of a step in which nobody runs.
+        sequence_s: seconds that each running sequence adds.
+        prompt_s: seconds that each prompt token adds.
+        readings: how many were followed; before the first the costs are a guess.
+        worked: whether the engine made tokens in the last reading.
+    """
+
+    __slots__ = ("_running", "_spread", "_tokens", "base_s", "prompt_s", "readings", "sequence_s", "worked")
+
+    def __init__(self) -> None:
+        """Start with a guess."""
+        self.base_s, self.sequence_s, self.prompt_s = FIRST
+        self.readings = 0
+        self.worked = False
+        self._running = 0.0  # running requests x seconds, weighted by age
+        self._tokens = 0.0  # output tokens, weighted alike
+        self._spread = [
+            [off * off if row == column else 0.0 for column in range(3)] for row, off in enumerate(FIRST_OFF)
+        ]
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Return the time per output token of the last seconds, running requests over token rate; None: not known."""
+        return self._running / self._tokens if self._running > 0 and self._tokens > 0 else None
+
+    @property
+    def pace(self) -> float | None:
+        """Return the tokens per second of one sequence in the last seconds; None: not known."""
+        tpot_s = self.tpot_s
+        return None if tpot_s is None else 1.0 / tpot_s
+
+    def follow(self, load: Load, before: float | None, elapsed_s: float) -> None:
+        """Follow a reading, `elapsed_s` after one that had `before` running (None: it did not say).
+
+        Both sides of the time per token are sums over the last seconds, so that a reading in the middle of a long step,
+        or between two answers, says little.
+        """
+        share = min(LONGEST_S / elapsed_s, 1.0) if elapsed_s > 0.0 else 1.0
+        elapsed_s *= share
+        running, rate = load.running, load.tokens_per_s
+        self.worked = False
+        if not running or not rate or running < 0 or rate < 0:
+            return
+        self.worked = True
+        kept = math.exp(-elapsed_s / MEMORY_S)
+        self._running = self._running * kept + running * elapsed_s
+        self._tokens = self._tokens * kept + rate * elapsed_s
+        if before:  # busy from end to end
+            tokens = rate * elapsed_s
+            prompts = max((load.prompt_tokens or 0) - (load.cached_tokens or 0), 0)
+            self.learn(elapsed_s, 2 * tokens / (running + before), tokens, prompts * share)
+
+    def learn(self, elapsed_s: float, steps: float, output_tokens: float, prompt_tokens: float) -> None:
+        """Follow `elapsed_s` in which the engine was busy from end to end, and what it did in them."""
+        spread, did = self._spread, (steps, output_tokens, prompt_tokens)
+        for row, drift in enumerate(DRIFT):
+            spread[row][row] += drift * drift * elapsed_s
+        shared = [sum(value * part for value, part in zip(line, did, strict=True)) for line in spread]
+        noise = (NOISE * elapsed_s) ** 2 + (UNCOUNTED_TOKENS * self.prompt_s) ** 2
+        total = sum(value * part for value, part in zip(shared, did, strict=True)) + noise
+        costs = (self.base_s, self.sequence_s, self.prompt_s)
+        missing = elapsed_s - sum(cost * part for cost, part in zip(costs, did, strict=True))
+        self.base_s, self.sequence_s, self.prompt_s = (
+            max(cost + value / total * missing, least) for cost, value, least in zip(costs, shared, LEAST, strict=True)
+        )
+        self._spread = [
+            [value - shared[row] * shared[column] / total for column, value in enumerate(line)]
+            for row, line in enumerate(spread)
+        ]
+        self.readings += 1

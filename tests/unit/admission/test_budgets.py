@@ -1,0 +1,74 @@
+"""Budgets: how long a request may wait."""
+
+from __future__ import annotations
+
+import pytest
+
+from extproc.admission.outcome import Outcome
+
+from .desk import BATCH, Desk, one
+
+
+def test_a_request_is_refused_when_its_budget_is_over_and_not_before() -> None:
+    desk = Desk(one())
+    desk.ask()
+    late = desk.ask(request_class="urgent")
+    desk.advance(1.999)
+    assert desk.outcome(late) is None
+    desk.advance(0.001)
+    assert desk.outcome(late) is Outcome.BUDGET_EXPIRED
+    assert desk.decided[late].wait_s == pytest.approx(2.0)
+
+
+def test_a_request_may_ask_for_a_shorter_wait() -> None:
+    desk = Desk(one())
+    desk.ask()
+    hasty = desk.ask(budget_s=0.5)
+    desk.advance(0.5)
+    assert desk.outcome(hasty) is Outcome.BUDGET_EXPIRED
+
+
+def test_the_budget_of_its_class_is_the_most_that_a_request_can_ask_for() -> None:
+    desk = Desk(one())
+    desk.ask()
+    greedy = desk.ask(request_class="urgent", budget_s=1e6)
+    assert greedy.wait_until - desk.now == greedy.request_class.budget_s < BATCH.budget_s
+
+
+def test_a_budget_of_zero_means_now_or_never() -> None:
+    desk = Desk(one())
+    assert desk.outcome(desk.ask(budget_s=0.0)) is Outcome.DISPATCHED
+    assert desk.outcome(desk.ask(budget_s=0.0)) is Outcome.BUDGET_EXPIRED
+
+
+def test_a_replayed_request_keeps_its_age() -> None:
+    desk = Desk(one())
+    holder = desk.ask()
+    replayed = desk.ask(arrived=desk.now - 20.0)
+    spent = desk.ask(arrived=desk.now - 31.0)
+    assert desk.outcome(spent) is Outcome.BUDGET_EXPIRED
+    desk.advance(9.0)
+    desk.release(holder)
+    assert desk.decided[replayed].wait_s == pytest.approx(29.0)
+
+
+def test_a_replayed_request_whose_budget_is_over_is_taken_if_there_is_room() -> None:
+    desk = Desk(one())
+    assert desk.outcome(desk.ask(arrived=desk.now - 31.0)) is Outcome.DISPATCHED
+
+
+def test_a_request_expires_as_no_endpoint_if_none_lives() -> None:
+    desk = Desk(one())
+    desk.set_up("a", is_up=False)
+    orphan = desk.ask()
+    desk.advance(30.0)
+    assert desk.outcome(orphan) is Outcome.NO_ENDPOINT
+
+
+def test_a_request_waits_for_an_endpoint_to_return() -> None:
+    desk = Desk(one())
+    desk.set_up("a", is_up=False)
+    orphan = desk.ask()
+    desk.advance(10.0)
+    desk.set_up("a", is_up=True)
+    assert desk.where(orphan) == "a"

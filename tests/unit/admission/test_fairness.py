@@ -1,0 +1,225 @@
+"""Fair shares between the tenants of a class, by the tokens of prompts and answers."""
+
+from __future__ import annotations
+
+import pytest
+
+from extproc.admission.fairness import MAX_TENANTS, FairShare
+from extproc.admission.ticket import State
+from extproc.admission.values import Answer, Policy
+
+from .desk import CLASSES, GUESS, Desk, one
+
+
+def test_a_tenant_with_six_times_the_requests_does_not_delay_the_others() -> None:
+    desk = Desk(one())
+    first = desk.ask("0", tenant="noisy")
+    for _ in range(60):
+        desk.ask("noisy", tenant="noisy", prompt_tokens=100)
+    for _ in range(10):
+        desk.ask("quiet", tenant="quiet", prompt_tokens=100)
+    order = desk.serve_one_by_one(first)
+    assert order[:20].count("quiet") in (9, 10)
+
+
+def test_without_fairness_arrival_alone_decides() -> None:
+    desk = Desk(one(), fair=False)
+    first = desk.ask("0", tenant="noisy")
+    for _ in range(5):
+        desk.ask("noisy", tenant="noisy")
+    desk.ask("quiet", tenant="quiet")
+    assert desk.serve_one_by_one(first)[-1] == "quiet"
+
+
+def test_a_tenants_own_requests_stay_in_order_after_cancels_and_refunds() -> None:
+    desk = Desk(one())
+    first = desk.ask("0", tenant="t")
+    early = [desk.ask(f"early{number}", tenant="t", prompt_tokens=1000) for number in range(4)]
+    for ticket in early[:3]:
+        desk.cancel(ticket)
+    desk.ask("late", tenant="t")
+    assert desk.serve_one_by_one(first) == ["early3", "late"]
+
+
+def test_a_tenants_own_requests_stay_in_order_after_a_cheap_answer() -> None:
+    desk = Desk(one())
+    holder = desk.ask("0", tenant="t", prompt_tokens=10)
+    early = desk.ask("early", tenant="t")
+    last = desk.ask("last", tenant="t")
+    desk.release(holder, Answer.OK)  # at once: 200 were charged twice, and it wrote none
+    desk.ask("late", tenant="t")
+    assert early.state is State.LEASED
+    assert desk.serve_one_by_one(early) == ["last", "late"]
+    assert last.key[1] > 0
+
+
+def test_a_tenants_own_requests_stay_in_order_when_fairness_is_switched_on_meanwhile() -> None:
+    """Found by storm seed 2: untagged requests that left were counted as tagged ones."""
+    desk = Desk(one(), fair=False)
+    first = desk.ask("0", tenant="t")
+    untagged = [desk.ask(f"untagged{number}", tenant="t") for number in range(4)]
+    desk.set_policy(Policy(classes=CLASSES, shed=False))
+    tagged = [desk.ask(f"tagged{number}", tenant="t", prompt_tokens=5000) for number in range(3)]
+    desk.cancel(tagged[0])
+    for ticket in untagged:
+        desk.cancel(ticket)
+    desk.ask("late", tenant="t")
+    assert desk.serve_one_by_one(first) == ["tagged1", "tagged2", "late"]
+
+
+def test_an_untagged_request_gives_its_tenant_no_refund() -> None:
+    desk = Desk(one())
+    desk.ask("0", tenant="t", prompt_tokens=1000)
+    share = desk.core._any_model.share(0)
+    charged = share._tenants["t"].finish
+    desk.set_policy(Policy(classes=CLASSES, shed=False, fair=False))
+    desk.cancel(desk.ask("untagged", tenant="t", prompt_tokens=1000))
+    assert share._tenants["t"].finish == charged
+
+
+def test_idling_earns_no_credit() -> None:
+    desk = Desk(one())
+    holder = desk.ask("0", tenant="busy")
+    for _ in range(20):
+        follower = desk.ask("1", tenant="busy")
+        desk.release(holder)
+        holder = follower
+    desk.ask("busy", tenant="busy")
+    for number in range(3):
+        desk.ask(f"idle{number}", tenant="idle")
+    order = desk.serve_one_by_one(holder)
+    assert order.index("busy") <= 2, "who idled goes at most as far ahead as one who just came"
+
+
+@pytest.mark.parametrize("end", [Answer.OK, Answer.UNKNOWN])
+def test_the_same_shares_apply_when_answers_turn_out_longer(end: Answer) -> None:
+    desk = Desk(one())
+    answers_of(desk, 2.0)
+    holder = desk.ask("0", tenant="long")
+    desk.advance(25.0)
+    desk.release(holder, end)
+    holder = desk.ask("1", tenant="other")
+    desk.ask("long", tenant="long")
+    desk.ask("other", tenant="other")
+    assert desk.serve_one_by_one(holder) == ["other", "long"]
+
+
+def test_tenants_are_forgotten_before_they_fill_the_memory() -> None:
+    share = FairShare()
+    for number in range(MAX_TENANTS + 10):
+        share.tag(f"t{number}", 1.0)
+        share.served(f"t{number}", 0.0)
+    assert len(share) == MAX_TENANTS
+
+
+def test_a_tenant_that_was_forgotten_while_it_waited_does_no_harm() -> None:
+    share = FairShare()
+    share.tag("t", 1.0)
+    for number in range(MAX_TENANTS):
+        share.tag(f"t{number}", 1.0)
+    share.served("t", 0.0)
+    share.left("t", 1.0)
+    share.tag("t", 1.0)
+    share.served("t", 0.0)
+    share.served("t", 0.0)
+    assert share._tenants["t"].waiting == 0
+
+
+def test_a_request_that_left_costs_its_tenant_nothing() -> None:
+    desk = Desk(one())
+    first = desk.ask("0", tenant="holder")
+    gone = [desk.ask("gone", tenant="t", prompt_tokens=5000) for _ in range(2)]
+    for ticket in gone:
+        desk.cancel(ticket)
+    for number in range(3):
+        desk.ask(f"o{number}", tenant="o")
+    desk.ask("t", tenant="t")
+    assert desk.serve_one_by_one(first) == ["o0", "t", "o1", "o2"]
+
+
+def test_a_refund_takes_no_more_than_what_was_charged() -> None:
+    desk = Desk(one())
+    first = desk.ask("0", tenant="holder")
+    desk.ask("t0", tenant="t", prompt_tokens=1000)
+    desk.cancel(desk.ask("gone", tenant="t", prompt_tokens=100))
+    desk.ask("t1", tenant="t")
+    for number in range(5):
+        desk.ask(f"o{number}", tenant="o")
+    assert desk.serve_one_by_one(first) == ["t0", "o0", "o1", "o2", "o3", "t1", "o4"]
+
+
+@pytest.mark.parametrize(
+    ("longer_s", "order"), [(0.1, ["o0", "t2", "o1", "o2", "late"]), (-0.1, ["o0", "t2", "o1", "late", "o2"])]
+)
+def test_a_longer_answer_costs_what_it_is_longer_on_top_of_what_was_charged(longer_s: float, order: list[str]) -> None:
+    desk = Desk(one())
+    answers_of(desk, 10.0)
+    desk.core._any_model.shares.clear()
+    first = desk.ask("t0", tenant="t", max_output_tokens=GUESS)
+    second, _ = (desk.ask(name, tenant="t", max_output_tokens=GUESS) for name in ("t1", "t2"))
+    desk.advance(10.0 + longer_s)
+    desk.release(first, Answer.OK)
+    desk.ask("late", tenant="t")
+    for number in range(4):
+        desk.ask(f"o{number}", tenant="o", max_output_tokens=GUESS)
+    assert desk.serve_one_by_one(second)[:5] == order
+
+
+def test_a_tenant_with_nothing_waiting_is_not_held_to_the_place_of_a_request_that_left() -> None:
+    desk = Desk(one())
+    first = desk.ask("t0", tenant="t")
+    second = desk.ask("t1", tenant="t", prompt_tokens=5000)
+    desk.cancel(desk.ask("gone", tenant="t"))
+    desk.release(first, Answer.OK)  # both at once: nothing was written
+    desk.release(second, Answer.OK)
+    holder = desk.ask("holder", tenant="holder")
+    desk.ask("o0", tenant="o", prompt_tokens=4900)
+    desk.ask("o1", tenant="o")
+    desk.ask("late", tenant="t")
+    assert desk.serve_one_by_one(holder) == ["o0", "late", "o1"]
+
+
+def test_a_tenant_with_something_waiting_is_held_to_its_order() -> None:
+    share = FairShare()
+    first, *_, last = [share.tag("t", 100.0) for _ in range(2)]
+    share.served("t", first)
+    share.correct("t", -150.0)
+    assert share.tag("t", 100.0) >= last
+
+
+def test_the_tenant_that_asked_longest_ago_is_forgotten_first() -> None:
+    share = FairShare()
+    for number in range(MAX_TENANTS):
+        share.tag(f"t{number}", 100.0)
+    share.tag("t0", 100.0)
+    share.tag("newcomer", 100.0)
+    assert [share.tag(name, 1.0) for name in ("t0", "newcomer", "t1")] == [200.0, 100.0, 0.0]
+
+
+def test_a_token_of_output_costs_twice_one_of_input() -> None:
+    desk = Desk(one())
+    first = desk.ask("0", tenant="holder")
+    for number in range(4):
+        desk.ask(f"in{number}", tenant="in", prompt_tokens=100, max_output_tokens=0)
+    for number in range(3):
+        desk.ask(f"out{number}", tenant="out", max_output_tokens=75)
+    assert desk.serve_one_by_one(first) == ["in0", "out0", "in1", "out1", "in2", "in3", "out2"]
+
+
+def answers_of(desk: Desk, seconds: float, count: int = 20) -> None:
+    """Let `count` answers be written that take `seconds` each: so long is what the mean of GUESS tokens takes."""
+    for _ in range(count):
+        ticket = desk.ask("before", tenant="before")
+        desk.advance(seconds)
+        desk.release(ticket, Answer.OK)
+
+
+@pytest.mark.parametrize("end", [Answer.FAILED, Answer.ERROR, Answer.SATURATED])
+def test_an_answer_that_never_was_is_not_charged_by_its_time(end: Answer) -> None:
+    desk = Desk(one("a", 2))
+    answers_of(desk, 2.0)
+    ticket = desk.ask("0", tenant="unlucky")
+    charged = desk.core._any_model.share(0)._tenants["unlucky"].finish
+    desk.advance(25.0)
+    desk.release(ticket, end)
+    assert desk.core._any_model.share(0)._tenants["unlucky"].finish == charged

@@ -1,0 +1,101 @@
+"""What engines run that is not ours."""
+
+from __future__ import annotations
+
+from extproc.admission.load import Load
+from extproc.admission.reading import FOREIGN_S
+from extproc.admission.values import EndpointSpec, RequestClass
+
+from .desk import Desk
+
+
+def test_what_an_engine_runs_when_first_looked_at_counts_against_its_limit() -> None:
+    """A sidecar that was killed left answers running; its successor has no leases for them."""
+    desk = Desk(EndpointSpec("a", max_running_requests=4))
+    desk.observe("a", Load(running=2, waiting=1))
+    tickets = desk.fill(3)
+    assert [desk.where(ticket) for ticket in tickets] == ["a", None, None]
+
+
+def test_what_ran_before_gives_its_room_back_when_it_ends() -> None:
+    desk = Desk(EndpointSpec("a", max_running_requests=4))
+    desk.observe("a", Load(running=4))
+    first, second, third = desk.fill(3)
+    desk.advance(1.0)
+    desk.observe("a", Load(running=3))
+    assert [desk.where(ticket) for ticket in (first, second)] == ["a", None]
+    desk.observe("a", Load(running=3))  # this one was not there yet when the page was written
+    assert desk.core.endpoints["a"].foreign == 3
+    desk.advance(1.0)
+    desk.observe("a", Load(running=3))  # now it is one of the three
+    assert desk.where(second) == "a"
+    desk.advance(1.0)
+    desk.observe("a", Load(running=2))
+    assert desk.core.endpoints["a"].foreign == 0
+    assert desk.where(third) == "a"
+
+
+def test_later_telemetry_never_finds_new_foreign_requests() -> None:
+    """Between two looks at an engine what it holds and what we lent differ by what is on the way."""
+    desk = Desk(EndpointSpec("a", max_running_requests=4))
+    desk.observe("a", Load(running=0))
+    desk.advance(1.0)
+    desk.observe("a", Load(running=4, waiting=9))
+    assert all(desk.where(ticket) == "a" for ticket in desk.fill(4))
+
+
+def test_steady_traffic_of_others_does_not_keep_us_out_for_ever() -> None:
+    desk = Desk(EndpointSpec("a", max_running_requests=4), classes=(RequestClass("std", 0, 600.0),))
+    desk.observe("a", Load(running=4))
+    tickets = desk.fill(4)
+    for _ in range(int(FOREIGN_S) + 1):
+        desk.advance(1.0)
+        desk.observe("a", Load(running=4))
+    assert sum(desk.where(ticket) == "a" for ticket in tickets) == 2
+    for _ in range(3 * int(FOREIGN_S)):
+        desk.advance(1.0)
+        desk.observe("a", Load(running=4))
+    assert all(desk.where(ticket) == "a" for ticket in tickets)
+
+
+def test_foreign_requests_are_forgotten_with_stale_telemetry() -> None:
+    desk = Desk(EndpointSpec("a", max_running_requests=4))
+    desk.observe("a", Load(running=4))
+    (ticket,) = desk.fill(1)
+    assert desk.where(ticket) is None
+    desk.advance(desk.core.policy.stale_after_s)
+    assert desk.where(ticket) == "a"
+
+
+def test_leases_granted_before_the_first_telemetry_are_not_foreign() -> None:
+    desk = Desk(EndpointSpec("a", max_running_requests=4))
+    desk.fill(2)
+    desk.observe("a", Load(running=2))
+    assert all(desk.where(ticket) == "a" for ticket in desk.fill(2))
+
+
+def test_telemetry_that_does_not_say_what_runs_tells_nothing_of_others() -> None:
+    desk = Desk(EndpointSpec("a", max_running_requests=2))
+    desk.observe("a", Load(kv_usage=0.5))
+    desk.observe("a", Load(running=1))  # the first that says it
+    assert [desk.where(ticket) for ticket in desk.fill(2)] == ["a", None]
+
+
+def test_a_page_that_no_longer_says_what_runs_takes_its_foreign_requests_back() -> None:
+    desk = Desk(EndpointSpec("a", max_running_requests=4))
+    desk.observe("a", Load(running=4, kv_usage=0.1))
+    (ticket,) = desk.fill(1)
+    assert desk.where(ticket) is None
+    desk.observe("a", Load(kv_usage=0.1))
+    assert desk.where(ticket) == "a"
+
+
+def test_a_page_that_lies_about_what_runs_keeps_an_endpoint_closed_no_longer_than_a_true_one() -> None:
+    desk = Desk(EndpointSpec("a", max_running_requests=4), classes=(RequestClass("std", 0, 600.0),))
+    desk.observe("a", Load(running=1e6))
+    (ticket,) = desk.fill(1)
+    for _ in range(int(FOREIGN_S) + 1):
+        assert desk.where(ticket) is None or desk.now >= FOREIGN_S
+        desk.advance(1.0)
+        desk.observe("a", Load(running=1e6))
+    assert desk.where(ticket) == "a"

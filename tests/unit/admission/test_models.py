@@ -1,0 +1,124 @@
+"""Models: which endpoints may serve a request, and what comes before they are known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from extproc.admission.outcome import Outcome
+from extproc.admission.ticket import State, Ticket
+from extproc.admission.values import Decision, Dispatch, Request
+
+from .desk import Desk, one
+
+
+@pytest.mark.parametrize("model", [None, "m"])
+def test_a_request_that_came_before_all_endpoints_goes_to_the_first_that_fits(model: str | None) -> None:
+    """Found by reading: it stayed in the pool of endpoints that list no models, where none ever came."""
+    desk = Desk()
+    early = desk.ask(model=model)
+    other = desk.ask(model="another")
+    desk.put(one("a", models=frozenset({"m"})))
+    assert desk.where(early) == "a"
+    assert desk.outcome(other) is None, "its endpoint may still come"
+    desk.put(one("b", models=frozenset({"another"})))
+    assert desk.where(other) == "b"
+
+
+def test_a_model_that_no_endpoint_lists_is_unknown() -> None:
+    desk = Desk(one("a", models=frozenset({"m"})))
+    stranger = desk.ask(model="n")
+    assert (desk.outcome(stranger), desk.retry_after(stranger)) == (Outcome.UNKNOWN_MODEL, None)
+
+
+def test_an_unknown_model_stays_unknown_while_a_removed_endpoint_runs_out() -> None:
+    desk = Desk(one("a", models=frozenset({"m"})))
+    desk.ask(model="m")
+    desk.remove("a")
+    assert desk.outcome(desk.ask(model="n")) is None, "no endpoint at all: nobody can tell what is unknown"
+
+
+def test_a_known_model_whose_endpoints_went_is_waited_for() -> None:
+    desk = Desk(one("a", models=frozenset({"m"})), one("b", models=frozenset({"n"})))
+    desk.remove("a")
+    guest = desk.ask(model="m")
+    assert desk.outcome(guest) is None
+    desk.put(one("a", models=frozenset({"m"})))
+    assert desk.where(guest) == "a"
+
+
+def test_an_endpoint_that_lists_no_models_serves_all() -> None:
+    desk = Desk(one("any", 10), one("m", models=frozenset({"m"})))
+    assert desk.where(desk.ask(model="unheard of")) == "any"
+    assert {desk.where(desk.ask(model="m")) for _ in range(2)} == {"any", "m"}
+
+
+def test_an_endpoint_that_lists_models_gets_no_others() -> None:
+    desk = Desk(one("any"), one("m", models=frozenset({"m"})))
+    assert [desk.where(desk.ask(model="n")) for _ in range(2)] == ["any", None]
+
+
+def test_a_request_without_a_model_goes_anywhere_if_all_endpoints_list_the_same() -> None:
+    desk = Desk(one("m", models=frozenset({"m"})), one("n", models=frozenset({"m"})))
+    assert {desk.where(desk.ask()) for _ in range(2)} == {"m", "n"}
+
+
+def test_a_request_without_a_model_goes_nowhere_if_endpoints_list_different_ones() -> None:
+    desk = Desk(one("m", models=frozenset({"m"})), one("n", models=frozenset({"n"})))
+    assert desk.outcome(desk.ask()) is Outcome.MODEL_MISSING
+    assert desk.where(desk.ask(model="n")) == "n"
+    desk.remove("n")
+    assert desk.where(desk.ask()) == "m"
+
+
+def passed(desk: Desk, **request: Any) -> Decision:
+    """What becomes of a request that takes no slot."""
+    (decision,) = desk.core.send(Ticket(Request("p", desk.now, **request)), desk.now)
+    desk.check()
+    return decision
+
+
+def test_a_request_that_takes_no_slot_goes_to_each_available_endpoint_in_turn_whatever_runs_there() -> None:
+    desk = Desk(one("a"), one("b"), one("down"))
+    desk.fill(3)
+    desk.set_up("down", is_up=False)
+    decisions = [passed(desk) for _ in range(4)]
+    assert {decision.outcome for decision in decisions} == {Outcome.PASSED}
+    names = [decision.endpoint for decision in decisions if isinstance(decision, Dispatch)]
+    assert sorted(names) == ["a", "a", "b", "b"]
+    assert names[0] != names[1]
+
+
+def test_a_request_that_takes_no_slot_goes_where_its_model_its_home_and_its_session_are() -> None:
+    desk = Desk(
+        one("a", models=frozenset({"m"})), one("b", 9, models=frozenset({"n"})), one("c", 9, models=frozenset({"n"}))
+    )
+    where = desk.where(desk.ask(model="n", session="s"))
+    for request, expected in (
+        ({"model": "m"}, "a"),
+        ({"model": "n", "session": "s"}, where),
+        ({"model": "n", "home": "c"}, "c"),
+    ):
+        assert {getattr(passed(desk, **request), "endpoint", None) for _ in range(3)} == {expected}
+
+
+def test_a_request_that_takes_no_slot_is_refused_only_where_nobody_could_answer_it() -> None:
+    desk = Desk(one("a", models=frozenset({"m"})))
+    assert passed(desk, model="x").outcome is Outcome.UNKNOWN_MODEL
+    desk.set_up("a", is_up=False)
+    assert passed(desk).outcome is Outcome.NO_ENDPOINT
+
+
+def test_before_its_model_is_listed_a_request_goes_nowhere() -> None:
+    desk = Desk()
+    other = desk.ask(model="another")
+    desk.put(one("a", 10, models=frozenset({"m"})))
+    assert other.state is State.WAITING
+
+
+def test_an_endpoint_whose_models_change_serves_the_new_ones_and_no_others() -> None:
+    desk = Desk(one("a", 10, models=frozenset({"m"})), one("b", 10, models=frozenset({"other"})))
+    desk.put(one("a", 10, models=frozenset({"n"})))
+    assert desk.where(desk.ask(model="n")) == "a"
+    assert desk.ask(model="m").state is State.WAITING

@@ -1,0 +1,82 @@
+"""In what order requests go: classes, arrival, short prompts."""
+
+from __future__ import annotations
+
+import pytest
+
+from extproc.admission.outcome import Outcome
+from extproc.admission.ticket import State
+
+from .desk import STD, Desk, in_use, one
+
+
+def test_requests_of_one_class_go_in_the_order_they_came() -> None:
+    desk = Desk(one())
+    first = desk.ask("0")
+    for number in range(1, 6):
+        desk.ask(str(number))
+    assert desk.serve_one_by_one(first) == ["1", "2", "3", "4", "5"]
+
+
+def test_a_higher_class_goes_first_whatever_waits() -> None:
+    desk = Desk(one())
+    first = desk.ask("first")
+    for name in ("batch", "std", "urgent", "batch", "std", "urgent"):
+        desk.ask(name, name)
+    assert desk.serve_one_by_one(first) == ["urgent", "urgent", "std", "std", "batch", "batch"]
+
+
+def test_an_unknown_class_counts_as_the_default_one() -> None:
+    desk = Desk(one())
+    assert desk.ask(request_class="made up").request_class is STD
+    assert desk.ask(request_class="").request_class is STD
+
+
+def test_short_prompts_go_first_if_that_is_the_rule() -> None:
+    desk = Desk(one(), short_first=True)
+    first = desk.ask("0")
+    for tokens in (900, 10, 400):
+        desk.ask(str(tokens), prompt_tokens=tokens)
+    assert desk.serve_one_by_one(first) == ["10", "400", "900"]
+
+
+def test_requests_that_came_before_all_endpoints_keep_their_order() -> None:
+    desk = Desk()
+    tickets = [desk.ask(f"{number}", model="m", tenant=f"t{number % 2}") for number in range(6)]
+    desk.put(one("a", models=frozenset({"m"})))
+    assert in_use(tickets) == [True] + [False] * 5
+    assert sorted(desk.serve_one_by_one(tickets[0])) == ["1", "2", "3", "4", "5"]
+
+
+def test_an_endpoint_of_two_models_serves_the_higher_class_then_who_came_first() -> None:
+    desk = Desk(one("a", models=frozenset({"m", "n"})))
+    first = desk.ask("0", model="m")
+    desk.ask("m1", model="m")
+    desk.ask("n1", model="n")
+    desk.ask("m2", model="m")
+    desk.ask("n-urgent", "urgent", model="n")
+    assert desk.serve_one_by_one(first) == ["n-urgent", "m1", "n1", "m2"]
+
+
+def test_a_position_counts_who_waits_in_the_class_or_above() -> None:
+    desk = Desk(one("a"))
+    names = ("std", "std", "batch", "urgent", "std", "batch")
+    assert [desk.ask(request_class=name).position for name in names] == [0, 0, 1, 0, 2, 4]
+
+
+def test_requests_that_came_before_all_endpoints_keep_their_class() -> None:
+    desk = Desk()
+    names = ("batch", "std", "urgent", "std")
+    tickets = [desk.ask(name, name, model="m", budget_s=60.0, tenant=str(n)) for n, name in enumerate(names)]
+    desk.put(one("a", models=frozenset({"m"})))
+    assert tickets[2].state is State.LEASED
+    assert desk.serve_one_by_one(tickets[2]) == ["std", "std", "batch"]
+
+
+@pytest.mark.parametrize("patience_s", [0.0, 1.0])
+def test_those_whose_budgets_end_together_are_refused_in_the_order_they_came(patience_s: float) -> None:
+    desk = Desk(one(), patience_s=patience_s)
+    desk.ask()
+    waiting = desk.fill(5)
+    desk.advance(30.0)
+    assert [ticket for ticket in desk.decided if desk.outcome(ticket) is Outcome.BUDGET_EXPIRED] == waiting

@@ -1,0 +1,73 @@
+"""How fast requests leave and arrive, and what that predicts."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from extproc.admission.pace import ENOUGH, HORIZON_S, LEAST_BUSY_S, LEAST_SHARE, Pace
+
+
+def test_a_pause_takes_weight_from_what_was_learnt_and_leaves_the_rate() -> None:
+    pace = Pace()
+    for number in range(1, 200):
+        pace.dispatched(number / 10)
+    before = pace.drain_rate()
+    pace.backlog_began(19.9 + HORIZON_S)
+    assert pace.drain_rate() == pytest.approx(before) == pytest.approx(10.0, rel=0.1)
+    pace.backlog_began(19.9 + 10 * HORIZON_S)
+    assert pace.drain_rate() is None
+
+
+def known_pace() -> Pace:
+    """The least that is worth believing: ENOUGH dispatches in LEAST_BUSY_S."""
+    pace = Pace()
+    for _ in range(ENOUGH):
+        pace.dispatched(LEAST_BUSY_S)
+    return pace
+
+
+def test_a_rate_is_believed_from_enough_dispatches_in_enough_time() -> None:
+    assert known_pace().drain_rate() == ENOUGH / LEAST_BUSY_S
+    few, brief = Pace(), Pace()
+    for _ in range(ENOUGH - 1):
+        few.dispatched(LEAST_BUSY_S)
+    for _ in range(ENOUGH):
+        brief.dispatched(0.99 * LEAST_BUSY_S)
+    assert (few.drain_rate(), brief.drain_rate()) == (None, None)
+
+
+def test_the_drain_rate_follows_the_last_seconds() -> None:
+    pace = Pace()
+    for half in range(1, 201):
+        pace.dispatched(half / 2)
+    for twentieth in range(1, 201):
+        pace.dispatched(100.0 + twentieth / 20)
+    assert pace.drain_rate() == pytest.approx(2.0 / math.e + 20.0 * (1 - 1 / math.e), rel=0.1)
+
+
+def test_a_pool_of_few_dispatches_is_known_after_some_of_them_and_remembered_for_longer() -> None:
+    pace = Pace()
+    for number in range(1, 5):
+        pace.dispatched(5.0 * number)
+    assert pace.drain_rate() == pytest.approx(0.2, rel=0.3)
+    assert pace.wait_s(9, 0, 20.0) == pytest.approx(50.0, rel=0.3)
+
+
+def test_the_predicted_wait_is_that_of_the_last_in_a_line_that_higher_classes_slow_down() -> None:
+    pace = known_pace()
+    now, rate = LEAST_BUSY_S, ENOUGH / LEAST_BUSY_S
+    assert pace.wait_s(5, 0, now) == pytest.approx(6 / rate)
+    for _ in range(20):
+        pace.arrived(5, now)
+    above = 20 / HORIZON_S
+    assert pace.wait_s(5, 5, now) == pytest.approx(6 / rate)
+    assert pace.wait_s(5, 0, now) == pytest.approx(6 / (rate - above))
+    assert pace.wait_s(5, 0, now + HORIZON_S) == pytest.approx(6 / (rate - above / math.e))
+    for _ in range(20):
+        pace.arrived(5, now + HORIZON_S)
+    assert pace.wait_s(5, 0, now + HORIZON_S) == pytest.approx(6 / (rate - above / math.e - above))
+    for _ in range(200):
+        pace.arrived(5, now + HORIZON_S)
+    assert pace.wait_s(5, 0, now + HORIZON_S) == pytest.approx(6 / (LEAST_SHARE * rate)), "a little is always left"

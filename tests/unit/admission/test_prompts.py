@@ -1,0 +1,140 @@
+"""The prompt limit: how many prompt tokens may wait for their first token at an endpoint."""
+
+from __future__ import annotations
+
+import pytest
+
+from extproc.admission.load import Load
+from extproc.admission.ticket import State
+from extproc.admission.values import Policy
+
+from .desk import CLASSES, Desk, in_use, one
+
+
+def test_prompt_tokens_in_the_making_are_limited_while_first_tokens_are_seen() -> None:
+    desk = Desk(one("a", 100), first_byte_probe=True)
+    tickets = desk.fill(6, prompt_tokens=1500)
+    assert sum(in_use(tickets)) == 2
+    desk.first_token(tickets[0])
+    assert sum(in_use(tickets)) == 3
+    desk.first_token(tickets[0])
+    assert sum(in_use(tickets)) == 3, "a repeated first token makes no more room"
+
+
+def test_prompt_tokens_are_not_limited_while_nothing_sees_first_tokens() -> None:
+    desk = Desk(one("a", 100))
+    assert all(in_use(desk.fill(10, prompt_tokens=3000)))
+
+
+def test_a_prompt_above_the_limit_goes_alone() -> None:
+    desk = Desk(one("a", 100), first_byte_probe=True)
+    small = desk.ask(prompt_tokens=10)
+    giant = desk.ask(prompt_tokens=9000)
+    assert in_use([small, giant]) == [True, False]
+    desk.first_token(small)
+    assert giant.state is State.LEASED
+
+
+def test_the_engines_count_of_first_tokens_marks_the_oldest_prompts_as_computed() -> None:
+    desk = Desk(one("a", 100))
+    desk.observe("a", Load(first_tokens=0))
+    tickets = desk.fill(6, prompt_tokens=1300)
+    assert sum(in_use(tickets)) == 3
+    desk.observe("a", Load(first_tokens=0))
+    assert sum(in_use(tickets)) == 3
+    desk.observe("a", Load(first_tokens=1))
+    assert sum(in_use(tickets)) == 4
+
+
+def test_three_long_prompts_may_be_under_way_where_all_prompts_are_long() -> None:
+    desk = Desk(one("a", 100))
+    desk.observe("a", Load(first_tokens=0))
+    tickets = desk.fill(6, prompt_tokens=8000)
+    assert sum(in_use(tickets)) == 1
+    desk.observe("a", Load(first_tokens=0))
+    assert sum(in_use(tickets)) == 3
+
+
+@pytest.mark.parametrize("how", ["reload", "telemetry"])
+def test_the_prompt_limit_is_lifted_when_nothing_sees_first_tokens_any_more(how: str) -> None:
+    desk = Desk(one("a", 100), first_byte_probe=how == "reload")
+    if how != "reload":
+        desk.observe("a", Load(first_tokens=0))
+    tickets = desk.fill(5, prompt_tokens=3000)
+    assert sum(in_use(tickets)) == 1
+    if how == "reload":
+        desk.set_policy(Policy(classes=CLASSES, shed=False))
+    else:
+        desk.observe("a", Load(running=1.0))
+    assert all(in_use(tickets))
+
+
+def test_the_prompt_limit_works_from_the_reload_that_brings_a_probe() -> None:
+    desk = Desk(one("a", 100))
+    desk.set_policy(Policy(classes=CLASSES, shed=False, first_byte_probe=True))
+    assert sum(in_use(desk.fill(5, prompt_tokens=3000))) == 1
+
+
+def test_a_first_token_of_a_finished_request_is_ignored() -> None:
+    desk = Desk(one("a", 1), first_byte_probe=True)
+    ticket = desk.ask(prompt_tokens=10)
+    desk.release(ticket)
+    desk.first_token(ticket)
+    assert desk.endpoint("a").prefill.tokens == 0
+
+
+def test_prompt_tokens_in_the_making_may_fill_the_limit_exactly() -> None:
+    desk = Desk(one("a", 100), first_byte_probe=True)
+    tiny, big = desk.ask(prompt_tokens=1), desk.ask(prompt_tokens=5000)
+    for limit in (big.work_tokens, big.work_tokens + 1):
+        assert in_use([tiny, big]) == [True, False]
+        desk.set_policy(Policy(classes=CLASSES, shed=False, first_byte_probe=True, max_prompt_tokens=limit))
+    assert in_use([tiny, big]) == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("leases", "load", "computed"),
+    [
+        (2, Load(first_tokens=2, running=2.0, waiting=2.0), 1),
+        (2, Load(first_tokens=2, running=0.0, waiting=4.0), 1),
+        (2, Load(first_tokens=2, running=4.0, waiting=0.0), 1),
+        (2, Load(first_tokens=2, running=4.0), 1),
+        (2, Load(first_tokens=2, waiting=4.0), 1),
+        (3, Load(first_tokens=1, running=1.0), 1),
+        (3, Load(first_tokens=2), 2),
+    ],
+)
+def test_of_the_engines_first_tokens_our_share_is_ours(leases: int, load: Load, computed: int) -> None:
+    desk = Desk(one("a", 100))
+    desk.observe("a", Load(first_tokens=0))
+    tickets = desk.fill(leases, prompt_tokens=1000)
+    desk.observe("a", load)
+    assert [ticket.prompt_pending for ticket in tickets] == [False] * computed + [True] * (leases - computed)
+
+
+def test_a_prompt_that_is_predicted_to_be_computed_makes_room_for_the_next_one() -> None:
+    desk = Desk(one("a", 100))
+    desk.observe("a", Load(first_tokens=0))
+    tickets = desk.fill(3, prompt_tokens=2000)
+    due = desk.endpoint("a").prefill.next_change()
+    assert due is not None
+    lasts = due - desk.now
+    assert lasts > 0.0
+    desk.advance(0.99 * lasts)
+    assert in_use(tickets) == [True, True, False]
+    desk.advance(0.02 * lasts)
+    assert in_use(tickets) == [True, True, True]
+
+
+def test_a_reload_leaves_the_prompt_limit_to_the_engines_count_of_first_tokens() -> None:
+    desk = Desk(one("a", 100))
+    desk.observe("a", Load(first_tokens=0))
+    desk.set_policy(Policy(classes=CLASSES, shed=False))
+    assert in_use(desk.fill(3, prompt_tokens=1500)) == [True, True, False]
+
+
+def test_a_reload_makes_no_prompt_limit_of_telemetry_that_counts_no_first_tokens() -> None:
+    desk = Desk(one("a", 100))
+    desk.observe("a", Load(running=1.0))
+    desk.set_policy(Policy(classes=CLASSES, shed=False))
+    assert in_use(desk.fill(3, prompt_tokens=1500)) == [True, True, True]

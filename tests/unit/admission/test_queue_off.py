@@ -1,0 +1,72 @@
+"""The queue switched off: endpoints are chosen, nothing is held."""
+
+from __future__ import annotations
+
+from extproc.admission.outcome import Outcome
+from extproc.admission.ticket import Ticket
+from extproc.admission.values import Dispatch, Policy, Request
+
+from .desk import CLASSES, Desk, in_use, one
+
+
+def test_without_a_queue_the_endpoint_with_the_fewest_in_flight_takes_each_request() -> None:
+    desk = Desk(one("a", 1), one("b", 1), enable_queue=False)
+    assert sorted(str(desk.where(ticket)) for ticket in desk.fill(20)) == ["a"] * 10 + ["b"] * 10
+
+
+def test_without_a_queue_a_doubtful_endpoint_is_better_than_none() -> None:
+    desk = Desk(one("a"), enable_queue=False)
+    desk.set_up("a", is_up=False)
+    decisions = desk.core.offer(Ticket(Request("r", desk.now)), desk.now)
+    assert isinstance(decisions[0], Dispatch)
+
+
+def test_without_a_queue_and_without_endpoints_a_request_is_refused() -> None:
+    desk = Desk(enable_queue=False)
+    assert desk.outcome(desk.ask()) is Outcome.NO_ENDPOINT
+
+
+def test_switching_the_queue_off_lets_all_go_at_once() -> None:
+    desk = Desk(one("a"), one("b"))
+    tickets = desk.fill(100)
+    tickets += [desk.ask(home="a") for _ in range(50)]
+    desk.set_policy(Policy(classes=CLASSES, enable_queue=False))
+    assert all(in_use(tickets))
+    assert desk.order[:2] == ["filler0", "filler1"]
+
+
+def test_switching_the_queue_off_lets_all_go_though_every_endpoint_is_down() -> None:
+    desk = Desk(one("a"))
+    desk.set_up("a", is_up=False)
+    tickets = [Ticket(Request(str(number), desk.now)) for number in range(100)]
+    for ticket in tickets:
+        desk.core.offer(ticket, desk.now)
+    decisions = desk.core.set_policy(Policy(enable_queue=False), desk.now)
+    assert [decision.ticket for decision in decisions] == tickets
+    assert all(in_use(tickets))
+
+
+def test_switching_the_queue_off_refuses_those_for_whom_there_is_no_endpoint() -> None:
+    desk = Desk()
+    tickets = desk.fill(3)
+    desk.set_policy(Policy(classes=CLASSES, enable_queue=False))
+    assert {desk.outcome(ticket) for ticket in tickets} == {Outcome.NO_ENDPOINT}
+
+
+def test_without_a_queue_the_emptiest_of_the_doubtful_endpoints_is_chosen() -> None:
+    desk = Desk(one("a"), one("b"), enable_queue=False)
+    core, now = desk.core, desk.now
+    for name in "ab":
+        core.set_up(name, now, is_up=False)
+    tickets = [Ticket(Request("r", now)) for _ in range(6)]
+    for ticket in tickets:
+        core.offer(ticket, now)
+    assert [len(desk.endpoint(name).leases) for name in "ab"] == [3, 3]
+
+
+def test_without_a_queue_the_emptiest_endpoint_is_chosen_again_and_again() -> None:
+    desk = Desk(one("a"), one("b"), enable_queue=False)
+    for ticket in desk.fill(6):
+        if desk.where(ticket) == "b":
+            desk.release(ticket)
+    assert [desk.where(ticket) for ticket in desk.fill(3)] == ["b", "b", "b"]

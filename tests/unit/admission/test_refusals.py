@@ -1,0 +1,144 @@
+"""Refusing: a full queue, waits that can be foreseen to be too long, draining, Retry-After."""
+
+from __future__ import annotations
+
+import pytest
+
+from extproc.admission.controller import RETRY_AFTER_MAX_S, SURE
+from extproc.admission.outcome import Outcome
+from extproc.admission.pace import HORIZON_S
+from extproc.admission.values import Policy
+
+from .desk import CLASSES, STD, Desk, one
+
+
+def test_a_full_queue_pushes_out_the_last_of_the_lowest_class() -> None:
+    desk = Desk(one(), max_queued_requests=3)
+    desk.ask()
+    first, last = desk.ask(request_class="batch"), desk.ask(request_class="batch")
+    desk.ask()
+    newest = desk.ask(request_class="urgent")
+    assert desk.outcome(last) is Outcome.QUEUE_FULL
+    assert (desk.outcome(first), desk.outcome(newest)) == (None, None)
+
+
+def test_the_newest_goes_if_it_is_the_last_of_the_lowest_class() -> None:
+    desk = Desk(one(), max_queued_requests=1)
+    desk.ask()
+    desk.ask()
+    assert desk.outcome(desk.ask()) is Outcome.QUEUE_FULL
+
+
+def flow(desk: Desk, seconds: float, rate: float, request_class: str = "std") -> None:
+    """Keep the only slot busy and the line never empty, `rate` requests a second."""
+    desk.ask(request_class=request_class)
+    for _ in range(int(seconds * rate)):
+        desk.ask(request_class=request_class)
+        desk.advance(1 / rate)
+        desk.release(next(iter(desk.leased)))
+
+
+def test_who_would_wait_past_its_budget_is_refused_at_once() -> None:
+    desk = Desk(one(), shed=True)
+    flow(desk, 20.0, 1.0)
+    surely = int(SURE * STD.budget_s)  # one is served in a second
+    refused = [desk.outcome(ticket) for ticket in [desk.ask() for _ in range(surely + 20)]]
+    assert refused[: surely - 5] == [None] * (surely - 5)
+    assert refused[surely + 10 :] == [Outcome.BUDGET_PREDICTED] * 10
+
+
+def test_the_prediction_counts_the_arrivals_of_higher_classes() -> None:
+    calm, stormy = Desk(one(), shed=True), Desk(one(), shed=True)
+    for desk in (calm, stormy):
+        flow(desk, 20.0, 10.0, "batch")
+    for _ in range(9 * int(HORIZON_S)):
+        stormy.cancel(stormy.ask(request_class="urgent"))
+    for desk in (calm, stormy):
+        desk.fill(100, request_class="batch", budget_s=60.0)
+    guests = [desk.ask(request_class="batch", budget_s=15.0) for desk in (calm, stormy)]
+    assert [calm.outcome(guests[0]), stormy.outcome(guests[1])] == [None, Outcome.BUDGET_PREDICTED]
+
+
+def test_the_first_burst_of_an_idle_system_is_not_refused() -> None:
+    desk = Desk(one(), shed=True)
+    assert {desk.outcome(ticket) for ticket in desk.fill(500)} == {Outcome.DISPATCHED, None}
+
+
+def test_a_slow_hour_long_ago_refuses_nobody() -> None:
+    """Found by reading: the drain rate of the last backlog was believed for ever."""
+    desk = Desk(one(), shed=True)
+    flow(desk, 60.0, 1.0)
+    assert desk.core._any_model.pace.drain_rate() == pytest.approx(1.0, rel=0.1), "and it was believed"
+    while desk.leased:
+        desk.release(next(iter(desk.leased)))
+    desk.advance(3600.0)
+    assert {desk.outcome(ticket) for ticket in desk.fill(100)} == {Outcome.DISPATCHED, None}
+
+
+def test_a_quiet_tenant_is_not_refused_for_the_backlog_of_a_noisy_one() -> None:
+    desk = Desk(one(), shed=True)
+    flow(desk, 20.0, 1.0)
+    desk.fill(60, tenant="noisy")
+    assert desk.outcome(desk.ask(tenant="noisy")) is Outcome.BUDGET_PREDICTED
+    assert desk.outcome(desk.ask(tenant="quiet")) is None
+
+
+def test_nobody_is_refused_by_prediction_while_all_endpoints_are_down() -> None:
+    desk = Desk(one(), shed=True)
+    flow(desk, 20.0, 1.0)
+    desk.set_up("a", is_up=False)
+    assert {desk.outcome(ticket) for ticket in desk.fill(100)} == {None}
+
+
+def test_retry_after_follows_the_drain_rate_within_bounds() -> None:
+    desk = Desk(one(), shed=False, max_queued_requests=20)
+    desk.fill(2)
+    guess = desk.ask(budget_s=0.0)
+    assert desk.retry_after(guess) == 1, "nothing is known yet"
+    desk.set_policy(Policy(classes=CLASSES, shed=False))
+    flow(desk, 30.0, 1.0)
+    desk.fill(20 - len(desk.waiting))
+    assert desk.retry_after(desk.ask(budget_s=0.0)) == pytest.approx(21, abs=2)
+    desk.fill(500)
+    assert desk.retry_after(desk.ask(budget_s=0.0)) == RETRY_AFTER_MAX_S
+
+
+def test_draining_refuses_all_that_waits_and_all_that_would_have_to() -> None:
+    desk = Desk(one("a", 2))
+    a, _, waits = desk.fill(3)
+    desk.drain()
+    assert (desk.outcome(waits), Outcome.DRAINING.status) == (Outcome.DRAINING, 503)
+    assert desk.outcome(desk.ask()) is Outcome.DRAINING
+    desk.release(a)
+    assert desk.outcome(desk.ask()) is Outcome.DISPATCHED
+
+
+def test_retry_after_is_the_time_that_those_ahead_take() -> None:
+    desk = Desk(one())
+    pace = desk.core._any_model.pace
+    desk.ask()
+    desk.fill(40)
+    for number in range(1, 200):
+        pace.dispatched(desk.now + number / 4)
+    assert desk.retry_after(desk.ask(budget_s=0.0)) == pytest.approx(10, abs=1)
+
+
+def test_who_is_refused_on_arrival_did_not_wait() -> None:
+    desk = Desk(one(models=frozenset({"m"})))
+    desk.ask(model="m")
+    refused = desk.ask(budget_s=0.0), desk.ask(model="unknown")
+    assert [desk.outcome(ticket) for ticket in refused] == [Outcome.BUDGET_EXPIRED, Outcome.UNKNOWN_MODEL]
+    assert [desk.decided[ticket].wait_s for ticket in refused] == [0.0, 0.0]
+
+
+def test_a_backlog_that_came_before_its_endpoint_counts_from_its_arrival_there() -> None:
+    desk = Desk()
+    holder = desk.ask(model="m")
+    desk.advance(5.0)
+    desk.put(one("a", models=frozenset({"m"})))
+    desk.fill(30, model="m")
+    for _ in range(20):
+        desk.advance(0.5)
+        desk.release(holder)
+        (holder,) = desk.leased
+    assert desk.core._by_model["m"].pace.drain_rate() == pytest.approx(2.0, rel=0.15)

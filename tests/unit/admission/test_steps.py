@@ -1,0 +1,138 @@
+"""What a step of an engine costs, found from counters that a made-up engine of known costs would show."""
+
+from __future__ import annotations
+
+from math import inf, isfinite
+from random import Random
+
+import pytest
+
+from extproc.admission.load import Load
+from extproc.admission.steps import FIRST, LEAST, LONGEST_S, StepCost
+
+SECONDS = 12
+"""A few: an engine that comes up must be known before its limit has done harm."""
+
+
+def follow(costs: StepCost, base_s: float, sequence_s: float, prompt_s: float, *, seconds: int, seed: int = 0) -> None:
+    """Show `costs` readings of a busy engine, one a second, whose concurrency and prompts vary."""
+    random, before = Random(seed), 8.0
+    for _ in range(seconds):
+        running = float(random.randint(4, 120))
+        mean = (before + running) / 2
+        share = random.uniform(0.0, 0.6)  # of the second that prompts take
+        steps = (1.0 - share) / (base_s + sequence_s * mean)
+        load = Load(
+            running=running,
+            tokens_per_s=steps * mean,
+            prompt_tokens=int(share / prompt_s),
+            output_tokens=int(steps * mean),
+        )
+        costs.follow(load, before, 1.0)
+        before = running
+
+
+@pytest.mark.parametrize(
+    ("base_s", "sequence_s", "prompt_s"),
+    [
+        pytest.param(0.008, 5e-5, 2e-5, id="a small model on a fast GPU"),
+        pytest.param(0.025, 2e-4, 8e-5, id="as guessed"),
+        pytest.param(0.09, 3e-4, 3e-4, id="a large model on a slow one"),
+    ],
+)
+def test_the_costs_of_steps_are_found_within_a_few_seconds(base_s: float, sequence_s: float, prompt_s: float) -> None:
+    costs = StepCost()
+    follow(costs, base_s, sequence_s, prompt_s, seconds=SECONDS)
+    assert costs.base_s == pytest.approx(base_s, rel=0.35)
+    assert costs.base_s + 60 * costs.sequence_s == pytest.approx(base_s + 60 * sequence_s, rel=0.25)
+    assert costs.prompt_s == pytest.approx(prompt_s, rel=0.35)
+    assert costs.readings == SECONDS
+
+
+def test_costs_that_change_are_followed() -> None:
+    costs = StepCost()
+    follow(costs, 0.02, 1e-4, 5e-5, seconds=60)
+    follow(costs, 0.06, 1e-4, 5e-5, seconds=60, seed=1)
+    assert costs.base_s == pytest.approx(0.06, rel=0.3)
+
+
+def test_what_the_prefix_cache_held_is_not_counted_as_computed() -> None:
+    with_hits, without = StepCost(), StepCost()
+    for _ in range(20):
+        for costs, prompts, cached in ((with_hits, 20_000, 15_000), (without, 5000, None)):
+            load = Load(running=20.0, tokens_per_s=600.0, prompt_tokens=prompts, cached_tokens=cached)
+            costs.follow(load, 20.0, 1.0)
+    assert with_hits.prompt_s == without.prompt_s
+
+
+def test_the_time_per_token_is_running_requests_over_their_tokens_of_the_last_seconds() -> None:
+    costs = StepCost()
+    assert (costs.tpot_s, costs.pace) == (None, None)
+    costs.follow(Load(running=10.0, tokens_per_s=200.0), None, 1.0)
+    assert costs.tpot_s == pytest.approx(0.05)
+    assert costs.pace == pytest.approx(20.0)
+    for _ in range(30):
+        costs.follow(Load(running=10.0, tokens_per_s=100.0), None, 1.0)
+    assert costs.tpot_s == pytest.approx(0.1, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        Load(),
+        Load(running=5.0),
+        Load(tokens_per_s=50.0),
+        Load(running=0.0, tokens_per_s=50.0),
+        Load(running=5.0, tokens_per_s=0.0),
+        Load(running=-5.0, tokens_per_s=50.0),
+        Load(running=5.0, tokens_per_s=-50.0),
+    ],
+)
+def test_a_reading_in_which_the_engine_did_nothing_teaches_nothing(load: Load) -> None:
+    costs = StepCost()
+    costs.follow(Load(running=5.0, tokens_per_s=50.0), 5.0, 1.0)
+    before = (costs.base_s, costs.sequence_s, costs.prompt_s, costs.tpot_s, costs.readings)
+    assert costs.worked
+    costs.follow(load, 5.0, 1.0)
+    assert not costs.worked
+    assert (costs.base_s, costs.sequence_s, costs.prompt_s, costs.tpot_s, costs.readings) == before
+
+
+@pytest.mark.parametrize("before", [None, 0.0])
+def test_a_reading_that_was_not_busy_from_end_to_end_says_nothing_of_steps(before: float | None) -> None:
+    costs = StepCost()
+    costs.follow(Load(running=5.0, tokens_per_s=50.0), before, 1.0)
+    assert (costs.readings, costs.base_s, costs.worked) == (0, FIRST[0], True)
+
+
+def test_a_reading_after_a_long_silence_weighs_no_more_than_one_after_some_seconds() -> None:
+    silent, usual = StepCost(), StepCost()
+    for costs, elapsed_s in ((silent, 3600.0), (usual, LONGEST_S)):
+        costs.follow(Load(running=50.0, tokens_per_s=400.0), 50.0, elapsed_s)
+    assert (silent.base_s, silent.sequence_s, silent.tpot_s) == (usual.base_s, usual.sequence_s, usual.tpot_s)
+
+
+ODD = (0.0, 1e-12, 1e-3, 1.0, 1e6, 1e15)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_costs_stay_numbers_and_possible_whatever_a_page_says(seed: int) -> None:
+    random, costs = Random(seed), StepCost()
+    for _ in range(500):
+        running, rate, prompts = (random.choice(ODD) for _ in range(3))
+        costs.follow(
+            Load(running=running, tokens_per_s=rate, prompt_tokens=int(prompts)),
+            random.choice((None, *ODD)),
+            random.choice((0.0, 1e-9, 0.2, 1.0, 1e9)),
+        )
+        known = (costs.base_s, costs.sequence_s, costs.prompt_s)
+        assert all(least <= cost < inf for cost, least in zip(known, LEAST, strict=True))
+        assert costs.tpot_s is None or isfinite(costs.tpot_s)
+    follow(costs, 0.02, 1e-4, 5e-5, seconds=3000)
+    assert costs.base_s == pytest.approx(0.02, rel=0.5), "and an honest page is believed again"
+
+
+def test_elapsed_time_of_nothing_teaches_nothing() -> None:
+    costs = StepCost()
+    costs.follow(Load(running=5.0, tokens_per_s=50.0), 5.0, 0.0)
+    assert (costs.base_s, costs.tpot_s) == (FIRST[0], None)

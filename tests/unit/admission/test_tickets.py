@@ -1,0 +1,149 @@
+"""Tickets: illegal transitions, deadlines, memory, what people read."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+from extproc.admission.alarms import Alarms
+from extproc.admission.outcome import Outcome
+from extproc.admission.ticket import State, Ticket
+from extproc.admission.values import Answer, Policy, Request, RequestClass
+from extproc.errors import TransitionError
+
+from .desk import Desk, one
+
+
+def test_illegal_transitions_raise_and_change_nothing() -> None:
+    desk = Desk(one("a", 1))
+    leased, waits = desk.fill(2)
+    new, done = Ticket(Request("new", desk.now)), None
+    core, before = desk.core, repr(desk.core)
+    for event, ticket in [
+        (core.cancel, new), (core.release, new),
+        (core.offer, waits), (core.release, waits),
+        (core.offer, leased), (core.cancel, leased),
+    ]:  # fmt: skip
+        with pytest.raises(TransitionError, match=r"can't be \w+: it is"):
+            event(ticket, desk.now + 1.0)
+    assert (repr(core), core._now) == (before, desk.now)
+    desk.check()
+    desk.release(leased)
+    done = leased
+    desk.cancel(desk.ask())
+    for event in (core.offer, core.cancel, core.release):
+        with pytest.raises(TransitionError):
+            event(done, desk.now)
+
+
+def test_the_next_deadline_is_never_before_now() -> None:
+    desk = Desk(one("a", 1))
+    desk.ask()
+    desk.ask(budget_s=0.5)
+    desk.now += 5.0
+    desk.fill(1)
+    assert desk.core.next_deadline() == desk.now
+
+
+def test_nothing_is_due_when_nothing_waits() -> None:
+    desk = Desk(one("a", 1))
+    held = desk.ask()
+    desk.cancel(desk.ask())
+    desk.release(held)
+    assert desk.core.next_deadline() is None
+
+
+def test_reloading_classes_again_and_again_leaves_no_counters_behind() -> None:
+    desk = Desk(one("a", 1))
+    desk.ask()
+    for number in range(50):
+        desk.set_policy(Policy(classes=(RequestClass("std", 0, 30.0 + number),), shed=False))
+        desk.cancel(desk.ask())
+    assert not desk.core._any_model.waiting
+
+
+def test_a_ticket_that_ended_is_kept_nowhere_once_its_alarm_is_over() -> None:
+    desk = Desk(one("a", 1), one("b", 1))
+    core = desk.core
+    for end in ("release", "cancel", "refuse", "expire", "evict"):
+        holders = [Ticket(Request("holder", desk.now)) for _ in range(2)]
+        ticket = Ticket(Request("watched", desk.now, session="s", tenant="t", home="a", budget_s=2.0))
+        for each in (*holders, ticket):
+            core.offer(each, desk.now)
+        match end:
+            case "release":
+                core.release(holders[0], desk.now, Answer.OK)
+                core.release(holders.pop(1), desk.now)
+                core.tick(desk.now + 1.0)
+                core.release(ticket, desk.now)
+                holders.clear()
+            case "cancel":
+                core.cancel(ticket, desk.now)
+            case "refuse":
+                core.set_policy(Policy(max_queued_requests=0), desk.now)
+                core.offer(extra := Ticket(Request("extra", desk.now)), desk.now)
+                assert extra.state is State.LEFT
+                core.cancel(ticket, desk.now)
+                core.set_policy(Policy(), desk.now)
+            case "evict":
+                core.set_up("a", desk.now, is_up=False)
+                core.cancel(ticket, desk.now)
+                core.set_up("a", desk.now, is_up=True)
+        desk.now += 60.0
+        core.tick(desk.now)
+        core.next_deadline()
+        for holder in holders:
+            core.release(holder, desk.now)
+        assert ticket.state in (State.DONE, State.LEFT), end
+        gc.collect()
+        kept = [referrer for referrer in gc.get_referrers(ticket) if referrer is not globals()]
+        assert not [k for k in kept if not _is_frame(k)], end
+
+
+def _is_frame(thing: object) -> bool:
+    return type(thing).__name__ == "frame"
+
+
+def test_alarms_of_those_who_left_are_bounded() -> None:
+    desk = Desk(one("a", 1))
+    desk.ask()
+    for _ in range(2000):  # not through the desk: it asks for the next deadline, which drops dead alarms too
+        desk.core.offer(ticket := Ticket(Request("r", desk.now)), desk.now)
+        desk.core.cancel(ticket, desk.now)
+    assert len(desk.core._alarms) <= 300
+
+
+def test_an_illegal_transition_says_what_was_tried_with_whom() -> None:
+    desk = Desk(one("a"))
+    leased, waits = desk.ask("first"), desk.ask("second")
+    for event, ticket, message in [
+        (desk.core.offer, waits, "<Ticket second waiting> can't be offered: it is waiting, not new"),
+        (desk.core.release, waits, "<Ticket second waiting> can't be released: it is waiting, not leased"),
+        (desk.core.cancel, leased, "<Ticket first leased at a> can't be cancelled: it is leased, not waiting"),
+    ]:
+        with pytest.raises(TransitionError) as caught:
+            event(ticket, desk.now)
+        assert str(caught.value) == message
+
+
+def test_who_is_placed_nowhere_has_no_home_and_nobody_before_him() -> None:
+    desk = Desk(one("a", models=frozenset({"m"})))
+    desk.ask(model="m")
+    stranger = desk.ask(model="unknown")
+    assert (desk.outcome(stranger), stranger.position, stranger.home) == (Outcome.UNKNOWN_MODEL, 0, None)
+
+
+def test_alarms_that_are_set_again_and_again_are_bounded_by_twice_those_who_wait() -> None:
+    alarms, ticket = Alarms(), Ticket(Request("r", 0.0))
+    ticket.state = State.WAITING
+    for number in range(10_000):
+        alarms.set(ticket, float(number), 1000)
+        assert len(alarms) <= 2 * 1000 + 256
+    assert alarms.next() == 9999.0
+
+
+def test_who_came_later_than_now_by_another_clock_has_not_waited() -> None:
+    desk = Desk(one("a", 1))
+    ticket = desk.ask("from the future", arrived=desk.now + 5.0)
+    assert desk.decided[ticket].wait_s == 0.0
