@@ -58,6 +58,8 @@ class Ask:
     include_usage: bool
     priority: int
     session: str | None
+    shared_tokens: int = 0
+    """So many tokens at the start of the prompt are the same in all requests that tell it."""
 
 
 def read_ask(
@@ -101,6 +103,7 @@ def read_ask(
         include_usage=_typed(options, "include_usage", bool, False),
         priority=_typed(fields, "priority", int, 0),
         session=headers.get("x-session-id") or _typed(fields, "user", str, "") or None,
+        shared_tokens=_told(headers, fields, "x-sim-shared-prompt-tokens") or 0,
     )
 
 

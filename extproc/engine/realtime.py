@@ -122,7 +122,14 @@ class Drive:
             self._looked_s = now
         self._numbers += 1
         refusal = self.engine.submit(
-            self._numbers, ask.prompt_tokens, ask.output_tokens, now, ask.priority, ask.session
+            self._numbers,
+            ask.prompt_tokens,
+            ask.output_tokens,
+            now,
+            ask.priority,
+            ask.session,
+            prefix="shared" if ask.shared_tokens else None,
+            prefix_tokens=ask.shared_tokens,
         )
         self._arm()
         if refusal is not None:

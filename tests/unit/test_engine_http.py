@@ -271,6 +271,18 @@ def test_sim_headers_override_the_token_counts() -> None:
     play(scene())
 
 
+def test_requests_that_tell_so_share_the_first_tokens_of_their_prompts() -> None:
+    async def scene() -> None:
+        async with engine() as (server, client):
+            told = {"x_sim_prompt_tokens": "100", "x_sim_shared_prompt_tokens": "64"}
+            for _ in range(2):
+                await ask(client, CHAT, **told)
+            await ask(client, CHAT, x_sim_prompt_tokens="100")
+            assert server.drive.engine.prefix_hits_total == 64
+
+    play(scene())
+
+
 @pytest.mark.parametrize("by_header", [True, False])
 def test_the_second_turn_of_a_session_hits_the_prefix_cache(by_header: bool) -> None:
     async def scene() -> None:
