@@ -217,6 +217,7 @@ class Viewer:
             "in_flight": len(endpoint.leases),
             "foreign": endpoint.foreign,
             "limit": endpoint.limit.value,
+            "limit_by": endpoint.limit.why,
             "adaptive": endpoint.spec.max_running_requests is None,
             "held_back": endpoint.closed_until is not None or endpoint.health.held_back_by is not None,
             "held_by": None if held is None else held.value,

@@ -86,11 +86,12 @@ LONGEST_S = 2.0
 class FixedLimit:
     """A limit that a person chose."""
 
-    __slots__ = ("value",)
+    __slots__ = ("value", "why")
 
     def __init__(self, value: int) -> None:
         """Hold at most `value` requests; at least 1."""
         self.value = value
+        self.why = "fixed"
 
     def start_at(self, value: int) -> None:
         """Stay at what was chosen."""
