@@ -26,7 +26,8 @@ from extproc.admission.estimate import TokenEstimate
 from extproc.admission.fairness import OUTPUT_WEIGHT
 from extproc.admission.held import HeldBy
 from extproc.admission.outcome import Outcome
-from extproc.admission.pool import Pool, most_room, seniority
+from extproc.admission.pool import most_room, seniority
+from extproc.admission.pools import Pools
 from extproc.admission.queue import GUARD, WINDOW
 from extproc.admission.sessions import Sessions
 from extproc.admission.ticket import Key, State, Ticket
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from extproc.admission.load import Load
+    from extproc.admission.pool import Pool
     from extproc.admission.queue import Queue
     from extproc.admission.values import Request, RequestClass
 
@@ -67,10 +69,7 @@ class Controller:
         self.waiting = 0
         self.draining = False
         self.is_shared = False
-        self._by_model: dict[str, Pool] = {}
-        self._any_model = Pool(None)  # the endpoints that list no models
-        self._every = Pool(None)  # all endpoints: for requests without a model where every endpoint lists its own
-        self._models_differ = False  # nobody may guess a model then
+        self._pools = Pools()
         self._alarms: Alarms[Ticket] = Alarms(_is_waiting)
         self._changes: Alarms[Endpoint] = Alarms()  # endpoints that time alone will open: closed gates, ejections
         self._sessions = Sessions()
@@ -93,8 +92,8 @@ class Controller:
         self._now = now
         request, policy = ticket.request, self.policy
         ticket.request_class = klass = self.class_of(request)
-        pool = self._pool_for(request.model)
-        if pool is None or (pool is self._every and self._models_differ):
+        pool = self._pools.find(request.model)
+        if pool is None or self._pools.misses_model(request.model):
             ticket.state = State.LEFT
             outcome = Outcome.UNKNOWN_MODEL if pool is None else Outcome.MODEL_MISSING
             self._decisions.append(Reject(ticket, outcome, 0.0, None))
@@ -135,7 +134,7 @@ class Controller:
         self._now = now
         ticket.state = State.LEFT
         ticket.request_class = self.class_of(ticket.request)
-        pool = self._pool_for(ticket.request.model)
+        pool = self._pools.find(ticket.request.model)
         if pool is None:
             self._decisions.append(Reject(ticket, Outcome.UNKNOWN_MODEL, 0.0, None))
             return self._dispatch()
@@ -211,19 +210,13 @@ class Controller:
         else:
             endpoint.respec(spec, self.policy)
             endpoint.removed = False
-        for model in spec.models:
-            if model not in self._by_model:
-                self._by_model[model] = Pool(model)
         self._regroup()
         return self._dispatch()
 
     def know_models(self, models: Iterable[str], now: float) -> list[Decision]:
         """Note which models the configuration names: requests for them wait even while nobody serves them."""
         self._now = now
-        fresh = [model for model in models if model not in self._by_model]
-        for model in fresh:
-            self._by_model[model] = Pool(model)
-        if fresh:
+        if self._pools.know(models):
             self._regroup()
         return self._dispatch()
 
@@ -347,7 +340,7 @@ class Controller:
         if endpoint is not None:
             request = ticket.request
             ticket.request_class = self.class_of(request)
-            ticket.pool = self._pool_for(request.model) or self._every
+            ticket.pool = self._pools.find(request.model) or self._pools.every
             self._tokens.estimate(ticket, ticket.pool.longest)
             ticket.state, ticket.endpoint = State.LEASED, endpoint
             endpoint.lease(ticket, now)
@@ -397,9 +390,7 @@ class Controller:
 
     def pools(self) -> Iterator[Pool]:
         """Walk all pools."""
-        yield self._any_model
-        yield self._every
-        yield from self._by_model.values()
+        return iter(self._pools)
 
     def waiting_tickets(self) -> Iterator[Ticket]:
         """Walk everything that waits, line by line."""
@@ -712,42 +703,33 @@ class Controller:
 
     # ---- endpoints
 
-    def _pool_for(self, model: str | None) -> Pool | None:
-        """Return the pool that serves `model`. An endpoint that lists models gets only requests for those."""
-        pool = self._by_model.get(model) if model is not None else None
-        if pool is not None:
-            return pool
-        if self._any_model.members or not self._every.members:
-            return self._any_model
-        return self._every if model is None else None
-
     def _regroup(self) -> None:
         """Recompute who belongs to which pool, after endpoints came, changed or went."""
         present = [endpoint for endpoint in self.endpoints.values() if not endpoint.removed]
-        self._models_differ = len({endpoint.spec.models for endpoint in present}) > 1
-        for pool in self.pools():
-            pool.forget_endpoints()
-        for endpoint in present:
-            endpoint.pools = [self._by_model[model] for model in sorted(endpoint.spec.models)]
-            if not endpoint.spec.models:
-                endpoint.pools = [self._any_model, *self._by_model.values()]
-            endpoint.pools.append(self._every)
-            for pool in endpoint.pools:
-                pool.members.append(endpoint)
-        for pool in self.pools():
+        unserved = [pool for pool in self._pools if not pool.members]
+        before = self._pools.regroup(present)
+        pools = dict.fromkeys((*before, *self._pools))
+        for pool in unserved:
+            if pool.members and pool.waiting_total:
+                pool.pace.backlog_began(self._now)  # what nobody served says nothing of those who do
+        for pool in pools:
             for home in [home for home in pool.homes if home not in pool.members]:
                 self._evict(pool, home)
         for endpoint in present:
             endpoint.listed = False
             self._changed(endpoint)
-        self._spare_the_last(self.pools())
-        for ticket in sorted((ticket for queue in self._any_model.queues() for ticket in queue), key=_place):
-            target = self._pool_for(ticket.request.model)
-            if target is not None and target is not self._any_model:
+        self._spare_the_last(self._pools)
+        joined: dict[Pool, None] = {}
+        for ticket in sorted((ticket for pool in pools for queue in pool.queues() for ticket in queue), key=_place):
+            target = self._pools.find(ticket.request.model) or self._pools.any_model
+            if target is not ticket.pool:
                 self._resettle(ticket, target)
+                joined[target] = None
+        for pool in joined:
+            self._reorder(pool)
 
     def _resettle(self, ticket: Ticket, pool: Pool) -> None:
-        """Move a request that came before its model was listed to the pool that it would join now."""
+        """Move a waiting request to the pool that it would join now."""
         before = _placed(ticket.pool)
         self._quit(ticket, before, _placed(ticket.queue))
         self._refund(ticket, before)
@@ -760,14 +742,14 @@ class Controller:
         self._freed.update(pool.open)
 
     def _reorder(self, pool: Pool) -> None:
-        """Give those who wait new places, as the rules of order changed: old and new ones can't be compared."""
-        for queue in pool.queues():
-            for ticket in list(queue):
-                queue.remove(ticket)
-                self._refund(ticket, pool)
-                ticket.charge = None
-                ticket.key = (ticket.key[0], self._tag(ticket, pool), ticket.key[2])
-                queue.add(ticket)
+        """Give those who wait new places: the rules of order changed, or others joined, and tags can't be compared."""
+        for ticket in sorted((ticket for queue in pool.queues() for ticket in queue), key=_arrival):
+            queue = _placed(ticket.queue)
+            queue.remove(ticket)
+            self._refund(ticket, pool)
+            ticket.charge = None
+            ticket.key = (ticket.key[0], self._tag(ticket, pool), ticket.key[2])
+            queue.add(ticket)
         self._freed.update(pool.open)
 
     def _forget_stale_loads(self) -> None:
@@ -851,6 +833,10 @@ def _placed(part: T | None) -> T:
 
 def _is_waiting(ticket: Ticket) -> bool:
     return ticket.state is State.WAITING
+
+
+def _arrival(ticket: Ticket) -> int:
+    return ticket.key[2]
 
 
 def _place(ticket: Ticket) -> tuple[int, float, int]:

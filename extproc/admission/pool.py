@@ -1,4 +1,4 @@
-"""The endpoints that can serve one model, and the lines of requests that wait for them."""
+"""The endpoints that can serve some models, and the lines of requests that wait for them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def seniority(ticket: Ticket) -> tuple[int, int]:
 
 
 class Pool:
-    """One model's endpoints and queues.
+    """The endpoints that serve the same models, and their queues.
 
     Attributes:
         members: its endpoints, in the order they came.
@@ -55,7 +55,6 @@ class Pool:
         "homes",
         "longest",
         "members",
-        "model",
         "open",
         "pace",
         "record",
@@ -66,9 +65,8 @@ class Pool:
         "waiting_total",
     )
 
-    def __init__(self, model: str | None) -> None:
-        """Make an empty pool for `model`; None: for requests that name no model."""
-        self.model = model
+    def __init__(self) -> None:
+        """Make an empty pool."""
         self.members: list[Endpoint] = []
         self.usable = 0
         self.open: dict[Endpoint, None] = {}

@@ -103,7 +103,7 @@ def test_when_another_endpoint_becomes_the_emptiest_the_room_kept_until_then_is_
 
 def test_a_guard_that_is_pushed_out_of_the_window_keeps_no_room_from_another_model() -> None:
     models = frozenset({"huge", "tiny"})
-    desk = Desk(one("a", 1000, kv_capacity_tokens=10_000, models=models), one("b", models=models))
+    desk = Desk(one("a", 1000, kv_capacity_tokens=10_000, models=models), one("b", models=frozenset({"huge"})))
     desk.ask("held", model="huge", prompt_tokens=4000)
     desk.ask("blocker", model="huge", prompt_tokens=1)  # takes all of b
     desk.ask("guard", model="huge", prompt_tokens=6000)

@@ -60,7 +60,7 @@ def test_reloading_classes_again_and_again_leaves_no_counters_behind() -> None:
     for number in range(50):
         desk.set_policy(Policy(classes=(RequestClass("std", 0, 30.0 + number),), shed=False))
         desk.cancel(desk.ask())
-    assert not desk.core._any_model.waiting
+    assert not desk.core._pools.any_model.waiting
 
 
 def test_a_ticket_that_ended_is_kept_nowhere_once_its_alarm_is_over() -> None:

@@ -410,7 +410,7 @@ class World:
 
     def _check_pool(self, pool: Pool, waiting: list[Ticket]) -> None:
         in_lines = [ticket for queue in pool.queues() for ticket in queue]
-        require(len(in_lines) == len(waiting) and set(in_lines) == set(waiting), pool.model, in_lines, waiting)
+        require(len(in_lines) == len(waiting) and set(in_lines) == set(waiting), pool, in_lines, waiting)
         require(pool.waiting_total == len(waiting), pool.waiting_total, len(waiting))
         counts = {klass: count for klass, count in pool.waiting.items() if count}
         require(counts == Counter(ticket.request_class for ticket in waiting), pool.waiting)
@@ -426,21 +426,22 @@ class World:
             require(depth == Counter(t.request_class.name for t in line), queue.depth)
             require(queue.exhausted == sum(t.passed_over >= GUARD for t in line), "exhausted", queue.exhausted)
         members = [name for name, books in self.books.items() if books.present and self._serves(books, pool)]
-        require([endpoint.name for endpoint in pool.members] == members, pool.model, pool.members, members)
+        require([endpoint.name for endpoint in pool.members] == members, pool, pool.members, members)
         usable = [endpoint for endpoint in pool.members if endpoint.available]
-        require(pool.usable == len(usable), pool.model, "usable:", pool.usable, usable)
+        require(pool.usable == len(usable), pool, "usable:", pool.usable, usable)
         ejected = [endpoint for endpoint in pool.members if endpoint.health.ejected_until is not None]
-        require(usable or not ejected, pool.model, "has ejected ones alone:", pool.members)
+        require(usable or not ejected, pool, "has ejected ones alone:", pool.members)
         is_open = {endpoint.name for endpoint in pool.members if self._is_open(endpoint)}
-        require({endpoint.name for endpoint in pool.open} == is_open, pool.model, list(pool.open), is_open)
+        require({endpoint.name for endpoint in pool.open} == is_open, pool, list(pool.open), is_open)
 
     def _serves(self, books: Books, pool: Pool) -> bool:
-        core = self.core
-        if pool is core._every:
+        pools = self.core._pools
+        if pool is pools.every:
             return True
-        if pool is core._any_model:
+        if pool is pools.any_model:
             return not books.spec.models
-        return not books.spec.models or pool.model in books.spec.models
+        models = {model for model, its in pools.by_model.items() if its is pool}
+        return not books.spec.models or bool(models & books.spec.models)
 
     def _is_open(self, endpoint: Endpoint) -> bool:
         if (
