@@ -68,7 +68,9 @@ def lines(view: Mapping[str, Any], width: int = 80, height: int = 24) -> list[st
 
 def line(view: Mapping[str, Any]) -> str:
     """Describe `view` in one short line, for a log. Of endpoints and the like it says only what is wrong."""
-    up = [one for one in view["endpoints"] if one["up"]]
+    up = [
+        one for one in view["endpoints"] if one["up"] or one["state"] == "unknown"
+    ]  # not heard of yet: nothing is wrong
     running, room = sum(one["in_flight"] for one in view["endpoints"]), sum(one["limit"] for one in up)
     unusual = [] if _mode(view) == "queue on" else [_mode(view)]
     if len(up) < len(view["endpoints"]):

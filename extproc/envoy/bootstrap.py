@@ -384,7 +384,8 @@ def _request_fields(config: Config) -> str:
         return ""
     space = wire.FIELDS_NAMESPACE
     rules = [
-        f"- {{selectors: [{{key: {key}}}], on_present: {{metadata_namespace: {space}, key: {key}}}}}" for key in _FIELDS
+        f"- {{selectors: [{{key: '{key}'}}], on_present: {{metadata_namespace: {space}, key: '{key}'}}}}"
+        for key in _FIELDS
     ]
     return f"""\
           # The model of a form, as for audio/transcriptions. It looks at no other body.

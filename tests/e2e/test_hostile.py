@@ -164,7 +164,7 @@ def test_a_million_names_are_not_remembered():
         session.end()
     victim.check_empty()
     assert all(len(share) <= 10_000 for pool in victim.core.pools() for share in pool.shares.values())
-    assert len(victim.core._by_model) == 1
+    assert len(victim.core._pools.by_model) == 1
 
 
 # ---- a live server
@@ -224,7 +224,7 @@ BROKEN_OFF = 0
 """No answer: Envoy closes the connection beside its 400 or 431, and the reset may overtake them."""
 
 
-SIM = {"x-model": "sim"}
+BARE = {"x-model": "sim"}
 
 
 @pytest.fixture(scope="module")
@@ -393,9 +393,14 @@ def test_a_class_given_twice_or_in_capitals_is_one_of_ours_or_the_default(front)
         {"x-request-class": "INTERACTIVE"},
         {"x-request-class": "default,interactive"},
     ):
-        (answer,) = complete_many(front.url, 1, lambda _, headers=headers: {**SIM, "x-test-id": "class", **headers})
+        (answer,) = complete_many(front.url, 1, lambda _, headers=headers: {**BARE, "x-test-id": "class", **headers})
         assert answer.status == 200
-    twice = [*SIM.items(), ("x-test-id", "class"), ("x-request-class", "evil"), ("x-request-class", "interactive")]
+    twice = [
+        *BARE.items(),
+        ("x-test-id", "class"),
+        ("x-request-class", "evil"),
+        ("x-request-class", "interactive"),
+    ]
     with H1Request(front.address, headers=twice, body=b"{}") as request:
         assert request.send().read_head() == 200
     front.wait_idle()
@@ -407,7 +412,10 @@ def test_thousands_of_made_up_names_are_no_labels(front):
     names = ("x-tenant-id", "x-session-id", "x-request-class")
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(
-            complete_many, front.url, count, lambda n: {**SIM, "x-test-id": "l", **dict.fromkeys(names, f"made-up-{n}")}
+            complete_many,
+            front.url,
+            count,
+            lambda n: {**BARE, "x-test-id": "l", **dict.fromkeys(names, f"made-up-{n}")},
         )
         assert {one.status for one in asked.result()} == {200}
     front.wait_idle()

@@ -16,6 +16,7 @@ import pytest
 
 from .kit.clients import H1Request, H2Client, H2Stream
 from .kit.processes import free_port, wait_until
+from .kit.stack import local
 from .kit.upstream import SSE_DONE, Upstream, behave, sse_event
 
 if TYPE_CHECKING:
@@ -123,7 +124,8 @@ def _make_impatient(bootstrap: dict[str, Any]) -> None:
 def rows(module_stack: StackFactory) -> Rows:
     # One faulty endpoint per test that uses it: after some failures in a row an endpoint is given a rest.
     faulty = [f"{fault}-{way}" for fault in ("dead", "nowhere") for way in ("h1-h1", "h1-h2", "h2-h1", "h2-h2")]
-    endpoints = {name: {"models": [name]} for name in ("a", *faulty)}
+    endpoints: dict[str, Any] = {name: {"models": [name], "address": local()} for name in faulty}
+    endpoints["a"] = {"models": ["a"]}
     return Rows(module_stack(upstreams=["a"], endpoints=endpoints, edit=_spoil_clusters))
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from .kit.clients import complete_many
 from .kit.processes import Child, wait_until
-from .kit.upstream import Upstream
+from .kit.upstream import Upstream, behave
 
 FAST = {"scrape_interval": "50ms", "scrape_timeout": "200ms", "max_running_requests": "adaptive"}
 HOT = 'vllm:num_requests_running{engine="0"} 5\nvllm:kv_cache_usage_perc{engine="0"} 0.99\n'
@@ -62,11 +62,16 @@ def test_a_sidecar_that_loses_telemetry_serves_by_its_own_books_says_so_and_take
             config={**FAST, "telemetry_stale_after": "400ms"},
         )
         wait_until(lambda: here.endpoint("a")["load"].get("kv_usage") == 0.99, 3.0)
-        with ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor(2) as pool:
+            block = {"x-test-id": "block", **dict([behave(hold="head")])}
+            blocker = pool.submit(complete_many, here.url, 1, lambda _: block)
+            here.wait_in_flight("a", 1)
             held = pool.submit(complete_many, here.url, 8, headers)
-            here.wait_waiting(8)  # a full KV cache: nothing goes there
+            here.wait_waiting(8)  # a full KV cache gets one request at a time
             telemetry.down()
             answers = held.result(timeout=10)  # and a dead exporter does not keep it closed
+            here.upstreams["a"].release("block")
+            assert blocker.result(timeout=10)[0].status == 200
         assert {answer.status for answer in answers} == {200}
         assert all(answer.end_s > 0.2 for answer in answers)
         row = here.endpoint("a")
