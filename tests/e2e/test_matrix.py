@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import re
 import sys
@@ -110,7 +111,7 @@ class Place:
         address = {"socket_address": {"address": "127.0.0.1", "port_value": self.upstreams["secret"].port}}
         assignment = {"cluster_name": "secret", "endpoints": [{"lb_endpoints": [{"endpoint": {"address": address}}]}]}
         clusters.append({**a, "name": "secret", "load_assignment": assignment})
-        self.envoy = Envoy(yaml.safe_dump(bootstrap, sort_keys=False), directory)
+        self.envoy = Envoy(json.dumps(bootstrap), directory)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Place]:

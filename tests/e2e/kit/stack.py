@@ -186,7 +186,7 @@ class Stack:
         if edit is not None:
             parsed = yaml.safe_load(text)
             edit(parsed)
-            text = yaml.safe_dump(parsed, sort_keys=False)
+            text = json.dumps(parsed)  # JSON is YAML, and no parser takes its "n" for no
         envoy = Envoy(text, self.directory, name=name, concurrency=concurrency)
         return Front(address, self._running.enter_context(envoy))
 
