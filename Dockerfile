@@ -4,7 +4,7 @@ ARG PYTHON=3.11-slim-bookworm
 
 FROM python:${PYTHON} AS build
 WORKDIR /src
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY extproc ./extproc
 # No pip in what is shipped. Wheels only for what it depends on: nothing is compiled, so nothing here can compile.
 RUN python -m venv --without-pip /opt/extproc

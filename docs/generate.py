@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from extproc import stability
 from extproc.admission.controller import Controller
 from extproc.admission.outcome import Outcome
 from extproc.admission.values import Policy
@@ -30,6 +31,9 @@ Written from the code by `make reference`; `make test` checks that it is current
 YAML. Unknown keys are errors; `extproc check FILE` names all mistakes at once. Durations are like `10s`, `250ms`, `2m`.
 Each key can be set by an environment variable too, which wins: `EXTPROC_ENABLE_QUEUE=true`,
 `EXTPROC_HEADERS__MODEL=x-llm`, and as YAML `EXTPROC_ENDPOINTS='[{name: a, address: "10.0.0.7:8000"}]'`.
+
+Everything here is stable, and changes only as [COMPATIBILITY.md](../COMPATIBILITY.md) says, but what is marked
+*experimental*: that may change or go with any release.
 """
 ADAPTIVE = {"max_running_requests"}
 
@@ -39,7 +43,7 @@ def reference() -> str:
     parts = [
         _INTRODUCTION,
         _keys(Config),
-        *(f"### `{path}`\n\n{cleandoc(one.__doc__ or '')}\n\n{_keys(one)}" for path, one in sections()),
+        *(f"### `{path}`\n\n{cleandoc(one.__doc__ or '')}\n\n{_keys(one, f'{path}.')}" for path, one in sections()),
         _outcomes(),
         _metrics(),
         _commands(),
@@ -47,12 +51,17 @@ def reference() -> str:
     return "\n".join(parts)
 
 
-def _keys(section: type[BaseModel]) -> str:
-    rows = ["| key | default | meaning |", "| --- | --- | --- |"]
+def _keys(section: type[BaseModel], path: str = "") -> str:
+    rows = ["| key | default | meaning | stability |", "| --- | --- | --- | --- |"]
     for name, field in section.model_fields.items():
         default = _default(name, field.get_default(), required=field.is_required())
-        rows.append(f"| `{field.alias or name}` | {default} | {field.description} |")
+        key = field.alias or name
+        rows.append(f"| `{key}` | {default} | {field.description} | {_shown(stability.of_key(path + key))} |")
     return "\n".join(rows) + "\n"
+
+
+def _shown(level: stability.Level) -> str:
+    return level if level is stability.Level.STABLE else f"*{level}*"
 
 
 def _default(name: str, value: object, *, required: bool) -> str:
@@ -89,13 +98,14 @@ def _metrics() -> str:
     rows = [
         "## Metrics\n\nAt `/metrics` of the admin port. Labels come from the configuration, never from clients.",
         "On Linux `process_*` too: CPU, memory, file descriptors. [observability.md](observability.md) has alerts.\n",
-        "| metric | type | labels | meaning |",
-        "| --- | --- | --- | --- |",
+        "| metric | type | labels | meaning | stability |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for family in chain(Metrics(Controller(Policy()), lambda: 0, rehearsed={}).collect(), ReplicaMetrics().collect()):
         suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
         labels = ", ".join(f"`{label}`" for label in getattr(family, "_labelnames", ()))
-        rows.append(f"| `{family.name}{suffix}` | {family.type} | {labels} | {family.documentation} |")
+        level = _shown(stability.of_metric(family.name))
+        rows.append(f"| `{family.name}{suffix}` | {family.type} | {labels} | {family.documentation} | {level} |")
     return "\n".join(rows) + "\n"
 
 
@@ -105,7 +115,9 @@ def _commands() -> str:
     commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     helps = {action.dest: action.help for action in commands._choices_actions}
     for name, command in commands.choices.items():
-        rows = [f"### `extproc {name}`\n\n{helps[name]}\n\n| argument | default | meaning |", "| --- | --- | --- |"]
+        level = "" if stability.of_command(name) is stability.Level.STABLE else " *(experimental)*"
+        heading = f"### `extproc {name}`\n\n{helps[name]}{level}\n\n| argument | default | meaning |"
+        rows = [heading, "| --- | --- | --- |"]
         rows += [_argument(action) for action in command._actions if action.dest != "help"]
         parts.append("\n".join(rows) + "\n")
     return "\n".join(parts)

@@ -24,6 +24,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from extproc import __version__
 from extproc.admission.controller import Controller
 from extproc.config import Config, parse_config
 from extproc.envoy.bootstrap import EnvoyOptions, render
@@ -832,7 +833,7 @@ def test_the_image_is_pinned_runs_as_nobody_and_says_what_the_manifests_count_on
 
 def _build_context(directory: Path) -> None:
     """What Docker would send: what .dockerignore lets through, without what git ignores."""
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, directory)
     shutil.copytree(ROOT / "extproc", directory / "extproc", ignore=shutil.ignore_patterns("__pycache__"))
 
@@ -852,6 +853,11 @@ def test_a_wheel_from_a_clean_copy_holds_all_that_the_sidecar_reads(tmp_path):
         if path.is_file() and path.suffix != ".pyc"
     }
     assert wanted - inside == set()
+    (metadata,) = (name for name in inside if name.endswith("dist-info/METADATA"))
+    said = zipfile.ZipFile(wheel).read(metadata).decode()
+    assert f"\nVersion: {__version__}\n" in said
+    assert "\nLicense-Expression: Apache-2.0\n" in said
+    assert {f"{metadata.removesuffix('METADATA')}licenses/{name}" for name in ("LICENSE", "NOTICE")} <= inside
 
 
 @pytest.fixture

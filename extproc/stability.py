@@ -1,0 +1,50 @@
+"""What may still change without notice. All else is stable: it changes only as COMPATIBILITY.md says.
+
+The reference shows it beside each key, metric and command, and `extproc schema` to an editor.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Level(StrEnum):
+    """How much one may build on a name."""
+
+    STABLE = "stable"
+    EXPERIMENTAL = "experimental"
+
+
+KEYS = frozenset(
+    {
+        "adaptive_limit",  # constants of a law that measurements still move
+        "binding",  # `bound` is there to be compared with
+        "first_byte_probe",
+        "max_prompt_tokens",
+        "replicas",
+        "short_prompts_first",
+        "transport",  # completion_queue drives private parts of grpcio (docs/adr/0006)
+    }
+)
+"""Keys of the configuration, by path as in `adaptive_limit.start`; one stands for all below it."""
+METRICS = frozenset({"extproc_held_requests", "extproc_limited_by", "extproc_replica_", "extproc_transport"})
+"""How the names of metrics begin."""
+COMMANDS = frozenset({"engine", "simulate", "up"})
+"""Commands: their options, and what they print."""
+
+
+def of_key(path: str) -> Level:
+    """Return the level of a key; `path` as in the reference: `discovery[].dns.name`."""
+    parts = path.replace("[]", "").split(".")
+    above = {".".join(parts[: length + 1]) for length in range(len(parts))}
+    return Level.EXPERIMENTAL if above & KEYS else Level.STABLE
+
+
+def of_metric(name: str) -> Level:
+    """Return the level of a metric."""
+    return Level.EXPERIMENTAL if name.startswith(tuple(METRICS)) else Level.STABLE
+
+
+def of_command(name: str) -> Level:
+    """Return the level of a command."""
+    return Level.EXPERIMENTAL if name in COMMANDS else Level.STABLE
