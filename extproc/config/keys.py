@@ -17,6 +17,7 @@ from extproc.config.types import (
     Duration,
     FilePath,
     HeaderName,
+    HeaderNames,
     Limit,
     Listen,
     Method,
@@ -307,8 +308,10 @@ class HeadersConfig(_Section):
     model: HeaderName = Field("x-model", description="Model name.")
     request_class: HeaderName = Field("x-request-class", alias="class", description="Class name.")
     tenant: HeaderName = Field("x-tenant-id", description="Whom to be fair to.")
-    session: HeaderName = Field(
-        "x-session-id", description="Requests of a session prefer the endpoint of the last one."
+    session: HeaderNames = Field(
+        ["x-session-id", "x-session-affinity"],
+        description="Requests of a session prefer the endpoint of the last one. One name or a list, the first that a "
+        "request has counts.",
     )
     budget: HeaderName = Field("x-queue-budget", description="This request's budget, like `5s`; `0s`: never wait.")
 
@@ -484,8 +487,9 @@ class Config(_Section):
     )
     request_fields: bool = Field(
         False,
-        description="Also read model, max_tokens, n, user, service_tier and priority from the JSON body, which Envoy "
-        "parses (json_to_metadata, rendered by `envoy-config`), and the model from a form's field. Headers win.",
+        description="Also read model, max_tokens, n, safety_identifier or user (tenant), prompt_cache_key (session), "
+        "service_tier and priority from the JSON body, which Envoy parses (json_to_metadata, rendered by "
+        "`envoy-config`), and the model from a form's field. Headers win.",
     )
     first_byte_probe: bool = Field(
         False,
@@ -575,7 +579,7 @@ class Config(_Section):
             names.model,
             names.request_class,
             names.tenant,
-            names.session,
+            tuple(names.session),
             names.budget,
             names.cluster,
             "traceparent" if self.tracing else "",

@@ -49,7 +49,7 @@ def cross_check(config: Config) -> list[str]:
             f"headers.cluster: {config.headers.cluster!r} has a meaning of its own in HTTP or Envoy; one like "
             "'x-upstream-cluster' works"
         )
-    names = [name for _, name in config.headers]
+    names = [name for _, role in config.headers for name in (role if isinstance(role, list) else [role])]
     problems += [
         f"headers: {name!r} is used for two things; each needs a header of its own"
         for name in sorted({name for name in names if names.count(name) > 1})

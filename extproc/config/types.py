@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 MOST_SOCKET_PATH = 107
 """Bytes of a unix socket's path: sockaddr_un has 108, and the last is 0 (unix(7))."""
 MOST_PORT = 65535
+MOST_HEADERS = 8
+"""Headers that may carry one thing."""
 _ADDRESS = "host:port, like 10.0.0.7:8000 or [::1]:8000"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}", re.ASCII)
@@ -80,6 +82,13 @@ def _header(value: object) -> str:
     if isinstance(value, str) and _HEADER.fullmatch(value.lower()):
         return value.lower()
     raise ValueError(f"must be the name of an HTTP header, like x-model, not {shown(value)}")
+
+
+def _headers(value: object) -> list[str]:
+    names = [_header(name) for name in (value if isinstance(value, list) else [value])]
+    if not names or len(set(names)) < len(names) or len(names) > MOST_HEADERS:
+        raise ValueError(f"must be one header, or 1 to {MOST_HEADERS} different ones, not {shown(value)}")
+    return names
 
 
 def _address(value: object) -> str:
@@ -261,6 +270,7 @@ Limit = Annotated[int | None, BeforeValidator(_limit)]
 OwnLimit = Annotated[int | Literal["inherit"] | None, BeforeValidator(_own_limit)]
 Name = Annotated[str, BeforeValidator(_name)]
 HeaderName = Annotated[str, BeforeValidator(_header)]
+HeaderNames = Annotated[list[str], BeforeValidator(_headers)]
 Address = Annotated[str, BeforeValidator(_address)]
 Listen = Annotated[str, BeforeValidator(_listen)]
 Url = Annotated[str, BeforeValidator(_url)]

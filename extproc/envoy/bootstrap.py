@@ -376,7 +376,10 @@ def _regex(name: str) -> str:
     return "".join(letter if letter.isalnum() or letter == "-" else f"[{letter}]" for letter in name)
 
 
-_FIELDS = ("model", "max_tokens", "max_completion_tokens", "n", "user", "service_tier", "priority")
+_FIELDS = (
+    *("model", "max_tokens", "max_completion_tokens", "n", "user", "safety_identifier", "prompt_cache_key"),
+    *("service_tier", "priority"),
+)
 
 
 def _request_fields(config: Config) -> str:

@@ -35,20 +35,20 @@ REPORT, BINARY_REPORT = "endpoint-load-metrics", "endpoint-load-metrics-bin"
 
 @dataclass(frozen=True, slots=True)
 class Headers:
-    """Which request header carries what; all lower case. `cluster` is the one we write; `trace`, W3C trace context,
-    is read if it has a name."""
+    """Which request header carries what; all lower case. Of several for one thing the first that is there counts.
+    `cluster` is the one we write; `trace`, W3C trace context, is read if it has a name."""
 
     model: str = "x-model"
     request_class: str = "x-request-class"
     tenant: str = "x-tenant-id"
-    session: str = "x-session-id"
+    session: tuple[str, ...] = ("x-session-id", "x-session-affinity")
     budget: str = "x-queue-budget"
     cluster: str = "x-upstream-cluster"
     trace: str = ""
 
     def wanted(self) -> frozenset[str]:
         """Return all headers that a session reads."""
-        names: tuple[str, ...] = (self.model, self.request_class, self.tenant, self.session, self.budget, self.cluster)
+        names = (self.model, self.request_class, self.tenant, *self.session, self.budget, self.cluster)
         if self.trace:
             names = (*names, self.trace)
         ours = (":status", "content-length", GRPC_STATUS, "x-request-id")
@@ -76,8 +76,11 @@ class Requests:
         """Read a request that is here at `now`; `endpoints`: by their Envoy clusters. Headers win over fields."""
         names, headers, fields = self.names, incoming.headers, incoming.fields
         model = headers.get(names.model) or _text(fields.get("model")) or self.default_model
-        tenant = headers.get(names.tenant) or _text(fields.get("user")) or ""
-        session = headers.get(names.session)
+        # OpenAI splits its old `user` into these two: who is asking, and which requests begin alike.
+        tenant = headers.get(names.tenant) or _text(fields.get("safety_identifier")) or _text(fields.get("user")) or ""
+        session = next((headers[name] for name in names.session if headers.get(name)), None)
+        if session is None:
+            session = _text(fields.get("prompt_cache_key"))
         cluster = headers.get(names.cluster)
         home = budget_s = None
         if cluster:

@@ -11,7 +11,12 @@ from .kit.clients import H1Request, complete_many
 from .kit.upstream import behave
 
 BIG = json.dumps({"model": "llama", "padding": "x" * (3 << 20)}).encode()
-MODELS = {"a": {"models": ["llama"]}, "b": {"models": ["qwen"]}}
+MODELS = {
+    "a": {"models": ["llama"]},
+    "b": {"models": ["qwen"]},
+    "c": {"models": ["mistral"]},
+    "d": {"models": ["mistral"]},
+}
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +31,7 @@ def fields(module_stack):
 
     classes = [{"name": "default"}, {"name": "flex", "priority": -5}, {"name": "fast", "priority": 7}]
     config = {"request_fields": True, "max_running_requests": 4, "classes": classes}
-    return module_stack(upstreams=("a", "b"), endpoints=MODELS, config=config, edit=small_bodies)
+    return module_stack(upstreams=("a", "b", "c", "d"), endpoints=MODELS, config=config, edit=small_bodies)
 
 
 def send(here, name: str, body: object, **headers: str):
@@ -71,6 +76,17 @@ def test_a_body_may_ask_for_a_class_that_the_config_has(fields, body, expected):
     assert send(fields, f"class-{body}", {"model": "llama", **body})[0] == 200
     after = class_counts(fields)
     assert {name for name in after if after[name] != before.get(name, 0)} == {expected}
+
+
+@pytest.mark.parametrize(("field", "headers"), [("prompt_cache_key", {}), (None, {"x-session-affinity": "agent-7"})])
+def test_what_clients_send_for_their_cache_keeps_a_conversation_at_one_server(fields, field, headers):
+    def servers(body: dict[str, str], **more: str) -> set[str]:
+        turns = range(6)
+        return {server for n in turns for server in send(fields, f"{field}-{body}-{more}-{n}", body, **more)[1]}
+
+    assert servers({"model": "mistral"}) == {"c", "d"}, "else they take turns"
+    body = {"model": "mistral", **({field: "agent-7"} if field else {})}
+    assert len(servers(body, **headers)) == 1
 
 
 def class_counts(here) -> dict[str, float]:

@@ -36,7 +36,8 @@ def test_the_defaults_are_those_of_the_contract():
     assert [(klass.name, klass.budget) for klass in default.classes] == [("default", 30.0)]
     names = default.header_names()
     assert (names.cluster, names.model, names.request_class) == ("x-upstream-cluster", "x-model", "x-request-class")
-    assert (names.tenant, names.session, names.budget) == ("x-tenant-id", "x-session-id", "x-queue-budget")
+    assert (names.tenant, names.budget) == ("x-tenant-id", "x-queue-budget")
+    assert names.session == ("x-session-id", "x-session-affinity")
 
 
 def test_an_empty_file_is_the_defaults(tmp_path):
