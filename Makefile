@@ -35,11 +35,12 @@ test: $(STAMP) $(XDS) $(CRDS) lint types check-generated  ## everything: lint, t
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # What no package registry of Python has. Not needed: without it `make test` says which checks it skipped.
-tools:           ## Debian packages that some tests want: promtool, redis-server, npm, chromium (needs root)
+tools:           ## what some tests want: promtool, redis-server, npm, chromium of Debian (needs root), actionlint by go
 	command -v promtool >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus; }
 	command -v redis-server >/dev/null || command -v valkey-server >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends redis-server; }
 	command -v npm >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends npm; }
 	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; }
+	command -v actionlint >/dev/null || ! command -v go >/dev/null || GOBIN=/usr/local/bin go install github.com/rhysd/actionlint/cmd/actionlint@v1.7.12
 
 image-check: $(STAMP)  ## the Dockerfile's steps without Docker: install anew, run as uid 65532 (as root, about a minute)
 	EXTPROC_LONG=1 $(BIN)/python -m pytest tests/unit/test_k8s.py -k dockerfiles_steps

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 TOOL_MISSING = "tool missing: "
 
 
-def tool(name: str, package: str) -> str:
+def tool(name: str, package: str, source: str = "Debian's") -> str:
     """The path of a program that this machine may lack; without it the test is skipped, and under CI it fails."""
     found = shutil.which(name)
     if found is None:
-        pytest.skip(f"{TOOL_MISSING}{name}, of Debian's {package}; `make tools` installs it")
+        pytest.skip(f"{TOOL_MISSING}{name}, of {source} {package}; `make tools` installs it")
     return found
 
 
