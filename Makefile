@@ -159,7 +159,7 @@ envoy-files: $(STAMP)  ## render envoy/*.yaml from examples/, and what in k8s/ i
 	$(BIN)/python -m extproc envoy-config --config examples/sidecar.yaml --fail-open > envoy/fail-open.yaml
 	$(BIN)/python k8s/generate.py
 
-reference: $(STAMP)  ## write docs/reference.md from the code
+reference: $(STAMP)  ## write docs/reference.md and docs/config.schema.json from the code
 	$(BIN)/python docs/generate.py
 
 check-generated: proto envoy-files

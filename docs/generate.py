@@ -1,9 +1,9 @@
-"""Writes docs/reference.md from the code: `make reference`. A test checks that it is current."""
+"""Writes docs/reference.md and docs/config.schema.json from the code: `make reference`. Tests hold them current."""
 
 from __future__ import annotations
 
 import argparse
-import sys
+import json
 from inspect import cleandoc
 from itertools import chain
 from pathlib import Path
@@ -16,11 +16,13 @@ from extproc.admission.outcome import Outcome
 from extproc.admission.values import Policy
 from extproc.commands import cli
 from extproc.config import Config, sections
+from extproc.config.schema import schema
 from extproc.durations import format_duration
 from extproc.observe.metrics import Metrics
 from extproc.replicas.observe import ReplicaMetrics
 
 TARGET = Path(__file__).with_name("reference.md")
+SCHEMA = Path(__file__).with_name("config.schema.json")
 _INTRODUCTION = """\
 # Reference
 
@@ -31,6 +33,11 @@ Written from the code by `make reference`; `make test` checks that it is current
 YAML. Unknown keys are errors; `extproc check FILE` names all mistakes at once. Durations are like `10s`, `250ms`, `2m`.
 Each key can be set by an environment variable too, which wins: `EXTPROC_ENABLE_QUEUE=true`,
 `EXTPROC_HEADERS__MODEL=x-llm`, and as YAML `EXTPROC_ENDPOINTS='[{name: a, address: "10.0.0.7:8000"}]'`.
+
+Editors complete keys and underline mistakes with the [JSON Schema](config.schema.json) (`extproc schema` prints it) and
+a first line like `# yaml-language-server: $schema=config.schema.json`. It knows each key, not how keys depend on one
+another: `check` does, and with `--output json` it tells a pipeline, as `{"ok": false, "findings": [{"file": ...,
+"severity": "error", "at": "endpoints[0].address", "message": ...}]}`.
 
 Everything here is stable, and changes only as [COMPATIBILITY.md](../COMPATIBILITY.md) says, but what is marked
 *experimental*: that may change or go with any release.
@@ -49,6 +56,11 @@ def reference() -> str:
         _commands(),
     ]
     return "\n".join(parts)
+
+
+def schema_text() -> str:
+    """Return the JSON Schema of the configuration, as `extproc schema` prints it."""
+    return json.dumps(schema(), indent=2, ensure_ascii=False) + "\n"
 
 
 def _keys(section: type[BaseModel], path: str = "") -> str:
@@ -116,9 +128,10 @@ def _commands() -> str:
     helps = {action.dest: action.help for action in commands._choices_actions}
     for name, command in commands.choices.items():
         level = "" if stability.of_command(name) is stability.Level.STABLE else " *(experimental)*"
-        heading = f"### `extproc {name}`\n\n{helps[name]}{level}\n\n| argument | default | meaning |"
-        rows = [heading, "| --- | --- | --- |"]
-        rows += [_argument(action) for action in command._actions if action.dest != "help"]
+        rows = [f"### `extproc {name}`\n\n{helps[name]}{level}"]
+        arguments = [_argument(action) for action in command._actions if action.dest != "help"]
+        if arguments:
+            rows += ["", "| argument | default | meaning |", "| --- | --- | --- |", *arguments]
         parts.append("\n".join(rows) + "\n")
     return "\n".join(parts)
 
@@ -133,4 +146,5 @@ def _argument(action: argparse.Action) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(TARGET.write_text(reference(), encoding="utf-8") and 0)
+    TARGET.write_text(reference(), encoding="utf-8")
+    SCHEMA.write_text(schema_text(), encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import re
@@ -83,7 +84,15 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="validate a configuration; all problems at once")
     check.add_argument("file", type=Path, metavar="FILE", help="the configuration")
     check.add_argument("--envoy", type=Path, metavar="BOOTSTRAP", help="also check that this Envoy bootstrap fits it")
+    check.add_argument("--output", default="text", choices=["text", "json"], help="json: findings, for a pipeline")
     check.set_defaults(command=_check)
+
+    schema = commands.add_parser("schema", help="print the JSON Schema of the configuration, for editors")
+    schema.set_defaults(command=_schema)
+
+    completion = commands.add_parser("completion", help="print a script that completes this command in a shell")
+    completion.add_argument("shell", choices=["bash", "fish", "zsh"], help="whose")
+    completion.set_defaults(command=_completion)
 
     envoy = commands.add_parser("envoy-config", help="print the Envoy bootstrap that fits a configuration")
     envoy.add_argument("--config", type=Path, required=True, metavar="FILE", help="the configuration")
@@ -214,33 +223,25 @@ def _up(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from extproc.config import doubts, load_config
-    from extproc.envoy.advice import advice
-    from extproc.envoy.check import check_envoy, could_not_look
-    from extproc.transport import tls
+    from extproc.commands.check import check
 
-    config = load_config(arguments.file)
-    if config.tls is not None:
-        try:
-            tls.read(config.tls)
-        except ConfigError as error:
-            raise ConfigError(str(arguments.file), error.problems) from None
-    if arguments.envoy is not None:
-        problems = check_envoy(config, arguments.envoy)
-        if problems:
-            raise ConfigError(str(arguments.envoy), problems)
-    classes = ", ".join(f"{klass.name} (budget {klass.budget_s:g}s)" for klass in config.classes)
-    queue = "on" if config.enable_queue else "off (enable_queue: false)"
-    found = f" and those of {len(config.discovery)} source(s)" if config.discovery else ""
-    print(f"{arguments.file}: ok: {len(config.endpoints)} endpoint(s){found}, queue {queue}, classes: {classes}")
-    for doubt in doubts(config, arguments.file):
-        print(f"{arguments.file}: warning: {doubt}", file=sys.stderr)
-    if arguments.envoy is not None:
-        notes = could_not_look(config, arguments.envoy)
-        for note in [*notes, *advice(config, arguments.envoy)]:
-            print(f"{arguments.envoy}: warning: {note}", file=sys.stderr)
-        what = "what could be looked at fits" if notes else "fits"
-        print(f"{arguments.envoy}: ok: {what} {arguments.file}")
+    return OK if check(arguments.file, arguments.envoy, as_json=arguments.output == "json") else INVALID
+
+
+def _schema(arguments: argparse.Namespace) -> int:
+    del arguments
+    from extproc.config.schema import schema
+
+    print(json.dumps(schema(), indent=2, ensure_ascii=False))
+    return OK
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    try:
+        shtab = import_module("shtab")
+    except ImportError:
+        raise StartError("completion needs `pip install extproc-queue[completion]`") from None
+    print(shtab.complete(_parser(), arguments.shell))
     return OK
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 from ipaddress import ip_network
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, SecretStr
+from pydantic import BeforeValidator, Field, SecretStr, WithJsonSchema
 from yarl import URL
 
 from extproc.durations import parse_duration
 from extproc.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 MOST_SOCKET_PATH = 107
 """Bytes of a unix socket's path: sockaddr_un has 108, and the last is 0 (unix(7))."""
@@ -263,28 +263,46 @@ def is_duration(metadata: Iterable[object]) -> bool:
     return any(isinstance(one, BeforeValidator) and one.func in durations for one in metadata)
 
 
-Duration = Annotated[float, BeforeValidator(_duration)]
-PositiveDuration = Annotated[float, BeforeValidator(_positive_duration)]
+def _written(validate: Callable[[object], object], *shapes: dict[str, object]) -> BeforeValidator:
+    """Return a validator; `shapes`: what may stand there, for `extproc schema`, never stricter than `validate`."""
+    shape = shapes[0] if len(shapes) == 1 else {"anyOf": list(shapes)}
+    return BeforeValidator(validate, json_schema_input_type=Annotated[Any, WithJsonSchema(shape)])
+
+
+def _matching(pattern: str) -> dict[str, object]:
+    return {"type": "string", "pattern": pattern}
+
+
+_DURATION = (_matching(r"^\s*\d{1,9}(\.\d{1,9})?(ms|s|m|h)?\s*$"), {"type": "number", "minimum": 0})
+_LIMIT = ({"const": "adaptive"}, {"type": "null"}, {"type": "integer", "minimum": 1, "maximum": 1_000_000})
+_NAMED = ({"type": "integer", "minimum": 1, "maximum": MOST_PORT}, {"type": "string", "minLength": 1})
+_HEADER_SHAPE = _matching(r"^[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}$")
+_AT = _matching(r"^[^/?#@\s]+:\d+$")
+
+Duration = Annotated[float, _written(_duration, *_DURATION)]
+PositiveDuration = Annotated[float, _written(_positive_duration, *_DURATION)]
 Percent = Annotated[int, Field(ge=1, le=100)]
-Limit = Annotated[int | None, BeforeValidator(_limit)]
-OwnLimit = Annotated[int | Literal["inherit"] | None, BeforeValidator(_own_limit)]
-Name = Annotated[str, BeforeValidator(_name)]
-HeaderName = Annotated[str, BeforeValidator(_header)]
-HeaderNames = Annotated[list[str], BeforeValidator(_headers)]
-Address = Annotated[str, BeforeValidator(_address)]
-Listen = Annotated[str, BeforeValidator(_listen)]
-Url = Annotated[str, BeforeValidator(_url)]
-StoreUrl = Annotated[SecretStr, BeforeValidator(_store_url)]
-PoolName = Annotated[str, BeforeValidator(_pool)]
-ClustersFile = Annotated[str, BeforeValidator(_clusters_file)]
-FilePath = Annotated[str, BeforeValidator(_file)]
-SocketMode = Annotated[int, BeforeValidator(_socket_mode)]
-RoutePath = Annotated[str, BeforeValidator(_route_path)]
-Method = Annotated[str, BeforeValidator(_method)]
-UrlPath = Annotated[str, BeforeValidator(_path_of_url)]
+Limit = Annotated[int | None, _written(_limit, *_LIMIT)]
+OwnLimit = Annotated[int | Literal["inherit"] | None, _written(_own_limit, {"const": "inherit"}, *_LIMIT)]
+Name = Annotated[str, _written(_name, _matching(r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$"))]
+HeaderName = Annotated[str, _written(_header, _HEADER_SHAPE)]
+HeaderNames = Annotated[list[str], _written(_headers, _HEADER_SHAPE, {"type": "array", "items": _HEADER_SHAPE})]
+Address = Annotated[str, _written(_address, _AT)]
+Listen = Annotated[str, _written(_listen, _AT, _matching("^unix:/"))]
+Url = Annotated[str, _written(_url, _matching("^[Hh][Tt][Tt][Pp][Ss]?://."))]
+StoreUrl = Annotated[SecretStr, _written(_store_url, _matching("^((valkeys?|rediss?)://.|unix:)"))]
+PoolName = Annotated[str, _written(_pool, _matching("^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$"))]
+ClustersFile = Annotated[str, _written(_clusters_file, _matching(r"^/.*\.ya?ml$"))]
+FilePath = Annotated[str, _written(_file, _matching("^/"))]
+SocketMode = Annotated[int, _written(_socket_mode, {"enum": list(_SOCKET_MODES)})]
+RoutePath = Annotated[str, _written(_route_path, _matching(r"^/[!-)+->@-~]*\*?$"))]
+Method = Annotated[str, _written(_method, _matching("^[A-Z]{1,32}$"))]
+UrlPath = Annotated[str, _written(_path_of_url, _matching("^/"))]
 Port = Annotated[int, Field(ge=1, le=65535)]
-NamedPort = Annotated[int | str, BeforeValidator(_named_port)]
-SlicePort = Annotated[int | str | None, BeforeValidator(_slice_port)]
-Network = Annotated[str, BeforeValidator(_network)]
-SecretHeaders = Annotated[dict[str, SecretStr], BeforeValidator(_secret_headers)]
+NamedPort = Annotated[int | str, _written(_named_port, *_NAMED)]
+SlicePort = Annotated[int | str | None, _written(_slice_port, *_NAMED, {"type": "null"})]
+Network = Annotated[str, _written(_network, _matching(r"^[0-9A-Fa-f.:]+(/\d{1,3})?$"))]
+SecretHeaders = Annotated[
+    dict[str, SecretStr], _written(_secret_headers, {"type": "object", "additionalProperties": {"type": "string"}})
+]
 Threshold = Annotated[int, Field(ge=1, le=100)]

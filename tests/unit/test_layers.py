@@ -45,7 +45,7 @@ ALLOWED = {
     },
     "config": {
         *("extproc.config", "extproc.admission", "extproc.stream", "extproc.endpoints.telemetry"),
-        *("extproc.durations", "extproc.files", "extproc.errors", "extproc.endpoints.access"),
+        *("extproc.durations", "extproc.files", "extproc.errors", "extproc.endpoints.access", "extproc.stability"),
     },
     "config/types": {"extproc.durations", "extproc.errors"},
     "config/keys": {

@@ -1,0 +1,82 @@
+"""`extproc check`: a configuration, and the Envoy bootstrap beside it, told as text or as JSON for a pipeline."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from extproc.config import doubts, load_config
+from extproc.envoy.advice import advice
+from extproc.envoy.check import check_envoy, could_not_look
+from extproc.errors import ConfigError
+from extproc.transport import tls
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from extproc.config import Config
+
+
+def check(file: Path, envoy: Path | None, *, as_json: bool) -> bool:
+    """Tell what is wrong with `file`, and with the bootstrap `envoy` for it; return whether nothing is.
+
+    Raises ConfigError with all that is wrong, if it is to be told as text.
+    """
+    if not as_json:
+        config = _valid(file, envoy)
+        for path, words in _good(config, file, envoy):
+            print(f"{path}: {words}")
+        for path, warning in _warnings(config, file, envoy):
+            print(f"{path}: warning: {warning}", file=sys.stderr)
+        return True
+    findings: list[dict[str, str]] = []
+    try:
+        config = _valid(file, envoy)
+        findings += [_finding(str(path), "warning", words) for path, words in _warnings(config, file, envoy)]
+    except ConfigError as error:
+        findings += [_finding(error.source, "error", problem) for problem in error.problems]
+    ok = all(finding["severity"] != "error" for finding in findings)
+    report: dict[str, Any] = {"ok": ok, "findings": findings}
+    print(json.dumps(report, indent=2))
+    return ok
+
+
+def _valid(file: Path, envoy: Path | None) -> Config:
+    config = load_config(file)
+    if config.tls is not None:
+        try:
+            tls.read(config.tls)
+        except ConfigError as error:
+            raise ConfigError(str(file), error.problems) from None
+    if envoy is not None:
+        problems = check_envoy(config, envoy)
+        if problems:
+            raise ConfigError(str(envoy), problems)
+    return config
+
+
+def _good(config: Config, file: Path, envoy: Path | None) -> Iterable[tuple[Path, str]]:
+    classes = ", ".join(f"{klass.name} (budget {klass.budget_s:g}s)" for klass in config.classes)
+    queue = "on" if config.enable_queue else "off (enable_queue: false)"
+    found = f" and those of {len(config.discovery)} source(s)" if config.discovery else ""
+    yield file, f"ok: {len(config.endpoints)} endpoint(s){found}, queue {queue}, classes: {classes}"
+    if envoy is not None:
+        yield envoy, f"ok: {'what could be looked at fits' if could_not_look(config, envoy) else 'fits'} {file}"
+
+
+def _warnings(config: Config, file: Path, envoy: Path | None) -> Iterable[tuple[Path, str]]:
+    for doubt in doubts(config, file):
+        yield file, doubt
+    if envoy is not None:
+        for note in [*could_not_look(config, envoy), *advice(config, envoy)]:
+            yield envoy, note
+
+
+def _finding(file: str, severity: str, words: str) -> dict[str, str]:
+    """Split what is told by its key path, where it begins with one: `endpoints[2].address: must be ...`."""
+    at, colon, message = words.partition(": ")
+    if not colon or " " in at:
+        at, message = "", words
+    return {"file": file, "severity": severity, "at": at, "message": message}
