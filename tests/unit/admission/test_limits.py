@@ -136,8 +136,8 @@ def test_a_queue_inside_the_engine_becomes_our_queue() -> None:
 
 def test_an_endpoint_without_telemetry_is_sent_more_with_each_answer_and_not_without_end() -> None:
     desk = Desk(one("a", None), classes=(RequestClass("std", 0, 1e9),))
-    waiting = desk.fill(600)
-    for _ in range(2000):
+    waiting = desk.fill(100)
+    for _ in range(800):
         held = list(desk.endpoint("a").leases)
         desk.advance((1.0 + 0.5 * len(held)) / len(held))  # as many at once as ever make each half a second longer
         desk.release(held[0], Answer.OK)
