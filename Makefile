@@ -31,8 +31,9 @@ $(CRDS): tests/unit/k8s/package.json tests/unit/k8s/package-lock.json $(STAMP)
 run: $(STAMP)    ## real Envoy, the sidecar, three simulated engines, live traffic, until Ctrl-C
 	@exec $(BIN)/python -m extproc up --engines 3 --demo
 
+# In the order of their names: end-to-end files, which take long, come first, so that both workers end together.
 test: $(STAMP) $(XDS) $(CRDS) lint types check-generated  ## everything: lint, types, generated files, unit, property and end-to-end tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # What no package registry of Python has. Not needed: without it `make test` says which checks it skipped.
 tools:           ## what some tests want: promtool, redis-server, npm, chromium of Debian (needs root), actionlint by go
