@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from heapq import merge
-from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from extproc.admission.fairness import FairShare
+from extproc.admission.guard import Guard
 from extproc.admission.health import Record
 from extproc.admission.held import HeldBy
 from extproc.admission.pace import Pace
-from extproc.admission.queue import GUARD, WINDOW, Queue
+from extproc.admission.queue import Queue
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,15 +17,6 @@ if TYPE_CHECKING:
     from extproc.admission.endpoint import Endpoint
     from extproc.admission.ticket import Ticket
     from extproc.admission.values import RequestClass
-
-
-_place = attrgetter("key")
-most_room = attrgetter("crowding")
-
-
-def seniority(ticket: Ticket) -> tuple[int, int]:
-    """Order tickets of different pools: by class, then by arrival."""
-    return (ticket.key[0], ticket.key[2])
 
 
 class Pool:
@@ -41,6 +31,7 @@ class Pool:
             waits for.
         shared: requests that any member may take.
         homes: for each member that somebody waits for, the requests at home there.
+        guard: how often who waits may be passed over, and room that is kept for who was.
         shares: fairness between tenants, by priority.
         waiting, waiting_total: how many wait in all its lines, by class and together.
         pace: how fast requests leave and arrive.
@@ -49,9 +40,9 @@ class Pool:
     """
 
     __slots__ = (
-        "_emptiest",
         "_turn",
         "closed_last",
+        "guard",
         "homes",
         "longest",
         "members",
@@ -71,10 +62,10 @@ class Pool:
         self.usable = 0
         self.open: dict[Endpoint, None] = {}
         self._turn = 0  # the member that was last sent something that takes no slot
-        self._emptiest: Endpoint | None = None  # not looked for since the last change
         self.closed_last: Endpoint | None = None
         self.shared = Queue()
         self.homes: dict[Endpoint, Queue] = {}
+        self.guard = Guard(self)
         self.shares: dict[int, FairShare] = {}
         self.waiting: dict[RequestClass, int] = {}
         self.waiting_total = 0
@@ -143,7 +134,6 @@ class Pool:
 
     def list_open(self, endpoint: Endpoint, *, is_open: bool) -> Endpoint | None:
         """Follow a change of an endpoint's room. Return the one whose room was kept until now, if there is one."""
-        kept, self._emptiest = self._emptiest, None
         if is_open:
             self.open[endpoint] = None
         else:
@@ -151,7 +141,7 @@ class Pool:
                 self.closed_last = endpoint
             if self.closed_last is endpoint and not endpoint.available:
                 self.closed_last = next((other for other in self.members if other.available), None)
-        return kept if self.shared.exhausted else None
+        return self.guard.room_changed()
 
     def forget_endpoints(self) -> None:
         """Start over: those that remain are about to be put back. Who waits stays."""
@@ -160,53 +150,10 @@ class Pool:
             endpoint.counted = False
         self.members = []
         self.usable = 0
-        self._emptiest = self.closed_last = None
-
-    def is_emptiest(self, endpoint: Endpoint) -> bool:
-        """Tell whether no other open endpoint has more room."""
-        if self._emptiest is None:
-            self._emptiest = min(self.open, key=most_room, default=None)
-        return self._emptiest is endpoint
-
-    def has_guards_for(self, endpoint: Endpoint) -> bool:
-        """Tell whether somebody who waits for `endpoint` keeps its room for himself."""
-        home = self.homes.get(endpoint)
-        return (home is not None and home.exhausted > 0) or (self.shared.exhausted > 0 and self.is_emptiest(endpoint))
-
-    def pass_over_before(self, ticket: Ticket, endpoint: Endpoint) -> None:
-        """Note that `ticket`, of this pool or another, goes to `endpoint` although some before it stay."""
-        self.shared.pass_over_before(ticket, same_pool=ticket.pool is self)
-        home = self.homes.get(endpoint)
-        if home is not None:
-            home.pass_over_before(ticket, same_pool=ticket.pool is self)
+        self.closed_last = None
+        self.guard.forget_endpoints()
 
     def queues(self) -> Iterator[Queue]:
         """Walk all its lines."""
         yield self.shared
         yield from self.homes.values()
-
-    def best_for(self, endpoint: Endpoint) -> tuple[Ticket | None, Ticket | None]:
-        """Return the first ticket in order that fits `endpoint`, an open one, looking at WINDOW of them.
-
-        Or else the ticket that was passed over GUARD times and ended the search: the room is kept for it. At its home,
-        or at the emptiest endpoint: that one gets emptier while nobody else is sent there, so it stays the emptiest
-        until the ticket fits, and the others need not wait.
-        """
-        home, shared = self.homes.get(endpoint), self.shared
-        if home is None:
-            if not shared:
-                return None, None
-            first = shared.first()
-            if endpoint.lacks(first) is None:
-                return first, None
-            line = shared.window()
-        else:
-            line = merge(home.window(), shared.window(), key=_place)
-        for looked, ticket in enumerate(line):
-            if endpoint.lacks(ticket) is None:
-                return ticket, None
-            if ticket.passed_over >= GUARD and (ticket.queue is home or self.is_emptiest(endpoint)):
-                return None, ticket
-            if looked + 1 >= WINDOW:
-                break
-        return None, None

@@ -1,4 +1,4 @@
-"""An ordered line of waiting tickets. It knows order and the first-fit rule, and nothing of endpoints' books."""
+"""An ordered line of waiting tickets, and its window. It knows order, and nothing of endpoints' books."""
 
 from __future__ import annotations
 
@@ -10,26 +10,23 @@ from sortedcontainers import SortedList
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from extproc.admission.ticket import Ticket
+    from extproc.admission.ticket import Key, Ticket
 
 WINDOW = 32
 """How many requests at the head of a line are looked at for one that fits (group dispatch by first fit)."""
-
-GUARD = 64
-"""How often a request may be passed over by later ones that fit; after that room is kept for it, at one endpoint."""
 
 
 class Queue:
     """Tickets in the order of their keys: class, then fairness tag, then arrival. All operations are O(log n)."""
 
-    __slots__ = ("_line", "_tickets", "depth", "exhausted")
+    __slots__ = ("_line", "_tickets", "depth", "guards")
 
     def __init__(self) -> None:
         """Make an empty line."""
         self._line: SortedList = SortedList()  # keys alone: flat tuples compare twice as fast as pairs with a ticket
         self._tickets: dict[int, Ticket] = {}  # by the sequence number in the key
         self.depth: dict[str, int] = {}  # tickets in the line by the name of their class
-        self.exhausted = 0  # tickets in the line that were passed over GUARD times
+        self.guards = 0  # tickets in the line that keep room for themselves: see guard.py
 
     def __len__(self) -> int:
         """Count the waiting tickets."""
@@ -52,8 +49,8 @@ class Queue:
         ticket.queue = self
         name = ticket.request_class.name
         self.depth[name] = self.depth.get(name, 0) + 1
-        if ticket.passed_over >= GUARD:
-            self.exhausted += 1
+        if ticket.is_guard:
+            self.guards += 1
 
     def remove(self, ticket: Ticket) -> None:
         """Take `ticket` out, wherever it stands."""
@@ -62,8 +59,8 @@ class Queue:
         del self._tickets[key[2]]
         ticket.queue = None
         self.depth[ticket.request_class.name] -= 1
-        if ticket.passed_over >= GUARD:
-            self.exhausted -= 1
+        if ticket.is_guard:
+            self.guards -= 1
 
     def first(self) -> Ticket:
         """Return the ticket that goes first. The line must not be empty."""
@@ -87,28 +84,19 @@ class Queue:
         """Return the ticket that came into the window when one before it went; None if nobody did."""
         return self._tickets[self._line[WINDOW - 1][2]] if len(self._tickets) >= WINDOW else None
 
-    def has_guard_after_window(self) -> bool:
-        """Tell whether the first ticket behind the window was passed over GUARD times: it may just have left it."""
-        return len(self._line) > WINDOW and self._tickets[self._line[WINDOW][2]].passed_over >= GUARD
+    def behind_window(self) -> Ticket | None:
+        """Return the first ticket behind the window; None if nobody is there."""
+        return self._tickets[self._line[WINDOW][2]] if len(self._line) > WINDOW else None
+
+    def first_keys(self) -> Iterator[Key]:
+        """Walk the places of the first WINDOW tickets in order."""
+        return islice(self._line, WINDOW)
+
+    def at(self, key: Key) -> Ticket:
+        """Return the ticket that stands at a place."""
+        return self._tickets[key[2]]
 
     def rank(self, ticket: Ticket) -> int:
         """Count the tickets before `ticket`."""
         rank: int = self._line.bisect_left(ticket.key)
         return rank
-
-    def pass_over_before(self, ticket: Ticket, *, same_pool: bool) -> None:
-        """Note that `ticket` goes although the tickets before it in the window stay.
-
-        Fairness tags of two pools can't be compared: between pools class and arrival tell who is before.
-        """
-        place, seniority = ticket.key, (ticket.key[0], ticket.key[2])
-        for key in islice(self._line, WINDOW):
-            if same_pool:
-                if key >= place:
-                    return
-            elif (key[0], key[2]) >= seniority:
-                continue
-            other = self._tickets[key[2]]
-            other.passed_over += 1
-            if other.passed_over == GUARD:
-                self.exhausted += 1

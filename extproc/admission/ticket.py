@@ -1,10 +1,10 @@
-"""One request's passage through admission. Only `controller.py` changes a ticket's state."""
+"""One request's passage through admission. What it may become: `transitions.py`."""
 
 from __future__ import annotations
 
-from enum import Enum, auto
 from typing import TYPE_CHECKING
 
+from extproc.admission.transitions import State
 from extproc.admission.values import DEFAULT_CLASS
 
 if TYPE_CHECKING:
@@ -16,19 +16,10 @@ if TYPE_CHECKING:
     from extproc.admission.queue import Queue
     from extproc.admission.values import Decision, Request, RequestClass
 
+__all__ = ["Key", "State", "Ticket"]  # those who handle tickets ask for their state
 
 Key = tuple[int, float, int]
 """A place in the order: -priority, tag, sequence number."""
-
-
-class State(Enum):
-    """new → [waiting →] leased → done, new → [waiting →] left; nothing else."""
-
-    NEW = auto()
-    WAITING = auto()
-    LEASED = auto()
-    DONE = auto()
-    LEFT = auto()
 
 
 class Ticket:
@@ -37,7 +28,8 @@ class Ticket:
     Attributes:
         request: what the headers say.
         deliver: whom the driver tells the decision; the core never calls it.
-        state: see `State`.
+        state: see `transitions.py`.
+        is_guard: it was passed over so often that room is kept for it.
         position: how many waited in its pool, of its class or above, when it came.
         waited_for: what held it when it joined the line; None: it did not wait.
         predicted_s: how long it would wait, as predicted then; None: nobody could say.
@@ -53,6 +45,7 @@ class Ticket:
         "endpoint",
         "home",
         "is_answered",
+        "is_guard",
         "key",
         "kv_tokens",
         "leased_at",
@@ -101,6 +94,7 @@ class Ticket:
         self.computed_at = 0.0  # when its prompt will be computed, as far as that is predicted
         self.prompt_pending = False  # leased, and its first token has not been seen
         self.passed_over = 0  # how often a later request that fits was let past
+        self.is_guard = False  # see guard.py
         self.wait_until = 0.0  # the end of its budget
         self.patience_until = 0.0  # the end of its wait for its home
         self.alarm = 0.0  # the one alarm that is set for it

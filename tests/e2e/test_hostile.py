@@ -117,7 +117,7 @@ class Victim:
         assert not self.reception.running
         assert self.core.waiting == 0
         assert not any(endpoint.leases for endpoint in self.core.endpoints.values())
-        assert len(self.core._sessions) <= 20
+        assert len(self.core._placing.sessions) <= 20
 
     def serves(self) -> bool:
         """Whether a good request is answered at once."""
@@ -164,7 +164,7 @@ def test_a_million_names_are_not_remembered():
         session.end()
     victim.check_empty()
     assert all(len(share) <= 10_000 for pool in victim.core.pools() for share in pool.shares.values())
-    assert len(victim.core._pools.by_model) == 1
+    assert len(victim.core._books.pools.by_model) == 1
 
 
 # ---- a live server

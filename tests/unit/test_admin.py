@@ -538,5 +538,5 @@ def test_in_a_log_the_state_is_one_short_line_that_names_what_is_wrong():
     assert line(room.view()) == "   0s  running 12/12  waiting   3"
     room.gate.set_up("vllm-1", is_up=False)
     assert line(room.view()) == "   0s  running  12/8  waiting   3  2 of 3 endpoints up"
-    room.gate.controller.policy = replace(room.gate.controller.policy, enable_queue=False)
+    room.gate.controller._books.policy = replace(room.gate.controller.policy, enable_queue=False)
     assert line(room.view()).startswith("   0s  running  12/8  waiting   3  queue off  2 of 3")

@@ -204,7 +204,7 @@ def test_a_session_that_no_header_names_is_found_by_engines_and_unknown_to_the_f
     played, listener = listening(workload.demands(6.0, 30.0, 2))
     assert sum(engine.prefix_hits_total for engine in played.engines) > 0
     assert len({job.demand.session for job in played.jobs}) > 10
-    assert not len(listener.controller._sessions)
+    assert not len(listener.controller._placing.sessions)
 
 
 @pytest.mark.parametrize(

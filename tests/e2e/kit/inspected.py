@@ -32,9 +32,9 @@ async def serve(config: Config, report: Path) -> int:
             "tasks": len(asyncio.all_tasks(loop)),
             "blocks": sys.getallocatedblocks(),
             "running": len(app.desk.running),
-            "sessions": len(core._sessions),
+            "sessions": len(core._placing.sessions),
             "tenants": sum(len(share) for pool in core.pools() for share in pool.shares.values()),
-            "alarms": len(core._alarms),
+            "alarms": len(core._lines.alarms),
         }
         with report.open("a") as out:
             out.write(json.dumps(found) + "\n")

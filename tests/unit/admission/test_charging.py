@@ -71,7 +71,7 @@ def test_tenants_whose_answers_are_alike_get_the_same_tokens() -> None:
 
 def charged(desk: Desk, ticket: Ticket, answer: Answer) -> float:
     """End `ticket`'s answer; return how many tokens of output its tenant was charged for it, from first to last."""
-    record = desk.core._pools.any_model.share(0)._tenants[ticket.request.tenant]
+    record = desk.core._books.pools.any_model.share(0)._tenants[ticket.request.tenant]
     before = record.finish
     desk.release(ticket, answer)
     return ticket.output_tokens + (record.finish - before) / OUTPUT_WEIGHT

@@ -70,7 +70,7 @@ def test_a_tenants_own_requests_stay_in_order_when_fairness_is_switched_on_meanw
 def test_an_untagged_request_gives_its_tenant_no_refund() -> None:
     desk = Desk(one())
     desk.ask("0", tenant="t", prompt_tokens=1000)
-    share = desk.core._pools.any_model.share(0)
+    share = desk.core._books.pools.any_model.share(0)
     charged = share._tenants["t"].finish
     desk.set_policy(Policy(classes=CLASSES, shed=False, fair=False))
     desk.cancel(desk.ask("untagged", tenant="t", prompt_tokens=1000))
@@ -154,7 +154,7 @@ def test_a_refund_takes_no_more_than_what_was_charged() -> None:
 def test_a_longer_answer_costs_what_it_is_longer_on_top_of_what_was_charged(longer_s: float, order: list[str]) -> None:
     desk = Desk(one())
     answers_of(desk, 10.0)
-    desk.core._pools.any_model.shares.clear()
+    desk.core._books.pools.any_model.shares.clear()
     first = desk.ask("t0", tenant="t", max_output_tokens=GUESS)
     second, _ = (desk.ask(name, tenant="t", max_output_tokens=GUESS) for name in ("t1", "t2"))
     desk.advance(10.0 + longer_s)
@@ -219,10 +219,10 @@ def test_an_answer_that_never_was_is_not_charged_by_its_time(end: Answer) -> Non
     desk = Desk(one("a", 2))
     answers_of(desk, 2.0)
     ticket = desk.ask("0", tenant="unlucky")
-    charged = desk.core._pools.any_model.share(0)._tenants["unlucky"].finish
+    charged = desk.core._books.pools.any_model.share(0)._tenants["unlucky"].finish
     desk.advance(25.0)
     desk.release(ticket, end)
-    assert desk.core._pools.any_model.share(0)._tenants["unlucky"].finish == charged
+    assert desk.core._books.pools.any_model.share(0)._tenants["unlucky"].finish == charged
 
 
 def test_naming_another_model_of_the_same_endpoints_gains_a_tenant_nothing() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from extproc.admission.guard import GUARD
 from extproc.admission.outcome import Outcome
-from extproc.admission.queue import GUARD, WINDOW
+from extproc.admission.queue import WINDOW
 from extproc.admission.ticket import State
 from extproc.admission.values import EndpointSpec
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from extproc.admission.guard import GUARD
 from extproc.admission.health import EJECT_AFTER
 from extproc.admission.held import HeldBy
 from extproc.admission.load import Load
 from extproc.admission.outcome import Outcome
-from extproc.admission.queue import GUARD
 from extproc.admission.values import Answer, EndpointSpec, Reject
 
 from .desk import Desk

@@ -21,7 +21,7 @@ def test_before_any_answer_was_timed_a_client_that_leaves_is_not_charged_for_the
     ticket = desk.ask(tenant="t")
     desk.advance(1.0)
     desk.release(ticket, Answer.UNKNOWN)
-    assert desk.core._pools.any_model.share(0)._tenants["t"].finish <= 4 * FIRST_GUESS
+    assert desk.core._books.pools.any_model.share(0)._tenants["t"].finish <= 4 * FIRST_GUESS
 
 
 def test_one_lying_reading_does_not_make_eight_prompts_of_one() -> None:

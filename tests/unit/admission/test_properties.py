@@ -174,7 +174,7 @@ class Machine(RuleBasedStateMachine):
             assert (endpoint.kv.prompts, endpoint.kv.outputs, endpoint.prefill.tokens) == (0, 0, 0)
         world.advance(100.0)
         assert world.core.next_deadline() is None
-        assert len(world.core._alarms) == 0
+        assert len(world.core._lines.alarms) == 0
 
 
 TestMachine = Machine.TestCase

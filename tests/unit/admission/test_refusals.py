@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from extproc.admission.controller import RETRY_AFTER_MAX_S, SURE
 from extproc.admission.outcome import Outcome
 from extproc.admission.pace import HORIZON_S
+from extproc.admission.refusing import RETRY_AFTER_MAX_S, SURE
 from extproc.admission.values import Policy
 
 from .desk import CLASSES, STD, Desk, one
@@ -68,7 +68,7 @@ def test_a_slow_hour_long_ago_refuses_nobody() -> None:
     """Found by reading: the drain rate of the last backlog was believed for ever."""
     desk = Desk(one(), shed=True)
     flow(desk, 60.0, 1.0)
-    assert desk.core._pools.any_model.pace.drain_rate() == pytest.approx(1.0, rel=0.1), "and it was believed"
+    assert desk.core._books.pools.any_model.pace.drain_rate() == pytest.approx(1.0, rel=0.1), "and it was believed"
     while desk.leased:
         desk.release(next(iter(desk.leased)))
     desk.advance(3600.0)
@@ -115,7 +115,7 @@ def test_draining_refuses_all_that_waits_and_all_that_would_have_to() -> None:
 
 def test_retry_after_is_the_time_that_those_ahead_take() -> None:
     desk = Desk(one())
-    pace = desk.core._pools.any_model.pace
+    pace = desk.core._books.pools.any_model.pace
     desk.ask()
     desk.fill(40)
     for number in range(1, 200):
@@ -141,4 +141,4 @@ def test_a_backlog_that_came_before_its_endpoint_counts_from_its_arrival_there()
         desk.advance(0.5)
         desk.release(holder)
         (holder,) = desk.leased
-    assert desk.core._pools.by_model["m"].pace.drain_rate() == pytest.approx(2.0, rel=0.15)
+    assert desk.core._books.pools.by_model["m"].pace.drain_rate() == pytest.approx(2.0, rel=0.15)

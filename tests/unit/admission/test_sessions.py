@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from extproc.admission.controller import CACHED_AT_MOST
 from extproc.admission.outcome import Outcome
+from extproc.admission.placing import CACHED_AT_MOST
 from extproc.admission.values import Binding
 
 from .desk import GUESS, Desk, one
@@ -49,7 +49,7 @@ def test_the_session_seen_longest_ago_is_forgotten_over_the_bound() -> None:
     desk = Desk(one("a", 100), one("b", 100), session_memory=2)
     for session in ("s1", "s2", "s1", "s3"):
         desk.ask(session=session)
-    sessions = desk.core._sessions
+    sessions = desk.core._placing.sessions
     assert len(sessions) == 2
     assert sessions.recall("s2") is None
     assert sessions.recall("s1") is not None
@@ -98,6 +98,6 @@ def test_a_session_whose_cache_was_overwritten_has_no_home_any_more() -> None:
     serve(25)  # what came before the session does not count
     desk.release(desk.ask(home="a", session="s"))
     serve(10)
-    assert desk.core._sessions.recall("s") is desk.endpoint("a")
+    assert desk.core._placing.sessions.recall("s") is desk.endpoint("a")
     serve(1)
-    assert desk.core._sessions.recall("s") is None
+    assert desk.core._placing.sessions.recall("s") is None

@@ -27,7 +27,7 @@ def test_illegal_transitions_raise_and_change_nothing() -> None:
     ]:  # fmt: skip
         with pytest.raises(TransitionError, match=r"can't be \w+: it is"):
             event(ticket, desk.now + 1.0)
-    assert (repr(core), core._now) == (before, desk.now)
+    assert (repr(core), core._books.now) == (before, desk.now)
     desk.check()
     desk.release(leased)
     done = leased
@@ -60,7 +60,7 @@ def test_reloading_classes_again_and_again_leaves_no_counters_behind() -> None:
     for number in range(50):
         desk.set_policy(Policy(classes=(RequestClass("std", 0, 30.0 + number),), shed=False))
         desk.cancel(desk.ask())
-    assert not desk.core._pools.any_model.waiting
+    assert not desk.core._books.pools.any_model.waiting
 
 
 def test_a_ticket_that_ended_is_kept_nowhere_once_its_alarm_is_over() -> None:
@@ -111,7 +111,7 @@ def test_alarms_of_those_who_left_are_bounded() -> None:
     for _ in range(2000):  # not through the desk: it asks for the next deadline, which drops dead alarms too
         desk.core.offer(ticket := Ticket(Request("r", desk.now)), desk.now)
         desk.core.cancel(ticket, desk.now)
-    assert len(desk.core._alarms) <= 300
+    assert len(desk.core._lines.alarms) <= 300
 
 
 def test_an_illegal_transition_says_what_was_tried_with_whom() -> None:

@@ -12,11 +12,13 @@ from math import isfinite
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from extproc.admission.controller import RETRY_AFTER_MAX_S, Controller
+from extproc.admission.controller import Controller
 from extproc.admission.fairness import MAX_TENANTS
+from extproc.admission.guard import GUARD
 from extproc.admission.kv import SHARE as KV_SHARE
 from extproc.admission.outcome import Outcome
-from extproc.admission.queue import GUARD, WINDOW
+from extproc.admission.queue import WINDOW
+from extproc.admission.refusing import RETRY_AFTER_MAX_S
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, Decision, Dispatch, EndpointSpec, Policy, Reject, Request
 
@@ -424,7 +426,7 @@ class World:
             require([t.key for t in line] == sorted(t.key for t in line), "a line out of order")
             depth = {name: count for name, count in queue.depth.items() if count}
             require(depth == Counter(t.request_class.name for t in line), queue.depth)
-            require(queue.exhausted == sum(t.passed_over >= GUARD for t in line), "exhausted", queue.exhausted)
+            require(queue.guards == sum(t.passed_over >= GUARD for t in line), "guards", queue.guards)
         members = [name for name, books in self.books.items() if books.present and self._serves(books, pool)]
         require([endpoint.name for endpoint in pool.members] == members, pool, pool.members, members)
         usable = [endpoint for endpoint in pool.members if endpoint.available]
@@ -435,7 +437,7 @@ class World:
         require({endpoint.name for endpoint in pool.open} == is_open, pool, list(pool.open), is_open)
 
     def _serves(self, books: Books, pool: Pool) -> bool:
-        pools = self.core._pools
+        pools = self.core._books.pools
         if pool is pools.every:
             return True
         if pool is pools.any_model:
@@ -518,20 +520,21 @@ class World:
 
     def _check_sizes(self) -> None:
         core = self.core
-        require(len(core._alarms) <= 2 * (self.peak + 1) + 257, "alarms:", len(core._alarms), "peak", self.peak)
-        require(len(core._sessions) <= max(core.policy.session_memory, self._sessions_before()), len(core._sessions))
-        require(not core._arrived and not core._freed and not core._decisions, "an event left work behind")
+        alarms, sessions, books = len(core._lines.alarms), len(core._placing.sessions), core._books
+        require(alarms <= 2 * (self.peak + 1) + 257, "alarms:", alarms, "peak", self.peak)
+        require(sessions <= max(core.policy.session_memory, self._sessions_before()), sessions)
+        require(not books.arrived and not books.freed and not books.decisions, "an event left work behind")
         for pool in core.pools():
             require(len(pool.homes) <= len(pool.members), pool.homes)
             require(all(len(share) <= MAX_TENANTS for share in pool.shares.values()), pool.shares)
             known = set(core.policy.classes) | {t.request_class for t in self.waiting}
             require(pool.waiting.keys() <= known, "classes of old policies are kept:", pool.waiting)
-        changes = len(core._changes)
+        changes = len(core._fleet.changes)
         require(changes <= 2 * len(core.endpoints) + 257, "alarms of endpoints:", changes)
 
     def _sessions_before(self) -> int:
         """A lowered memory takes effect when the next session is remembered."""
-        return len(self.core._sessions) if self.epoch else 0
+        return len(self.core._placing.sessions) if self.epoch else 0
 
 
 def _counted(endpoint: Endpoint) -> tuple[object, ...]:

@@ -1,0 +1,70 @@
+"""What an answer tells: whether its endpoint works, and what the request really cost its tenant."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from extproc.admission.fairness import OUTPUT_WEIGHT
+from extproc.admission.lines import placed
+from extproc.admission.values import Answer
+
+if TYPE_CHECKING:
+    from extproc.admission.books import Books
+    from extproc.admission.endpoint import Endpoint
+    from extproc.admission.estimate import TokenEstimate
+    from extproc.admission.fleet import Fleet
+    from extproc.admission.pool import Pool
+    from extproc.admission.ticket import Ticket
+
+
+class Answers:
+    """Judges answers, each once."""
+
+    __slots__ = ("_books", "_fleet", "_tokens")
+
+    def __init__(self, books: Books, fleet: Fleet, tokens: TokenEstimate) -> None:
+        """Tell `fleet` whose answers are good or bad, and `tokens` how long they were."""
+        self._books = books
+        self._fleet = fleet
+        self._tokens = tokens
+
+    def began(self, ticket: Ticket) -> None:
+        """Note a good answer, long before it ends: a trial need not last as long."""
+        if not ticket.is_answered:
+            self._served(ticket, placed(ticket.endpoint), placed(ticket.pool))
+
+    def ended(self, ticket: Ticket, answer: Answer) -> None:
+        """Judge a whole answer, and charge what it cost beyond its estimate: how long it was written, at what pace."""
+        endpoint, pool = placed(ticket.endpoint), placed(ticket.pool)
+        self._judge(answer, ticket, endpoint, pool)
+        if answer in (Answer.OK, Answer.UNKNOWN):
+            writing_s, pace = endpoint.writing_s(ticket, self._books.now), endpoint.steps.pace
+            tokens = self._tokens.tokens_of(ticket, writing_s, pace, learn=answer is Answer.OK)
+            if ticket.charge is not None:
+                surplus = OUTPUT_WEIGHT * (tokens - ticket.output_tokens)
+                pool.share(ticket.request_class.priority).correct(ticket.request.tenant, surplus)
+
+    def _served(self, ticket: Ticket, endpoint: Endpoint, pool: Pool) -> None:
+        ticket.is_answered = True
+        pool.record.served += 1
+        was_doubted = endpoint.health.is_doubted
+        endpoint.health.answered(self._books.now)
+        if was_doubted:
+            self._fleet.changed(endpoint)
+
+    def _judge(self, answer: Answer, ticket: Ticket, endpoint: Endpoint, pool: Pool) -> None:
+        """Note how an answer ended. One that began well has told what it can: whether it was cut, nobody knows."""
+        if ticket.is_answered or answer is Answer.UNKNOWN:
+            return
+        if answer is Answer.OK:
+            self._served(ticket, endpoint, pool)
+            return
+        now = self._books.now
+        is_own_fault = answer is Answer.FAILED
+        if answer is Answer.SATURATED:
+            endpoint.health.saturated(now)
+            if endpoint.is_at_work(now):
+                return
+            is_own_fault = True  # full of nothing: it loads, or is broken
+        has_peers = pool.usable > endpoint.counted
+        endpoint.health.refused(ticket, pool.record, now, is_own_fault=is_own_fault, has_peers=has_peers)

@@ -1,0 +1,86 @@
+"""What the rooms of the core share: the rules, who is there, who waits where, and what the event under way led to.
+
+Nothing is decided here. Between two events nothing is freed, nobody has arrived and no decision is left.
+"""
+
+from __future__ import annotations
+
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING
+
+from extproc.admission.pools import Pools
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from extproc.admission.endpoint import Endpoint
+    from extproc.admission.ticket import Key, Ticket
+    from extproc.admission.values import Decision, Policy, Request, RequestClass
+
+
+class Books:
+    """The state of one core.
+
+    Attributes:
+        policy: the rules.
+        endpoints: by name; a removed one stays until its last lease is back.
+        pools: who serves what, and who waits for them.
+        waiting: how many requests wait.
+        now: the time of the event under way, or of the last one.
+        freed: endpoints that may have room they did not have before this event.
+        decisions: what the event led to so far.
+    """
+
+    __slots__ = (
+        "_arrivals",
+        "_classes",
+        "arrived",
+        "decisions",
+        "endpoints",
+        "freed",
+        "now",
+        "policy",
+        "pools",
+        "waiting",
+    )
+
+    def __init__(self, policy: Policy) -> None:
+        """Start without endpoints."""
+        self.endpoints: dict[str, Endpoint] = {}
+        self.pools = Pools()
+        self.waiting = 0
+        self.now = 0.0
+        self.freed: dict[Endpoint, None] = {}
+        self.arrived: list[tuple[Key, int, Ticket]] = []  # a heap: tickets that may go where they could not before
+        self._arrivals = 0
+        self.decisions: list[Decision] = []
+        self.policy = policy
+        self._classes = {klass.name: klass for klass in policy.classes}
+
+    def follow(self, policy: Policy) -> None:
+        """Replace the rules."""
+        self.policy = policy
+        self._classes = {klass.name: klass for klass in policy.classes}
+
+    def class_of(self, request: Request) -> RequestClass:
+        """Return a request's class: the one it names, if we have it."""
+        return self._classes.get(request.request_class, self.policy.classes[0])
+
+    def waiting_tickets(self) -> Iterator[Ticket]:
+        """Walk everything that waits, line by line."""
+        for pool in self.pools:
+            for queue in pool.queues():
+                yield from queue
+
+    def free(self, endpoints: dict[Endpoint, None]) -> None:
+        """Have the dispatch pass look at endpoints."""
+        self.freed.update(endpoints)
+
+    def arrive(self, ticket: Ticket) -> None:
+        """Have the dispatch pass look at a ticket, in the order of keys."""
+        self._arrivals += 1
+        heappush(self.arrived, (ticket.key, self._arrivals, ticket))
+
+    def next_arrived(self) -> Ticket:
+        """Take out the ticket that is to be looked at first. There must be one."""
+        return heappop(self.arrived)[2]

@@ -1,0 +1,157 @@
+"""The endpoints as a whole: what follows when one comes, goes, or has more or less room than before.
+
+An endpoint keeps its own books (`endpoint.py`); here the pools' lists of them are kept true, and their alarms.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from extproc.admission.alarms import NEVER, Alarms
+from extproc.admission.endpoint import Endpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from extproc.admission.books import Books
+    from extproc.admission.lines import Lines
+    from extproc.admission.pool import Pool
+    from extproc.admission.values import EndpointSpec
+
+
+class Fleet:
+    """All endpoints.
+
+    Attributes:
+        is_shared: other sidecars may dispatch to the same endpoints: a new one stays closed until it gets a quota.
+        changes: when time alone changes an endpoint's room: closed gates, ejections.
+        stale_at: not before this can any telemetry have become stale; None: there is none.
+    """
+
+    __slots__ = ("_books", "_lines", "changes", "is_shared", "stale_at")
+
+    def __init__(self, books: Books, lines: Lines) -> None:
+        """Start without endpoints."""
+        self._books = books
+        self._lines = lines
+        self.is_shared = False
+        self.changes: Alarms[Endpoint] = Alarms()
+        self.stale_at: float | None = None
+
+    # ---- coming and going
+
+    def put(self, spec: EndpointSpec) -> None:
+        """Add an endpoint, change one, or bring a removed one back with the leases it still has."""
+        books = self._books
+        endpoint = books.endpoints.get(spec.name)
+        if endpoint is None:
+            endpoint = books.endpoints[spec.name] = Endpoint(spec, books.policy)
+            endpoint.quota = 0 if self.is_shared else None
+        else:
+            serves_the_same = not endpoint.removed and endpoint.spec.models == spec.models
+            endpoint.respec(spec, books.policy)
+            if serves_the_same:
+                self.changed(endpoint)
+                return
+            endpoint.removed = False
+        self.regroup()
+
+    def remove(self, endpoint: Endpoint) -> None:
+        """Send nothing more to an endpoint: its leases run out, those at home there go anywhere."""
+        endpoint.removed = True
+        self.forget_if_gone(endpoint)
+        self.regroup()
+
+    def forget_if_gone(self, endpoint: Endpoint) -> None:
+        """Forget a removed endpoint once its last lease is back."""
+        if endpoint.removed and not endpoint.leases:
+            del self._books.endpoints[endpoint.name]
+
+    def regroup(self) -> None:
+        """Recompute who belongs to which pool, after endpoints came, changed or went."""
+        books = self._books
+        present = [endpoint for endpoint in books.endpoints.values() if not endpoint.removed]
+        unserved = [pool for pool in books.pools if not pool.members]
+        before = books.pools.regroup(present)
+        pools = dict.fromkeys((*before, *books.pools))
+        for pool in unserved:
+            if pool.members and pool.waiting_total:
+                pool.pace.backlog_began(books.now)  # what nobody served says nothing of those who do
+        for pool in pools:
+            for home in [home for home in pool.homes if home not in pool.members]:
+                self._lines.evict(pool, home)
+        for endpoint in present:
+            endpoint.listed = False
+            self.changed(endpoint)
+        self._spare_the_last(books.pools)
+        self._lines.resettle(pools)
+
+    # ---- changes of room
+
+    def changed(self, endpoint: Endpoint) -> None:
+        """Follow whatever changed an endpoint's room."""
+        is_usable = endpoint.available
+        if is_usable is not endpoint.counted:
+            endpoint.counted = is_usable
+            for pool in endpoint.pools:
+                pool.usable += 1 if is_usable else -1
+            if not is_usable:
+                self._spare_the_last(endpoint.pools)
+        self.list(endpoint)
+        self.watch(endpoint)
+        if endpoint.listed:
+            self._books.freed[endpoint] = None
+        elif not is_usable:
+            for pool in endpoint.pools:
+                self._lines.evict(pool, endpoint)
+
+    def list(self, endpoint: Endpoint) -> None:
+        """Keep each pool's list of open endpoints true, and who has the most room."""
+        endpoint.crowding = (endpoint.pressure, endpoint.picked)
+        endpoint.listed = is_open = endpoint.is_open
+        for pool in endpoint.pools:
+            kept = pool.list_open(endpoint, is_open=is_open)
+            if kept is not None:
+                self._books.freed[kept] = None
+
+    def watch(self, endpoint: Endpoint) -> None:
+        """Follow when time alone will change an endpoint's room."""
+        at = endpoint.next_change()
+        if at is None:
+            endpoint.alarm = NEVER
+        else:
+            self.changes.set(endpoint, at, len(self._books.endpoints))
+
+    def _spare_the_last(self, pools: Iterable[Pool]) -> None:
+        """End the ejections in pools that nobody is left to serve: they were made because others did."""
+        for pool in pools:
+            if not pool.usable:
+                for endpoint in pool.members:
+                    if endpoint.health.ejected_until is not None:
+                        endpoint.health.take_back(self._books.now)
+                        self.changed(endpoint)
+
+    # ---- time
+
+    def heard(self) -> None:
+        """Note that telemetry came, which will become stale."""
+        if self.stale_at is None:
+            self.stale_at = self._books.now + self._books.policy.stale_after_s
+
+    def pass_time(self, now: float) -> None:
+        """Forget telemetry that has become stale, and open what time alone opens."""
+        if self.stale_at is not None and now >= self.stale_at:
+            self.forget_stale()
+        for endpoint in self.changes.due(now):
+            endpoint.pass_time(now)
+            self.changed(endpoint)
+
+    def forget_stale(self) -> None:
+        """Ignore what endpoints said of themselves too long ago."""
+        books = self._books
+        ages: list[float] = []
+        for endpoint in books.endpoints.values():
+            if endpoint.forget_stale(books.now, books.policy):
+                self.changed(endpoint)
+            ages += endpoint.reading.told_at
+        self.stale_at = min(ages) + books.policy.stale_after_s if ages else None

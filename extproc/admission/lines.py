@@ -1,0 +1,190 @@
+"""Joining a line, leaving it, changing over: whoever waits stands in exactly one, at the place that its key says.
+
+Each pool has a shared line, and one for each member that somebody calls home. A move may make room for others, which
+the dispatch pass then looks at: see `Books.freed` and `Books.arrive`.
+"""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import TYPE_CHECKING, TypeVar
+
+from extproc.admission.alarms import NEVER, Alarms
+from extproc.admission.fairness import OUTPUT_WEIGHT
+from extproc.admission.guard import seniority
+from extproc.admission.queue import WINDOW
+from extproc.admission.transitions import State
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from extproc.admission.books import Books
+    from extproc.admission.endpoint import Endpoint
+    from extproc.admission.pool import Pool
+    from extproc.admission.queue import Queue
+    from extproc.admission.ticket import Ticket
+
+T = TypeVar("T")
+_place = attrgetter("key")
+
+
+class Lines:
+    """Who waits where, and until when.
+
+    Attributes:
+        alarms: when each of those who wait must be looked at: its patience, or its budget, ends.
+    """
+
+    __slots__ = ("_books", "_sequence", "alarms")
+
+    def __init__(self, books: Books) -> None:
+        """Start with nobody waiting."""
+        self._books = books
+        self._sequence = 0
+        self.alarms: Alarms[Ticket] = Alarms(_is_waiting)
+
+    # ---- places in the order
+
+    def number(self, ticket: Ticket, pool: Pool) -> None:
+        """Give a request that comes its place: class, then its tenant's tag, then arrival."""
+        self._sequence += 1
+        ticket.key = (-ticket.request_class.priority, self._tag(ticket, pool), self._sequence)
+
+    def _renumber(self, ticket: Ticket, pool: Pool) -> None:
+        ticket.key = (ticket.key[0], self._tag(ticket, pool), ticket.key[2])
+
+    def _tag(self, ticket: Ticket, pool: Pool) -> float:
+        """Return the request's place inside its class."""
+        policy = self._books.policy
+        if policy.short_first:
+            return float(ticket.prompt_tokens)
+        if not policy.fair:
+            return 0.0
+        ticket.charge = ticket.prompt_tokens + OUTPUT_WEIGHT * ticket.output_tokens
+        return pool.share(ticket.request_class.priority).tag(ticket.request.tenant, ticket.charge)
+
+    def reorder(self, pool: Pool) -> None:
+        """Give those who wait new places: the rules of order changed, or others joined, and tags can't be compared."""
+        for ticket in sorted((ticket for queue in pool.queues() for ticket in queue), key=_arrival):
+            queue = placed(ticket.queue)
+            queue.remove(ticket)
+            refund(ticket, pool)
+            ticket.charge = None
+            self._renumber(ticket, pool)
+            queue.add(ticket)
+        self._books.free(pool.open)
+
+    # ---- coming and going
+
+    def join(self, ticket: Ticket, queue: Queue) -> None:
+        """Let a request wait in `queue`, a line of its pool."""
+        ticket.state = State.WAITING
+        pool = placed(ticket.pool)
+        queue.add(ticket)
+        if pool.guard.may_be_pushed_out(queue):
+            self._books.free(pool.open)
+        pool.note_waiting(ticket.request_class, 1)
+        self._books.waiting += 1
+
+    def quit(self, ticket: Ticket, pool: Pool, queue: Queue) -> None:
+        """Take a ticket out of its line, and note who may go somewhere now because of that."""
+        shifts = pool.open and pool.waiting_total > WINDOW and queue.in_window(ticket)
+        queue.remove(ticket)
+        if ticket.is_guard:
+            self._books.free(pool.open)
+        elif shifts:
+            entrant = queue.entrant()
+            if entrant is not None:
+                self._books.arrive(entrant)
+            if pool.homes:  # an endpoint looks at its home's line and the shared one as one: others may have moved up
+                self._books.free({endpoint: None for endpoint in pool.open if endpoint in pool.homes})
+        if queue is not pool.shared and not queue and ticket.home is not None:
+            del pool.homes[ticket.home]
+        pool.note_waiting(ticket.request_class, -1)
+        self._books.waiting -= 1
+
+    def leave(self, ticket: Ticket) -> None:
+        """End a wait without a dispatch."""
+        pool = placed(ticket.pool)
+        self.quit(ticket, pool, placed(ticket.queue))
+        ticket.state = State.LEFT
+        refund(ticket, pool)
+
+    def take_back(self, ticket: Ticket) -> None:
+        """End a wait as if it had never begun: the request is new again."""
+        self.leave(ticket)
+        ticket.state, ticket.charge, ticket.alarm, ticket.home = State.NEW, None, NEVER, None
+        ticket.passed_over, ticket.is_guard = 0, False
+
+    # ---- changing over
+
+    def go_anywhere(self, ticket: Ticket) -> None:
+        """Move a request from its home's line to the shared one; its place in the order stays."""
+        pool, queue = placed(ticket.pool), placed(ticket.queue)
+        if queue is not pool.shared:
+            self.quit(ticket, pool, queue)
+            self.join(ticket, pool.shared)
+            self._books.free(pool.open)
+
+    def evict(self, pool: Pool, home: Endpoint) -> None:
+        """Let those at home at an endpoint that is gone go anywhere."""
+        queue = pool.homes.get(home)
+        for ticket in list(queue or ()):
+            self.go_anywhere(ticket)
+            self.set_alarm(ticket)
+
+    def resettle(self, pools: Iterable[Pool]) -> None:
+        """Move who waits in `pools` to the pool that serves its model now."""
+        joined: dict[Pool, None] = {}
+        known = self._books.pools
+        for ticket in sorted((ticket for pool in pools for queue in pool.queues() for ticket in queue), key=_place):
+            target = known.find(ticket.request.model) or known.any_model
+            if target is not ticket.pool:
+                self._move(ticket, target)
+                joined[target] = None
+        for pool in joined:
+            self.reorder(pool)
+
+    def _move(self, ticket: Ticket, pool: Pool) -> None:
+        before = placed(ticket.pool)
+        self.quit(ticket, before, placed(ticket.queue))
+        refund(ticket, before)
+        ticket.pool = pool
+        self._renumber(ticket, pool)
+        self.join(ticket, pool.shared)
+        if pool.waiting_total == 1:
+            pool.pace.backlog_began(self._books.now)
+        self.set_alarm(ticket)
+        self._books.free(pool.open)
+
+    def set_alarm(self, ticket: Ticket) -> None:
+        """Have a waiting request looked at when its patience or its budget ends."""
+        at = ticket.wait_until
+        if ticket.queue is not placed(ticket.pool).shared:
+            at = min(at, ticket.patience_until)
+        self.alarms.set(ticket, at, self._books.waiting)
+
+    def last_of_all(self) -> Ticket:
+        """Return the waiting request that goes last: of the lowest class, the one that came last. One must wait."""
+        lines = (queue for pool in self._books.pools for queue in pool.queues() if queue)
+        return max((queue.last() for queue in lines), key=seniority)
+
+
+def refund(ticket: Ticket, pool: Pool) -> None:
+    """Give its tenant back what a request that was not served was charged."""
+    if ticket.charge is not None:
+        pool.share(ticket.request_class.priority).left(ticket.request.tenant, ticket.charge)
+
+
+def placed(part: T | None) -> T:
+    """Return what a WAITING or LEASED ticket always has: its pool, its queue while it waits, its endpoint's lease."""
+    assert part is not None  # noqa: S101 - the core's own invariant
+    return part
+
+
+def _is_waiting(ticket: Ticket) -> bool:
+    return ticket.state is State.WAITING
+
+
+def _arrival(ticket: Ticket) -> int:
+    return ticket.key[2]

@@ -1,0 +1,169 @@
+"""The dispatch pass: every event ends in it, and it hands each room to the request that should have it.
+
+Reserve at pick: the lease exists before anybody hears of the decision. After a pass no endpoint has room for a request
+that may go there, and no limit is exceeded.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from extproc.admission.guard import most_room, seniority
+from extproc.admission.lines import placed
+from extproc.admission.outcome import Outcome
+from extproc.admission.sessions import Sessions
+from extproc.admission.transitions import State
+from extproc.admission.values import Binding, Dispatch
+
+if TYPE_CHECKING:
+    from extproc.admission.books import Books
+    from extproc.admission.endpoint import Endpoint
+    from extproc.admission.fleet import Fleet
+    from extproc.admission.lines import Lines
+    from extproc.admission.pool import Pool
+    from extproc.admission.ticket import Ticket
+
+CACHED_AT_MOST = 7 / 8
+"""Share of a prompt that is taken as cached at its session's home: the guess may be wrong."""
+
+
+class Placing:
+    """Which request goes to which endpoint.
+
+    Attributes:
+        sessions: where each session was served last.
+    """
+
+    __slots__ = ("_books", "_fleet", "_lines", "_picks", "sessions")
+
+    def __init__(self, books: Books, lines: Lines, fleet: Fleet) -> None:
+        """Place those who wait in `lines` at the endpoints of `fleet`."""
+        self._books = books
+        self._lines = lines
+        self._fleet = fleet
+        self._picks = 0
+        self.sessions = Sessions()
+
+    def run(self) -> None:
+        """Hand every room that this event made to the request that should have it.
+
+        Only what changed is looked at: endpoints that may have gained room, and tickets that may go somewhere new.
+        Whatever else waits did not fit before this event, and so does not fit now.
+        """
+        books = self._books
+        freed, arrived = books.freed, books.arrived
+        while freed or arrived:
+            if not books.waiting:  # nobody waits: nobody takes room, and endpoints need not be put in order
+                freed.clear()
+                arrived.clear()
+            elif freed:
+                endpoint = min(freed, key=most_room) if len(freed) > 1 else next(iter(freed))
+                best = _best_for(endpoint) if endpoint.is_open else None
+                if best is None:
+                    del freed[endpoint]
+                else:
+                    self.lease(best, endpoint)
+            else:
+                ticket = books.next_arrived()
+                if ticket.state is State.WAITING:
+                    pool = placed(ticket.pool)
+                    target = self.place_for(ticket, pool, None if ticket.queue is pool.shared else ticket.home)
+                    if target is not None:
+                        self.lease(ticket, target)
+
+    def place_for(self, ticket: Ticket, pool: Pool, home: Endpoint | None) -> Endpoint | None:
+        """Return the endpoint with the most room among those that `ticket` may take now: `home` alone, or any."""
+        queue = pool.shared if home is None else pool.homes.get(home)
+        enable_queue = self._books.policy.enable_queue
+        if enable_queue and not (pool.open and (queue is None or queue.in_window(ticket))):
+            return None
+        if home is not None:
+            return home if home.has_room_for(ticket) and not self._is_kept(home) else None
+        best: Endpoint | None = None
+        for endpoint in pool.open:
+            if (
+                (best is None or endpoint.crowding < best.crowding)
+                and endpoint.lacks(ticket) is None
+                and not self._is_kept(endpoint)
+            ):
+                best = endpoint
+        if best is None and not enable_queue:
+            best = min(pool.present(), key=most_room, default=None)  # nothing is held: better a doubtful endpoint
+        return best
+
+    def _is_kept(self, endpoint: Endpoint) -> bool:
+        """Tell whether a guard keeps room at `endpoint`; if so, the pass finds in order who goes there next."""
+        books = self._books
+        if not books.waiting or not books.policy.enable_queue:
+            return False
+        for pool in endpoint.pools:
+            if pool.guard.keeps(endpoint):
+                books.freed[endpoint] = None
+                return True
+        return False
+
+    def lease(self, ticket: Ticket, endpoint: Endpoint) -> None:
+        """Dispatch: from here on the slot is taken."""
+        books = self._books
+        pool, now, request = placed(ticket.pool), books.now, ticket.request
+        ticket.state = State.LEASED
+        ticket.endpoint = endpoint
+        if request.session is not None:
+            cached = min(self.sessions.cached(request.session, endpoint), int(CACHED_AT_MOST * ticket.prompt_tokens))
+            ticket.work_tokens = ticket.prompt_tokens - cached
+        endpoint.lease(ticket, now)
+        self._fleet.watch(endpoint)
+        self._picks += 1
+        endpoint.picked = self._picks
+        self._fleet.list(endpoint)
+        if ticket.queue is not None:
+            self._lines.quit(ticket, pool, ticket.queue)
+        if books.waiting:
+            for other in endpoint.pools:
+                if other.waiting_total:
+                    other.guard.passes(ticket, endpoint)
+        if ticket.charge is not None:
+            pool.share(ticket.request_class.priority).served(request.tenant, ticket.key[1])
+        if ticket.alarm or pool.waiting_total:
+            pool.pace.dispatched(now)
+        if request.session is not None:
+            self.remember(request.session, ticket, endpoint)
+        moved = ticket.home is not None and ticket.home.name != endpoint.name  # it may have gone and come back
+        outcome = Outcome.REROUTED if moved else Outcome.DISPATCHED
+        wait_s = now - request.arrived
+        books.decisions.append(Dispatch(ticket, outcome, endpoint.name, wait_s if wait_s > 0.0 else 0.0))
+
+    def remember(self, session: str, ticket: Ticket, endpoint: Endpoint) -> None:
+        """Note where a session is served."""
+        self.sessions.remember(session, endpoint, ticket.kv_tokens, self._books.policy.session_memory)
+
+    def home_of(self, ticket: Ticket, pool: Pool) -> Endpoint | None:
+        """Return the endpoint it prefers: the one named upstream, its session's last one, the pool's only one."""
+        request = ticket.request
+        home = self._books.endpoints.get(request.home) if request.home is not None else None
+        if home is not None and pool in home.pools:
+            return home
+        home = self.sessions.recall(request.session) if request.session is not None else None
+        if home is not None and pool in home.pools:
+            return home
+        if len(pool.members) == 1:
+            return pool.members[0]
+        if self._books.policy.binding is Binding.BOUND:
+            up = [endpoint for endpoint in pool.members if endpoint.available]
+            return min(up, key=pool.backlog_of, default=None)
+        return None
+
+
+def _best_for(endpoint: Endpoint) -> Ticket | None:
+    """Return who goes to `endpoint` next: between pools class decides, then arrival; inside a pool its order."""
+    best = guard = None
+    for pool in endpoint.pools:
+        if pool.waiting_total:
+            ticket, its_guard = pool.guard.best_for(endpoint)
+            if ticket is not None and (best is None or seniority(ticket) < seniority(best)):
+                best = ticket
+            if its_guard is not None and (guard is None or seniority(its_guard) < seniority(guard)):
+                guard = its_guard
+    if best is not None and guard is not None and seniority(guard) < seniority(best):
+        return None
+    return best
