@@ -26,6 +26,7 @@ from extproc.observe.log import LOOK_S, QueueLog
 from extproc.observe.metrics import Metrics
 from extproc.stream import wire
 from extproc.stream.ages import Ages
+from extproc.stream.dialect import EndpointPicker
 from extproc.stream.dry_run import DryRun
 from extproc.stream.gate import Gate
 from extproc.stream.session import Reception
@@ -130,6 +131,9 @@ class App:
             routes=config.routes_table(),
             default_model=config.default_model,
             server_timing=config.server_timing,
+            dialect=EndpointPicker() if config.picks else None,
+            read_model=config.picker.read_model,
+            picks_without_end=config.picker.without_end == "pick",
         )
         self.health = HealthChecks(self.gate.set_up, config.health_check, self.tasks, self.gate.heard_at)
         self.roster = Roster(
@@ -150,7 +154,7 @@ class App:
         self._following: asyncio.Task[None] | None = None
         self.tls = None if config.tls is None else ServerTls(config.tls)
         self.listener = Listener(config.listen, SocketRights(config.socket_mode, config.socket_group), self.tls)
-        self.server = server_on(loop)(self.reception, self.listener, reflect=config.reflection)
+        self.server = server_on(loop)(self.reception, self.listener, reflect=config.reflection, bodies=config.picks)
         self._restart_needed: tuple[str, ...] = ()  # keys whose values in the file are not those in use
         self.admin = Admin(config.admin, self.gate, self.metrics, self._file_state, self._sharing)
         self._known_bugs: set[str] = set()

@@ -44,8 +44,8 @@ def _endpoints(config: Config) -> Iterator[str]:
         config.request_fields or config.default_model
     ):
         yield (
-            f"endpoints list models, and only the header {config.headers.model} says which one a request wants, which "
-            "OpenAI's clients don't send: they get 400; set request_fields: true, or default_model"
+            f"endpoints list models, and only the header {config.headers.model[0]} says which one a request wants, "
+            "which OpenAI's clients don't send: they get 400; set request_fields: true, or default_model"
         )
     for index, endpoint in enumerate(config.endpoints):
         blind = endpoint.engine == "none" or config.scrape_interval == 0

@@ -41,8 +41,10 @@ from extproc.config.types import (
 from extproc.endpoints.access import Access
 from extproc.endpoints.telemetry.engines import metrics_path
 from extproc.endpoints.telemetry.target import Target
+from extproc.stream.dialect import Told
 from extproc.stream.request import Headers
 from extproc.stream.routes import Action, Routes, Rule, Shape
+from extproc.stream.wire import PICK_HEADER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -305,7 +307,9 @@ class HeadersConfig(_Section):
     cluster: HeaderName = Field(
         "x-upstream-cluster", description="We write the chosen cluster here; Envoy routes by it."
     )
-    model: HeaderName = Field("x-model", description="Model name.")
+    model: HeaderNames = Field(
+        ["x-model"], description="Model name. One name or a list, the first that a request has counts."
+    )
     request_class: HeaderName = Field("x-request-class", alias="class", description="Class name.")
     tenant: HeaderName = Field("x-tenant-id", description="Whom to be fair to.")
     session: HeaderNames = Field(
@@ -314,6 +318,21 @@ class HeadersConfig(_Section):
         "request has counts.",
     )
     budget: HeaderName = Field("x-queue-budget", description="This request's budget, like `5s`; `0s`: never wait.")
+
+
+class PickerConfig(_Section):
+    """For `dialect: endpoint-picker`; docs/inference-gateway.md says what each gateway needs."""
+
+    read_model: bool = Field(
+        False,
+        description="Where no header names the model, look for it in the first 64 KiB of the body, if the gateway "
+        "sends us bodies before it has our answer (FULL_DUPLEX_STREAMED).",
+    )
+    without_end: Literal["refuse", "pick"] = Field(
+        "refuse",
+        description="Gateways that never tell when an answer ends, as NGINX's. `refuse`: 503, and a line in the log. "
+        "`pick`: each endpoint in its turn, at once; nothing is counted, so no limit holds.",
+    )
 
 
 class ValkeyConfig(_Section):
@@ -382,6 +401,12 @@ class Config(_Section):
     listen: Listen = Field("127.0.0.1:50051", description="Where Envoy connects: host:port or `unix:/path`.")
     admin: Address = Field("127.0.0.1:9902", description="HTTP: metrics, health, queues, the live page. Read-only.")
     tls: TlsConfig | None = Field(None, description="TLS at `listen`. Unset: plain text.")
+    dialect: Literal["cluster-header", "endpoint-picker"] = Field(
+        "cluster-header",
+        description="What asks us. `cluster-header`: Envoy as `envoy-config` sets it up. `endpoint-picker`: an "
+        "Inference Gateway of Kubernetes, or an Envoy that takes an address; endpoints need addresses with an IP.",
+    )
+    picker: PickerConfig = Field(PickerConfig(), description="For `dialect: endpoint-picker`.")
     allow_insecure_listen: bool = Field(
         False, description="Allow `listen` without `tls` on addresses other than loopback: anyone there can take slots."
     )
@@ -556,7 +581,7 @@ class Config(_Section):
         own = endpoint.max_running_requests
         return EndpointSpec(
             name=endpoint.name,
-            cluster=endpoint.cluster or endpoint.name,
+            cluster=endpoint.address if self.picks else endpoint.cluster or endpoint.name,
             models=frozenset(endpoint.models),
             max_running_requests=self.max_running_requests if own == "inherit" else own,
             kv_capacity_tokens=endpoint.kv_capacity_tokens,
@@ -575,15 +600,24 @@ class Config(_Section):
     def header_names(self) -> Headers:
         """Return the names of headers as a session knows them."""
         names = self.headers
+        told = Told() if self.picks else None
         return Headers(
-            names.model,
-            names.request_class,
-            names.tenant,
-            tuple(names.session),
-            names.budget,
-            names.cluster,
-            "traceparent" if self.tracing else "",
+            model=(*names.model, *(told.model if told else ())),
+            request_class=names.request_class,
+            tenant=(names.tenant, *(told.tenant if told else ())),
+            session=tuple(names.session),
+            budget=names.budget,
+            cluster=PICK_HEADER if told else names.cluster,
+            trace="traceparent" if self.tracing else "",
+            names_home=told is None,
+            objective=told.objective if told else (),
+            ttl_ms=told.ttl_ms if told else (),
         )
+
+    @property
+    def picks(self) -> bool:
+        """We are an endpoint picker: what we write is an address."""
+        return self.dialect == "endpoint-picker"
 
     def routes_table(self) -> Routes:
         """Return the table of routes as a session knows it."""

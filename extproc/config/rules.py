@@ -32,7 +32,7 @@ def cross_check(config: Config) -> list[str]:
                 problems.append(
                     f"{section}[{index}].{what}: {name!r} is taken by {section}[{first}]; each must be unique"
                 )
-    problems += _check_who(config)
+    problems += _check_who(config) + _check_picker(config)
     for index, klass in enumerate(config.classes):
         if klass.budget_s > LONGEST_BUDGET_S:
             problems.append(
@@ -73,6 +73,27 @@ def _check_who(config: Config) -> list[str]:
             problems.append(
                 f"{where}.{key}: {endpoint.cluster or endpoint.name!r} is kept for clusters of our own ('unsteered', "
                 "and all that begin with 'extproc_'); choose another"
+            )
+    return problems
+
+
+def _check_picker(config: Config) -> list[str]:
+    """Check what a gateway that takes addresses needs."""
+    if not config.picks:
+        return []
+    problems = []
+    for index, endpoint in enumerate(config.endpoints):
+        try:
+            ip_address(split_address(endpoint.address)[0])
+        except ValueError:
+            problems.append(
+                f"endpoints[{index}].address: {endpoint.address!r} is a name, and a gateway takes addresses alone "
+                "(dialect: endpoint-picker); one like 10.0.0.7:8000, or discovery by dns, would be right"
+            )
+        if endpoint.cluster is not None:
+            problems.append(
+                f"endpoints[{index}].cluster: means nothing here: the gateway is told the address (dialect: "
+                "endpoint-picker); leave it out"
             )
     return problems
 
@@ -129,7 +150,7 @@ def _check_replicas(config: Config) -> list[str]:
 
 def _check_discovery(config: Config) -> list[str]:
     problems = []
-    if config.discovery and config.envoy_clusters_file is None:
+    if config.discovery and config.envoy_clusters_file is None and not config.picks:
         problems.append("discovery: needs envoy_clusters_file; without it Envoy can't know the endpoints found")
     for index, source in enumerate(config.discovery):
         where = f"discovery[{index}]"

@@ -189,7 +189,7 @@ class Roster:
     def _aim(self) -> list[tuple[EndpointConfig, str]]:
         """Return who is wanted, and at which cluster; keep `_routes` in step."""
         if self._file is None:
-            return [(endpoint, endpoint.cluster or endpoint.name) for endpoint in self._wanted()]
+            return [(endpoint, self._config.spec_of(endpoint).cluster) for endpoint in self._wanted()]
         aims: list[tuple[EndpointConfig, str]] = []
         used: set[str] = set()
         for endpoint in self._wanted():
@@ -222,7 +222,8 @@ class Roster:
             return
         what = "comes" if before is None else "changes"
         log.info("endpoint %s at %s %s, Envoy cluster %s", endpoint.name, endpoint.address, what, spec.cluster)
-        if self._file is None and self._task is not None and (before is None or before[0].address != endpoint.address):
+        by_hand = self._file is None and not self._config.picks  # a gateway is told addresses, and knows them itself
+        if by_hand and self._task is not None and (before is None or before[0].address != endpoint.address):
             log.warning(
                 "endpoint %s: Envoy's own cluster %s decides where its requests go, and must be changed by hand: "
                 "envoy_clusters_file is not set",

@@ -532,7 +532,7 @@ def _access_log(config: Config, options: EnvoyOptions) -> str:
                   request_id: "%REQ(X-REQUEST-ID)%"
                   method: "%REQ(:METHOD)%"
                   path: "%PATH(NQ:ORIG_OR_PATH)%"
-                  model: "%REQ({config.headers.model})%"
+                  model: "%REQ({config.headers.model[0]})%"
 {in_body if config.request_fields else ""}\
                   code: "%RESPONSE_CODE%"
                   flags: "%RESPONSE_FLAGS%"

@@ -35,20 +35,31 @@ REPORT, BINARY_REPORT = "endpoint-load-metrics", "endpoint-load-metrics-bin"
 
 @dataclass(frozen=True, slots=True)
 class Headers:
-    """Which request header carries what; all lower case. Of several for one thing the first that is there counts.
-    `cluster` is the one we write; `trace`, W3C trace context, is read if it has a name."""
+    """Which request header carries what; all lower case. Where there are several, the first that a request has counts.
 
-    model: str = "x-model"
+    Attributes:
+        cluster: the one we write.
+        names_home: what a request has there already is the endpoint that it would like.
+        trace: W3C trace context, if it has a name.
+        objective: names of classes beside `request_class`, as a gateway's API has them.
+        ttl_ms: budgets in whole milliseconds.
+    """
+
+    model: tuple[str, ...] = ("x-model",)
     request_class: str = "x-request-class"
-    tenant: str = "x-tenant-id"
+    tenant: tuple[str, ...] = ("x-tenant-id",)
     session: tuple[str, ...] = ("x-session-id", "x-session-affinity")
     budget: str = "x-queue-budget"
     cluster: str = "x-upstream-cluster"
     trace: str = ""
+    names_home: bool = True
+    objective: tuple[str, ...] = ()
+    ttl_ms: tuple[str, ...] = ()
 
     def wanted(self) -> frozenset[str]:
         """Return all headers that a session reads."""
-        names = (self.model, self.request_class, self.tenant, *self.session, self.budget, self.cluster)
+        names = (*self.model, self.request_class, *self.tenant, *self.session, self.budget, *self.objective)
+        names = (*names, *self.ttl_ms, *((self.cluster,) if self.names_home else ()))
         if self.trace:
             names = (*names, self.trace)
         ours = (":status", "content-length", GRPC_STATUS, "x-request-id")
@@ -68,6 +79,7 @@ class Requests:
         """Read headers of these `names`; `class_priorities`: classes by priority; `default_model`: if none is named."""
         self.names = names
         self.default_model = default_model
+        self.class_of_objective: Callable[[str], str] = _itself  # the class that an objective's name means
         self.ignored = {"budget": 0, "cluster": 0}  # header values that told nothing
         self._ages = ages
         self._class_priorities = class_priorities
@@ -75,12 +87,10 @@ class Requests:
     def read(self, incoming: Incoming, now: float, endpoints: Mapping[str, str]) -> Request:
         """Read a request that is here at `now`; `endpoints`: by their Envoy clusters. Headers win over fields."""
         names, headers, fields = self.names, incoming.headers, incoming.fields
-        model = headers.get(names.model) or _text(fields.get("model")) or self.default_model
+        model = _first(headers, names.model) or _text(fields.get("model")) or self.default_model
         # OpenAI splits its old `user` into these two: who is asking, and which requests begin alike.
-        tenant = headers.get(names.tenant) or _text(fields.get("safety_identifier")) or _text(fields.get("user")) or ""
-        session = next((headers[name] for name in names.session if headers.get(name)), None)
-        if session is None:
-            session = _text(fields.get("prompt_cache_key"))
+        tenant = _first(headers, names.tenant) or _text(fields.get("safety_identifier")) or _text(fields.get("user"))
+        session = _first(headers, names.session) or _text(fields.get("prompt_cache_key"))
         cluster = headers.get(names.cluster)
         home = budget_s = None
         if cluster:
@@ -92,12 +102,24 @@ class Requests:
             budget_s = parse_duration(budget)
             if budget_s is None:
                 self.ignored["budget"] += 1
+        for name in names.ttl_ms:
+            ttl = headers.get(name)
+            if ttl:
+                ttl_s = _milliseconds(ttl)
+                if ttl_s is None:
+                    self.ignored["budget"] += 1
+                elif budget_s is None or ttl_s < budget_s:
+                    budget_s = ttl_s
+        request_class = headers.get(names.request_class)
+        if not request_class:
+            objective = _first(headers, names.objective)
+            request_class = self.class_of_objective(objective) if objective else self._class_of(fields)
         return Request(
             id=(incoming.attributes.get("request.id") or headers.get("x-request-id", ""))[:MAX_NAME],
             arrived=now - self._ages.age_s(incoming.attributes.get("request.time")),
             model=model[:MAX_NAME] if model else None,
-            request_class=(headers.get(names.request_class) or self._class_of(fields))[:MAX_NAME],
-            tenant=tenant[:MAX_NAME],
+            request_class=request_class[:MAX_NAME],
+            tenant=(tenant or "")[:MAX_NAME],
             session=session[:MAX_NAME] if session else None,
             home=home,
             budget_s=budget_s,
@@ -123,6 +145,22 @@ def _prompt_tokens(content_length: str | None, *, has_body: bool) -> int:
     if content_length is not None and content_length.isascii() and content_length.isdigit():
         return min(int(content_length[:12]) // BYTES_PER_TOKEN, MAX_TOKENS)
     return UNKNOWN_PROMPT_TOKENS if has_body else 0
+
+
+def _first(headers: Mapping[str, str], names: tuple[str, ...]) -> str | None:
+    for name in names:
+        value = headers.get(name)
+        if value:
+            return value
+    return None
+
+
+def _itself(name: str) -> str:
+    return name
+
+
+def _milliseconds(text: str) -> float | None:
+    return int(text) / 1000 if text.isascii() and text.isdigit() and len(text) <= 9 else None
 
 
 def _text(value: object) -> str | None:

@@ -3,10 +3,15 @@
 No gRPC and no event loop in here: a driver feeds `receive`, sends what `send` is given, and calls `end` exactly once.
 
     new ──request headers──▶ held ──decision──▶ answered ──response headers──▶ answered … end: the lease goes back
+     └──request headers, the model is in the body──▶ reading ──model──▶ held
+
+What a gateway expects differs by its `Dialect`, and how it tells bodies by the stream's `Modes` (dialect.py). Pieces of
+bodies that come before the decision are kept, a few of them: `paused` then asks the driver to leave the rest unread.
 """
 
 from __future__ import annotations
 
+import logging
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
@@ -15,8 +20,10 @@ from extproc.admission.outcome import Outcome
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import Answer, Dispatch
 from extproc.errors import ProtocolError
-from extproc.stream import wire
+from extproc.stream import bodies, wire
 from extproc.stream.answer import judge
+from extproc.stream.bodies import MODEL_WITHIN, Kept, model_in
+from extproc.stream.dialect import PLAIN, ClusterHeader
 from extproc.stream.request import BINARY_REPORT, REPORT, Requests
 from extproc.stream.routes import (
     GRPC_STATUSES,
@@ -36,10 +43,13 @@ if TYPE_CHECKING:
     from extproc.admission.load import Load
     from extproc.admission.values import Decision
     from extproc.stream.ages import Ages
+    from extproc.stream.dialect import Dialect, Modes
     from extproc.stream.gate import Gate
     from extproc.stream.request import Headers
     from extproc.stream.wire import Incoming
 
+
+log = logging.getLogger("extproc.session")
 
 UPGRADE = "UPGRADE"
 """Stands for the method of requests that ask for another protocol, in the table of routes."""
@@ -47,10 +57,19 @@ LIST_S = 1.0
 """How long the list of all models is kept."""
 
 
+KEPT_BYTES = 16 << 10
+"""Of a held request's body: what is taken in; the rest stays where it is, and Envoy buffers it. Most are smaller, and
+then the gateway's own end of a stream is seen at once."""
+KEPT_UNTOLD_BYTES = 8 << 20
+"""The same where a client that leaves is told by the end of its messages alone, which an unread body would hide."""
+
+
 class _State(Enum):
     NEW = auto()
+    READING = auto()
     HELD = auto()
     ANSWERED = auto()
+    REFUSED = auto()
     ENDED = auto()
 
 
@@ -69,14 +88,24 @@ class Reception:
         routes: Routes | None = None,
         default_model: str | None = None,
         server_timing: bool = False,
+        dialect: Dialect | None = None,
+        read_model: bool = False,
+        picks_without_end: bool = False,
     ) -> None:
         """Sit between the streams and `gate`.
 
         `fields_namespace`: where Envoy puts fields of the body, if it does; `class_priorities`: classes by priority;
         `read_report`: reads the report of its load that an endpoint sent;
         `routes`: which requests are queued; `default_model`: of requests that name none;
-        `server_timing`: tell clients how long they waited.
+        `server_timing`: tell clients how long they waited;
+        `dialect`: how the gateway speaks; by default as our own Envoy configuration has it;
+        `read_model`: look for the model in a body, where no header names it and the gateway sends bodies;
+        `picks_without_end`: choose an endpoint also for gateways that never tell of the end: no limit counts that.
         """
+        self.dialect = dialect or ClusterHeader(headers.cluster)
+        self.read_model = read_model
+        self.picks_without_end = picks_without_end
+        self._has_refused_gateway = False
         self.gate = gate
         self.is_probed = gate.controller.policy.first_byte_probe
         self.running: dict[int, Ticket] = {}  # by our own number, for the first-byte probe alone
@@ -85,7 +114,7 @@ class Reception:
         self.requests = Requests(headers, ages, class_priorities, default_model)
         self.routes = routes or Routes()
         self._listed: tuple[float, frozenset[str]] = (-LIST_S, frozenset())  # when, and all models
-        self.reader = wire.Reader(headers.wanted(), fields_namespace)
+        self.reader = wire.Reader(headers.wanted(), fields_namespace, picks=self.dialect.picks)
         self.streams = 0
         self.silence = Silence(gate)
         self.refused = 0  # those of them that were refused: Envoy has not ended them yet
@@ -99,7 +128,7 @@ class Reception:
         self.drop_cluster(endpoint)
         self._clusters[endpoint] = cluster
         self._endpoints[cluster] = endpoint
-        self._steers[endpoint] = wire.steer(self.requests.names.cluster, cluster)
+        self._steers[endpoint] = self.dialect.steer(cluster)
 
     def drop_cluster(self, endpoint: str) -> None:
         """Forget an endpoint that no request can be sent to any more. Unknown: no-op."""
@@ -141,6 +170,19 @@ class Reception:
         """Return the answer that sends a request to `endpoint`."""
         return self._steers[endpoint]
 
+    def names_model(self, incoming: Incoming) -> bool:
+        """Tell whether the headers say which model is meant."""
+        return any(incoming.headers.get(name) for name in self.requests.names.model)
+
+    def refuse_gateway(self) -> None:
+        """Say once that a gateway is refused because it never tells when an answer ends."""
+        if not self._has_refused_gateway:
+            self._has_refused_gateway = True
+            log.error(
+                "a gateway asks for endpoints and never tells when an answer ends (no protocol_config, as NGINX's): no "
+                "limit could be kept, so its requests get 503; with `without_end: pick` they go uncounted"
+            )
+
     def take_report(self, ticket: Ticket, headers: Mapping[str, str]) -> None:
         """Pass on what the headers of an answer say of the load of its endpoint, the one that `ticket` was sent to."""
         value = headers.get(REPORT)
@@ -157,7 +199,11 @@ class Session:
 
     __slots__ = (
         "_answer",
+        "_began",
+        "_is_half_closed",
         "_is_refused",
+        "_kept",
+        "_modes",
         "_number",
         "_reception",
         "_send",
@@ -167,6 +213,7 @@ class Session:
         "_wait_s",
         "hang_up",
         "over",
+        "resets",
     )
 
     def __init__(self, reception: Reception, send: Callable[[bytes], None]) -> None:
@@ -179,44 +226,67 @@ class Session:
         self._shape = Shape.OPENAI
         self._number = 0  # in `running`
         self._is_refused = False
+        self._modes: Modes = PLAIN
+        self._kept: Kept | None = None  # what came of the body before the decision
+        self._began: Incoming | None = None  # the headers, while the body is read for the model
+        self._is_half_closed = False
         self._wait_s: float | None = None  # set once dispatched, if the client is to be told
+        self.resets = False  # a client that leaves is told by a reset, that is without reading: the driver knows
         self.over = False  # nothing more is wanted: the driver ends the stream
         self.hang_up: Callable[[], object] | None = None  # the driver's: it ends the stream
         reception.silence.began(self)
         reception.streams += 1
 
+    @property
+    def paused(self) -> bool:
+        """The next message shall be left unread until a reply was sent."""
+        return self._kept is not None and self._kept.is_full and self._state is _State.HELD
+
     def receive(self, data: bytes) -> None:
         """Take one message. Raises ProtocolError for what has no place here; the driver then ends the stream."""
+        if self._modes.sends_pieces and bodies.has_piece(data):
+            self._take_piece(data[0], bodies.piece_of(data))
+            return
         incoming = self._reception.reader.read(data)
         if incoming.observed:
             self._observe(incoming)
-            return
+        else:
+            self._take(incoming)
+
+    def _take(self, incoming: Incoming) -> None:
         match self._state, incoming.kind:
             case _State.NEW, Kind.REQUEST_HEADERS:
-                self._state = _State.HELD
                 self._begin(incoming)
             case _State.NEW, _:  # Envoy answered by itself before it asked us (413), or request headers are not sent
                 self._reception.silence.ended(self)
                 self._send(wire.go_on(incoming.kind))
-            case _State.HELD, Kind.RESPONSE_HEADERS:  # Envoy answered by itself: nobody waits any more
+            case ((_State.READING | _State.HELD), Kind.RESPONSE_HEADERS):  # Envoy answered by itself: nobody waits
                 self._close()
                 self._state = _State.ANSWERED
                 self._send(wire.go_on(incoming.kind))
-            case _State.ANSWERED, Kind.RESPONSE_HEADERS:
-                self._answer = judge(incoming)
-                if self._ticket is not None:
-                    if self._answer is Answer.OK:
-                        self._reception.gate.answered(self._ticket)
-                    self._reception.take_report(self._ticket, incoming.headers)
-                wait_s = self._wait_s
-                self._send(wire.go_on(incoming.kind) if wait_s is None else wire.go_on_timed(wait_s))
+            case ((_State.READING | _State.HELD), Kind.REQUEST_TRAILERS):
+                self._keep_trailers()
+            case ((_State.ANSWERED | _State.REFUSED), Kind.RESPONSE_HEADERS):
+                self._take_answer(incoming)
             case (
-                _State.ANSWERED,
+                (_State.ANSWERED | _State.REFUSED),
                 Kind.REQUEST_BODY | Kind.RESPONSE_BODY | Kind.REQUEST_TRAILERS | Kind.RESPONSE_TRAILERS,
             ):
                 self._send(wire.go_on(incoming.kind))
+                if incoming.kind is Kind.RESPONSE_TRAILERS:
+                    self._close()
             case state, kind:
                 raise ProtocolError(f"{kind.value} has no place here: the stream is {state.name.lower()}")
+
+    def half_closed(self) -> bool:
+        """Note that the client says no more; tell whether it still waits for what we say: else the stream is over."""
+        if self._modes.tells_end or self._state not in (_State.READING, _State.HELD):
+            return False
+        self._is_half_closed = True
+        if self._kept is not None:
+            self._kept.is_whole = True
+            self._look_for_model(self._kept)
+        return not self.over
 
     def end(self) -> None:
         """Note that the stream is over, for whatever reason. The lease goes back; the place in the queue is left."""
@@ -232,14 +302,83 @@ class Session:
         """Hold the request, let it go at once, or answer it: the table of routes says."""
         reception = self._reception
         reception.silence.ended(self)
+        self._modes = modes = reception.dialect.modes(incoming)
         action, self._shape = reception.kind_of(incoming.headers)
         if action is Action.MODELS and self._tell_models(incoming.headers.get(":path", "")):
             return
+        if not modes.tells_end and not reception.picks_without_end:
+            reception.refuse_gateway()
+            self._state = _State.REFUSED
+            self._send(self._refusal(Outcome.ENDLESS))
+            return
+        reads = reception.read_model and incoming.has_body and modes.tells_body and not reception.names_model(incoming)
+        if incoming.has_body and (modes.holds_body or reads):
+            self._kept = Kept(KEPT_BYTES if self.resets else KEPT_UNTOLD_BYTES, text=reads)
+        if reads:
+            self._state, self._began = _State.READING, incoming
+        else:
+            self._offer(incoming)
+
+    def _offer(self, incoming: Incoming) -> None:
+        """Have it decided, which may be before this returns."""
+        reception = self._reception
+        self._state = _State.HELD
         self._ticket = reception.ticket_for(incoming, self._decided)
-        if action is Action.QUEUE:
+        action, _ = reception.kind_of(incoming.headers)
+        if action is Action.QUEUE and self._modes.tells_end:
             reception.gate.offer(self._ticket)
         else:
             reception.gate.send(self._ticket)
+
+    def _take_piece(self, kind: int, piece: bytes) -> None:
+        """Send a piece of a body on; before the decision, keep what will. The answer's last one is its end."""
+        reply = self._modes.answer(kind, piece)
+        if self._state is _State.ANSWERED:
+            self._send(reply)
+            if kind == bodies.RESPONSE:
+                self._take_progress(piece)
+        elif self._kept is not None and kind == bodies.REQUEST:
+            self._kept.add(piece, reply)
+            self._look_for_model(self._kept)
+        elif self._state is not _State.REFUSED:  # what was on its way when we refused goes nowhere
+            raise ProtocolError(f"a body has no place here: the stream is {self._state.name.lower()}")
+
+    def _keep_trailers(self) -> None:
+        if self._kept is None:
+            raise ProtocolError("request_trailers has no place here: the request's headers are not answered")
+        self._kept.end(wire.go_on(Kind.REQUEST_TRAILERS))
+        self._look_for_model(self._kept)
+
+    def _take_progress(self, piece: bytes) -> None:
+        if self._ticket is not None:
+            if self._number:
+                self._reception.gate.first_token(self._ticket)
+                self._forget_number()
+            if bodies.is_last(piece):
+                self._close()
+
+    def _look_for_model(self, kept: Kept) -> None:
+        """Offer a request when its body has told the model, or all it will be asked."""
+        if self._state is not _State.READING or self._began is None or kept.text is None:
+            return
+        model = model_in(bytes(kept.text))
+        if model is not None or kept.is_whole or len(kept.text) >= MODEL_WITHIN:
+            began, self._began, kept.text = self._began, None, None
+            if model is not None:
+                began.fields["model"] = model
+            self._offer(began)
+
+    def _take_answer(self, incoming: Incoming) -> None:
+        """Follow what the head of an answer says."""
+        self._answer = judge(incoming)
+        if self._ticket is not None:
+            if self._answer is Answer.OK:
+                self._reception.gate.answered(self._ticket)
+            self._reception.take_report(self._ticket, incoming.headers)
+        wait_s = self._wait_s
+        self._send(wire.go_on(incoming.kind) if wait_s is None else wire.go_on_timed(wait_s))
+        if not incoming.has_body:
+            self._close()
 
     def _tell_models(self, path: str) -> bool:
         """Answer with all models, or the one that the path names after `/models/`; tell whether they are known."""
@@ -248,7 +387,7 @@ class Session:
             return False
         name = unquote(path.partition("?")[0].partition("/models/")[2])
         body = models_body(models, name)
-        self._state = _State.ANSWERED
+        self._state = _State.REFUSED
         if body is None:
             self._send(self._refusal(Outcome.UNKNOWN_MODEL))
         else:
@@ -266,7 +405,8 @@ class Session:
         status, shape = outcome.status or 500, self._shape
         body = error_body(shape, status, outcome.value, outcome.message, about)
         grpc_status = GRPC_STATUSES.get(status, GRPC_UNKNOWN) if shape is Shape.GRPC else None
-        return wire.refuse(status, outcome.value, body, retry_after_s, wait_s, grpc_status=grpc_status)
+        more = self._reception.dialect.refusal_headers(outcome)
+        return wire.refuse(status, outcome.value, body, retry_after_s, wait_s, grpc_status=grpc_status, more=more)
 
     def _observe(self, incoming: Incoming) -> None:
         """Take the first piece of an answer's body, which Envoy's first-byte probe shows us, and end the probe."""
@@ -278,16 +418,20 @@ class Session:
     def _close(self) -> None:
         if self._ticket is not None:
             ticket, self._ticket = self._ticket, None
-            if self._number:
-                del self._reception.running[self._number]
-                self._number = 0
+            self._forget_number()
             self._reception.gate.close(ticket, self._answer)
+
+    def _forget_number(self) -> None:
+        if self._number:
+            del self._reception.running[self._number]
+            self._number = 0
 
     def _decided(self, decision: Decision) -> None:
         """Answer Envoy. After `end` there is nobody to answer, and the lease is back already."""
         if self._state is not _State.HELD:
             return
-        self._state = _State.ANSWERED
+        self._state = _State.ANSWERED if isinstance(decision, Dispatch) else _State.REFUSED
+        self.over = self._is_half_closed  # our answer is the last that is said
         details = _details(decision)
         wait_s = decision.wait_s if self._reception.server_timing else None
         if isinstance(decision, Dispatch):
@@ -296,7 +440,10 @@ class Session:
                 self._reception.running[self._number] = decision.ticket
                 details += wire.ticket_metadata(self._number)
             self._wait_s = wait_s
-            self._send(self._reception.steer(decision.endpoint) + details)
+            self._send(self._reception.steer(decision.endpoint) + self._modes.override + details)
+            if self._kept is not None:
+                for reply in self._kept.take():
+                    self._send(reply)
         else:
             self._is_refused = True
             self._reception.refused += 1

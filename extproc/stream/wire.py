@@ -37,6 +37,15 @@ REFUSAL_HEADERS = ("content-type", "retry-after", "x-extproc-outcome")
 
 SERVER_TIMING = "server-timing"
 
+PICK_HEADER = "x-gateway-destination-endpoint"
+"""The Endpoint Picker Protocol: the pick, as a header and as dynamic metadata; and what else has names made of it."""
+PICK_NAMESPACE = "envoy.lb"
+SUBSET_NAMESPACE = "envoy.lb.subset_hint"
+
+BODY_MODES = tuple(pb.ProcessingMode.BodySendMode.values())
+"""How a gateway may send bodies; two of them are of interest."""
+NO_BODY, FULL_DUPLEX = pb.ProcessingMode.NONE, pb.ProcessingMode.FULL_DUPLEX_STREAMED
+
 _ATTRIBUTES = "envoy.filters.http.ext_proc"
 _OVERWRITE = pb.HeaderValueOption.HeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
 
@@ -77,6 +86,9 @@ class Incoming:
         has_body: a body will follow the headers.
         ticket: our number of the request whose answer the first-byte probe shows; 0: none.
         observed: Envoy only shows it (the first-byte probe) and ignores any answer.
+        modes: how the bodies of this stream will be sent, of request and answer; None: the gateway doesn't say.
+        subset: the addresses that the gateway allows; None: any.
+        served: the address that the answer came from, where the gateway tells it.
     """
 
     kind: Kind
@@ -86,15 +98,22 @@ class Incoming:
     has_body: bool = False
     ticket: int = 0
     observed: bool = False
+    modes: tuple[int, int] | None = None
+    subset: tuple[str, ...] | None = None
+    served: str = ""
 
 
 class Reader:
     """Reads messages, and of their headers only those that anybody needs."""
 
-    __slots__ = ("_fields_namespace", "_repeated", "_wanted")
+    __slots__ = ("_fields_namespace", "_picks", "_repeated", "_wanted")
 
-    def __init__(self, wanted: Collection[str], fields_namespace: str = "") -> None:
-        """Want these headers (lower case) and, if named, the metadata namespace with the request's fields."""
+    def __init__(self, wanted: Collection[str], fields_namespace: str = "", *, picks: bool = False) -> None:
+        """Want these headers (lower case) and, if named, the metadata namespace with the request's fields.
+
+        `picks`: also what the Endpoint Picker Protocol puts beside headers.
+        """
+        self._picks = picks
         self._wanted = frozenset(wanted)
         self._fields_namespace = fields_namespace
         self._repeated: dict[bytes, Incoming] = {}
@@ -125,20 +144,18 @@ class Reader:
             self._pick(part, incoming)
             if self._fields_namespace and self._fields_namespace in message.metadata_context.filter_metadata:
                 incoming.fields = _scalars(message.metadata_context.filter_metadata[self._fields_namespace])
+            if self._picks:
+                incoming.modes, incoming.subset = _modes(message), _subset(message.metadata_context)
         elif incoming.observed and TICKETS_NAMESPACE in message.metadata_context.filter_metadata:
             incoming.ticket = int(message.metadata_context.filter_metadata[TICKETS_NAMESPACE].fields["n"].number_value)
         elif name == "response_headers":
             part = message.response_headers
             incoming.has_body = not part.end_of_stream
             self._pick(part, incoming)
-        by_filter = message.attributes
-        if _ATTRIBUTES in by_filter:
-            attributes, found = by_filter[_ATTRIBUTES].fields, incoming.attributes
-            for key in attributes:  # .items() and WhichOneof would cost more than all else here
-                value = attributes[key]
-                text = value.string_value
-                if text or value.HasField("string_value"):
-                    found[key] = text.decode("utf-8", "replace")
+            if self._picks:
+                incoming.served = _served(message.metadata_context)
+        if _ATTRIBUTES in message.attributes:
+            _texts(message.attributes[_ATTRIBUTES], incoming.attributes)
         return incoming
 
     def _pick(self, part: pb.HttpHeaders, incoming: Incoming) -> None:
@@ -147,6 +164,15 @@ class Reader:
             key = header.key
             if key in wanted and key not in headers:
                 headers[key] = (header.raw_value or header.value).decode("utf-8", "replace")
+
+
+def _texts(values: pb.Fields, found: dict[str, str]) -> None:
+    attributes = values.fields
+    for key in attributes:  # .items() and WhichOneof would cost more than all else here
+        value = attributes[key]
+        text = value.string_value
+        if text or value.HasField("string_value"):
+            found[key] = text.decode("utf-8", "replace")
 
 
 def _scalars(values: pb.Fields) -> dict[str, str | float | bool]:
@@ -162,6 +188,36 @@ def _scalars(values: pb.Fields) -> dict[str, str | float | bool]:
             case _:  # a list, an object or null is no value that anybody asked for
                 pass
     return found
+
+
+def _modes(message: pb.ProcessingRequest) -> tuple[int, int] | None:
+    """Return how the bodies of request and answer will be sent, if the gateway says so."""
+    if not message.HasField("protocol_config"):
+        return None
+    return message.protocol_config.request_body_mode, message.protocol_config.response_body_mode
+
+
+def _served(metadata: pb.Metadata) -> str:
+    """Return the address that an answer came from, if the gateway says so."""
+    key = PICK_HEADER + "-served"
+    if PICK_NAMESPACE not in metadata.filter_metadata:
+        return ""
+    fields = metadata.filter_metadata[PICK_NAMESPACE].fields
+    return fields[key].string_value.decode("utf-8", "replace") if key in fields else ""
+
+
+def _subset(metadata: pb.Metadata) -> tuple[str, ...] | None:
+    """Return the addresses that the gateway allows: a list, a text with commas, or a list of such texts."""
+    key = PICK_HEADER + "-subset"
+    if SUBSET_NAMESPACE not in metadata.filter_metadata:
+        return None
+    fields = metadata.filter_metadata[SUBSET_NAMESPACE].fields
+    if key not in fields:
+        return None
+    value = fields[key]
+    texts = [one.string_value for one in value.list_value.values] or [value.string_value]
+    parts = (part.strip() for text in texts for part in text.decode("utf-8", "replace").split(","))
+    return tuple(part for part in parts if part)
 
 
 # ---- answers
@@ -190,6 +246,37 @@ def steer(header: str, cluster: str) -> bytes:
     return pb.ProcessingResponse(request_headers=pb.HeadersResponse(response=common)).SerializeToString()
 
 
+def pick(address: str, drop: Collection[str] = ()) -> bytes:
+    """Let the request go to `address`, as the Endpoint Picker Protocol says it: a header, and metadata equal to it.
+
+    `drop`: headers that end here. The route is chosen anew: some gateways route by the header.
+    """
+    mutation = _set_headers({PICK_HEADER: address})
+    mutation.remove_headers.extend(drop)
+    common = pb.CommonResponse(header_mutation=mutation, clear_route_cache=True)
+    response = pb.ProcessingResponse(request_headers=pb.HeadersResponse(response=common))
+    response.dynamic_metadata.fields[PICK_NAMESPACE].struct_value.fields[PICK_HEADER].string_value = address
+    return response.SerializeToString()
+
+
+def _lean() -> bytes:
+    mode = pb.ProcessingMode
+    return pb.ProcessingResponse(
+        mode_override=mode(
+            request_header_mode=mode.SEND,
+            response_header_mode=mode.SEND,
+            request_body_mode=mode.NONE,
+            response_body_mode=mode.NONE,
+            request_trailer_mode=mode.SKIP,
+            response_trailer_mode=mode.SEND,
+        )
+    ).SerializeToString()
+
+
+LEAN = _lean()
+"""Ask to be told no bodies, and the answer's end alone. To be appended to a pick."""
+
+
 def queue_time(wait_s: float) -> str:
     """Return `wait_s` as an entry of a Server-Timing header (W3C Server Timing): milliseconds."""
     return f"queue;dur={wait_s * 1000:.1f}"
@@ -215,13 +302,14 @@ def refuse(
     wait_s: float | None = None,
     *,
     grpc_status: int | None = None,
+    more: Mapping[str, str] | None = None,
 ) -> bytes:
-    """Answer the client in an engine's stead; `wait_s`: with a Server-Timing too.
+    """Answer the client in an engine's stead; `wait_s`: with a Server-Timing too; `more`: headers besides ours.
 
     `grpc_status`: Envoy tells a gRPC client this code, with `body` as its message and our headers as metadata.
     """
     content_type, retry_after, outcome_header = REFUSAL_HEADERS
-    headers = {outcome_header: outcome}
+    headers = {outcome_header: outcome, **(more or {})}
     if grpc_status is None:
         headers[content_type] = "application/json"
     if retry_after_s is not None:

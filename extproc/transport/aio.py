@@ -33,6 +33,16 @@ OPTIONS = (
     ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
     ("grpc.max_receive_message_length", 4 << 20),
 )
+BODY_OPTIONS = (
+    # A body that comes as one message (BUFFERED, NGINX's): above the largest that a gateway would buffer.
+    ("grpc.max_receive_message_length", 64 << 20),
+    # Of a body that is left unread this much comes in, and not as much as gRPC thinks that the network could bring.
+    ("grpc.http2.lookahead_bytes", 64 << 10),
+    ("grpc.http2.bdp_probe", 0),
+)
+"""Beside OPTIONS, for gateways that send us bodies."""
+RESETS = ("x-envoy-internal", "true")
+"""What Envoy alone says when it opens a stream. It resets the stream when the client leaves."""
 RESET_S = 0.25
 """How long to wait for the reset that follows Envoy's end of a stream: a handler that returns before it costs 134 bytes
 for good, one that is cancelled nothing (`make soak`; grpc/grpc#43360)."""
@@ -40,11 +50,19 @@ SERVICES = ("", "liveness", "readiness", wire.SERVICE)
 """Health services: the whole; the loop lives; new requests are welcome (by the probe's name and by the service's)."""
 
 
+def server_options(*, bodies: bool) -> tuple[tuple[str, int], ...]:
+    """Return gRPC's settings; `bodies`: we are sent those of requests."""
+    return tuple({**dict(OPTIONS), **dict(BODY_OPTIONS)}.items()) if bodies else OPTIONS
+
+
 class Server:
     """An ext_proc server on one address."""
 
-    def __init__(self, reception: Reception, listener: Listener, *, reflect: bool = False) -> None:
-        """Prepare to serve `reception` at what `listener` binds."""
+    def __init__(
+        self, reception: Reception, listener: Listener, *, reflect: bool = False, bodies: bool = False
+    ) -> None:
+        """Prepare to serve `reception` at what `listener` binds; `bodies`: we are sent those of requests."""
+        self._options = server_options(bodies=bodies)
         self._reception = reception
         self._listener = listener
         self._reflect = reflect
@@ -54,7 +72,7 @@ class Server:
 
     async def start(self) -> None:
         """Bind and serve. Raises StartError if the address can't be had."""
-        server = grpc.aio.server(options=OPTIONS)
+        server = grpc.aio.server(options=self._options)
         handler = grpc.stream_stream_rpc_method_handler(self._process)  # no serializers: a session wants bytes
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(wire.SERVICE, {wire.METHOD: handler}),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -92,8 +110,16 @@ class Server:
         session = Session(self._reception, writer.send)
         task = asyncio.current_task()
         session.hang_up = None if task is None else task.cancel
+        session.resets = RESETS in (context.invocation_metadata() or ())
         try:
-            while (message := await context.read()) is not grpc.aio.EOF:
+            while True:
+                if session.paused:
+                    await writer.replied()
+                message = await context.read()
+                if message is grpc.aio.EOF:
+                    if session.half_closed():
+                        await writer.replied()
+                    break
                 writer.inline = True
                 try:
                     session.receive(message)
@@ -116,20 +142,29 @@ class Server:
 class _Writer:
     """Sends a session's replies in order: by the handler while it runs, else by a task of its own."""
 
-    __slots__ = ("_pending", "_task", "_write", "_writing", "inline")
+    __slots__ = ("_pending", "_replied", "_task", "_write", "_writing", "inline")
 
     def __init__(self, write: Callable[[bytes], Awaitable[None]]) -> None:
         self._write = write
         self._pending: list[bytes] = []
         self._writing = False
         self._task: asyncio.Task[None] | None = None  # the loop itself keeps only a weak reference
+        self._replied: asyncio.Future[None] | None = None  # somebody waits for the next reply
         self.inline = False  # the handler will flush
 
     def send(self, data: bytes) -> None:
         """Queue a reply and see to it that it goes out."""
         self._pending.append(data)
+        if self._replied is not None:
+            self._replied.set_result(None)
+            self._replied = None
         if not self.inline and not self._writing:
             self._task = asyncio.get_running_loop().create_task(self.flush())
+
+    async def replied(self) -> None:
+        """Wait for the next reply."""
+        self._replied = asyncio.get_running_loop().create_future()
+        await self._replied
 
     async def flush(self) -> None:
         """Send what is queued, unless that is happening already. A stream that is over takes nothing, and says so."""

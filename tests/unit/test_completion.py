@@ -39,7 +39,7 @@ class Chatter:
         self._log = log
         self._send = send
         self._ended = False
-        self.over = False
+        self.over = self.paused = False
 
     def receive(self, data: bytes) -> None:
         what, _, value = data.decode().partition(" ")
@@ -61,6 +61,9 @@ class Chatter:
                 raise ProtocolError("that was wrong")
             case "bug":
                 raise ZeroDivisionError
+
+    def half_closed(self) -> bool:
+        return False
 
     def end(self) -> None:
         if not self._ended:  # as a session, it may be told twice

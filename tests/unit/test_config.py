@@ -35,8 +35,8 @@ def test_the_defaults_are_those_of_the_contract():
     assert default.max_queued_requests == 10_000
     assert [(klass.name, klass.budget) for klass in default.classes] == [("default", 30.0)]
     names = default.header_names()
-    assert (names.cluster, names.model, names.request_class) == ("x-upstream-cluster", "x-model", "x-request-class")
-    assert (names.tenant, names.budget) == ("x-tenant-id", "x-queue-budget")
+    assert (names.cluster, names.model, names.request_class) == ("x-upstream-cluster", ("x-model",), "x-request-class")
+    assert (names.tenant, names.budget) == (("x-tenant-id",), "x-queue-budget")
     assert names.session == ("x-session-id", "x-session-affinity")
 
 
@@ -145,7 +145,7 @@ def test_environment_variables_win_over_the_file_and_strange_ones_are_ignored():
     }
     changed = config({"enable_queue": False, "endpoints": [ENDPOINT]}, environ)
     assert changed.enable_queue
-    assert changed.headers.model == "x-llm"
+    assert changed.headers.model == ["x-llm"]
     assert [endpoint.name for endpoint in changed.endpoints] == ["e"]
 
 

@@ -21,7 +21,7 @@ ONE = "endpoints: [{name: a, address: 'h:1', max_running_requests: 4, models: [x
         ("", "", []),
         ("", "enable_queue: true", ["enable_queue: false -> true"]),
         ("", "max_running_requests: 8", ["max_running_requests: unset -> 8"]),
-        ("", "headers: {model: x-llm}", ["headers.model: x-model -> x-llm"]),
+        ("", "headers: {model: x-llm}", ["headers.model: [x-model] -> [x-llm]"]),
         ("", "health_check: {}", ["health_check: unset -> a mapping"]),
         (ONE, ONE.replace("4", "9"), ["endpoints[a].max_running_requests: 4 -> 9"]),
         (ONE, ONE.replace("[x, y]", "[x]"), ["endpoints[a].models: [x, y] -> [x]"]),

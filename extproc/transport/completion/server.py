@@ -14,7 +14,7 @@ from grpc._cython import cygrpc
 from extproc.errors import ProtocolError
 from extproc.stream import wire
 from extproc.stream.session import Session
-from extproc.transport.aio import OPTIONS, SERVICES
+from extproc.transport.aio import RESETS, SERVICES, server_options
 from extproc.transport.completion.services import Health, Reflection, StatusError
 
 if TYPE_CHECKING:
@@ -39,6 +39,13 @@ class Handler(Protocol):
 
     over: bool
 
+    @property
+    def paused(self) -> bool:
+        """The next message shall be left unread until a reply was sent."""
+
+    def half_closed(self) -> bool:
+        """Note that the client says no more; tell whether it still waits for what we say: else the stream is over."""
+
     def receive(self, data: bytes) -> None:
         """Take one message. ProtocolError and StatusError end the stream.
 
@@ -53,9 +60,16 @@ class Server:
     """An ext_proc server on one address."""
 
     def __init__(
-        self, reception: Reception, listener: Listener, loop: CompletionLoop, *, reflect: bool = False
+        self,
+        reception: Reception,
+        listener: Listener,
+        loop: CompletionLoop,
+        *,
+        reflect: bool = False,
+        bodies: bool = False,
     ) -> None:
-        """Prepare to serve `reception` at what `listener` binds, on `loop`."""
+        """Prepare to serve `reception` at what `listener` binds, on `loop`; `bodies`: we are sent those of requests."""
+        self._options = server_options(bodies=bodies)
         self._listener = listener
         self._loop = loop
         self._health = Health()
@@ -72,7 +86,7 @@ class Server:
 
     async def start(self) -> None:
         """Bind and serve. Raises StartError if the address can't be had."""
-        server = cygrpc.Server(OPTIONS, False)
+        server = cygrpc.Server(self._options, False)
         server.register_completion_queue(self._loop.queue)
 
         def add_port(address: str, credentials: grpc.ServerCredentials | None) -> int:
@@ -133,7 +147,8 @@ class Server:
         if open_handler is None:
             _refuse(event.call)
         else:
-            Stream(event.call, open_handler, one_message=method == self._one_message)
+            resets = RESETS in event.invocation_metadata
+            Stream(event.call, open_handler, one_message=method == self._one_message, resets=resets)
 
 
 class Stream:
@@ -150,6 +165,7 @@ class Stream:
         "_call",
         "_handler",
         "_one_message",
+        "_paused",
         "_pending",
         "_receiving",
         "_status",
@@ -157,20 +173,30 @@ class Stream:
     )
 
     def __init__(
-        self, call: Any, open_handler: Callable[[Callable[[bytes], None]], Handler], *, one_message: bool
+        self,
+        call: Any,
+        open_handler: Callable[[Callable[[bytes], None]], Handler],
+        *,
+        one_message: bool,
+        resets: bool = False,
     ) -> None:
-        """Serve `call`; with `one_message` only the first is taken, and that no more come doesn't end the stream."""
+        """Serve `call`; with `one_message` only the first is taken, and that no more come doesn't end the stream.
+
+        `resets`: the client resets a stream that is over for it, which is seen without reading.
+        """
         self._call = call
         self._one_message = one_message
         self._begun = False  # our headers are out
         self._receiving = False  # the handler is at work
         self._asking = True  # the next message is wanted, and not asked for yet
+        self._paused = False  # it is not wanted before the next reply
         self._writing = False
         self._pending: deque[bytes] = deque()
         self._status: tuple[Any, bytes] | None = None  # what ends the stream, once all else is out
         self._handler: Handler | None = open_handler(self.send)
         if isinstance(self._handler, Session):
             self._handler.hang_up = self._hang_up
+            self._handler.resets = resets
         self._start((cygrpc.ReceiveCloseOnServerOperation(0),), self._closed)
         self._go_on()
 
@@ -178,8 +204,13 @@ class Stream:
         """Send a message after those before it. A stream that is over takes nothing."""
         if self._handler is not None:
             self._pending.append(data)
+            if self._paused:
+                self._paused, self._asking = False, True
             if not self._receiving:
-                self._go_on()
+                if self._handler.over:
+                    self._end(_OK)
+                else:
+                    self._go_on()
 
     def _start(self, operations: tuple[Any, ...], then: Callable[[Any], None]) -> None:
         error = self._call.start_server_batch(operations, then)
@@ -219,13 +250,15 @@ class Stream:
         self._receiving = True
         try:
             if data is None:  # the client sends no more
-                self._end(_OK)
+                if not handler.half_closed():
+                    self._end(_OK)
                 return
             handler.receive(data)
             if handler.over:
                 self._end(_OK)
             else:
-                self._asking = not self._one_message
+                self._paused = handler.paused
+                self._asking = not (self._one_message or self._paused)
         except ProtocolError as error:
             self._end((cygrpc.StatusCode.invalid_argument, str(error).encode()))
         except StatusError as error:

@@ -56,7 +56,21 @@ class Health:
         return _Watch(self, self._watches, send)
 
 
-class _Check:
+class _Handler:
+    """What a handler is that neither waits nor lets wait."""
+
+    over = False
+    paused = False
+
+    def half_closed(self) -> bool:
+        """Say no more either."""
+        return False
+
+    def end(self) -> None:
+        """Nothing is kept."""
+
+
+class _Check(_Handler):
     def __init__(self, health: Health, send: Send) -> None:
         self._health = health
         self._send = send
@@ -69,13 +83,8 @@ class _Check:
         self._send(answer)
         self.over = True
 
-    def end(self) -> None:
-        pass
 
-
-class _Watch:
-    over = False
-
+class _Watch(_Handler):
     def __init__(self, health: Health, watches: dict[_Watch, str], send: Send) -> None:
         self._health = health
         self._watches = watches
@@ -97,10 +106,8 @@ class _Watch:
         self._watches.pop(self, None)
 
 
-class Reflection:
+class Reflection(_Handler):
     """grpcio's answers about services; one at a time, because we have no iterator of requests."""
-
-    over = False
 
     def __init__(self, servicer: reflection.ReflectionServicer, send: Send) -> None:
         """Answer by `send`."""
@@ -118,9 +125,6 @@ class Reflection:
         question = _parse(reflection_pb2.ServerReflectionRequest, data)
         for answer in self._servicer.ServerReflectionInfo(iter((question,)), None):
             self._send(answer.SerializeToString())
-
-    def end(self) -> None:
-        """Nothing is kept."""
 
 
 def _service(data: bytes) -> str:

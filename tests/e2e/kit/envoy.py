@@ -45,7 +45,15 @@ class Envoy:
     The admin address and the access log files are read from the bootstrap. Files go to `directory/name.*`.
     """
 
-    def __init__(self, bootstrap: str, directory: Path, *, name: str = "envoy", concurrency: int = 1) -> None:
+    def __init__(
+        self,
+        bootstrap: str,
+        directory: Path,
+        *,
+        name: str = "envoy",
+        concurrency: int = 1,
+        binary: Path | None = None,
+    ) -> None:
         self.bootstrap = bootstrap
         parsed = yaml.safe_load(bootstrap)
         socket_address = parsed["admin"]["address"]["socket_address"]
@@ -54,7 +62,7 @@ class Envoy:
         self._config = directory / f"{name}.yaml"
         self.child = Child(
             [
-                str(envoy_binary()),
+                str(binary or envoy_binary()),
                 *("-c", str(self._config)),
                 *("--concurrency", str(concurrency)),
                 *("--log-level", "warning"),

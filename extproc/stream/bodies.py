@@ -1,0 +1,195 @@
+"""Pieces of bodies, as bytes: taken out of their message, and sent on unchanged; no protobuf object is made of them.
+
+A gateway in FULL_DUPLEX_STREAMED sends every piece of both bodies here, one for each token, and passes on only what it
+gets back. `HttpBody`, in which a piece comes, and `StreamedBodyResponse`, in which it goes back, are the same on the
+wire: a piece is wrapped anew, and never read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import lru_cache
+
+from google.protobuf.message import DecodeError
+
+from extproc._pb import ext_proc_pb2 as pb
+from extproc.errors import ProtocolError
+
+_LENGTH_DELIMITED = 2
+
+
+def _tag(number: int) -> int:
+    return number << 3 | _LENGTH_DELIMITED
+
+
+REQUEST = _tag(pb.ProcessingRequest.REQUEST_BODY_FIELD_NUMBER)
+RESPONSE = _tag(pb.ProcessingRequest.RESPONSE_BODY_FIELD_NUMBER)
+"""How a message with a piece begins. Whoever writes fields in another order has it read as any other message."""
+_BEGINNINGS = (bytes((REQUEST,)), bytes((RESPONSE,)))
+_REPLIES = {
+    REQUEST: _tag(pb.ProcessingResponse.REQUEST_BODY_FIELD_NUMBER),
+    RESPONSE: _tag(pb.ProcessingResponse.RESPONSE_BODY_FIELD_NUMBER),
+}
+_AROUND = (
+    _tag(pb.BodyMutation.STREAMED_RESPONSE_FIELD_NUMBER),
+    _tag(pb.CommonResponse.BODY_MUTATION_FIELD_NUMBER),
+    _tag(pb.BodyResponse.RESPONSE_FIELD_NUMBER),
+)
+"""What a piece is wrapped in on its way back, from the inside."""
+_DATA = _tag(pb.HttpBody.BODY_FIELD_NUMBER)
+_IS_LAST = bytes((pb.HttpBody.END_OF_STREAM_FIELD_NUMBER << 3, 1))
+
+
+def has_piece(data: bytes) -> bool:
+    """Tell whether a message is a piece of a body."""
+    return data[:1] in _BEGINNINGS
+
+
+def piece_of(data: bytes) -> bytes:
+    """Return the `HttpBody` of a message that has a piece. Raises ProtocolError."""
+    length, at = _varint(data, 1)
+    if at + length > len(data):
+        raise ProtocolError(f"not a ProcessingRequest: a body of {length} bytes in a message of {len(data)}")
+    return data[at : at + length]
+
+
+def is_last(piece: bytes) -> bool:
+    """Tell whether the body ends with this piece. Raises ProtocolError."""
+    rest = piece
+    if piece[:1] == b"\x0a":
+        length, at = _varint(piece, 1)
+        rest = piece[at + length :]
+    if not rest:
+        return False
+    if rest == _IS_LAST:
+        return True
+    try:
+        return pb.HttpBody.FromString(piece).end_of_stream
+    except DecodeError:
+        raise ProtocolError(f"not an HttpBody: {len(piece)} bytes that don't parse") from None
+
+
+def echo(kind: int, piece: bytes) -> bytes:
+    """Return the answer that lets a piece of `kind` (REQUEST or RESPONSE) go on as it came."""
+    return _head(kind, len(piece)) + piece
+
+
+def text_of(piece: bytes) -> bytes:
+    """Return the body's own bytes in a piece. Raises ProtocolError."""
+    if piece[:1] != b"\x0a":
+        return b""
+    length, at = _varint(piece, 1)
+    return piece[at : at + length]
+
+
+@lru_cache(maxsize=4096)
+def _head(kind: int, length: int) -> bytes:
+    head = b""
+    for tag in (*_AROUND, _REPLIES[kind]):
+        head = bytes((tag,)) + _encoded(length + len(head)) + head
+    return head
+
+
+def _encoded(number: int) -> bytes:
+    """Return `number` as a varint."""
+    written = bytearray()
+    while number > 127:
+        written.append(number & 127 | 128)
+        number >>= 7
+    written.append(number)
+    return bytes(written)
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """Return the number that stands at `at`, and where it ends. Raises ProtocolError."""
+    number = shift = 0
+    for end in range(at, min(at + 5, len(data))):
+        byte = data[end]
+        number |= (byte & 127) << shift
+        if byte < 128:
+            return number, end + 1
+        shift += 7
+    raise ProtocolError(f"not a ProcessingRequest: {len(data)} bytes that don't parse")
+
+
+# ---- what a held request has sent
+
+
+class Kept:
+    """The answers to what came of a request's body before its headers were answered: they go out after those.
+
+    Attributes:
+        text: the body's first bytes, while somebody looks for the model there; None: nobody does.
+        is_whole: nothing more of the body comes.
+    """
+
+    __slots__ = ("_most_bytes", "_replies", "_size_bytes", "is_whole", "text")
+
+    def __init__(self, most_bytes: int, *, text: bool) -> None:
+        """Take `most_bytes` or a little more, and then ask that the rest be left where it is."""
+        self._most_bytes = most_bytes
+        self._size_bytes = 0
+        self._replies: list[bytes] = []
+        self.is_whole = False
+        self.text: bytearray | None = bytearray() if text else None
+
+    @property
+    def is_full(self) -> bool:
+        """More may come, and shall wait."""
+        return self._size_bytes >= self._most_bytes and not self.is_whole
+
+    def add(self, piece: bytes, reply: bytes) -> None:
+        """Keep what will answer a piece of the request's body."""
+        self._replies.append(reply)
+        self._size_bytes += len(reply)
+        self.is_whole = is_last(piece)
+        if self.text is not None:
+            self.text += text_of(piece)
+
+    def end(self, reply: bytes) -> None:
+        """Keep what will answer the request's trailers."""
+        self._replies.append(reply)
+        self.is_whole = True
+
+    def take(self) -> list[bytes]:
+        """Return all answers, in order."""
+        replies, self._replies = self._replies, []
+        return replies
+
+
+# ---- the model in a body
+
+MODEL_WITHIN = 64 << 10
+"""Bytes of a body in which its model is looked for."""
+_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[{}\[\],:]|[^\s"{}\[\],:]++', re.DOTALL)
+
+
+def model_in(text: bytes) -> str | None:
+    """Return the top-level `"model"` of a JSON object that may be cut off; None: it is not there, or not yet.
+
+    Not a parser: what is no JSON has a model, or none, and never an error.
+    """
+    depth, key, last = 0, False, b""
+    for found in _TOKEN.finditer(text):
+        token = found.group()
+        if token in (b"{", b"["):
+            depth += 1
+        elif token in (b"}", b"]"):
+            depth -= 1
+        elif token == b":":
+            key = depth == 1 and last == b'"model"'
+        elif key:
+            return _string(token)
+        last = token
+        if depth == 0:
+            return None
+    return None
+
+
+def _string(token: bytes) -> str | None:
+    try:
+        value = json.loads(token)
+    except ValueError:
+        return None
+    return value if isinstance(value, str) else None

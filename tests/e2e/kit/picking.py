@@ -1,0 +1,79 @@
+"""The whole picture of an endpoint picker: upstreams, the sidecar as their picker, and gateways of several kinds."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+from .gateways import gateway
+from .processes import wait_until
+from .stack import DEFAULTS, Sidecar
+from .upstream import Upstream
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from .envoy import Envoy
+
+
+class Picking:
+    """Upstreams, and the sidecar that picks among them; `gateway()` brings Envoys in front, each kind once."""
+
+    def __init__(
+        self, directory: Path, *, upstreams: Sequence[str] = ("a", "b"), config: Mapping[str, Any] | None = None
+    ) -> None:
+        self.directory = directory
+        self.upstreams = {name: Upstream(name) for name in upstreams}
+        listed = [{"name": name, "address": upstream.address} for name, upstream in self.upstreams.items()]
+        keys = {"dialect": "endpoint-picker", "endpoints": listed, **(config or {})}
+        self.sidecar = Sidecar({**DEFAULTS, **keys}, directory)
+        self._gateways: dict[str, tuple[str, Envoy]] = {}
+        self._running = contextlib.ExitStack()
+
+    def __enter__(self) -> Picking:
+        with contextlib.ExitStack() as starting:
+            for upstream in self.upstreams.values():
+                starting.enter_context(upstream)
+            starting.enter_context(self.sidecar)
+            self._running = starting.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._running.close()
+
+    def gateway(self, kind: str, **how: Any) -> str:
+        """Where clients of a gateway of this kind send: `host:port`. Arguments as of `gateways.bootstrap`."""
+        key = f"{kind} {how}"
+        if key not in self._gateways:
+            addresses = [upstream.address for upstream in self.upstreams.values()]
+            address, envoy = gateway(kind, self.sidecar.listen, addresses, self.directory, **how)
+            self._running.enter_context(envoy)
+            self._gateways[key] = address, envoy
+        return self._gateways[key][0]
+
+    def envoy(self, kind: str, **how: Any) -> Envoy:
+        """The Envoy of that gateway."""
+        self.gateway(kind, **how)
+        return self._gateways[f"{kind} {how}"][1]
+
+    def in_flight(self) -> dict[str, int]:
+        """Leases by endpoint."""
+        return {one["name"]: int(one["in_flight"]) for one in self.sidecar.queues()["endpoints"]}
+
+    def seen(self, request_id: str) -> list[str]:
+        """The upstreams that a request reached, in no order that means anything."""
+        return [name for name, upstream in self.upstreams.items() for _ in upstream.seen(request_id)]
+
+    def wait_in_flight(self, count: int, timeout_s: float = 2.0) -> None:
+        """Wait until exactly so many leases are held."""
+        wait_until(lambda: sum(self.in_flight().values()) == count, timeout_s, f"{count} in flight")
+
+    def wait_waiting(self, count: int, timeout_s: float = 2.0) -> None:
+        """Wait until exactly so many requests wait."""
+        wait_until(lambda: self.sidecar.queues()["waiting_total"] == count, timeout_s, f"{count} waiting")
+
+    def wait_idle(self, timeout_s: float = 2.0) -> None:
+        """Wait until nothing waits and all leases are back."""
+        self.wait_waiting(0, timeout_s)
+        self.wait_in_flight(0, timeout_s)
