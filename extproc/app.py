@@ -65,7 +65,7 @@ MOST_CHANGES = 50
 
 CHANGEABLE = frozenset(
     (
-        *("endpoints", "discovery", "allowed_addresses", "health_check", "classes", "enable_queue"),
+        *("endpoints", "discovery", "inference_pool", "allowed_addresses", "health_check", "classes", "enable_queue"),
         *("drain_timeout", "hand_over"),
         *("max_running_requests", "max_queue_wait_time", "binding", "max_queued_requests", "max_prompt_tokens"),
         *("routes", "default_model"),
@@ -166,7 +166,7 @@ class App:
         await self.admin.start()
         try:
             await self.health.start()
-            self.sources.configure(self.config.discovery)
+            self.sources.configure(self.config.sources)
             await self.sources.wait_first(FIRST_SEEN_S)
             self.roster.start()
             await self.scraper.start(self.gate.observe)
@@ -232,8 +232,8 @@ class App:
     def adopt(self, config: Config) -> None:
         """Take over a changed configuration, as far as that works while running. Raises ConfigError."""
         old = self.config
-        is_empty = not config.endpoints and not config.discovery
-        if is_empty and "endpoints" not in config.model_fields_set and (old.endpoints or old.discovery):
+        is_empty = not config.endpoints and not config.sources
+        if is_empty and "endpoints" not in config.model_fields_set and (old.endpoints or old.sources):
             raise ConfigError(
                 "configuration",
                 ["endpoints: all are gone, as from a file that was cut off; say `endpoints: []` if that is meant"],
@@ -261,7 +261,7 @@ class App:
         self.gate.set_policy(config.policy())
         self.health.configure(config.health_check)
         self.roster.configure(config)
-        self.sources.configure(config.discovery)
+        self.sources.configure(config.sources)
         told = changes(old, config)
         for line in told[:MOST_CHANGES]:
             log.info("configuration: %s", line)

@@ -20,6 +20,7 @@ KEYS = frozenset(
         "adaptive_limit",  # constants of a law that measurements still move
         "binding",  # `bound` is there to be compared with
         "first_byte_probe",
+        "inference_pool",  # young, and so are the gateways that it is for
         "max_prompt_tokens",
         "replicas",
         "short_prompts_first",

@@ -60,7 +60,7 @@ def _valid(file: Path, envoy: Path | None) -> Config:
 def _good(config: Config, file: Path, envoy: Path | None) -> Iterable[tuple[Path, str]]:
     classes = ", ".join(f"{klass.name} (budget {klass.budget_s:g}s)" for klass in config.classes)
     queue = "on" if config.enable_queue else "off (enable_queue: false)"
-    found = f" and those of {len(config.discovery)} source(s)" if config.discovery else ""
+    found = f" and those of {len(config.sources)} source(s)" if config.sources else ""
     yield file, f"ok: {len(config.endpoints)} endpoint(s){found}, queue {queue}, classes: {classes}"
     if envoy is not None:
         yield envoy, f"ok: {'what could be looked at fits' if could_not_look(config, envoy) else 'fits'} {file}"

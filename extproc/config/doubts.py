@@ -37,7 +37,7 @@ def _variables(environ: Mapping[str, str]) -> Iterator[str]:
 
 
 def _endpoints(config: Config) -> Iterator[str]:
-    if not config.endpoints and not config.discovery:
+    if not config.endpoints and not config.sources:
         yield "no endpoints, and no discovery: every request will be refused"
     named = [endpoint for endpoint in config.endpoints if endpoint.models]
     if len({model for endpoint in named for model in endpoint.models}) > 1 and not (

@@ -165,6 +165,36 @@ class KubernetesConfig(_Found):
     )
 
 
+class InferencePoolConfig(_Found):
+    """Every ready pod of an InferencePool (`inference.networking.k8s.io/v1`) is an endpoint, one for each target port.
+
+    Endpoints are called as their pods, with several target ports POD-rank-N; a pod's annotation `llm-d.ai/active-ports`
+    can name fewer ports. Needs the right to list and watch `inferencepools` of `inference.networking.k8s.io`, `pods`
+    of the core API, and `inferenceobjectives` of `llm-d.ai` and `inference.networking.x-k8s.io`, in its namespace.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")] = Field(
+        description="The pool's name."
+    )
+    namespace: str | None = Field(None, description="Default: the pod's own.")
+    objectives: bool = Field(
+        True,
+        description="Follow the pool's InferenceObjectives: a request that names one is in the class of that name, "
+        "else in the class with its priority, else the next lower one, else the lowest.",
+    )
+    api: Url | None = Field(None, description="The API server. Default: the one that a pod is told of.")
+    token_file: str = Field(
+        "/var/run/secrets/kubernetes.io/serviceaccount/token", description="Read again for every call: it is rotated."
+    )
+    ca_file: str = Field(
+        "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt", description="Who signed the API server's certificate."
+    )
+
+
+SourceConfig = DnsConfig | KubernetesConfig | InferencePoolConfig
+"""What says where endpoints are found."""
+
+
 class DiscoveryConfig(_Section):
     """A source of endpoints that come and go. Each item has one of these keys."""
 
@@ -427,6 +457,9 @@ class Config(_Section):
     )
     endpoints: list[EndpointConfig] = Field([], description="The inference servers.")
     discovery: list[DiscoveryConfig] = Field([], description="Sources of more endpoints. Needs `envoy_clusters_file`.")
+    inference_pool: InferencePoolConfig | None = Field(
+        None, description="The InferencePool of Kubernetes whose pods are endpoints, beside all others."
+    )
     allowed_addresses: Annotated[list[Network], Field(max_length=100)] | None = Field(
         None,
         description="Networks that discovered endpoints may be in, like `[10.0.0.0/8]`; others are left out. Unset: "
@@ -594,8 +627,13 @@ class Config(_Section):
     @property
     def models(self) -> frozenset[str]:
         """All models that the file names, whoever serves them at the moment."""
-        found = [source for item in self.discovery for source in (item.dns, item.kubernetes) if source is not None]
-        return frozenset(model for one in (*self.endpoints, *found) for model in one.models)
+        return frozenset(model for one in (*self.endpoints, *self.sources) for model in one.models)
+
+    @property
+    def sources(self) -> list[SourceConfig]:
+        """Where endpoints are found that the file does not list."""
+        found = [source for item in self.discovery for source in (item.dns, item.kubernetes)]
+        return [source for source in (*found, self.inference_pool) if source is not None]
 
     def header_names(self) -> Headers:
         """Return the names of headers as a session knows them."""

@@ -134,7 +134,7 @@ _STAND_INS = {"name": "broken-{}", "address": "broken.invalid:1"}
 def _drop(data: Any, location: tuple[int | str, ...]) -> None:
     """Replace the broken part at `location` by its default, or by a stand-in where a value is required."""
     index: int | str = 0
-    if location[0] in ("discovery", "replicas"):
+    if location[0] in ("discovery", "replicas", "inference_pool"):
         data.pop(location[0], None)  # all that is wrong in it was reported at once
         return
     if location[0] == "tls":

@@ -61,7 +61,7 @@ def render(config: Config, options: EnvoyOptions) -> str:
     """Return an Envoy bootstrap, as YAML with comments."""
     endpoints = [(endpoint.cluster or endpoint.name, endpoint.address) for endpoint in config.endpoints]
     addresses = [address for _, address in endpoints]
-    count = f"{len(endpoints)} and the found" if config.discovery else len(endpoints)
+    count = f"{len(endpoints)} and the found" if config.sources else len(endpoints)
     in_file = config.envoy_clusters_file is not None
     unsteered = ANY_CLUSTER if in_file and options.fail_open else UNSTEERED_CLUSTER
     clusters = [] if unsteered == ANY_CLUSTER else [_unsteered_cluster(addresses, config, options)]

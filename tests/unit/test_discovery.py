@@ -287,12 +287,12 @@ class Scripted:
 @pytest.fixture
 def scripted(monkeypatch):
     Scripted.made = []
-    monkeypatch.setattr(source, "_source_of", lambda config, _leave_out: Scripted(config))
+    monkeypatch.setattr(source, "_source_of", lambda config, *_: Scripted(config))
     return Scripted.made
 
 
 def found(**keys: Any) -> Any:
-    return config(envoy_clusters_file="/c.yaml", discovery=[{"dns": {"name": "x", "port": 1, **keys}}]).discovery[0]
+    return config(envoy_clusters_file="/c.yaml", discovery=[{"dns": {"name": "x", "port": 1, **keys}}]).sources[0]
 
 
 def test_a_changed_source_keeps_what_was_seen_until_it_sees_something_and_a_removed_one_takes_it_away(scripted):

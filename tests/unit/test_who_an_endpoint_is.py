@@ -92,7 +92,7 @@ MALFORMED: list[Any] = [
 def test_an_item_that_makes_no_endpoint_is_left_out_and_the_rest_is_followed(item):
     counted: list[int] = []
     source = Kubernetes(kubernetes(), {}, counted.append)
-    source._slices = {"bad": item, "good": slice_(pod("good", "10.0.0.7"))}
+    source._slices.items = {"bad": item, "good": slice_(pod("good", "10.0.0.7"))}
     for _ in range(2):  # told and counted once
         assert "good" in {endpoint.name for endpoint in source._endpoints()}
     assert counted[1:] == [0]
@@ -101,7 +101,7 @@ def test_an_item_that_makes_no_endpoint_is_left_out_and_the_rest_is_followed(ite
 def test_what_is_left_out_is_counted(caplog):
     counted: list[int] = []
     source = Kubernetes(kubernetes(), {}, counted.append)
-    source._slices = {"s": slice_(pod("a pod"), pod("good", "10.0.0.7"), None)}
+    source._slices.items = {"s": slice_(pod("a pod"), pod("good", "10.0.0.7"), None)}
     assert [endpoint.name for endpoint in source._endpoints()] == ["good"]
     assert counted == [2]
     assert "left out" in caplog.text

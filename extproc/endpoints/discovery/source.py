@@ -8,13 +8,15 @@ import logging
 import random
 from typing import TYPE_CHECKING, Protocol
 
+from extproc.config import DnsConfig, KubernetesConfig
 from extproc.endpoints.discovery.dns import Dns
+from extproc.endpoints.discovery.inference_pool import InferencePool
 from extproc.endpoints.discovery.kubernetes import Kubernetes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-    from extproc.config import DiscoveryConfig, EndpointConfig
+    from extproc.config import EndpointConfig, SourceConfig
 
 log = logging.getLogger("extproc.discovery")
 
@@ -33,17 +35,25 @@ class Source(Protocol):
 class Sources:
     """The running sources of a configuration."""
 
-    def __init__(self, report: Callable[[str, Sequence[EndpointConfig] | None], None]) -> None:
-        """Report as `report(source, endpoints)`; None: the source is gone, and with it what it saw."""
+    def __init__(
+        self,
+        report: Callable[[str, Sequence[EndpointConfig] | None], None],
+        rank: Callable[[Mapping[str, int]], None] = lambda _priorities: None,
+    ) -> None:
+        """Report as `report(source, endpoints)`; None: the source is gone, and with it what it saw.
+
+        `rank` is told the priorities of an InferencePool's objectives, by name.
+        """
         self._report = report
+        self._rank = rank
         self.left_out = 0
         """Items seen that make no endpoint."""
-        self._running: dict[str, tuple[DiscoveryConfig, asyncio.Task[None]]] = {}
+        self._running: dict[str, tuple[SourceConfig, asyncio.Task[None]]] = {}
         self._first: dict[str, asyncio.Event] = {}
 
-    def configure(self, wanted: Sequence[DiscoveryConfig]) -> None:
+    def configure(self, wanted: Sequence[SourceConfig]) -> None:
         """Run these sources. A changed one keeps what was seen until it has seen something itself."""
-        named: dict[str, DiscoveryConfig] = {}
+        named: dict[str, SourceConfig] = {}
         for config in wanted:
             name = _name_of(config)
             while name in named:
@@ -60,7 +70,7 @@ class Sources:
                 known[1].cancel()
             first = self._first.setdefault(name, asyncio.Event())
             task = asyncio.get_running_loop().create_task(
-                self._run(name, _source_of(config, self._leave_out), first), name=name
+                self._run(name, _source_of(config, self._leave_out, self._rank), first), name=name
             )
             self._running[name] = (config, task)
 
@@ -100,16 +110,24 @@ class Sources:
             await asyncio.sleep(RESTART_S * random.uniform(0.5, 1.5))  # noqa: S311 - spreads load, hides nothing
 
 
-def _source_of(config: DiscoveryConfig, leave_out: Callable[[int], None]) -> Source:
-    if config.dns is not None:
-        return Dns(config.dns)
-    assert config.kubernetes is not None  # noqa: S101 - the config was checked
-    return Kubernetes(config.kubernetes, leave_out=leave_out)
+def _source_of(
+    config: SourceConfig, leave_out: Callable[[int], None], rank: Callable[[Mapping[str, int]], None]
+) -> Source:
+    match config:
+        case DnsConfig():
+            return Dns(config)
+        case KubernetesConfig():
+            return Kubernetes(config, leave_out=leave_out)
+        case _:
+            return InferencePool(config, leave_out=leave_out, rank=rank)
 
 
-def _name_of(config: DiscoveryConfig) -> str:
-    if config.dns is not None:
-        ports = [config.dns.port] if config.dns.ports is None else config.dns.ports
-        return f"dns {config.dns.name}:{','.join(map(str, ports))}"
-    found = config.kubernetes
-    return f"kubernetes {found.namespace or ''}/{found.service or found.selector}" if found is not None else ""
+def _name_of(config: SourceConfig) -> str:
+    match config:
+        case DnsConfig():
+            ports = [config.port] if config.ports is None else config.ports
+            return f"dns {config.name}:{','.join(map(str, ports))}"
+        case KubernetesConfig():
+            return f"kubernetes {config.namespace or ''}/{config.service or config.selector}"
+        case _:
+            return f"inference pool {config.namespace or ''}/{config.name}"

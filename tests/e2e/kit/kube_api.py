@@ -1,4 +1,4 @@
-"""A small Kubernetes API server: EndpointSlices in pages, watches, bookmarks, 410 Gone, bad days; and Leases."""
+"""A small Kubernetes API server: objects in pages, watches, bookmarks, 410 Gone, bad days; and Leases."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import json
 import threading
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aiohttp import web
 
@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 LEASES = "/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases"
-PATH = "/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices"
+SLICES = "discovery.k8s.io/v1/endpointslices"
+PODS = "v1/pods"
+POOLS = "inference.networking.k8s.io/v1/inferencepools"
+OBJECTIVES = "inference.networking.x-k8s.io/v1alpha2/inferenceobjectives"
+LLM_D_OBJECTIVES = "llm-d.ai/v1alpha2/inferenceobjectives"
 
 
 def slice_of(
@@ -42,12 +46,65 @@ def slice_of(
     }
 
 
+def pool_of(name: str, labels: dict[str, str], ports: tuple[int, ...] = (8000,)) -> dict[str, Any]:
+    """An InferencePool."""
+    spec = {"selector": {"matchLabels": labels}, "targetPorts": [{"number": port} for port in ports]}
+    return {"metadata": {"name": name}, "spec": spec}
+
+
+def pod_of(
+    name: str, ip: str | None, labels: dict[str, str], *, ready: str = "True", **metadata: Any
+) -> dict[str, Any]:
+    """A pod, ready if not said otherwise."""
+    status = {"conditions": [{"type": "Ready", "status": ready}], **({"podIP": ip} if ip else {})}
+    return {"metadata": {"name": name, "labels": labels, **metadata}, "status": status}
+
+
+def objective_of(name: str, pool: str, priority: int | None) -> dict[str, Any]:
+    """An InferenceObjective."""
+    spec = {"poolRef": {"name": pool}, **({} if priority is None else {"priority": priority})}
+    return {"metadata": {"name": name}, "spec": spec}
+
+
+class _Change(NamedTuple):
+    """What became of an object; of no kind: a bookmark."""
+
+    version: int
+    kind: str | None
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
+
+    def told(self, kind: str, query: dict[str, str]) -> dict[str, Any] | None:
+        """The event that who watches `kind` with `query` is told, if any."""
+        if self.kind is None:
+            return {"type": "BOOKMARK", "object": {"metadata": {"resourceVersion": str(self.version)}}}
+        was_in, is_in = (item is not None and _fits(item, query) for item in (self.before, self.after))
+        if self.kind != kind or not (was_in or is_in):
+            return None
+        what = "DELETED" if not is_in else "MODIFIED" if was_in else "ADDED"
+        item = self.after or self.before or {}
+        return {
+            "type": what,
+            "object": {**item, "metadata": {**item["metadata"], "resourceVersion": str(self.version)}},
+        }
+
+
+def _fits(item: dict[str, Any], query: dict[str, str]) -> bool:
+    """Whether the selectors of a query select an object."""
+    labels = item["metadata"].get("labels", {})
+    wanted = [pair.partition("=") for pair in query.get("labelSelector", "").split(",") if pair]
+    field, _, name = query.get("fieldSelector", "").partition("=")
+    assert field in ("", "metadata.name")
+    return all(labels.get(key) == value for key, _, value in wanted) and (not field or item["metadata"]["name"] == name)
+
+
 class KubeApi:
     """The server, in a thread of its own while `with` lasts. All methods may be called from the test's thread.
 
     requests   query and authorization of every request, in order
     token      the only bearer token that is let in; None: anybody
-    page       slices in one page of a list, whatever `limit` says
+    kinds      of what objects are known; any other is a 404
+    page       objects in one page of a list, whatever `limit` says
     gone_as    how a version that is too old is refused: "event" (200 and an ERROR event) or "status" (410)
     """
 
@@ -56,14 +113,15 @@ class KubeApi:
         self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
         self.requests: list[tuple[dict[str, str], str]] = []
         self.token: str | None = None
+        self.kinds = {SLICES, PODS, POOLS, OBJECTIVES, LLM_D_OBJECTIVES}
         self.page = 500
         self.gone_as = "event"
         self._tls = tls
-        self._slices: dict[str, dict[str, Any]] = {}
+        self._objects: dict[tuple[str, str], dict[str, Any]] = {}  # by kind and name
         self.leases: dict[str, dict[str, Any]] = {}
         self._version = 100
         self._oldest = 100
-        self._history: list[tuple[int, str, dict[str, Any]]] = []
+        self._history: list[_Change] = []
         self._watches: dict[asyncio.Event, asyncio.Transport] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._site: web.TCPSite | None = None
@@ -82,20 +140,19 @@ class KubeApi:
 
     # What a test orders
 
-    def put(self, item: dict[str, Any]) -> None:
-        """Add or change a slice; watchers hear of it."""
-        name = item["metadata"]["name"]
-        self._do(lambda: self._event("MODIFIED" if name in self._slices else "ADDED", name, item))
+    def put(self, item: dict[str, Any], kind: str = SLICES) -> None:
+        """Add or change an object; watchers hear of it."""
+        self._do(lambda: self._change(kind, item["metadata"]["name"], item))
 
-    def delete(self, name: str) -> None:
-        """Delete a slice; watchers hear of it."""
-        self._do(lambda: self._event("DELETED", name, self._slices[name]))
+    def delete(self, name: str, kind: str = SLICES) -> None:
+        """Delete an object; watchers hear of it."""
+        self._do(lambda: self._change(kind, name, None))
 
-    def change_unheard(self, item: dict[str, Any]) -> None:
-        """Change a slice and forget the history: whoever knew the version before must list again."""
+    def change_unheard(self, item: dict[str, Any], kind: str = SLICES) -> None:
+        """Change an object and forget the history: whoever knew the version before must list again."""
 
         def change() -> None:
-            self._event("MODIFIED", item["metadata"]["name"], item, wake=False)
+            self._change(kind, item["metadata"]["name"], item, wake=False)
             self._history.clear()
             self._oldest = self._version
 
@@ -116,8 +173,7 @@ class KubeApi:
 
         def mark() -> None:
             self._version += 1
-            item = {"kind": "EndpointSlice", "metadata": {"resourceVersion": str(self._version)}}
-            self._history.append((self._version, "BOOKMARK", item))
+            self._history.append(_Change(self._version, None, None, None))
             self._wake()
 
         self._do(mark)
@@ -167,8 +223,9 @@ class KubeApi:
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         app = web.Application()
-        app.router.add_get(PATH, self._get)
         app.router.add_get(LEASES, self._list_leases)
+        app.router.add_get("/apis/{group}/{version}/namespaces/{namespace}/{kind}", self._get)
+        app.router.add_get("/api/{version}/namespaces/{namespace}/{kind}", self._get)
         app.router.add_post(LEASES, self._create_lease)
         app.router.add_patch(LEASES + "/{name}", self._patch_lease)
         app.router.add_delete(LEASES + "/{name}", self._delete_lease)
@@ -195,14 +252,13 @@ class KubeApi:
             transport.abort()
         self._wake()
 
-    def _event(self, kind: str, name: str, item: dict[str, Any], *, wake: bool = True) -> None:
+    def _change(self, kind: str, name: str, item: dict[str, Any] | None, *, wake: bool = True) -> None:
         self._version += 1
-        item = {**item, "metadata": {**item["metadata"], "resourceVersion": str(self._version)}}
-        if kind == "DELETED":
-            del self._slices[name]
-        else:
-            self._slices[name] = item
-        self._history.append((self._version, kind, item))
+        before = self._objects.pop((kind, name), None)
+        if item is not None:
+            item = {**item, "metadata": {**item["metadata"], "resourceVersion": str(self._version)}}
+            self._objects[kind, name] = item
+        self._history.append(_Change(self._version, kind, before, item))
         if wake:
             self._wake()
 
@@ -216,18 +272,21 @@ class KubeApi:
         self.requests.append((query, authorization))
         if self.token is not None and authorization != f"Bearer {self.token}":
             return web.json_response({"kind": "Status", "code": 401, "message": "Unauthorized"}, status=401)
-        key, _, value = query["labelSelector"].partition("=")
-        fits = {name: item for name, item in self._slices.items() if item["metadata"]["labels"].get(key) == value}
+        group, version, kind = (request.match_info.get(one, "") for one in ("group", "version", "kind"))
+        resource = "/".join(filter(None, (group, version, kind)))
+        if resource not in self.kinds:
+            return web.Response(status=404, text="404 page not found")
         if "watch" in query:
-            return await self._watch(request, int(query["resourceVersion"]))
+            return await self._watch(request, resource, int(query["resourceVersion"]))
+        items = [item for (kind, _), item in self._objects.items() if kind == resource and _fits(item, query)]
         begin = int(query.get("continue", 0))
-        page = list(fits.values())[begin : begin + self.page]
+        page = items[begin : begin + self.page]
         metadata = {"resourceVersion": str(self._version)}
-        if begin + self.page < len(fits):
+        if begin + self.page < len(items):
             metadata["continue"] = str(begin + self.page)
-        return web.json_response({"kind": "EndpointSliceList", "metadata": metadata, "items": page or None})
+        return web.json_response({"metadata": metadata, "items": page or None})
 
-    async def _watch(self, request: web.Request, since: int) -> web.StreamResponse:
+    async def _watch(self, request: web.Request, resource: str, since: int) -> web.StreamResponse:
         gone = {"kind": "Status", "code": 410, "reason": "Expired", "message": f"too old resource version: {since}"}
         if since < self._oldest and self.gone_as == "status":
             return web.json_response(gone, status=410)
@@ -241,12 +300,12 @@ class KubeApi:
         try:
             with contextlib.suppress(ConnectionError):
                 while not transport.is_closing():
-                    for version, kind, item in list(self._history):
-                        if version > since:
-                            line = json.dumps({"type": kind, "object": item}).encode() + b"\n"
+                    for change in list(self._history):
+                        if change.version > since and (event := change.told(resource, dict(request.query))):
+                            line = json.dumps(event).encode() + b"\n"
                             await response.write(line[:30])  # in two pieces: a line need not come in one read
                             await response.write(line[30:])
-                            since = version
+                        since = max(since, change.version)
                     woken.clear()
                     await woken.wait()
         finally:
