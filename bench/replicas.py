@@ -25,7 +25,8 @@ from extproc.admission.values import Answer, EndpointSpec, Policy, Request
 from extproc.replicas.gate import SharedGate
 from extproc.replicas.links import TcpNetwork
 from extproc.replicas.messages import Member
-from extproc.replicas.replica import Replica, Role
+from extproc.replicas.picture import Role
+from extproc.replicas.replica import Replica
 
 if TYPE_CHECKING:
     from extproc.admission.values import Decision
@@ -42,7 +43,7 @@ async def started(me: Member) -> tuple[SharedGate, Replica]:
     gate.watch()
     for name in "abcd":
         gate.put_endpoint(EndpointSpec(name, max_running_requests=256))
-    await network.listen(me.address, replica)
+    await network.listen(me.address, replica.door)
     replica.store_says([LEADER, FOLLOWER])
     replica.begin(lambda _: None)
     return gate, replica

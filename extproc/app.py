@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from extproc.observe.traces import QueueSpans
     from extproc.replicas.member import Membership
     from extproc.replicas.observe import ReplicaMetrics
-    from extproc.replicas.replica import Role
+    from extproc.replicas.picture import Role
     from extproc.stream.gate import Observer
 
 log = logging.getLogger("extproc.app")
@@ -171,10 +171,9 @@ class App:
             self.roster.start()
             await self.scraper.start(self.gate.observe)
             await self.scraper.wait_first()  # what engines still run for a sidecar that died counts from the start
-            self.ages.expect_replays()
-            self.gate.expect_replays(lambda: self.ages.offset_s)
+            self._expect_replays()
             if self.membership is not None:
-                await self.membership.start(self._turned)
+                await self.membership.start(self._turned, self._expect_replays)
             await self.server.start()
         except BaseException:
             await self._stop_following()
@@ -282,6 +281,11 @@ class App:
         from extproc.replicas.observe import described
 
         return described(self.membership, self.gate.waiting)
+
+    def _expect_replays(self) -> None:
+        """Be ready for what Envoy held for a sidecar that is gone: our own last life, or another one."""
+        self.ages.expect_replays()
+        self.gate.expect_replays(lambda: self.ages.offset_s)
 
     def _turned(self, role: Role) -> None:
         """Scrape while we lead, so that engines are scraped once and not by each of us."""

@@ -115,7 +115,7 @@ class Names(_message.Message):
     def __init__(self, names: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Asked(_message.Message):
-    __slots__ = ("id", "age_s", "model", "request_class", "tenant", "session", "home", "budget_s", "prompt_tokens", "max_output_tokens")
+    __slots__ = ("id", "age_s", "model", "request_class", "tenant", "session", "home", "budget_s", "prompt_tokens", "max_output_tokens", "sequences", "kind")
     ID_FIELD_NUMBER: _ClassVar[int]
     AGE_S_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -126,6 +126,8 @@ class Asked(_message.Message):
     BUDGET_S_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
     id: str
     age_s: float
     model: str
@@ -136,7 +138,9 @@ class Asked(_message.Message):
     budget_s: float
     prompt_tokens: int
     max_output_tokens: int
-    def __init__(self, id: _Optional[str] = ..., age_s: _Optional[float] = ..., model: _Optional[str] = ..., request_class: _Optional[str] = ..., tenant: _Optional[str] = ..., session: _Optional[str] = ..., home: _Optional[str] = ..., budget_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., max_output_tokens: _Optional[int] = ...) -> None: ...
+    sequences: int
+    kind: str
+    def __init__(self, id: _Optional[str] = ..., age_s: _Optional[float] = ..., model: _Optional[str] = ..., request_class: _Optional[str] = ..., tenant: _Optional[str] = ..., session: _Optional[str] = ..., home: _Optional[str] = ..., budget_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., max_output_tokens: _Optional[int] = ..., sequences: _Optional[int] = ..., kind: _Optional[str] = ...) -> None: ...
 
 class Held(_message.Message):
     __slots__ = ("number", "asked", "endpoint", "held_s", "begun")

@@ -284,10 +284,7 @@ class Controller:
             ticket.pool = books.pools.find(request.model) or books.pools.every
             self._tokens.estimate(ticket, ticket.pool.longest)
             ticket.state, ticket.endpoint = State.LEASED, endpoint
-            endpoint.lease(ticket, now)
-            ticket.leased_at = now - held_s
-            if begun:
-                endpoint.first_token(ticket, now)
+            endpoint.adopt(ticket, now, held_s, begun=begun)
             if request.session is not None:
                 self._placing.remember(request.session, ticket, endpoint)
             self._fleet.changed(endpoint)
@@ -310,7 +307,7 @@ class Controller:
         return self._end()
 
     def set_quota(self, name: str, quota: int | None, now: float) -> list[Decision]:
-        """Hold at most `quota` leases at an endpoint, besides its limit; None: the limit alone. Unknown: no-op."""
+        """Hold at most `quota` sequences at an endpoint, besides its limit; None: the limit alone. Unknown: no-op."""
         self._begin(now)
         endpoint = self.endpoints.get(name)
         if endpoint is not None and endpoint.quota != quota:

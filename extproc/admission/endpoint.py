@@ -44,7 +44,7 @@ class Endpoint:
         removed: True once the config or discovery no longer has it; its leases run out.
         enforcing: False while the queue is switched off: then there is always room.
         closed_until: its telemetry says that it is full: it gets one request at a time until then, or better telemetry.
-        quota: the most leases that we may hold while sidecars that we can't reach dispatch here too; None: no such.
+        quota: the most sequences that we may hold while sidecars that we can't reach dispatch here too; None: no such.
         sees_first_tokens: whether anything tells when a first token came; without it the prompt limit can't work.
     """
 
@@ -147,7 +147,7 @@ class Endpoint:
         by = health.held_back_by
         if by is not None:
             return by
-        if self.quota is not None and len(self.leases) >= self.quota:
+        if self.quota is not None and self.sequences >= self.quota:
             return _PART
         if self.held >= self.limit.value:
             return _LIMIT
@@ -171,8 +171,11 @@ class Endpoint:
         """Return which limit has no room for all of `ticket`, given that it is open; None: it fits."""
         if not self.enforcing or not self.held:
             return None
-        if ticket.sequences > 1 and self.held + ticket.sequences > self.limit.value:
-            return _LIMIT
+        if ticket.sequences > 1:
+            if self.held + ticket.sequences > self.limit.value:
+                return _LIMIT
+            if self.quota is not None and self.sequences and self.sequences + ticket.sequences > self.quota:
+                return _PART
         if not self.kv.fits(ticket):
             return _KV
         if not self.sees_first_tokens or self.prefill.tokens <= 0:  # a prompt above the limit goes alone
@@ -209,6 +212,13 @@ class Endpoint:
         self.kv.add(ticket)
         self.prefill.add(ticket, now)
         self.dispatched += 1
+
+    def adopt(self, ticket: Ticket, now: float, held_s: float, *, begun: bool) -> None:
+        """Put a lease in the books that was given elsewhere `held_s` ago. `begun`: its first token has come."""
+        self.lease(ticket, now)
+        ticket.leased_at = now - held_s
+        if begun:
+            self.prefill.was_computed(ticket)
 
     def release(self, ticket: Ticket, now: float, *, served: bool, wanted: bool) -> None:
         """Take `ticket` out of the books. `served`: its answer came whole; `wanted`: requests wait for room here."""
@@ -327,8 +337,12 @@ class Endpoint:
         ours = min(self.sequences / engine_holds, 1.0) if engine_holds else 1.0  # others may use it too
         if load.cached_tokens is not None and load.prompt_tokens:
             self.prefill.found(load.cached_tokens, load.prompt_tokens)
-        counted = self.prefill.observe(load.first_tokens * ours, elapsed_s, now, self.steps, load.running or 0.0)
-        return counted if ours >= ALONE else []
+        mostly_ours, others = ours >= ALONE, self._foreign.count > 0
+        # Few others are answers that run out: their first tokens came before. Too few counted as ours would add up.
+        first_tokens = load.first_tokens * (1.0 if others and mostly_ours else ours)
+        alone = mostly_ours or not others
+        counted = self.prefill.observe(first_tokens, elapsed_s, now, self.steps, load.running or 0.0, alone=alone)
+        return counted if mostly_ours else []
 
     def _look_for_first_tokens(self, policy: Policy) -> None:
         page = self.reading.page

@@ -130,6 +130,13 @@ class Prefill:
             self._seen_at = ticket.computed_at = now
             self._drop(ticket)
 
+    def was_computed(self, ticket: Ticket) -> None:
+        """Note that the first token of `ticket`, just added, came long ago: no count to come will tell of it."""
+        if self._counts:
+            self._uncounted.remove(ticket)
+        self._drop(ticket)
+        ticket.computed_at = ticket.leased_at
+
     def over(self, ticket: Ticket, now: float, *, served: bool) -> None:
         """Note that the request is over. Unless it was `served`, a prompt that was not computed never will be."""
         if not served and ticket in self._uncounted:
@@ -158,16 +165,21 @@ class Prefill:
             changed = True
         return changed
 
-    def observe(self, counted: float, elapsed_s: float, now: float, costs: StepCost, running: float) -> list[Ticket]:
+    def observe(
+        self, counted: float, elapsed_s: float, now: float, costs: StepCost, running: float, *, alone: bool = True
+    ) -> list[Ticket]:
         """Follow the engine's count of first tokens: `counted` for our requests in the last `elapsed_s`.
 
+        `alone`: few others use the engine. Else the count is only a share, and says nothing of how fast it is.
         Return those requests, if it counted at the reading before too.
         """
         self._step_s = costs.base_s + costs.sequence_s * running
         token_s = costs.prompt_s + self._step_s / CHUNK
         done = self._count(counted)
         behind = sum(ticket.work_tokens for ticket in self._uncounted) - self.tokens
-        if behind > TOLERANCE * elapsed_s / token_s + min(self.tokens, CHUNK):
+        if not alone:
+            pass
+        elif behind > TOLERANCE * elapsed_s / token_s + min(self.tokens, CHUNK):
             self._slack = min(self._slack * SLOWER, MOST_SLACK)
         else:
             self._slack = max(self._slack * CALMER, CAUTION)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 FRESH_S = 1.2
 """How old the last beat may be that the leader has surely heard. It gives us up after SILENCE_S without one."""
-PROMPT_S = 5.0
+PROMPT_S = 1.0
 """A prompt sent longer ago is taken as computed: nobody tells a sidecar that does not lead."""
 
 

@@ -105,7 +105,7 @@ class Leading:
         self.followers: dict[str, Follower] = {}
         self.gathering: dict[Ticket, None] | None = {}
         endpoints = gate.controller.endpoints
-        self._refill = {name: len(endpoint.leases) for name, endpoint in endpoints.items()}
+        self._refill = {name: endpoint.sequences for name, endpoint in endpoints.items()}
         self._unread = set(endpoints)
         self._caps = {name: endpoint.limit.value for name, endpoint in endpoints.items()}
         self._lacking: dict[str, float] = {}  # endpoints that not every follower knows, since when
@@ -154,7 +154,7 @@ class Leading:
         for ticket in tickets.values():
             if ticket.state is State.LEASED and ticket.endpoint is not None:
                 name = ticket.endpoint.name
-                self._refill[name] = max(self._refill.get(name, 0) - 1, 0)
+                self._refill[name] = max(self._refill.get(name, 0) - ticket.sequences, 0)
                 gate.do(partial(controller.disown, ticket))
 
     def end(self, successor: Member | None) -> list[Ticket]:
@@ -178,7 +178,7 @@ class Leading:
     # ---- limits
 
     def _quota(self, endpoint: Endpoint, part: float) -> int | None:
-        """Return the most leases that the group may hold at an endpoint; None: its limit alone decides."""
+        """Return the most sequences that the group may hold at an endpoint; None: its limit alone decides."""
         name = endpoint.name
         if name in self._lacking and self._gate.now() < self._lacking[name] + UNKNOWN_S:
             return 0
@@ -346,7 +346,7 @@ class Leading:
         controller = self._gate.controller
         self._gate.do(partial(controller.adopt, ticket, name, held_s=held_s, begun=begun))
         if ticket.state is State.LEASED:
-            self._refill[name] = self._refill.get(name, 0) + 1
+            self._refill[name] = self._refill.get(name, 0) + ticket.sequences
         else:
             del ticket.follower.tickets[ticket.number]
 
@@ -393,6 +393,8 @@ def request_of(asked: Asked, now: float) -> Request:
         budget_s=asked.budget_s,
         prompt_tokens=asked.prompt_tokens,
         max_output_tokens=asked.max_output_tokens,
+        sequences=asked.sequences,
+        kind=asked.kind,
     )
 
 
@@ -409,4 +411,6 @@ def asked_by(request: Request, now: float) -> Asked:
         request.budget_s,
         request.prompt_tokens,
         request.max_output_tokens,
+        request.sequences,
+        request.kind,
     )

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable
 
+    from extproc.replicas.door import Door, Guest
     from extproc.replicas.messages import Message
-    from extproc.replicas.replica import Guest, Replica
 
 log = logging.getLogger("extproc.replicas")
 
@@ -178,18 +178,18 @@ class TcpNetwork:
             log.debug("no stream to sidecar %s: %s", address, error)
             link.fail()
 
-    async def listen(self, address: str, replica: Replica) -> None:
-        """Have others reach `replica` at `address`. Raises StartError."""
+    async def listen(self, address: str, door: Door) -> None:
+        """Have others reach `door` at `address`. Raises StartError."""
         host, port = split_address(address)
         try:
             self._server = await self._loop.create_server(
-                lambda: self._guest(replica), host, port, ssl=self._server_tls, reuse_address=True
+                lambda: self._guest(door), host, port, ssl=self._server_tls, reuse_address=True
             )
         except OSError as error:
             raise StartError(f"replicas.listen: can't listen at {address}: {error.strerror}") from None
 
-    def _guest(self, replica: Replica) -> TcpLink:
-        link = _Accepted(self._loop, replica, self._guests, self._server_name if self._server_tls else None)
+    def _guest(self, door: Door) -> TcpLink:
+        link = _Accepted(self._loop, door, self._guests, self._server_name if self._server_tls else None)
         self._loop.call_later(HELLO_S, link.hurry)
         return link
 
@@ -207,11 +207,9 @@ class TcpNetwork:
 class _Accepted(TcpLink):
     """A stream that somebody opened to us."""
 
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, replica: Replica, guests: set[TcpLink], name: str | None
-    ) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, door: Door, guests: set[TcpLink], name: str | None) -> None:
         super().__init__(loop)
-        self._replica = replica
+        self._door = door
         self._guests = guests
         self._name = name
 
@@ -219,7 +217,7 @@ class _Accepted(TcpLink):
         if len(self._guests) >= MOST_GUESTS or not self._is_one_of_us(transport):
             self._is_over = True
         else:
-            guest: Guest = self._replica.accept(self)
+            guest: Guest = self._door.accept(self)
             self.receive, self.closed = guest.receive, guest.closed
             self._guests.add(self)
         super().connection_made(transport)

@@ -10,8 +10,9 @@ import socket
 from typing import TYPE_CHECKING
 
 from extproc.replicas.links import TcpNetwork
-from extproc.replicas.messages import Member
-from extproc.replicas.replica import LAST, Replica, Role
+from extproc.replicas.messages import LAST, Member
+from extproc.replicas.picture import Role
+from extproc.replicas.replica import Replica
 from extproc.replicas.stores import StoreError, store_of
 from extproc.replicas.tls import MutualTls
 
@@ -58,13 +59,13 @@ class Membership:
         self._settled = asyncio.Event()
         self._on_role: Callable[[Role], None] = lambda _role: None
 
-    async def start(self, on_role: Callable[[Role], None]) -> None:
-        """Join; `on_role` hears of every change of role. Raises StartError."""
+    async def start(self, on_role: Callable[[Role], None], on_loss: Callable[[], None]) -> None:
+        """Join; `on_role` hears of every change of role, `on_loss` of every sidecar that is gone. Raises StartError."""
         self._on_role = on_role
-        await self._network.listen(self._config.listen, self.replica)
+        await self._network.listen(self._config.listen, self.replica.door)
         await self._ask_store()
         self._asking = self._loop.create_task(self._keep_asking(), name="store of replicas")
-        self.replica.begin(self._turned)
+        self.replica.begin(self._turned, on_loss)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SETTLE_S):
                 await self._settled.wait()

@@ -24,6 +24,10 @@ class Member(NamedTuple):
     joined: int
 
 
+LAST = 1 << 62
+"""The place in the order of joining of who is about to leave: nobody should follow it."""
+
+
 class Asked(NamedTuple):
     """A request as its headers said it, `age_s` after Envoy received it."""
 
@@ -37,6 +41,8 @@ class Asked(NamedTuple):
     budget_s: float | None = None
     prompt_tokens: int = 0
     max_output_tokens: int | None = None
+    sequences: int = 1
+    kind: str = ""
 
 
 class Purpose(Enum):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from extproc.replicas.replica import Picture, Role
+from extproc.replicas.picture import Picture, Role
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

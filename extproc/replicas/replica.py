@@ -11,29 +11,17 @@ Leaders look for others once a second, and the smaller group joins the bigger on
 from __future__ import annotations
 
 import logging
-from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from extproc.replicas.census import Census
+from extproc.replicas.door import Door
 from extproc.replicas.following import Following
-from extproc.replicas.leading import Follower, Leading
-from extproc.replicas.messages import (
-    VERSION,
-    Grant,
-    Hello,
-    Leave,
-    Member,
-    Met,
-    Names,
-    Purpose,
-    Redirect,
-    Refuse,
-    Status,
-    Turned,
-    Welcome,
-)
-from extproc.replicas.seeking import Call, Outcome, Seeking
+from extproc.replicas.leading import Leading
+from extproc.replicas.meeting import Meeting, rank_of
+from extproc.replicas.messages import LAST, VERSION, Grant, Hello, Leave, Member, Names, Purpose, Refuse, Status, Turned
+from extproc.replicas.picture import Picture, Role
+from extproc.replicas.seeking import Outcome, Seeking
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -42,7 +30,9 @@ if TYPE_CHECKING:
     from extproc.admission.ticket import Ticket
     from extproc.admission.values import Answer
     from extproc.replicas.gate import SharedGate
-    from extproc.replicas.messages import Link, Message, Network
+    from extproc.replicas.leading import Follower
+    from extproc.replicas.messages import Message, Network
+    from extproc.replicas.seeking import Call
     from extproc.stream.gate import Loop, Timer
 
 log = logging.getLogger("extproc.replicas")
@@ -54,60 +44,8 @@ STOPPED_S = 1.2
 """Who finds that he himself did nothing for so long has been given up by others, or soon will be."""
 GATHER_S = 1.0
 """The longest that a new leader waits for others to tell what they hold, so that age decides who goes first."""
-MEET_S = 1.0
 REFUSED_S = 5.0
 """How long somebody who refused us is left alone."""
-LAST = 1 << 62
-"""The place in the order of joining of who is about to leave: nobody should follow it."""
-
-
-class Role(Enum):
-    """What a sidecar is to others."""
-
-    SEEKING = "seeking"
-    FOLLOWING = "following"
-    LEADING = "leading"
-
-
-class Guest:
-    """Who opened a stream to us: a follower, a leader that wants to meet, or nobody yet."""
-
-    __slots__ = ("_replica", "follower", "hello", "link")
-
-    def __init__(self, replica: Replica, link: Link) -> None:
-        """Expect a hello on `link`."""
-        self._replica = replica
-        self.link = link
-        self.hello: Hello | None = None
-        self.follower: Follower | None = None
-
-    def receive(self, message: Message) -> None:
-        """Take a message."""
-        self._replica.hear_guest(self, message)
-
-    def closed(self) -> None:
-        """Note that the stream ended."""
-        self._replica.lose_guest(self)
-
-
-class Picture(NamedTuple):
-    """What people see of a replica.
-
-    Attributes:
-        leader: id of whom it follows, its own if it leads, None while it seeks.
-        members, group: how many sidecars there are, and how many of them are in our group; 0: not known.
-        store_age_s: since the store answered last; None: never.
-        leader_age_s: since the leader was heard; None for who leads.
-    """
-
-    role: Role
-    since_s: float
-    leader: str | None
-    epoch: int
-    members: int
-    group: int
-    store_age_s: float | None
-    leader_age_s: float | None
 
 
 class Replica:
@@ -116,6 +54,7 @@ class Replica:
     Attributes:
         role: see `Role`.
         leading, following: the books of the role; None in another.
+        door: who comes to us.
         turns: how often it began to lead, follow, seek.
     """
 
@@ -129,33 +68,35 @@ class Replica:
         self.turns = dict.fromkeys(Role, 0)
         self.refused: str | None = None  # why the leader would not have us
         self._gate = gate
-        self._pool = pool
+        self.pool = pool
         self._network = network
         self._loop = loop
         self._waiting: dict[Ticket, None] = {}  # ours, while nobody decides
-        self._epoch = 0
+        self.epoch = 0
         self._since = loop.time()
         self._hold_until = 0.0
         self._lost: str | None = None  # the leader that we lost last
         self._refusals: dict[str, float] = {}
         self._seeking: Seeking | None = None
-        self._probe: Call | None = None
-        self._probe_next: Member | None = None
-        self._probed = 0
-        self._probed_at = 0.0
-        self._parked: list[Guest] = []
+        self._meeting: Meeting | None = None
+        self.door = Door(self)
         self._alive_at = loop.time()
         self._ends_gathering: Timer | None = None
         self._leaving = False
         self._ended = False
         self._on_role: Callable[[Role], None] = lambda _role: None
+        self._on_loss: Callable[[], None] = lambda: None
         gate.replica = self
 
     # ---- life
 
-    def begin(self, on_role: Callable[[Role], None]) -> None:
-        """Look for a leader now; `on_role` is told of each change of role."""
-        self._on_role = on_role
+    def begin(self, on_role: Callable[[Role], None], on_loss: Callable[[], None] = lambda: None) -> None:
+        """Look for a leader now.
+
+        `on_role` is told of each change of role. `on_loss` is called when another sidecar is gone: an Envoy that knows
+        both may send what that one held to us, in any order, and it keeps its age.
+        """
+        self._on_role, self._on_loss = on_role, on_loss
         self._alive_at = self._loop.time()
         self._seek([], hold_until=self._loop.time() + SILENCE_S, everybody=True)
         self._loop.call_at(self._loop.time() + BEAT_S, self._beat)
@@ -171,8 +112,7 @@ class Replica:
     def end(self) -> None:
         """Say goodbye and do nothing more. What runs goes on in Envoy; the engines' figures count it."""
         self._ended = True
-        for guest in self._parked:
-            guest.link.close()
+        self.door.shut()
         if self.following is not None:
             self.following.link.send(Leave())
             self.following.link.close()
@@ -231,7 +171,7 @@ class Replica:
             self.role,
             now - self._since,
             leader,
-            self._epoch,
+            self.epoch,
             members,
             group,
             None if answered_at is None else now - answered_at,
@@ -311,32 +251,33 @@ class Replica:
             self._hello(Purpose.FOLLOW),
             [member for member in asked if member.id != self.me.id and not self._is_refused_by(member)],
             avoid,
-            Outcome(self._follow, self._was_refused, self._lead),
+            Outcome(self._follow, self.was_refused, self._lead),
         )
         self._seeking.next()
 
     def _stop_looking(self) -> None:
         if self._seeking is not None:
             self._seeking.give_up()
-        if self._probe is not None:
-            self._probe.close()
-        self._seeking = self._probe = None
+        if self._meeting is not None:
+            self._meeting.end()
+        self._seeking = self._meeting = None
 
     def _is_refused_by(self, member: Member) -> bool:
         return self._refusals.get(member.id, 0.0) > self._loop.time()
 
-    def _was_refused(self, member: Member, why: str) -> None:
+    def was_refused(self, member: Member, why: str) -> None:
+        """Note that somebody would not have us, and leave him alone for a while."""
         self.refused = why
         self._refusals[member.id] = self._loop.time() + REFUSED_S
         log.warning("%s does not have us: %s", member.id, why)
 
     def _hello(self, purpose: Purpose) -> Hello:
         followers = len(self.leading.followers) if self.leading is not None else 0
-        return Hello(VERSION, self._pool, self.me, purpose, followers, self._epoch, self._names())
+        return Hello(VERSION, self.pool, self.me, purpose, followers, self.epoch, self._names())
 
     def _follow(self, leader: Member, epoch: int, call: Call) -> None:
         self._seeking = None
-        self._epoch = max(self._epoch, epoch)
+        self.epoch = max(self.epoch, epoch)
         self.refused = None
         self._hold_until = 0.0
         waiting, self._waiting = self._waiting, {}
@@ -347,23 +288,23 @@ class Replica:
         self.names_changed()  # they may have, since we said hello
         self._become(Role.FOLLOWING)
         log.info("following %s, epoch %d", leader.id, epoch)
-        self._answer_parked()
+        self.door.answer_parked()
 
     def _lead(self) -> None:
         now = self._loop.time()
         self._seeking = None
-        self._epoch += 1
+        self.epoch += 1
         self.leading = Leading(self._gate, self.me, self.census, hold_until=self._hold_until)
         self._hold_until = 0.0
-        self._probed_at = now
+        self._meeting = Meeting(self, self._network)
         waiting, self._waiting = self._waiting, {}
         for ticket in waiting:
             self.leading.gather(ticket)
         self._become(Role.LEADING)
-        log.info("leading, epoch %d, %d other sidecar(s) known", self._epoch, len(self.census.others(self.me.id)))
+        log.info("leading, epoch %d, %d other sidecar(s) known", self.epoch, len(self.census.others(self.me.id)))
         self._ends_gathering = self._loop.call_at(now + GATHER_S, partial(self._stop_gathering, self.leading))
-        self._answer_parked()
-        self._look_whether_all_came()
+        self.door.answer_parked()
+        self.look_whether_all_came()
 
     def _stop_gathering(self, leading: Leading) -> None:
         if self._ends_gathering is not None:
@@ -371,7 +312,8 @@ class Replica:
         if leading is self.leading and leading.gathering is not None:
             leading.stop_gathering()
 
-    def _look_whether_all_came(self) -> None:
+    def look_whether_all_came(self) -> None:
+        """End the gathering once everybody who is expected has told what he holds."""
         leading = self.leading
         if leading is not None and leading.gathering is not None:
             expected = {member.id for member in self.census.others(self.me.id)} - {self._lost}
@@ -388,6 +330,7 @@ class Replica:
         leader = following.leader
         level = logging.INFO if clean else logging.WARNING
         log.log(level, "the leader %s %s", leader.id, "hands over" if clean else "is silent" if silent else "is gone")
+        self._on_loss()
         hold_until = 0.0 if clean else following.heard_at + SILENCE_S
         first = [successor] if successor is not None else [] if silent or clean else [leader]
         if clean and successor is None:
@@ -410,6 +353,16 @@ class Replica:
         self.leading = None
         self._seek([successor], hold_until=0.0)
 
+    def lose_follower(self, follower: Follower, *, clean: bool) -> None:
+        """Lead without somebody who is gone, and tell the others at once; `clean`: he said goodbye."""
+        leading = self.leading
+        if leading is None or leading.followers.get(follower.member.id) is not follower:
+            return
+        leading.drop(follower, clean=clean)
+        self._on_loss()
+        for other in leading.followers.values():
+            other.link.send(leading.status(other))
+
     # ---- whom we follow
 
     def _hear_leader(self, following: Following, message: Message) -> None:
@@ -423,143 +376,32 @@ class Replica:
             case Turned():
                 following.take_refusal(message)
             case Status():
+                if following.status is not None and message.group < following.status.group:
+                    self._on_loss()
                 following.take_status(message)
             case Leave(successor):
                 self._lose_leader(silent=False, successor=successor, clean=True)
             case Refuse(why):
-                self._was_refused(following.leader, why)
+                self.was_refused(following.leader, why)
                 self._lose_leader(silent=True)
             case _:
                 pass  # nothing that has a place here
 
-    # ---- who comes to us
-
-    def accept(self, link: Link) -> Guest:
-        """Take a stream that somebody opened; the network calls the guest's `receive` and `closed`."""
-        return Guest(self, link)
-
-    def hear_guest(self, guest: Guest, message: Message) -> None:
-        """Take a message of somebody who came to us."""
-        self.look()
-        if self._ended:
-            guest.link.close()
-        elif guest.follower is not None:
-            if self.leading is None or self.leading.followers.get(guest.follower.member.id) is not guest.follower:
-                return  # we lead him no more
-            if isinstance(message, Leave):
-                self.leading.drop(guest.follower, clean=True)
-                guest.link.close()
-            else:
-                self.leading.receive(guest.follower, message)
-                self._look_whether_all_came()
-        elif isinstance(message, Hello) and guest.hello is None:
-            guest.hello = message
-            self._answer(guest, message)
-        else:
-            guest.link.close()
-
-    def lose_guest(self, guest: Guest) -> None:
-        """Note that somebody's stream ended."""
-        if guest in self._parked:
-            self._parked.remove(guest)
-        if guest.follower is not None and self.leading is not None:
-            self.leading.drop(guest.follower, clean=False)
-
-    def _answer(self, guest: Guest, hello: Hello) -> None:
-        refusal = self._refusal_of(hello)
-        if refusal is not None:
-            guest.link.send(Refuse(refusal))
-            guest.link.close()
-            return
-        self._epoch = max(self._epoch, hello.epoch)
-        self.census.met(hello.member)
-        if self.following is not None:
-            guest.link.send(Redirect(self.following.leader))
-            guest.link.close()
-        elif self.leading is None:
-            self._parked.append(guest)
-        elif hello.purpose is Purpose.MEET:
-            guest.link.send(Met(self.me, len(self.leading.followers), self._epoch))
-            guest.link.close()
-            if self._rank() < _rank_of(hello.followers, hello.member):
-                self._yield_to(hello.member)
-        else:
-            self._take_in(guest, hello)
-
-    def _refusal_of(self, hello: Hello) -> str | None:
-        if hello.version != VERSION:
-            return f"its protocol is version {hello.version}, ours {VERSION}"
-        if hello.pool != self._pool:
-            return f"its pool is {hello.pool!r}, ours {self._pool!r}"
-        return None
-
-    def _take_in(self, guest: Guest, hello: Hello) -> None:
-        leading = self.leading
-        assert leading is not None  # noqa: S101 - asked before
-        why = leading.refuses(hello.member.id, hello.names)
-        if why is not None:
-            guest.link.send(Refuse(why))
-            guest.link.close()
-            return
-        before = leading.followers.get(hello.member.id)
-        if before is not None:  # its old stream has died unnoticed
-            before.link.close()
-            leading.drop(before, clean=False)
-        self._epoch = max(self._epoch, hello.epoch)
-        guest.follower = Follower(hello.member, guest.link, hello.names, self._loop.time())
-        guest.link.send(Welcome(self.me, self._epoch))
-        leading.add(guest.follower)
-        guest.link.send(leading.status(guest.follower))
-        log.info("%s follows", hello.member.id)
-
-    def _answer_parked(self) -> None:
-        parked, self._parked = self._parked, []
-        for guest in parked:
-            if guest.hello is not None:
-                self._answer(guest, guest.hello)
-
     # ---- other leaders
 
-    def _rank(self) -> tuple[int, int, str]:
-        followers = len(self.leading.followers) if self.leading is not None else 0
-        return _rank_of(followers, self.me)
-
-    def _meet(self) -> None:
-        """Look whether one of those who don't follow us leads, too; one at a time."""
+    def met(self, followers: int, other: Member) -> None:
+        """Follow another leader, who has so many followers, if he should rather lead than we."""
         leading = self.leading
-        assert leading is not None  # noqa: S101 - only leaders look
-        strangers = [
+        if leading is not None and rank_of(len(leading.followers), self.me) < rank_of(followers, other):
+            self._yield_to(other)
+
+    def _strangers(self, leading: Leading) -> list[Member]:
+        """Return who does not follow us, and might lead."""
+        return [
             member
             for member in self.census.others(self.me.id)
             if member.id not in leading.followers and not self._is_refused_by(member)
         ]
-        if not strangers:
-            return
-        self._probed += 1
-        target = self._probe_next or strangers[self._probed % len(strangers)]
-        self._probe_next = None
-        if self._probe is not None:
-            self._probe.close()
-        hello, now = self._hello(Purpose.MEET), self._loop.time()
-        self._probe = Call(self._network, target, hello, now, partial(self._hear_other, target), lambda: None)
-
-    def _hear_other(self, other: Member, message: Message) -> None:
-        self.look()
-        if self._probe is None or self.leading is None:
-            return
-        self._probe.close()
-        self._probe = None
-        match message:
-            case Met(member, followers, epoch):
-                self._epoch = max(self._epoch, epoch)
-                if self._rank() < _rank_of(followers, member):
-                    self._yield_to(member)
-            case Redirect(leader) if leader.id != self.me.id and leader.id not in self.leading.followers:
-                self._probe_next = leader
-            case Refuse(why):
-                self._was_refused(other, why)
-            case _:
-                pass
 
     # ---- time
 
@@ -599,7 +441,7 @@ class Replica:
             if now - follower.heard_at > SILENCE_S:
                 log.warning("%s is silent: leading without it", follower.member.id)
                 follower.link.close()
-                leading.drop(follower, clean=False)
+                self.lose_follower(follower, clean=False)
             else:
                 follower.link.send(leading.status(follower))
         for follower in leading.turn():
@@ -607,9 +449,8 @@ class Replica:
             log.warning("%s is sent away, and decides alone: %s", follower.member.id, why)
             follower.link.send(Refuse(why))
             follower.link.close()
-        if now - self._probed_at >= MEET_S and not self._leaving:
-            self._probed_at = now
-            self._meet()
+        if self._meeting is not None and not self._leaving:
+            self._meeting.turn(self._strangers(leading), self._hello(Purpose.MEET))
 
     # ---- words of our sessions for whoever leads
 
@@ -627,10 +468,3 @@ class Replica:
         """Pass on what an answer said of its endpoint."""
         if self.following is not None:
             self.following.report(ticket, load)
-
-
-def _rank_of(followers: int, member: Member) -> tuple[int, int, str]:
-    """Return who leads when two meet: who has more followers, then who is older."""
-    if member.joined == LAST:
-        return (-1, -LAST, member.id)
-    return (followers, -member.joined, member.id)

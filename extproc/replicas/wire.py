@@ -24,6 +24,7 @@ LENGTH_BYTES = 4
 MOST_NAME = 256
 """Characters of a text that a request brought; sessions cut them to as many."""
 MOST_AGE_S = 86_400.0
+MOST_SEQUENCES = 1 << 16
 _OUTCOMES = {outcome.value: outcome for outcome in Outcome}
 
 
@@ -113,6 +114,8 @@ def _asked(asked: m.Asked) -> pb.Asked:
         budget_s=asked.budget_s,
         prompt_tokens=asked.prompt_tokens,
         max_output_tokens=asked.max_output_tokens,
+        sequences=asked.sequences,
+        kind=asked.kind,
     )
 
 
@@ -235,6 +238,8 @@ def _asked_of(asked: pb.Asked) -> m.Asked:
         _seconds(asked.budget_s) if has("budget_s") else None,
         asked.prompt_tokens,
         asked.max_output_tokens if has("max_output_tokens") else None,
+        min(max(asked.sequences, 1), MOST_SEQUENCES),
+        asked.kind[:MOST_NAME],
     )
 
 

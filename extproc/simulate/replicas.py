@@ -17,7 +17,8 @@ from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, Dispatch, EndpointSpec, Request
 from extproc.replicas.gate import SharedGate
 from extproc.replicas.messages import Member
-from extproc.replicas.replica import Replica, Role
+from extproc.replicas.picture import Role
+from extproc.replicas.replica import Replica
 from extproc.simulate.fronts import Verdict
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
     from extproc.admission.load import Load
     from extproc.admission.values import Decision
+    from extproc.replicas.door import Guest
     from extproc.replicas.messages import Link, Message
-    from extproc.replicas.replica import Guest
     from extproc.simulate.contenders import Setting
     from extproc.simulate.fronts import Group, Job
 
@@ -213,7 +214,7 @@ class _Sidecar:
 
 
 def _accept(there: _End) -> None:
-    guest: Guest = there.owner.replica.accept(there)
+    guest: Guest = there.owner.replica.door.accept(there)
     there.receive, there.closed = guest.receive, guest.closed
 
 

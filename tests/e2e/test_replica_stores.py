@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from extproc.config import LeaseConfig, ValkeyConfig
-from extproc.replicas.messages import Member
-from extproc.replicas.replica import LAST
+from extproc.replicas.messages import LAST, Member
 from extproc.replicas.stores import StoreError
 from extproc.replicas.stores.lease import ALIVE_S, FORGOTTEN_S, LeaseStore
 from extproc.replicas.stores.valkey import ValkeyStore

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from extproc.errors import ConfigError
-from extproc.replicas.messages import Member
-from extproc.replicas.replica import LAST
+from extproc.replicas.messages import LAST, Member
 from extproc.replicas.stores import StoreError
 
 try:

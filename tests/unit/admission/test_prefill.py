@@ -242,6 +242,17 @@ def test_an_engine_that_stays_behind_is_predicted_to_be_slower_up_to_a_bound_and
     assert prefill._slack == CAUTION
 
 
+def test_a_count_that_many_others_share_says_nothing_of_how_fast_the_engine_is() -> None:
+    prefill = counting()
+    for _ in range(20):
+        sent(prefill, 0.0, 4000)
+    prefill.pass_time(1e9)
+    prefill.observe(0.1, 1.0, 1.0, costs(), 0.0, alone=False)
+    assert prefill._slack == CAUTION
+    prefill.observe(0.1, 1.0, 2.0, costs(), 0.0)
+    assert prefill._slack == CAUTION * SLOWER
+
+
 def test_what_is_still_predicted_to_be_under_way_is_not_behind() -> None:
     prefill = counting()
     for _ in range(100):

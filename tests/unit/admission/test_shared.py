@@ -96,6 +96,29 @@ def test_a_quota_holds_back_what_the_limit_would_let_through_and_lets_it_go_when
     assert len(here.set_quota("a", None, 3.0)) == 1
 
 
+def test_a_quota_counts_sequences_as_the_limit_does():
+    here = core(limit=9)
+    here.set_quota("a", 3, 0.5)
+    two, three, one = (Ticket(Request(str(count), 0.0, sequences=count)) for count in (2, 3, 1))
+    for each in (two, three, one):
+        here.offer(each, 1.0)
+    assert [each.state for each in (two, three, one)] == [State.LEASED, State.WAITING, State.LEASED]
+    assert here.endpoints["a"].sequences == 3
+
+
+def test_of_an_adopted_lease_that_was_begun_no_first_token_is_awaited_and_its_answer_is_as_long_as_it_was():
+    here = core(limit=4)
+    here.observe("a", Load(running=0.0, waiting=0.0, first_tokens=0, tokens_per_s=0.0), 0.5)
+    here.observe("a", Load(running=0.0, waiting=0.0, first_tokens=0, tokens_per_s=0.0), 1.0)
+    old, new = (Ticket(Request(name, 0.0, prompt_tokens=500)) for name in ("old", "new"))
+    here.adopt(old, "a", 31.0, held_s=30.0, begun=True)
+    here.adopt(new, "a", 31.0, held_s=0.2)
+    endpoint = here.endpoints["a"]
+    assert endpoint.prefill.tokens == new.work_tokens
+    assert endpoint.observe(Load(running=2.0, waiting=0.0, first_tokens=1), 31.5, here.policy, wanted=False) == [new]
+    assert endpoint.writing_s(old, 32.0) == 31.0
+
+
 def test_a_new_endpoint_of_a_shared_core_is_closed_until_it_has_a_quota():
     here = Controller(Policy())
     here.is_shared = True

@@ -335,13 +335,16 @@ class World:
 
     def _fits(self, books: Books, endpoint: Endpoint, ticket: Ticket) -> bool:
         count = books.sequences + endpoint.foreign
-        if count >= endpoint.limit.value or (endpoint.quota is not None and len(books.leases) >= endpoint.quota):
+        if count >= endpoint.limit.value or (endpoint.quota is not None and books.sequences >= endpoint.quota):
             return False
         if endpoint.closed_until is not None and books.leases:  # hot: one at a time
             return False
         if count == 0:
             return True
         if ticket.request.sequences > 1 and count + ticket.request.sequences > endpoint.limit.value:
+            return False
+        more = books.sequences + ticket.request.sequences
+        if endpoint.quota is not None and ticket.request.sequences > 1 and books.sequences and more > endpoint.quota:
             return False
         kv = endpoint.kv
         if kv.capacity is not None:  # what requests share of their prompts is in the cache once
@@ -456,7 +459,7 @@ class World:
         if not self.core.policy.enable_queue:
             return True
         books = self.books[endpoint.name]
-        if endpoint.quota is not None and len(books.leases) >= endpoint.quota:
+        if endpoint.quota is not None and books.sequences >= endpoint.quota:
             return False
         return not self._is_kept_back(books, endpoint) and books.sequences + endpoint.foreign < endpoint.limit.value
 

@@ -7,8 +7,10 @@ import gc
 import pytest
 
 from extproc.admission.values import EndpointSpec, RequestClass
+from extproc.replicas.door import Guest
 from extproc.replicas.messages import VERSION, Hello, Member, Purpose
-from extproc.replicas.replica import SILENCE_S, Guest, Role
+from extproc.replicas.picture import Role
+from extproc.replicas.replica import SILENCE_S
 
 from .storm import storm
 from .world import Client, Sidecar, World
@@ -246,6 +248,26 @@ def test_a_store_that_goes_away_and_comes_back_empty_changes_nothing():
     fill(here, work_s=1.0)
     assert [dict(one.replica.turns) for one in here.alive] == turns
     assert here.engines["e0"].peak == 9
+
+
+def test_whoever_is_gone_all_others_know_it_at_once_and_expect_what_its_envoy_held():
+    here = world()
+    gone = followers(here)[0]
+    here.kill(gone.place)
+    here.run(0.05)
+    assert [one.losses for one in here.alive] == [1, 1]
+    gone = leader(here)
+    here.kill(gone.place)
+    here.run(0.05)
+    assert [one.losses for one in here.alive] == [2]
+
+
+def test_who_says_goodbye_is_missed_as_much_as_who_dies():
+    """With `hand_over`, Envoy sends again what waited there, also to us if it knows us."""
+    here = world()
+    followers(here)[0].gate.leave()
+    here.run(0.05)
+    assert leader(here).losses == 1
 
 
 def test_a_leader_that_resigns_hands_everything_over_and_nobody_waits_longer():

@@ -7,7 +7,7 @@ from typing import Any
 
 from extproc.commands.top import lines
 from extproc.replicas.observe import ReplicaMetrics, described
-from extproc.replicas.replica import Role
+from extproc.replicas.picture import Role
 
 from .world import Sidecar, World
 

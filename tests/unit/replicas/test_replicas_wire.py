@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from random import Random
 
 import pytest
 
 from extproc.admission.load import Load
 from extproc.admission.outcome import Outcome
-from extproc.admission.values import Answer
+from extproc.admission.values import Answer, Request
 from extproc.errors import ProtocolError
 from extproc.replicas import messages as m
+from extproc.replicas.leading import asked_by, request_of
 from extproc.replicas.wire import BATCH, LENGTH_BYTES, MOST_AGE_S, frames, read
 
 MEMBER = m.Member("s1-abc", "10.0.0.7:50060", 7)
-ASKED = m.Asked("r-1", 1.5, "llama", "urgent", "tenant", "session", "a", 2.5, 100, 200)
+ASKED = m.Asked("r-1", 1.5, "llama", "urgent", "tenant", "session", "a", 2.5, 100, 200, 4, "text")
 BARE = m.Asked("", 0.0)
 MESSAGES: list[m.Message] = [
     m.Hello(1, "pool", MEMBER, m.Purpose.MEET, 3, 9, frozenset({"a", "b"})),
@@ -43,6 +45,15 @@ MESSAGES: list[m.Message] = [
     m.Turned(11, Outcome.UNKNOWN_MODEL, None, 0),
     m.Status(17, 3, 2, (("a", 64), ("b", 8)), frozenset({"b"})),
 ]
+
+
+def test_all_that_headers_said_travels_but_what_is_only_for_traces():
+    """Another field of a request must not stay behind: what the leader does not know, it decides wrongly."""
+    told = {"arrived": 5.0, "budget_s": 2.5, "prompt_tokens": 100, "max_output_tokens": 200, "sequences": 4}
+    asked = Request(**{field.name: told.get(field.name, field.name) for field in fields(Request)} | {"trace": ""})
+    (message,) = unframed(frames([m.Offer(1, asked_by(asked, 7.0))]))
+    assert isinstance(message, m.Offer)
+    assert request_of(message.asked, 7.0) == asked
 
 
 def unframed(data: bytes) -> list[m.Message]:

@@ -19,12 +19,14 @@ from extproc.admission.load import Load
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, Decision, Dispatch, EndpointSpec, Policy, Request
 from extproc.replicas.gate import SharedGate
-from extproc.replicas.messages import Member
-from extproc.replicas.replica import LAST, Guest, Replica, Role
+from extproc.replicas.messages import LAST, Member
+from extproc.replicas.picture import Role
+from extproc.replicas.replica import Replica
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from extproc.replicas.door import Guest
     from extproc.replicas.messages import Message
 
 STORE_S = 1.0
@@ -188,7 +190,7 @@ class Dialer:
     @staticmethod
     def _accept(there: End) -> None:
         if not there.owner.is_dead:
-            guest: Guest = there.owner.replica.accept(there)
+            guest: Guest = there.owner.replica.door.accept(there)
             there.receive, there.closed = guest.receive, guest.closed
 
 
@@ -251,19 +253,23 @@ class Sidecar:
         self.replica = Replica(self.gate, me, "pool", Dialer(world.net, self), self.loop)
         self.gate.watch()
         self._reads = 0
+        self.losses = 0
 
     def start(self) -> None:
         for engine in self.world.engines.values():
             self.gate.put_endpoint(EndpointSpec(engine.name, max_running_requests=engine.limit))
             self.gate.set_up(engine.name, is_up=True)
         self._ask_store()
-        self.replica.begin(self._turned)
+        self.replica.begin(self._turned, self._lost_one)
 
     def _turned(self, role: Role) -> None:
         self._reads += 1
         if role is Role.LEADING:
             for name in self.world.engines:
                 self._scrape(name, self._reads)
+
+    def _lost_one(self) -> None:
+        self.losses += 1
 
     def _scrape(self, name: str, reads: int) -> None:
         if reads == self._reads:
