@@ -36,7 +36,8 @@ test: $(STAMP) $(XDS) $(CRDS) lint types check-generated  ## everything: lint, t
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # What no package registry of Python has. Not needed: without it `make test` says which checks it skipped.
-tools:           ## what some tests want: promtool, redis-server, npm, chromium of Debian (needs root), actionlint by go
+tools:           ## what some tests want: promtool, redis-server, iproute2, npm, chromium of Debian (needs root), actionlint by go
+	command -v ip >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends iproute2; }
 	command -v promtool >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus; }
 	command -v redis-server >/dev/null || command -v valkey-server >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends redis-server; }
 	command -v npm >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends npm; }
@@ -66,8 +67,8 @@ FAULTS := faults endpoint_faults client_faults load hostile matrix
 faults: $(STAMP)   ## the long versions of the fault tests (minutes)
 	EXTPROC_LONG=1 $(BIN)/python -m pytest $(FAULTS:%=tests/e2e/test_%.py) --durations=20
 
-faults-replicas: $(STAMP)  ## the long version of what happens to three sidecars when something dies (minutes)
-	EXTPROC_LONG=1 $(BIN)/python -m pytest tests/e2e/test_replicas.py --durations=20
+faults-replicas: $(STAMP)  ## what happens to three sidecars when something dies, hangs or is cut off, the long version (minutes; as root)
+	EXTPROC_LONG=1 $(BIN)/python -m pytest tests/e2e/test_replicas.py tests/e2e/test_replicas_apart.py --durations=20
 
 soak: $(STAMP)     ## 100,000 requests of all kinds through real Envoy: memory, tasks and descriptors stay flat (2 to 4 minutes)
 	$(BIN)/python -m bench.soak

@@ -20,7 +20,7 @@ import pytest
 from tests.conftest import tool
 
 from .kit.clients import complete_many
-from .kit.pool import Pool, body
+from .kit.pool import Pool, body, longest_stuck_s
 from .kit.processes import Child, free_port, http_get, wait_until
 
 if TYPE_CHECKING:
@@ -79,6 +79,25 @@ def stop_the_store_for_a_while(pool: Pool) -> None:
         pool.store.child.signal(signal.SIGCONT)
 
 
+def make_the_store_read_only_for_a_while(pool: Pool) -> None:
+    """As after a failover to a replica that nobody promotes."""
+    pool.store.command("REPLICAOF", "127.0.0.1", "1")
+    try:
+        wait_until(lambda: pool.leader.replicas["store_age_s"] > 4, 10)
+    finally:
+        pool.store.command("REPLICAOF", "NO", "ONE")
+    wait_until(lambda: pool.leader.replicas["store_age_s"] < 1.5, 10)
+
+
+def let_the_store_run_out_of_memory_for_a_while(pool: Pool) -> None:
+    pool.store.command("CONFIG", "SET", "maxmemory", "1")
+    try:
+        wait_until(lambda: pool.leader.replicas["store_age_s"] > 4, 10)
+    finally:
+        pool.store.command("CONFIG", "SET", "maxmemory", "0")
+    wait_until(lambda: pool.leader.replicas["store_age_s"] < 1.5, 10)
+
+
 def restart_each_in_turn(pool: Pool) -> None:
     for place in pool.places:
         place.sidecar.child.signal(signal.SIGTERM)
@@ -88,7 +107,13 @@ def restart_each_in_turn(pool: Pool) -> None:
 
 
 FAULTS = [kill_the_leader, stop_the_leader_for_a_while, kill_the_store_and_start_it_empty, restart_each_in_turn]
-LONG_FAULTS = [kill_a_follower, stop_the_store_for_a_while]
+LONG_FAULTS = [
+    kill_a_follower,
+    stop_the_store_for_a_while,
+    make_the_store_read_only_for_a_while,
+    let_the_store_run_out_of_memory_for_a_while,
+]
+STUCK_S = 10.0
 
 
 @pytest.mark.parametrize("fault", FAULTS + (LONG_FAULTS if LONG else []), ids=lambda fault: fault.__name__)
@@ -103,8 +128,10 @@ def test_whatever_happens_each_request_is_answered_once_and_no_engine_is_filled_
         sent = 3 * (2 * LIMIT // 3 + 1) + 3 * (HELD // 3)
         wait_until(lambda: pool.waiting() == sent - 2 * LIMIT, 10, "all others held")
         fault(pool)
-        answers = [answer for batch in (*running, *held) for answer in batch.result()]
+        by_place = [first.result() + then.result() for first, then in zip(running, held, strict=True)]
+        answers = [answer for batch in by_place for answer in batch]
         assert Counter(answer.status for answer in answers) == {200: sent}
+        assert max(longest_stuck_s(batch) for batch in by_place) < STUCK_S
         assert not [answer.error for answer in answers if answer.error]
         pool.wait_one_group()
         wait_until(lambda: pool.in_flight() == 0 and pool.waiting() == 0, 5, "all books empty")

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import math
 import shutil
+import subprocess
 import sys
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.conftest import tool
@@ -19,7 +24,27 @@ from .stack import Sidecar, local
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
+
+    from .machines import Machines
+
+
+def other_clock(ahead_s: float) -> dict[str, str]:
+    """The environment of a Python process whose wall clock is `ahead_s` ahead of ours."""
+    return {"PYTHONPATH": str(Path(__file__).with_name("clock")), "AHEAD_S": str(ahead_s)}
+
+
+def longest_stuck_s(answers: Sequence[Completion]) -> float:
+    """How long the most unlucky of these requests, of one class and one Envoy, stood still: in seconds.
+
+    That is: how much later it began than one that was sent after it, or how long nobody began while some waited.
+    """
+    begun = [one.started_at + one.head_s for one in sorted(answers, key=lambda one: one.started_at) if one.head_s]
+    soonest, longest_s = math.inf, 0.0
+    for began in reversed(begun):
+        soonest = min(soonest, began)
+        longest_s = max(longest_s, began - soonest)
+    begun.sort()
+    return max([longest_s, *(after - before for before, after in itertools.pairwise(begun))])
 
 
 def body(max_tokens: int) -> bytes:
@@ -30,11 +55,13 @@ def body(max_tokens: int) -> bytes:
 class Store:
     """A server on loopback that keeps nothing on disk: Valkey's if there is one, else Redis's."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, host: str = "127.0.0.1") -> None:
         self.port = free_port()
-        self.url = f"valkey://127.0.0.1:{self.port}"
+        self._address = f"{host}:{self.port}"
+        self.url = f"valkey://{self._address}"
         program = shutil.which("valkey-server") or tool("redis-server", "redis-server")
-        argv = [program, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        argv = [program, "--port", str(self.port), "--bind", host, "--save", "", "--appendonly", "no"]
+        argv += ["--protected-mode", "no"]
         self.child = Child([*argv, "--dir", str(directory)], directory / "store.log", name="store")
 
     def __enter__(self) -> Store:
@@ -44,7 +71,14 @@ class Store:
     def start(self) -> None:
         """Start it, empty."""
         self.child.start()
-        self.child.wait_ready(lambda: tcp_open(f"127.0.0.1:{self.port}"))
+        self.child.wait_ready(lambda: tcp_open(self._address))
+
+    def command(self, *words: str) -> str:
+        """What it answers to a command."""
+        host, _, port = self._address.rpartition(":")
+        program = shutil.which("valkey-cli") or tool("redis-cli", "redis-server")
+        done = subprocess.run([program, "-h", host, "-p", port, *words], capture_output=True, text=True, timeout=10)
+        return done.stdout.strip()
 
     def __exit__(self, *_: object) -> None:
         self.child.stop()
@@ -75,7 +109,10 @@ class Pool:
         config: Mapping[str, Any] | None = None,
         replicas: Mapping[str, Any] | None = None,
         cables: bool = False,
+        machines: Machines | None = None,
+        clocks_s: Sequence[float] = (),
     ) -> None:
+        """`machines`: one for each sidecar, entered already. `clocks_s`: how far each sidecar's clock is ahead."""
         self.directory = directory
         self.places: list[Place] = []
         self.engines: dict[str, str] = {}
@@ -85,6 +122,8 @@ class Pool:
         self._replicas = replicas
         self._has_cables = cables
         self.cables: list[Cable] = []
+        self._machines = machines
+        self._clocks = [other_clock(seconds) for seconds in clocks_s]
         self._running = contextlib.ExitStack()
         self._pool = ThreadPoolExecutor(16)
         self.store: Store
@@ -92,9 +131,11 @@ class Pool:
     def __enter__(self) -> Pool:
         with contextlib.ExitStack() as starting:
             if self._replicas is None:
-                self.store = starting.enter_context(Store(self.directory))
+                host = "127.0.0.1" if self._machines is None else self._machines.store
+                self.store = starting.enter_context(Store(self.directory, host))
             for name in self._names:
                 command = [sys.executable, "-m", "extproc", "engine", "--preset", "demo", "--port", "0"]
+                command += [] if self._machines is None else ["--host", self._machines.engines]
                 child = Child([*command, "--max-num-seqs", "64"], self.directory / f"{name}.log")
                 starting.enter_context(child)
                 self.engines[name] = child.wait_line(r"listening on http://(\S+)").group(1)
@@ -103,7 +144,7 @@ class Pool:
                 if self._has_cables:
                     self.cables.append(starting.enter_context(Cable(config["replicas"]["listen"])))
                     config["replicas"]["advertise"] = self.cables[-1].address
-                sidecar = starting.enter_context(Sidecar(config, self.directory, name=f"sidecar-{number}"))
+                sidecar = starting.enter_context(self._sidecar(config, number))
                 self.places.append(Place(sidecar, self._envoy(starting, sidecar, number)))
             self._running = starting.pop_all()
         self.wait_one_group()
@@ -122,6 +163,16 @@ class Pool:
             **self._config,
             "replicas": {"listen": local(), **found},
         }
+
+    def _sidecar(self, config: dict[str, Any], number: int) -> Sidecar:
+        inside: list[str] = []
+        if self._machines is not None:
+            address = self._machines.addresses[number]
+            config["replicas"] |= {"listen": f"{address}:{free_port()}", "allow_insecure": True}
+            config |= {"admin": f"{address}:{free_port()}", "allow_remote_admin": True}
+            inside = self._machines.inside(number)
+        env = self._clocks[number] if self._clocks else None
+        return Sidecar(config, self.directory, name=f"sidecar-{number}", inside=inside, env=env)
 
     def _envoy(self, starting: contextlib.ExitStack, sidecar: Sidecar, number: int) -> str:
         address = local()
@@ -148,6 +199,15 @@ class Pool:
             return whole and len({one["leader"] for one in seen}) == 1
 
         wait_until(is_one, timeout_s, "one group")
+
+    def most_members(self) -> int:
+        """How many sidecars there are, by what the one knows that leads the most."""
+        seen = [place.replicas for place in self.places]
+        return int(max((one for one in seen if one["role"] == "leading"), key=lambda one: one["group"])["members"])
+
+    def rest(self, seconds: float) -> None:
+        """Let time pass: how long a fault lasts."""
+        time.sleep(seconds)
 
     @property
     def leader(self) -> Place:

@@ -49,13 +49,21 @@ class Sidecar:
     tests that say so.
     """
 
-    def __init__(self, config: Mapping[str, Any], directory: Path, *, name: str = "sidecar") -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        directory: Path,
+        *,
+        name: str = "sidecar",
+        inside: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         self.config = {"listen": local() if "tls" in config else beside_envoy(), "admin": local(), **config}
         self.listen: str = self.config["listen"]
         self.admin: str = self.config["admin"]
         self.path = directory / f"{name}.yaml"
-        argv = [sys.executable, "-m", "extproc", "serve", "--config", str(self.path)]
-        self.child = Child(argv, directory / f"{name}.log", name=name)
+        argv = [*inside, sys.executable, "-m", "extproc", "serve", "--config", str(self.path)]
+        self.child = Child(argv, directory / f"{name}.log", name=name, env=env)
 
     def __enter__(self) -> Sidecar:
         self.write_config()

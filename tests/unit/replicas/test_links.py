@@ -7,6 +7,7 @@ import socket
 import struct
 
 import pytest
+import uvloop
 
 from extproc.replicas import messages as m
 from extproc.replicas.links import TcpNetwork
@@ -53,7 +54,8 @@ async def opened(door: Door) -> tuple[TcpNetwork, str]:
     return network, address
 
 
-def test_what_one_side_sends_the_other_receives_in_order_and_an_end_is_told_once():
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_what_one_side_sends_the_other_receives_in_order_and_an_end_is_told_once(new_loop):
     async def run() -> None:
         door = Door()
         network, address = await opened(door)
@@ -73,7 +75,8 @@ def test_what_one_side_sends_the_other_receives_in_order_and_an_end_is_told_once
         assert door.gone == 0  # who ends a stream himself is not told
         await network.close()
 
-    asyncio.run(run())
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(run())
 
 
 def test_a_sidecar_that_is_not_there_is_told_as_an_end():

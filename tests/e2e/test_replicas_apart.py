@@ -1,0 +1,108 @@
+"""Three sidecars on machines of their own, with clocks that are 10 s apart, and cables between them that are cut.
+
+Each has a network namespace; their Envoys, the engines and the store are outside. `EXTPROC_LONG=1` cuts all cables.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import pytest
+
+from .kit.machines import Machines
+from .kit.pool import Pool, longest_stuck_s
+from .kit.processes import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+LONG = bool(os.environ.get("EXTPROC_LONG"))
+LIMIT = 25 if LONG else 6
+HELD = 201 if LONG else 24
+CONFIG = {
+    "max_running_requests": LIMIT,
+    "classes": [{"name": "default", "budget": "110s"}],
+    "scrape_interval": "200ms",
+}
+CLOCKS_S = (-10.0, 0.0, 10.0)
+STUCK_S = 10.0
+LEAVES_S = 4.0
+"""How long a cut lasts after everybody has noticed."""
+
+
+def number_of(pool: Pool, role: str) -> int:
+    return next(number for number, place in enumerate(pool.places) if place.replicas["role"] == role)
+
+
+def a_follower_from_the_leader(pool: Pool, machines: Machines) -> None:
+    """They still reach the third one, the store and the engines."""
+    leader, follower = number_of(pool, "leading"), number_of(pool, "following")
+    machines.cut(leader, machines.addresses[follower])
+    machines.cut(follower, machines.addresses[leader])
+    alone = pool.places[follower]
+    wait_until(lambda: alone.replicas["role"] == "leading", 15, "it leads itself")
+    assert alone.replicas["cut_off"]
+    assert alone.replicas["members"] == 3
+
+
+def the_leader_from_the_store(pool: Pool, machines: Machines) -> None:
+    turns = [place.sidecar.metrics()['extproc_replica_turns_total{role="seeking"}'] for place in pool.places]
+    leader = number_of(pool, "leading")
+    machines.cut(leader, machines.store)
+    place = pool.places[leader]
+    wait_until(lambda: place.replicas["store_age_s"] > 6, 15, "the leader has missed the store")
+    assert (place.replicas["role"], place.replicas["group"], place.replicas["members"]) == ("leading", 3, 3)
+    after = [place.sidecar.metrics()['extproc_replica_turns_total{role="seeking"}'] for place in pool.places]
+    assert after == turns, "the store changes nothing while there is a leader"
+
+
+def a_follower_from_everything(pool: Pool, machines: Machines) -> None:
+    """From the others, the store and the engines' pages; its Envoy still reaches it and the engines."""
+    follower = number_of(pool, "following")
+    others = [address for number, address in enumerate(machines.addresses) if number != follower]
+    machines.cut(follower, machines.store, machines.engines, *others)
+    alone = pool.places[follower]
+    wait_until(lambda: alone.replicas["role"] == "leading", 15, "it leads itself")
+    wait_until(lambda: pool.most_members() == 2, 15, "the others count it out")
+
+
+def the_leader_from_everything(pool: Pool, machines: Machines) -> None:
+    leader = number_of(pool, "leading")
+    others = [address for number, address in enumerate(machines.addresses) if number != leader]
+    machines.cut(leader, machines.store, machines.engines, *others)
+    rest = [place for number, place in enumerate(pool.places) if number != leader]
+    wait_until(lambda: [place.replicas["role"] for place in rest].count("leading") == 1, 15, "another leads")
+
+
+CUTS = [a_follower_from_the_leader]
+LONG_CUTS = [the_leader_from_the_store, a_follower_from_everything, the_leader_from_everything]
+
+
+@pytest.mark.parametrize("cut", CUTS + (LONG_CUTS if LONG else []), ids=lambda cut: cut.__name__)
+def test_with_a_cable_cut_and_clocks_apart_each_request_is_answered_once_and_none_is_stuck(
+    tmp_path, cut: Callable[[Pool, Machines], None]
+):
+    with Machines(3) as machines, Pool(tmp_path, config=CONFIG, machines=machines, clocks_s=CLOCKS_S) as pool:
+        waves = [[pool.send(place, f"running-{n}", 2 * LIMIT // 3, 150) for n, place in enumerate(pool.places)]]
+        wait_until(lambda: pool.in_flight() == 2 * LIMIT, 15, "all slots taken")
+        waves.append([pool.send(place, f"held-{n}", HELD // 3, 20) for n, place in enumerate(pool.places)])
+        wait_until(lambda: pool.waiting() == HELD, 15, "all others held")
+        cut(pool, machines)
+        waves.append([pool.send(place, f"late-{n}", HELD // 3, 20) for n, place in enumerate(pool.places)])
+        pool.rest(LEAVES_S)
+        machines.mend()
+        by_place = [[answer for wave in waves for answer in wave[n].result()] for n in range(3)]
+        answers = [answer for batch in by_place for answer in batch]
+        sent = 3 * (2 * LIMIT // 3) + 2 * HELD
+        assert Counter(answer.status for answer in answers) == {200: sent}
+        assert not [answer.error for answer in answers if answer.error]
+        assert max(longest_stuck_s(batch) for batch in by_place) < STUCK_S
+        pool.wait_one_group()
+        wait_until(lambda: pool.in_flight() == 0 and pool.waiting() == 0, 5, "all books empty")
+        assert pool.served() == sent, "none twice"
+        over = 0 if cut is the_leader_from_the_store else 3
+        assert max(pool.peaks().values()) <= LIMIT + over, "at most one request per sidecar above the limit"
+        for place in pool.places:
+            assert "Traceback" not in place.sidecar.child.output()
