@@ -233,7 +233,8 @@ class Engine:
         rank = priority if self.params.scheduling_policy == "priority" else 0
         seq = _Sequence(seq_id, prompt_tokens, output_tokens, (rank, self._numbers), session)
         if prefix is not None and self.params.prefix_caching:
-            seq.prefix, seq.prefix_blocks = prefix, min(prefix_tokens, prompt_tokens - 1) // self.params.block_size
+            seq.prefix_blocks = min(prefix_tokens, prompt_tokens - 1) // self.params.block_size
+            seq.prefix = prefix if seq.prefix_blocks else None  # too short to have a block of it: nothing in common
         self._live[seq_id] = seq
         self._waiting[seq.order] = seq
         if not self._ends:
@@ -464,6 +465,7 @@ class Engine:
         if prefix is None:
             held = self._cache.pop((name,), 0)
             self._cached -= held
+            held = min(held, seq.prefix_blocks)  # a longer one would own blocks that nobody uses, and may need
             self._used += held
             prefix = self._prefixes[name] = _Prefix(held, held)
         found = min(prefix.computed, seq.prefix_blocks)

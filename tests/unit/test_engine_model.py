@@ -344,6 +344,17 @@ def test_a_prefix_that_its_first_user_left_unfinished_is_computed_by_the_next() 
     assert engine.prompt_tokens_total == 1040
 
 
+@pytest.mark.parametrize("tokens", [3, 5])
+def test_one_that_has_less_of_a_prefix_than_is_remembered_still_ends(tokens: int) -> None:
+    """It owned all that was remembered, found no room for its own blocks, and was preempted and let in for ever."""
+    engine = Engine(small(num_gpu_blocks=3, prefix_caching=True, max_num_batched_tokens=16))
+    engine.submit("long", 9, 1, 0.0, prefix="p", prefix_tokens=10)
+    engine.advance(1.0)
+    engine.submit("short", tokens, 12 - tokens, 1.0, prefix="p", prefix_tokens=10)
+    (ended,) = [event for event in engine.advance(2.0) if isinstance(event, Finished)]
+    assert (ended.seq_id, ended.output_tokens, ended.preemptions) == ("short", 12 - tokens, 0)
+
+
 def test_attention_over_the_context_before_a_prompts_chunk_takes_its_time() -> None:
     def first_token_s(prefill_context_s: float) -> float:
         engine = Engine(dataclasses.replace(DEMO, prefill_context_s=prefill_context_s, max_num_batched_tokens=500))
