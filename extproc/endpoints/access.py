@@ -14,8 +14,6 @@ from yarl import URL
 from extproc.files import read_regular, signature_of
 
 if TYPE_CHECKING:
-    import aiohttp
-
     from extproc.files import Signature
 
 HOPS = 3
@@ -92,12 +90,12 @@ def client_tls(ca_file: str) -> ssl.SSLContext:
     return context
 
 
-def onward(response: aiohttp.ClientResponse, url: URL) -> URL | None:
-    """Return where a redirect leads, if that is the same server; None: it is no redirect, or leads elsewhere."""
-    if not 300 <= response.status < 400:
+def onward(status: int, location: str | None, url: URL) -> URL | None:
+    """Return where an answer of `url` leads, on the same server; None: it is no redirect, or leads elsewhere."""
+    if not 300 <= status < 400 or location is None:
         return None
     try:
-        there = url.join(URL(response.headers["location"]))
-    except (KeyError, ValueError):
+        there = url.join(URL(location))
+    except ValueError:
         return None
     return there if there.origin() == url.origin() and there.user is None else None

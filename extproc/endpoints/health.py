@@ -170,7 +170,7 @@ async def _check(
         headers, tls = credentials.headers(), credentials.tls()
         for _ in range(HOPS + 1):
             async with client.get(url, timeout=timeout, headers=headers, ssl=tls, allow_redirects=False) as response:
-                further = onward(response, url)
+                further = onward(response.status, response.headers.get("location"), url)
                 if further is None:
                     return None if 200 <= response.status < 300 else f"status {response.status}"
                 url = further

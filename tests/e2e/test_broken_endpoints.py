@@ -232,3 +232,30 @@ def test_a5_no_request_meets_a_connection_that_its_server_closes_when_idle(stack
         here.wait_idle()
         assert here.endpoint("a")["state"] == "up"
         assert here.endpoint("a")["dispatched"] == server.served
+
+
+def plain_reset(bootstrap: dict[str, Any]) -> None:
+    (listener,) = bootstrap["static_resources"]["listeners"]
+    (host,) = listener["filter_chains"][0]["filters"][0]["typed_config"]["route_config"]["virtual_hosts"]
+    host["routes"][0]["route"]["retry_policy"]["retry_on"] = "reset"
+
+
+@pytest.mark.parametrize(("edit", "status", "runs"), [(None, 503, 1), (plain_reset, 503, 2)], ids=["ours", "reset"])
+def test_a5_a_request_that_its_server_read_before_it_hung_up_is_not_run_again(stack, edit, status, runs):
+    """Why the idle timeout must do: Envoy's `reset` can't tell this from a connection that was closed when idle."""
+    with Canned(b"") as server:
+        here = stack(upstreams=(), endpoints={"a": {"address": server.address}}, edit=edit)
+        assert complete_many(here.url, 1, lambda _: {"x-test-id": "r"})[0].status == status
+        here.wait_idle()
+        assert (server.served, here.endpoint("a")["dispatched"]) == (runs, 1)
+
+
+def test_a5_what_its_server_refused_to_begin_is_sent_again_as_one_lease_and_one_run(stack):
+    """Over HTTP/2 a server says so (REFUSED_STREAM); where nothing listened for a moment, nothing can have begun."""
+    here = stack(protocol="h2", upstreams=("a",))
+    (answer,) = complete_many(here.url, 1, lambda _: {"x-test-id": "r", **dict([behave("ok", refuse=1)])})
+    assert answer.status == 200
+    here.wait_idle()
+    assert [record.attempt for record in here.upstreams["a"].records() if record.finished] == [2]
+    assert here.endpoint("a")["dispatched"] == 1
+    assert here.endpoint("a")["state"] == "up"

@@ -8,9 +8,12 @@ import gzip
 import logging
 import os
 import socket
+import ssl
 from collections.abc import Awaitable, Callable
 
 import pytest
+import trustme
+import uvloop
 
 from extproc.admission.controller import Controller
 from extproc.admission.load import Load
@@ -35,19 +38,23 @@ PATIENCE_S = 5.0
 class Pages:
     """A server that answers each path in its own bad way, and counts what it did."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self._tls = tls
         self.hits: dict[str, int] = {}
         self.heads: list[str] = []
         self.sent_bytes = 0
         self.page = GOOD
         self.token = ""
+        self.opened = 0
+        self.closes_old_ones = False
+        self.forged = b""  # said behind each good page, when nobody asks
         self.models: bytes | None = b'{"data": [{"max_model_len": 4096}]}'  # None: it hangs
         self.address = ""
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Pages:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self._tls)
         self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
         return self
 
@@ -65,16 +72,24 @@ class Pages:
         task = asyncio.current_task()
         assert task is not None
         self._connections.add(task)
+        self.opened += 1
+        is_old = False
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()
                 self.heads.append(head)
                 path = head.split(" ")[1].removeprefix("/")
+                if is_old and self.closes_old_ones:
+                    break
                 self.hits[path] = self.hits.get(path, 0) + 1
                 answer: Callable[[asyncio.StreamWriter], Awaitable[None]] = getattr(self, f"_{path.replace('/', '_')}")
                 await answer(writer)
                 if path != "good":
                     break
+                is_old = True
+                if self.forged:
+                    await asyncio.sleep(0.005)  # what is tested: it comes when nobody waits
+                    writer.write(self.forged)
         writer.close()
         self._connections.discard(task)
 
@@ -108,6 +123,40 @@ class Pages:
 
     async def _crlf(self, writer: asyncio.StreamWriter) -> None:
         await self._send(writer, GOOD.replace(b"\n", b"\r\n"))
+
+    async def _interim(self, writer: asyncio.StreamWriter) -> None:
+        await self._write(writer, b"HTTP/1.1 103 Early Hints\r\nlocation: /x\r\ncontent-length: 9\r\n\r\n")
+        await self._send(writer, GOOD)
+
+    async def _chunked(self, writer: asyncio.StreamWriter) -> None:
+        pieces = b"".join(b"%x\r\n%s\r\n" % (len(line), line) for line in GOOD.splitlines(keepends=True))
+        await self._write(writer, b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + pieces + b"0\r\n\r\n")
+
+    async def _until_closed(self, writer: asyncio.StreamWriter) -> None:
+        await self._write(writer, b"HTTP/1.0 200 OK\r\n\r\n" + GOOD)
+
+    async def _two_lengths(self, writer: asyncio.StreamWriter) -> None:
+        await self._send(writer, GOOD, "content-length: 3")
+
+    async def _smuggled(self, writer: asyncio.StreamWriter) -> None:
+        await self._send(writer, GOOD, "transfer-encoding: chunked")
+
+    async def _upgrade(self, writer: asyncio.StreamWriter) -> None:
+        await self._write(writer, b"HTTP/1.1 101 Switching\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n")
+
+    async def _many_interim(self, writer: asyncio.StreamWriter) -> None:
+        while not writer.is_closing():
+            await self._write(writer, b"HTTP/1.1 103 Early Hints\r\nx: y\r\n\r\n" * 100)
+
+    async def _head(self, writer: asyncio.StreamWriter) -> None:
+        await self._write(writer, b"HTTP/1.1 200 OK\r\n")
+        while not writer.is_closing():
+            await self._write(writer, b"x: " + b"y" * 60_000 + b"\r\n")
+
+    async def _chunk_lines(self, writer: asyncio.StreamWriter) -> None:
+        await self._write(writer, b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+        while not writer.is_closing():
+            await self._write(writer, b"1\r\nv\r\n" * 1000)
 
     async def _hang(self, writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(60)
@@ -194,6 +243,12 @@ HOSTILE = {
     "cut": "protocol",
     "noise": "protocol",
     "gone": "protocol",
+    "two_lengths": "protocol",
+    "smuggled": "protocol",
+    "upgrade": "protocol",
+    "many_interim": "protocol",
+    "head": "protocol",
+    "chunk_lines": "too_big",
     "refused": "connect",
 }
 
@@ -294,11 +349,25 @@ def test_a_good_page_becomes_load_again_and_again_over_one_connection_without_co
     asyncio.run(main())
 
 
-def test_line_ends_of_windows_are_no_error():
+def test_it_works_on_uvloop_as_well():
+    async def main() -> None:
+        async with Pages() as pages, Wire(interval_s=0.02) as wire:
+            for name in ("good", "endless", "gone", "announced"):
+                wire.scraper.put(Target(name, pages.url(name if name != "endless" else "line")))
+            await until(lambda: len(wire.seen) >= 3 and len(wire.errors()) == 3)
+            errors = {name: set(why) for name, why in wire.errors().items()}
+            assert errors == {"endless": {"too_big"}, "gone": {"protocol"}, "announced": {"too_big"}}
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
+
+
+@pytest.mark.parametrize("form", ["crlf", "interim", "chunked", "until_closed"])
+def test_a_page_may_come_in_any_form_of_http(form):
     async def main() -> None:
         async with Pages() as pages, Wire() as wire:
-            wire.scraper.put(Target("a", pages.url("crlf")))
-            await until(lambda: wire.seen)
+            wire.scraper.put(Target("a", pages.url(form)))
+            await until(lambda: wire.seen or wire.errors())
             assert wire.seen == [("a", Load(running=3.0, waiting=1.0))]
 
     asyncio.run(main())
@@ -600,7 +669,72 @@ def test_limits_that_cant_be_had_now_stay_and_those_that_are_gone_go(monkeypatch
     asyncio.run(main())
 
 
+def test_a_connection_that_the_server_closed_as_it_was_asked_again_costs_no_scrape():
+    async def main() -> None:
+        async with Pages() as pages, Wire(interval_s=0.02) as wire:
+            pages.closes_old_ones = True
+            wire.scraper.put(Target("a", pages.url("good")))
+            await until(lambda: len(wire.seen) >= 3)
+            assert wire.errors() == {}
+            assert len([head for head in pages.heads if "/good" in head]) > pages.hits["good"]
+
+    asyncio.run(main())
+
+
+def test_an_idle_connection_that_says_something_is_closed_and_what_it_said_is_no_page():
+    async def main() -> None:
+        forged = GOOD.replace(b"} 3", b"} 9")
+        async with Pages() as pages, Wire(interval_s=0.02) as wire:
+            pages.forged = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(forged) + forged
+            wire.scraper.put(Target("a", pages.url("good")))
+            await until(lambda: len(wire.seen) >= 3)
+            assert {load.running for _, load in wire.seen} == {3.0}
+
+    asyncio.run(main())
+
+
 # ---- pages behind a lock
+
+
+def server_tls(ca: trustme.CA, name: str = "127.0.0.1") -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    ca.issue_cert(name).configure_cert(context)
+    return context
+
+
+def test_a_page_behind_a_private_ca_is_read_by_who_was_told_that_ca_and_by_nobody_else(tmp_path):
+    ca, other = trustme.CA(), trustme.CA()
+    right, wrong = tmp_path / "right.pem", tmp_path / "wrong.pem"
+    ca.cert_pem.write_to_path(str(right))
+    other.cert_pem.write_to_path(str(wrong))
+
+    async def main() -> None:
+        async with (
+            Pages(server_tls(ca)) as pages,
+            Pages(server_tls(ca, "elsewhere.test")) as misnamed,
+            Wire(interval_s=0.03) as wire,
+        ):
+            for name, page, file in (
+                ("fine", pages, right),
+                ("stranger", pages, wrong),
+                ("system", pages, None),
+                ("misnamed", misnamed, right),
+            ):
+                access = Access((), None, None if file is None else str(file))
+                wire.scraper.put(Target(name, f"https://{page.address}/good", access=access))
+            await until(lambda: len(wire.errors()) == 3 and len(wire.seen) >= 2)
+            assert {name: set(why) for name, why in wire.errors().items()} == {
+                "stranger": {"connect"},
+                "system": {"connect"},
+                "misnamed": {"connect"},
+            }
+            assert {name for name, _ in wire.seen} == {"fine"}
+            assert misnamed.heads == []  # no word, so no secret, before the name was right
+            wrong.with_suffix(".new").write_bytes(right.read_bytes())
+            wrong.with_suffix(".new").replace(wrong)
+            await until(lambda: "stranger" in {name for name, _ in wire.seen})  # a CA that changed is taken up
+
+    asyncio.run(main())
 
 
 def test_a_page_behind_headers_and_a_token_is_read_and_a_token_that_changed_is_taken_up(tmp_path):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from typing import TYPE_CHECKING
 
-import aiohttp
-
 from extproc.endpoints.access import HOPS, Credentials, onward
+from extproc.endpoints.telemetry.connection import Answer, Connection
 from extproc.endpoints.telemetry.page import Reason
 
 if TYPE_CHECKING:
     from yarl import URL
 
-_HEADERS = {"Accept": "text/plain;version=0.0.4, text/plain;q=0.5", "Accept-Encoding": "identity"}
+_HEADERS = {"accept": "text/plain;version=0.0.4, text/plain;q=0.5", "accept-encoding": "identity"}
+
+_Origin = tuple[str, int, ssl.SSLContext | None]
+"""Host, port, and what is trusted there; None: no TLS."""
 
 
 class Pages:
@@ -22,18 +25,21 @@ class Pages:
     def __init__(self, *, timeout_s: float, keep_s: float, loop: asyncio.AbstractEventLoop) -> None:
         """Give up a page that is not whole in `timeout_s`; keep an idle connection for `keep_s`."""
         self._timeout_s = timeout_s
-        self._client = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=keep_s, loop=loop),
-            cookie_jar=aiohttp.DummyCookieJar(loop=loop),
-            auto_decompress=False,
-            trust_env=False,
-            headers=_HEADERS,
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),  # the deadline in `get` covers all
-        )
+        self._keep_s = keep_s
+        self._loop = loop
+        self._system_tls: ssl.SSLContext | None = None
+        self._idle: dict[_Origin, list[tuple[float, Connection]]] = {}  # since when, the latest last
+        self._connections: set[Connection] = set()
+        self._sweep = loop.call_later(keep_s, self._close_idle)
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._client.close()
+        self._sweep.cancel()
+        self._idle.clear()
+        for connection in tuple(self._connections):
+            connection.close()
+        while self._connections:  # noqa: ASYNC110 - each says when it is gone, in the loop's next turns
+            await asyncio.sleep(0)
 
     async def get(self, url: URL, most_bytes: int, credentials: Credentials | None = None) -> bytes | Reason:
         """Return a page's bytes, or why there are none."""
@@ -44,43 +50,89 @@ class Pages:
         try:
             async with asyncio.timeout(self._timeout_s):
                 for _ in range(HOPS + 1):
-                    async with self._client.get(url, headers=headers, ssl=tls, allow_redirects=False) as response:
-                        further = onward(response, url)
-                        if further is None:
-                            return await _body(response, most_bytes)
-                        response.close()  # whatever else it would send
-                        url = further
+                    answer = await self._ask(url, headers, tls, most_bytes)
+                    if isinstance(answer, Reason):
+                        return answer
+                    if answer.status == 200:
+                        return answer.body
+                    further = onward(answer.status, answer.location, url)
+                    if further is None:
+                        return Reason.REDIRECT
+                    url = further
                 return Reason.REDIRECT
         except TimeoutError:
             return Reason.TIMEOUT
-        except aiohttp.ClientConnectorError:
+        except OSError:  # refused, unreachable, name unknown, TLS
             return Reason.CONNECT
-        except (aiohttp.ClientError, OSError, ValueError):
+        except ValueError:
             return Reason.PROTOCOL
 
+    async def _ask(
+        self, url: URL, headers: dict[str, str] | None, tls: ssl.SSLContext | bool, most_bytes: int
+    ) -> Answer | Reason:
+        """Return what the server says to one GET. Raises OSError without a connection, ValueError for an odd URL."""
+        if url.host is None or url.port is None:
+            raise ValueError(f"{url}: no address")
+        context = None if url.scheme != "https" else self._context(tls)
+        origin = url.host, url.port, context
+        request = _request(url, headers)
+        while True:
+            connection = self._take(origin) or await self._connect(origin)
+            is_old = connection.was_used
+            try:
+                answer = await connection.ask(request, most_bytes)
+            except BaseException:
+                connection.close()
+                raise
+            if connection.is_open:
+                self._idle.setdefault(origin, []).append((self._loop.time(), connection))
+            elif is_old and not connection.begun:
+                continue  # closed by the server as it was asked again: a GET may be asked twice
+            return answer
 
-async def _body(response: aiohttp.ClientResponse, most_bytes: int) -> bytes | Reason:
-    refusal = _refusal(response, most_bytes)
-    if refusal is not None:
-        response.close()  # whatever else it would send
-        return refusal
-    body = bytearray()
-    while piece := await response.content.readany():
-        body += piece
-        if len(body) > most_bytes:
-            response.close()
-            return Reason.TOO_BIG
-    return bytes(body)
+    def _context(self, tls: ssl.SSLContext | bool) -> ssl.SSLContext:
+        if isinstance(tls, ssl.SSLContext):
+            return tls
+        if self._system_tls is None:
+            self._system_tls = ssl.create_default_context()
+        return self._system_tls
+
+    def _take(self, origin: _Origin) -> Connection | None:
+        idle = self._idle.get(origin, [])
+        while idle:
+            _, connection = idle.pop()
+            if connection.is_open:
+                return connection
+        return None
+
+    async def _connect(self, origin: _Origin) -> Connection:
+        host, port, context = origin
+        connection = Connection(self._loop, self._connections.discard)
+        await self._loop.create_connection(lambda: connection, host, port, ssl=context)
+        self._connections.add(connection)
+        return connection
+
+    def _close_idle(self) -> None:
+        """Close what nobody used for long, and come again."""
+        since = self._loop.time() - self._keep_s
+        for origin, idle in tuple(self._idle.items()):
+            for at, connection in idle:
+                if at < since:
+                    connection.close()
+            kept = [one for one in idle if one[1].is_open]
+            if kept:
+                self._idle[origin] = kept
+            else:
+                del self._idle[origin]
+        self._sweep = self._loop.call_later(self._keep_s, self._close_idle)
 
 
-def _refusal(response: aiohttp.ClientResponse, most_bytes: int) -> Reason | None:
-    """Return why the body of `response` isn't read, judging by its head."""
-    if 300 <= response.status < 400:
-        return Reason.REDIRECT
-    if response.status != 200:
-        return Reason.STATUS
-    if response.headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity"):
-        return Reason.ENCODING
-    if response.content_length is not None and response.content_length > most_bytes:
-        return Reason.TOO_BIG
-    return None
+def _request(url: URL, headers: dict[str, str] | None) -> bytes:
+    """Return a GET. Raises ValueError for headers that would be two."""
+    fields = _HEADERS | {name.lower(): value for name, value in (headers or {}).items()}
+    lines = [f"GET {url.raw_path_qs} HTTP/1.1", f"host: {url.host_port_subcomponent}"]
+    lines += [f"{name}: {value}" for name, value in fields.items()]
+    text = "\r\n".join(lines)
+    if text.count("\r") + text.count("\n") != 2 * (len(lines) - 1):
+        raise ValueError("a header of several lines")
+    return (text + "\r\n\r\n").encode()

@@ -44,6 +44,7 @@ class Behaviour:
     gap_s     silence between events
     hold      "head": wait for `release(id)` before the head; "body": after the first event, or after half of an ok body
     fail      that many attempts of this request id are reset before the head; the next one goes as told
+    refuse    the same, said as "not begun" (REFUSED_STREAM; HTTP/2 only)
     at        the name of the upstream that behaves so; the others answer ok
     reply     one more header of the answer (kinds ok and with events): `name: value`
     """
@@ -56,6 +57,7 @@ class Behaviour:
     wait_s: float = 0.0
     hold: str = ""
     fail: int = 0
+    refuse: int = 0
     at: str = ""
     reply: str = ""
 
@@ -119,7 +121,7 @@ class _Wire(Protocol):
     async def head(self, status: int, headers: Headers) -> None: ...
     async def data(self, data: bytes) -> None: ...
     async def end(self, trailers: Headers) -> None: ...
-    async def reset(self) -> None: ...
+    async def reset(self, *, as_not_begun: bool = False) -> None: ...
     async def close(self) -> None: ...
 
 
@@ -296,6 +298,10 @@ class Upstream:
             await asyncio.sleep(how.wait_s)
         if how.hold == "head":
             await self._held(record)
+        if record.attempt <= how.refuse:
+            self.close(record, "cut")
+            await wire.reset(as_not_begun=True)
+            return
         if record.attempt <= how.fail:
             how = Behaviour("rst", events=0)
         if how.kind == "ok":

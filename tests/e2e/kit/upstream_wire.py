@@ -155,7 +155,7 @@ class H1:
         if self._chunked:
             await self._connection.write(chunk(b""))
 
-    async def reset(self) -> None:
+    async def reset(self, *, as_not_begun: bool = False) -> None:
         self._connection.reset()
 
     async def close(self) -> None:
@@ -289,8 +289,9 @@ class H2Stream:
             self._h2.end_stream(self.id)
         await self._connection.flush()
 
-    async def reset(self) -> None:
-        self._h2.reset_stream(self.id, h2.errors.ErrorCodes.INTERNAL_ERROR)
+    async def reset(self, *, as_not_begun: bool = False) -> None:
+        codes = h2.errors.ErrorCodes
+        self._h2.reset_stream(self.id, codes.REFUSED_STREAM if as_not_begun else codes.INTERNAL_ERROR)
         await self._connection.flush()
 
     async def close(self) -> None:
