@@ -1,4 +1,4 @@
-"""What an answer's head says of the endpoint that gave it. Whether that is the endpoint's fault, the core finds out."""
+"""What an answer tells of the endpoint that gave it. Whether that is the endpoint's fault, the core finds out."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from extproc.admission.values import Answer
 if TYPE_CHECKING:
     from extproc.stream.wire import Incoming
 
+GRPC = "application/grpc"
 GRPC_STATUS = "grpc-status"
 _GRPC = {
     "0": Answer.OK,
@@ -19,7 +20,7 @@ _GRPC = {
     "14": Answer.SATURATED,  # UNAVAILABLE
     "15": Answer.ERROR,  # DATA_LOSS
 }
-"""What a gRPC status tells that comes with the head, as it does when there is no message; any other: REFUSED."""
+"""What a gRPC status tells; any other: REFUSED. An error's stands in the head only where a server had sent none yet."""
 
 
 def judge(incoming: Incoming) -> Answer:
@@ -45,9 +46,16 @@ def judge(incoming: Incoming) -> Answer:
 
 def _judge_success(incoming: Incoming) -> Answer:
     """Judge an answer whose status is good. With nothing behind the head, it is none."""
-    status = incoming.headers.get(GRPC_STATUS)
-    if status is not None:
-        return _GRPC.get(status, Answer.REFUSED)
+    if GRPC_STATUS in incoming.headers:
+        return judge_trailers(incoming)
     if not incoming.has_body or incoming.headers.get("content-length") == "0":
         return Answer.EMPTY
+    if incoming.headers.get("content-type", "").startswith(GRPC):
+        return Answer.UNKNOWN  # its trailers tell
     return Answer.OK
+
+
+def judge_trailers(incoming: Incoming) -> Answer:
+    """Read the status of a gRPC answer from its trailers, or from a head that is all there is; UNKNOWN: it has none."""
+    status = incoming.headers.get(GRPC_STATUS)
+    return Answer.UNKNOWN if status is None else _GRPC.get(status, Answer.REFUSED)

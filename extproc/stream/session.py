@@ -21,7 +21,7 @@ from extproc.admission.ticket import Ticket
 from extproc.admission.values import Answer, Dispatch
 from extproc.errors import ProtocolError
 from extproc.stream import bodies, wire
-from extproc.stream.answer import judge
+from extproc.stream.answer import GRPC, GRPC_STATUS, judge, judge_trailers
 from extproc.stream.bodies import MODEL_WITHIN, Kept, model_in
 from extproc.stream.dialect import PLAIN, ClusterHeader
 from extproc.stream.request import BINARY_REPORT, REPORT, Requests
@@ -152,7 +152,7 @@ class Reception:
         if "upgrade" in headers:  # a WebSocket begins as a GET, and takes tokens for as long as it is open
             method = UPGRADE
         action, shape = self.routes.find(method, headers.get(":path", ""))
-        if headers.get("content-type", "").startswith("application/grpc"):
+        if headers.get("content-type", "").startswith(GRPC):
             shape = Shape.GRPC
         return action, shape
 
@@ -274,6 +274,8 @@ class Session:
             ):
                 self._send(wire.go_on(incoming.kind))
                 if incoming.kind is Kind.RESPONSE_TRAILERS:
+                    if GRPC_STATUS in incoming.headers:
+                        self._answer = judge_trailers(incoming)
                     self._close()
             case state, kind:
                 raise ProtocolError(f"{kind.value} has no place here: the stream is {state.name.lower()}")

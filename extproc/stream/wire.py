@@ -141,7 +141,7 @@ class Reader:
         if name == "request_headers":
             part = message.request_headers
             incoming.has_body = not part.end_of_stream
-            self._pick(part, incoming)
+            self._pick(part.headers, incoming)
             if self._fields_namespace and self._fields_namespace in message.metadata_context.filter_metadata:
                 incoming.fields = _scalars(message.metadata_context.filter_metadata[self._fields_namespace])
             if self._picks:
@@ -149,18 +149,23 @@ class Reader:
         elif incoming.observed and TICKETS_NAMESPACE in message.metadata_context.filter_metadata:
             incoming.ticket = int(message.metadata_context.filter_metadata[TICKETS_NAMESPACE].fields["n"].number_value)
         elif name == "response_headers":
-            part = message.response_headers
-            incoming.has_body = not part.end_of_stream
-            self._pick(part, incoming)
-            if self._picks:
-                incoming.served = _served(message.metadata_context)
+            self._read_answer(message, incoming)
+        elif name == "response_trailers":
+            self._pick(message.response_trailers.trailers, incoming)
         if _ATTRIBUTES in message.attributes:
             _texts(message.attributes[_ATTRIBUTES], incoming.attributes)
         return incoming
 
-    def _pick(self, part: pb.HttpHeaders, incoming: Incoming) -> None:
+    def _read_answer(self, message: pb.ProcessingRequest, incoming: Incoming) -> None:
+        part = message.response_headers
+        incoming.has_body = not part.end_of_stream
+        self._pick(part.headers, incoming)
+        if self._picks:
+            incoming.served = _served(message.metadata_context)
+
+    def _pick(self, part: pb.HeaderMap, incoming: Incoming) -> None:
         wanted, headers = self._wanted, incoming.headers
-        for header in part.headers.headers:
+        for header in part.headers:
             key = header.key
             if key in wanted and key not in headers:
                 headers[key] = (header.raw_value or header.value).decode("utf-8", "replace")

@@ -14,6 +14,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import pytest
 
 from .kit.clients import complete_many
@@ -259,3 +260,46 @@ def test_a5_what_its_server_refused_to_begin_is_sent_again_as_one_lease_and_one_
     assert [record.attempt for record in here.upstreams["a"].records() if record.finished] == [2]
     assert here.endpoint("a")["dispatched"] == 1
     assert here.endpoint("a")["state"] == "up"
+
+
+class Calls(grpc.GenericRpcHandler):
+    """A gRPC engine: each call has this status, in trailers behind a head that says 200."""
+
+    def __init__(self, code: grpc.StatusCode) -> None:
+        self.code = code
+        self.served = 0
+
+    def service(self, _: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes]:
+        return grpc.unary_unary_rpc_method_handler(self._answer)
+
+    def _answer(self, request: bytes, context: grpc.ServicerContext) -> bytes:
+        self.served += 1
+        if self.code is not grpc.StatusCode.OK:
+            context.send_initial_metadata(())  # else the status of an abort comes in the head
+            context.abort(self.code, "not here")
+        time.sleep(0.02)  # a good one takes its time, so that the bad one, always idle, would get all
+        return request
+
+
+@contextlib.contextmanager
+def grpc_engine(calls: Calls) -> Iterator[str]:
+    server = grpc.server(ThreadPoolExecutor(8), handlers=[calls])
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    yield address
+    server.stop(None).wait()
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE], ids=lambda code: code.name)
+def test_a_grpc_engine_that_refuses_all_in_its_trailers_costs_a_few_calls(stack, code):
+    good, bad = Calls(grpc.StatusCode.OK), Calls(code)
+    with grpc_engine(good) as first, grpc_engine(bad) as second:
+        endpoints = {"good": {"address": first}, "bad": {"address": second}}
+        config = {"max_running_requests": LIMIT, "classes": PATIENT, "scrape_interval": "0s"}
+        here = stack(protocol="h2", upstreams=(), endpoints=endpoints, config=config)
+        with grpc.insecure_channel(here.address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+            call = channel.unary_unary("/vllm.grpc.engine.VllmEngine/Generate")
+            calls = [call.future(b"a prompt", timeout=20) for _ in range(60)]
+            codes = Counter(one.code() for one in calls)
+        assert codes[code] == bad.served <= FEW
+        assert codes[grpc.StatusCode.OK] == good.served == 60 - bad.served

@@ -98,8 +98,9 @@ def message(kind: str, attributes: dict[str, str] | None = None, fields: dict | 
     request = pb.ProcessingRequest()
     part = getattr(request, kind)
     part.SetInParent()
+    fields_of = part.trailers if kind == "response_trailers" else part.headers
     for key, value in headers.items():
-        part.headers.headers.add(key=key.replace("_", "-").replace("status", ":status"), raw_value=value.encode())
+        fields_of.headers.add(key=":status" if key == "status" else key.replace("_", "-"), raw_value=value.encode())
     for key, value in (attributes or {}).items():
         request.attributes["envoy.filters.http.ext_proc"].fields[key].string_value = value.encode()
     if fields:
@@ -240,6 +241,24 @@ def test_what_an_endpoint_refuses_counts_against_it_and_what_envoy_refuses_by_it
         session.receive(message(*answer, status=status if at_a else "200"))
         session.end()
     assert (room.gate.controller.endpoints["a"].health.ejected_until is not None) is bool(failures)
+
+
+@pytest.mark.parametrize(
+    ("grpc_status", "ejects"),
+    [("0", False), ("14", True), ("13", True), ("8", True), ("3", True), ("77", True), (None, False)],
+)
+def test_a_grpc_answer_is_judged_by_its_trailers_and_not_by_the_head_before_them(grpc_status, ejects):
+    room = Room(EndpointSpec("a", max_running_requests=1), EndpointSpec("b", max_running_requests=100))
+    told = {"response.code_details": "via_upstream"}
+    for _ in range(100):
+        room.clock.advance(0.3)
+        session, _ = room.open(content_type="application/grpc")
+        status = grpc_status if room.in_flight("a") == 1 else "0"
+        session.receive(message("response_headers", told, status="200", content_type="application/grpc+proto"))
+        if status is not None:
+            session.receive(message("response_trailers", grpc_status=status))
+        session.end()
+    assert (room.gate.controller.endpoints["a"].health.ejected_until is not None) is ejects
 
 
 def test_headers_win_over_fields_of_the_body_and_wrong_types_are_ignored():
