@@ -108,6 +108,7 @@ class App:
             transport="completion_queue" if isinstance(loop, CompletionLoop) else "asyncio",
             rehearsed=None if dry_run is None else dry_run.counts,
             restarts=self.tasks.restarts,
+            told_models=lambda: self.reception.told_models,
         )
         self.queue_log = QueueLog(controller, loop.time)
         self.spans = _spans() if config.tracing else None

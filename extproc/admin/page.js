@@ -155,7 +155,7 @@ function drawCurve(to, values, words, what, stepS) {
 
 // ---- endpoints
 
-const STATES = { up: ["good", "●"], down: ["bad", "✕"], ejected: ["bad", "■"], "on trial": ["warn", "◐"], removed: ["", "○"] };
+const STATES = { up: ["good", "●"], down: ["bad", "✕"], ejected: ["bad", "■"], failing: ["bad", "■"], "on trial": ["warn", "◐"], asleep: ["warn", "○"], unknown: ["", "○"], removed: ["", "○"] };
 function endpointRow(one) {
   const row = newRow();
   const name = cell(row, "name", "", "name wrap", "th");
@@ -200,8 +200,8 @@ function fillEndpoint(row, one) {
   mark(row.parts.prefer, "zero", !one.waiting);
   say(row.parts.sent, number(one.dispatched));
 }
-const TROUBLE = { down: 0, ejected: 1, "on trial": 2 };
-const trouble = one => TROUBLE[one.state] ?? 3;
+const TROUBLE = { down: 0, ejected: 1, failing: 1, "on trial": 2, asleep: 3, unknown: 3 };
+const trouble = one => TROUBLE[one.state] ?? 4;
 
 // ---- outcomes and waiting requests
 
@@ -264,8 +264,10 @@ function draw(view) {
   figure("waiting", number(view.waiting_total), view.waiting_total ? `oldest ${seconds(oldest)}` : "nobody waits");
   figure("flight", number(held), `of ${number(up.reduce((sum, one) => sum + one.limit, 0))} that may run`);
   for (const name of ["sent", "refused", "left"]) figure(name, number(total[name][0]), `${rate(total[name][1])} per s`, name === "refused" && total[name][1] > 0);
-  const out = view.endpoints.length - up.length;
-  figure("up", `${number(up.length)} of ${number(view.endpoints.length)}`, out ? `${number(out)} out of use` : "all in use", out > 0);
+  // Nothing is wrong with who was not heard of yet: it is sent a few requests as they come.
+  const fresh = view.endpoints.filter(one => one.state === "unknown").length, out = view.endpoints.length - up.length - fresh;
+  const words = [out && `${number(out)} out of use`, fresh && `${number(fresh)} not heard of yet`].filter(Boolean).join(", ");
+  figure("up", `${number(up.length)} of ${number(view.endpoints.length)}`, words || "all in use", out > 0);
   rows($("classes").tBodies[0], view.classes, one => one.name, classRow, (row, one) => fillClass(row, one, view));
   rows($("outcomes").tBodies[0], view.outcomes, one => one.outcome, outcomeRow, fillOutcome);
   const rehearsed = Object.entries(view.rehearsed);

@@ -212,7 +212,7 @@ class Viewer:
             "name": endpoint.name,
             "cluster": endpoint.spec.cluster,
             "models": models[:most_models],
-            "up": endpoint.available and endpoint.health.is_known,
+            "up": endpoint.available and endpoint.health.is_known and not endpoint.health.is_failing,
             "state": _state(endpoint),
             "in_flight": len(endpoint.leases),
             "foreign": endpoint.foreign,
@@ -249,6 +249,8 @@ def _state(endpoint: Endpoint) -> str:
         return "asleep"
     if health.on_trial:
         return "on trial"
+    if health.is_failing:
+        return "failing"
     return "up" if health.is_known else "unknown"
 
 

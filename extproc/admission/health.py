@@ -122,6 +122,7 @@ class Health:
         ejections: how many followed each other without a good answer between.
         refusals: how many in a row led to the last ejection.
         on_trial: back from an ejection, and no good answer since.
+        is_failing: it refused EJECT_AFTER requests in a row and more, nobody is better, and it is tried now and then.
         full_until: it refused a request as full, and is left alone till then.
         heard_at: when an answer of it began well last, or its page showed that it makes tokens.
     """
@@ -135,6 +136,7 @@ class Health:
         "full_until",
         "heard_at",
         "is_asleep",
+        "is_failing",
         "is_known",
         "is_up",
         "on_trial",
@@ -154,6 +156,7 @@ class Health:
         self.ejections = 0
         self.refusals = 0
         self.on_trial = False
+        self.is_failing = False
         self.full_until: float | None = None
         self.heard_at: float | None = None
         self._back_at = 0.0  # requests that were sent before tell nothing of how it is now
@@ -216,7 +219,7 @@ class Health:
         """Note an answer that begins well: whatever was held against it is over."""
         self.heard_at = now
         self.is_known = True
-        self.on_trial = False
+        self.on_trial = self.is_failing = False
         self.ejections = 0
         self._doubt = None
         if self._streaks:
@@ -232,6 +235,7 @@ class Health:
             return
         if not has_peers and not is_own_fault:
             self.is_known = True  # it speaks
+            self.is_failing = False
             self._doubt = None
             return
         streak = self._streaks.get(record)
@@ -243,15 +247,17 @@ class Health:
         if not is_own_fault and share > 0.5:  # the others refuse as well: as good as they are
             if self.is_known and not self.on_trial:
                 self._doubt = None
+                self.is_failing = False
             return
         if has_peers and streak.count >= EJECT_AFTER and share**streak.count <= CHANCE:
             self.ejections += 1
             self.ejected_until = now + self.ejection_s
             self.refusals = streak.count
-            self.on_trial = False
+            self.on_trial = self.is_failing = False
             return
-        if self._doubt is None and streak.count >= EJECT_AFTER:
-            self._doubt = _Doubt(1)
+        if streak.count >= EJECT_AFTER:
+            self.is_failing = True
+            self._doubt = self._doubt or _Doubt(1)
         if self._doubt is not None:
             self._doubt.fail(now)
 
@@ -302,4 +308,6 @@ class Health:
             return EJECTED
         if self.is_asleep:
             return "asleep"
+        if self.is_failing:
+            return "failing"
         return "up" if self.is_known else "unknown"

@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
 def advice(config: Config, path: Path) -> list[str]:
     """Return what is missing in the bootstrap at `path`. Raises ConfigError if it can't be read."""
-    return list(dict.fromkeys(line for view in views(config, read_bootstrap(path)) for line in _access_log(view)))
+    return list(dict.fromkeys(line for view in views(config, read_bootstrap(path)) for line in _words(view)))
+
+
+def _words(view: View) -> Iterator[str]:
+    yield from _access_log(view)
+    yield from _bodies(view)
+    yield from _forms(view)
 
 
 def _access_log(view: View) -> Iterator[str]:
@@ -29,6 +35,35 @@ def _access_log(view: View) -> Iterator[str]:
         yield (
             f"{view.manager.path}.access_log: has no queue data, which says why a request waited; "
             f"%DYNAMIC_METADATA({wire.NAMESPACE})% in its format would be right"
+        )
+
+
+def _types(view: View) -> tuple[str, str]:
+    """Return the types of the HTTP filters before ours, and of all."""
+    filters = [spot.get("typed_config") or {} for spot in view.manager.each("http_filters")]
+    ours = filters.index(view.filter.node) if view.filter.node in filters else len(filters)
+    return (
+        " ".join(str(one.get("@type", "")) for one in filters[:ours]),
+        " ".join(str(one.get("@type", "")) for one in filters),
+    )
+
+
+def _bodies(view: View) -> Iterator[str]:
+    if "filters.http.buffer." not in _types(view)[0]:
+        yield (
+            f"{view.manager.path}.http_filters: no buffer filter stands before ext_proc: a request is asked about when "
+            "its head is here, and one whose body stalls keeps a slot; envoy.filters.http.buffer, as the first, would "
+            "be right"
+        )
+
+
+def _forms(view: View) -> Iterator[str]:
+    """Say which models stay unknown. What reads them may be anything that writes metadata: so no problem."""
+    if view.config.request_fields and "filters.http.lua." not in _types(view)[1]:
+        yield (
+            f"{view.manager.path}.http_filters: request_fields is on, and no lua filter reads the model of forms "
+            "(audio/transcriptions): they get 400 where endpoints list models; what `extproc envoy-config` prints "
+            "would be right"
         )
 
 

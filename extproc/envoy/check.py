@@ -400,6 +400,11 @@ def _features(view: View) -> Iterator[str]:
     types = [str(one.get("@type", "")).rpartition(".")[2] for one in filters]
     ours = filters.index(view.filter.node) if view.filter.node in filters else len(filters)
     path = f"{view.manager.path}.http_filters"
+    if view.config.upgrades and not _upgrades(view):
+        yield (
+            f"{view.manager.path}.upgrade_configs: upgrades is on, and websocket is not among them: WebSockets get 403; "
+            "[{upgrade_type: websocket}] would be right"
+        )
     if view.config.request_fields:
         if "JsonToMetadata" not in types[:ours]:
             yield (
@@ -419,6 +424,12 @@ def _features(view: View) -> Iterator[str]:
             "seen, and max_prompt_tokens lets one prompt after the other through; what `extproc envoy-config` prints "
             "would be right"
         )
+
+
+def _upgrades(view: View) -> bool:
+    """Tell whether WebSockets may pass, by the manager's word or a route's."""
+    told = [view.manager.get("upgrade_configs"), *(route.get("route", "upgrade_configs") for route in view.routes)]
+    return any(str(one.get("upgrade_type", "")).lower() == "websocket" for configs in told for one in configs or [])
 
 
 def _clients_orders(view: View) -> Iterator[str]:

@@ -141,6 +141,7 @@ class Metrics:
         transport: str | None = None,
         rehearsed: Mapping[tuple[str, str], int] | None = None,
         restarts: Mapping[str, int] = MappingProxyType({}),
+        told_models: Callable[[], int] = _none,
     ) -> None:
         """Count for `controller`.
 
@@ -148,7 +149,7 @@ class Metrics:
         `left_out`: found endpoints that were not taken; `transport`: what carries gRPC;
         `ignored`: header values of requests that told nothing, by header; `clock_offset_s`: of our wall clock against
         Envoy's; `config_is_refused`: the file is worse than what runs; `rehearsed`: a dry run's counts, by what would
-        have happened and class; `restarts`: of tasks, by kind.
+        have happened and class; `restarts`: of tasks, by kind; `told_models`: requests answered by a list of models.
         """
         self._controller = controller
         self._clock = clock
@@ -159,6 +160,7 @@ class Metrics:
         self._transport = transport
         self.rehearsed = rehearsed
         self._restarts = restarts
+        self._told_models = told_models
         self.unknown_classes = 0
         self._telemetry = telemetry
         self._streams = streams
@@ -243,6 +245,11 @@ class Metrics:
             for key, count in self.rehearsed.items():
                 rehearsed.add_metric(key, count)
             yield rehearsed
+        yield CounterMetricFamily(
+            "extproc_models_answers",
+            "Requests for the list of models, or one of them, that were answered here; no outcome counts them.",
+            value=self._told_models(),
+        )
         streams = GaugeMetricFamily("extproc_streams", "Open ext_proc streams: requests waiting or running.")
         streams.add_metric([], self._streams())
         restarts = CounterMetricFamily(
@@ -379,7 +386,9 @@ class Metrics:
             "extproc_endpoint_limit", "What an endpoint may hold, by kind of limit.", labels=["endpoint", "kind"]
         )
         is_up = GaugeMetricFamily(
-            "extproc_endpoint_up", "1 while an endpoint may be sent requests.", labels=["endpoint"]
+            "extproc_endpoint_up",
+            "1 while an endpoint may be sent requests, and does not refuse one after the other.",
+            labels=["endpoint"],
         )
         is_known = GaugeMetricFamily(
             "extproc_endpoint_known",
@@ -420,7 +429,7 @@ class Metrics:
             limit.add_metric([*name, "requests"], endpoint.limit.value)
             if endpoint.kv.capacity is not None:
                 limit.add_metric([*name, "kv_tokens"], endpoint.kv.capacity)
-            is_up.add_metric(name, int(endpoint.available))
+            is_up.add_metric(name, int(endpoint.available and not health.is_failing))
             is_known.add_metric(name, int(health.is_known))
         yield from (inflight, oldest, dispatched, limit, is_up, is_known, closed, limited)
 

@@ -116,6 +116,7 @@ class Reception:
         self._listed: tuple[float, frozenset[str]] = (-LIST_S, frozenset())  # when, and all models
         self.reader = wire.Reader(headers.wanted(), fields_namespace, picks=self.dialect.picks)
         self.streams = 0
+        self.told_models = 0  # requests for the list of models, which are answered here
         self.silence = Silence(gate)
         self.refused = 0  # those of them that were refused: Envoy has not ended them yet
         self.server_timing = server_timing
@@ -387,6 +388,7 @@ class Session:
         models = self._reception.models()
         if not models:
             return False
+        self._reception.told_models += 1
         name = unquote(path.partition("?")[0].partition("/models/")[2])
         body = models_body(models, name)
         self._state = _State.REFUSED

@@ -112,6 +112,7 @@ def test_the_list_of_models_has_those_of_all_endpoints_and_comes_from_us(full):
     ]
     assert all(row["owned_by"] and isinstance(row["created"], int) for row in page["data"])
     assert reached(full, "list") == []
+    assert full.sidecar.metrics()["extproc_models_answers_total"] >= 1
 
 
 @pytest.mark.parametrize(("path", "status"), [("qwen", 200), ("org/qwen", 200), ("org%2Fqwen", 200), ("gpt-9", 404)])

@@ -222,9 +222,10 @@ def test_the_view_counts_all_tells_some_apart_and_lets_the_loop_turn():
 
 
 def test_an_endpoints_state_is_a_word():
-    room = Room(endpoints=7)
-    tickets = room.offer(7)
+    room = Room(endpoints=8)
+    tickets = room.offer(8)
     endpoints = room.gate.controller.endpoints
+    endpoints["vllm-7"].health.is_failing = True
     room.gate.set_up("vllm-1", is_up=False)
     endpoints["vllm-2"].health.ejected_until = room.clock.now + 4
     endpoints["vllm-3"].health.on_trial = True
@@ -232,9 +233,9 @@ def test_an_endpoints_state_is_a_word():
     room.gate.set_up("vllm-5", is_up=None)
     room.gate.observe("vllm-6", Load(asleep=True))
     rows = {row["name"]: row for row in room.admin.snapshot()["endpoints"]}
-    states = ["up", "down", "ejected", "on trial", "removed", "unknown", "asleep"]
-    assert [rows[f"vllm-{n}"]["state"] for n in range(7)] == states
-    assert [rows[f"vllm-{n}"]["up"] for n in range(7)] == [True, False, False, True, False, False, False]
+    states = ["up", "down", "ejected", "on trial", "removed", "unknown", "asleep", "failing"]
+    assert [rows[f"vllm-{n}"]["state"] for n in range(8)] == states
+    assert [rows[f"vllm-{n}"]["up"] for n in range(8)] == [True, False, False, True, False, False, False, False]
     assert rows["vllm-2"]["ejected_for_s"] == 4
     assert "ejected_for_s" not in rows["vllm-0"]
     assert any("EJECTED, back in 4 s" in line for line in lines(room.view()))

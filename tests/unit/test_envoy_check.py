@@ -38,6 +38,8 @@ class Bootstrap(Rendered):
 FEATURES = {
     "request_fields": "request_fields is on, and no json_to_metadata",
     "first_byte_probe": "first_byte_probe is on",
+    "upgrades": "upgrades is on, and websocket is not among them",
+    "server_timing": "mutation_rules: drops server-timing",
 }
 
 
@@ -57,6 +59,27 @@ def test_fields_of_the_body_that_envoy_does_not_forward_are_named(tmp_path):
     (ours,) = (one for one in filters if one["name"] == "envoy.filters.http.ext_proc")
     del ours["typed_config"]["metadata_options"]["forwarding_namespaces"]
     assert "forwarding_namespaces.untyped: lacks extproc_request" in rendered.the_problem(tmp_path)
+
+
+@pytest.mark.parametrize("place", [None, 1])
+def test_no_buffer_before_our_filter_is_worth_a_word_and_no_problem(tmp_path, place):
+    bootstrap = Bootstrap()
+    buffer = bootstrap.manager["http_filters"].pop(0)
+    if place is not None:
+        bootstrap.manager["http_filters"].insert(place, buffer)
+    assert bootstrap.check(tmp_path) == []
+    (word,) = advice(bootstrap.config, bootstrap.write(tmp_path))
+    assert "no buffer filter stands before ext_proc" in word
+
+
+def test_forms_whose_model_nothing_reads_are_worth_a_word_and_no_problem(tmp_path):
+    rendered = Rendered(parse_config("endpoints: [{name: a, address: 'h:1'}]\nrequest_fields: true", "file", {}))
+    assert advice(rendered.config, rendered.write(tmp_path)) == []
+    filters = rendered.manager["http_filters"]
+    filters[:] = [one for one in filters if one["name"] != "envoy.filters.http.lua"]
+    assert rendered.check(tmp_path) == []
+    (word,) = advice(rendered.config, rendered.write(tmp_path))
+    assert "no lua filter reads the model of forms" in word
 
 
 def test_an_access_log_without_queue_data_is_worth_a_word_and_no_problem(tmp_path):

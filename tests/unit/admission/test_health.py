@@ -198,6 +198,27 @@ def test_the_last_one_of_a_pool_stays_and_is_tried_a_request_at_a_time() -> None
     assert len(ward.burst("a")) == 64
 
 
+@pytest.mark.parametrize("names", ["a", "ab"])
+def test_a_pool_that_is_dead_altogether_says_so_until_it_serves(names: str) -> None:
+    ward = Ward(names)
+    for _ in range(20):
+        for name in names:
+            ward.answer(name, Answer.FAILED)
+        ward.advance(STEP_MAX_S)
+    assert [ward.health(name).condition for name in names] == ["failing"] * len(names)
+    assert all(ward.core.endpoints[name].available for name in names)  # and is tried
+    ward.serve("a")
+    assert ward.health("a").condition == "up"
+
+
+def test_a_clients_own_mistakes_make_nobody_failing() -> None:
+    ward = Ward("ab")
+    for _ in range(20):
+        for name in "ab":
+            ward.answer(name, Answer.REFUSED)
+    assert {ward.health(name).condition for name in "ab"} == {"up"}
+
+
 def test_however_long_an_outage_lasts_its_end_is_seen_within_a_second() -> None:
     ward = Ward("a")
     for _ in range(100):
