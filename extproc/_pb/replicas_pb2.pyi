@@ -13,7 +13,7 @@ class Batch(_message.Message):
     def __init__(self, messages: _Optional[_Iterable[_Union[Message, _Mapping]]] = ...) -> None: ...
 
 class Message(_message.Message):
-    __slots__ = ("hello", "leave", "welcome", "redirect", "met", "refuse", "held", "offer", "synced", "names", "beat", "cancel", "release", "first_token", "answered", "report", "return_", "grant", "turned", "status")
+    __slots__ = ("hello", "leave", "welcome", "redirect", "met", "refuse", "held", "offer", "synced", "names", "beat", "cancel", "release", "first_token", "answered", "report", "return_", "grant", "turned", "status", "remember", "learned")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     LEAVE_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
@@ -34,6 +34,8 @@ class Message(_message.Message):
     GRANT_FIELD_NUMBER: _ClassVar[int]
     TURNED_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
+    REMEMBER_FIELD_NUMBER: _ClassVar[int]
+    LEARNED_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     leave: Leave
     welcome: Welcome
@@ -54,7 +56,9 @@ class Message(_message.Message):
     grant: Grant
     turned: Turned
     status: Status
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., redirect: _Optional[_Union[Member, _Mapping]] = ..., met: _Optional[_Union[Met, _Mapping]] = ..., refuse: _Optional[str] = ..., held: _Optional[_Union[Held, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., synced: _Optional[bool] = ..., names: _Optional[_Union[Names, _Mapping]] = ..., beat: _Optional[int] = ..., cancel: _Optional[int] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., first_token: _Optional[int] = ..., answered: _Optional[int] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., return_: _Optional[int] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., turned: _Optional[_Union[Turned, _Mapping]] = ..., status: _Optional[_Union[Status, _Mapping]] = ...) -> None: ...
+    remember: Home
+    learned: Learnt
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., redirect: _Optional[_Union[Member, _Mapping]] = ..., met: _Optional[_Union[Met, _Mapping]] = ..., refuse: _Optional[str] = ..., held: _Optional[_Union[Held, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., synced: _Optional[bool] = ..., names: _Optional[_Union[Names, _Mapping]] = ..., beat: _Optional[int] = ..., cancel: _Optional[int] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., first_token: _Optional[int] = ..., answered: _Optional[int] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., return_: _Optional[int] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., turned: _Optional[_Union[Turned, _Mapping]] = ..., status: _Optional[_Union[Status, _Mapping]] = ..., remember: _Optional[_Union[Home, _Mapping]] = ..., learned: _Optional[_Union[Learnt, _Mapping]] = ...) -> None: ...
 
 class Member(_message.Message):
     __slots__ = ("id", "address", "joined")
@@ -221,6 +225,34 @@ class Turned(_message.Message):
     retry_after_s: int
     position: int
     def __init__(self, number: _Optional[int] = ..., outcome: _Optional[str] = ..., retry_after_s: _Optional[int] = ..., position: _Optional[int] = ...) -> None: ...
+
+class Home(_message.Message):
+    __slots__ = ("session", "endpoint", "tokens", "age_s")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINT_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    endpoint: str
+    tokens: int
+    age_s: float
+    def __init__(self, session: _Optional[str] = ..., endpoint: _Optional[str] = ..., tokens: _Optional[int] = ..., age_s: _Optional[float] = ...) -> None: ...
+
+class Learnt(_message.Message):
+    __slots__ = ("what", "model", "kind", "bits", "value", "weight")
+    WHAT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    BITS_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    what: str
+    model: str
+    kind: str
+    bits: int
+    value: float
+    weight: float
+    def __init__(self, what: _Optional[str] = ..., model: _Optional[str] = ..., kind: _Optional[str] = ..., bits: _Optional[int] = ..., value: _Optional[float] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class Limit(_message.Message):
     __slots__ = ("endpoint", "value")

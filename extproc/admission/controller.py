@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from extproc.admission.endpoint import Endpoint
+    from extproc.admission.estimate import Learnt
     from extproc.admission.load import Load
     from extproc.admission.pool import Pool
+    from extproc.admission.sessions import Home
     from extproc.admission.ticket import Ticket
     from extproc.admission.values import Decision, EndpointSpec, Policy, Request, RequestClass
 
@@ -314,6 +316,25 @@ class Controller:
             endpoint.quota = quota
             self._fleet.changed(endpoint)
         return self._end()
+
+    def homes(self, most: int, now: float) -> list[Home]:
+        """Return where the `most` sessions that were seen last are at home, for another sidecar's core."""
+        return self._placing.sessions.homes(most, now)
+
+    def believe_home(self, home: Home, now: float) -> None:
+        """Take over where another sidecar's core served a session, if that is news here."""
+        endpoint = self.endpoints.get(home.endpoint)
+        if endpoint is not None:
+            memory = self._books.policy.session_memory
+            self._placing.sessions.remember(home.session, endpoint, home.tokens, memory, now - home.age_s)
+
+    def learnt(self) -> list[Learnt]:
+        """Return what was learned of tokens, for another sidecar's core."""
+        return self._tokens.learnt()
+
+    def believe(self, learnt: Learnt) -> None:
+        """Take over what another sidecar's core learned of tokens."""
+        self._tokens.believe(learnt)
 
     # ---- what others may look at
 

@@ -11,7 +11,8 @@ the pace of its engine, tells one from another.
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
 
 from extproc.admission.values import UNSIZED
 
@@ -67,6 +68,20 @@ class _Mean:
         self.count = min(self.count + 1.0, MEMORY)
         self.value += (value - self.value) / self.count
 
+
+class Learnt(NamedTuple):
+    """One thing that was learned, for the core of another sidecar: what of (model, kind or class, bits of the size)."""
+
+    what: str
+    model: str | None
+    kind: str
+    bits: int
+    value: float
+    weight: float
+
+
+MOST_LEARNT = 500
+"""Scales, and means of answers, that another core is told: those that were used last."""
 
 SizeClass = tuple[str | None, str, int]
 """A model, a kind of body, and the bits of the announced size."""
@@ -160,6 +175,39 @@ class TokenEstimate:
             share = min(answers / MEMORY, 0.5)
             seen = min(output_tokens / answers, MOST_OUTPUT)
             self._mean = min(self._mean + share * (seen - self._mean), 2.0 * self._mean + 1.0)
+
+    def learnt(self) -> list[Learnt]:
+        """Return what is known by now, as far as it is worth telling."""
+        told = [
+            Learnt("mean", None, "", 0, self._mean, 0.0),
+            Learnt("all", None, "", 0, self._all.value, self._all.count),
+        ]
+        for (model, klass), mean in islice(reversed(self._answers.items()), MOST_LEARNT):
+            told.append(Learnt("answers", model, klass, 0, mean.value, mean.count))
+        for (model, kind, bits), scale in islice(reversed(self._scales.items()), MOST_LEARNT):
+            told.append(Learnt("scale", model, kind, bits, scale.value, scale.variance))
+        return told
+
+    def believe(self, learnt: Learnt) -> None:
+        """Take over one thing that another core learned, as far as it can be true."""
+        what, model, kind, bits, value, weight = learnt
+        tokens = min(max(value, 0.0), float(MOST_OUTPUT))
+        match what:
+            case "mean":
+                self._mean = tokens
+            case "all":
+                self._all.value, self._all.count = tokens, min(max(weight, 0.0), MEMORY)
+            case "answers":
+                mean = self._answers.setdefault((model, kind), _Mean())
+                mean.value, mean.count = tokens, min(max(weight, 1.0), MEMORY)
+                if len(self._answers) > SCALES:
+                    self._answers.popitem(last=False)
+            case "scale":
+                scale = self._scale((model, kind, bits))
+                scale.value = min(max(value, LEAST_SCALE), MOST_SCALE)
+                scale.variance = min(max(weight, SURE * scale.value**2), UNSURE)
+            case _:
+                pass  # a newer version knows more
 
     @property
     def _correction(self) -> float:

@@ -135,7 +135,7 @@ class Placing:
 
     def remember(self, session: str, ticket: Ticket, endpoint: Endpoint) -> None:
         """Note where a session is served."""
-        self.sessions.remember(session, endpoint, ticket.kv_tokens, self._books.policy.session_memory)
+        self.sessions.remember(session, endpoint, ticket.kv_tokens, self._books.policy.session_memory, ticket.leased_at)
 
     def home_of(self, ticket: Ticket, pool: Pool) -> Endpoint | None:
         """Return the endpoint it prefers: the one named upstream, its session's last one, the pool's only one."""

@@ -22,6 +22,7 @@ from extproc.replicas.messages import (
     Held,
     Offer,
     Release,
+    Remember,
     Report,
     Return,
     Status,
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 FRESH_S = 1.2
 """How old the last beat may be that the leader has surely heard. It gives us up after SILENCE_S without one."""
+MOST_HOMES = 5000
+"""Sessions that a sidecar tells a new leader of: those that it saw last."""
 PROMPT_S = 1.0
 """A prompt sent longer ago is taken as computed: nobody tells a sidecar that does not lead."""
 
@@ -74,6 +77,8 @@ class Following:
                 asked, held_s = asked_by(ticket.request, now), now - ticket.leased_at
                 begun = not ticket.prompt_pending or held_s > PROMPT_S
                 link.send(Held(number, asked, endpoint.name, held_s, begun=begun))
+        for home in gate.controller.homes(MOST_HOMES, now):
+            link.send(Remember(home))
         for ticket in sorted(waiting, key=lambda ticket: ticket.request.arrived):
             self.offer(ticket)
         link.send(Synced())

@@ -22,10 +22,12 @@ from extproc.replicas.messages import (
     FirstToken,
     Grant,
     Held,
+    Learned,
     Leave,
     Names,
     Offer,
     Release,
+    Remember,
     Report,
     Return,
     Status,
@@ -299,13 +301,8 @@ class Leading:
                     follower.syncing.append(ticket)
                 elif not self.gather(ticket):
                     self._gate.offer_here(ticket)
-            case Held(number, asked, endpoint, held_s, begun):
-                self._adopt(self._ticket(follower, number, asked, now), endpoint, held_s, begun=begun)
-            case Synced():
-                brought, follower.syncing = follower.syncing or [], None
-                self.relimit()
-                here = [ticket for ticket in brought if follower.tickets.get(ticket.number) is ticket]
-                self._offer_all([ticket for ticket in here if not self.gather(ticket)])
+            case Held() | Remember() | Synced():
+                self._take_over(follower, message, now)
             case Names(names):
                 follower.names = names
                 self.look_at_names()
@@ -315,6 +312,19 @@ class Leading:
                     self._hear_of(ticket_of, message)
             case _:
                 pass  # nothing that has a place here
+
+    def _take_over(self, follower: Follower, message: Held | Remember | Synced, now: float) -> None:
+        """Take what a new follower brings along."""
+        match message:
+            case Held(number, asked, endpoint, held_s, begun):
+                self._adopt(self._ticket(follower, number, asked, now), endpoint, held_s, begun=begun)
+            case Remember(home):
+                self._gate.controller.believe_home(home, now)
+            case Synced():
+                brought, follower.syncing = follower.syncing or [], None
+                self.relimit()
+                here = [ticket for ticket in brought if follower.tickets.get(ticket.number) is ticket]
+                self._offer_all([ticket for ticket in here if not self.gather(ticket)])
 
     def _hear_of(self, ticket: Forwarded, message: Release | Cancel | FirstToken | Answered | Report | Return) -> None:
         tickets, gate = ticket.follower.tickets, self._gate
@@ -367,6 +377,13 @@ class Leading:
             case Reject(_, outcome, _, retry_after_s):
                 del follower.tickets[number]
                 follower.link.send(Turned(number, outcome, retry_after_s, ticket.position))
+
+    def teach(self) -> None:
+        """Tell followers what we have learned of tokens: one of them leads next."""
+        lessons = [Learned(learnt) for learnt in self._gate.controller.learnt()]
+        for follower in self.followers.values():
+            for lesson in lessons:
+                follower.link.send(lesson)
 
     def status(self, follower: Follower) -> Status:
         """Return what a follower is to know."""

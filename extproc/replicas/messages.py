@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from extproc.admission.estimate import Learnt
     from extproc.admission.load import Load
     from extproc.admission.outcome import Outcome
+    from extproc.admission.sessions import Home
     from extproc.admission.values import Answer
 
 VERSION = 1
@@ -127,6 +129,12 @@ class Synced(NamedTuple):
     """That was all I hold."""
 
 
+class Remember(NamedTuple):
+    """A session that I served, or know of, for who leads now."""
+
+    home: Home
+
+
 class Names(NamedTuple):
     """My endpoints have changed."""
 
@@ -216,6 +224,12 @@ class Status(NamedTuple):
     doubted: frozenset[str] = frozenset()
 
 
+class Learned(NamedTuple):
+    """Something that the leader has learned, for who leads next."""
+
+    learnt: Learnt
+
+
 Message = (
     Hello
     | Leave
@@ -226,6 +240,8 @@ Message = (
     | Held
     | Offer
     | Synced
+    | Remember
+    | Learned
     | Names
     | Beat
     | Cancel

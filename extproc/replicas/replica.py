@@ -19,7 +19,20 @@ from extproc.replicas.door import Door
 from extproc.replicas.following import Following
 from extproc.replicas.leading import Leading
 from extproc.replicas.meeting import Meeting, rank_of
-from extproc.replicas.messages import LAST, VERSION, Grant, Hello, Leave, Member, Names, Purpose, Refuse, Status, Turned
+from extproc.replicas.messages import (
+    LAST,
+    VERSION,
+    Grant,
+    Hello,
+    Learned,
+    Leave,
+    Member,
+    Names,
+    Purpose,
+    Refuse,
+    Status,
+    Turned,
+)
 from extproc.replicas.picture import Picture, Role
 from extproc.replicas.seeking import Outcome, Seeking
 
@@ -38,6 +51,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("extproc.replicas")
 
 BEAT_S = 0.25
+TEACH_S = 5.0
+"""How often a leader tells what it has learned of tokens: that much is lost when it dies."""
 SILENCE_S = 2.0
 """Who was not heard of for so long is given up, on both sides."""
 STOPPED_S = 1.2
@@ -79,6 +94,7 @@ class Replica:
         self._refusals: dict[str, float] = {}
         self._seeking: Seeking | None = None
         self._meeting: Meeting | None = None
+        self._taught_at = 0.0
         self.door = Door(self)
         self._alive_at = loop.time()
         self._ends_gathering: Timer | None = None
@@ -349,6 +365,7 @@ class Replica:
         if leading is None:
             return
         log.info("leading no more: following %s", successor.id)
+        leading.teach()
         self._waiting |= dict.fromkeys(leading.end(successor))
         self.leading = None
         self._seek([successor], hold_until=0.0)
@@ -379,6 +396,8 @@ class Replica:
                 if following.status is not None and message.group < following.status.group:
                     self._on_loss()
                 following.take_status(message)
+            case Learned(learnt):
+                self._gate.controller.believe(learnt)
             case Leave(successor):
                 self._lose_leader(silent=False, successor=successor, clean=True)
             case Refuse(why):
@@ -444,6 +463,9 @@ class Replica:
                 self.lose_follower(follower, clean=False)
             else:
                 follower.link.send(leading.status(follower))
+        if now - self._taught_at >= TEACH_S:
+            self._taught_at = now
+            leading.teach()
         for follower in leading.turn():
             why = leading.send_away(follower)
             log.warning("%s is sent away, and decides alone: %s", follower.member.id, why)

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 from google.protobuf.message import DecodeError
 
 from extproc._pb import replicas_pb2 as pb
+from extproc.admission.estimate import Learnt
 from extproc.admission.load import Load
 from extproc.admission.outcome import Outcome
+from extproc.admission.sessions import Home
 from extproc.admission.values import Answer
 from extproc.errors import ProtocolError
 from extproc.replicas import messages as m
@@ -73,6 +75,10 @@ def _encode(message: m.Message) -> pb.Message:  # noqa: C901 - a table
             return pb.Message(held=held)
         case m.Synced():
             return pb.Message(synced=True)
+        case m.Remember(known):
+            return pb.Message(remember=pb.Home(**known._asdict()))
+        case m.Learned(learnt):
+            return pb.Message(learned=pb.Learnt(**learnt._asdict()))
         case m.Names(names):
             return pb.Message(names=pb.Names(names=names))
         case m.Hello(version, pool, member, purpose, followers, epoch, names):
@@ -178,6 +184,12 @@ def _decode(message: pb.Message) -> m.Message:  # noqa: C901 - a table
             return m.Held(held.number, _asked_of(held.asked), held.endpoint, _seconds(held.held_s), begun=held.begun)
         case "synced":
             return m.Synced()
+        case "remember":
+            seen = message.remember
+            age_s = _seconds(seen.age_s)
+            return m.Remember(Home(seen.session[:MOST_NAME], seen.endpoint[:MOST_NAME], seen.tokens, age_s))
+        case "learned":
+            return m.Learned(_learnt_of(message.learned))
         case "names":
             return m.Names(frozenset(message.names.names))
         case "hello":
@@ -241,6 +253,14 @@ def _asked_of(asked: pb.Asked) -> m.Asked:
         min(max(asked.sequences, 1), MOST_SEQUENCES),
         asked.kind[:MOST_NAME],
     )
+
+
+def _learnt_of(learnt: pb.Learnt) -> Learnt:
+    value, weight = learnt.value, learnt.weight
+    if not (math.isfinite(value) and math.isfinite(weight)):
+        raise ValueError(f"{learnt.what[:MOST_NAME]} is {value}, {weight}")
+    model = learnt.model[:MOST_NAME] if learnt.HasField("model") else None
+    return Learnt(learnt.what[:MOST_NAME], model, learnt.kind[:MOST_NAME], learnt.bits, value, weight)
 
 
 def _load_of(load: pb.Load) -> Load:

@@ -7,8 +7,10 @@ from random import Random
 
 import pytest
 
+from extproc.admission.estimate import Learnt
 from extproc.admission.load import Load
 from extproc.admission.outcome import Outcome
+from extproc.admission.sessions import Home
 from extproc.admission.values import Answer, Request
 from extproc.errors import ProtocolError
 from extproc.replicas import messages as m
@@ -30,6 +32,9 @@ MESSAGES: list[m.Message] = [
     m.Offer(2, BARE),
     m.Offer(3, ASKED),
     m.Synced(),
+    m.Remember(Home("session", "a", 1200, 3.5)),
+    m.Learned(Learnt("scale", None, "text", 12, 0.7, 0.01)),
+    m.Learned(Learnt("answers", "llama", "urgent", 0, 210.5, 17.0)),
     m.Names(frozenset()),
     m.Beat(17),
     m.Cancel(4),

@@ -428,6 +428,7 @@ class World:
         budget_s: float | None = None,
         request_class: str = "",
         tenant: str = "",
+        session: str | None = None,
     ) -> Client:
         self.clients += 1
         request = Request(
@@ -436,6 +437,7 @@ class World:
             budget_s=self.budget_s if budget_s is None else budget_s,
             request_class=request_class,
             tenant=tenant,
+            session=session,
             prompt_tokens=100,
         )
         client = Client(
