@@ -1,0 +1,24 @@
+"""These tests need a Kubernetes API server, which `make test-kubernetes` builds; a plain pytest leaves them out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from .cluster import Cluster
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SERVER = os.environ.get("EXTPROC_KUBERNETES", "")
+collect_ignore_glob = [] if SERVER else ["test_*.py"]
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One API server for all tests; each test has a namespace of its own."""
+    with Cluster(Path(SERVER), tmp_path_factory.mktemp("cluster")) as running:
+        yield running
