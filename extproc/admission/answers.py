@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from extproc.admission.ticket import Ticket
 
 
+_OK, _UNKNOWN = Answer.OK, Answer.UNKNOWN
+
+
 class Answers:
     """Judges answers, each once."""
 
@@ -37,9 +40,9 @@ class Answers:
         """Judge a whole answer, and charge what it cost beyond its estimate: how long it was written, at what pace."""
         endpoint, pool = placed(ticket.endpoint), placed(ticket.pool)
         self._judge(answer, ticket, endpoint, pool)
-        if answer in (Answer.OK, Answer.UNKNOWN):
+        if answer is _OK or answer is _UNKNOWN:
             writing_s, pace = endpoint.writing_s(ticket, self._books.now), endpoint.steps.pace
-            tokens = self._tokens.tokens_of(ticket, writing_s, pace, learn=answer is Answer.OK)
+            tokens = self._tokens.tokens_of(ticket, writing_s, pace, learn=answer is _OK)
             if ticket.charge is not None:
                 surplus = OUTPUT_WEIGHT * (tokens - ticket.output_tokens)
                 pool.share(ticket.request_class.priority).correct(ticket.request.tenant, surplus)
@@ -54,9 +57,9 @@ class Answers:
 
     def _judge(self, answer: Answer, ticket: Ticket, endpoint: Endpoint, pool: Pool) -> None:
         """Note how an answer ended. One that began well has told what it can: whether it was cut, nobody knows."""
-        if ticket.is_answered or answer is Answer.UNKNOWN:
+        if ticket.is_answered or answer is _UNKNOWN:
             return
-        if answer is Answer.OK:
+        if answer is _OK:
             self._served(ticket, endpoint, pool)
             return
         now = self._books.now

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from extproc.admission.values import Decision, Policy, Request, RequestClass
 
 
+MANY = 8
+"""Endpoints that are looked at one by one, each with those at the head of its lines."""
+
+
 class Books:
     """The state of one core.
 
@@ -28,6 +32,7 @@ class Books:
         waiting: how many requests wait.
         now: the time of the event under way, or of the last one.
         freed: endpoints that may have room they did not have before this event.
+        has_freed_many: more of them than the pass should look at one by one.
         decisions: what the event led to so far.
     """
 
@@ -38,6 +43,7 @@ class Books:
         "decisions",
         "endpoints",
         "freed",
+        "has_freed_many",
         "now",
         "policy",
         "pools",
@@ -51,6 +57,7 @@ class Books:
         self.waiting = 0
         self.now = 0.0
         self.freed: dict[Endpoint, None] = {}
+        self.has_freed_many = False
         self.arrived: list[tuple[Key, int, Ticket]] = []  # a heap: tickets that may go where they could not before
         self._arrivals = 0
         self.decisions: list[Decision] = []
@@ -73,8 +80,9 @@ class Books:
                 yield from queue
 
     def free(self, endpoints: dict[Endpoint, None]) -> None:
-        """Have the dispatch pass look at endpoints."""
+        """Have the dispatch pass look at endpoints, maybe at many."""
         self.freed.update(endpoints)
+        self.has_freed_many = len(self.freed) > MANY
 
     def arrive(self, ticket: Ticket) -> None:
         """Have the dispatch pass look at a ticket, in the order of keys."""

@@ -25,7 +25,7 @@ from extproc.admission.lines import Lines, placed
 from extproc.admission.outcome import Outcome
 from extproc.admission.placing import Placing
 from extproc.admission.refusing import Refusing
-from extproc.admission.transitions import MUST_BE, State
+from extproc.admission.transitions import DONE, LEASED, LEFT, MUST_BE, WAITING
 from extproc.admission.values import Answer, Dispatch, Reject
 from extproc.errors import TransitionError
 
@@ -71,7 +71,7 @@ class Controller:
         ticket.request_class = klass = books.class_of(request)
         pool = books.pools.find(request.model)
         if pool is None or books.pools.misses_model(request.model):
-            ticket.state = State.LEFT
+            ticket.state = LEFT
             outcome = Outcome.UNKNOWN_MODEL if pool is None else Outcome.MODEL_MISSING
             books.decisions.append(Reject(ticket, outcome, 0.0, None))
             return self._end()
@@ -93,11 +93,12 @@ class Controller:
             placing.lease(ticket, target)
             return self._end()
         lines.join(ticket, pool.shared if home is None else pool.queue_of(home))
-        placing.run()
-        if ticket.state is State.WAITING and ticket.queue is not pool.shared and ticket.patience_until <= now:
+        if books.freed:
+            placing.run()
+        if ticket.state is WAITING and ticket.queue is not pool.shared and ticket.patience_until <= now:
             lines.go_anywhere(ticket)  # no time to wait for its home
             placing.run()
-        if ticket.state is State.WAITING:
+        if ticket.state is WAITING:
             self._refusing.may_wait(ticket, pool)
         return self._end()
 
@@ -107,7 +108,7 @@ class Controller:
         To its home if that is up, else to each in turn. No limit counts it, and its end is no event.
         """
         books = self._begin(now, ticket, "sent")
-        ticket.state = State.LEFT
+        ticket.state = LEFT
         ticket.request_class = books.class_of(ticket.request)
         pool = books.pools.find(ticket.request.model)
         if pool is None:
@@ -131,7 +132,7 @@ class Controller:
     def first_token(self, ticket: Ticket, now: float) -> list[Decision]:
         """Note that an answer's first token came: the engine has computed the prompt. Late or repeated: no-op."""
         self._begin(now)
-        if ticket.state is State.LEASED and ticket.endpoint is not None:
+        if ticket.state is LEASED and ticket.endpoint is not None:
             ticket.endpoint.first_token(ticket, now)
             self._answers.began(ticket)
             self._fleet.changed(ticket.endpoint)
@@ -140,7 +141,7 @@ class Controller:
     def answered(self, ticket: Ticket, now: float) -> list[Decision]:
         """Note that an answer began well, long before it ends: a trial need not last as long as an answer."""
         self._begin(now)
-        if ticket.state is State.LEASED:
+        if ticket.state is LEASED:
             self._answers.began(ticket)
         return self._end()
 
@@ -151,7 +152,7 @@ class Controller:
         """
         self._begin(now, ticket, "released")
         endpoint, pool = placed(ticket.endpoint), placed(ticket.pool)
-        ticket.state = State.DONE
+        ticket.state = DONE
         endpoint.release(ticket, now, served=answer is Answer.OK, wanted=pool.waiting_total > 0)
         self._answers.ended(ticket, answer)
         self._fleet.forget_if_gone(endpoint)
@@ -285,7 +286,7 @@ class Controller:
             ticket.request_class = books.class_of(request)
             ticket.pool = books.pools.find(request.model) or books.pools.every
             self._tokens.estimate(ticket, ticket.pool.longest)
-            ticket.state, ticket.endpoint = State.LEASED, endpoint
+            ticket.state, ticket.endpoint = LEASED, endpoint
             endpoint.adopt(ticket, now, held_s, begun=begun)
             if request.session is not None:
                 self._placing.remember(request.session, ticket, endpoint)
@@ -296,7 +297,7 @@ class Controller:
         """Forget a lease that another sidecar holds and that we can't follow any more: it counts as foreign."""
         self._begin(now, ticket, "disowned")
         endpoint = placed(ticket.endpoint)
-        ticket.state = State.DONE
+        ticket.state = DONE
         endpoint.disown(ticket, now)
         self._fleet.forget_if_gone(endpoint)
         self._fleet.changed(endpoint)

@@ -63,6 +63,7 @@ class Endpoint:
         "leases",
         "limit",
         "listed",
+        "listing",
         "picked",
         "pools",
         "prefill",
@@ -84,6 +85,7 @@ class Endpoint:
         self.limit: Limit = _limit_of(spec, policy)
         self.pools: list[Pool] = []
         self.listed = False  # in its pools' lists of open endpoints
+        self.listing = 0  # which of all listings was its last
         self.counted = False  # among its pools' usable ones
         self.health = Health()
         self.removed = False
@@ -149,7 +151,7 @@ class Endpoint:
             return by
         if self.quota is not None and self.sequences >= self.quota:
             return _PART
-        if self.held >= self.limit.value:
+        if self.sequences + self._foreign.count >= self.limit.value:
             return _LIMIT
         return None if ticket is None else self.lacks(ticket)
 
@@ -169,14 +171,15 @@ class Endpoint:
 
     def lacks(self, ticket: Ticket) -> HeldBy | None:
         """Return which limit has no room for all of `ticket`, given that it is open; None: it fits."""
-        if not self.enforcing or not self.held:
+        held = self.sequences + self._foreign.count
+        if not held or not self.enforcing:
             return None
         if ticket.sequences > 1:
-            if self.held + ticket.sequences > self.limit.value:
+            if held + ticket.sequences > self.limit.value:
                 return _LIMIT
             if self.quota is not None and self.sequences and self.sequences + ticket.sequences > self.quota:
                 return _PART
-        if not self.kv.fits(ticket):
+        if self.kv.capacity is not None and not self.kv.fits(ticket):
             return _KV
         if not self.sees_first_tokens or self.prefill.tokens <= 0:  # a prompt above the limit goes alone
             return None
@@ -190,11 +193,13 @@ class Endpoint:
     @property
     def pressure(self) -> float:
         """How full it is: the fullest of its limits. The least pressed endpoint has the most room."""
+        held = self.sequences + self._foreign.count
         if not self.enforcing:
-            return float(self.held)
+            return float(held)
         if self.closed_until is not None:
             return CLOSED
-        return max(self.held / self.limit.value, self.kv.pressure)
+        pressure = held / self.limit.value
+        return pressure if self.kv.capacity is None else max(pressure, self.kv.pressure)
 
     def has_evicted(self, before: int) -> bool:
         """Tell whether what it cached at the turnover `before` is gone: more came since than the cache holds."""
@@ -207,7 +212,7 @@ class Endpoint:
         self.leases[ticket] = None
         self.sequences += ticket.sequences
         ticket.leased_at = now
-        ticket.beside = self.held
+        ticket.beside = self.sequences + self._foreign.count
         self.health.leased(now)
         self.kv.add(ticket)
         self.prefill.add(ticket, now)
@@ -379,8 +384,8 @@ class Endpoint:
 
     def next_change(self) -> float | None:
         """Return when time alone changes whether it has room."""
-        soonest: float | None = None
-        for at in (self.closed_until, self.health.next_change(), self.prefill.next_change()):
+        soonest = self.closed_until
+        for at in (self.health.next_change(), self.prefill.next_change()):
             if at is not None and (soonest is None or at < soonest):
                 soonest = at
         return soonest

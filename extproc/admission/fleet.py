@@ -28,12 +28,13 @@ class Fleet:
         stale_at: not before this can any telemetry have become stale; None: there is none.
     """
 
-    __slots__ = ("_books", "_lines", "changes", "is_shared", "stale_at")
+    __slots__ = ("_books", "_lines", "_listings", "changes", "is_shared", "stale_at")
 
     def __init__(self, books: Books, lines: Lines) -> None:
         """Start without endpoints."""
         self._books = books
         self._lines = lines
+        self._listings = 0
         self.is_shared = False
         self.changes: Alarms[Endpoint] = Alarms()
         self.stale_at: float | None = None
@@ -47,6 +48,7 @@ class Fleet:
         if endpoint is None:
             endpoint = books.endpoints[spec.name] = Endpoint(spec, books.policy)
             endpoint.quota = 0 if self.is_shared else None
+            self._join(endpoint)
         else:
             serves_the_same = not endpoint.removed and endpoint.spec.models == spec.models
             endpoint.respec(spec, books.policy)
@@ -54,7 +56,17 @@ class Fleet:
                 self.changed(endpoint)
                 return
             endpoint.removed = False
-        self.regroup()
+            self.regroup()
+
+    def _join(self, endpoint: Endpoint) -> None:
+        """Let a new endpoint into the pools that it serves: what it costs does not grow with how many are there."""
+        split = self._books.pools.join(endpoint)
+        if split is None:
+            self.regroup()
+        else:
+            self.changed(endpoint)
+            self._spare_the_last(endpoint.pools)
+            self._lines.resettle(split)
 
     def remove(self, endpoint: Endpoint) -> None:
         """Send nothing more to an endpoint: its leases run out, those at home there go anywhere."""
@@ -107,6 +119,8 @@ class Fleet:
 
     def list(self, endpoint: Endpoint) -> None:
         """Keep each pool's list of open endpoints true, and who has the most room."""
+        self._listings += 1
+        endpoint.listing = self._listings
         endpoint.crowding = (endpoint.pressure, endpoint.picked)
         endpoint.listed = is_open = endpoint.is_open
         for pool in endpoint.pools:

@@ -101,7 +101,7 @@ class Guard:
     def _is_emptiest(self, endpoint: Endpoint) -> bool:
         """Tell whether no other open endpoint has more room."""
         if self._emptiest is None:
-            self._emptiest = min(self._pool.open, key=most_room, default=None)
+            self._emptiest = self._pool.emptiest()
         return self._emptiest is endpoint
 
 

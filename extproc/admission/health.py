@@ -184,7 +184,7 @@ class Health:
         """What keeps all more from a usable endpoint for the moment: it was full, or had its few; None: nothing."""
         if self.full_until is not None:
             return HeldBy.REFUSED
-        return HeldBy.TRIAL if self.is_doubtful else None
+        return HeldBy.TRIAL if self._doubt is not None and self._doubt.is_spent else None
 
     @property
     def is_doubtful(self) -> bool:

@@ -13,7 +13,7 @@ from extproc.admission.alarms import NEVER, Alarms
 from extproc.admission.fairness import OUTPUT_WEIGHT
 from extproc.admission.guard import seniority
 from extproc.admission.queue import WINDOW
-from extproc.admission.transitions import State
+from extproc.admission.transitions import LEFT, NEW, WAITING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -78,7 +78,7 @@ class Lines:
 
     def join(self, ticket: Ticket, queue: Queue) -> None:
         """Let a request wait in `queue`, a line of its pool."""
-        ticket.state = State.WAITING
+        ticket.state = WAITING
         pool = placed(ticket.pool)
         queue.add(ticket)
         if pool.guard.may_be_pushed_out(queue):
@@ -107,13 +107,13 @@ class Lines:
         """End a wait without a dispatch."""
         pool = placed(ticket.pool)
         self.quit(ticket, pool, placed(ticket.queue))
-        ticket.state = State.LEFT
+        ticket.state = LEFT
         refund(ticket, pool)
 
     def take_back(self, ticket: Ticket) -> None:
         """End a wait as if it had never begun: the request is new again."""
         self.leave(ticket)
-        ticket.state, ticket.charge, ticket.alarm, ticket.home = State.NEW, None, NEVER, None
+        ticket.state, ticket.charge, ticket.alarm, ticket.home = NEW, None, NEVER, None
         ticket.passed_over, ticket.is_guard = 0, False
 
     # ---- changing over
@@ -183,7 +183,7 @@ def placed(part: T | None) -> T:
 
 
 def _is_waiting(ticket: Ticket) -> bool:
-    return ticket.state is State.WAITING
+    return ticket.state is WAITING
 
 
 def _arrival(ticket: Ticket) -> int:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from extproc.admission.books import MANY
 from extproc.admission.guard import most_room, seniority
 from extproc.admission.lines import placed
 from extproc.admission.outcome import Outcome
 from extproc.admission.sessions import Sessions
-from extproc.admission.transitions import State
+from extproc.admission.transitions import LEASED, WAITING
 from extproc.admission.values import Binding, Dispatch
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from extproc.admission.lines import Lines
     from extproc.admission.pool import Pool
     from extproc.admission.ticket import Ticket
+
+_DISPATCHED, _REROUTED, _BOUND = Outcome.DISPATCHED, Outcome.REROUTED, Binding.BOUND
 
 CACHED_AT_MOST = 7 / 8
 """Share of a prompt that is taken as cached at its session's home: the guess may be wrong."""
@@ -51,21 +54,27 @@ class Placing:
         Whatever else waits did not fit before this event, and so does not fit now.
         """
         books = self._books
-        freed, arrived = books.freed, books.arrived
+        freed, arrived, has_leased = books.freed, books.arrived, False
         while freed or arrived:
             if not books.waiting:  # nobody waits: nobody takes room, and endpoints need not be put in order
                 freed.clear()
                 arrived.clear()
+            elif books.has_freed_many:
+                books.has_freed_many = False
+                _drop_hopeless(freed)
             elif freed:
                 endpoint = min(freed, key=most_room) if len(freed) > 1 else next(iter(freed))
-                best = _best_for(endpoint) if endpoint.is_open else None
+                best = _best_for(endpoint) if endpoint.listed else None
                 if best is None:
                     del freed[endpoint]
+                    books.has_freed_many = has_leased and len(freed) > MANY
+                    has_leased = False
                 else:
                     self.lease(best, endpoint)
+                    has_leased = True
             else:
                 ticket = books.next_arrived()
-                if ticket.state is State.WAITING:
+                if ticket.state is WAITING:
                     pool = placed(ticket.pool)
                     target = self.place_for(ticket, pool, None if ticket.queue is pool.shared else ticket.home)
                     if target is not None:
@@ -79,7 +88,10 @@ class Placing:
             return None
         if home is not None:
             return home if home.has_room_for(ticket) and not self._is_kept(home) else None
-        best: Endpoint | None = None
+        best = pool.emptiest()
+        if best is not None and best.lacks(ticket) is None and not self._is_kept(best):
+            return best
+        best = None
         for endpoint in pool.open:
             if (
                 (best is None or endpoint.crowding < best.crowding)
@@ -106,7 +118,7 @@ class Placing:
         """Dispatch: from here on the slot is taken."""
         books = self._books
         pool, now, request = placed(ticket.pool), books.now, ticket.request
-        ticket.state = State.LEASED
+        ticket.state = LEASED
         ticket.endpoint = endpoint
         if request.session is not None:
             cached = min(self.sessions.cached(request.session, endpoint), int(CACHED_AT_MOST * ticket.prompt_tokens))
@@ -129,7 +141,7 @@ class Placing:
         if request.session is not None:
             self.remember(request.session, ticket, endpoint)
         moved = ticket.home is not None and ticket.home.name != endpoint.name  # it may have gone and come back
-        outcome = Outcome.REROUTED if moved else Outcome.DISPATCHED
+        outcome = _REROUTED if moved else _DISPATCHED
         wait_s = now - request.arrived
         books.decisions.append(Dispatch(ticket, outcome, endpoint.name, wait_s if wait_s > 0.0 else 0.0))
 
@@ -148,10 +160,43 @@ class Placing:
             return home
         if len(pool.members) == 1:
             return pool.members[0]
-        if self._books.policy.binding is Binding.BOUND:
+        if self._books.policy.binding is _BOUND:
             up = [endpoint for endpoint in pool.members if endpoint.available]
             return min(up, key=pool.backlog_of, default=None)
         return None
+
+
+def _drop_hopeless(freed: dict[Endpoint, None]) -> None:
+    """Leave out those of many endpoints that have no room for anybody at the head of their lines."""
+    least: dict[Pool, list[Ticket]] = {}
+    for endpoint in list(freed):
+        for pool in endpoint.pools:
+            if not pool.waiting_total:
+                continue
+            if pool not in least:
+                least[pool] = _undemanding(pool)
+            if endpoint in pool.homes or any(endpoint.lacks(ticket) is None for ticket in least[pool]):
+                break
+        else:
+            del freed[endpoint]
+
+
+def _undemanding(pool: Pool) -> list[Ticket]:
+    """Return some of the window of the shared line: where anybody of it fits, one of these does."""
+    found: list[Ticket] = []
+    for ticket in sorted(pool.shared.window(), key=_prompt_tokens):
+        if not any(
+            other.output_tokens <= ticket.output_tokens
+            and other.work_tokens <= ticket.work_tokens
+            and other.sequences <= ticket.sequences
+            for other in found
+        ):
+            found.append(ticket)
+    return found
+
+
+def _prompt_tokens(ticket: Ticket) -> int:
+    return ticket.prompt_tokens
 
 
 def _best_for(endpoint: Endpoint) -> Ticket | None:

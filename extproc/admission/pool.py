@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
 from extproc.admission.fairness import FairShare
@@ -19,11 +20,16 @@ if TYPE_CHECKING:
     from extproc.admission.values import RequestClass
 
 
+SLACK = 64
+"""Entries out of date that a heap may have beside as many as there are true ones."""
+
+
 class Pool:
     """The endpoints that serve the same models, and their queues.
 
     Attributes:
         members: its endpoints, in the order they came.
+        names: how many models it is for; "any model" and "every endpoint" count as such. `Pools` keeps it.
         usable: how many of them may be sent requests at all. The controller keeps it.
         open: those of them that have room for some request; a full one costs nothing. The controller keeps it, by
             `list_open`.
@@ -40,12 +46,14 @@ class Pool:
     """
 
     __slots__ = (
+        "_by_room",
         "_turn",
         "closed_last",
         "guard",
         "homes",
         "longest",
         "members",
+        "names",
         "open",
         "pace",
         "record",
@@ -59,8 +67,10 @@ class Pool:
     def __init__(self) -> None:
         """Make an empty pool."""
         self.members: list[Endpoint] = []
+        self.names = 0
         self.usable = 0
         self.open: dict[Endpoint, None] = {}
+        self._by_room: list[tuple[tuple[float, int], int, Endpoint]] = []  # a heap; entries may be out of date
         self._turn = 0  # the member that was last sent something that takes no slot
         self.closed_last: Endpoint | None = None
         self.shared = Queue()
@@ -136,6 +146,10 @@ class Pool:
         """Follow a change of an endpoint's room. Return the one whose room was kept until now, if there is one."""
         if is_open:
             self.open[endpoint] = None
+            heappush(self._by_room, (endpoint.crowding, endpoint.listing, endpoint))
+            if len(self._by_room) > 2 * len(self.open) + SLACK:
+                self._by_room = [entry for entry in self._by_room if self._is_true(entry)]
+                heapify(self._by_room)
         else:
             if self.open.pop(endpoint, self) is not self and endpoint.available:
                 self.closed_last = endpoint
@@ -143,13 +157,41 @@ class Pool:
                 self.closed_last = next((other for other in self.members if other.available), None)
         return self.guard.room_changed()
 
+    def emptiest(self) -> Endpoint | None:
+        """Return the open member with the most room; of equal ones the one that was picked longest ago."""
+        by_room = self._by_room
+        while by_room:
+            if self._is_true(by_room[0]):
+                return by_room[0][2]
+            heappop(by_room)
+        return None
+
+    def _is_true(self, entry: tuple[tuple[float, int], int, Endpoint]) -> bool:
+        return entry[2].listing == entry[1] and entry[2] in self.open
+
+    def enter(self, endpoint: Endpoint) -> None:
+        """Let an endpoint in."""
+        self.members.append(endpoint)
+        endpoint.pools.append(self)
+
+    def part(self) -> Pool:
+        """Return a new pool of the same endpoints, where nobody waits."""
+        part = Pool()
+        for endpoint in self.members:
+            part.enter(endpoint)
+        part.usable, part.closed_last = self.usable, self.closed_last
+        part.open = dict(self.open)
+        part._by_room = list(self._by_room)
+        return part
+
     def forget_endpoints(self) -> None:
         """Start over: those that remain are about to be put back. Who waits stays."""
         self.open.clear()
+        self._by_room = []
         for endpoint in self.members:
             endpoint.counted = False
         self.members = []
-        self.usable = 0
+        self.names = self.usable = 0
         self.closed_last = None
         self.guard.forget_endpoints()
 

@@ -26,16 +26,16 @@ class Pools:
         any_model: the endpoints that list no models.
         every: all endpoints: for requests without a model where every endpoint lists its own.
         by_model: the pool of each model that was ever named, also while nobody serves it.
-        models_differ: endpoints list different models: nobody may guess one then.
     """
 
-    __slots__ = ("_all", "any_model", "by_model", "every", "models_differ")
+    __slots__ = ("_all", "_listed_by", "any_model", "by_model", "every")
 
     def __init__(self) -> None:
         """Start without endpoints: all who come wait in one pool."""
         self.any_model = self.every = Pool()
         self.by_model: dict[str, Pool] = {}
-        self.models_differ = False
+        self.any_model.names = 2
+        self._listed_by: dict[frozenset[str], Endpoint] = {}  # for each list of models an endpoint that has it
         self._all: tuple[Pool, ...] = (self.any_model,)
 
     def __iter__(self) -> Iterator[Pool]:
@@ -53,56 +53,110 @@ class Pools:
 
     def misses_model(self, model: str | None) -> bool:
         """Tell whether a request for `model` must say more: it names none, and endpoints list different ones."""
-        return model is None and self.models_differ and not self.any_model.members
+        return model is None and len(self._listed_by) > 1 and not self.any_model.members
 
     def know(self, models: Iterable[str]) -> bool:
         """Note names of models; tell whether any is new."""
         fresh = [model for model in models if model not in self.by_model]
         for model in fresh:
             self.by_model[model] = self.any_model
+        self.any_model.names += len(fresh)
         return bool(fresh)
+
+    def join(self, endpoint: Endpoint) -> list[Pool] | None:
+        """Follow an endpoint that is new. Return the pools that were split: who waits there may have to move.
+
+        A pool all of whose models it serves gains a member; else those models part from the others. What that costs
+        does not grow with the number of endpoints. None: it changes more, and only `regroup` can follow.
+        """
+        models = endpoint.spec.models
+        twin = self._listed_by.get(models)
+        if twin is not None:
+            for pool in twin.pools:
+                pool.enter(endpoint)
+            return []
+        if not models or not self.every.members or len(self.by_model) > MOST_MODELS:
+            return None
+        self.know(models)
+        self._listed_by[models] = endpoint
+        serves: dict[Pool, set[str]] = {self.every: set()}
+        for model in models:
+            serves.setdefault(self.by_model[model], set()).add(model)
+        split: list[Pool] = []
+        for pool, its in serves.items():
+            stays = pool is self.every
+            if len(its) + stays == pool.names:
+                pool.enter(endpoint)
+            else:
+                part = self._part_others(pool, its) if stays else self._part(pool, its)
+                (pool if stays else part).enter(endpoint)
+                split.append(pool)
+        return split
+
+    def _part(self, pool: Pool, models: Iterable[str], also: int = 0) -> Pool:
+        """Give `models`, and `also` so many other names, a pool of their own."""
+        part, count = pool.part(), also
+        for model in models:
+            self.by_model[model] = part
+            count += 1
+        part.names, pool.names = count, pool.names - count
+        self._all += (part,)
+        return part
+
+    def _part_others(self, every: Pool, models: set[str]) -> Pool:
+        """Give all that `every` is for a pool of their own, but for `models`."""
+        is_any = every is self.any_model
+        others = [model for model, pool in self.by_model.items() if pool is every and model not in models]
+        part = self._part(every, others, is_any)
+        if is_any:
+            self.any_model = part
+        return part
 
     def regroup(self, present: list[Endpoint]) -> tuple[Pool, ...]:
         """Follow the endpoints that are there now. Return the pools that were: whoever waits there may have to move.
 
         A set of endpoints is a number with a bit for each. A pool lives on while one of its models keeps it.
         """
-        self.models_differ = len({endpoint.spec.models for endpoint in present}) > 1
-        served: dict[str, int] = {}
-        lists_none = 0
+        lists: dict[frozenset[str], int] = {}
+        self._listed_by = {}
         for number, endpoint in enumerate(present):
             endpoint.pools = []
-            for model in endpoint.spec.models:
-                served[model] = served.get(model, 0) | 1 << number
-            if not endpoint.spec.models:
-                lists_none |= 1 << number
+            self._listed_by[endpoint.spec.models] = endpoint
+            lists[endpoint.spec.models] = lists.get(endpoint.spec.models, 0) | 1 << number
+        served: dict[str, int] = {}
+        for models, listed_by in lists.items():
+            for model in models:
+                served[model] = served.get(model, 0) | listed_by
+        lists_none = lists.get(frozenset(), 0)
         self.know(served)
         self._forget_models(served)
         before = self._all
         for pool in before:
             pool.forget_endpoints()
         kept: dict[int, Pool] = {}
-        every, any_model = (1 << len(present)) - 1, lists_none
-        self.every = self._keep(kept, every, self.every, present)
-        self.any_model = self._keep(kept, any_model, self.any_model, present)
+        taken: set[Pool] = set()
+        self.every = _keep(kept, taken, (1 << len(present)) - 1, self.every, present)
+        self.any_model = _keep(kept, taken, lists_none, self.any_model, present)
         for model, pool in self.by_model.items():
-            self.by_model[model] = self._keep(kept, served.get(model, 0) | lists_none, pool, present)
+            self.by_model[model] = _keep(kept, taken, served.get(model, 0) | lists_none, pool, present)
         self._all = tuple(kept.values())
         return before
-
-    @staticmethod
-    def _keep(kept: dict[int, Pool], members: int, pool: Pool, present: list[Endpoint]) -> Pool:
-        """Return the pool of `members`: the first that was for any of their models, if no other set has it."""
-        found = kept.get(members)
-        if found is None:
-            found = kept[members] = Pool() if pool in kept.values() else pool
-            found.members = [endpoint for number, endpoint in enumerate(present) if members >> number & 1]
-            for endpoint in found.members:
-                endpoint.pools.append(found)
-        return found
 
     def _forget_models(self, served: dict[str, int]) -> None:
         surplus = len(self.by_model) - len(served) - MOST_MODELS
         if surplus > 0:
             for model in [model for model in self.by_model if model not in served][:surplus]:
                 del self.by_model[model]
+
+
+def _keep(kept: dict[int, Pool], taken: set[Pool], members: int, pool: Pool, present: list[Endpoint]) -> Pool:
+    """Return the pool of `members`: the first that was for any of their models, if no other set has it."""
+    found = kept.get(members)
+    if found is None:
+        found = kept[members] = Pool() if pool in taken else pool
+        taken.add(found)
+        found.members = [endpoint for number, endpoint in enumerate(present) if members >> number & 1]
+        for endpoint in found.members:
+            endpoint.pools.append(found)
+    found.names += 1
+    return found

@@ -26,19 +26,22 @@ class State(Enum):
     LEFT = auto()
 
 
+NEW, WAITING, LEASED, DONE, LEFT = State
+"""Bound once: a member looked up on its Enum costs four times a global, and states are asked for all the time."""
+
 STEPS: tuple[tuple[State, str, State], ...] = (
     # it is,         and this happens, it becomes
-    (State.NEW, "offered", State.WAITING),
-    (State.NEW, "offered", State.LEASED),
-    (State.NEW, "offered", State.LEFT),
-    (State.NEW, "sent", State.LEFT),
-    (State.NEW, "adopted", State.LEASED),
-    (State.WAITING, "dispatched", State.LEASED),
-    (State.WAITING, "refused", State.LEFT),
-    (State.WAITING, "cancelled", State.LEFT),
-    (State.WAITING, "withdrawn", State.NEW),
-    (State.LEASED, "released", State.DONE),
-    (State.LEASED, "disowned", State.DONE),
+    (NEW, "offered", WAITING),
+    (NEW, "offered", LEASED),
+    (NEW, "offered", LEFT),
+    (NEW, "sent", LEFT),
+    (NEW, "adopted", LEASED),
+    (WAITING, "dispatched", LEASED),
+    (WAITING, "refused", LEFT),
+    (WAITING, "cancelled", LEFT),
+    (WAITING, "withdrawn", NEW),
+    (LEASED, "released", DONE),
+    (LEASED, "disowned", DONE),
 )
 """Every step that a request can make. `dispatched` and `refused` are the core's own, the others the driver's."""
 

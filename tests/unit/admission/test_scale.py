@@ -1,0 +1,135 @@
+"""What an event costs must not grow with what it does not touch: lines are counted, which no busy machine changes."""
+
+from __future__ import annotations
+
+import sys
+from random import Random
+from typing import TYPE_CHECKING
+
+import pytest
+
+from extproc.admission.controller import Controller
+from extproc.admission.endpoint import Endpoint
+from extproc.admission.pools import Pools
+from extproc.admission.ticket import Ticket
+from extproc.admission.values import Dispatch, EndpointSpec, Policy, Request
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from extproc.admission.values import Decision
+
+
+def lines_of(work: Callable[[], object]) -> int:
+    """Count the lines of Python that `work` runs."""
+    count = 0
+
+    def note(frame: object, event: str, arg: object) -> object:
+        nonlocal count
+        count += event == "line"
+        return note
+
+    before = sys.gettrace()
+    sys.settrace(note)  # type: ignore[arg-type]
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def core_of(endpoints: int, models: Callable[[int], list[str]] = lambda _: [], limit: int = 4) -> Controller:
+    core = Controller(Policy(shed=False, patience_s=0.0))
+    for number in range(endpoints):
+        core.put_endpoint(EndpointSpec(f"e{number}", models=frozenset(models(number)), max_running_requests=limit), 0.0)
+        core.set_up(f"e{number}", 0.0, is_up=True)
+    return core
+
+
+@pytest.mark.parametrize(
+    "models",
+    [lambda _: [], lambda _: ["m"], lambda number: [f"m{number}"], lambda number: ["all", f"m{number % 7}"]],
+    ids=["no models", "one model", "each its own", "some shared"],
+)
+def test_adding_twice_as_many_endpoints_costs_twice_as_much(models: Callable[[int], list[str]]) -> None:
+    few, many = lines_of(lambda: core_of(40, models)), lines_of(lambda: core_of(80, models))
+    assert many < 2.2 * few
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+def test_a_request_costs_the_same_among_two_hundred_endpoints_as_among_ten(waiting: bool) -> None:
+    def round_of(endpoints: int) -> int:
+        core = core_of(endpoints)
+        held: list[Ticket] = []
+
+        def note(decisions: list[Decision]) -> None:
+            held.extend(decision.ticket for decision in decisions if isinstance(decision, Dispatch))
+
+        def offer() -> None:
+            note(core.offer(Ticket(Request("", 1.0)), 1.0))
+
+        for _ in range(endpoints * (5 if waiting else 2)):
+            offer()
+        assert bool(core.waiting) is waiting
+        held.sort(key=lambda ticket: ticket.key)
+
+        def rounds() -> None:
+            for _ in range(20):
+                offer()
+                note(core.release(held.pop(0), 1.0))
+
+        return lines_of(rounds)
+
+    assert round_of(200) < 1.2 * round_of(10)
+
+
+def test_pools_that_grow_by_one_endpoint_are_as_those_made_anew() -> None:
+    random, names = Random(7), ["a", "b", "c", "d"]
+    for _ in range(300):
+        grown, fresh = Pools(), Pools()
+        grown.know(["known"])
+        fresh.know(["known"])
+        specs = [
+            EndpointSpec(str(number), models=frozenset(random.sample(names, random.randrange(3))))
+            for number in range(5)
+        ]
+        for count, spec in enumerate(specs, 1):
+            endpoint = Endpoint(spec, Policy())
+            endpoint.pools = []
+            if grown.join(endpoint) is None:
+                grown.regroup([*grown.every.members, endpoint])
+            fresh.regroup([Endpoint(spec, Policy()) for spec in specs[:count]])
+            for name in (None, "known", *names):
+                assert _members(grown, name) == _members(fresh, name), (specs[:count], name)
+                assert grown.misses_model(name) == fresh.misses_model(name)
+            assert sorted(map(_facts, grown), key=str) == sorted(map(_facts, fresh), key=str)
+            for pool in grown:
+                assert all(pool in endpoint.pools for endpoint in pool.members)
+
+
+def _members(pools: Pools, name: str | None) -> list[str] | None:
+    pool = pools.find(name)
+    return None if pool is None else [endpoint.name for endpoint in pool.members]
+
+
+def _facts(pool: object) -> tuple[list[str], int]:
+    return [endpoint.name for endpoint in pool.members], pool.names  # type: ignore[attr-defined]
+
+
+def test_who_waits_for_a_model_that_gets_an_endpoint_of_its_own_goes_there() -> None:
+    core = core_of(1, lambda _: ["shared", "own"], limit=1)
+    first, shared, own = (Ticket(Request(name, 0.0, model=name)) for name in ("shared", "shared", "own"))
+    for ticket in (first, shared, own):
+        core.offer(ticket, 0.0)
+    assert core.waiting == 2
+    decisions = core.put_endpoint(EndpointSpec("new", models=frozenset({"own"}), max_running_requests=1), 1.0)
+    assert [(decision.ticket, decision.endpoint) for decision in decisions] == [(own, "new")]
+    assert [decision.ticket for decision in core.release(first, 2.0)] == [shared]
+
+
+def test_names_of_models_that_come_and_go_leave_no_pools() -> None:
+    core = core_of(3, lambda _: ["base"])
+    for generation in range(200):
+        models = frozenset({"base", f"adapter-{generation}"})
+        core.put_endpoint(EndpointSpec("e0", models=models, max_running_requests=4), float(generation))
+    assert len(list(core.pools())) <= 4
