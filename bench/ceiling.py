@@ -19,10 +19,9 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING
 
 from bench.proof.experiments import BY_NAME, Cell
-from bench.proof.fronts import HAPROXY_QUEUE_S
 from bench.proof.virtual import LONG
 from extproc.engine.params import PRESETS
-from extproc.simulate.contenders import BEST_FIXED, Contender, contender
+from extproc.simulate.contenders import BEST_FIXED, HAPROXY_QUEUE_S, Contender, contender
 from extproc.simulate.fronts import Group, Haproxy
 from extproc.simulate.world import World
 
@@ -175,7 +174,7 @@ def main() -> None:
         show("sees the future", [foresee(ours, preset, drawn[seed], seed, len(window[seed])) for seed in drawn])
         for who in (short_first, ours):
             misses(who.name, [play(who, preset, drawn[seed], seed, len(window[seed])) for seed in drawn])
-        haproxy = Contender("haproxy", "haproxy", limit=BEST_FIXED[preset], queue_s=HAPROXY_QUEUE_S[preset])
+        haproxy = Contender("haproxy", "haproxy", limit=BEST_FIXED[preset], queue_s=HAPROXY_QUEUE_S)
         misses("HAProxy", [play(haproxy, preset, drawn[seed], seed, len(window[seed])) for seed in drawn])
         for limit in sorted({PATIENT_LIMIT[preset], BEST_FIXED[preset]}):
             patient = PatientHaproxyContender("haproxy", "haproxy", limit=limit)

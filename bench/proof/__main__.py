@@ -4,6 +4,7 @@
     python -m bench.proof --quick              # `make bench-quick`: one seed of the ramp's ends, four minutes
     python -m bench.proof --peers              # `make bench-peers`: against two routers from PyPI, five minutes
     python -m bench.proof --only ramp noisy --seeds 71 72 --stacks 8
+    python -m bench.proof --quick --contender mine=FILE   # a contender of your own beside them (bench/proof/rival.py)
     python -m bench.proof --page               # the page again, from the runs that lie in build/bench
 
 Exits 1 if runs were rejected and could not be repeated; an expectation that was not reached is said, on the page too.
@@ -27,12 +28,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import extproc
-from bench.proof import page, peers, peers_page, virtual
+from bench.proof import page, peers, peers_page, rival, tables, virtual
 from bench.proof.experiments import BY_NAME, EXPERIMENTS, WITH_PEERS, Cell, Times, cells, pack
 from bench.proof.figures import Run, from_json, to_json
 from bench.proof.fronts import HAPROXY
 from bench.proof.stacks import run_round
-from bench.proof.words import summary
+from bench.proof.words import collect, summary
 from tests.e2e.kit.envoy import envoy_binary
 
 if TYPE_CHECKING:
@@ -59,10 +60,12 @@ def main() -> int:
     out: Path = flags.out
     left: list[Cell] = []
     if not flags.page:
-        experiments = [BY_NAME[name] for name in flags.only]
+        own = flags.own
+        experiments = [replace(one, contenders=(*one.contenders, *own)) for one in map(BY_NAME.__getitem__, flags.only)]
         if flags.peers:
             peers.install()
-            experiments = [replace(one, contenders=tuple(flags.contender) or one.contenders) for one in experiments]
+            some = (*flags.contender, *own)
+            experiments = [replace(one, contenders=some) if flags.contender else one for one in experiments]
             experiments = [replace(one, loads=tuple(flags.loads) or one.loads) for one in experiments]
         if flags.quick:
             experiments = [replace(one, loads=(0.7, 1.2)) if one.name == "ramp" else one for one in experiments]
@@ -82,6 +85,8 @@ def main() -> int:
         print(f"{time.monotonic() - began:.0f} s; {len(runs)} runs, {len(rejected)} rejected; {path}")
         return 1 if rejected or left else 0
     written = page.write(runs, load_sweeps(out), facts, flags.docs)
+    print("\n".join(tables.ramp(collect(runs))))
+    print(page.noise(runs))
     for holds, sentence in written.expectations:
         print(f"  {'reached    ' if holds else 'NOT REACHED'} {sentence}")
     print(
@@ -108,7 +113,7 @@ def _flags() -> argparse.Namespace:
     parser.add_argument("--peers", action="store_true", help="that experiment alone; with --contender, any of them")
     parser.add_argument("--loads", type=float, nargs="+", default=[], help="of --peers (0.7 1.2)")
     parser.add_argument("--only", nargs="+", choices=sorted(one.name for one in EXPERIMENTS), help="experiments (all)")
-    parser.add_argument("--contender", nargs="+", default=[], help="of those (all)")
+    parser.add_argument("--contender", nargs="+", default=[], help="of those (all); NAME=FILE adds one of your own")
     parser.add_argument("--seeds", type=int, nargs="+", help=f"({' '.join(map(str, SEEDS))})")
     parser.add_argument("--stacks", type=float, default=STACKS, help="busy stacks at once (%(default)g)")
     parser.add_argument("--times", type=float, nargs=3, metavar="S", help="seconds: warm, end of arrivals, cut")
@@ -123,13 +128,21 @@ def _flags() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="raw runs (build/bench; with --peers, build/bench-peers)")
     parser.add_argument("--docs", type=Path, help="where the page goes (docs/; with --quick, --out)")
     flags = parser.parse_args()
+    flags.own = [one for one in flags.contender if rival.is_own(one)]
+    flags.contender = [one for one in flags.contender if not rival.is_own(one)]
+    try:
+        for one in flags.own:
+            rival.read(Path(one.partition("=")[2]))
+    except rival.RivalError as error:
+        parser.error(str(error))
     if flags.peers:
         flags.only, flags.no_virtual = [WITH_PEERS.name], True
     flags.out = flags.out or ROOT / ("build/bench-peers" if flags.peers else "build/bench")
     flags.only = flags.only or (QUICK if flags.quick else [one.name for one in EXPERIMENTS])
     flags.seeds = flags.seeds or (SEEDS[:1] if flags.quick else SEEDS)
     flags.times = Times(*flags.times) if flags.times else Times()
-    whole = set(flags.only) == {one.name for one in EXPERIMENTS} and not flags.quick and not flags.contender
+    whole = set(flags.only) == {one.name for one in EXPERIMENTS}
+    whole = whole and not (flags.quick or flags.contender or flags.own)
     flags.docs = flags.docs or (ROOT / "docs" if whole else flags.out)
     return flags
 
@@ -144,7 +157,7 @@ def without(experiment: Experiment, name: str) -> Experiment:
 
 def real(planned: Sequence[Cell], flags: argparse.Namespace, out: Path) -> list[Cell]:
     """Run all cells on real processes, the rejected ones again, a JSON file for each run. Returns what is left."""
-    left = list(planned)
+    left, chosen = list(planned), (*flags.contender, *flags.own) if flags.contender else ()
     for attempt in range(1 + flags.repeats):
         again: list[Cell] = []
         rounds = pack(left, flags.stacks if attempt == 0 else flags.stacks * 0.6)
@@ -152,7 +165,7 @@ def real(planned: Sequence[Cell], flags: argparse.Namespace, out: Path) -> list[
             began = time.monotonic()
             try:
                 with _locked(flags.lock):
-                    runs, busy = run_round(some, flags.times, flags.contender)
+                    runs, busy = run_round(some, flags.times, chosen)
             except AssertionError as error:  # a port that somebody else took first, for instance
                 print(f"round {number}/{len(rounds)} did not start: {error}", flush=True)
                 again += some
@@ -199,6 +212,8 @@ def load_runs(out: Path) -> list[Run]:
 def sweep(experiments: Sequence[Experiment], flags: argparse.Namespace, out: Path) -> None:
     """Run the sweeps, and the real cells again on the virtual clock; one JSON file of figures for each preset."""
     began = time.monotonic()
+    for own in flags.own:
+        experiments = [without(one, own) for one in experiments]
     long = Times(min(60.0, flags.virtual_seconds / 5), flags.virtual_seconds, 0.0)
     tasks = [
         (cell, name, flags.times)

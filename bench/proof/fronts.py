@@ -1,7 +1,7 @@
 """The contenders as processes: what stands before the engines of one stack, each set as its operator would set it.
 
-A contender's name is one of NAMES, or of the peers that are installed on demand (peers.py); `ours` and `original` take
-config keys after commas: `ours,scrape_interval=5s`.
+A contender's name is one of NAMES, of the peers that are installed on demand (peers.py), or NAME=FILE (rival.py);
+`ours` and `original` take config keys after commas: `ours,scrape_interval=5s`.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ import json
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from bench.proof import peers
+from bench.proof import peers, rival
 from extproc.config import parse_config
 from extproc.durations import format_duration
 from extproc.envoy.bootstrap import EnvoyOptions, render
-from extproc.simulate.contenders import BEST_FIXED, ENGINE_QUEUE
+from extproc.simulate.contenders import BEST_FIXED, ENGINE_QUEUE, HAPROXY_QUEUE_S
 from tests.e2e.kit.envoy import envoy_binary
 from tests.e2e.kit.processes import Child, free_port, http_get, http_ok, tcp_open
 
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
 
 NAMES = ("round_robin", "least_request", "circuit_breaker", "tuned_engine", "haproxy", "original", "ours")
 HAPROXY = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin:/usr/local/sbin")
-HAPROXY_QUEUE_S = {"h100-32b": 1.6, "a100-8b": 1.6}
-"""The best `timeout queue` of 1, 1.6, 3, 5 and 15 s over 90, 120 and 150 % load; `maxconn` is BEST_FIXED, the best of
-five around it. Both chosen for HAProxy on seeds 51 to 53, in the simulator."""
 CHECK = {"path": "/health", "interval": "1s", "timeout": "1s", "down": 3, "up": 1}
 """Active health checks of all balancers. `ours` has none by default: failures tell it."""
 NEVER_S = 3500.0
@@ -75,6 +73,8 @@ class Front:
         self._ready: list[tuple[Child, Callable[[], bool]]] = []
         name, *settings = contender.split(",")
         match name:
+            case _ if rival.is_own(contender):
+                self._own(Path(contender.partition("=")[2]), addresses, classes, directory)
             case "haproxy":
                 path = directory / "haproxy.cfg"
                 path.write_text(haproxy_config(self.address, addresses, classes, preset))
@@ -99,6 +99,15 @@ class Front:
                 admin = f"127.0.0.1:{free_port()}"
                 bootstrap = balancer_config(name, self.address, admin, addresses, preset)
                 self._envoy(yaml.safe_dump(bootstrap, sort_keys=False), admin, directory)
+
+    def _own(self, recipe: Path, addresses: Sequence[str], classes: Sequence[Klass], directory: Path) -> None:
+        for name, argv, ready in rival.prepare(rival.read(recipe), self.address, addresses, classes, directory):
+            self._add(name, argv, directory)
+            address, _, path = ready.removeprefix("http://").partition("/")
+            if ready.startswith("http://"):
+                self._ready.append((self.children[name], partial(http_ok, address, f"/{path}")))
+            else:
+                self._ready.append((self.children[name], partial(tcp_open, address)))
 
     def _envoy(self, text: str, admin: str, directory: Path) -> None:
         path = directory / "envoy.yaml"
@@ -296,7 +305,7 @@ def haproxy_config(listen: str, addresses: Sequence[str], classes: Sequence[Klas
     No `maxqueue` beside `leastconn`: it would bind early. With one class nothing bids it wait for longer than that
     class can use, so its `timeout queue` is that class' budget.
     """
-    wait_s = classes[0].budget_s if len(classes) == 1 else HAPROXY_QUEUE_S[preset]
+    wait_s = classes[0].budget_s if len(classes) == 1 else HAPROXY_QUEUE_S
     order = sorted(classes, key=lambda klass: -klass.priority)
     rules = [
         f"    http-request set-priority-class int({place}) if {{ req.hdr(x-request-class) -m str {klass.name} }}"

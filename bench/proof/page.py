@@ -1,6 +1,7 @@
-"""Writes docs/benchmarks.md and its plots from runs: every figure in it is computed here, none is typed.
+"""Writes docs/benchmarks.md, which is short, and docs/benchmarks-details.md with all else, and their plots, from runs.
 
-Sentences that judge are made from comparisons, so a run with other results writes another page.
+Every figure is computed here, none is typed; sentences that judge are made from comparisons, so a run with other
+results writes another page.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import TYPE_CHECKING
 
-from bench.proof import tables
+from bench.proof import settings, shapes_page, tables
 from bench.proof.experiments import BY_NAME
 from bench.proof.figures import LAG_MAX_S, LAG_P99_S, STEP_LAG_S, ratio
 from bench.proof.pictures import draw
-from bench.proof.words import SAME, average, collect, pick, plain, share, table
+from bench.proof.words import SAME, average, collect, label, pick, plain, share, table
 from extproc.simulate.contenders import BEST_FIXED
 
 if TYPE_CHECKING:
@@ -26,13 +27,27 @@ if TYPE_CHECKING:
     from bench.proof.words import Key, Row
 
 HEAD = """\
-# Does a queue in front help? Measured against what else could stand there
+# Does a queue in front help?
 
-Written by `make bench` ({date}, {minutes:.0f} minutes); don't edit. Real Envoy {envoy} and HAProxy {haproxy}, real
-sockets, real time; the engines are simulated (`extproc engine`, calibrated by arithmetic and not on a GPU), so read
-ratios, not rates. **Goodput** is the share of ALL requests that met the objectives of their class for the first
-token (TTFT) and for the mean time of the tokens after it (TPOT): what was refused, abandoned or failed missed. ± is
-the standard deviation between seeds.
+Written by `make bench` ({date}, {minutes:.0f} minutes, {seeds} seeds); don't edit. Real Envoy {envoy} and HAProxy
+{haproxy}, real sockets, real time. The engines are simulated, so read ratios, not rates. **Goodput** is the share of
+ALL requests that met the objectives of their class; what was refused, abandoned or failed missed. ± is the standard
+deviation between seeds. Every rival has the best settings that a search found for it; ours has its defaults.
+"""
+SCEPTIC = """\
+## Don't believe it
+
+- `make bench-quick` (4 minutes): one seed, prints its own table and how noisy your machine was.
+- Put your own router beside them: [benchmarks-yours.md](benchmarks-yours.md), ten minutes.
+- [benchmarks-details.md](benchmarks-details.md): every class, percentile and experiment, how it was measured, what each
+  rival was set to and what else was tried. [The ceiling](benchmarks-ceiling.md). [smg and
+  vllm-router](benchmarks-peers.md). [Hundreds of cells](benchmarks-matrix.md). [Several sidecars](replicas.md).
+- Not in it: GPUs. What a real vLLM says, on a CPU: [vllm.md](vllm.md).
+"""
+DETAILS = """\
+# The benchmark in detail
+
+Written by `make bench` with [benchmarks.md](benchmarks.md), which has the answer; don't edit.
 """
 VIRTUAL = """\
 ## On a virtual clock
@@ -75,12 +90,30 @@ METHOD = """\
 """
 
 
+TRIED = """\
+Each searched over the whole grid, simulated at 90, 120 and 150 % load on seeds 51 to 53, one setting for all loads; the
+figure is its mean goodput. `python -m bench.proof.settings`; all that was tried: bench/proof/settings.json.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What came of it: the expectations, whether each held, and the text."""
+    """What came of it: the expectations, whether each held, and the texts of the two pages."""
 
     expectations: list[tuple[bool, str]]
     text: str
+    details: str
+
+
+def noise(runs: Sequence[Run]) -> str:
+    """Return how late the sender and the engines were, in one line: what the machine adds to every figure."""
+    lags, worst, steps = zip(*((*run.lag, run.step_lag_s) for run in runs), strict=True) if runs else ((0,), (0,), (0,))
+    bad = sum(bool(run.problem()) for run in runs)
+    late = " / ".join(f"{max(values) * 1000:.0f}" for values in (lags, worst, steps))
+    return (
+        f"The machine: sender late by p99 / most, an engine's step by most, of the worst run: {late} ms; "
+        f"{bad} of {len(runs)} runs rejected for that."
+    )
 
 
 def write(runs: Sequence[Run], rows: Sequence[Row], facts: Row, docs: Path) -> Written:
@@ -94,12 +127,18 @@ def write(runs: Sequence[Run], rows: Sequence[Row], facts: Row, docs: Path) -> W
     for name, svg in drawn.items():
         (pictures / f"{name}.svg").write_text(svg)
     expectations = [*expected(found), *simulated(rows)]
-    parts = [*_head(facts), *_answer(found, expectations), *_why(rows), ""]
-    parts += [*_ramp(found, drawn), *_others(found, drawn)]
-    parts += [*_virtual(found, rows, facts, drawn), *_no_help(found, rows), *_method(runs, facts)]
-    text = "\n".join(parts).rstrip() + "\n"
-    (docs / "benchmarks.md").write_text(text)
-    return Written(expectations, text)
+    kinds = shapes_page.rows(docs)
+    losses = _no_help(found, rows)
+    front = [*_head(facts), *_answer(found, expectations), "", *_picture("ramp", "Goodput over load", drawn)]
+    front += [*tables.ramp(found, by_class=False), *shapes_page.table(kinds)]
+    front += ["## Where it does not help", "", *_short(found), *shapes_page.losses(kinds), "", SCEPTIC]
+    details = [DETAILS, *_classes(), *_why(rows), "", *_ramp(found, drawn), *_others(found, drawn)]
+    details += [*_virtual(found, rows, facts, drawn), *losses, *_method(runs, facts), "", *_tried()]
+    details += shapes_page.settings(kinds)
+    texts = {"benchmarks.md": front, "benchmarks-details.md": details}
+    for name, parts in texts.items():
+        (docs / name).write_text("\n".join(parts).rstrip() + "\n")
+    return Written(expectations, *((docs / name).read_text() for name in texts))
 
 
 def expected(found: dict[Key, Figures]) -> list[tuple[bool, str]]:
@@ -143,7 +182,7 @@ def _why(rows: Sequence[Row]) -> list[str]:
     for preset in dict.fromkeys(row["preset"] for row in rows):
         here = pick(rows, kind="sweep", preset=preset, experiment="limits", load=1.2)
         limit = BEST_FIXED[preset]
-        fixed, theirs = (average(here, f"{who}={limit}") for who in ("ours,max_running_requests", "haproxy,maxconn"))
+        fixed, theirs = (average(here, f"{who}={limit}") for who in ("ours,max_running_requests", "haproxy,limit"))
         if not math.isnan(fixed + theirs):
             parts.append(
                 f"- What the number is worth: HAProxy with the best fixed limit for {preset}, {limit}, has "
@@ -158,14 +197,49 @@ def _head(facts: Row) -> list[str]:
     text = HEAD.format(
         date=facts["date"],
         minutes=facts["duration_s"] / 60,
+        seeds=len(facts["seeds"]),
         envoy=versions.get("Envoy", "unknown"),
         haproxy=versions.get("HAProxy", "(not installed: left out)"),
     )
+    return [text]
+
+
+def _classes() -> list[str]:
     rows = [
         [k.name, f"{k.share:.0%}", f"{k.ttft_s:g} s", f"{k.tpot_s * 1000:g} ms", f"{k.patience_s:g} s"]
         for k in BY_NAME["ramp"].workload.classes
     ]
-    return [text, *table(["class", "of requests", "TTFT", "TPOT", "client leaves after"], rows)]
+    return ["The standing mix:", "", *table(["class", "of requests", "TTFT", "TPOT", "client leaves after"], rows)]
+
+
+def _tried() -> list[str]:
+    """Say what the rivals of the real runs were set to, and out of what."""
+    parts = ["## What the rivals are set to", "", TRIED]
+    lines = []
+    for preset, rivals in settings.recorded().items():
+        for rival, found in rivals.items():
+            scores = sorted(found["tried"].items(), key=lambda item: -item[1])
+            best = ", ".join(f"{text.partition(',')[2]} {share(value)}" for text, value in scores[:3])
+            lines.append([preset, label(rival), found["won"].partition(",")[2], str(len(scores)), best])
+    return [*parts, *table(["engine", "", "best settings", "tried", "the first three"], lines)]
+
+
+def _short(found: dict[Key, Figures]) -> list[str]:
+    """Return the losses that a reader must know first: light load, what batch pays, throughput, CPU."""
+    parts = []
+    groups: dict[float, dict[str, Figures]] = defaultdict(dict)
+    for (name, load, who), one in found.items():
+        if name == "ramp":
+            groups[load][who] = one
+    for load, group in groups.items():
+        ours = group.pop("ours", None)
+        if ours is not None and group:
+            parts += _real_losses(f"{load:.0%}", ours, list(group.values()))
+            most = max(group.values(), key=lambda one: one.tokens_per_s)
+            lost = 1 - ours.tokens_per_s / most.tokens_per_s if most.tokens_per_s else 0.0
+            if lost > SAME:
+                parts.append(f"- Real, {load:.0%}: {lost:.0%} fewer output tokens than {plain(most.contender)}.")
+    return [*parts, *_cost(found)]
 
 
 def _answer(found: dict[Key, Figures], expectations: Sequence[tuple[bool, str]]) -> list[str]:

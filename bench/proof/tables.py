@@ -10,7 +10,6 @@ from bench.proof.words import (
     CLASSES,
     LABELS,
     average,
-    by_class,
     label,
     milliseconds,
     pick,
@@ -19,6 +18,7 @@ from bench.proof.words import (
     share,
     table,
 )
+from bench.proof.words import by_class as classes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -40,14 +40,14 @@ SWEPT = ("limits", "telemetry", "sessions")
 """Experiments on the virtual clock that have tables of their own."""
 
 
-def ramp(found: dict[Key, Figures]) -> list[str]:
-    """Return goodput over load."""
+def ramp(found: dict[Key, Figures], *, by_class: bool = True) -> list[str]:
+    """Return goodput over load; with `by_class`, also that of each class."""
     loads = sorted({key[1] for key in found if key[0] == "ramp"})
     rows = []
-    for who in LABELS:
+    for who in dict.fromkeys([*LABELS, *(key[2] for key in found if key[0] == "ramp")]):
         some = [found.get(("ramp", load, who)) for load in loads]
         if any(some):
-            cells = ["" if one is None else f"{goodput(one)} ({by_class(one)})" for one in some]
+            cells = ["" if one is None else goodput(one) + (f" ({classes(one)})" if by_class else "") for one in some]
             rows.append([label(who), *cells])
     return table(["", *(f"{load:.0%}" for load in loads)], rows)
 
@@ -93,7 +93,7 @@ def experiment(name: str, some: Sequence[Figures]) -> list[str]:
         cells = [
             label(one.contender),
             goodput(one),
-            by_class(one),
+            classes(one),
             seconds(first.ttft),
             milliseconds(first.tpot[1:2]),
             f"{one.all.refused:.1%}",
@@ -142,7 +142,7 @@ def limits(rows: Sequence[Row]) -> list[str]:
     lines = []
     for load in dict.fromkeys(row["load"] for row in here):
         some = pick(here, load=load)
-        for who, key in (("HAProxy", "haproxy,maxconn="), ("ours", "ours,max_running_requests=")):
+        for who, key in (("HAProxy", "haproxy,limit="), ("ours", "ours,max_running_requests=")):
             cells = [share(average(some, key + size)) for size in sizes]
             lines.append([f"{who}, {load:.0%}", *cells, share(average(some, "ours")) if who == "ours" else ""])
     return table(["requests per engine", *sizes, "adaptive"], lines)

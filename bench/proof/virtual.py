@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 
 from bench.proof.experiments import Cell, Experiment, Times
 from bench.proof.figures import Record, Run
-from bench.proof.fronts import HAPROXY_QUEUE_S
 from extproc.engine.params import PRESETS
-from extproc.simulate.contenders import BEST_FIXED, Contender, contender
+from extproc.simulate.contenders import BEST_FIXED, contender
 from extproc.simulate.fronts import Group
 from extproc.simulate.workload import CLASSES, Sessions, Workload
 from extproc.simulate.world import Faults, World
@@ -31,15 +30,10 @@ LONG = Times(60.0, 300.0, math.inf)
 
 
 def play(cell: Cell, name: str, times: Times) -> Run:
-    """Run one contender; `haproxy,maxconn=N` is HAProxy with another limit than its best."""
+    """Run one contender, with settings of its own after commas: `haproxy,limit=16,queue=3s`."""
     experiment, classes = cell.experiment, cell.experiment.workload.classes
     best = experiment.limit or BEST_FIXED[experiment.preset]
-    if name.startswith("haproxy"):
-        limit = int(name.partition("maxconn=")[2] or best)
-        wait_s = classes[0].budget_s if len(classes) == 1 else HAPROXY_QUEUE_S[experiment.preset]
-        who = Contender(name, "haproxy", limit=limit, queue_s=wait_s)
-    else:
-        who = contender(ORIGINAL if name == "original" else name, experiment.preset, classes, best=best)
+    who = contender(ORIGINAL if name == "original" else name, experiment.preset, classes, best=best)
     speeds = (experiment.slow,) if experiment.slow != 1.0 else ()
     dies = None if experiment.dies is None else (0, *experiment.dies)
     world = World([Group(PRESETS[experiment.preset], experiment.engines)], who, cell.seed, Faults(speeds, dies))
@@ -98,7 +92,7 @@ def sweeps(experiments: Iterable[Experiment], preset: str) -> list[Experiment]:
     again = [one if one.dies is None else replace(one, dies=(90.0, 180.0)) for one in experiments]
     chat = ("least_request", "circuit_breaker", "tuned_engine", "haproxy", "ours,session_homes=false", "ours")
     talk = Experiment("sessions", "conversations", "Conversations and prefix caches", chat, (1.1, 1.4, 1.8), CHATTY)
-    limited = [(f"haproxy,maxconn={limit}", f"ours,max_running_requests={limit}") for limit in LIMITS[preset]]
+    limited = [(f"haproxy,limit={limit}", f"ours,max_running_requests={limit}") for limit in LIMITS[preset]]
     scraped = [(f"ours,scrape_interval={s}s", f"ours,own_books=false,scrape_interval={s}s") for s in SCRAPES_S]
     added = (
         replace(talk, limit=SESSIONS_LIMIT[preset]),

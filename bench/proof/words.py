@@ -7,6 +7,7 @@ from collections import defaultdict
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
+from bench.proof import rival
 from bench.proof.experiments import BY_NAME
 from bench.proof.figures import Figures, Run, figures, goodput, waste
 
@@ -83,13 +84,15 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def label(contender: str) -> str:
     """Return what a contender is called in a table."""
+    if rival.is_own(contender):
+        return rival.name_of(contender)
     return (LABELS | PEER_LABELS).get(contender, f"`{contender}`")
 
 
 def plain(contender: str) -> str:
     """Return what a contender is called in a sentence."""
     known = {"tuned_engine": "the tuned stack", "haproxy": "HAProxy", "least_request": "least request"}
-    return known.get(contender, contender.replace("_", " "))
+    return known.get(contender, label(contender) if rival.is_own(contender) else contender.replace("_", " "))
 
 
 def by_class(one: Figures) -> str:

@@ -6,19 +6,22 @@ import asyncio
 import contextlib
 import math
 import subprocess
+import sys
 import xml.sax
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
 
-from bench.proof import load, page, plots, virtual
+from bench.proof import load, page, plots, rival, search, settings, shapes, shapes_page, virtual
 from bench.proof.experiments import BY_NAME, EXPERIMENTS, Cell, Experiment, Times, cells, pack
 from bench.proof.figures import Record, Run, figures, from_json, goodput, ratio, to_json, waste
 from bench.proof.fronts import HAPROXY, balancer_config, haproxy_config, sidecar_config
 from bench.proof.stacks import run_round
 from bench.proof.words import collect, summary
 from extproc.config import parse_config
+from extproc.simulate.contenders import BEST_FIXED, HAPROXY_QUEUE_S
 from extproc.simulate.fronts import Haproxy, Job
 from extproc.simulate.workload import BATCH, CLASSES, INTERACTIVE, STANDARD, Demand
 from tests.e2e.kit.envoy import validate
@@ -137,7 +140,7 @@ def test_rejected_runs_are_named_on_the_page_and_not_counted(tmp_path):
     bad = run([record(lag_s=1.0)], seed=7)
     found = collect([run([record()]), bad])
     assert found["ramp", 1.2, "ours"].seeds == (1,)
-    text = page.write([run([record()]), bad], [], FACTS, tmp_path).text
+    text = page.write([run([record()]), bad], [], FACTS, tmp_path).details
     assert "rejected: ramp 120% #7 ours: the sender was late" in text
 
 
@@ -244,6 +247,103 @@ def test_the_virtual_clock_gives_every_contender_the_same_requests():
     assert {row["contender"] for row in rows} == set(BY_NAME["ramp"].contenders)
 
 
+# ---- rivals at their best, and yours
+
+
+def test_a_search_plays_the_whole_grid_and_the_best_wins():
+    waits = search.waits(CLASSES)
+    assert waits[0] < 0.6 < 1.6 < 14.6 < waits[-1]
+    texts = search.grid("haproxy", 10, waits)
+    found = search.best("haproxy", 10, waits, lambda text: float(text == texts[7]))
+    assert (found.text, found.goodput, found.tried) == (texts[7], 1.0, len(search.SHARES) * len(waits))
+    with pytest.raises(ValueError, match="nothing to search"):
+        search.grid("least_request", 10, waits)
+
+
+def test_the_real_rivals_have_the_settings_that_the_recorded_search_found():
+    for preset, rivals in settings.recorded().items():
+        for found in rivals.values():
+            assert found["won"] == max(found["tried"], key=found["tried"].__getitem__)
+        limit, wait_ms = BEST_FIXED[preset], round(HAPROXY_QUEUE_S * 1000)
+        tried = rivals["haproxy"]["tried"]
+        assert max(tried.values()) - tried[f"haproxy,limit={limit},queue={wait_ms}ms"] < 0.01
+        assert (
+            max(rivals["tuned_engine"]["tried"].values())
+            - rivals["tuned_engine"]["tried"][f"tuned_engine,limit={limit}"]
+            < 0.01
+        )
+
+
+def test_a_recorded_hour_is_cut_into_parts_that_begin_at_0_and_have_all_of_it(tmp_path):
+    lines = [f"{at},10,10" for at in range(100)]
+    trace = tmp_path / "azure_conv.csv"
+    trace.write_text("\n".join(["time,prompt_tokens,output_tokens", *lines]))
+    (tmp_path / "azure_code.csv").write_text(trace.read_text())
+    traffic = shapes.with_traces(tmp_path)["azure-conv"]
+    scenes = shapes.parts(shapes.stage("llama-cpp", traffic, 80, shapes.SEEDS))
+    assert [next(iter(scene.demands)) for scene in scenes] == list(shapes.SEEDS)
+    played = [one for scene in scenes for demands in scene.demands.values() for one in demands]
+    assert len(played) in (99, 100)  # the very last may arrive at the end itself
+    assert all(0 <= one.at < scene.duration_s for scene in scenes for one in next(iter(scene.demands.values())))
+
+
+def shape(ours: float, rival: float, load: int = 120) -> dict:
+    """A row of shapes.json."""
+    shares = [
+        {"text": "haproxy,limit=4,queue=1s", "tried": 40, "goodput": [rival] * 2, "tokens_per_s": [100.0] * 2},
+        {"text": "ours", "tried": 1, "goodput": [ours] * 2, "tokens_per_s": [90.0] * 2},
+    ]
+    return {"engine": "llama-cpp", "traffic": "standing", "load": load, "shares": shares}
+
+
+def test_the_page_says_where_a_rival_with_its_number_is_better_and_what_tokens_are_lost():
+    (worse, tokens) = shapes_page.losses([shape(0.5, 0.6)])
+    assert "is worse, .50" in worse
+    assert "HAProxy (limit=4,queue=1s)" in worse
+    assert "10% fewer output tokens" in tokens
+    assert "gains nothing" in shapes_page.losses([shape(0.6, 0.6)])[0]
+    assert not any("gains" in line for line in shapes_page.losses([shape(0.6, 0.6, load=80)]))
+    assert not any("worse" in line for line in shapes_page.losses([shape(0.7, 0.6)]))
+
+
+def recipe(folder: Path) -> Path:
+    """The whole file of docs/benchmarks-yours.md."""
+    text = (Path(__file__).parents[2] / "docs/benchmarks-yours.md").read_text()
+    path = folder / "yours.yaml"
+    path.write_text(text.partition("```yaml\n")[2].partition("```")[0])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("processes: []", "processes: List should have at least 1 item"),
+        ("processes: [{name: a, command: [b], ready: c}]\nenvoy: x", "envoy: Extra inputs are not permitted"),
+        ("[", "while parsing"),
+    ],
+)
+def test_a_contenders_file_that_cannot_be_used_is_refused_with_the_place(text, says, tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(rival.RivalError, match=says):
+        rival.read(path)
+
+
+def test_a_name_that_nothing_has_and_a_file_outside_the_folder_are_refused(tmp_path):
+    process = {"name": "a", "command": ["$nobody"], "ready": "$listen"}
+    with pytest.raises(rival.RivalError, match=r"processes.0.command: 'nobody': known are \$directory"):
+        rival.prepare(rival.Recipe(processes=[process]), "127.0.0.1:1", [], CLASSES, tmp_path)
+    outside = rival.Recipe(processes=[process], files={"../x": ""})
+    with pytest.raises(rival.RivalError, match="must be a name without a folder"):
+        rival.prepare(outside, "127.0.0.1:1", [], CLASSES, tmp_path)
+
+
+def test_urls_of_endpoints_become_arguments_of_their_own(tmp_path):
+    process = {"name": "a", "command": ["$python", "$endpoint_urls", "--at=$listen_port"], "ready": "$listen"}
+    made = rival.prepare(rival.Recipe(processes=[process]), "127.0.0.1:1", ["h:2", "h:3"], CLASSES, tmp_path)
+    assert made == [("a", [sys.executable, "http://h:2", "http://h:3", "--at=1"], "127.0.0.1:1")]
+
+
 # ---- the sender
 
 
@@ -310,7 +410,8 @@ def test_plots_are_well_formed_and_say_their_names():
 
 
 def test_a_tiny_slice_runs_on_real_processes_from_the_arrivals_to_the_page(tmp_path):
-    contenders = ("least_request", "ours", *(["haproxy"] if HAPROXY else []))
+    yours = f"yours={recipe(tmp_path)}"
+    contenders = ("least_request", "ours", yours, *(["haproxy"] if HAPROXY else []))
     experiment = Experiment("ramp", "the ramp", "Overload ramp", contenders, (1.2,), engines=2)
     times = Times(0.0, 1.5, 2.0)
     runs, _ = run_round([Cell(experiment, 1.2, 3)], times)
@@ -324,6 +425,7 @@ def test_a_tiny_slice_runs_on_real_processes_from_the_arrivals_to_the_page(tmp_p
     assert len({tuple((r.at, r.prompt) for r in one.records) for one in runs}) == 1
     text = page.write([replace_lags(one) for one in runs], [], FACTS, tmp_path).text
     assert "**ours, defaults**" in text
+    assert "| yours |" in text
     assert (tmp_path / "benchmarks/classes.svg").exists()
 
 

@@ -1,0 +1,116 @@
+"""What the pages say of other kinds of engine, from the rows that shapes.py wrote: docs/benchmarks/shapes.json."""
+
+from __future__ import annotations
+
+import json
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Any
+
+from bench.proof import words
+from bench.proof.shapes import SHAPES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+Row = dict[str, Any]
+FILE = "benchmarks/shapes.json"
+TRAFFIC = {
+    "standing": "the standing mix",
+    "prefix": "... + a system prompt of 3,000",
+    "azure-conv": "Azure, conversation",
+    "azure-code": "Azure, code",
+    "long": "prompts of 16,000",
+}
+HEAD = """\
+## Other engines, other traffic
+
+Simulated, the engines' constants fitted to published kernel times, {seeds} seeds; the rivals searched anew for every
+row (`python -m bench.proof.shapes`). Ours does not know the engine.
+"""
+
+
+def rows(docs: Path) -> list[Row]:
+    """Return what was played; nothing if the file is not there."""
+    path = docs / FILE
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def name(share: Row) -> str:
+    """Return a contender without its settings."""
+    return str(share["text"]).partition(",")[0]
+
+
+def middle(share: Row) -> float:
+    """Return its goodput, 0..1."""
+    return mean(share["goodput"])
+
+
+def best_rival(row: Row) -> Row:
+    """Return the strongest of a row but ours."""
+    return max((one for one in row["shares"] if name(one) != "ours"), key=middle)
+
+
+def ours(row: Row) -> Row:
+    """Return ours."""
+    return next(one for one in row["shares"] if name(one) == "ours")
+
+
+def table(kinds: Sequence[Row]) -> list[str]:
+    """Return goodput of all in every row."""
+    if not kinds:
+        return []
+    names = [name(one) for one in kinds[0]["shares"]]
+    lines = []
+    for row in kinds:
+        shares = {name(one): one for one in row["shares"]}
+        top = max(map(middle, shares.values()))
+        cells = [_cell(shares[who], top) for who in names]
+        lines.append([SHAPES[row["engine"]], TRAFFIC[row["traffic"]], f"{row['load']}%", *cells])
+    seeds = len(kinds[0]["shares"][0]["goodput"])
+    return [HEAD.format(seeds=seeds), *words.table(["engine", "traffic", "load", *map(words.label, names)], lines)]
+
+
+def _cell(share: Row, top: float) -> str:
+    text = f"{words.share(middle(share), 2)}{_spread(share['goodput'])}"
+    return f"**{text}**" if middle(share) >= top - words.SAME else text
+
+
+def _spread(values: Sequence[float]) -> str:
+    return words.plus_minus(stdev(values)) if len(values) > 1 else ""
+
+
+def losses(kinds: Sequence[Row]) -> list[str]:
+    """Return the rows where a rival with its number is better, or as good under overload; and tokens that were lost."""
+    parts = []
+    for row in kinds:
+        mine, best = ours(row), best_rival(row)
+        gain = middle(mine) - middle(best)
+        where = f"{SHAPES[row['engine']]}, {TRAFFIC[row['traffic']]}, {row['load']}%"
+        if gain < -words.SAME or (gain < words.SAME and row["load"] > 100):
+            word = "is worse" if gain < -words.SAME else "gains nothing"
+            rival = f"{words.plain(name(best))} ({best['text'].partition(',')[2] or 'no settings'})"
+            figures = f"{words.share(middle(mine))} against {words.share(middle(best))} of {rival}"
+            parts.append(f"- Simulated, {where}: {word}, {figures}.")
+        most = max(row["shares"], key=lambda one: mean(one["tokens_per_s"]))
+        lost = 1 - mean(mine["tokens_per_s"]) / mean(most["tokens_per_s"])
+        if lost > 0.05:
+            parts.append(f"- Simulated, {where}: {lost:.0%} fewer output tokens than {words.plain(name(most))}.")
+    return parts
+
+
+def settings(kinds: Sequence[Row]) -> list[str]:
+    """Return which settings won in every row, and out of how many."""
+    if not kinds:
+        return []
+    lines = [
+        [
+            SHAPES[row["engine"]],
+            TRAFFIC[row["traffic"]],
+            f"{row['load']}%",
+            *(f"{one['text'].partition(',')[2]} of {one['tried']}" for one in row["shares"] if one["tried"] > 1),
+        ]
+        for row in kinds
+    ]
+    names = [words.label(name(one)) for one in kinds[0]["shares"] if one["tried"] > 1]
+    return ["The same for the other engines:", "", *words.table(["engine", "traffic", "load", *names], lines)]
