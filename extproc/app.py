@@ -29,6 +29,7 @@ from extproc.stream.ages import Ages
 from extproc.stream.dialect import EndpointPicker
 from extproc.stream.dry_run import DryRun
 from extproc.stream.gate import Gate
+from extproc.stream.objectives import classes_of
 from extproc.stream.session import Reception
 from extproc.tasks import Tasks
 from extproc.transport.completion import server_on
@@ -65,7 +66,7 @@ MOST_CHANGES = 50
 
 CHANGEABLE = frozenset(
     (
-        *("endpoints", "discovery", "inference_pool", "allowed_addresses", "health_check", "classes", "enable_queue"),
+        *("endpoints", "discovery", "allowed_addresses", "health_check", "classes", "enable_queue"),
         *("drain_timeout", "hand_over"),
         *("max_running_requests", "max_queue_wait_time", "binding", "max_queued_requests", "max_prompt_tokens"),
         *("routes", "default_model"),
@@ -147,7 +148,8 @@ class App:
             remove=self._unfollow,
             tasks=self.tasks,
         )
-        self.sources = Sources(self.roster.report)
+        self._priorities: Mapping[str, int] = {}  # of an InferencePool's objectives
+        self.sources = Sources(self.roster.report, self._rank)
         self.file: ConfigFile | None = None
         if path is not None:
             load = partial(load_config, path, environ)
@@ -258,6 +260,7 @@ class App:
         self.ages.oldest_s = config.longest_budget_s
         self.reception.routes = config.routes_table()
         self.reception.requests.default_model = config.default_model
+        self._rank(self._priorities)
         self.gate.set_policy(config.policy())
         self.health.configure(config.health_check)
         self.roster.configure(config)
@@ -268,6 +271,12 @@ class App:
         if len(told) > MOST_CHANGES:
             log.info("configuration: and %d more changes", len(told) - MOST_CHANGES)
         log.info("configuration taken over: %d endpoint(s) in the file", len(config.endpoints))
+
+    def _rank(self, priorities: Mapping[str, int]) -> None:
+        """Take over what an InferencePool's objectives are worth."""
+        self._priorities = priorities
+        known = classes_of(priorities, self.config.policy().classes)
+        self.reception.requests.class_of_objective = lambda name: known.get(name, name)
 
     async def _follow_file(self, file: ConfigFile) -> None:
         await file.run(self.config)

@@ -431,10 +431,11 @@ class Config(_Section):
     listen: Listen = Field("127.0.0.1:50051", description="Where Envoy connects: host:port or `unix:/path`.")
     admin: Address = Field("127.0.0.1:9902", description="HTTP: metrics, health, queues, the live page. Read-only.")
     tls: TlsConfig | None = Field(None, description="TLS at `listen`. Unset: plain text.")
-    dialect: Literal["cluster-header", "endpoint-picker"] = Field(
-        "cluster-header",
+    dialect: Literal["cluster-header", "endpoint-picker"] | None = Field(
+        None,
         description="What asks us. `cluster-header`: Envoy as `envoy-config` sets it up. `endpoint-picker`: an "
-        "Inference Gateway of Kubernetes, or an Envoy that takes an address; endpoints need addresses with an IP.",
+        "Inference Gateway of Kubernetes, or an Envoy that takes an address; endpoints need addresses with an IP. "
+        "Default: `endpoint-picker` with `inference_pool`, else `cluster-header`.",
     )
     picker: PickerConfig = Field(PickerConfig(), description="For `dialect: endpoint-picker`.")
     allow_insecure_listen: bool = Field(
@@ -458,7 +459,8 @@ class Config(_Section):
     endpoints: list[EndpointConfig] = Field([], description="The inference servers.")
     discovery: list[DiscoveryConfig] = Field([], description="Sources of more endpoints. Needs `envoy_clusters_file`.")
     inference_pool: InferencePoolConfig | None = Field(
-        None, description="The InferencePool of Kubernetes whose pods are endpoints, beside all others."
+        None,
+        description="The InferencePool of Kubernetes whose picker we are: its pods are endpoints, beside all others.",
     )
     allowed_addresses: Annotated[list[Network], Field(max_length=100)] | None = Field(
         None,
@@ -655,7 +657,7 @@ class Config(_Section):
     @property
     def picks(self) -> bool:
         """We are an endpoint picker: what we write is an address."""
-        return self.dialect == "endpoint-picker"
+        return self.dialect == "endpoint-picker" or (self.dialect is None and self.inference_pool is not None)
 
     def routes_table(self) -> Routes:
         """Return the table of routes as a session knows it."""

@@ -152,8 +152,11 @@ def _check_discovery(config: Config) -> list[str]:
     problems = []
     if config.discovery and config.envoy_clusters_file is None and not config.picks:
         problems.append("discovery: needs envoy_clusters_file; without it Envoy can't know the endpoints found")
-    if config.inference_pool is not None and config.envoy_clusters_file is None:
-        problems.append("inference_pool: needs envoy_clusters_file; without it Envoy can't know the endpoints found")
+    if config.inference_pool is not None and not config.picks:
+        problems.append(
+            f"inference_pool: is for gateways that ask an endpoint picker, not for dialect: {config.dialect}; leave "
+            "one of them out (for an Envoy of your own: discovery by kubernetes, from a Service of the same pods)"
+        )
     for index, source in enumerate(config.discovery):
         where = f"discovery[{index}]"
         if (source.dns is None) is (source.kubernetes is None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -9,7 +10,9 @@ import pytest
 from extproc.endpoints.discovery import watch
 from extproc.endpoints.discovery.inference_pool import InferencePool
 
+from .kit.clients import complete_many
 from .kit.kube_api import LLM_D_OBJECTIVES, OBJECTIVES, PODS, POOLS, KubeApi, objective_of, pod_of, pool_of
+from .kit.picking import Picking
 from .kit.processes import wait_until
 from .kit.watcher import Watcher
 
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 VLLM = {"app": "vllm"}
+COUNTED = re.compile(r'extproc_requests_total\{(?=.*class="batch").*outcome="dispatched"')
 
 
 @pytest.fixture
@@ -168,3 +172,30 @@ def test_a_cluster_that_knows_no_objectives_has_none_and_its_pods_are_served(api
     with watch_pool(api) as watcher:
         watcher.sees(a="10.0.0.1:8000")
         wait_until(lambda: watcher.priorities[-1:] == [{}])
+
+
+def test_a_gateway_is_sent_to_the_pools_pods_and_an_objective_is_a_class(api, tmp_path):
+    """The whole of it: a real Envoy asks, the pods are servers of which each has a target port of its own."""
+    servers = {"objectives": True, "name": "vllm", "namespace": "ml", "api": api.url, "token_file": "/none"}
+    config = {
+        "dialect": None,
+        "endpoints": [],
+        "allowed_addresses": ["127.0.0.0/8"],
+        "classes": [{"name": "standard"}, {"name": "batch", "priority": -10}],
+        "inference_pool": servers,
+    }
+    api.put(objective_of("nightly", "vllm", -20), OBJECTIVES)
+    with Picking(tmp_path, config=config) as picking:
+        ports = {name: int(one.address.rpartition(":")[2]) for name, one in picking.upstreams.items()}
+        api.put(pool_of("vllm", VLLM, tuple(ports.values())), POOLS)
+        for name, port in ports.items():
+            active = {"llm-d.ai/active-ports": str(port)}
+            api.put(pod_of(name, "127.0.0.1", VLLM, annotations=active), PODS)
+        wait_until(lambda: {"a-rank-0", "b-rank-1"} == picking.in_flight().keys())
+        url = f"http://{picking.gateway('istio')}/v1/chat/completions"
+        api.wait_watching(4)  # the pool, its pods, objectives of two groups: all are listed
+        answers = complete_many(url, 4, lambda _: {"x-gateway-inference-objective": "nightly"})
+        assert [answer.status for answer in answers] == [200] * 4
+        assert sum(value for name, value in picking.sidecar.metrics().items() if COUNTED.match(name)) == 4
+        api.delete("vllm", POOLS)
+        wait_until(lambda: not picking.in_flight())

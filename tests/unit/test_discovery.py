@@ -11,7 +11,7 @@ import yaml
 
 from extproc.admission.controller import Controller
 from extproc.admission.ticket import Ticket
-from extproc.admission.values import Request
+from extproc.admission.values import Request, RequestClass
 from extproc.app import App
 from extproc.config import Config, DnsConfig, EndpointConfig, load_config, parse_config
 from extproc.endpoints import roster
@@ -26,6 +26,7 @@ from extproc.envoy.clusters import ClustersFile
 from extproc.errors import ConfigError
 from extproc.stream.ages import Ages
 from extproc.stream.gate import Gate
+from extproc.stream.objectives import classes_of
 from extproc.stream.request import Headers
 from extproc.stream.session import Reception
 from extproc.tasks import Tasks
@@ -73,6 +74,9 @@ def test_a_name_made_of_an_address_is_a_valid_name():
         ({"discovery": [{"dns": {"nam": "x", "name": "x", "port": 1}}]}, "unknown key; did you mean 'name'?"),
         ({"discovery": [{"kubernetes": {}}]}, "discovery[0].kubernetes: needs one of service and selector"),
         ({"discovery": [{"kubernetes": {"service": "a", "port": 0}}]}, "discovery[0].kubernetes.port: must be a port"),
+        ({"inference_pool": {"name": "vllm"}, "dialect": "cluster-header"}, "inference_pool: is for gateways that ask"),
+        ({"inference_pool": {}}, "inference_pool.name: is required"),
+        ({"inference_pool": {"name": "No Name"}}, "inference_pool.name: "),
         ({"envoy_clusters_file": "clusters.yaml"}, "envoy_clusters_file: must be an absolute path that ends in .yaml"),
         ({"envoy_clusters_file": "/clusters.json"}, "envoy_clusters_file: must be an absolute path"),
         ({"health_check": {"path": "health"}}, "health_check.path: must be the path of a URL"),
@@ -86,6 +90,28 @@ def test_mistakes_in_what_discovers_endpoints_are_named(keys, words):
     with pytest.raises(ConfigError) as caught:
         config(**keys)
     assert any(words in problem for problem in caught.value.problems), caught.value.problems
+
+
+def test_an_inference_pool_makes_an_endpoint_picker_that_needs_no_clusters_file():
+    assert config(inference_pool={"name": "vllm"}).picks
+    assert not config().picks
+
+
+@pytest.mark.parametrize(
+    ("name", "priority", "expected"),
+    [
+        ("batch", 99, "batch"),  # the class of its name, whatever the priority
+        ("a", 10, "interactive"),
+        ("b", 9, "standard"),
+        ("c", 1000, "interactive"),
+        ("d", -1000, "batch"),
+        ("e", 0, "standard"),  # the first of two
+    ],
+)
+def test_an_objective_is_in_the_class_of_its_name_else_of_its_priority_or_the_next_lower(name, priority, expected):
+    priorities = (("standard", 0), ("other", 0), ("interactive", 10), ("batch", -10))
+    classes = [RequestClass(klass, value, 30.0) for klass, value in priorities]
+    assert classes_of({name: priority}, classes) == {name: expected}
 
 
 # ---- the followed file
