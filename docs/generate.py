@@ -18,6 +18,7 @@ from extproc.commands import cli
 from extproc.config import Config, sections
 from extproc.config.schema import schema
 from extproc.durations import format_duration
+from extproc.observe.genai import GenAi
 from extproc.observe.metrics import Metrics
 from extproc.replicas.observe import ReplicaMetrics
 
@@ -113,7 +114,8 @@ def _metrics() -> str:
         "| metric | type | labels | meaning | stability |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for family in chain(Metrics(Controller(Policy()), lambda: 0, rehearsed={}).collect(), ReplicaMetrics().collect()):
+    ours = Metrics(Controller(Policy()), lambda: 0, rehearsed={}).collect()
+    for family in chain(ours, GenAi(float, bool).collect(), ReplicaMetrics().collect()):
         suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
         labels = ", ".join(f"`{label}`" for label in getattr(family, "_labelnames", ()))
         level = _shown(stability.of_metric(family.name))

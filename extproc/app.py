@@ -22,6 +22,7 @@ from extproc.endpoints.roster import Roster
 from extproc.endpoints.telemetry.scraper import Scraper
 from extproc.envoy.clusters import ClustersFile, EnvoyAdmin
 from extproc.errors import ConfigError
+from extproc.observe.genai import GenAi
 from extproc.observe.log import LOOK_S, QueueLog
 from extproc.observe.metrics import Metrics
 from extproc.stream import wire
@@ -38,11 +39,14 @@ from extproc.transport.listener import Listener, SocketRights
 from extproc.transport.tls import ServerTls
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
+
+    from prometheus_client.metrics_core import Metric
 
     from extproc.config import EndpointConfig, ReplicasConfig
     from extproc.endpoints.telemetry.target import Target
+    from extproc.observe.otlp import OtlpMetrics
     from extproc.observe.traces import QueueSpans
     from extproc.replicas.member import Membership
     from extproc.replicas.observe import ReplicaMetrics
@@ -113,7 +117,13 @@ class App:
         )
         self.queue_log = QueueLog(controller, loop.time)
         self.spans = _spans() if config.tracing else None
-        observers: list[Observer] = [self.metrics, self.queue_log, *([self.spans] if self.spans is not None else [])]
+        self.otlp = _otlp_metrics(self.metrics.registry.collect) if config.otlp_metrics else None
+        genai = GenAi(loop.time, controller.knows_model) if config.otlp_metrics else None
+        if genai is not None:
+            self.metrics.registry.register(genai)
+        observers: list[Observer] = [
+            observer for observer in (self.metrics, self.queue_log, self.spans, genai) if observer is not None
+        ]
         self.membership: Membership | None = None
         if config.replicas is None:
             self.gate = Gate(controller, loop, observers)
@@ -136,6 +146,7 @@ class App:
             dialect=EndpointPicker() if config.picks else None,
             read_model=config.picker.read_model,
             picks_without_end=config.picker.without_end == "pick",
+            finished=None if genai is None else genai.finished,
         )
         self.health = HealthChecks(self.gate.set_up, config.health_check, self.tasks, self.gate.heard_at)
         self.roster = Roster(
@@ -155,6 +166,7 @@ class App:
             load = partial(load_config, path, environ)
             self.file = ConfigFile(path, load, self.adopt, self.metrics.config_reloads)
         self._following: asyncio.Task[None] | None = None
+        self._sending: asyncio.Task[None] | None = None
         self.tls = None if config.tls is None else ServerTls(config.tls)
         self.listener = Listener(config.listen, SocketRights(config.socket_mode, config.socket_group), self.tls)
         self.server = server_on(loop)(self.reception, self.listener, reflect=config.reflection, bodies=config.picks)
@@ -186,6 +198,8 @@ class App:
                 await self.membership.stop()
             await self.admin.stop()
             raise
+        if self.otlp is not None:
+            self._sending = self.tasks.keep("otlp metrics", "otlp metrics", self.otlp.run)
         if self.file is not None:
             follow = partial(self._follow_file, self.file)
             self._following = self.tasks.keep("config file", "config file", follow)
@@ -355,8 +369,12 @@ class App:
         await self._stop_following()
         await self.scraper.stop()
         await self.admin.stop()
-        if self.spans is not None:
-            await self.spans.stop()
+        if self._sending is not None:
+            self._sending.cancel()
+            await asyncio.gather(self._sending, return_exceptions=True)
+        for sender in (self.spans, self.otlp):
+            if sender is not None:
+                await sender.stop()
         log.info("stopped")
 
     async def _last_words(self, hurry: asyncio.Event) -> None:
@@ -390,6 +408,18 @@ def _spans() -> QueueSpans:
     try:
         from extproc.observe.traces import QueueSpans
     except ImportError as error:
-        problem = f"tracing: needs OpenTelemetry, which is not here: `pip install 'extproc-queue[otel]'` ({error})"
-        raise ConfigError("configuration", [problem]) from None
+        raise _no_opentelemetry("tracing", error) from None
     return QueueSpans()
+
+
+def _otlp_metrics(collect: Callable[[], Iterable[Metric]]) -> OtlpMetrics:
+    try:
+        from extproc.observe.otlp import OtlpMetrics
+    except ImportError as error:
+        raise _no_opentelemetry("otlp_metrics", error) from None
+    return OtlpMetrics(collect)
+
+
+def _no_opentelemetry(key: str, error: ImportError) -> ConfigError:
+    problem = f"{key}: needs OpenTelemetry, which is not here: `pip install 'extproc-queue[otel]'` ({error})"
+    return ConfigError("configuration", [problem])

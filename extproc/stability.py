@@ -19,16 +19,19 @@ KEYS = frozenset(
     {
         "adaptive_limit",  # constants of a law that measurements still move
         "binding",  # `bound` is there to be compared with
+        "dialect",
         "first_byte_probe",
         "inference_pool",  # young, and so are the gateways that it is for
         "max_prompt_tokens",
+        "otlp_metrics",  # OpenTelemetry's own names for generative AI are not final
+        "picker",
         "replicas",
         "short_prompts_first",
         "transport",  # completion_queue drives private parts of grpcio (docs/adr/0006)
     }
 )
 """Keys of the configuration, by path as in `adaptive_limit.start`; one stands for all below it."""
-METRICS = frozenset({"extproc_held_requests", "extproc_limited_by", "extproc_replica_", "extproc_transport"})
+METRICS = frozenset({"extproc_held_requests", "extproc_limited_by", "extproc_replica_", "extproc_transport", "gen_ai_"})
 """How the names of metrics begin."""
 COMMANDS = frozenset({"engine", "simulate", "up"})
 """Commands: their options, and what they print."""

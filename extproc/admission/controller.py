@@ -174,6 +174,10 @@ class Controller:
             self._fleet.regroup()
         return self._end()
 
+    def knows_model(self, model: str) -> bool:
+        """Tell whether an endpoint or the configuration names this model."""
+        return model in self._books.pools.by_model
+
     def remove_endpoint(self, name: str, now: float) -> list[Decision]:
         """Send nothing more to an endpoint: its leases run out, those at home there go anywhere. Unknown: no-op."""
         self._begin(now)

@@ -37,6 +37,7 @@ class Request:
         max_output_tokens: the most tokens it allows in the answer, if it says so.
         sequences: how many sequences it is for the engine: answers asked for, times prompts.
         kind: what its body is, for estimates: bodies of one kind and size have prompts of about one length.
+        operation: what is asked for in OpenTelemetry's words, like `chat`; "": something else. For those who watch.
         trace: its W3C traceparent, for those who trace; like `id`, nothing is decided by it.
     """
 
@@ -53,6 +54,7 @@ class Request:
     sequences: int = 1
     kind: str = ""
     trace: str = ""
+    operation: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

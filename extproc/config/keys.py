@@ -568,6 +568,12 @@ class Config(_Section):
         "names. Needs `pip install extproc-queue[otel]`; OTEL_... environment variables say where to. Render Envoy's "
         "configuration again after a change.",
     )
+    otlp_metrics: bool = Field(
+        False,
+        description="OpenTelemetry: send the metrics of `/metrics` by OTLP over HTTP too, and count "
+        "`gen_ai.server.request.duration`. Needs `pip install extproc-queue[otel]`; OTEL_... environment variables say "
+        "where to and how often.",
+    )
     replicas: ReplicasConfig | None = Field(
         None, description="Share the endpoints with other sidecars: limits, order and fairness over all. Unset: alone."
     )

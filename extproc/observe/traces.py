@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
     from extproc.admission.ticket import Ticket
-    from extproc.admission.values import Decision
+    from extproc.admission.values import Decision, Request
 
 log = logging.getLogger("extproc.traces")
 
@@ -38,15 +38,30 @@ STOP_S = 2.0
 """How long the last spans may take to go out."""
 
 
+def _genai(request: Request) -> dict[str, str | int]:
+    """Return what a request is in the words of OpenTelemetry's conventions for generative AI."""
+    said = {
+        "gen_ai.operation.name": request.operation,
+        "gen_ai.request.model": request.model,
+        "gen_ai.request.max_tokens": request.max_output_tokens,
+    }
+    return {name: value for name, value in said.items() if value}
+
+
+def resource() -> Resource:
+    """Return who we are in OpenTelemetry's words: what the environment says, else the service `extproc`."""
+    found = Resource.create()
+    if str(found.attributes.get(SERVICE_NAME, "")).startswith("unknown_service"):
+        found = found.merge(Resource({SERVICE_NAME: "extproc"}))
+    return found
+
+
 class QueueSpans:
     """An observer of decisions that makes a span of each wait: from the arrival to the decision."""
 
     def __init__(self, exporter: SpanExporter | None = None) -> None:
         """Send to `exporter`; None: by OTLP over HTTP to where the environment says."""
-        resource = Resource.create()
-        if str(resource.attributes.get(SERVICE_NAME, "")).startswith("unknown_service"):
-            resource = resource.merge(Resource({SERVICE_NAME: "extproc"}))
-        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        self._provider = TracerProvider(resource=resource(), shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("extproc", __version__)
         self._propagator = TraceContextTextMapPropagator()
@@ -72,6 +87,7 @@ class QueueSpans:
                 span.set_attribute("extproc.class", ticket.request_class.name)
                 span.set_attribute("extproc.wait_ms", round(wait_s * 1000, 1))
                 span.set_attribute("extproc.position", ticket.position)
+                span.set_attributes(_genai(ticket.request))
                 if ticket.request.id:
                     span.set_attribute("extproc.request_id", ticket.request.id)
                 if endpoint is not None:
@@ -81,6 +97,7 @@ class QueueSpans:
                 if ticket.home is not None:
                     span.set_attribute("extproc.home", ticket.home.name)
                 if outcome.status is not None:
+                    span.set_attribute("error.type", outcome.value)
                     span.set_status(Status(StatusCode.ERROR, outcome.value))
             span.end(end_ns)
         except Exception:  # a request must not fail because its span did

@@ -29,6 +29,14 @@ MAX_NAME = 256
 """Characters of a client's name for something that we keep."""
 WHAT = (":method", ":path", "upgrade", "content-type")
 """Headers that tell what kind of request it is."""
+OPERATIONS = {
+    "/v1/chat/completions": "chat",
+    "/v1/messages": "chat",
+    "/v1/responses": "chat",
+    "/v1/completions": "text_completion",
+    "/v1/embeddings": "embeddings",
+}
+"""What a path asks for, by OpenTelemetry's conventions for generative AI (`gen_ai.operation.name`)."""
 REPORT, BINARY_REPORT = "endpoint-load-metrics", "endpoint-load-metrics-bin"
 """Response headers in which an endpoint may tell its load (ORCA): with its form in front; base64 of a protobuf."""
 
@@ -128,6 +136,7 @@ class Requests:
             sequences=min(_count(fields.get("n")) or 1, MAX_SEQUENCES),
             max_output_tokens=_count(fields.get("max_tokens")) or _count(fields.get("max_completion_tokens")),
             trace=headers.get(names.trace, "")[:MAX_NAME] if names.trace else "",
+            operation=OPERATIONS.get(headers.get(":path", "").partition("?")[0], ""),
         )
 
     def _class_of(self, fields: Mapping[str, object]) -> str:

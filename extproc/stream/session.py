@@ -91,6 +91,7 @@ class Reception:
         dialect: Dialect | None = None,
         read_model: bool = False,
         picks_without_end: bool = False,
+        finished: Callable[[Ticket, Answer], None] | None = None,
     ) -> None:
         """Sit between the streams and `gate`.
 
@@ -98,6 +99,7 @@ class Reception:
         `read_report`: reads the report of its load that an endpoint sent;
         `routes`: which requests are queued; `default_model`: of requests that name none;
         `server_timing`: tell clients how long they waited;
+        `finished`: is told of each request that was sent to an endpoint and is over;
         `dialect`: how the gateway speaks; by default as our own Envoy configuration has it;
         `read_model`: look for the model in a body, where no header names it and the gateway sends bodies;
         `picks_without_end`: choose an endpoint also for gateways that never tell of the end: no limit counts that.
@@ -120,6 +122,7 @@ class Reception:
         self.silence = Silence(gate)
         self.refused = 0  # those of them that were refused: Envoy has not ended them yet
         self.server_timing = server_timing
+        self.finished = finished
         self._clusters: dict[str, str] = {}  # endpoint -> cluster
         self._endpoints: dict[str, str] = {}  # cluster -> endpoint
         self._steers: dict[str, bytes] = {}
@@ -203,6 +206,7 @@ class Session:
         "_began",
         "_is_half_closed",
         "_is_refused",
+        "_is_sent",
         "_kept",
         "_modes",
         "_number",
@@ -231,6 +235,7 @@ class Session:
         self._kept: Kept | None = None  # what came of the body before the decision
         self._began: Incoming | None = None  # the headers, while the body is read for the model
         self._is_half_closed = False
+        self._is_sent = False  # to an endpoint
         self._wait_s: float | None = None  # set once dispatched, if the client is to be told
         self.resets = False  # a client that leaves is told by a reset, that is without reading: the driver knows
         self.over = False  # nothing more is wanted: the driver ends the stream
@@ -424,6 +429,9 @@ class Session:
             ticket, self._ticket = self._ticket, None
             self._forget_number()
             self._reception.gate.close(ticket, self._answer)
+            finished = self._reception.finished
+            if finished is not None and self._is_sent:
+                finished(ticket, self._answer)
 
     def _forget_number(self) -> None:
         if self._number:
@@ -444,6 +452,7 @@ class Session:
                 self._reception.running[self._number] = decision.ticket
                 details += wire.ticket_metadata(self._number)
             self._wait_s = wait_s
+            self._is_sent = True
             self._send(self._reception.steer(decision.endpoint) + self._modes.override + details)
             if self._kept is not None:
                 for reply in self._kept.take():

@@ -37,7 +37,8 @@ def here(module_stack, collector):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
-        on = {"server_timing": True, "log_format": "json", "tracing": True}
+        patch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "100")
+        on = {"server_timing": True, "log_format": "json", "tracing": True, "otlp_metrics": True}
         config = {**on, "classes": CLASSES, "scrape_interval": "50ms"}
         yield module_stack(upstreams=("a", "b"), config=config)
 
@@ -154,6 +155,9 @@ def test_the_wait_is_a_span_of_the_requests_own_trace(here, story, collector):
     assert told["extproc.class"] == "default"
     assert told["extproc.endpoint"] in ("a", "b")
     assert told["extproc.waited_for"] == "limit"
+    assert told["gen_ai.operation.name"] == "chat"
+    assert attributes(refused)["error.type"] == "budget_expired"
+    assert "error.type" not in told
     lasted_ms = (held.end_time_unix_nano - held.start_time_unix_nano) / 1e6
     assert lasted_ms == pytest.approx(told["extproc.wait_ms"], abs=0.2)
     assert lasted_ms > 0
@@ -174,9 +178,10 @@ def test_a_parent_that_is_not_sampled_makes_no_span_and_a_broken_one_harms_nobod
     assert not [span for span in collector.spans if span.trace_id.hex() == quiet]
 
 
-def test_tracing_without_the_extra_is_a_clear_error_and_off_it_is_not_even_imported(tmp_path):
+@pytest.mark.parametrize("key", ["tracing", "otlp_metrics"])
+def test_without_the_extra_it_is_a_clear_error_and_off_it_is_not_even_imported(tmp_path, key):
     file = tmp_path / "sidecar.yaml"
-    file.write_text(yaml.safe_dump({"tracing": True, "listen": local(), "admin": local()}))
+    file.write_text(yaml.safe_dump({key: True, "listen": local(), "admin": local()}))
     blocked = (
         "import sys; sys.modules['opentelemetry.sdk.trace'] = None; "
         "from extproc.commands.cli import main; sys.exit(main())"
@@ -196,6 +201,41 @@ def test_tracing_without_the_extra_is_a_clear_error_and_off_it_is_not_even_impor
 
 
 # ---- metrics
+
+
+def test_metrics_come_by_otlp_as_they_stand_on_the_page(here, story, collector):
+    def both():
+        page, came = here.sidecar.metrics(), dict(collector.metrics)
+        if "gen_ai.server.request.duration" not in came:
+            return None
+        sent = {
+            attributes(point)["outcome"]: getattr(point, point.WhichOneof("value"))
+            for point in came["extproc_requests"].sum.data_points
+            if attributes(point)["class"] == "default"
+        }
+        (dispatched,) = [
+            value for name, value in page.items() if 'outcome="dispatched"' in name and 'class="default"' in name
+        ]
+        return came if sent["dispatched"] == dispatched else None
+
+    came = wait_until(both, 5.0, "the page and what was sent agree")
+    assert came["extproc_requests"].sum.is_monotonic
+    assert {attributes(point)["endpoint"] for point in came["extproc_inflight_requests"].gauge.data_points} == {
+        "a",
+        "b",
+    }
+    waits = came["extproc_queue_wait_seconds"]
+    assert waits.unit == "s"
+    (point,) = waits.histogram.data_points
+    assert sum(point.bucket_counts) == point.count
+    assert len(point.bucket_counts) == len(point.explicit_bounds) + 1
+    lasted = {
+        attributes(point).get("error.type"): point
+        for point in came["gen_ai.server.request.duration"].histogram.data_points
+    }
+    assert lasted["budget_expired"].count == 1
+    assert attributes(lasted[None]) == {"gen_ai.operation.name": "chat"}
+    assert lasted[None].sum >= point.sum, "a request lasts at least as long as it waited"
 
 
 def test_promtool_finds_nothing_to_say_about_a_live_page(here, story, promtool):

@@ -1,4 +1,4 @@
-"""A collector of traces on a real socket: OTLP over HTTP, protobuf, as OpenTelemetry's own exporter speaks it."""
+"""A collector of traces and metrics on a real socket: OTLP over HTTP, as OpenTelemetry's own exporters speak it."""
 
 from __future__ import annotations
 
@@ -6,26 +6,33 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from .processes import free_port
 
 if TYPE_CHECKING:
+    from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
     from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 
 class Collector:
-    """Listens while `with` lasts; `spans` are those that came."""
+    """Listens while `with` lasts; `spans` are those that came, `metrics` the latest by name."""
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
         self.services: set[str] = set()
         self.url = f"http://127.0.0.1:{free_port()}"
-        spans, services = self.spans, self.services
+        self.metrics: dict[str, Metric] = {}
+        spans, services, metrics = self.spans, self.services, self.metrics
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"]))
+                if self.path == "/v1/metrics":
+                    for resource in ExportMetricsServiceRequest.FromString(body).resource_metrics:
+                        metrics.update({one.name: one for scope in resource.scope_metrics for one in scope.metrics})
+                    body = b""
                 for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
                     services.update(
                         pair.value.string_value for pair in resource.resource.attributes if pair.key == "service.name"
@@ -58,6 +65,6 @@ class Collector:
         )
 
 
-def attributes(span: Span) -> dict[str, Any]:
-    """A span's attributes as plain values."""
+def attributes(span: Any) -> dict[str, Any]:
+    """The attributes of a span or of a data point as plain values."""
     return {pair.key: getattr(pair.value, str(pair.value.WhichOneof("value"))) for pair in span.attributes}
