@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from extproc.admin.http import Admin
-from extproc.admin.state import FileState
+from extproc.admin.state import FileState, Others
 from extproc.admission.controller import Controller
 from extproc.config import Config, changes, cross_check, load_config, target_of
 from extproc.endpoints.discovery.file import ConfigFile
@@ -114,6 +114,7 @@ class App:
             rehearsed=None if dry_run is None else dry_run.counts,
             restarts=self.tasks.restarts,
             told_models=lambda: self.reception.told_models,
+            decides=lambda: self.membership is None or self.membership.replica.decides,
         )
         self.queue_log = QueueLog(controller, loop.time)
         self.spans = _spans() if config.tracing else None
@@ -171,7 +172,9 @@ class App:
         self.listener = Listener(config.listen, SocketRights(config.socket_mode, config.socket_group), self.tls)
         self.server = server_on(loop)(self.reception, self.listener, reflect=config.reflection, bodies=config.picks)
         self._restart_needed: tuple[str, ...] = ()  # keys whose values in the file are not those in use
-        self.admin = Admin(config.admin, self.gate, self.metrics, self._file_state, self._sharing)
+        self.admin = Admin(config.admin, self.gate, self.metrics, self._file_state, self._others())
+        if self.membership is not None:
+            self.membership.answer_with(self.admin.describe)
         self._known_bugs: set[str] = set()
 
     async def start(self) -> None:
@@ -298,13 +301,13 @@ class App:
     def _file_state(self) -> FileState:
         return FileState(self.file is not None and self.file.is_refused, self._restart_needed)
 
-    def _sharing(self) -> dict[str, object] | None:
-        """Return what /queues says of us among other sidecars; None: we are alone."""
+    def _others(self) -> Others | None:
+        """Return what pages show of other sidecars; None: we are alone."""
         if self.membership is None:
             return None
-        from extproc.replicas.observe import described
+        from extproc.replicas.observe import Shown
 
-        return described(self.membership, self.gate.waiting)
+        return Shown(self.membership, self.gate)
 
     def _expect_replays(self) -> None:
         """Be ready for what Envoy held for a sidecar that is gone: our own last life, or another one."""

@@ -13,7 +13,7 @@ class Batch(_message.Message):
     def __init__(self, messages: _Optional[_Iterable[_Union[Message, _Mapping]]] = ...) -> None: ...
 
 class Message(_message.Message):
-    __slots__ = ("hello", "leave", "welcome", "redirect", "met", "refuse", "held", "offer", "synced", "names", "beat", "cancel", "release", "first_token", "answered", "report", "return_", "grant", "turned", "status", "remember", "learned")
+    __slots__ = ("hello", "leave", "welcome", "redirect", "met", "refuse", "held", "offer", "synced", "names", "beat", "cancel", "release", "first_token", "answered", "report", "return_", "grant", "turned", "status", "remember", "learned", "ask", "told")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     LEAVE_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +36,8 @@ class Message(_message.Message):
     STATUS_FIELD_NUMBER: _ClassVar[int]
     REMEMBER_FIELD_NUMBER: _ClassVar[int]
     LEARNED_FIELD_NUMBER: _ClassVar[int]
+    ASK_FIELD_NUMBER: _ClassVar[int]
+    TOLD_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     leave: Leave
     welcome: Welcome
@@ -58,7 +60,9 @@ class Message(_message.Message):
     status: Status
     remember: Home
     learned: Learnt
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., redirect: _Optional[_Union[Member, _Mapping]] = ..., met: _Optional[_Union[Met, _Mapping]] = ..., refuse: _Optional[str] = ..., held: _Optional[_Union[Held, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., synced: _Optional[bool] = ..., names: _Optional[_Union[Names, _Mapping]] = ..., beat: _Optional[int] = ..., cancel: _Optional[int] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., first_token: _Optional[int] = ..., answered: _Optional[int] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., return_: _Optional[int] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., turned: _Optional[_Union[Turned, _Mapping]] = ..., status: _Optional[_Union[Status, _Mapping]] = ..., remember: _Optional[_Union[Home, _Mapping]] = ..., learned: _Optional[_Union[Learnt, _Mapping]] = ...) -> None: ...
+    ask: Ask
+    told: Told
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., redirect: _Optional[_Union[Member, _Mapping]] = ..., met: _Optional[_Union[Met, _Mapping]] = ..., refuse: _Optional[str] = ..., held: _Optional[_Union[Held, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., synced: _Optional[bool] = ..., names: _Optional[_Union[Names, _Mapping]] = ..., beat: _Optional[int] = ..., cancel: _Optional[int] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., first_token: _Optional[int] = ..., answered: _Optional[int] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., return_: _Optional[int] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., turned: _Optional[_Union[Turned, _Mapping]] = ..., status: _Optional[_Union[Status, _Mapping]] = ..., remember: _Optional[_Union[Home, _Mapping]] = ..., learned: _Optional[_Union[Learnt, _Mapping]] = ..., ask: _Optional[_Union[Ask, _Mapping]] = ..., told: _Optional[_Union[Told, _Mapping]] = ...) -> None: ...
 
 class Member(_message.Message):
     __slots__ = ("id", "address", "joined")
@@ -71,7 +75,7 @@ class Member(_message.Message):
     def __init__(self, id: _Optional[str] = ..., address: _Optional[str] = ..., joined: _Optional[int] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("version", "pool", "member", "purpose", "followers", "epoch", "names")
+    __slots__ = ("version", "pool", "member", "purpose", "followers", "epoch", "names", "rules")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
     MEMBER_FIELD_NUMBER: _ClassVar[int]
@@ -79,6 +83,7 @@ class Hello(_message.Message):
     FOLLOWERS_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     NAMES_FIELD_NUMBER: _ClassVar[int]
+    RULES_FIELD_NUMBER: _ClassVar[int]
     version: int
     pool: str
     member: Member
@@ -86,7 +91,8 @@ class Hello(_message.Message):
     followers: int
     epoch: int
     names: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, version: _Optional[int] = ..., pool: _Optional[str] = ..., member: _Optional[_Union[Member, _Mapping]] = ..., purpose: _Optional[int] = ..., followers: _Optional[int] = ..., epoch: _Optional[int] = ..., names: _Optional[_Iterable[str]] = ...) -> None: ...
+    rules: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, version: _Optional[int] = ..., pool: _Optional[str] = ..., member: _Optional[_Union[Member, _Mapping]] = ..., purpose: _Optional[int] = ..., followers: _Optional[int] = ..., epoch: _Optional[int] = ..., names: _Optional[_Iterable[str]] = ..., rules: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Leave(_message.Message):
     __slots__ = ("successor",)
@@ -113,10 +119,12 @@ class Met(_message.Message):
     def __init__(self, member: _Optional[_Union[Member, _Mapping]] = ..., followers: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class Names(_message.Message):
-    __slots__ = ("names",)
+    __slots__ = ("names", "rules")
     NAMES_FIELD_NUMBER: _ClassVar[int]
+    RULES_FIELD_NUMBER: _ClassVar[int]
     names: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, names: _Optional[_Iterable[str]] = ...) -> None: ...
+    rules: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, names: _Optional[_Iterable[str]] = ..., rules: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Asked(_message.Message):
     __slots__ = ("id", "age_s", "model", "request_class", "tenant", "session", "home", "budget_s", "prompt_tokens", "max_output_tokens", "sequences", "kind")
@@ -225,6 +233,24 @@ class Turned(_message.Message):
     retry_after_s: int
     position: int
     def __init__(self, number: _Optional[int] = ..., outcome: _Optional[str] = ..., retry_after_s: _Optional[int] = ..., position: _Optional[int] = ...) -> None: ...
+
+class Ask(_message.Message):
+    __slots__ = ("number", "what", "limit")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    WHAT_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    what: str
+    limit: int
+    def __init__(self, number: _Optional[int] = ..., what: _Optional[str] = ..., limit: _Optional[int] = ...) -> None: ...
+
+class Told(_message.Message):
+    __slots__ = ("number", "text")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    text: str
+    def __init__(self, number: _Optional[int] = ..., text: _Optional[str] = ...) -> None: ...
 
 class Home(_message.Message):
     __slots__ = ("session", "endpoint", "tokens", "age_s")

@@ -18,7 +18,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from extproc.admin.connections import IDLE_S, Connections
 from extproc.admin.feed import Feed
 from extproc.admin.history import STEP_S
-from extproc.admin.state import MOST_WAITING, WAITING_LISTED, FileState, Viewer
+from extproc.admin.state import MOST_WAITING, WAITING_LISTED, FileState, Viewer, merged
 from extproc.config import split_address
 from extproc.errors import StartError
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from aiohttp.typedefs import Handler
 
+    from extproc.admin.state import Others
     from extproc.observe.metrics import Metrics
     from extproc.stream.gate import Gate
 
@@ -56,10 +57,10 @@ class Admin:
         gate: Gate,
         metrics: Metrics,
         file_state: Callable[[], FileState] = FileState,
-        sharing: Callable[[], dict[str, object] | None] = lambda: None,
+        others: Others | None = None,
     ) -> None:
-        """Prepare to serve at `address`, host:port; `file_state` tells of the configuration file, `sharing` of other
-        sidecars that share our endpoints."""
+        """Prepare to serve at `address`, host:port; `file_state` tells of the configuration file, `others` of other
+        sidecars that share our endpoints, if any."""
         self._address = address
         self._gate = gate
         self._metrics = metrics
@@ -69,7 +70,8 @@ class Admin:
         self._files = {
             path: (Path(__file__).with_name(name).read_bytes(), kind) for path, (name, kind) in _FILES.items()
         }
-        self.viewer = Viewer(gate, metrics, file_state, sharing)
+        self._others = others
+        self.viewer = Viewer(gate, metrics, file_state, others)
         self.feed = Feed(self.view)
         self.ready = False
         self.port = 0
@@ -115,7 +117,12 @@ class Admin:
 
     async def view(self) -> dict[str, Any]:
         """Return what the live page and `extproc top` show."""
-        return await self.viewer.view(ready=self.ready)
+        own = await self.viewer.view(ready=self.ready)
+        return own if self._others is None else merged(own, await self._others.whole("view", WAITING_LISTED))
+
+    async def describe(self, what: str, limit: int) -> dict[str, Any]:
+        """Return what we show ourselves, for a sidecar whose requests we decide, too."""
+        return await self.viewer.view(ready=self.ready) if what == "view" else self.snapshot(limit)
 
     def _speak(self) -> asyncio.Protocol:
         """Return aiohttp's side of a new connection."""
@@ -152,7 +159,9 @@ class Admin:
         if not (asked.isascii() and asked.isdigit() and int(asked[:9]) <= MOST_WAITING):
             text = f"limit: must be a number from 0 to {MOST_WAITING}: how many waiting requests to list\n"
             return web.Response(status=400, text=text)
-        return web.json_response(self.snapshot(int(asked)))
+        limit = int(asked)
+        whole = {} if self._others is None else await self._others.whole("queues", limit)
+        return web.json_response(merged(self.snapshot(limit), whole))
 
 
 @web.middleware

@@ -239,7 +239,7 @@ function fillWaiting(row, one) {
   say(row.parts.model, one.model === null ? "any" : one.model);
   say(row.parts.tenant, one.tenant || "–");
   say(row.parts.position, number(one.position));
-  say(row.parts.id, one.id);
+  say(row.parts.id, one.sidecar ? `${one.id} at ${one.sidecar}` : one.id);
 }
 
 // ---- the whole

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from extproc import __version__
 from extproc.admin.history import STEP_S, History, outcome_totals, waiting_by_class
@@ -72,6 +72,32 @@ class FileState(NamedTuple):
     """Keys with values there that only a restart brings into use."""
 
 
+class Others(Protocol):
+    """The sidecars that share our endpoints."""
+
+    def described(self) -> Values:
+        """Return who we are among them."""
+
+    async def whole(self, what: str, limit: int) -> Values:
+        """Return what the one shows (`what`: queues, view) that decides for us, too; empty: that is we, or unknown."""
+
+    def whose(self, ticket: Ticket) -> str | None:
+        """Return which of them holds a request; None: we do."""
+
+
+OF_ALL = ("endpoints", "waiting_total", "waiting_by_class", "waiting", "scanned_all", "classes")
+"""What whoever decides knows for all sidecars; the rest is each one's own."""
+
+
+def merged(own: Values, whole: Values) -> Values:
+    """Return what one sidecar shows, with what the one told that decides for it, too; `whole` may be empty."""
+    told = {key: whole[key] for key in OF_ALL if key in own and key in whole}
+    leader = whole.get("replicas")
+    if own["replicas"] is not None and isinstance(leader, dict):
+        told["replicas"] = own["replicas"] | {"followers": leader.get("followers", [])}
+    return own | told
+
+
 class Viewer:
     """Describes one sidecar."""
 
@@ -80,11 +106,11 @@ class Viewer:
         gate: Gate,
         metrics: Metrics,
         file_state: Callable[[], FileState] = FileState,
-        sharing: Callable[[], Values | None] = lambda: None,
+        others: Others | None = None,
     ) -> None:
-        """Describe what `gate` drives, `metrics` counted, `file_state` tells of the configuration file, and `sharing`
-        of other sidecars."""
-        self._sharing = sharing
+        """Describe what `gate` drives, `metrics` counted, `file_state` tells of the configuration file, and `others` of
+        other sidecars."""
+        self._others = others
         self._gate = gate
         self._file_state = file_state
         self._metrics = metrics
@@ -107,7 +133,7 @@ class Viewer:
             ],
             "waiting_total": controller.waiting,
             "waiting_by_class": waiting_by_class(controller),
-            "waiting": [_row(ticket, now) for ticket in islice(controller.waiting_tickets(), limit)],
+            "waiting": [self._row(ticket, now) for ticket in islice(controller.waiting_tickets(), limit)],
             "outcomes": outcome_totals(self._metrics),
         }
 
@@ -147,7 +173,7 @@ class Viewer:
             "waiting_total": sum(map(len, by_class.values())) if len(tickets) < MOST_SCANNED else controller.waiting,
             "scanned_all": len(tickets) < MOST_SCANNED,
             "classes": self._classes(by_class, curves, now),
-            "waiting": [_row(ticket, now) for ticket in oldest],
+            "waiting": [self._row(ticket, now) for ticket in oldest],
             "outcomes": [
                 {
                     "outcome": outcome.value,
@@ -162,6 +188,10 @@ class Viewer:
             "limits": {held.value: held.words for held in HeldBy},
         }
 
+    def _row(self, ticket: Ticket, now: float) -> Values:
+        sidecar = None if self._others is None else self._others.whose(ticket)
+        return _row(ticket, now) | ({} if sidecar is None else {"sidecar": sidecar})
+
     def _mode(self, *, ready: bool) -> Values:
         controller, file = self._gate.controller, self._file_state()
         return {
@@ -170,7 +200,7 @@ class Viewer:
             "draining": controller.draining or not ready,
             "config_refused": file.refused,
             "restart_needed": list(file.restart_needed),
-            "replicas": self._sharing(),
+            "replicas": None if self._others is None else self._others.described(),
         }
 
     def _classes(self, by_class: Mapping[str, list[Ticket]], curves: Mapping[str, Any], now: float) -> list[Values]:

@@ -56,6 +56,10 @@ def _nothing() -> Mapping[str, int]:
     return {}
 
 
+def _yes() -> bool:
+    return True
+
+
 def _no() -> bool:
     return False
 
@@ -142,6 +146,7 @@ class Metrics:
         rehearsed: Mapping[tuple[str, str], int] | None = None,
         restarts: Mapping[str, int] = MappingProxyType({}),
         told_models: Callable[[], int] = _none,
+        decides: Callable[[], bool] = _yes,
     ) -> None:
         """Count for `controller`.
 
@@ -149,7 +154,8 @@ class Metrics:
         `left_out`: found endpoints that were not taken; `transport`: what carries gRPC;
         `ignored`: header values of requests that told nothing, by header; `clock_offset_s`: of our wall clock against
         Envoy's; `config_is_refused`: the file is worse than what runs; `rehearsed`: a dry run's counts, by what would
-        have happened and class; `restarts`: of tasks, by kind; `told_models`: requests answered by a list of models.
+        have happened and class; `restarts`: of tasks, by kind; `told_models`: requests answered by a list of models;
+        `decides`: we do, and no other sidecar. Who decides tells of endpoints, so that sums over sidecars are right.
         """
         self._controller = controller
         self._clock = clock
@@ -161,6 +167,7 @@ class Metrics:
         self.rehearsed = rehearsed
         self._restarts = restarts
         self._told_models = told_models
+        self._decides = decides
         self.unknown_classes = 0
         self._telemetry = telemetry
         self._streams = streams
@@ -234,7 +241,8 @@ class Metrics:
         """Yield all metric families."""
         yield from self._request_families()
         yield from self._queue_families()
-        yield from self._endpoint_families()
+        if self._decides():
+            yield from self._endpoint_families()
         yield from self._telemetry_families()
         if self.rehearsed is not None:
             rehearsed = CounterMetricFamily(

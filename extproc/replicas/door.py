@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING
 
 from extproc.replicas.leading import Follower
-from extproc.replicas.messages import VERSION, Hello, Leave, Met, Purpose, Redirect, Refuse, Welcome
+from extproc.replicas.messages import VERSION, Ask, Hello, Leave, Met, Purpose, Redirect, Refuse, Told, Welcome
 
 if TYPE_CHECKING:
     from extproc.replicas.messages import Link, Message
@@ -65,7 +66,9 @@ class Door:
             leading = host.leading
             if leading is None or leading.followers.get(guest.follower.member.id) is not guest.follower:
                 return  # we lead him no more
-            if isinstance(message, Leave):
+            if isinstance(message, Ask):
+                host.tell(message, partial(_reply, guest, message.number))
+            elif isinstance(message, Leave):
                 host.lose_follower(guest.follower, clean=True)
                 guest.link.close()
             else:
@@ -129,11 +132,19 @@ class Door:
         if before is not None:  # its old stream has died unnoticed
             before.link.close()
             leading.drop(before, clean=False)
-        guest.follower = Follower(hello.member, guest.link, hello.names, host.now())
+        guest.follower = Follower(hello.member, guest.link, hello.names, host.now(), hello.rules)
         guest.link.send(Welcome(host.me, host.epoch))
         leading.add(guest.follower)
         guest.link.send(leading.status(guest.follower))
-        log.info("%s follows", hello.member.id)
+        differs = leading.differs(guest.follower)
+        if differs:
+            log.warning("%s follows, with another configuration than ours, which counts: %s", hello.member.id, differs)
+        else:
+            log.info("%s follows", hello.member.id)
+
+
+def _reply(guest: Guest, number: int, text: str) -> None:
+    guest.link.send(Told(number, text))
 
 
 def _send_away(guest: Guest, why: str) -> None:

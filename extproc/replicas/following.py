@@ -15,6 +15,7 @@ from extproc.admission.values import Answer, Dispatch, Reject
 from extproc.replicas.leading import asked_by
 from extproc.replicas.messages import (
     Answered,
+    Ask,
     Beat,
     Cancel,
     FirstToken,
@@ -31,14 +32,18 @@ from extproc.replicas.messages import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from extproc.admission.load import Load
     from extproc.admission.ticket import Ticket
     from extproc.replicas.gate import SharedGate
-    from extproc.replicas.messages import Member
+    from extproc.replicas.messages import Member, Told
     from extproc.replicas.seeking import Call
 
 FRESH_S = 1.2
 """How old the last beat may be that the leader has surely heard. It gives us up after SILENCE_S without one."""
+MOST_ASKED = 32
+"""Questions that wait for an answer; an older one is forgotten."""
 MOST_HOMES = 5000
 """Sessions that a sidecar tells a new leader of: those that it saw last."""
 PROMPT_S = 1.0
@@ -69,6 +74,8 @@ class Following:
         self._beats: deque[tuple[int, float]] = deque()
         self._confirmed_at = call.asked_at  # its welcome may be old: it came when this process was stopped
         self._doubtful: list[Grant] = []
+        self._asked: dict[int, Callable[[str], None]] = {}
+        self._asked_last = 0
         now = gate.now()
         for endpoint in list(gate.controller.endpoints.values()):
             gate.do(partial(gate.controller.set_quota, endpoint.name, None))  # nobody waits for it in our own core
@@ -133,6 +140,20 @@ class Following:
         """Pass on what an answer said of its endpoint."""
         if ticket in self._numbers:
             self.link.send(Report(self._numbers[ticket], load))
+
+    def ask(self, what: str, limit: int, heard: Callable[[str], None]) -> None:
+        """Have the leader tell what it shows; `heard` is called if it does."""
+        self._asked_last += 1
+        self._asked[self._asked_last] = heard
+        if len(self._asked) > MOST_ASKED:
+            self._asked.pop(next(iter(self._asked)))
+        self.link.send(Ask(self._asked_last, what, limit))
+
+    def take_answer(self, told: Told) -> None:
+        """Pass on what the leader shows."""
+        heard = self._asked.pop(told.number, None)
+        if heard is not None:
+            heard(told.text)
 
     def refuse_all(self) -> list[Ticket]:
         """Give up what waits; return it."""

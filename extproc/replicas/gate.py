@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from extproc.admission.controller import Controller
     from extproc.admission.load import Load
     from extproc.admission.ticket import Ticket
-    from extproc.admission.values import Decision, EndpointSpec
+    from extproc.admission.values import Decision, EndpointSpec, Policy
     from extproc.replicas.replica import Replica
     from extproc.stream.gate import Loop, Observer, Timer
 
@@ -147,6 +147,11 @@ class SharedGate(Gate):
             super().report(ticket, load)
         else:
             self.replica.report(ticket, load)
+
+    def set_policy(self, policy: Policy) -> None:
+        """Replace our own rules; those that count are the leader's."""
+        super().set_policy(policy)
+        self.replica.names_changed()
 
     def put_endpoint(self, spec: EndpointSpec) -> None:
         """Add or change an endpoint."""

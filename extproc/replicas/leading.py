@@ -34,6 +34,7 @@ from extproc.replicas.messages import (
     Synced,
     Turned,
 )
+from extproc.replicas.rules import differing, rules_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Set
@@ -73,16 +74,20 @@ class Follower:
         tickets: its requests by its own numbers.
         heard: its last beat; `heard_at`: when it came.
         names: endpoints that its Envoy knows.
+        rules: marks of its configuration.
         syncing: what it brought along, until it has told all; None after.
     """
 
-    __slots__ = ("heard", "heard_at", "link", "member", "names", "syncing", "tickets")
+    __slots__ = ("heard", "heard_at", "link", "member", "names", "rules", "syncing", "tickets")
 
-    def __init__(self, member: Member, link: Link, names: frozenset[str], now: float) -> None:
+    def __init__(
+        self, member: Member, link: Link, names: frozenset[str], now: float, rules: frozenset[str] = frozenset()
+    ) -> None:
         """Start with nothing."""
         self.member = member
         self.link = link
         self.names = names
+        self.rules = rules
         self.tickets: dict[int, Forwarded] = {}
         self.heard = 0
         self.heard_at = now
@@ -239,6 +244,10 @@ class Leading:
         endpoints = self._gate.controller.endpoints.values()
         return sorted({endpoint.name for endpoint in endpoints if not endpoint.removed} - names)
 
+    def differs(self, follower: Follower) -> list[str]:
+        """Return the keys of its configuration that are not as ours, which count."""
+        return differing(rules_of(self._gate.controller), follower.rules)
+
     def refuses(self, name: str, names: frozenset[str]) -> str | None:
         """Return why somebody called `name` whose Envoy knows `names` can't follow; None: he can."""
         missing = sorted(set(self._sent_away.get(name, ())).intersection(self.lacks(names)))
@@ -303,8 +312,8 @@ class Leading:
                     self._gate.offer_here(ticket)
             case Held() | Remember() | Synced():
                 self._take_over(follower, message, now)
-            case Names(names):
-                follower.names = names
+            case Names(names, rules):
+                follower.names, follower.rules = names, rules
                 self.look_at_names()
             case Release() | Cancel() | FirstToken() | Answered() | Report() | Return():
                 ticket_of = follower.tickets.get(message.number)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import secrets
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from extproc.replicas.links import TcpNetwork
 from extproc.replicas.messages import LAST, Member
@@ -17,16 +18,21 @@ from extproc.replicas.stores import StoreError, store_of
 from extproc.replicas.tls import MutualTls
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from extproc.config import ReplicasConfig
     from extproc.replicas.gate import SharedGate
+    from extproc.replicas.messages import Ask
 
 log = logging.getLogger("extproc.replicas")
 
 SETTLE_S = 4.0
 """How long a start waits until it is clear who leads; requests that come before would wait as long."""
 MOST_HOST = 40
+ASKABLE = ("queues", "view")
+ANSWER_S = 1.0
+"""How long a page waits for the leader's word before it shows what is known here."""
+MOST_LISTED, MOST_ANSWERING = 500, 16
 
 
 class Membership:
@@ -57,6 +63,7 @@ class Membership:
         self._problem: str | None = None
         self._asking: asyncio.Task[None] | None = None
         self._settled = asyncio.Event()
+        self._answering: set[asyncio.Task[None]] = set()
         self._on_role: Callable[[Role], None] = lambda _role: None
 
     async def start(self, on_role: Callable[[Role], None], on_loss: Callable[[], None]) -> None:
@@ -74,6 +81,35 @@ class Membership:
         if role is not Role.SEEKING:
             self._settled.set()
         self._on_role(role)
+
+    def answer_with(self, describe: Callable[[str, int], Awaitable[dict[str, Any]]]) -> None:
+        """Tell followers that ask, by `describe` of what is asked for and how many waiting requests to list."""
+
+        async def answer(ask: Ask, reply: Callable[[str], None]) -> None:
+            if ask.what in ASKABLE:
+                reply(json.dumps(await describe(ask.what, min(ask.limit, MOST_LISTED))))
+
+        def tell(ask: Ask, reply: Callable[[str], None]) -> None:
+            if len(self._answering) < MOST_ANSWERING:
+                task = self._loop.create_task(answer(ask, reply), name="what a follower asked")
+                self._answering.add(task)
+                task.add_done_callback(self._answering.discard)
+
+        self.replica.tell = tell
+
+    async def ask_leader(self, what: str, limit: int) -> dict[str, Any]:
+        """Return what the leader shows, if we follow one and it answers soon; else nothing."""
+        following = self.replica.following
+        if following is None:
+            return {}
+        heard: asyncio.Future[str] = self._loop.create_future()
+        following.ask(what, limit, lambda text: None if heard.done() else heard.set_result(text))
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                told = json.loads(await heard)
+        except (TimeoutError, ValueError):
+            return {}
+        return told if isinstance(told, dict) else {}
 
     def resign(self) -> None:
         """Be nobody's leader any more: what waits here is decided by others from now on."""

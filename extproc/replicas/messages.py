@@ -58,7 +58,10 @@ class Purpose(Enum):
 
 
 class Hello(NamedTuple):
-    """The first word of whoever opens a stream. `names`: the endpoints that its Envoy can be sent to."""
+    """The first word of whoever opens a stream.
+
+    `names`: the endpoints that its Envoy can be sent to; `rules`: marks of its configuration (`rules.py`).
+    """
 
     version: int
     pool: str
@@ -67,6 +70,7 @@ class Hello(NamedTuple):
     followers: int
     epoch: int
     names: frozenset[str]
+    rules: frozenset[str] = frozenset()
 
 
 class Leave(NamedTuple):
@@ -136,9 +140,10 @@ class Remember(NamedTuple):
 
 
 class Names(NamedTuple):
-    """My endpoints have changed."""
+    """My endpoints or my rules have changed."""
 
     names: frozenset[str]
+    rules: frozenset[str] = frozenset()
 
 
 class Beat(NamedTuple):
@@ -177,6 +182,14 @@ class Report(NamedTuple):
 
     number: int
     load: Load
+
+
+class Ask(NamedTuple):
+    """Somebody looks at me: tell what `what` (queues, view) shows at yours, with so many waiting requests."""
+
+    number: int
+    what: str
+    limit: int
 
 
 class Return(NamedTuple):
@@ -224,6 +237,13 @@ class Status(NamedTuple):
     doubted: frozenset[str] = frozenset()
 
 
+class Told(NamedTuple):
+    """What was asked for, as JSON."""
+
+    number: int
+    text: str
+
+
 class Learned(NamedTuple):
     """Something that the leader has learned, for who leads next."""
 
@@ -242,6 +262,8 @@ Message = (
     | Synced
     | Remember
     | Learned
+    | Ask
+    | Told
     | Names
     | Beat
     | Cancel

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
+from extproc.replicas.leading import Forwarded
 from extproc.replicas.picture import Picture, Role
 
 if TYPE_CHECKING:
@@ -13,7 +14,9 @@ if TYPE_CHECKING:
 
     from prometheus_client.metrics_core import Metric
 
+    from extproc.admission.ticket import Ticket
     from extproc.replicas.member import Membership
+    from extproc.stream.gate import Gate
 
 _NOBODY = Picture(Role.SEEKING, 0.0, None, 0, 0, 0, None, None)
 
@@ -26,19 +29,27 @@ class ReplicaMetrics:
         picture: Callable[[], Picture] = lambda: _NOBODY,
         turns: Callable[[], Mapping[Role, int]] = dict,
         forwarded: Callable[[], int] = int,
+        differing: Callable[[], int] = int,
         store_errors: Callable[[], int] = int,
     ) -> None:
         """Tell of a replica."""
         self._picture = picture
         self._turns = turns
         self._forwarded = forwarded
+        self._differing = differing
         self._store_errors = store_errors
 
     @classmethod
     def of(cls, membership: Membership) -> ReplicaMetrics:
         """Tell of this sidecar."""
         replica = membership.replica
-        return cls(replica.picture, lambda: replica.turns, lambda: replica.forwarded, lambda: membership.store_errors)
+        return cls(
+            replica.picture,
+            lambda: replica.turns,
+            lambda: replica.forwarded,
+            lambda: replica.differing,
+            lambda: membership.store_errors,
+        )
 
     def collect(self) -> Iterator[Metric]:
         """Yield all metric families."""
@@ -66,6 +77,11 @@ class ReplicaMetrics:
             value=self._forwarded(),
         )
         yield GaugeMetricFamily(
+            "extproc_replica_differing",
+            "Followers whose configuration is not as ours, which counts, while we lead; /queues names the keys.",
+            value=self._differing(),
+        )
+        yield GaugeMetricFamily(
             "extproc_replica_epoch", "Of the leadership that this sidecar takes part in.", value=picture.epoch
         )
         for name, text, age_s in (
@@ -76,6 +92,27 @@ class ReplicaMetrics:
         yield CounterMetricFamily(
             "extproc_replica_store_errors", "How often the store failed to answer.", value=self._store_errors()
         )
+
+
+class Shown:
+    """What pages show of a sidecar among others."""
+
+    def __init__(self, membership: Membership, gate: Gate) -> None:
+        """Show this sidecar, which runs on `gate`."""
+        self._membership = membership
+        self._gate = gate
+
+    def described(self) -> dict[str, Any]:
+        """Return who we are among the others."""
+        return described(self._membership, self._gate.waiting)
+
+    async def whole(self, what: str, limit: int) -> dict[str, Any]:
+        """Return what our leader shows; empty if we lead, or if it does not answer."""
+        return await self._membership.ask_leader(what, limit)
+
+    def whose(self, ticket: Ticket) -> str | None:
+        """Return the sidecar that forwarded a request."""
+        return ticket.follower.member.id if isinstance(ticket, Forwarded) else None
 
 
 def described(membership: Membership, waiting: int) -> dict[str, Any]:
@@ -106,6 +143,7 @@ def described(membership: Membership, waiting: int) -> dict[str, Any]:
                 "heard_s": round(replica.now() - follower.heard_at, 2),
                 "requests": len(follower.tickets),
                 "lacks": leading.lacks(follower.names)[:20],
+                "differs": leading.differs(follower)[:20],
             }
             for follower in leading.followers.values()
         ],
@@ -113,13 +151,13 @@ def described(membership: Membership, waiting: int) -> dict[str, Any]:
 
 
 def _words(picture: Picture, me: str) -> str:
-    """Return for people who decides; at a sidecar that follows, its own page shows its own requests alone."""
+    """Return for people who decides."""
     of = f"{picture.group} of {picture.members or '?'} sidecars"
     match picture.role:
         case Role.LEADING:
             return f"leads {of}"
         case Role.FOLLOWING:
-            return f"follows {picture.leader}: who waits is on its page ({of})"
+            return f"follows {picture.leader}: all that waits is shown as it tells ({of})"
     return f"looks for a leader ({me})"
 
 

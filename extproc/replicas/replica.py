@@ -31,9 +31,11 @@ from extproc.replicas.messages import (
     Purpose,
     Refuse,
     Status,
+    Told,
     Turned,
 )
 from extproc.replicas.picture import Picture, Role
+from extproc.replicas.rules import rules_of
 from extproc.replicas.seeking import Outcome, Seeking
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
     from extproc.admission.values import Answer
     from extproc.replicas.gate import SharedGate
     from extproc.replicas.leading import Follower
-    from extproc.replicas.messages import Message, Network
+    from extproc.replicas.messages import Ask, Message, Network
     from extproc.replicas.seeking import Call
     from extproc.stream.gate import Loop, Timer
 
@@ -70,6 +72,7 @@ class Replica:
         role: see `Role`.
         leading, following: the books of the role; None in another.
         door: who comes to us.
+        tell: answers a follower who asks what we show, by a call of the second argument.
         turns: how often it began to lead, follow, seek.
     """
 
@@ -102,6 +105,7 @@ class Replica:
         self._ended = False
         self._on_role: Callable[[Role], None] = lambda _role: None
         self._on_loss: Callable[[], None] = lambda: None
+        self.tell: Callable[[Ask, Callable[[str], None]], None] = lambda _ask, _reply: None
         gate.replica = self
 
     # ---- life
@@ -169,6 +173,12 @@ class Replica:
         followers = self.leading.followers.values() if self.leading is not None else ()
         return sum(len(follower.tickets) for follower in followers)
 
+    @property
+    def differing(self) -> int:
+        """How many of our followers have another configuration than we."""
+        leading = self.leading
+        return 0 if leading is None else sum(bool(leading.differs(one)) for one in leading.followers.values())
+
     def now(self) -> float:
         """Return the clock's time, in seconds."""
         return self._loop.time()
@@ -224,9 +234,9 @@ class Replica:
         return tickets
 
     def names_changed(self) -> None:
-        """Follow a change of our endpoints."""
+        """Follow a change of our endpoints or rules."""
         if self.following is not None:
-            self.following.link.send(Names(self._names()))
+            self.following.link.send(Names(self._names(), rules_of(self._gate.controller)))
 
     def _names(self) -> frozenset[str]:
         endpoints = self._gate.controller.endpoints.values()
@@ -289,7 +299,8 @@ class Replica:
 
     def _hello(self, purpose: Purpose) -> Hello:
         followers = len(self.leading.followers) if self.leading is not None else 0
-        return Hello(VERSION, self.pool, self.me, purpose, followers, self.epoch, self._names())
+        rules = rules_of(self._gate.controller)
+        return Hello(VERSION, self.pool, self.me, purpose, followers, self.epoch, self._names(), rules)
 
     def _follow(self, leader: Member, epoch: int, call: Call) -> None:
         self._seeking = None
@@ -396,6 +407,8 @@ class Replica:
                 if following.status is not None and message.group < following.status.group:
                     self._on_loss()
                 following.take_status(message)
+            case Told():
+                following.take_answer(message)
             case Learned(learnt):
                 self._gate.controller.believe(learnt)
             case Leave(successor):

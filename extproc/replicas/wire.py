@@ -79,9 +79,13 @@ def _encode(message: m.Message) -> pb.Message:  # noqa: C901 - a table
             return pb.Message(remember=pb.Home(**known._asdict()))
         case m.Learned(learnt):
             return pb.Message(learned=pb.Learnt(**learnt._asdict()))
-        case m.Names(names):
-            return pb.Message(names=pb.Names(names=names))
-        case m.Hello(version, pool, member, purpose, followers, epoch, names):
+        case m.Ask(number, what, limit):
+            return pb.Message(ask=pb.Ask(number=number, what=what, limit=limit))
+        case m.Told(number, text):
+            return pb.Message(told=pb.Told(number=number, text=text))
+        case m.Names(names, rules):
+            return pb.Message(names=pb.Names(names=names, rules=rules))
+        case m.Hello(version, pool, member, purpose, followers, epoch, names, rules):
             hello = pb.Hello(
                 version=version,
                 pool=pool,
@@ -90,6 +94,7 @@ def _encode(message: m.Message) -> pb.Message:  # noqa: C901 - a table
                 followers=followers,
                 epoch=epoch,
                 names=names,
+                rules=rules,
             )
             return pb.Message(hello=hello)
         case m.Leave(successor):
@@ -190,8 +195,12 @@ def _decode(message: pb.Message) -> m.Message:  # noqa: C901 - a table
             return m.Remember(Home(seen.session[:MOST_NAME], seen.endpoint[:MOST_NAME], seen.tokens, age_s))
         case "learned":
             return m.Learned(_learnt_of(message.learned))
+        case "ask":
+            return m.Ask(message.ask.number, message.ask.what[:MOST_NAME], message.ask.limit)
+        case "told":
+            return m.Told(message.told.number, message.told.text)
         case "names":
-            return m.Names(frozenset(message.names.names))
+            return m.Names(frozenset(message.names.names), frozenset(message.names.rules))
         case "hello":
             hello = message.hello
             return m.Hello(
@@ -202,6 +211,7 @@ def _decode(message: pb.Message) -> m.Message:  # noqa: C901 - a table
                 hello.followers,
                 hello.epoch,
                 frozenset(hello.names),
+                frozenset(hello.rules),
             )
         case "leave":
             successor = _member_of(message.leave.successor) if message.leave.HasField("successor") else None

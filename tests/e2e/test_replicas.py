@@ -177,6 +177,15 @@ def test_requests_of_all_sidecars_stand_in_one_line_and_the_urgent_go_first(tmp_
         wait_until(lambda: pool.waiting() == 3, 5)
         urgent = pool.send(second, "urgent", 3, 30, **{"x-request-class": "urgent"})
         wait_until(lambda: pool.waiting() == 6, 5)
+        for place in pool.places:  # whoever is asked, all are shown, and whose they are
+            page = place.sidecar.queues()
+            assert (page["waiting_total"], page["endpoints"][0]["in_flight"]) == (6, 1)
+            held = Counter(row["sidecar"] for row in page["waiting"])
+            assert held == {first.replicas["id"]: 3, second.replicas["id"]: 3}
+            assert {one["id"] for one in page["replicas"]["followers"]} == held.keys()
+        inflight = 'extproc_inflight_requests{endpoint="one"}'
+        told = [place.sidecar.metrics().get(inflight) for place in pool.places]
+        assert sorted(told, key=str) == [1.0, None, None], "in a sum over all, it counts once"
         ends = threading.Lock()
         order: list[str] = []
 

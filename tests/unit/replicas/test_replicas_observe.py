@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
 
+from extproc.admin.state import merged
+from extproc.admission.controller import Controller
+from extproc.admission.limit import LimitLaw
+from extproc.admission.values import Binding, EndpointSpec, Policy, RequestClass
 from extproc.commands.top import lines
 from extproc.replicas.observe import ReplicaMetrics, described
 from extproc.replicas.picture import Role
+from extproc.replicas.rules import differing, rules_of
 
 from .world import Sidecar, World
 
@@ -25,7 +31,7 @@ def test_the_leader_shows_its_followers_and_a_follower_shows_its_leader():
     assert sorted(one["address"] for one in shown["followers"]) == ["s1", "s2"]
     follower = seen(here.sidecars["s1"])
     assert follower["leader"] == leader.replica.me.id
-    assert follower["words"] == f"follows {leader.replica.me.id}: who waits is on its page (3 of 3 sidecars)"
+    assert follower["words"] == f"follows {leader.replica.me.id}: all that waits is shown as it tells (3 of 3 sidecars)"
     assert follower["leader_age_s"] < 0.5
 
 
@@ -38,6 +44,64 @@ def test_who_is_cut_off_says_so():
     assert (shown["cut_off"], shown["words"]) == (True, "leads 1 of 3 sidecars")
 
 
+def samples_of(sidecar: Sidecar) -> dict[tuple[str, ...], float]:
+    collector = ReplicaMetrics.of(SimpleNamespace(replica=sidecar.replica, store_errors=0))
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in collector.collect()
+        for sample in family.samples
+    }
+
+
+def test_whose_configuration_is_not_the_leaders_is_shown_with_the_keys_and_follows_a_reload():
+    here = World(1)
+    here.run(6.0)
+    (leader,) = here.leaders()
+    other = here.sidecars["s1"]
+    other.gate.set_policy(replace(here.policy, patience_s=7.0, max_queued_requests=5))
+    other.gate.put_endpoint(EndpointSpec("e0", max_running_requests=3))
+    here.run(0.5)
+    differs = {one["address"]: one["differs"] for one in seen(leader)["followers"]}
+    assert differs == {"s1": ["endpoints.e0", "max_queue_wait_time", "max_queued_requests"], "s2": []}
+    assert samples_of(leader)["extproc_replica_differing",] == 1
+    here.kill("s2")
+    here.start("s2")
+    leader.gate.set_policy(other.controller.policy)
+    here.run(6.0)
+    differs = {one["address"]: one["differs"] for one in seen(leader)["followers"]}
+    assert differs == {"s1": ["endpoints.e0"], "s2": ["max_queue_wait_time", "max_queued_requests"]}
+
+
+def test_each_rule_of_the_policy_makes_a_difference():
+    same = rules_of(Controller(Policy()))
+    assert rules_of(Controller(Policy())) == same
+    others = {
+        "classes": (RequestClass("other"),),
+        "binding": Binding.BOUND,
+        "limit_law": LimitLaw(start=3),
+        "max_prompt_tokens": 9,
+        "max_gpu_usage": 0.9,
+    }
+    for field in fields(Policy):
+        value = getattr(Policy(), field.name)
+        other = others.get(field.name, not value if isinstance(value, bool) else None)
+        changed = Policy(**{field.name: value + 1 if other is None else other})
+        assert len(differing(same, rules_of(Controller(changed)))) == 1, field.name
+
+
+def test_a_page_of_one_that_follows_shows_what_the_leader_told_and_its_own_mode():
+    own = {"endpoints": [1], "waiting": [], "outcomes": "own", "draining": True, "replicas": {"role": "following"}}
+    whole = {"endpoints": [2], "waiting": [3], "outcomes": "its", "draining": False, "replicas": {"followers": ["a"]}}
+    assert merged(own, whole | {"more": 1}) == {
+        "endpoints": [2],
+        "waiting": [3],
+        "outcomes": "own",
+        "draining": True,
+        "replicas": {"role": "following", "followers": ["a"]},
+    }
+    assert merged(own, {}) == own
+
+
 def test_the_metrics_tell_the_role_and_the_requests_of_others():
     here = World(1, engines=1, limit=1)
     here.run(6.0)
@@ -45,13 +109,7 @@ def test_the_metrics_tell_the_role_and_the_requests_of_others():
     for _ in range(3):
         here.send("s1", work_s=5.0)
     here.run(0.5)
-    replica = leader.replica
-    collector = ReplicaMetrics(replica.picture, lambda: replica.turns, lambda: replica.forwarded, int)
-    samples = {
-        (sample.name, *sample.labels.values()): sample.value
-        for family in collector.collect()
-        for sample in family.samples
-    }
+    samples = samples_of(leader)
     assert samples["extproc_replica_role", "leading"] == 1
     assert samples["extproc_replica_role", "following"] == 0
     assert samples["extproc_replica_forwarded_requests",] == 3

@@ -21,7 +21,7 @@ MEMBER = m.Member("s1-abc", "10.0.0.7:50060", 7)
 ASKED = m.Asked("r-1", 1.5, "llama", "urgent", "tenant", "session", "a", 2.5, 100, 200, 4, "text")
 BARE = m.Asked("", 0.0)
 MESSAGES: list[m.Message] = [
-    m.Hello(1, "pool", MEMBER, m.Purpose.MEET, 3, 9, frozenset({"a", "b"})),
+    m.Hello(1, "pool", MEMBER, m.Purpose.MEET, 3, 9, frozenset({"a", "b"}), frozenset({"shed=1"})),
     m.Leave(MEMBER),
     m.Leave(None),
     m.Welcome(MEMBER, 9),
@@ -36,6 +36,9 @@ MESSAGES: list[m.Message] = [
     m.Learned(Learnt("scale", None, "text", 12, 0.7, 0.01)),
     m.Learned(Learnt("answers", "llama", "urgent", 0, 210.5, 17.0)),
     m.Names(frozenset()),
+    m.Names(frozenset({"a"}), frozenset({"classes=01234567"})),
+    m.Ask(3, "queues", 200),
+    m.Told(3, '{"waiting_total": 0}'),
     m.Beat(17),
     m.Cancel(4),
     *(m.Release(5, answer) for answer in Answer),
@@ -52,10 +55,12 @@ MESSAGES: list[m.Message] = [
 ]
 
 
-def test_all_that_headers_said_travels_but_what_is_only_for_traces():
+def test_all_that_headers_said_travels_but_what_is_only_for_who_watches():
     """Another field of a request must not stay behind: what the leader does not know, it decides wrongly."""
     told = {"arrived": 5.0, "budget_s": 2.5, "prompt_tokens": 100, "max_output_tokens": 200, "sequences": 4}
-    asked = Request(**{field.name: told.get(field.name, field.name) for field in fields(Request)} | {"trace": ""})
+    asked = Request(
+        **{field.name: told.get(field.name, field.name) for field in fields(Request)} | {"trace": "", "operation": ""}
+    )
     (message,) = unframed(frames([m.Offer(1, asked_by(asked, 7.0))]))
     assert isinstance(message, m.Offer)
     assert request_of(message.asked, 7.0) == asked
