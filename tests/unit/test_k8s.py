@@ -52,7 +52,7 @@ COMBINATIONS = [
     *(("overlays/gateway", part) for part in GATEWAY_PARTS),
     ("overlays/gateway", *GATEWAY_PARTS),
     ("overlays/gateway", "replicas"),
-    ("overlays/gateway", *GATEWAY_PARTS, "replicas"),
+    ("overlays/gateway", *GATEWAY_PARTS, "replicas", "gateway-autoscaling"),
     *((name, part) for name in MESH for part in ("tls", "monitoring")),
     ("overlays/istio", "tls", "monitoring", "autoscaling"),
 ]
@@ -373,6 +373,23 @@ def test_several_gateways_find_each_other_by_leases_and_nobody_else_gets_to_thei
         for name, container in containers(deployment).items()
     }
     assert mounts == {"extproc": [str(Path(replicas.kubernetes_lease.token_file).parent)], "envoy": []}
+
+
+def test_gateways_are_scaled_by_envoys_work_and_one_goes_only_when_the_one_before_has_drained(rendered):
+    documents = rendered("overlays/gateway", "replicas", "gateway-autoscaling")
+    deployment = gateway(documents)
+    assert "replicas" not in deployment["spec"], "an apply leaves the scaler's number alone"
+    scaler = one(documents, "HorizontalPodAutoscaler", "extproc-gateway")["spec"]
+    assert scaler["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
+    assert scaler["minReplicas"] >= 2
+    (metric,) = scaler["metrics"]
+    assert metric["containerResource"]["container"] in containers(deployment)
+    assert "cpu" in containers(deployment)[metric["containerResource"]["container"]]["resources"]["requests"]
+    (slowly,) = scaler["behavior"]["scaleDown"]["policies"]
+    grace_s = deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert (slowly["type"], slowly["value"]) == ("Pods", 1)
+    assert slowly["periodSeconds"] >= grace_s
+    assert one(documents, "PodDisruptionBudget")["spec"]["maxUnavailable"] == 1
 
 
 # ---- what the sidecar and Envoy say to their configurations
