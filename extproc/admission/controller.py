@@ -75,9 +75,8 @@ class Controller:
             outcome = Outcome.UNKNOWN_MODEL if pool is None else Outcome.MODEL_MISSING
             books.decisions.append(Reject(ticket, outcome, 0.0, None))
             return self._end()
-        budget_s = klass.budget_s if request.budget_s is None else min(request.budget_s, klass.budget_s)
         ticket.pool = pool
-        ticket.wait_until = request.arrived + budget_s
+        lines.budget(ticket, pool)
         ticket.position = pool.ahead_of(klass.priority)
         self._tokens.estimate(ticket, pool.longest)
         lines.number(ticket, pool)
@@ -167,9 +166,13 @@ class Controller:
         self._fleet.put(spec)
         return self._end()
 
-    def know_models(self, models: Iterable[str], now: float) -> list[Decision]:
-        """Note which models the configuration names: requests for them wait even while nobody serves them."""
+    def know_models(self, models: Iterable[str], now: float, *, expects_any: bool = False) -> list[Decision]:
+        """Note which models the configuration names: requests for them wait even while nobody serves them.
+
+        `expects_any`: it names endpoints, or sources of them, that list no models: they may come and serve any.
+        """
         books = self._begin(now)
+        books.pools.expects_any = expects_any
         if books.pools.know(models):
             self._fleet.regroup()
         return self._end()

@@ -83,12 +83,8 @@ class Fleet:
         """Recompute who belongs to which pool, after endpoints came, changed or went."""
         books = self._books
         present = [endpoint for endpoint in books.endpoints.values() if not endpoint.removed]
-        unserved = [pool for pool in books.pools if not pool.members]
         before = books.pools.regroup(present)
         pools = dict.fromkeys((*before, *books.pools))
-        for pool in unserved:
-            if pool.members and pool.waiting_total:
-                pool.pace.backlog_began(books.now)  # what nobody served says nothing of those who do
         for pool in pools:
             for home in [home for home in pool.homes if home not in pool.members]:
                 self._lines.evict(pool, home)
@@ -97,6 +93,8 @@ class Fleet:
             self.changed(endpoint)
         self._spare_the_last(books.pools)
         self._lines.resettle(pools)
+        for pool in books.pools:
+            self._lines.follow_service(pool)
 
     # ---- changes of room
 
@@ -109,6 +107,8 @@ class Fleet:
                 pool.usable += 1 if is_usable else -1
             if not is_usable:
                 self._spare_the_last(endpoint.pools)
+            for pool in endpoint.pools:
+                self._lines.follow_service(pool)
         self.list(endpoint)
         self.watch(endpoint)
         if endpoint.listed:

@@ -145,6 +145,55 @@ class Lines:
         for pool in joined:
             self.reorder(pool)
 
+    # ---- until when
+
+    def budget(self, ticket: Ticket, pool: Pool) -> None:
+        """Note how long a request that comes may wait: its own budget or its class's, longer while nobody serves it."""
+        request, budget_s, age_s = (
+            ticket.request,
+            ticket.request_class.budget_s,
+            self._books.now - ticket.request.arrived,
+        )
+        alone_s = self._books.policy.no_endpoint_budget_s
+        if alone_s is not None:
+            if not pool.is_served:
+                budget_s = max(budget_s, alone_s)
+            elif age_s > budget_s:  # Envoy sends it again to a new sidecar: it waited for an endpoint that is here now
+                budget_s += min(age_s, alone_s)
+        if request.budget_s is not None and request.budget_s < budget_s:
+            budget_s = request.budget_s
+        ticket.wait_until = request.arrived + budget_s
+
+    def follow_service(self, pool: Pool) -> None:
+        """Note that the first endpoint of `pool` is up, or the last one is not: budgets are others then."""
+        is_served = pool.usable > 0
+        if is_served is pool.is_served:
+            return
+        pool.is_served = is_served
+        if pool.waiting_total:
+            if is_served:
+                pool.pace.backlog_began(self._books.now)  # what nobody served says nothing of those who do
+            for queue in pool.queues():
+                for ticket in queue.unordered():
+                    self._budget_anew(ticket, is_served=is_served)
+
+    def _budget_anew(self, ticket: Ticket, *, is_served: bool) -> None:
+        """Change the budget of one who waits: its class's begins when there is somebody to wait for."""
+        alone_s = self._books.policy.no_endpoint_budget_s
+        if alone_s is None:
+            return
+        request = ticket.request
+        most = request.arrived + alone_s
+        if is_served:
+            until = min(self._books.now, most) + ticket.request_class.budget_s
+        else:
+            until = max(ticket.wait_until, most)
+        if request.budget_s is not None:
+            until = min(until, request.arrived + request.budget_s)
+        if until != ticket.wait_until:
+            ticket.wait_until = until
+            self.set_alarm(ticket)
+
     def _move(self, ticket: Ticket, pool: Pool) -> None:
         before = placed(ticket.pool)
         self.quit(ticket, before, placed(ticket.queue))
@@ -154,6 +203,8 @@ class Lines:
         self.join(ticket, pool.shared)
         if pool.waiting_total == 1:
             pool.pace.backlog_began(self._books.now)
+        if before.is_served is not pool.is_served:
+            self._budget_anew(ticket, is_served=pool.is_served)
         self.set_alarm(ticket)
         self._books.free(pool.open)
 

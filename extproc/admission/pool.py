@@ -31,6 +31,7 @@ class Pool:
         members: its endpoints, in the order they came.
         names: how many models it is for; "any model" and "every endpoint" count as such. `Pools` keeps it.
         usable: how many of them may be sent requests at all. The controller keeps it.
+        is_served: whether there were any, when budgets were last looked at: see `Lines.follow_service`.
         open: those of them that have room for some request; a full one costs nothing. The controller keeps it, by
             `list_open`.
         closed_last: of the members that may be used, the one whose room ended last: what it lacks is what the line
@@ -51,6 +52,7 @@ class Pool:
         "closed_last",
         "guard",
         "homes",
+        "is_served",
         "longest",
         "members",
         "names",
@@ -69,6 +71,7 @@ class Pool:
         self.members: list[Endpoint] = []
         self.names = 0
         self.usable = 0
+        self.is_served = False
         self.open: dict[Endpoint, None] = {}
         self._by_room: list[tuple[tuple[float, int], int, Endpoint]] = []  # a heap; entries may be out of date
         self._turn = 0  # the member that was last sent something that takes no slot
@@ -179,7 +182,7 @@ class Pool:
         part = Pool()
         for endpoint in self.members:
             part.enter(endpoint)
-        part.usable, part.closed_last = self.usable, self.closed_last
+        part.usable, part.is_served, part.closed_last = self.usable, self.is_served, self.closed_last
         part.open = dict(self.open)
         part._by_room = list(self._by_room)
         return part

@@ -26,9 +26,10 @@ class Pools:
         any_model: the endpoints that list no models.
         every: all endpoints: for requests without a model where every endpoint lists its own.
         by_model: the pool of each model that was ever named, also while nobody serves it.
+        expects_any: somebody who lists no models may come, and so serve whatever is asked for.
     """
 
-    __slots__ = ("_all", "_listed_by", "any_model", "by_model", "every")
+    __slots__ = ("_all", "_listed_by", "any_model", "by_model", "every", "expects_any")
 
     def __init__(self) -> None:
         """Start without endpoints: all who come wait in one pool."""
@@ -36,6 +37,7 @@ class Pools:
         self.by_model: dict[str, Pool] = {}
         self.any_model.names = 2
         self._listed_by: dict[frozenset[str], Endpoint] = {}  # for each list of models an endpoint that has it
+        self.expects_any = False
         self._all: tuple[Pool, ...] = (self.any_model,)
 
     def __iter__(self) -> Iterator[Pool]:
@@ -49,11 +51,16 @@ class Pools:
             return pool
         if self.any_model.members or not self.every.members:
             return self.any_model
+        if model is None and len(self._listed_by) <= 1:
+            return self.every
+        if self.expects_any:
+            return self.any_model
         return self.every if model is None else None
 
     def misses_model(self, model: str | None) -> bool:
         """Tell whether a request for `model` must say more: it names none, and endpoints list different ones."""
-        return model is None and len(self._listed_by) > 1 and not self.any_model.members
+        differ = len(self._listed_by) > 1
+        return model is None and differ and not self.any_model.members and not self.expects_any
 
     def know(self, models: Iterable[str]) -> bool:
         """Note names of models; tell whether any is new."""

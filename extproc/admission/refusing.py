@@ -60,14 +60,22 @@ class Refusing:
         self.refuse(ticket, Outcome.BUDGET_EXPIRED if placed(ticket.pool).usable else Outcome.NO_ENDPOINT)
 
     def refuse(self, ticket: Ticket, outcome: Outcome) -> None:
-        """End a wait by a refusal, with the time that those before it will take as Retry-After."""
+        """End a wait by a refusal, with the time that those before it will take as Retry-After.
+
+        Where nobody is up, with what is left of the time that one is given to come.
+        """
         books, pool = self._books, placed(ticket.pool)
-        drain = pool.pace.drain_rate()
-        ahead = pool.ahead_of(ticket.request_class.priority)
-        seconds = 1 if drain is None else math.ceil(ahead / drain)
-        self._lines.leave(ticket)
         wait_s = max(books.now - ticket.request.arrived, 0.0)
-        books.decisions.append(Reject(ticket, outcome, wait_s, min(max(seconds, 1), RETRY_AFTER_MAX_S)))
+        alone_s = books.policy.no_endpoint_budget_s
+        if outcome is Outcome.NO_ENDPOINT and alone_s is not None and not pool.usable:
+            left_s = alone_s - wait_s
+            retry_s = left_s if left_s > 0.0 else min(alone_s, RETRY_AFTER_MAX_S)
+        else:
+            drain = pool.pace.drain_rate()
+            ahead = pool.ahead_of(ticket.request_class.priority)
+            retry_s = min(0.0 if drain is None else ahead / drain, RETRY_AFTER_MAX_S)
+        self._lines.leave(ticket)
+        books.decisions.append(Reject(ticket, outcome, wait_s, max(math.ceil(retry_s), 1)))
 
     def _is_doomed(self, ticket: Ticket, pool: Pool) -> bool:
         """Predict whether `ticket` would wait longer than its budget."""

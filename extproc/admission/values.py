@@ -113,6 +113,8 @@ class Policy:
     Attributes:
         enable_queue: False: endpoints are chosen and leases kept, nothing is ever held or refused for load.
         classes: at least one; the first is the default.
+        no_endpoint_budget_s: how long a request may wait while nobody is up who serves it; its class's budget then
+            begins when somebody is. None: that budget holds for this wait too.
         patience_s: how long a request waits for its home before any endpoint of the pool may take it.
         max_queued_requests: over it, the last request of the lowest class is pushed out.
         shed: refuse at once what would wait longer than its budget. Off, it waits its budget out.
@@ -130,6 +132,7 @@ class Policy:
 
     enable_queue: bool = True
     classes: tuple[RequestClass, ...] = (DEFAULT_CLASS,)
+    no_endpoint_budget_s: float | None = None
     patience_s: float = 1.0
     binding: Binding = Binding.LATE
     max_queued_requests: int = 10_000

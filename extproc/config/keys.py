@@ -490,6 +490,11 @@ class Config(_Section):
     max_running_requests: Limit = Field(
         None, description="The most requests at once per endpoint: a number, or `adaptive` (steered by token speed)."
     )
+    no_endpoint_budget: PositiveDuration | None = Field(
+        None,
+        description="The longest that a request may wait while no server is up that has its model: as long as one "
+        "takes to start and load, like `5m`. Its class's budget begins when one is up. Unset: that holds here too.",
+    )
     max_queue_wait_time: Duration = Field(
         1.0, description="How long a request waits for its home endpoint before any other may take it."
     )
@@ -599,6 +604,7 @@ class Config(_Section):
         return Policy(
             enable_queue=self.enable_queue,
             classes=tuple(RequestClass(klass.name, klass.priority, klass.budget_s) for klass in self.classes),
+            no_endpoint_budget_s=self.no_endpoint_budget,
             patience_s=self.max_queue_wait_time,
             binding=Binding(self.binding),
             max_queued_requests=self.max_queued_requests,
@@ -635,7 +641,13 @@ class Config(_Section):
     @property
     def models(self) -> frozenset[str]:
         """All models that the file names, whoever serves them at the moment."""
-        return frozenset(model for one in (*self.endpoints, *self.sources) for model in one.models)
+        named = {model for one in (*self.endpoints, *self.sources) for model in one.models}
+        return frozenset(named | {self.default_model} if self.default_model is not None else named)
+
+    @property
+    def expects_any(self) -> bool:
+        """Whether something in the file lists no models: what comes from there serves any, once it is there."""
+        return not all(one.models for one in (*self.endpoints, *self.sources))
 
     @property
     def sources(self) -> list[SourceConfig]:
@@ -680,7 +692,7 @@ class Config(_Section):
     @property
     def longest_budget_s(self) -> float:
         """The longest that any request may wait."""
-        return max(klass.budget_s for klass in self.classes)
+        return max(klass.budget_s for klass in self.classes) + (self.no_endpoint_budget or 0.0)
 
 
 def target_of(endpoint: EndpointConfig) -> Target:

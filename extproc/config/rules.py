@@ -39,6 +39,12 @@ def cross_check(config: Config) -> list[str]:
                 f"classes[{index}].budget: {klass.budget_s:g}s is above what Envoy's message_timeout can cover "
                 f"(at most 3600s); {LONGEST_BUDGET_S:g}s or less works"
             )
+    alone_s = config.no_endpoint_budget
+    if alone_s is not None and config.longest_budget_s > LONGEST_BUDGET_S >= config.longest_budget_s - alone_s:
+        problems.append(
+            f"no_endpoint_budget: {alone_s:g}s and the longest budget after it are above what Envoy's message_timeout "
+            f"can cover (at most 3600s); together {LONGEST_BUDGET_S:g}s or less works"
+        )
     if config.gpu_utilization_perc is not None and not any(one.gpu_metrics_url for one in config.endpoints):
         problems.append(
             "gpu_utilization_perc: needs gpu_metrics_url at one endpoint at least; without it nothing tells GPU use"

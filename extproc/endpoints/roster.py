@@ -110,7 +110,7 @@ class Roster:
             if before is None:  # Envoy does not start without the file: whichever comes will read all of it first
                 for route in self._routes.values():
                     route.known = True
-        self._gate.know_models(self._config.models)
+        self._know_models()
         self._reconcile()
         self._task = self._tasks.keep("roster", "roster", self._keep)
 
@@ -134,8 +134,12 @@ class Roster:
     def configure(self, config: Config) -> None:
         """Take over changed endpoints of the file, and changed common limits."""
         self._config = config
-        self._gate.know_models(config.models)
+        self._know_models()
         self.report(FILE, config.endpoints)
+
+    def _know_models(self) -> None:
+        self._gate.know_models(self._config.models, expects_any=self._config.expects_any)
+        self._reception.named_models = self._config.models
 
     # ---- carrying it out
 

@@ -153,9 +153,9 @@ class Gate:
         """Add or change an endpoint."""
         self._settle(self.controller.put_endpoint(spec, self._loop.time()))
 
-    def know_models(self, models: Iterable[str]) -> None:
-        """Let requests for these models wait, even while nobody serves them."""
-        self._settle(self.controller.know_models(models, self._loop.time()))
+    def know_models(self, models: Iterable[str], *, expects_any: bool = False) -> None:
+        """Let requests for these models wait, even while nobody serves them; `expects_any`: for any model."""
+        self._settle(self.controller.know_models(models, self._loop.time(), expects_any=expects_any))
 
     def remove_endpoint(self, name: str) -> None:
         """Send nothing more to an endpoint."""

@@ -116,6 +116,7 @@ class Reception:
         self.requests = Requests(headers, ages, class_priorities, default_model)
         self.routes = routes or Routes()
         self._listed: tuple[float, frozenset[str]] = (-LIST_S, frozenset())  # when, and all models
+        self.named_models: frozenset[str] = frozenset()  # by the configuration, whoever serves them at the moment
         self.reader = wire.Reader(headers.wanted(), fields_namespace, picks=self.dialect.picks)
         self.streams = 0
         self.told_models = 0  # requests for the list of models, which are answered here
@@ -161,12 +162,15 @@ class Reception:
         return action, shape
 
     def models(self) -> frozenset[str]:
-        """Return all models served here; none where an endpoint lists none, because nobody knows what it has."""
+        """Return all models served here, also those that have no endpoint at the moment: a request for one waits.
+
+        None where an endpoint lists none, because nobody knows what it has.
+        """
         now = self.gate.now()
         at, models = self._listed
         if now - at >= LIST_S:
             lists = [one.spec.models for one in self.gate.controller.endpoints.values() if not one.removed]
-            models = frozenset().union(*lists) if all(lists) else frozenset()
+            models = self.named_models.union(*lists) if all(lists) else frozenset()
             self._listed = now, models
         return models
 

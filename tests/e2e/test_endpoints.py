@@ -356,6 +356,24 @@ def test_pods_that_come_and_go_in_kubernetes_cost_no_client_an_error(dynamic, tm
         assert len(b.records()) > 30
 
 
+def test_a_model_at_zero_replicas_waits_for_its_first_pod_longer_than_its_class_may_wait(dynamic):
+    with KubeApi() as api, Upstream("pod") as pod:
+        source = {"service": "vllm", "namespace": "ml", "api": api.url, "models": ["asleep"]}
+        config = {"discovery": [{"kubernetes": source}], "allowed_addresses": ["127.0.0.0/8"]}
+        budgets = {"classes": [{"name": "default", "budget": "200ms"}], "no_endpoint_budget": "20s"}
+        here = dynamic({**config, **budgets}, upstreams=("a",), endpoints={"a": {"models": ["awake"]}})
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(complete_many, here.url, 3, header("first", **{"x-model": "asleep"}))
+            here.wait_waiting(3)
+            (hasty,) = complete_many(here.url, 1, header("hasty", **{"x-model": "asleep", "x-queue-budget": "300ms"}))
+            assert (hasty.status, hasty.headers["retry-after"]) == (503, "20")
+            (wrong,) = complete_many(here.url, 1, header("wrong", **{"x-model": "nobody's"}))
+            assert wrong.status == 404
+            api.put(slice_of("s", {"pod": "127.0.0.1"}, port=pod.port))
+            assert [(answer.status, answer.head_s > 0.3) for answer in waiting.result()] == [(200, True)] * 3
+        assert len(pod.records()) == 3
+
+
 def test_addresses_of_a_name_are_endpoints(dynamic):
     with Upstream("a") as a:
         source = {"name": "127.0.0.1", "port": a.port, "interval": "50ms", "models": ["sim"]}

@@ -102,6 +102,8 @@ def test_all_problems_come_at_once_each_with_its_key_path_and_what_would_be_righ
         ),
         ("envoy_clusters_file: /a.yaml\ndiscovery: [{dns: {name: '', port: 1}}]", "dns.name: must not be empty"),
         ("endpoints: [{name: a, address: 'h:1', models: [3]}]", "endpoints[0].models[0]: must be text, not 3"),
+        ("no_endpoint_budget: 3480s", "no_endpoint_budget: 3480s and the longest budget after it are above"),
+        ("no_endpoint_budget: 0s", "no_endpoint_budget: must be longer than 0s"),
         ("headers: {model: x-a, tenant: x-a}", "headers: 'x-a' is used for two things"),
         ("listen: 0.0.0.0:1", "listen: '0.0.0.0:1' can be reached from other machines"),
         ("admin: 10.0.0.1:1", "admin: '10.0.0.1:1' can be reached from other machines"),

@@ -256,6 +256,7 @@ class Storm:
         self.policy = Policy(
             enable_queue=random.random() < 0.9,
             classes=classes,
+            no_endpoint_budget_s=random.choice((None, 1.0, 20.0)),
             patience_s=random.choice((0.0, 0.5, 3.0)),
             binding=random.choice((Binding.LATE, Binding.LATE, Binding.BOUND)),
             max_queued_requests=random.choice((0, 50, 300, 300)),

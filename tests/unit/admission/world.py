@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from math import isfinite
+from math import ceil, inf, isfinite
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
@@ -320,7 +320,8 @@ class World:
             case _:
                 raise BrokenError(f"refused as {outcome}")
         retry = decision.retry_after_s
-        require(retry is None or 1 <= retry <= RETRY_AFTER_MAX_S, decision)
+        most = max(RETRY_AFTER_MAX_S, ceil(policy.no_endpoint_budget_s or 0.0))
+        require(retry is None or 1 <= retry <= most, decision)
         self._forget(ticket)
 
     def _forget(self, ticket: Ticket) -> None:
@@ -434,10 +435,20 @@ class World:
         require([endpoint.name for endpoint in pool.members] == members, pool, pool.members, members)
         usable = [endpoint for endpoint in pool.members if endpoint.available]
         require(pool.usable == len(usable), pool, "usable:", pool.usable, usable)
+        require(pool.is_served is bool(usable), pool, "is served:", pool.is_served, usable)
+        for ticket in waiting:
+            is_old = self.epochs[ticket] != self.epoch
+            require(is_old or ticket.wait_until <= self._latest(ticket), ticket, "may wait too long")
         ejected = [endpoint for endpoint in pool.members if endpoint.health.ejected_until is not None]
         require(usable or not ejected, pool, "has ejected ones alone:", pool.members)
         is_open = {endpoint.name for endpoint in pool.members if self._is_open(endpoint)}
         require({endpoint.name for endpoint in pool.open} == is_open, pool, list(pool.open), is_open)
+
+    def _latest(self, ticket: Ticket) -> float:
+        """The latest end of a wait: its class's budget after that for nobody being there, within the client's own."""
+        most_s = ticket.request_class.budget_s + (self.core.policy.no_endpoint_budget_s or 0.0)
+        own_s = inf if ticket.request.budget_s is None else ticket.request.budget_s
+        return ticket.request.arrived + min(most_s, own_s) + 1e-6
 
     def _serves(self, books: Books, pool: Pool) -> bool:
         pools = self.core._books.pools
