@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from extproc.admission.fairness import OUTPUT_WEIGHT
+from extproc.admission.lanes import correct
 from extproc.admission.lines import placed
 from extproc.admission.values import Answer
 
@@ -43,8 +44,10 @@ class Answers:
         if answer is _OK or answer is _UNKNOWN:
             writing_s, pace = endpoint.writing_s(ticket, self._books.now), endpoint.steps.pace
             tokens = self._tokens.tokens_of(ticket, writing_s, pace, learn=answer is _OK)
+            surplus = OUTPUT_WEIGHT * (tokens - ticket.output_tokens)
+            if pool is not pool.base:
+                correct(pool, ticket, surplus)
             if ticket.charge is not None:
-                surplus = OUTPUT_WEIGHT * (tokens - ticket.output_tokens)
                 pool.share(ticket.request_class.priority).correct(ticket.request.tenant, surplus)
 
     def _served(self, ticket: Ticket, endpoint: Endpoint, pool: Pool) -> None:

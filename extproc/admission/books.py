@@ -73,6 +73,11 @@ class Books:
         """Return a request's class: the one it names, if we have it."""
         return self._classes.get(request.request_class, self.policy.classes[0])
 
+    @property
+    def lanes(self) -> set[str]:
+        """The names of the weighted classes."""
+        return {klass.name for klass in self.policy.classes if klass.weight is not None}
+
     def waiting_tickets(self) -> Iterator[Ticket]:
         """Walk everything that waits, line by line."""
         for pool in self.pools:

@@ -69,7 +69,7 @@ class Controller:
         books, lines, placing = self._begin(now, ticket, "offered"), self._lines, self._placing
         request = ticket.request
         ticket.request_class = klass = books.class_of(request)
-        pool = books.pools.find(request.model)
+        pool = books.pools.line_for(request.model, klass)
         if pool is None or books.pools.misses_model(request.model):
             ticket.state = LEFT
             outcome = Outcome.UNKNOWN_MODEL if pool is None else Outcome.MODEL_MISSING
@@ -257,7 +257,10 @@ class Controller:
         """Replace the rules. Waiting requests keep the class, the place and the budget they came with."""
         books = self._begin(now)
         reorder = (policy.fair, policy.short_first) != (books.policy.fair, books.policy.short_first)
+        lanes = books.lanes
         books.follow(policy)
+        if books.lanes != lanes:
+            self._fleet.regroup()
         if reorder:
             for pool in books.pools:
                 self._lines.reorder(pool)

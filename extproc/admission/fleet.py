@@ -83,7 +83,7 @@ class Fleet:
         """Recompute who belongs to which pool, after endpoints came, changed or went."""
         books = self._books
         present = [endpoint for endpoint in books.endpoints.values() if not endpoint.removed]
-        before = books.pools.regroup(present)
+        before = books.pools.regroup(present, books.lanes)
         pools = dict.fromkeys((*before, *books.pools))
         for pool in pools:
             for home in [home for home in pool.homes if home not in pool.members]:

@@ -8,7 +8,8 @@ waiting for ever. So:
   there before it does.
 * That endpoint is its home; for those in the shared line it is the emptiest open one. It gets emptier while nobody
   else is sent there, so it stays the emptiest until the guard fits, and the other endpoints need not wait.
-* Between pools class and arrival tell who is before whom: fairness tags of two pools can't be compared.
+* Between pools class and arrival tell who is before whom: fairness tags of two pools can't be compared. Between two
+  lanes of one pool turns do (lanes.py): only the first of a lane whose turn it was has been passed.
 * Room that is kept for nobody any more is handed on: a guard may leave, be pushed out of the window, or find another
   endpoint emptier.
 """
@@ -79,11 +80,13 @@ class Guard:
 
     def passes(self, ticket: Ticket, endpoint: Endpoint) -> None:
         """Note that `ticket`, of this pool or another, goes to `endpoint` although some before it stay."""
-        same_pool = ticket.pool is self._pool
-        _pass_over(self._pool.shared, ticket, same_pool=same_pool)
-        home = self._pool.homes.get(endpoint)
-        if home is not None:
-            _pass_over(home, ticket, same_pool=same_pool)
+        pool, other = self._pool, ticket.pool
+        lines = [pool.shared, pool.homes[endpoint]] if endpoint in pool.homes else [pool.shared]
+        for queue in lines:
+            if other is None or other is pool or other.base is not pool.base or pool.base in (pool, other):
+                _pass_over(queue, ticket, same_pool=other is pool)
+            elif queue and (queue.first().key[0] < ticket.key[0] or pool.turn < other.turn):
+                _count(queue, queue.first())  # it was this lane's turn, and its first did not fit
 
     def room_changed(self) -> Endpoint | None:
         """Note that a member has more or less room, or none. Return the one whose room was kept until now, if any."""
@@ -114,11 +117,14 @@ def _pass_over(queue: Queue, ticket: Ticket, *, same_pool: bool) -> None:
                 return
         elif (key[0], key[2]) >= before:
             continue
-        other = queue.at(key)
-        other.passed_over += 1
-        if other.passed_over == GUARD:
-            other.is_guard = True
-            queue.guards += 1
+        _count(queue, queue.at(key))
+
+
+def _count(queue: Queue, ticket: Ticket) -> None:
+    ticket.passed_over += 1
+    if ticket.passed_over == GUARD:
+        ticket.is_guard = True
+        queue.guards += 1
 
 
 def _has_guard_after_window(queue: Queue) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 from extproc.admission.alarms import NEVER, Alarms
 from extproc.admission.fairness import OUTPUT_WEIGHT
 from extproc.admission.guard import seniority
+from extproc.admission.lanes import comes, lane_of
 from extproc.admission.queue import WINDOW
 from extproc.admission.transitions import LEFT, NEW, WAITING
 
@@ -47,6 +48,8 @@ class Lines:
 
     def number(self, ticket: Ticket, pool: Pool) -> None:
         """Give a request that comes its place: class, then its tenant's tag, then arrival."""
+        if pool is not pool.base and not pool.waiting_total:
+            comes(pool, ticket)
         self._sequence += 1
         ticket.key = (-ticket.request_class.priority, self._tag(ticket, pool), self._sequence)
 
@@ -138,7 +141,7 @@ class Lines:
         joined: dict[Pool, None] = {}
         known = self._books.pools
         for ticket in sorted((ticket for pool in pools for queue in pool.queues() for ticket in queue), key=_place):
-            target = known.find(ticket.request.model) or known.any_model
+            target = lane_of(known.find(ticket.request.model) or known.any_model, ticket.request_class)
             if target is not ticket.pool:
                 self._move(ticket, target)
                 joined[target] = None
@@ -216,9 +219,16 @@ class Lines:
         self.alarms.set(ticket, at, self._books.waiting)
 
     def last_of_all(self) -> Ticket:
-        """Return the waiting request that goes last: of the lowest class, the one that came last. One must wait."""
+        """Return the waiting request that goes last: of the lowest class, the one that came last. One must wait.
+
+        Of weighted classes of that priority, the one which has the most waiting for its weight.
+        """
         lines = (queue for pool in self._books.pools for queue in pool.queues() if queue)
-        return max((queue.last() for queue in lines), key=seniority)
+        lasts = [queue.last() for queue in lines]
+        last = max(lasts, key=seniority)
+        if last.request_class.weight is None:
+            return last
+        return max((one for one in lasts if one.key[0] == last.key[0]), key=_excess)
 
 
 def refund(ticket: Ticket, pool: Pool) -> None:
@@ -231,6 +241,10 @@ def placed(part: T | None) -> T:
     """Return what a WAITING or LEASED ticket always has: its pool, its queue while it waits, its endpoint's lease."""
     assert part is not None  # noqa: S101 - the core's own invariant
     return part
+
+
+def _excess(ticket: Ticket) -> tuple[float, int]:
+    return (placed(ticket.pool).waiting_total / (ticket.request_class.weight or 1.0), ticket.key[2])
 
 
 def _is_waiting(ticket: Ticket) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from extproc.admission.books import MANY
 from extproc.admission.guard import most_room, seniority
+from extproc.admission.lanes import first_of, served
 from extproc.admission.lines import placed
 from extproc.admission.outcome import Outcome
 from extproc.admission.sessions import Sessions
@@ -134,6 +135,8 @@ class Placing:
             for other in endpoint.pools:
                 if other.waiting_total:
                     other.guard.passes(ticket, endpoint)
+        if pool is not pool.base:
+            served(pool, ticket)
         if ticket.charge is not None:
             pool.share(ticket.request_class.priority).served(request.tenant, ticket.key[1])
         if ticket.alarm or pool.waiting_total:
@@ -200,15 +203,18 @@ def _prompt_tokens(ticket: Ticket) -> int:
 
 
 def _best_for(endpoint: Endpoint) -> Ticket | None:
-    """Return who goes to `endpoint` next: between pools class decides, then arrival; inside a pool its order."""
-    best = guard = None
+    """Return who goes to `endpoint` next: inside a pool by its order, between pools see `lanes.first_of`."""
+    firsts: list[Ticket] = []
+    guard = None
     for pool in endpoint.pools:
         if pool.waiting_total:
             ticket, its_guard = pool.guard.best_for(endpoint)
-            if ticket is not None and (best is None or seniority(ticket) < seniority(best)):
-                best = ticket
+            if ticket is not None:
+                firsts.append(ticket)
             if its_guard is not None and (guard is None or seniority(its_guard) < seniority(guard)):
                 guard = its_guard
-    if best is not None and guard is not None and seniority(guard) < seniority(best):
-        return None
-    return best
+    if guard is not None:
+        firsts = [ticket for ticket in firsts if seniority(ticket) < seniority(guard)]
+    if len(firsts) > 1:
+        return first_of(firsts)
+    return firsts[0] if firsts else None

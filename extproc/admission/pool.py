@@ -44,15 +44,19 @@ class Pool:
         pace: how fast requests leave and arrive.
         record: how its requests were answered.
         longest: the longest prompt and answer together that a member takes; None: nobody says.
+        base, lanes: see lanes.py: the pool that this is a lane of, else itself; its own lanes, by class.
+        turn, turns: what this lane was promised; for each priority, up to where the lanes were served.
     """
 
     __slots__ = (
         "_by_room",
         "_turn",
+        "base",
         "closed_last",
         "guard",
         "homes",
         "is_served",
+        "lanes",
         "longest",
         "members",
         "names",
@@ -61,6 +65,8 @@ class Pool:
         "record",
         "shared",
         "shares",
+        "turn",
+        "turns",
         "usable",
         "waiting",
         "waiting_total",
@@ -85,6 +91,10 @@ class Pool:
         self.pace = Pace()
         self.record = Record()
         self.longest: int | None = None
+        self.base: Pool = self
+        self.lanes: dict[str, Pool] = {}
+        self.turn = 0.0
+        self.turns: dict[int, float] = {}
 
     def share(self, priority: int) -> FairShare:
         """Return the tenants' fair shares at `priority`."""
@@ -176,6 +186,10 @@ class Pool:
         """Let an endpoint in."""
         self.members.append(endpoint)
         endpoint.pools.append(self)
+
+    def with_lanes(self) -> tuple[Pool, ...]:
+        """Return this pool and its lanes."""
+        return (self, *self.lanes.values())
 
     def part(self) -> Pool:
         """Return a new pool of the same endpoints, where nobody waits."""

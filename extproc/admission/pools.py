@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from extproc.admission.lanes import lane_of
 from extproc.admission.pool import Pool
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Container, Iterable, Iterator
 
     from extproc.admission.endpoint import Endpoint
+    from extproc.admission.values import RequestClass
 
 MOST_MODELS = 20_000
 """Names of models that are remembered though nobody serves them any more; the oldest are forgotten first."""
@@ -41,8 +43,14 @@ class Pools:
         self._all: tuple[Pool, ...] = (self.any_model,)
 
     def __iter__(self) -> Iterator[Pool]:
-        """Walk them, each once."""
-        return iter(self._all)
+        """Walk them, each once, and the lanes of their weighted classes."""
+        for pool in self._all:
+            yield from pool.with_lanes()
+
+    def line_for(self, model: str | None, request_class: RequestClass) -> Pool | None:
+        """Return where a request of this class waits for `model`: the pool that serves it, or a lane of that."""
+        pool = self.find(model)
+        return None if pool is None else lane_of(pool, request_class)
 
     def find(self, model: str | None) -> Pool | None:
         """Return the pool that serves `model`. An endpoint that lists models gets only requests for those."""
@@ -92,12 +100,13 @@ class Pools:
         split: list[Pool] = []
         for pool, its in serves.items():
             stays = pool is self.every
-            if len(its) + stays == pool.names:
-                pool.enter(endpoint)
-            else:
+            gains = pool
+            if len(its) + stays != pool.names:
                 part = self._part_others(pool, its) if stays else self._part(pool, its)
-                (pool if stays else part).enter(endpoint)
-                split.append(pool)
+                gains = pool if stays else part
+                split += pool.with_lanes()
+            for one in gains.with_lanes():
+                one.enter(endpoint)
         return split
 
     def _part(self, pool: Pool, models: Iterable[str], also: int = 0) -> Pool:
@@ -119,10 +128,11 @@ class Pools:
             self.any_model = part
         return part
 
-    def regroup(self, present: list[Endpoint]) -> tuple[Pool, ...]:
+    def regroup(self, present: list[Endpoint], lanes: Container[str] = ()) -> tuple[Pool, ...]:
         """Follow the endpoints that are there now. Return the pools that were: whoever waits there may have to move.
 
-        A set of endpoints is a number with a bit for each. A pool lives on while one of its models keeps it.
+        `lanes`: the weighted classes of the rules; another's lane goes when nobody waits there. A set of endpoints is
+        a number with a bit for each. A pool lives on while one of its models keeps it.
         """
         lists: dict[frozenset[str], int] = {}
         self._listed_by = {}
@@ -137,7 +147,7 @@ class Pools:
         lists_none = lists.get(frozenset(), 0)
         self.know(served)
         self._forget_models(served)
-        before = self._all
+        before = tuple(self)
         for pool in before:
             pool.forget_endpoints()
         kept: dict[int, Pool] = {}
@@ -147,6 +157,13 @@ class Pools:
         for model, pool in self.by_model.items():
             self.by_model[model] = _keep(kept, taken, served.get(model, 0) | lists_none, pool, present)
         self._all = tuple(kept.values())
+        for pool in self._all:
+            for name, lane in list(pool.lanes.items()):
+                if name in lanes or lane.waiting_total:
+                    for endpoint in pool.members:
+                        lane.enter(endpoint)
+                else:
+                    del pool.lanes[name]
         return before
 
     def _forget_models(self, served: dict[str, int]) -> None:

@@ -59,11 +59,15 @@ class Request:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RequestClass:
-    """A service class. Strict priority between classes: the higher `priority` goes first. Equal only to itself."""
+    """A service class. Strict priority between classes: the higher `priority` goes first. Equal only to itself.
+
+    Those of one priority that have a `weight` share what is served as their weights; without one they are one line.
+    """
 
     name: str = "default"
     priority: int = 0
     budget_s: float = 30.0
+    weight: float | None = None
 
 
 DEFAULT_CLASS = RequestClass()

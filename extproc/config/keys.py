@@ -292,6 +292,11 @@ class ClassConfig(_Section):
 
     name: Name = Field(description="Its name, as the header gives it.")
     priority: Annotated[int, Field(ge=-1000, le=1000)] = Field(0, description="Higher goes first, always.")
+    weight: Annotated[float, Field(ge=0.001, le=1000)] | None = Field(
+        None,
+        description="Its share of what classes of its priority get, by tokens: 4 beside 1 is four fifths while both "
+        "have requests waiting. All of one priority have one, or none: then they are one line.",
+    )
     budget: Duration = Field(
         30.0,
         description="The longest that a request of this class may wait. Where `ttft` is given, by default that less "
@@ -603,7 +608,9 @@ class Config(_Section):
         """Return the rules of admission."""
         return Policy(
             enable_queue=self.enable_queue,
-            classes=tuple(RequestClass(klass.name, klass.priority, klass.budget_s) for klass in self.classes),
+            classes=tuple(
+                RequestClass(klass.name, klass.priority, klass.budget_s, klass.weight) for klass in self.classes
+            ),
             no_endpoint_budget_s=self.no_endpoint_budget,
             patience_s=self.max_queue_wait_time,
             binding=Binding(self.binding),

@@ -39,6 +39,12 @@ def cross_check(config: Config) -> list[str]:
                 f"classes[{index}].budget: {klass.budget_s:g}s is above what Envoy's message_timeout can cover "
                 f"(at most 3600s); {LONGEST_BUDGET_S:g}s or less works"
             )
+    weighted = {klass.priority: index for index, klass in enumerate(config.classes) if klass.weight is not None}
+    problems += [
+        f"classes[{index}].weight: is needed, as classes[{weighted[klass.priority]}] of the same priority has one"
+        for index, klass in enumerate(config.classes)
+        if klass.weight is None and klass.priority in weighted
+    ]
     alone_s = config.no_endpoint_budget
     if alone_s is not None and config.longest_budget_s > LONGEST_BUDGET_S >= config.longest_budget_s - alone_s:
         problems.append(

@@ -363,7 +363,12 @@ _KEYS: dict[str, tuple[str, str, Callable[[str], object]]] = {
 }
 """What `--set` knows: named as in the config file where such a key exists, else as in Policy or Setting."""
 
-KEYS = ("budget.CLASS", *_KEYS)
+_OF_CLASS: dict[str, tuple[str, Callable[[str], object]]] = {
+    "budget": ("budget_s", _duration),
+    "priority": ("priority", lambda value: int(_number(value, -1000, 1000))),
+    "weight": ("weight", lambda value: _number(value, 0.001, 1000)),
+}
+KEYS = (*(f"{key}.CLASS" for key in _OF_CLASS), *_KEYS)
 
 
 def _change(setting: Setting, changes: Iterable[str]) -> Setting:
@@ -383,15 +388,14 @@ def _changed(setting: Setting, key: str, value: str, *, given: bool) -> Setting:
     if not given:
         raise ValueError("must be key=value")
     policy = setting.policy
-    if key.startswith("budget."):
+    of_class, dot, chosen = key.partition(".")
+    if dot and of_class in _OF_CLASS:
         names = [klass.name for klass in policy.classes]
-        chosen = key.removeprefix("budget.")
         if chosen not in names:
             raise ValueError(f"there is no such class; classes are {', '.join(names)}")
-        budget_s = _duration(value)
-        classes = tuple(
-            replace(klass, budget_s=budget_s) if klass.name == chosen else klass for klass in policy.classes
-        )
+        its_attribute, its_parse = _OF_CLASS[of_class]
+        its_change: dict[str, Any] = {its_attribute: its_parse(value)}
+        classes = tuple(replace(klass, **its_change) if klass.name == chosen else klass for klass in policy.classes)
         return replace(setting, policy=replace(policy, classes=classes))
     if key not in _KEYS:
         raise ValueError(f"unknown key; known are {', '.join(KEYS)}")

@@ -102,6 +102,11 @@ def test_all_problems_come_at_once_each_with_its_key_path_and_what_would_be_righ
         ),
         ("envoy_clusters_file: /a.yaml\ndiscovery: [{dns: {name: '', port: 1}}]", "dns.name: must not be empty"),
         ("endpoints: [{name: a, address: 'h:1', models: [3]}]", "endpoints[0].models[0]: must be text, not 3"),
+        (
+            "classes: [{name: a, weight: 4}, {name: b}]",
+            "classes[1].weight: is needed, as classes[0] of the same priority has one",
+        ),
+        ("classes: [{name: a, weight: 0}]", "classes[0].weight: must be 0.001 or more"),
         ("no_endpoint_budget: 3480s", "no_endpoint_budget: 3480s and the longest budget after it are above"),
         ("no_endpoint_budget: 0s", "no_endpoint_budget: must be longer than 0s"),
         ("headers: {model: x-a, tenant: x-a}", "headers: 'x-a' is used for two things"),

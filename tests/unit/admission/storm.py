@@ -253,6 +253,11 @@ class Storm:
     def _change_policy(self) -> None:
         random = self.random
         classes = (replace(CLASSES[0], budget_s=random.choice((5.0, 8.0))), *CLASSES[1:])
+        if random.random() < 0.5:  # all of one priority, and with weights
+            classes = tuple(
+                replace(klass, priority=0, weight=weight)
+                for klass, weight in zip(classes, (4.0, 1.0, 0.5), strict=True)
+            )
         self.policy = Policy(
             enable_queue=random.random() < 0.9,
             classes=classes,

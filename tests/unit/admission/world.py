@@ -451,7 +451,7 @@ class World:
         return ticket.request.arrived + min(most_s, own_s) + 1e-6
 
     def _serves(self, books: Books, pool: Pool) -> bool:
-        pools = self.core._books.pools
+        pools, pool = self.core._books.pools, pool.base
         if pool is pools.every:
             return True
         if pool is pools.any_model:
