@@ -72,15 +72,8 @@ CHANGEABLE = frozenset(
     (
         *("endpoints", "discovery", "allowed_addresses", "health_check", "classes", "enable_queue"),
         *("drain_timeout", "hand_over"),
-        *(
-            "max_running_requests",
-            "no_endpoint_budget",
-            "max_queue_wait_time",
-            "binding",
-            "max_queued_requests",
-            "max_prompt_tokens",
-        ),
-        *("routes", "default_model"),
+        *("max_running_requests", "max_queue_wait_time", "binding", "max_queued_requests", "max_prompt_tokens"),
+        *("routes", "default_model", "no_endpoint_budget", "tenants"),
         *("shed", "tenant_fairness", "short_prompts_first", "max_gpu_perc", "gpu_utilization_perc"),
     )
 )

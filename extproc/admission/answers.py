@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from extproc.admission.fairness import OUTPUT_WEIGHT
 from extproc.admission.lanes import correct
 from extproc.admission.lines import placed
+from extproc.admission.tenants import weight_of
 from extproc.admission.values import Answer
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Answers:
             if pool is not pool.base:
                 correct(pool, ticket, surplus)
             if ticket.charge is not None:
-                pool.share(ticket.request_class.priority).correct(ticket.request.tenant, surplus)
+                pool.share(ticket.request_class.priority).correct(ticket.tenant, surplus / weight_of(ticket))
 
     def _served(self, ticket: Ticket, endpoint: Endpoint, pool: Pool) -> None:
         ticket.is_answered = True

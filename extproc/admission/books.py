@@ -9,6 +9,7 @@ from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
 from extproc.admission.pools import Pools
+from extproc.admission.tenants import Tenants
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,6 +30,7 @@ class Books:
         policy: the rules.
         endpoints: by name; a removed one stays until its last lease is back.
         pools: who serves what, and who waits for them.
+        tenants: who they are, and what each has in flight.
         waiting: how many requests wait.
         now: the time of the event under way, or of the last one.
         freed: endpoints that may have room they did not have before this event.
@@ -47,6 +49,7 @@ class Books:
         "now",
         "policy",
         "pools",
+        "tenants",
         "waiting",
     )
 
@@ -54,6 +57,7 @@ class Books:
         """Start without endpoints."""
         self.endpoints: dict[str, Endpoint] = {}
         self.pools = Pools()
+        self.tenants = Tenants(policy.tenants)
         self.waiting = 0
         self.now = 0.0
         self.freed: dict[Endpoint, None] = {}
@@ -67,6 +71,7 @@ class Books:
     def follow(self, policy: Policy) -> None:
         """Replace the rules."""
         self.policy = policy
+        self.tenants.follow(policy.tenants)
         self._classes = {klass.name: klass for klass in policy.classes}
 
     def class_of(self, request: Request) -> RequestClass:

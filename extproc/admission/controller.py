@@ -75,6 +75,11 @@ class Controller:
             outcome = Outcome.UNKNOWN_MODEL if pool is None else Outcome.MODEL_MISSING
             books.decisions.append(Reject(ticket, outcome, 0.0, None))
             return self._end()
+        if books.policy.enable_queue and books.tenants.is_over(ticket):
+            ticket.state = LEFT
+            books.decisions.append(Reject(ticket, Outcome.TENANT_LIMIT, 0.0, 1))
+            return self._end()
+        books.tenants.comes(ticket)
         ticket.pool = pool
         lines.budget(ticket, pool)
         ticket.position = pool.ahead_of(klass.priority)
@@ -92,6 +97,7 @@ class Controller:
             placing.lease(ticket, target)
             return self._end()
         lines.join(ticket, pool.shared if home is None else pool.queue_of(home))
+        books.tenants.waits(ticket)
         if books.freed:
             placing.run()
         if ticket.state is WAITING and ticket.queue is not pool.shared and ticket.patience_until <= now:
@@ -154,6 +160,7 @@ class Controller:
         ticket.state = DONE
         endpoint.release(ticket, now, served=answer is Answer.OK, wanted=pool.waiting_total > 0)
         self._answers.ended(ticket, answer)
+        self._lines.count_out(ticket)
         self._fleet.forget_if_gone(endpoint)
         self._fleet.changed(endpoint)
         return self._end()
@@ -294,6 +301,7 @@ class Controller:
         if endpoint is not None:
             request = ticket.request
             ticket.request_class = books.class_of(request)
+            books.tenants.comes(ticket)
             ticket.pool = books.pools.find(request.model) or books.pools.every
             self._tokens.estimate(ticket, ticket.pool.longest)
             ticket.state, ticket.endpoint = LEASED, endpoint
@@ -309,6 +317,7 @@ class Controller:
         endpoint = placed(ticket.endpoint)
         ticket.state = DONE
         endpoint.disown(ticket, now)
+        self._lines.count_out(ticket)
         self._fleet.forget_if_gone(endpoint)
         self._fleet.changed(endpoint)
         return self._end()

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 from extproc.admission.fairness import OUTPUT_WEIGHT
 from extproc.admission.guard import seniority
-from extproc.admission.pool import Pool
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from extproc.admission.pool import Pool
     from extproc.admission.ticket import Ticket
     from extproc.admission.values import RequestClass
 

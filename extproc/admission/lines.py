@@ -14,6 +14,7 @@ from extproc.admission.fairness import OUTPUT_WEIGHT
 from extproc.admission.guard import seniority
 from extproc.admission.lanes import comes, lane_of
 from extproc.admission.queue import WINDOW
+from extproc.admission.tenants import GUARANTEED, weight_of
 from extproc.admission.transitions import LEFT, NEW, WAITING
 
 if TYPE_CHECKING:
@@ -59,12 +60,13 @@ class Lines:
     def _tag(self, ticket: Ticket, pool: Pool) -> float:
         """Return the request's place inside its class."""
         policy = self._books.policy
+        tag = 0.0
         if policy.short_first:
-            return float(ticket.prompt_tokens)
-        if not policy.fair:
-            return 0.0
-        ticket.charge = ticket.prompt_tokens + OUTPUT_WEIGHT * ticket.output_tokens
-        return pool.share(ticket.request_class.priority).tag(ticket.request.tenant, ticket.charge)
+            tag = float(ticket.prompt_tokens)
+        elif policy.fair:
+            ticket.charge = (ticket.prompt_tokens + OUTPUT_WEIGHT * ticket.output_tokens) / weight_of(ticket)
+            tag = pool.share(ticket.request_class.priority).tag(ticket.tenant, ticket.charge)
+        return GUARANTEED if ticket.is_favoured else tag
 
     def reorder(self, pool: Pool) -> None:
         """Give those who wait new places: the rules of order changed, or others joined, and tags can't be compared."""
@@ -112,6 +114,19 @@ class Lines:
         self.quit(ticket, pool, placed(ticket.queue))
         ticket.state = LEFT
         refund(ticket, pool)
+        self.count_out(ticket)
+
+    def count_out(self, ticket: Ticket) -> None:
+        """Note that a request neither waits nor runs any more: another of its tenant's may be guaranteed now."""
+        following = self._books.tenants.goes(ticket)
+        if following is not None:
+            pool, queue = placed(following.pool), placed(following.queue)
+            queue.remove(following)
+            following.key = (following.key[0], GUARANTEED, following.key[2])
+            queue.add(following)
+            if pool.guard.may_be_pushed_out(queue):
+                self._books.free(pool.open)
+            self._books.arrive(following)
 
     def take_back(self, ticket: Ticket) -> None:
         """End a wait as if it had never begun: the request is new again."""
@@ -234,7 +249,7 @@ class Lines:
 def refund(ticket: Ticket, pool: Pool) -> None:
     """Give its tenant back what a request that was not served was charged."""
     if ticket.charge is not None:
-        pool.share(ticket.request_class.priority).left(ticket.request.tenant, ticket.charge)
+        pool.share(ticket.request_class.priority).left(ticket.tenant, ticket.charge)
 
 
 def placed(part: T | None) -> T:

@@ -35,6 +35,7 @@ class Outcome(Enum):
         "The wait would be longer than this request may wait. Try again later.",
     )
     BUDGET_EXPIRED = ("budget_expired", 429, "No inference server had room in time. Try again later.")
+    TENANT_LIMIT = ("tenant_limit", 429, "This tenant has as many requests in flight as it may. Try again later.")
     NO_ENDPOINT = ("no_endpoint", 503, "No inference server is available for this model at the moment.")
     PASSED = ("passed", None, "")  # it takes no slot: sent on without a wait
     MODEL_MISSING = (

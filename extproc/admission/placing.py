@@ -131,6 +131,7 @@ class Placing:
         self._fleet.list(endpoint)
         if ticket.queue is not None:
             self._lines.quit(ticket, pool, ticket.queue)
+            books.tenants.waits_no_more(ticket)
         if books.waiting:
             for other in endpoint.pools:
                 if other.waiting_total:
@@ -138,7 +139,7 @@ class Placing:
         if pool is not pool.base:
             served(pool, ticket)
         if ticket.charge is not None:
-            pool.share(ticket.request_class.priority).served(request.tenant, ticket.key[1])
+            pool.share(ticket.request_class.priority).served(ticket.tenant, ticket.key[1])
         if ticket.alarm or pool.waiting_total:
             pool.pace.dispatched(now)
         if request.session is not None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from extproc.admission.held import HeldBy
     from extproc.admission.pool import Pool
     from extproc.admission.queue import Queue
+    from extproc.admission.tenants import Account
     from extproc.admission.values import Decision, Request, RequestClass
 
 __all__ = ["Key", "State", "Ticket"]  # those who handle tickets ask for their state
@@ -36,6 +37,7 @@ class Ticket:
     """
 
     __slots__ = (
+        "account",
         "alarm",
         "begun_at",
         "beside",
@@ -45,6 +47,7 @@ class Ticket:
         "endpoint",
         "home",
         "is_answered",
+        "is_favoured",
         "is_guard",
         "key",
         "kv_tokens",
@@ -62,6 +65,7 @@ class Ticket:
         "request_class",
         "sequences",
         "state",
+        "tenant",
         "wait_until",
         "waited_for",
         "work_tokens",
@@ -95,6 +99,9 @@ class Ticket:
         self.prompt_pending = False  # leased, and its first token has not been seen
         self.passed_over = 0  # how often a later request that fits was let past
         self.is_guard = False  # see guard.py
+        self.tenant = request.tenant  # whom it counts for, see tenants.py
+        self.account: Account | None = None  # of that tenant, while it waits or runs
+        self.is_favoured = False  # guaranteed to its tenant
         self.wait_until = 0.0  # the end of its budget
         self.patience_until = 0.0  # the end of its wait for its home
         self.alarm = 0.0  # the one alarm that is set for it

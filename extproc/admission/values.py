@@ -10,6 +10,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from extproc.admission.limit import DEFAULT_LAW, LimitLaw
+from extproc.admission.tenants import NO_RULES, TenantRules
 
 if TYPE_CHECKING:
     from extproc.admission.outcome import Outcome
@@ -117,6 +118,7 @@ class Policy:
     Attributes:
         enable_queue: False: endpoints are chosen and leases kept, nothing is ever held or refused for load.
         classes: at least one; the first is the default.
+        tenants: who tenants are, and what each may have in flight.
         no_endpoint_budget_s: how long a request may wait while nobody is up who serves it; its class's budget then
             begins when somebody is. None: that budget holds for this wait too.
         patience_s: how long a request waits for its home before any endpoint of the pool may take it.
@@ -136,6 +138,7 @@ class Policy:
 
     enable_queue: bool = True
     classes: tuple[RequestClass, ...] = (DEFAULT_CLASS,)
+    tenants: TenantRules = NO_RULES
     no_endpoint_budget_s: float | None = None
     patience_s: float = 1.0
     binding: Binding = Binding.LATE

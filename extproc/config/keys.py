@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field
 
 from extproc.admission.limit import CEILING, DEFAULT_LAW, LimitLaw
+from extproc.admission.tenants import NO_RULES, TenantRule, TenantRules
 from extproc.admission.values import Binding, EndpointSpec, Policy, RequestClass
 from extproc.config.types import (
     Address,
@@ -316,6 +317,51 @@ class ClassConfig(_Section):
         return max(self.ttft - SERVER_MARGIN_S, self.ttft / 2)
 
 
+class _TenantKeys(_Section):
+    max_in_flight: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="The most requests that wait or run at once; one more gets 429, `tenant_limit`. Unset: any."
+    )
+    guaranteed: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="So many of its requests in flight go before those of other tenants in their class. No room is "
+        "kept free for them, and a higher class still goes first.",
+    )
+    weight: Annotated[float, Field(ge=0.001, le=1000)] = Field(
+        1.0, description="Of its fair share of tokens in a class; needs `tenant_fairness`."
+    )
+
+    def rule(self) -> TenantRule:
+        """Return it as admission knows it."""
+        return TenantRule(self.max_in_flight, self.guaranteed, self.weight)
+
+
+class TenantConfig(_TenantKeys):
+    """A tenant by name."""
+
+    name: Annotated[str, Field(min_length=1, max_length=256)] = Field(description="Its name, as the header gives it.")
+
+
+class OtherTenantsConfig(_TenantKeys):
+    """What holds for tenants that are not named: for all of them together, or for each."""
+
+
+class TenantsConfig(_Section):
+    """Who tenants are, and what each may have."""
+
+    named: Annotated[list[TenantConfig], Field(max_length=10_000)] = Field([], description="Tenants by name.")
+    others: OtherTenantsConfig = Field(OtherTenantsConfig(), description="All others.")
+    count_others: Literal["together", "apart"] | None = Field(
+        None,
+        description="`together`: all others are one tenant, so that a made-up name gains nothing. `apart`: each is "
+        "one; only where clients can't write the header themselves. Default: together if `named` names any.",
+    )
+
+    def rules(self) -> TenantRules:
+        """Return them as admission knows them."""
+        apart = self.count_others == "apart" or (self.count_others is None and not self.named)
+        return TenantRules({one.name: one.rule() for one in self.named}, self.others.rule(), apart)
+
+
 class RouteConfig(_Section):
     """What becomes of some requests. The first row that fits decides.
 
@@ -521,6 +567,9 @@ class Config(_Section):
         True,
         description="Refuse at once what is predicted to wait over twice its budget. Off: it waits its budget out.",
     )
+    tenants: TenantsConfig | None = Field(
+        None, description="Limits, guarantees and weights of tenants. Unset: none, and each name is a tenant."
+    )
     tenant_fairness: bool = Field(True, description="Inside a class, fair shares of tokens between tenants.")
     short_prompts_first: bool = Field(
         False, description="Inside a class, short prompts first, instead of fairness; long ones wait longest."
@@ -611,6 +660,7 @@ class Config(_Section):
             classes=tuple(
                 RequestClass(klass.name, klass.priority, klass.budget_s, klass.weight) for klass in self.classes
             ),
+            tenants=NO_RULES if self.tenants is None else self.tenants.rules(),
             no_endpoint_budget_s=self.no_endpoint_budget,
             patience_s=self.max_queue_wait_time,
             binding=Binding(self.binding),

@@ -25,6 +25,7 @@ def cross_check(config: Config) -> list[str]:
         ("endpoints", "name", [endpoint.name for endpoint in config.endpoints]),
         ("endpoints", "cluster", [endpoint.cluster or endpoint.name for endpoint in config.endpoints]),
         ("classes", "name", [klass.name for klass in config.classes]),
+        ("tenants.named", "name", [] if config.tenants is None else [one.name for one in config.tenants.named]),
     ):
         for index, name in enumerate(names):
             first = names.index(name)

@@ -113,6 +113,7 @@ class Told:
 DROPPED = "x-llm-d-request-dropped-reason"
 _REASONS = {
     Outcome.QUEUE_FULL: "rejected-saturated",
+    Outcome.TENANT_LIMIT: "rejected-saturated",
     Outcome.BUDGET_PREDICTED: "rejected-saturated",
     Outcome.BUDGET_EXPIRED: "rejected-ttl-expired",
     Outcome.NO_ENDPOINT: "rejected-no-endpoints",

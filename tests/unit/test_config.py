@@ -107,6 +107,12 @@ def test_all_problems_come_at_once_each_with_its_key_path_and_what_would_be_righ
             "classes[1].weight: is needed, as classes[0] of the same priority has one",
         ),
         ("classes: [{name: a, weight: 0}]", "classes[0].weight: must be 0.001 or more"),
+        (
+            "tenants: {named: [{name: a}, {name: a}]}",
+            "tenants.named[1].name: 'a' is taken by tenants.named[0]; each must be unique",
+        ),
+        ("tenants: {others: {max_in_flight: 0}}", "tenants.others.max_in_flight: must be 1 or more"),
+        ("tenants: {others: {name: x}}", "tenants.others.name"),
         ("no_endpoint_budget: 3480s", "no_endpoint_budget: 3480s and the longest budget after it are above"),
         ("no_endpoint_budget: 0s", "no_endpoint_budget: must be longer than 0s"),
         ("headers: {model: x-a, tenant: x-a}", "headers: 'x-a' is used for two things"),
@@ -160,6 +166,21 @@ def test_an_environment_variable_of_the_wrong_type_is_named_by_its_key():
     assert problems({}, {"EXTPROC_MAX_QUEUED_REQUESTS": "many"}) == [
         "max_queued_requests: must be a whole number, not 'many'"
     ]
+
+
+@pytest.mark.parametrize(
+    ("tenants", "counts_for"),
+    [
+        ({"others": {"max_in_flight": 3}}, "stranger"),
+        ({"named": [{"name": "a", "weight": 2}]}, ""),
+        ({"named": [{"name": "a"}], "count_others": "apart"}, "stranger"),
+        ({"count_others": "together"}, ""),
+    ],
+)
+def test_tenants_that_nobody_named_are_one_where_others_are_named(tenants, counts_for):
+    rules = config({"tenants": tenants}).policy().tenants
+    assert rules.who("stranger")[0] == counts_for
+    assert rules.who("a")[0] == ("a" if counts_for or tenants.get("named") else "")
 
 
 def test_an_endpoint_inherits_the_common_limit_or_has_its_own():

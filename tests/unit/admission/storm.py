@@ -16,6 +16,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from extproc.admission.load import Load
+from extproc.admission.tenants import NO_RULES, TenantRule, TenantRules
 from extproc.admission.ticket import State
 from extproc.admission.values import Answer, Binding, EndpointSpec, Policy, Request, RequestClass
 
@@ -30,6 +31,11 @@ CLASSES = (RequestClass("std", 0, 8.0), RequestClass("int", 10, 2.0), RequestCla
 NAMES = ("a", "b", "c", "d", "e")
 MODELS = (frozenset[str](), frozenset({"m1"}), frozenset({"m1", "m2"}), frozenset({"m2"}))
 TENANTS = ("t0", "t0", "t0", "t1", "t2", "t3", "t4")
+RULES = (
+    NO_RULES,
+    TenantRules(default=TenantRule(5, 2)),
+    TenantRules({"t0": TenantRule(20, 0, 0.5), "t1": TenantRule(None, 3, 4.0)}, TenantRule(9, 1), apart=False),
+)
 PROMPTS = (0, 10, 100, 500, 2000, 9000)
 HERD = (*(10, 20, 40) * 10, 2600)  # an elephant among mice: what the guard is for
 
@@ -261,6 +267,7 @@ class Storm:
         self.policy = Policy(
             enable_queue=random.random() < 0.9,
             classes=classes,
+            tenants=random.choice(RULES),
             no_endpoint_budget_s=random.choice((None, 1.0, 20.0)),
             patience_s=random.choice((0.0, 0.5, 3.0)),
             binding=random.choice((Binding.LATE, Binding.LATE, Binding.BOUND)),

@@ -311,6 +311,11 @@ class World:
                 require(ticket.request_class.priority == lowest, decision, "is not of the lowest class")
             case Outcome.BUDGET_PREDICTED:
                 require(ticket is offered and policy.shed, decision)
+            case Outcome.TENANT_LIMIT:
+                tenant, rule = policy.tenants.who(ticket.request.tenant)
+                others = [one for one in (*self.waiting, *self.leased) if one is not ticket]
+                count = sum(policy.tenants.who(one.request.tenant)[0] == tenant for one in others)
+                require(rule.max_in_flight is not None and count >= rule.max_in_flight, decision, count, "in flight")
             case Outcome.DRAINING:
                 require(self.core.draining, decision)
             case Outcome.BUDGET_EXPIRED:
@@ -501,7 +506,15 @@ class World:
             require(self.core.policy.enable_queue, ticket, "is held although the queue is off")
 
     def _check_tenants(self) -> None:
-        """First come, first served for each tenant in its class, whatever left in between."""
+        """First come, first served for each tenant in its class, whatever left in between. Accounts are true."""
+        accounts = self.core._books.tenants.accounts
+        counted = [ticket for ticket in (*self.waiting, *self.leased) if ticket.account is not None]
+        require({t.account.name for t in counted} == accounts.keys(), accounts.keys())
+        for name, account in accounts.items():
+            its = [ticket for ticket in counted if ticket.account is account]
+            favoured = sum(ticket.is_favoured for ticket in its)
+            require((account.in_flight, account.favoured) == (len(its), favoured), name, account.in_flight, favoured)
+            require(bool(its), name, "has an empty account")
         last: dict[tuple[object, ...], tuple[int, float, int]] = {}
         for ticket in sorted(self.waiting, key=lambda t: t.key[2]):
             if self.core.policy.short_first or self.epochs[ticket] != self.epoch:
