@@ -337,16 +337,16 @@ class Controller:
             self._fleet.changed(endpoint)
         return self._end()
 
-    def homes(self, most: int, now: float) -> list[Home]:
-        """Return where the `most` sessions that were seen last are at home, for another sidecar's core."""
-        return self._placing.sessions.homes(most, now)
+    def homes(self, most: int, at: float) -> list[Home]:
+        """Return where the `most` sessions that were seen last are at home, `at` this time, for another core."""
+        return self._placing.sessions.homes(most, at)
 
-    def believe_home(self, home: Home, now: float) -> None:
-        """Take over where another sidecar's core served a session, if that is news here."""
+    def believe_home(self, home: Home, at: float) -> None:
+        """Take over where another sidecar's core served a session, as told at this time, if that is news here."""
         endpoint = self.endpoints.get(home.endpoint)
         if endpoint is not None:
             memory = self._books.policy.session_memory
-            self._placing.sessions.remember(home.session, endpoint, home.tokens, memory, now - home.age_s)
+            self._placing.sessions.remember(home.session, endpoint, home.tokens, memory, at - home.age_s)
 
     def learnt(self) -> list[Learnt]:
         """Return what was learned of tokens, for another sidecar's core."""

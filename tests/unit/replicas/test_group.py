@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from .world import Client, Sidecar, World
 CLASSES = (RequestClass("std", 0, 60.0), RequestClass("urgent", 10, 60.0))
 
 
-def world(**more: int) -> World:
+def world(**more: Any) -> World:
     """Three sidecars in one group, that has looked at its engines."""
     here = World(1, **more)
     here.run(6.0)

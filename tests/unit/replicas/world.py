@@ -247,7 +247,7 @@ class Sidecar:
         self.later: list[tuple[End | None, Timer]] = []
         self.tickets: dict[Client, Ticket] = {}
         self.loop = Loop(world.clock, self)
-        self.controller = Controller(world.policy)
+        self.controller = world.core(world.policy)
         self.gate = SharedGate(self.controller, self.loop)
         me = Member(f"{place}.{life}", place, LAST - 1)
         self.replica = Replica(self.gate, me, "pool", Dialer(world.net, self), self.loop)
@@ -368,10 +368,13 @@ class World:
         limit: int = 8,
         work_s: float = 2.0,
         budget_s: float = 30.0,
+        policy: Policy | None = None,
+        core: Callable[[Policy], Controller] = Controller,
     ) -> None:
+        self.core = core
         self.random = Random(seed)
         self.clock = Clock()
-        self.policy = Policy()
+        self.policy = Policy() if policy is None else policy
         self.net = Net(self)
         self.store = Store(self)
         self.work_s = work_s
