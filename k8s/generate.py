@@ -39,6 +39,8 @@ def main() -> None:
     source = "standalone/sidecar.yaml"
     _write("overlays/istio/envoyfilter.yaml", source, envoy_filter(bootstrap), _FILTER_SAYS)
     _write("overlays/envoy-gateway/envoypatchpolicy.yaml", source, envoy_patch_policy(bootstrap), _PATCH_SAYS)
+    path = "overlays/inference-pool-istio/envoyfilter.yaml"
+    _write(path, "the way in which Istio asks a picker", lean_picker_filter(), _LEAN_SAYS)
     _write("components/monitoring/prometheusrule.yaml", "observability/alerts.yaml", prometheus_rule())
     shutil.copyfile(OBSERVABILITY / "dashboard.json", K8S / "components/monitoring/dashboard.json")
 
@@ -57,6 +59,11 @@ _PATCH_SAYS = """\
 #   forward_rules, mutation_rules  the sidecar sees all headers, authorization too, and may write any.
 #   max_outbound_control_frames    a thousand answers that end in one moment close the connection: all held are lost.
 #   connection_keepalive           a hung sidecar goes unnoticed until messageTimeout.
+"""
+_LEAN_SAYS = """\
+# Istio sends all bodies to a picker: two messages and one for each piece, and ours must echo each. The route's own
+# settings are replaced whole, so they name the picker again, as Istio calls it. The route's name is Istio's for the
+# first rule of the HTTPRoute `vllm` in the namespace `llm`: NAMESPACE.HTTPROUTE.INDEX. Not tried with Istio itself.
 """
 
 
@@ -171,6 +178,29 @@ def envoy_filter(bootstrap: dict[str, Any]) -> dict[str, Any]:
         "kind": "EnvoyFilter",
         "metadata": {"name": "extproc"},
         "spec": {"workloadSelector": {"labels": GATEWAY_PODS}, "configPatches": patches},
+    }
+
+
+def lean_picker_filter() -> dict[str, Any]:
+    """Return Istio's ext_proc settings for a route to an InferencePool, without bodies."""
+    lean = {"request_header_mode": "SEND", "response_header_mode": "SEND", "response_trailer_mode": "SEND"}
+    lean |= {"request_body_mode": "NONE", "response_body_mode": "NONE", "request_trailer_mode": "SKIP"}
+    overrides = {
+        "grpc_service": {"envoy_grpc": {"cluster_name": f"outbound|9002||extproc.{NAMESPACE}.svc.cluster.local"}},
+        "processing_mode": lean,
+        "failure_mode_allow": False,
+    }
+    per_route = {"@type": "type.googleapis.com/envoy.extensions.filters.http.ext_proc.v3.ExtProcPerRoute"}
+    value = {"typed_per_filter_config": {EXT_PROC: {**per_route, "overrides": overrides}}}
+    match = {"routeConfiguration": {"vhost": {"route": {"name": f"{NAMESPACE}.vllm.0"}}}}
+    return {
+        "apiVersion": "networking.istio.io/v1alpha3",
+        "kind": "EnvoyFilter",
+        "metadata": {"name": "extproc-lean"},
+        "spec": {
+            "workloadSelector": {"labels": {"gateway.networking.k8s.io/gateway-name": NAMESPACE}},
+            "configPatches": [_patch("HTTP_ROUTE", match, "MERGE", value)],
+        },
     }
 
 

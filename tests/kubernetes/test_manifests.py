@@ -22,6 +22,8 @@ __all__ = ["rendered"]  # a fixture
 
 NAMESPACE = "llm"
 NOT_SHIPPED = (
+    stand_in("networking.gke.io", "GCPBackendPolicy", "gcpbackendpolicies", "v1"),
+    stand_in("networking.gke.io", "HealthCheckPolicy", "healthcheckpolicies", "v1"),
     stand_in("monitoring.coreos.com", "PodMonitor", "podmonitors", "v1"),
     stand_in("monitoring.coreos.com", "PrometheusRule", "prometheusrules", "v1"),
 )

@@ -46,9 +46,12 @@ GENERATE = runpy.run_path(str(K8S / "generate.py"))
 # What an operator would put together: a base or an overlay, and components that go with it.
 PLAIN = ("base", "overlays/gateway", "overlays/demo")
 MESH = ("standalone", "overlays/istio", "overlays/envoy-gateway")
+POOL = tuple(
+    f"overlays/inference-pool{gateway}" for gateway in ("", "-agentgateway", "-envoy-ai-gateway", "-gke", "-istio")
+)
 GATEWAY_PARTS = ("discovery", "monitoring", "autoscaling")
 COMBINATIONS = [
-    *((name,) for name in (*PLAIN, *MESH)),
+    *((name,) for name in (*PLAIN, *MESH, *POOL)),
     *(("overlays/gateway", part) for part in GATEWAY_PARTS),
     ("overlays/gateway", *GATEWAY_PARTS),
     ("overlays/gateway", "replicas"),
@@ -261,7 +264,8 @@ def test_every_subject_of_a_binding_has_the_namespace_of_its_account(rendered):
                 assert subject.get("namespace"), parts
                 assert (subject["name"], subject["namespace"]) in accounts
                 seen += 1
-    assert seen == sum(len({"discovery", "replicas"} & set(parts)) for parts in COMBINATIONS)
+    granted = {"discovery", "replicas", *POOL}
+    assert seen == sum(len(granted & set(parts)) for parts in COMBINATIONS)
 
 
 @pytest.mark.parametrize("overlay", ["overlays/gateway", "overlays/demo"])
@@ -297,7 +301,7 @@ def test_a_rollout_of_engines_needs_no_gpu_to_spare(rendered):
     assert containers(vllm)["vllm"]["readinessProbe"]["timeoutSeconds"] == 5
 
 
-@pytest.mark.parametrize("parts", [("base",), ("overlays/demo",), *((name,) for name in MESH)], ids="+".join)
+@pytest.mark.parametrize("parts", [("base",), ("overlays/demo",), *((name,) for name in (*MESH, *POOL))], ids="+".join)
 def test_our_pods_may_do_nothing_that_they_need_not(rendered, parts):
     deployments = [document for document in rendered(*parts) if document["kind"] == "Deployment"]
     assert deployments
@@ -414,6 +418,7 @@ def test_what_is_written_from_elsewhere_is_current():
     for path, document in (
         ("overlays/istio/envoyfilter.yaml", GENERATE["envoy_filter"](bootstrap)),
         ("overlays/envoy-gateway/envoypatchpolicy.yaml", GENERATE["envoy_patch_policy"](bootstrap)),
+        ("overlays/inference-pool-istio/envoyfilter.yaml", GENERATE["lean_picker_filter"]()),
         ("components/monitoring/prometheusrule.yaml", GENERATE["prometheus_rule"]()),
     ):
         assert yaml.safe_load((K8S / path).read_text()) == document, f"{path}: run `make envoy-files`"
