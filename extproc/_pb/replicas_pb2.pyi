@@ -209,30 +209,42 @@ class Report(_message.Message):
     def __init__(self, number: _Optional[int] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
 
 class Grant(_message.Message):
-    __slots__ = ("number", "outcome", "endpoint", "position", "home")
+    __slots__ = ("number", "outcome", "endpoint", "position", "home", "wait")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     HOME_FIELD_NUMBER: _ClassVar[int]
+    WAIT_FIELD_NUMBER: _ClassVar[int]
     number: int
     outcome: str
     endpoint: str
     position: int
     home: str
-    def __init__(self, number: _Optional[int] = ..., outcome: _Optional[str] = ..., endpoint: _Optional[str] = ..., position: _Optional[int] = ..., home: _Optional[str] = ...) -> None: ...
+    wait: Wait
+    def __init__(self, number: _Optional[int] = ..., outcome: _Optional[str] = ..., endpoint: _Optional[str] = ..., position: _Optional[int] = ..., home: _Optional[str] = ..., wait: _Optional[_Union[Wait, _Mapping]] = ...) -> None: ...
+
+class Wait(_message.Message):
+    __slots__ = ("held_by", "predicted_s")
+    HELD_BY_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_S_FIELD_NUMBER: _ClassVar[int]
+    held_by: str
+    predicted_s: float
+    def __init__(self, held_by: _Optional[str] = ..., predicted_s: _Optional[float] = ...) -> None: ...
 
 class Turned(_message.Message):
-    __slots__ = ("number", "outcome", "retry_after_s", "position")
+    __slots__ = ("number", "outcome", "retry_after_s", "position", "wait")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
+    WAIT_FIELD_NUMBER: _ClassVar[int]
     number: int
     outcome: str
     retry_after_s: int
     position: int
-    def __init__(self, number: _Optional[int] = ..., outcome: _Optional[str] = ..., retry_after_s: _Optional[int] = ..., position: _Optional[int] = ...) -> None: ...
+    wait: Wait
+    def __init__(self, number: _Optional[int] = ..., outcome: _Optional[str] = ..., retry_after_s: _Optional[int] = ..., position: _Optional[int] = ..., wait: _Optional[_Union[Wait, _Mapping]] = ...) -> None: ...
 
 class Ask(_message.Message):
     __slots__ = ("number", "what", "limit")

@@ -303,6 +303,7 @@ class Controller:
             ticket.request_class = books.class_of(request)
             books.tenants.comes(ticket)
             ticket.pool = books.pools.find(request.model) or books.pools.every
+            self._lines.budget(ticket, ticket.pool)  # for those who are told of it
             self._tokens.estimate(ticket, ticket.pool.longest)
             ticket.state, ticket.endpoint = LEASED, endpoint
             endpoint.adopt(ticket, now, held_s, begun=begun)

@@ -203,6 +203,7 @@ class Following:
         self._gate.do(lambda now: controller.adopt(ticket, grant.endpoint, now))
         assert ticket.state is State.LEASED  # noqa: S101 - the endpoint is there
         ticket.position = grant.position
+        ticket.waited_for, ticket.predicted_s = grant.wait
         ticket.home = controller.endpoints.get(grant.home) if grant.home is not None else None
         wait_s = max(self._gate.now() - ticket.request.arrived, 0.0)
         self._gate.carry(Dispatch(ticket, grant.outcome, grant.endpoint, wait_s))
@@ -220,5 +221,6 @@ class Following:
         ticket.state = State.LEFT
         ticket.request_class = controller.class_of(ticket.request)
         ticket.position = turned.position
+        ticket.waited_for, ticket.predicted_s = turned.wait
         wait_s = max(self._gate.now() - ticket.request.arrived, 0.0)
         self._gate.carry(Reject(ticket, turned.outcome, wait_s, turned.retry_after_s))

@@ -33,6 +33,7 @@ from extproc.replicas.messages import (
     Status,
     Synced,
     Turned,
+    Wait,
 )
 from extproc.replicas.rules import differing, rules_of
 
@@ -380,12 +381,13 @@ class Leading:
         if follower.tickets.get(number) is not ticket:
             return  # he is gone, or his client is
         home = ticket.home.name if ticket.home is not None else None
+        wait = Wait(ticket.waited_for, ticket.predicted_s)
         match decision:
             case Dispatch(_, outcome, endpoint, _):
-                follower.link.send(Grant(number, outcome, endpoint, ticket.position, home))
+                follower.link.send(Grant(number, outcome, endpoint, ticket.position, home, wait))
             case Reject(_, outcome, _, retry_after_s):
                 del follower.tickets[number]
-                follower.link.send(Turned(number, outcome, retry_after_s, ticket.position))
+                follower.link.send(Turned(number, outcome, retry_after_s, ticket.position, wait))
 
     def teach(self) -> None:
         """Tell followers what we have learned of tokens: one of them leads next."""

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from extproc.admission.estimate import Learnt
+    from extproc.admission.held import HeldBy
     from extproc.admission.load import Load
     from extproc.admission.outcome import Outcome
     from extproc.admission.sessions import Home
@@ -201,6 +202,13 @@ class Return(NamedTuple):
 # ---- from who leads
 
 
+class Wait(NamedTuple):
+    """What held a request when it came, and the wait that was predicted then; None: it did not wait, or nobody knew."""
+
+    held_by: HeldBy | None = None
+    predicted_s: float | None = None
+
+
 class Grant(NamedTuple):
     """Send it to `endpoint`. Good once, and only while this leader is followed."""
 
@@ -209,6 +217,7 @@ class Grant(NamedTuple):
     endpoint: str
     position: int
     home: str | None
+    wait: Wait = Wait()
 
 
 class Turned(NamedTuple):
@@ -218,6 +227,7 @@ class Turned(NamedTuple):
     outcome: Outcome
     retry_after_s: int | None
     position: int
+    wait: Wait = Wait()
 
 
 class Status(NamedTuple):

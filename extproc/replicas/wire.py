@@ -9,6 +9,7 @@ from google.protobuf.message import DecodeError
 
 from extproc._pb import replicas_pb2 as pb
 from extproc.admission.estimate import Learnt
+from extproc.admission.held import HeldBy
 from extproc.admission.load import Load
 from extproc.admission.outcome import Outcome
 from extproc.admission.sessions import Home
@@ -28,6 +29,7 @@ MOST_NAME = 256
 MOST_AGE_S = 86_400.0
 MOST_SEQUENCES = 1 << 16
 _OUTCOMES = {outcome.value: outcome for outcome in Outcome}
+_HELD = {held.value: held for held in HeldBy}
 
 
 # ---- out
@@ -46,8 +48,9 @@ def _encode(message: m.Message) -> pb.Message:  # noqa: C901 - a table
     match message:
         case m.Offer(number, asked):
             return pb.Message(offer=pb.Offer(number=number, asked=_asked(asked)))
-        case m.Grant(number, outcome, endpoint, position, home):
+        case m.Grant(number, outcome, endpoint, position, home, wait):
             grant = pb.Grant(number=number, outcome=outcome.value, endpoint=endpoint, position=position, home=home)
+            _write_wait(grant.wait, wait)
             return pb.Message(grant=grant)
         case m.Release(number, answer):
             return pb.Message(release=pb.Release(number=number, answer=answer.value))
@@ -55,8 +58,9 @@ def _encode(message: m.Message) -> pb.Message:  # noqa: C901 - a table
             return pb.Message(first_token=number)
         case m.Cancel(number):
             return pb.Message(cancel=number)
-        case m.Turned(number, outcome, retry_after_s, position):
+        case m.Turned(number, outcome, retry_after_s, position, wait):
             turned = pb.Turned(number=number, outcome=outcome.value, retry_after_s=retry_after_s, position=position)
+            _write_wait(turned.wait, wait)
             return pb.Message(turned=turned)
         case m.Beat(number):
             return pb.Message(beat=number)
@@ -130,6 +134,13 @@ def _asked(asked: m.Asked) -> pb.Asked:
     )
 
 
+def _write_wait(there: pb.Wait, wait: m.Wait) -> None:
+    if wait.held_by is not None:
+        there.held_by = wait.held_by.value
+    if wait.predicted_s is not None:
+        there.predicted_s = wait.predicted_s
+
+
 def _load(load: Load) -> pb.Load:
     return pb.Load(
         running=load.running,
@@ -161,7 +172,8 @@ def _decode(message: pb.Message) -> m.Message:  # noqa: C901 - a table
         case "grant":
             grant = message.grant
             home = grant.home if grant.HasField("home") else None
-            return m.Grant(grant.number, _OUTCOMES[grant.outcome], grant.endpoint, grant.position, home)
+            outcome = _OUTCOMES[grant.outcome]
+            return m.Grant(grant.number, outcome, grant.endpoint, grant.position, home, _wait_of(grant.wait))
         case "release":
             return m.Release(message.release.number, Answer(message.release.answer))
         case "first_token":
@@ -171,7 +183,8 @@ def _decode(message: pb.Message) -> m.Message:  # noqa: C901 - a table
         case "turned":
             turned = message.turned
             retry_after_s = turned.retry_after_s if turned.HasField("retry_after_s") else None
-            return m.Turned(turned.number, _refusal(turned.outcome), retry_after_s, turned.position)
+            refusal = _refusal(turned.outcome)
+            return m.Turned(turned.number, refusal, retry_after_s, turned.position, _wait_of(turned.wait))
         case "beat":
             return m.Beat(message.beat)
         case "status":
@@ -263,6 +276,11 @@ def _asked_of(asked: pb.Asked) -> m.Asked:
         min(max(asked.sequences, 1), MOST_SEQUENCES),
         asked.kind[:MOST_NAME],
     )
+
+
+def _wait_of(wait: pb.Wait) -> m.Wait:
+    held_by = _HELD[wait.held_by] if wait.HasField("held_by") else None
+    return m.Wait(held_by, _seconds(wait.predicted_s) if wait.HasField("predicted_s") else None)
 
 
 def _learnt_of(learnt: pb.Learnt) -> Learnt:

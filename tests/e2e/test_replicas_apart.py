@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 LONG = bool(os.environ.get("EXTPROC_LONG"))
-LIMIT = 25 if LONG else 6
+LIMIT = 24 if LONG else 6
 HELD = 201 if LONG else 24
 CONFIG = {
     "max_running_requests": LIMIT,

@@ -36,7 +36,7 @@ def dispatched(name: str) -> int:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_eight_sidecars_serve_nearly_as_many_as_one_whatever_happens_to_them(fault):
     """The world asserts that each request ends once; the least is for a fault of 20 s in a run of 100 s."""
-    least = {"none": 0.97, "store-gone": 0.97, "each-alone": 0.88}.get(fault, 0.90)  # alone, each learns its part anew
+    least = {"none": 0.97, "store-gone": 0.97, "each-alone": 0.90}.get(fault, 0.94)  # alone, each learns its part anew
     assert dispatched(f"ours,replicas=8,replicas_fault={fault}") >= least * dispatched("ours")
 
 

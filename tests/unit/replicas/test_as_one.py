@@ -104,3 +104,23 @@ def test_a_part_counts_sequences_so_that_wide_requests_get_no_more_of_it():
         alone.gate.offer(Ticket(Request(name, here.clock.now, sequences=2), lambda _: None))
     here.run(1.0)
     assert alone.controller.endpoints["e0"].sequences == 2
+
+
+def test_who_is_told_why_a_request_waited_is_told_the_same_at_each_sidecar():
+    here = world(engines=1, limit=1)
+    here.send(leader(here).place, work_s=3.0)
+    here.run(0.1)
+    why = []
+    for place in here.sidecars:
+        ticket = Ticket(Request(place, here.clock.now, budget_s=20.0), lambda _: None)
+        here.sidecars[place].gate.offer(ticket)
+        here.run(0.01)
+        why.append(ticket)
+    late = Ticket(Request("late", here.clock.now, budget_s=1.0), lambda _: None)
+    followers(here)[0].gate.offer(late)
+    here.run(2.0)
+    assert late.why()["waited_for"] == "limit"
+    for ticket in why:
+        here.run(3.0)
+        assert ticket.why().items() >= {"budget_s": 20.0, "waited_for": "limit"}.items()
+        here.sidecars[ticket.request.id].gate.close(ticket)

@@ -8,6 +8,7 @@ from random import Random
 import pytest
 
 from extproc.admission.estimate import Learnt
+from extproc.admission.held import HeldBy
 from extproc.admission.load import Load
 from extproc.admission.outcome import Outcome
 from extproc.admission.sessions import Home
@@ -49,6 +50,8 @@ MESSAGES: list[m.Message] = [
     m.Return(9),
     m.Grant(10, Outcome.DISPATCHED, "a", 3, None),
     m.Grant(10, Outcome.REROUTED, "a", 0, "b"),
+    m.Grant(10, Outcome.DISPATCHED, "a", 3, None, m.Wait(HeldBy.KV, 1.5)),
+    m.Turned(11, Outcome.QUEUE_FULL, 7, 2, m.Wait(HeldBy.LIMIT, None)),
     *(m.Turned(11, outcome, 7, 2) for outcome in Outcome if outcome.status is not None),
     m.Turned(11, Outcome.UNKNOWN_MODEL, None, 0),
     m.Status(17, 3, 2, (("a", 64), ("b", 8)), frozenset({"b"})),
