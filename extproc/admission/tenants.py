@@ -132,6 +132,7 @@ class Tenants:
     def comes(self, ticket: Ticket) -> None:
         """Count a request."""
         if self.rules is NO_RULES:
+            ticket.tenant = ticket.request.tenant  # it may have been taken back, and have counted for another
             return
         name, rule = self.rules.who(ticket.request.tenant)
         account = self.accounts.get(name)

@@ -122,6 +122,20 @@ def test_with_the_queue_off_no_tenant_is_refused() -> None:
     assert {desk.outcome(ticket) for ticket in desk.fill(3, tenant="t")} == {Outcome.DISPATCHED}
 
 
+def test_a_request_that_was_taken_back_counts_for_whom_the_rules_then_say() -> None:
+    """Found by the storm: it kept the tenant that it had counted for, and passed or was passed by its own."""
+    together = TenantRules(default=TenantRule(), apart=False)
+    desk = Desk(one("a", 1), tenants=together)
+    running = desk.ask(tenant="x")
+    back = desk.ask("back", tenant="t", prompt_tokens=9000)
+    desk.withdraw(back)
+    desk.set_policy(Policy(classes=CLASSES, shed=False))
+    desk.offer_again(back)
+    desk.ask("later", tenant="t", prompt_tokens=10)
+    assert back.tenant == "t"
+    assert desk.serve_one_by_one(running) == ["back", "later"]
+
+
 def test_changed_rules_hold_from_then_on() -> None:
     desk = Desk(one("a", 9), tenants=each(max_in_flight=5))
     desk.fill(3, tenant="t")
