@@ -183,11 +183,14 @@ function fillEndpoint(row, one) {
   if (one.state === "up" && one.held_back) { tone = "warn"; sign = "◆"; words = "up, held back"; }
   say(row.parts.state, `${sign} ${words}`);
   row.parts.state.className = "state " + tone;
-  say(row.parts.held, one.held_by ? `held by ${one.held_by}` : "");
+  const since = one.held_for_s === undefined ? "" : ` for ${seconds(one.held_for_s)}`;
+  say(row.parts.held, one.held_by ? `held by ${one.held_by}${since}` : "");
   row.parts.fill.style.width = Math.min(100, 100 * (one.in_flight + one.foreign) / Math.max(one.limit, 1)) + "%";
   mark(row.parts.fill, "full", one.in_flight + one.foreign >= one.limit);
   // Foreign: what the engine holds that is not from this sidecar; it counts against the limit too.
   say(row.parts.count, `${one.in_flight}${one.foreign ? ` + ${one.foreign} foreign` : ""} / ${one.limit}${one.adaptive ? " adaptive" : ""}`);
+  const set = one.limit_by_for_s === undefined ? "since the start" : `for ${seconds(one.limit_by_for_s)}`;
+  row.parts.count.title = one.adaptive ? `limit set by: ${one.limit_by}, ${set}` : "";
   const { running, waiting, kv_usage: kv } = one.load;
   say(row.parts.running, running === undefined ? "–" : number(running));
   say(row.parts.queued, waiting === undefined ? "–" : number(waiting));

@@ -261,6 +261,10 @@ class Viewer:
             row["more_models"] = len(models) - len(row["models"])
         if endpoint.health.ejected_until is not None:
             row["ejected_for_s"] = round(max(endpoint.health.ejected_until - now, 0.0), 1)
+        if endpoint.limit_since is not None:
+            row["limit_by_for_s"] = round(max(now - endpoint.limit_since, 0.0), 1)
+        if held is not None and endpoint.held_since is not None:
+            row["held_for_s"] = round(max(now - endpoint.held_since, 0.0), 1)
         if age_s is not None:
             row["telemetry_age_s"] = round(age_s, 3)
         return row

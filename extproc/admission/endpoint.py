@@ -43,6 +43,8 @@ class Endpoint:
         reading: what it says of itself.
         removed: True once the config or discovery no longer has it; its leases run out.
         enforcing: False while the queue is switched off: then there is always room.
+        held_since: since when whatever came free here was taken at once, or suited nobody; None: there is room.
+        limit_since: since when its limit has been set by what it says; None: since the start.
         closed_until: its telemetry says that it is full: it gets one request at a time until then, or better telemetry.
         quota: the most sequences that we may hold while sidecars that we can't reach dispatch here too; None: no such.
         sees_first_tokens: whether anything tells when a first token came; without it the prompt limit can't work.
@@ -59,9 +61,11 @@ class Endpoint:
         "dispatched",
         "enforcing",
         "health",
+        "held_since",
         "kv",
         "leases",
         "limit",
+        "limit_since",
         "listed",
         "listing",
         "picked",
@@ -92,6 +96,8 @@ class Endpoint:
         self.dispatched = 0
         self.completed = 0  # leases that ended since the mean of output tokens was fed last
         self.produced = 0  # output tokens that telemetry reported since then
+        self.held_since: float | None = None
+        self.limit_since: float | None = None
         self.picked = 0  # when it was picked last, in picks: equal endpoints take turns
         self.crowding = (0.0, 0)  # its pressure and `picked`, kept by the controller: the least has the most room
         self.closed_until: float | None = None
@@ -165,6 +171,13 @@ class Endpoint:
         """How many requests it runs that were sent before we knew it."""
         return self._foreign.count
 
+    def note_room(self, now: float, *, waited_for: bool) -> None:
+        """Note that nobody takes the room that came free here, if any did. `waited_for`: it suits nobody who waits."""
+        if not self.listed or waited_for:
+            self.held_since = now if self.held_since is None else self.held_since
+        else:
+            self.held_since = None
+
     def has_room_for(self, ticket: Ticket) -> bool:
         """Whether `ticket` may be dispatched here now. An idle endpoint takes any one request, however big."""
         return self.held_by(ticket) is None
@@ -228,8 +241,10 @@ class Endpoint:
     def release(self, ticket: Ticket, now: float, *, served: bool, wanted: bool) -> None:
         """Take `ticket` out of the books. `served`: its answer came whole; `wanted`: requests wait for room here."""
         if served:
-            beside = (ticket.beside + self.held) / 2
+            beside, why = (ticket.beside + self.held) / 2, self.limit.why
             self.limit.learn(now - ticket.leased_at, beside, wanted=wanted and self.held >= self.limit.value)
+            if self.limit.why != why:
+                self.limit_since = now
         del self.leases[ticket]
         self.sequences -= ticket.sequences
         self.kv.remove(ticket)
@@ -292,10 +307,12 @@ class Endpoint:
         self.health.is_asleep = load.asleep is True
         self._size_cache()
         counted = self._follow_prompts(load, elapsed_s, now, policy)
-        knows_kv = self.kv.capacity is not None and load.kv_usage is not None
+        knows_kv, why = self.kv.capacity is not None and load.kv_usage is not None, self.limit.why
         self.limit.observe(
             load, self.steps, wanted=wanted and full, in_flight=self.held, elapsed_s=elapsed_s, knows_kv=knows_kv
         )
+        if self.limit.why != why:
+            self.limit_since = now
         if load.kv_usage is not None:
             prefill = self.prefill
             self.kv.judge(load.kv_usage, load.waiting, load.preemptions, elapsed_s, wanted=wanted)

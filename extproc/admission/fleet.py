@@ -123,6 +123,8 @@ class Fleet:
         endpoint.listing = self._listings
         endpoint.crowding = (endpoint.pressure, endpoint.picked)
         endpoint.listed = is_open = endpoint.is_open
+        if not is_open and endpoint.held_since is None:
+            endpoint.held_since = self._books.now
         for pool in endpoint.pools:
             kept = pool.list_open(endpoint, is_open=is_open)
             if kept is not None:

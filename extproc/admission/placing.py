@@ -58,6 +58,8 @@ class Placing:
         freed, arrived, has_leased = books.freed, books.arrived, False
         while freed or arrived:
             if not books.waiting:  # nobody waits: nobody takes room, and endpoints need not be put in order
+                for endpoint in freed:
+                    endpoint.note_room(books.now, waited_for=False)
                 freed.clear()
                 arrived.clear()
             elif books.has_freed_many:
@@ -68,6 +70,7 @@ class Placing:
                 best = _best_for(endpoint) if endpoint.listed else None
                 if best is None:
                     del freed[endpoint]
+                    endpoint.note_room(books.now, waited_for=any(pool.waiting_total for pool in endpoint.pools))
                     books.has_freed_many = has_leased and len(freed) > MANY
                     has_leased = False
                 else:

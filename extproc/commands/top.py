@@ -283,7 +283,7 @@ def _endpoints(view: Mapping[str, Any], room: int, width: int) -> list[str]:
             (
                 one["name"] if len(one["name"]) <= 24 else one["name"][:23] + "~",
                 state,
-                one.get("held_by") or "-",
+                _held(one),
                 f"[{_bar(one['in_flight'], one['limit'])}]",
                 flight,
                 _count(load.get("running")),
@@ -380,6 +380,12 @@ def _speaks_unicode() -> bool:
 
 def _count(value: float | None) -> str:
     return "-" if value is None else f"{value:g}"
+
+
+def _held(endpoint: Mapping[str, Any]) -> str:
+    """Tell what keeps requests from an endpoint, and for how long it has had no room; an older sidecar doesn't say."""
+    held = endpoint.get("held_by") or "-"
+    return f"{held} {_seconds(endpoint['held_for_s'])}" if "held_for_s" in endpoint else held
 
 
 def _seconds(value_s: float | None) -> str:

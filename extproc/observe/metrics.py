@@ -419,12 +419,19 @@ class Metrics:
             "1 for the limit that keeps the next request from an endpoint; no line while there is room.",
             labels=["endpoint", "limit"],
         )
+        full = GaugeMetricFamily(
+            "extproc_endpoint_full_seconds",
+            "For how long an endpoint has had no room but what the next in line took at once; 0 while it has some.",
+            labels=["endpoint"],
+        )
         for endpoint, held in self._controller.holds().items():
             limited.add_metric([endpoint.name, held.value], 1)
         now = self._clock()
         for endpoint in self._controller.endpoints.values():
             name, health = [endpoint.name], endpoint.health
             inflight.add_metric(name, len(endpoint.leases))
+            held_since = endpoint.held_since
+            full.add_metric(name, 0.0 if held_since is None else max(now - held_since, 0.0))
             first = next(iter(endpoint.leases), None)
             oldest.add_metric(name, 0.0 if first is None else max(now - first.leased_at, 0.0))
             closed.add_metric([*name, "down"], int(health.is_up is False))
@@ -439,7 +446,7 @@ class Metrics:
                 limit.add_metric([*name, "kv_tokens"], endpoint.kv.capacity)
             is_up.add_metric(name, int(endpoint.available and not health.is_failing))
             is_known.add_metric(name, int(health.is_known))
-        yield from (inflight, oldest, dispatched, limit, is_up, is_known, closed, limited)
+        yield from (inflight, oldest, dispatched, limit, is_up, is_known, closed, limited, full)
 
     def _telemetry_families(self) -> Iterator[Metric]:
         loads = GaugeMetricFamily(

@@ -502,11 +502,12 @@ def test_top_and_the_view_say_which_limit_holds_each_endpoint_and_each_request()
     room.offer(1)
     view = room.view()
     assert [one["held_by"] for one in view["endpoints"]] == ["limit", "down"]
+    assert [one.get("held_for_s") for one in view["endpoints"]] == [0.0, 0.0]
     assert [one["held_by"] for one in view["waiting"]] == ["limit"]
     assert set(view["limits"]) >= {"limit", "down", "prompts", "kv"}
     drawn = lines(view, 200, 40)
     assert drawn[1].split()[:4] == ["ENDPOINT", "STATE", "HELD", "BY"]
-    assert drawn[2].split()[:3] == ["vllm-0", "up", "limit"]
+    assert drawn[2].split()[:5] == ["vllm-0", "up", "limit", "<1", "ms"]
     assert room.admin.snapshot()["endpoints"] == [{**one, "models": one["models"]} for one in view["endpoints"]]
     assert room.admin.snapshot()["waiting"] == view["waiting"]
 

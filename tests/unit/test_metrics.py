@@ -128,6 +128,21 @@ def test_the_limit_that_holds_an_endpoints_line_has_a_line_and_an_endpoint_with_
     assert 'extproc_limited_by{endpoint="a",limit="down"}' in limits()
 
 
+def test_for_how_long_an_endpoint_has_been_full_is_counted_from_when_it_became_so(desk):
+    def full() -> float:
+        return desk.page()['extproc_endpoint_full_seconds{endpoint="a"}']
+
+    assert full() == 0.0
+    for _ in range(2):
+        desk.offer()  # one at each
+    desk.now += 3.0
+    desk.offer()  # finds it full
+    assert full() == 3.0
+    desk.controller.set_up("a", desk.now, is_up=False)
+    desk.now += 2.0
+    assert full() == 5.0, "it is another reason, and no room all the same"
+
+
 def test_requests_that_found_no_room_are_counted_by_what_held_them_once_they_leave(desk):
     waiting = [desk.offer(request_class="high") for _ in range(4)][2:]
     assert not [name for name in desk.page() if name.startswith("extproc_held_requests_total")], "they still wait"

@@ -93,6 +93,33 @@ def test_what_fits_waited_for_nothing_and_an_endpoint_with_room_is_held_by_nothi
     assert held(desk) == {}
 
 
+def test_since_when_an_endpoint_has_had_no_room_is_known_until_it_has_some():
+    desk = Desk(EndpointSpec("a", max_running_requests=1))
+    endpoint = desk.endpoint("a")
+    assert endpoint.held_since is None
+    first, since = desk.ask(), desk.now
+    desk.advance(3.0)
+    second = desk.ask()  # waits, and changes nothing
+    assert endpoint.held_since == since
+    desk.release(first)
+    assert (desk.where(second), endpoint.held_since) == ("a", since), "no room in between"
+    desk.release(second)
+    assert endpoint.held_since is None
+
+
+def test_since_when_a_limit_is_what_its_reason_says_is_known_once_that_has_changed():
+    desk = Desk(EndpointSpec("a"))
+    endpoint = desk.endpoint("a")
+    desk.observe("a", Load(running=1.0, waiting=0.0))
+    assert (endpoint.limit.why, endpoint.limit_since) == ("start", None)
+    desk.advance(1.0)
+    desk.observe("a", Load(running=1.0, waiting=0.0, max_running=4))
+    since = desk.now
+    desk.advance(1.0)
+    desk.observe("a", Load(running=1.0, waiting=0.0, max_running=4))
+    assert (endpoint.limit.why, endpoint.limit_since) == ("batch", since)
+
+
 def test_a_queue_that_is_off_is_held_by_nothing_but_what_takes_an_endpoint_out():
     desk = Desk(EndpointSpec("a", max_running_requests=1), EndpointSpec("b"), enable_queue=False)
     desk.fill(3)
