@@ -194,8 +194,8 @@ class AdaptiveLimit:
 
         A blind limit moves with the answers, by one for each: up while requests wait for it, to what they say is right.
         """
-        self.slowdown.learn(took_s, beside)
         if self.blind:
+            self.slowdown.learn(took_s, beside)
             most = self.slowdown.most
             if self._exact > most:
                 self._exact, self.why = max(self._exact - 1.0, most), "answers"

@@ -1,67 +1,101 @@
 """How answers slow down as more run at once: what our own books tell of an engine that says nothing of its tokens.
 
-An answer takes `alone_s + each_s x requests beside it`, in the mean. A Kalman filter follows the two from how long
-answers took and how many ran. From them comes the most that should run: the time an answer may take is bounded by what
-the engine could do alone, since nobody said what is wanted.
+Each way in which an engine may behave is a hypothesis: an answer beside `b` others takes its time alone x max(1 + c x b,
+b / n). The `c` is what each sequence adds to a step of a batch; from `n` on, more of them only wait inside. Answers have
+all lengths, so one says little, but many tell the hypotheses apart: by how much their times, divided by what each says
+of them, still differ. What should run is what the hypotheses allow, each as much as it is likely. Doubt counts for more:
+what is not tried is not learned, and too few refuse what could be served.
 """
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
-FIRST = (4.0, 0.2)
-"""Seconds of an answer alone, and for each one beside it, before anything was seen; by how much that may be off."""
-FIRST_OFF = (4.0, 0.2)
-DRIFT = (0.005, 0.0005)
-"""How far each may move with an answer."""
-LEAST = (0.02, 1e-4)
-NOISE = 0.8
-"""By how much one answer is off the mean of its kind, as a share of it: answers have all lengths."""
+SHARES = (0.0, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
+"""What each sequence may add to an answer's time, as a share of that alone, in an engine that runs all of them ..."""
+SLOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)
+SLOT_SHARES = (0.0, 0.04)
+"""... and in one that runs so many; together these are as likely as those."""
+MEMORY = 800.0
+"""What is so many answers ago weighs less than a third."""
+NOISE = 1.0
+"""The standard deviation of the logarithms of answers' times: a little above that of lengths in public chat traces."""
+FARTHEST = 3.0
+"""An answer further from the mean than this, in logarithms, counts as one so far: an endless one says little."""
+HOPE = 0.25
+"""The chance that more would be right at which no more is tried."""
+EVERY = 4
+"""So many answers between two looks at what should run."""
 LONG_S = 12.0
 """200 tokens at 60 ms: as slow as an answer should become ..."""
 MOST, ENOUGH = 5.0, 3.0
 """... but at the most so many times what it takes alone (more gains little throughput), and always this much."""
-HOPE = 1.0
-"""Standard deviations of doubt that are read in favour of more."""
+
+_HYPOTHESES = (
+    *((share, math.inf) for share in SHARES),
+    *((share, float(slots)) for slots in SLOTS for share in SLOT_SHARES),
+)
+_LIKELY = tuple(
+    1.0 if slots == math.inf else len(SHARES) / (len(SLOTS) * len(SLOT_SHARES)) for _, slots in _HYPOTHESES
+)
+
+
+@lru_cache(maxsize=1024)
+def _slower(beside: float) -> tuple[float, ...]:
+    """Return by how much an answer beside so many is slower than alone, its logarithm, by each hypothesis."""
+    return tuple(math.log(max(1.0 + share * beside, beside / slots)) for share, slots in _HYPOTHESES)
 
 
 class Slowdown:
-    """The two times of one endpoint.
+    """What answers of one endpoint say.
 
     Attributes:
-        alone_s: seconds that an answer takes alone.
-        each_s: seconds that each request beside it adds.
+        most: how many requests at once keep answers as fast as one may want.
     """
 
-    __slots__ = ("_spread", "alone_s", "each_s")
+    __slots__ = ("_count", "_looked", "_squares", "_sums", "most")
 
     def __init__(self) -> None:
-        """Start with a guess."""
-        self.alone_s, self.each_s = FIRST
-        self._spread = [FIRST_OFF[0] ** 2, 0.0, FIRST_OFF[1] ** 2]  # of the first, of both, of the second
+        """Start knowing nothing: anything is possible."""
+        self._count = 0.0  # of answers; all three sums weighted by age
+        self._sums = [0.0] * len(_HYPOTHESES)  # of the logarithms of times alone, by hypothesis
+        self._squares = [0.0] * len(_HYPOTHESES)
+        self._looked = 0
+        self.most = math.inf
 
     def learn(self, took_s: float, beside: float) -> None:
-        """Follow an answer that took `took_s`, with `beside` requests at the endpoint in the mean."""
-        first, both, second = self._spread
-        first += DRIFT[0] ** 2
-        second += DRIFT[1] ** 2
-        expected = self.alone_s + self.each_s * beside
-        took_s = min(took_s, 4.0 * expected)  # one endless answer says little
-        on_alone, on_each = first + both * beside, both + second * beside
-        total = on_alone + on_each * beside + (NOISE * expected) ** 2
-        missing = (took_s - expected) / total
-        self.alone_s = max(self.alone_s + on_alone * missing, LEAST[0])
-        self.each_s = max(self.each_s + on_each * missing, LEAST[1])
-        self._spread = [first - on_alone**2 / total, both - on_alone * on_each / total, second - on_each**2 / total]
+        """Follow an answer that took `took_s`, with `beside` requests at the endpoint in the mean, itself among them."""
+        took, kept = math.log(max(took_s, 1e-3)), 1.0 - 1.0 / MEMORY
+        if self._count:
+            mean = self._sums[0] / self._count  # by the first hypothesis none is slower than alone
+            took = min(max(took, mean - FARTHEST), mean + FARTHEST)
+        self._count = self._count * kept + 1.0
+        alone = [took - slower for slower in _slower(round(2.0 * beside) / 2.0)]
+        self._sums = [total * kept + one for total, one in zip(self._sums, alone, strict=True)]
+        self._squares = [total * kept + one * one for total, one in zip(self._squares, alone, strict=True)]
+        self._looked = (self._looked + 1) % EVERY
+        if not self._looked:
+            self.most = self._look()
 
-    @property
-    def most(self) -> float:
-        """Return how many requests at once keep answers as fast as one may want.
+    def _look(self) -> float:
+        """Return the least that will do: more would be right by a chance of HOPE at the most."""
+        count, sums = self._count, self._sums
+        unexplained = [square - total * total / count for square, total in zip(self._squares, sums, strict=True)]
+        least, doubt = min(unexplained), 2.0 * NOISE * NOISE
+        chances = [
+            likely * math.exp((least - one) / doubt) for likely, one in zip(_LIKELY, unexplained, strict=True)
+        ]
+        more = HOPE * sum(chances)
+        allowed = [_allowed(*how, math.exp(total / count)) for how, total in zip(_HYPOTHESES, sums, strict=True)]
+        for most, chance in sorted(zip(allowed, chances, strict=True), reverse=True):
+            more -= chance
+            if more <= 0.0:
+                break
+        return most
 
-        Doubt counts for more: what is not tried is not learned, and too few refuse what could be served.
-        """
-        first, _, second = self._spread
-        alone_s = self.alone_s + HOPE * math.sqrt(max(first, 0.0))
-        each_s = max(self.each_s - HOPE * math.sqrt(max(second, 0.0)), self.each_s / 4)
-        longest_s = max(ENOUGH * alone_s, min(MOST * alone_s, LONG_S))
-        return (longest_s - alone_s) / each_s
+
+def _allowed(share: float, slots: float, alone_s: float) -> float:
+    """Return how many should run if a hypothesis is true, and an answer alone takes `alone_s`."""
+    longest = max(ENOUGH, min(MOST, LONG_S / alone_s))
+    return min((longest - 1.0) / share if share else math.inf, slots)

@@ -366,8 +366,9 @@ def test_a_try_is_one_more_or_an_eighth(batch: int, tried: int) -> None:
 
 def test_a_blind_limit_shrinks_by_one_with_each_answer() -> None:
     limit = AdaptiveLimit(replace(DEFAULT_LAW, start=400))
-    values = [blind(1, limit=limit, took_s=60.0).value for _ in range(5)]
-    assert values == [399, 398, 397, 396, 395]
+    limit.slowdown.most = 100.0
+    values = [blind(1, limit=limit, took_s=60.0).value for _ in range(3)]
+    assert values == [399, 398, 397]
 
 
 def test_a_page_that_says_nothing_of_tokens_any_more_leaves_the_limit_to_the_answers() -> None:
