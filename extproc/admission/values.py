@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 UNSIZED = "unsized"
-"""The kind of a body whose size nobody announced."""
+"""The kind of a body whose size nobody announced ..."""
+JSON, FORM, OTHER = "", "form", "other"
+"""... and of others: text, and what may stand in it as base64; files as they are; anything else."""
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from extproc.admission.values import UNSIZED, Request
+from extproc.admission.values import FORM, JSON, OTHER, UNSIZED, Request
 from extproc.durations import parse_duration
 from extproc.stream.answer import GRPC_STATUS
 
@@ -132,7 +132,7 @@ class Requests:
             home=home,
             budget_s=budget_s,
             prompt_tokens=_prompt_tokens(headers.get("content-length"), has_body=incoming.has_body),
-            kind=UNSIZED if incoming.has_body and "content-length" not in headers else "",
+            kind=_kind_of(headers) if incoming.has_body else JSON,
             sequences=min(_count(fields.get("n")) or 1, MAX_SEQUENCES),
             max_output_tokens=_count(fields.get("max_tokens")) or _count(fields.get("max_completion_tokens")),
             trace=headers.get(names.trace, "")[:MAX_NAME] if names.trace else "",
@@ -170,6 +170,16 @@ def _itself(name: str) -> str:
 
 def _milliseconds(text: str) -> float | None:
     return int(text) / 1000 if text.isascii() and text.isdigit() and len(text) <= 9 else None
+
+
+def _kind_of(headers: Mapping[str, str]) -> str:
+    """Return what a body is: one of a few kinds, since clients could make up names without end."""
+    if "content-length" not in headers:
+        return UNSIZED
+    media = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if not media or media == "application/json" or media.endswith("+json"):
+        return JSON
+    return FORM if media.startswith("multipart/") else OTHER
 
 
 def _text(value: object) -> str | None:
