@@ -214,6 +214,7 @@ class Controller:
             counted = endpoint.observe(load, now, books.policy, wanted=wanted)
             if counted and load.prompt_tokens:
                 self._tokens.learn_prompts(load.prompt_tokens, counted)
+                self._book_anew(endpoint, counted)
             if load.context_tokens:
                 for pool in endpoint.pools:
                     pool.longest = max(pool.longest or 0, load.context_tokens)
@@ -227,6 +228,16 @@ class Controller:
             self._fleet.heard()
             self._fleet.changed(endpoint)
         return self._end()
+
+    def _book_anew(self, endpoint: Endpoint, counted: list[Ticket]) -> None:
+        """Correct what came before it was known what it costs: the prompts just counted, and those who may be next.
+
+        Without this, a line of images that were booked above the cache goes one at a time, each until its answer's end.
+        """
+        for ticket in counted:
+            if ticket.endpoint is endpoint and ticket.state is State.LEASED:
+                endpoint.rebook(ticket, self._tokens.prompt_of(ticket, placed(ticket.pool).longest))
+        self._lines.renew(endpoint, self._tokens)
 
     def report(self, name: str, load: Load, now: float) -> list[Decision]:
         """Follow what an endpoint's answer says of its load. Unknown: no-op."""

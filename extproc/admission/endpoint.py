@@ -254,6 +254,14 @@ class Endpoint:
             self.kv.compare(None)  # no page, and no answer that could bring better news
             self.closed_until = None
 
+    def rebook(self, ticket: Ticket, prompt_tokens: int) -> None:
+        """Correct what a leased `ticket` has booked for its prompt, once the engine has counted it."""
+        change = prompt_tokens - ticket.prompt_tokens
+        ticket.book(prompt_tokens)
+        self.kv.prompts += change
+        if ticket.prompt_pending:
+            self.prefill.prompts += change
+
     def disown(self, ticket: Ticket, now: float) -> None:
         """Take `ticket` out of the books, although its engine may still run it: from now on telemetry counts it."""
         del self.leases[ticket]

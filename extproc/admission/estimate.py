@@ -103,20 +103,19 @@ class TokenEstimate:
 
     def estimate(self, ticket: Ticket, longest: int | None) -> None:
         """Fill in the ticket's token estimates. `longest`: what the model takes; nobody needs more."""
-        request = ticket.request
-        prompt = request.prompt_tokens
-        scale = self._scales.get(_size_class(ticket)) if prompt else None
-        if scale is not None:
-            prompt = int(prompt * scale.value)
         output = self._output_of(ticket)
-        ceiling = request.max_output_tokens
+        ceiling = ticket.request.max_output_tokens
         if ceiling is not None and ceiling < output:
             output = ceiling
-        most = longest or MOST_CONTEXT
-        prompt, output = min(prompt, most), min(output, most)
-        ticket.prompt_tokens = ticket.work_tokens = prompt
-        ticket.output_tokens = output * ticket.sequences
-        ticket.kv_tokens = prompt + ticket.output_tokens
+        ticket.output_tokens = min(output, longest or MOST_CONTEXT) * ticket.sequences
+        ticket.book(self.prompt_of(ticket, longest))
+        ticket.work_tokens = ticket.prompt_tokens
+
+    def prompt_of(self, ticket: Ticket, longest: int | None) -> int:
+        """Return how many tokens its prompt has by what is known now."""
+        prompt = ticket.request.prompt_tokens
+        scale = self._scales.get(_size_class(ticket)) if prompt else None
+        return min(prompt if scale is None else int(prompt * scale.value), longest or MOST_CONTEXT)
 
     def learn_prompts(self, tokens: int, tickets: Sequence[Ticket]) -> None:
         """Follow what an engine counted for the prompts of `tickets`: `tokens` together.

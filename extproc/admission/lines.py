@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from extproc.admission.books import Books
     from extproc.admission.endpoint import Endpoint
+    from extproc.admission.estimate import TokenEstimate
     from extproc.admission.pool import Pool
     from extproc.admission.queue import Queue
     from extproc.admission.ticket import Ticket
@@ -78,6 +79,20 @@ class Lines:
             self._renumber(ticket, pool)
             queue.add(ticket)
         self._books.free(pool.open)
+
+    def renew(self, endpoint: Endpoint, tokens: TokenEstimate) -> None:
+        """Estimate the prompts of those anew who may be next at `endpoint`.
+
+        Places stay: what a tenant is charged was settled when its request came.
+        """
+        for pool in endpoint.pools:
+            for queue in (pool.shared, pool.homes.get(endpoint)):
+                for ticket in queue.window() if queue else ():
+                    prompt = tokens.prompt_of(ticket, pool.longest)
+                    if prompt != ticket.prompt_tokens:
+                        ticket.book(prompt)
+                        ticket.work_tokens = prompt
+                        self._books.free(pool.open)
 
     # ---- coming and going
 

@@ -1,10 +1,10 @@
 """How answers slow down as more run at once: what our own books tell of an engine that says nothing of its tokens.
 
-Each way in which an engine may behave is a hypothesis: an answer beside `b` others takes its time alone x max(1 + c x b,
-b / n). The `c` is what each sequence adds to a step of a batch; from `n` on, more of them only wait inside. Answers have
-all lengths, so one says little, but many tell the hypotheses apart: by how much their times, divided by what each says
-of them, still differ. What should run is what the hypotheses allow, each as much as it is likely. Doubt counts for more:
-what is not tried is not learned, and too few refuse what could be served.
+Each way in which an engine may behave is a hypothesis: an answer beside `b` others takes its time alone times
+max(1 + c x b, b / n). The `c` is what each sequence adds to a step of a batch; from `n` on, more of them only wait
+inside. Answers have all lengths, so one says little, but many tell the hypotheses apart: by how much their times,
+divided by what each says of them, still differ. What should run is what the hypotheses allow, each as much as it is
+likely. Doubt counts for more: what is not tried is not learned, and too few refuse what could be served.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ _HYPOTHESES = (
     *((share, math.inf) for share in SHARES),
     *((share, float(slots)) for slots in SLOTS for share in SLOT_SHARES),
 )
-_LIKELY = tuple(
-    1.0 if slots == math.inf else len(SHARES) / (len(SLOTS) * len(SLOT_SHARES)) for _, slots in _HYPOTHESES
-)
+_LIKELY = tuple(1.0 if slots == math.inf else len(SHARES) / (len(SLOTS) * len(SLOT_SHARES)) for _, slots in _HYPOTHESES)
 
 
 @lru_cache(maxsize=1024)
@@ -65,7 +63,7 @@ class Slowdown:
         self.most = math.inf
 
     def learn(self, took_s: float, beside: float) -> None:
-        """Follow an answer that took `took_s`, with `beside` requests at the endpoint in the mean, itself among them."""
+        """Follow an answer that took `took_s`, with `beside` requests at the endpoint in the mean, it among them."""
         took, kept = math.log(max(took_s, 1e-3)), 1.0 - 1.0 / MEMORY
         if self._count:
             mean = self._sums[0] / self._count  # by the first hypothesis none is slower than alone
@@ -83,16 +81,15 @@ class Slowdown:
         count, sums = self._count, self._sums
         unexplained = [square - total * total / count for square, total in zip(self._squares, sums, strict=True)]
         least, doubt = min(unexplained), 2.0 * NOISE * NOISE
-        chances = [
-            likely * math.exp((least - one) / doubt) for likely, one in zip(_LIKELY, unexplained, strict=True)
-        ]
+        chances = [likely * math.exp((least - one) / doubt) for likely, one in zip(_LIKELY, unexplained, strict=True)]
         more = HOPE * sum(chances)
         allowed = [_allowed(*how, math.exp(total / count)) for how, total in zip(_HYPOTHESES, sums, strict=True)]
-        for most, chance in sorted(zip(allowed, chances, strict=True), reverse=True):
+        ranked = sorted(zip(allowed, chances, strict=True), reverse=True)
+        for most, chance in ranked:
             more -= chance
             if more <= 0.0:
-                break
-        return most
+                return most
+        return ranked[-1][0]  # by rounding alone
 
 
 def _allowed(share: float, slots: float, alone_s: float) -> float:

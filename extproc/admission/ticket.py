@@ -106,6 +106,11 @@ class Ticket:
         self.patience_until = 0.0  # the end of its wait for its home
         self.alarm = 0.0  # the one alarm that is set for it
 
+    def book(self, prompt_tokens: int) -> None:
+        """Take its prompt to have so many tokens."""
+        self.prompt_tokens = prompt_tokens
+        self.kv_tokens = prompt_tokens + self.output_tokens
+
     def why(self) -> dict[str, str | float]:
         """Return what people ask about its wait: its budget, the wait predicted when it came, what held it then.
 

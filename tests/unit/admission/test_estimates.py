@@ -9,7 +9,7 @@ from extproc.admission.load import Load
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import UNSIZED, Answer, Request, RequestClass
 
-from .desk import GUESS, Desk, one
+from .desk import GUESS, Desk, in_use, one
 
 TEXT, IMAGE = Request("text", 0.0, prompt_tokens=1000), Request("image", 0.0, prompt_tokens=100_000)
 
@@ -243,3 +243,25 @@ def test_bodies_without_a_size_have_a_scale_for_each_class() -> None:
     for ticket in tickets.values():
         estimate.estimate(ticket, None)
     assert [ticket.prompt_tokens for ticket in tickets.values()] == pytest.approx([200, 4000], rel=0.02)
+
+
+def test_those_who_wait_are_estimated_anew_once_the_first_of_their_kind_has_shown_what_it_costs() -> None:
+    desk = Desk(one("a", 16, kv_capacity_tokens=24_000))
+    desk.observe("a", Load(first_tokens=0, running=0.0, waiting=0.0))
+    images = desk.fill(6, prompt_tokens=100_000)
+    assert in_use(images) == [True, *[False] * 5], "more than the cache has room for: one at a time"
+    desk.advance(1.0)
+    desk.observe("a", Load(first_tokens=1, prompt_tokens=500, running=1.0, waiting=0.0))
+    assert all(in_use(images))
+
+
+def test_a_wait_that_is_estimated_anew_is_charged_as_it_was_when_it_came() -> None:
+    desk = Desk(one("a", 1))
+    desk.observe("a", Load(first_tokens=0, running=0.0, waiting=0.0))
+    desk.ask(prompt_tokens=1000, tenant="t")
+    waiting = desk.ask(prompt_tokens=1000, tenant="t")
+    charge = waiting.charge
+    desk.observe("a", Load(first_tokens=1, prompt_tokens=100, running=1.0, waiting=0.0))
+    assert waiting.prompt_tokens < 200
+    assert waiting.charge == charge
+    assert waiting.kv_tokens == waiting.prompt_tokens + waiting.output_tokens
