@@ -255,6 +255,7 @@ class Viewer:
             "kv_capacity_tokens": endpoint.kv.capacity,
             "waiting": preferring.get(endpoint.name, 0),
             "dispatched": endpoint.dispatched,
+            "counters_doubted": endpoint.counters.doubted,
             "load": known_signals(endpoint.known),
         }
         if len(models) > len(row["models"]):

@@ -41,6 +41,8 @@ class Answers:
     def ended(self, ticket: Ticket, answer: Answer) -> None:
         """Judge a whole answer, and charge what it cost beyond its estimate: how long it was written, at what pace."""
         endpoint, pool = placed(ticket.endpoint), placed(ticket.pool)
+        if answer is _OK or answer is _UNKNOWN or ticket.is_answered:
+            endpoint.completed += ticket.sequences  # a connection that failed at once had no answer
         self._judge(answer, ticket, endpoint, pool)
         if answer is _OK or answer is _UNKNOWN:
             writing_s, pace = endpoint.writing_s(ticket, self._books.now), endpoint.steps.pace

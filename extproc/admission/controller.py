@@ -211,7 +211,8 @@ class Controller:
         endpoint = self.endpoints.get(name)
         if endpoint is not None:
             wanted = any(pool.waiting_total for pool in endpoint.pools)
-            counted = endpoint.observe(load, now, books.policy, wanted=wanted)
+            believed = load.without_counters() if endpoint.counters.doubted else load
+            counted = endpoint.observe(believed, now, books.policy, wanted=wanted)
             if counted and load.prompt_tokens:
                 self._tokens.learn_prompts(load.prompt_tokens, counted)
                 self._book_anew(endpoint, counted)
@@ -223,7 +224,8 @@ class Controller:
                 if load.output_tokens:
                     endpoint.health.heard_at = now
                 if endpoint.completed:
-                    self._tokens.learn(endpoint.produced, endpoint.completed)
+                    if endpoint.trusts_counters():
+                        self._tokens.learn(endpoint.produced, endpoint.completed)
                     endpoint.produced = endpoint.completed = 0
             self._fleet.heard()
             self._fleet.changed(endpoint)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from extproc.admission.alarms import NEVER
+from extproc.admission.counters import Counters
 from extproc.admission.health import Health
 from extproc.admission.held import HeldBy
 from extproc.admission.kv import KvBooks
@@ -38,6 +39,7 @@ class Endpoint:
         health: whether it works, as far as checks and answers say.
         limit: how many sequences it may hold.
         kv: what its KV cache has to take.
+        counters: whether its counters are believed.
         steps: what the engine's steps cost, by its counters.
         prefill: the leases whose first token was not seen.
         reading: what it says of itself.
@@ -57,6 +59,7 @@ class Endpoint:
         "closed_until",
         "completed",
         "counted",
+        "counters",
         "crowding",
         "dispatched",
         "enforcing",
@@ -106,6 +109,7 @@ class Endpoint:
         self.reading = Reading()
         self._foreign = Foreign()
         self.kv = KvBooks(spec.kv_capacity_tokens)
+        self.counters = Counters()
         self.steps = StepCost()
         self.prefill = Prefill()
         self.sees_first_tokens = False
@@ -249,7 +253,6 @@ class Endpoint:
         self.sequences -= ticket.sequences
         self.kv.remove(ticket)
         self.prefill.over(ticket, now, served=served)
-        self.completed += ticket.sequences
         if not self.leases and self.reading.page is None and self.reading.report is not None:
             self.kv.compare(None)  # no page, and no answer that could bring better news
             self.closed_until = None
@@ -330,6 +333,14 @@ class Endpoint:
             self.kv.compare(load.kv_usage)
         self._follow_heat(now, policy)
         return counted
+
+    def trusts_counters(self) -> bool:
+        """Hold what its counters say of the answers that ended against what its peers' say; tell whether to believe."""
+        before = self.counters.doubted
+        self.counters.follow(self.produced, self.completed, [(pool.usual, len(pool.members)) for pool in self.pools])
+        if self.counters.doubted and not before:
+            self.steps = StepCost()  # they taught it
+        return not self.counters.doubted
 
     def merge(self, report: Load, now: float, policy: Policy) -> None:
         """Follow a report that came with an answer: what it doesn't say stays as it was.

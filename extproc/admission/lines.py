@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from extproc.admission.queue import Queue
     from extproc.admission.ticket import Ticket
 
+SURPRISE = 1.5
+"""An estimate is made anew where it was wrong by such a factor: each reading moves all a little."""
+
 T = TypeVar("T")
 _place = attrgetter("key")
 
@@ -89,7 +92,7 @@ class Lines:
             for queue in (pool.shared, pool.homes.get(endpoint)):
                 for ticket in queue.window() if queue else ():
                     prompt = tokens.prompt_of(ticket, pool.longest)
-                    if prompt != ticket.prompt_tokens:
+                    if max(prompt, ticket.prompt_tokens) > SURPRISE * min(prompt, ticket.prompt_tokens):
                         ticket.book(prompt)
                         ticket.work_tokens = prompt
                         self._books.free(pool.open)

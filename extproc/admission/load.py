@@ -41,6 +41,18 @@ class Load:
     context_tokens: int | None = None
     asleep: bool | None = None
 
+    def without_counters(self) -> Load:
+        """Return what its gauges say alone."""
+        return replace(
+            self,
+            tokens_per_s=None,
+            preemptions=None,
+            prompt_tokens=None,
+            output_tokens=None,
+            first_tokens=None,
+            cached_tokens=None,
+        )
+
     def over(self, older: Load | None) -> Load:
         """Return what this reading tells, and where it tells nothing, what the `older` one did."""
         if older is None:

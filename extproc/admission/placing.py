@@ -64,7 +64,7 @@ class Placing:
                 arrived.clear()
             elif books.has_freed_many:
                 books.has_freed_many = False
-                _drop_hopeless(freed)
+                _drop_hopeless(freed, books.now)
             elif freed:
                 endpoint = min(freed, key=most_room) if len(freed) > 1 else next(iter(freed))
                 best = _best_for(endpoint) if endpoint.listed else None
@@ -173,7 +173,7 @@ class Placing:
         return None
 
 
-def _drop_hopeless(freed: dict[Endpoint, None]) -> None:
+def _drop_hopeless(freed: dict[Endpoint, None], now: float) -> None:
     """Leave out those of many endpoints that have no room for anybody at the head of their lines."""
     least: dict[Pool, list[Ticket]] = {}
     for endpoint in list(freed):
@@ -185,6 +185,7 @@ def _drop_hopeless(freed: dict[Endpoint, None]) -> None:
             if endpoint in pool.homes or any(endpoint.lacks(ticket) is None for ticket in least[pool]):
                 break
         else:
+            endpoint.note_room(now, waited_for=any(pool.waiting_total for pool in endpoint.pools))
             del freed[endpoint]
 
 

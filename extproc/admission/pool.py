@@ -5,6 +5,7 @@ from __future__ import annotations
 from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
+from extproc.admission.counters import Usual
 from extproc.admission.fairness import FairShare
 from extproc.admission.guard import Guard
 from extproc.admission.health import Record
@@ -43,6 +44,7 @@ class Pool:
         waiting, waiting_total: how many wait in all its lines, by class and together.
         pace: how fast requests leave and arrive.
         record: how its requests were answered.
+        usual: how long its answers are, by all its engines' counters.
         longest: the longest prompt and answer together that a member takes; None: nobody says.
         base, lanes: see lanes.py: the pool that this is a lane of, else itself; its own lanes, by class.
         turn, turns: what this lane was promised; for each priority, up to where the lanes were served.
@@ -68,6 +70,7 @@ class Pool:
         "turn",
         "turns",
         "usable",
+        "usual",
         "waiting",
         "waiting_total",
     )
@@ -90,6 +93,7 @@ class Pool:
         self.waiting_total = 0
         self.pace = Pace()
         self.record = Record()
+        self.usual = Usual()
         self.longest: int | None = None
         self.base: Pool = self
         self.lanes: dict[str, Pool] = {}

@@ -419,6 +419,12 @@ class Metrics:
             "1 for the limit that keeps the next request from an endpoint; no line while there is room.",
             labels=["endpoint", "limit"],
         )
+        doubted = GaugeMetricFamily(
+            "extproc_counters_doubted",
+            "1 while an endpoint's counters are not believed: by them its answers are many times longer or shorter "
+            "than its peers'. It goes by its gauges and by how long its answers take.",
+            labels=["endpoint"],
+        )
         full = GaugeMetricFamily(
             "extproc_endpoint_full_seconds",
             "For how long an endpoint has had no room but what the next in line took at once; 0 while it has some.",
@@ -431,6 +437,7 @@ class Metrics:
             name, health = [endpoint.name], endpoint.health
             inflight.add_metric(name, len(endpoint.leases))
             held_since = endpoint.held_since
+            doubted.add_metric(name, int(endpoint.counters.doubted))
             full.add_metric(name, 0.0 if held_since is None else max(now - held_since, 0.0))
             first = next(iter(endpoint.leases), None)
             oldest.add_metric(name, 0.0 if first is None else max(now - first.leased_at, 0.0))
@@ -446,7 +453,7 @@ class Metrics:
                 limit.add_metric([*name, "kv_tokens"], endpoint.kv.capacity)
             is_up.add_metric(name, int(endpoint.available and not health.is_failing))
             is_known.add_metric(name, int(health.is_known))
-        yield from (inflight, oldest, dispatched, limit, is_up, is_known, closed, limited, full)
+        yield from (inflight, oldest, dispatched, limit, is_up, is_known, closed, limited, full, doubted)
 
     def _telemetry_families(self) -> Iterator[Metric]:
         loads = GaugeMetricFamily(

@@ -1,0 +1,81 @@
+"""Counters that lie: flagged, not believed, and no reason to close an endpoint."""
+
+from __future__ import annotations
+
+import pytest
+
+from extproc.admission.limit import AdaptiveLimit
+from extproc.admission.load import Load
+from extproc.admission.values import Answer, EndpointSpec
+
+from .desk import Desk
+
+
+def serve(desk: Desk, rounds: int, **tokens: int) -> None:
+    """Answers at each endpoint, which then counts so many tokens for each."""
+    for _ in range(rounds):
+        tickets = desk.fill(3 * len(tokens))
+        desk.advance(1.0)
+        ended = dict.fromkeys(tokens, 0)
+        for ticket in tickets:
+            where = desk.where(ticket)
+            assert where is not None
+            ended[where] += 1
+            desk.release(ticket, Answer.OK)
+        for name, each in tokens.items():
+            made = each * ended[name]
+            desk.observe(name, Load(running=3.0, waiting=0.0, tokens_per_s=float(made), output_tokens=made))
+
+
+def doubted(desk: Desk) -> set[str]:
+    return {name for name, endpoint in desk.core.endpoints.items() if endpoint.counters.doubted}
+
+
+@pytest.mark.parametrize("lie", [20, 20_000, 0], ids=["a tenth", "hundredfold", "stuck"])
+def test_an_engine_whose_counters_are_far_from_its_peers_is_not_believed(lie: int) -> None:
+    desk = Desk(*(EndpointSpec(name) for name in "abcd"))
+    serve(desk, 50, a=200, b=200, c=200, d=lie)
+    assert doubted(desk) == {"d"}
+    limit = desk.endpoint("d").limit
+    assert isinstance(limit, AdaptiveLimit)
+    assert limit.blind, "its answers' times make its limit"
+    assert limit.value >= limit.law.floor
+    assert 100 < desk.ask().output_tokens < 600, "what it taught before is bounded"
+
+
+def test_of_two_that_differ_neither_is_believed_and_both_go_on_serving() -> None:
+    desk = Desk(*(EndpointSpec(name) for name in "ab"))
+    serve(desk, 50, a=200, b=20_000)
+    assert doubted(desk) == {"a", "b"}
+    assert {desk.where(ticket) for ticket in desk.fill(2)} == {"a", "b"}
+
+
+def test_who_says_what_the_others_say_is_believed_again() -> None:
+    desk = Desk(*(EndpointSpec(name) for name in "ab"))
+    serve(desk, 50, a=200, b=20_000)
+    serve(desk, 200, a=200, b=200)
+    assert doubted(desk) == set()
+
+
+def test_answers_that_differ_by_what_is_asked_of_each_are_no_reason_for_doubt() -> None:
+    desk = Desk(*(EndpointSpec(name) for name in "abc"))
+    serve(desk, 100, a=100, b=200, c=400)
+    assert doubted(desk) == set()
+
+
+def test_an_engine_alone_is_believed_whatever_it_says() -> None:
+    desk = Desk(EndpointSpec("a"))
+    serve(desk, 50, a=20_000)
+    assert doubted(desk) == set()
+
+
+def test_connections_that_fail_say_nothing_of_how_long_answers_are() -> None:
+    desk = Desk(*(EndpointSpec(name) for name in "ab"))
+    serve(desk, 30, a=200, b=200)
+    before = desk.core._tokens._mean
+    for ticket in desk.fill(30):
+        desk.release(ticket, Answer.FAILED)
+    for name in "ab":
+        desk.observe(name, Load(running=0.0, waiting=0.0, tokens_per_s=0.0, output_tokens=0))
+    assert doubted(desk) == set()
+    assert desk.core._tokens._mean == before
