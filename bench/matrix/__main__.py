@@ -3,13 +3,15 @@
 python -m bench.matrix --cells a100-8b/vllm/standing@120 'step90/*/standing@80' --seeds 1 2
 python -m bench.matrix --cells llama-cpp/vllm/standing@120 --contender ours ours,first_byte_probe=true haproxy
 python -m bench.matrix --gate             # the cells that `make test` plays, against what is recorded of them
-python -m bench.matrix                    # all: `make bench-matrix`, some 90 minutes on two cores
+python -m bench.matrix                    # those of chosen.py: `make bench-matrix`
+python -m bench.matrix --cells '*'        # all 2,148: a night
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import shlex
 import sys
@@ -19,6 +21,7 @@ from pathlib import Path
 
 from bench.matrix import contest, gate, page
 from bench.matrix.cells import everything, matching
+from bench.matrix.chosen import chosen
 from bench.matrix.contest import FIXED, RIVALS
 from bench.matrix.runs import Row, play_gate, run
 
@@ -42,9 +45,15 @@ def line(row: Row) -> str:
 
 
 def remembered(seeds: tuple[int, ...]) -> tuple[Path, dict[str, dict[str, Row]]]:
-    """Return the rivals' scores of earlier runs with these seeds, and where they are kept."""
+    """Return the rivals' scores of earlier runs with these seeds, by duel, and where they are kept.
+
+    The gate has played its cells with its seeds already.
+    """
     path = OUT / f"rivals-{'-'.join(map(str, seeds))}.json"
-    return path, json.loads(path.read_text()) if path.exists() else {}
+    known: dict[str, dict[str, Row]] = gate.duels() if seeds == gate.SEEDS else {}
+    for duel, scores in (json.loads(path.read_text()) if path.exists() else {}).items():
+        known.setdefault(duel, {}).update(scores)
+    return path, known
 
 
 def pass_gate(names: list[str], workers: int, *, record: bool, fresh: bool) -> int:
@@ -77,7 +86,7 @@ def pass_gate(names: list[str], workers: int, *, record: bool, fresh: bool) -> i
 def main() -> int:
     """Do as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cells", nargs="+", metavar="NAME", help="names, or patterns over all of them (all)")
+    parser.add_argument("--cells", nargs="+", metavar="NAME", help="names, or patterns over all (those of chosen.py)")
     parser.add_argument("--contender", nargs="+", default=["ours", *RIVALS, FIXED], metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--workers", type=int, default=1)
@@ -86,6 +95,7 @@ def main() -> int:
     parser.add_argument("--gate", action="store_true", help="play what `make test` plays")
     parser.add_argument("--record", action="store_true", help="with --gate: hold ours against this from now on")
     parser.add_argument("--page", type=Path, metavar="FILE", help="also write a Markdown page of the run")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many; the page says so")
     parser.add_argument("--list", action="store_true", help="print the names of all cells")
     flags = parser.parse_args()
     if flags.list:
@@ -95,7 +105,7 @@ def main() -> int:
         wanted = [name for name in gate.names() if any(fnmatchcase(name, like) for like in flags.cells or ["*"])]
         return pass_gate(wanted, flags.workers, record=flags.record, fresh=flags.fresh)
     try:
-        cells = matching(flags.cells) if flags.cells else everything()
+        cells = matching(flags.cells or chosen())
     except ValueError as error:
         parser.error(str(error))
     seeds, began = tuple(flags.seeds), time.monotonic()
@@ -104,7 +114,8 @@ def main() -> int:
         known = {}
     by_duel = {cell.name: cell.duel for cell in cells}
     rows = []
-    for row in run(cells, tuple(flags.contender), seeds, flags.workers, flags.traces, known):
+    ends = began + 60.0 * flags.minutes
+    for row in run(cells, tuple(flags.contender), seeds, flags.workers, flags.traces, known, ends):
         rows.append(row)
         print(line(row), flush=True)
         scores: dict[str, Row] = row["scores"]  # type: ignore[assignment]
@@ -115,7 +126,9 @@ def main() -> int:
     (OUT / ("last.json" if flags.cells else "all.json")).write_text(json.dumps(rows, indent=1))
     if flags.page is not None:
         command = "python -m bench.matrix " + shlex.join(arg for arg in sys.argv[1:])
-        flags.page.write_text(page.render(rows, seeds, command))
+        played = {row["cell"] for row in rows}
+        unplayed = [one.name for one in cells if one.name not in played]
+        flags.page.write_text(page.render(rows, seeds, command, unplayed))
     missed = sum(bool(row.get("problems")) for row in rows)
     print(f"{len(rows)} cells in {time.monotonic() - began:.0f} s; {missed} miss")
     return 0

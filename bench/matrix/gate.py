@@ -68,6 +68,18 @@ def read() -> dict[str, Record]:
     }
 
 
+def duels() -> dict[str, dict[str, dict[str, object]]]:
+    """Return the rivals' scores by duel and rival, as a run of cells remembers them."""
+    found: dict[str, dict[str, dict[str, object]]] = {}
+    for name, record in read().items():
+        for score in record.rivals:
+            rival = score.text.partition(",")[0]
+            if rival != "ours":  # at its best fixed limit: that depends on the page
+                rival = "breaker" if rival == "circuit_breaker" else rival
+                found.setdefault(cell(name).duel, {})[rival] = contest.as_row(score)
+    return found
+
+
 def write(records: dict[str, Record]) -> None:
     """Write `gate.json`, a cell after the other."""
     entries = {

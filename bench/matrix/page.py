@@ -7,6 +7,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from bench.matrix.cells import cell
+from bench.matrix.chosen import REASONS, reason
 from bench.matrix.contest import FIXED
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ Row = dict[str, Any]
 INTRODUCTION = """# The policy matrix: engines, pages, traffic and loads beside those of the other pages
 
 Written by `{command}`; seeds {seeds}. Simulated: [simulate.md](simulate.md) says what the engines are and what is left
-out. Do not edit: the next run overwrites it.
+out. Do not edit: the next run overwrites it. Which of all 2,148 cells are played, and why: `bench/matrix/chosen.py`.
 
 **{good} of {cells} cells meet all three criteria; in {near} the defaults have at least .97 of the goodput of the best
 rival.** The criteria: goodput at least .97 of the best rival's; up to 80 % load at most 1 % refused where least request
@@ -32,8 +33,8 @@ engine, in `bench/matrix/cells.py`.
 """
 
 
-def render(rows: Sequence[Row], seeds: Sequence[int], command: str) -> str:
-    """Return the page."""
+def render(rows: Sequence[Row], seeds: Sequence[int], command: str, unplayed: Sequence[str] = ()) -> str:
+    """Return the page. `unplayed`: names of cells for which time was too short."""
     good = sum(not row["problems"] for row in rows)
     behind = sum(row["ratio"] < 0.97 for row in rows)
     parts = [
@@ -50,16 +51,32 @@ def render(rows: Sequence[Row], seeds: Sequence[int], command: str) -> str:
         *_table("engine", rows, lambda one: one.engine),
         "## Cells that miss",
         "",
-        "| cell | ours | best rival | ratio | what is missed |",
-        "| --- | --- | --- | --- | --- |",
+        "| cell | ours | best rival | ratio | what is missed | why |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in sorted(rows, key=lambda row: row["ratio"]):
         if row["problems"]:
             strongest = _strongest(row)
             rival = f"{strongest['goodput']:.3f} {strongest['text'].replace(',', ' ')}"
             ours = f"{row['scores']['ours']['goodput']:.3f}"
-            parts.append(f"| {row['cell']} | {ours} | {rival} | {row['ratio']:.2f} | {'; '.join(row['problems'])} |")
+            what, why = "; ".join(row["problems"]), _number(row["cell"]) or "not examined"
+            parts.append(f"| {row['cell']} | {ours} | {rival} | {row['ratio']:.2f} | {what} | {why} |")
+    used = sorted({number for row in rows if row["problems"] and (number := _number(row["cell"]))})
+    parts += ["", *(f"{number}. {_flat(list(REASONS.values())[number - 1])}" for number in used)]
+    if unplayed:
+        names = ", ".join(f"`{name}`" for name in unplayed)
+        parts += ["", "## Not played", "", f"Time was too short for {len(unplayed)} of the cells: {names}."]
     return "\n".join(parts) + "\n"
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _number(name: str) -> int | None:
+    """Return which of the reasons is this cell's."""
+    why = reason(name)
+    return None if why is None else list(REASONS.values()).index(why) + 1
 
 
 def _strongest(row: Row) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import time
 from collections import defaultdict
@@ -23,9 +24,13 @@ if TYPE_CHECKING:
 Row = dict[str, object]
 
 
-def play_duel(task: tuple[list[Cell], tuple[str, ...], tuple[int, ...], Path | None, dict[str, Row]]) -> list[Row]:
-    """Play the cells that differ by their page only: rivals once, ours for each."""
-    cells, contenders, seeds, traces, known = task
+def play_duel(
+    task: tuple[list[Cell], tuple[str, ...], tuple[int, ...], Path | None, dict[str, Row], float],
+) -> list[Row]:
+    """Play the cells that differ by their page only: rivals once, ours for each. None if time is up."""
+    cells, contenders, seeds, traces, known, ends = task
+    if time.monotonic() >= ends:
+        return []
     first = cells[0]
     traffic = (with_traces(traces) if traces else TRAFFIC)[first.traffic]
     began = time.monotonic()
@@ -70,10 +75,11 @@ def run(
     workers: int = 1,
     traces: Path | None = None,
     known: dict[str, dict[str, Row]] | None = None,
+    ends: float = math.inf,
 ) -> Iterator[Row]:
-    """Play cells and yield their rows."""
+    """Play cells and yield their rows; begin none after `ends`, on the monotonic clock."""
     known = known or {}
-    tasks = [(some, contenders, seeds, traces, known.get(some[0].duel, {})) for some in duels(cells)]
+    tasks = [(some, contenders, seeds, traces, known.get(some[0].duel, {}), ends) for some in duels(cells)]
     if workers == 1:
         for task in tasks:
             yield from play_duel(task)

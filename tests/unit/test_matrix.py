@@ -8,6 +8,7 @@ import pytest
 
 from bench.matrix import contest, gate, page
 from bench.matrix.cells import by_kv, by_pace, cell, everything, matching, params, slowness, stage
+from bench.matrix.chosen import chosen, reason
 from bench.matrix.contest import Score, climb, judge
 from bench.matrix.runs import run
 from bench.matrix.traffic import TRAFFIC
@@ -81,6 +82,24 @@ def test_a_load_of_80_percent_is_served_in_time_by_somebody_on_every_kind_of_eng
         scene = stage(engine, TRAFFIC["standing"], 80, (1,))
         best = contest.rival("haproxy", scene)
         assert best.goodput > 0.9, engine
+
+
+def test_the_cells_of_the_page_are_some_of_all_and_the_gates_among_them() -> None:
+    names = chosen()
+    assert set(gate.names()) <= set(names)
+    assert len(names) == len(set(names)) < 300
+    assert [one.name for one in matching(names)] == names
+
+
+def test_every_cell_of_the_gate_that_misses_has_a_reason() -> None:
+    missing = [name for name, record in gate.read().items() if record.misses]
+    assert [name for name in missing if reason(name) is None] == []
+
+
+def test_what_the_gate_knows_of_rivals_is_not_played_again() -> None:
+    duels = gate.duels()
+    assert {cell(name).duel for name in gate.names()} == set(duels)
+    assert all(set(scores) == set(contest.RIVALS) for scores in duels.values())
 
 
 # ---- the search

@@ -1,0 +1,65 @@
+"""Which of all cells `make bench-matrix` plays, and why cells miss.
+
+All are 2,148, and a night on two cores. Most say the same as their neighbours. Chosen are the gate's, the corners of
+the made-up engines, every traffic on the measured engines at full load and on a slow and a small one at an easy load,
+and what engines that tell little do with traffic that is not the standing mix.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+from bench.matrix import gate
+from bench.matrix.traffic import TRAFFIC
+
+CORNERS = [
+    f"step{step}/seqs{seqs}/{kv}/vllm/standing@{load}"
+    for step in (9, 60, 120)
+    for seqs in (8, 256)
+    for kv in ("kv24k", "kv430k")
+    for load in (50, 100)
+]
+FULL = [
+    f"{engine}/vllm/{traffic}@100" for engine in ("a100-8b", "h100-32b", "h100-8b", "h100x4-70b") for traffic in TRAFFIC
+]
+EASY = [
+    f"{engine}/vllm/{traffic}@80" for engine in ("step90/seqs256/kv430k", "step30/seqs8/kv200k") for traffic in TRAFFIC
+]
+QUIET = [
+    f"{engine}/{page}/{traffic}@80"
+    for engine in ("a100-8b", "h100-32b")
+    for page in ("gauges", "none")
+    for traffic in ("azure-conv", "azure-code", "prefix", "images", "rag", "agents")
+]
+
+
+def chosen() -> list[str]:
+    """Return their names, the gate's first: their rivals are known."""
+    return list(dict.fromkeys([*gate.names(), *CORNERS, *FULL, *EASY, *QUIET]))
+
+
+REASONS: dict[str, str] = {
+    "*/none/*": """\
+No page at all: the limit is learned from how long answers take, which have all lengths. That takes minutes and is
+rough. `max_running_requests` is the number to set; `extproc check` says that it is missing.""",
+    "*/gauges/*": """\
+No counters of tokens: the limit is learned as without a page, but for the batch, which `waiting` shows, and prompts are
+bounded by nothing but that limit.""",
+    "*/azure-code@*": """\
+Prompts of 2,000 tokens, answers of 28: the rival that makes most tokens makes them for requests whose first token came
+too late. In goodput the defaults lead.""",
+    "*/agents*@*": """\
+Contexts that grow by each turn fill the prefix cache. Fewer at once keep more of them cached than the limit allows,
+which looks at time per token, and than the KV books allow, which look at what runs.""",
+    "*/rag@*": """\
+A prompt of 8,000 tokens takes half a second to compute, and three are under way at once. Who has waited a whole budget
+before that is late: the best rival lets nobody wait longer than a third of it. So does a lower `budget`.""",
+    "*/blink@*": """\
+All that ran is cut in the middle of the run. What waits then comes over 120 % load, and is refused or late.""",
+}
+"""The first pattern that a cell's name is like says why it misses."""
+
+
+def reason(name: str) -> str | None:
+    """Return why a cell misses, if that is known."""
+    return next((why for pattern, why in REASONS.items() if fnmatchcase(name, pattern)), None)
