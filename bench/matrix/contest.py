@@ -131,6 +131,11 @@ def _best_haproxy(stage: Stage) -> Score:
     return climb(sorted({max(round(limit * factor), 1) for factor in (0.8, 1.0, 1.25)}), lambda one: at(one, wait_ms))
 
 
+def fixed_on(page: str) -> str:
+    """Return the name under which its score is remembered: unlike rivals' it depends on the page."""
+    return f"{FIXED} on {page}"
+
+
 def fixed(stage: Stage, page: Page, *, says_batch: bool = False) -> Score:
     """Play ours at the best fixed limit."""
 

@@ -74,9 +74,8 @@ def duels() -> dict[str, dict[str, dict[str, object]]]:
     for name, record in read().items():
         for score in record.rivals:
             rival = score.text.partition(",")[0]
-            if rival != "ours":  # at its best fixed limit: that depends on the page
-                rival = "breaker" if rival == "circuit_breaker" else rival
-                found.setdefault(cell(name).duel, {})[rival] = contest.as_row(score)
+            who = {"circuit_breaker": "breaker", "ours": contest.fixed_on(cell(name).page)}.get(rival, rival)
+            found.setdefault(cell(name).duel, {})[who] = contest.as_row(score)
     return found
 
 

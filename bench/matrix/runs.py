@@ -45,7 +45,8 @@ def play_duel(
         here = dict(scores)
         for name in contenders:
             if name == FIXED:
-                here[name] = contest.fixed(scene, page, says_batch=says_batch)
+                score = known.get(contest.fixed_on(cell.page))
+                here[name] = Score(**score) if score else contest.fixed(scene, page, says_batch=says_batch)  # type: ignore[arg-type]
             elif name not in RIVALS:
                 text = traffic.ours if name == "ours" else name
                 here[name] = contest.play(text, scene, page, says_batch=says_batch)

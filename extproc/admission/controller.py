@@ -237,7 +237,7 @@ class Controller:
         Without this, a line of images that were booked above the cache goes one at a time, each until its answer's end.
         """
         for ticket in counted:
-            if ticket.endpoint is endpoint and ticket.state is State.LEASED:
+            if ticket.endpoint is endpoint and ticket.state is LEASED:
                 endpoint.rebook(ticket, self._tokens.prompt_of(ticket, placed(ticket.pool).longest))
         self._lines.renew(endpoint, self._tokens)
 

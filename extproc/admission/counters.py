@@ -39,7 +39,7 @@ class Usual:
         if self.log_tokens is None:
             self.log_tokens = log_tokens
         else:
-            self.log_tokens += min(answers / (MEMORY * engines), 0.5) * (log_tokens - self.log_tokens)
+            self.log_tokens += min(answers / (MEMORY * max(engines, 1)), 0.5) * (log_tokens - self.log_tokens)
 
 
 class Counters:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from extproc.admission.queue import Queue
     from extproc.admission.ticket import Ticket
 
-SURPRISE = 1.5
-"""An estimate is made anew where it was wrong by such a factor: each reading moves all a little."""
+SURPRISE = 4.0
+"""Who waits is estimated anew where so many times too much was booked: each reading moves all estimates a little."""
 
 T = TypeVar("T")
 _place = attrgetter("key")
@@ -92,7 +92,7 @@ class Lines:
             for queue in (pool.shared, pool.homes.get(endpoint)):
                 for ticket in queue.window() if queue else ():
                     prompt = tokens.prompt_of(ticket, pool.longest)
-                    if max(prompt, ticket.prompt_tokens) > SURPRISE * min(prompt, ticket.prompt_tokens):
+                    if SURPRISE * prompt < ticket.prompt_tokens:
                         ticket.book(prompt)
                         ticket.work_tokens = prompt
                         self._books.free(pool.open)

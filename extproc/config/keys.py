@@ -275,6 +275,29 @@ class LimitConfig(_Section):
         DEFAULT_LAW.probe_s,
         description="How long a batch size that was found is believed before more is tried; doubles.",
     )
+    longest_probe: PositiveDuration = Field(
+        DEFAULT_LAW.probe_most_s, description="... up to this, while it is found again."
+    )
+    shrink: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        DEFAULT_LAW.shrink, description="A second of answers slower than wanted leaves at least this share of a limit."
+    )
+    grow: Annotated[float, Field(gt=1.0, le=4.0)] = Field(
+        DEFAULT_LAW.grow,
+        description="A second in which requests wait for the limit makes it at most so many times more.",
+    )
+    leap: Annotated[float, Field(gt=1.0, le=4.0)] = Field(
+        DEFAULT_LAW.leap, description="The same while answers are much faster than wanted."
+    )
+    kv_brake: Percent = Field(
+        round(100 * DEFAULT_LAW.kv_brake),
+        description="Percent of the KV cache in use above which a limit shrinks, where the cache's size is not known.",
+    )
+    queued: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        DEFAULT_LAW.queued, description="A server queues when more than this share of what it runs waits inside it ..."
+    )
+    queued_readings: Annotated[int, Field(ge=1, le=100)] = Field(
+        DEFAULT_LAW.queued_readings, description="... in so many readings in a row, while it runs no more than before."
+    )
 
     def law(self, objective_s: float | None) -> LimitLaw:
         """Return them as admission knows them; `objective_s`: the tightest `tpot` of the classes."""
@@ -285,6 +308,13 @@ class LimitConfig(_Section):
             best_factor=self.step_factor,
             objective_s=objective_s,
             probe_s=self.probe,
+            probe_most_s=max(self.longest_probe, self.probe),
+            shrink=self.shrink,
+            grow=self.grow,
+            leap=max(self.leap, self.grow),
+            kv_brake=self.kv_brake / 100,
+            queued=self.queued,
+            queued_readings=self.queued_readings,
         )
 
 

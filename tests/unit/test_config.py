@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from extproc.admission.limit import DEFAULT_LAW, LimitLaw
 from extproc.config import Config, doubts, load_config, parse_config
 from extproc.errors import ConfigError
 
@@ -196,6 +198,30 @@ def test_an_endpoint_inherits_the_common_limit_or_has_its_own():
     ).endpoint_specs()
     assert [spec.max_running_requests for spec in specs] == [7, 3, None]
     assert [spec.cluster for spec in specs] == ["a", "b", "c"]
+
+
+def test_every_constant_of_the_limits_law_can_be_set():
+    values = {
+        "start": 17,
+        "floor": 5,
+        "tpot": "70ms",
+        "step_factor": 1.5,
+        "probe": "31s",
+        "longest_probe": "300s",
+        "shrink": 0.8,
+        "grow": 1.2,
+        "leap": 3.0,
+        "kv_brake": 90,
+        "queued": 0.2,
+        "queued_readings": 4,
+    }
+    changed = config({"adaptive_limit": values}).policy().limit_law
+    assert {
+        field.name for field in fields(LimitLaw) if getattr(changed, field.name) == getattr(DEFAULT_LAW, field.name)
+    } == (
+        {"objective_s"}  # of the classes
+    )
+    assert config({}).policy().limit_law == DEFAULT_LAW
 
 
 def test_remote_addresses_work_when_asked_for_by_name():
