@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
 import ssl
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from extproc.config import LeaseConfig
 from extproc.endpoints.discovery import watch
 from extproc.endpoints.discovery.kubernetes import Kubernetes
+from extproc.replicas.messages import Member
+from extproc.replicas.stores.lease import LeaseStore
 
+from .kit.certificates import without_key_identifiers
 from .kit.kube_api import KubeApi, slice_of
 from .kit.processes import run, wait_until
 from .kit.watcher import Watcher
@@ -170,6 +176,45 @@ def test_the_servers_certificate_must_be_signed_by_the_ca_file(tmp_path):
         with watch_service(api, ca_file=ca) as watcher, watch_service(api, ca_file=other) as stranger:
             watcher.sees(a="10.0.0.1:8000")
             assert not stranger.reports
+
+
+@pytest.fixture
+def strict(monkeypatch):
+    """Python 3.13 sets VERIFY_X509_STRICT by default; here it is set as there, on any Python."""
+    real = ssl.create_default_context
+
+    def made(*arguments: Any, **more: Any) -> ssl.SSLContext:
+        context = real(*arguments, **more)
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        return context
+
+    monkeypatch.setattr(ssl, "create_default_context", made)
+
+
+@pytest.mark.usefixtures("strict")
+def test_a_ca_without_key_identifiers_is_no_reason_to_see_no_pods_or_no_other_sidecar(tmp_path):
+    ca, server = without_key_identifiers("127.0.0.1", tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(server)
+    with KubeApi(context) as api:
+        by_default = ssl.create_default_context(cafile=ca)
+        with (
+            socket.create_connection(("127.0.0.1", api.port)) as raw,
+            pytest.raises(ssl.SSLCertVerificationError, match="Key Identifier"),
+        ):
+            by_default.wrap_socket(raw, server_hostname="127.0.0.1")
+        api.put(slice_of("s", {"a": "10.0.0.1"}))
+        with watch_service(api, ca_file=str(ca)) as watcher:
+            watcher.sees(a="10.0.0.1:8000")
+        asyncio.run(beat_once(api, str(ca)))
+    assert [lease["spec"]["holderIdentity"] for lease in api.leases.values()] == ["me"]
+
+
+async def beat_once(api: KubeApi, ca_file: str) -> None:
+    config = LeaseConfig(namespace="ml", api=api.url, token_file="/none", ca_file=ca_file)  # noqa: S106
+    store = LeaseStore(config, "default", {})
+    await store.beat(Member("me", "10.0.0.9:1", 0))
+    await store.close()
 
 
 @pytest.mark.parametrize("line", [b"garbage\n", b"[]\n", b'{"type": "ADDED"}\n', b'{"type": "ADDED", "object": 3}\n'])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import ssl
 import stat
 import tomllib
 from pathlib import Path
@@ -18,7 +17,6 @@ from extproc.admission.values import EndpointSpec, Policy, Request
 from extproc.config import Config, parse_config
 from extproc.config.keys import KubernetesConfig
 from extproc.config.types import is_ours
-from extproc.endpoints import access
 from extproc.endpoints.discovery.kubernetes import Kubernetes, ready_addresses
 from extproc.endpoints.names import may_be_found, of_family
 from extproc.envoy import bootstrap
@@ -238,18 +236,7 @@ def test_only_regular_files_are_read_and_no_fifo_holds_us_up(tmp_path):
     assert read_regular(tmp_path / "long", 5) == b"12345"
 
 
-# ---- TLS and gRPC
-
-
-def test_a_ca_without_key_identifiers_is_no_reason_to_see_no_endpoints(monkeypatch, tmp_path):
-    """Python 3.13 sets VERIFY_X509_STRICT by default; here it is set as there."""
-    made = ssl.create_default_context()
-    made.verify_flags |= ssl.VERIFY_X509_STRICT
-    monkeypatch.setattr(ssl, "create_default_context", lambda **_: made)
-    context = access.client_tls(str(tmp_path / "ca.pem"))
-    assert not context.verify_flags & ssl.VERIFY_X509_STRICT
-    assert context.verify_mode is ssl.CERT_REQUIRED
-    assert context.check_hostname
+# ---- gRPC
 
 
 def test_grpcio_is_installed_only_in_versions_that_the_completion_queue_is_tested_with():

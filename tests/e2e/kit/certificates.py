@@ -5,9 +5,15 @@ from __future__ import annotations
 import datetime as dt
 import socket
 import ssl
+from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509 import load_pem_x509_certificate
+from cryptography.x509.oid import NameOID
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -56,6 +62,34 @@ def secret(ca: trustme.CA, name: str, *, trusted: trustme.CA | None = None, **wh
         "tls.key": issued.private_key_pem.bytes(),
         "ca.crt": (trusted or ca).cert_pem.bytes(),
     }
+
+
+def without_key_identifiers(address: str, directory: Path) -> tuple[Path, Path]:
+    """A CA's certificate, and a server's certificate with its key, as some clusters have them: no key identifiers.
+
+    RFC 5280 wants a subject key identifier in a CA's and an authority key identifier in all that it signs.
+    """
+    ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    issuer, subject = (x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]) for name in ("old CA", "server"))
+
+    def signed(name: x509.Name, public: ec.EllipticCurvePublicKey, *extensions: x509.ExtensionType) -> bytes:
+        made = x509.CertificateBuilder().subject_name(name).issuer_name(issuer).public_key(public)
+        made = (
+            made.serial_number(x509.random_serial_number()).not_valid_before(_NOW - _DAY).not_valid_after(_NOW + _DAY)
+        )
+        for extension in extensions:
+            made = made.add_extension(extension, critical=isinstance(extension, x509.BasicConstraints | x509.KeyUsage))
+        return made.sign(ca_key, hashes.SHA256()).public_bytes(Encoding.PEM)
+
+    may_sign = dict.fromkeys(("digital_signature", "key_cert_sign", "crl_sign"), True)
+    may_not = ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "encipher_only")
+    usage = x509.KeyUsage(**may_sign, **dict.fromkeys((*may_not, "decipher_only"), False))
+    ca, server = directory / "old-ca.crt", directory / "old-server.pem"
+    ca.write_bytes(signed(issuer, ca_key.public_key(), x509.BasicConstraints(ca=True, path_length=None), usage))
+    names = x509.SubjectAlternativeName([x509.IPAddress(ip_address(address))])
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    server.write_bytes(signed(subject, key.public_key(), names) + private)
+    return ca, server
 
 
 def serial(files: Mapping[str, bytes]) -> int:
