@@ -25,6 +25,7 @@ from extproc.errors import ConfigError
 from extproc.observe.genai import GenAi
 from extproc.observe.log import LOOK_S, QueueLog
 from extproc.observe.metrics import Metrics
+from extproc.observe.stories import Stories
 from extproc.stream import wire
 from extproc.stream.ages import Ages
 from extproc.stream.dialect import EndpointPicker
@@ -94,7 +95,9 @@ class App:
         self.config = config
         self.tasks = Tasks()
         dry_run = DryRun(config.policy()) if config.dry_run else None
-        controller = Controller(config.policy()) if dry_run is None else dry_run
+        controller = Controller(config.policy())
+        if dry_run is not None:
+            controller.watch(dry_run.happened)
         self.scraper = Scraper(
             interval_s=config.scrape_interval,
             timeout_s=config.scrape_timeout,
@@ -117,14 +120,14 @@ class App:
             decides=lambda: self.membership is None or self.membership.replica.decides,
         )
         self.queue_log = QueueLog(controller, loop.time)
+        self.stories = Stories(controller, loop.time)
         self.spans = _spans() if config.tracing else None
         self.otlp = _otlp_metrics(self.metrics.registry.collect) if config.otlp_metrics else None
         genai = GenAi(loop.time, controller.knows_model) if config.otlp_metrics else None
         if genai is not None:
             self.metrics.registry.register(genai)
-        observers: list[Observer] = [
-            observer for observer in (self.metrics, self.queue_log, self.spans, genai) if observer is not None
-        ]
+        everybody = (self.metrics, self.queue_log, self.stories, self.spans, genai)
+        observers: list[Observer] = [observer for observer in everybody if observer is not None]
         self.membership: Membership | None = None
         if config.replicas is None:
             self.gate = Gate(controller, loop, observers)
@@ -172,7 +175,7 @@ class App:
         self.listener = Listener(config.listen, SocketRights(config.socket_mode, config.socket_group), self.tls)
         self.server = server_on(loop)(self.reception, self.listener, reflect=config.reflection, bodies=config.picks)
         self._restart_needed: tuple[str, ...] = ()  # keys whose values in the file are not those in use
-        self.admin = Admin(config.admin, self.gate, self.metrics, self._file_state, self._others())
+        self.admin = Admin(config.admin, self.gate, self.metrics, self._file_state, self._others(), self.stories)
         if self.membership is not None:
             self.membership.answer_with(self.admin.describe)
         self._known_bugs: set[str] = set()

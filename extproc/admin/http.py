@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ from extproc.admin.history import STEP_S
 from extproc.admin.state import MOST_WAITING, WAITING_LISTED, FileState, Viewer, merged
 from extproc.config import split_address
 from extproc.errors import StartError
+from extproc.observe.recording import Recorder
+from extproc.observe.stories import MOST as MOST_STORIES
+from extproc.observe.stories import Stories
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +48,7 @@ _HEADERS = {
     "x-content-type-options": "nosniff",
     "cache-control": "no-store",
 }
+MOST_RECORDED_S = 600
 STOP_S = 2.0
 """How long an answer under way may take at the end."""
 
@@ -58,12 +63,15 @@ class Admin:
         metrics: Metrics,
         file_state: Callable[[], FileState] = FileState,
         others: Others | None = None,
+        stories: Stories | None = None,
     ) -> None:
         """Prepare to serve at `address`, host:port; `file_state` tells of the configuration file, `others` of other
-        sidecars that share our endpoints, if any."""
+        sidecars that share our endpoints, if any, `stories` what happened to requests."""
         self._address = address
         self._gate = gate
         self._metrics = metrics
+        self._stories = stories if stories is not None else Stories(gate.controller, gate.now)
+        self._records = False
         self._runner: web.AppRunner | None = None
         self._server: asyncio.Server | None = None
         self._sampling: asyncio.Task[None] | None = None
@@ -91,6 +99,8 @@ class Admin:
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
         app.router.add_get("/queues", self._queues)
+        app.router.add_get("/debug/requests/{id}", self._story)
+        app.router.add_get("/debug/recording", self._recording, allow_head=False)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=STOP_S, keepalive_timeout=IDLE_S)
         await self._runner.setup()
         try:
@@ -162,6 +172,32 @@ class Admin:
         limit = int(asked)
         whole = {} if self._others is None else await self._others.whole("queues", limit)
         return web.json_response(merged(self.snapshot(limit), whole))
+
+    async def _story(self, request: web.Request) -> web.Response:
+        asked = request.match_info["id"]
+        lines = self._stories.tell(asked, time.time())
+        if lines is None:
+            text = f"No request {asked!r} waits, nor was among the last {MOST_STORIES} that were decided here.\n"
+            return web.Response(status=404, text=text)
+        return web.Response(text="\n".join([*lines, ""]))
+
+    async def _recording(self, request: web.Request) -> web.Response:
+        asked = request.query.get("seconds", "30")
+        if not (asked.isascii() and asked.isdigit() and 1 <= int(asked[:9]) <= MOST_RECORDED_S):
+            text = f"seconds: must be a number from 1 to {MOST_RECORDED_S}: how long to record\n"
+            return web.Response(status=400, text=text)
+        if self._records:
+            return web.Response(status=409, text="A recording is under way already.\n")
+        core, self._records, full = self._gate.controller, True, asyncio.Event()
+        recorder = Recorder(core, full.set)
+        core.watch(recorder.happened)
+        try:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(full.wait(), int(asked))
+        finally:
+            core.unwatch(recorder.happened)
+            self._records = False
+        return web.Response(text=recorder.text(), content_type="application/x-ndjson")
 
 
 @web.middleware

@@ -26,8 +26,8 @@ class Alarms(Generic[T]):
 
     __slots__ = ("_heap", "_sequence", "_still_waits")
 
-    def __init__(self, still_waits: Callable[[T], bool] = lambda _: True) -> None:
-        """Start with none; `still_waits` tells whether somebody wants to be woken at all."""
+    def __init__(self, still_waits: Callable[[T], bool] | None = None) -> None:
+        """Start with none; `still_waits` tells whether somebody wants to be woken at all; None: everybody does."""
         self._heap: list[tuple[float, int, T]] = []
         self._sequence = 0
         self._still_waits = still_waits
@@ -65,4 +65,4 @@ class Alarms(Generic[T]):
                 yield entry[2]
 
     def _is_live(self, entry: tuple[float, int, T]) -> bool:
-        return entry[2].alarm == entry[0] and self._still_waits(entry[2])
+        return entry[2].alarm == entry[0] and (self._still_waits is None or self._still_waits(entry[2]))

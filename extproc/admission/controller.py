@@ -18,6 +18,29 @@ from typing import TYPE_CHECKING
 from extproc.admission.answers import Answers
 from extproc.admission.books import Books
 from extproc.admission.estimate import TokenEstimate
+from extproc.admission.events import (
+    Adopted,
+    Answered,
+    Cancelled,
+    Disowned,
+    Drained,
+    EndpointPut,
+    EndpointRemoved,
+    FirstToken,
+    HealthChecked,
+    HomeBelieved,
+    LearntBelieved,
+    ModelsKnown,
+    Observed,
+    Offered,
+    PolicySet,
+    QuotaSet,
+    Released,
+    Reported,
+    Sent,
+    Ticked,
+    Withdrawn,
+)
 from extproc.admission.fleet import Fleet
 from extproc.admission.guard import seniority
 from extproc.admission.held import HeldBy
@@ -34,6 +57,7 @@ if TYPE_CHECKING:
 
     from extproc.admission.endpoint import Endpoint
     from extproc.admission.estimate import Learnt
+    from extproc.admission.events import Event, Watcher
     from extproc.admission.load import Load
     from extproc.admission.pool import Pool
     from extproc.admission.sessions import Home
@@ -61,12 +85,25 @@ class Controller:
         self._tokens = TokenEstimate()
         self._answers = Answers(books, fleet, self._tokens)
         self.endpoints = books.endpoints
+        self._watchers: list[Watcher] = []
+        self._event: Event | None = None  # the one under way, while somebody watches
+
+    def watch(self, watcher: Watcher) -> None:
+        """Tell `watcher` of each event from now on, once it is over, with what was decided."""
+        self._watchers.append(watcher)
+
+    def unwatch(self, watcher: Watcher) -> None:
+        """Tell `watcher` nothing more."""
+        self._watchers.remove(watcher)
+        self._event = None
 
     # ---- events: requests
 
     def offer(self, ticket: Ticket, now: float) -> list[Decision]:
         """Take a new request in. It is dispatched or refused at once, or it waits."""
         books, lines, placing = self._begin(now, ticket, "offered"), self._lines, self._placing
+        if self._watchers:
+            self._event = Offered(now, ticket)
         request = ticket.request
         ticket.request_class = klass = books.class_of(request)
         pool = books.pools.line_for(request.model, klass)
@@ -113,6 +150,8 @@ class Controller:
         To its home if that is up, else to each in turn. No limit counts it, and its end is no event.
         """
         books = self._begin(now, ticket, "sent")
+        if self._watchers:
+            self._event = Sent(now, ticket)
         ticket.state = LEFT
         ticket.request_class = books.class_of(ticket.request)
         pool = books.pools.find(ticket.request.model)
@@ -131,12 +170,16 @@ class Controller:
     def cancel(self, ticket: Ticket, now: float) -> list[Decision]:
         """Forget a waiting request whose client left."""
         self._begin(now, ticket, "cancelled")
+        if self._watchers:
+            self._event = Cancelled(now, ticket)
         self._lines.leave(ticket)
         return self._end()
 
     def first_token(self, ticket: Ticket, now: float) -> list[Decision]:
         """Note that an answer's first token came: the engine has computed the prompt. Late or repeated: no-op."""
         self._begin(now)
+        if self._watchers:
+            self._event = FirstToken(now, ticket)
         if ticket.state is LEASED and ticket.endpoint is not None:
             ticket.endpoint.first_token(ticket, now)
             self._answers.began(ticket)
@@ -146,6 +189,8 @@ class Controller:
     def answered(self, ticket: Ticket, now: float) -> list[Decision]:
         """Note that an answer began well, long before it ends: a trial need not last as long as an answer."""
         self._begin(now)
+        if self._watchers:
+            self._event = Answered(now, ticket)
         if ticket.state is LEASED:
             self._answers.began(ticket)
         return self._end()
@@ -156,8 +201,10 @@ class Controller:
         What the answer really cost is charged to its tenant: how long it was written, at the pace of its engine.
         """
         self._begin(now, ticket, "released")
+        if self._watchers:
+            self._event = Released(now, ticket, answer)
         endpoint, pool = placed(ticket.endpoint), placed(ticket.pool)
-        ticket.state = DONE
+        ticket.state, ticket.ended_at, ticket.answer = DONE, now, answer
         endpoint.release(ticket, now, served=answer is Answer.OK, wanted=pool.waiting_total > 0)
         self._answers.ended(ticket, answer)
         self._lines.count_out(ticket)
@@ -170,6 +217,8 @@ class Controller:
     def put_endpoint(self, spec: EndpointSpec, now: float) -> list[Decision]:
         """Add an endpoint, change one, or bring a removed one back with the leases it still has."""
         self._begin(now)
+        if self._watchers:
+            self._event = EndpointPut(now, spec)
         self._fleet.put(spec)
         return self._end()
 
@@ -178,7 +227,9 @@ class Controller:
 
         `expects_any`: it names endpoints, or sources of them, that list no models: they may come and serve any.
         """
-        books = self._begin(now)
+        books, models = self._begin(now), tuple(models)
+        if self._watchers:
+            self._event = ModelsKnown(now, models, expects_any)
         books.pools.expects_any = expects_any
         if books.pools.know(models):
             self._fleet.regroup()
@@ -191,6 +242,8 @@ class Controller:
     def remove_endpoint(self, name: str, now: float) -> list[Decision]:
         """Send nothing more to an endpoint: its leases run out, those at home there go anywhere. Unknown: no-op."""
         self._begin(now)
+        if self._watchers:
+            self._event = EndpointRemoved(now, name)
         endpoint = self.endpoints.get(name)
         if endpoint is not None:
             self._fleet.remove(endpoint)
@@ -199,6 +252,8 @@ class Controller:
     def set_up(self, name: str, now: float, *, is_up: bool | None) -> list[Decision]:
         """Follow health checks; None: nothing is known, as of a new endpoint. Unknown endpoint: no-op."""
         self._begin(now)
+        if self._watchers:
+            self._event = HealthChecked(now, name, is_up)
         endpoint = self.endpoints.get(name)
         if endpoint is not None and (is_up is None or endpoint.health.is_up is not is_up):
             endpoint.health.check(is_up=is_up)
@@ -208,6 +263,8 @@ class Controller:
     def observe(self, name: str, load: Load, now: float) -> list[Decision]:
         """Follow an endpoint's telemetry. Unknown: no-op."""
         books = self._begin(now)
+        if self._watchers:
+            self._event = Observed(now, name, load)
         endpoint = self.endpoints.get(name)
         if endpoint is not None:
             wanted = any(pool.waiting_total for pool in endpoint.pools)
@@ -244,6 +301,8 @@ class Controller:
     def report(self, name: str, load: Load, now: float) -> list[Decision]:
         """Follow what an endpoint's answer says of its load. Unknown: no-op."""
         books = self._begin(now)
+        if self._watchers:
+            self._event = Reported(now, name, load)
         endpoint = self.endpoints.get(name)
         if endpoint is not None:
             endpoint.merge(load, now, books.policy)
@@ -256,6 +315,8 @@ class Controller:
     def tick(self, now: float) -> list[Decision]:
         """Let time pass: budgets, patience and ejections end. Needed at `next_deadline()`, harmless at any time."""
         self._begin(now)
+        if self._watchers:
+            self._event = Ticked(now)
         for ticket in self._lines.alarms.due(now):
             if now >= ticket.wait_until:
                 self._refusing.expire(ticket)
@@ -276,6 +337,8 @@ class Controller:
     def set_policy(self, policy: Policy, now: float) -> list[Decision]:
         """Replace the rules. Waiting requests keep the class, the place and the budget they came with."""
         books = self._begin(now)
+        if self._watchers:
+            self._event = PolicySet(now, policy)
         reorder = (policy.fair, policy.short_first) != (books.policy.fair, books.policy.short_first)
         lanes = books.lanes
         books.follow(policy)
@@ -295,6 +358,8 @@ class Controller:
     def drain(self, now: float) -> list[Decision]:
         """Refuse everything that waits, and from now on everything that would have to."""
         books = self._begin(now)
+        if self._watchers:
+            self._event = Drained(now)
         self._refusing.draining = True
         for ticket in list(books.waiting_tickets()):
             self._refusing.refuse(ticket, Outcome.DRAINING)
@@ -310,6 +375,8 @@ class Controller:
         `begun`: its first token was seen. An unknown endpoint: no-op, and the ticket stays new.
         """
         books = self._begin(now, ticket, "adopted")
+        if self._watchers:
+            self._event = Adopted(now, ticket, name, held_s, begun)
         endpoint = self.endpoints.get(name)
         if endpoint is not None:
             request = ticket.request
@@ -328,6 +395,8 @@ class Controller:
     def disown(self, ticket: Ticket, now: float) -> list[Decision]:
         """Forget a lease that another sidecar holds and that we can't follow any more: it counts as foreign."""
         self._begin(now, ticket, "disowned")
+        if self._watchers:
+            self._event = Disowned(now, ticket)
         endpoint = placed(ticket.endpoint)
         ticket.state = DONE
         endpoint.disown(ticket, now)
@@ -339,12 +408,16 @@ class Controller:
     def withdraw(self, ticket: Ticket, now: float) -> list[Decision]:
         """Take a waiting request back without an outcome: another sidecar's core will decide, or this one later."""
         self._begin(now, ticket, "withdrawn")
+        if self._watchers:
+            self._event = Withdrawn(now, ticket)
         self._lines.take_back(ticket)
         return self._end()
 
     def set_quota(self, name: str, quota: int | None, now: float) -> list[Decision]:
         """Hold at most `quota` sequences at an endpoint, besides its limit; None: the limit alone. Unknown: no-op."""
         self._begin(now)
+        if self._watchers:
+            self._event = QuotaSet(now, name, quota)
         endpoint = self.endpoints.get(name)
         if endpoint is not None and endpoint.quota != quota:
             endpoint.quota = quota
@@ -361,6 +434,8 @@ class Controller:
         if endpoint is not None:
             memory = self._books.policy.session_memory
             self._placing.sessions.remember(home.session, endpoint, home.tokens, memory, at - home.age_s)
+        if self._watchers:
+            self._tell(HomeBelieved(at, home), [])
 
     def learnt(self) -> list[Learnt]:
         """Return what was learned of tokens, for another sidecar's core."""
@@ -369,6 +444,8 @@ class Controller:
     def believe(self, learnt: Learnt) -> None:
         """Take over what another sidecar's core learned of tokens."""
         self._tokens.believe(learnt)
+        if self._watchers:
+            self._tell(LearntBelieved(self._books.now, learnt), [])
 
     # ---- what others may look at
 
@@ -456,7 +533,14 @@ class Controller:
         if books.freed or books.arrived:
             self._placing.run()
         decisions, books.decisions = books.decisions, []
+        if self._event is not None:
+            event, self._event = self._event, None
+            self._tell(event, decisions)
         return decisions
+
+    def _tell(self, event: Event, decisions: list[Decision]) -> None:
+        for watcher in tuple(self._watchers):
+            watcher(event, decisions)
 
     def _let_all_go(self) -> None:
         """Empty all lines because the queue was switched off: nothing is held any more."""

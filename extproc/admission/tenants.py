@@ -12,12 +12,11 @@ tenant is in flight: memory is bounded by that.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping  # noqa: TC003 - a dataclass' field: needed when a recording is read, and compiled
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from extproc.admission.ticket import Ticket
 
 GUARANTEED = -1.0

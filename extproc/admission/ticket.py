@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from extproc.admission.transitions import State
-from extproc.admission.values import DEFAULT_CLASS
+from extproc.admission.values import DEFAULT_CLASS, Answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from extproc.admission.values import Decision, Request, RequestClass
 
 __all__ = ["Key", "State", "Ticket"]  # those who handle tickets ask for their state
+
+UNKNOWN = Answer.UNKNOWN
 
 Key = tuple[int, float, int]
 """A place in the order: -priority, tag, sequence number."""
@@ -39,11 +41,13 @@ class Ticket:
     __slots__ = (
         "account",
         "alarm",
+        "answer",
         "begun_at",
         "beside",
         "charge",
         "computed_at",
         "deliver",
+        "ended_at",
         "endpoint",
         "home",
         "is_answered",
@@ -87,6 +91,8 @@ class Ticket:
         self.home: Endpoint | None = None
         self.endpoint: Endpoint | None = None  # the endpoint that it holds a lease of while LEASED
         self.leased_at = 0.0
+        self.ended_at = 0.0  # when its lease was given back, and what was known then of its answer
+        self.answer = UNKNOWN
         self.is_answered = False  # a good answer to it has begun
         self.prompt_tokens = 0  # estimate, clipped
         self.work_tokens = 0  # of its prompt, what the engine has to compute: without what is cached there

@@ -134,6 +134,11 @@ def _parser() -> argparse.ArgumentParser:
     top.add_argument("--once", action="store_true", help="show them once and end, as without a terminal")
     top.set_defaults(command=_top)
 
+    why = commands.add_parser("why", help="tell what happened to a request, event by event")
+    why.add_argument("id", metavar="ID", help="its x-request-id, as Envoy's access log has it")
+    why.add_argument("--admin", default="127.0.0.1:9902", metavar="HOST:PORT", help="the admin port (%(default)s)")
+    why.set_defaults(command=_why)
+
     simulate = commands.add_parser(
         "simulate", help="what would your traffic gain: policies against each other, simulated"
     )
@@ -288,6 +293,14 @@ def _top(arguments: argparse.Namespace) -> int:
         return run_loop(top(arguments.admin, once=arguments.once), "asyncio")
     except KeyboardInterrupt:
         return OK
+
+
+def _why(arguments: argparse.Namespace) -> int:
+    from extproc.commands.why import why
+    from extproc.config import require_address
+
+    require_address("--admin", arguments.admin)
+    return OK if why(arguments.id, arguments.admin) else INVALID
 
 
 def _engine(arguments: argparse.Namespace) -> int:

@@ -686,7 +686,7 @@ class Config(_Section):
     def policy(self) -> Policy:
         """Return the rules of admission."""
         return Policy(
-            enable_queue=self.enable_queue,
+            enable_queue=self.enable_queue and not self.dry_run,
             classes=tuple(
                 RequestClass(klass.name, klass.priority, klass.budget_s, klass.weight) for klass in self.classes
             ),

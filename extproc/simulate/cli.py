@@ -17,6 +17,7 @@ from extproc.simulate import report
 from extproc.simulate.contenders import KEYS, NAMES
 from extproc.simulate.plan import Plan, capacity
 from extproc.simulate.plan import run as run_plan
+from extproc.simulate.replay import replay
 from extproc.simulate.traces import classes_in
 from extproc.simulate.workload import BATCH, CLASSES, INTERACTIVE, STANDARD, Klass, Noise, Sessions, Workload
 from extproc.simulate.world import Faults
@@ -69,6 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=f"for every ours: {', '.join(KEYS)}")
     add("--trace", type=Path, metavar="FILE", help="recorded traffic: a CSV, JSON lines, Envoy's access log")
+    add(
+        "--replay", type=Path, metavar="FILE", help="run a recording of a sidecar again (/debug/recording), and no more"
+    )
     add("--config", type=Path, metavar="FILE", help="a sidecar's configuration: its classes, and their budgets")
     add(
         "--class",
@@ -92,6 +96,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Simulate and print; returns the exit code. Raises ConfigError."""
+    if args.replay is not None:
+        return replay(args.replay, _say)
     plan = plan_from(args)
     began = time.monotonic()
     if _are_guessed(args):

@@ -225,7 +225,10 @@ class Gate:
             decision = heappop(outbox)[2]
             for observer in self._observers:
                 observer.decided(decision)
-            deliver = decision.ticket.deliver
+            deliver, decision.ticket.deliver = (
+                decision.ticket.deliver,
+                None,
+            )  # it is told once, and may then be forgotten
             if deliver is not None:
                 try:
                     deliver(decision)

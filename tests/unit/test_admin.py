@@ -20,8 +20,11 @@ from extproc.admission.controller import Controller
 from extproc.admission.load import Load
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request, RequestClass
+from extproc.commands.cli import main
 from extproc.commands.top import line, lines, plain
 from extproc.observe.metrics import Metrics
+from extproc.observe.recording import Recording
+from extproc.observe.stories import Stories
 from extproc.observe.waits import MOST, Waits, percentile
 from extproc.stream.gate import Gate
 
@@ -54,11 +57,12 @@ class Room:
         self.clock = Clock()
         controller = Controller(Policy(classes=CLASSES, max_queued_requests=20_000, shed=False))
         self.metrics = Metrics(controller, lambda: 0, clock=self.clock.time)
-        self.gate = Gate(controller, self.clock, [self.metrics])
+        self.stories = Stories(controller, self.clock.time)
+        self.gate = Gate(controller, self.clock, [self.metrics, self.stories])
         for number in range(endpoints):
             self.gate.put_endpoint(EndpointSpec(f"vllm-{number}", max_running_requests=limit))
             self.gate.set_up(f"vllm-{number}", is_up=True)
-        self.admin = Admin("127.0.0.1:0", self.gate, self.metrics)
+        self.admin = Admin("127.0.0.1:0", self.gate, self.metrics, stories=self.stories)
         self.admin.ready = True
 
     def offer(self, count: int = 1, **how: object) -> list[Ticket]:
@@ -542,3 +546,50 @@ def test_in_a_log_the_state_is_one_short_line_that_names_what_is_wrong():
     assert line(room.view()) == "   0s  running  12/8  waiting   3  2 of 3 endpoints up"
     room.gate.controller._books.policy = replace(room.gate.controller.policy, enable_queue=False)
     assert line(room.view()).startswith("   0s  running  12/8  waiting   3  queue off  2 of 3")
+
+
+def test_the_story_of_a_request_is_a_page_and_a_command(capsys):
+    async def scenario() -> None:
+        room = Room()
+        room.offer(2)
+        async with served(room) as client:
+            async with client.get("/debug/requests/id-1") as response:
+                assert response.status == 200
+                assert "waits still, at place 1" in await response.text()
+            async with client.get("/debug/requests/nobody%0a") as response:
+                assert (response.status, response.content_type) == (404, "text/plain")
+            async with client.get("/debug/requests/id-1", headers={"host": "evil.example"}) as response:
+                assert response.status == 403
+            admin = f"127.0.0.1:{room.admin.port}"
+            assert await asyncio.to_thread(main, ["why", "id-0", "--admin", admin]) == 0
+            assert "dispatched to vllm-0" in capsys.readouterr().out
+            assert await asyncio.to_thread(main, ["why", "nobody", "--admin", admin]) == 1
+            assert "No request 'nobody'" in capsys.readouterr().err
+        assert await asyncio.to_thread(main, ["why", "id-0", "--admin", admin]) == 3
+
+    asyncio.run(scenario())
+
+
+def test_a_recording_is_made_on_demand_one_at_a_time_and_runs_again():
+    async def scenario() -> None:
+        room = Room()
+        first, _ = room.offer(2)
+        controller = room.gate.controller
+        async with served(room) as client:
+            asked = asyncio.create_task(client.get("/debug/recording?seconds=1"))
+            await until(lambda: controller._watchers)
+            async with client.get("/debug/recording") as response:
+                assert response.status == 409
+            room.gate.close(first)
+            async with await asked as response:
+                lines = (await response.text()).splitlines()
+            for seconds in ("0", "601", "x", "-1"):
+                async with client.get(f"/debug/recording?seconds={seconds}") as response:
+                    assert response.status == 400
+        assert not controller._watchers
+        assert [json.loads(line).get("event") for line in lines[1:]] == ["Released", None]
+        again = Recording(lines)
+        assert list(again.run()) == [None]
+        assert repr(again.core) == repr(controller)
+
+    asyncio.run(scenario())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 
 import pytest
 
@@ -19,25 +20,35 @@ DECIDING = [
     for name, method in vars(Controller).items()
     if not name.startswith("_") and inspect.isfunction(method) and "list[Decision]" in str(method.__annotations__)
 ]
-"""The core's events, found by what they return; the dry run finds them by what they take."""
+"""The core's events, found by what they return."""
 SAMPLES = {
     "name": "a",
     "spec": EndpointSpec("a", max_running_requests=3),
     "is_up": True,
     "load": Load(running=1.0),
-    "policy": Policy(),
+    "policy": Policy(enable_queue=False),
     "quota": 1,
     "models": frozenset({"m"}),
 }
 
 
-def started(**policy) -> DryRun:
-    run = DryRun(Policy(classes=(RequestClass(NAME, 0, 5.0),), shed=False, **policy))
+class Run(Controller):
+    """The real core, with the queue off, and who watches it."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__(replace(policy, enable_queue=False))
+        self.dry = DryRun(policy)
+        self.counts = self.dry.counts
+        self.watch(self.dry.happened)
+
+
+def started(**policy) -> Run:
+    run = Run(Policy(classes=(RequestClass(NAME, 0, 5.0),), shed=False, **policy))
     run.put_endpoint(EndpointSpec("a", max_running_requests=2), 0.0)
     return run
 
 
-def offer(run: DryRun, now: float) -> Ticket:
+def offer(run: Run, now: float) -> Ticket:
     ticket = Ticket(Request("r", now))
     (decision,) = run.offer(ticket, now)
     assert isinstance(decision, Dispatch)
@@ -68,9 +79,9 @@ def test_the_run_remembers_nothing_of_requests_that_are_over():
     run = started()
     for ticket in [offer(run, 0.0) for _ in range(10)]:
         run.release(ticket, 1.0)
-    assert run._twins == {}
-    assert run._other.waiting == 0
-    assert not run._other.endpoints["a"].leases
+    assert run.dry._twins == {}
+    assert run.dry._other.waiting == 0
+    assert not run.dry._other.endpoints["a"].leases
 
 
 def test_endpoints_policy_and_health_reach_both():
@@ -80,12 +91,13 @@ def test_endpoints_policy_and_health_reach_both():
     first, second = offer(run, 0.0), offer(run, 0.0)
     assert (first.endpoint.name, second.endpoint.name) == ("b", "b")
     assert run.counts == {("dispatched", NAME): 1}
-    run.set_policy(Policy(classes=(RequestClass("other"),)), 0.0)
+    run.set_policy(Policy(classes=(RequestClass("other"),), enable_queue=False), 0.0)
+    assert run.dry._other.policy.enable_queue
     run.remove_endpoint("b", 0.0)
-    assert set(run._other.endpoints) == {"a", "b"}
+    assert set(run.dry._other.endpoints) == {"a", "b"}
     run.release(first, 0.0)
     run.release(second, 0.0)
-    assert set(run._other.endpoints) == set(run.endpoints) == {"a"}
+    assert set(run.dry._other.endpoints) == set(run.endpoints) == {"a"}
 
 
 class Listening(Controller):
@@ -110,7 +122,7 @@ def test_whatever_happens_to_the_real_core_happens_to_the_other_one(event):
     listening.put_endpoint(SAMPLES["spec"], 0.0)
     twin = Ticket(Request("r", 0.0))
     listening.offer(twin, 0.0)
-    run._other, run._twins[ticket] = listening, twin
+    run.dry._other, run.dry._twins[ticket] = listening, twin
     listening.heard.clear()
     asked = inspect.signature(getattr(Controller, event)).parameters.values()
     needed = {one.name for one in asked if one.default is inspect.Parameter.empty and one.name != "self"}

@@ -1,0 +1,241 @@
+"""What can happen to the core, as values: to be logged, dumped, counted elsewhere, or made to happen again (`apply`).
+
+One for each method of the core that is an event; `at` is its time. Nobody makes them while nobody watches the core.
+"""
+
+# ruff: noqa: TC001 - compiled, a dataclass needs the types of its fields when it is imported
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from extproc.admission.estimate import Learnt
+from extproc.admission.load import Load
+from extproc.admission.sessions import Home
+from extproc.admission.ticket import Ticket
+from extproc.admission.values import Answer, EndpointSpec, Policy
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from extproc.admission.controller import Controller
+    from extproc.admission.values import Decision
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened at `at`, in seconds."""
+
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class OfTicket(Event):
+    """Something that happened to a request."""
+
+    ticket: Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class OfEndpoint(Event):
+    """Something that happened to an endpoint."""
+
+    name: str
+
+
+class Offered(OfTicket):
+    """A request came."""
+
+    __slots__ = ()
+
+
+class Sent(OfTicket):
+    """A request came that takes no slot."""
+
+    __slots__ = ()
+
+
+class Cancelled(OfTicket):
+    """The client of a waiting request left."""
+
+    __slots__ = ()
+
+
+class FirstToken(OfTicket):
+    """The first token of an answer was seen."""
+
+    __slots__ = ()
+
+
+class Answered(OfTicket):
+    """An answer began well."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Released(OfTicket):
+    """A request is over."""
+
+    answer: Answer
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted(OfTicket):
+    """A lease that another sidecar's core gave is ours now."""
+
+    name: str
+    held_s: float
+    begun: bool
+
+
+class Disowned(OfTicket):
+    """A lease can't be followed any more."""
+
+    __slots__ = ()
+
+
+class Withdrawn(OfTicket):
+    """A waiting request is taken back."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointPut(Event):
+    """An endpoint came, or is another now."""
+
+    spec: EndpointSpec
+
+
+@dataclass(frozen=True, slots=True)
+class ModelsKnown(Event):
+    """The configuration names models."""
+
+    models: tuple[str, ...]
+    expects_any: bool
+
+
+class EndpointRemoved(OfEndpoint):
+    """An endpoint went."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True)
+class HealthChecked(OfEndpoint):
+    """Health checks say something else of an endpoint."""
+
+    is_up: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Observed(OfEndpoint):
+    """An endpoint's page was read."""
+
+    load: Load
+
+
+@dataclass(frozen=True, slots=True)
+class Reported(OfEndpoint):
+    """An answer said something of its endpoint's load."""
+
+    load: Load
+
+
+@dataclass(frozen=True, slots=True)
+class QuotaSet(OfEndpoint):
+    """Our part of an endpoint's room is another now."""
+
+    quota: int | None
+
+
+class Ticked(Event):
+    """Time passed."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySet(Event):
+    """The rules are others now."""
+
+    policy: Policy
+
+
+class Drained(Event):
+    """Nothing may wait from now on."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True)
+class HomeBelieved(Event):
+    """Another sidecar's core told where it served a session."""
+
+    home: Home
+
+
+@dataclass(frozen=True, slots=True)
+class LearntBelieved(Event):
+    """Another sidecar's core told what it learned of tokens."""
+
+    learnt: Learnt
+
+
+class Watcher(Protocol):
+    """Somebody who is told each event once it is over."""
+
+    def __call__(self, event: Event, decisions: Sequence[Decision], /) -> None:
+        """Note an event, and what the core decided on it."""
+
+
+def apply(core: Controller, event: Event) -> list[Decision]:  # noqa: C901 - one line for each event
+    """Make an event happen to `core`."""
+    match event:
+        case Offered():
+            return core.offer(event.ticket, event.at)
+        case Sent():
+            return core.send(event.ticket, event.at)
+        case Cancelled():
+            return core.cancel(event.ticket, event.at)
+        case FirstToken():
+            return core.first_token(event.ticket, event.at)
+        case Answered():
+            return core.answered(event.ticket, event.at)
+        case Released():
+            return core.release(event.ticket, event.at, event.answer)
+        case Adopted():
+            return core.adopt(event.ticket, event.name, event.at, held_s=event.held_s, begun=event.begun)
+        case Disowned():
+            return core.disown(event.ticket, event.at)
+        case Withdrawn():
+            return core.withdraw(event.ticket, event.at)
+        case EndpointPut():
+            return core.put_endpoint(event.spec, event.at)
+        case ModelsKnown():
+            return core.know_models(event.models, event.at, expects_any=event.expects_any)
+        case EndpointRemoved():
+            return core.remove_endpoint(event.name, event.at)
+        case HealthChecked():
+            return core.set_up(event.name, event.at, is_up=event.is_up)
+        case Observed():
+            return core.observe(event.name, event.load, event.at)
+        case Reported():
+            return core.report(event.name, event.load, event.at)
+        case QuotaSet():
+            return core.set_quota(event.name, event.quota, event.at)
+        case Ticked():
+            return core.tick(event.at)
+        case PolicySet():
+            return core.set_policy(event.policy, event.at)
+        case Drained():
+            return core.drain(event.at)
+        case HomeBelieved():
+            core.believe_home(event.home, event.at)
+        case LearntBelieved():
+            core.believe(event.learnt)
+        case _:
+            raise TypeError(f"no event of the core: {event!r}")
+    return []

@@ -1,0 +1,371 @@
+"""A recording of the core's events: a file that anybody can run again, and get the same decisions.
+
+One line of JSON each: first the version and the state that the core was in, then each event with what was decided on
+it. Nothing is recorded unless somebody asks, and then so many events at the most. The state is a pickle that may name
+nothing but the core's own classes (docs.python.org/3/library/pickle.html#restricting-globals): who reads a stranger's
+recording runs none of his code.
+
+It holds what requests say of themselves in headers (ids, tenants, models), and no header or body besides; sessions are
+replaced by numbers that nobody can turn back.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import pickle
+import secrets
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from enum import Enum
+from hashlib import blake2b
+from importlib import import_module
+from types import BuiltinFunctionType, FunctionType, MethodType, UnionType
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+
+from extproc import __version__
+from extproc.admission import events
+from extproc.admission.controller import Controller
+from extproc.admission.endpoint import Endpoint
+from extproc.admission.pool import Pool
+from extproc.admission.sessions import Home
+from extproc.admission.tenants import NO_RULES, TenantRules
+from extproc.admission.ticket import State, Ticket
+from extproc.admission.values import Dispatch, Request
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from extproc.admission.events import Event
+    from extproc.admission.values import Decision
+
+FORMAT = 1
+MOST_EVENTS = 200_000
+"""Events of one recording: some 40 MB. Then it ends, since only what follows on its beginning can be run again."""
+MOST_STATE_BYTES = 1 << 28
+_PARTS: dict[str, type] = {kind.__name__: kind for kind in (Ticket, Endpoint, Pool)}
+"""What the parts of the core point to each other by: pickled one by one, so that no chain of them gets too deep."""
+_ATOMS = frozenset({int, float, bool, type(None), tuple, list, dict})
+_OTHERS = {
+    ("sortedcontainers.sortedlist", "SortedList"),
+    ("collections", "OrderedDict"),
+    ("collections", "deque"),
+    ("builtins", "frozenset"),
+    ("builtins", "set"),
+}
+_KINDS: dict[str, type[Event]] = {
+    name: kind for name, kind in vars(events).items() if isinstance(kind, type) and issubclass(kind, events.Event)
+}
+
+
+class RecordingError(ValueError):
+    """A recording can't be read; the message says where and why."""
+
+
+class Recorder:
+    """Records a core from now on. Hand `happened` to its `watch`."""
+
+    def __init__(
+        self, core: Controller, is_full: Callable[[], object] = lambda: None, most_events: int = MOST_EVENTS
+    ) -> None:
+        """Begin with the state that `core` is in. `is_full` is called when it recorded as much as it may."""
+        self._is_full = is_full
+        self._most_events = most_events
+        self._end = ""  # why it ended
+        self._lines: list[str] = []
+        self._salt = secrets.token_bytes(16)
+        state, self._numbers, self._next = _freeze(core, self._hidden)
+        head = {"extproc": __version__, "format": FORMAT, "state": base64.b64encode(state).decode()}
+        self._head = json.dumps(head)
+
+    def happened(self, event: Event, decisions: Sequence[Decision]) -> None:
+        """Note an event. A bug in here ends the recording, and nothing else."""
+        if self._end:
+            return
+        try:
+            self._note(event, decisions)
+        except Exception as error:
+            self._end = f"{event!r} could not be recorded: {error!r}: please report it"
+        if len(self._lines) >= self._most_events:
+            self._end = f"{self._most_events} events are the most of one recording"
+        if self._end:
+            self._is_full()
+
+    def _note(self, event: Event, decisions: Sequence[Decision]) -> None:
+        line: dict[str, Any] = {"event": type(event).__name__}
+        for name in _names(type(event)):
+            line[name] = self._plain(getattr(event, name), line)
+        if decisions:
+            line["decisions"] = [self._told(decision) for decision in decisions]
+        self._lines.append(json.dumps(line))
+        for ticket in [getattr(event, "ticket", None), *(decision.ticket for decision in decisions)]:
+            if ticket is not None and ticket.state in (State.DONE, State.LEFT):
+                self._numbers.pop(ticket, None)
+
+    def text(self) -> str:
+        """Return what was recorded so far."""
+        end = json.dumps({"end": self._end or "as long as was asked for"})
+        return "\n".join([self._head, *self._lines, end, ""])
+
+    def _plain(self, value: object, line: dict[str, Any]) -> object:
+        if isinstance(value, Ticket):
+            if value not in self._numbers:
+                request = value.request
+                session = None if request.session is None else self._hidden(request.session)
+                line["request"] = _plain(replace(request, session=session))
+            return self._number(value)
+        if isinstance(value, Home):
+            value = value._replace(session=self._hidden(value.session))
+        return _plain(value)
+
+    def _hidden(self, session: str) -> str:
+        """Return what stands for a session: its id may be somebody's secret."""
+        return blake2b(session.encode(errors="replace"), key=self._salt, digest_size=12).hexdigest()
+
+    def _number(self, ticket: Ticket) -> int:
+        number = self._numbers.get(ticket)
+        if number is None:
+            number = self._numbers[ticket] = self._next
+            self._next += 1
+        return number
+
+    def _told(self, decision: Decision) -> list[object]:
+        number = self._numbers.get(decision.ticket)
+        return [number, *_words(decision)]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Where a run again decided otherwise: at which event, what was recorded, what came out."""
+
+    number: int
+    event: Event
+    recorded: list[list[object]]
+    now: list[list[object]]
+
+
+class Recording:
+    """A recording that was read. Runs once: what happens to its core stays."""
+
+    def __init__(self, text: Iterable[str]) -> None:
+        """Read it. Raises RecordingError."""
+        self._lines = iter(text)
+        try:
+            head = json.loads(next(self._lines))
+            if head["format"] != FORMAT:
+                raise RecordingError(f"line 1: format {head['format']!r}, this version reads {FORMAT}")
+            self.version = str(head["extproc"])
+            self.core, tickets = _thaw(base64.b64decode(head["state"], validate=True))
+        except (StopIteration, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, RecordingError):
+                raise
+            raise RecordingError(f"line 1: no recording of the core's events ({error!r})") from None
+        self._tickets: dict[int, Ticket] = tickets
+        self.numbers: dict[Ticket, int] = {ticket: number for number, ticket in tickets.items()}
+
+    def steps(self) -> Iterator[tuple[Event, list[list[object]]]]:
+        """Walk its events, each with what was decided then. Raises RecordingError."""
+        for number, line in enumerate(self._lines, 2):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+                if "end" in entry:
+                    return
+                kind = _KINDS[entry["event"]]
+                hints = _hints(kind)
+                event = kind(*[self._shaped(hints[name], entry[name], entry) for name in _names(kind)])
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise RecordingError(f"line {number}: no event of the core ({error!r})") from None
+            yield event, entry.get("decisions", [])
+
+    def run(self, told: Callable[[list[list[object]]], None] = lambda _: None) -> Iterator[Difference | None]:
+        """Make it all happen again; for each event, how it went otherwise than recorded, or None.
+
+        `told` is called with what is decided now: for each decision a ticket's number, outcome, where to or when again
+        (Retry-After), and the wait.
+        """
+        for number, (event, recorded) in enumerate(self.steps(), 1):
+            decisions = events.apply(self.core, event)
+            now = [[self.numbers.get(decision.ticket), *_words(decision)] for decision in decisions]
+            told(now)
+            yield None if now == recorded else Difference(number, event, recorded, now)
+
+    def _shaped(self, hint: Any, value: Any, entry: dict[str, Any]) -> Any:
+        if hint is not Ticket:
+            return _shaped(hint, value)
+        ticket = self._tickets.get(value)
+        if ticket is None:
+            ticket = self._tickets[value] = Ticket(_shaped(Request, entry["request"]))
+            self.numbers[ticket] = value
+        return ticket
+
+
+def _words(decision: Decision) -> list[object]:
+    where = decision.endpoint if isinstance(decision, Dispatch) else decision.retry_after_s
+    return [decision.outcome.value, where, decision.wait_s]
+
+
+# ---- values as JSON
+
+
+def _names(kind: type[Event]) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, frozenset):
+        return sorted(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+_HINTS: dict[type, dict[str, Any]] = {}
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    if kind not in _HINTS:
+        _HINTS[kind] = get_type_hints(kind)
+    return _HINTS[kind]
+
+
+def _shaped(hint: Any, value: Any) -> Any:  # noqa: C901 - a case for each kind of value
+    """Return a value of the type `hint` from its JSON."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if value is None:
+        return None
+    if origin is UnionType:
+        return _shaped(next(one for one in inner if one is not type(None)), value)
+    if origin is tuple:
+        return tuple(_shaped(inner[0], item) for item in value)
+    if origin is frozenset:
+        return frozenset(value)
+    if origin is Mapping:
+        return {key: _shaped(inner[1], item) for key, item in value.items()}
+    if hint is TenantRules and value == _plain(NO_RULES):
+        return NO_RULES  # itself: it is asked for by identity
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return hint(value)
+    if isinstance(hint, type) and is_dataclass(hint):
+        return hint(**{name: _shaped(kind, value[name]) for name, kind in _hints(hint).items()})
+    if isinstance(hint, type) and issubclass(hint, tuple):
+        return hint(*value)
+    if not isinstance(value, (int, float) if hint is float else hint):
+        raise TypeError(f"must be {hint.__name__}, not {value!r}")
+    return value
+
+
+# ---- the state of a core
+
+
+class _Freezer(pickle.Pickler):
+    """Pickles the parts of a core one by one, and nothing of its driver."""
+
+    def __init__(self, file: io.BytesIO, secrets: dict[object, str]) -> None:
+        super().__init__(file, protocol=4)
+        self.secrets = secrets
+        self.numbers: dict[object, int] = {}
+        self.todo: list[object] = []
+
+    def persistent_id(self, obj: object) -> tuple[str, int | str] | None:
+        kind = type(obj)
+        if kind in _ATOMS:
+            return None
+        if kind is str:
+            return ("secret", self.secrets[obj]) if obj in self.secrets else None
+        if obj is NO_RULES:
+            return "no rules", 0
+        if _PARTS.get(kind.__name__) is kind:
+            number = self.numbers.get(obj)
+            if number is None:
+                number = self.numbers[obj] = len(self.numbers)
+                self.todo.append(obj)
+            return kind.__name__, number
+        if kind in (MethodType, BuiltinFunctionType):
+            return "driver", 0
+        if kind is FunctionType and not obj.__module__.startswith("extproc.admission."):
+            return "driver", 0
+        return None
+
+
+class _Thawer(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.parts: dict[int, Any] = {}
+
+    def persistent_load(self, pid: Any) -> object:
+        name, number = pid
+        if name == "driver":
+            return None
+        if name == "no rules":
+            return NO_RULES
+        if name == "secret":
+            return str(number)
+        if number not in self.parts:
+            self.parts[number] = object.__new__(_PARTS[name])
+        return self.parts[number]
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) in _OTHERS:
+            return super().find_class(module, name)
+        if module.startswith("extproc.admission.") and name.isidentifier():
+            found = vars(import_module(module)).get(name)
+            if getattr(found, "__module__", None) == module:
+                return found
+        raise pickle.UnpicklingError(f"a recording may not hold {module}.{name}")
+
+
+def _freeze(core: Controller, hidden: Callable[[str], str]) -> tuple[bytes, dict[Ticket, int], int]:
+    """Return the state of `core`, the numbers that tickets have in it, and the next number."""
+    file = io.BytesIO()
+    leased = [ticket for endpoint in core.endpoints.values() for ticket in endpoint.leases]
+    sessions = {home.session for home in core.homes(core.policy.session_memory, 0.0)}
+    sessions |= {ticket.request.session or "" for ticket in [*core.waiting_tickets(), *leased]} - {""}
+    freezer = _Freezer(file, {session: hidden(session) for session in sessions})
+    freezer.dump({name: value for name, value in vars(core).items() if name != "_watchers"})
+    for part in freezer.todo:  # grows meanwhile
+        slots: tuple[str, ...] = type(part).__slots__  # type: ignore[attr-defined]
+        freezer.dump((freezer.numbers[part], tuple([getattr(part, slot) for slot in slots])))
+    tickets = {part: number for part, number in freezer.numbers.items() if isinstance(part, Ticket)}
+    return zlib.compress(file.getvalue()), tickets, len(freezer.numbers)
+
+
+def _thaw(state: bytes) -> tuple[Controller, dict[int, Ticket]]:
+    unzipper = zlib.decompressobj()
+    try:
+        plain = unzipper.decompress(state, MOST_STATE_BYTES)
+        if unzipper.unconsumed_tail:
+            raise RecordingError(f"line 1: a state of more than {MOST_STATE_BYTES} bytes")
+        file = io.BytesIO(plain)
+        thawer = _Thawer(file)
+        core = Controller.__new__(Controller)
+        vars(core).update(thawer.load(), _watchers=[])
+        while file.tell() < len(plain):
+            number, values = thawer.load()
+            part = thawer.parts[number]
+            for slot, value in zip(type(part).__slots__, values, strict=True):
+                setattr(part, slot, value)
+    except (
+        pickle.UnpicklingError,
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        zlib.error,
+        binascii.Error,
+        AttributeError,
+        EOFError,
+        ImportError,
+    ) as error:
+        raise RecordingError(f"line 1: its state can't be read: {error}") from None
+    return core, {number: part for number, part in thawer.parts.items() if isinstance(part, Ticket)}

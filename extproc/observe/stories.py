@@ -1,0 +1,165 @@
+"""What happened to a request, event by event, in words: of those who wait, and of the last that were decided.
+
+Nothing is written down meanwhile: a ticket knows its times and reasons, and the words are made when somebody asks.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from extproc.admission.outcome import Outcome
+from extproc.admission.ticket import State
+from extproc.admission.values import Answer, Dispatch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from extproc.admission.controller import Controller
+    from extproc.admission.ticket import Ticket
+    from extproc.admission.values import Decision
+
+MOST = 2_000
+"""Requests that are remembered; about a kilobyte each."""
+_ANSWERS = {
+    Answer.OK: "its answer came whole",
+    Answer.FAILED: "it was not answered: no connection, or cut before it began",
+    Answer.ERROR: "the engine answered with an error of its own (5xx)",
+    Answer.REFUSED: "the engine refused it (4xx)",
+    Answer.EMPTY: "the engine answered success, and not a byte",
+    Answer.SATURATED: "the engine refused it as full",
+    Answer.UNKNOWN: "its client left, or nobody saw how it ended",
+}
+
+
+class Stories:
+    """Remembers requests. An observer of the gate."""
+
+    def __init__(self, core: Controller, clock: Callable[[], float]) -> None:
+        """Tell of the requests of `core`; `clock` returns the core's time, in seconds."""
+        self._core = core
+        self._clock = clock
+        self._kept: OrderedDict[str, tuple[Ticket, Decision | None, float]] = OrderedDict()
+
+    def decided(self, decision: Decision) -> None:
+        """Remember a request that was dispatched or refused."""
+        self._keep(decision.ticket, decision)
+
+    def cancelled(self, ticket: Ticket, wait_s: float) -> None:
+        """Remember a request whose client left while it waited."""
+        del wait_s
+        self._keep(ticket, None)
+
+    def _keep(self, ticket: Ticket, decision: Decision | None) -> None:
+        kept = self._kept
+        kept[ticket.request.id] = ticket, decision, self._clock()
+        kept.move_to_end(ticket.request.id)
+        if len(kept) > MOST:
+            kept.popitem(last=False)
+
+    def tell(self, request_id: str, wall_s: float) -> list[str] | None:
+        """Return the story of the last request of this id, a line for each event; None: it is not known.
+
+        `wall_s`: the time of day now, in seconds since 1970. It looks at everybody who waits: for people, not often.
+        """
+        found = next((one for one in self._core.waiting_tickets() if one.request.id == request_id), None)
+        now = self._clock()
+        if found is not None:
+            return list(_lines([*_waiting(found), (now, _why_still(found))], found, wall_s - now))
+        ticket, decision, at = self._kept.get(request_id, (None, None, 0.0))
+        if ticket is None:
+            return None
+        events = _waiting(ticket) if _has_waited(ticket) else []
+        events.append((_decided_at(ticket, at), _end_of_wait(ticket, decision)))
+        events += _afterwards(ticket)
+        return list(_lines(events, ticket, wall_s - now))
+
+
+def _lines(events: list[tuple[float, str]], ticket: Ticket, offset_s: float) -> Iterator[str]:
+    arrived = ticket.request.arrived
+    for at, text in [(arrived, _arrival(ticket)), *events]:
+        time = datetime.fromtimestamp(at + offset_s, UTC)
+        yield f"{time:%H:%M:%S}.{time.microsecond // 1000:03}  {at - arrived:+9.3f} s  {text}"
+
+
+def _arrival(ticket: Ticket) -> str:
+    request = ticket.request
+    said = [f"class {ticket.request_class.name}"]
+    if ticket.request_class.name != request.request_class and request.request_class:
+        said.append(f"(it named {request.request_class!r}, which the configuration lacks)")
+    said += [f"{what} {value!r}" for what, value in (("model", request.model), ("tenant", request.tenant)) if value]
+    said += ["of a session"] if request.session else []  # whose id may be a secret
+    if ticket.pool is not None:
+        budget_s = ticket.wait_until - request.arrived
+        said.append(f"it may wait {budget_s:.1f} s")
+        said.append(f"taken for {ticket.prompt_tokens} tokens of prompt and {ticket.output_tokens} of answer")
+    return "arrived: " + ", ".join(said)
+
+
+def _has_waited(ticket: Ticket) -> bool:
+    return ticket.waited_for is not None or ticket.state is State.WAITING
+
+
+def _waiting(ticket: Ticket) -> list[tuple[float, str]]:
+    began, events = ticket.request.arrived, []
+    why = f"because {ticket.waited_for.words}" if ticket.waited_for is not None else "for room"
+    events.append((began, f"waits {why}; {ticket.position} of its class or above were there before it"))
+    if ticket.predicted_s is not None:
+        events.append((began, f"its wait was predicted to be {ticket.predicted_s:.1f} s"))
+    if ticket.home is not None:
+        until_s = ticket.patience_until - began
+        events.append((began, f"{ticket.home.name} is its home: nobody else gets it until {until_s:+.3f} s"))
+    return events
+
+
+def _why_still(ticket: Ticket) -> str:
+    pool, queue = ticket.pool, ticket.queue
+    if pool is None or queue is None:
+        return "waits still"
+    text = f"waits still, at place {queue.rank(ticket) + 1} of its line, because {pool.held_by(ticket).words}"
+    return text + _passed(ticket)
+
+
+def _passed(ticket: Ticket) -> str:
+    if not ticket.passed_over:
+        return ""
+    guard = ", so that room is kept for it now" if ticket.is_guard else ""
+    return f"; {ticket.passed_over} that fit were let past it{guard}"
+
+
+def _decided_at(ticket: Ticket, remembered_at: float) -> float:
+    return ticket.leased_at if ticket.leased_at > 0.0 else remembered_at
+
+
+def _end_of_wait(ticket: Ticket, decision: Decision | None) -> str:
+    if decision is None:
+        return "its client left while it waited" + _passed(ticket)
+    if not isinstance(decision, Dispatch):
+        again = f"; Retry-After {decision.retry_after_s} s" if decision.retry_after_s is not None else ""
+        outcome = decision.outcome
+        return f"refused, {outcome.value} ({outcome.status}): {outcome.message}{again}" + _passed(ticket)
+    if decision.outcome is Outcome.PASSED:
+        return f"went to {decision.endpoint} at once: it takes no slot"
+    home = ticket.home
+    not_home = f", not to its home {home.name}" if decision.outcome is Outcome.REROUTED and home is not None else ""
+    beside = f"which held {ticket.beside} with it"
+    return f"dispatched to {decision.endpoint}{not_home}, {beside}, after {decision.wait_s:.3f} s" + _passed(ticket)
+
+
+def _afterwards(ticket: Ticket) -> list[tuple[float, str]]:
+    events = []
+    if ticket.begun_at > 0.0:
+        events.append((ticket.computed_at, "its first token was seen"))
+    if ticket.state is State.LEASED:
+        began = "its answer has begun well" if ticket.is_answered else "no answer was seen yet"
+        events.append((ticket.computed_at if ticket.begun_at > 0.0 else ticket.leased_at, f"holds its slot: {began}"))
+    elif ticket.state is State.DONE and ticket.ended_at > 0.0:
+        held_s = ticket.ended_at - ticket.leased_at
+        end = _ANSWERS[ticket.answer]
+        if ticket.is_answered and ticket.answer is Answer.UNKNOWN:
+            end = "its answer had begun well; how it ended nobody saw"
+        events.append((ticket.ended_at, f"gave its slot back after {held_s:.3f} s: {end}"))
+    elif ticket.state is State.DONE:
+        events.append((ticket.leased_at, "another sidecar has its lease, and can't be reached"))
+    return events

@@ -1,0 +1,95 @@
+"""The story of a request: what happened to it, event by event, in words."""
+
+from __future__ import annotations
+
+from extproc.admission.controller import Controller
+from extproc.admission.ticket import Ticket
+from extproc.admission.values import Answer, EndpointSpec, Policy, Request, RequestClass
+from extproc.observe import stories
+from extproc.observe.stories import Stories
+
+WALL_S = 1_700_000_000.0  # 22:13:20 UTC, at 100 s of the core's time
+
+
+class Office:
+    """A core, who remembers its requests, and a clock that stands."""
+
+    def __init__(self, limit: int = 1, **policy: object) -> None:
+        self.now = 100.0
+        self.core = Controller(Policy(classes=(RequestClass("std", 0, 5.0),), shed=False, **policy))  # type: ignore[arg-type]
+        self.stories = Stories(self.core, lambda: self.now)
+        for name in ("a", "b"):
+            self.core.put_endpoint(EndpointSpec(name, max_running_requests=limit), self.now)
+            self.core.set_up(name, self.now, is_up=True)
+
+    def offer(self, request_id: str, **facts: object) -> Ticket:
+        ticket = Ticket(Request(request_id, self.now, **facts))  # type: ignore[arg-type]
+        self.note(self.core.offer(ticket, self.now))
+        return ticket
+
+    def note(self, decisions: list) -> None:  # type: ignore[type-arg]
+        for decision in decisions:
+            self.stories.decided(decision)
+
+    def tell(self, request_id: str) -> list[str]:
+        lines = self.stories.tell(request_id, WALL_S + self.now - 100.0)
+        assert lines is not None
+        return lines
+
+
+def test_a_request_that_waited_tells_why_where_it_went_and_how_it_ended() -> None:
+    office = Office()
+    first, _ = office.offer("first", session="s"), office.offer("other")
+    late = office.offer("late", session="s", tenant="acme", prompt_tokens=10)
+    office.now = 100.5
+    assert (
+        "waits still, at place 1 of its line, because as many requests as its limit allows" in office.tell("late")[-1]
+    )
+    office.now = 102.25
+    office.note(office.core.tick(office.now))
+    office.note(office.core.release(first, office.now, Answer.OK))
+    office.core.first_token(late, 102.75)
+    assert office.tell("late")[-1].endswith("holds its slot: its answer has begun well")
+    office.core.release(late, 104.0, Answer.OK)
+    office.now = 110.0
+    assert office.tell("late")[0].startswith("22:13:20.000     +0.000 s  arrived: class std")
+    arrived, *rest = [line.partition("+")[2] for line in office.tell("late")]
+    assert "tenant 'acme', of a session, it may wait 5.0 s" in arrived
+    assert arrived.endswith("taken for 10 tokens of prompt and 200 of answer")
+    assert rest[0].endswith("limit allows are in flight; 0 of its class or above were there before it")
+    assert rest[1:] == [
+        "0.000 s  a is its home: nobody else gets it until +1.000 s",
+        "2.250 s  dispatched to a, which held 1 with it, after 2.250 s",
+        "2.750 s  its first token was seen",
+        "4.000 s  gave its slot back after 1.750 s: its answer came whole",
+    ]
+
+
+def test_a_refusal_tells_its_outcome_and_when_to_try_again() -> None:
+    office = Office(enable_queue=True)
+    for name in ("x", "y", "z"):
+        office.offer(name)
+    office.now = 105.0
+    office.note(office.core.tick(office.now))
+    told = office.tell("z")[-1]
+    assert told.startswith("22:13:25.000     +5.000 s  refused, budget_expired (429): No inference server had room")
+    assert told.endswith("; Retry-After 1 s")
+
+
+def test_a_client_that_left_while_it_waited_is_told_as_such() -> None:
+    office = Office()
+    *_, ticket = (office.offer(name) for name in ("x", "y", "z"))
+    office.now = 101.0
+    office.core.cancel(ticket, office.now)
+    office.stories.cancelled(ticket, 1.0)
+    assert office.tell("z")[-1].endswith("its client left while it waited")
+
+
+def test_who_was_never_here_has_no_story_and_only_so_many_are_remembered() -> None:
+    office = Office(limit=10_000)
+    for number in range(stories.MOST + 10):
+        office.offer(f"r{number}")
+    assert office.stories.tell("nobody", WALL_S) is None
+    assert office.stories.tell("r9", WALL_S) is None
+    assert office.stories.tell("r10", WALL_S) is not None
+    assert len(office.stories._kept) == stories.MOST
