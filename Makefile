@@ -68,7 +68,7 @@ tools:           ## what some tests want: promtool, redis-server, iproute2, npm,
 	command -v actionlint >/dev/null || ! command -v go >/dev/null || GOBIN=/usr/local/bin go install github.com/rhysd/actionlint/cmd/actionlint@v1.7.12
 
 image-check: $(STAMP)  ## the Dockerfile's steps without Docker: install anew, run as uid 65532 (as root, about a minute)
-	EXTPROC_LONG=1 $(BIN)/python -m pytest tests/unit/test_k8s.py -k dockerfiles_steps
+	EXTPROC_LONG=1 $(BIN)/python -m pytest tests/unit/test_k8s_image.py -k dockerfiles_steps
 
 # Each in a virtual environment of its own, below build/; an interpreter that is not on PATH is left out, and said.
 PYTHONS ?= python3.11 python3.12 python3.13 python3.14

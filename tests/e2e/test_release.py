@@ -1,6 +1,6 @@
 """`make release-check`: the wheel that would be published, alone in an empty environment, does the main job.
 
-Long: it installs all dependencies. What the wheel contains is looked at in every run (tests/unit/test_k8s.py).
+Long: it installs all dependencies. What the wheel contains is looked at in every run (tests/unit/test_k8s_image.py).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.unit.test_k8s import COMBINATIONS, rendered
+from tests.unit.k8s.rendering import COMBINATIONS, rendered
 
 from .cluster import APPLY, DEFINITIONS, shipped, stand_in
 

@@ -18,7 +18,7 @@ from extproc.replicas.stores import StoreError
 from extproc.replicas.stores.lease import LeaseStore
 from tests.e2e.kit.processes import wait_until
 from tests.e2e.kit.watcher import Watcher
-from tests.unit.test_k8s import K8S
+from tests.unit.k8s.rendering import K8S
 
 from .cluster import DEFINITIONS, LLM_D_OBJECTIVE, shipped
 from .test_watches import VLLM, put_pool, put_service

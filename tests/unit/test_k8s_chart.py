@@ -16,7 +16,7 @@ import yaml
 from extproc import __version__
 from k8s.chart import CHART, EXTRAS, VARIANTS, without_namespace
 from tests.e2e.kit.processes import run
-from tests.unit.test_k8s import K8S, one, rendered
+from tests.unit.k8s.rendering import K8S, one, rendered
 
 if TYPE_CHECKING:
     from collections.abc import Callable

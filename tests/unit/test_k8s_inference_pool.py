@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests.e2e.kit.gateways import LEAN
-from tests.unit.test_k8s import POOL, ROOT, containers, one, rendered, sidecar_config, variables
+from tests.unit.k8s.rendering import POOL, ROOT, containers, one, rendered, sidecar_config, variables
 
 __all__ = ["rendered"]  # a fixture
 
