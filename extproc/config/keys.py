@@ -560,6 +560,12 @@ class Config(_Section):
         None,
         description="Envoy's admin interface: tells when Envoy knows a new cluster. Unset: we give it a second.",
     )
+    second_try: Address | None = Field(
+        None,
+        description="Envoy's own listener as Envoy reaches it, IP:port: a request whose server takes no connection "
+        "comes back through it, waits on and goes to another server. Unset: it fails with 503. Render Envoy's "
+        "configuration again after a change.",
+    )
     upstream_protocol: Literal["h1", "h2"] = Field(
         "h1", description="What the endpoints speak, for `envoy_clusters_file`; `h2` is prior knowledge."
     )
@@ -757,6 +763,7 @@ class Config(_Section):
             names_home=told is None,
             objective=told.objective if told else (),
             ttl_ms=told.ttl_ms if told else (),
+            again=self.second_try is not None,
         )
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import TYPE_CHECKING
 
 from extproc.config.types import is_ours, split_address
@@ -56,7 +56,7 @@ def cross_check(config: Config) -> list[str]:
         problems.append(
             "gpu_utilization_perc: needs gpu_metrics_url at one endpoint at least; without it nothing tells GPU use"
         )
-    problems += _check_discovery(config) + _check_replicas(config)
+    problems += _check_discovery(config) + _check_replicas(config) + _check_second_try(config)
     if config.headers.cluster in _NOT_OURS:
         problems.append(
             f"headers.cluster: {config.headers.cluster!r} has a meaning of its own in HTTP or Envoy; one like "
@@ -182,6 +182,25 @@ def _check_discovery(config: Config) -> list[str]:
         if found is not None and (found.service is None) is (found.selector is None):
             problems.append(f"{where}.kubernetes: needs one of service and selector")
     return problems
+
+
+def ip_of(address: str) -> IPv4Address | IPv6Address | None:
+    """Return the IP address of host:port; None: it has a name."""
+    try:
+        return ip_address(split_address(address)[0])
+    except ValueError:
+        return None
+
+
+def _check_second_try(config: Config) -> list[str]:
+    address = config.second_try
+    if address is None:
+        return []
+    if config.picks:
+        return ["second_try: is for our own Envoy configuration; a gateway that asks a picker retries by itself"]
+    if ip_of(address) is None:
+        return [f"second_try: must have an IP address, which Envoy compares, like 127.0.0.1:8080, not {address!r}"]
+    return []
 
 
 def _is_local(address: str) -> bool:

@@ -16,6 +16,7 @@ from extproc.config import split_address
 from extproc.durations import format_duration
 from extproc.errors import ConfigError
 from extproc.stream import wire
+from extproc.stream.again import UPSTREAM
 from extproc.stream.request import MAX_NAME
 
 if TYPE_CHECKING:
@@ -75,12 +76,11 @@ def render(config: Config, options: EnvoyOptions) -> str:
     late = in_file and (options.fail_open or bool(options.unqueued))
     if not in_file:
         clusters += [
-            _endpoint_cluster(cluster, address, options.upstream_protocol, config.upstream_idle_timeout)
-            for cluster, address in endpoints
+            _endpoint_cluster(cluster, address, options.upstream_protocol, config) for cluster, address in endpoints
         ]
     names = config.header_names()
     wanted = sorted(name for name in names.wanted() if name != names.cluster)
-    written = wire.written(names.cluster, server_timing=config.server_timing)
+    written = wire.written(names.cluster, server_timing=config.server_timing, second_try=names.again)
     header = json.dumps(names.cluster)
     message_timeout = format_duration(config.longest_budget_s + MARGIN_S)
     sidecars = options.sidecars or (config.listen,)
@@ -136,8 +136,10 @@ static_resources:
                   cluster_not_found_response_code: SERVICE_UNAVAILABLE
                   timeout: 0s
                   # What no engine has begun to read; plain "reset" would run again what one may still compute.
-                  retry_policy: {{retry_on: "connect-failure,refused-stream,reset-before-request", num_retries: 1}}
-                request_headers_to_remove: [{header}]
+                  retry_policy:
+                    retry_on: "connect-failure,refused-stream,reset-before-request"
+                    num_retries: 1
+{_second_priority(config)}                request_headers_to_remove: [{header}]
 {_upgrade_route(config, unsteered)}              # Not steered: no sidecar answered. {_unsteered_comment(options)}
               # It must be a route, not a direct_response: with that, the buffer limit above does not hold.
               - match: {{prefix: /}}
@@ -180,7 +182,7 @@ static_resources:
                 response_trailer_mode: SEND
               allow_mode_override: false
               request_attributes: [request.time, request.id]
-              response_attributes: [response.code_details]
+              response_attributes: [{", ".join(_attributes(config))}]
               # The sidecar may write the routing header, and the headers of its refusals: the rules apply to those too.
               mutation_rules:
                 disallow_all: true
@@ -235,8 +237,7 @@ static_resources:
 def render_clusters(routes: Mapping[str, str], addresses: Iterable[str], version: int, config: Config) -> str:
     """Return the file that Envoy follows: `routes` are cluster -> address; `addresses` share a cluster."""
     clusters = [
-        _endpoint_cluster(cluster, address, config.upstream_protocol, config.upstream_idle_timeout)
-        for cluster, address in routes.items()
+        _endpoint_cluster(cluster, address, config.upstream_protocol, config) for cluster, address in routes.items()
     ]
     clusters.append(
         _any_cluster(
@@ -664,18 +665,45 @@ def _protocol(protocol: str, idle_s: float) -> str:
 """
 
 
-def _endpoint_cluster(cluster: str, address: str, protocol: str, idle_s: float) -> str:
-    name = json.dumps(cluster)
+def _attributes(config: Config) -> tuple[str, ...]:
+    return ("response.code_details", *((UPSTREAM,) if config.second_try is not None else ()))
+
+
+def _second_priority(config: Config) -> str:
+    if config.second_try is None:
+        return ""
+    return f"""\
+                    # ... at the cluster's second priority, which leads back to the queue: see second_try.
+                    retry_priority:
+                      name: envoy.retry_priorities.previous_priorities
+                      typed_config:
+                        "@type": {_PREVIOUS_PRIORITIES}
+                        update_frequency: 1
+"""
+
+
+_PREVIOUS_PRIORITIES = (
+    "type.googleapis.com/envoy.extensions.retry.priority.previous_priorities.v3.PreviousPrioritiesConfig"
+)
+
+
+def _endpoint_cluster(cluster: str, address: str, protocol: str, config: Config) -> str:
+    name, again, idle_s = json.dumps(cluster), config.second_try, config.upstream_idle_timeout
+    back, most_retries = "", ""
+    if again is not None:
+        back = f"      - {{priority: 1, lb_endpoints: [{_lb_endpoint(again)}]}}\n"
+        most_retries = ", max_retries: 100000"  # each that came back counts here until it is answered; 3 by default
     return f"""\
   - name: {name}
     type: {"STATIC" if _is_ip(address) else "STRICT_DNS"}
     connect_timeout: 2s
     load_assignment:
       cluster_name: {name}
-      endpoints: [{{lb_endpoints: [{_lb_endpoint(address)}]}}]
-    # The sidecar's limits decide; Envoy's default of 1024 must not.
+      endpoints:
+      - {{lb_endpoints: [{_lb_endpoint(address)}]}}
+{back}    # The sidecar's limits decide; Envoy's default of 1024 must not.
     circuit_breakers:
-      thresholds: [{{max_connections: 100000, max_requests: 100000, max_pending_requests: 100000}}]
+      thresholds: [{{max_connections: 100000, max_requests: 100000, max_pending_requests: 100000{most_retries}}}]
 {_protocol(protocol, idle_s)}"""
 
 

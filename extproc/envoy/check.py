@@ -16,10 +16,11 @@ from extproc.admission.limit import CEILING
 from extproc.durations import parse_duration
 from extproc.envoy import ways
 from extproc.envoy.bootstrap import IDLE_S, MARGIN_S
-from extproc.envoy.view import Spot, View, views, walk
+from extproc.envoy.view import Spot, View, hosts_of, parse, same, views, walk
 from extproc.errors import ConfigError
 from extproc.files import read_text
 from extproc.stream import wire
+from extproc.stream.again import UPSTREAM
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -158,7 +159,8 @@ def _answers(view: View) -> Iterator[str]:
         yield f"{view.filter.path}.disable_immediate_response: turns our 429s into 500s; leave it unset"
     rules = view.filter.get("mutation_rules") or {}
     allowed = (rules.get("allow_expression") or {}).get("regex", "")
-    wanted = wire.written(view.config.headers.cluster, server_timing=view.config.server_timing)
+    again = view.config.second_try is not None
+    wanted = wire.written(view.config.headers.cluster, server_timing=view.config.server_timing, second_try=again)
     if rules.get("disallow_all"):
         missing = [name for name in wanted if not _matches(allowed, name)]
         if missing:
@@ -377,6 +379,35 @@ def _endpoint_clusters(view: View) -> Iterator[str]:
                 )
 
 
+def _second_try(view: View) -> Iterator[str]:
+    again = view.config.second_try
+    if again is None:
+        return
+    for route in view.steered:
+        if not route.get("route", "retry_policy", "retry_priority"):
+            yield (
+                f"{route.path}.route.retry_policy: second_try needs retry_priority previous_priorities, "
+                "update_frequency 1: else what can't be connected to is tried at the same server again"
+            )
+    if UPSTREAM not in (view.filter.get("response_attributes") or []):
+        yield f"{view.filter.path}.response_attributes: lacks {UPSTREAM}, by which second_try sees whose an answer is"
+    for endpoint in view.config.endpoints:
+        cluster = view.clusters.get(endpoint.cluster or endpoint.name)
+        if cluster is None:
+            continue
+        hosts = hosts_of(cluster)
+        if hosts is not None and not any(same(host, parse(again)) for host in hosts):
+            yield (
+                f"{cluster.path}.load_assignment.endpoints: lacks {again} with priority 1, where second_try takes what "
+                "can't be connected to"
+            )
+        elif (cluster.get("circuit_breakers", "thresholds") or [{}])[0].get("max_retries", 3) < MANY:
+            yield (
+                f"{cluster.path}.circuit_breakers.thresholds[0].max_retries: each request that came back counts there "
+                f"until it is answered, so more get 503; {10 * MANY} would be right"
+            )
+
+
 def _idle_connections(view: View) -> Iterator[str]:
     wanted_s = view.config.upstream_idle_timeout
     for endpoint in view.config.endpoints:
@@ -469,6 +500,7 @@ _RULES: tuple[Callable[[View], Iterator[str]], ...] = (
     ways.sidecar_host,
     _sidecar_tls,
     _endpoint_clusters,
+    _second_try,
     _idle_connections,
     ways.endpoint_hosts,
     _features,

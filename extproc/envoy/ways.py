@@ -224,12 +224,17 @@ def sidecar_host(view: View) -> Iterator[str]:
 
 
 def _endpoints(view: View) -> Iterator[tuple[int, Spot, Address, list[Address]]]:
-    """Walk the endpoints whose hosts the bootstrap holds: index, cluster, the address that is right, the hosts."""
+    """Walk the endpoints whose hosts the bootstrap holds: index, cluster, the address that is right, the hosts.
+
+    Without the one by which second tries come back.
+    """
+    again = view.config.second_try
     for index, endpoint in enumerate(view.config.endpoints):
         cluster = view.clusters.get(endpoint.cluster or endpoint.name)
         hosts = None if cluster is None else hosts_of(cluster)
         if cluster is not None and hosts is not None:
-            yield index, cluster, parse(endpoint.address), hosts
+            others = [host for host in hosts if again is None or same(host, parse(again)) is not True]
+            yield index, cluster, parse(endpoint.address), others
 
 
 def _another(view: View, index: int, host: Address) -> bool:

@@ -142,6 +142,7 @@ class Metrics:
         clock_offset_s: Callable[[], float] = float,
         config_is_refused: Callable[[], bool] = _no,
         left_out: Callable[[], int] = _none,
+        second_tries: Callable[[], int] = _none,
         transport: str | None = None,
         rehearsed: Mapping[tuple[str, str], int] | None = None,
         restarts: Mapping[str, int] = MappingProxyType({}),
@@ -151,7 +152,8 @@ class Metrics:
         """Count for `controller`.
 
         `streams`: how many ext_proc streams are open; `telemetry`: how the scraping goes; `clock`: the core's;
-        `left_out`: found endpoints that were not taken; `transport`: what carries gRPC;
+        `left_out`: found endpoints that were not taken; `second_tries`: requests that came back;
+        `transport`: what carries gRPC;
         `ignored`: header values of requests that told nothing, by header; `clock_offset_s`: of our wall clock against
         Envoy's; `config_is_refused`: the file is worse than what runs; `rehearsed`: a dry run's counts, by what would
         have happened and class; `restarts`: of tasks, by kind; `told_models`: requests answered by a list of models;
@@ -163,6 +165,7 @@ class Metrics:
         self._clock_offset_s = clock_offset_s
         self._config_is_refused = config_is_refused
         self._left_out = left_out
+        self._second_tries = second_tries
         self._transport = transport
         self.rehearsed = rehearsed
         self._restarts = restarts
@@ -306,6 +309,12 @@ class Metrics:
         )
         left_out.add_metric([], self._left_out())
         yield left_out
+        again = CounterMetricFamily(
+            "extproc_second_tries",
+            "Requests that came back because their server took no connection, and waited for another: see second_try.",
+        )
+        again.add_metric([], self._second_tries())
+        yield again
         transport = GaugeMetricFamily("extproc_transport", "1 for what carries gRPC.", labels=["transport"])
         if self._transport is not None:
             transport.add_metric([self._transport], 1)

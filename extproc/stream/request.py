@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from extproc.admission.values import FORM, JSON, OTHER, UNSIZED, Request
 from extproc.durations import parse_duration
 from extproc.stream.answer import GRPC_STATUS
+from extproc.stream.wire import AGAIN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -51,6 +52,7 @@ class Headers:
         trace: W3C trace context, if it has a name.
         objective: names of classes beside `request_class`, as a gateway's API has them.
         ttl_ms: budgets in whole milliseconds.
+        again: a request that comes back carries its ticket.
     """
 
     model: tuple[str, ...] = ("x-model",)
@@ -63,6 +65,7 @@ class Headers:
     names_home: bool = True
     objective: tuple[str, ...] = ()
     ttl_ms: tuple[str, ...] = ()
+    again: bool = False
 
     def wanted(self) -> frozenset[str]:
         """Return all headers that a session reads."""
@@ -70,6 +73,8 @@ class Headers:
         names = (*names, *self.ttl_ms, *((self.cluster,) if self.names_home else ()))
         if self.trace:
             names = (*names, self.trace)
+        if self.again:
+            names = (*names, AGAIN)
         ours = (":status", "content-length", GRPC_STATUS, "x-request-id")
         return frozenset((*names, *ours, *WHAT, REPORT, BINARY_REPORT))
 

@@ -20,7 +20,8 @@ from extproc.admission.outcome import Outcome
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import Answer, Dispatch
 from extproc.errors import ProtocolError
-from extproc.stream import bodies, wire
+from extproc.stream import again, bodies, wire
+from extproc.stream.again import Again
 from extproc.stream.answer import GRPC, GRPC_STATUS, judge, judge_trailers
 from extproc.stream.bodies import MODEL_WITHIN, Kept, model_in
 from extproc.stream.dialect import PLAIN, ClusterHeader
@@ -92,6 +93,7 @@ class Reception:
         read_model: bool = False,
         picks_without_end: bool = False,
         finished: Callable[[Ticket, Answer], None] | None = None,
+        second_try: str = "",
     ) -> None:
         """Sit between the streams and `gate`.
 
@@ -102,9 +104,11 @@ class Reception:
         `finished`: is told of each request that was sent to an endpoint and is over;
         `dialect`: how the gateway speaks; by default as our own Envoy configuration has it;
         `read_model`: look for the model in a body, where no header names it and the gateway sends bodies;
+        `second_try`: the address by which a request comes back that could not be connected to its server;
         `picks_without_end`: choose an endpoint also for gateways that never tell of the end: no limit counts that.
         """
         self.dialect = dialect or ClusterHeader(headers.cluster)
+        self.again = Again(second_try)
         self.read_model = read_model
         self.picks_without_end = picks_without_end
         self._has_refused_gateway = False
@@ -219,7 +223,10 @@ class Session:
         "_shape",
         "_state",
         "_ticket",
+        "_ticket_again",
+        "_tries",
         "_wait_s",
+        "_waited_s",
         "hang_up",
         "over",
         "resets",
@@ -241,6 +248,9 @@ class Session:
         self._is_half_closed = False
         self._is_sent = False  # to an endpoint
         self._wait_s: float | None = None  # set once dispatched, if the client is to be told
+        self._waited_s = 0.0  # until it was dispatched
+        self._tries = 0  # how often this request came back before
+        self._ticket_again = ""  # by which it comes back
         self.resets = False  # a client that leaves is told by a reset, that is without reading: the driver knows
         self.over = False  # nothing more is wanted: the driver ends the stream
         self.hang_up: Callable[[], object] | None = None  # the driver's: it ends the stream
@@ -335,12 +345,29 @@ class Session:
         """Have it decided, which may be before this returns."""
         reception = self._reception
         self._state = _State.HELD
+        sent_off_by = reception.again.back(incoming.headers)
         self._ticket = reception.ticket_for(incoming, self._decided)
+        if sent_off_by is not None:
+            self._tries, waited_s = sent_off_by.give_up()
+            self._ticket.request.arrived = reception.gate.now() - waited_s
+            if self._tries > again.MOST:
+                self._ticket, self._state = None, _State.REFUSED
+                self._send(self._refusal(Outcome.NO_ENDPOINT, 1))
+                return
         action, _ = reception.kind_of(incoming.headers)
         if action is Action.QUEUE and self._modes.tells_end:
             reception.gate.offer(self._ticket)
         else:
             reception.gate.send(self._ticket)
+
+    def give_up(self) -> tuple[int, float]:
+        """Note that the server we chose takes no connection, and that the request is here again.
+
+        Return how often it was, and how long it waited: what connecting took is not counted against its budget.
+        """
+        self._ticket_again, self._answer, self._wait_s = "", Answer.FAILED, None
+        self._close()
+        return self._tries + 1, self._waited_s
 
     def _take_piece(self, kind: int, piece: bytes) -> None:
         """Send a piece of a body on; before the decision, keep what will. The answer's last one is its end."""
@@ -383,6 +410,10 @@ class Session:
     def _take_answer(self, incoming: Incoming) -> None:
         """Follow what the head of an answer says."""
         self._answer = judge(incoming)
+        self._forget_ticket()
+        if self._ticket is not None and self._reception.again.came_back(incoming.attributes):
+            self._answer = Answer.FAILED  # another sidecar took the second try; the server that we chose does nothing
+            self._close()
         if self._ticket is not None:
             if self._answer is Answer.OK:
                 self._reception.gate.answered(self._ticket)
@@ -428,7 +459,13 @@ class Session:
             self._reception.gate.first_token(ticket)
         self.over = True
 
+    def _forget_ticket(self) -> None:
+        if self._ticket_again:
+            self._reception.again.forget(self._ticket_again)
+            self._ticket_again = ""
+
     def _close(self) -> None:
+        self._forget_ticket()
         if self._ticket is not None:
             ticket, self._ticket = self._ticket, None
             self._forget_number()
@@ -455,7 +492,9 @@ class Session:
                 self._reception.dispatched = self._number = self._reception.dispatched + 1
                 self._reception.running[self._number] = decision.ticket
                 details += wire.ticket_metadata(self._number)
-            self._wait_s = wait_s
+            self._wait_s, self._waited_s = wait_s, decision.wait_s
+            self._ticket_again, more = self._reception.again.send(self)
+            details += more
             self._is_sent = True
             self._send(self._reception.steer(decision.endpoint) + self._modes.override + details)
             if self._kept is not None:

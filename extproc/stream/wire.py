@@ -37,6 +37,9 @@ REFUSAL_HEADERS = ("content-type", "retry-after", "x-extproc-outcome")
 
 SERVER_TIMING = "server-timing"
 
+AGAIN = "x-extproc-again"
+"""Carries the ticket of a second try (again.py) to Envoy, and from there back to us."""
+
 PICK_HEADER = "x-gateway-destination-endpoint"
 """The Endpoint Picker Protocol: the pick, as a header and as dynamic metadata; and what else has names made of it."""
 PICK_NAMESPACE = "envoy.lb"
@@ -50,9 +53,10 @@ _ATTRIBUTES = "envoy.filters.http.ext_proc"
 _OVERWRITE = pb.HeaderValueOption.HeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
 
 
-def written(cluster_header: str, *, server_timing: bool) -> tuple[str, ...]:
+def written(cluster_header: str, *, server_timing: bool, second_try: bool = False) -> tuple[str, ...]:
     """Return the names of all headers that our answers set: what Envoy's mutation_rules must allow."""
-    return (cluster_header, *REFUSAL_HEADERS, *((SERVER_TIMING,) if server_timing else ()))
+    more = (*((SERVER_TIMING,) if server_timing else ()), *((AGAIN,) if second_try else ()))
+    return (cluster_header, *REFUSAL_HEADERS, *more)
 
 
 class Kind(Enum):
@@ -347,6 +351,12 @@ def answer(body: bytes, details: str) -> bytes:
 def ticket_metadata(number: int) -> bytes:
     """Encode our number of a request, for the first-byte probe. To be appended to an answer, as `decision_metadata`."""
     return _TICKET[0] + _DOUBLE.pack(number) + _TICKET[1]
+
+
+def again(ticket: str) -> bytes:
+    """Encode the ticket of a second try as a header of the request. To be appended to a pick: protobuf merges them."""
+    common = pb.CommonResponse(header_mutation=_set_headers({AGAIN: ticket}))
+    return pb.ProcessingResponse(request_headers=pb.HeadersResponse(response=common)).SerializeToString()
 
 
 def decision_metadata(

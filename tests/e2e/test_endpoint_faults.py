@@ -9,12 +9,14 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
 
 from .kit.clients import H1Request, complete_many
 from .kit.processes import free_port, wait_until
+from .kit.stack import local
 from .kit.upstream import SSE_DONE, behave
 
 if TYPE_CHECKING:
@@ -87,6 +89,24 @@ def test_an_endpoint_that_refuses_connections_is_left_out_and_its_pool_serves_on
     late = complete_many(here.url, 20, lambda n: {"x-test-id": f"l-{n}"})
     assert {answer.status for answer in late} == {200}
     settle(here, 80)
+
+
+def test_with_a_second_try_a_server_that_takes_no_connection_costs_no_client_an_error(stack):
+    """Twenty are sent there at once and come back, and wait in order for the one slot elsewhere."""
+    here = stack(
+        upstreams=("a", "b"),
+        config={"second_try": local(), "classes": PATIENT},
+        endpoints={"a": {"max_running_requests": 20}, "b": {"max_running_requests": 1}},
+    )
+    here.upstreams["a"].down()
+    answers = complete_many(here.url, 30, lambda n: {"x-test-id": f"t-{n}"}, body=b"x" * 100_000)
+    assert Counter(answer.status for answer in answers) == {200: 30}
+    served = sorted((one.arrived_at, one.ended_at or 0.0) for one in here.upstreams["b"].records() if one.request_id)
+    assert all(before[1] <= after[0] for before, after in pairwise(served)), "one at a time"
+    assert sorted(reached(here)) == sorted(f"t-{n}" for n in range(30)), "each was run once"
+    tries = int(here.sidecar.metrics()["extproc_second_tries_total"])
+    assert tries >= 5
+    settle(here, 30 + tries)
 
 
 def test_an_endpoint_that_is_killed_mid_stream_costs_only_its_own_answers(stack):

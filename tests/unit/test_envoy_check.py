@@ -280,3 +280,33 @@ def test_a_bootstrap_without_our_filter_and_one_that_is_no_yaml_are_named(tmp_pa
         check_envoy(CONFIG, path)
     with pytest.raises(ConfigError, match="can't be read"):
         check_envoy(CONFIG, tmp_path / "none.yaml")
+
+
+SECOND_TRY = parse_config("second_try: 127.0.0.1:8080\nendpoints: [{name: a, address: '127.0.0.1:8001'}]", "file", {})
+
+
+def test_the_rendered_bootstrap_takes_second_tries(tmp_path):
+    assert Rendered(SECOND_TRY).check(tmp_path) == []
+
+
+def test_each_part_that_a_second_try_needs_is_named_when_it_lacks(tmp_path):
+    def without(remove) -> str:
+        rendered = Rendered(SECOND_TRY)
+        remove(rendered)
+        return rendered.the_problem(tmp_path)
+
+    def endpoint(rendered) -> dict:
+        return next(one for one in rendered.resources["clusters"] if one["name"] == "a")
+
+    def steered(rendered) -> dict:
+        routes = rendered.manager["route_config"]["virtual_hosts"][0]["routes"]
+        return next(one["route"] for one in routes if "cluster_header" in one["route"])
+
+    def ours(rendered) -> dict:
+        name = "envoy.filters.http.ext_proc"
+        return next(one for one in rendered.manager["http_filters"] if one["name"] == name)["typed_config"]
+
+    assert "retry_priority" in without(lambda it: steered(it)["retry_policy"].pop("retry_priority"))
+    assert "lacks upstream.address" in without(lambda it: ours(it)["response_attributes"].remove("upstream.address"))
+    assert "with priority 1" in without(lambda it: endpoint(it)["load_assignment"]["endpoints"].pop())
+    assert "max_retries" in without(lambda it: endpoint(it)["circuit_breakers"]["thresholds"][0].pop("max_retries"))

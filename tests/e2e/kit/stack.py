@@ -189,7 +189,8 @@ class Stack:
         sidecars: Sequence[str] = (),
     ) -> Front:
         """One more Envoy in front of the same sidecar, or of `sidecars`, until the stack ends."""
-        address = local()
+        again = self.sidecar.config.get("second_try") if name == "envoy" else None  # it is Envoy's own listener
+        address = again or local()
         text = self.sidecar.envoy_config(address, local(), self.directory / f"{name}.access", protocol, sidecars)
         if edit is not None:
             parsed = yaml.safe_load(text)

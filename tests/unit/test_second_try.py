@@ -1,0 +1,162 @@
+"""A request whose server takes no connection comes back: one lease is given back, once, and the wait goes on."""
+
+from __future__ import annotations
+
+import pytest
+from test_session_and_gate import Clock, message
+
+from extproc._pb import ext_proc_pb2 as pb
+from extproc.admission.controller import Controller
+from extproc.admission.values import EndpointSpec, Policy, RequestClass
+from extproc.config import parse_config
+from extproc.errors import ConfigError
+from extproc.stream.again import MOST
+from extproc.stream.ages import Ages
+from extproc.stream.gate import Gate
+from extproc.stream.request import Headers
+from extproc.stream.session import Reception, Session
+from extproc.stream.wire import AGAIN
+
+ENVOY = "127.0.0.1:8080"
+
+
+class Room:
+    """A reception before endpoints of one slot each, and what each stream was answered."""
+
+    def __init__(self, *names: str, address: str = ENVOY, **policy) -> None:
+        self.clock = Clock()
+        classes = (RequestClass("default", 0, 10.0),)
+        self.core = Controller(Policy(classes=classes, **policy))
+        self.gate = Gate(self.core, self.clock)
+        self.reception = Reception(self.gate, Headers(again=bool(address)), Ages(60.0), second_try=address)
+        for name in names:
+            self.gate.put_endpoint(EndpointSpec(name, max_running_requests=1))
+            self.gate.set_up(name, is_up=True)
+            self.reception.put_cluster(name, name)
+
+    def open(self, ticket: str = "") -> tuple[Session, list[pb.ProcessingResponse]]:
+        replies: list[pb.ProcessingResponse] = []
+        session = Session(self.reception, lambda data: replies.append(pb.ProcessingResponse.FromString(data)))
+        session.receive(message("request_headers", **({AGAIN: ticket} if ticket else {})))
+        return session, replies
+
+    def leases(self) -> dict[str, int]:
+        return {name: len(endpoint.leases) for name, endpoint in self.core.endpoints.items()}
+
+
+def headers(replies: list[pb.ProcessingResponse]) -> dict[str, str]:
+    """What the last answer sets."""
+    part = replies[-1].request_headers.response.header_mutation
+    return {option.header.key: option.header.raw_value.decode() for option in part.set_headers}
+
+
+def test_what_comes_back_goes_to_another_server_and_its_first_lease_is_given_back_once():
+    room = Room("a", "b")
+    first, replies = room.open()
+    chosen = headers(replies)["x-upstream-cluster"]
+    second, again = room.open(headers(replies)[AGAIN])
+    other = headers(again)["x-upstream-cluster"]
+    assert {chosen, other} == {"a", "b"}
+    assert room.leases() == {chosen: 0, other: 1}
+    for session in (first, second):
+        session.receive(message("response_headers", status="200"))
+        session.end()
+    assert room.leases() == {"a": 0, "b": 0}
+    assert (len(room.reception.again), room.reception.again.count, room.reception.streams) == (0, 1, 0)
+
+
+def test_the_server_that_takes_no_connections_is_left_out_though_its_requests_are_answered_by_another():
+    room = Room("a", "b")
+    failed = 0
+    for _ in range(30):
+        first, replies = room.open()
+        sessions = [first]
+        if headers(replies)["x-upstream-cluster"] == "a":
+            failed += 1
+            sessions.insert(0, room.open(headers(replies)[AGAIN])[0])
+        for session in sessions:
+            session.receive(message("response_headers", {"response.code_details": "via_upstream"}, status="200"))
+            session.end()
+        room.clock.advance(0.1)
+    assert failed <= 6
+    assert room.core.endpoints["a"].health.ejected_until is not None
+
+
+def test_it_waits_on_with_its_age_and_what_connecting_took_is_not_counted():
+    room = Room("a")
+    holder, _ = room.open()
+    waiting, replies = room.open()
+    room.clock.advance(4.0)
+    holder.end()
+    ticket = headers(replies)[AGAIN]
+    room.clock.advance(30.0)  # Envoy tries to connect
+    room.core.set_quota("a", 0, room.clock.now)
+    _, again = room.open(ticket)
+    assert again == []
+    room.clock.advance(5.9)
+    assert again == []
+    room.clock.advance(0.2)
+    assert again[0].immediate_response.status.code == 429
+    assert waiting is not None
+
+
+@pytest.mark.parametrize("moment", ["answered", "ended", "unknown", "used"])
+def test_a_ticket_that_is_not_good_any_more_takes_nobodys_lease(moment):
+    room = Room("a", "b", "c")
+    first, replies = room.open()
+    ticket = headers(replies)[AGAIN]
+    match moment:
+        case "answered":
+            first.receive(message("response_headers", status="200"))
+        case "ended":
+            first.end()
+        case "unknown":
+            ticket = "0" * 32
+        case "used":
+            room.open(ticket)
+    before = sum(room.leases().values())
+    room.open(ticket)
+    assert sum(room.leases().values()) == before + 1
+
+
+def test_what_came_back_too_often_is_refused_and_leaves_nothing_behind():
+    room = Room("a")
+    session, replies = room.open()
+    for _ in range(MOST):
+        session, replies = room.open(headers(replies)[AGAIN])
+    _, replies = room.open(headers(replies)[AGAIN])
+    assert replies[0].immediate_response.status.code == 503
+    assert room.leases() == {"a": 0}
+    assert session is not None
+
+
+def test_a_second_try_that_another_sidecar_took_gives_the_lease_back_and_is_a_failure_of_ours():
+    room = Room("a", "b")
+    by_another = {"response.code_details": "via_upstream", "upstream.address": ENVOY}
+    for _ in range(30):
+        first, replies = room.open()
+        chosen = headers(replies)["x-upstream-cluster"]
+        attributes = by_another if chosen == "a" else {"response.code_details": "via_upstream"}
+        first.receive(message("response_headers", attributes, status="200"))
+        assert room.leases()[chosen] == (chosen == "b")
+        first.end()
+        room.clock.advance(0.1)
+    assert room.core.endpoints["a"].health.ejected_until is not None
+
+
+def test_without_the_key_nothing_is_said_of_second_tries():
+    room = Room("a", address="")
+    _, replies = room.open()
+    assert AGAIN not in headers(replies)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("second_try: localhost:8080", "second_try: must have an IP address"),
+        ("{second_try: '127.0.0.1:1', dialect: endpoint-picker}", "second_try: is for our own Envoy configuration"),
+    ],
+)
+def test_an_address_that_can_not_work_is_named(text, problem):
+    with pytest.raises(ConfigError, match=problem):
+        parse_config(text, "file", {})
