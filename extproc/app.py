@@ -74,7 +74,7 @@ CHANGEABLE = frozenset(
         *("endpoints", "discovery", "allowed_addresses", "health_check", "classes", "enable_queue"),
         *("drain_timeout", "hand_over"),
         *("max_running_requests", "max_queue_wait_time", "binding", "max_queued_requests", "max_prompt_tokens"),
-        *("routes", "default_model", "no_endpoint_budget", "tenants"),
+        *("routes", "default_model", "no_endpoint_budget", "overflow_clusters", "tenants"),
         *("shed", "tenant_fairness", "short_prompts_first", "max_gpu_perc", "gpu_utilization_perc"),
     )
 )
@@ -112,6 +112,7 @@ class App:
             ignored=lambda: self.reception.requests.ignored,
             clock_offset_s=lambda: self.ages.offset_s,
             config_is_refused=lambda: self.file is not None and self.file.is_refused,
+            overflowed=lambda: self.reception.overflowed,
             second_tries=lambda: self.reception.again.count,
             left_out=lambda: self.sources.left_out + self.roster.left_out,
             transport="completion_queue" if isinstance(loop, CompletionLoop) else "asyncio",
@@ -154,6 +155,7 @@ class App:
             picks_without_end=config.picker.without_end == "pick",
             finished=None if genai is None else genai.finished,
         )
+        self.reception.set_overflow(config.overflow)
         self.health = HealthChecks(self.gate.set_up, config.health_check, self.tasks, self.gate.heard_at)
         self.roster = Roster(
             self.gate,
@@ -281,6 +283,7 @@ class App:
         self._restart_needed = tuple(fixed)
         self.ages.oldest_s = config.longest_budget_s
         self.reception.routes = config.routes_table()
+        self.reception.set_overflow(config.overflow)
         self.reception.requests.default_model = config.default_model
         self._rank(self._priorities)
         self.gate.set_policy(config.policy())

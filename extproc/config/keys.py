@@ -318,6 +318,23 @@ class LimitConfig(_Section):
         )
 
 
+class OverflowConfig(_Section):
+    """A cluster of last resort: another region, a provider. No limit counts what goes there."""
+
+    name: Name = Field(description="The Envoy cluster's name.")
+    address: Address | None = Field(
+        None,
+        description="host:port, plain HTTP: `envoy-config` renders the cluster. Unset: your Envoy has it, with TLS, "
+        "keys and host names as it needs them.",
+    )
+
+
+class OnRefusalConfig(_Section):
+    """What becomes of a request that would be refused for want of room."""
+
+    cluster: Name = Field(description="One of `overflow_clusters`: it goes there instead.")
+
+
 class ClassConfig(_Section):
     """A service class. A request names its class in a header; an unknown or missing name means the first class."""
 
@@ -332,6 +349,9 @@ class ClassConfig(_Section):
         30.0,
         description="The longest that a request of this class may wait. Where `ttft` is given, by default that less "
         "0.4s, which the server needs.",
+    )
+    on_refusal: OnRefusalConfig | None = Field(
+        None, description="Instead of 429 or 503 for want of room. Unset: the refusal."
     )
     ttft: PositiveDuration | None = Field(None, description="Wanted time to the first token, as its users say it.")
     tpot: PositiveDuration | None = Field(
@@ -613,6 +633,9 @@ class Config(_Section):
     classes: Annotated[list[ClassConfig], Field(min_length=1)] = Field(
         [ClassConfig(name="default")], description="Service classes; the first is the default."
     )
+    overflow_clusters: Annotated[list[OverflowConfig], Field(max_length=100)] = Field(
+        [], description="Envoy clusters that `on_refusal` of a class may name."
+    )
     routes: Annotated[list[RouteConfig], Field(max_length=100)] = Field(
         [], description="Which requests are queued, which go at once, and what shape errors have, by method and path."
     )
@@ -770,6 +793,11 @@ class Config(_Section):
     def picks(self) -> bool:
         """We are an endpoint picker: what we write is an address."""
         return self.dialect == "endpoint-picker" or (self.dialect is None and self.inference_pool is not None)
+
+    @property
+    def overflow(self) -> dict[str, str]:
+        """The cluster of last resort of each class that has one."""
+        return {one.name: one.on_refusal.cluster for one in self.classes if one.on_refusal is not None}
 
     def routes_table(self) -> Routes:
         """Return the table of routes as a session knows it."""

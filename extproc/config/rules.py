@@ -25,6 +25,7 @@ def cross_check(config: Config) -> list[str]:
         ("endpoints", "name", [endpoint.name for endpoint in config.endpoints]),
         ("endpoints", "cluster", [endpoint.cluster or endpoint.name for endpoint in config.endpoints]),
         ("classes", "name", [klass.name for klass in config.classes]),
+        ("overflow_clusters", "name", [one.name for one in config.overflow_clusters]),
         ("tenants.named", "name", [] if config.tenants is None else [one.name for one in config.tenants.named]),
     ):
         for index, name in enumerate(names):
@@ -56,7 +57,7 @@ def cross_check(config: Config) -> list[str]:
         problems.append(
             "gpu_utilization_perc: needs gpu_metrics_url at one endpoint at least; without it nothing tells GPU use"
         )
-    problems += _check_discovery(config) + _check_replicas(config) + _check_second_try(config)
+    problems += _check_discovery(config) + _check_replicas(config) + _check_second_try(config) + _check_overflow(config)
     if config.headers.cluster in _NOT_OURS:
         problems.append(
             f"headers.cluster: {config.headers.cluster!r} has a meaning of its own in HTTP or Envoy; one like "
@@ -190,6 +191,24 @@ def ip_of(address: str) -> IPv4Address | IPv6Address | None:
         return ip_address(split_address(address)[0])
     except ValueError:
         return None
+
+
+def _check_overflow(config: Config) -> list[str]:
+    names = {one.name for one in config.overflow_clusters}
+    of_endpoints = {one.cluster or one.name for one in config.endpoints}
+    problems = [
+        f"classes[{index}].on_refusal.cluster: {klass.on_refusal.cluster!r} is none of overflow_clusters"
+        for index, klass in enumerate(config.classes)
+        if klass.on_refusal is not None and klass.on_refusal.cluster not in names
+    ]
+    problems += [
+        f"overflow_clusters[{index}].name: {one.name!r} is an endpoint's cluster, or ours: nobody would count it there"
+        for index, one in enumerate(config.overflow_clusters)
+        if one.name in of_endpoints or is_ours(one.name)
+    ]
+    if names and config.picks:
+        problems.append("overflow_clusters: are Envoy's; a gateway that asks a picker knows endpoints alone")
+    return problems
 
 
 def _check_second_try(config: Config) -> list[str]:

@@ -78,6 +78,11 @@ def render(config: Config, options: EnvoyOptions) -> str:
         clusters += [
             _endpoint_cluster(cluster, address, options.upstream_protocol, config) for cluster, address in endpoints
         ]
+    clusters += [
+        _endpoint_cluster(one.name, one.address, options.upstream_protocol, config, may_retry=False)
+        for one in config.overflow_clusters
+        if one.address is not None
+    ]
     names = config.header_names()
     wanted = sorted(name for name in names.wanted() if name != names.cluster)
     written = wire.written(names.cluster, server_timing=config.server_timing, second_try=names.again)
@@ -687,10 +692,10 @@ _PREVIOUS_PRIORITIES = (
 )
 
 
-def _endpoint_cluster(cluster: str, address: str, protocol: str, config: Config) -> str:
+def _endpoint_cluster(cluster: str, address: str, protocol: str, config: Config, *, may_retry: bool = True) -> str:
     name, again, idle_s = json.dumps(cluster), config.second_try, config.upstream_idle_timeout
     back, most_retries = "", ""
-    if again is not None:
+    if again is not None and may_retry:
         back = f"      - {{priority: 1, lb_endpoints: [{_lb_endpoint(again)}]}}\n"
         most_retries = ", max_retries: 100000"  # each that came back counts here until it is answered; 3 by default
     return f"""\

@@ -379,6 +379,15 @@ def _endpoint_clusters(view: View) -> Iterator[str]:
                 )
 
 
+def _overflow_clusters(view: View) -> Iterator[str]:
+    for index, one in enumerate(view.config.overflow_clusters):
+        if view.static_clusters and one.name not in view.clusters:
+            yield (
+                f"static_resources.clusters: there is no {one.name!r}, overflow_clusters[{index}]: what is sent there "
+                "gets 503"
+            )
+
+
 def _second_try(view: View) -> Iterator[str]:
     again = view.config.second_try
     if again is None:
@@ -500,6 +509,7 @@ _RULES: tuple[Callable[[View], Iterator[str]], ...] = (
     ways.sidecar_host,
     _sidecar_tls,
     _endpoint_clusters,
+    _overflow_clusters,
     _second_try,
     _idle_connections,
     ways.endpoint_hosts,

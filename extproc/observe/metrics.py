@@ -143,6 +143,7 @@ class Metrics:
         config_is_refused: Callable[[], bool] = _no,
         left_out: Callable[[], int] = _none,
         second_tries: Callable[[], int] = _none,
+        overflowed: Callable[[], Mapping[str, int]] = _nothing,
         transport: str | None = None,
         rehearsed: Mapping[tuple[str, str], int] | None = None,
         restarts: Mapping[str, int] = MappingProxyType({}),
@@ -153,6 +154,7 @@ class Metrics:
 
         `streams`: how many ext_proc streams are open; `telemetry`: how the scraping goes; `clock`: the core's;
         `left_out`: found endpoints that were not taken; `second_tries`: requests that came back;
+        `overflowed`: those that went to a cluster of last resort, by class;
         `transport`: what carries gRPC;
         `ignored`: header values of requests that told nothing, by header; `clock_offset_s`: of our wall clock against
         Envoy's; `config_is_refused`: the file is worse than what runs; `rehearsed`: a dry run's counts, by what would
@@ -166,6 +168,7 @@ class Metrics:
         self._config_is_refused = config_is_refused
         self._left_out = left_out
         self._second_tries = second_tries
+        self._overflowed = overflowed
         self._transport = transport
         self.rehearsed = rehearsed
         self._restarts = restarts
@@ -309,6 +312,14 @@ class Metrics:
         )
         left_out.add_metric([], self._left_out())
         yield left_out
+        overflowed = CounterMetricFamily(
+            "extproc_overflowed",
+            "Requests that went to their class's cluster of last resort instead of a refusal, which is counted too.",
+            labels=["class"],
+        )
+        for name, count in self._overflowed().items():
+            overflowed.add_metric([name], count)
+        yield overflowed
         again = CounterMetricFamily(
             "extproc_second_tries",
             "Requests that came back because their server took no connection, and waited for another: see second_try.",

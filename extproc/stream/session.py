@@ -54,6 +54,10 @@ log = logging.getLogger("extproc.session")
 
 UPGRADE = "UPGRADE"
 """Stands for the method of requests that ask for another protocol, in the table of routes."""
+OVERFLOWS = frozenset(
+    (Outcome.QUEUE_FULL, Outcome.BUDGET_PREDICTED, Outcome.BUDGET_EXPIRED, Outcome.NO_ENDPOINT, Outcome.DRAINING)
+)
+"""Refusals for want of room. What the client itself would have to change is refused wherever it is sent."""
 LIST_S = 1.0
 """How long the list of all models is kept."""
 
@@ -109,6 +113,8 @@ class Reception:
         """
         self.dialect = dialect or ClusterHeader(headers.cluster)
         self.again = Again(second_try)
+        self._overflow: dict[str, tuple[str, bytes]] = {}  # class -> cluster of last resort, and how to steer there
+        self.overflowed: dict[str, int] = {}  # how many went there, by class
         self.read_model = read_model
         self.picks_without_end = picks_without_end
         self._has_refused_gateway = False
@@ -146,6 +152,16 @@ class Reception:
             del self._steers[endpoint]
             if self._endpoints.get(cluster) == endpoint:
                 del self._endpoints[cluster]
+
+    def set_overflow(self, clusters: Mapping[str, str]) -> None:
+        """Note to which cluster requests of a class go instead of a refusal for want of room, by class."""
+        self._overflow = {name: (cluster, self.dialect.steer(cluster)) for name, cluster in clusters.items()}
+
+    def overflow(self, decision: Decision) -> tuple[str, bytes] | None:
+        """Return where a refused request goes instead, and the answer that sends it there; None: it is refused."""
+        if decision.outcome not in OVERFLOWS:
+            return None
+        return self._overflow.get(decision.ticket.request_class.name)
 
     def endpoint_of(self, cluster: str) -> str | None:
         """Return the endpoint behind a cluster named upstream, or None if the config has no such cluster."""
@@ -500,17 +516,30 @@ class Session:
             if self._kept is not None:
                 for reply in self._kept.take():
                     self._send(reply)
+        elif (overflow := self._reception.overflow(decision)) is not None:
+            self._overflow(decision, *overflow, wait_s)
         else:
             self._is_refused = True
             self._reception.refused += 1
             about = {"wait_s": round(decision.wait_s, 3), **decision.ticket.why()}
             self._send(self._refusal(decision.outcome, decision.retry_after_s, wait_s, about) + details)
 
+    def _overflow(self, decision: Decision, cluster: str, steer: bytes, wait_s: float | None) -> None:
+        """Send a refused request to its class's cluster of last resort: it takes no slot, and no limit counts it."""
+        self._state, self._wait_s = _State.ANSWERED, wait_s
+        name, counts = decision.ticket.request_class.name, self._reception.overflowed
+        counts[name] = counts.get(name, 0) + 1
+        self._send(steer + _details(decision, (("overflow", cluster),)))
 
-def _details(decision: Decision) -> bytes:
+
+def _details(decision: Decision, more: tuple[tuple[str, str], ...] = ()) -> bytes:
     """Return what Envoy's access log can say about the decision."""
     ticket = decision.ticket
-    texts: tuple[tuple[str, str], ...] = (("outcome", decision.outcome.value), ("class", ticket.request_class.name))
+    texts: tuple[tuple[str, str], ...] = (
+        ("outcome", decision.outcome.value),
+        ("class", ticket.request_class.name),
+        *more,
+    )
     if isinstance(decision, Dispatch):
         texts += (("endpoint", decision.endpoint),)
     if ticket.home is not None:

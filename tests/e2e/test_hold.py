@@ -11,7 +11,7 @@ import pytest
 
 from .kit.clients import complete_many
 from .kit.processes import Child, http_get
-from .kit.upstream import behave
+from .kit.upstream import Upstream, behave
 
 SLOTS = 4
 
@@ -175,3 +175,30 @@ def test_a_dry_run_holds_nothing_and_counts_what_it_would_have_held(stack):
     would = {name: count for name, count in metrics.items() if name.startswith("extproc_dry_run_requests_total")}
     outcomes = {re.search(r'outcome="(\w+)"', name)[1]: count for name, count in would.items()}
     assert outcomes == {"dispatched": 1, "held": 4}, "one slot, and five that run at once"
+
+
+def test_a_class_with_a_cluster_of_last_resort_overflows_there_and_another_is_refused(stack):
+    with Upstream("spare") as spare:
+        here = stack(
+            config={
+                "overflow_clusters": [{"name": "elsewhere", "address": spare.address}],
+                "classes": [
+                    {"name": "soft", "budget": "100ms", "on_refusal": {"cluster": "elsewhere"}},
+                    {"name": "firm", "budget": "100ms"},
+                ],
+            }
+        )
+        held = dict([behave("ok", hold="head")])
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(complete_many, here.url, 1, lambda _: {"x-test-id": "run", **held})
+            here.wait_in_flight("a", 1)
+            (soft,) = complete_many(here.url, 1, lambda _: {"x-test-id": "soft"})
+            (firm,) = complete_many(here.url, 1, lambda _: {"x-test-id": "firm", "x-request-class": "firm"})
+            assert (soft.status, firm.status) == (200, 429)
+            assert [one.request_id for one in spare.records() if one.request_id] == ["soft"]
+            here.upstreams["a"].release("run")
+            (answer,) = running.result()
+        (guest,) = complete_many(here.url, 1, lambda _: {"x-test-id": "guest", "x-upstream-cluster": "elsewhere"})
+        assert (answer.status, guest.status) == (200, 200)
+        assert len(spare.seen("guest")) == 0, "no client can choose it"
+        assert here.sidecar.metrics()['extproc_overflowed_total{class="soft"}'] == 1.0

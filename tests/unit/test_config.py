@@ -115,6 +115,14 @@ def test_all_problems_come_at_once_each_with_its_key_path_and_what_would_be_righ
         ),
         ("tenants: {others: {max_in_flight: 0}}", "tenants.others.max_in_flight: must be 1 or more"),
         ("tenants: {others: {name: x}}", "tenants.others.name"),
+        (
+            "classes: [{name: a, on_refusal: {cluster: x}}]",
+            "classes[0].on_refusal.cluster: 'x' is none of overflow_clusters",
+        ),
+        (
+            "overflow_clusters: [{name: a}]\nendpoints: [{name: a, address: 'h:1'}]",
+            "overflow_clusters[0].name: 'a' is an endpoint's cluster",
+        ),
         ("no_endpoint_budget: 3480s", "no_endpoint_budget: 3480s and the longest budget after it are above"),
         ("no_endpoint_budget: 0s", "no_endpoint_budget: must be longer than 0s"),
         ("headers: {model: x-a, tenant: x-a}", "headers: 'x-a' is used for two things"),

@@ -282,6 +282,18 @@ def test_a_bootstrap_without_our_filter_and_one_that_is_no_yaml_are_named(tmp_pa
         check_envoy(CONFIG, tmp_path / "none.yaml")
 
 
+OVERFLOW = parse_config(
+    "overflow_clusters: [{name: spare, address: 'h:9'}, {name: provider}]\nendpoints: [{name: a, address: 'h:1'}]\n",
+    "file",
+    {},
+)
+
+
+def test_a_cluster_of_last_resort_with_an_address_is_rendered_and_one_without_must_be_there(tmp_path):
+    problem = Rendered(OVERFLOW).the_problem(tmp_path)
+    assert "no 'provider', overflow_clusters[1]" in problem
+
+
 SECOND_TRY = parse_config("second_try: 127.0.0.1:8080\nendpoints: [{name: a, address: '127.0.0.1:8001'}]", "file", {})
 
 
