@@ -56,8 +56,8 @@ def remembered(seeds: tuple[int, ...]) -> tuple[Path, dict[str, dict[str, Row]]]
     return path, known
 
 
-def pass_gate(names: list[str], workers: int, *, record: bool, fresh: bool) -> int:
-    """Play cells of the gate, print them, and write them down if asked to."""
+def pass_gate(names: list[str], workers: int, *, record: bool, fresh: bool, to: Path | None) -> int:
+    """Play cells of the gate, print them, write them down if asked to, and a page of all `to` a file."""
     known = gate.read()
     tasks = [(name, None if fresh else known.get(name)) for name in names]
     new: dict[str, gate.Record] = {}
@@ -78,8 +78,12 @@ def pass_gate(names: list[str], workers: int, *, record: bool, fresh: bool) -> i
             failed += bool(wrong)
     misses = sum(bool(one.misses) for one in new.values())
     print(f"{len(new)} cells: {failed} fail against the record, {misses} miss a criterion")
+    both = known | new
     if record:
-        gate.write({name: both[name] for name in gate.names() if name in (both := known | new)})
+        gate.write({name: both[name] for name in gate.names() if name in both})
+    if to is not None:
+        rest = [name for name in chosen() if name not in both]
+        to.write_text(page.render(gate.rows(both), gate.SEEDS, "python -m bench.matrix --gate --page", rest))
     return 0 if record or not failed else 1
 
 
@@ -103,7 +107,7 @@ def main() -> int:
         return 0
     if flags.gate:
         wanted = [name for name in gate.names() if any(fnmatchcase(name, like) for like in flags.cells or ["*"])]
-        return pass_gate(wanted, flags.workers, record=flags.record, fresh=flags.fresh)
+        return pass_gate(wanted, flags.workers, record=flags.record, fresh=flags.fresh, to=flags.page)
     try:
         cells = matching(flags.cells or chosen())
     except ValueError as error:

@@ -79,6 +79,18 @@ def duels() -> dict[str, dict[str, dict[str, object]]]:
     return found
 
 
+def rows(records: dict[str, Record]) -> list[dict[str, object]]:
+    """Return what is recorded as rows for the page."""
+    found: list[dict[str, object]] = []
+    for name, record in records.items():
+        if record.ours is not None:
+            verdict = judge(record.ours, record.rivals, cell(name).load)
+            scores = {"ours": record.ours} | {score.text: score for score in record.rivals}
+            row = {"cell": name, "scores": {who: contest.as_row(score) for who, score in scores.items()}}
+            found.append(row | {"ratio": verdict.ratio, "problems": list(verdict.problems)})
+    return found
+
+
 def write(records: dict[str, Record]) -> None:
     """Write `gate.json`, a cell after the other."""
     entries = {

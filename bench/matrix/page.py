@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from bench.matrix.cells import cell
 from bench.matrix.chosen import REASONS, reason
-from bench.matrix.contest import FIXED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -64,8 +63,16 @@ def render(rows: Sequence[Row], seeds: Sequence[int], command: str, unplayed: Se
     used = sorted({number for row in rows if row["problems"] and (number := _number(row["cell"]))})
     parts += ["", *(f"{number}. {_flat(list(REASONS.values())[number - 1])}" for number in used)]
     if unplayed:
-        names = ", ".join(f"`{name}`" for name in unplayed)
-        parts += ["", "## Not played", "", f"Time was too short for {len(unplayed)} of the cells: {names}."]
+        groups: dict[str, int] = defaultdict(int)
+        for one in map(cell, unplayed):
+            groups[f"`{one.engine}/{one.page}/...@{one.load}`"] += 1
+        names = ", ".join(f"{count} of {name}" for name, count in groups.items())
+        parts += [
+            "",
+            "## Not played",
+            "",
+            f"{len(unplayed)} cells of `make bench-matrix` are not on this page: {names}.",
+        ]
     return "\n".join(parts) + "\n"
 
 
@@ -81,7 +88,9 @@ def _number(name: str) -> int | None:
 
 def _strongest(row: Row) -> Row:
     others: Iterable[Row] = (
-        score for name, score in row["scores"].items() if not name.startswith("ours") or name == FIXED
+        score
+        for name, score in row["scores"].items()
+        if name != "ours" and (not name.startswith("ours,") or "max_running" in name)
     )
     return max(others, key=lambda score: score["goodput"])
 
