@@ -60,6 +60,7 @@ def bootstrap(
     buffer_bytes: int | None = None,
     idle_s: float = 0,
     tls: bool = False,
+    message_timeout: str = "",
 ) -> dict[str, Any]:
     """Return the bootstrap of a gateway of this kind, whose picker is at `picker`, with `tls` if it has that.
 
@@ -74,7 +75,7 @@ def bootstrap(
         "@type": _EXTENSIONS + "filters.http.ext_proc.v3.ExternalProcessor",
         "grpc_service": service,
         "processing_mode": off if by_metadata else mode,
-        "message_timeout": "1000s" if by_metadata else "300s",
+        "message_timeout": message_timeout or ("1000s" if by_metadata else "300s"),
         "allow_mode_override": kind == "ai-gateway-buffered",
     }
     if by_metadata:

@@ -65,6 +65,11 @@ class Picking:
         """The upstreams that a request reached, in no order that means anything."""
         return [name for name, upstream in self.upstreams.items() for _ in upstream.seen(request_id)]
 
+    def seen_where_picked(self, kind: str, request_id: str, **how: Any) -> bool:
+        """Whether a request went where its pick said, by that gateway's own log."""
+        line = self.envoy(kind, **how).wait_access_log(lambda entry: entry.get("id") == request_id)
+        return bool(line["upstream"]) and line["upstream"] == line["picked"]
+
     def wait_in_flight(self, count: int, timeout_s: float = 2.0) -> None:
         """Wait until exactly so many leases are held."""
         wait_until(lambda: sum(self.in_flight().values()) == count, timeout_s, f"{count} in flight")

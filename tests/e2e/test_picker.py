@@ -1,0 +1,158 @@
+"""The sidecar as an endpoint picker behind real Envoys, set up as the control planes of Inference Gateways do.
+
+One sidecar, two inference servers that take one request each, and an Envoy of each kind. `make test-picker` runs all of
+it, also on older Envoys; here is a slice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import pytest
+
+from .kit.clients import H1Request, complete_many
+from .kit.gateways import KINDS
+from .kit.picking import Picking
+from .kit.processes import wait_until
+from .kit.upstream import SSE_DONE, behave, sse_event
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+LONG = bool(os.environ.get("EXTPROC_LONG"))
+BACK_S = 0.05
+"""How soon after an answer's last byte its lease is back, at its best: a machine may be busy with others."""
+SIZES = (0, 1000, 1_000_000, *((30_000_000,) if LONG else ()))
+NO_WINDOW = {"ai-gateway-buffered": 30_000}
+"""The largest body in a gateway that buffers it all: Envoy Gateway's listener takes 32 KiB."""
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Picking]:
+    with Picking(tmp_path_factory.mktemp("picking")) as picking:
+        yield picking
+
+
+def body_of(size: int) -> bytes:
+    return random.Random(size).randbytes(size)
+
+
+@contextlib.contextmanager
+def blocked(here: Picking, gateway: str, name: str) -> Iterator[None]:
+    """All slots are taken by requests that answer when this ends."""
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(
+            complete_many, f"http://{gateway}/v1/chat/completions", 2,
+            lambda n: {"x-test-id": f"{name}-{n}", **dict([behave("sse", hold="body")])},
+        )  # fmt: skip
+        try:
+            here.wait_in_flight(2)
+            yield
+        finally:
+            for upstream in here.upstreams.values():
+                for number in range(2):
+                    upstream.release(f"{name}-{number}")
+            assert {one.status for one in running.result()} == {200}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bodies_of_any_size_arrive_as_they_were_sent_both_ways_and_the_lease_is_back_at_once(here, kind):
+    gateway = here.gateway(kind)
+    took_s = []
+    for most in SIZES:
+        size = min(most, NO_WINDOW.get(kind, most))
+        body, name = body_of(size), f"bytes-{kind}-{size}"
+        headers = [("x-test-id", name), behave("sse", events=20)]
+        with H1Request(gateway, headers=headers, body=body, timeout_s=60) as one:
+            assert one.send().read_all() == b"".join(map(sse_event, range(20))) + SSE_DONE
+        ended = time.monotonic()
+        here.wait_in_flight(0)
+        took_s.append(time.monotonic() - ended)
+        (record,) = [one for upstream in here.upstreams.values() for one in upstream.seen(name)]
+        assert (record.body_bytes, record.body_sha1) == (size, hashlib.sha1(body, usedforsecurity=False).hexdigest())
+        assert here.seen_where_picked(kind, name)
+    assert min(took_s) < BACK_S
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_at_once_all_are_served_and_no_server_ever_gets_more_than_its_limit(here, kind):
+    for upstream in here.upstreams.values():
+        upstream.clear()
+    headers = dict([behave("sse", events=3, gap_s=0.002)])
+    answers = complete_many(
+        f"http://{here.gateway(kind)}/v1/chat/completions", 30,
+        lambda n: {"x-test-id": f"many-{kind}-{n}", **headers}, body=body_of(3000),
+    )  # fmt: skip
+    assert {one.status for one in answers} == {200}
+    assert [upstream.peak for upstream in here.upstreams.values()] == [1, 1]
+    here.wait_idle()
+
+
+@pytest.mark.parametrize("kind", ["istio", "istio-lean", "ai-gateway"])
+@pytest.mark.parametrize("size", [0, 1000, 3_000_000])
+def test_a_client_that_leaves_while_it_is_held_leaves_the_line_and_is_never_run(here, kind, size):
+    gateway, name = here.gateway(kind), f"ghost-{kind}-{size}"
+    with blocked(here, gateway, f"before-{name}"), H1Request(gateway, headers=[("x-test-id", name)]) as ghost:
+        ghost.send_head(size)
+        if (
+            kind != "istio-lean" or size < 1_000_000
+        ):  # a lean gateway's own listener stops reading at its buffer's limit
+            ghost.upload(size)
+        here.wait_waiting(1)
+        ghost.rst()
+        here.wait_waiting(0, timeout_s=1)
+    here.wait_idle()
+    assert here.seen(name) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_client_that_leaves_while_it_runs_gives_its_slot_back_at_once(here, kind):
+    name = f"left-{kind}"
+    headers = [("x-test-id", name), behave("sse", hold="body")]
+    with H1Request(here.gateway(kind), headers=headers, body=body_of(1000)) as leaver:
+        assert leaver.send().read_chunk() == sse_event(0)
+        assert sum(here.in_flight().values()) == 1
+        leaver.rst()
+        here.wait_in_flight(0, timeout_s=1)
+    (where,) = here.seen(name)
+    assert here.upstreams[where].wait_ended(name).aborted
+
+
+def test_a_held_request_is_not_given_up_by_a_message_timeout_where_bodies_are_full_duplex(here):
+    """message_timeout is armed outside FULL_DUPLEX_STREAMED alone: so a wait may last as long as a budget."""
+    gateway = here.gateway("llm-d", message_timeout="0.3s")
+    with ThreadPoolExecutor(1) as pool, blocked(here, gateway, "before-wait"):
+        held = pool.submit(complete_many, f"http://{gateway}/", 1, lambda _: {"x-test-id": "waits"}, body=b"x" * 5000)
+        here.wait_waiting(1)
+        wait_until(lambda: here.sidecar.queues()["waiting"][0]["age_s"] > 0.8, 5, "it waited")
+    assert [one.status for one in held.result()] == [200]
+
+
+def test_what_nobody_will_serve_in_time_is_refused_with_the_gateways_words(here):
+    gateway = here.gateway("istio")
+    with blocked(here, gateway, "before-refusal"):
+        (late,) = complete_many(f"http://{gateway}/", 1, lambda _: {"x-llm-d-inference-ttl": "1"}, body=b"{}")
+    assert (late.status, late.headers["x-llm-d-request-dropped-reason"]) == (429, "rejected-ttl-expired")
+
+
+@pytest.mark.parametrize(("kind", "survives"), [("istio", False), ("istio-lean", True)])
+def test_a_picker_that_dies_cuts_what_runs_in_full_duplex_and_not_where_bodies_pass_it_by(tmp_path, kind, survives):
+    """FailOpen says that requests go on without a picker: true where no body depends on it (docs)."""
+    with Picking(tmp_path) as here:
+        headers = [("x-test-id", "runs"), behave("sse", hold="body")]
+        with H1Request(here.gateway(kind, fail_open=True), headers=headers, body=b"{}") as running:
+            assert running.send().read_chunk() == sse_event(0)
+            here.sidecar.child.signal(signal.SIGKILL)
+            for upstream in here.upstreams.values():
+                upstream.release("runs")
+            running.read_all()
+            assert running.complete is survives
+        (after,) = complete_many(f"http://{here.gateway(kind, fail_open=True)}/", 1, lambda _: {}, body=b"{}")
+        assert after.status == (200 if survives else 500)
