@@ -36,14 +36,14 @@ class Answers:
     def began(self, ticket: Ticket) -> None:
         """Note a good answer, long before it ends: a trial need not last as long."""
         if not ticket.is_answered:
-            self._served(ticket, placed(ticket.endpoint), placed(ticket.pool))
+            self._served(ticket, placed(ticket.endpoint), _company(ticket))
 
     def ended(self, ticket: Ticket, answer: Answer) -> None:
         """Judge a whole answer, and charge what it cost beyond its estimate: how long it was written, at what pace."""
         endpoint, pool = placed(ticket.endpoint), placed(ticket.pool)
         if answer is _OK or answer is _UNKNOWN or ticket.is_answered:
             endpoint.completed += ticket.sequences  # a connection that failed at once had no answer
-        self._judge(answer, ticket, endpoint, pool)
+        self._judge(answer, ticket, endpoint, _company(ticket))
         if answer is _OK or answer is _UNKNOWN:
             writing_s, pace = endpoint.writing_s(ticket, self._books.now), endpoint.steps.pace
             tokens = self._tokens.tokens_of(ticket, writing_s, pace, learn=answer is _OK)
@@ -77,3 +77,12 @@ class Answers:
             is_own_fault = True  # full of nothing: it loads, or is broken
         has_peers = pool.usable > endpoint.counted
         endpoint.health.refused(ticket, pool.record, now, is_own_fault=is_own_fault, has_peers=has_peers)
+
+
+def _company(ticket: Ticket) -> Pool:
+    """Return those whom the endpoint of a request is judged against: all who serve the model, not a gateway's few."""
+    pool = placed(ticket.pool)
+    if not pool.base.is_part:
+        return pool
+    wholes = [one for one in placed(ticket.endpoint).pools if not one.base.is_part]
+    return max(wholes, key=lambda one: len(one.members), default=pool)

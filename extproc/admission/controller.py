@@ -31,6 +31,7 @@ from extproc.admission.events import (
     HomeBelieved,
     LearntBelieved,
     ModelsKnown,
+    Moved,
     Observed,
     Offered,
     PolicySet,
@@ -44,6 +45,7 @@ from extproc.admission.events import (
 from extproc.admission.fleet import Fleet
 from extproc.admission.guard import seniority
 from extproc.admission.held import HeldBy
+from extproc.admission.lanes import lane_of
 from extproc.admission.lines import Lines, placed
 from extproc.admission.outcome import Outcome
 from extproc.admission.placing import Placing
@@ -106,18 +108,18 @@ class Controller:
             self._event = Offered(now, ticket)
         request = ticket.request
         ticket.request_class = klass = books.class_of(request)
-        pool = books.pools.line_for(request.model, klass)
-        if pool is None or books.pools.misses_model(request.model):
+        whole = self._fleet.pool_of(request)
+        outcome = self._refusing.at_once(request, whole)
+        if whole is None or outcome is not None:
             ticket.state = LEFT
-            outcome = Outcome.UNKNOWN_MODEL if pool is None else Outcome.MODEL_MISSING
-            books.decisions.append(Reject(ticket, outcome, 0.0, None))
+            books.decisions.append(Reject(ticket, outcome or Outcome.UNKNOWN_MODEL, 0.0, None))
             return self._end()
         if books.policy.enable_queue and books.tenants.is_over(ticket):
             ticket.state = LEFT
             books.decisions.append(Reject(ticket, Outcome.TENANT_LIMIT, 0.0, 1))
             return self._end()
         books.tenants.comes(ticket)
-        ticket.pool = pool
+        ticket.pool = pool = lane_of(whole, klass)
         lines.budget(ticket, pool)
         ticket.position = pool.ahead_of(klass.priority)
         self._tokens.estimate(ticket, pool.longest)
@@ -154,7 +156,7 @@ class Controller:
             self._event = Sent(now, ticket)
         ticket.state = LEFT
         ticket.request_class = books.class_of(ticket.request)
-        pool = books.pools.find(ticket.request.model)
+        pool = self._fleet.pool_of(ticket.request)
         if pool is None:
             books.decisions.append(Reject(ticket, Outcome.UNKNOWN_MODEL, 0.0, None))
             return self._end()
@@ -210,6 +212,30 @@ class Controller:
         self._lines.count_out(ticket)
         self._fleet.forget_if_gone(endpoint)
         self._fleet.changed(endpoint)
+        return self._end()
+
+    def move(self, ticket: Ticket, name: str, now: float) -> list[Decision]:
+        """Follow a gateway that had another endpoint answer than the one picked: the lease is there, limit or not.
+
+        The one picked is taken to have failed. An endpoint that we don't know ends the lease.
+        """
+        self._begin(now, ticket, "moved")
+        if self._watchers:
+            self._event = Moved(now, ticket, name)
+        picked, served = placed(ticket.endpoint), self.endpoints.get(name)
+        if served is picked:
+            return self._end()
+        self._answers.ended(ticket, Answer.FAILED)
+        picked.release(ticket, now, served=False, wanted=placed(ticket.pool).waiting_total > 0)
+        if served is None:
+            ticket.state = DONE
+            self._lines.count_out(ticket)
+        else:
+            ticket.endpoint = served
+            served.lease(ticket, now)
+            self._fleet.changed(served)
+        self._fleet.forget_if_gone(picked)
+        self._fleet.changed(picked)
         return self._end()
 
     # ---- events: endpoints
@@ -382,7 +408,7 @@ class Controller:
             request = ticket.request
             ticket.request_class = books.class_of(request)
             books.tenants.comes(ticket)
-            ticket.pool = books.pools.find(request.model) or books.pools.every
+            ticket.pool = self._fleet.pool_of(request) or books.pools.every
             self._lines.budget(ticket, ticket.pool)  # for those who are told of it
             self._tokens.estimate(ticket, ticket.pool.longest)
             ticket.state, ticket.endpoint = LEASED, endpoint

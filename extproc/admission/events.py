@@ -82,6 +82,13 @@ class Released(OfTicket):
 
 
 @dataclass(frozen=True, slots=True)
+class Moved(OfTicket):
+    """Another endpoint answers than the one picked."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Adopted(OfTicket):
     """A lease that another sidecar's core gave is ours now."""
 
@@ -206,6 +213,8 @@ def apply(core: Controller, event: Event) -> list[Decision]:  # noqa: C901 - one
             return core.answered(event.ticket, event.at)
         case Released():
             return core.release(event.ticket, event.at, event.answer)
+        case Moved():
+            return core.move(event.ticket, event.name, event.at)
         case Adopted():
             return core.adopt(event.ticket, event.name, event.at, held_s=event.held_s, begun=event.begun)
         case Disowned():

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from extproc.admission.books import Books
     from extproc.admission.lines import Lines
     from extproc.admission.pool import Pool
-    from extproc.admission.values import EndpointSpec
+    from extproc.admission.values import EndpointSpec, Request
 
 
 class Fleet:
@@ -78,6 +78,13 @@ class Fleet:
         """Forget a removed endpoint once its last lease is back."""
         if endpoint.removed and not endpoint.leases:
             del self._books.endpoints[endpoint.name]
+
+    def pool_of(self, request: Request) -> Pool | None:
+        """Return the pool of those that serve a request's model and may have it; None: nobody knows the model."""
+        pools = self._books.pools
+        if request.allowed is not None and pools.know_subset(request.model, request.allowed):
+            self.regroup()
+        return pools.find(request.model, request.allowed)
 
     def regroup(self) -> None:
         """Recompute who belongs to which pool, after endpoints came, changed or went."""
@@ -141,7 +148,7 @@ class Fleet:
     def _spare_the_last(self, pools: Iterable[Pool]) -> None:
         """End the ejections in pools that nobody is left to serve: they were made because others did."""
         for pool in pools:
-            if not pool.usable:
+            if not pool.usable and not pool.base.is_part:
                 for endpoint in pool.members:
                     if endpoint.health.ejected_until is not None:
                         endpoint.health.take_back(self._books.now)

@@ -174,7 +174,8 @@ class Lines:
         joined: dict[Pool, None] = {}
         known = self._books.pools
         for ticket in sorted((ticket for pool in pools for queue in pool.queues() for ticket in queue), key=_place):
-            target = lane_of(known.find(ticket.request.model) or known.any_model, ticket.request_class)
+            whole = known.find(ticket.request.model, ticket.request.allowed) or known.any_model
+            target = lane_of(whole, ticket.request_class)
             if target is not ticket.pool:
                 self._move(ticket, target)
                 joined[target] = None

@@ -44,6 +44,7 @@ class Outcome(Enum):
         "Several models are served here: name the one meant in a header (x-model, if not configured otherwise).",
     )
     UNKNOWN_MODEL = ("unknown_model", 404, "No inference server serves this model.")
+    NONE_ALLOWED = ("none_allowed", 503, "None of the inference servers that the gateway allows is available.")
     ENDLESS = ("endless", 503, "This gateway never tells when an answer ends, so no limit can be kept for it.")
     DRAINING = ("draining", 503, "The gateway is shutting down. Try again.")
     CANCELLED = ("cancelled", None, "")

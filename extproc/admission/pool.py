@@ -48,6 +48,7 @@ class Pool:
         longest: the longest prompt and answer together that a member takes; None: nobody says.
         base, lanes: see lanes.py: the pool that this is a lane of, else itself; its own lanes, by class.
         turn, turns: what this lane was promised; for each priority, up to where the lanes were served.
+        is_part: a gateway's choice among those who serve a model: nobody is judged by so few.
     """
 
     __slots__ = (
@@ -57,6 +58,7 @@ class Pool:
         "closed_last",
         "guard",
         "homes",
+        "is_part",
         "is_served",
         "lanes",
         "longest",
@@ -99,6 +101,7 @@ class Pool:
         self.lanes: dict[str, Pool] = {}
         self.turn = 0.0
         self.turns: dict[int, float] = {}
+        self.is_part = False
 
     def share(self, priority: int) -> FairShare:
         """Return the tenants' fair shares at `priority`."""

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from extproc.admission.lanes import lane_of
 from extproc.admission.pool import Pool
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Iterator
 
     from extproc.admission.endpoint import Endpoint
-    from extproc.admission.values import RequestClass
 
+MOST_SUBSETS = 64
+"""Sets of allowed endpoints that are remembered, besides those that somebody waits for."""
 MOST_MODELS = 20_000
 """Names of models that are remembered though nobody serves them any more; the oldest are forgotten first."""
 
@@ -29,9 +29,10 @@ class Pools:
         every: all endpoints: for requests without a model where every endpoint lists its own.
         by_model: the pool of each model that was ever named, also while nobody serves it.
         expects_any: somebody who lists no models may come, and so serve whatever is asked for.
+        subsets: the pool of those that serve a model and that a request allows, for each two that were ever named.
     """
 
-    __slots__ = ("_all", "_listed_by", "any_model", "by_model", "every", "expects_any")
+    __slots__ = ("_all", "_listed_by", "any_model", "by_model", "every", "expects_any", "subsets")
 
     def __init__(self) -> None:
         """Start without endpoints: all who come wait in one pool."""
@@ -40,6 +41,7 @@ class Pools:
         self.any_model.names = 2
         self._listed_by: dict[frozenset[str], Endpoint] = {}  # for each list of models an endpoint that has it
         self.expects_any = False
+        self.subsets: dict[tuple[str | None, frozenset[str]], Pool] = {}
         self._all: tuple[Pool, ...] = (self.any_model,)
 
     def __iter__(self) -> Iterator[Pool]:
@@ -47,13 +49,13 @@ class Pools:
         for pool in self._all:
             yield from pool.with_lanes()
 
-    def line_for(self, model: str | None, request_class: RequestClass) -> Pool | None:
-        """Return where a request of this class waits for `model`: the pool that serves it, or a lane of that."""
-        pool = self.find(model)
-        return None if pool is None else lane_of(pool, request_class)
+    def find(self, model: str | None, allowed: frozenset[str] | None = None) -> Pool | None:
+        """Return the pool that serves `model`. An endpoint that lists models gets only requests for those.
 
-    def find(self, model: str | None) -> Pool | None:
-        """Return the pool that serves `model`. An endpoint that lists models gets only requests for those."""
+        `allowed`: of a request that may go to these endpoints alone, once they are known.
+        """
+        if allowed is not None:
+            return self.subsets.get((model, allowed))
         pool = self.by_model.get(model) if model is not None else None
         if pool is not None:
             return pool
@@ -78,12 +80,25 @@ class Pools:
         self.any_model.names += len(fresh)
         return bool(fresh)
 
+    def know_subset(self, model: str | None, allowed: frozenset[str]) -> bool:
+        """Note a set of allowed endpoints, of those that serve `model`; tell whether it is new."""
+        whole = self.find(model)
+        if whole is None or (model, allowed) in self.subsets:
+            return False
+        idle = (key for key, pool in self.subsets.items() if not any(one.waiting_total for one in pool.with_lanes()))
+        if len(self.subsets) >= MOST_SUBSETS and (oldest := next(idle, None)) is not None:
+            del self.subsets[oldest]
+        self.subsets[model, allowed] = Pool()
+        return True
+
     def join(self, endpoint: Endpoint) -> list[Pool] | None:
         """Follow an endpoint that is new. Return the pools that were split: who waits there may have to move.
 
         A pool all of whose models it serves gains a member; else those models part from the others. What that costs
         does not grow with the number of endpoints. None: it changes more, and only `regroup` can follow.
         """
+        if self.subsets:
+            return None
         models = endpoint.spec.models
         twin = self._listed_by.get(models)
         if twin is not None:
@@ -156,6 +171,7 @@ class Pools:
         self.any_model = _keep(kept, taken, lists_none, self.any_model, present)
         for model, pool in self.by_model.items():
             self.by_model[model] = _keep(kept, taken, served.get(model, 0) | lists_none, pool, present)
+        self._keep_subsets(kept, taken, present)
         self._all = tuple(kept.values())
         for pool in self._all:
             for name, lane in list(pool.lanes.items()):
@@ -165,6 +181,17 @@ class Pools:
                 else:
                     del pool.lanes[name]
         return before
+
+    def _keep_subsets(self, kept: dict[int, Pool], taken: set[Pool], present: list[Endpoint]) -> None:
+        """Follow the endpoints with the pools of those that requests allow; one that is all who serve has no own."""
+        wholes = set(kept)
+        bits = {endpoint: 1 << number for number, endpoint in enumerate(present)}
+        for (model, allowed), pool in self.subsets.items():
+            whole = self.find(model)
+            members = [] if whole is None else [one for one in whole.members if one.name in allowed]
+            number = sum(bits[one] for one in members)
+            self.subsets[model, allowed] = part = _keep(kept, taken, number, pool, present)
+            part.is_part = number not in wholes
 
     def _forget_models(self, served: dict[str, int]) -> None:
         surplus = len(self.by_model) - len(served) - MOST_MODELS

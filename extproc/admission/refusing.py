@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from extproc.admission.lines import Lines
     from extproc.admission.pool import Pool
     from extproc.admission.ticket import Ticket
+    from extproc.admission.values import Request
 
 RETRY_AFTER_MAX_S = 60
 SURE = 2.0
@@ -35,6 +36,14 @@ class Refusing:
         self._books = books
         self._lines = lines
         self.draining = False
+
+    def at_once(self, request: Request, pool: Pool | None) -> Outcome | None:
+        """Return why a request can neither be served nor wait, whatever room there is; None: it may."""
+        if pool is None:
+            return Outcome.UNKNOWN_MODEL
+        if request.allowed is not None and not pool.members:
+            return Outcome.NONE_ALLOWED
+        return Outcome.MODEL_MISSING if self._books.pools.misses_model(request.model) else None
 
     def may_wait(self, ticket: Ticket, pool: Pool) -> None:
         """Decide whether a request that found no room may wait for it."""

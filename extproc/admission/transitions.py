@@ -4,6 +4,7 @@
      │                └──cancel, refuse──▶ left
      └──offer, while there is room──▶ leased
 
+Where a gateway had another endpoint answer than the one picked, a lease moves, or ends where that is none of ours.
 Where several sidecars share endpoints, a lease may also come from elsewhere (adopt) or be left to telemetry (disown),
 and who waits may be taken back to be decided elsewhere (withdraw).
 
@@ -40,6 +41,8 @@ STEPS: tuple[tuple[State, str, State], ...] = (
     (WAITING, "refused", LEFT),
     (WAITING, "cancelled", LEFT),
     (WAITING, "withdrawn", NEW),
+    (LEASED, "moved", LEASED),
+    (LEASED, "moved", DONE),
     (LEASED, "released", DONE),
     (LEASED, "disowned", DONE),
 )

@@ -42,6 +42,7 @@ class Request:
         kind: what its body is, for estimates: bodies of one kind and size have prompts of about one length.
         operation: what is asked for in OpenTelemetry's words, like `chat`; "": something else. For those who watch.
         trace: its W3C traceparent, for those who trace; like `id`, nothing is decided by it.
+        allowed: names of the only endpoints that it may go to; None: any.
     """
 
     id: str
@@ -58,6 +59,7 @@ class Request:
     kind: str = ""
     trace: str = ""
     operation: str = ""
+    allowed: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -128,6 +128,11 @@ class Gate:
             if is_news:  # else nothing follows from it
                 self._settle(decisions)
 
+    def move(self, ticket: Ticket, endpoint: str) -> None:
+        """Note that another endpoint answers than the one picked; the name of one that we don't know ends the lease."""
+        if ticket.state is State.LEASED:
+            self._settle(self.controller.move(ticket, endpoint, self._loop.time()))
+
     def report(self, ticket: Ticket, load: Load) -> None:
         """Follow what an answer's headers say of its endpoint's load."""
         if ticket.endpoint is not None:

@@ -58,6 +58,8 @@ OVERFLOWS = frozenset(
     (Outcome.QUEUE_FULL, Outcome.BUDGET_PREDICTED, Outcome.BUDGET_EXPIRED, Outcome.NO_ENDPOINT, Outcome.DRAINING)
 )
 """Refusals for want of room. What the client itself would have to change is refused wherever it is sent."""
+MOST_SUBSETS = 1000
+"""Lists of allowed addresses that are kept as read."""
 LIST_S = 1.0
 """How long the list of all models is kept."""
 
@@ -137,10 +139,12 @@ class Reception:
         self._clusters: dict[str, str] = {}  # endpoint -> cluster
         self._endpoints: dict[str, str] = {}  # cluster -> endpoint
         self._steers: dict[str, bytes] = {}
+        self._subsets: dict[tuple[str, ...], frozenset[str]] = {}
 
     def put_cluster(self, endpoint: str, cluster: str) -> None:
         """Note which Envoy cluster an endpoint is, from now on."""
         self.drop_cluster(endpoint)
+        self._subsets.clear()
         self._clusters[endpoint] = cluster
         self._endpoints[cluster] = endpoint
         self._steers[endpoint] = self.dialect.steer(cluster)
@@ -169,7 +173,31 @@ class Reception:
 
     def ticket_for(self, incoming: Incoming, deliver: Callable[[Decision], None]) -> Ticket:
         """Return a new ticket for the request that `incoming` begins."""
-        return Ticket(self.requests.read(incoming, self.gate.now(), self._endpoints), deliver)
+        request = self.requests.read(incoming, self.gate.now(), self._endpoints)
+        if incoming.subset is not None:
+            request.allowed = self._allowed(incoming.subset)
+        return Ticket(request, deliver)
+
+    def _allowed(self, subset: tuple[str, ...]) -> frozenset[str]:
+        """Return the endpoints at these addresses; one without a port means all ports there."""
+        found = self._subsets.get(subset)
+        if found is None:
+            wanted = frozenset(subset)
+            found = frozenset(
+                endpoint
+                for address, endpoint in self._endpoints.items()
+                if address in wanted or address.rpartition(":")[0] in wanted
+            )
+            if len(self._subsets) >= MOST_SUBSETS:
+                self._subsets.clear()
+            self._subsets[subset] = found
+        return found
+
+    def follow(self, ticket: Ticket, served: str) -> None:
+        """Have a lease be where the gateway says that the answer came from."""
+        endpoint = self._endpoints.get(served, "")
+        if ticket.endpoint is not None and ticket.endpoint.name != endpoint:
+            self.gate.move(ticket, endpoint)
 
     def kind_of(self, headers: Mapping[str, str]) -> tuple[Action, Shape]:
         """Return what becomes of a request with these headers, and the shape that its errors have."""
@@ -431,6 +459,8 @@ class Session:
             self._answer = Answer.FAILED  # another sidecar took the second try; the server that we chose does nothing
             self._close()
         if self._ticket is not None:
+            if incoming.served:
+                self._reception.follow(self._ticket, incoming.served)
             if self._answer is Answer.OK:
                 self._reception.gate.answered(self._ticket)
             self._reception.take_report(self._ticket, incoming.headers)

@@ -332,6 +332,60 @@ def test_only_a_top_level_model_counts_and_strange_bodies_have_none(text, model)
     assert bodies.model_in(text.encode()) == model
 
 
+# ---- what the gateway says beside headers
+
+
+def told(data: bytes, namespace: str, key: str, *values: str, as_list: bool = True) -> bytes:
+    """The message `data` with this in its metadata, as a list or as one text."""
+    request = pb.ProcessingRequest.FromString(data)
+    value = request.metadata_context.filter_metadata[namespace].fields[key]
+    if as_list:
+        for text in values:
+            value.list_value.values.add(string_value=text.encode())
+        value.list_value.SetInParent()
+    else:
+        value.string_value = ", ".join(values).encode()
+    return request.SerializeToString()
+
+
+def subset(*addresses: str, as_list: bool = True) -> bytes:
+    return told(opening(DUPLEX), wire.SUBSET_NAMESPACE, wire.PICK_HEADER + "-subset", *addresses, as_list=as_list)
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+@pytest.mark.parametrize("addresses", [(B,), ("10.0.0.2",), ("10.0.0.9:8000", f" {B} "), (f"10.9.9.9:1,{B}",)])
+def test_a_subset_is_honoured_as_a_list_as_one_text_mixed_and_by_a_host_for_all_its_ports(addresses, as_list):
+    for _ in range(2):
+        gateway = Gateway(A, B)
+        gateway.stream().play("> opening", f"< pick {B}", opening=subset(*addresses, as_list=as_list))
+
+
+@pytest.mark.parametrize("addresses", [(), ("10.0.0.9:8000",), ("10.0.0.2:9000",), ("",), ("nonsense",)])
+def test_a_subset_that_matches_nobody_is_503_at_once_and_nobody_else_is_asked(addresses):
+    gateway = Gateway(A, B)
+    gateway.stream().play("> opening", "< refuse 503", opening=subset(*addresses))
+    assert gateway.in_flight() == {"a": 0, "b": 0}
+
+
+def test_a_request_that_takes_no_slot_keeps_to_its_subset_too():
+    light = pb.ProcessingRequest.FromString(subset(B))
+    light.request_headers.headers.headers[0].raw_value = b"GET"
+    gateway = Gateway(A, B)
+    for _ in range(3):
+        gateway.stream().play("> opening", f"< pick {B}", opening=light.SerializeToString())
+
+
+def test_the_lease_moves_to_who_served_and_an_unknown_one_ends_it():
+    for served, in_flight in ((A, {"a": 1, "b": 0}), (B, {"a": 0, "b": 1}), ("10.0.0.9:1", {"a": 0, "b": 0})):
+        gateway = Gateway(A, B)
+        stream = gateway.stream()
+        head = told(message("response_headers 200"), "envoy.lb", wire.PICK_HEADER + "-served", served, as_list=False)
+        stream.play("> opening", f"< pick {A}", "> head", "< response_headers", opening=opening(DUPLEX), head=head)
+        assert gateway.in_flight() == in_flight
+        stream.play("> response_body |", "< response_body |")
+        assert gateway.in_flight() == {"a": 0, "b": 0}
+
+
 # ---- gateways that never tell of the end
 
 

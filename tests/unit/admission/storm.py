@@ -120,12 +120,14 @@ class Storm:
             self._cancel,
             self._first_token,
             self._answered,
+            self._move,
             self._observe,
             self._pass_time,
             self._churn,
             self._share,
         )
-        weights = (weather.offer, weather.release, weather.cancel, 0.2, 0.2, 0.1, 0.6, weather.churn, weather.share)
+        fixed = (0.2, 0.2, 0.1, 0.1, 0.6)
+        weights = (weather.offer, weather.release, weather.cancel, *fixed, weather.churn, weather.share)
         self.random.choices(doings, weights)[0]()
 
     # ---- events
@@ -146,6 +148,7 @@ class Storm:
             max_output_tokens=random.choice((None, None, 1, 50, 100_000)),
             sequences=random.choice((1, 1, 1, 1, 1, 1, 2, 4, 30)),
             kind=random.choice(("", "image")),
+            allowed=frozenset(random.sample(NAMES, random.choice((1, 1, 2, 3)))) if random.random() < 0.15 else None,
         )
         self._waiting.append(self.world.offer(request))
 
@@ -199,6 +202,13 @@ class Storm:
         ticket = self._random_leased()
         if ticket is not None:
             self.world.answered(ticket)
+
+    def _move(self) -> None:
+        ticket = self._random_leased()
+        if ticket is not None:
+            self.world.move(ticket, self.random.choice((*NAMES, "nowhere")))
+            if ticket not in self.world.leased:
+                self._leased.remove(ticket)
 
     def _observe(self) -> None:
         random = self.random

@@ -124,6 +124,20 @@ class World:
         self._end(self.core.adopt(ticket, name, self.now))
         return ticket
 
+    def move(self, ticket: Ticket, name: str) -> None:
+        """Another endpoint answered than the one picked."""
+        self._begin()
+        before, after = self.leased.get(ticket), self.books.get(name)
+        if after is None:
+            self.leased.pop(ticket, None)
+        if after is not before and before is not None:
+            del before.leases[ticket]
+            if after is not None:
+                after.leases[ticket] = None
+                self.leased[ticket] = after
+            self._bury(before)
+        self._end(self.core.move(ticket, name, self.now))
+
     def disown(self, ticket: Ticket) -> None:
         """A lease is left to telemetry."""
         self._begin()
@@ -271,6 +285,8 @@ class World:
         require(endpoint.name == decision.endpoint, endpoint, "is not", decision.endpoint)
         models = books.spec.models
         require(not models or ticket.request.model in (None, *models), ticket, "sent to", models)
+        allowed = ticket.request.allowed
+        require(allowed is None or decision.endpoint in allowed, ticket, "was not allowed to", decision.endpoint)
         moved = ticket.home is not None and ticket.home.name != decision.endpoint
         require((decision.outcome is Outcome.REROUTED) == moved, decision)
         require(decision.wait_s == max(self.now - ticket.request.arrived, 0.0), decision)
@@ -302,6 +318,14 @@ class World:
                 listed = [books.spec.models for books in self.books.values() if books.present]
                 require(all(listed) and not any(ticket.request.model in models for models in listed), decision)
                 require(decision.retry_after_s is None, decision)
+            case Outcome.NONE_ALLOWED:
+                allowed = ticket.request.allowed or frozenset()
+                there = [name for name, books in self.books.items() if books.present and name in allowed]
+                listed = [books.spec.models for books in self.books.values() if books.present]
+                anyone = ticket.request.model is None and all(listed)
+                serving = [n for n in there if anyone or ticket.request.model in (self.books[n].spec.models or {None})]
+                serving += [n for n in there if not self.books[n].spec.models]
+                require(not serving, decision, "and it may go to", serving)
             case Outcome.MODEL_MISSING:
                 listed = [books.spec.models for books in self.books.values() if books.present]
                 require(ticket.request.model is None and all(listed) and len(set(listed)) > 1, decision)
@@ -445,7 +469,7 @@ class World:
             is_old = self.epochs[ticket] != self.epoch
             require(is_old or ticket.wait_until <= self._latest(ticket), ticket, "may wait too long")
         ejected = [endpoint for endpoint in pool.members if endpoint.health.ejected_until is not None]
-        require(usable or not ejected, pool, "has ejected ones alone:", pool.members)
+        require(usable or not ejected or pool.base.is_part, pool, "has ejected ones alone:", pool.members)
         is_open = {endpoint.name for endpoint in pool.members if self._is_open(endpoint)}
         require({endpoint.name for endpoint in pool.open} == is_open, pool, list(pool.open), is_open)
 
@@ -462,6 +486,10 @@ class World:
         if pool is pools.any_model:
             return not books.spec.models
         models = {model for model, its in pools.by_model.items() if its is pool}
+        subset = next((key for key, its in pools.subsets.items() if its is pool), None)
+        if not models and subset is not None:
+            whole = pools.find(subset[0])
+            return books.spec.name in subset[1] and whole is not None and self._serves(books, whole)
         return not books.spec.models or bool(models & books.spec.models)
 
     def _is_open(self, endpoint: Endpoint) -> bool:
