@@ -177,7 +177,10 @@ class App:
         self._sending: asyncio.Task[None] | None = None
         self.tls = None if config.tls is None else ServerTls(config.tls)
         self.listener = Listener(config.listen, SocketRights(config.socket_mode, config.socket_group), self.tls)
-        self.server = server_on(loop)(self.reception, self.listener, reflect=config.reflection, bodies=config.picks)
+        probes = None if config.health_listen is None else Listener(config.health_listen)
+        self.server = server_on(loop)(
+            self.reception, self.listener, reflect=config.reflection, bodies=config.picks, probes=probes
+        )
         self._restart_needed: tuple[str, ...] = ()  # keys whose values in the file are not those in use
         self.admin = Admin(config.admin, self.gate, self.metrics, self._file_state, self._others(), self.stories)
         if self.membership is not None:

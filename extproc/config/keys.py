@@ -243,8 +243,15 @@ class TlsEnvoyConfig(_Section):
 class TlsConfig(_Section):
     """TLS at `listen`. PEM files, read again when they change: a rotated certificate needs no restart."""
 
-    cert_file: FilePath = Field(description="Our certificate, and after it those between it and its CA.")
-    key_file: FilePath = Field(description="Its key, without a passphrase.")
+    cert_file: FilePath | None = Field(
+        None, description="Our certificate, and after it those between it and its CA. Required, but for `self_signed`."
+    )
+    key_file: FilePath | None = Field(None, description="Its key, without a passphrase.")
+    self_signed: bool = Field(
+        False,
+        description="Make a certificate at start instead: for gateways that want TLS and look at no certificate. Needs "
+        "`pip install extproc-queue[picker]`.",
+    )
     client_ca_file: FilePath | None = Field(
         None, description="Mutual TLS: only who shows a certificate signed by this CA may connect. Unset: anyone may."
     )
@@ -532,6 +539,11 @@ class Config(_Section):
     listen: Listen = Field("127.0.0.1:50051", description="Where Envoy connects: host:port or `unix:/path`.")
     admin: Address = Field("127.0.0.1:9902", description="HTTP: metrics, health, queues, the live page. Read-only.")
     tls: TlsConfig | None = Field(None, description="TLS at `listen`. Unset: plain text.")
+    health_listen: Address | None = Field(
+        None,
+        description="Serve gRPC health, and nothing else, there in plain text: for kubelet's probes, which can't do "
+        "TLS. `listen` answers them too.",
+    )
     dialect: Literal["cluster-header", "endpoint-picker"] | None = Field(
         None,
         description="What asks us. `cluster-header`: Envoy as `envoy-config` sets it up. `endpoint-picker`: an "

@@ -134,6 +134,10 @@ def _check_ports(config: Config) -> list[str]:
         )
     if config.tls is None:
         return problems
+    for key, path in (("cert_file", config.tls.cert_file), ("key_file", config.tls.key_file)):
+        if (path is None) is not config.tls.self_signed:
+            right = "leave it out: with self_signed we make one" if config.tls.self_signed else "is required"
+            problems.append(f"tls.{key}: {right}")
     if config.listen.startswith("unix:"):
         problems.append("tls: a unix socket needs none, its socket_mode says who may connect; leave one of them out")
     envoy = config.tls.envoy

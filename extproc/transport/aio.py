@@ -59,9 +59,20 @@ class Server:
     """An ext_proc server on one address."""
 
     def __init__(
-        self, reception: Reception, listener: Listener, *, reflect: bool = False, bodies: bool = False
+        self,
+        reception: Reception,
+        listener: Listener,
+        *,
+        reflect: bool = False,
+        bodies: bool = False,
+        probes: Listener | None = None,
     ) -> None:
-        """Prepare to serve `reception` at what `listener` binds; `bodies`: we are sent those of requests."""
+        """Prepare to serve `reception` at what `listener` binds, and health alone at what `probes` does.
+
+        `bodies`: we are sent those of requests.
+        """
+        self._probes = probes
+        self._prober: grpc.aio.Server | None = None
         self._options = server_options(bodies=bodies)
         self._reception = reception
         self._listener = listener
@@ -85,6 +96,11 @@ class Server:
             return int(port)
 
         self.port = self._listener.bind(add_port)
+        if self._probes is not None:
+            self._prober = prober = grpc.aio.server(options=OPTIONS)
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, prober)
+            self._probes.bind(lambda address, _: int(prober.add_insecure_port(address)))
+            await prober.start()
         await server.start()
         self._server = server
         await self._set_health(health_pb2.HealthCheckResponse.SERVING, SERVICES)
@@ -98,6 +114,8 @@ class Server:
         """Close the port at once, let streams end for `grace_s`, then cut them."""
         if self._server is not None:
             await self._server.stop(grace_s)
+        if self._prober is not None:
+            await self._prober.stop(0)
         self._listener.close()
 
     async def _set_health(self, status: int, services: tuple[str, ...] | list[str]) -> None:

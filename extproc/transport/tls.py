@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from extproc.errors import ConfigError
+from extproc.transport import self_signed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -80,7 +81,8 @@ class ServerTls:
 
     def _take(self, signature: tuple[object, ...]) -> None:
         problems: list[str] = []
-        material = _read(self._config, problems)
+        read_anew = _made if self._config.self_signed else _read
+        material = read_anew(self._config, problems)
         if _signature(self._config) != signature:
             return  # they are being written just now; the next look will see them whole
         self._seen = signature
@@ -108,15 +110,25 @@ class ServerTls:
 def read(config: TlsConfig) -> Material:
     """Read and check the files. Raises ConfigError with all problems, each with its key path."""
     problems: list[str] = []
-    material = _read(config, problems)
+    material = _read(config, problems) if not config.self_signed else _made(config, problems)
     if material is None:
         raise ConfigError("configuration", problems)
     return material
 
 
+def _made(config: TlsConfig, problems: list[str]) -> Material | None:
+    certificate, key, begins, ends = self_signed.make()
+    client_ca = None
+    if config.client_ca_file is not None:
+        client_ca = _text("tls.client_ca_file", config.client_ca_file, problems)
+        if client_ca:
+            problems += _check_ca(client_ca, config.client_ca_file)
+    return None if problems else Material(certificate, key, client_ca.encode() if client_ca else None, begins, ends)
+
+
 def _read(config: TlsConfig, problems: list[str]) -> Material | None:
-    certificate = _text("tls.cert_file", config.cert_file, problems)
-    key = _text("tls.key_file", config.key_file, problems)
+    certificate = _text("tls.cert_file", config.cert_file or "", problems)
+    key = _text("tls.key_file", config.key_file or "", problems)
     client_ca = None
     if config.client_ca_file is not None:
         client_ca = _text("tls.client_ca_file", config.client_ca_file, problems)
@@ -186,7 +198,7 @@ def _check_pair(certificate: str, config: TlsConfig, problems: list[str]) -> tup
         problems.append(f"{where} holds no readable certificate{_why(error)}")
         return None
     try:
-        server.load_cert_chain(config.cert_file, config.key_file, password=_no_password)
+        server.load_cert_chain(str(config.cert_file), config.key_file, password=_no_password)
     except ssl.SSLError as error:
         if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):
             why = f"is not the key of the certificate in {config.cert_file}; both must come from one issue"

@@ -14,7 +14,7 @@ from grpc._cython import cygrpc
 from extproc.errors import ProtocolError
 from extproc.stream import wire
 from extproc.stream.session import Session
-from extproc.transport.aio import RESETS, SERVICES, server_options
+from extproc.transport.aio import OPTIONS, RESETS, SERVICES, server_options
 from extproc.transport.completion.services import Health, Reflection, StatusError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Handler(Protocol):
 
 
 class Server:
-    """An ext_proc server on one address."""
+    """An ext_proc server on one address, and if asked one for probes alone on another."""
 
     def __init__(
         self,
@@ -67,40 +67,32 @@ class Server:
         *,
         reflect: bool = False,
         bodies: bool = False,
+        probes: Listener | None = None,
     ) -> None:
-        """Prepare to serve `reception` at what `listener` binds, on `loop`; `bodies`: we are sent those of requests."""
-        self._options = server_options(bodies=bodies)
+        """Prepare to serve `reception` at what `listener` binds, on `loop`, and health alone at what `probes` does.
+
+        `bodies`: we are sent those of requests.
+        """
         self._listener = listener
-        self._loop = loop
+        self._probes = probes
         self._health = Health()
-        self._server: Any = None
-        self._stopping = False
         self.port = 0
-        self._methods: dict[bytes, Callable[[Callable[[bytes], None]], Handler]] = {
+        methods: dict[bytes, Any] = {
             f"/{wire.SERVICE}/{wire.METHOD}".encode(): partial(Session, reception),
             **self._health.methods(),
         }
-        self._one_message = self._health.WATCH  # its client says no more, and stays
         if reflect:
-            self._methods |= Reflection.methods((wire.SERVICE, Health.NAME))
+            methods |= Reflection.methods((wire.SERVICE, Health.NAME))
+        self._door = _Door(loop, methods, server_options(bodies=bodies))
+        self._side_door = _Door(loop, self._health.methods(), OPTIONS)
 
     async def start(self) -> None:
-        """Bind and serve. Raises StartError if the address can't be had."""
-        server = cygrpc.Server(self._options, False)
-        server.register_completion_queue(self._loop.queue)
-
-        def add_port(address: str, credentials: grpc.ServerCredentials | None) -> int:
-            port = int(server.add_http2_port(address.encode(), credentials and credentials._credentials))
-            if port == 0:
-                raise RuntimeError("gRPC's log says why")
-            return port
-
-        self.port = self._listener.bind(add_port)
-        server.start()
-        self._server = server
-        self._loop.at_close.append(self._cut)
-        for _ in range(ACCEPTING):
-            self._accept_one()
+        """Bind and serve. Raises StartError if an address can't be had."""
+        self.port = self._door.bind(self._listener)
+        if self._probes is not None:
+            self._side_door.bind(self._probes)
+            self._side_door.open()
+        self._door.open()
         self._health.put(SERVICES, serving=True)
         log.info("transport completion_queue: in use, grpcio %s", grpc.__version__)
 
@@ -110,6 +102,45 @@ class Server:
 
     async def stop(self, grace_s: float) -> None:
         """Close the port at once, let streams end for `grace_s`, then cut them."""
+        await self._door.close(grace_s)
+        await self._side_door.close(0)
+        self._listener.close()
+
+
+class _Door:
+    """One port, and the methods of the calls that are let in there."""
+
+    def __init__(self, loop: CompletionLoop, methods: dict[bytes, Any], options: tuple[tuple[str, int], ...]) -> None:
+        self._loop = loop
+        self._methods: dict[bytes, Callable[[Callable[[bytes], None]], Handler]] = methods
+        self._options = options
+        self._bound: Any = None
+        self._server: Any = None
+        self._stopping = False
+
+    def bind(self, listener: Listener) -> int:
+        """Take the address, and return its port. Raises StartError if it can't be had."""
+        self._bound = server = cygrpc.Server(self._options, False)
+        server.register_completion_queue(self._loop.queue)
+
+        def add_port(address: str, credentials: grpc.ServerCredentials | None) -> int:
+            port = int(server.add_http2_port(address.encode(), credentials and credentials._credentials))
+            if port == 0:
+                raise RuntimeError("gRPC's log says why")
+            return port
+
+        return listener.bind(add_port)
+
+    def open(self) -> None:
+        """Let calls in."""
+        self._bound.start()
+        self._server = self._bound
+        self._loop.at_close.append(self._cut)
+        for _ in range(ACCEPTING):
+            self._accept_one()
+
+    async def close(self, grace_s: float) -> None:
+        """Let no more in, let streams end for `grace_s`, then cut them. Not open: no-op."""
         if self._server is not None and not self._stopping:
             self._stopping = True
             gone = asyncio.Event()
@@ -125,7 +156,6 @@ class Server:
             if gone.is_set():  # before, it would wait for an event that nobody takes from the queue
                 self._server.destroy()
             self._loop.at_close.remove(self._cut)
-        self._listener.close()
 
     def _cut(self) -> None:
         """Stop without a loop: it closes while we serve."""
@@ -148,7 +178,8 @@ class Server:
             _refuse(event.call)
         else:
             resets = RESETS in event.invocation_metadata
-            Stream(event.call, open_handler, one_message=method == self._one_message, resets=resets)
+            # who watches health says no more, and stays
+            Stream(event.call, open_handler, one_message=method == Health.WATCH, resets=resets)
 
 
 class Stream:
