@@ -127,6 +127,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="with tls: write the files there that tell Envoy which certificates to follow",
     )
+    envoy.add_argument(
+        "--dialect",
+        choices=["cluster-header", "endpoint-picker"],
+        help="instead of the file's: endpoint-picker is one cluster of all endpoints, and a pick by address",
+    )
     envoy.set_defaults(command=_envoy_config)
 
     top = commands.add_parser("top", help="show the queues of a running sidecar in the terminal")
@@ -250,20 +255,28 @@ def _completion(arguments: argparse.Namespace) -> int:
     return OK
 
 
+def _require_none(source: str, problems: list[str]) -> None:
+    if problems:
+        raise ConfigError(source, problems)
+
+
 def _envoy_config(arguments: argparse.Namespace) -> int:
-    from extproc.config import load_config, require_address
+    from extproc.config import cross_check, load_config, require_address
+    from extproc.envoy import picker
     from extproc.envoy.bootstrap import EnvoyOptions, render, render_secrets
 
     config = load_config(arguments.config)
+    if arguments.dialect is not None:
+        config = config.model_copy(update={"dialect": arguments.dialect})
+        _require_none(str(arguments.config), cross_check(config))
     for flag, address in (("--http", arguments.http), ("--envoy-admin", arguments.envoy_admin)):
         require_address(flag, address)
     for address in arguments.sidecar:
         if not address.startswith("unix:"):
             require_address("--sidecar", address)
     for path in arguments.unqueued:
-        if not _EXACT_PATH.fullmatch(path):
-            problem = f"--unqueued: must be an exact path without a query, like /health, not {path!r}"
-            raise ConfigError("command line", [problem])
+        problem = f"--unqueued: must be an exact path without a query, like /health, not {path!r}"
+        _require_none("command line", [] if _EXACT_PATH.fullmatch(path) else [problem])
     options = EnvoyOptions(
         http=arguments.http,
         admin=arguments.envoy_admin,
@@ -273,7 +286,7 @@ def _envoy_config(arguments: argparse.Namespace) -> int:
         sidecars=tuple(arguments.sidecar),
         unqueued=tuple(dict.fromkeys(arguments.unqueued)),
     )
-    bootstrap = render(config, options)
+    bootstrap = picker.render(config, options) if config.picks else render(config, options)
     if arguments.secrets is not None:
         try:
             for name, text in render_secrets(config).items():

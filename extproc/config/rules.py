@@ -96,6 +96,11 @@ def _check_picker(config: Config) -> list[str]:
     if not config.picks:
         return []
     problems = []
+    if config.envoy_clusters_file is not None:
+        problems.append(
+            "envoy_clusters_file: is for dialect: cluster-header; an endpoint picker names addresses, and who asks "
+            "it knows them; leave it out"
+        )
     for index, endpoint in enumerate(config.endpoints):
         try:
             ip_address(split_address(endpoint.address)[0])

@@ -157,3 +157,44 @@ def test_a_picker_that_dies_cuts_what_runs_in_full_duplex_and_not_where_bodies_p
             assert running.complete is survives
         (after,) = complete_many(f"http://{here.gateway(kind, fail_open=True)}/", 1, lambda _: {}, body=b"{}")
         assert after.status == (200 if survives else 500)
+
+
+def test_the_bootstrap_that_envoy_config_prints_is_lean_strict_and_hears_no_clients_destination(here):
+    """One cluster of all endpoints; only the picked one is used, and with nobody picked there is none."""
+    gateway = here.own_envoy()
+    a, b = here.upstreams.values()
+    for upstream in (a, b):
+        upstream.clear()
+    spoofed = {"x-gateway-destination-endpoint": a.address}
+    answers = complete_many(
+        f"http://{gateway}/", 20, lambda n: {"x-test-id": f"own-{n}", **spoofed, **dict([behave("sse", gap_s=0.002)])}
+    )
+    assert {one.status for one in answers} == {200}
+    assert (a.peak, b.peak) == (1, 1)
+    assert not [name for one in a.records() for name, _ in one.headers if name.startswith("x-gateway-")]
+    here.wait_idle()
+
+
+def test_a_dead_pick_is_retried_elsewhere_by_istio_and_the_lease_moves_to_who_served(tmp_path):
+    with Picking(tmp_path, config={"max_running_requests": 2}) as here:
+        gateway = here.gateway("istio", retries=2)
+        here.upstreams["a"].down()
+        for number in range(8):
+            headers = [("x-test-id", f"dead-{number}"), behave("sse", hold="body")]
+            with H1Request(gateway, headers=headers, body=b"{}") as one:
+                assert one.send().read_chunk() == sse_event(0)
+                assert here.in_flight() == {"a": 0, "b": 1}
+                here.upstreams["b"].release(f"dead-{number}")
+                one.read_all()
+                assert one.complete
+            here.wait_idle()
+
+
+def test_a_gateways_subset_is_kept_to_and_one_that_matches_nobody_is_503(here):
+    for only, upstream in here.upstreams.items():
+        gateway = here.gateway("istio", subset=(upstream.address,))
+        answers = complete_many(f"http://{gateway}/", 6, lambda n, only=only: {"x-test-id": f"subset-{only}-{n}"})
+        assert {one.status for one in answers} == {200}
+        assert {name for n in range(6) for name in here.seen(f"subset-{only}-{n}")} == {only}
+    (refused,) = complete_many(f"http://{here.gateway('istio', subset=('127.0.0.9:1',))}/", 1, lambda _: {})
+    assert (refused.status, refused.headers["x-extproc-outcome"]) == (503, "none_allowed")

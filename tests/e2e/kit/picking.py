@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
+from .envoy import Envoy
 from .gateways import gateway
 from .processes import wait_until
-from .stack import DEFAULTS, Sidecar
+from .stack import DEFAULTS, Sidecar, local
 from .upstream import Upstream
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
-
-    from .envoy import Envoy
 
 
 class Picking:
@@ -51,6 +50,13 @@ class Picking:
             self._running.enter_context(envoy)
             self._gateways[key] = address, envoy
         return self._gateways[key][0]
+
+    def own_envoy(self) -> str:
+        """Where clients send of an Envoy with the bootstrap that `extproc envoy-config` prints."""
+        http = local()
+        text = self.sidecar.envoy_config(http, local(), self.directory / "own.access", "h1")
+        self._running.enter_context(Envoy(text, self.directory, name="own"))
+        return http
 
     def envoy(self, kind: str, **how: Any) -> Envoy:
         """The Envoy of that gateway."""
