@@ -112,6 +112,16 @@ def test_of_the_engines_first_tokens_our_share_is_ours(leases: int, load: Load, 
     assert [ticket.prompt_pending for ticket in tickets] == [False] * computed + [True] * (leases - computed)
 
 
+def test_answers_that_run_out_for_somebody_else_take_no_share_of_the_first_tokens() -> None:
+    """Theirs came long ago. What is counted too little would be awaited for ever, and the engine be taken as slow."""
+    desk = Desk(one("a", 100))
+    desk.observe("a", Load(first_tokens=0, running=2.0, waiting=0.0))
+    tickets = desk.fill(8, prompt_tokens=100)
+    desk.observe("a", Load(first_tokens=8, running=10.0, waiting=0.0))
+    assert desk.endpoint("a").foreign == 2
+    assert [ticket.prompt_pending for ticket in tickets] == [False] * 8
+
+
 def test_a_prompt_that_is_predicted_to_be_computed_makes_room_for_the_next_one() -> None:
     desk = Desk(one("a", 100))
     desk.observe("a", Load(first_tokens=0))
