@@ -9,12 +9,18 @@ and Cheng (SIGCOMM 1996); charging input once and output twice follows VTC (Shen
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 OUTPUT_WEIGHT = 2
 """Tokens of output cost twice those of input."""
 
 MAX_TENANTS = 10_000
 """Tenants remembered per pool and priority; the one that asked longest ago is forgotten first, and so starts afresh."""
+MOST_TENANTS, LEAST_TENANTS = 100_000, 16
+"""The most of all pools and priorities together, parted evenly; and the least of each, however many there are."""
 
 
 class _Tenant:
@@ -29,10 +35,11 @@ class _Tenant:
 class FairShare:
     """The tags of one pool and one priority."""
 
-    __slots__ = ("_tenants", "_virtual_time")
+    __slots__ = ("_memory", "_tenants", "_virtual_time")
 
-    def __init__(self) -> None:
-        """Start with every tenant at zero."""
+    def __init__(self, memory: Memory | None = None) -> None:
+        """Start with every tenant at zero; `memory` says how many to remember."""
+        self._memory = memory if memory is not None else Memory()
         self._tenants: OrderedDict[str, _Tenant] = OrderedDict()
         self._virtual_time = 0.0
 
@@ -45,8 +52,7 @@ class FairShare:
         record = self._tenants.get(tenant)
         if record is None:
             record = self._tenants[tenant] = _Tenant()
-            if len(self._tenants) > MAX_TENANTS:
-                self._tenants.popitem(last=False)
+            self.forget_beyond(self._memory.each)
         else:
             self._tenants.move_to_end(tenant)
         tag = max(self._virtual_time, record.finish)
@@ -56,6 +62,11 @@ class FairShare:
         record.finish = tag + cost
         record.waiting += 1
         return tag
+
+    def forget_beyond(self, most: int) -> None:
+        """Forget those that asked longest ago, down to `most`."""
+        while len(self._tenants) > most:
+            self._tenants.popitem(last=False)
 
     def left(self, tenant: str, refund: float) -> None:
         """Note that a waiting request of `tenant` went without being served, and give back its cost."""
@@ -77,3 +88,33 @@ class FairShare:
         record = self._tenants.get(tenant)
         if record is not None:
             record.finish += difference
+
+
+class Memory:
+    """How many tenants the shares of all pools remember.
+
+    Attributes:
+        each: the most of one share.
+    """
+
+    __slots__ = ("_shares", "each")
+
+    def __init__(self) -> None:
+        """Start without shares."""
+        self._shares: list[FairShare] = []
+        self.each = MAX_TENANTS
+
+    def share(self) -> FairShare:
+        """Return a new share. The others may have to forget some of their tenants."""
+        share = FairShare(self)
+        self.keep([*self._shares, share])
+        return share
+
+    def keep(self, shares: Iterable[FairShare]) -> None:
+        """Go on with these alone: the pools of others are gone."""
+        self._shares = list(shares)
+        each = min(max(MOST_TENANTS // max(len(self._shares), 1), LEAST_TENANTS), MAX_TENANTS)
+        if each < self.each:
+            for share in self._shares:
+                share.forget_beyond(each)
+        self.each = each

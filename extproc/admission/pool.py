@@ -6,7 +6,7 @@ from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
 from extproc.admission.counters import Usual
-from extproc.admission.fairness import FairShare
+from extproc.admission.fairness import Memory
 from extproc.admission.guard import Guard
 from extproc.admission.health import Record
 from extproc.admission.held import HeldBy
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from extproc.admission.endpoint import Endpoint
+    from extproc.admission.fairness import FairShare
     from extproc.admission.ticket import Ticket
     from extproc.admission.values import RequestClass
 
@@ -69,6 +70,7 @@ class Pool:
         "record",
         "shared",
         "shares",
+        "tenants",
         "turn",
         "turns",
         "usable",
@@ -77,8 +79,9 @@ class Pool:
         "waiting_total",
     )
 
-    def __init__(self) -> None:
-        """Make an empty pool."""
+    def __init__(self, tenants: Memory | None = None) -> None:
+        """Make an empty pool; `tenants`: the memory that it has in common with others."""
+        self.tenants = tenants if tenants is not None else Memory()
         self.members: list[Endpoint] = []
         self.names = 0
         self.usable = 0
@@ -107,7 +110,7 @@ class Pool:
         """Return the tenants' fair shares at `priority`."""
         share = self.shares.get(priority)
         if share is None:
-            share = self.shares[priority] = FairShare()
+            share = self.shares[priority] = self.tenants.share()
         return share
 
     def queue_of(self, home: Endpoint) -> Queue:
@@ -200,7 +203,7 @@ class Pool:
 
     def part(self) -> Pool:
         """Return a new pool of the same endpoints, where nobody waits."""
-        part = Pool()
+        part = Pool(self.tenants)
         for endpoint in self.members:
             part.enter(endpoint)
         part.usable, part.is_served, part.closed_last = self.usable, self.is_served, self.closed_last

@@ -180,6 +180,7 @@ class Pools:
                         lane.enter(endpoint)
                 else:
                     del pool.lanes[name]
+        self.every.tenants.keep(share for pool in self for share in pool.shares.values())
         return before
 
     def _keep_subsets(self, kept: dict[int, Pool], taken: set[Pool], present: list[Endpoint]) -> None:
@@ -204,7 +205,7 @@ def _keep(kept: dict[int, Pool], taken: set[Pool], members: int, pool: Pool, pre
     """Return the pool of `members`: the first that was for any of their models, if no other set has it."""
     found = kept.get(members)
     if found is None:
-        found = kept[members] = Pool() if pool in taken else pool
+        found = kept[members] = Pool(pool.tenants) if pool in taken else pool
         taken.add(found)
         found.members = [endpoint for number, endpoint in enumerate(present) if members >> number & 1]
         for endpoint in found.members:

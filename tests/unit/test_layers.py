@@ -121,3 +121,9 @@ def test_one_sidecar_alone_imports_nothing_of_the_rooms_for_several():
             }
             several = ("extproc.replicas", "extproc.simulate.replicas")
             assert not {name for name in names if name.startswith(several)}, file
+
+
+def test_the_map_names_every_room_of_the_core():
+    told = (ROOT.parent / "docs/map.md").read_text()
+    rooms = {file.name for file in (ROOT / "admission").glob("*.py")} - {"__init__.py"}
+    assert not {room for room in rooms if f"`{room}`" not in told}

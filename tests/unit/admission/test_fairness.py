@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from extproc.admission import fairness
+from extproc.admission.controller import Controller
 from extproc.admission.fairness import MAX_TENANTS, FairShare
-from extproc.admission.ticket import State
-from extproc.admission.values import Answer, Policy
+from extproc.admission.ticket import State, Ticket
+from extproc.admission.values import Answer, EndpointSpec, Policy, Request
 
 from .desk import CLASSES, GUESS, Desk, one
 
@@ -243,3 +245,22 @@ def test_models_come_and_go_and_a_request_costs_the_same() -> None:
     for number in range(50):
         desk.put(one("a", 9, models=frozenset({f"new-{number}"})))
     assert len(list(desk.core.pools())) <= 2
+
+
+def test_all_pools_together_remember_only_so_many_tenants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever can name a model can't have a memory of his own for each."""
+    monkeypatch.setattr(fairness, "MOST_TENANTS", 200)
+    core = Controller(Policy(shed=False))
+    for number in range(10):
+        core.put_endpoint(EndpointSpec(f"e{number}", models=frozenset({f"m{number}"})), 0.0)
+    for tenant in range(100):
+        for number in range(10):
+            ticket = Ticket(Request("", 0.0, model=f"m{number}", tenant=f"t{tenant}"))
+            core.offer(ticket, 0.0)
+    shares = [share for pool in core.pools() for share in pool.shares.values()]
+    assert [len(share) for share in shares] == [20] * 10
+    for number in range(9):
+        core.remove_endpoint(f"e{number}", 1.0)
+        for lease in list(core.endpoints[f"e{number}"].leases):
+            core.release(lease, 1.0)
+    assert core._books.pools.every.tenants.each >= 100, "those of pools that are gone are there for the others"
