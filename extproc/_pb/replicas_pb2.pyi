@@ -127,7 +127,7 @@ class Names(_message.Message):
     def __init__(self, names: _Optional[_Iterable[str]] = ..., rules: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Asked(_message.Message):
-    __slots__ = ("id", "age_s", "model", "request_class", "tenant", "session", "home", "budget_s", "prompt_tokens", "max_output_tokens", "sequences", "kind")
+    __slots__ = ("id", "age_s", "model", "request_class", "tenant", "session", "home", "budget_s", "prompt_tokens", "max_output_tokens", "sequences", "kind", "allowed")
     ID_FIELD_NUMBER: _ClassVar[int]
     AGE_S_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -140,6 +140,7 @@ class Asked(_message.Message):
     MAX_OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
+    ALLOWED_FIELD_NUMBER: _ClassVar[int]
     id: str
     age_s: float
     model: str
@@ -152,7 +153,14 @@ class Asked(_message.Message):
     max_output_tokens: int
     sequences: int
     kind: str
-    def __init__(self, id: _Optional[str] = ..., age_s: _Optional[float] = ..., model: _Optional[str] = ..., request_class: _Optional[str] = ..., tenant: _Optional[str] = ..., session: _Optional[str] = ..., home: _Optional[str] = ..., budget_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., max_output_tokens: _Optional[int] = ..., sequences: _Optional[int] = ..., kind: _Optional[str] = ...) -> None: ...
+    allowed: Allowed
+    def __init__(self, id: _Optional[str] = ..., age_s: _Optional[float] = ..., model: _Optional[str] = ..., request_class: _Optional[str] = ..., tenant: _Optional[str] = ..., session: _Optional[str] = ..., home: _Optional[str] = ..., budget_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., max_output_tokens: _Optional[int] = ..., sequences: _Optional[int] = ..., kind: _Optional[str] = ..., allowed: _Optional[_Union[Allowed, _Mapping]] = ...) -> None: ...
+
+class Allowed(_message.Message):
+    __slots__ = ("names",)
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    names: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, names: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Held(_message.Message):
     __slots__ = ("number", "asked", "endpoint", "held_s", "begun")

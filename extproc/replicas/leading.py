@@ -423,6 +423,7 @@ def request_of(asked: Asked, now: float) -> Request:
         max_output_tokens=asked.max_output_tokens,
         sequences=asked.sequences,
         kind=asked.kind,
+        allowed=asked.allowed,
     )
 
 
@@ -441,4 +442,5 @@ def asked_by(request: Request, now: float) -> Asked:
         request.max_output_tokens,
         request.sequences,
         request.kind,
+        request.allowed,
     )

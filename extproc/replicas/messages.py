@@ -46,6 +46,7 @@ class Asked(NamedTuple):
     max_output_tokens: int | None = None
     sequences: int = 1
     kind: str = ""
+    allowed: frozenset[str] | None = None
 
 
 class Purpose(Enum):

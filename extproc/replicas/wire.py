@@ -131,6 +131,7 @@ def _asked(asked: m.Asked) -> pb.Asked:
         max_output_tokens=asked.max_output_tokens,
         sequences=asked.sequences,
         kind=asked.kind,
+        allowed=None if asked.allowed is None else pb.Allowed(names=sorted(asked.allowed)),
     )
 
 
@@ -275,6 +276,7 @@ def _asked_of(asked: pb.Asked) -> m.Asked:
         asked.max_output_tokens if has("max_output_tokens") else None,
         min(max(asked.sequences, 1), MOST_SEQUENCES),
         asked.kind[:MOST_NAME],
+        frozenset(name[:MOST_NAME] for name in asked.allowed.names) if has("allowed") else None,
     )
 
 

@@ -19,8 +19,11 @@ from extproc.replicas.leading import asked_by, request_of
 from extproc.replicas.wire import BATCH, LENGTH_BYTES, MOST_AGE_S, frames, read
 
 MEMBER = m.Member("s1-abc", "10.0.0.7:50060", 7)
-ASKED = m.Asked("r-1", 1.5, "llama", "urgent", "tenant", "session", "a", 2.5, 100, 200, 4, "text")
+ASKED = m.Asked(
+    "r-1", 1.5, "llama", "urgent", "tenant", "session", "a", 2.5, 100, 200, 4, "text", frozenset({"a", "b"})
+)
 BARE = m.Asked("", 0.0)
+NOWHERE = m.Asked("r-2", 0.0, allowed=frozenset())
 MESSAGES: list[m.Message] = [
     m.Hello(1, "pool", MEMBER, m.Purpose.MEET, 3, 9, frozenset({"a", "b"}), frozenset({"shed=1"})),
     m.Leave(MEMBER),
@@ -32,6 +35,7 @@ MESSAGES: list[m.Message] = [
     m.Held(1, ASKED, "a", 12.5, begun=True),
     m.Offer(2, BARE),
     m.Offer(3, ASKED),
+    m.Offer(4, NOWHERE),
     m.Synced(),
     m.Remember(Home("session", "a", 1200, 3.5)),
     m.Learned(Learnt("scale", None, "text", 12, 0.7, 0.01)),
@@ -61,6 +65,7 @@ MESSAGES: list[m.Message] = [
 def test_all_that_headers_said_travels_but_what_is_only_for_who_watches():
     """Another field of a request must not stay behind: what the leader does not know, it decides wrongly."""
     told = {"arrived": 5.0, "budget_s": 2.5, "prompt_tokens": 100, "max_output_tokens": 200, "sequences": 4}
+    told |= {"allowed": frozenset({"a"})}
     asked = Request(
         **{field.name: told.get(field.name, field.name) for field in fields(Request)} | {"trace": "", "operation": ""}
     )
