@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
+from extproc.admission.controller import Controller
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import Policy, Request
 from extproc.stream.dry_run import HELD, DryRun
@@ -23,22 +25,33 @@ def test_the_most_that_may_wait_is_counted_over_all_sidecars():
     assert here.outcomes == {"done": 4, "queue_full": 3}
 
 
+def world_that_rehearses(engines: int) -> tuple[World, dict[Controller, DryRun]]:
+    """Three sidecars in a dry run, each before engines of two places, and what each counts."""
+    rehearsed: dict[Controller, DryRun] = {}
+
+    def core(policy: Policy) -> Controller:
+        controller = Controller(replace(policy, enable_queue=False))
+        rehearsed[controller] = DryRun(policy)
+        controller.watch(rehearsed[controller].happened)
+        return controller
+
+    return world(engines=engines, limit=2, core=core), rehearsed
+
+
 def test_a_dry_run_of_several_holds_nobody_and_counts_what_one_queue_would_have_held():
-    here = world(engines=1, limit=2, core=DryRun)
+    here, rehearsed = world_that_rehearses(engines=1)
     asked = [here.send(place, work_s=3.0) for place in here.sidecars for _ in range(4)]
     here.run(0.5)
     assert [one.dispatches for one in asked] == [1] * 12
     here.run(10.0)
     counts: Counter[str] = Counter()
-    core = leader(here).controller
-    assert isinstance(core, DryRun)
-    for (what, _), count in core.counts.items():
+    for (what, _), count in rehearsed[leader(here).controller].counts.items():
         counts[what] += count
     assert counts == {"dispatched": 2, HELD: 10}
 
 
 def test_a_dry_run_survives_a_change_of_the_leader():
-    here = world(engines=2, limit=2, core=DryRun)
+    here, _ = world_that_rehearses(engines=2)
     for place in here.sidecars:
         here.send(place, work_s=6.0, session=place)
     here.run(0.2)

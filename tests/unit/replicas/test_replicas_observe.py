@@ -9,6 +9,7 @@ from typing import Any
 from extproc.admin.state import merged
 from extproc.admission.controller import Controller
 from extproc.admission.limit import LimitLaw
+from extproc.admission.tenants import TenantRules
 from extproc.admission.values import Binding, EndpointSpec, Policy, RequestClass
 from extproc.commands.top import lines
 from extproc.replicas.observe import ReplicaMetrics, described
@@ -81,6 +82,8 @@ def test_each_rule_of_the_policy_makes_a_difference():
         "limit_law": LimitLaw(start=3),
         "max_prompt_tokens": 9,
         "max_gpu_usage": 0.9,
+        "no_endpoint_budget_s": 9.0,
+        "tenants": TenantRules(apart=False),
     }
     for field in fields(Policy):
         value = getattr(Policy(), field.name)
