@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from extproc.config import doubts, load_config
 from extproc.envoy.advice import advice
 from extproc.envoy.check import check_envoy, could_not_look
+from extproc.envoy.gateway import Gateway
 from extproc.errors import ConfigError
 from extproc.transport import tls
 
@@ -51,7 +52,7 @@ def _valid(file: Path, envoy: Path | None) -> Config:
         except ConfigError as error:
             raise ConfigError(str(file), error.problems) from None
     if envoy is not None:
-        problems = check_envoy(config, envoy)
+        problems = Gateway(config, envoy).problems if config.picks else check_envoy(config, envoy)
         if problems:
             raise ConfigError(str(envoy), problems)
     return config
@@ -63,14 +64,16 @@ def _good(config: Config, file: Path, envoy: Path | None) -> Iterable[tuple[Path
     found = f" and those of {len(config.sources)} source(s)" if config.sources else ""
     yield file, f"ok: {len(config.endpoints)} endpoint(s){found}, queue {queue}, classes: {classes}"
     if envoy is not None:
-        yield envoy, f"ok: {'what could be looked at fits' if could_not_look(config, envoy) else 'fits'} {file}"
+        is_whole = config.picks or not could_not_look(config, envoy)
+        yield envoy, f"ok: {'fits' if is_whole else 'what could be looked at fits'} {file}"
 
 
 def _warnings(config: Config, file: Path, envoy: Path | None) -> Iterable[tuple[Path, str]]:
     for doubt in doubts(config, file):
         yield file, doubt
     if envoy is not None:
-        for note in [*could_not_look(config, envoy), *advice(config, envoy)]:
+        notes = Gateway(config, envoy).notes if config.picks else []
+        for note in notes or [*could_not_look(config, envoy), *advice(config, envoy)]:
             yield envoy, note
 
 

@@ -1,0 +1,173 @@
+"""`extproc check --envoy` for `dialect: endpoint-picker`: what a gateway's Envoy does to requests that a picker holds.
+
+Reads a config dump (`curl ADMIN/config_dump`, Istio: `istioctl proxy-config all -o json` has the same parts) or a
+bootstrap. A control plane wrote it, so what is told is what the gateway does, and what would cut or lose requests.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from extproc.envoy.view import EXT_PROC, Spot, clusters_of, targets, walk
+from extproc.errors import ConfigError
+from extproc.files import read_text
+from extproc.stream.wire import PICK_HEADER
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from extproc.config import Config
+
+_PER_ROUTE = "type.googleapis.com/envoy.extensions.filters.http.ext_proc.v3.ExtProcPerRoute"
+FULL, NONE = "FULL_DUPLEX_STREAMED", "NONE"
+DEFAULT_IDLE_S, DEFAULT_MESSAGE_S, DEFAULT_BREAKER = 300.0, 0.2, 1024
+
+
+class Gateway:
+    """What a dump says: `problems` cut or lose what is held, `notes` say what to expect."""
+
+    def __init__(self, config: Config, path: Path) -> None:
+        """Look at the dump at `path`. Raises ConfigError if it can't be read."""
+        try:
+            spots = list(walk(yaml.safe_load(read_text(path))))
+        except yaml.YAMLError as error:
+            raise ConfigError(str(path), ["is no JSON or YAML: " + " ".join(str(error).split())]) from None
+        self._longest_s = config.longest_budget_s
+        self._clusters = clusters_of(spots) | _dumped_clusters(spots)
+        self._managers = [spot for spot in spots if "http_filters" in spot.node]
+        self._filters = {
+            str(listed.get("name")): Spot(f"{listed.path}.typed_config", listed.get("typed_config") or {})
+            for manager in self._managers
+            for listed in manager.each("http_filters")
+            if listed.get("typed_config", "@type") == EXT_PROC
+        }
+        self._routes = [
+            route
+            for spot in spots
+            if "virtual_hosts" in spot.node
+            for host in spot.each("virtual_hosts")
+            for route in host.each("routes")
+        ]
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+        if not self._filters:
+            self.problems.append("has no envoy.filters.http.ext_proc filter: no picker is asked at all")
+        else:
+            self._look()
+
+    def _look(self) -> None:
+        asked = [(route, how) for route in self._routes if (how := self._asks(route)) is not None]
+        pools = {name for route, _ in asked for name in targets(route)} | set(self._picked_clusters())
+        for route in self._routes:
+            if self._asks(route) is None and (its := pools & set(targets(route))):
+                self.problems.append(
+                    f"{route.path}: goes to {', '.join(sorted(its))} and asks no picker: past the queue, so no limit holds "
+                    "(Istio: CORS or fault injection on the route does that)"
+                )
+        if not asked:
+            self.problems.append("no route asks a picker: the ext_proc filter skips request headers everywhere")
+        found = [(problem, note) for route, how in asked for problem, note in self._judge(route, how)]
+        found += [(problem, note) for manager in self._managers for problem, note in self._times(manager)]
+        self.problems += dict.fromkeys(text for problem, text in found if problem)
+        self.notes += dict.fromkeys(text for problem, text in found if not problem)
+
+    def _asks(self, route: Spot) -> Spot | None:
+        """Return how a route asks a picker, the filter's settings with the route's own over them; None: it doesn't."""
+        for name, base in self._filters.items():
+            own = route.get("typed_per_filter_config", name) or {}
+            if own.get("disabled"):
+                continue
+            overrides = own.get("overrides") or {} if own.get("@type", _PER_ROUTE) == _PER_ROUTE else {}
+            settings = {**base.node, **overrides}
+            if (settings.get("processing_mode") or {}).get("request_header_mode", "DEFAULT") != "SKIP":
+                return Spot(base.path, settings)
+        return None
+
+    def _picked_clusters(self) -> Iterator[str]:
+        for name, cluster in self._clusters.items():
+            if PICK_HEADER in str(cluster.get("load_balancing_policy")) + str(cluster.get("original_dst_lb_config")):
+                yield name
+
+    def _judge(self, route: Spot, how: Spot) -> Iterator[tuple[bool, str]]:
+        modes: dict[str, Any] = how.get("processing_mode") or {}
+        bodies = [modes.get(f"{side}_body_mode", NONE) for side in ("request", "response")]
+        where = route.path
+        if FULL in bodies:
+            yield False, f"{where}: full duplex: each piece of a body comes through us, and costs CPU for each token"
+            if how.get("failure_mode_allow"):
+                yield False, f"{where}: failure_mode_allow holds for requests without a body alone: full duplex"
+        elif bodies == [NONE, NONE]:
+            yield False, f"{where}: lean: two messages a request"
+        elif how.get("allow_mode_override"):
+            yield False, f"{where}: {bodies[0]} until we answer, then lean; a body above the listener's buffer gets 413"
+        else:
+            yield (
+                True,
+                (
+                    f"{where}: bodies are {', '.join(bodies)} and allow_mode_override is off: answers come in one piece, not "
+                    "streamed; allow_mode_override: true would be right"
+                ),
+            )
+        if FULL not in bodies:
+            timeout_s = how.seconds("message_timeout", DEFAULT_MESSAGE_S)
+            if timeout_s <= self._longest_s:
+                yield (
+                    True,
+                    (
+                        f"{how.path}.message_timeout: {timeout_s:g}s is not above the longest budget, {self._longest_s:g}s: "
+                        "held requests get 504"
+                    ),
+                )
+            if modes.get("response_trailer_mode") != "SEND":
+                yield (
+                    True,
+                    (
+                        f"{how.path}.processing_mode.response_trailer_mode: not SEND: the stream ends as the answer begins, and "
+                        "its slot is given away while the server works"
+                    ),
+                )
+        for path, seconds in (
+            (f"{where}.route.idle_timeout", _seconds(route, "route", "idle_timeout")),
+            (
+                f"{where}.route.max_stream_duration",
+                _seconds(route, "route", "max_stream_duration", "max_stream_duration"),
+            ),
+        ):
+            if seconds is not None and 0 < seconds <= self._longest_s:
+                yield True, f"{path}: {seconds:g}s: held time counts against it, and a budget is {self._longest_s:g}s"
+        yield from self._breaker(how)
+
+    def _breaker(self, how: Spot) -> Iterator[tuple[bool, str]]:
+        cluster = self._clusters.get(str(how.get("grpc_service", "envoy_grpc", "cluster_name")))
+        if cluster is not None:
+            most = ((cluster.get("circuit_breakers", "thresholds") or [{}])[0]).get("max_requests", DEFAULT_BREAKER)
+            if most <= DEFAULT_BREAKER:
+                yield False, f"{cluster.path}: what is held and what runs together is {most} at most: the next gets 500"
+
+    def _times(self, manager: Spot) -> Iterator[tuple[bool, str]]:
+        if not any(listed.get("name") in self._filters for listed in manager.each("http_filters")):
+            return
+        for key, default in (("stream_idle_timeout", DEFAULT_IDLE_S), ("request_timeout", 0.0)):
+            seconds = manager.seconds(key, default)
+            if 0 < seconds <= self._longest_s:
+                yield (
+                    True,
+                    (
+                        f"{manager.path}.{key}: {seconds:g}s: held time counts against it, and a budget is {self._longest_s:g}s"
+                    ),
+                )
+
+
+def _seconds(spot: Spot, *keys: str) -> float | None:
+    *above, last = keys
+    node = spot.get(*above)
+    return Spot("", node).seconds(last, -1.0) if isinstance(node, dict) and last in node else None
+
+
+def _dumped_clusters(spots: list[Spot]) -> dict[str, Spot]:
+    """Return the clusters of a config dump, each in a `cluster` of its own."""
+    found = (spot for spot in spots if spot.path.rsplit(".", 1)[-1] == "cluster" and "name" in spot.node)
+    return {str(spot.node["name"]): spot for spot in found}

@@ -1,0 +1,107 @@
+"""`extproc check --envoy` on what the Envoys of Inference Gateways run: what cuts, what skips the picker, which mode."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from extproc.config import parse_config
+from extproc.envoy.gateway import Gateway
+from tests.e2e.kit.gateways import bootstrap
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+CONFIG = "{dialect: endpoint-picker, listen: 127.0.0.1:1, classes: [{name: a, budget: 60s}]}"
+
+
+@pytest.fixture
+def look(tmp_path: Path) -> Callable[..., Gateway]:
+    def look(kind: str, edit: Callable[[dict[str, Any]], object] = lambda _: None, *, dumped: bool = False) -> Gateway:
+        built = bootstrap(kind, "127.0.0.1:80", "127.0.0.1:9002", ["10.0.0.1:8000"], tmp_path / "log")
+        edit(built)
+        path = tmp_path / "dump.json"
+        path.write_text(json.dumps(dump_of(built) if dumped else built))
+        return Gateway(parse_config(CONFIG, "test", {}), path)
+
+    return look
+
+
+def dump_of(built: dict[str, Any]) -> dict[str, Any]:
+    """The same as `/config_dump` gives it: each listener, cluster and route configuration apart."""
+    manager = manager_of(built)
+    routes = manager.pop("route_config")
+    manager["rds"] = {"route_config_name": "80"}
+    static = built["static_resources"]
+    return {
+        "configs": [
+            {"dynamic_active_clusters": [{"cluster": one} for one in static["clusters"]]},
+            {"dynamic_listeners": [{"active_state": {"listener": one}} for one in static["listeners"]]},
+            {"dynamic_route_configs": [{"route_config": routes}]},
+        ]
+    }
+
+
+def manager_of(built: dict[str, Any]) -> dict[str, Any]:
+    (listener,) = built["static_resources"]["listeners"]
+    manager: dict[str, Any] = listener["filter_chains"][0]["filters"][0]["typed_config"]
+    return manager
+
+
+def route_of(built: dict[str, Any]) -> dict[str, Any]:
+    route: dict[str, Any] = manager_of(built)["route_config"]["virtual_hosts"][0]["routes"][0]
+    return route
+
+
+def ext_proc_of(built: dict[str, Any]) -> dict[str, Any]:
+    (found,) = [one for one in manager_of(built)["http_filters"] if "ext_proc" in one["name"]]
+    config: dict[str, Any] = found["typed_config"]
+    return config
+
+
+@pytest.mark.parametrize("dumped", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [("istio", "full duplex"), ("istio-lean", "lean: two messages"), ("llm-d", "full duplex"),
+     ("ai-gateway-buffered", "BUFFERED until we answer, then lean")],
+)  # fmt: skip
+def test_the_mode_of_each_route_is_told_and_what_fits_has_no_problem(look, kind, mode, dumped):
+    found = look(kind, dumped=dumped)
+    assert found.problems == []
+    assert any(mode in note for note in found.notes), found.notes
+    assert any("1024 at most" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "edit", "problem"),
+    [
+        ("istio-lean", lambda b: ext_proc_of(b).update(message_timeout="60s"), "message_timeout: 60s is not above"),
+        ("llm-d", lambda b: manager_of(b).update(stream_idle_timeout="30s"), "stream_idle_timeout: 30s"),
+        ("llm-d", lambda b: route_of(b)["route"].update(idle_timeout="5s"), "route.idle_timeout: 5s"),
+        (
+            "ai-gateway-buffered",
+            lambda b: ext_proc_of(b).update(allow_mode_override=False),
+            "answers come in one piece",
+        ),
+        ("istio", lambda b: route_of(b).pop("typed_per_filter_config"), "asks no picker"),
+        ("istio", lambda b: manager_of(b)["http_filters"].pop(0), "no picker is asked at all"),
+    ],
+)
+def test_what_cuts_a_hold_or_skips_the_picker_is_a_problem(look, kind, edit, problem):
+    found = look(kind, edit)
+    assert any(problem in one for one in found.problems), found.problems
+
+
+def test_a_message_timeout_is_no_matter_in_full_duplex(look):
+    assert look("llm-d", lambda b: ext_proc_of(b).update(message_timeout="1s")).problems == []
+
+
+def test_lean_without_trailers_is_a_stream_that_ends_as_the_answer_begins(look):
+    def edit(built: dict[str, Any]) -> None:
+        overrides = route_of(built)["typed_per_filter_config"]["envoy.filters.http.ext_proc"]["overrides"]
+        overrides["processing_mode"] = {**overrides["processing_mode"], "response_trailer_mode": "SKIP"}
+
+    assert any("response_trailer_mode: not SEND" in one for one in look("istio-lean", edit).problems)
