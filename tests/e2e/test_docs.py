@@ -51,6 +51,7 @@ def script_of(page: Path, directory: Path) -> tuple[str, dict[str, str]]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_commands_of_a_page_work_from_top_to_bottom(page, tmp_path):
     script, ports = script_of(page, tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     environ = {key: value for key, value in os.environ.items() if not key.startswith("EXTPROC_")}
     environ |= {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

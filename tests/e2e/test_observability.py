@@ -9,13 +9,17 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 import yaml
 
+from tests.conftest import tool
+
 from .kit.clients import H1Request, complete_many
 from .kit.otlp import Collector, attributes
-from .kit.processes import http_get, wait_until
+from .kit.processes import Child, http_get, http_ok, wait_until
 from .kit.stack import Sidecar, Stack, local
 from .kit.upstream import behave
 
@@ -242,6 +246,52 @@ def test_promtool_finds_nothing_to_say_about_a_live_page(here, story, promtool):
     page = http_get(here.sidecar.admin, "/metrics")[1]
     done = subprocess.run([promtool, "check", "metrics"], input=page, capture_output=True)
     assert (done.returncode, done.stdout.decode() + done.stderr.decode()) == (0, "")
+
+
+def test_a_real_prometheus_scrapes_the_page_and_answers_the_alerts_and_every_panel(here, story, tmp_path):
+    """Grafana is in no package index here; its panels are queries, and these are asked as it would ask them."""
+    prometheus = tool("prometheus", "prometheus")
+    scrape = {"job_name": "extproc", "static_configs": [{"targets": [here.sidecar.admin]}]}
+    written = {
+        "global": {"scrape_interval": "100ms", "evaluation_interval": "100ms"},
+        "rule_files": [str(ROOT / "observability/alerts.yaml")],
+        "scrape_configs": [scrape],
+    }
+    (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(written))
+    listen = local()
+    argv = [prometheus, f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data"]
+    with Child([*argv, f"--web.listen-address={listen}"], tmp_path / "prometheus.log") as child:
+
+        def ask(what: str) -> Any:
+            status, body = http_get(listen, what)
+            answer = json.loads(body)
+            assert (status, answer["status"]) == (200, "success"), (what, body)
+            return answer["data"]
+
+        def query(expression: str) -> list[Any]:
+            return ask(f"/api/v1/query?{urlencode({'query': expression})}")["result"]
+
+        child.wait_ready(lambda: http_ok(listen, "/-/ready"))
+        wait_until(lambda: query('count_over_time(up{job="extproc"}[10s]) > 3'), 10.0, "four scrapes that went well")
+        (target,) = ask("/api/v1/targets")["activeTargets"]
+        assert (target["health"], target["lastError"]) == ("up", "")
+        (refused,) = query('extproc_requests_total{outcome="budget_expired"}')
+        assert refused["value"][1] == "1"
+        rules = [rule for group in ask("/api/v1/rules")["groups"] for rule in group["rules"]]
+        assert {rule["health"] for rule in rules} <= {"ok", "unknown"}, "unknown: not evaluated yet"
+        assert len(rules) > 10
+        empty = [
+            panel["title"]
+            for panel in json.loads((ROOT / "observability/dashboard.json").read_text())["panels"]
+            for target in panel.get("targets", [])
+            if not query(target["expr"].replace("$__rate_interval", "5s").replace("$instance", ".*"))
+        ]
+    nothing_happened = {
+        *("Passed the queue by", "Rerouted, and clients that left", "What holds the next request"),
+        *("Tokens per second", "Failed scrapes", "Who leads, and with how many"),
+        *("Requests of others, and where configurations differ", "Age of the leader and of the store"),
+    }
+    assert set(empty) <= nothing_happened
 
 
 def test_values_that_the_configuration_does_not_know_are_counted(here, story):
