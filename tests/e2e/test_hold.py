@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -175,6 +177,45 @@ def test_a_dry_run_holds_nothing_and_counts_what_it_would_have_held(stack):
     would = {name: count for name, count in metrics.items() if name.startswith("extproc_dry_run_requests_total")}
     outcomes = {re.search(r'outcome="(\w+)"', name)[1]: count for name, count in would.items()}
     assert outcomes == {"dispatched": 1, "held": 4}, "one slot, and five that run at once"
+
+
+def test_what_happened_is_a_file_that_runs_again_to_the_same_decisions_and_a_story_of_each_request(stack, tmp_path):
+    here = stack(config={"max_running_requests": 1})
+    with ThreadPoolExecutor(2) as pool:
+        held = {"x-request-class": "default", **dict([behave("ok", hold="head")])}
+        running = pool.submit(complete_many, here.url, 5, lambda n: {"x-test-id": f"w-{n}", **held})
+        here.wait_waiting(4)
+        waits = here.waiting()[0]["id"]
+        recording = pool.submit(http_get, here.sidecar.admin, "/debug/recording?seconds=1", timeout_s=10)
+        released: set[str] = set()
+        while len(released) < 5 and not running.done():
+            for name in {f"w-{number}" for number in range(5)} - released:
+                if here.upstreams["a"].seen(name):
+                    here.upstreams["a"].release(name)
+                    released.add(name)
+        assert {answer.status for answer in running.result()} == {200}
+        status, body = recording.result()
+    assert status == 200
+    events = [json.loads(line).get("event") for line in body.splitlines()[1:]]
+    assert events.count("Released") >= 4
+    file = tmp_path / "bug.jsonl"
+    file.write_bytes(body)
+    extproc = [sys.executable, "-m", "extproc"]
+    again = subprocess.run(
+        [*extproc, "simulate", "--replay", str(file)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONHASHSEED": "1"},
+    )
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "the same decisions as recorded" in again.stdout
+    why = subprocess.run(
+        [*extproc, "why", waits, "--admin", here.sidecar.admin], capture_output=True, text=True, check=True
+    )
+    assert "waits because as many requests as its limit allows are in flight" in why.stdout
+    assert "dispatched to a, which held 1 with it" in why.stdout
+    assert "gave its slot back after" in why.stdout
 
 
 def test_a_class_with_a_cluster_of_last_resort_overflows_there_and_another_is_refused(stack):
