@@ -18,6 +18,7 @@ from extproc.simulate.contenders import KEYS, NAMES
 from extproc.simulate.plan import Plan, capacity
 from extproc.simulate.plan import run as run_plan
 from extproc.simulate.replay import replay
+from extproc.simulate.sizing import fewest
 from extproc.simulate.traces import classes_in
 from extproc.simulate.workload import BATCH, CLASSES, INTERACTIVE, STANDARD, Klass, Noise, Sessions, Workload
 from extproc.simulate.world import Faults
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 MOST_ENGINES = 256
+AUTO = "auto"
 BAR_WIDTH = 40
 _CONSTANTS = (
     *("step_base_s", "prefill_token_s", "decode_seq_s", "context_token_s", "prefill_context_s"),
@@ -52,7 +54,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help=f"a constant of your own engines over the preset's: kv_tokens, {', '.join(_CONSTANTS)}",
     )
-    add("--engines", type=_whole(1, MOST_ENGINES), default=4, metavar="N", help="how many (%(default)s)")
+    add(
+        "--engines",
+        type=_engines,
+        default=4,
+        metavar="N",
+        help="how many (%(default)s); auto: find the fewest for the --trace",
+    )
+    add(
+        "--meet",
+        type=_number(0.01, 1),
+        default=0.99,
+        metavar="SHARE",
+        help="for --engines auto: of each class's requests that must meet their objectives (%(default)g)",
+    )
     add(
         "--load",
         type=_number(0.01, 20),
@@ -100,6 +115,8 @@ def run(args: argparse.Namespace) -> int:
         return replay(args.replay, _say)
     plan = plan_from(args)
     began = time.monotonic()
+    if args.engines == AUTO:
+        return _size(args, plan)
     if _are_guessed(args):
         names = ", ".join(klass.name for klass in plan.workload.classes)
         _say(f"classes of the trace ({names}) are judged like std; --config FILE or --class NAME=TTFT/TPOT says more")
@@ -126,6 +143,28 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _size(args: argparse.Namespace, plan: Plan) -> int:
+    """Say how many engines the trace needs; 1: more than can be tried."""
+    if args.trace is None or args.load:
+        raise ConfigError("command line", ["--engines auto is for a --trace as it was recorded, without --load"])
+    if not args.contender:
+        plan = replace(plan, contenders=("ours",))
+
+    def tell(engines: int, figures: report.Figures) -> None:
+        classes = ", ".join(f"{line.klass} {line.goodput:.3f}" for line in figures.lines if line.arrivals)
+        _say(f"{engines:4} x {plan.preset}: {classes}")
+
+    found = fewest(plan, args.meet, MOST_ENGINES, args.workers, tell)
+    _say(f"on average the trace asks for {found.stable:.2f} engines' worth of work")
+    if found.engines is None:
+        _say(
+            f"not even {MOST_ENGINES} are enough for {args.meet:.1%} of each class: objectives that no engine can meet?"
+        )
+        return 1
+    _say(f"{found.engines} are enough: {args.meet:.1%} of the requests of each class meet their objectives")
+    return 0
+
+
 def plan_from(args: argparse.Namespace) -> Plan:
     """Return the plan that the flags ask for. Raises ConfigError."""
     if args.trace is not None and (args.sessions or args.noisy):
@@ -147,7 +186,7 @@ def plan_from(args: argparse.Namespace) -> Plan:
     loads = tuple(args.load) if args.load else () if args.trace is not None else (1.2,)
     plan = Plan(
         preset=args.preset,
-        engines=args.engines,
+        engines=1 if args.engines == AUTO else args.engines,
         changes=tuple(args.set),
         loads=loads,
         seeds=tuple(args.seeds),
@@ -265,6 +304,10 @@ def _whole(least: int, most: int) -> Callable[[str], int]:
         return number
 
     return parse
+
+
+def _engines(text: str) -> int | str:
+    return AUTO if text == AUTO else _whole(1, MOST_ENGINES)(text)
 
 
 def _span(text: str) -> tuple[float, float]:
