@@ -36,6 +36,16 @@ def test_the_number_found_is_enough_and_one_less_is_not(tmp_path: Path) -> None:
     assert found.stable <= found.engines <= found.stable + 3
 
 
+def test_a_burst_needs_more_than_the_mean_says_and_the_gap_between_two_doublings_is_halved(tmp_path: Path) -> None:
+    burst = trace(tmp_path / "t.csv", 30.0, 4.0)
+    burst.write_text(burst.read_text() + "60,300,20,std\n")
+    found = fewest(Plan("h100-32b", contenders=("ours",), loads=(), trace=burst), 0.97, 64)
+    assert found.engines is not None
+    assert found.stable < 1 < found.engines < 8
+    assert {1, 2, 4, 8} <= found.tried.keys(), "doubled until it was enough"
+    assert found.engines - 1 in found.tried
+
+
 def test_more_than_may_be_tried_is_said(tmp_path: Path) -> None:
     plan = Plan("h100-32b", contenders=("ours",), loads=(), trace=trace(tmp_path / "t.csv", 8.0, 20.0))
     assert fewest(plan, 0.99, 1).engines is None
