@@ -71,7 +71,7 @@ def test_bodies_of_any_size_arrive_as_they_were_sent_both_ways_and_the_lease_is_
     took_s = []
     for most in SIZES:
         size = min(most, NO_WINDOW.get(kind, most))
-        body, name = body_of(size), f"bytes-{kind}-{size}"
+        body, name = body_of(size), f"bytes-{kind}-{most}"
         headers = [("x-test-id", name), behave("sse", events=20)]
         with H1Request(gateway, headers=headers, body=body, timeout_s=60) as one:
             assert one.send().read_all() == b"".join(map(sse_event, range(20))) + SSE_DONE
