@@ -18,20 +18,29 @@ class Level(StrEnum):
 KEYS = frozenset(
     {
         "adaptive_limit",  # constants of a law that measurements still move
+        "classes.on_refusal",  # young
         "binding",  # `bound` is there to be compared with
         "dialect",
         "first_byte_probe",
         "inference_pool",  # young, and so are the gateways that it is for
         "max_prompt_tokens",
         "otlp_metrics",  # OpenTelemetry's own names for generative AI are not final
+        "overflow_clusters",
         "picker",
         "replicas",
+        "second_try",
         "short_prompts_first",
+        "tenants",  # what users of caps and guarantees want is not known yet
         "transport",  # completion_queue drives private parts of grpcio (docs/adr/0006)
     }
 )
 """Keys of the configuration, by path as in `adaptive_limit.start`; one stands for all below it."""
-METRICS = frozenset({"extproc_held_requests", "extproc_limited_by", "extproc_replica_", "extproc_transport", "gen_ai_"})
+METRICS = frozenset(
+    {
+        *("extproc_held_requests", "extproc_limited_by", "extproc_overflowed", "extproc_replica_"),
+        *("extproc_second_tries", "extproc_transport", "gen_ai_"),
+    }
+)
 """How the names of metrics begin."""
 COMMANDS = frozenset({"engine", "simulate", "up"})
 """Commands: their options, and what they print."""
