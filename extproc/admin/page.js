@@ -181,6 +181,7 @@ function fillEndpoint(row, one) {
   let [tone, sign] = STATES[one.state] || ["", "?"], words = one.state;
   if (one.state === "ejected") words += `, back in ${Math.ceil(one.ejected_for_s)} s`;
   if (one.state === "up" && one.held_back) { tone = "warn"; sign = "◆"; words = "up, held back"; }
+  if (one.left_out_for) words += `, left out for ${one.left_out_for.join(", ")}`;
   say(row.parts.state, `${sign} ${words}`);
   row.parts.state.className = "state " + tone;
   const since = one.held_for_s === undefined ? "" : ` for ${seconds(one.held_for_s)}`;

@@ -260,6 +260,8 @@ class Viewer:
         }
         if len(models) > len(row["models"]):
             row["more_models"] = len(models) - len(row["models"])
+        if endpoint.missing.models:
+            row["left_out_for"] = sorted(endpoint.missing.models)[:MOST_MODELS]
         if endpoint.health.ejected_until is not None:
             row["ejected_for_s"] = round(max(endpoint.health.ejected_until - now, 0.0), 1)
         if endpoint.limit_since is not None:

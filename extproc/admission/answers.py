@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from extproc.admission.fairness import OUTPUT_WEIGHT
 from extproc.admission.lanes import correct
 from extproc.admission.lines import placed
+from extproc.admission.missing import Records
 from extproc.admission.tenants import weight_of
 from extproc.admission.values import Answer
 
@@ -25,13 +26,14 @@ _OK, _UNKNOWN = Answer.OK, Answer.UNKNOWN
 class Answers:
     """Judges answers, each once."""
 
-    __slots__ = ("_books", "_fleet", "_tokens")
+    __slots__ = ("_books", "_fleet", "_records", "_tokens")
 
     def __init__(self, books: Books, fleet: Fleet, tokens: TokenEstimate) -> None:
         """Tell `fleet` whose answers are good or bad, and `tokens` how long they were."""
         self._books = books
         self._fleet = fleet
         self._tokens = tokens
+        self._records = Records()
 
     def began(self, ticket: Ticket) -> None:
         """Note a good answer, long before it ends: a trial need not last as long."""
@@ -56,6 +58,8 @@ class Answers:
     def _served(self, ticket: Ticket, endpoint: Endpoint, pool: Pool) -> None:
         ticket.is_answered = True
         pool.record.served += 1
+        self._records.served(ticket.request.model)
+        endpoint.missing.served(ticket.request.model)
         was_doubted = endpoint.health.is_doubted
         endpoint.health.answered(self._books.now)
         if was_doubted:
@@ -75,8 +79,12 @@ class Answers:
             if endpoint.is_at_work(now):
                 return
             is_own_fault = True  # full of nothing: it loads, or is broken
-        has_peers = pool.usable > endpoint.counted
+        has_peers, model = pool.usable > endpoint.counted, ticket.request.model
         endpoint.health.refused(ticket, pool.record, now, is_own_fault=is_own_fault, has_peers=has_peers)
+        if model is not None and has_peers and not is_own_fault:
+            record = self._records.of(model)
+            if endpoint.missing.refused(model, record, now, endpoint.health.in_a_row):
+                self._fleet.regroup()
 
 
 def _company(ticket: Ticket) -> Pool:

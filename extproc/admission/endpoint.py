@@ -10,6 +10,7 @@ from extproc.admission.health import Health
 from extproc.admission.held import HeldBy
 from extproc.admission.kv import KvBooks
 from extproc.admission.limit import AdaptiveLimit, FixedLimit
+from extproc.admission.missing import Missing
 from extproc.admission.prefill import Prefill
 from extproc.admission.reading import ARRIVED_S, Foreign, Reading
 from extproc.admission.steps import StepCost
@@ -71,6 +72,7 @@ class Endpoint:
         "limit_since",
         "listed",
         "listing",
+        "missing",
         "picked",
         "pools",
         "prefill",
@@ -95,6 +97,7 @@ class Endpoint:
         self.listing = 0  # which of all listings was its last
         self.counted = False  # among its pools' usable ones
         self.health = Health()
+        self.missing = Missing()
         self.removed = False
         self.dispatched = 0
         self.completed = 0  # leases that ended since the mean of output tokens was fed last
@@ -230,6 +233,8 @@ class Endpoint:
         self.sequences += ticket.sequences
         ticket.leased_at = now
         ticket.beside = self.sequences + self._foreign.count
+        if len(self.leases) == 1:
+            self.health.wakes(now, None if self.reading.page is None else self.reading.page_at)
         self.health.leased(now)
         self.kv.add(ticket)
         self.prefill.add(ticket, now)
@@ -245,6 +250,7 @@ class Endpoint:
     def release(self, ticket: Ticket, now: float, *, served: bool, wanted: bool) -> None:
         """Take `ticket` out of the books. `served`: its answer came whole; `wanted`: requests wait for room here."""
         if served:
+            self.health.heard_at = now
             beside, why = (ticket.beside + self.held) / 2, self.limit.why
             self.limit.learn(now - ticket.leased_at, beside, wanted=wanted and self.held >= self.limit.value)
             if self.limit.why != why:
@@ -421,23 +427,26 @@ class Endpoint:
     def next_change(self) -> float | None:
         """Return when time alone changes whether it has room."""
         soonest = self.closed_until
-        for at in (self.health.next_change(), self.prefill.next_change()):
+        for at in (self.health.next_change(), self.prefill.next_change(), self.missing.next_change()):
             if at is not None and (soonest is None or at < soonest):
                 soonest = at
         return soonest
 
-    def pass_time(self, now: float) -> None:
-        """Open gates and end ejections whose time is over."""
+    def pass_time(self, now: float) -> bool:
+        """Open gates and end ejections whose time is over; tell whether it serves more models than before."""
         self.prefill.pass_time(now)
         if self.closed_until is not None and now >= self.closed_until:
             self.closed_until = None
         self.health.pass_time(now)
+        return self.missing.pass_time(now)
 
     @property
     def condition(self) -> str:
         """Whether it may be used, in a few words for people."""
         if self.removed:
             return "removed"
+        if self.missing.models and self.available:
+            return f"{self.health.condition}, left out for {', '.join(sorted(self.missing.models))}"
         return self.health.condition
 
     def __repr__(self) -> str:

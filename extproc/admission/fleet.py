@@ -147,12 +147,28 @@ class Fleet:
 
     def _spare_the_last(self, pools: Iterable[Pool]) -> None:
         """End the ejections in pools that nobody is left to serve: they were made because others did."""
-        for pool in pools:
+        for pool in tuple(pools):
             if not pool.usable and not pool.base.is_part:
+                if pool.members:
+                    self._forgive(pool)
                 for endpoint in pool.members:
                     if endpoint.health.ejected_until is not None:
                         endpoint.health.take_back(self._books.now)
                         self.changed(endpoint)
+
+    def _forgive(self, pool: Pool) -> None:
+        """Try those again that were left out for a model of this pool."""
+        of_pool = self._books.pools.by_model
+        left_out = [
+            (endpoint, models)
+            for endpoint in self._books.endpoints.values()
+            if endpoint.missing.models
+            and (models := frozenset(model for model in endpoint.missing.models if of_pool.get(model) is pool))
+        ]
+        for endpoint, models in left_out:
+            endpoint.missing.forgive(models)
+        if left_out:
+            self.regroup()
 
     # ---- time
 
@@ -165,9 +181,12 @@ class Fleet:
         """Forget telemetry that has become stale, and open what time alone opens."""
         if self.stale_at is not None and now >= self.stale_at:
             self.forget_stale()
+        serve_more = False
         for endpoint in self.changes.due(now):
-            endpoint.pass_time(now)
+            serve_more |= endpoint.pass_time(now)
             self.changed(endpoint)
+        if serve_more:
+            self.regroup()
 
     def forget_stale(self) -> None:
         """Ignore what endpoints said of themselves too long ago."""

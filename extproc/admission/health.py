@@ -34,6 +34,9 @@ SATURATED_S = 0.25
 
 FEW = 4
 """Requests that one is sent at first that nobody has heard of: with the next one a dead endpoint costs EJECT_AFTER."""
+QUIET_S = 3.0
+"""An idle endpoint that showed no sign of life for so long, by an answer or its page, gets a few at first: it may have
+died. Above the default scrape_interval and scrape_timeout together: who has a page that is read is not meant."""
 STEP_S = 0.1
 """In doubt, a few are sent in a step; when it passes without a refusal, twice as many in the next. A dead endpoint
 shows within 30 ms (Envoy connects again after up to 25 ms); an engine with 64 slots whose answers don't stream, and so
@@ -58,12 +61,18 @@ class Record:
         self.refused = 0
 
 
-class _Streak:
-    """Refusals in a row by one endpoint, in one pool, and what the pool had seen when the first one came."""
+class Streak:
+    """Refusals in a row by one endpoint, in one pool, and what the pool had seen when the first one came.
+
+    Attributes:
+        count: refusals in a row.
+        refused, served: the record's numbers before the first of them.
+    """
 
     __slots__ = ("count", "refused", "served")
 
     def __init__(self, record: Record) -> None:
+        """Begin with what `record` says now."""
         self.count = 0
         self.served = record.served
         self.refused = record.refused
@@ -124,7 +133,7 @@ class Health:
         on_trial: back from an ejection, and no good answer since.
         is_failing: it refused EJECT_AFTER requests in a row and more, nobody is better, and it is tried now and then.
         full_until: it refused a request as full, and is left alone till then.
-        heard_at: when an answer of it began well last, or its page showed that it makes tokens.
+        heard_at: when an answer of it began or ended well last, or its page showed that it makes tokens.
     """
 
     __slots__ = (
@@ -160,7 +169,7 @@ class Health:
         self.full_until: float | None = None
         self.heard_at: float | None = None
         self._back_at = 0.0  # requests that were sent before tell nothing of how it is now
-        self._streaks: dict[Record, _Streak] = {}  # since its last good answer
+        self._streaks: dict[Record, Streak] = {}  # since its last good answer
         self._doubt: _Doubt | None = _Doubt(FEW)
 
     # ---- what it allows
@@ -192,6 +201,11 @@ class Health:
         return self._doubt is not None and self._doubt.is_spent
 
     @property
+    def in_a_row(self) -> int:
+        """How many requests it refused since its last good answer, in the pool where they were most."""
+        return max((streak.count for streak in self._streaks.values()), default=0)
+
+    @property
     def is_doubted(self) -> bool:
         """Whether an answer that begins well is news."""
         return self._doubt is not None or bool(self._streaks) or self.on_trial
@@ -214,6 +228,14 @@ class Health:
         """Note that a request is sent there."""
         if self._doubt is not None:
             self._doubt.send(now)
+
+    def wakes(self, now: float, page_at: float | None) -> None:
+        """Note that an idle one is sent a request; `page_at`: when its page was read last. Checks speak for it, too."""
+        if self._doubt is not None or self.is_up is not None:
+            return
+        heard_at = self.heard_at if page_at is None or (self.heard_at or page_at) > page_at else page_at
+        if heard_at is not None and now - heard_at > QUIET_S:
+            self._doubt = _Doubt(FEW)
 
     def answered(self, now: float) -> None:
         """Note an answer that begins well: whatever was held against it is over."""
@@ -240,7 +262,7 @@ class Health:
             return
         streak = self._streaks.get(record)
         if streak is None:
-            streak = self._streaks[record] = _Streak(record)
+            streak = self._streaks[record] = Streak(record)
         streak.count += 1
         record.refused += 1
         share = streak.peers_share(record)

@@ -32,7 +32,7 @@ class Pools:
         subsets: the pool of those that serve a model and that a request allows, for each two that were ever named.
     """
 
-    __slots__ = ("_all", "_listed_by", "any_model", "by_model", "every", "expects_any", "subsets")
+    __slots__ = ("_all", "_is_whole", "_listed_by", "any_model", "by_model", "every", "expects_any", "subsets")
 
     def __init__(self) -> None:
         """Start without endpoints: all who come wait in one pool."""
@@ -40,6 +40,7 @@ class Pools:
         self.by_model: dict[str, Pool] = {}
         self.any_model.names = 2
         self._listed_by: dict[frozenset[str], Endpoint] = {}  # for each list of models an endpoint that has it
+        self._is_whole = True  # no endpoint is left out for a model
         self.expects_any = False
         self.subsets: dict[tuple[str | None, frozenset[str]], Pool] = {}
         self._all: tuple[Pool, ...] = (self.any_model,)
@@ -100,6 +101,8 @@ class Pools:
         if self.subsets:
             return None
         models = endpoint.spec.models
+        if not self._is_whole:
+            return None
         twin = self._listed_by.get(models)
         if twin is not None:
             for pool in twin.pools:
@@ -150,6 +153,7 @@ class Pools:
         a number with a bit for each. A pool lives on while one of its models keeps it.
         """
         lists: dict[frozenset[str], int] = {}
+        missing = _missing(present)
         self._listed_by = {}
         for number, endpoint in enumerate(present):
             endpoint.pools = []
@@ -160,7 +164,8 @@ class Pools:
             for model in models:
                 served[model] = served.get(model, 0) | listed_by
         lists_none = lists.get(frozenset(), 0)
-        self.know(served)
+        self.know((*served, *missing))
+        self._is_whole = not missing
         self._forget_models(served)
         before = tuple(self)
         for pool in before:
@@ -170,7 +175,9 @@ class Pools:
         self.every = _keep(kept, taken, (1 << len(present)) - 1, self.every, present)
         self.any_model = _keep(kept, taken, lists_none, self.any_model, present)
         for model, pool in self.by_model.items():
-            self.by_model[model] = _keep(kept, taken, served.get(model, 0) | lists_none, pool, present)
+            members = served.get(model, 0) | lists_none
+            members = members & ~missing.get(model, 0) or members  # the last ones stay
+            self.by_model[model] = _keep(kept, taken, members, pool, present)
         self._keep_subsets(kept, taken, present)
         self._all = tuple(kept.values())
         for pool in self._all:
@@ -190,6 +197,8 @@ class Pools:
         for (model, allowed), pool in self.subsets.items():
             whole = self.find(model)
             members = [] if whole is None else [one for one in whole.members if one.name in allowed]
+            if not members and model is not None:  # all of these are left out for it: the last ones stay
+                members = [one for one in present if one.name in allowed and model in one.missing.models]
             number = sum(bits[one] for one in members)
             self.subsets[model, allowed] = part = _keep(kept, taken, number, pool, present)
             part.is_part = number not in wholes
@@ -199,6 +208,15 @@ class Pools:
         if surplus > 0:
             for model in [model for model in self.by_model if model not in served][:surplus]:
                 del self.by_model[model]
+
+
+def _missing(present: list[Endpoint]) -> dict[str, int]:
+    """Return the sets of endpoints that are left out for a model, by model."""
+    missing: dict[str, int] = {}
+    for number, endpoint in enumerate(present):
+        for model in endpoint.missing.models:
+            missing[model] = missing.get(model, 0) | 1 << number
+    return missing
 
 
 def _keep(kept: dict[int, Pool], taken: set[Pool], members: int, pool: Pool, present: list[Endpoint]) -> Pool:

@@ -276,6 +276,8 @@ def _endpoints(view: Mapping[str, Any], room: int, width: int) -> list[str]:
         state = state if state in ("up", "held back", "on trial") else state.upper()
         if "ejected_for_s" in one and one["state"] == "ejected":
             state += f", back in {math.ceil(one['ejected_for_s'])} s"
+        if "left_out_for" in one:
+            state += f", not {', '.join(one['left_out_for'])}"
         flight = f"{one['in_flight']}/{one['limit']} in flight"
         if one["foreign"]:
             flight += f" + {one['foreign']} foreign"

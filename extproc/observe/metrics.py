@@ -428,6 +428,11 @@ class Metrics:
             "How long an endpoint has held the request that it holds longest; 0 while it holds none.",
             labels=["endpoint"],
         )
+        missing = GaugeMetricFamily(
+            "extproc_endpoint_models_left_out",
+            "Models that an endpoint refuses while it serves others and its peers serve them: it gets none of those.",
+            labels=["endpoint"],
+        )
         closed = GaugeMetricFamily(
             "extproc_endpoint_closed",
             "1 while this keeps requests from an endpoint: health checks (down), refusals of what its peers serve "
@@ -473,7 +478,8 @@ class Metrics:
                 limit.add_metric([*name, "kv_tokens"], endpoint.kv.capacity)
             is_up.add_metric(name, int(endpoint.available and not health.is_failing))
             is_known.add_metric(name, int(health.is_known))
-        yield from (inflight, oldest, dispatched, limit, is_up, is_known, closed, limited, full, doubted)
+            missing.add_metric(name, len(endpoint.missing.models))
+        yield from (inflight, oldest, dispatched, limit, is_up, is_known, missing, closed, limited, full, doubted)
 
     def _telemetry_families(self) -> Iterator[Metric]:
         loads = GaugeMetricFamily(

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import pytest
 
+from extproc.admission.health import QUIET_S
+
 from .kit.clients import complete_many
 from .kit.processes import free_port, wait_until
 from .kit.upstream import behave
@@ -185,6 +187,16 @@ def test_a7_h9_one_that_was_never_there_is_unknown_and_costs_a_burst_a_few(stack
         assert not here.endpoint("bad")["up"]
 
 
+def test_h16_one_that_died_in_a_quiet_time_costs_a_burst_a_few(stack):
+    config = {"max_running_requests": 64, "classes": PATIENT, "scrape_interval": "0s"}
+    here = stack(upstreams=("good", "dies"), config=config)
+    assert costs(here, 40) == 0
+    assert here.endpoint("dies")["state"] == "up"
+    here.upstreams["dies"].down()
+    time.sleep(QUIET_S + 0.2)  # the quiet time itself
+    assert costs(here, 300) <= FEW + 16
+
+
 def test_g3_a_blink_that_all_share_refuses_nobody_afterwards(stack):
     hasty = [{"name": "default", "budget": "2s"}]
     here = stack(upstreams=("a", "b", "c"), config={"max_running_requests": 8, "classes": hasty})
@@ -303,3 +315,21 @@ def test_a_grpc_engine_that_refuses_all_in_its_trailers_costs_a_few_calls(stack,
             codes = Counter(one.code() for one in calls)
         assert codes[code] == bad.served <= FEW
         assert codes[grpc.StatusCode.OK] == good.served == 60 - bad.served
+
+
+def test_one_that_lacks_a_single_model_costs_a_few_requests_and_keeps_the_others(stack):
+    here = stack(upstreams=("good", "bad"), config={"max_running_requests": LIMIT, "classes": PATIENT})
+    lacks = dict([behave("ok", status=404, at="bad")])
+
+    def ask(number: int) -> dict[str, str]:
+        headers = {"x-test-id": f"l-{number}", "x-model": "loaded"}
+        return headers if number % 5 > 1 else {**headers, "x-model": "lost", **lacks}
+
+    answers = complete_many(here.url, 200, ask, gap_s=0.005)
+    assert Counter(one.status for one in answers)[404] <= FEW
+    wait_until(lambda: here.endpoint("bad").get("left_out_for") == ["lost"])
+    assert here.endpoint("bad")["state"] == "up"
+    assert {
+        one.status for one in complete_many(here.url, 40, lambda n: {"x-test-id": f"m-{n}", "x-model": "loaded"})
+    } == {200}
+    assert here.sidecar.metrics()['extproc_endpoint_models_left_out{endpoint="bad"}'] == 1

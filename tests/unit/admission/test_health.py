@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from extproc.admission.health import EJECT_AFTER, EJECT_MAX_S, EJECT_S, FEW, SATURATED_S, STEP_MAX_S, STEP_S
+from extproc.admission.health import EJECT_AFTER, EJECT_MAX_S, EJECT_S, FEW, QUIET_S, SATURATED_S, STEP_MAX_S, STEP_S
 from extproc.admission.held import HeldBy
 from extproc.admission.load import Load
 from extproc.admission.outcome import Outcome
@@ -349,6 +349,41 @@ def test_a_cold_endpoint_whose_answers_show_nothing_is_full_within_half_a_second
         ward.burst("a")
         ward.advance(STEP_S)
     assert len(ward.core.endpoints["a"].leases) == 64
+
+
+@pytest.mark.parametrize(
+    ("quiet_s", "page", "is_checked", "sent"),
+    [
+        (QUIET_S + 0.1, False, False, FEW),  # it may have died: a burst would find that out at once
+        (QUIET_S - 0.1, False, False, 64),
+        (QUIET_S + 0.1, True, False, 64),
+        (QUIET_S + 0.1, False, True, 64),
+    ],
+)
+def test_an_idle_one_that_was_silent_for_long_gets_a_few_until_it_is_heard(
+    quiet_s: float, page: bool, is_checked: bool, sent: int
+) -> None:
+    ward = Ward("a", known=is_checked)
+    ward.serve("a")
+    ward.advance(quiet_s)
+    if page:
+        ward.observe("a", Load(running=0.0))
+    there = ward.burst("a")
+    assert len(there) == sent
+    ward.answered(there[0])
+    assert len(there) + len(ward.burst("a")) == 64
+
+
+def test_one_that_died_in_a_quiet_time_costs_a_burst_a_few() -> None:
+    ward = Ward("ab", known=False)
+    for name in "ab":
+        ward.serve(name)
+    ward.advance(60.0)
+    dead = ward.burst("a")
+    for ticket in dead:
+        ward.release(ticket, Answer.FAILED)
+    assert len(dead) == FEW
+    assert ward.burst("a") == []
 
 
 def test_a_passed_check_ends_that_it_is_unknown() -> None:

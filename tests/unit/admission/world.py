@@ -488,9 +488,25 @@ class World:
         models = {model for model, its in pools.by_model.items() if its is pool}
         subset = next((key for key, its in pools.subsets.items() if its is pool), None)
         if not models and subset is not None:
-            whole = pools.find(subset[0])
-            return books.spec.name in subset[1] and whole is not None and self._serves(books, whole)
-        return not books.spec.models or bool(models & books.spec.models)
+            model, allowed = subset
+            whole = pools.find(model)
+            its = [other for name, other in self.books.items() if other.present and name in allowed]
+            fit = [other for other in its if whole is not None and self._serves(other, whole)]
+            left_out = [other for other in its if model in self.core.endpoints[other.spec.name].missing.models]
+            return books in (fit or left_out)
+        if not models:
+            return not books.spec.models
+        return any(self._has(books, model) for model in models)
+
+    def _has(self, books: Books, model: str) -> bool:
+        """Whether it lists `model`, or none, and is not left out for it, unless all who have it are."""
+
+        def lists(other: Books) -> bool:
+            return other.present and (not other.spec.models or model in other.spec.models)
+
+        having = [name for name, other in self.books.items() if lists(other)]
+        fit = [name for name in having if model not in self.core.endpoints[name].missing.models]
+        return books.spec.name in (fit or having)
 
     def _is_open(self, endpoint: Endpoint) -> bool:
         if (

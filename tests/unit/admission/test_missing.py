@@ -1,0 +1,151 @@
+"""An endpoint that refuses one model and serves others is left out for that model, and for nothing else."""
+
+from __future__ import annotations
+
+import pytest
+
+from extproc.admission.health import EJECT_MAX_S, EJECT_S, STEP_MAX_S
+from extproc.admission.missing import MOST_MODELS
+from extproc.admission.ticket import State, Ticket
+from extproc.admission.values import Answer, EndpointSpec, Policy, Request, RequestClass
+
+from .world import World
+
+BLAMES = (Answer.REFUSED, Answer.ERROR, Answer.EMPTY)
+FEW = 12
+
+
+class Ward(World):
+    """Endpoints "a" and "b", which list no models, or these."""
+
+    def __init__(self, names: str = "ab", models: frozenset[str] = frozenset()) -> None:
+        super().__init__(Policy(classes=(RequestClass("default", 0, 100.0),), shed=False, patience_s=100.0))
+        for name in names:
+            self.put(EndpointSpec(name, max_running_requests=64, models=models))
+            self.set_up(name, is_up=True)
+
+    def ask(self, model: str, home: str) -> Ticket:
+        return self.offer(Request("r", self.now, home=home, model=model))
+
+    def goes(self, model: str, home: str) -> str:
+        """Where a request goes that would like to go to `home`."""
+        ticket = self.ask(model, home)
+        assert ticket.state is State.LEASED
+        self.release(ticket)
+        return ticket.endpoint.name
+
+    def one(self, model: str, home: str, answer: Answer) -> bool:
+        """Ask `home`; tell whether it was asked."""
+        ticket = self.ask(model, home)
+        if ticket.state is State.WAITING:
+            self.cancel(ticket)
+            return False
+        is_there = ticket.endpoint.name == home
+        self.release(ticket, answer if is_there else Answer.OK)
+        return is_there
+
+    def refuse(self, answer: Answer = Answer.REFUSED, model: str = "broken") -> int:
+        """a refuses `model` and serves another one, b serves both, until a is left out; returns what that cost."""
+        for cost in range(1, 100):
+            self.one(model, "b", Answer.OK)
+            if not self.one(model, "a", answer):
+                return cost - 1
+            self.one("fine", "a", Answer.OK)
+            self.advance(0.01)
+        raise AssertionError("never left out")
+
+
+@pytest.mark.parametrize("answer", BLAMES)
+@pytest.mark.parametrize("models", [frozenset[str](), frozenset({"fine", "broken"})], ids=["any model", "listed"])
+def test_one_that_refuses_one_model_is_left_out_for_that_one_alone(answer: Answer, models: frozenset[str]) -> None:
+    ward = Ward(models=models)
+    assert ward.refuse(answer) <= FEW
+    assert ward.goes("broken", home="a") == "b"
+    assert ward.goes("fine", home="a") == "a"
+    assert ward.core.endpoints["a"].condition == "up, left out for broken"
+
+
+def test_two_servers_that_have_a_model_each_get_what_is_theirs_though_nothing_lists_it() -> None:
+    ward = Ward()
+    for _ in range(30):
+        for home in "ab":
+            for model in "ab":
+                ward.one(model, home, Answer.OK if model == home else Answer.REFUSED)
+        ward.advance(0.01)
+    assert [ward.goes(model, home=home) for model in "ab" for home in "ab"] == ["a", "a", "b", "b"]
+
+
+def test_it_is_tried_again_and_left_out_for_longer_until_it_serves() -> None:
+    ward = Ward()
+    ward.refuse()
+    ward.advance(EJECT_S - 0.1)
+    assert ward.goes("broken", home="a") == "b"
+    ward.advance(0.2)
+    for _ in range(20):
+        ward.one("broken", "b", Answer.OK)
+    assert ward.one("broken", "a", Answer.REFUSED)
+    assert ward.goes("broken", home="a") == "b"
+    ward.advance(EJECT_S + 0.1)
+    assert ward.goes("broken", home="a") == "b"
+    ward.advance(EJECT_MAX_S)
+    assert ward.one("broken", "a", Answer.OK)
+    assert ward.core.endpoints["a"].condition == "up"
+    assert ward.refuse() > 1  # and what was is forgotten
+
+
+def test_what_all_refuse_or_only_one_has_puts_nobody_out() -> None:
+    ward = Ward()
+    for _ in range(100):
+        for home in "ab":
+            ward.one("typo", home, Answer.REFUSED)
+            ward.one("fine", home, Answer.OK)
+        ward.advance(0.01)
+    assert [ward.goes("typo", home=home) for home in "ab"] == ["a", "b"]
+
+
+def test_one_that_refuses_everything_is_left_out_as_a_whole() -> None:
+    ward = Ward()
+    for number in range(40):
+        model = ("fine", "broken")[number % 2]
+        ward.one(model, "b", Answer.OK)
+        ward.one(model, "a", Answer.REFUSED)
+        if ward.core.endpoints["a"].health.ejected_until is not None:
+            break
+        ward.advance(STEP_MAX_S)
+    assert ward.core.endpoints["a"].health.ejected_until is not None
+    assert ward.core.endpoints["a"].missing.models == frozenset()
+
+
+def test_when_the_others_go_down_it_is_tried_again_at_once() -> None:
+    ward = Ward()
+    ward.refuse()
+    waiting = ward.ask("broken", home="b")
+    ward.release(waiting)
+    ward.set_up("b", is_up=False)
+    assert ward.goes("broken", home="a") == "a"
+
+
+def test_requests_that_wait_for_the_model_go_where_it_is_served() -> None:
+    ward = Ward()
+    held = [ward.ask("fine", home="b") for _ in range(64)]
+    waiting = ward.ask("broken", home="b")
+    assert waiting.state is State.WAITING
+    ward.release(held.pop(), Answer.OK)
+    ward.release(waiting, Answer.OK)
+    for ticket in held:
+        ward.release(ticket, Answer.OK)
+    ward.refuse()
+    full = [ward.ask("fine", home="b") for _ in range(64)]
+    waiting = ward.ask("broken", home="a")
+    assert waiting.state is State.WAITING  # a has room, and is not for it
+    ward.release(full.pop(), Answer.OK)
+    assert waiting.endpoint.name == "b"
+
+
+def test_made_up_names_take_no_memory() -> None:
+    ward = Ward()
+    for number in range(20 * MOST_MODELS):
+        ward.one(f"m{number}", "a", Answer.REFUSED)
+        ward.one("fine", "a", Answer.OK)
+        ward.one("fine", "b", Answer.OK)
+    assert len(ward.core.endpoints["a"].missing._known) <= MOST_MODELS
