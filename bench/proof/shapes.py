@@ -4,7 +4,8 @@
     python -m bench.proof.shapes --only 'a100-8b*' --loads 120 # some of it
 
 A rival's settings are searched for each row on seeds 51 to 53; then all play seeds 71 to 75. Azure's traffic is a fit
-of the recorded hours (bench/matrix/traffic.py); with `--traces FOLDER` it is the hours themselves, each cut into five.
+of the recorded hours (bench/matrix/traffic.py); with `--traces FOLDER` it is the hours themselves, each cut into five,
+and rivals are searched on two of the five.
 """
 
 from __future__ import annotations
@@ -111,16 +112,19 @@ def row(task: tuple[str, str, int], traces: Path | None = None) -> dict[str, Any
     engine, kind, load = task
     began = time.monotonic()
     known = with_traces(traces) | {"long": LONG} if traces else KINDS
-    # Searched on the fit, whatever is played: a recorded hour has no second one to search on.
-    trying = stage(engine, KINDS[kind], load, search.SEEDS)
-    rivals = [
-        search.best(rival, trying.natural_limit, search.waits(trying.classes), lambda text: play(text, trying).goodput)
-        for rival in search.SEARCHED
-    ]
-    scenes = parts(stage(engine, known[kind], load, SEEDS))
+    traffic = known[kind]
+    scenes = parts(stage(engine, traffic, load, SEEDS))
+    # A recorded hour has no second one to search on: rivals are given two parts of it, and so know some of the future.
+    trying = parts(stage(engine, traffic, load, search.SEEDS)) if traffic.trace is None else scenes[1::2]
+    first = trying[0]
+
+    def score(text: str) -> float:
+        return mean(play(text, scene).goodput for scene in trying)
+
+    rivals = [search.best(rival, first.natural_limit, search.waits(first.classes), score) for rival in search.SEARCHED]
     shares = [judged(name, scenes) for name in ALWAYS]
     shares += [judged(found.text, scenes, found.tried) for found in rivals]
-    shares.append(judged(KINDS[kind].ours, scenes))
+    shares.append(judged(traffic.ours, scenes))
     took_s = round(time.monotonic() - began, 1)
     return {"engine": engine, "traffic": kind, "load": load, "took_s": took_s, "shares": [*map(asdict, shares)]}
 
