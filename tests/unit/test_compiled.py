@@ -1,0 +1,76 @@
+"""The compiled core: what setup.py compiles, and, by `make compiled`, the core's tests on it in a clean environment."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import extproc
+from extproc.pure import is_compiled
+
+ROOT = Path(__file__).parents[2]
+LONG = pytest.mark.skipif(not os.environ.get("EXTPROC_LONG"), reason="EXTPROC_LONG is not set: `make compiled`")
+TESTS = ("admission", "test_session_and_gate.py", "test_replays.py", "test_wire.py", "test_dry_run.py", "replicas")
+
+
+@pytest.fixture
+def compiled_modules(monkeypatch):
+    """The files that setup.py compiles."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.delenv("EXTPROC_COMPILE", raising=False)
+    return runpy.run_path("setup.py")["modules"]()
+
+
+def test_what_is_compiled_is_there_and_the_core_is_most_of_it(compiled_modules):
+    assert all((ROOT / path).exists() for path in compiled_modules)
+    core = {path.stem for path in (ROOT / "extproc/admission").glob("*.py")}
+    left = core - {Path(path).stem for path in compiled_modules if "/admission/" in path}
+    assert left == {"controller", "decision", "held", "outcome", "tenants"}
+
+
+def test_a_copy_to_work_on_is_pure():
+    assert not is_compiled() or "site-packages" in str(extproc.__file__)
+
+
+@LONG
+def test_the_wheel_has_machine_code_and_its_source(compiled_modules):
+    (wheel,) = (ROOT / "build/compiled").glob("*.whl")
+    assert "none-any" not in wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    for path in compiled_modules:
+        stem = path.removesuffix(".py")
+        assert path in names
+        assert any(name.startswith(f"{stem}.cpython") and name.endswith(".so") for name in names), path
+
+
+@LONG
+@pytest.mark.parametrize("pure", [False, True], ids=["compiled", "pure"])
+def test_the_core_s_tests_pass_on_the_installed_wheel(tmp_path_factory, pure):
+    base = ROOT / "build/compiled"
+    python = base / "venv/bin/python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(base / "venv")], check=True)
+        (wheel,) = base.glob("*.whl")
+        needs = [f"{wheel}[otel,uvloop,valkey]", "pytest>=8.3,<10", "hypothesis>=6.130,<7", "pytest-xdist>=3.6,<4"]
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *needs], check=True)
+    environ = {**os.environ, "EXTPROC_LONG": "", **({"EXTPROC_PURE": "1"} if pure else {})}
+    if not pure:
+        environ.pop("EXTPROC_PURE", None)
+    where = tmp_path_factory.mktemp("elsewhere")
+    (where / "tests").symlink_to(ROOT / "tests")  # no `extproc` beside it: the installed one is imported
+    say = "import extproc, extproc.pure as p; print(extproc.__file__, p.is_compiled())"
+    said = subprocess.run([str(python), "-c", say], cwd=where, env=environ, capture_output=True, text=True).stdout
+    assert said.startswith(str(base)), said
+    assert said.strip().endswith(str(not pure)), said
+    run = [str(python), "-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", str(where), "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*run, *(f"tests/unit/{name}" for name in TESTS)], cwd=where, env=environ, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
