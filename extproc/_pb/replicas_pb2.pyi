@@ -13,7 +13,7 @@ class Batch(_message.Message):
     def __init__(self, messages: _Optional[_Iterable[_Union[Message, _Mapping]]] = ...) -> None: ...
 
 class Message(_message.Message):
-    __slots__ = ("hello", "leave", "welcome", "redirect", "met", "refuse", "held", "offer", "synced", "names", "beat", "cancel", "release", "first_token", "answered", "report", "return_", "grant", "turned", "status", "remember", "learned", "ask", "told")
+    __slots__ = ("hello", "leave", "welcome", "redirect", "met", "refuse", "held", "offer", "synced", "names", "beat", "cancel", "release", "first_token", "answered", "report", "return_", "grant", "turned", "status", "remember", "learned", "ask", "told", "moved")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     LEAVE_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +38,7 @@ class Message(_message.Message):
     LEARNED_FIELD_NUMBER: _ClassVar[int]
     ASK_FIELD_NUMBER: _ClassVar[int]
     TOLD_FIELD_NUMBER: _ClassVar[int]
+    MOVED_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     leave: Leave
     welcome: Welcome
@@ -62,7 +63,8 @@ class Message(_message.Message):
     learned: Learnt
     ask: Ask
     told: Told
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., redirect: _Optional[_Union[Member, _Mapping]] = ..., met: _Optional[_Union[Met, _Mapping]] = ..., refuse: _Optional[str] = ..., held: _Optional[_Union[Held, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., synced: _Optional[bool] = ..., names: _Optional[_Union[Names, _Mapping]] = ..., beat: _Optional[int] = ..., cancel: _Optional[int] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., first_token: _Optional[int] = ..., answered: _Optional[int] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., return_: _Optional[int] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., turned: _Optional[_Union[Turned, _Mapping]] = ..., status: _Optional[_Union[Status, _Mapping]] = ..., remember: _Optional[_Union[Home, _Mapping]] = ..., learned: _Optional[_Union[Learnt, _Mapping]] = ..., ask: _Optional[_Union[Ask, _Mapping]] = ..., told: _Optional[_Union[Told, _Mapping]] = ...) -> None: ...
+    moved: Moved
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., redirect: _Optional[_Union[Member, _Mapping]] = ..., met: _Optional[_Union[Met, _Mapping]] = ..., refuse: _Optional[str] = ..., held: _Optional[_Union[Held, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., synced: _Optional[bool] = ..., names: _Optional[_Union[Names, _Mapping]] = ..., beat: _Optional[int] = ..., cancel: _Optional[int] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., first_token: _Optional[int] = ..., answered: _Optional[int] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., return_: _Optional[int] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., turned: _Optional[_Union[Turned, _Mapping]] = ..., status: _Optional[_Union[Status, _Mapping]] = ..., remember: _Optional[_Union[Home, _Mapping]] = ..., learned: _Optional[_Union[Learnt, _Mapping]] = ..., ask: _Optional[_Union[Ask, _Mapping]] = ..., told: _Optional[_Union[Told, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ...) -> None: ...
 
 class Member(_message.Message):
     __slots__ = ("id", "address", "joined")
@@ -191,6 +193,14 @@ class Release(_message.Message):
     number: int
     answer: str
     def __init__(self, number: _Optional[int] = ..., answer: _Optional[str] = ...) -> None: ...
+
+class Moved(_message.Message):
+    __slots__ = ("number", "endpoint")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINT_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    endpoint: str
+    def __init__(self, number: _Optional[int] = ..., endpoint: _Optional[str] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("running", "waiting", "kv_usage", "gpu_usage", "tokens_per_s", "kv_capacity_tokens")

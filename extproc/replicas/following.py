@@ -21,6 +21,7 @@ from extproc.replicas.messages import (
     FirstToken,
     Grant,
     Held,
+    Moved,
     Offer,
     Release,
     Remember,
@@ -135,6 +136,11 @@ class Following:
         status, endpoint = self.status, ticket.endpoint
         if status is not None and endpoint is not None and endpoint.name in status.doubted and ticket in self._numbers:
             self.link.send(Answered(self._numbers[ticket]))
+
+    def move(self, ticket: Ticket, endpoint: str) -> None:
+        """Pass on that another endpoint answers than the one granted."""
+        if ticket in self._numbers:
+            self.link.send(Moved(self._numbers[ticket], endpoint))
 
     def report(self, ticket: Ticket, load: Load) -> None:
         """Pass on what an answer said of its endpoint."""

@@ -141,6 +141,12 @@ class SharedGate(Gate):
         super().answered(ticket)
         self.replica.answered(ticket)
 
+    def move(self, ticket: Ticket, endpoint: str) -> None:
+        """Note that another endpoint answers than the one picked, in our own books and in those of who leads."""
+        if ticket.state is State.LEASED:
+            super().move(ticket, endpoint)
+            self.replica.move(ticket, endpoint)
+
     def report(self, ticket: Ticket, load: Load) -> None:
         """Follow what an answer's headers say of its endpoint's load; who leads is told."""
         if self.replica.decides:

@@ -24,6 +24,7 @@ from extproc.replicas.messages import (
     Held,
     Learned,
     Leave,
+    Moved,
     Names,
     Offer,
     Release,
@@ -316,7 +317,7 @@ class Leading:
             case Names(names, rules):
                 follower.names, follower.rules = names, rules
                 self.look_at_names()
-            case Release() | Cancel() | FirstToken() | Answered() | Report() | Return():
+            case Release() | Cancel() | FirstToken() | Answered() | Moved() | Report() | Return():
                 ticket_of = follower.tickets.get(message.number)
                 if ticket_of is not None:  # else it ended meanwhile
                     self._hear_of(ticket_of, message)
@@ -336,7 +337,9 @@ class Leading:
                 here = [ticket for ticket in brought if follower.tickets.get(ticket.number) is ticket]
                 self._offer_all([ticket for ticket in here if not self.gather(ticket)])
 
-    def _hear_of(self, ticket: Forwarded, message: Release | Cancel | FirstToken | Answered | Report | Return) -> None:
+    def _hear_of(
+        self, ticket: Forwarded, message: Release | Cancel | FirstToken | Answered | Moved | Report | Return
+    ) -> None:
         tickets, gate = ticket.follower.tickets, self._gate
         match message:
             case Release(number, answer):
@@ -354,6 +357,8 @@ class Leading:
                 gate.first_token(ticket)
             case Answered():
                 gate.answered(ticket)
+            case Moved(_, endpoint):
+                gate.move(ticket, endpoint)
             case Report(_, load):
                 gate.report(ticket, load)
 

@@ -179,6 +179,13 @@ class Answered(NamedTuple):
     number: int
 
 
+class Moved(NamedTuple):
+    """Another endpoint answers than the one granted; empty: one that I don't know."""
+
+    number: int
+    endpoint: str
+
+
 class Report(NamedTuple):
     """What an answer's headers said of its endpoint."""
 
@@ -281,6 +288,7 @@ Message = (
     | Release
     | FirstToken
     | Answered
+    | Moved
     | Report
     | Return
     | Grant

@@ -499,6 +499,11 @@ class Replica:
         if self.following is not None:
             self.following.answered(ticket)
 
+    def move(self, ticket: Ticket, endpoint: str) -> None:
+        """Pass on that another endpoint answers than the one granted."""
+        if self.following is not None:
+            self.following.move(ticket, endpoint)
+
     def report(self, ticket: Ticket, load: Load) -> None:
         """Pass on what an answer said of its endpoint."""
         if self.following is not None:

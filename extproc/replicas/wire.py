@@ -70,6 +70,8 @@ def _encode(message: m.Message) -> pb.Message:  # noqa: C901 - a table
             return pb.Message(status=status)
         case m.Answered(number):
             return pb.Message(answered=number)
+        case m.Moved(number, endpoint):
+            return pb.Message(moved=pb.Moved(number=number, endpoint=endpoint))
         case m.Report(number, load):
             return pb.Message(report=pb.Report(number=number, load=_load(load)))
         case m.Return(number):
@@ -194,6 +196,8 @@ def _decode(message: pb.Message) -> m.Message:  # noqa: C901 - a table
             return m.Status(status.heard, status.members, status.group, limits, frozenset(status.doubted))
         case "answered":
             return m.Answered(message.answered)
+        case "moved":
+            return m.Moved(message.moved.number, message.moved.endpoint[:MOST_NAME])
         case "report":
             return m.Report(message.report.number, _load_of(message.report.load))
         case "return_":

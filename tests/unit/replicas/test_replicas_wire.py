@@ -49,6 +49,8 @@ MESSAGES: list[m.Message] = [
     *(m.Release(5, answer) for answer in Answer),
     m.FirstToken(6),
     m.Answered(7),
+    m.Moved(7, "b"),
+    m.Moved(7, ""),
     m.Report(8, Load(running=3.0, kv_usage=0.5, kv_capacity_tokens=1000)),
     m.Report(8, Load()),
     m.Return(9),
