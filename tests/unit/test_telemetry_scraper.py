@@ -48,6 +48,7 @@ class Pages:
         self.opened = 0
         self.closes_old_ones = False
         self.forged = b""  # said behind each good page, when nobody asks
+        self.behind = b""  # said with each good page, in one piece
         self.models: bytes | None = b'{"data": [{"max_model_len": 4096}]}'  # None: it hangs
         self.address = ""
         self._server: asyncio.Server | None = None
@@ -110,7 +111,8 @@ class Pages:
             await asyncio.sleep(pause_s)
 
     async def _good(self, writer: asyncio.StreamWriter) -> None:
-        await self._send(writer, self.page, "set-cookie: a=b")
+        head = f"HTTP/1.1 200 OK\r\nset-cookie: a=b\r\ncontent-length: {len(self.page)}\r\n\r\n"
+        await self._write(writer, head.encode() + self.page + self.behind)
 
     async def _gpus(self, writer: asyncio.StreamWriter) -> None:
         await self._send(writer, GPUS)
@@ -689,6 +691,19 @@ def test_an_idle_connection_that_says_something_is_closed_and_what_it_said_is_no
             wire.scraper.put(Target("a", pages.url("good")))
             await until(lambda: len(wire.seen) >= 2)
             assert {load.running for _, load in wire.seen} == {3.0}
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("behind", [b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n", b"HTTP/1.1 200 OK\r\n", b"odd"])
+def test_a_connection_that_said_more_than_its_page_is_closed_and_none_is_left_behind(behind):
+    async def main() -> None:
+        async with Pages() as pages, Wire(interval_s=0.01) as wire:
+            pages.behind = behind
+            wire.scraper.put(Target("a", pages.url("good")))
+            await until(lambda: len(wire.seen) >= 5)
+            await until(lambda: len(pages._connections) <= 1)
+            assert wire.errors() == {}
 
     asyncio.run(main())
 

@@ -92,6 +92,7 @@ class Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self._end(Reason.PROTOCOL)
+            self.close()  # also where it was a whole answer that something odd came after
             return
         if self._answer is not None and self._read_bytes - len(self._body) > MOST_HEAD_BYTES:
             self._end(Reason.TOO_BIG if self._status else Reason.PROTOCOL)
@@ -109,7 +110,7 @@ class Connection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         """Begin with a head."""
         if self._is_done:  # a second answer to one question
-            self.is_open = False
+            self.close()
         else:
             self._reset()
 

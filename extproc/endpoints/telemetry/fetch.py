@@ -86,9 +86,11 @@ class Pages:
                 raise
             if connection.is_open:
                 self._idle.setdefault(origin, []).append((self._loop.time(), connection))
-            elif is_old and not connection.begun:
-                continue  # closed by the server as it was asked again: a GET may be asked twice
-            return answer
+                return answer
+            connection.close()  # nobody will know of it any more
+            if not is_old or connection.begun:
+                return answer
+            # else closed by the server as it was asked again: a GET may be asked twice
 
     def _context(self, tls: ssl.SSLContext | bool) -> ssl.SSLContext:
         if isinstance(tls, ssl.SSLContext):
