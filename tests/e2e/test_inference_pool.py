@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from extproc.config import InferencePoolConfig, KubernetesConfig
 from extproc.endpoints.discovery import watch
 from extproc.endpoints.discovery.inference_pool import InferencePool
+from extproc.endpoints.discovery.kubernetes import Kubernetes
 
 from .kit.clients import complete_many
-from .kit.kube_api import LLM_D_OBJECTIVES, OBJECTIVES, PODS, POOLS, KubeApi, objective_of, pod_of, pool_of
+from .kit.kube_api import LLM_D_OBJECTIVES, OBJECTIVES, PODS, POOLS, KubeApi, objective_of, pod_of, pool_of, slice_of
 from .kit.picking import Picking
 from .kit.processes import wait_until
 from .kit.watcher import Watcher
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+
+    from extproc.config import EndpointConfig
+    from extproc.endpoints.discovery.source import Source
 
 VLLM = {"app": "vllm"}
 COUNTED = re.compile(r'extproc_requests_total\{(?=.*class="batch").*outcome="dispatched"')
@@ -150,6 +156,33 @@ def test_a_pod_that_changes_in_what_does_not_matter_is_no_news(api):
         api.put(pod_of("b", "10.0.0.2", VLLM), PODS)
         watcher.sees(a="10.0.0.1:8000", b="10.0.0.2:8000")
         assert len(watcher.reports) == 2
+
+
+@pytest.mark.parametrize("kind", [InferencePool, Kubernetes])
+def test_what_an_error_of_ours_kept_from_being_told_is_told_when_the_source_is_run_again(api, kind):
+    api.put(pool_of("vllm", VLLM), POOLS)
+    api.put(pod_of("a", "10.0.0.1", VLLM), PODS)
+    api.put(slice_of("s1", {"a": "10.0.0.1"}))
+    keys = {"namespace": "ml", "api": api.url, "token_file": "/none"}
+    source: Source = (
+        InferencePool(InferencePoolConfig.model_validate({"name": "vllm", **keys}), {})
+        if kind is InferencePool
+        else Kubernetes(KubernetesConfig.model_validate({"service": "vllm", **keys}), {})
+    )
+    told: list[str] = []
+
+    def tell(endpoints: Sequence[EndpointConfig]) -> None:
+        told.extend(endpoint.address for endpoint in endpoints)
+        raise RuntimeError("a mistake of ours")
+
+    async def main() -> None:
+        for _ in range(2):
+            async with asyncio.timeout(5):
+                with pytest.raises((RuntimeError, ExceptionGroup)):
+                    await source.run(tell)
+
+    asyncio.run(main())
+    assert told == ["10.0.0.1:8000"] * 2
 
 
 def test_objectives_of_both_groups_are_known_by_priority_the_newer_group_first(api):
