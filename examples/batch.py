@@ -104,8 +104,10 @@ def left_of(requests: Path, results: Path) -> list[dict[str, Any]]:
     if results.exists():
         whole = results.read_text(encoding="utf-8").rpartition("\n")[0]  # the last line may have been cut by a crash
         results.write_text(whole + "\n" if whole else "", encoding="utf-8")
-        done = {json.loads(line)["custom_id"] for line in whole.splitlines()}
-    lines = requests.read_text(encoding="utf-8").splitlines()
+        done = {json.loads(line)["custom_id"] for line in whole.split("\n") if line}
+    lines = requests.read_text(encoding="utf-8").split(
+        "\n"
+    )  # splitlines would cut at U+2028, which JSON allows in a string
     return [request for line in lines if line and (request := json.loads(line))["custom_id"] not in done]
 
 

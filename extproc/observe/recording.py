@@ -18,7 +18,9 @@ import json
 import pickle
 import secrets
 import zlib
+from collections import OrderedDict
 from collections.abc import Mapping
+from copyreg import __newobj__  # type: ignore[attr-defined]
 from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
 from hashlib import blake2b
@@ -31,7 +33,7 @@ from extproc.admission import events
 from extproc.admission.controller import Controller
 from extproc.admission.endpoint import Endpoint
 from extproc.admission.pool import Pool
-from extproc.admission.sessions import Home
+from extproc.admission.sessions import Home, Sessions
 from extproc.admission.tenants import NO_RULES, TenantRules
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Dispatch, Request
@@ -42,13 +44,13 @@ if TYPE_CHECKING:
     from extproc.admission.events import Event
     from extproc.admission.values import Decision
 
-FORMAT = 1
+FORMAT = 2
 MOST_EVENTS = 200_000
 """Events of one recording: some 40 MB. Then it ends, since only what follows on its beginning can be run again."""
 MOST_STATE_BYTES = 1 << 28
 _PARTS: dict[str, type] = {kind.__name__: kind for kind in (Ticket, Endpoint, Pool)}
 """What the parts of the core point to each other by: pickled one by one, so that no chain of them gets too deep."""
-_ATOMS = frozenset({int, float, bool, type(None), tuple, list, dict})
+_ATOMS = frozenset({str, int, float, bool, type(None), tuple, list, dict})
 _OTHERS = {
     ("sortedcontainers.sortedlist", "SortedList"),
     ("collections", "OrderedDict"),
@@ -113,9 +115,7 @@ class Recorder:
     def _plain(self, value: object, line: dict[str, Any]) -> object:
         if isinstance(value, Ticket):
             if value not in self._numbers:
-                request = value.request
-                session = None if request.session is None else self._hidden(request.session)
-                line["request"] = _plain(replace(request, session=session))
+                line["request"] = _plain(_without_session(value.request, self._hidden))
             return self._number(value)
         if isinstance(value, Home):
             value = value._replace(session=self._hidden(value.session))
@@ -209,6 +209,10 @@ def _words(decision: Decision) -> list[object]:
     return [decision.outcome.value, where, decision.wait_s]
 
 
+def _without_session(request: Request, hidden: Callable[[str], str]) -> Request:
+    return request if request.session is None else replace(request, session=hidden(request.session))
+
+
 # ---- values as JSON
 
 
@@ -269,11 +273,14 @@ def _shaped(hint: Any, value: Any) -> Any:  # noqa: C901 - a case for each kind 
 
 
 class _Freezer(pickle.Pickler):
-    """Pickles the parts of a core one by one, and nothing of its driver."""
+    """Pickles the parts of a core one by one, and nothing of its driver.
 
-    def __init__(self, file: io.BytesIO, secrets: dict[object, str]) -> None:
+    Sessions are hidden where they stand, in requests and in their memory: any other string may be equal to one.
+    """
+
+    def __init__(self, file: io.BytesIO, hidden: Callable[[str], str]) -> None:
         super().__init__(file, protocol=4)
-        self.secrets = secrets
+        self.hidden = hidden
         self.numbers: dict[object, int] = {}
         self.todo: list[object] = []
 
@@ -281,21 +288,33 @@ class _Freezer(pickle.Pickler):
         kind = type(obj)
         if kind in _ATOMS:
             return None
-        if kind is str:
-            return ("secret", self.secrets[obj]) if obj in self.secrets else None
         if obj is NO_RULES:
             return "no rules", 0
-        if _PARTS.get(kind.__name__) is kind:
+        if isinstance(obj, tuple(_PARTS.values())):
             number = self.numbers.get(obj)
             if number is None:
                 number = self.numbers[obj] = len(self.numbers)
                 self.todo.append(obj)
-            return kind.__name__, number
+            return _part(obj).__name__, number
         if kind in (MethodType, BuiltinFunctionType):
             return "driver", 0
         if kind is FunctionType and not obj.__module__.startswith("extproc.admission."):
             return "driver", 0
         return None
+
+    def reducer_override(self, obj: object) -> Any:
+        if isinstance(obj, Request):
+            request = _without_session(obj, self.hidden)
+            return Request, tuple([getattr(request, field.name) for field in fields(Request)])
+        if isinstance(obj, Sessions):
+            endpoints = OrderedDict({self.hidden(session): known for session, known in obj._endpoints.items()})
+            return __newobj__, (Sessions,), (None, {"_endpoints": endpoints})
+        return NotImplemented
+
+
+def _part(obj: object) -> type:
+    """Return the core's class that `obj` is of: its driver may have one of its own below it."""
+    return next(kind for kind in type(obj).__mro__ if _PARTS.get(kind.__name__) is kind)
 
 
 class _Thawer(pickle.Unpickler):
@@ -309,8 +328,6 @@ class _Thawer(pickle.Unpickler):
             return None
         if name == "no rules":
             return NO_RULES
-        if name == "secret":
-            return str(number)
         if number not in self.parts:
             self.parts[number] = object.__new__(_PARTS[name])
         return self.parts[number]
@@ -328,13 +345,10 @@ class _Thawer(pickle.Unpickler):
 def _freeze(core: Controller, hidden: Callable[[str], str]) -> tuple[bytes, dict[Ticket, int], int]:
     """Return the state of `core`, the numbers that tickets have in it, and the next number."""
     file = io.BytesIO()
-    leased = [ticket for endpoint in core.endpoints.values() for ticket in endpoint.leases]
-    sessions = {home.session for home in core.homes(core.policy.session_memory, 0.0)}
-    sessions |= {ticket.request.session or "" for ticket in [*core.waiting_tickets(), *leased]} - {""}
-    freezer = _Freezer(file, {session: hidden(session) for session in sessions})
+    freezer = _Freezer(file, hidden)
     freezer.dump({name: value for name, value in vars(core).items() if name != "_watchers"})
     for part in freezer.todo:  # grows meanwhile
-        slots: tuple[str, ...] = type(part).__slots__  # type: ignore[attr-defined]
+        slots: tuple[str, ...] = _part(part).__slots__  # type: ignore[attr-defined]
         freezer.dump((freezer.numbers[part], tuple([getattr(part, slot) for slot in slots])))
     tickets = {part: number for part, number in freezer.numbers.items() if isinstance(part, Ticket)}
     return zlib.compress(file.getvalue()), tickets, len(freezer.numbers)

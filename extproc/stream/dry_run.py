@@ -11,10 +11,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from extproc.admission.controller import Controller
-from extproc.admission.events import Adopted, Disowned, Offered, OfTicket, PolicySet, Released, apply
+from extproc.admission.events import Adopted, Disowned, Moved, Offered, OfTicket, PolicySet, Released, apply
 from extproc.admission.outcome import Outcome
 from extproc.admission.ticket import State, Ticket
-from extproc.admission.values import Dispatch
+from extproc.admission.values import Answer, Dispatch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,14 +48,10 @@ class DryRun:
                 if ticket.state is State.LEASED:
                     self._twins[ticket] = Ticket(ticket.request)
                     self._apply(replace(event, ticket=self._twins[ticket]))
-            case Released(ticket=ticket) | Disowned(ticket=ticket):
-                twin = self._twins.pop(ticket, None)
-                if twin is not None and twin.state is State.WAITING:
-                    if isinstance(event, Released):
-                        self._note(HELD, twin)
-                    self._count(self._other.withdraw(twin, event.at))
-                elif twin is not None and twin.state is State.LEASED:
-                    self._apply(replace(event, ticket=twin))
+            case Released() | Disowned():
+                self._end(event)
+            case Moved(ticket=ticket) if ticket.state is State.DONE:  # to an endpoint that nobody knows
+                self._end(Released(event.at, ticket, Answer.FAILED))
             case OfTicket(ticket=ticket):
                 twin = self._twins.get(ticket)
                 if twin is not None and twin.state is State.LEASED:
@@ -64,6 +60,15 @@ class DryRun:
                 self._apply(replace(event, policy=replace(policy, enable_queue=True)))
             case _:
                 self._apply(event)
+
+    def _end(self, event: Released | Disowned) -> None:
+        twin = self._twins.pop(event.ticket, None)
+        if twin is not None and twin.state is State.WAITING:
+            if isinstance(event, Released):
+                self._note(HELD, twin)
+            self._count(self._other.withdraw(twin, event.at))
+        elif twin is not None and twin.state is State.LEASED:
+            self._apply(replace(event, ticket=twin))
 
     def _apply(self, event: Event) -> None:
         self._count(apply(self._other, event))

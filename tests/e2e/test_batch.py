@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 import time
@@ -60,3 +61,14 @@ def test_a_batch_waits_for_as_long_as_it_is_told_and_loses_and_doubles_nothing(h
     assert page['extproc_requests_total{class="batch",outcome="budget_expired"}'] >= 4
     again = batch(here, tmp_path)
     assert "0 sent, 0 failed" in again.communicate(timeout=30)[1]
+
+
+def test_a_line_of_json_ends_at_a_newline_and_at_no_other_separator(tmp_path):
+    left_of = runpy.run_path(str(ROOT / "examples/batch.py"))["left_of"]
+    lines = [
+        json.dumps({"custom_id": f"{number} \u2028 \u0085", "url": "/"}, ensure_ascii=False) for number in range(2)
+    ]
+    (tmp_path / "requests").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "results").write_text(lines[0] + "\n" + lines[1][:5], encoding="utf-8")
+    (left,) = left_of(tmp_path / "requests", tmp_path / "results")
+    assert left["custom_id"] == "1 \u2028 \u0085"

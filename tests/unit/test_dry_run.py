@@ -84,6 +84,19 @@ def test_the_run_remembers_nothing_of_requests_that_are_over():
     assert not run.dry._other.endpoints["a"].leases
 
 
+def test_a_request_that_a_gateway_took_elsewhere_is_over_in_both():
+    run = started()
+    run.put_endpoint(EndpointSpec("b", max_running_requests=1), 0.0)
+    tickets = [offer(run, 0.0) for _ in range(5)]
+    run.remove_endpoint("b", 0.0)
+    for ticket in tickets:
+        run.move(ticket, "nobody's", 1.0)
+    assert run.dry._twins == {}
+    assert run.dry._other.waiting == 0
+    assert not run.dry._other.endpoints["a"].leases
+    assert run.counts == {("dispatched", NAME): 3, ("held", NAME): 2}
+
+
 def test_endpoints_policy_and_health_reach_both():
     run = started()
     run.put_endpoint(EndpointSpec("b", max_running_requests=1), 0.0)

@@ -22,7 +22,7 @@ from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request
 from extproc.commands.cli import main
 from extproc.errors import TransitionError
-from extproc.observe.recording import Recorder, Recording, RecordingError
+from extproc.observe.recording import FORMAT, Recorder, Recording, RecordingError
 
 from .storm import Storm
 
@@ -98,6 +98,34 @@ def test_no_name_of_a_session_is_in_a_recording() -> None:
         assert f'"{name}"' not in "".join(rest)
     assert b"r1" in state, "what is no session is there"
     assert second.request.session == "s1"
+
+
+def test_no_name_of_a_session_whose_request_left_is_in_a_recording() -> None:
+    core, _, (first, second, _) = small()
+    core.cancel(second, 1.0)
+    core.release(first, 1.0)
+    core.set_policy(Policy(session_memory=1), 1.0)
+    core.offer(Ticket(Request("r9", 2.0, session="s9")), 2.0)
+    state = zlib.decompress(base64.b64decode(json.loads(Recorder(core).text().splitlines()[0])["state"]))
+    assert b"r1" in state, "the alarm of who left is kept for a while"
+    assert b"s1" not in state
+
+
+@pytest.mark.parametrize("session", ["a", "waiting", "policy", "count", "default"])
+def test_a_session_may_be_called_like_anything_else_in_the_core(session: str) -> None:
+    core = Controller(Policy(shed=False))
+    core.put_endpoint(EndpointSpec("a", max_running_requests=1, models=frozenset({"m"})), 0.0)
+    tickets = [Ticket(Request("r", 0.0, model="m", tenant="t", session=session)) for _ in range(3)]
+    for ticket in tickets:
+        core.offer(ticket, 0.0)
+    recorder = Recorder(core)
+    core.watch(recorder.happened)
+    core.release(tickets[0], 1.0)
+    core.put_endpoint(EndpointSpec("b", max_running_requests=1, models=frozenset({"m"})), 2.0)
+    again = Recording(recorder.text().splitlines())
+    assert list(again.run()) == [None, None]
+    assert repr(again.core) == repr(core)
+    assert repr(again.core.policy) == repr(core.policy)
 
 
 def test_a_decision_that_differs_is_shown_beside_the_recorded_one(
@@ -215,8 +243,8 @@ class Evil:
     ids=["builtin", "another part", "an import of the core", "no class", "dotted", "nothing"],
 )
 def test_a_strangers_recording_runs_none_of_his_code(state: bytes, capsys: pytest.CaptureFixture[str]) -> None:
-    head = {"extproc": "1", "format": 1, "state": base64.b64encode(zlib.compress(state)).decode()}
-    with pytest.raises(RecordingError, match="line 1"):
+    head = {"extproc": "1", "format": FORMAT, "state": base64.b64encode(zlib.compress(state)).decode()}
+    with pytest.raises(RecordingError, match="line 1: its state"):
         Recording([json.dumps(head)])
     assert "owned" not in capsys.readouterr().out
 
