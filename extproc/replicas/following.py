@@ -10,6 +10,7 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING
 
+from extproc.admission.outcome import Outcome
 from extproc.admission.ticket import State
 from extproc.admission.values import Answer, Dispatch, Reject
 from extproc.replicas.leading import asked_by
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from extproc.admission.load import Load
     from extproc.admission.ticket import Ticket
     from extproc.replicas.gate import SharedGate
-    from extproc.replicas.messages import Member, Told
+    from extproc.replicas.messages import Member, Message, Told
     from extproc.replicas.seeking import Call
 
 FRESH_S = 1.2
@@ -66,6 +67,7 @@ class Following:
         self.leader = leader
         self.epoch = epoch
         self.link = link
+        link.bounced = self._take_back
         self.heard_at = gate.now()
         self.status: Status | None = None
         self._numbers: dict[Ticket, int] = {}
@@ -170,6 +172,11 @@ class Following:
             del self._numbers[ticket]
         self._waiting.clear()
         return tickets
+
+    def _take_back(self, message: Message) -> None:
+        """Refuse a request that the leader can't be told of: it would wait for ever."""
+        if isinstance(message, Offer):
+            self.take_refusal(Turned(message.number, Outcome.NO_ENDPOINT, None, 0))
 
     # ---- the leader's words
 

@@ -39,6 +39,8 @@ class TcpLink(asyncio.Protocol):
         """Wait for a connection; what is sent before is sent then."""
         self.receive: Callable[[Message], None] = lambda _: None
         self.closed: Callable[[], None] = lambda: None
+        self.bounced: Callable[[Message], None] = lambda _: None
+        self._has_bounced = False
         self.spoke = False  # a frame came
         self._loop = loop
         self._transport: asyncio.Transport | None = None
@@ -122,10 +124,20 @@ class TcpLink(asyncio.Protocol):
         if self._is_over or transport is None or not self._unsent:
             return
         unsent, self._unsent = self._unsent, []
-        transport.write(frames(unsent))
+        bounced: list[tuple[Message, str]] = []
+        transport.write(frames(unsent, lambda message, why: bounced.append((message, why))))
+        for message, why in bounced:
+            self._bounce(message, why)
         if transport.get_write_buffer_size() > MOST_UNSENT_BYTES:
             log.warning("a stream between sidecars ends: %d bytes wait for the other side", MOST_UNSENT_BYTES)
             self._abort()
+
+    def _bounce(self, message: Message, why: str) -> None:
+        """Give back what can't be sent; the rest must not suffer."""
+        if not self._has_bounced:
+            self._has_bounced = True
+            log.error("a message to another sidecar (%s) can't be sent: %s", type(message).__name__, why)
+        self.bounced(message)
 
     def _abort(self) -> None:
         """End at once; the replica hears of it."""

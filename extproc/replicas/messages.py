@@ -298,7 +298,13 @@ Message = (
 
 
 class Link(Protocol):
-    """One side of a stream between two sidecars: in order, each message once, or the stream is closed."""
+    """One side of a stream between two sidecars: in order, each message once, or the stream is closed.
+
+    Attributes:
+        bounced: is called with a message that can't be sent, at any time after `send` has returned.
+    """
+
+    bounced: Callable[[Message], None]
 
     def send(self, message: Message) -> None:
         """Send, soon. After the stream has ended: no-op."""

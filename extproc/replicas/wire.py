@@ -18,10 +18,10 @@ from extproc.errors import ProtocolError
 from extproc.replicas import messages as m
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 MOST_BYTES = 4 << 20
-"""Of a frame. A batch of BATCH messages with every name as long as may be has less than half."""
+"""Of a frame. A thousand waiting requests, each with a list of the endpoints it may go to, take several."""
 BATCH = 1000
 LENGTH_BYTES = 4
 MOST_NAME = 256
@@ -35,13 +35,37 @@ _HELD = {held.value: held for held in HeldBy}
 # ---- out
 
 
-def frames(batch: Sequence[m.Message]) -> bytes:
-    """Return `batch` as one frame or more."""
-    parts = []
-    for begin in range(0, len(batch), BATCH):
-        data = pb.Batch(messages=[_encode(message) for message in batch[begin : begin + BATCH]]).SerializeToString()
-        parts += [len(data).to_bytes(LENGTH_BYTES), data]
+def _raise(message: m.Message, why: str) -> None:
+    raise ProtocolError(f"a {type(message).__name__} can't be sent: {why}")
+
+
+def frames(batch: Sequence[m.Message], bounce: Callable[[m.Message, str], None] = _raise) -> bytes:
+    """Return `batch` as one frame or more; `bounce` is told of each message that fits in none, and why."""
+    parts: list[bytes] = []
+    encoded: list[tuple[m.Message, pb.Message]] = []
+    for message in batch:
+        try:
+            encoded.append((message, _encode(message)))
+        except (ValueError, TypeError) as error:  # half a surrogate pair in a text, or a number beyond its field
+            bounce(message, str(error))
+    for begin in range(0, len(encoded), BATCH):
+        _frame(encoded[begin : begin + BATCH], parts, bounce)
     return b"".join(parts)
+
+
+def _frame(
+    batch: list[tuple[m.Message, pb.Message]], parts: list[bytes], bounce: Callable[[m.Message, str], None]
+) -> None:
+    """Add `batch` as a frame, or as several where it is too long for one."""
+    data = pb.Batch(messages=[message for _, message in batch]).SerializeToString()
+    half = len(batch) // 2
+    if len(data) <= MOST_BYTES:
+        parts += [len(data).to_bytes(LENGTH_BYTES), data]
+    elif half:
+        _frame(batch[:half], parts, bounce)
+        _frame(batch[half:], parts, bounce)
+    else:
+        bounce(batch[0][0], f"it has {len(data)} bytes; at most {MOST_BYTES} are allowed")
 
 
 def _encode(message: m.Message) -> pb.Message:  # noqa: C901 - a table

@@ -9,7 +9,7 @@ import pytest
 
 from extproc.admission.values import EndpointSpec, RequestClass
 from extproc.replicas.door import Guest
-from extproc.replicas.messages import VERSION, Hello, Member, Purpose
+from extproc.replicas.messages import VERSION, Asked, Hello, Member, Offer, Purpose
 from extproc.replicas.picture import Role
 from extproc.replicas.replica import SILENCE_S
 
@@ -60,6 +60,19 @@ def test_the_limit_of_an_engine_holds_over_all_sidecars_and_all_of_it_is_used():
     here.run(30.0, here.check)
     assert [engine.peak for engine in here.engines.values()] == [4, 4]
     assert here.outcomes == {"done": 60}
+
+
+def test_a_request_that_the_leader_cant_be_told_of_is_refused_at_once_and_held_by_nobody():
+    here = world(engines=1, limit=1)
+    here.send(leader(here).place, work_s=5.0)
+    here.run(0.1)
+    one = followers(here)[0]
+    following = one.replica.following
+    client = here.send(one.place, work_s=1.0)
+    (number,) = following._waiting  # its link gives the message back, as that of a real stream does
+    following.link.bounced(Offer(number, Asked("", 0.0)))
+    assert client.outcomes == ["no_endpoint"]
+    assert one.gate.waiting == 0
 
 
 def test_of_two_sidecars_requests_the_more_important_goes_first_wherever_it_came():

@@ -79,6 +79,28 @@ def test_what_one_side_sends_the_other_receives_in_order_and_an_end_is_told_once
         runner.run(run())
 
 
+def test_what_cant_be_sent_is_given_back_and_told_once_and_what_was_said_with_it_arrives(caplog):
+    broken = [m.Offer(number, m.Asked("r", 0.0, model="\ud800")) for number in (1, 2)]
+
+    async def run() -> None:
+        door = Door()
+        network, address = await opened(door)
+        link = network.dial(address, lambda _: None, lambda: None)
+        bounced: list[m.Message] = []
+        link.bounced = bounced.append
+        for message in (HELLO, *broken, m.Beat(1)):
+            link.send(message)
+        await until(lambda: len(door.said) == 2)
+        assert door.said == [HELLO, m.Beat(1)]
+        assert bounced == broken
+        link.close()
+        await network.close()
+
+    asyncio.run(run())
+    (record,) = caplog.records
+    assert "(Offer) can't be sent" in record.message
+
+
 def test_a_sidecar_that_is_not_there_is_told_as_an_end():
     async def run() -> None:
         network = TcpNetwork(asyncio.get_running_loop())

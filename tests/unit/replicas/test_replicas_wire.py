@@ -16,7 +16,7 @@ from extproc.admission.values import Answer, Request
 from extproc.errors import ProtocolError
 from extproc.replicas import messages as m
 from extproc.replicas.leading import asked_by, request_of
-from extproc.replicas.wire import BATCH, LENGTH_BYTES, MOST_AGE_S, frames, read
+from extproc.replicas.wire import BATCH, LENGTH_BYTES, MOST_AGE_S, MOST_BYTES, frames, read
 
 MEMBER = m.Member("s1-abc", "10.0.0.7:50060", 7)
 ASKED = m.Asked(
@@ -93,6 +93,38 @@ def test_every_message_arrives_as_it_was_sent(message):
 def test_a_long_batch_goes_in_several_frames_and_keeps_its_order():
     batch: list[m.Message] = [m.Beat(number) for number in range(2 * BATCH + 1)]
     assert unframed(frames(batch)) == batch
+
+
+def lengths(data: bytes) -> list[int]:
+    found: list[int] = []
+    while data:
+        found.append(int.from_bytes(data[:LENGTH_BYTES]))
+        data = data[LENGTH_BYTES + found[-1] :]
+    return found
+
+
+def test_a_thousand_requests_that_may_each_go_to_200_pods_go_in_frames_that_are_taken_in():
+    pods = frozenset(f"vllm-llama-8b-instruct-7d9c5b8f6-{n:05}.10.244.0.{n}:8000" for n in range(200))
+    batch: list[m.Message] = [m.Offer(number, ASKED._replace(allowed=pods)) for number in range(BATCH)]
+    data = frames(batch)
+    assert len(data) > MOST_BYTES
+    assert max(lengths(data)) <= MOST_BYTES
+    assert unframed(data) == batch
+
+
+UNSENDABLE = {
+    "half a surrogate pair": m.Offer(2, ASKED._replace(model="llama\ud800")),
+    "a number beyond its field": m.Offer(2, ASKED._replace(prompt_tokens=1 << 32)),
+    "too long": m.Offer(2, ASKED._replace(allowed=frozenset(f"{n:0250}" for n in range(17_000)))),
+}
+
+
+@pytest.mark.parametrize("message", UNSENDABLE.values(), ids=UNSENDABLE)
+def test_a_message_that_cant_be_sent_is_told_alone_and_the_rest_goes(message):
+    bounced: list[m.Message] = []
+    data = frames([m.Beat(1), message, m.Beat(3)], lambda one, _: bounced.append(one))
+    assert unframed(data) == [m.Beat(1), m.Beat(3)]
+    assert bounced == [message]
 
 
 def test_whatever_bytes_come_they_are_messages_or_one_named_error():

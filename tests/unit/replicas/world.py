@@ -94,6 +94,7 @@ class End:
         self.peer: End
         self.receive: Callable[[Message], None] = lambda _: None
         self.closed: Callable[[], None] = lambda: None
+        self.bounced: Callable[[Message], None] = lambda _: None
         self.is_over = False
         self.last_at = 0.0
         self.queued: list[Callable[[], None]] = []  # held back by a cut
