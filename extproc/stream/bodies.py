@@ -116,45 +116,99 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 # ---- what a held request has sent
 
 
+PIECE_BYTES = 48
+"""What Python needs beside the bytes of each piece that is kept."""
+
+
+class Allowance:
+    """What all held requests together may keep of their bodies.
+
+    Attributes:
+        used_bytes: what they keep.
+    """
+
+    __slots__ = ("most_bytes", "used_bytes")
+
+    def __init__(self, most_bytes: int) -> None:
+        """Allow so much; it is passed by what was on its way."""
+        self.most_bytes = most_bytes
+        self.used_bytes = 0
+
+
 class Kept:
     """The answers to what came of a request's body before its headers were answered: they go out after those.
 
     Attributes:
-        text: the body's first bytes, while somebody looks for the model there; None: nobody does.
         is_whole: nothing more of the body comes.
     """
 
-    __slots__ = ("_most_bytes", "_replies", "_size_bytes", "is_whole", "text")
+    __slots__ = ("_allowance", "_least_bytes", "_looked_bytes", "_most_bytes", "_replies", "_size_bytes", "_text",
+                 "is_whole")  # fmt: skip
 
-    def __init__(self, most_bytes: int, *, text: bool) -> None:
-        """Take `most_bytes` or a little more, and then ask that the rest be left where it is."""
+    def __init__(self, least_bytes: int, most_bytes: int, allowance: Allowance, *, text: bool) -> None:
+        """Take `most_bytes` or a little more, and then ask that the rest be left where it is.
+
+        While `allowance` is used up by all together, `least_bytes` are enough. `text`: the model is looked for.
+        """
+        self._least_bytes = least_bytes
         self._most_bytes = most_bytes
+        self._allowance = allowance
         self._size_bytes = 0
         self._replies: list[bytes] = []
+        self._text: bytearray | None = bytearray() if text else None  # the first bytes, while it is looked for
+        self._looked_bytes = 0  # of the text, when it was last looked at
         self.is_whole = False
-        self.text: bytearray | None = bytearray() if text else None
 
     @property
     def is_full(self) -> bool:
         """More may come, and shall wait."""
-        return self._size_bytes >= self._most_bytes and not self.is_whole
+        is_spent = self._allowance.used_bytes >= self._allowance.most_bytes
+        return self._size_bytes >= (self._least_bytes if is_spent else self._most_bytes) and not self.is_whole
+
+    @property
+    def is_read(self) -> bool:
+        """All of the body that is looked at for a model is here."""
+        return self.is_whole or self._text is None or len(self._text) >= MODEL_WITHIN
 
     def add(self, piece: bytes, reply: bytes) -> None:
         """Keep what will answer a piece of the request's body."""
-        self._replies.append(reply)
-        self._size_bytes += len(reply)
+        self._keep(reply)
         self.is_whole = is_last(piece)
-        if self.text is not None:
-            self.text += text_of(piece)
+        if self._text is not None:
+            self._text += text_of(piece)[: MODEL_WITHIN - len(self._text)]
 
     def end(self, reply: bytes) -> None:
         """Keep what will answer the request's trailers."""
-        self._replies.append(reply)
+        self._keep(reply)
         self.is_whole = True
 
+    def _keep(self, reply: bytes) -> None:
+        size_bytes = len(reply) + PIECE_BYTES
+        self._replies.append(reply)
+        self._size_bytes += size_bytes
+        self._allowance.used_bytes += size_bytes
+
+    def model(self) -> str | None:
+        """Return the model that the body names, if it is seen yet.
+
+        Looked for anew when the text is a quarter longer than at the last look: all looks together read a few times
+        MODEL_WITHIN, in however small pieces a body comes.
+        """
+        text = self._text
+        if text is None or not (self.is_read or 4 * len(text) >= 5 * self._looked_bytes):
+            return None
+        self._looked_bytes = len(text)
+        return model_in(bytes(text))
+
+    def look_no_more(self) -> None:
+        """Drop the text: the model is known, or will not be."""
+        self._text = None
+
     def take(self) -> list[bytes]:
-        """Return all answers, in order."""
+        """Return all answers, in order, and keep none of them."""
         replies, self._replies = self._replies, []
+        self._allowance.used_bytes -= self._size_bytes
+        self._size_bytes = 0
         return replies
 
 
@@ -162,7 +216,7 @@ class Kept:
 
 MODEL_WITHIN = 64 << 10
 """Bytes of a body in which its model is looked for."""
-_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[{}\[\],:]|[^\s"{}\[\],:]++', re.DOTALL)
+_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[{}\[\],:]|[^\s"{}\[\],:]++', re.DOTALL)
 
 
 def model_in(text: bytes) -> str | None:
@@ -192,4 +246,5 @@ def _string(token: bytes) -> str | None:
         value = json.loads(token)
     except ValueError:
         return None
-    return value if isinstance(value, str) else None
+    # JSON can spell half of a surrogate pair: no UTF-8 can, so neither another sidecar nor a page could be told it.
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else None

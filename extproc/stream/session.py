@@ -23,7 +23,7 @@ from extproc.errors import ProtocolError
 from extproc.stream import again, bodies, wire
 from extproc.stream.again import Again
 from extproc.stream.answer import GRPC, GRPC_STATUS, judge, judge_trailers
-from extproc.stream.bodies import MODEL_WITHIN, Kept, model_in
+from extproc.stream.bodies import Allowance, Kept
 from extproc.stream.dialect import PLAIN, ClusterHeader
 from extproc.stream.request import BINARY_REPORT, REPORT, Requests
 from extproc.stream.routes import (
@@ -69,6 +69,8 @@ KEPT_BYTES = 16 << 10
 then the gateway's own end of a stream is seen at once."""
 KEPT_UNTOLD_BYTES = 8 << 20
 """The same where a client that leaves is told by the end of its messages alone, which an unread body would hide."""
+KEPT_BY_ALL_BYTES = 64 << 20
+"""What all held requests together keep: beyond it each keeps KEPT_BYTES, and whoever leaves untold is not seen."""
 
 
 class _State(Enum):
@@ -140,6 +142,7 @@ class Reception:
         self._endpoints: dict[str, str] = {}  # cluster -> endpoint
         self._steers: dict[str, bytes] = {}
         self._subsets: dict[tuple[str, ...], frozenset[str]] = {}
+        self.kept = Allowance(KEPT_BY_ALL_BYTES)
 
     def put_cluster(self, endpoint: str, cluster: str) -> None:
         """Note which Envoy cluster an endpoint is, from now on."""
@@ -326,6 +329,7 @@ class Session:
                 self._send(wire.go_on(incoming.kind))
             case ((_State.READING | _State.HELD), Kind.RESPONSE_HEADERS):  # Envoy answered by itself: nobody waits
                 self._close()
+                self._drop_body()
                 self._state = _State.ANSWERED
                 self._send(wire.go_on(incoming.kind))
             case ((_State.READING | _State.HELD), Kind.REQUEST_TRAILERS):
@@ -363,6 +367,7 @@ class Session:
             self._state = _State.ENDED
             self._reception.streams -= 1
             self._close()
+            self._drop_body()
 
     def _begin(self, incoming: Incoming) -> None:
         """Hold the request, let it go at once, or answer it: the table of routes says."""
@@ -379,7 +384,8 @@ class Session:
             return
         reads = reception.read_model and incoming.has_body and modes.tells_body and not reception.names_model(incoming)
         if incoming.has_body and (modes.holds_body or reads):
-            self._kept = Kept(KEPT_BYTES if self.resets else KEPT_UNTOLD_BYTES, text=reads)
+            most_bytes = KEPT_BYTES if self.resets else KEPT_UNTOLD_BYTES
+            self._kept = Kept(KEPT_BYTES, most_bytes, reception.kept, text=reads)
         if reads:
             self._state, self._began = _State.READING, incoming
         else:
@@ -442,11 +448,12 @@ class Session:
 
     def _look_for_model(self, kept: Kept) -> None:
         """Offer a request when its body has told the model, or all it will be asked."""
-        if self._state is not _State.READING or self._began is None or kept.text is None:
+        if self._state is not _State.READING or self._began is None:
             return
-        model = model_in(bytes(kept.text))
-        if model is not None or kept.is_whole or len(kept.text) >= MODEL_WITHIN:
-            began, self._began, kept.text = self._began, None, None
+        model = kept.model()
+        if model is not None or kept.is_read:
+            began, self._began = self._began, None
+            kept.look_no_more()
             if model is not None:
                 began.fields["model"] = model
             self._offer(began)
@@ -514,11 +521,18 @@ class Session:
         self._forget_ticket()
         if self._ticket is not None:
             ticket, self._ticket = self._ticket, None
+            ticket.deliver = None  # tickets are remembered for their stories: this stream and its body are not
             self._forget_number()
             self._reception.gate.close(ticket, self._answer)
             finished = self._reception.finished
             if finished is not None and self._is_sent:
                 finished(ticket, self._answer)
+
+    def _drop_body(self) -> None:
+        self._began = None
+        if self._kept is not None:
+            self._kept.take()
+            self._kept = None
 
     def _forget_number(self) -> None:
         if self._number:
@@ -543,12 +557,11 @@ class Session:
             details += more
             self._is_sent = True
             self._send(self._reception.steer(decision.endpoint) + self._modes.override + details)
-            if self._kept is not None:
-                for reply in self._kept.take():
-                    self._send(reply)
+            self._send_kept()
         elif (overflow := self._reception.overflow(decision)) is not None:
             self._overflow(decision, *overflow, wait_s)
         else:
+            self._drop_body()
             self._is_refused = True
             self._reception.refused += 1
             about = {"wait_s": round(decision.wait_s, 3), **decision.ticket.why()}
@@ -560,6 +573,13 @@ class Session:
         name, counts = decision.ticket.request_class.name, self._reception.overflowed
         counts[name] = counts.get(name, 0) + 1
         self._send(steer + _details(decision, (("overflow", cluster),)))
+        self._send_kept()
+
+    def _send_kept(self) -> None:
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            for reply in kept.take():
+                self._send(reply)
 
 
 def _details(decision: Decision, more: tuple[tuple[str, str], ...] = ()) -> bytes:

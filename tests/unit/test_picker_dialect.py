@@ -7,6 +7,7 @@ its sources give: FULL_DUPLEX_STREAMED (Istio, llm-d, agentgateway), BUFFERED (E
 from __future__ import annotations
 
 import logging
+import tracemalloc
 
 import pytest
 
@@ -15,6 +16,7 @@ from extproc.admission.controller import Controller
 from extproc.admission.values import EndpointSpec, Policy, RequestClass
 from extproc.config import parse_config
 from extproc.errors import ProtocolError
+from extproc.observe.stories import Stories
 from extproc.stream import bodies, wire
 from extproc.stream.ages import Ages
 from extproc.stream.dialect import EndpointPicker
@@ -182,6 +184,53 @@ def test_a_held_body_beyond_the_window_is_left_unread_until_its_request_is_picke
     assert not held.session.paused
 
 
+def test_what_a_client_sent_that_left_while_it_waited_is_not_remembered_with_its_request():
+    gateway = Gateway(A)
+    stories = Stories(gateway.gate.controller, gateway.clock.time)
+    gateway.gate._observers = (stories,)
+    gateway.stream().play("> opening", f"< pick {A}", opening=opening(DUPLEX))
+    piece = message(f"request_body {'x' * (1 << 20)}")
+    tracemalloc.start()
+    try:
+        for _ in range(20):
+            held = gateway.stream()
+            held.play("> opening", "> piece", opening=opening(DUPLEX), piece=piece)
+            held.session.end()
+        del held
+        assert tracemalloc.get_traced_memory()[0] < 4 << 20
+    finally:
+        tracemalloc.stop()
+    assert len(gateway.gate.controller.endpoints["a"].leases) == 1
+
+
+def test_what_all_held_requests_keep_together_is_bounded_and_comes_free_with_each_end():
+    gateway = Gateway(A)
+    gateway.reception.kept = bodies.Allowance(3 * KEPT_BYTES)
+    first = gateway.stream()
+    first.play("> opening", f"< pick {A}", opening=opening(DUPLEX))
+    piece = f"> request_body {'x' * KEPT_BYTES}"
+    held = [gateway.stream() for _ in range(3)]
+    for stream in held:
+        stream.play("> opening", piece, opening=opening(DUPLEX))
+    assert held[2].session.paused
+    held[0].session.end()
+    assert not held[2].session.paused
+    first.session.end()
+    assert len(held[1].said) == 2
+    held[2].session.receive(message("response_headers 504"))
+    assert gateway.reception.kept.used_bytes == 0
+
+
+def test_a_refused_request_keeps_nothing_of_its_body():
+    gateway = Gateway(A, policy=Policy(classes=(RequestClass("default", 0, 2.0),)))
+    gateway.stream().play("> opening", f"< pick {A}", opening=opening(DUPLEX))
+    held = gateway.stream()
+    held.play("> opening", "> request_body ab", opening=opening(DUPLEX))
+    gateway.clock.advance(2.1)
+    assert spoken(held.said[0]) == "refuse 429"
+    assert gateway.reception.kept.used_bytes == 0
+
+
 def test_a_body_that_is_here_whole_is_no_reason_not_to_listen():
     gateway = Gateway(A)
     gateway.stream().play("> opening", f"< pick {A}", opening=opening(DUPLEX))
@@ -319,6 +368,32 @@ def test_a_body_that_names_no_model_is_offered_when_it_ends_or_is_too_long_to_lo
     long = '{"messages": "' + "x" * bodies.MODEL_WITHIN
     gateway.stream().play("> opening", f"> request_body {long}", f"< pick {A}", f"< request_body {long}",
                           opening=opening(DUPLEX))  # fmt: skip
+
+
+def test_a_body_in_one_byte_pieces_is_looked_at_a_few_times_and_never_beyond_where_a_model_may_stand(monkeypatch):
+    looked = []
+    monkeypatch.setattr(bodies, "model_in", lambda text: looked.append(len(text)))
+    stream = Gateway(A, read_model=True).stream()
+    stream.session.receive(opening(DUPLEX))
+    piece = message("request_body x")
+    for _ in range(bodies.MODEL_WITHIN - 1):
+        stream.session.receive(piece)
+    assert not stream.said
+    stream.session.receive(message(f"request_body {'x' * (1 << 20)}"))
+    assert spoken(stream.said[0]) == f"pick {A}"
+    assert max(looked) == bodies.MODEL_WITHIN
+    assert sum(looked) < 8 * bodies.MODEL_WITHIN
+
+
+def test_a_text_that_never_ends_is_looked_at_once():
+    """By the regular expression's own steps: it gets no second try from inside of an open text."""
+    assert len(bodies._TOKEN.findall(b'{"' + b'\\"' * 1000)) == 2
+    assert len(bodies._TOKEN.findall(b'{"' + b'\\"' * 1000 + b"\\")) == 2
+
+
+def test_a_model_that_is_no_text_in_utf_8_becomes_one():
+    for text in (b'{"model": "a\\ud800b"}', b'{"model": "a\xed\xa0\x80b"}'):
+        (bodies.model_in(text) or "no model").encode()
 
 
 @pytest.mark.parametrize(
