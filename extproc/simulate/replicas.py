@@ -107,6 +107,7 @@ class _End:
         self.peer: _End
         self.receive: Callable[[Message], None] = lambda _: None
         self.closed: Callable[[], None] = lambda: None
+        self.bounced: Callable[[Message], None] = lambda _: None
         self.is_over = False
         self.held_back: list[Callable[[], None]] = []
 
