@@ -158,8 +158,8 @@ class Watch(Generic[Kept]):
     async def run(self, changed: Callable[[], None]) -> None:
         """Watch for ever; call `changed` after the list and whenever `items` is another.
 
-        Failures change nothing: what was seen stays until the server says otherwise. Run again, it lists all again: what
-        an error in `changed` kept from being told is told then.
+        Failures change nothing: what was seen stays until the server says otherwise. Run again, it lists all again:
+        what an error in `changed` kept from being told is told then.
         """
         self.version = None
         failures = 0
