@@ -49,6 +49,8 @@ _HEADERS = {
     "cache-control": "no-store",
 }
 MOST_RECORDED_S = 600
+MOST_WAITING_RECORDED = 10_000
+"""Requests that wait when a recording begins: all are copied at once, half a second in which nobody is answered."""
 STOP_S = 2.0
 """How long an answer under way may take at the end."""
 
@@ -101,7 +103,9 @@ class Admin:
         app.router.add_get("/queues", self._queues)
         app.router.add_get("/debug/requests/{id}", self._story)
         app.router.add_get("/debug/recording", self._recording, allow_head=False)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=STOP_S, keepalive_timeout=IDLE_S)
+        self._runner = web.AppRunner(
+            app, access_log=None, shutdown_timeout=STOP_S, keepalive_timeout=IDLE_S, handler_cancellation=True
+        )
         await self._runner.setup()
         try:
             self._server = await loop.create_server(self.connections, host, port)
@@ -188,9 +192,13 @@ class Admin:
             return web.Response(status=400, text=text)
         if self._records:
             return web.Response(status=409, text="A recording is under way already.\n")
-        core, self._records, full = self._gate.controller, True, asyncio.Event()
+        if self._gate.waiting > MOST_WAITING_RECORDED:
+            text = f"{self._gate.waiting} requests wait: to copy over {MOST_WAITING_RECORDED} would stop us too long.\n"
+            return web.Response(status=503, text=text)
+        core, full = self._gate.controller, asyncio.Event()
         recorder = Recorder(core, full.set)
         core.watch(recorder.happened)
+        self._records = True
         try:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(full.wait(), int(asked))

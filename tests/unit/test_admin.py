@@ -593,3 +593,45 @@ def test_a_recording_is_made_on_demand_one_at_a_time_and_runs_again():
         assert repr(again.core) == repr(controller)
 
     asyncio.run(scenario())
+
+
+def test_who_asked_for_a_recording_and_left_keeps_nobody_from_another():
+    async def scenario() -> None:
+        room = Room()
+        controller = room.gate.controller
+        async with served(room) as client:
+            asked = asyncio.create_task(client.get("/debug/recording?seconds=600"))
+            await until(lambda: controller._watchers)
+            asked.cancel()
+            await until(lambda: not controller._watchers)
+            async with client.get("/debug/recording?seconds=1") as response:
+                assert response.status == 200
+
+    asyncio.run(scenario())
+
+
+def test_a_recording_that_could_not_begin_keeps_nobody_from_another(monkeypatch):
+    async def scenario() -> None:
+        room = Room()
+        async with served(room) as client:
+            with monkeypatch.context() as broken:
+                broken.setattr("extproc.admin.http.Recorder", None)
+                async with client.get("/debug/recording?seconds=1") as response:
+                    assert response.status == 500
+            async with client.get("/debug/recording?seconds=1") as response:
+                assert response.status == 200
+
+    asyncio.run(scenario())
+
+
+def test_no_recording_begins_while_so_many_wait_that_all_would_stand_still(monkeypatch):
+    monkeypatch.setattr("extproc.admin.http.MOST_WAITING_RECORDED", 2)
+
+    async def scenario() -> None:
+        room = Room()
+        room.offer(4)
+        async with served(room) as client, client.get("/debug/recording?seconds=1") as response:
+            assert response.status == 503
+            assert "3 requests wait" in await response.text()
+
+    asyncio.run(scenario())

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from extproc.admission.values import EndpointSpec, RequestClass
+from extproc.observe.recording import Recorder, Recording
 from extproc.replicas.door import Guest
 from extproc.replicas.messages import VERSION, Asked, Hello, Member, Offer, Purpose
 from extproc.replicas.picture import Role
@@ -73,6 +74,23 @@ def test_a_request_that_the_leader_cant_be_told_of_is_refused_at_once_and_held_b
     following.link.bounced(Offer(number, Asked("", 0.0)))
     assert client.outcomes == ["no_endpoint"]
     assert one.gate.waiting == 0
+
+
+def test_what_happens_to_the_leader_is_recorded_and_runs_again_with_the_requests_of_all():
+    here = world(engines=1, limit=2)
+    for place in here.sidecars:
+        for _ in range(2):
+            here.send(place, work_s=1.0, session=place)
+    here.run(0.3)
+    core = leader(here).controller
+    recorder = Recorder(core)
+    core.watch(recorder.happened)
+    here.run(4.0)
+    again = Recording(recorder.text().splitlines())
+    differences = list(again.run())
+    assert len(differences) > 6
+    assert not any(differences)
+    assert repr(again.core) == repr(core)
 
 
 def test_of_two_sidecars_requests_the_more_important_goes_first_wherever_it_came():
