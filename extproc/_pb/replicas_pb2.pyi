@@ -7,10 +7,12 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Batch(_message.Message):
-    __slots__ = ("messages",)
+    __slots__ = ("messages", "allowed")
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    ALLOWED_FIELD_NUMBER: _ClassVar[int]
     messages: _containers.RepeatedCompositeFieldContainer[Message]
-    def __init__(self, messages: _Optional[_Iterable[_Union[Message, _Mapping]]] = ...) -> None: ...
+    allowed: _containers.RepeatedCompositeFieldContainer[Allowed]
+    def __init__(self, messages: _Optional[_Iterable[_Union[Message, _Mapping]]] = ..., allowed: _Optional[_Iterable[_Union[Allowed, _Mapping]]] = ...) -> None: ...
 
 class Message(_message.Message):
     __slots__ = ("hello", "leave", "welcome", "redirect", "met", "refuse", "held", "offer", "synced", "names", "beat", "cancel", "release", "first_token", "answered", "report", "return_", "grant", "turned", "status", "remember", "learned", "ask", "told", "moved")
@@ -155,8 +157,8 @@ class Asked(_message.Message):
     max_output_tokens: int
     sequences: int
     kind: str
-    allowed: Allowed
-    def __init__(self, id: _Optional[str] = ..., age_s: _Optional[float] = ..., model: _Optional[str] = ..., request_class: _Optional[str] = ..., tenant: _Optional[str] = ..., session: _Optional[str] = ..., home: _Optional[str] = ..., budget_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., max_output_tokens: _Optional[int] = ..., sequences: _Optional[int] = ..., kind: _Optional[str] = ..., allowed: _Optional[_Union[Allowed, _Mapping]] = ...) -> None: ...
+    allowed: int
+    def __init__(self, id: _Optional[str] = ..., age_s: _Optional[float] = ..., model: _Optional[str] = ..., request_class: _Optional[str] = ..., tenant: _Optional[str] = ..., session: _Optional[str] = ..., home: _Optional[str] = ..., budget_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., max_output_tokens: _Optional[int] = ..., sequences: _Optional[int] = ..., kind: _Optional[str] = ..., allowed: _Optional[int] = ...) -> None: ...
 
 class Allowed(_message.Message):
     __slots__ = ("names",)

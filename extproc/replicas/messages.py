@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from extproc.admission.sessions import Home
     from extproc.admission.values import Answer
 
-VERSION = 1
+VERSION = 2
 """Of the protocol. Sidecars of different versions don't follow each other; each group uses its part alone."""
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 MOST_BYTES = 4 << 20
-"""Of a frame. A thousand waiting requests, each with a list of the endpoints it may go to, take several."""
+"""Of a frame. A thousand waiting requests, each with another list of endpoints it may go to, take several."""
 BATCH = 1000
 LENGTH_BYTES = 4
 MOST_NAME = 256
@@ -42,36 +42,53 @@ def _raise(message: m.Message, why: str) -> None:
 def frames(batch: Sequence[m.Message], bounce: Callable[[m.Message, str], None] = _raise) -> bytes:
     """Return `batch` as one frame or more; `bounce` is told of each message that fits in none, and why."""
     parts: list[bytes] = []
-    encoded: list[tuple[m.Message, pb.Message]] = []
-    for message in batch:
-        try:
-            encoded.append((message, _encode(message)))
-        except (ValueError, TypeError) as error:  # half a surrogate pair in a text, or a number beyond its field
-            bounce(message, str(error))
-    for begin in range(0, len(encoded), BATCH):
-        _frame(encoded[begin : begin + BATCH], parts, bounce)
+    for begin in range(0, len(batch), BATCH):
+        _frame(batch[begin : begin + BATCH], parts, bounce)
     return b"".join(parts)
 
 
-def _frame(
-    batch: list[tuple[m.Message, pb.Message]], parts: list[bytes], bounce: Callable[[m.Message, str], None]
-) -> None:
+class _Lists:
+    """The lists of endpoints that requests of one frame may go to, each once."""
+
+    def __init__(self) -> None:
+        self.encoded: list[pb.Allowed] = []
+        self._places: dict[frozenset[str], int] = {}
+
+    def place(self, names: frozenset[str]) -> int:
+        if names not in self._places:
+            self.encoded.append(pb.Allowed(names=sorted(names)))
+            self._places[names] = len(self.encoded) - 1
+        return self._places[names]
+
+
+def _frame(batch: Sequence[m.Message], parts: list[bytes], bounce: Callable[[m.Message, str], None]) -> None:
     """Add `batch` as a frame, or as several where it is too long for one."""
-    data = pb.Batch(messages=[message for _, message in batch]).SerializeToString()
-    half = len(batch) // 2
+    lists = _Lists()
+    good: list[m.Message] = []
+    encoded: list[pb.Message] = []
+    for message in batch:
+        try:
+            encoded.append(_encode(message, lists))
+            good.append(message)
+        except (ValueError, TypeError) as error:  # half a surrogate pair in a text, or a number beyond its field
+            bounce(message, str(error))
+    if not good:
+        return
+    data = pb.Batch(messages=encoded, allowed=lists.encoded).SerializeToString()
+    half = len(good) // 2
     if len(data) <= MOST_BYTES:
         parts += [len(data).to_bytes(LENGTH_BYTES), data]
     elif half:
-        _frame(batch[:half], parts, bounce)
-        _frame(batch[half:], parts, bounce)
+        _frame(good[:half], parts, bounce)
+        _frame(good[half:], parts, bounce)
     else:
-        bounce(batch[0][0], f"it has {len(data)} bytes; at most {MOST_BYTES} are allowed")
+        bounce(good[0], f"it has {len(data)} bytes; at most {MOST_BYTES} are allowed")
 
 
-def _encode(message: m.Message) -> pb.Message:  # noqa: C901 - a table
+def _encode(message: m.Message, lists: _Lists) -> pb.Message:  # noqa: C901 - a table
     match message:
         case m.Offer(number, asked):
-            return pb.Message(offer=pb.Offer(number=number, asked=_asked(asked)))
+            return pb.Message(offer=pb.Offer(number=number, asked=_asked(asked, lists)))
         case m.Grant(number, outcome, endpoint, position, home, wait):
             grant = pb.Grant(number=number, outcome=outcome.value, endpoint=endpoint, position=position, home=home)
             _write_wait(grant.wait, wait)
@@ -101,7 +118,7 @@ def _encode(message: m.Message) -> pb.Message:  # noqa: C901 - a table
         case m.Return(number):
             return pb.Message(return_=number)
         case m.Held(number, asked, endpoint, held_s, begun):
-            held = pb.Held(number=number, asked=_asked(asked), endpoint=endpoint, held_s=held_s, begun=begun)
+            held = pb.Held(number=number, asked=_asked(asked, lists), endpoint=endpoint, held_s=held_s, begun=begun)
             return pb.Message(held=held)
         case m.Synced():
             return pb.Message(synced=True)
@@ -143,8 +160,8 @@ def _member(member: m.Member) -> pb.Member:
     return pb.Member(id=member.id, address=member.address, joined=member.joined)
 
 
-def _asked(asked: m.Asked) -> pb.Asked:
-    return pb.Asked(
+def _asked(asked: m.Asked, lists: _Lists) -> pb.Asked:
+    there = pb.Asked(
         id=asked.id,
         age_s=asked.age_s,
         model=asked.model,
@@ -157,8 +174,10 @@ def _asked(asked: m.Asked) -> pb.Asked:
         max_output_tokens=asked.max_output_tokens,
         sequences=asked.sequences,
         kind=asked.kind,
-        allowed=None if asked.allowed is None else pb.Allowed(names=sorted(asked.allowed)),
     )
+    if asked.allowed is not None:
+        there.allowed = lists.place(asked.allowed)
+    return there
 
 
 def _write_wait(there: pb.Wait, wait: m.Wait) -> None:
@@ -186,16 +205,17 @@ def read(frame: bytes) -> list[m.Message]:
     """Return the messages of one frame without its length. Raises ProtocolError."""
     try:
         batch = pb.Batch.FromString(frame)
-        return [_decode(message) for message in batch.messages]
-    except (DecodeError, ValueError, KeyError) as error:
+        lists = [frozenset(name[:MOST_NAME] for name in allowed.names) for allowed in batch.allowed]
+        return [_decode(message, lists) for message in batch.messages]
+    except (DecodeError, ValueError, KeyError, IndexError) as error:
         raise ProtocolError(f"no batch of replicas: {type(error).__name__}: {error}") from None
 
 
-def _decode(message: pb.Message) -> m.Message:  # noqa: C901 - a table
+def _decode(message: pb.Message, lists: list[frozenset[str]]) -> m.Message:  # noqa: C901 - a table
     kind = message.WhichOneof("kind")
     match kind:
         case "offer":
-            return m.Offer(message.offer.number, _asked_of(message.offer.asked))
+            return m.Offer(message.offer.number, _asked_of(message.offer.asked, lists))
         case "grant":
             grant = message.grant
             home = grant.home if grant.HasField("home") else None
@@ -228,7 +248,9 @@ def _decode(message: pb.Message) -> m.Message:  # noqa: C901 - a table
             return m.Return(message.return_)
         case "held":
             held = message.held
-            return m.Held(held.number, _asked_of(held.asked), held.endpoint, _seconds(held.held_s), begun=held.begun)
+            return m.Held(
+                held.number, _asked_of(held.asked, lists), held.endpoint, _seconds(held.held_s), begun=held.begun
+            )
         case "synced":
             return m.Synced()
         case "remember":
@@ -289,7 +311,7 @@ def _seconds(value: float) -> float:
     return min(max(value, 0.0), MOST_AGE_S)
 
 
-def _asked_of(asked: pb.Asked) -> m.Asked:
+def _asked_of(asked: pb.Asked, lists: list[frozenset[str]]) -> m.Asked:
     has = asked.HasField
     return m.Asked(
         asked.id[:MOST_NAME],
@@ -304,7 +326,7 @@ def _asked_of(asked: pb.Asked) -> m.Asked:
         asked.max_output_tokens if has("max_output_tokens") else None,
         min(max(asked.sequences, 1), MOST_SEQUENCES),
         asked.kind[:MOST_NAME],
-        frozenset(name[:MOST_NAME] for name in asked.allowed.names) if has("allowed") else None,
+        lists[asked.allowed] if has("allowed") else None,
     )
 
 

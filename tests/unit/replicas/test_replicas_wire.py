@@ -7,6 +7,7 @@ from random import Random
 
 import pytest
 
+from extproc._pb import replicas_pb2 as pb
 from extproc.admission.estimate import Learnt
 from extproc.admission.held import HeldBy
 from extproc.admission.load import Load
@@ -103,9 +104,27 @@ def lengths(data: bytes) -> list[int]:
     return found
 
 
-def test_a_thousand_requests_that_may_each_go_to_200_pods_go_in_frames_that_are_taken_in():
-    pods = frozenset(f"vllm-llama-8b-instruct-7d9c5b8f6-{n:05}.10.244.0.{n}:8000" for n in range(200))
-    batch: list[m.Message] = [m.Offer(number, ASKED._replace(allowed=pods)) for number in range(BATCH)]
+PODS = frozenset(f"vllm-llama-8b-instruct-7d9c5b8f6-{n:05}:8000" for n in range(200))
+
+
+def test_a_list_of_endpoints_that_many_requests_may_go_to_is_sent_and_kept_once_a_frame():
+    batch: list[m.Message] = [m.Offer(number, ASKED._replace(allowed=PODS)) for number in range(BATCH)]
+    data = frames(batch)
+    assert len(data) < 200_000
+    assert unframed(data) == batch
+    assert len({id(message.asked.allowed) for message in unframed(data)}) == 1
+
+
+def test_a_list_that_its_frame_does_not_bring_is_refused():
+    data = pb.Batch(messages=[pb.Message(offer=pb.Offer(number=1, asked=pb.Asked(allowed=0)))]).SerializeToString()
+    with pytest.raises(ProtocolError, match="IndexError"):
+        read(data)
+
+
+def test_a_thousand_requests_that_may_each_go_to_other_200_pods_go_in_frames_that_are_taken_in():
+    batch: list[m.Message] = [
+        m.Offer(number, ASKED._replace(allowed=PODS | {f"pod-{number}"})) for number in range(BATCH)
+    ]
     data = frames(batch)
     assert len(data) > MOST_BYTES
     assert max(lengths(data)) <= MOST_BYTES
