@@ -41,7 +41,8 @@ SCEPTIC = """\
 - Put your own router beside them: [benchmarks-yours.md](benchmarks-yours.md), ten minutes.
 - [benchmarks-details.md](benchmarks-details.md): every class, percentile and experiment, how it was measured, what each
   rival was set to and what else was tried. [The ceiling](benchmarks-ceiling.md). [smg and
-  vllm-router](benchmarks-peers.md). [Hundreds of cells](benchmarks-matrix.md). [Several sidecars](replicas.md).
+  vllm-router](benchmarks-peers.md). [Five engines, recorded
+  traffic](benchmarks-shapes.md). [A hundred cells](benchmarks-matrix.md). [Several sidecars](replicas.md).
 - Not in it: GPUs. What a real vLLM says, on a CPU: [vllm.md](vllm.md).
 """
 DETAILS = """\

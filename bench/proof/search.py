@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from extproc.simulate.workload import Klass
 
 SEARCHED = ("circuit_breaker", "tuned_engine", "haproxy")
-SHARES = (0.3, 0.45, 0.6, 0.8, 1.0, 1.3, 1.7, 2.4)
+SHARES = (0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0, 1.3, 1.7, 2.4, 3.5)
 SEEDS = (51, 52, 53)
 
 

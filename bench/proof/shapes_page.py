@@ -1,8 +1,13 @@
-"""What the pages say of other kinds of engine, from the rows that shapes.py wrote: docs/benchmarks/shapes.json."""
+"""What the pages say of other kinds of engine, from the rows that shapes.py wrote: docs/benchmarks/shapes.json.
+
+python -m bench.proof.shapes_page      # docs/benchmarks-shapes.md, from that file
+"""
 
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +16,6 @@ from bench.proof.shapes import SHAPES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
 Row = dict[str, Any]
 FILE = "benchmarks/shapes.json"
@@ -28,6 +32,28 @@ HEAD = """\
 Simulated, the engines' constants fitted to published kernel times, {seeds} seeds; the rivals searched anew for every
 row (`python -m bench.proof.shapes`). Ours does not know the engine.
 """
+
+
+ALONE = """\
+# Other engines, recorded traffic
+
+Written by `python -m bench.proof.shapes_page`; don't edit. Share of ALL requests that met their objectives, simulated
+(`extproc simulate`'s engines, the real core). Bold: the best, and what is within .01 of it. Azure's traffic is the
+recorded hour of 2023 of each service, cut into five parts, arrivals as recorded and scaled to the load; get
+`azure_conv.csv` and `azure_code.csv` from
+[AzurePublicDataset](https://github.com/Azure/AzurePublicDataset) (CC-BY 4.0; Patel et al., Splitwise, ISCA 2024).
+Mooncake's, BurstGPT's and ServeGen's forms are read as well: [simulate.md](simulate.md).
+"""
+
+
+def main() -> int:
+    """Write the page."""
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    kinds = rows(docs)
+    losing = ["## Where it does not help", "", *losses(kinds), ""]
+    parts = [ALONE, *table(kinds), *losing, "## What the rivals were set to", "", *settings(kinds)]
+    (docs / "benchmarks-shapes.md").write_text("\n".join(parts).rstrip() + "\n")
+    return 0
 
 
 def rows(docs: Path) -> list[Row]:
@@ -114,3 +140,7 @@ def settings(kinds: Sequence[Row]) -> list[str]:
     ]
     names = [words.label(name(one)) for one in kinds[0]["shares"] if one["tried"] > 1]
     return ["The same for the other engines:", "", *words.table(["engine", "traffic", "load", *names], lines)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

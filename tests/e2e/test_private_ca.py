@@ -46,10 +46,20 @@ class Guarded:
         return self
 
     def __exit__(self, *_: object) -> None:
-        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(5)
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(5)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    async def _close(self) -> None:
+        """Cut what is open: TLS that is closed in order waits for the other side, longer than the loop lives."""
+        assert self._runner.server is not None
+        for protocol in self._runner.server.connections:
+            if protocol.transport is not None:
+                protocol.transport.abort()
+        await self._runner.cleanup()
+        for _ in range(3):
+            await asyncio.sleep(0)
 
     async def _listen(self) -> None:
         app = web.Application()
