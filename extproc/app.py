@@ -374,7 +374,7 @@ class App:
             self.gate.leave()  # Envoy sends again what waits, and lets what runs go on; the successor counts it anew
             await self.server.stop(0)
         else:
-            self.gate.drain()
+            self.reception.drain()
             await asyncio.sleep(POLL_S)  # lets the refusals go out before the port closes
             await self._last_words(hurry)
             await self.server.stop(0 if hurry.is_set() else max(deadline - self.gate.now(), POLL_S))

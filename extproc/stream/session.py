@@ -35,7 +35,7 @@ from extproc.stream.routes import (
     error_body,
     models_body,
 )
-from extproc.stream.silence import Silence
+from extproc.stream.silence import MOST_READING, READING_S, Silence
 from extproc.stream.wire import Kind
 
 if TYPE_CHECKING:
@@ -134,7 +134,8 @@ class Reception:
         self.reader = wire.Reader(headers.wanted(), fields_namespace, picks=self.dialect.picks)
         self.streams = 0
         self.told_models = 0  # requests for the list of models, which are answered here
-        self.silence = Silence(gate)
+        self.silence: Silence[Session] = Silence(gate, Session.give_in)
+        self.reading: Silence[Session] = Silence(gate, Session.read_no_more, READING_S, MOST_READING, 0.0)
         self.refused = 0  # those of them that were refused: Envoy has not ended them yet
         self.server_timing = server_timing
         self.finished = finished
@@ -143,6 +144,11 @@ class Reception:
         self._steers: dict[str, bytes] = {}
         self._subsets: dict[tuple[str, ...], frozenset[str]] = {}
         self.kept = Allowance(KEPT_BY_ALL_BYTES)
+
+    def drain(self) -> None:
+        """Refuse what waits, for a slot or for its body, and what would have to."""
+        self.reading.end_all()
+        self.gate.drain()
 
     def put_cluster(self, endpoint: str, cluster: str) -> None:
         """Note which Envoy cluster an endpoint is, from now on."""
@@ -369,6 +375,11 @@ class Session:
             self._close()
             self._drop_body()
 
+    def give_in(self) -> None:
+        """Have the driver end a stream on which nothing comes."""
+        if self.hang_up is not None:
+            self.hang_up()
+
     def _begin(self, incoming: Incoming) -> None:
         """Hold the request, let it go at once, or answer it: the table of routes says."""
         reception = self._reception
@@ -383,11 +394,13 @@ class Session:
             self._send(self._refusal(Outcome.ENDLESS))
             return
         reads = reception.read_model and incoming.has_body and modes.tells_body and not reception.names_model(incoming)
+        reads = reads and not reception.gate.controller.draining
         if incoming.has_body and (modes.holds_body or reads):
             most_bytes = KEPT_BYTES if self.resets else KEPT_UNTOLD_BYTES
             self._kept = Kept(KEPT_BYTES, most_bytes, reception.kept, text=reads)
         if reads:
             self._state, self._began = _State.READING, incoming
+            reception.reading.began(self)
         else:
             self._offer(incoming)
 
@@ -448,14 +461,21 @@ class Session:
 
     def _look_for_model(self, kept: Kept) -> None:
         """Offer a request when its body has told the model, or all it will be asked."""
-        if self._state is not _State.READING or self._began is None:
+        if self._began is None:
             return
         model = kept.model()
+        if model is not None:
+            self._began.fields["model"] = model
         if model is not None or kept.is_read:
-            began, self._began = self._began, None
-            kept.look_no_more()
-            if model is not None:
-                began.fields["model"] = model
+            self.read_no_more()
+
+    def read_no_more(self) -> None:
+        """Offer a request with what is known of it: its body has told the model, or has had its time."""
+        began, self._began = self._began, None
+        if began is not None:
+            self._reception.reading.ended(self)
+            if self._kept is not None:
+                self._kept.look_no_more()
             self._offer(began)
 
     def _take_answer(self, incoming: Incoming) -> None:
@@ -529,7 +549,9 @@ class Session:
                 finished(ticket, self._answer)
 
     def _drop_body(self) -> None:
-        self._began = None
+        if self._began is not None:
+            self._began = None
+            self._reception.reading.ended(self)
         if self._kept is not None:
             self._kept.take()
             self._kept = None

@@ -1,20 +1,27 @@
-"""Streams on which nothing comes: Envoy opens one to send a request's headers, and does so at once.
+"""Streams that wait for their client to say something, and for how long.
 
-Whoever else can connect could open them without end, and each costs memory. So they end after a while, and sooner when
-there are many.
+Envoy opens a stream to send a request's headers, and does so at once. Whoever else can connect could open them without
+end, and each costs memory: one that says nothing ends after a while, and sooner when there are many. And a body whose
+model is looked for may never come: its request is then offered without one.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+Stream = TypeVar("Stream")
 
 SILENT_S = 10.0
 """How long a stream may say nothing."""
 MOST, CROWDED_S = 2000, 1.0
 """When more streams than this say nothing, they may do so for a second only."""
+READING_S = 10.0
+"""How long a body may take to name its model."""
+MOST_READING = 2000
+"""Bodies that are read for their model at a time; beyond that the oldest has had its time."""
 
 
 class Clock(Protocol):
@@ -27,47 +34,53 @@ class Clock(Protocol):
         """Call once, in so many seconds."""
 
 
-class Stream(Protocol):
-    """What is needed of a stream."""
+class Silence(Generic[Stream]):
+    """The streams that something is awaited on, oldest first, and one timer for all of them."""
 
-    hang_up: Callable[[], object] | None
-
-
-class Silence:
-    """The streams that nothing came on yet, oldest first, and one timer for all of them."""
-
-    def __init__(self, clock: Clock) -> None:
-        """Measure by `clock`."""
+    def __init__(
+        self,
+        clock: Clock,
+        give_up: Callable[[Stream], None],
+        silent_s: float = SILENT_S,
+        most: int = MOST,
+        crowded_s: float = CROWDED_S,
+    ) -> None:
+        """Measure by `clock`, and give a stream up after `silent_s`; where there are more than `most`, `crowded_s`."""
         self._clock = clock
+        self._give_up = give_up
+        self._silent_s, self._most, self._crowded_s = silent_s, most, crowded_s
         self._began: dict[Stream, float] = {}
         self._is_watching = False
 
     def began(self, stream: Stream) -> None:
-        """Note a new stream."""
+        """Note a stream that shall say something."""
         self._began[stream] = self._clock.now()
         if not self._is_watching:
             self._is_watching = True
-            self._clock.call_later(SILENT_S, self._look)
-        elif len(self._began) > MOST:
-            self._hang_up(CROWDED_S)
+            self._clock.call_later(self._silent_s, self._look)
+        elif len(self._began) > self._most:
+            self._end(self._crowded_s, self._most)
 
     def ended(self, stream: Stream) -> None:
-        """Note a stream's first message, or its end."""
+        """Note that it came, or the stream's end."""
         self._began.pop(stream, None)
 
+    def end_all(self) -> None:
+        """Give up all streams now."""
+        self._end(0.0, 0)
+
     def _look(self) -> None:
-        self._hang_up(SILENT_S)
+        self._end(self._silent_s, 0)
         self._is_watching = bool(self._began)
         if self._is_watching:
-            self._clock.call_later(SILENT_S, self._look)
+            self._clock.call_later(self._silent_s, self._look)
 
-    def _hang_up(self, silent_s: float) -> None:
-        """End the streams that have been silent for so long: the oldest, so that it costs what it ends."""
+    def _end(self, silent_s: float, most: int) -> None:
+        """Give up the streams that have been silent for so long, the oldest first, while there are more than `most`."""
         until = self._clock.now() - silent_s
-        while self._began:
+        while len(self._began) > most:
             stream, began = next(iter(self._began.items()))
             if began > until:
                 return
             del self._began[stream]
-            if stream.hang_up is not None:
-                stream.hang_up()
+            self._give_up(stream)

@@ -176,7 +176,7 @@ class _Writer:
         if self._replied is not None:
             self._replied.set_result(None)
             self._replied = None
-        if not self.inline and not self._writing:
+        if not self.inline and not self._writing and (self._task is None or self._task.done()):
             self._task = asyncio.get_running_loop().create_task(self.flush())
 
     async def replied(self) -> None:

@@ -21,6 +21,7 @@ import extproc.transport.completion.server
 from extproc.errors import ProtocolError
 from extproc.stream import wire
 from extproc.transport.aio import Server as AsyncioServer
+from extproc.transport.aio import _Writer
 from extproc.transport.completion import loop as loop_module
 from extproc.transport.completion.loop import CompletionLoop, make_loop
 from extproc.transport.completion.server import Server
@@ -412,3 +413,26 @@ def test_reading_a_configuration_imports_no_grpc():
     """What `prepare_grpc` sets for the transport that the configuration names, gRPC reads when it is imported."""
     code = "import sys, extproc.config, extproc.commands.cli; sys.exit('grpc' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_on_asyncio_no_status_goes_out_beside_a_reply_however_many_were_sent_in_one_turn():
+    async def run() -> None:
+        may_write = asyncio.Event()
+        written: list[bytes] = []
+
+        async def write(data: bytes) -> None:
+            await may_write.wait()
+            written.append(data)
+
+        writer = _Writer(write)
+        writer.send(b"pick")
+        writer.send(b"piece")
+        rest = asyncio.create_task(writer.rest())
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not rest.done()
+        may_write.set()
+        await rest
+        assert written == [b"pick", b"piece"]
+
+    asyncio.run(run())

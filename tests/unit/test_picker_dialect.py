@@ -22,6 +22,7 @@ from extproc.stream.ages import Ages
 from extproc.stream.dialect import EndpointPicker
 from extproc.stream.gate import Gate
 from extproc.stream.session import KEPT_BYTES, Reception, Session
+from extproc.stream.silence import READING_S
 from tests.unit.test_session_and_gate import Clock
 
 A, B = "10.0.0.1:8000", "10.0.0.2:8000"
@@ -368,6 +369,39 @@ def test_a_body_that_names_no_model_is_offered_when_it_ends_or_is_too_long_to_lo
     long = '{"messages": "' + "x" * bodies.MODEL_WITHIN
     gateway.stream().play("> opening", f"> request_body {long}", f"< pick {A}", f"< request_body {long}",
                           opening=opening(DUPLEX))  # fmt: skip
+
+
+def test_a_body_that_does_not_come_is_waited_for_only_so_long():
+    gateway = Gateway(A, read_model=True)
+    stream = gateway.stream()
+    stream.play("> opening", "> request_body {", opening=opening(DUPLEX))
+    gateway.clock.advance(READING_S - 0.1)
+    assert stream.said == []
+    gateway.clock.advance(0.2)
+    assert list(map(spoken, stream.said)) == [f"pick {A}", "request_body {"]
+    stream.play('> request_body "model": "m"}|', '< request_body "model": "m"}|')
+
+
+def test_of_too_many_bodies_that_do_not_come_the_oldest_has_had_its_time(monkeypatch):
+    gateway = Gateway(A, read_model=True)
+    gateway.reception.reading._most = 2
+    streams = [gateway.stream() for _ in range(3)]
+    for stream in streams:
+        stream.session.receive(opening(DUPLEX))
+    assert [list(map(spoken, stream.said)) for stream in streams] == [[f"pick {A}"], [], []]
+    for stream in streams:
+        stream.session.end()
+    assert not gateway.reception.reading._began
+
+
+def test_a_drain_waits_for_no_body():
+    gateway = Gateway(A, read_model=True)
+    gateway.stream().play("> opening", f"< pick {A}", opening=opening(DUPLEX, x_model="m"))
+    before = gateway.stream()
+    before.play("> opening", opening=opening(DUPLEX))
+    gateway.reception.drain()
+    assert list(map(spoken, before.said)) == ["refuse 503"]
+    gateway.stream().play("> opening", "< refuse 503", opening=opening(DUPLEX))
 
 
 def test_a_body_in_one_byte_pieces_is_looked_at_a_few_times_and_never_beyond_where_a_model_may_stand(monkeypatch):
