@@ -236,6 +236,8 @@ class Lines:
         self.quit(ticket, before, placed(ticket.queue))
         refund(ticket, before)
         ticket.pool = pool
+        if pool is not pool.base and not pool.waiting_total:
+            comes(pool, ticket)
         self._renumber(ticket, pool)
         self.join(ticket, pool.shared)
         if pool.waiting_total == 1:

@@ -154,3 +154,20 @@ def test_endpoints_that_come_and_go_keep_shares_and_places() -> None:
     served = serve(here, 300, keep={"chat": 5, "batch": 5}, sizes=sizes)
     here.check()
     assert served["chat"] / sum(served.values()) == pytest.approx(0.8, abs=0.03)
+
+
+def test_a_class_that_moves_to_an_endpoint_where_the_other_was_served_has_saved_nothing_up() -> None:
+    here = desk(one("a", 1, models=frozenset({"m"})), one("other", 1, models=frozenset({"z"})))
+    here.always = False
+    here.core.know_models(["n"], here.now)
+    for number in range(300):
+        here.ask(f"chat{number}", model="m", prompt_tokens=100)
+    for _ in range(250):
+        here.release(next(iter(here.leased)))
+    for number in range(50):
+        here.ask(f"batch{number}", "batch", model="n", prompt_tokens=100)
+    here.put(one("a", 1, models=frozenset({"m", "n"})))
+    del here.order[:]
+    for _ in range(25):
+        here.release(next(iter(here.leased)))
+    assert sum(name.startswith("chat") for name in here.order) == pytest.approx(20, abs=2)
