@@ -499,6 +499,17 @@ class Controller:
     def is_shared(self, is_shared: bool) -> None:
         self._fleet.is_shared = is_shared
 
+    def others(self, request: Request, names: frozenset[str]) -> frozenset[str] | None:
+        """Return who may serve a request that came back from `names`: its model's other endpoints, if one may be used.
+
+        Else what it allows already: one that refused it is better than nobody.
+        """
+        pool = self._books.pools.find(request.model, request.allowed)
+        others = [one for one in pool.members if one.name not in names] if pool is not None else []
+        if any(one.available for one in others):
+            return frozenset(one.name for one in others)
+        return request.allowed
+
     def class_of(self, request: Request) -> RequestClass:
         """Return a request's class: the one it names, if we have it."""
         return self._books.class_of(request)

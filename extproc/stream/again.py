@@ -2,13 +2,18 @@
 
 Each endpoint's cluster has Envoy's own listener as its second priority. What can't be connected to is retried there
 (previous_priorities), goes through our filter again and is a new request to us, but for a header with a ticket that
-only we and this one request know. By that the stream that sent it off is found: its lease goes back, its endpoint is
-told of the failure, and the new one waits on with the age of the old one. Both happen once, whoever is first: a ticket
-is good until it comes back, until an answer begins, or until its stream is over.
+only we and this one request know; before it stands how often it came back. By that the stream that sent it off is
+found: its lease goes back, its endpoint is told of the failure, and the new one waits on with the age of the old one,
+for any other endpoint. Both happen once, whoever is first: a ticket is good until it comes back, until an answer
+begins, or until its stream is over.
+
+Where several sidecars stand behind one Envoy, the one that is asked may not know the ticket: it goes on counting from
+what stands before it. A client that makes one up has fewer tries, and nothing else.
 """
 
 from __future__ import annotations
 
+import re
 import secrets
 from typing import TYPE_CHECKING
 
@@ -21,6 +26,8 @@ if TYPE_CHECKING:
 
 MOST = 3
 """How often one request may come back: each time it is one more stream in Envoy, with its body."""
+TICKET = re.compile(r"([1-9])\.[0-9a-f]{32}")
+"""How often a request came back, and what nobody can guess."""
 UPSTREAM = "upstream.address"
 """Envoy's attribute that tells who gave an answer."""
 
@@ -40,11 +47,14 @@ class Again:
         """Count the tickets that are out."""
         return len(self._sent)
 
-    def send(self, session: Session) -> tuple[str, bytes]:
-        """Return a new ticket for a request that is sent off, and what to append to the answer; "": none is needed."""
+    def send(self, session: Session, tries: int) -> tuple[str, bytes]:
+        """Return a new ticket for a request that is sent off, and what to append to the answer; "": none is needed.
+
+        `tries`: how often it came back before.
+        """
         if not self._address:
             return "", b""
-        ticket = secrets.token_hex(16)
+        ticket = f"{tries + 1}.{secrets.token_hex(16)}"
         self._sent[ticket] = session
         return ticket, wire.again(ticket)
 
@@ -52,12 +62,18 @@ class Again:
         """Make a ticket worthless. Unknown: no-op."""
         self._sent.pop(ticket, None)
 
-    def back(self, headers: Mapping[str, str]) -> Session | None:
-        """Return the stream that sent a request off which is here again; None: it is a new one."""
+    def back(self, headers: Mapping[str, str]) -> tuple[Session | None, int]:
+        """Return the stream that sent a request off which is here again, and how often it came back; None: not by us.
+
+        What is no ticket of any sidecar's says nothing: it is a new request.
+        """
         ticket = headers.get(wire.AGAIN)
-        session = None if ticket is None else self._sent.pop(ticket, None)
+        if ticket is None or not self._address:
+            return None, 0
+        session = self._sent.pop(ticket, None)
         self.count += session is not None
-        return session
+        found = TICKET.fullmatch(ticket)
+        return session, int(found[1]) if found is not None else 0
 
     def came_back(self, attributes: Mapping[str, str]) -> bool:
         """Tell whether an answer is that of a second try, which another sidecar may have taken."""

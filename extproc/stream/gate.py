@@ -11,7 +11,7 @@ from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Protocol
 
 from extproc.admission.ticket import State
-from extproc.admission.values import Answer
+from extproc.admission.values import Answer, Reject
 from extproc.stream.replays import Replays
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from extproc.admission.controller import Controller
     from extproc.admission.load import Load
+    from extproc.admission.outcome import Outcome
     from extproc.admission.ticket import Ticket
     from extproc.admission.values import Decision, EndpointSpec, Policy
 
@@ -107,6 +108,13 @@ class Gate:
     def send(self, ticket: Ticket) -> None:
         """Let a request that takes no slot go at once."""
         self._settle(self.controller.send(ticket, self._loop.time()))
+
+    def refuse(self, ticket: Ticket, outcome: Outcome) -> None:
+        """Refuse a new request about which the core is not asked."""
+        ticket.state = State.LEFT
+        ticket.request_class = self.controller.class_of(ticket.request)
+        wait_s = max(self._loop.time() - ticket.request.arrived, 0.0)
+        self._settle([Reject(ticket, outcome, wait_s, 1)])
 
     def expect_replays(self, clock_offset_s: Callable[[], float] = float) -> None:
         """Put requests that Envoy replays to us from now on back into the order in which they came to Envoy.

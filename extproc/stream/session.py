@@ -60,6 +60,7 @@ OVERFLOWS = frozenset(
 """Refusals for want of room. What the client itself would have to change is refused wherever it is sent."""
 MOST_SUBSETS = 1000
 """Lists of allowed addresses that are kept as read."""
+NOBODY = frozenset[str]()
 LIST_S = 1.0
 """How long the list of all models is kept."""
 
@@ -272,6 +273,7 @@ class Session:
         "_modes",
         "_number",
         "_reception",
+        "_refused_by",
         "_send",
         "_shape",
         "_state",
@@ -304,6 +306,7 @@ class Session:
         self._waited_s = 0.0  # until it was dispatched
         self._tries = 0  # how often this request came back before
         self._ticket_again = ""  # by which it comes back
+        self._refused_by: frozenset[str] = NOBODY  # the endpoints that it came back from, and the one it is sent to
         self.resets = False  # a client that leaves is told by a reset, that is without reading: the driver knows
         self.over = False  # nothing more is wanted: the driver ends the stream
         self.hang_up: Callable[[], object] | None = None  # the driver's: it ends the stream
@@ -408,29 +411,31 @@ class Session:
         """Have it decided, which may be before this returns."""
         reception = self._reception
         self._state = _State.HELD
-        sent_off_by = reception.again.back(incoming.headers)
+        sent_off_by, self._tries = reception.again.back(incoming.headers)
         self._ticket = reception.ticket_for(incoming, self._decided)
         if sent_off_by is not None:
-            self._tries, waited_s = sent_off_by.give_up()
-            self._ticket.request.arrived = reception.gate.now() - waited_s
-            if self._tries > again.MOST:
-                self._ticket, self._state = None, _State.REFUSED
-                self._send(self._refusal(Outcome.NO_ENDPOINT, 1))
-                return
+            waited_s, self._refused_by = sent_off_by.give_up()
+            request = self._ticket.request
+            request.arrived = reception.gate.now() - waited_s
+            request.allowed = reception.gate.controller.others(request, self._refused_by)
+        elif self._tries:
+            self._ticket.request.home = None  # no wish: another sidecar wrote it, and who is there took no connection
         action, _ = reception.kind_of(incoming.headers)
-        if action is Action.QUEUE and self._modes.tells_end:
+        if self._tries > again.MOST:
+            reception.gate.refuse(self._ticket, Outcome.NO_ENDPOINT)
+        elif action is Action.QUEUE and self._modes.tells_end:
             reception.gate.offer(self._ticket)
         else:
             reception.gate.send(self._ticket)
 
-    def give_up(self) -> tuple[int, float]:
+    def give_up(self) -> tuple[float, frozenset[str]]:
         """Note that the server we chose takes no connection, and that the request is here again.
 
-        Return how often it was, and how long it waited: what connecting took is not counted against its budget.
+        Return how long it waited, since what connecting took is not counted against its budget, and who refused it.
         """
         self._ticket_again, self._answer, self._wait_s = "", Answer.FAILED, None
         self._close()
-        return self._tries + 1, self._waited_s
+        return self._waited_s, self._refused_by
 
     def _take_piece(self, kind: int, piece: bytes) -> None:
         """Send a piece of a body on; before the decision, keep what will. The answer's last one is its end."""
@@ -575,7 +580,9 @@ class Session:
                 self._reception.running[self._number] = decision.ticket
                 details += wire.ticket_metadata(self._number)
             self._wait_s, self._waited_s = wait_s, decision.wait_s
-            self._ticket_again, more = self._reception.again.send(self)
+            self._ticket_again, more = self._reception.again.send(self, self._tries)
+            if self._ticket_again:
+                self._refused_by |= {decision.endpoint}  # if it comes back
             details += more
             self._is_sent = True
             self._send(self._reception.steer(decision.endpoint) + self._modes.override + details)

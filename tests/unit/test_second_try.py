@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
 import pytest
 from test_session_and_gate import Clock, message
 
 from extproc._pb import ext_proc_pb2 as pb
 from extproc.admission.controller import Controller
+from extproc.admission.outcome import Outcome
 from extproc.admission.values import EndpointSpec, Policy, RequestClass
 from extproc.config import parse_config
 from extproc.errors import ConfigError
@@ -17,27 +21,32 @@ from extproc.stream.request import Headers
 from extproc.stream.session import Reception, Session
 from extproc.stream.wire import AGAIN
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 ENVOY = "127.0.0.1:8080"
 
 
 class Room:
-    """A reception before endpoints of one slot each, and what each stream was answered."""
+    """A reception before endpoints of one slot each, or so many, and what each stream was answered."""
 
-    def __init__(self, *names: str, address: str = ENVOY, **policy) -> None:
+    def __init__(
+        self, *names: str, address: str = ENVOY, slots: int = 1, observers: Iterable[Any] = (), **policy
+    ) -> None:
         self.clock = Clock()
         classes = (RequestClass("default", 0, 10.0),)
         self.core = Controller(Policy(classes=classes, **policy))
-        self.gate = Gate(self.core, self.clock)
+        self.gate = Gate(self.core, self.clock, observers)
         self.reception = Reception(self.gate, Headers(again=bool(address)), Ages(60.0), second_try=address)
         for name in names:
-            self.gate.put_endpoint(EndpointSpec(name, max_running_requests=1))
+            self.gate.put_endpoint(EndpointSpec(name, max_running_requests=slots))
             self.gate.set_up(name, is_up=True)
             self.reception.put_cluster(name, name)
 
-    def open(self, ticket: str = "") -> tuple[Session, list[pb.ProcessingResponse]]:
+    def open(self, ticket: str = "", **asks: str) -> tuple[Session, list[pb.ProcessingResponse]]:
         replies: list[pb.ProcessingResponse] = []
         session = Session(self.reception, lambda data: replies.append(pb.ProcessingResponse.FromString(data)))
-        session.receive(message("request_headers", **({AGAIN: ticket} if ticket else {})))
+        session.receive(message("request_headers", **({AGAIN: ticket} if ticket else {}), **asks))
         return session, replies
 
     def leases(self) -> dict[str, int]:
@@ -63,6 +72,38 @@ def test_what_comes_back_goes_to_another_server_and_its_first_lease_is_given_bac
         session.end()
     assert room.leases() == {"a": 0, "b": 0}
     assert (len(room.reception.again), room.reception.again.count, room.reception.streams) == (0, 1, 0)
+
+
+@pytest.mark.parametrize("way", ["emptiest", "home", "session"])
+def test_what_comes_back_is_not_sent_again_to_who_refused_it_while_another_can_take_it(way):
+    room = Room("a", "b", slots=8)
+    asks = {"session": {"x-session-id": "s"}, "home": {"x-upstream-cluster": "b"}}.get(way, {})
+    if way == "session":
+        opener, _ = room.open(**{"x-upstream-cluster": "b"}, **asks)
+        opener.receive(message("response_headers", {"response.code_details": "via_upstream"}, status="200"))
+        opener.end()
+    for _ in range(3):
+        room.open(**{"x-upstream-cluster": "a"})
+    _, replies = room.open(**asks)
+    assert headers(replies)["x-upstream-cluster"] == "b"
+    _, replies = room.open(headers(replies)[AGAIN], **{**asks, "x-upstream-cluster": "b"})
+    assert headers(replies)["x-upstream-cluster"] == "a"
+    assert room.leases() == {"a": 4, "b": 0}
+
+
+def test_what_comes_back_waits_for_another_that_is_full_and_goes_anywhere_where_there_is_no_other():
+    room = Room("a", "b", "c")
+    room.gate.set_up("c", is_up=False)
+    holder, replies = room.open()
+    other, chosen = room.open()
+    full = headers(replies)["x-upstream-cluster"]
+    _, again = room.open(headers(chosen)[AGAIN])
+    assert again == []
+    holder.end()
+    assert headers(again)["x-upstream-cluster"] == full
+    _, again = room.open(headers(again)[AGAIN])
+    assert headers(again)["x-upstream-cluster"] in {"a", "b"}  # both refused it, the third is down
+    assert other is not None
 
 
 def test_the_server_that_takes_no_connections_is_left_out_though_its_requests_are_answered_by_another():
@@ -128,6 +169,53 @@ def test_what_came_back_too_often_is_refused_and_leaves_nothing_behind():
     assert replies[0].immediate_response.status.code == 503
     assert room.leases() == {"a": 0}
     assert session is not None
+
+
+@pytest.mark.parametrize("elsewhere", ["", "elsewhere"])
+def test_the_refusal_of_what_came_back_too_often_is_told_like_any_other(elsewhere):
+    told = []
+    room = Room("a", observers=(SimpleNamespace(decided=told.append),))
+    room.reception.set_overflow({"default": elsewhere} if elsewhere else {})
+    _, replies = room.open()
+    for _ in range(MOST + 1):
+        _, replies = room.open(headers(replies)[AGAIN])
+    assert told[-1].outcome is Outcome.NO_ENDPOINT
+    assert replies[0].dynamic_metadata.fields["extproc"].struct_value.fields["outcome"].string_value == "no_endpoint"
+    assert headers(replies).get("x-upstream-cluster", "") == elsewhere
+
+
+def test_sidecars_that_do_not_know_each_others_tickets_go_on_counting_how_often_one_came_back():
+    sidecars = [Room("a"), Room("a")]
+    ticket = ""
+    for sent in range(2 * MOST):
+        room = sidecars[sent % 2]
+        _, replies = room.open(ticket)
+        if replies[0].HasField("immediate_response"):
+            break
+        ticket = headers(replies)[AGAIN]
+        room.gate.put_endpoint(EndpointSpec("a", max_running_requests=sent + 2))
+    assert sent == MOST + 1
+    assert replies[0].immediate_response.status.code == 503
+
+
+def test_where_another_sidecar_sent_it_is_no_wish_of_what_comes_back():
+    _, replies = Room("a", "b").open()
+    sent = headers(replies)
+    first = sent["x-upstream-cluster"]
+    room = Room("a", "b", slots=8)
+    room.open(**{"x-upstream-cluster": first})
+    _, again = room.open(sent[AGAIN], **{"x-upstream-cluster": first})
+    assert headers(again)["x-upstream-cluster"] != first
+
+
+@pytest.mark.parametrize(
+    "made_up", ["9", f"99.{'0' * 32}", f"-1.{'0' * 32}", f"\u0663.{'0' * 32}", f"9.{'0' * 31}", "9" * 9999]
+)
+def test_what_is_no_ticket_is_a_new_request(made_up):
+    room = Room("a")
+    _, replies = room.open(made_up)
+    assert headers(replies)["x-upstream-cluster"] == "a"
+    assert headers(replies)[AGAIN].startswith("1.")
 
 
 def test_a_second_try_that_another_sidecar_took_gives_the_lease_back_and_is_a_failure_of_ours():
