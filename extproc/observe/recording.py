@@ -90,7 +90,7 @@ class Recorder:
         try:
             self._note(event, decisions)
         except Exception as error:
-            self._end = f"{event!r} could not be recorded: {error!r}: please report it"
+            self._end = f"{type(event).__name__} could not be recorded: {error!r}: please report it"
         if len(self._lines) >= self._most_events:
             self._end = f"{self._most_events} events are the most of one recording"
         if self._end:

@@ -41,6 +41,7 @@ ALLOWED = {
             "extproc.observe",
             "extproc.config",
             "extproc.errors",
+            "extproc.pure",
         ),
         "extproc",
     },

@@ -111,6 +111,15 @@ def test_no_name_of_a_session_whose_request_left_is_in_a_recording() -> None:
     assert b"s1" not in state
 
 
+def test_no_name_of_a_session_is_told_of_an_event_that_could_not_be_recorded() -> None:
+    core, recorder, _ = small()
+    recorder._note = None  # type: ignore[method-assign, assignment]
+    core.believe_home(Home("s8", "a", 10, 0.0), 1.0)
+    *_, end = recorder.text().splitlines()
+    assert "HomeBelieved could not be recorded" in end
+    assert "s8" not in end
+
+
 @pytest.mark.parametrize("session", ["a", "waiting", "policy", "count", "default"])
 def test_a_session_may_be_called_like_anything_else_in_the_core(session: str) -> None:
     core = Controller(Policy(shed=False))
