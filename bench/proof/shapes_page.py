@@ -134,7 +134,7 @@ def settings(kinds: Sequence[Row]) -> list[str]:
             SHAPES[row["engine"]],
             TRAFFIC[row["traffic"]],
             f"{row['load']}%",
-            *(f"{one['text'].partition(',')[2]} of {one['tried']}" for one in row["shares"] if one["tried"] > 1),
+            *(f"{one['text'].partition(',')[2]}; tried {one['tried']}" for one in row["shares"] if one["tried"] > 1),
         ]
         for row in kinds
     ]
