@@ -82,8 +82,8 @@ class Fleet:
     def pool_of(self, request: Request) -> Pool | None:
         """Return the pool of those that serve a request's model and may have it; None: nobody knows the model."""
         pools = self._books.pools
-        if request.allowed is not None and pools.know_subset(request.model, request.allowed):
-            self.regroup()
+        if request.allowed is not None:
+            pools.know_subset(request.model, request.allowed)
         return pools.find(request.model, request.allowed)
 
     def regroup(self) -> None:

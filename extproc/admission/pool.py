@@ -14,7 +14,7 @@ from extproc.admission.pace import Pace
 from extproc.admission.queue import Queue
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from extproc.admission.endpoint import Endpoint
     from extproc.admission.fairness import FairShare
@@ -201,15 +201,31 @@ class Pool:
         """Return this pool and its lanes."""
         return (self, *self.lanes.values())
 
-    def part(self) -> Pool:
-        """Return a new pool of the same endpoints, where nobody waits."""
+    def part(self, members: Sequence[Endpoint] | None = None) -> Pool:
+        """Return a new pool of the same endpoints, or of these `members`, where nobody waits."""
         part = Pool(self.tenants)
-        for endpoint in self.members:
+        part.longest = self.longest
+        if members is None:
+            for endpoint in self.members:
+                part.enter(endpoint)
+            part.usable, part.is_served, part.closed_last = self.usable, self.is_served, self.closed_last
+            part.open = dict(self.open)
+            part._by_room = list(self._by_room)
+            return part
+        for endpoint in members:
             part.enter(endpoint)
-        part.usable, part.is_served, part.closed_last = self.usable, self.is_served, self.closed_last
-        part.open = dict(self.open)
-        part._by_room = list(self._by_room)
+            part.usable += endpoint.counted
+            if endpoint.listed:
+                part.list_open(endpoint, is_open=True)
+        part.is_served = part.usable > 0
         return part
+
+    def leave(self) -> None:
+        """Be no pool of its endpoints any more; nobody waits here."""
+        for endpoint in self.members:
+            endpoint.pools.remove(self)
+        self.members = []
+        self.forget_endpoints()
 
     def forget_endpoints(self) -> None:
         """Start over: those that remain are about to be put back. Who waits stays."""

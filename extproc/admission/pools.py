@@ -6,6 +6,7 @@ lists, a request costs the same, and naming another model gains nobody a place.
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from extproc.admission.pool import Pool
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
 MOST_SUBSETS = 64
 """Sets of allowed endpoints that are remembered, besides those that somebody waits for."""
+LOOKED_AT = 4
+"""Remembered sets that are looked at for each new one: those without a waiter are forgotten, the oldest first."""
+NAMELESS = "\0"
+"""Stands for every model that no endpoint names: made-up names are one, so that they make no pools."""
 MOST_MODELS = 20_000
 """Names of models that are remembered though nobody serves them any more; the oldest are forgotten first."""
 
@@ -29,7 +34,7 @@ class Pools:
         every: all endpoints: for requests without a model where every endpoint lists its own.
         by_model: the pool of each model that was ever named, also while nobody serves it.
         expects_any: somebody who lists no models may come, and so serve whatever is asked for.
-        subsets: the pool of those that serve a model and that a request allows, for each two that were ever named.
+        subsets: the pool of those that serve a model and that a request allows, for each two that were named lately.
     """
 
     __slots__ = ("_all", "_is_whole", "_listed_by", "any_model", "by_model", "every", "expects_any", "subsets")
@@ -56,7 +61,7 @@ class Pools:
         `allowed`: of a request that may go to these endpoints alone, once they are known.
         """
         if allowed is not None:
-            return self.subsets.get((model, allowed))
+            return self.subsets.get(self._subset_key(model, allowed))
         pool = self.by_model.get(model) if model is not None else None
         if pool is not None:
             return pool
@@ -81,16 +86,49 @@ class Pools:
         self.any_model.names += len(fresh)
         return bool(fresh)
 
-    def know_subset(self, model: str | None, allowed: frozenset[str]) -> bool:
-        """Note a set of allowed endpoints, of those that serve `model`; tell whether it is new."""
-        whole = self.find(model)
-        if whole is None or (model, allowed) in self.subsets:
-            return False
-        idle = (key for key, pool in self.subsets.items() if not any(one.waiting_total for one in pool.with_lanes()))
-        if len(self.subsets) >= MOST_SUBSETS and (oldest := next(idle, None)) is not None:
-            del self.subsets[oldest]
-        self.subsets[model, allowed] = Pool()
-        return True
+    def know_subset(self, model: str | None, allowed: frozenset[str]) -> None:
+        """Note a set of allowed endpoints, of those that serve `model`. A new one costs nobody else's pool anything."""
+        key, whole = self._subset_key(model, allowed), self.find(model)
+        if whole is None or key in self.subsets:
+            return
+        self._forget_subsets()
+        members = self._allowed(key, whole)
+        near = members[0].pools if members else (self.every, self.any_model)
+        pool = next((pool.base for pool in near if pool.base.members == members), None)
+        if pool is None:
+            pool = whole.part(members)
+            pool.is_part = True
+            self._all += (pool,)
+        self.subsets[key] = pool
+
+    def _subset_key(self, model: str | None, allowed: frozenset[str]) -> tuple[str | None, frozenset[str]]:
+        return (model if model is None or model in self.by_model else NAMELESS), allowed
+
+    def _allowed(self, key: tuple[str | None, frozenset[str]], whole: Pool | None) -> list[Endpoint]:
+        """Return who is in a subset; if all of these are left out for its model, they stay: they are the last ones."""
+        model, allowed = key
+        members = [] if whole is None else [one for one in whole.members if one.name in allowed]
+        if not members and model is not None:
+            members = [one for one in self.every.members if one.name in allowed and model in one.missing.models]
+        return members
+
+    def _forget_subsets(self) -> None:
+        """Make room for one more among those that are remembered, of which nobody waits for most."""
+        for key in list(islice(self.subsets, LOOKED_AT if len(self.subsets) >= MOST_SUBSETS else 0)):
+            pool = self.subsets.pop(key)
+            if any(one.waiting_total for one in pool.with_lanes()):
+                self.subsets[key] = pool  # looked at again when all others were
+                continue
+            if pool.is_part and pool not in self.subsets.values():
+                self._all = tuple(one for one in self._all if one is not pool)
+                for one in pool.with_lanes():
+                    one.leave()
+                self._keep_shares()
+            if len(self.subsets) < MOST_SUBSETS:
+                return
+
+    def _keep_shares(self) -> None:
+        self.every.tenants.keep(share for pool in self for share in pool.shares.values())
 
     def join(self, endpoint: Endpoint) -> list[Pool] | None:
         """Follow an endpoint that is new. Return the pools that were split: who waits there may have to move.
@@ -187,20 +225,20 @@ class Pools:
                         lane.enter(endpoint)
                 else:
                     del pool.lanes[name]
-        self.every.tenants.keep(share for pool in self for share in pool.shares.values())
+        self._keep_shares()
         return before
 
     def _keep_subsets(self, kept: dict[int, Pool], taken: set[Pool], present: list[Endpoint]) -> None:
         """Follow the endpoints with the pools of those that requests allow; one that is all who serve has no own."""
         wholes = set(kept)
         bits = {endpoint: 1 << number for number, endpoint in enumerate(present)}
-        for (model, allowed), pool in self.subsets.items():
-            whole = self.find(model)
-            members = [] if whole is None else [one for one in whole.members if one.name in allowed]
-            if not members and model is not None:  # all of these are left out for it: the last ones stay
-                members = [one for one in present if one.name in allowed and model in one.missing.models]
-            number = sum(bits[one] for one in members)
-            self.subsets[model, allowed] = part = _keep(kept, taken, number, pool, present)
+        for pool in tuple(self.subsets.values()):  # a model has a name now, or none any more: they wait on all the same
+            for ticket in (ticket for one in pool.with_lanes() for queue in one.queues() for ticket in queue):
+                if ticket.request.allowed is not None:
+                    self.subsets.setdefault(self._subset_key(ticket.request.model, ticket.request.allowed), pool)
+        for key, pool in self.subsets.items():
+            number = sum(bits[one] for one in self._allowed(key, self.find(key[0])))
+            self.subsets[key] = part = _keep(kept, taken, number, pool, present)
             part.is_part = number not in wholes
 
     def _forget_models(self, served: dict[str, int]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from extproc.admission.outcome import Outcome
-from extproc.admission.pools import MOST_SUBSETS
+from extproc.admission.pools import MOST_SUBSETS, Pools
 from extproc.admission.ticket import State
 from extproc.errors import TransitionError
 
@@ -147,3 +147,45 @@ def test_an_answer_from_the_picked_endpoint_changes_nothing():
     ticket = desk.ask()
     desk.move(ticket, "a")
     assert (ticket.state, ticket.endpoint.name) == (State.LEASED, "a")
+
+
+# ---- many subsets
+
+
+def test_the_pools_of_subsets_share_the_memory_of_tenants_of_all_others():
+    desk = Desk(one("a"), one("b"))
+    desk.ask(tenant="t", allowed=names("a"))
+    desk.ask(tenant="u", allowed=names("b"))
+    pools = list(desk.core.pools())
+    assert len(pools) == 3
+    assert len({id(pool.tenants) for pool in pools}) == 1
+
+
+def test_made_up_models_make_no_pools_of_their_own():
+    desk = Desk(one("a", 500), one("b", 500))
+    for number in range(200):
+        desk.ask(model=f"made-up-{number}", allowed=names("a"))
+    assert len(desk.core._books.pools.subsets) == 1
+
+
+def test_a_new_subset_regroups_nobody_else_even_when_more_are_waited_for_than_are_remembered(monkeypatch):
+    desk = Desk(*(one(f"e{number}") for number in range(9)))
+    waiting = [desk.ask(f"w{number}", allowed=names("e0", f"e{number % 9}", f"x{number}")) for number in range(100)]
+    before = list(desk.core.pools())
+    monkeypatch.setattr(Pools, "regroup", lambda *_: pytest.fail("all were regrouped"))
+    for number in range(2 * MOST_SUBSETS):
+        desk.ask(allowed=names("e1", f"y{number}"), budget_s=0.0)
+    late = desk.ask("late", allowed=names("e1", "e2", "e3"))
+    assert set(before) <= set(desk.core.pools())
+    assert late.state is not State.DONE
+    assert any(ticket.state is State.WAITING for ticket in waiting)
+
+
+def test_one_that_waits_for_a_model_that_gets_a_name_meanwhile_goes_where_it_was_allowed():
+    desk = Desk(one("a"), one("b"))
+    held = desk.ask("held", allowed=names("a"))
+    waits = desk.ask("waits", model="m", allowed=names("a"))
+    desk.put(one("c", models=frozenset({"m"})))
+    assert desk.where(waits) is None
+    desk.release(held)
+    assert desk.where(waits) == "a"
