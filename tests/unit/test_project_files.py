@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -93,3 +94,24 @@ def test_whoever_finds_a_vulnerability_is_told_where_to_and_when_they_hear():
     assert "Report a vulnerability" in section
     assert re.search(r"\d+ working days", section)
     assert "SECURITY.md" in (ROOT / ".github/ISSUE_TEMPLATE/config.yml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("listing", "building", "code", "words"),
+    [
+        ("exit 1", "exit 0", 0, "skipped, Go's proxy"),
+        ("exit 0", "exec sleep 30", 0, "skipped, the API server was not built"),
+        ("exit 0", "exit 1", 2, ""),
+    ],
+    ids=["no modules", "too slow", "does not compile"],
+)
+def test_only_what_is_not_ours_skips_the_tests_against_kubernetes(tmp_path, listing, building, code, words):
+    go = tmp_path / "go"
+    go.write_text(f'#!/bin/sh\ncase "$1" in list) {listing};; build) {building};; esac\n')
+    go.chmod(0o755)
+    old = ["-o", ".venv/.installed", "-o", ".venv/crds/.installed"]
+    given = [f"GO={go}", f"APISERVER={tmp_path}/apiserver", "BUILD_S=1"]
+    done = subprocess.run(["make", *old, "test-kubernetes", *given], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert words in done.stdout
+    assert ("skipped" in done.stdout) is bool(words)
