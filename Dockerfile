@@ -8,7 +8,7 @@ COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY extproc ./extproc
 # No pip in what is shipped. Wheels only for what it depends on: nothing is compiled, so nothing here can compile.
 RUN python -m venv --without-pip /opt/extproc
-RUN python -m pip --python /opt/extproc/bin/python install --no-cache-dir --only-binary=:all: ".[uvloop,otel]"
+RUN python -m pip --python /opt/extproc/bin/python install --no-cache-dir --only-binary=:all: ".[uvloop,otel,picker,valkey]"
 
 FROM python:${PYTHON}
 # A number, so that `runAsNonRoot` can check it; it needs no name, no home, and nothing it could write to.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import subprocess
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from extproc.config import parse_config
 from tests.conftest import tool
 
 ROOT = Path(__file__).parents[2]
@@ -80,9 +82,29 @@ def test_nothing_is_published_that_was_not_tested_and_all_of_it_is_signed():
         assert set(jobs[name]["needs"]) == {"test", *built}
         used = [step.get("uses", "").partition("@")[0] for step in jobs[name]["steps"]]
         assert "actions/attest-build-provenance" in used
-    push = next(s for s in jobs["image"]["steps"] if s.get("uses", "").startswith("docker/build-push-action@"))["with"]
+    builds = [s["with"] for s in jobs["image"]["steps"] if s.get("uses", "").startswith("docker/build-push-action@")]
+    (push,) = [build for build in builds if "push" in build]
     assert (push["sbom"], push["provenance"], push["platforms"]) == ("true", "mode=max", "linux/amd64,linux/arm64")
     assert any('cosign sign --yes --recursive "$IMAGE@$DIGEST"' in s.get("run", "") for s in jobs["image"]["steps"])
+
+
+def test_an_image_is_tried_before_it_is_pushed_and_all_that_is_in_it_is_audited():
+    steps = read(ROOT / ".github/workflows/release.yaml")["jobs"]["image"]["steps"]
+    tried = [index for index, step in enumerate(steps) if "docker run" in step.get("run", "")]
+    pushed = [index for index, step in enumerate(steps) if step.get("with", {}).get("push") == "true"]
+    assert tried
+    assert max(tried) < min(pushed)
+    extras = set(re.search(r'"\.\[(.*)\]"', (ROOT / "Dockerfile").read_text())[1].split(","))
+    assert extras == {"otel", "picker", "uvloop", "valkey"}, "what the configurations in our documents need"
+    audited = re.search(r"'\.\[(.*)\]'", (ROOT / ".github/workflows/scan.yaml").read_text())[1].split(",")
+    assert extras <= set(audited)
+
+
+def test_the_configuration_that_an_image_is_tried_with_is_one():
+    text = (ROOT / ".github/workflows/release.yaml").read_text()
+    said = re.search(r"<<'EOF'\n(.*?)\n *EOF", text, re.DOTALL)[1]
+    config = parse_config(textwrap.dedent(said + "\n"), "release.yaml", {})
+    assert (config.picks, config.tracing) == (True, True)
 
 
 def test_every_python_that_we_say_we_run_on_is_tested():
