@@ -81,10 +81,16 @@ class Answers:
             is_own_fault = True  # full of nothing: it loads, or is broken
         has_peers, model = pool.usable > endpoint.counted, ticket.request.model
         endpoint.health.refused(ticket, pool.record, now, is_own_fault=is_own_fault, has_peers=has_peers)
-        if model is not None and has_peers and not is_own_fault:
+        if model is not None and has_peers and not is_own_fault and not _is_led_there(ticket, endpoint):
             record = self._records.of(model)
             if endpoint.missing.refused(model, record, now, endpoint.health.in_a_row):
                 self._fleet.regroup()
+
+
+def _is_led_there(ticket: Ticket, endpoint: Endpoint) -> bool:
+    """Tell whether the client had it go there, by a name or its session: its bad requests turn off nobody's model."""
+    request = ticket.request
+    return request.home == endpoint.name or (request.session is not None and ticket.home is endpoint)
 
 
 def _company(ticket: Ticket) -> Pool:

@@ -34,13 +34,13 @@ class Ward(World):
         self.release(ticket)
         return ticket.endpoint.name
 
-    def one(self, model: str, home: str, answer: Answer) -> bool:
-        """Ask `home`; tell whether it was asked."""
-        ticket = self.ask(model, home)
-        if ticket.state is State.WAITING:
-            self.cancel(ticket)
-            return False
-        is_there = ticket.endpoint.name == home
+    def one(self, model: str, at: str, answer: Answer, **says: str) -> bool:
+        """Have `at` chosen, being the emptiest; tell whether it was."""
+        held = [self.ask("fine", home=name) for name in self.core.endpoints if name != at]
+        ticket = self.offer(Request("r", self.now, model=model, **says))
+        for holder in held:
+            self.release(holder)
+        is_there = ticket.endpoint.name == at
         self.release(ticket, answer if is_there else Answer.OK)
         return is_there
 
@@ -149,3 +149,24 @@ def test_made_up_names_take_no_memory() -> None:
         ward.one("fine", "a", Answer.OK)
         ward.one("fine", "b", Answer.OK)
     assert len(ward.core.endpoints["a"].missing._known) <= MOST_MODELS
+
+
+@pytest.mark.parametrize("answer", BLAMES)
+@pytest.mark.parametrize("says", [{"home": "a"}, {"session": "s"}], ids=["home", "session"])
+def test_a_client_that_says_where_its_bad_requests_go_has_nobody_left_out(says: dict[str, str], answer: Answer) -> None:
+    ward = Ward()
+    for _ in range(100):
+        ward.one("rare", "b", Answer.OK)
+        ward.one("rare", "a", answer, **says)
+        ward.one("fine", "a", Answer.OK)
+        ward.advance(0.01)
+    assert ward.goes("rare", home="a") == "a"
+
+
+def test_sessions_that_begin_at_one_that_lacks_their_model_have_it_left_out() -> None:
+    ward = Ward()
+    for number in range(FEW):
+        ward.one("rare", "b", Answer.OK)
+        ward.one("rare", "a", Answer.REFUSED, session=f"s{number}")
+        ward.one("fine", "a", Answer.OK)
+    assert ward.goes("rare", home="a") == "b"
