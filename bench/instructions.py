@@ -46,8 +46,9 @@ def serve(count: int) -> int:
     from extproc.admission.values import EndpointSpec, Policy
     from extproc.stream.ages import Ages
     from extproc.stream.gate import Gate
+    from extproc.stream.reception import Reception
     from extproc.stream.request import Headers
-    from extproc.stream.session import Reception, Session
+    from extproc.stream.session import Session
 
     def message(kind: str, **headers: str) -> bytes:
         found = pb.ProcessingRequest()

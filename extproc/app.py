@@ -32,7 +32,7 @@ from extproc.stream.dialect import EndpointPicker
 from extproc.stream.dry_run import DryRun
 from extproc.stream.gate import Gate
 from extproc.stream.objectives import classes_of
-from extproc.stream.session import Reception
+from extproc.stream.reception import Reception
 from extproc.tasks import Tasks
 from extproc.transport.completion import server_on
 from extproc.transport.completion.loop import CompletionLoop

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from extproc.config import Config, EndpointConfig
     from extproc.envoy.clusters import ClustersFile, EnvoyAdmin
     from extproc.stream.gate import Gate
-    from extproc.stream.session import Reception
+    from extproc.stream.reception import Reception
     from extproc.tasks import Tasks
 
 log = logging.getLogger("extproc.discovery")

@@ -11,58 +11,35 @@ bodies that come before the decision are kept, a few of them: `paused` then asks
 
 from __future__ import annotations
 
-import logging
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from extproc.admission.outcome import Outcome
-from extproc.admission.ticket import Ticket
 from extproc.admission.values import Answer, Dispatch
 from extproc.errors import ProtocolError
 from extproc.stream import again, bodies, wire
-from extproc.stream.again import Again
-from extproc.stream.answer import GRPC, GRPC_STATUS, judge, judge_trailers
-from extproc.stream.bodies import Allowance, Kept
-from extproc.stream.dialect import PLAIN, ClusterHeader
-from extproc.stream.request import BINARY_REPORT, REPORT, Requests
+from extproc.stream.answer import GRPC_STATUS, judge, judge_trailers
+from extproc.stream.bodies import Kept
+from extproc.stream.dialect import PLAIN
 from extproc.stream.routes import (
     GRPC_STATUSES,
     GRPC_UNKNOWN,
     Action,
-    Routes,
     Shape,
     error_body,
     models_body,
 )
-from extproc.stream.silence import MOST_READING, READING_S, Silence
 from extproc.stream.wire import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from extproc.admission.load import Load
+    from extproc.admission.ticket import Ticket
     from extproc.admission.values import Decision
-    from extproc.stream.ages import Ages
-    from extproc.stream.dialect import Dialect, Modes
-    from extproc.stream.gate import Gate
-    from extproc.stream.request import Headers
+    from extproc.stream.dialect import Modes
+    from extproc.stream.reception import Reception
     from extproc.stream.wire import Incoming
-
-
-log = logging.getLogger("extproc.session")
-
-UPGRADE = "UPGRADE"
-"""Stands for the method of requests that ask for another protocol, in the table of routes."""
-OVERFLOWS = frozenset(
-    (Outcome.QUEUE_FULL, Outcome.BUDGET_PREDICTED, Outcome.BUDGET_EXPIRED, Outcome.NO_ENDPOINT, Outcome.DRAINING)
-)
-"""Refusals for want of room. What the client itself would have to change is refused wherever it is sent."""
-MOST_SUBSETS = 1000
-"""Lists of allowed addresses that are kept as read."""
-NOBODY = frozenset[str]()
-LIST_S = 1.0
-"""How long the list of all models is kept."""
 
 
 KEPT_BYTES = 16 << 10
@@ -70,8 +47,7 @@ KEPT_BYTES = 16 << 10
 then the gateway's own end of a stream is seen at once."""
 KEPT_UNTOLD_BYTES = 8 << 20
 """The same where a client that leaves is told by the end of its messages alone, which an unread body would hide."""
-KEPT_BY_ALL_BYTES = 64 << 20
-"""What all held requests together keep: beyond it each keeps KEPT_BYTES, and whoever leaves untold is not seen."""
+NOBODY = frozenset[str]()
 
 
 class _State(Enum):
@@ -81,183 +57,6 @@ class _State(Enum):
     ANSWERED = auto()
     REFUSED = auto()
     ENDED = auto()
-
-
-class Reception:
-    """What all sessions share: how to read, whom to ask, and the answers that are the same for every request."""
-
-    def __init__(
-        self,
-        gate: Gate,
-        headers: Headers,
-        ages: Ages,
-        fields_namespace: str = "",
-        class_priorities: Callable[[], Mapping[int, str]] = dict,
-        read_report: Callable[[str, str], Load | None] = lambda _endpoint, _value: None,
-        *,
-        routes: Routes | None = None,
-        default_model: str | None = None,
-        server_timing: bool = False,
-        dialect: Dialect | None = None,
-        read_model: bool = False,
-        picks_without_end: bool = False,
-        finished: Callable[[Ticket, Answer], None] | None = None,
-        second_try: str = "",
-    ) -> None:
-        """Sit between the streams and `gate`.
-
-        `fields_namespace`: where Envoy puts fields of the body, if it does; `class_priorities`: classes by priority;
-        `read_report`: reads the report of its load that an endpoint sent;
-        `routes`: which requests are queued; `default_model`: of requests that name none;
-        `server_timing`: tell clients how long they waited;
-        `finished`: is told of each request that was sent to an endpoint and is over;
-        `dialect`: how the gateway speaks; by default as our own Envoy configuration has it;
-        `read_model`: look for the model in a body, where no header names it and the gateway sends bodies;
-        `second_try`: the address by which a request comes back that could not be connected to its server;
-        `picks_without_end`: choose an endpoint also for gateways that never tell of the end: no limit counts that.
-        """
-        self.dialect = dialect or ClusterHeader(headers.cluster)
-        self.again = Again(second_try)
-        self._overflow: dict[str, tuple[str, bytes]] = {}  # class -> cluster of last resort, and how to steer there
-        self.overflowed: dict[str, int] = {}  # how many went there, by class
-        self.read_model = read_model
-        self.picks_without_end = picks_without_end
-        self._has_refused_gateway = False
-        self.gate = gate
-        self.is_probed = gate.controller.policy.first_byte_probe
-        self.running: dict[int, Ticket] = {}  # by our own number, for the first-byte probe alone
-        self.dispatched = 0
-        self._read_report = read_report
-        self.requests = Requests(headers, ages, class_priorities, default_model)
-        self.routes = routes or Routes()
-        self._listed: tuple[float, frozenset[str]] = (-LIST_S, frozenset())  # when, and all models
-        self.named_models: frozenset[str] = frozenset()  # by the configuration, whoever serves them at the moment
-        self.reader = wire.Reader(headers.wanted(), fields_namespace, picks=self.dialect.picks)
-        self.streams = 0
-        self.told_models = 0  # requests for the list of models, which are answered here
-        self.silence: Silence[Session] = Silence(gate, Session.give_in)
-        self.reading: Silence[Session] = Silence(gate, Session.read_no_more, READING_S, MOST_READING, 0.0)
-        self.refused = 0  # those of them that were refused: Envoy has not ended them yet
-        self.server_timing = server_timing
-        self.finished = finished
-        self._clusters: dict[str, str] = {}  # endpoint -> cluster
-        self._endpoints: dict[str, str] = {}  # cluster -> endpoint
-        self._steers: dict[str, bytes] = {}
-        self._subsets: dict[tuple[str, ...], frozenset[str]] = {}
-        self.kept = Allowance(KEPT_BY_ALL_BYTES)
-
-    def drain(self) -> None:
-        """Refuse what waits, for a slot or for its body, and what would have to."""
-        self.reading.end_all()
-        self.gate.drain()
-
-    def put_cluster(self, endpoint: str, cluster: str) -> None:
-        """Note which Envoy cluster an endpoint is, from now on."""
-        self.drop_cluster(endpoint)
-        self._subsets.clear()
-        self._clusters[endpoint] = cluster
-        self._endpoints[cluster] = endpoint
-        self._steers[endpoint] = self.dialect.steer(cluster)
-
-    def drop_cluster(self, endpoint: str) -> None:
-        """Forget an endpoint that no request can be sent to any more. Unknown: no-op."""
-        cluster = self._clusters.pop(endpoint, None)
-        if cluster is not None:
-            del self._steers[endpoint]
-            if self._endpoints.get(cluster) == endpoint:
-                del self._endpoints[cluster]
-
-    def set_overflow(self, clusters: Mapping[str, str]) -> None:
-        """Note to which cluster requests of a class go instead of a refusal for want of room, by class."""
-        self._overflow = {name: (cluster, self.dialect.steer(cluster)) for name, cluster in clusters.items()}
-
-    def overflow(self, decision: Decision) -> tuple[str, bytes] | None:
-        """Return where a refused request goes instead, and the answer that sends it there; None: it is refused."""
-        if decision.outcome not in OVERFLOWS:
-            return None
-        return self._overflow.get(decision.ticket.request_class.name)
-
-    def endpoint_of(self, cluster: str) -> str | None:
-        """Return the endpoint behind a cluster named upstream, or None if the config has no such cluster."""
-        return self._endpoints.get(cluster)
-
-    def ticket_for(self, incoming: Incoming, deliver: Callable[[Decision], None]) -> Ticket:
-        """Return a new ticket for the request that `incoming` begins."""
-        request = self.requests.read(incoming, self.gate.now(), self._endpoints)
-        if incoming.subset is not None:
-            request.allowed = self._allowed(incoming.subset)
-        return Ticket(request, deliver)
-
-    def _allowed(self, subset: tuple[str, ...]) -> frozenset[str]:
-        """Return the endpoints at these addresses; one without a port means all ports there."""
-        found = self._subsets.get(subset)
-        if found is None:
-            wanted = frozenset(subset)
-            found = frozenset(
-                endpoint
-                for address, endpoint in self._endpoints.items()
-                if address in wanted or address.rpartition(":")[0] in wanted
-            )
-            if len(self._subsets) >= MOST_SUBSETS:
-                self._subsets.clear()
-            self._subsets[subset] = found
-        return found
-
-    def follow(self, ticket: Ticket, served: str) -> None:
-        """Have a lease be where the gateway says that the answer came from."""
-        endpoint = self._endpoints.get(served, "")
-        if ticket.endpoint is not None and ticket.endpoint.name != endpoint:
-            self.gate.move(ticket, endpoint)
-
-    def kind_of(self, headers: Mapping[str, str]) -> tuple[Action, Shape]:
-        """Return what becomes of a request with these headers, and the shape that its errors have."""
-        method = headers.get(":method", "")
-        if "upgrade" in headers:  # a WebSocket begins as a GET, and takes tokens for as long as it is open
-            method = UPGRADE
-        action, shape = self.routes.find(method, headers.get(":path", ""))
-        if headers.get("content-type", "").startswith(GRPC):
-            shape = Shape.GRPC
-        return action, shape
-
-    def models(self) -> frozenset[str]:
-        """Return all models served here, also those that have no endpoint at the moment: a request for one waits.
-
-        None where an endpoint lists none, because nobody knows what it has.
-        """
-        now = self.gate.now()
-        at, models = self._listed
-        if now - at >= LIST_S:
-            lists = [one.spec.models for one in self.gate.controller.endpoints.values() if not one.removed]
-            models = self.named_models.union(*lists) if all(lists) else frozenset()
-            self._listed = now, models
-        return models
-
-    def steer(self, endpoint: str) -> bytes:
-        """Return the answer that sends a request to `endpoint`."""
-        return self._steers[endpoint]
-
-    def names_model(self, incoming: Incoming) -> bool:
-        """Tell whether the headers say which model is meant."""
-        return any(incoming.headers.get(name) for name in self.requests.names.model)
-
-    def refuse_gateway(self) -> None:
-        """Say once that a gateway is refused because it never tells when an answer ends."""
-        if not self._has_refused_gateway:
-            self._has_refused_gateway = True
-            log.error(
-                "a gateway asks for endpoints and never tells when an answer ends (no protocol_config, as NGINX's): no "
-                "limit could be kept, so its requests get 503; with `without_end: pick` they go uncounted"
-            )
-
-    def take_report(self, ticket: Ticket, headers: Mapping[str, str]) -> None:
-        """Pass on what the headers of an answer say of the load of its endpoint, the one that `ticket` was sent to."""
-        value = headers.get(REPORT)
-        if value is None and BINARY_REPORT in headers:
-            value = f"BIN {headers[BINARY_REPORT]}"
-        if value is not None and ticket.endpoint is not None:
-            load = self._read_report(ticket.endpoint.name, value)
-            if load is not None:
-                self.gate.report(ticket, load)
 
 
 class Session:

@@ -17,7 +17,7 @@ from extproc.stream.session import Session
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from extproc.stream.session import Reception
+    from extproc.stream.reception import Reception
     from extproc.transport.listener import Listener
 
 log = logging.getLogger("extproc.server")

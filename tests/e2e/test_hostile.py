@@ -17,8 +17,9 @@ from extproc.admission.values import EndpointSpec, Policy, RequestClass
 from extproc.errors import ProtocolError
 from extproc.stream.ages import Ages
 from extproc.stream.gate import Gate
+from extproc.stream.reception import Reception
 from extproc.stream.request import Headers
-from extproc.stream.session import Reception, Session
+from extproc.stream.session import Session
 
 from .kit.clients import H1Request, H2Client, complete_many
 from .kit.extproc_raw import RawChannel, StreamEnd

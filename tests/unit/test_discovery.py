@@ -27,8 +27,8 @@ from extproc.errors import ConfigError
 from extproc.stream.ages import Ages
 from extproc.stream.gate import Gate
 from extproc.stream.objectives import classes_of
+from extproc.stream.reception import Reception
 from extproc.stream.request import Headers
-from extproc.stream.session import Reception
 from extproc.tasks import Tasks
 
 if TYPE_CHECKING:

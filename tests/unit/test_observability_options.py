@@ -16,8 +16,9 @@ from extproc.observe.metrics import Metrics
 from extproc.stream import wire
 from extproc.stream.ages import Ages
 from extproc.stream.gate import Gate
+from extproc.stream.reception import Reception
 from extproc.stream.request import Headers
-from extproc.stream.session import Reception, Session
+from extproc.stream.session import Session
 
 ENDPOINTS = "endpoints: [{name: a, address: '127.0.0.1:8001'}]\n"
 OPTIONS = {"server_timing": "server-timing", "tracing": "traceparent"}

@@ -21,7 +21,8 @@ from extproc.stream import bodies, wire
 from extproc.stream.ages import Ages
 from extproc.stream.dialect import EndpointPicker
 from extproc.stream.gate import Gate
-from extproc.stream.session import KEPT_BYTES, Reception, Session
+from extproc.stream.reception import Reception
+from extproc.stream.session import KEPT_BYTES, Session
 from extproc.stream.silence import READING_S
 from tests.unit.test_session_and_gate import Clock
 

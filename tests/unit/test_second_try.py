@@ -17,8 +17,9 @@ from extproc.errors import ConfigError
 from extproc.stream.again import MOST
 from extproc.stream.ages import Ages
 from extproc.stream.gate import Gate
+from extproc.stream.reception import Reception
 from extproc.stream.request import Headers
-from extproc.stream.session import Reception, Session
+from extproc.stream.session import Session
 from extproc.stream.wire import AGAIN
 
 if TYPE_CHECKING:

@@ -18,8 +18,9 @@ from extproc.endpoints.telemetry.target import Target
 from extproc.errors import ProtocolError
 from extproc.stream.ages import Ages
 from extproc.stream.gate import BURST, Gate
+from extproc.stream.reception import Reception
 from extproc.stream.request import Headers
-from extproc.stream.session import Reception, Session
+from extproc.stream.session import Session
 from extproc.stream.silence import CROWDED_S, MOST, SILENT_S
 
 

@@ -20,7 +20,7 @@ from extproc.transport.completion.services import Health, Reflection, StatusErro
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from extproc.stream.session import Reception
+    from extproc.stream.reception import Reception
     from extproc.transport.completion.loop import CompletionLoop
     from extproc.transport.listener import Listener
 
