@@ -92,12 +92,12 @@ def render(config: Config, options: EnvoyOptions) -> str:
     return f"""\
 # Written by `extproc envoy-config` for Envoy 1.40. Sidecar at {", ".join(sidecars)}; {count} endpoint(s).
 admin:
-  address: {_socket(options.admin)}
+  address: {socket_address(options.admin)}
 {_dynamic(config)}
 static_resources:
   listeners:
   - name: ingress
-    address: {_socket(options.http)}
+    address: {socket_address(options.http)}
     # A client that vanishes without a packet is noticed by TCP keepalive alone; else its request is held and then run.
     tcp_keepalive: {{keepalive_time: 30, keepalive_interval: 10, keepalive_probes: 3}}
     filter_chains:
@@ -216,7 +216,7 @@ static_resources:
       cluster_name: {EXT_PROC_CLUSTER}
       endpoints:
       - lb_endpoints:
-{_lines(8, [f"- {{endpoint: {{address: {_sidecar(address)}}}}}" for address in sidecars])}\
+{_lines(8, [f"- {{endpoint: {{address: {sidecar_address(address)}}}}}" for address in sidecars])}\
 {_sidecar_health(sidecars)}\
     typed_extension_protocol_options:
       envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
@@ -258,15 +258,17 @@ resources:
 {"".join(name + newline + kind + rest for name, newline, rest in named)}"""
 
 
-def _socket(address: str) -> str:
+def socket_address(address: str) -> str:
+    """Return `HOST:PORT` as Envoy writes an address, in YAML's flow style."""
     host, port = split_address(address)
     return f"{{socket_address: {{address: {json.dumps(host)}, port_value: {port}}}}}"
 
 
-def _sidecar(listen: str) -> str:
+def sidecar_address(listen: str) -> str:
+    """Return where the sidecar listens, the same way: `unix:PATH` or `HOST:PORT`."""
     if listen.startswith("unix:"):
         return f"{{pipe: {{path: {json.dumps(listen.removeprefix('unix:'))}}}}}"
-    return _socket(listen)
+    return socket_address(listen)
 
 
 def _other_host(sidecars: tuple[str, ...]) -> str:
@@ -552,7 +554,7 @@ def _access_log(config: Config, options: EnvoyOptions) -> str:
 
 
 def _lb_endpoint(address: str) -> str:
-    return f"{{endpoint: {{address: {_socket(address)}}}}}"
+    return f"{{endpoint: {{address: {socket_address(address)}}}}}"
 
 
 def _unqueued_routes(cluster: str, config: Config, options: EnvoyOptions) -> str:

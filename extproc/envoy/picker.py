@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from extproc.config import split_address
 from extproc.durations import format_duration
+from extproc.envoy.bootstrap import BODY_LIMIT, EXT_PROC_CLUSTER, IDLE_S, MARGIN_S, sidecar_address, socket_address
 from extproc.errors import ConfigError
 from extproc.stream import wire
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 CLUSTER = "extproc_endpoints"
 _LB = "type.googleapis.com/envoy.extensions.load_balancing_policies."
-MARGIN_S, IDLE_S, BODY_LIMIT = 20.0, 3700.0, 32 << 20
-"""As of the other dialect's bootstrap, whose comments say what they are for."""
 
 
 def render(config: Config, options: EnvoyOptions) -> str:
@@ -40,7 +38,7 @@ def render(config: Config, options: EnvoyOptions) -> str:
     # By their beginnings: Envoy refuses an expression that names them all (RE2 program size).
     written = (*wire.REFUSAL_HEADERS, *timing, "x-gateway-.*", "x-llm-d-.*", "x-slo-.*")
     kind = "http2_protocol_options" if options.upstream_protocol == "h2" else "http_protocol_options"
-    hosts = "".join(f"        - endpoint: {{address: {_socket(one.address)}}}\n" for one in config.endpoints)
+    hosts = "".join(f"        - endpoint: {{address: {socket_address(one.address)}}}\n" for one in config.endpoints)
     read = "".join(
         f"                  - {{exact: {json.dumps(name)}}}\n" for name in sorted(config.header_names().wanted())
     )
@@ -48,11 +46,11 @@ def render(config: Config, options: EnvoyOptions) -> str:
     return f"""\
 # Written by `extproc envoy-config --dialect endpoint-picker` for Envoy 1.37 and later. Sidecar at {sidecar}.
 admin:
-  address: {_socket(options.admin)}
+  address: {socket_address(options.admin)}
 static_resources:
   listeners:
   - name: ingress
-    address: {_socket(options.http)}
+    address: {socket_address(options.http)}
     # A client that vanishes without a packet is noticed by TCP keepalive alone; else its request is held and then run.
     tcp_keepalive: {{keepalive_time: 30, keepalive_interval: 10, keepalive_probes: 3}}
     filter_chains:
@@ -94,7 +92,7 @@ static_resources:
             typed_config:
               "@type": type.googleapis.com/envoy.extensions.filters.http.ext_proc.v3.ExternalProcessor
               grpc_service:
-                envoy_grpc: {{cluster_name: extproc_queue}}
+                envoy_grpc: {{cluster_name: {EXT_PROC_CLUSTER}}}
                 timeout: 0s
                 # Held requests are sent again to a restarted sidecar: a crash costs no client an error.
                 retry_policy:
@@ -168,12 +166,12 @@ static_resources:
         "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
         common_http_protocol_options: {{idle_timeout: {format_duration(config.upstream_idle_timeout)}}}
         explicit_http_config: {{{kind}: {{}}}}
-  - name: extproc_queue
+  - name: {EXT_PROC_CLUSTER}
     type: STATIC
     connect_timeout: 1s
     load_assignment:
-      cluster_name: extproc_queue
-      endpoints: [{{lb_endpoints: [{{endpoint: {{address: {_sidecar(sidecar)}}}}}]}}]
+      cluster_name: {EXT_PROC_CLUSTER}
+      endpoints: [{{lb_endpoints: [{{endpoint: {{address: {sidecar_address(sidecar)}}}}}]}}]
     typed_extension_protocol_options:
       envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
         "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
@@ -208,14 +206,3 @@ def _log(options: EnvoyOptions) -> str:
                   upstream: "%UPSTREAM_HOST%"
                   queue: "%DYNAMIC_METADATA({wire.NAMESPACE})%"
 """
-
-
-def _socket(address: str) -> str:
-    host, port = split_address(address)
-    return f"{{socket_address: {{address: {json.dumps(host)}, port_value: {port}}}}}"
-
-
-def _sidecar(listen: str) -> str:
-    if listen.startswith("unix:"):
-        return f"{{pipe: {{path: {json.dumps(listen.removeprefix('unix:'))}}}}}"
-    return _socket(listen)
