@@ -301,6 +301,7 @@ def test_the_page_says_where_a_rival_with_its_number_is_better_and_what_tokens_a
     assert "gains nothing" in shapes_page.losses([shape(0.6, 0.6)])[0]
     assert not any("gains" in line for line in shapes_page.losses([shape(0.6, 0.6, load=80)]))
     assert not any("worse" in line for line in shapes_page.losses([shape(0.7, 0.6)]))
+    assert "is worse" in shapes_page.losses([shape(0.5, 0.6, load=80)])[0]
 
 
 def recipe(folder: Path) -> Path:
