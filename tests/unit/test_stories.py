@@ -93,3 +93,12 @@ def test_who_was_never_here_has_no_story_and_only_so_many_are_remembered() -> No
     assert office.stories.tell("r9", WALL_S) is None
     assert office.stories.tell("r10", WALL_S) is not None
     assert len(office.stories._kept) == stories.MOST
+
+
+def test_one_that_needs_more_than_there_is_tells_how_many_were_let_past_it() -> None:
+    office = Office(limit=2)
+    for name in ("x", "y"):
+        office.offer(name)
+    office.offer("big", sequences=2)
+    office.offer("small", sequences=1)
+    assert office.tell("big")[-1].endswith("; 1 that fit were let past it")
