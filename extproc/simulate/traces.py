@@ -50,9 +50,9 @@ NAMES = {
 }
 """What a field may be called, in any case; dots lead into nested objects and OpenTelemetry's attributes.
 
-Sources: Azure's LLM traces (AzurePublicDataset), BurstGPT's CSV, Mooncake's JSON lines (`input_length`, times in
-milliseconds), LiteLLM's spend logs (`startTime`, `completion_tokens`), OpenTelemetry's semantic conventions for GenAI,
-and what `extproc envoy-config` logs."""
+Sources: Azure's LLM traces (AzurePublicDataset), BurstGPT's CSV, ServeGen's CSV (`input_tokens`), Mooncake's JSON lines
+(`input_length`, times in milliseconds), LiteLLM's spend logs (`startTime`, `completion_tokens`), OpenTelemetry's
+semantic conventions for GenAI, and what `extproc envoy-config` logs."""
 REQUIRED = ("time", "prompt_tokens", "output_tokens")
 SECONDS_PER_TOKEN = 0.040
 """What one output token is taken to have taken where a log tells only how long an answer took."""

@@ -110,6 +110,11 @@ MOONCAKE = """\
 {"timestamp": 0, "input_length": 6755, "output_length": 500, "hash_ids": [0, 1]}
 {"timestamp": 3000, "input_length": 7319, "output_length": 490, "hash_ids": [0]}
 """
+SERVEGEN = """\
+request_id,timestamp,input_tokens,output_tokens
+0,0.25,812,97
+1,1.5,40,350
+"""
 LITELLM = """\
 [{"request_id": "x", "startTime": "2026-01-31T12:00:00.250000+00:00", "endTime": "2026-01-31T12:00:09+00:00",
   "prompt_tokens": 30, "completion_tokens": 40, "end_user": "u"}]
@@ -129,12 +134,16 @@ NGINX = """\
         ),
         (BURST_GPT, [(0.0, 472, 18), (40.0, 1087, 230)]),
         (MOONCAKE, [(0.0, 6755, 500), (3.0, 7319, 490)]),
+        (SERVEGEN, [(0.0, 812, 97), (1.25, 40, 350)]),
         (LITELLM, [(0.0, 30, 40)]),
         (json.dumps(OTLP) + "\n" + json.dumps(CONSOLE_SPAN) + "\n", [(0.0, 700, 80), (1.5, 900, 90)]),
         (NGINX, [(0.0, 100, 50), (4.0, 200, 10)]),
         ('{"@timestamp": 1769860800123, "usage": {"prompt_tokens": 5, "completion_tokens": 6}}\n', [(0.0, 5, 6)]),
     ],
-    ids=["envoy-and-istio-text", "burstgpt", "mooncake", "litellm", "opentelemetry", "nginx-json", "nested-usage"],
+    ids=[
+        *("envoy-and-istio-text", "burstgpt", "mooncake", "servegen", "litellm", "opentelemetry", "nginx-json"),
+        "nested-usage",
+    ],
 )
 def test_what_others_record_is_read_as_it_is(tmp_path: Path, text: str, requests: list[tuple[float, int, int]]) -> None:
     demands = read_trace(written(tmp_path, text), CLASSES)
