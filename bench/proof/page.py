@@ -43,8 +43,8 @@ SCEPTIC = """\
   rival was set to and what else was tried. [The ceiling](benchmarks-ceiling.md). [smg and
   vllm-router](benchmarks-peers.md). [Five engines, recorded
   traffic](benchmarks-shapes.md). [A hundred cells](benchmarks-matrix.md). [Several sidecars](replicas.md).
-- Not in it: GPUs. `make bench-gpu` is for who has one (PyTorch, 8 minutes, no network); it has not run on one yet. What a
-  real vLLM says, on a CPU: [vllm.md](vllm.md).
+- Not in it: GPUs. `make bench-gpu` is for who has one (PyTorch, 8 minutes, no network); it has not run on one yet. What
+  a real vLLM says, on a CPU: [vllm.md](vllm.md).
 """
 DETAILS = """\
 # The benchmark in detail
@@ -78,13 +78,13 @@ METHOD = """\
   three per stack, four where one fails. A body has 4 characters per token of its prompt as estimated, which is off
   by 20 % (sigma).
 - **Contenders.** Round robin and least request: Envoy with active health checks, and another host after a failed
-  connect. Circuit breaker: least request and `max_requests` of 12 per engine. Tuned, no queue: least request over
-  all hosts, vLLM's priority scheduling, `max_num_seqs` 12, 503 from the engine above 13. HAProxy: `leastconn`,
-  `maxconn` 12, priority class by header, `timeout queue` 1.6 s, `abortonclose`, health checks; 12 and 1.6 s were
-  the best of all that was tried on seeds 51 to 53 (below). Original: `binding: bound`, 10 requests, 10 s, a scrape every 30 s, gauges
-  only, nobody refused. Ours: `enable_queue: true` and the classes with their budgets (TTFT objective less 0.4 s);
-  not a number that describes the engine. For A100-8B the rivals' number is 96 (and 14 more for the tuned stack's own
-  queue), for conversations 6 and 56: each the best found on those seeds.
+  connect. Circuit breaker: least request and `max_requests` of 12 per engine. Tuned, no queue: least request over all
+  hosts, vLLM's priority scheduling, `max_num_seqs` 12, 503 from the engine above 13. HAProxy: `leastconn`, `maxconn`
+  12, priority class by header, `timeout queue` 1.6 s, `abortonclose`, health checks; 12 and 1.6 s were the best of
+  all that was tried on seeds 51 to 53 (below). Original: `binding: bound`, 10 requests, 10 s, a scrape every 30 s,
+  gauges only, nobody refused. Ours: `enable_queue: true` and the classes with their budgets (TTFT objective less 0.4
+  s); not a number that describes the engine. For A100-8B the rivals' number is 96 (and 14 more for the tuned stack's
+  own queue), for conversations 6 and 56: each the best found on those seeds.
 - HAProxy has one `timeout queue` for all classes, as Debian's 2.6 wants it; were it per class, it would do no better
   (benchmarks-ceiling.md). Its numbers, and the tuned stack's, are the best in the simulator, not of real sweeps.
 - **Not in it:** GPUs, networks, retries after a refusal, several sidecars ([replicas.md](replicas.md)); `smg` and
