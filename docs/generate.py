@@ -7,6 +7,7 @@ import json
 from inspect import cleandoc
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
@@ -17,10 +18,14 @@ from extproc.admission.values import Policy
 from extproc.commands import cli
 from extproc.config import Config, sections
 from extproc.config.schema import schema
+from extproc.config.types import is_duration
 from extproc.durations import format_duration
 from extproc.observe.genai import GenAi
 from extproc.observe.metrics import Metrics
 from extproc.replicas.observe import ReplicaMetrics
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
 
 TARGET = Path(__file__).with_name("reference.md")
 SCHEMA = Path(__file__).with_name("config.schema.json")
@@ -67,7 +72,7 @@ def schema_text() -> str:
 def _keys(section: type[BaseModel], path: str = "") -> str:
     rows = ["| key | default | meaning | stability |", "| --- | --- | --- | --- |"]
     for name, field in section.model_fields.items():
-        default = _default(name, field.get_default(), required=field.is_required())
+        default = _default(name, field)
         key = field.alias or name
         rows.append(f"| `{key}` | {default} | {field.description} | {_shown(stability.of_key(path + key))} |")
     return "\n".join(rows) + "\n"
@@ -77,9 +82,10 @@ def _shown(level: stability.Level) -> str:
     return level if level is stability.Level.STABLE else f"*{level}*"
 
 
-def _default(name: str, value: object, *, required: bool) -> str:
-    if required:
+def _default(name: str, field: FieldInfo) -> str:
+    if field.is_required():
         return "required"
+    value = field.get_default()
     if value is None:
         return "`adaptive`" if name in ADAPTIVE else ""
     if isinstance(value, bool):
@@ -87,7 +93,7 @@ def _default(name: str, value: object, *, required: bool) -> str:
     if name == "socket_mode":
         return f"`{value:04o}`"
     if isinstance(value, float):
-        return f"`{format_duration(value)}`"
+        return f"`{format_duration(value) if is_duration(field.metadata) else format(value, 'g')}`"
     if isinstance(value, (list, BaseModel)):
         return "one, `default`" if value and name == "classes" else "below" if name == "headers" else "none"
     return f"`{value}`"

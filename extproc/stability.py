@@ -22,6 +22,7 @@ KEYS = frozenset(
         "binding",  # `bound` is there to be compared with
         "dialect",
         "first_byte_probe",
+        "learning",  # as `adaptive_limit`
         "inference_pool",  # young, and so are the gateways that it is for
         "max_prompt_tokens",
         "otlp_metrics",  # OpenTelemetry's own names for generative AI are not final

@@ -12,17 +12,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from extproc.admission.laws import LAWS
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-FAR = 3.0
-"""An engine's mean answer may be so many times longer or shorter than the pool's ..."""
-NEAR = 2.5
-"""... and must come as near as this to be believed again."""
-MEMORY = 100.0
-"""About so many of the last answers make an engine's mean; of the pool's, for each of its engines."""
-ENOUGH = 30.0
-"""Answers of an engine that say something."""
+    from extproc.admission.laws import CounterLaw
 
 
 class Usual:
@@ -34,37 +29,40 @@ class Usual:
         """Start knowing nothing."""
         self.log_tokens: float | None = None
 
-    def follow(self, log_tokens: float, answers: float, engines: int) -> None:
-        """Follow the mean of an engine that has just finished `answers`."""
+    def follow(self, log_tokens: float, answers: float, engines: int, memory: float) -> None:
+        """Follow the mean of an engine that has just finished `answers`; `memory`: how many of each are remembered."""
         if self.log_tokens is None:
             self.log_tokens = log_tokens
         else:
-            self.log_tokens += min(answers / (MEMORY * max(engines, 1)), 0.5) * (log_tokens - self.log_tokens)
+            self.log_tokens += min(answers / (memory * max(engines, 1)), 0.5) * (log_tokens - self.log_tokens)
 
 
 class Counters:
     """What one engine's counters say of an answer.
 
     Attributes:
+        law: what makes them doubtful.
         doubted: whether they are not believed.
     """
 
-    __slots__ = ("_answers", "_tokens", "doubted")
+    __slots__ = ("_answers", "_tokens", "doubted", "law")
 
-    def __init__(self) -> None:
+    def __init__(self, law: CounterLaw = LAWS.counters) -> None:
         """Start believing."""
+        self.law = law
         self._answers = 0.0
         self._tokens = 0.0
         self.doubted = False
 
     def follow(self, tokens: int, answers: int, pools: Iterable[tuple[Usual, int]]) -> None:
         """Follow `answers` that have finished and `tokens` counted since; `pools`: what is usual, among how many."""
-        self._answers = min(self._answers + answers, MEMORY)
+        law = self.law
+        self._answers = min(self._answers + answers, law.memory)
         self._tokens += min(answers / self._answers, 1.0) * (tokens / answers - self._tokens)
-        if self._answers < ENOUGH:
+        if self._answers < law.enough:
             return
         log_tokens, far = math.log(max(self._tokens, 1.0)), 0.0
         for usual, engines in pools:
-            usual.follow(log_tokens, answers, engines)
+            usual.follow(log_tokens, answers, engines, law.memory)
             far = max(far, abs(log_tokens - (usual.log_tokens or 0.0)))
-        self.doubted = far > math.log(NEAR if self.doubted else FAR)
+        self.doubted = far > math.log(law.near if self.doubted else law.far)

@@ -111,10 +111,10 @@ class Endpoint:
         self.quota: int | None = None
         self.reading = Reading()
         self._foreign = Foreign()
-        self.kv = KvBooks(spec.kv_capacity_tokens)
-        self.counters = Counters()
+        self.kv = KvBooks(spec.kv_capacity_tokens, policy.laws.kv)
+        self.counters = Counters(policy.laws.counters)
         self.steps = StepCost()
-        self.prefill = Prefill()
+        self.prefill = Prefill(policy.laws.prompts)
         self.sees_first_tokens = False
         self.apply(policy)
 
@@ -136,6 +136,9 @@ class Endpoint:
         self._prompt_limit = policy.max_prompt_tokens
         if isinstance(self.limit, AdaptiveLimit):
             self.limit.law = policy.limit_law
+            self.limit.slowdown.law = policy.laws.answers
+        self.kv.law, self.counters.law = policy.laws.kv, policy.laws.counters
+        self.prefill.obey(policy.laws.prompts)
         self._look_for_first_tokens(policy)
 
     # ---- room
@@ -456,5 +459,5 @@ class Endpoint:
 
 def _limit_of(spec: EndpointSpec, policy: Policy) -> Limit:
     if spec.max_running_requests is None:
-        return AdaptiveLimit(policy.limit_law)
+        return AdaptiveLimit(policy.limit_law, policy.laws.answers)
     return FixedLimit(spec.max_running_requests)

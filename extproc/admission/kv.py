@@ -11,27 +11,18 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from extproc.admission.ticket import Ticket
+from extproc.admission.laws import LAWS
 
-SHARE = 0.92
-"""How much of the KV cache the books may fill: the rest is for estimates that were too low."""
-LEAST_REAL = 1 / 32
-"""The least of a booked prompt that is taken to need room."""
-MEMORY_S = 10.0
-"""What a reading before that showed of shared prompts weighs less than a third."""
-ENOUGH = 0.05
-"""Share of the cache that computed prompts must be booked for before a reading says anything of them."""
-PRESSED = 0.9
-"""Requests that wait inside an engine say that its cache is full if so much of it is in use."""
-DOUBT_S = 20.0
-"""So long an engine must show no pressure, while requests wait for it, until its figure is not believed at all."""
+if TYPE_CHECKING:
+    from extproc.admission.laws import KvLaw
+    from extproc.admission.ticket import Ticket
 
 
 class KvBooks:
     """Tokens in one engine's KV cache.
 
     Attributes:
+        law: its constants.
         capacity: tokens that the cache holds; None: not known, and no limit.
         prompts, outputs: tokens booked for the prompts and the answers of all leases.
         real: share of a booked prompt that really takes room.
@@ -40,10 +31,11 @@ class KvBooks:
         turnover: tokens that the cache had to take in for all leases so far.
     """
 
-    __slots__ = ("capacity", "excess", "outputs", "prompts", "real", "trust", "turnover")
+    __slots__ = ("capacity", "excess", "law", "outputs", "prompts", "real", "trust", "turnover")
 
-    def __init__(self, capacity: int | None) -> None:
+    def __init__(self, capacity: int | None, law: KvLaw = LAWS.kv) -> None:
         """Start with an empty cache."""
+        self.law = law
         self.capacity = capacity
         self.prompts = 0
         self.outputs = 0
@@ -60,14 +52,14 @@ class KvBooks:
     @property
     def pressure(self) -> float:
         """The share of the room that is booked; 0 while nobody knows how much there is."""
-        return 0.0 if self.capacity is None else self.tokens / (SHARE * self.capacity)
+        return 0.0 if self.capacity is None else self.tokens / (self.law.share * self.capacity)
 
     def fits(self, ticket: Ticket) -> bool:
         """Whether there is room for `ticket` too."""
         if self.capacity is None:
             return True
         prompts = (self.prompts + ticket.prompt_tokens) * self.real
-        return prompts + self.outputs + ticket.output_tokens + self.excess <= SHARE * self.capacity
+        return prompts + self.outputs + ticket.output_tokens + self.excess <= self.law.share * self.capacity
 
     def add(self, ticket: Ticket) -> None:
         """Book a lease."""
@@ -91,17 +83,17 @@ class KvBooks:
 
         `prompts`, `outputs`: what is booked for the leases whose prompts are computed; their answers are half written.
         """
-        if self.capacity is not None and prompts > ENOUGH * self.capacity:
+        if self.capacity is not None and prompts > self.law.enough * self.capacity:
             seen = (usage * self.capacity - outputs / 2) / prompts
-            weight = 1.0 - math.exp(-elapsed_s / MEMORY_S)
-            self.real += weight * (min(max(seen, LEAST_REAL), 1.0) - self.real)
+            weight = 1.0 - math.exp(-elapsed_s / self.law.memory_s)
+            self.real += weight * (min(max(seen, self.law.least_real), 1.0) - self.real)
 
     def judge(
         self, usage: float, waiting: float | None, preemptions: int | None, elapsed_s: float, *, wanted: bool
     ) -> None:
         """Doubt a figure that no pressure confirms, while requests wait for this endpoint; believe one that it does."""
-        if preemptions or (waiting and usage >= PRESSED):
+        if preemptions or (waiting and usage >= self.law.pressed):
             self.trust = 1.0
             self.real += (1.0 - self.real) / 2  # the guess was too low
         elif wanted and waiting is not None:
-            self.trust = max(self.trust - elapsed_s / DOUBT_S, 0.0)
+            self.trust = max(self.trust - elapsed_s / self.law.doubt_s, 0.0)

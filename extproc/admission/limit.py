@@ -19,9 +19,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from extproc.admission.laws import LAWS
 from extproc.admission.slowdown import Slowdown
 
 if TYPE_CHECKING:
+    from extproc.admission.laws import AnswerLaw
     from extproc.admission.load import Load
     from extproc.admission.steps import StepCost
 
@@ -138,8 +140,8 @@ class AdaptiveLimit:
         "why",
     )
 
-    def __init__(self, law: LimitLaw = DEFAULT_LAW) -> None:
-        """Start at the law's `start`: low, for a few seconds in which it doubles."""
+    def __init__(self, law: LimitLaw = DEFAULT_LAW, answers: AnswerLaw = LAWS.answers) -> None:
+        """Start at the law's `start`: low, for a few seconds in which it doubles. `answers`: what their times say."""
         self.law = law
         self._exact = float(self.law.start)
         self._queued = 0  # readings in a row with a queue inside the engine
@@ -151,7 +153,7 @@ class AdaptiveLimit:
         self.target_s = self.law.tpot_s
         self.batch: int | None = None
         self.blind = True
-        self.slowdown = Slowdown()
+        self.slowdown = Slowdown(answers)
         self.value = self.law.start
         self.why = "start"
 

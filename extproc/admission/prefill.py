@@ -11,34 +11,17 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
+from extproc.admission.laws import LAWS
 from extproc.admission.ticket import State
 
 if TYPE_CHECKING:
+    from extproc.admission.laws import PromptLaw
     from extproc.admission.steps import StepCost
     from extproc.admission.ticket import Ticket
 
-CHUNK = 2048
-"""Prompt tokens that a step computes at the most (vLLM's max_num_batched_tokens was 512 to 8,192 over the years)."""
-CAUTION = 1.15
-"""How much longer than its costs say a prompt is taken to need: what is sent too early waits inside the engine."""
-SLOWER, CALMER = 1.15, 0.98
-"""What a reading changes that by when the count is behind the prediction, and when it is not: an engine may compute
-less of its prompts in a step than CHUNK."""
-TOLERANCE = 0.25
-"""How far behind the count may be, as a share of what the engine could have done since the last reading ..."""
-MOST_SLACK = 20.0
-FIRST_TOKEN_S = 1.2e-4
-"""Seconds a prompt token takes before anything was seen."""
 NUDGE = 1.05
-"""How far one first byte moves that, where nothing else tells: up or down, so that it settles at the median."""
-STREAMED = 0.1
-"""An answer whose first byte came this share of its time before its end was streamed."""
-PATIENCE, PATIENCE_S = 3.0, 2.0
-"""A first byte that was to be seen and did not come in so many times the predicted time, or so many seconds, is one of
-an answer that does not stream."""
-CHUNKS, LIMIT_S, PROMPTS = 2, 0.25, 3.0
-"""So many chunks may be under way at an endpoint, or what it computes in LIMIT_S, or so many prompts of mean length:
-what is most. Less leaves steps half empty; more is a line inside the engine that nobody can reorder."""
+"""How far one first byte moves what a prompt token is taken to need, where nothing else tells: up or down, so that it
+settles at the median."""
 KEPT, FRESH_AT_FIRST, LEAST_FRESH = 0.9, 20_000.0, 0.02
 """What a reading keeps of those before, the prompt tokens that make up the first belief in no hits, and the least."""
 MEMORY = 50
@@ -49,6 +32,7 @@ class Prefill:
     """The prompts of one endpoint's leases that the engine has not computed, oldest first.
 
     Attributes:
+        law: the constants.
         tokens: estimated tokens of them all that have to be computed.
         prompts, outputs: what these requests have booked for their whole prompts and answers.
         probed: something sees first bytes as they come. An answer that does not stream has its first byte at its end,
@@ -72,6 +56,7 @@ class Prefill:
         "_token_s",
         "_uncounted",
         "fresh",
+        "law",
         "limit",
         "outputs",
         "probed",
@@ -79,24 +64,32 @@ class Prefill:
         "tokens",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, law: PromptLaw = LAWS.prompts) -> None:
         """Start idle."""
+        self.law = law
         self.tokens = self.prompts = self.outputs = 0
         self.probed = False
-        self.limit = CHUNKS * CHUNK
+        self.limit = law.chunks * law.chunk
         self._pending: dict[Ticket, None] = {}
         self._counts = False  # the engine does
         self._uncounted: deque[Ticket] = deque()  # sent, and not yet in the engine's counter
         self._part = 0.0  # of a first token: the count is a share where others use the engine too
-        self._slack = CAUTION
+        self._slack = law.caution
         self.fresh = 1.0
         self._asked = self._computed = FRESH_AT_FIRST
         self._seen = 0
         self._mean = 0.0  # of the last prompts' tokens
         self._computed_at = 0.0  # when the last of them will be computed
-        self._token_s = FIRST_TOKEN_S
+        self._token_s = law.first_token_s
         self._seen_at = 0.0  # when a first byte was seen last
         self._step_s = 0.0  # of a step without prompts
+
+    def obey(self, law: PromptLaw) -> None:
+        """Go by other constants from now on."""
+        if law != self.law:
+            self.law = law
+            if not self._counts:
+                self.limit = law.chunks * law.chunk
 
     def work_of(self, ticket: Ticket) -> int:
         """Return how many tokens of its prompt the engine will probably have to compute."""
@@ -146,7 +139,7 @@ class Prefill:
         elif (
             ticket.begun_at > 0.0
             and not self._counts
-            and now - ticket.computed_at > STREAMED * (now - ticket.leased_at)
+            and now - ticket.computed_at > self.law.streamed * (now - ticket.leased_at)
         ):
             took_s = ticket.computed_at - ticket.begun_at
             self._token_s *= NUDGE if took_s > self._token_s * ticket.work_tokens else 1.0 / NUDGE
@@ -173,18 +166,19 @@ class Prefill:
         `alone`: few others use the engine. Else the count is only a share, and says nothing of how fast it is.
         Return those requests, if it counted at the reading before too.
         """
+        law = self.law
         self._step_s = costs.base_s + costs.sequence_s * running
-        token_s = costs.prompt_s + self._step_s / CHUNK
+        token_s = costs.prompt_s + self._step_s / law.chunk
         done = self._count(counted)
         behind = sum(ticket.work_tokens for ticket in self._uncounted) - self.tokens
         if not alone:
             pass
-        elif behind > TOLERANCE * elapsed_s / token_s + min(self.tokens, CHUNK):
-            self._slack = min(self._slack * SLOWER, MOST_SLACK)
+        elif behind > law.tolerance * elapsed_s / token_s + min(self.tokens, law.chunk):
+            self._slack = min(self._slack * law.slower, law.most_caution)
         else:
-            self._slack = max(self._slack * CALMER, CAUTION)
+            self._slack = max(self._slack * law.calmer, law.caution)
         self._token_s = self._slack * token_s
-        self.limit = max(CHUNKS * CHUNK, int(LIMIT_S / self._token_s), int(PROMPTS * self._mean))
+        self.limit = max(law.chunks * law.chunk, int(law.ahead_s / self._token_s), int(law.prompts * self._mean))
         self._counts = True
         if not self.probed:
             known = set(self._uncounted)
@@ -201,11 +195,12 @@ class Prefill:
         self._uncounted.clear()
 
     def _predict(self, ticket: Ticket, now: float) -> None:
+        law = self.law
         begins = max(self._computed_at, now)
         self._computed_at = begins + ticket.work_tokens * self._token_s
-        in_progress_s = self._step_s + min(self.tokens, CHUNK) * self._token_s
+        in_progress_s = self._step_s + min(self.tokens, law.chunk) * self._token_s
         due = self._computed_at + in_progress_s / 2
-        ticket.computed_at = due if self._counts else min(now + PATIENCE * (due - now), now + PATIENCE_S)
+        ticket.computed_at = due if self._counts else min(now + law.patience * (due - now), now + law.patience_s)
 
     def _count(self, counted: float) -> list[Ticket]:
         """Match the count with the prompts sent, oldest first; return those counted."""

@@ -11,26 +11,20 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from extproc.admission.laws import LAWS
+
+if TYPE_CHECKING:
+    from extproc.admission.laws import AnswerLaw
 
 SHARES = (0.0, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
 """What each sequence may add to an answer's time, as a share of that alone, in an engine that runs all of them ..."""
 SLOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)
 SLOT_SHARES = (0.0, 0.04)
 """... and in one that runs so many; together these are as likely as those."""
-MEMORY = 800.0
-"""What is so many answers ago weighs less than a third."""
-NOISE = 1.0
-"""The standard deviation of the logarithms of answers' times: a little above that of lengths in public chat traces."""
-FARTHEST = 3.0
-"""An answer further from the mean than this, in logarithms, counts as one so far: an endless one says little."""
-HOPE = 0.25
-"""The chance that more would be right at which no more is tried."""
 EVERY = 4
 """So many answers between two looks at what should run."""
-LONG_S = 12.0
-"""200 tokens at 60 ms: as slow as an answer should become ..."""
-MOST, ENOUGH = 5.0, 3.0
-"""... but at the most so many times what it takes alone (more gains little throughput), and always this much."""
 
 _HYPOTHESES = (
     *((share, math.inf) for share in SHARES),
@@ -49,13 +43,15 @@ class Slowdown:
     """What answers of one endpoint say.
 
     Attributes:
+        law: the constants.
         most: how many requests at once keep answers as fast as one may want.
     """
 
-    __slots__ = ("_count", "_looked", "_squares", "_sums", "most")
+    __slots__ = ("_count", "_looked", "_squares", "_sums", "law", "most")
 
-    def __init__(self) -> None:
+    def __init__(self, law: AnswerLaw = LAWS.answers) -> None:
         """Start knowing nothing: anything is possible."""
+        self.law = law
         self._count = 0.0  # of answers; all three sums weighted by age
         self._sums = [0.0] * len(_HYPOTHESES)  # of the logarithms of times alone, by hypothesis
         self._squares = [0.0] * len(_HYPOTHESES)
@@ -64,10 +60,10 @@ class Slowdown:
 
     def learn(self, took_s: float, beside: float) -> None:
         """Follow an answer that took `took_s`, with `beside` requests at the endpoint in the mean, it among them."""
-        took, kept = math.log(max(took_s, 1e-3)), 1.0 - 1.0 / MEMORY
+        took, kept = math.log(max(took_s, 1e-3)), 1.0 - 1.0 / self.law.memory
         if self._count:
             mean = self._sums[0] / self._count  # by the first hypothesis none is slower than alone
-            took = min(max(took, mean - FARTHEST), mean + FARTHEST)
+            took = min(max(took, mean - self.law.farthest), mean + self.law.farthest)
         self._count = self._count * kept + 1.0
         alone = [took - slower for slower in _slower(round(2.0 * beside) / 2.0)]
         self._sums = [total * kept + one for total, one in zip(self._sums, alone, strict=True)]
@@ -77,13 +73,15 @@ class Slowdown:
             self.most = self._look()
 
     def _look(self) -> float:
-        """Return the least that will do: more would be right by a chance of HOPE at the most."""
+        """Return the least that will do: more would be right by a chance of `hope` at the most."""
         count, sums = self._count, self._sums
         unexplained = [square - total * total / count for square, total in zip(self._squares, sums, strict=True)]
-        least, doubt = min(unexplained), 2.0 * NOISE * NOISE
+        least, doubt = min(unexplained), 2.0 * self.law.noise**2
         chances = [likely * math.exp((least - one) / doubt) for likely, one in zip(_LIKELY, unexplained, strict=True)]
-        more = HOPE * sum(chances)
-        allowed = [_allowed(*how, math.exp(total / count)) for how, total in zip(_HYPOTHESES, sums, strict=True)]
+        more = self.law.hope * sum(chances)
+        allowed = [
+            _allowed(self.law, *how, math.exp(total / count)) for how, total in zip(_HYPOTHESES, sums, strict=True)
+        ]
         ranked = sorted(zip(allowed, chances, strict=True), reverse=True)
         for most, chance in ranked:
             more -= chance
@@ -92,7 +90,7 @@ class Slowdown:
         return ranked[-1][0]  # by rounding alone
 
 
-def _allowed(share: float, slots: float, alone_s: float) -> float:
+def _allowed(law: AnswerLaw, share: float, slots: float, alone_s: float) -> float:
     """Return how many should run if a hypothesis is true, and an answer alone takes `alone_s`."""
-    longest = max(ENOUGH, min(MOST, LONG_S / alone_s))
+    longest = max(law.enough, min(law.most, law.long_s / alone_s))
     return min((longest - 1.0) / share if share else math.inf, slots)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from extproc.admission.decision import Decision, Dispatch, Reject
+from extproc.admission.laws import LAWS, Laws
 from extproc.admission.limit import DEFAULT_LAW, LimitLaw
 from extproc.admission.tenants import NO_RULES, TenantRules
 
@@ -144,6 +145,7 @@ class Policy:
         max_kv_usage: share of the KV cache in use from which an endpoint gets nothing more.
         max_gpu_usage: the same for GPU utilization; None: not looked at (it is near 1 at any load).
         limit_law: the constants of adaptive limits.
+        laws: the constants of what is learned of engines beside that.
         stale_after_s: telemetry older than this is ignored.
         first_byte_probe: something calls `first_token`.
         session_memory: how many sessions' endpoints are remembered.
@@ -163,6 +165,7 @@ class Policy:
     max_kv_usage: float = 0.95
     max_gpu_usage: float | None = None
     limit_law: LimitLaw = DEFAULT_LAW
+    laws: Laws = LAWS
     stale_after_s: float = 10.0
     first_byte_probe: bool = False
     session_memory: int = 100_000

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
-from extproc.admission.limit import CEILING, DEFAULT_LAW, LimitLaw
 from extproc.admission.tenants import NO_RULES, TenantRule, TenantRules
 from extproc.admission.values import Binding, EndpointSpec, Policy, RequestClass
+from extproc.config.learning import LearningConfig, LimitConfig
+from extproc.config.section import Section as _Section
 from extproc.config.types import (
     Address,
     ClustersFile,
@@ -51,10 +52,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pydantic import SecretStr
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 EngineName = Literal[
@@ -260,69 +257,6 @@ class TlsConfig(_Section):
 
 SERVER_MARGIN_S = 0.4
 """Of an objective for the first token, what is left to the server."""
-
-
-class LimitConfig(_Section):
-    """How an adaptive limit follows an endpoint; docs/how-it-works.md has the law."""
-
-    start: Annotated[int, Field(ge=1, le=CEILING)] = Field(
-        DEFAULT_LAW.start, description="The first limit. It doubles."
-    )
-    floor: Annotated[int, Field(ge=1, le=CEILING)] = Field(
-        DEFAULT_LAW.floor, description="The least, unless the server itself runs fewer."
-    )
-    tpot: PositiveDuration = Field(
-        DEFAULT_LAW.tpot_s, description="Wanted time per output token where no class has a `tpot`."
-    )
-    step_factor: Annotated[float, Field(ge=1.0, le=10.0)] = Field(
-        DEFAULT_LAW.best_factor,
-        description="Where a server's step alone takes long, so many times that is wanted instead.",
-    )
-    probe: PositiveDuration = Field(
-        DEFAULT_LAW.probe_s,
-        description="How long a batch size that was found is believed before more is tried; doubles.",
-    )
-    longest_probe: PositiveDuration = Field(
-        DEFAULT_LAW.probe_most_s, description="... up to this, while it is found again."
-    )
-    shrink: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        DEFAULT_LAW.shrink, description="A second of answers slower than wanted leaves at least this share of a limit."
-    )
-    grow: Annotated[float, Field(gt=1.0, le=4.0)] = Field(
-        DEFAULT_LAW.grow,
-        description="A second in which requests wait for the limit makes it at most so many times more.",
-    )
-    leap: Annotated[float, Field(gt=1.0, le=4.0)] = Field(
-        DEFAULT_LAW.leap, description="The same while answers are much faster than wanted."
-    )
-    kv_brake: Percent = Field(
-        round(100 * DEFAULT_LAW.kv_brake),
-        description="Percent of the KV cache in use above which a limit shrinks, where the cache's size is not known.",
-    )
-    queued: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
-        DEFAULT_LAW.queued, description="A server queues when more than this share of what it runs waits inside it ..."
-    )
-    queued_readings: Annotated[int, Field(ge=1, le=100)] = Field(
-        DEFAULT_LAW.queued_readings, description="... in so many readings in a row, while it runs no more than before."
-    )
-
-    def law(self, objective_s: float | None) -> LimitLaw:
-        """Return them as admission knows them; `objective_s`: the tightest `tpot` of the classes."""
-        return LimitLaw(
-            start=self.start,
-            floor=self.floor,
-            tpot_s=self.tpot,
-            best_factor=self.step_factor,
-            objective_s=objective_s,
-            probe_s=self.probe,
-            probe_most_s=max(self.longest_probe, self.probe),
-            shrink=self.shrink,
-            grow=self.grow,
-            leap=max(self.leap, self.grow),
-            kv_brake=self.kv_brake / 100,
-            queued=self.queued,
-            queued_readings=self.queued_readings,
-        )
 
 
 class OverflowConfig(_Section):
@@ -631,6 +565,9 @@ class Config(_Section):
     adaptive_limit: LimitConfig = Field(
         LimitConfig(), description="The constants of `max_running_requests: adaptive`. The defaults need no change."
     )
+    learning: LearningConfig = Field(
+        LearningConfig(), description="The constants of what else is learned of servers. The defaults need no change."
+    )
     shed: bool = Field(
         True,
         description="Refuse at once what is predicted to wait over twice its budget. Off: it waits its budget out.",
@@ -738,6 +675,7 @@ class Config(_Section):
             max_queued_requests=self.max_queued_requests,
             max_prompt_tokens=self.max_prompt_tokens,
             limit_law=self.adaptive_limit.law(min((klass.tpot for klass in self.classes if klass.tpot), default=None)),
+            laws=self.learning.laws(),
             shed=self.shed,
             fair=self.tenant_fairness,
             short_first=self.short_prompts_first,

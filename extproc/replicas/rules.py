@@ -17,6 +17,7 @@ KEYS = {
     "fair": "tenant_fairness",
     "short_first": "short_prompts_first",
     "limit_law": "adaptive_limit",
+    "laws": "learning",
     "max_kv_usage": "max_gpu_perc",
     "max_gpu_usage": "gpu_utilization_perc",
     "stale_after_s": "telemetry_stale_after",

@@ -10,6 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from extproc.admission.laws import LAWS
 from extproc.admission.limit import DEFAULT_LAW, LimitLaw
 from extproc.config import Config, doubts, load_config, parse_config
 from extproc.errors import ConfigError
@@ -230,6 +231,48 @@ def test_every_constant_of_the_limits_law_can_be_set():
         {"objective_s"}  # of the classes
     )
     assert config({}).policy().limit_law == DEFAULT_LAW
+
+
+LEARNING: dict[str, dict[str, object]] = {
+    "kv": {"fill": 91, "least_real": 0.1, "memory": "11s", "enough": 0.06, "pressed": 89, "doubt": "21s"},
+    "prompts": {
+        "chunk": 1024,
+        "chunks": 3,
+        "ahead": "300ms",
+        "prompts": 2.0,
+        "caution": 1.2,
+        "most_caution": 10.0,
+        "slower": 1.3,
+        "calmer": 0.9,
+        "tolerance": 0.5,
+        "first_token": "1ms",
+        "streamed": 0.2,
+        "patience": 4.0,
+        "longest_patience": "3s",
+    },
+    "answers": {
+        "memory": 400.0,
+        "noise": 0.9,
+        "farthest": 2.0,
+        "hope": 0.3,
+        "long": "13s",
+        "most": 6.0,
+        "enough": 2.0,
+    },
+    "counters": {"far": 4.0, "near": 2.0, "memory": 50.0, "enough": 20.0},
+}
+
+
+@pytest.mark.parametrize("law", LEARNING)
+def test_every_constant_of_what_is_learned_can_be_set(law: str) -> None:
+    changed = getattr(config({"learning": {law: LEARNING[law]}}).policy().laws, law)
+    default = getattr(LAWS, law)
+    assert not [field.name for field in fields(default) if getattr(changed, field.name) == getattr(default, field.name)]
+    assert len(LEARNING[law]) == len(fields(default))
+
+
+def test_what_is_learned_goes_by_its_own_constants_where_nobody_says_others() -> None:
+    assert config({}).policy().laws == LAWS
 
 
 def test_remote_addresses_work_when_asked_for_by_name():

@@ -50,8 +50,11 @@ ALLOWED = {
         *("extproc.durations", "extproc.files", "extproc.errors", "extproc.endpoints.access", "extproc.stability"),
     },
     "config/types": {"extproc.durations", "extproc.errors"},
+    "config/section": set(),
+    "config/learning": {"extproc.config.section", "extproc.config.types", "extproc.admission"},
     "config/keys": {
-        *("extproc.config.types", "extproc.admission", "extproc.stream"),
+        *("extproc.config.types", "extproc.config.section", "extproc.config.learning"),
+        *("extproc.admission", "extproc.stream"),
         *("extproc.endpoints.telemetry", "extproc.endpoints.access"),
     },
     "config/rules": {"extproc.config.types", "extproc.config.keys"},

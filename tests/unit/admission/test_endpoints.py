@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from extproc.admission.laws import AnswerLaw, CounterLaw, KvLaw, Laws, PromptLaw
+from extproc.admission.limit import AdaptiveLimit
 from extproc.admission.load import Load
 from extproc.admission.ticket import State
-from extproc.admission.values import Policy
+from extproc.admission.values import EndpointSpec, Policy
 
 from .desk import CLASSES, Desk, in_use, one
 
@@ -108,3 +112,14 @@ def test_of_endpoints_that_get_room_together_the_emptiest_is_filled_first() -> N
     assert waits.state is State.WAITING
     desk.set_policy(Policy(classes=CLASSES, shed=False))
     assert desk.where(waits) == "b"
+
+
+def test_constants_that_are_reloaded_hold_for_endpoints_that_are_there() -> None:
+    laws = Laws(KvLaw(share=0.5), PromptLaw(chunk=100), AnswerLaw(hope=0.1), CounterLaw(far=9.0))
+    desk = Desk(EndpointSpec("a"))
+    desk.set_policy(replace(desk.core.policy, laws=laws))
+    endpoint = desk.endpoint("a")
+    limit = endpoint.limit
+    assert isinstance(limit, AdaptiveLimit)
+    assert Laws(endpoint.kv.law, endpoint.prefill.law, limit.slowdown.law, endpoint.counters.law) == laws
+    assert endpoint.prompt_limit == 2 * 100

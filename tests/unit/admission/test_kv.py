@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from extproc.admission.kv import SHARE as KV_SHARE
+from extproc.admission.laws import LAWS
 from extproc.admission.load import Load
 from extproc.admission.ticket import State
 
@@ -14,7 +14,7 @@ from .desk import GUESS, Desk, in_use, one
 def test_estimated_kv_tokens_stay_below_their_share_of_the_cache() -> None:
     desk = Desk(one("a", 100, kv_capacity_tokens=10_000))
     tickets = desk.fill(20, prompt_tokens=800)  # and 200 of output
-    assert sum(in_use(tickets)) == int(KV_SHARE * 10)
+    assert sum(in_use(tickets)) == int(LAWS.kv.share * 10)
 
 
 def test_what_the_engine_uses_beyond_our_estimate_counts_too() -> None:
@@ -58,7 +58,7 @@ def test_a_reload_keeps_the_kv_capacity_that_telemetry_told() -> None:
 
 def test_kv_tokens_may_fill_their_share_exactly() -> None:
     desk = Desk(one("a", 100, kv_capacity_tokens=10_000))
-    share = int(KV_SHARE * 10_000)
+    share = int(LAWS.kv.share * 10_000)
     desk.ask(prompt_tokens=share - 2 * GUESS)
     assert in_use([desk.ask(), desk.ask()]) == [True, False]
 
@@ -66,7 +66,7 @@ def test_kv_tokens_may_fill_their_share_exactly() -> None:
 @pytest.mark.parametrize("how", ["less than estimated", "unknown", "stale"])
 def test_only_what_the_engine_uses_beyond_our_estimate_takes_room(how: str) -> None:
     desk = Desk(one("a", 100, kv_capacity_tokens=10_000))
-    desk.ask(prompt_tokens=int(KV_SHARE * 10_000) - 2 * GUESS)
+    desk.ask(prompt_tokens=int(LAWS.kv.share * 10_000) - 2 * GUESS)
     desk.observe("a", Load(kv_usage=0.94))
     match how:
         case "less than estimated":

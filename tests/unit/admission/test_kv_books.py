@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from extproc.admission.kv import DOUBT_S, ENOUGH, LEAST_REAL, PRESSED, SHARE, KvBooks
+from extproc.admission.kv import KvBooks
+from extproc.admission.laws import LAWS
 from extproc.admission.load import Load
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Request
 
 from .desk import Desk, in_use, one
+
+LAW = LAWS.kv
 
 CAPACITY = 100_000
 
@@ -63,7 +66,7 @@ def test_one_reading_says_little_and_the_longer_the_time_since_the_one_before_th
     assert kv.real < once
 
 
-@pytest.mark.parametrize(("usage", "real"), [(0.0, LEAST_REAL), (1.0, 1.0)])
+@pytest.mark.parametrize(("usage", "real"), [(0.0, LAW.least_real), (1.0, 1.0)])
 def test_a_prompt_takes_never_more_than_is_booked_and_always_something(usage: float, real: float) -> None:
     kv = books(*[(1000, 0)] * 20)
     read(kv, usage, 200)
@@ -71,7 +74,7 @@ def test_a_prompt_takes_never_more_than_is_booked_and_always_something(usage: fl
 
 
 def test_a_cache_with_little_in_it_says_nothing_of_prompts() -> None:
-    kv = books((int(ENOUGH * CAPACITY), 0))
+    kv = books((int(LAW.enough * CAPACITY), 0))
     read(kv, 0.0)
     assert kv.real == 1.0
     kv = KvBooks(None)
@@ -80,7 +83,7 @@ def test_a_cache_with_little_in_it_says_nothing_of_prompts() -> None:
     assert kv.real == 1.0
 
 
-@pytest.mark.parametrize(("usage", "waiting", "preemptions"), [(PRESSED, 1.0, 0), (0.5, 0.0, 1), (0.5, None, 2)])
+@pytest.mark.parametrize(("usage", "waiting", "preemptions"), [(LAW.pressed, 1.0, 0), (0.5, 0.0, 1), (0.5, None, 2)])
 def test_pressure_inside_the_engine_takes_the_room_back(usage: float, waiting: float | None, preemptions: int) -> None:
     kv = books(*[(2000, 0)] * 40)
     read(kv, 0.2)
@@ -107,8 +110,8 @@ def test_what_the_engine_uses_beyond_our_books_is_somebody_elses() -> None:
     kv = books((10_000, 0))
     kv.compare(0.5)
     assert kv.excess == 40_000
-    assert kv.fits(ticket(int(SHARE * CAPACITY) - 50_000))
-    assert not kv.fits(ticket(int(SHARE * CAPACITY) - 50_000 + 1))
+    assert kv.fits(ticket(int(LAW.share * CAPACITY) - 50_000))
+    assert not kv.fits(ticket(int(LAW.share * CAPACITY) - 50_000 + 1))
     kv.compare(None)
     assert kv.excess == 0.0
 
@@ -116,8 +119,8 @@ def test_what_the_engine_uses_beyond_our_books_is_somebody_elses() -> None:
 def test_a_figure_that_no_pressure_confirms_is_doubted_and_then_not_believed_at_all() -> None:
     """Blocks that are kept for reuse alone look as full as others."""
     kv = books((10_000, 0))
-    for second in range(int(DOUBT_S)):
-        assert kv.trust == pytest.approx(1.0 - second / DOUBT_S)
+    for second in range(int(LAW.doubt_s)):
+        assert kv.trust == pytest.approx(1.0 - second / LAW.doubt_s)
         kv.judge(0.99, 0.0, 0, 1.0, wanted=True)
     kv.compare(0.99)
     assert (kv.trust, kv.excess) == (0.0, 0.0)
@@ -140,7 +143,7 @@ def test_a_figure_is_not_doubted_while_nobody_waits_or_the_engine_does_not_say_w
 def test_a_lease_that_is_over_leaves_no_token_in_the_books_and_stays_in_the_turnover() -> None:
     kv, held = KvBooks(CAPACITY), ticket(3000, 200)
     kv.add(held)
-    assert (kv.pressure, kv.turnover) == (3200 / (SHARE * CAPACITY), 3200)
+    assert (kv.pressure, kv.turnover) == (3200 / (LAW.share * CAPACITY), 3200)
     kv.remove(held)
     assert (kv.prompts, kv.outputs, kv.tokens, kv.turnover) == (0, 0, 0.0, 3200)
 
@@ -177,7 +180,7 @@ def test_a_hot_figure_that_nothing_confirms_closes_an_endpoint_no_longer_than_it
     hot = Load(running=1.0, waiting=0.0, kv_usage=0.99, preemptions=0)
     desk.observe("a", hot)
     guest = desk.ask()
-    seconds(desk, int(DOUBT_S) - 1, hot)
+    seconds(desk, int(LAW.doubt_s) - 1, hot)
     assert guest.state is State.WAITING
     seconds(desk, 1, hot)
     assert guest.state is State.LEASED

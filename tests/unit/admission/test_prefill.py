@@ -4,26 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from extproc.admission.prefill import (
-    CALMER,
-    CAUTION,
-    CHUNK,
-    CHUNKS,
-    FIRST_TOKEN_S,
-    LEAST_FRESH,
-    LIMIT_S,
-    MOST_SLACK,
-    NUDGE,
-    PATIENCE,
-    PATIENCE_S,
-    PROMPTS,
-    SLOWER,
-    TOLERANCE,
-    Prefill,
-)
+from extproc.admission.laws import LAWS
+from extproc.admission.prefill import LEAST_FRESH, NUDGE, Prefill
 from extproc.admission.steps import StepCost
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Request
+
+LAW = LAWS.prompts
 
 WORK = 800
 PROMPT_S, STEP_S = 1e-4, 0.03
@@ -35,14 +22,14 @@ def costs(prompt_s: float = PROMPT_S, base_s: float = STEP_S) -> StepCost:
     return known
 
 
-TOKEN_S = CAUTION * (PROMPT_S + STEP_S / CHUNK)
+TOKEN_S = LAW.caution * (PROMPT_S + STEP_S / LAW.chunk)
 """What a prompt token is predicted to take: its own cost, its part of the steps, and some caution."""
 LASTS = WORK * TOKEN_S
 
 
 def waits(pending: int) -> float:
     """How long a prompt waits for the end of the step in progress, with `pending` tokens under way, itself included."""
-    return (STEP_S + min(pending, CHUNK) * TOKEN_S) / 2
+    return (STEP_S + min(pending, LAW.chunk) * TOKEN_S) / 2
 
 
 def sent(prefill: Prefill, now: float, work: int = WORK) -> Ticket:
@@ -104,7 +91,7 @@ def test_a_prompt_that_comes_in_the_middle_of_a_step_waits_for_the_end_of_that()
 def test_a_long_prompt_takes_no_more_of_a_step_than_a_chunk() -> None:
     prefill = counting()
     sent(prefill, 0.0, 50_000)
-    assert prefill.next_change() == pytest.approx(50_000 * TOKEN_S + waits(CHUNK))
+    assert prefill.next_change() == pytest.approx(50_000 * TOKEN_S + waits(LAW.chunk))
 
 
 def test_running_sequences_make_the_steps_of_prompts_longer() -> None:
@@ -115,7 +102,7 @@ def test_running_sequences_make_the_steps_of_prompts_longer() -> None:
         prefill.observe(0, 1.0, 0.0, known, running)
         sent(prefill, 0.0)
         dues.append(prefill.next_change())
-    assert dues[1] - dues[0] == pytest.approx(0.1 / 2 + 1.5 * WORK * CAUTION * 0.1 / CHUNK)
+    assert dues[1] - dues[0] == pytest.approx(0.1 / 2 + 1.5 * WORK * LAW.caution * 0.1 / LAW.chunk)
 
 
 def test_after_a_pause_a_prompt_begins_when_it_comes() -> None:
@@ -198,13 +185,14 @@ def test_a_silent_counter_ends_the_prediction_and_keeps_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit_s", "prompt_s"), [(CHUNKS * CHUNK, 1e-3), (int(LIMIT_S / (CAUTION * (1e-6 + STEP_S / CHUNK))), 1e-6)]
+    ("limit_s", "prompt_s"),
+    [(LAW.chunks * LAW.chunk, 1e-3), (int(LAW.ahead_s / (LAW.caution * (1e-6 + STEP_S / LAW.chunk))), 1e-6)],
 )
 def test_as_much_may_be_under_way_as_a_moment_computes_and_never_less_than_a_few_chunks(
     limit_s: int, prompt_s: float
 ) -> None:
-    assert Prefill().limit == CHUNKS * CHUNK
-    assert counting(costs(prompt_s)).limit == limit_s >= CHUNKS * CHUNK
+    assert Prefill().limit == LAW.chunks * LAW.chunk
+    assert counting(costs(prompt_s)).limit == limit_s >= LAW.chunks * LAW.chunk
 
 
 # ---- how far the count may be behind
@@ -222,9 +210,9 @@ def behind(works: tuple[int, ...], elapsed_s: float) -> Prefill:
 
 
 def test_an_engine_that_is_a_little_behind_the_prediction_is_not_slower() -> None:
-    little = int(TOLERANCE * 1.0 / (PROMPT_S + STEP_S / CHUNK))
-    assert behind((little - 5,), 1.0)._slack == CAUTION
-    assert behind((little + 5,), 1.0)._slack == CAUTION * SLOWER
+    little = int(LAW.tolerance * 1.0 / (PROMPT_S + STEP_S / LAW.chunk))
+    assert behind((little - 5,), 1.0)._slack == LAW.caution
+    assert behind((little + 5,), 1.0)._slack == LAW.caution * LAW.slower
 
 
 def test_an_engine_that_stays_behind_is_predicted_to_be_slower_up_to_a_bound_and_recovers() -> None:
@@ -234,12 +222,12 @@ def test_an_engine_that_stays_behind_is_predicted_to_be_slower_up_to_a_bound_and
             sent(prefill, float(second), 4000)
         prefill.pass_time(1e9)
         count(prefill, 0, 1.0, second + 1.0)
-    assert prefill._slack == MOST_SLACK
+    assert prefill._slack == LAW.most_caution
     count(prefill, 1e9, 1.0, 200.0)
-    assert prefill._slack == MOST_SLACK * CALMER
+    assert prefill._slack == LAW.most_caution * LAW.calmer
     for second in range(300):
         count(prefill, 0, 1.0, 201.0 + second)
-    assert prefill._slack == CAUTION
+    assert prefill._slack == LAW.caution
 
 
 def test_a_count_that_many_others_share_says_nothing_of_how_fast_the_engine_is() -> None:
@@ -248,9 +236,9 @@ def test_a_count_that_many_others_share_says_nothing_of_how_fast_the_engine_is()
         sent(prefill, 0.0, 4000)
     prefill.pass_time(1e9)
     prefill.observe(0.1, 1.0, 1.0, costs(), 0.0, alone=False)
-    assert prefill._slack == CAUTION
+    assert prefill._slack == LAW.caution
     prefill.observe(0.1, 1.0, 2.0, costs(), 0.0)
-    assert prefill._slack == CAUTION * SLOWER
+    assert prefill._slack == LAW.caution * LAW.slower
 
 
 def test_what_is_still_predicted_to_be_under_way_is_not_behind() -> None:
@@ -258,7 +246,7 @@ def test_what_is_still_predicted_to_be_under_way_is_not_behind() -> None:
     for _ in range(100):
         sent(prefill, 0.0, 4000)
     count(prefill, 0, 0.1, 0.1)
-    assert prefill._slack == CAUTION
+    assert prefill._slack == LAW.caution
 
 
 # ---- seen
@@ -277,11 +265,11 @@ def test_an_answer_that_does_not_stream_has_its_prompt_computed_after_a_while() 
     """Its first byte comes at its end, a minute later: its prompt must not hold others up for so long."""
     prefill = probed()
     sent(prefill, 0.0, 100)
-    assert prefill.next_change() == pytest.approx(PATIENCE * 1.5 * 100 * FIRST_TOKEN_S)
+    assert prefill.next_change() == pytest.approx(LAW.patience * 1.5 * 100 * LAW.first_token_s)
     assert prefill.pass_time(1.0)
     huge = sent(prefill, 1.0, 1_000_000)
-    assert prefill.next_change() == 1.0 + PATIENCE_S
-    prefill.pass_time(1.0 + PATIENCE_S)
+    assert prefill.next_change() == 1.0 + LAW.patience_s
+    prefill.pass_time(1.0 + LAW.patience_s)
     assert (prefill.tokens, huge.prompt_pending) == (0, False)
 
 
@@ -302,7 +290,7 @@ def test_where_nothing_else_tells_first_bytes_teach_what_a_prompt_token_takes(pr
 def test_the_first_byte_of_an_answer_that_does_not_stream_teaches_nothing() -> None:
     prefill = probed()
     streamed(prefill, 0.0, 0.1, 0.001)
-    assert prefill._token_s == FIRST_TOKEN_S
+    assert prefill._token_s == LAW.first_token_s
 
 
 def test_with_a_count_first_bytes_teach_nothing_and_end_prompts_alone() -> None:
@@ -322,11 +310,11 @@ def test_three_prompts_of_mean_length_may_be_under_way() -> None:
         sent(prefill, 10.0 * second, 8000)
         prefill.pass_time(10.0 * second + 9.0)
     count(prefill, 0, 1.0, 1000.0)
-    assert prefill.limit == PROMPTS * 8000
+    assert prefill.limit == LAW.prompts * 8000
     for second in range(500):
         sent(prefill, 2000.0 + second, 100)
     count(prefill, 0, 1.0, 3000.0)
-    assert prefill.limit == CHUNKS * CHUNK, "the mean is that of the last ones"
+    assert prefill.limit == LAW.chunks * LAW.chunk, "the mean is that of the last ones"
 
 
 def test_of_a_prompt_only_what_the_prefix_cache_probably_lacks_is_work() -> None:

@@ -7,7 +7,10 @@ from random import Random
 
 import pytest
 
-from extproc.admission.slowdown import ENOUGH, EVERY, LONG_S, MOST, Slowdown
+from extproc.admission.laws import LAWS
+from extproc.admission.slowdown import EVERY, Slowdown
+
+LAW = LAWS.answers
 
 
 def learned(alone_s: float, share: float, slots: float = inf, answers: int = 600, *, up_to: int = 60) -> Slowdown:
@@ -37,7 +40,9 @@ def test_the_more_an_answer_slows_others_the_fewer_are_right() -> None:
 
 
 @pytest.mark.parametrize(
-    ("alone_s", "longest"), [(1.0, MOST), (4.0, LONG_S / 4.0), (20.0, ENOUGH)], ids=["fast", "usual", "slow"]
+    ("alone_s", "longest"),
+    [(1.0, LAW.most), (4.0, LAW.long_s / 4.0), (20.0, LAW.enough)],
+    ids=["fast", "usual", "slow"],
 )
 def test_an_answer_may_become_so_many_times_slower_than_alone_and_not_much_slower_than_people_bear(
     alone_s: float, longest: float

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from extproc.admission.controller import Controller
 from extproc.admission.fairness import MAX_TENANTS
 from extproc.admission.guard import GUARD
-from extproc.admission.kv import SHARE as KV_SHARE
+from extproc.admission.laws import LAWS
 from extproc.admission.outcome import Outcome
 from extproc.admission.queue import WINDOW
 from extproc.admission.refusing import RETRY_AFTER_MAX_S
@@ -379,7 +379,7 @@ class World:
         kv = endpoint.kv
         if kv.capacity is not None:  # what requests share of their prompts is in the cache once
             needed = (books.prompts + ticket.prompt_tokens) * kv.real + books.outputs + ticket.output_tokens
-            if needed + kv.excess > KV_SHARE * kv.capacity:
+            if needed + kv.excess > LAWS.kv.share * kv.capacity:
                 return False
         if not endpoint.sees_first_tokens or books.prompt_tokens == 0:
             return True

@@ -8,6 +8,7 @@ from typing import Any
 
 from extproc.admin.state import merged
 from extproc.admission.controller import Controller
+from extproc.admission.laws import KvLaw, Laws
 from extproc.admission.limit import LimitLaw
 from extproc.admission.tenants import TenantRules
 from extproc.admission.values import Binding, EndpointSpec, Policy, RequestClass
@@ -80,6 +81,7 @@ def test_each_rule_of_the_policy_makes_a_difference():
         "classes": (RequestClass("other"),),
         "binding": Binding.BOUND,
         "limit_law": LimitLaw(start=3),
+        "laws": Laws(kv=KvLaw(share=0.5)),
         "max_prompt_tokens": 9,
         "max_gpu_usage": 0.9,
         "no_endpoint_budget_s": 9.0,

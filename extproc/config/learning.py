@@ -1,0 +1,242 @@
+"""The constants of what is learned of servers, as keys: of the adaptive limit, and of all else."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from extproc.admission.laws import LAWS, AnswerLaw, CounterLaw, KvLaw, Laws, PromptLaw
+from extproc.admission.limit import CEILING, DEFAULT_LAW, LimitLaw
+from extproc.config.section import Section
+from extproc.config.types import Percent, PositiveDuration
+
+_KV, _PROMPTS, _ANSWERS, _COUNTERS = LAWS.kv, LAWS.prompts, LAWS.answers, LAWS.counters
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Times = Annotated[float, Field(ge=1.0, le=100.0)]
+
+
+class LimitConfig(Section):
+    """How an adaptive limit follows an endpoint; docs/how-it-works.md has the law."""
+
+    start: Annotated[int, Field(ge=1, le=CEILING)] = Field(
+        DEFAULT_LAW.start, description="The first limit. It doubles."
+    )
+    floor: Annotated[int, Field(ge=1, le=CEILING)] = Field(
+        DEFAULT_LAW.floor, description="The least, unless the server itself runs fewer."
+    )
+    tpot: PositiveDuration = Field(
+        DEFAULT_LAW.tpot_s, description="Wanted time per output token where no class has a `tpot`."
+    )
+    step_factor: Annotated[float, Field(ge=1.0, le=10.0)] = Field(
+        DEFAULT_LAW.best_factor,
+        description="Where a server's step alone takes long, so many times that is wanted instead.",
+    )
+    probe: PositiveDuration = Field(
+        DEFAULT_LAW.probe_s,
+        description="How long a batch size that was found is believed before more is tried; doubles.",
+    )
+    longest_probe: PositiveDuration = Field(
+        DEFAULT_LAW.probe_most_s, description="... up to this, while it is found again."
+    )
+    shrink: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        DEFAULT_LAW.shrink, description="A second of answers slower than wanted leaves at least this share of a limit."
+    )
+    grow: Annotated[float, Field(gt=1.0, le=4.0)] = Field(
+        DEFAULT_LAW.grow,
+        description="A second in which requests wait for the limit makes it at most so many times more.",
+    )
+    leap: Annotated[float, Field(gt=1.0, le=4.0)] = Field(
+        DEFAULT_LAW.leap, description="The same while answers are much faster than wanted."
+    )
+    kv_brake: Percent = Field(
+        round(100 * DEFAULT_LAW.kv_brake),
+        description="Percent of the KV cache in use above which a limit shrinks, where the cache's size is not known.",
+    )
+    queued: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        DEFAULT_LAW.queued, description="A server queues when more than this share of what it runs waits inside it ..."
+    )
+    queued_readings: Annotated[int, Field(ge=1, le=100)] = Field(
+        DEFAULT_LAW.queued_readings, description="... in so many readings in a row, while it runs no more than before."
+    )
+
+    def law(self, objective_s: float | None) -> LimitLaw:
+        """Return them as admission knows them; `objective_s`: the tightest `tpot` of the classes."""
+        return LimitLaw(
+            start=self.start,
+            floor=self.floor,
+            tpot_s=self.tpot,
+            best_factor=self.step_factor,
+            objective_s=objective_s,
+            probe_s=self.probe,
+            probe_most_s=max(self.longest_probe, self.probe),
+            shrink=self.shrink,
+            grow=self.grow,
+            leap=max(self.leap, self.grow),
+            kv_brake=self.kv_brake / 100,
+            queued=self.queued,
+            queued_readings=self.queued_readings,
+        )
+
+
+class KvLearningConfig(Section):
+    """How the books of a KV cache follow what a server says of it."""
+
+    fill: Percent = Field(
+        round(100 * _KV.share),
+        description="Percent of the cache that requests may be booked for: the rest is for answers that get longer.",
+    )
+    least_real: Share = Field(
+        _KV.least_real,
+        description="The least share of a booked prompt that is taken to need room, however much requests share.",
+    )
+    memory: PositiveDuration = Field(
+        _KV.memory_s, description="What prompts really took so long ago weighs a third of what they take now."
+    )
+    enough: Share = Field(
+        _KV.enough, description="Share of the cache that must be booked for prompts before a reading says anything."
+    )
+    pressed: Percent = Field(
+        round(100 * _KV.pressed),
+        description="Requests that wait inside a server mean that its cache is full if so much of it is in use.",
+    )
+    doubt: PositiveDuration = Field(
+        _KV.doubt_s,
+        description="After so long without any such pressure, while requests wait, what it says is in use is ignored.",
+    )
+
+    def law(self) -> KvLaw:
+        """Return them as admission knows them."""
+        return KvLaw(
+            share=self.fill / 100,
+            least_real=self.least_real,
+            memory_s=self.memory,
+            enough=self.enough,
+            pressed=self.pressed / 100,
+            doubt_s=self.doubt,
+        )
+
+
+class PromptLearningConfig(Section):
+    """When a prompt counts as computed, and how many may be under way at a server."""
+
+    chunk: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
+        _PROMPTS.chunk, description="Prompt tokens that a server computes in one step at the most."
+    )
+    chunks: Annotated[int, Field(ge=1, le=1000)] = Field(
+        _PROMPTS.chunks, description="So many chunks may be under way, ..."
+    )
+    ahead: PositiveDuration = Field(_PROMPTS.ahead_s, description="... or what it computes in this time, ...")
+    prompts: Annotated[float, Field(ge=1.0, le=1000.0)] = Field(
+        _PROMPTS.prompts, description="... or so many prompts of mean length: what is most."
+    )
+    caution: Times = Field(
+        _PROMPTS.caution, description="How much longer than its costs say a prompt is taken to need ..."
+    )
+    most_caution: Times = Field(
+        _PROMPTS.most_caution, description="... at first; and at the most, at a server that falls behind."
+    )
+    slower: Times = Field(_PROMPTS.slower, description="What a reading behind the prediction changes that by, ...")
+    calmer: Share = Field(_PROMPTS.calmer, description="... and one that is not behind.")
+    tolerance: Annotated[float, Field(ge=0.0, le=10.0)] = Field(
+        _PROMPTS.tolerance, description="It is behind by more than this share of what it can do between two readings."
+    )
+    first_token: PositiveDuration = Field(
+        _PROMPTS.first_token_s, description="What a prompt token takes before anything was seen."
+    )
+    streamed: Share = Field(
+        _PROMPTS.streamed,
+        description="An answer whose first byte came this share of its time before its end was streamed.",
+    )
+    patience: Times = Field(
+        _PROMPTS.patience,
+        description="With `first_byte_probe`: one that has no first byte after so many times the predicted time ...",
+    )
+    longest_patience: PositiveDuration = Field(
+        _PROMPTS.patience_s, description="... or this time does not stream, and its prompt counts as computed."
+    )
+
+    def law(self) -> PromptLaw:
+        """Return them as admission knows them."""
+        return PromptLaw(
+            chunk=self.chunk,
+            caution=self.caution,
+            slower=self.slower,
+            calmer=self.calmer,
+            most_caution=max(self.most_caution, self.caution),
+            tolerance=self.tolerance,
+            first_token_s=self.first_token,
+            streamed=self.streamed,
+            patience=self.patience,
+            patience_s=self.longest_patience,
+            chunks=self.chunks,
+            ahead_s=self.ahead,
+            prompts=self.prompts,
+        )
+
+
+class AnswerLearningConfig(Section):
+    """What the times of answers say of a server that counts no tokens."""
+
+    memory: Annotated[float, Field(ge=1.0, le=1e6)] = Field(
+        _ANSWERS.memory, description="An answer so many answers ago weighs a third of the last one."
+    )
+    noise: Annotated[float, Field(gt=0.0, le=10.0)] = Field(
+        _ANSWERS.noise, description="How much answers' times differ by their lengths: of their logarithms."
+    )
+    farthest: Annotated[float, Field(gt=0.0, le=100.0)] = Field(
+        _ANSWERS.farthest, description="An answer further from the mean counts as one so far: of the logarithms."
+    )
+    hope: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        _ANSWERS.hope, description="No more is tried where it would be right by no more than this chance."
+    )
+    long: PositiveDuration = Field(_ANSWERS.long_s, description="As slow as an answer should become ...")
+    most: Times = Field(_ANSWERS.most, description="... but at the most so many times what it takes alone, ...")
+    enough: Times = Field(_ANSWERS.enough, description="... and always this many times.")
+
+    def law(self) -> AnswerLaw:
+        """Return them as admission knows them."""
+        return AnswerLaw(
+            memory=self.memory,
+            noise=self.noise,
+            farthest=self.farthest,
+            hope=self.hope,
+            long_s=self.long,
+            most=max(self.most, self.enough),
+            enough=self.enough,
+        )
+
+
+class CounterLearningConfig(Section):
+    """When a server's counters are not believed: their mean answer, held against that of its pool."""
+
+    far: Times = Field(_COUNTERS.far, description="So many times longer or shorter, and they are not believed ...")
+    near: Times = Field(_COUNTERS.near, description="... until it is at most so many times.")
+    memory: Annotated[float, Field(ge=1.0, le=1e6)] = Field(
+        _COUNTERS.memory, description="So many of its last answers make the mean."
+    )
+    enough: Annotated[float, Field(ge=1.0, le=1e6)] = Field(
+        _COUNTERS.enough, description="Answers of a server before it is judged."
+    )
+
+    def law(self) -> CounterLaw:
+        """Return them as admission knows them."""
+        return CounterLaw(
+            far=self.far,
+            near=min(self.near, self.far),
+            memory=self.memory,
+            enough=min(self.enough, self.memory),
+        )
+
+
+class LearningConfig(Section):
+    """What is learned of servers beside their limits; docs/adr/0009 has why."""
+
+    kv: KvLearningConfig = Field(KvLearningConfig(), description="Of KV caches.")
+    prompts: PromptLearningConfig = Field(PromptLearningConfig(), description="Of prompts under way.")
+    answers: AnswerLearningConfig = Field(AnswerLearningConfig(), description="Of servers that count no tokens.")
+    counters: CounterLearningConfig = Field(CounterLearningConfig(), description="Of counters that may be wrong.")
+
+    def laws(self) -> Laws:
+        """Return them as admission knows them."""
+        return Laws(self.kv.law(), self.prompts.law(), self.answers.law(), self.counters.law())
