@@ -127,7 +127,7 @@ storm-replicas: $(STAMP)  ## 1 million events of sidecars under faults at random
 	$(BIN)/python -m tests.unit.replicas.storm --events 1000000 --seed 1
 
 # The page docs/benchmarks.md; raw runs in build/bench. HAProxy is a contender where it is installed: apt-get install haproxy.
-bench: $(STAMP)    ## what a queue in front is worth, real Envoy against HAProxy and others (14 minutes, a machine at rest)
+bench: $(STAMP)    ## what a queue in front is worth, real Envoy against HAProxy and others (27 minutes, a machine at rest)
 	$(BIN)/python -m bench.proof
 
 bench-quick: $(STAMP)  ## a slice of it, one seed (4 minutes); its page goes to build/bench-quick

@@ -31,6 +31,12 @@ def test_every_page_of_the_documents_is_in_the_list_for_machines(site):
         assert (site / name).with_suffix(".html").exists()
 
 
+def test_every_page_has_a_place_in_the_sites_menu():
+    """In mkdocs.yml, under `nav`: a page that is not there is found by nobody who did not know of it."""
+    placed = set(re.findall(r"^ +- (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")} - placed == set()
+
+
 def test_what_pages_link_to_outside_docs_is_there_too(site):
     text = (site / "index.html").read_text()
     assert 'href="project/SECURITY.html"' in text
