@@ -9,7 +9,8 @@ import pytest
 from extproc.endpoints.discovery import watch
 from extproc.endpoints.discovery.inference_pool import InferencePool
 from extproc.endpoints.discovery.kubernetes import Kubernetes
-from extproc.endpoints.discovery.watch import ApiServer, Watch
+from extproc.endpoints.discovery.watch import Watch
+from extproc.kubernetes import ApiServer
 from tests.e2e.kit.kube_api import objective_of, pool_of, slice_of
 from tests.e2e.kit.processes import wait_until
 from tests.e2e.kit.watcher import Watcher
@@ -178,12 +179,12 @@ def test_a_list_that_is_compacted_away_between_two_pages_is_read_whole_all_the_s
         put_slice(number)
     real, asked = ApiServer.headers, []
 
-    def headers(self: ApiServer) -> dict[str, str]:
+    def headers(self: ApiServer, method: str) -> dict[str, str]:
         asked.append(self)
         if len(asked) == 2:
             put_slice(4)
             cluster.compact()
-        return real(self)
+        return real(self, method)
 
     monkeypatch.setattr(ApiServer, "headers", headers)
     with Watcher(Kubernetes, service="vllm", **keys) as watcher:

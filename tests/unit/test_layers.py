@@ -20,10 +20,11 @@ ALLOWED = {
     "stream/bodies": {"extproc._pb", "extproc.errors"},
     "replicas": {
         *("extproc.replicas", "extproc.stream", "extproc.admission", "extproc.config", "extproc.errors"),
-        *("extproc.transport.tls", "extproc._pb"),
+        *("extproc.transport.tls", "extproc.kubernetes", "extproc._pb"),
     },
     "transport": {"extproc.transport", "extproc.stream", "extproc.config", "extproc.errors"},
     "transport/completion": {"extproc.transport", "extproc.stream", "extproc.errors"},
+    "kubernetes": {"extproc.endpoints.access", "extproc.endpoints.names"},
     "engine": {"extproc.engine", "extproc.errors"},
     "endpoints/access": {"extproc.files"},
     "endpoints/telemetry": {
@@ -31,7 +32,7 @@ ALLOWED = {
     },
     "endpoints": {
         *("extproc.endpoints", "extproc.config", "extproc.envoy", "extproc.errors", "extproc.tasks"),
-        *("extproc.admission", "extproc.stream", "extproc.files"),
+        *("extproc.admission", "extproc.stream", "extproc.files", "extproc.kubernetes"),
     },
     "admin": {
         *(

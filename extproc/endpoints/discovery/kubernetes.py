@@ -7,8 +7,9 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from extproc.endpoints.discovery.findings import Findings
-from extproc.endpoints.discovery.watch import ApiServer, Watch
+from extproc.endpoints.discovery.watch import Watch
 from extproc.endpoints.names import address_of, name_of
+from extproc.kubernetes import ApiServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

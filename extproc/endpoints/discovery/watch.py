@@ -12,21 +12,19 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import random
 from contextlib import aclosing
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import aiohttp
 
-from extproc.endpoints.access import client_tls
-from extproc.endpoints.names import address_of
 from extproc.errors import plain_words
+from extproc.kubernetes import refusal
 
 if TYPE_CHECKING:
-    import ssl
     from collections.abc import AsyncGenerator, Callable, Mapping
+
+    from extproc.kubernetes import ApiServer
 
 log = logging.getLogger("extproc.discovery.kubernetes")
 
@@ -44,7 +42,6 @@ LIST_AFTER = 3
 (kubernetes issue 104171)."""
 UNKNOWN_KIND_S = 60.0
 """How often a kind that the cluster does not know is asked for again."""
-NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 Item = dict[str, Any]
 Kept = TypeVar("Kept")
@@ -56,69 +53,6 @@ class GoneError(Exception):
 
 class UnknownKindError(ValueError):
     """The cluster does not know the kind."""
-
-
-class ApiKeys(Protocol):
-    """What a configuration says of the API server."""
-
-    @property
-    def namespace(self) -> str | None:
-        """The namespace that is looked into; None: the pod's own."""
-
-    @property
-    def api(self) -> str | None:
-        """URL of the server; None: the one that a pod is told of."""
-
-    @property
-    def token_file(self) -> str:
-        """Where our token is."""
-
-    @property
-    def ca_file(self) -> str:
-        """Who signed the server's certificate."""
-
-
-class ApiServer:
-    """Where the API server is, and how we are let in."""
-
-    def __init__(self, keys: ApiKeys, environ: Mapping[str, str] = os.environ) -> None:
-        """Follow `keys`; `environ` tells a pod where the server is."""
-        self._keys = keys
-        self._environ = environ
-
-    def url(self, group_version: str, kind: str) -> str:
-        """Return where objects of a kind are: `group_version` like discovery.k8s.io/v1, `kind` in the plural.
-
-        Raises ValueError where nothing tells the server's address, OSError if the namespace can't be read.
-        """
-        keys = self._keys
-        server = keys.api
-        if server is None:
-            host, port = (
-                self._environ.get("KUBERNETES_SERVICE_HOST"),
-                self._environ.get("KUBERNETES_SERVICE_PORT", "443"),
-            )
-            if not host:
-                raise ValueError("not in a pod: KUBERNETES_SERVICE_HOST is not set; set `api`")
-            server = f"https://{address_of(host, int(port))}"
-        namespace = keys.namespace
-        if namespace is None:
-            namespace = NAMESPACE_FILE.read_text().strip() if NAMESPACE_FILE.exists() else "default"
-        root = f"apis/{group_version}" if "/" in group_version else f"api/{group_version}"
-        return f"{server.rstrip('/')}/{root}/namespaces/{namespace}/{kind}"
-
-    def tls(self, url: str) -> ssl.SSLContext | bool:
-        """Trust the cluster's CA, read again for every connection, else what the system trusts. Raises OSError."""
-        path = Path(self._keys.ca_file)
-        if not url.startswith("https:") or not path.exists():
-            return True
-        return client_tls(self._keys.ca_file)
-
-    def headers(self) -> dict[str, str]:
-        """Return what lets us in; the token is read again, for it is rotated. Raises OSError."""
-        path = Path(self._keys.token_file)
-        token = {"authorization": f"Bearer {path.read_text().strip()}"} if path.exists() else {}
-        return {"accept": "application/json", **token}
 
 
 class Watch(Generic[Kept]):
@@ -194,7 +128,7 @@ class Watch(Generic[Kept]):
     async def _follow(self, changed: Callable[[], None]) -> None:
         """List if nothing is known, then watch until the server or the network ends it."""
         url = self._api.url(self._group_version, self._kind)
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=self._api.tls(url))) as client:
+        async with self._api.client(url) as client:
             if self.version is None:
                 self.items, self.version = await self._list(client, url)
                 self._fresh = self.is_known = True
@@ -229,9 +163,7 @@ class Watch(Generic[Kept]):
         query = {**self._query, "limit": str(PAGE)}
         while True:
             timeout = aiohttp.ClientTimeout(total=LIST_S)
-            async with client.get(
-                url, params=query, headers=self._api.headers(), timeout=timeout, allow_redirects=False
-            ) as response:
+            async with self._api.ask(client, "GET", url, query=query, timeout=timeout) as response:
                 await self._check(response)
                 page = json.loads(await response.read())
             try:
@@ -252,9 +184,7 @@ class Watch(Generic[Kept]):
             "timeoutSeconds": str(WATCH_S),
         }
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=WATCH_S + 30)
-        async with client.get(
-            url, params=query, headers=self._api.headers(), timeout=timeout, allow_redirects=False
-        ) as response:
+        async with self._api.ask(client, "GET", url, query=query, timeout=timeout) as response:
             await self._check(response)
             async with aclosing(_lines(response)) as lines:
                 async for line in lines:
@@ -266,8 +196,7 @@ class Watch(Generic[Kept]):
         if response.status == 404:
             raise UnknownKindError(f"the cluster knows no {self._group_version}/{self._kind}")
         if response.status != 200:
-            said = (await response.content.read(300)).decode(errors="replace")
-            raise ValueError(f"{response.status} {response.reason}: {said}")
+            raise ValueError(await refusal(response))
 
 
 def _name_of(item: object, index: int) -> str:

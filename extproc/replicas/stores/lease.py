@@ -7,19 +7,17 @@ whoever notices after FORGOTTEN_S.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import os
 import re
-import ssl
 import time
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
+from extproc.kubernetes import ApiServer, refusal
 from extproc.replicas.messages import Member
 from extproc.replicas.stores import StoreError
 
@@ -31,8 +29,7 @@ if TYPE_CHECKING:
 BEAT_S = 2.0
 ALIVE_S = 6.0
 FORGOTTEN_S = 120.0
-TIMEOUT_S = 1.5
-NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+TIMEOUT = aiohttp.ClientTimeout(total=1.5)
 LABEL = "extproc/pool"
 ADDRESS = "extproc/address"
 MOST = 500
@@ -52,9 +49,8 @@ class LeaseStore:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Use the API server that `config` names, or that a pod is told of in `environ`."""
-        self._config = config
+        self._api = ApiServer(config, environ)
         self._pool = pool
-        self._environ = environ
         self._clock = clock
         self._client: aiohttp.ClientSession | None = None
         self._changed: dict[str, tuple[str, float]] = {}  # of each Lease: its version, and since when it has that
@@ -128,60 +124,22 @@ class LeaseStore:
         query: dict[str, str] | None = None,
         missing_is_ok: bool = False,
     ) -> Any:
-        kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
         try:
-            url = self._url()
+            url = self._api.url("coordination.k8s.io/v1", "leases")
             if self._client is None:
-                self._client = aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=self._context(url)))
-            async with (
-                asyncio.timeout(TIMEOUT_S),
-                self._client.request(
-                    method,
-                    url + path,
-                    params=query,
-                    data=None if body is None else json.dumps(body),
-                    headers={"content-type": kind, **self._headers()},
-                    allow_redirects=False,
-                ) as response,
-            ):
+                self._client = self._api.client(url)
+            content = None if body is None else json.dumps(body).encode()
+            async with self._api.ask(
+                self._client, method, url + path, query=query, body=content, timeout=TIMEOUT
+            ) as response:
                 if response.status == 404 and missing_is_ok:
                     return None
-                answer = await response.read()
                 if response.status not in (200, 201):
-                    said = answer[:300].decode(errors="replace")
-                    raise StoreError(f"{method} lease: {response.status} {response.reason}: {said}")
-                return json.loads(answer)
+                    raise StoreError(f"{method} lease: {await refusal(response)}")
+                return json.loads(await response.read())
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
             await self.close()
             raise StoreError(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from None
-
-    def _url(self) -> str:
-        api = self._config.api
-        if api is None:
-            host, port = (
-                self._environ.get("KUBERNETES_SERVICE_HOST"),
-                self._environ.get("KUBERNETES_SERVICE_PORT", "443"),
-            )
-            if not host:
-                raise ValueError("not in a pod: KUBERNETES_SERVICE_HOST is not set; set `api`")
-            api = f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
-        namespace = self._config.namespace
-        if namespace is None:
-            namespace = NAMESPACE_FILE.read_text().strip() if NAMESPACE_FILE.exists() else "default"
-        return f"{api.rstrip('/')}/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases"
-
-    def _context(self, url: str) -> ssl.SSLContext | bool:
-        path = Path(self._config.ca_file)
-        if not url.startswith("https:") or not path.exists():
-            return True
-        context = ssl.create_default_context(cafile=path)
-        context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # clusters still have CAs without key identifiers
-        return context
-
-    def _headers(self) -> dict[str, str]:
-        path = Path(self._config.token_file)
-        token = {"authorization": f"Bearer {path.read_text().strip()}"} if path.exists() else {}
-        return {"accept": "application/json", **token}
 
 
 def _id_of(item: Mapping[str, Any]) -> str:
