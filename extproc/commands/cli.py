@@ -39,7 +39,8 @@ A gRPC that doesn't know the name says so in its log, and goes on."""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
-    arguments = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    arguments = _parser(next((word for word in words if not word.startswith("-")), None)).parse_args(words)
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
         return command(arguments)
@@ -56,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(command: str | None = None) -> argparse.ArgumentParser:
+    """Of all commands; of this one alone, if it is named: the simulator's flags would have a sidecar import it."""
     parser = argparse.ArgumentParser(
         prog="extproc", description="The waiting room for GPUs: an Envoy sidecar that queues LLM requests."
     )
@@ -149,16 +151,18 @@ def _parser() -> argparse.ArgumentParser:
     simulate = commands.add_parser(
         "simulate", help="what would your traffic gain: policies against each other, simulated"
     )
-    from extproc.simulate import cli as simulate_cli
+    if command in (None, "simulate"):
+        from extproc.simulate import cli as simulate_cli
 
-    simulate_cli.add_arguments(simulate)
-    simulate.set_defaults(command=simulate_cli.run)
+        simulate_cli.add_arguments(simulate)
+        simulate.set_defaults(command=simulate_cli.run)
 
     engine = commands.add_parser("engine", help="run a simulated OpenAI-compatible inference server")
-    from extproc.engine import server as engine_server
+    if command in (None, "engine"):
+        from extproc.engine import server as engine_server
 
-    engine_server.add_arguments(engine)
-    engine.set_defaults(command=_engine)
+        engine_server.add_arguments(engine)
+        engine.set_defaults(command=_engine)
     return parser
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from .kit.clients import complete_many
-from .kit.envoy import Envoy
+from .kit.commands import envoy_config
+from .kit.envoy import Envoy, give_up_soon
 from .kit.kube_api import KubeApi, slice_of
-from .kit.processes import run, wait_until
+from .kit.processes import wait_until
 from .kit.stack import local
 from .kit.upstream import Upstream, behave
 
@@ -313,9 +313,8 @@ def test_a_restarted_sidecar_knows_what_envoy_knows(dynamic):
 def test_without_a_sidecar_the_fail_open_bootstrap_serves_from_the_clusters_file(dynamic, tmp_path):
     here = dynamic({"health_check": {"interval": "100ms"}}, upstreams=("a", "b"))
     http = local()
-    command = [sys.executable, "-m", "extproc", "envoy-config", "--config", str(here.sidecar.path), "--fail-open"]
-    bootstrap = run([*command, "--http", http, "--envoy-admin", local(), "--access-log", "none"]).stdout
-    bootstrap = bootstrap.replace("num_retries: 10", "num_retries: 1")  # asks for the sidecar less long
+    addresses = ("--http", http, "--envoy-admin", local(), "--access-log", "none")
+    bootstrap = give_up_soon(envoy_config("--config", here.sidecar.path, "--fail-open", *addresses))
     here.sidecar.child.stop()
     here.upstreams["a"].down()
     with Envoy(bootstrap, tmp_path, name="open") as envoy:

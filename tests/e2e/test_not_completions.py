@@ -18,6 +18,7 @@ import grpc
 import pytest
 
 from .kit.clients import H1Request, complete_many
+from .kit.envoy import give_up_soon
 from .kit.sockets import echo_server
 from .kit.upstream import behave
 
@@ -190,7 +191,11 @@ NAMED = [  # what it is, headers, body, status, who gets it
 @pytest.fixture(scope="module")
 def fields(module_stack):
     """The same engines, with room, and an Envoy that looks into bodies."""
-    return module_stack(upstreams=("a", "b"), endpoints=MODELS, config={"request_fields": True})
+
+    def edit(bootstrap: dict[str, Any]) -> None:
+        bootstrap |= json.loads(give_up_soon(json.dumps(bootstrap)))
+
+    return module_stack(upstreams=("a", "b"), endpoints=MODELS, config={"request_fields": True}, edit=edit)
 
 
 @pytest.mark.parametrize(("what", "headers", "body", "status", "where"), NAMED, ids=[row[0] for row in NAMED])

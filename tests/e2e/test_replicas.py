@@ -24,7 +24,7 @@ from .kit.pool import Pool, body, longest_stuck_s
 from .kit.processes import Child, free_port, http_get, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 LONG = bool(os.environ.get("EXTPROC_LONG"))
 LIMIT = 25 if LONG else 4
@@ -116,29 +116,35 @@ LONG_FAULTS = [
 STUCK_S = 10.0
 
 
+@pytest.fixture(scope="module")
+def one_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    """What all faults happen to, one after the other: it comes together again after each."""
+    with Pool(tmp_path_factory.mktemp("pool"), config={**CONFIG, "hand_over": True}) as pool:
+        yield pool
+
+
 @pytest.mark.parametrize("fault", FAULTS + (LONG_FAULTS if LONG else []), ids=lambda fault: fault.__name__)
 def test_whatever_happens_each_request_is_answered_once_and_no_engine_is_filled_above_its_limit(
-    tmp_path, fault: Callable[[Pool], None]
+    one_group: Pool, fault: Callable[[Pool], None]
 ):
-    config = {**CONFIG, "hand_over": fault is restart_each_in_turn}
-    with Pool(tmp_path, config=config) as pool:
-        running = [pool.send(place, f"running-{n}", 2 * LIMIT // 3 + 1, 250) for n, place in enumerate(pool.places)]
-        wait_until(lambda: pool.in_flight() == 2 * LIMIT, 10, "all slots taken")
-        held = [pool.send(place, f"held-{n}", HELD // 3, 20) for n, place in enumerate(pool.places)]
-        sent = 3 * (2 * LIMIT // 3 + 1) + 3 * (HELD // 3)
-        wait_until(lambda: pool.waiting() == sent - 2 * LIMIT, 10, "all others held")
-        fault(pool)
-        by_place = [first.result() + then.result() for first, then in zip(running, held, strict=True)]
-        answers = [answer for batch in by_place for answer in batch]
-        assert Counter(answer.status for answer in answers) == {200: sent}
-        assert max(longest_stuck_s(batch) for batch in by_place) < STUCK_S
-        assert not [answer.error for answer in answers if answer.error]
-        pool.wait_one_group()
-        wait_until(lambda: pool.in_flight() == 0 and pool.waiting() == 0, 5, "all books empty")
-        assert pool.served() == sent
-        assert max(pool.peaks().values()) == LIMIT
-        for place in pool.places:
-            assert "Traceback" not in place.sidecar.child.output()
+    pool, name, before = one_group, fault.__name__, one_group.served()
+    running = [pool.send(place, f"{name}-{n}", 2 * LIMIT // 3 + 1, 250) for n, place in enumerate(pool.places)]
+    wait_until(lambda: pool.in_flight() == 2 * LIMIT, 10, "all slots taken")
+    held = [pool.send(place, f"{name}-held-{n}", HELD // 3, 20) for n, place in enumerate(pool.places)]
+    sent = 3 * (2 * LIMIT // 3 + 1) + 3 * (HELD // 3)
+    wait_until(lambda: pool.waiting() == sent - 2 * LIMIT, 10, "all others held")
+    fault(pool)
+    by_place = [first.result() + then.result() for first, then in zip(running, held, strict=True)]
+    answers = [answer for batch in by_place for answer in batch]
+    assert Counter(answer.status for answer in answers) == {200: sent}
+    assert max(longest_stuck_s(batch) for batch in by_place) < STUCK_S
+    assert not [answer.error for answer in answers if answer.error]
+    pool.wait_one_group()
+    wait_until(lambda: pool.in_flight() == 0 and pool.waiting() == 0, 5, "all books empty")
+    assert pool.served() - before == sent
+    assert max(pool.peaks().values()) == LIMIT
+    for place in pool.places:
+        assert "Traceback" not in place.sidecar.child.output()
 
 
 def test_sidecars_that_do_not_reach_each_other_use_their_parts_and_come_together_again(tmp_path):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from .kit.clients import H1Request, complete_many
+from .kit.commands import envoy_config, extproc
 from .kit.envoy import Envoy
-from .kit.processes import run
 from .kit.stack import local
 from .kit.upstream import behave
 
@@ -18,16 +17,15 @@ from .kit.upstream import behave
 def test_an_unqueued_path_is_answered_while_the_only_slot_is_taken_and_does_not_count(stack, tmp_path, flags):
     here = stack(config={"max_running_requests": 1, "first_byte_probe": True})
     http = local()
-    command = [sys.executable, "-m", "extproc", "envoy-config", "--config", str(here.sidecar.path), *flags]
     listeners = ["--http", http, "--envoy-admin", local(), "--access-log", "none"]
-    done = run([*command, *listeners, "--unqueued", "/health", "/v1/models"])
-    assert done.returncode == 0, done.stderr
+    unqueued = ["--unqueued", "/health", "/v1/models"]
+    bootstrap = envoy_config("--config", here.sidecar.path, *flags, *listeners, *unqueued)
     path = tmp_path / "unqueued.yaml"
-    path.write_text(done.stdout)
-    checked = run([sys.executable, "-m", "extproc", "check", str(here.sidecar.path), "--envoy", str(path)])
+    path.write_text(bootstrap)
+    checked = extproc("check", here.sidecar.path, "--envoy", path)
     assert checked.returncode == 0, checked.stdout
     assert all("access_log" in line for line in checked.stderr.splitlines()), checked.stderr  # there is none, as asked
-    with Envoy(done.stdout, tmp_path, name="front"), ThreadPoolExecutor(2) as pool:
+    with Envoy(bootstrap, tmp_path, name="front"), ThreadPoolExecutor(2) as pool:
 
         def post(name: str, *behaviour: tuple[str, str]):
             url = f"http://{http}/v1/chat/completions"

@@ -25,7 +25,7 @@ class Rendered:
 
     def __init__(self, config: Config, options: EnvoyOptions | None = None) -> None:
         self.config = config
-        self.whole = yaml.safe_load(render(config, options or EnvoyOptions()))
+        self.whole = yaml.load(render(config, options or EnvoyOptions()), yaml.CSafeLoader)
         self.resources = self.whole["static_resources"]
         self.manager = self.resources["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
         self.host = self.manager["route_config"]["virtual_hosts"][0]

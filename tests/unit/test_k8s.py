@@ -101,7 +101,7 @@ def test_the_directory_that_the_documents_describe_renders(rendered, tmp_path):
     (own / "sidecar.yaml").write_text(theirs + "max_running_requests: 7\n")
     done = run([*kustomize, str(own)])
     assert done.returncode == 0, done.stderr
-    documents = list(yaml.safe_load_all(done.stdout))
+    documents = list(yaml.load_all(done.stdout, yaml.CSafeLoader))
     assert sidecar_config(documents).max_running_requests == 7
     assert containers(gateway(documents))["extproc"]["image"] == "registry.example/extproc-queue:0.1.0"
     assert {document["metadata"]["namespace"] for document in documents} == {"llm"}

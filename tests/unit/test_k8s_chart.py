@@ -41,7 +41,7 @@ def installed(helm: str, **values: Any) -> list[Document]:
     given = [f"--set-json={key}={json.dumps(value)}" for key, value in values.items()]
     done = run([helm, "template", "extproc", str(CHART), "--namespace", "llm", "--kube-version", "1.33", *given])
     assert done.returncode == 0, done.stderr
-    return [document for document in yaml.safe_load_all(done.stdout) if document is not None]
+    return [document for document in yaml.load_all(done.stdout, yaml.CSafeLoader) if document is not None]
 
 
 def anywhere(documents: list[Document]) -> list[str]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from pathlib import Path
+
+from extproc.commands import cli
 
 ROOT = Path(__file__).parents[2] / "extproc"
 
@@ -126,6 +129,13 @@ def test_one_sidecar_alone_imports_nothing_of_the_rooms_for_several():
             }
             several = ("extproc.replicas", "extproc.simulate.replicas")
             assert not {name for name in names if name.startswith(several)}, file
+
+
+def test_the_command_line_of_a_sidecar_imports_neither_the_simulator_nor_the_engine(monkeypatch, capsys):
+    for room in ("extproc.simulate", "extproc.engine"):
+        monkeypatch.setitem(sys.modules, room, None)
+    assert cli.main(["schema"]) == 0
+    assert capsys.readouterr().out
 
 
 def test_the_map_names_every_room_of_the_core():

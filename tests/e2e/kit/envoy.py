@@ -39,6 +39,14 @@ def validate(text: str, directory: Path) -> tuple[bool, str]:
     return done.returncode == 0, done.stdout + done.stderr
 
 
+def give_up_soon(bootstrap: str) -> str:
+    """This bootstrap, but Envoy asks for a dead sidecar for a moment, and not for the 20 s that it takes as shipped."""
+    text, count = re.subn(r'num_retries("?): [1-9]\d+', r"num_retries\1: 1", bootstrap)
+    if count == 0:
+        raise AssertionError("the bootstrap does not ask for a dead sidecar again")
+    return text
+
+
 class Envoy:
     """One running Envoy, ready when `with` is entered.
 
@@ -55,7 +63,7 @@ class Envoy:
         binary: Path | None = None,
     ) -> None:
         self.bootstrap = bootstrap
-        parsed = yaml.safe_load(bootstrap)
+        parsed = yaml.load(bootstrap, yaml.CSafeLoader)
         socket_address = parsed["admin"]["address"]["socket_address"]
         self.admin = f"{socket_address['address']}:{socket_address['port_value']}"
         self._logs = [Path(path) for path in _access_log_paths(parsed) if not path.startswith("/dev/")]

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from .commands import envoy_config
 from .envoy import Envoy
-from .processes import Child, free_port, http_get, http_ok, run, wait_until
+from .processes import Child, free_port, http_get, http_ok, wait_until
 from .upstream import Upstream
 
 if TYPE_CHECKING:
@@ -106,18 +107,12 @@ class Sidecar:
     def envoy_config(self, http: str, admin: str, access_log: Path, protocol: str, sidecars: Sequence[str] = ()) -> str:
         """The bootstrap that `extproc envoy-config` prints for this config; for TLS also the files it names."""
         secrets = self.config.get("tls", {}).get("envoy", {}).get("secrets_directory")
-        done = run(
-            [
-                *(sys.executable, "-m", "extproc", "envoy-config", "--config", str(self.path)),
-                *("--http", http, "--envoy-admin", admin, "--access-log", str(access_log)),
-                *("--upstream-protocol", protocol),
-                *(("--sidecar", *sidecars) if sidecars else ()),
-                *(("--secrets", secrets) if secrets else ()),
-            ]
+        return envoy_config(
+            *("--config", self.path, "--http", http, "--envoy-admin", admin, "--access-log", access_log),
+            *("--upstream-protocol", protocol),
+            *(("--sidecar", *sidecars) if sidecars else ()),
+            *(("--secrets", secrets) if secrets else ()),
         )
-        if done.returncode != 0:
-            raise AssertionError(f"extproc envoy-config: exit {done.returncode}\n{done.stdout}{done.stderr}")
-        return done.stdout
 
 
 class Front:
@@ -193,7 +188,7 @@ class Stack:
         address = again or local()
         text = self.sidecar.envoy_config(address, local(), self.directory / f"{name}.access", protocol, sidecars)
         if edit is not None:
-            parsed = yaml.safe_load(text)
+            parsed = yaml.load(text, yaml.CSafeLoader)
             edit(parsed)
             text = json.dumps(parsed)  # JSON is YAML, and no parser takes its "n" for no
         envoy = Envoy(text, self.directory, name=name, concurrency=concurrency)
