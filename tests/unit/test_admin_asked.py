@@ -1,0 +1,110 @@
+"""What an operator asks for on the admin port: the story of a request, and a recording, one at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+from extproc.commands.cli import main
+from extproc.observe.recording import Recording
+from tests.unit.admin_room import Room, served, until
+
+
+def test_the_story_of_a_request_is_a_page_and_a_command(capsys):
+    async def scenario() -> None:
+        room = Room()
+        room.offer(2)
+        async with served(room) as client:
+            async with client.get("/debug/requests/id-1") as response:
+                assert response.status == 200
+                assert "waits still, at place 1" in await response.text()
+            async with client.get("/debug/requests/nobody%0a") as response:
+                assert (response.status, response.content_type) == (404, "text/plain")
+            async with client.get("/debug/requests/id-1", headers={"host": "evil.example"}) as response:
+                assert response.status == 403
+            admin = f"127.0.0.1:{room.admin.port}"
+            assert await asyncio.to_thread(main, ["why", "id-0", "--admin", admin]) == 0
+            assert "dispatched to vllm-0" in capsys.readouterr().out
+            assert await asyncio.to_thread(main, ["why", "nobody", "--admin", admin]) == 1
+            assert "No request 'nobody'" in capsys.readouterr().err
+        assert await asyncio.to_thread(main, ["why", "id-0", "--admin", admin]) == 3
+
+    asyncio.run(scenario())
+
+
+def test_a_recording_is_made_on_demand_one_at_a_time_and_runs_again():
+    async def scenario() -> None:
+        room = Room()
+        first, _ = room.offer(2)
+        controller = room.gate.controller
+        async with served(room) as client:
+            asked = asyncio.create_task(client.get("/debug/recording?seconds=1"))
+            await until(lambda: controller._watchers)
+            async with client.get("/debug/recording") as response:
+                assert response.status == 409
+            room.gate.close(first)
+            async with await asked as response:
+                lines = (await response.text()).splitlines()
+            for seconds in ("0", "601", "x", "-1"):
+                async with client.get(f"/debug/recording?seconds={seconds}") as response:
+                    assert response.status == 400
+        assert not controller._watchers
+        assert [json.loads(line).get("event") for line in lines[1:]] == ["Released", None]
+        again = Recording(lines)
+        assert list(again.run()) == [None]
+        assert repr(again.core) == repr(controller)
+
+    asyncio.run(scenario())
+
+
+def test_who_asked_for_a_recording_and_left_keeps_nobody_from_another():
+    async def scenario() -> None:
+        room = Room()
+        controller = room.gate.controller
+        async with served(room) as client:
+            asked = asyncio.create_task(client.get("/debug/recording?seconds=600"))
+            await until(lambda: controller._watchers)
+            asked.cancel()
+            await until(lambda: not controller._watchers)
+            async with client.get("/debug/recording?seconds=1") as response:
+                assert response.status == 200
+
+    asyncio.run(scenario())
+
+
+def test_a_recording_that_could_not_begin_keeps_nobody_from_another(monkeypatch):
+    async def scenario() -> None:
+        room = Room()
+        async with served(room) as client:
+            with monkeypatch.context() as broken:
+                broken.setattr("extproc.admin.http.Recorder", None)
+                async with client.get("/debug/recording?seconds=1") as response:
+                    assert response.status == 500
+            async with client.get("/debug/recording?seconds=1") as response:
+                assert response.status == 200
+
+    asyncio.run(scenario())
+
+
+def test_no_recording_begins_while_so_many_wait_that_all_would_stand_still(monkeypatch):
+    monkeypatch.setattr("extproc.admin.http.MOST_WAITING_RECORDED", 2)
+
+    async def scenario() -> None:
+        room = Room()
+        room.offer(4)
+        async with served(room) as client, client.get("/debug/recording?seconds=1") as response:
+            assert response.status == 503
+            assert "3 requests wait" in await response.text()
+
+    asyncio.run(scenario())
+
+
+def test_a_compiled_core_says_how_it_can_be_recorded(monkeypatch):
+    monkeypatch.setattr("extproc.admin.http.is_compiled", lambda: True)
+
+    async def scenario() -> None:
+        async with served(Room()) as client, client.get("/debug/recording") as response:
+            assert response.status == 501
+            assert "EXTPROC_PURE=1" in await response.text()
+
+    asyncio.run(scenario())

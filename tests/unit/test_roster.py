@@ -1,0 +1,332 @@
+"""The roster and the clusters file: an endpoint is used when Envoy knows it, a cluster stays as long as its leases."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from extproc.admission.controller import Controller
+from extproc.admission.ticket import Ticket
+from extproc.admission.values import Request
+from extproc.config import EndpointConfig
+from extproc.endpoints import roster
+from extproc.endpoints.roster import Roster
+from extproc.envoy import clusters
+from extproc.envoy.clusters import ClustersFile
+from extproc.stream.ages import Ages
+from extproc.stream.gate import Gate
+from extproc.stream.reception import Reception
+from extproc.stream.request import Headers
+from extproc.tasks import Tasks
+from tests.unit.endpoint_lists import config, endpoint, until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+# ---- the clusters file
+
+
+def test_the_clusters_file_is_read_back_as_it_was_written_and_its_version_rises(tmp_path):
+    path = tmp_path / "clusters.yaml"
+    routes = {"a": "10.0.0.1:1", "b@[fd00::1]:2": "[fd00::1]:2", "c": "vllm.svc:3"}
+    first = ClustersFile(str(path))
+    assert first.read() is None
+    version = first.write(routes, routes.values(), config(health_check={}))
+    assert ClustersFile(str(path)).read() == routes
+    assert ClustersFile(str(path)).write({}, (), config()) > version
+    assert ClustersFile(str(path)).read() == {}
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("text", ["", "[", "resources: 3", "resources: [{name: a}]", "x: {}", "\0"])
+def test_a_clusters_file_that_says_nothing_is_written_anew(tmp_path, text):
+    path = tmp_path / "clusters.yaml"
+    path.write_text(text)
+    assert ClustersFile(str(path)).read() == {}
+
+
+# ---- the roster
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(roster, "TICK_S", 0.005)
+
+
+class House:
+    """A roster on a real gate, its clusters file, and who follows."""
+
+    def __init__(self, path: Path | None, **keys: Any) -> None:
+        if path is not None:
+            keys["envoy_clusters_file"] = str(path)
+        self.config = config(enable_queue=True, max_running_requests=1, **keys)
+        self.gate = Gate(Controller(self.config.policy()), asyncio.get_running_loop())
+        self.reception = Reception(self.gate, Headers(), Ages(30.0))
+        self.envoy = FakeEnvoy()
+        self.followed: dict[str, str] = {}
+        self.sent: list[str] = []
+        self.roster = Roster(
+            *(self.gate, self.reception, self.config),
+            file=ClustersFile(str(path)) if path is not None else None,
+            envoy=self.envoy if path is not None else None,
+            put=lambda one: self.followed.__setitem__(one.name, one.address),
+            remove=self.followed.__delitem__,
+            tasks=Tasks(),
+        )
+
+    def change(self, **keys: Any) -> None:
+        self.config = self.config.model_copy(update={"endpoints": config(**keys).endpoints})
+        self.roster.configure(self.config)
+
+    def ask(self) -> Ticket:
+        ticket = Ticket(
+            Request("r", self.gate.now()), lambda decision: self.sent.append(self.reception.steer(decision.endpoint))
+        )
+        self.gate.offer(ticket)
+        return ticket
+
+    def file(self) -> dict[str, str]:
+        return ClustersFile(self.config.envoy_clusters_file).read() or {}
+
+    def placed(self) -> dict[str, str]:
+        found = self.gate.controller.endpoints.values()
+        return {one.name: one.spec.cluster for one in found if not one.removed}
+
+
+class FakeEnvoy:
+    """Knows the version that the test lets it know."""
+
+    known: int | None = 0
+
+    async def version(self) -> int | None:
+        return self.known
+
+
+def live(story: Callable[[House], Any], path: Path | None, **keys: Any) -> None:
+    async def main() -> None:
+        here = House(path, **keys)
+        here.roster.start()
+        try:
+            await story(here)
+        finally:
+            await here.roster.stop()
+
+    asyncio.run(main())
+
+
+def test_a_new_endpoint_is_written_at_once_and_used_only_when_envoy_knows_it(tmp_path):
+    path = tmp_path / "c.yaml"
+
+    async def story(here: House) -> None:
+        assert here.placed() == {"a": "a"}  # no file was there: no Envoy runs yet
+        here.change(endpoints=[endpoint("a"), endpoint("b", "10.0.0.2:8000")])
+        await until(lambda: here.file() == {"a": "10.0.0.1:8000", "b": "10.0.0.2:8000"})
+        here.envoy.known = int(yaml.safe_load(path.read_text())["version_info"]) - 1
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert here.placed() == {"a": "a"}
+        here.envoy.known += 1
+        await until(lambda: here.placed() == {"a": "a", "b": "b"})
+        assert here.followed == {"a": "10.0.0.1:8000", "b": "10.0.0.2:8000"}
+
+    live(story, path, endpoints=[endpoint("a")])
+
+
+def test_an_envoy_that_never_says_a_word_is_not_waited_for_for_ever(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(roster, "GIVE_UP_S", 0.05)
+
+    async def story(here: House) -> None:
+        here.envoy.known = None
+        here.change(endpoints=[endpoint("a"), endpoint("b", "10.0.0.2:8000")])
+        await until(lambda: "b" in here.placed())
+
+    live(story, tmp_path / "c.yaml", endpoints=[endpoint("a")])
+    assert "no word in 0.05s that Envoy knows a new cluster" in caplog.text
+
+
+def test_a_removed_endpoints_cluster_stays_until_its_last_lease_is_back_and_a_while_longer(tmp_path, monkeypatch):
+    monkeypatch.setattr(roster, "LINGER_S", 0.05)
+
+    async def story(here: House) -> None:
+        ticket = here.ask()
+        here.change(endpoints=[])
+        assert here.placed() == {}
+        assert here.followed == {}
+        await asyncio.sleep(0.1)  # longer than the while
+        assert "a" in here.file()
+        here.reception.steer("a")
+        here.gate.close(ticket)
+        await until(lambda: here.file() == {})
+        await until(lambda: here.reception.endpoint_of("a") is None)
+        with pytest.raises(KeyError):
+            here.reception.steer("a")
+
+    live(story, tmp_path / "c.yaml", endpoints=[endpoint("a")])
+
+
+def test_a_moved_endpoint_gets_a_second_cluster_and_nothing_until_envoy_knows_it(tmp_path):
+    async def story(here: House) -> None:
+        running = here.ask()
+        here.change(endpoints=[endpoint("a", "10.0.0.9:8000", max_running_requests=2)])
+        assert here.placed() == {}
+        held = here.ask()
+        assert len(here.sent) == 1
+        here.envoy.known = 10**15
+        await until(lambda: here.placed() == {"a": "a@10.0.0.9:8000"})
+        assert here.sent[1] == here.reception.steer("a") != here.sent[0]
+        assert here.followed == {"a": "10.0.0.9:8000"}
+        here.change(endpoints=[endpoint("a")])  # and back again: the old cluster is still there
+        assert here.placed() == {"a": "a"}
+        for ticket in (running, held):
+            here.gate.close(ticket)
+
+    live(story, tmp_path / "c.yaml", endpoints=[endpoint("a")])
+
+
+def test_a_sidecar_that_starts_knows_what_the_one_before_wrote_but_not_what_moved_since(tmp_path):
+    path = tmp_path / "c.yaml"
+    before = {"a": "10.0.0.1:8000", "b": "10.0.0.2:8000", "pod": "10.0.0.3:8000"}
+    ClustersFile(str(path)).write(before, (), config())
+
+    async def story(here: House) -> None:
+        assert here.placed() == {"a": "a"}
+        assert before.items() <= here.file().items()  # its Envoy may still need them
+        assert here.file()["b@10.0.0.7:8000"] == "10.0.0.7:8000"
+        here.roster.report("kubernetes", config(endpoints=[endpoint("pod", "10.0.0.3:8000")]).endpoints)
+        assert here.placed() == {"a": "a", "pod": "pod"}
+        here.envoy.known = 10**15
+        await until(lambda: here.placed().get("b") == "b@10.0.0.7:8000")
+
+    live(story, path, endpoints=[endpoint("a"), endpoint("b", "10.0.0.7:8000")])
+
+
+def test_the_file_wins_over_what_is_found_and_an_address_is_used_once(tmp_path, caplog):
+    async def story(here: House) -> None:
+        here.envoy.known = 10**15
+        seen = [endpoint("a", "10.0.0.5:8000"), endpoint("twin"), endpoint("c", "10.0.0.6:8000")]
+        here.roster.report("dns", config(endpoints=seen).endpoints)
+        await until(lambda: "c" in here.placed())
+        assert here.followed == {"a": "10.0.0.1:8000", "c": "10.0.0.6:8000"}
+        here.roster.report("dns", None)
+        assert here.placed() == {"a": "a"}
+
+    live(story, tmp_path / "c.yaml", endpoints=[endpoint("a")])
+    assert "dns: twin at 10.0.0.1:8000 is left out" in caplog.text
+
+
+def test_two_ports_of_a_pod_from_two_items_are_two_endpoints(tmp_path):
+    async def story(here: House) -> None:
+        here.envoy.known = 10**15
+        here.roster.report("k8s 1", config(endpoints=[endpoint("pod", "10.0.0.5:8000")]).endpoints)
+        here.roster.report("k8s 2", config(endpoints=[endpoint("pod", "10.0.0.5:8001")]).endpoints)
+        await until(lambda: len(here.placed()) == 3)
+        assert here.followed == {"a": "10.0.0.1:8000", "pod": "10.0.0.5:8000", "pod-8001": "10.0.0.5:8001"}
+
+    live(story, tmp_path / "c.yaml", endpoints=[endpoint("a")])
+
+
+def test_a_found_address_that_is_not_allowed_gets_nothing_and_one_with_our_clusters_name_gets_another(tmp_path, caplog):
+    async def story(here: House) -> None:
+        here.envoy.known = 10**15
+        found = [endpoint("near", "127.0.0.1:22"), EndpointConfig(name="unsteered", address="10.0.0.6:1")]
+        here.roster.report("dns", [*config(endpoints=found[:1]).endpoints, found[1]])
+        await until(lambda: "unsteered" in here.placed())
+        assert here.placed() == {"a": "a", "unsteered": "unsteered@10.0.0.6:1"}
+        assert here.roster.left_out == 1
+
+    live(story, tmp_path / "c.yaml", endpoints=[endpoint("a")])
+    assert "dns: near at 127.0.0.1:22 is left out: its address is not in allowed_addresses" in caplog.text
+
+
+def test_a_clusters_file_that_cannot_be_written_is_a_start_error_then_only_a_delay(tmp_path, caplog):
+    directory = tmp_path / "d"
+    directory.mkdir()
+
+    async def story(here: House) -> None:
+        here.envoy.known = 10**15
+        directory.rename(tmp_path / "away")
+        here.change(endpoints=[endpoint("a"), endpoint("b", "10.0.0.2:8000")])
+        await until(lambda: "can't write" in caplog.text)
+        assert here.placed() == {"a": "a"}
+        (tmp_path / "away").rename(directory)
+        await until(lambda: "b" in here.placed())
+
+    with pytest.raises(Exception, match="envoy_clusters_file: can't write"):
+        live(story, tmp_path / "none" / "c.yaml")
+    live(story, directory / "c.yaml", endpoints=[endpoint("a")])
+    assert caplog.text.count("can't write") == 1
+
+
+def test_without_a_clusters_file_changes_work_at_once_and_say_what_envoy_must_know(caplog):
+    async def story(here: House) -> None:
+        here.change(endpoints=[endpoint("a", cluster="other"), endpoint("b", "10.0.0.2:8000")])
+        assert here.placed() == {"a": "other", "b": "b"}
+        assert (here.reception.endpoint_of("a"), here.reception.endpoint_of("other")) == (None, "a")
+        here.change(endpoints=[])
+        assert here.placed() == {}
+
+    live(story, None, endpoints=[endpoint("a")])
+    assert "endpoint b: Envoy's own cluster b decides where its requests go" in caplog.text
+
+
+def test_a_changed_limit_reaches_waiting_requests(tmp_path):
+    async def story(here: House) -> None:
+        for _ in range(3):
+            here.ask()
+        assert len(here.sent) == 1
+        here.change(endpoints=[endpoint("a", max_running_requests=3)])
+        assert len(here.sent) == 3
+
+    live(story, tmp_path / "c.yaml", endpoints=[endpoint("a")])
+
+
+def test_a_thousand_endpoints_found_at_once_are_placed_within_seconds(tmp_path):
+    """It took 28 s, all of them without a turn of the loop, when each of them made the core put all others in order."""
+
+    async def story(here: House) -> None:
+        here.envoy.known = 10**15
+        seen = [endpoint(f"e{number}", f"10.0.{number // 250}.{number % 250}:8000") for number in range(1000)]
+        here.roster.report("dns", config(endpoints=seen).endpoints)
+        async with asyncio.timeout(10):
+            while len(here.placed()) < 1000:  # noqa: ASYNC110 - what changes has no event
+                await asyncio.sleep(0.01)
+
+    live(story, tmp_path / "c.yaml")
+
+
+# ---- asking Envoy
+
+
+def test_envoys_word_counts_only_when_nothing_warms_up(monkeypatch):
+    from aiohttp import web
+
+    pages = {
+        'cluster_manager.cds.version_text: "12"\ncluster_manager.warming_clusters: 0\n': 12,
+        'cluster_manager.cds.version_text: "12"\ncluster_manager.warming_clusters: 1\n': None,
+        'cluster_manager.cds.version_text: ""\ncluster_manager.warming_clusters: 0\n': None,
+        "garbage": None,
+    }
+
+    async def main() -> None:
+        page = ""
+
+        async def stats(_: web.Request) -> web.Response:
+            return web.Response(text=page)
+
+        app = web.Application()
+        app.router.add_get("/stats", stats)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        address = f"127.0.0.1:{runner.addresses[0][1]}"
+        for page, expected in pages.items():  # noqa: B007 - the handler reads it
+            assert await clusters.EnvoyAdmin(address).version() == expected
+        await runner.cleanup()
+        assert await clusters.EnvoyAdmin(address).version() is None
+
+    asyncio.run(main())

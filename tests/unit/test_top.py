@@ -1,0 +1,74 @@
+"""`extproc top` and the state in a log: what is wrong first, in as much room as there is, harmless to a terminal."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from extproc.admission.values import EndpointSpec
+from extproc.commands.top import line, lines, plain
+from tests.unit.admin_room import Room
+
+
+def test_top_puts_what_is_wrong_first_and_keeps_to_its_terminal():
+    room = Room(endpoints=200)
+    room.gate.set_up("vllm-150", is_up=False)
+    room.offer(230)
+    drawn = lines(room.view(), 80, 23)
+    assert len(drawn) <= 23
+    assert max(map(len, drawn)) <= 80
+    assert drawn[2].startswith("vllm-150  DOWN")
+    assert any(line.startswith("and 1") and line.endswith(" more") for line in drawn)
+    assert any(line.startswith("OUTCOMES  dispatched 199") for line in drawn)
+
+
+def test_top_and_the_view_say_which_limit_holds_each_endpoint_and_each_request():
+    room = Room(endpoints=2)
+    room.gate.put_endpoint(EndpointSpec("vllm-1", max_running_requests=9))
+    room.offer(5)
+    assert [one["held_by"] for one in room.view()["endpoints"]] == ["limit", None]
+    room.gate.set_up("vllm-1", is_up=False)
+    room.offer(1)
+    view = room.view()
+    assert [one["held_by"] for one in view["endpoints"]] == ["limit", "down"]
+    assert [one.get("held_for_s") for one in view["endpoints"]] == [0.0, 0.0]
+    assert [one["held_by"] for one in view["waiting"]] == ["limit"]
+    assert set(view["limits"]) >= {"limit", "down", "prompts", "kv"}
+    drawn = lines(view, 200, 40)
+    assert drawn[1].split()[:4] == ["ENDPOINT", "STATE", "HELD", "BY"]
+    assert drawn[2].split()[:5] == ["vllm-0", "up", "limit", "<1", "ms"]
+    assert room.admin.snapshot()["endpoints"] == [{**one, "models": one["models"]} for one in view["endpoints"]]
+    assert room.admin.snapshot()["waiting"] == view["waiting"]
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_on_a_narrow_terminal_top_leaves_columns_out_and_cuts_none(width):
+    room = Room(endpoints=3, limit=8)
+    room.offer(30)
+    drawn = lines(room.view(), width, 24)
+    assert not [row for row in drawn if row.endswith("~")]
+    head = drawn[1].split()
+    assert head[:4] == ["ENDPOINT", "STATE", "HELD", "BY"]
+    assert "SENT" in head
+    assert any(row.startswith("LONGEST WAITING") for row in drawn)
+
+
+def test_top_makes_what_clients_sent_harmless():
+    evil = "\x1b]0;owned\x07\x1b[2J\r\n\u202e\u200b界e\u0301"
+    room = Room()
+    room.offer(2, id=evil, tenant=evil, model=evil)
+    text = "\n".join(lines(room.view(), 200, 40))
+    assert all(one == "\n" or one.isprintable() for one in text)
+    assert "?]0;owned??[2J" in text
+    assert plain(evil) == "?]0;owned??[2J?????e?"
+
+
+def test_in_a_log_the_state_is_one_short_line_that_names_what_is_wrong():
+    room = Room(endpoints=3, limit=4)
+    room.offer(15)
+    assert line(room.view()) == "   0s  running 12/12  waiting   3"
+    room.gate.set_up("vllm-1", is_up=False)
+    assert line(room.view()) == "   0s  running  12/8  waiting   3  2 of 3 endpoints up"
+    room.gate.controller._books.policy = replace(room.gate.controller.policy, enable_queue=False)
+    assert line(room.view()).startswith("   0s  running  12/8  waiting   3  queue off  2 of 3")
