@@ -121,6 +121,7 @@ soak: $(STAMP)     ## 100,000 requests of all kinds through real Envoy: memory, 
 	$(BIN)/python -m bench.soak
 
 storm: $(STAMP)    ## 3 million random events against the core, with its invariants checked (minutes)
+	EXTPROC_LONG=1 $(BIN)/python -m pytest tests/unit/admission/test_simulation.py tests/unit/admission/test_properties.py
 	$(BIN)/python -m tests.unit.admission.storm --events 3000000 --seed 1
 
 storm-replicas: $(STAMP)  ## 1 million events of sidecars under faults at random times, on virtual time (half a minute)

@@ -20,6 +20,7 @@ import yaml
 from extproc.commands.up import _endpoint_of
 from extproc.config import parse_config
 
+from .kit import commands
 from .kit.envoy import validate
 from .kit.processes import Child, free_port, http_ok, run, wait_until
 from .kit.stack import local
@@ -312,10 +313,9 @@ def test_whatever_envoy_config_prints_is_valid_and_passes_our_own_check(tmp_path
         endpoints=[{"name": "a.b:1", "address": "[::1]:8000"}, {"name": "x", "address": "localhost:1"}],
         headers={"cluster": "x-my.cluster"},
     )
-    done = extproc("envoy-config", "--config", config, "--http", local(), "--envoy-admin", local(), *flags)
-    assert done.returncode == 0
-    ok, said = validate(done.stdout, tmp_path)
+    printed = commands.envoy_config("--config", config, "--http", local(), "--envoy-admin", local(), *flags)
+    ok, said = validate(printed, tmp_path)
     assert ok, said
     bootstrap = tmp_path / "printed.yaml"
-    bootstrap.write_text(done.stdout)
-    assert extproc("check", config, "--envoy", str(bootstrap)).returncode == 0
+    bootstrap.write_text(printed)
+    assert commands.extproc("check", config, "--envoy", bootstrap).returncode == 0

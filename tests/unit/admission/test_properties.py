@@ -5,6 +5,7 @@ Hypothesis finds and shrinks; the storm (`storm.py`) goes long. Both share the b
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from hypothesis import HealthCheck, settings
@@ -179,7 +180,7 @@ class Machine(RuleBasedStateMachine):
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(
-    max_examples=300,
+    max_examples=500 if os.environ.get("EXTPROC_LONG") else 120,  # `make storm`
     stateful_step_count=50,
     deadline=None,
     derandomize=True,
