@@ -24,7 +24,7 @@ NAMESPACE = "llm"
 VARIANTS = {
     "gateway": ("base",),
     "gateway-discovery": ("base", "discovery"),
-    "gateways": ("base", "discovery", "replicas"),
+    "single": ("base", "single"),
     "inference-pool": ("overlays/inference-pool",),
 }
 """What values.yaml's `variant` may be: a base, and the components that go with it."""

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 RBAC = "/apis/rbac.authorization.k8s.io/v1/namespaces/{}/{}"
 FILES = {
     "discovery": "components/discovery/rbac.yaml",
-    "replicas": "components/replicas/rbac.yaml",
+    "replicas": "base/rbac.yaml",
     "inference-pool": "overlays/inference-pool/rbac.yaml",
 }
 REFUSED = (

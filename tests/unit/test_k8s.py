@@ -15,6 +15,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from extproc.config import parse_config
 from tests.conftest import TOOL_MISSING
 from tests.e2e.kit.processes import run
 from tests.unit.k8s import kinds
@@ -23,6 +24,7 @@ from tests.unit.k8s.rendering import (
     K8S,
     KUBERNETES,
     MESH,
+    PLAIN,
     POOL,
     ROOT,
     Document,
@@ -105,7 +107,8 @@ def test_the_directory_that_the_documents_describe_renders(rendered, tmp_path):
     assert sidecar_config(documents).max_running_requests == 7
     assert containers(gateway(documents))["extproc"]["image"] == "registry.example/extproc-queue:0.1.0"
     assert {document["metadata"]["namespace"] for document in documents} == {"llm"}
-    assert one(documents, "RoleBinding")["subjects"][0]["namespace"] == "llm"
+    bindings = [document for document in documents if document["kind"] == "RoleBinding"]
+    assert {subject["namespace"] for binding in bindings for subject in binding["subjects"]} == {"llm"}
 
 
 # ---- names that must meet
@@ -173,8 +176,8 @@ def test_every_subject_of_a_binding_has_the_namespace_of_its_account(rendered):
                 assert subject.get("namespace"), parts
                 assert (subject["name"], subject["namespace"]) in accounts
                 seen += 1
-    granted = {"discovery", "replicas", *POOL}
-    assert seen == sum(len(granted & set(parts)) for parts in COMBINATIONS)
+    granted = {"discovery", *PLAIN, *POOL}
+    assert seen == sum(len(granted & set(parts)) - ("single" in parts) for parts in COMBINATIONS)
 
 
 @pytest.mark.parametrize("overlay", ["overlays/gateway", "overlays/demo"])
@@ -230,40 +233,54 @@ def test_our_pods_may_do_nothing_that_they_need_not(rendered, parts):
             assert resources["requests"]["memory"] == resources["limits"]["memory"]
 
 
-def test_only_discovery_has_a_token_and_only_the_sidecar_gets_it(rendered):
-    without, with_ = rendered("overlays/gateway"), rendered("overlays/gateway", "discovery")
-    assert "serviceAccountToken" not in json.dumps(without)
-    for documents in (without, with_):
-        assert one(documents, "ServiceAccount")["automountServiceAccountToken"] is False
-    role = one(with_, "Role")
+def test_discovery_has_one_more_right_and_looks_where_the_token_is(rendered):
+    documents = rendered("overlays/gateway", "discovery")
+    role = one(documents, "Role", "extproc-discovery")
     said = re.search(r"apiVersion: rbac[^`]+", (ROOT / "docs/endpoints.md").read_text())
     assert said is not None
     assert role["rules"] == yaml.safe_load(said[0])["rules"]
     assert role["rules"] == [
         {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["list", "watch"]}
     ]
-    binding = one(with_, "RoleBinding")
+    binding = one(documents, "RoleBinding", "extproc-discovery")
     assert binding["roleRef"]["name"] == role["metadata"]["name"]
-    assert binding["subjects"][0]["name"] == one(with_, "ServiceAccount")["metadata"]["name"]
-    found = sidecar_config(with_, variables(containers(gateway(with_))["extproc"])).discovery
+    assert binding["subjects"][0]["name"] == one(documents, "ServiceAccount")["metadata"]["name"]
+    found = sidecar_config(documents, variables(containers(gateway(documents))["extproc"])).discovery
     assert [source.dns for source in found] == [None]
     source = found[0].kubernetes
     assert source is not None
-    pod = gateway(with_)["spec"]["template"]["spec"]
-    (volume,) = [volume for volume in pod["volumes"] if "projected" in volume]
+    assert_token_is_the_sidecars(documents, source.token_file, source.ca_file)
+
+
+def assert_token_is_the_sidecars(documents: list[Document], token_file: str, ca_file: str) -> None:
+    """Its container has it, where it is looked for, and no other."""
+    assert one(documents, "ServiceAccount")["automountServiceAccountToken"] is False
+    (volume,) = [one for one in gateway(documents)["spec"]["template"]["spec"]["volumes"] if "projected" in one]
     files = {path for part in volume["projected"]["sources"] for path in re.findall(r"'path': '([^']+)'", str(part))}
-    each = containers(gateway(with_))
     where = {
-        name: [m["mountPath"] for m in c["volumeMounts"] if m["name"] == volume["name"]] for name, c in each.items()
+        name: [mount["mountPath"] for mount in each["volumeMounts"] if mount["name"] == volume["name"]]
+        for name, each in containers(gateway(documents)).items()
     }
-    assert where == {"extproc": [str(Path(source.token_file).parent)], "envoy": []}
-    assert {Path(source.token_file).name, Path(source.ca_file).name, "namespace"} == files
+    assert where == {"extproc": [str(Path(token_file).parent)], "envoy": []}
+    assert {Path(token_file).name, Path(ca_file).name, "namespace"} == files
+
+
+def test_a_single_gateway_has_no_token_no_rights_and_nobody_beside_it(rendered):
+    documents = rendered("overlays/gateway", "single")
+    assert gateway(documents)["spec"]["replicas"] == 1
+    assert not [document for document in documents if document["kind"] in ("Role", "RoleBinding")]
+    text = json.dumps([gateway(documents), one(documents, "NetworkPolicy", "extproc-gateway")])
+    assert not [word for word in ("serviceAccountToken", "serviceaccount", "50061", "6443", "POD_IP") if word in text]
+    sidecar = containers(gateway(documents))["extproc"]
+    assert [port["name"] for port in sidecar["ports"]] == ["admin"]
+    assert sidecar_config(documents, variables(sidecar)).replicas is None
 
 
 def test_several_gateways_find_each_other_by_leases_and_nobody_else_gets_to_their_port(rendered):
-    documents = rendered("overlays/gateway", "replicas")
+    documents = rendered("base")
     deployment = gateway(documents)
     assert deployment["spec"]["replicas"] >= 2
+    assert one(documents, "PodDisruptionBudget")["spec"]["maxUnavailable"] == 1
     sidecar = containers(deployment)["extproc"]
     replicas = sidecar_config(documents, variables(sidecar)).replicas
     assert replicas is not None
@@ -281,15 +298,19 @@ def test_several_gateways_find_each_other_by_leases_and_nobody_else_gets_to_thei
             "verbs": ["get", "list", "create", "patch", "delete"],
         }
     ]
-    mounts = {
-        name: [mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "api-token"]
-        for name, container in containers(deployment).items()
-    }
-    assert mounts == {"extproc": [str(Path(replicas.kubernetes_lease.token_file).parent)], "envoy": []}
+    lease = replicas.kubernetes_lease
+    assert_token_is_the_sidecars(documents, lease.token_file, lease.ca_file)
+
+
+def test_a_file_of_yours_makes_no_strangers_of_the_gateways(rendered):
+    """Who others are is in a variable: a file that says nothing of it, or has another pool, changes nothing."""
+    environ = variables(containers(gateway(rendered("base")))["extproc"])
+    config = parse_config("replicas: {pool: other, listen: '127.0.0.1:1', valkey: {url: 'valkey://a'}}", "x", environ)
+    assert config.replicas == sidecar_config(rendered("base"), environ).replicas
 
 
 def test_gateways_are_scaled_by_envoys_work_and_one_goes_only_when_the_one_before_has_drained(rendered):
-    documents = rendered("overlays/gateway", "replicas", "gateway-autoscaling")
+    documents = rendered("overlays/gateway", "gateway-autoscaling")
     deployment = gateway(documents)
     assert "replicas" not in deployment["spec"], "an apply leaves the scaler's number alone"
     scaler = one(documents, "HorizontalPodAutoscaler", "extproc-gateway")["spec"]

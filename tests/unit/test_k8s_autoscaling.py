@@ -28,7 +28,7 @@ def test_an_apply_leaves_the_scalers_number_of_engines_alone(rendered):
     assert one(rendered("overlays/gateway"), "Deployment", "vllm")["spec"]["replicas"] == 2
     documents = rendered("overlays/gateway", "autoscaling")
     assert "replicas" not in one(documents, "Deployment", "vllm")["spec"]
-    assert gateway(documents)["spec"]["replicas"] == 1
+    assert gateway(documents)["spec"]["replicas"] == 2
 
 
 def test_the_scalers_query_has_no_answer_without_the_sidecar_and_the_queue_without_endpoints(tmp_path):

@@ -36,8 +36,8 @@ COMBINATIONS = [
     *((name,) for name in (*PLAIN, *MESH, *POOL)),
     *(("overlays/gateway", part) for part in GATEWAY_PARTS),
     ("overlays/gateway", *GATEWAY_PARTS),
-    ("overlays/gateway", "replicas"),
-    ("overlays/gateway", *GATEWAY_PARTS, "replicas", "gateway-autoscaling"),
+    ("overlays/gateway", "single"),
+    ("overlays/gateway", *GATEWAY_PARTS, "gateway-autoscaling"),
     *((name, part) for name in MESH for part in ("tls", "monitoring")),
     ("overlays/istio", "tls", "monitoring", "autoscaling"),
 ]
@@ -62,8 +62,8 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Doc
                 "kind": "Kustomization",
                 "resources": [os.path.relpath(K8S / base, directory.resolve())],
                 "components": [os.path.relpath(K8S / "components" / one, directory.resolve()) for one in components],
-                # A must with discovery and replicas, docs/kubernetes.md says; without it as without any.
-                **({"namespace": "llm"} if {"discovery", "replicas"} & set(components) else {}),
+                # A must with discovery, docs/kubernetes.md says; without it as without any.
+                **({"namespace": "llm"} if "discovery" in components else {}),
             }
             (directory / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
             done = run([*kustomize, str(directory)])
