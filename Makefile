@@ -150,8 +150,9 @@ bench-matrix: $(STAMP)  ## the policy in 241 cells against every rival at its be
 bench-core: $(STAMP)  ## what one request costs the admission core
 	$(BIN)/python -m bench.core
 
-bench-replicas: $(STAMP)  ## what forwarding a request to another sidecar costs (half a minute)
+bench-replicas: $(STAMP)  ## several gateways as one queue: what forwarding costs, goodput of 1, 2 and 8, with faults (10 minutes, a machine at rest)
 	$(BIN)/python -m bench.replicas
+	$(BIN)/python -m bench.proof --replicas
 
 # The native no-op server that ours is measured against; without the tools for it that row is left out.
 NATIVE := build/native

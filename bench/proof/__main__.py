@@ -3,6 +3,7 @@
     python -m bench.proof                      # `make bench`: all of it, five seeds, about 27 minutes
     python -m bench.proof --quick              # `make bench-quick`: one seed of the ramp's ends, four minutes
     python -m bench.proof --peers              # `make bench-peers`: against two routers from PyPI, five minutes
+    python -m bench.proof --replicas           # of `make bench-replicas`: several gateways, one queue; ten minutes
     python -m bench.proof --only ramp noisy --seeds 71 72 --stacks 8
     python -m bench.proof --quick --contender mine=FILE   # a contender of your own beside them (bench/proof/rival.py)
     python -m bench.proof --page               # the page again, from the runs that lie in build/bench
@@ -28,8 +29,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import extproc
-from bench.proof import page, peers, peers_page, rival, tables, virtual
-from bench.proof.experiments import BY_NAME, EXPERIMENTS, WITH_PEERS, Cell, Times, cells, pack
+from bench import replicas
+from bench.proof import gateways_page, page, peers, peers_page, rival, tables, virtual
+from bench.proof.experiments import BY_NAME, EXPERIMENTS, SEVERAL, WITH_PEERS, Cell, Times, cells, pack
 from bench.proof.figures import Run, from_json, to_json
 from bench.proof.fronts import HAPROXY
 from bench.proof.stacks import run_round
@@ -46,6 +48,8 @@ SEEDS = (71, 72, 73, 74, 75)
 """Nothing was tuned on these: prototypes had 1 to 3 and 11 to 18, docs/simulate.md 21 to 35, our tuning 51 to 53."""
 STACKS = 21.0
 """Busy stacks of three engines at once: they keep two cores at rest some 70 % busy."""
+STACKS_OF_SEVERAL = 5.0
+"""A stack with eight gateways is 17 processes, which cost more by starting than by what they do then."""
 QUICK = ("ramp", "slow", "noisy", "dies", "abandoned", "one_class")
 
 
@@ -66,7 +70,8 @@ def main() -> int:
             peers.install()
             some = (*flags.contender, *own)
             experiments = [replace(one, contenders=some) if flags.contender else one for one in experiments]
-            experiments = [replace(one, loads=tuple(flags.loads) or one.loads) for one in experiments]
+        if flags.loads:
+            experiments = [replace(one, loads=tuple(flags.loads)) for one in experiments]
         if flags.quick:
             experiments = [replace(one, loads=(0.7, 1.2)) if one.name == "ramp" else one for one in experiments]
         if HAPROXY is None:
@@ -80,8 +85,8 @@ def main() -> int:
     runs = load_runs(out)
     facts = json.loads((out / "facts.json").read_text())
     rejected = [run for run in runs if run.problem()]
-    if flags.peers:
-        path = peers_page.write(runs, facts, flags.docs)
+    if flags.peers or flags.replicas:
+        path = _other_page(runs, facts, flags)
         print(f"{time.monotonic() - began:.0f} s; {len(runs)} runs, {len(rejected)} rejected; {path}")
         return 1 if rejected or left else 0
     written = page.write(runs, load_sweeps(out), facts, flags.docs)
@@ -93,6 +98,15 @@ def main() -> int:
         f"{time.monotonic() - began:.0f} s; {len(runs)} runs, {len(rejected)} rejected; {flags.docs / 'benchmarks.md'}"
     )
     return 1 if rejected or left else 0
+
+
+def _other_page(runs: list[Run], facts: dict[str, Any], flags: argparse.Namespace) -> Path:
+    """Write the page of an experiment that has its own."""
+    if flags.peers:
+        return peers_page.write(runs, facts, flags.docs)
+    forwarding: Path = flags.out / replicas.FILE
+    rows = json.loads(forwarding.read_text()) if forwarding.exists() else []
+    return gateways_page.write(runs, rows, facts, flags.docs)
 
 
 def _apart() -> int:
@@ -111,11 +125,16 @@ def _flags() -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="one seed, 70 and 120 %% of the ramp, not all else")
     parser.add_argument("--peers", action="store_true", help="that experiment alone; with --contender, any of them")
-    parser.add_argument("--loads", type=float, nargs="+", default=[], help="of --peers (0.7 1.2)")
-    parser.add_argument("--only", nargs="+", choices=sorted(one.name for one in EXPERIMENTS), help="experiments (all)")
+    parser.add_argument(
+        "--replicas", action="store_true", help="several gateways, alone and sharing one queue; that alone"
+    )
+    parser.add_argument("--loads", type=float, nargs="+", default=[], help="instead of each experiment's own")
+    parser.add_argument(
+        "--only", nargs="+", choices=sorted(one.name for one in (*EXPERIMENTS, *SEVERAL)), help="experiments (all)"
+    )
     parser.add_argument("--contender", nargs="+", default=[], help="of those (all); NAME=FILE adds one of your own")
     parser.add_argument("--seeds", type=int, nargs="+", help=f"({' '.join(map(str, SEEDS))})")
-    parser.add_argument("--stacks", type=float, default=STACKS, help="busy stacks at once (%(default)g)")
+    parser.add_argument("--stacks", type=float, help=f"busy stacks at once ({STACKS:g})")
     parser.add_argument("--times", type=float, nargs=3, metavar="S", help="seconds: warm, end of arrivals, cut")
     parser.add_argument("--repeats", type=int, default=1, help="how often rejected cells are run again (%(default)s)")
     parser.add_argument("--no-virtual", action="store_true", help="no sweeps on the virtual clock")
@@ -125,7 +144,7 @@ def _flags() -> argparse.Namespace:
     )
     parser.add_argument("--lock", type=Path, metavar="FILE", help="lock it for each round: others measure here too")
     parser.add_argument("--page", action="store_true", help="write the page from earlier runs")
-    parser.add_argument("--out", type=Path, help="raw runs (build/bench; with --peers, build/bench-peers)")
+    parser.add_argument("--out", type=Path, help="raw runs (build/bench; build/bench-peers, build/bench-replicas)")
     parser.add_argument("--docs", type=Path, help="where the page goes (docs/; with --quick, --out)")
     flags = parser.parse_args()
     flags.own = [one for one in flags.contender if rival.is_own(one)]
@@ -137,11 +156,16 @@ def _flags() -> argparse.Namespace:
         parser.error(str(error))
     if flags.peers:
         flags.only, flags.no_virtual = [WITH_PEERS.name], True
-    flags.out = flags.out or ROOT / ("build/bench-peers" if flags.peers else "build/bench")
+    several = [one.name for one in SEVERAL]
+    if flags.replicas:
+        flags.only, flags.no_virtual = flags.only or several, True
+    flags.stacks = flags.stacks or (STACKS_OF_SEVERAL if flags.replicas else STACKS)
+    kind = "bench-peers" if flags.peers else "bench-replicas" if flags.replicas else "bench"
+    flags.out = flags.out or ROOT / "build" / kind
     flags.only = flags.only or (QUICK if flags.quick else [one.name for one in EXPERIMENTS])
     flags.seeds = flags.seeds or SEEDS[: 1 if flags.quick else 3 if flags.peers else None]
     flags.times = Times(*flags.times) if flags.times else Times()
-    whole = set(flags.only) == {one.name for one in EXPERIMENTS}
+    whole = set(flags.only) == ({*several} if flags.replicas else {one.name for one in EXPERIMENTS})
     whole = whole and not (flags.quick or flags.contender or flags.own)
     flags.docs = flags.docs or (ROOT / "docs" if whole else flags.out)
     return flags

@@ -152,7 +152,39 @@ WITH_PEERS = Experiment(
     (0.7, 1.2),
 )
 """Not one of EXPERIMENTS: it needs what `make bench-peers` installs."""
-BY_NAME = {experiment.name: experiment for experiment in (*EXPERIMENTS, WITH_PEERS)}
+FIXED = "ours,max_running_requests=96"
+SEVERAL = (
+    Experiment(
+        "gateways",
+        "several gateways",
+        "Several gateways, limits that are learned",
+        (
+            "ours",
+            "ours,replicas=2",
+            "ours,replicas=8",
+            "ours,replicas=2,share=false",
+            "ours,replicas=8,share=false",
+        ),
+        (1.2,),
+    ),
+    Experiment(
+        "gateways_faults",
+        "several gateways, faults",
+        "Eight gateways, and something dies",
+        ("ours", "ours,replicas=8,replicas_fault=leader-killed", "ours,replicas=8,replicas_fault=store-gone"),
+        (1.2,),
+    ),
+    Experiment(
+        "gateways_fixed",
+        "several gateways, fixed limit",
+        "Several gateways, an engine with a big KV cache, a limit of 96",
+        (FIXED, f"{FIXED},replicas=2", f"{FIXED},replicas=8", f"{FIXED},replicas=2,share=false"),
+        (1.2,),
+        preset="a100-8b",
+    ),
+)
+"""Not of EXPERIMENTS either: `make bench-replicas`."""
+BY_NAME = {experiment.name: experiment for experiment in (*EXPERIMENTS, WITH_PEERS, *SEVERAL)}
 
 
 def cells(experiments: Iterable[Experiment], seeds: Sequence[int]) -> list[Cell]:

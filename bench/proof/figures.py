@@ -68,6 +68,7 @@ class Run:
         window: from when to when requests were planned that count, seconds from the start.
         tokens: output tokens that reached clients inside the window.
         wasted: tokens that engines computed for requests whose client left.
+        peak_held: the most that one engine held, running and waiting; a bound, as their peaks may not have met.
         step_lag_s: the worst delay of an engine's step.
         cpu_s: CPU seconds by process kind (front, sidecar, engines), over the whole run.
         dies: an engine was killed, so answers may have failed.
@@ -83,6 +84,7 @@ class Run:
     wasted: int = 0
     preemptions: int = 0
     peak_waiting: int = 0
+    peak_held: int = 0
     step_lag_s: float = 0.0
     cpu_s: dict[str, float] = field(default_factory=dict)
     dies: bool = False
@@ -258,7 +260,7 @@ def to_json(run: Run) -> dict[str, Any]:
 
 def from_json(values: dict[str, Any]) -> Run:
     """Return the run that `to_json` wrote."""
-    fields = {name: values[name] for name in Run.__slots__ if name != "records"}
+    fields = {name: values[name] for name in Run.__slots__ if name != "records" and name in values}
     records = [Record(**dict(zip(values["columns"], row, strict=True))) for row in values["records"]]
     return Run(**fields | {"window": tuple(fields["window"]), "records": records})
 

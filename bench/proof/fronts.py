@@ -1,7 +1,7 @@
 """The contenders as processes: what stands before the engines of one stack, each set as its operator would set it.
 
 A contender's name is one of NAMES, of the peers that are installed on demand (peers.py), or NAME=FILE (rival.py);
-`ours` and `original` take config keys after commas: `ours,scrape_interval=5s`.
+`ours` and `original` take config keys after commas, `ours,scrape_interval=5s`, and several gateways (gateways.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from bench.proof import peers, rival
+from bench.proof import gateways, peers, rival
 from extproc.config import parse_config
 from extproc.durations import format_duration
 from extproc.envoy.bootstrap import EnvoyOptions, render
@@ -35,7 +35,8 @@ HAPROXY = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin:/us
 CHECK = {"path": "/health", "interval": "1s", "timeout": "1s", "down": 3, "up": 1}
 """Active health checks of all balancers. `ours` has none by default: failures tell it."""
 NEVER_S = 3500.0
-READY_S = 30.0
+READY_S = 90.0
+"""Forty processes of a round that start at once take turns on two cores."""
 _EXTENSIONS = "type.googleapis.com/envoy.extensions"
 
 
@@ -56,7 +57,13 @@ def engine_params(contender: str, preset: str) -> dict[str, Any]:
 
 
 class Front:
-    """One contender before engines at `addresses`. `address` is where clients send."""
+    """One contender before engines at `addresses`.
+
+    Attributes:
+        address: where clients send.
+        gateways: each address where clients send; more than one where there are several gateways.
+        children: its processes, by kind; of several of a kind, the others have `#1`, `#2` and so on behind it.
+    """
 
     def __init__(
         self,
@@ -69,6 +76,8 @@ class Front:
         """Write its configuration; start nothing. `directory` takes that and the logs."""
         self.contender = contender
         self.address = f"127.0.0.1:{free_port()}"
+        self.gateways = [self.address]
+        self.group: gateways.Group | None = None
         self.children: dict[str, Child] = {}
         self._ready: list[tuple[Child, Callable[[], bool]]] = []
         name, *settings = contender.split(",")
@@ -87,18 +96,46 @@ class Front:
                     (self.children["front"], lambda: peers.ready(contender, self.address, len(addresses)))
                 )
             case "ours" | "original":
-                keys = sidecar_config(name, addresses, classes) | dict(map(_setting, settings))
-                path = directory / "sidecar.yaml"
-                path.write_text(yaml.safe_dump(keys, sort_keys=False))
-                config = parse_config(path.read_text(), str(path), {})
-                self._add("sidecar", [sys.executable, "-m", "extproc", "serve", "--config", str(path)], directory)
-                self._ready.append((self.children["sidecar"], lambda: http_ok(config.admin, "/readyz")))
-                admin = f"127.0.0.1:{free_port()}"
-                self._envoy(render(config, EnvoyOptions(self.address, admin, None)), admin, directory)
+                self._ours(name, gateways.among(settings), addresses, classes, directory)
             case _:
                 admin = f"127.0.0.1:{free_port()}"
                 bootstrap = balancer_config(name, self.address, admin, addresses, preset)
                 self._envoy(yaml.safe_dump(bootstrap, sort_keys=False), admin, directory)
+
+    def _ours(
+        self, name: str, among: gateways.Among, addresses: Sequence[str], classes: Sequence[Klass], directory: Path
+    ) -> None:
+        self.gateways += [f"127.0.0.1:{free_port()}" for _ in range(among.count - 1)]
+        if among.has_store:
+            self.group = gateways.Group(among, directory)
+            self.group.store = self._add("store", self.group.argv, directory)
+            self._ready.append((self.group.store, self.group.store_is_up))
+        for number, address in enumerate(self.gateways):
+            keys = sidecar_config(name, addresses, classes) | among.keys
+            keys |= self.group.keys() if self.group is not None else {}
+            path = directory / f"sidecar{_number(number)}.yaml"
+            path.write_text(yaml.safe_dump(keys, sort_keys=False))
+            config = parse_config(path.read_text(), str(path), {})
+            argv = [sys.executable, "-m", "extproc", "serve", "--config", str(path)]
+            sidecar = self._add(f"sidecar{_number(number)}", argv, directory)
+            self._ready.append((sidecar, partial(http_ok, config.admin, "/readyz")))
+            admin = f"127.0.0.1:{free_port()}"
+            self._envoy(render(config, EnvoyOptions(address, admin, None)), admin, directory, number)
+            if self.group is not None:
+                self.group.sidecars[config.admin] = sidecar
+        if self.group is not None:
+            self._ready += [(one, partial(self.group.knows_all, at)) for at, one in self.group.sidecars.items()]
+
+    def events(self) -> Sequence[gateways.Event]:
+        """Return what happens to its processes, and when."""
+        return self.group.events() if self.group is not None else []
+
+    def cpu_s(self) -> dict[str, float]:
+        """Return the CPU seconds that its processes used so far, by kind."""
+        kinds = dict.fromkeys((name.partition("#")[0] for name in self.children), 0.0)
+        for name, child in self.children.items():
+            kinds[name.partition("#")[0]] += cpu_s(child)
+        return kinds
 
     def _own(self, recipe: Path, addresses: Sequence[str], classes: Sequence[Klass], directory: Path) -> None:
         for name, argv, ready in rival.prepare(rival.read(recipe), self.address, addresses, classes, directory):
@@ -109,16 +146,18 @@ class Front:
             else:
                 self._ready.append((self.children[name], partial(tcp_open, address)))
 
-    def _envoy(self, text: str, admin: str, directory: Path) -> None:
-        path = directory / "envoy.yaml"
+    def _envoy(self, text: str, admin: str, directory: Path, number: int = 0) -> None:
+        name = f"front{_number(number)}"
+        path = directory / f"envoy{_number(number)}.yaml"
         path.write_text(text)
         options = ["--concurrency", "1", "--log-level", "warning", "--disable-hot-restart"]
-        self._add("front", [str(envoy_binary()), "-c", str(path), *options], directory)
+        front = self._add(name, [str(envoy_binary()), "-c", str(path), *options], directory)
         # Not just any Envoy on that port: the one with this file.
-        self._ready.append((self.children["front"], lambda: http_ok(admin, "/ready") and _says(admin, str(path))))
+        self._ready.append((front, lambda: http_ok(admin, "/ready") and _says(admin, str(path))))
 
-    def _add(self, kind: str, argv: list[str], directory: Path) -> None:
-        self.children[kind] = Child(argv, directory / f"{kind}.log", name=f"{self.contender} {kind}")
+    def _add(self, name: str, argv: list[str], directory: Path) -> Child:
+        child = self.children[name] = Child(argv, directory / f"{name}.log", name=f"{self.contender} {name}")
+        return child
 
     def start(self) -> None:
         """Start the processes; `wait` says when they are ready."""
@@ -185,9 +224,8 @@ def sidecar_config(name: str, addresses: Sequence[str], classes: Sequence[Klass]
     }
 
 
-def _setting(text: str) -> tuple[str, Any]:
-    key, _, value = text.partition("=")
-    return key, yaml.safe_load(value)
+def _number(number: int) -> str:
+    return f"#{number}" if number else ""
 
 
 # ---- Envoy alone

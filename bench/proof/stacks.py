@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import random
 import signal
 import sys
 import tempfile
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from bench.proof.experiments import Cell, Times
+    from extproc.simulate.workload import Demand
 
 
 class Stack:
@@ -66,11 +68,12 @@ class Stack:
         self.front.wait()
 
     def events(self) -> list[tuple[float, Callable[[], None]]]:
-        """Return what happens to its engines, and when."""
+        """Return what happens to its processes, and when."""
+        front = list(self.front.events())
         if self.cell.experiment.dies is None:
-            return []
+            return front
         begin, end = self.cell.experiment.dies
-        return [(begin, self._kill), (end, self.hosts[0].start)]
+        return [(begin, self._kill), (end, self.hosts[0].start), *front]
 
     def _kill(self) -> None:
         self.hosts[0].signal(signal.SIGKILL)
@@ -84,8 +87,9 @@ class Stack:
                 run.wasted += counts["wasted_tokens"]
                 run.preemptions += counts["preemptions"]
                 run.peak_waiting = max(run.peak_waiting, counts["peak_waiting"])
+                run.peak_held = max(run.peak_held, counts["peak_running"] + counts["peak_waiting"])
                 run.step_lag_s = max(run.step_lag_s, counts["step_lag_max_s"])
-        run.cpu_s = {kind: cpu_s(child) for kind, child in self.front.children.items()}
+        run.cpu_s = self.front.cpu_s()
         run.cpu_s["engines"] = sum(map(cpu_s, self.hosts))
 
     def stop(self) -> None:
@@ -138,7 +142,14 @@ def _play(stacks: Sequence[Stack], times: Times) -> tuple[list[Run], float]:
     for stack in stacks:
         cell, experiment = stack.cell, stack.cell.experiment
         marks = peers.marks(stack.contender, experiment.workload.classes)
-        targets.append(load.Target(stack.front.address, cell.demands(times), times.window, experiment.tagged, marks))
+        gateways = stack.front.gateways
+        shares = dealt(cell.demands(times), len(gateways), cell.seed)
+        targets.append(
+            [
+                load.Target(address, demands, times.window, experiment.tagged, marks)
+                for address, demands in zip(gateways, shares, strict=True)
+            ]
+        )
         run = Run(experiment.name, stack.contender, cell.load, cell.seed, times.window, [])
         run.dies = experiment.dies is not None
         runs.append(run)
@@ -148,8 +159,19 @@ def _play(stacks: Sequence[Stack], times: Times) -> tuple[list[Run], float]:
             stack.read(run)
 
     before = Machine.now()
-    load.play(targets, times.cut_s, [event for stack in stacks for event in stack.events()], read)
+    every = [target for some in targets for target in some]
+    load.play(every, times.cut_s, [event for stack in stacks for event in stack.events()], read)
     busy = Machine.now().busy_since(before)
-    for run, target in zip(runs, targets, strict=True):
-        run.records, run.tokens = target.records, target.tokens
+    for run, some in zip(runs, targets, strict=True):
+        run.records = [record for target in some for record in target.records]
+        run.tokens = sum(target.tokens for target in some)
     return runs, busy
+
+
+def dealt(demands: Sequence[Demand], gateways: int, seed: int) -> list[list[Demand]]:
+    """Deal requests to so many gateways at random, as a balancer in front of them would; one gets all as they are."""
+    chance = random.Random(seed)
+    shares: list[list[Demand]] = [[] for _ in range(gateways)]
+    for demand in demands:
+        shares[chance.randrange(gateways)].append(demand)
+    return shares

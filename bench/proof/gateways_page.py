@@ -1,0 +1,185 @@
+"""Writes the page of `make bench-replicas`: every figure in it is computed here, none is typed."""
+
+from __future__ import annotations
+
+import math
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from bench.proof import gateways
+from bench.proof.experiments import SEVERAL
+from bench.proof.figures import goodput, ratio
+from bench.proof.gateways import FAULT_AT_S
+from bench.proof.tables import goodput as with_spread
+from bench.proof.words import by_class, collect, seconds, share, table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from bench.proof.figures import Figures, Run
+    from bench.proof.words import Key, Row
+
+AFTER_S = 15.0
+"""How long after a fault goodput is told apart."""
+HEAD = """\
+# Several gateways: what they lose, and what forwarding costs
+
+`make bench-replicas` ({date}, {minutes:.0f} minutes, seeds {seeds}) on {machine}; {versions}. The method is that of
+[benchmarks.md](benchmarks.md): real Envoy, simulated engines in real time, the same seeded requests for all; here each
+request goes to one of the gateways at random. Every gateway is an Envoy with a sidecar of its own; where they share, a
+real {store} tells who is alive. {all} runs, {rejected} rejected and left out. How it works: [replicas.md](replicas.md).
+"""
+FORWARDING = """\
+Sidecars' processes on loopback, without Envoy (`python -m bench.replicas`), the leader with a core of its own, all
+followers on the other. It is what `replicas` adds: a request's offer, decision and release, and at the leader the
+admission core. One leader carried {most:,.0f} requests a second.
+"""
+SAYS = {
+    "gateways": """\
+Three engines of the preset h100-32b, {load} load, limits learned.
+""",
+    "gateways_faults": """\
+The same engines and requests, other runs. The leader is killed {at:.0f} s after the start and is back {restart:.0f} s
+later; the store is killed at the same moment and is back, empty, {gone:.0f} s later. Requests count that arrive from
+{begin:.0f} to {end:.0f} s. *After the fault*, for all rows: goodput of what arrived in the {after:.0f} s from then.
+""",
+    "gateways_fixed": """\
+Three engines of the preset a100-8b, {load} load, `max_running_requests: 96`. *Held*: the most that one engine ran and
+queued, by its own count.
+""",
+}
+
+
+def write(runs: Sequence[Run], forwarding: Sequence[Row], facts: Row, docs: Path) -> Path:
+    """Write the page into `docs`; return where it is."""
+    found = collect(runs)
+    rejected = [run for run in runs if run.problem()]
+    store = (gateways.STORE or "store").rpartition("/")[2]
+    facts = facts | {
+        "minutes": facts["duration_s"] / 60,
+        "seeds": ", ".join(map(str, facts["seeds"])),
+        "versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if name != "HAProxy"),
+        "store": {"redis-server": "Redis", "valkey-server": "Valkey"}.get(store, store),
+        "all": len(runs),
+        "rejected": len(rejected),
+    }
+    parts = [HEAD.format(**facts)]
+    parts += [
+        f"- rejected: {run.experiment} {run.load:.0%} #{run.seed} {run.contender}: {run.problem()}" for run in rejected
+    ]
+    for one in SEVERAL:
+        some = {key: figures for key, figures in found.items() if key[0] == one.name}
+        if some:
+            load = "/".join(f"{load:.0%}" for load in one.loads)
+            begin, end = facts["times"][:2]
+            says = SAYS[one.name].format(
+                load=load,
+                at=FAULT_AT_S,
+                restart=gateways.RESTART_S,
+                gone=gateways.STORE_GONE_S,
+                begin=begin,
+                end=end,
+                after=AFTER_S,
+            )
+            parts += [f"## {one.title}", "", says, *goodputs(some, runs), *costs(some)]
+    if forwarding:
+        parts += forwarded(forwarding)
+    path = docs / "benchmarks-replicas.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(parts).rstrip() + "\n")
+    return path
+
+
+def called(contender: str) -> str:
+    """Return what a contender is called in a table."""
+    among = gateways.among(contender.split(",")[1:])
+    if among.count == 1:
+        return "one"
+    if not among.shares:
+        return f"{among.count}, nothing shared"
+    return (
+        f"**{among.count}**"
+        + {"none": "", "leader-killed": ", leader killed", "store-gone": ", store gone"}[among.fault]
+    )
+
+
+def after_fault(runs: Sequence[Run], key: Key) -> float:
+    """Return the goodput of what arrived in the moment of a fault and soon after; nan of none."""
+    mine = [run for run in runs if (run.experiment, run.load, run.contender) == key and not run.problem()]
+    each = [goodput(r for r in run.records if FAULT_AT_S <= r.at < FAULT_AT_S + AFTER_S) for run in mine]
+    return mean(each) if each else math.nan
+
+
+def goodputs(some: dict[Key, Figures], runs: Sequence[Run]) -> list[str]:
+    """Return the table of goodput, the gateway that is alone first."""
+    alone = next((one for (_, _, who), one in some.items() if called(who) == "one"), None)
+    order = {name: place for place, name in enumerate(name for one in SEVERAL for name in one.contenders)}
+    faults = any("replicas_fault" in who for _, _, who in some)
+    rows = []
+    for key in sorted(some, key=lambda key: order.get(key[2], len(order))):
+        one = some[key]
+        held = max(run.peak_held for run in runs if (run.experiment, run.load, run.contender) == key)
+        times = ratio(one, alone) if alone is not None else (math.nan, math.nan)
+        rows.append(
+            [
+                called(key[2]),
+                with_spread(one),
+                by_class(one),
+                *(share(value, 2) for value in times),
+                *([share(after_fault(runs, key))] if faults else []),
+                seconds(one.of_class(("int",)).ttft[:2]),
+                f"{one.all.refused:.1%}",
+                f"{one.all.failed:.1%}",
+                str(held),
+            ]
+        )
+    head = ["gateways", "goodput", "int/std/batch", "of one", "in the least seed"]
+    head += ["after the fault"] if faults else []
+    return table([*head, "TTFT p50 / p95 s, first class", "refused", "failed", "held"], rows)
+
+
+def costs(some: dict[Key, Figures]) -> list[str]:
+    """Say what a request costs all Envoys and sidecars together."""
+    told = [
+        f"{called(key[2]).replace('*', '')} {one.cpu_ms.get('front', 0.0):.1f} + {one.cpu_ms.get('sidecar', 0.0):.1f}"
+        for key, one in some.items()
+    ]
+    says = "CPU ms a request, all Envoys + all sidecars, their starts and idle beats in it (few requests share those)"
+    return [f"{says}: {'; '.join(told)}.", ""]
+
+
+def forwarded(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return what forwarding costs, and what one leader carries."""
+    lines = [
+        [
+            row["load"],
+            str(row["followers"]),
+            f"{row['per_s']:,.0f}",
+            f"{row['p50_ms']:.2f}",
+            f"{row['p99_ms']:.1f}",
+            f"{row['follower_us']:.0f}",
+            f"{row['leader_us']:.0f}",
+            f"{row['leader_busy']:.0%}",
+        ]
+        for row in rows
+    ]
+    most = max(row["per_s"] for row in rows)
+    return [
+        "## Forwarding",
+        "",
+        FORWARDING.format(most=most),
+        *table(
+            [
+                "",
+                "followers",
+                "requests/s",
+                "added p50 ms",
+                "p99",
+                "CPU µs at the follower",
+                "at the leader",
+                "of its core",
+            ],
+            lines,
+        ),
+    ]
