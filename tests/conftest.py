@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,6 +18,18 @@ settings.register_profile("busy-machine", deadline=None, suppress_health_check=[
 settings.load_profile("busy-machine")
 
 TOOL_MISSING = "tool missing: "
+LONGEST = (
+    *("e2e/test_replicas.py", "unit/test_policy_gate.py", "e2e/test_any_engine.py", "e2e/test_endpoints.py"),
+    *("e2e/test_broken_endpoints.py", "e2e/test_restart.py", "e2e/test_commands.py", "e2e/test_not_completions.py"),
+)
+"""Files that take half a minute and more, the longest first: begun last, they would run on while nothing else does."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, all else in the order of its name: end-to-end tests before unit tests."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def tool(name: str, package: str, source: str = "Debian's") -> str:

@@ -12,6 +12,7 @@ import yaml
 
 from extproc import __version__, stability
 from extproc.config import Config, sections
+from tests.conftest import LONGEST
 
 ROOT = Path(__file__).parents[2]
 FORMS = [path for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yaml") if path.name != "config.yml"]
@@ -115,3 +116,7 @@ def test_only_what_is_not_ours_skips_the_tests_against_kubernetes(tmp_path, list
     assert done.returncode == code, done.stdout + done.stderr
     assert words in done.stdout
     assert ("skipped" in done.stdout) is bool(words)
+
+
+def test_the_files_of_tests_that_are_to_come_first_are_there():
+    assert [name for name in LONGEST if not (ROOT / "tests" / name).is_file()] == []
