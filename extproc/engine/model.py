@@ -154,6 +154,7 @@ class Engine:
         self._cache: OrderedDict[str | int | tuple[str], int] = OrderedDict()  # a prefix as a tuple of its name
         self._prefixes: dict[str, _Prefix] = {}  # those that running sequences use
         self._attention = 0.0  # computed tokens x tokens before them, in the prefill of the step in progress
+        self._cold = params.cold_requests  # prompts to compute until it is warm
         self._steps = 0  # steps that have ended
         self._ends: list[float] = []  # ends of the planned steps; all but the last are quiet. Empty: idle
         self._at = 0  # index of the step in progress in _ends
@@ -179,6 +180,11 @@ class Engine:
     def kv_usage(self) -> float:
         """Share of the KV blocks that running sequences own, 0..1; cached prefixes count as free."""
         return self._used / self.params.num_gpu_blocks
+
+    @property
+    def _speed(self) -> float:
+        """Its speed now: a plan of quiet steps holds, because only the end of a prefill warms it."""
+        return self.params.speed / self.params.cold_times if self._cold else self.params.speed
 
     @property
     def steps_total(self) -> int:
@@ -326,6 +332,7 @@ class Engine:
         """The end of a prefill is also the next token: the first one, or the one after a preemption."""
         if seq.produced == 0:
             self.prompt_tokens_total += seq.prompt
+            self._cold = max(self._cold - 1, 0)
             self._events.append(FirstToken(seq.seq_id, now))
         self.generation_tokens_total += 1
         seq.produced += 1
@@ -378,7 +385,7 @@ class Engine:
         tokens = self._decoding * step + self._offsets
         step_s = params.step_base_s + params.prefill_token_s * prefill + params.decode_seq_s * self._decoding
         step_s += params.context_token_s * tokens + params.prefill_context_s * self._attention
-        step_s /= params.speed
+        step_s /= self._speed
         # After a step that preempted, the head of the queue gets its chance in the next one.
         alone = bool(self._prefilling) or pressed
         self._ends = [now + step_s] if alone else self._plan(now, step_s, step)
@@ -386,7 +393,7 @@ class Engine:
     def _plan(self, now: float, step_s: float, step: int) -> list[float]:
         """Ends of the steps from `step` on, up to the first after which something can change."""
         room = self.params.num_gpu_blocks - self._used
-        longer_s = self.params.context_token_s * self._decoding / self.params.speed
+        longer_s = self.params.context_token_s * self._decoding / self._speed
         growth, size, finish_at = self._growth, self.params.block_size, self._finish_at
         ends = [now + step_s]
         while step not in finish_at and len(ends) < HORIZON_STEPS:

@@ -57,6 +57,8 @@ _HELP: Final = {
     "scheduling_policy": "order of the engine's own queue",
     "prefix_caching": "reuse the KV blocks of a session's last turn",
     "speed": "0.5 is an engine at half speed",
+    "cold_requests": "a new engine is slow until it has computed so many prompts",
+    "cold_times": "how many times as long its steps take until then",
 }
 
 

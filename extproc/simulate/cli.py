@@ -103,6 +103,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--noisy", type=_number(1, 100), metavar="TIMES", help="one tenant in five sends so many times its share")
     add("--slow", type=_number(0.05, 1), metavar="SPEED", help="speed of the first engine, like 0.5")
     add("--dies", type=_span, metavar="FROM-TO", help="seconds during which the first engine is dead")
+    add(
+        "--cold",
+        type=_whole(0, 100_000),
+        default=0,
+        metavar="N",
+        help="with --dies: back again, it is 5 times slower until it has computed N prompts",
+    )
     add("--limit", type=_whole(1, 100_000), metavar="N", help="fixed limit per engine that the baselines are tuned to")
     add("--html", type=Path, metavar="FILE", help="also write a page with plots")
     add("--workers", type=_whole(1, 64), default=1, metavar="N", help="processes (%(default)s)")
@@ -202,6 +209,7 @@ def plan_from(args: argparse.Namespace) -> Plan:
         faults=Faults(
             speeds=(args.slow,) if args.slow is not None else (),
             dies=(0, *args.dies) if args.dies is not None else None,
+            cold_requests=args.cold,
         ),
         best_limit=args.limit,
         engine=_engine(args.preset, args.engine) if args.engine else None,

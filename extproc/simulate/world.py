@@ -43,11 +43,13 @@ class Faults:
         dies: (engine, from, until), seconds: it loses all it has and refuses connections. From 0: it comes late, cold.
         blink: (at, for), seconds: the network to all engines is gone: what runs is cut, connections are refused. Too
             short for a health check to notice. The engines keep their caches.
+        cold_requests: whoever died is slow again until it has computed so many prompts (`EngineParams.cold_times`).
     """
 
     speeds: tuple[float, ...] = ()
     dies: tuple[int, float, float] | None = None
     blink: tuple[float, float] | None = None
+    cold_requests: int = 0
 
 
 Page = Literal["vllm", "gauges", "none"]
@@ -323,7 +325,7 @@ class World:
         self._settle(engine)
         self._dead[engine] = True
         self._past.append(self.engines[engine])
-        self.engines[engine] = Engine(self._params[engine])
+        self.engines[engine] = Engine(replace(self._params[engine], cold_requests=self.faults.cold_requests))
         self._versions[engine] += 1
         lost, self._running[engine] = self._running[engine], {}
         for job in dict.fromkeys(lost.values()):

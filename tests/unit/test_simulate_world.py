@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from bench.matrix.traffic import AZURE_CODE, AZURE_CONVERSATION, TRAFFIC
+from extproc.admission.limit import LimitLaw
+from extproc.admission.values import Policy
+from extproc.engine.model import Engine
 from extproc.engine.params import PRESETS
 from extproc.errors import ConfigError
 from extproc.simulate.contenders import NAMES, Core, contender
@@ -264,3 +267,45 @@ def test_traffic_of_the_matrix_can_be_drawn_and_names_what_it_needs() -> None:
         demands = workload.demands(5.0, 70.0, 1)
         assert demands, name
         assert all(math.isfinite(one.at) and 0 <= one.at < 70.0 for one in demands)
+
+
+# ---- cold engines
+
+
+def test_an_engine_is_slow_until_it_has_computed_so_many_prompts() -> None:
+    engine = Engine(replace(A100, cold_requests=2))
+    took: list[float] = []
+    for number in range(4):
+        begin = now = 10.0 * number
+        engine.submit(number, 1000, 2, begin)
+        while (due := engine.next_step()) is not None:
+            engine.advance(now := due)
+        took.append(now - begin)
+    warm_s = A100.step_base_s * 2 + A100.prefill_token_s * 1000
+    assert took == pytest.approx([5 * warm_s, 5 * warm_s - 4 * A100.step_base_s, warm_s, warm_s], rel=0.01)
+
+
+def sent_to_a_late_one(policy: Policy | None = None) -> list[Job]:
+    """Play a cold engine that comes late to three others; return the jobs that it got in its first ten seconds."""
+    groups, faults = [Group(A100, 4)], Faults(dies=(0, 0.0, 10.0), cold_requests=32)
+    who = contender("ours", "a100-8b", (ONE,))
+    assert who.setting is not None
+    if policy is not None:
+        who = replace(who, setting=replace(who.setting, policy=replace(who.setting.policy, limit_law=policy.limit_law)))
+    played = World(groups, who, 1, faults)
+    jobs = played.run(Workload(classes=(ONE,)).demands(20.0, 25.0, 3), 25.0)
+    sent = [(job.dispatched, job) for job in jobs if job.engine == 0 and job.outcome == "finished"]
+    begin = min(at for at, _ in sent if at is not None)
+    return [job for at, job in sent if at is not None and at < begin + 10.0]
+
+
+def too_slow(jobs: list[Job]) -> int:
+    """Count those whose tokens took longer than their class wants."""
+    spans = [(job.ended or 0.0) - (job.first_token or 0.0) for job in jobs]
+    return sum(span / max(job.demand.output - 1, 1) > ONE.tpot_s for span, job in zip(spans, jobs, strict=True))
+
+
+def test_a_cold_engine_spoils_less_than_half_the_answers_that_it_would_with_64_at_once() -> None:
+    ramped, at_once = sent_to_a_late_one(), sent_to_a_late_one(Policy(limit_law=LimitLaw(start=64)))
+    assert ramped, "it gets some: nothing else warms it"
+    assert too_slow(ramped) < too_slow(at_once) / 2
