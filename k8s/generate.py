@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from extproc.config import load_config
-from extproc.envoy.bootstrap import EXT_PROC_CLUSTER, EnvoyOptions, render
+from extproc.envoy.bootstrap import render
+from extproc.envoy.skeleton import EXT_PROC_CLUSTER, EnvoyOptions
 
 if TYPE_CHECKING:
     from extproc.config import Config

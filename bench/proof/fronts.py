@@ -20,7 +20,8 @@ import yaml
 from bench.proof import gateways, peers, rival
 from extproc.config import parse_config
 from extproc.durations import format_duration
-from extproc.envoy.bootstrap import EnvoyOptions, render
+from extproc.envoy.bootstrap import render
+from extproc.envoy.skeleton import EnvoyOptions
 from extproc.simulate.contenders import BEST_FIXED, ENGINE_QUEUE, HAPROXY_QUEUE_S
 from tests.e2e.kit.envoy import envoy_binary
 from tests.e2e.kit.processes import Child, free_port, http_get, http_ok, tcp_open

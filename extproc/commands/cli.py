@@ -269,7 +269,9 @@ def _require_none(source: str, problems: list[str]) -> None:
 def _envoy_config(arguments: argparse.Namespace) -> int:
     from extproc.config import cross_check, load_config, require_address
     from extproc.envoy import picker
-    from extproc.envoy.bootstrap import EnvoyOptions, render, render_secrets
+    from extproc.envoy.bootstrap import render
+    from extproc.envoy.sidecar_tls import render_secrets
+    from extproc.envoy.skeleton import EnvoyOptions
 
     config = load_config(arguments.config)
     if arguments.dialect is not None:

@@ -23,7 +23,8 @@ import yaml
 from extproc.app import App
 from extproc.commands.demo import Demo
 from extproc.config import Config, load_config, parse_config, require_address
-from extproc.envoy.bootstrap import EnvoyOptions, render
+from extproc.envoy.bootstrap import render
+from extproc.envoy.skeleton import EnvoyOptions
 from extproc.errors import ConfigError, StartError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import yaml
 from extproc.admission.limit import CEILING
 from extproc.durations import parse_duration
 from extproc.envoy import ways
-from extproc.envoy.bootstrap import IDLE_S, MARGIN_S
+from extproc.envoy.skeleton import IDLE_S, MARGIN_S
 from extproc.envoy.view import Spot, View, hosts_of, parse, same, views, walk
 from extproc.errors import ConfigError
 from extproc.files import read_text

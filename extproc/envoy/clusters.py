@@ -18,7 +18,7 @@ import aiohttp
 import yaml
 
 from extproc.endpoints.names import address_of
-from extproc.envoy.bootstrap import render_clusters
+from extproc.envoy.upstreams import render_clusters
 from extproc.files import read_regular
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from extproc.config import split_address
 from extproc.durations import parse_duration
-from extproc.envoy.bootstrap import ANY_CLUSTER
+from extproc.envoy.upstreams import ANY_CLUSTER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

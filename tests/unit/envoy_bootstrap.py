@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from extproc.envoy.bootstrap import EnvoyOptions, render
+from extproc.envoy.bootstrap import render
 from extproc.envoy.check import check_envoy, could_not_look
+from extproc.envoy.skeleton import EnvoyOptions
 
 if TYPE_CHECKING:
     from pathlib import Path

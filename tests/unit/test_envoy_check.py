@@ -6,8 +6,8 @@ import pytest
 
 from extproc.config import parse_config
 from extproc.envoy.advice import advice
-from extproc.envoy.bootstrap import EnvoyOptions
 from extproc.envoy.check import check_envoy
+from extproc.envoy.skeleton import EnvoyOptions
 from extproc.errors import ConfigError
 from tests.unit.envoy_bootstrap import HOST, MANAGER, OURS, Rendered
 

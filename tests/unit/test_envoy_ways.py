@@ -8,8 +8,8 @@ import pytest
 
 from extproc.commands import cli
 from extproc.config import Config, parse_config
-from extproc.envoy.bootstrap import EnvoyOptions
 from extproc.envoy.check import check_envoy, could_not_look
+from extproc.envoy.skeleton import EnvoyOptions
 from extproc.errors import ConfigError
 from tests.unit.envoy_bootstrap import HOST, MANAGER, OURS, Rendered
 

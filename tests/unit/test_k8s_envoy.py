@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from extproc.config import parse_config
-from extproc.envoy.bootstrap import EnvoyOptions, render
+from extproc.envoy.bootstrap import render
 from extproc.envoy.check import check_envoy
+from extproc.envoy.skeleton import EnvoyOptions
 from tests.e2e.kit.envoy import validate
 from tests.unit.k8s import kinds
 from tests.unit.k8s.rendering import (

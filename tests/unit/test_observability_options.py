@@ -10,8 +10,9 @@ from extproc._pb import ext_proc_pb2 as pb
 from extproc.admission.controller import Controller
 from extproc.admission.values import EndpointSpec, Policy, RequestClass
 from extproc.config import parse_config
-from extproc.envoy.bootstrap import EnvoyOptions, render
+from extproc.envoy.bootstrap import render
 from extproc.envoy.check import check_envoy
+from extproc.envoy.skeleton import EnvoyOptions
 from extproc.observe.metrics import Metrics
 from extproc.stream import wire
 from extproc.stream.ages import Ages

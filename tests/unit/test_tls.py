@@ -19,8 +19,10 @@ from cryptography.hazmat.primitives.serialization import (
 from extproc.app import App
 from extproc.commands import cli
 from extproc.config import Config, TlsConfig, parse_config
-from extproc.envoy.bootstrap import EnvoyOptions, render, render_secrets
+from extproc.envoy.bootstrap import render
 from extproc.envoy.check import check_envoy
+from extproc.envoy.sidecar_tls import render_secrets
+from extproc.envoy.skeleton import EnvoyOptions
 from extproc.errors import ConfigError
 from extproc.transport.tls import ServerTls, read
 

@@ -21,6 +21,8 @@ from extproc.endpoints.discovery.kubernetes import Kubernetes, ready_addresses
 from extproc.endpoints.names import may_be_found, of_family
 from extproc.envoy import bootstrap
 from extproc.envoy.clusters import ClustersFile
+from extproc.envoy.skeleton import EnvoyOptions
+from extproc.envoy.upstreams import ANY_CLUSTER
 from extproc.errors import ConfigError, StartError
 from extproc.files import read_regular
 from extproc.transport.completion.loop import TESTED
@@ -155,10 +157,10 @@ def test_names_of_our_own_clusters_are_refused(key, name):
 
 
 def test_every_cluster_that_the_bootstrap_adds_has_a_name_kept_for_it():
-    text = bootstrap.render(config(endpoints=[{"name": "a", "address": "10.0.0.1:1"}]), bootstrap.EnvoyOptions())
+    text = bootstrap.render(config(endpoints=[{"name": "a", "address": "10.0.0.1:1"}]), EnvoyOptions())
     clusters = yaml.safe_load(text)["static_resources"]["clusters"]
     assert {cluster["name"] for cluster in clusters if not is_ours(cluster["name"])} == {"a"}
-    assert is_ours(bootstrap.ANY_CLUSTER)
+    assert is_ours(ANY_CLUSTER)
 
 
 # ---- models at zero replicas

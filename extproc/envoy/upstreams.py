@@ -1,0 +1,141 @@
+"""Envoy's clusters of the endpoints: one for each, one of all for what nobody steered, and the file that has them."""
+
+from __future__ import annotations
+
+import json
+from ipaddress import ip_address
+from typing import TYPE_CHECKING
+
+from extproc.config import split_address
+from extproc.durations import format_duration
+from extproc.envoy.skeleton import lines, socket_address
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from extproc.config import Config, HealthCheckConfig
+    from extproc.envoy.skeleton import EnvoyOptions
+
+UNSTEERED_CLUSTER = "unsteered"
+ANY_CLUSTER = "extproc_any_endpoint"
+"""In a clusters file: all endpoints at once, for requests that no sidecar steered."""
+
+
+def render_clusters(routes: Mapping[str, str], addresses: Iterable[str], version: int, config: Config) -> str:
+    """Return the file that Envoy follows: `routes` are cluster -> address; `addresses` share a cluster."""
+    clusters = [
+        endpoint_cluster(cluster, address, config.upstream_protocol, config) for cluster, address in routes.items()
+    ]
+    clusters.append(
+        any_cluster(
+            ANY_CLUSTER, sorted(addresses), config.health_check, config.upstream_protocol, config.upstream_idle_timeout
+        )
+    )
+    kind = '    "@type": type.googleapis.com/envoy.config.cluster.v3.Cluster\n'
+    named = (cluster.partition("\n") for cluster in clusters)
+    return f"""\
+# Written by extproc, whenever an endpoint comes or goes. Envoy follows it: cds_config of its bootstrap.
+version_info: "{version}"
+resources:
+{"".join(name + newline + kind + rest for name, newline, rest in named)}"""
+
+
+def unsteered_cluster(addresses: list[str], config: Config, options: EnvoyOptions) -> str:
+    """Return the cluster of requests that no sidecar steered: empty, so that they get 503, unless it fails open."""
+    if options.fail_open:
+        return any_cluster(
+            UNSTEERED_CLUSTER, addresses, config.health_check, options.upstream_protocol, config.upstream_idle_timeout
+        )
+    return f"""\
+  - name: {UNSTEERED_CLUSTER}
+    type: STATIC
+    connect_timeout: 1s
+    load_assignment: {{cluster_name: {UNSTEERED_CLUSTER}}}
+"""
+
+
+def any_cluster(name: str, addresses: list[str], health: HealthCheckConfig | None, protocol: str, idle_s: float) -> str:
+    """Return the cluster that takes what nobody steered. It alone has health checks of Envoy's own.
+
+    An endpoint's cluster has one host, and the sidecar chooses it: if Envoy thought it down, it would panic and send
+    the request all the same, or refuse what the sidecar had just decided.
+    """
+    return f"""\
+  - name: {name}
+    type: STRICT_DNS
+    connect_timeout: 1s
+    lb_policy: LEAST_REQUEST
+    load_assignment:
+      cluster_name: {name}
+      endpoints:
+      - lb_endpoints:{"" if addresses else " []"}
+{lines(8, [f"- {_lb_endpoint(address)}" for address in addresses])}\
+    # Its own breaker: without a queue, what the engines can't take is refused here.
+    circuit_breakers: {{thresholds: [{{max_connections: 1000, max_requests: {64 * max(len(addresses), 1)}}}]}}
+{_health(health, protocol)}\
+{_protocol(protocol, idle_s)}"""
+
+
+def _health(health: HealthCheckConfig | None, protocol: str) -> str:
+    if health is None:
+        return ""
+    interval = format_duration(health.interval)
+    return f"""\
+    # The sidecar's own numbers. no_traffic_interval is 60 s by default, and no traffic is the normal case here.
+    health_checks:
+    - interval: {interval}
+      no_traffic_interval: {interval}
+      timeout: {format_duration(health.timeout)}
+      unhealthy_threshold: {health.unhealthy_threshold}
+      healthy_threshold: {health.healthy_threshold}
+      http_health_check:
+        path: {json.dumps(health.path)}
+        expected_statuses: [{{start: 200, end: 300}}]
+        codec_client_type: {"HTTP2" if protocol == "h2" else "HTTP1"}
+"""
+
+
+def _protocol(protocol: str, idle_s: float) -> str:
+    kind = "http2_protocol_options" if protocol == "h2" else "http_protocol_options"
+    return f"""\
+    typed_extension_protocol_options:
+      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
+        "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
+        # Below the server's own (uvicorn: 5 s): a request that meets a connection as the server closes it gets a 503.
+        common_http_protocol_options: {{idle_timeout: {format_duration(idle_s)}}}
+        explicit_http_config: {{{kind}: {{}}}}
+"""
+
+
+def endpoint_cluster(cluster: str, address: str, protocol: str, config: Config, *, may_retry: bool = True) -> str:
+    """Return an endpoint\'s own cluster: one host, since the sidecar chooses. `may_retry`: with its second priority."""
+    name, again, idle_s = json.dumps(cluster), config.second_try, config.upstream_idle_timeout
+    back, most_retries = "", ""
+    if again is not None and may_retry:
+        back = f"      - {{priority: 1, lb_endpoints: [{_lb_endpoint(again)}]}}\n"
+        most_retries = ", max_retries: 100000"  # each that came back counts here until it is answered; 3 by default
+    return f"""\
+  - name: {name}
+    type: {"STATIC" if _is_ip(address) else "STRICT_DNS"}
+    connect_timeout: 2s
+    load_assignment:
+      cluster_name: {name}
+      endpoints:
+      - {{lb_endpoints: [{_lb_endpoint(address)}]}}
+{back}    # The sidecar's limits decide; Envoy's default of 1024 must not.
+    circuit_breakers:
+      thresholds: [{{max_connections: 100000, max_requests: 100000, max_pending_requests: 100000{most_retries}}}]
+{_protocol(protocol, idle_s)}"""
+
+
+def _lb_endpoint(address: str) -> str:
+    return f"{{endpoint: {{address: {socket_address(address)}}}}}"
+
+
+def _is_ip(address: str) -> bool:
+    """Tell whether nothing has to be looked up: Envoy knows a STATIC cluster at once, a DNS one after an answer."""
+    try:
+        ip_address(split_address(address)[0])
+    except ValueError:
+        return False
+    return True
