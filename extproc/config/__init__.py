@@ -1,30 +1,26 @@
-"""The configuration, in four rooms: `types`, what a value may be; `keys`, every key; `rules`, how keys depend on one
-another; `read`, from YAML and environment variables to these. Each uses only those before it. Others import from here.
+"""The configuration, in four rooms: `types`, what a value may be; `keys`, every key (sections have files of their own);
+`rules`, how keys depend on one another; `read`, from YAML and environment variables to these. Each uses only those
+before it. Others import from here.
 """
 
 from extproc.config.changes import changes
 from extproc.config.doubts import doubts
-from extproc.config.keys import (
-    Config,
+from extproc.config.endpoints import (
     DiscoveryConfig,
     DnsConfig,
     EndpointConfig,
     HealthCheckConfig,
     InferencePoolConfig,
     KubernetesConfig,
-    LeaseConfig,
-    PickerConfig,
-    ReplicasConfig,
-    ReplicasTlsConfig,
     SourceConfig,
-    TlsConfig,
-    TlsEnvoyConfig,
-    ValkeyConfig,
-    sections,
     target_of,
 )
+from extproc.config.keys import Config, sections
 from extproc.config.read import load_config, parse_config
+from extproc.config.replicas import LeaseConfig, ReplicasConfig, ReplicasTlsConfig, ValkeyConfig
+from extproc.config.requests import PickerConfig
 from extproc.config.rules import cross_check
+from extproc.config.tls import TlsConfig, TlsEnvoyConfig
 from extproc.config.types import require_address, split_address
 
 __all__ = [

@@ -1,6 +1,7 @@
-"""Every key, its default and its meaning, in one place; `docs/reference.md` is written from here.
+"""The configuration's keys, each with its default and its meaning; `docs/reference.md` is written from here.
 
-`Config` also says it in the words of the other parts: admission's policy, a session's headers, what is scraped.
+Sections have rooms of their own: endpoints.py, requests.py, learning.py, replicas.py, tls.py. `Config` also says it all
+in the words of the other parts: admission's policy, a session's headers, what is scraped.
 """
 
 from __future__ import annotations
@@ -9,40 +10,39 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args, get_origin
 
 from pydantic import BaseModel, Field
 
-from extproc.admission.tenants import NO_RULES, TenantRule, TenantRules
+from extproc.admission.tenants import NO_RULES
 from extproc.admission.values import Binding, EndpointSpec, Policy, RequestClass
+from extproc.config.endpoints import (
+    DiscoveryConfig,
+    EndpointConfig,
+    HealthCheckConfig,
+    InferencePoolConfig,
+    SourceConfig,
+    target_of,
+)
 from extproc.config.learning import LearningConfig, LimitConfig
-from extproc.config.section import Section as _Section
+from extproc.config.replicas import ReplicasConfig
+from extproc.config.requests import (
+    ClassConfig,
+    HeadersConfig,
+    OverflowConfig,
+    PickerConfig,
+    RouteConfig,
+    TenantsConfig,
+)
+from extproc.config.section import Section
+from extproc.config.tls import TlsConfig
 from extproc.config.types import (
     Address,
     ClustersFile,
     Duration,
-    FilePath,
-    HeaderName,
-    HeaderNames,
     Limit,
     Listen,
-    Method,
-    Name,
-    NamedPort,
     Network,
-    OwnLimit,
     Percent,
-    PoolName,
-    Port,
     PositiveDuration,
-    RoutePath,
-    SecretHeaders,
-    SlicePort,
     SocketMode,
-    StoreUrl,
-    Threshold,
-    Url,
-    UrlPath,
 )
-from extproc.endpoints.access import Access
-from extproc.endpoints.telemetry.engines import metrics_path
-from extproc.endpoints.telemetry.target import Target
 from extproc.stream.dialect import Told
 from extproc.stream.request import Headers
 from extproc.stream.routes import Action, Routes, Rule, Shape
@@ -51,423 +51,10 @@ from extproc.stream.wire import PICK_HEADER
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pydantic import SecretStr
+    from extproc.endpoints.telemetry.target import Target
 
 
-EngineName = Literal[
-    "auto", "vllm", "sglang", "tgi", "trtllm", "triton", "llamacpp", "lmdeploy", "nim", "dynamo", "none"
-]
-
-
-class EndpointConfig(_Section):
-    """One inference server. Any of the limits here overrides the common one."""
-
-    name: Name = Field(description="Its name: in metrics, logs, `/queues`.")
-    cluster: Name | None = Field(None, description="The Envoy cluster that leads to it. Default: `name`.")
-    address: Address = Field(description="host:port of the server.")
-    models: Annotated[list[str], Field(max_length=1000)] = Field(
-        [], description="Model names it serves; it gets only requests for those. Empty: any."
-    )
-    max_running_requests: OwnLimit = Field(
-        "inherit", description="The most requests at once: a number, or `adaptive`. Default: the common one."
-    )
-    kv_capacity_tokens: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="Size of its KV cache in tokens. Default: what its metrics say; no KV limit while unknown."
-    )
-    engine: EngineName = Field(
-        "auto", description="Whose metric names it uses. `auto`: its page tells. `none`: its page is not read."
-    )
-    metrics_url: Url | None = Field(
-        None,
-        description="Its metrics page. Default: http://ADDRESS/metrics (https with `metrics_ca_file`); for `trtllm` "
-        "/prometheus/metrics, for `nim` /v1/metrics.",
-    )
-    metrics_headers: SecretHeaders = Field({}, description="Headers for its metrics page. Shown nowhere.")
-    metrics_token_file: FilePath | None = Field(
-        None, description="A token for its metrics page, sent as `authorization: Bearer`. Read again when it changes."
-    )
-    metrics_ca_file: FilePath | None = Field(None, description="Who signed the certificate of its metrics page.")
-    gpu_metrics_url: Url | None = Field(None, description="Page of a DCGM exporter that sees its GPUs.")
-    gpu_metrics_labels: dict[str, str] = Field(
-        {}, description="Labels of the series there that are its GPUs, like `{Hostname: node-7, gpu: '0'}`. Empty: all."
-    )
-
-
-class _Found(_Section):
-    """What is said of all endpoints that one source finds."""
-
-    models: Annotated[list[str], Field(max_length=1000)] = Field([], description="As of `endpoints[]`, for each found.")
-    max_running_requests: OwnLimit = Field("inherit", description="As of `endpoints[]`, for each found.")
-    kv_capacity_tokens: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="As of `endpoints[]`, for each found."
-    )
-    engine: EngineName = Field("auto", description="As of `endpoints[]`, for each found.")
-    metrics_headers: SecretHeaders = Field({}, description="As of `endpoints[]`, for each found.")
-    metrics_token_file: FilePath | None = Field(None, description="As of `endpoints[]`, for each found.")
-    metrics_ca_file: FilePath | None = Field(None, description="As of `endpoints[]`, for each found.")
-
-    def endpoint(self, name: str, address: str) -> EndpointConfig:
-        """Return a found endpoint as if the file had listed it."""
-        return EndpointConfig(
-            name=name,
-            address=address,
-            models=self.models,
-            max_running_requests=self.max_running_requests,
-            kv_capacity_tokens=self.kv_capacity_tokens,
-            engine=self.engine,
-            metrics_headers=self.metrics_headers,
-            metrics_token_file=self.metrics_token_file,
-            metrics_ca_file=self.metrics_ca_file,
-        )
-
-
-class DnsConfig(_Found):
-    """Every address of a name is an endpoint, called `address:port`. A failed lookup changes nothing."""
-
-    name: Annotated[str, Field(min_length=1, max_length=253)] = Field(description="The name to look up.")
-    port: Port | None = Field(None, description="The servers' port. Either this or `ports`.")
-    ports: Annotated[list[Port], Field(min_length=1, max_length=64)] | None = Field(
-        None, description="Several: one endpoint for each address and port, as of a data parallel server."
-    )
-    family: Literal["auto", "ipv4", "ipv6", "any"] = Field(
-        "auto",
-        description="Which addresses count. `auto`: IPv4 if there is any, else IPv6: a name with both is mostly one "
-        "server. `any`: each is a server of its own.",
-    )
-    interval: PositiveDuration = Field(5.0, description="How often.")
-
-
-class KubernetesConfig(_Found):
-    """Every ready address in the EndpointSlices of a service is an endpoint, called as its pod.
-
-    Needs the right to list and watch `endpointslices` of `discovery.k8s.io`, in its namespace.
-    """
-
-    service: str | None = Field(None, description="The service's name. Either this or `selector`.")
-    selector: str | None = Field(None, description="A label selector of EndpointSlices, like `app=vllm`.")
-    namespace: str | None = Field(None, description="Default: the pod's own.")
-    port: SlicePort = Field(
-        None, description="Number, or the name of the slices' port. Default: the only or first one."
-    )
-    ports: Annotated[list[NamedPort], Field(min_length=1, max_length=64)] | None = Field(
-        None,
-        description="Several, instead of `port`: one endpoint for each pod and port, called POD-PORT, as of a data "
-        "parallel server with a port for each rank.",
-    )
-    api: Url | None = Field(None, description="The API server. Default: the one that a pod is told of.")
-    token_file: str = Field(
-        "/var/run/secrets/kubernetes.io/serviceaccount/token", description="Read again for every call: it is rotated."
-    )
-    ca_file: str = Field(
-        "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt", description="Who signed the API server's certificate."
-    )
-
-
-class InferencePoolConfig(_Found):
-    """Every ready pod of an InferencePool (`inference.networking.k8s.io/v1`) is an endpoint, one for each target port.
-
-    Endpoints are called as their pods, with several target ports POD-rank-N; a pod's annotation `llm-d.ai/active-ports`
-    can name fewer ports. Needs the right to list and watch `inferencepools` of `inference.networking.k8s.io`, `pods`
-    of the core API, and `inferenceobjectives` of `llm-d.ai` and `inference.networking.x-k8s.io`, in its namespace.
-    """
-
-    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")] = Field(
-        description="The pool's name."
-    )
-    namespace: str | None = Field(None, description="Default: the pod's own.")
-    objectives: bool = Field(
-        True,
-        description="Follow the pool's InferenceObjectives: a request that names one is in the class of that name, "
-        "else in the class with its priority, else the next lower one, else the lowest.",
-    )
-    api: Url | None = Field(None, description="The API server. Default: the one that a pod is told of.")
-    token_file: str = Field(
-        "/var/run/secrets/kubernetes.io/serviceaccount/token", description="Read again for every call: it is rotated."
-    )
-    ca_file: str = Field(
-        "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt", description="Who signed the API server's certificate."
-    )
-
-
-SourceConfig = DnsConfig | KubernetesConfig | InferencePoolConfig
-"""What says where endpoints are found."""
-
-
-class DiscoveryConfig(_Section):
-    """A source of endpoints that come and go. Each item has one of these keys."""
-
-    dns: DnsConfig | None = Field(None, description="By DNS.")
-    kubernetes: KubernetesConfig | None = Field(None, description="From Kubernetes.")
-
-
-class HealthCheckConfig(_Section):
-    """How to ask endpoints whether they live. 2xx within the timeout is a success."""
-
-    path: UrlPath = Field("/health", description="vLLM's and SGLang's is `/health`.")
-    interval: PositiveDuration = Field(2.0, description="From one check of an endpoint to the next.")
-    timeout: PositiveDuration = Field(1.0, description="An answer that is not there by then is a failure.")
-    unhealthy_threshold: Threshold = Field(
-        3, description="Failures in a row that take an endpoint out; one is enough if it never passed."
-    )
-    healthy_threshold: Threshold = Field(1, description="Successes in a row that bring it back.")
-    headers: SecretHeaders = Field({}, description="Headers of each check. Shown nowhere.")
-    token_file: FilePath | None = Field(
-        None, description="A token, sent as `authorization: Bearer`. Read again when it changes."
-    )
-    ca_file: FilePath | None = Field(None, description="Who signed the servers' certificates; checks then go by https.")
-
-    def access(self) -> Access:
-        """Return what a check needs to be let in."""
-        return _access(self.headers, self.token_file, self.ca_file)
-
-
-class TlsEnvoyConfig(_Section):
-    """For `extproc envoy-config`: how Envoy meets our TLS. The paths are Envoy's, and nobody else looks at them."""
-
-    server_name: Annotated[str, Field(min_length=1, max_length=253)] = Field(
-        description="A DNS name in our certificate. Envoy takes no other certificate."
-    )
-    ca_file: FilePath = Field(description="Who signed our certificate.")
-    cert_file: FilePath | None = Field(
-        None, description="What Envoy shows us. Needed with `client_ca_file`, and `key_file` with it."
-    )
-    key_file: FilePath | None = Field(None, description="Its key.")
-    secrets_directory: FilePath = Field(
-        "/etc/envoy", description="Where Envoy finds the files that `extproc envoy-config --secrets DIR` writes."
-    )
-
-
-class TlsConfig(_Section):
-    """TLS at `listen`. PEM files, read again when they change: a rotated certificate needs no restart."""
-
-    cert_file: FilePath | None = Field(
-        None, description="Our certificate, and after it those between it and its CA. Required, but for `self_signed`."
-    )
-    key_file: FilePath | None = Field(None, description="Its key, without a passphrase.")
-    self_signed: bool = Field(
-        False,
-        description="Make a certificate at start instead: for gateways that want TLS and look at no certificate. Needs "
-        "`pip install extproc-queue[picker]`.",
-    )
-    client_ca_file: FilePath | None = Field(
-        None, description="Mutual TLS: only who shows a certificate signed by this CA may connect. Unset: anyone may."
-    )
-    envoy: TlsEnvoyConfig | None = Field(None, description="Envoy's side, for `extproc envoy-config`.")
-
-
-SERVER_MARGIN_S = 0.4
-"""Of an objective for the first token, what is left to the server."""
-
-
-class OverflowConfig(_Section):
-    """A cluster of last resort: another region, a provider. No limit counts what goes there."""
-
-    name: Name = Field(description="The Envoy cluster's name.")
-    address: Address | None = Field(
-        None,
-        description="host:port, plain HTTP: `envoy-config` renders the cluster. Unset: your Envoy has it, with TLS, "
-        "keys and host names as it needs them.",
-    )
-
-
-class OnRefusalConfig(_Section):
-    """What becomes of a request that would be refused for want of room."""
-
-    cluster: Name = Field(description="One of `overflow_clusters`: it goes there instead.")
-
-
-class ClassConfig(_Section):
-    """A service class. A request names its class in a header; an unknown or missing name means the first class."""
-
-    name: Name = Field(description="Its name, as the header gives it.")
-    priority: Annotated[int, Field(ge=-1000, le=1000)] = Field(0, description="Higher goes first, always.")
-    weight: Annotated[float, Field(ge=0.001, le=1000)] | None = Field(
-        None,
-        description="Its share of what classes of its priority get, by tokens: 4 beside 1 is four fifths while both "
-        "have requests waiting. All of one priority have one, or none: then they are one line.",
-    )
-    budget: Duration = Field(
-        30.0,
-        description="The longest that a request of this class may wait. Where `ttft` is given, by default that less "
-        "0.4s, which the server needs.",
-    )
-    on_refusal: OnRefusalConfig | None = Field(
-        None, description="Instead of 429 or 503 for want of room. Unset: the refusal."
-    )
-    ttft: PositiveDuration | None = Field(None, description="Wanted time to the first token, as its users say it.")
-    tpot: PositiveDuration | None = Field(
-        None,
-        description="Wanted time per output token after the first. Adaptive limits keep the tightest of all classes.",
-    )
-
-    @property
-    def budget_s(self) -> float:
-        """Return the longest that a request of this class may wait, in seconds."""
-        if self.ttft is None or "budget" in self.model_fields_set:
-            return self.budget
-        return max(self.ttft - SERVER_MARGIN_S, self.ttft / 2)
-
-
-class _TenantKeys(_Section):
-    max_in_flight: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="The most requests that wait or run at once; one more gets 429, `tenant_limit`. Unset: any."
-    )
-    guaranteed: Annotated[int, Field(ge=0)] = Field(
-        0,
-        description="So many of its requests in flight go before those of other tenants in their class. No room is "
-        "kept free for them, and a higher class still goes first.",
-    )
-    weight: Annotated[float, Field(ge=0.001, le=1000)] = Field(
-        1.0, description="Of its fair share of tokens in a class; needs `tenant_fairness`."
-    )
-
-    def rule(self) -> TenantRule:
-        """Return it as admission knows it."""
-        return TenantRule(self.max_in_flight, self.guaranteed, self.weight)
-
-
-class TenantConfig(_TenantKeys):
-    """A tenant by name."""
-
-    name: Annotated[str, Field(min_length=1, max_length=256)] = Field(description="Its name, as the header gives it.")
-
-
-class OtherTenantsConfig(_TenantKeys):
-    """What holds for tenants that are not named: for all of them together, or for each."""
-
-
-class TenantsConfig(_Section):
-    """Who tenants are, and what each may have."""
-
-    named: Annotated[list[TenantConfig], Field(max_length=10_000)] = Field([], description="Tenants by name.")
-    others: OtherTenantsConfig = Field(OtherTenantsConfig(), description="All others.")
-    count_others: Literal["together", "apart"] | None = Field(
-        None,
-        description="`together`: all others are one tenant, so that a made-up name gains nothing. `apart`: each is "
-        "one; only where clients can't write the header themselves. Default: together if `named` names any.",
-    )
-
-    def rules(self) -> TenantRules:
-        """Return them as admission knows them."""
-        apart = self.count_others == "apart" or (self.count_others is None and not self.named)
-        return TenantRules({one.name: one.rule() for one in self.named}, self.others.rule(), apart)
-
-
-class RouteConfig(_Section):
-    """What becomes of some requests. The first row that fits decides.
-
-    After these rows, `GET /v1/models` is answered with the models of all endpoints. What no row names: GET, HEAD,
-    OPTIONS and DELETE go at once, all else is queued, and so is a WebSocket (`UPGRADE` stands for its method).
-    """
-
-    path: RoutePath = Field(description="Path without the query; with `*` at its end, all that begin so.")
-    methods: Annotated[list[Method], Field(max_length=20)] = Field([], description="Methods. Empty: any.")
-    action: Literal["queue", "pass", "models"] | None = Field(
-        None,
-        description="`queue`: waits for a slot. `pass`: goes at once to an endpoint that serves its model, takes no "
-        "slot, counts for no limit. `models`: we list the models of all endpoints. Default: by method.",
-    )
-    errors: Literal["openai", "anthropic"] | None = Field(
-        None,
-        description="Shape of our errors. Default: Anthropic's at `/v1/messages`, else OpenAI's. gRPC has its own.",
-    )
-
-
-class HeadersConfig(_Section):
-    """Which request header carries what."""
-
-    cluster: HeaderName = Field(
-        "x-upstream-cluster", description="We write the chosen cluster here; Envoy routes by it."
-    )
-    model: HeaderNames = Field(
-        ["x-model"], description="Model name. One name or a list, the first that a request has counts."
-    )
-    request_class: HeaderName = Field("x-request-class", alias="class", description="Class name.")
-    tenant: HeaderName = Field("x-tenant-id", description="Whom to be fair to.")
-    session: HeaderNames = Field(
-        ["x-session-id", "x-session-affinity"],
-        description="Requests of a session prefer the endpoint of the last one. One name or a list, the first that a "
-        "request has counts.",
-    )
-    budget: HeaderName = Field("x-queue-budget", description="This request's budget, like `5s`; `0s`: never wait.")
-
-
-class PickerConfig(_Section):
-    """For `dialect: endpoint-picker`; docs/inference-gateway.md says what each gateway needs."""
-
-    read_model: bool = Field(
-        False,
-        description="Where no header names the model, look for it in the first 64 KiB of the body, if the gateway "
-        "sends us bodies before it has our answer (FULL_DUPLEX_STREAMED).",
-    )
-    without_end: Literal["refuse", "pick"] = Field(
-        "refuse",
-        description="Gateways that never tell when an answer ends, as NGINX's. `refuse`: 503, and a line in the log. "
-        "`pick`: each endpoint in its turn, at once; nothing is counted, so no limit holds.",
-    )
-
-
-class ValkeyConfig(_Section):
-    """Valkey 7 or Redis 6 and later. Needs `pip install extproc-queue[valkey]`."""
-
-    url: StoreUrl = Field(
-        description="Like `valkey://10.0.0.7:6379/0`; `valkeys://` is TLS; `redis://`, `rediss://` and `unix:///path` "
-        "work too. Shown nowhere."
-    )
-    password_file: FilePath | None = Field(None, description="A password; read again for each connection.")
-
-
-class LeaseConfig(_Section):
-    """One Lease (`coordination.k8s.io`) per sidecar.
-
-    Needs the rights to get, list, create, patch and delete `leases`, in its namespace.
-    """
-
-    namespace: str | None = Field(None, description="Default: the pod's own.")
-    api: Url | None = Field(None, description="The API server. Default: the one that a pod is told of.")
-    token_file: str = Field(
-        "/var/run/secrets/kubernetes.io/serviceaccount/token", description="Read again for every call: it is rotated."
-    )
-    ca_file: str = Field(
-        "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt", description="Who signed the API server's certificate."
-    )
-
-
-class ReplicasTlsConfig(_Section):
-    """Mutual TLS between sidecars. PEM files, read again for each connection."""
-
-    cert_file: FilePath = Field(description="Our certificate, and after it those between it and its CA.")
-    key_file: FilePath = Field(description="Its key, without a passphrase.")
-    ca_file: FilePath = Field(description="Who signed the certificates of all sidecars.")
-    server_name: Annotated[str, Field(min_length=1, max_length=253)] = Field(
-        description="A DNS name in the certificate of every sidecar of the pool, and in no other's."
-    )
-
-
-class ReplicasConfig(_Section):
-    """Several sidecars that share endpoints decide as one: one leads, the others follow (docs/replicas.md)."""
-
-    pool: PoolName = Field("default", description="Sidecars of one pool share their endpoints; one pool per config.")
-    listen: Address = Field("127.0.0.1:50061", description="Where other sidecars reach us: host:port.")
-    advertise: Address | None = Field(
-        None, description="The host:port that others are told. Default: `listen`. In a pod: its IP."
-    )
-    valkey: ValkeyConfig | None = Field(
-        None, description="Find each other in Valkey or Redis. Either this or the next."
-    )
-    kubernetes_lease: LeaseConfig | None = Field(None, description="Find each other by Leases in Kubernetes.")
-    tls: ReplicasTlsConfig | None = Field(None, description="TLS between sidecars. Unset: plain text.")
-    allow_insecure: bool = Field(
-        False, description="Allow `listen` without `tls` on addresses other than loopback: anyone there can take slots."
-    )
-
-    @property
-    def reached_at(self) -> str:
-        """The address that others are told."""
-        return self.advertise or self.listen
-
-
-class Config(_Section):
+class Config(Section):
     """The sidecar's configuration file."""
 
     listen: Listen = Field("127.0.0.1:50051", description="Where Envoy connects: host:port or `unix:/path`.")
@@ -765,25 +352,6 @@ class Config(_Section):
     def longest_budget_s(self) -> float:
         """The longest that any request may wait."""
         return max(klass.budget_s for klass in self.classes) + (self.no_endpoint_budget or 0.0)
-
-
-def target_of(endpoint: EndpointConfig) -> Target:
-    """Return what is scraped for one endpoint."""
-    scheme = "http" if endpoint.metrics_ca_file is None else "https"
-    return Target(
-        name=endpoint.name,
-        url=endpoint.metrics_url or f"{scheme}://{endpoint.address}{metrics_path(endpoint.engine)}",
-        engine=endpoint.engine,
-        own=frozenset((endpoint.address, *endpoint.models)),
-        base=f"{scheme if endpoint.metrics_url is None else 'http'}://{endpoint.address}",
-        access=_access(endpoint.metrics_headers, endpoint.metrics_token_file, endpoint.metrics_ca_file),
-        gpu_url=endpoint.gpu_metrics_url,
-        gpu_labels=tuple(sorted(endpoint.gpu_metrics_labels.items())),
-    )
-
-
-def _access(headers: dict[str, SecretStr], token_file: str | None, ca_file: str | None) -> Access:
-    return Access(tuple((name, value.get_secret_value()) for name, value in headers.items()), token_file, ca_file)
 
 
 def sections(section: type[BaseModel] = Config, path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:

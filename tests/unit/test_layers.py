@@ -56,10 +56,16 @@ ALLOWED = {
     "config/types": {"extproc.durations", "extproc.errors"},
     "config/section": set(),
     "config/learning": {"extproc.config.section", "extproc.config.types", "extproc.admission"},
+    "config/endpoints": {
+        *("extproc.config.section", "extproc.config.types", "extproc.endpoints.telemetry", "extproc.endpoints.access"),
+    },
+    "config/requests": {"extproc.config.section", "extproc.config.types", "extproc.admission"},
+    "config/replicas": {"extproc.config.section", "extproc.config.types"},
+    "config/tls": {"extproc.config.section", "extproc.config.types"},
     "config/keys": {
-        *("extproc.config.types", "extproc.config.section", "extproc.config.learning"),
-        *("extproc.admission", "extproc.stream"),
-        *("extproc.endpoints.telemetry", "extproc.endpoints.access"),
+        *("extproc.config.types", "extproc.config.section", "extproc.config.learning", "extproc.config.endpoints"),
+        *("extproc.config.requests", "extproc.config.replicas", "extproc.config.tls"),
+        *("extproc.admission", "extproc.stream", "extproc.endpoints.telemetry"),
     },
     "config/rules": {"extproc.config.types", "extproc.config.keys"},
     "envoy": {

@@ -14,8 +14,7 @@ import yaml
 from extproc.admission.controller import Controller
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import EndpointSpec, Policy, Request
-from extproc.config import Config, parse_config
-from extproc.config.keys import KubernetesConfig
+from extproc.config import Config, KubernetesConfig, parse_config
 from extproc.config.types import is_ours
 from extproc.endpoints.discovery.kubernetes import Kubernetes, ready_addresses
 from extproc.endpoints.names import may_be_found, of_family
