@@ -6,7 +6,7 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING
 
-from extproc.replicas.leading import Follower
+from extproc.replicas.forwarded import Follower
 from extproc.replicas.messages import VERSION, Ask, Hello, Leave, Met, Purpose, Redirect, Refuse, Told, Welcome
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from extproc.admission.outcome import Outcome
 from extproc.admission.ticket import State
 from extproc.admission.values import Answer, Dispatch, Reject
-from extproc.replicas.leading import asked_by
+from extproc.replicas.forwarded import asked_by
+from extproc.replicas.leading import MOST_HOMES
 from extproc.replicas.messages import (
     Answered,
     Ask,
@@ -22,6 +23,7 @@ from extproc.replicas.messages import (
     FirstToken,
     Grant,
     Held,
+    Learned,
     Moved,
     Offer,
     Release,
@@ -46,8 +48,6 @@ FRESH_S = 1.2
 """How old the last beat may be that the leader has surely heard. It gives us up after SILENCE_S without one."""
 MOST_ASKED = 32
 """Questions that wait for an answer; an older one is forgotten."""
-MOST_HOMES = 5000
-"""Sessions that a sidecar tells a new leader of: those that it saw last."""
 PROMPT_S = 1.0
 """A prompt sent longer ago is taken as computed: nobody tells a sidecar that does not lead."""
 
@@ -198,6 +198,14 @@ class Following:
             endpoint = self._gate.controller.endpoints.get(name)
             if endpoint is not None:
                 endpoint.limit.start_at(value)
+
+    def take_knowledge(self, message: Learned | Remember) -> None:
+        """Take over what the leader knows: we may lead next."""
+        match message:
+            case Learned(learnt):
+                self._gate.controller.believe(learnt)
+            case Remember(home):
+                self._gate.controller.believe_home(home, self._gate.now())
 
     def take_grant(self, grant: Grant) -> None:
         """Dispatch a request. The lease is in our own books before anybody hears of it."""

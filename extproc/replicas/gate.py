@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from extproc.admission.outcome import Outcome
 from extproc.admission.ticket import State
-from extproc.admission.values import Answer, Reject
-from extproc.replicas.leading import Forwarded
+from extproc.admission.values import Answer, Dispatch, Reject
+from extproc.replicas.forwarded import Forwarded
 from extproc.stream.gate import Gate
 
 if TYPE_CHECKING:
@@ -36,6 +36,21 @@ class _OwnOnly:
             self._observer.cancelled(ticket, wait_s)
 
 
+class _Homes:
+    """Has the sidecar that would lead next know where our own clients' sessions are served: nobody else sees them."""
+
+    def __init__(self, gate: SharedGate) -> None:
+        self._gate = gate
+
+    def decided(self, decision: Decision) -> None:
+        leading = self._gate.replica.leading
+        if leading is not None and isinstance(decision, Dispatch):
+            leading.tell_home(decision.ticket)
+
+    def cancelled(self, ticket: Ticket, wait_s: float) -> None:
+        pass
+
+
 class _Watch:
     """A loop whose clock has the replica notice, before anything is decided, that the process was stopped."""
 
@@ -62,7 +77,7 @@ class SharedGate(Gate):
     def __init__(self, controller: Controller, loop: Loop, observers: Iterable[Observer] = ()) -> None:
         """Drive `controller` on `loop`; a `Replica` made with this gate must begin before requests come."""
         self._watch = _Watch(loop)
-        super().__init__(controller, self._watch, [_OwnOnly(observer) for observer in observers])
+        super().__init__(controller, self._watch, [_OwnOnly(observer) for observer in (*observers, _Homes(self))])
         controller.is_shared = True
 
     def watch(self) -> None:
@@ -134,25 +149,28 @@ class SharedGate(Gate):
     def first_token(self, ticket: Ticket) -> None:
         """Note that the answer began."""
         super().first_token(ticket)
-        self.replica.first_token(ticket)
+        if self.replica.following is not None:
+            self.replica.following.first_token(ticket)
 
     def answered(self, ticket: Ticket) -> None:
         """Note that an answer began well."""
         super().answered(ticket)
-        self.replica.answered(ticket)
+        if self.replica.following is not None:
+            self.replica.following.answered(ticket)
 
     def move(self, ticket: Ticket, endpoint: str) -> None:
         """Note that another endpoint answers than the one picked, in our own books and in those of who leads."""
         if ticket.state is State.LEASED:
             super().move(ticket, endpoint)
-            self.replica.move(ticket, endpoint)
+            if self.replica.following is not None:
+                self.replica.following.move(ticket, endpoint)
 
     def report(self, ticket: Ticket, load: Load) -> None:
         """Follow what an answer's headers say of its endpoint's load; who leads is told."""
         if self.replica.decides:
             super().report(ticket, load)
-        else:
-            self.replica.report(ticket, load)
+        elif self.replica.following is not None:
+            self.replica.following.report(ticket, load)
 
     def set_policy(self, policy: Policy) -> None:
         """Replace our own rules; those that count are the leader's."""
@@ -163,7 +181,7 @@ class SharedGate(Gate):
         """Add or change an endpoint."""
         super().put_endpoint(spec)
         if self.replica.leading is not None:
-            self.replica.leading.came(spec.name)
+            self.replica.leading.look_at_names()
         self.replica.names_changed()
 
     def remove_endpoint(self, name: str) -> None:
@@ -178,9 +196,9 @@ class SharedGate(Gate):
         self.now()
         leading = self.replica.leading
         if leading is not None:
-            leading.before_reading(name)
+            leading.quotas.before_reading(name)
             super().observe(name, load)
-            leading.after_reading(name)
+            leading.quotas.after_reading(name)
 
     def drain(self) -> None:
         """Refuse what waits here, and what would have to."""

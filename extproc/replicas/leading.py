@@ -1,22 +1,17 @@
-"""What a leader keeps: its followers, the requests they forwarded, and how much of each limit the group may use.
-
-A group of M of N sidecars holds at most M/N of each limit, and never more than an engine's own figures leave free, so
-groups that don't know of each other stay within the limit together. A group that has just formed grows only once those
-who were left behind have noticed, and a reading from after that has told what runs.
-"""
+"""What a leader keeps: its followers, what they forward, and who of them would lead next."""
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
+from extproc.admission.sessions import Home
 from extproc.admission.ticket import State, Ticket
-from extproc.admission.values import Answer, Dispatch, Reject, Request
+from extproc.admission.values import Answer, Dispatch, Reject
+from extproc.replicas.forwarded import Forwarded, request_of
 from extproc.replicas.messages import (
     Answered,
-    Asked,
     Beat,
     Cancel,
     FirstToken,
@@ -36,64 +31,27 @@ from extproc.replicas.messages import (
     Turned,
     Wait,
 )
+from extproc.replicas.quotas import Quotas
 from extproc.replicas.rules import differing, rules_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Set
+    from collections.abc import Set
 
-    from extproc.admission.endpoint import Endpoint
     from extproc.admission.values import Decision
     from extproc.replicas.census import Census
+    from extproc.replicas.forwarded import Follower
     from extproc.replicas.gate import SharedGate
-    from extproc.replicas.messages import Link, Member, Message
+    from extproc.replicas.messages import Asked, Member, Message
 
-READ_S = 0.6
-"""A reading that comes later than this after a group formed was begun after it formed: scrapes last half a second."""
-UNREAD_S = 2.5
-"""An endpoint that has shown nothing so long after its group formed has no page, or none that can be had."""
-UNKNOWN_S = 10.0
-"""How long an endpoint stays unused because a follower's Envoy does not know it yet."""
+MOST_HOMES = 5000
+"""Sessions that a sidecar tells who leads now, or would lead next: those that were seen last."""
 
 _arrival = attrgetter("request.arrived")
 
 
-class Forwarded(Ticket):
-    """A follower's request in the leader's core."""
-
-    __slots__ = ("follower", "number")
-
-    def __init__(self, follower: Follower, number: int, request: Request, deliver: Callable[[Decision], None]) -> None:
-        """Stand in for request `number` of `follower`."""
-        super().__init__(request, deliver)
-        self.follower = follower
-        self.number = number
-
-
-class Follower:
-    """A sidecar that follows us.
-
-    Attributes:
-        tickets: its requests by its own numbers.
-        heard: its last beat; `heard_at`: when it came.
-        names: endpoints that its Envoy knows.
-        rules: marks of its configuration.
-        syncing: what it brought along, until it has told all; None after.
-    """
-
-    __slots__ = ("heard", "heard_at", "link", "member", "names", "rules", "syncing", "tickets")
-
-    def __init__(
-        self, member: Member, link: Link, names: frozenset[str], now: float, rules: frozenset[str] = frozenset()
-    ) -> None:
-        """Start with nothing."""
-        self.member = member
-        self.link = link
-        self.names = names
-        self.rules = rules
-        self.tickets: dict[int, Forwarded] = {}
-        self.heard = 0
-        self.heard_at = now
-        self.syncing: list[Forwarded] | None = []
+def _seniority(follower: Follower) -> tuple[int, str]:
+    """Sort followers as those who seek a leader ask them."""
+    return follower.member.joined, follower.member.id
 
 
 class Leading:
@@ -101,6 +59,8 @@ class Leading:
 
     Attributes:
         followers: by id.
+        quotas: how much of each limit the group may use.
+        heir: who would lead next, the oldest of them: it knows where our own clients' sessions are at home.
         gathering: requests that wait until all followers have told theirs, so that age decides; None: over.
     """
 
@@ -110,19 +70,12 @@ class Leading:
         self._me = me
         self._census = census
         self.began_at = gate.now()
-        self._fresh_from = max(hold_until, self.began_at + READ_S)
         self.followers: dict[str, Follower] = {}
+        self.heir: Follower | None = None
         self.gathering: dict[Ticket, None] | None = {}
-        endpoints = gate.controller.endpoints
-        self._refill = {name: endpoint.sequences for name, endpoint in endpoints.items()}
-        self._unread = set(endpoints)
-        self._caps = {name: endpoint.limit.value for name, endpoint in endpoints.items()}
-        self._lacking: dict[str, float] = {}  # endpoints that not every follower knows, since when
         self._sent_away: dict[str, list[str]] = {}  # followers, and what they lacked for too long
         gate.controller.is_shared = True
-        for endpoint in endpoints.values():
-            endpoint.meet_again()
-        self.relimit()
+        self.quotas = Quotas(gate, lambda: census.part(self.group), census.is_wary, hold_until=hold_until)
 
     # ---- the group
 
@@ -131,15 +84,11 @@ class Leading:
         """Who decides here: our followers and we."""
         return self.followers.keys() | {self._me.id}
 
-    @property
-    def part(self) -> float:
-        """The part of each limit that we may use."""
-        return self._census.part(self.group)
-
     def add(self, follower: Follower) -> None:
         """Take somebody in, who tells next what he holds."""
         self._census.met(follower.member)
         self.followers[follower.member.id] = follower
+        self._look_at_heir()
         self.look_at_names()
 
     def drop(self, follower: Follower, *, clean: bool) -> None:
@@ -147,11 +96,25 @@ class Leading:
         if self.followers.get(follower.member.id) is not follower:
             return
         del self.followers[follower.member.id]
+        self._look_at_heir()
         if clean:
             self._census.left(follower.member.id)
-        self.relimit()
+        self.quotas.follow()
         self._forget(follower)
         self.look_at_names()
+
+    def _look_at_heir(self) -> None:
+        """Tell whoever is the heir now all homes; from then on each as it comes."""
+        heir, self.heir = self.heir, min(self.followers.values(), key=_seniority, default=None)
+        if self.heir is not None and self.heir is not heir:
+            for home in self._gate.controller.homes(MOST_HOMES, self._gate.now()):
+                self.heir.link.send(Remember(home))
+
+    def tell_home(self, ticket: Ticket) -> None:
+        """Tell the heir where a session of our own clients is served; of the others' each sidecar knows itself."""
+        session, endpoint = ticket.request.session, ticket.endpoint
+        if session is not None and endpoint is not None and self.heir is not None:
+            self.heir.link.send(Remember(Home(session, endpoint.name, ticket.kv_tokens, 0.0)))
 
     def _forget(self, follower: Follower) -> None:
         gate, controller = self._gate, self._gate.controller
@@ -162,8 +125,7 @@ class Leading:
                 gate.do(partial(controller.withdraw, ticket))
         for ticket in tickets.values():
             if ticket.state is State.LEASED and ticket.endpoint is not None:
-                name = ticket.endpoint.name
-                self._refill[name] = max(self._refill.get(name, 0) - ticket.sequences, 0)
+                self.quotas.hold_less(ticket.endpoint.name, ticket.sequences)
                 gate.do(partial(controller.disown, ticket))
 
     def end(self, successor: Member | None) -> list[Ticket]:
@@ -177,6 +139,7 @@ class Leading:
             follower.link.close()
             self._forget(follower)
         self.followers.clear()
+        self.heir = None
         own = list(controller.waiting_tickets())
         for ticket in own:
             gate.do(partial(controller.withdraw, ticket))
@@ -184,62 +147,14 @@ class Leading:
         self.gathering = None
         return own
 
-    # ---- limits
-
-    def _quota(self, endpoint: Endpoint, part: float) -> int | None:
-        """Return the most sequences that the group may hold at an endpoint; None: its limit alone decides."""
-        name = endpoint.name
-        if name in self._lacking and self._gate.now() < self._lacking[name] + UNKNOWN_S:
-            return 0
-        if name in self._unread:
-            return self._refill.get(name, 0)
-        if part >= 1.0:
-            self._caps[name] = endpoint.limit.value
-            return None
-        # A limit may only fall while others share it: each group would let its own grow for what all send together.
-        cap = self._caps[name] = min(self._caps.get(name, endpoint.limit.value), endpoint.limit.value)
-        return max(1, math.floor(cap * part + 1e-9))
-
-    def relimit(self) -> None:
-        """Follow a change of the group, of the census, or of time."""
-        part = self.part
-        for endpoint in list(self._gate.controller.endpoints.values()):
-            self._limit(endpoint, part)
-
-    def _limit(self, endpoint: Endpoint, part: float) -> None:
-        quota, name = self._quota(endpoint, part), endpoint.name
-        if quota != endpoint.quota:
-            self._gate.do(partial(self._gate.controller.set_quota, name, quota))
-
-    def before_reading(self, name: str) -> None:
-        """Have the next reading count others' requests, if there may be others."""
-        endpoint = self._gate.controller.endpoints.get(name)
-        if endpoint is not None and (name in self._unread or self.part < 1.0 or self._census.is_wary(self._gate.now())):
-            endpoint.meet_again()
-
-    def after_reading(self, name: str) -> None:
-        """Follow what a reading changed."""
-        if self._gate.now() >= self._fresh_from:
-            self._unread.discard(name)
-        endpoint = self._gate.controller.endpoints.get(name)
-        if endpoint is not None:
-            self._limit(endpoint, self.part)
-
-    def came(self, name: str) -> None:
-        """Follow an endpoint that is new or changed."""
-        self.look_at_names()
-        endpoint = self._gate.controller.endpoints.get(name)
-        if endpoint is not None:
-            self._limit(endpoint, self.part)
+    # ---- endpoints and rules
 
     def look_at_names(self) -> None:
         """Keep unused, for a while, what some follower's Envoy does not know."""
-        now = self._gate.now()
         missing: set[str] = set()
         for follower in self.followers.values():
             missing.update(self.lacks(follower.names))
-        self._lacking = {name: self._lacking.get(name, now) for name in missing}
-        self.relimit()
+        self.quotas.leave_out(missing)
 
     def lacks(self, names: frozenset[str]) -> list[str]:
         """Return which of our endpoints are not among `names`."""
@@ -267,11 +182,8 @@ class Leading:
 
     def turn(self) -> list[Follower]:
         """Follow the passing of time; return the followers whose endpoints have differed from ours for too long."""
-        now = self._gate.now()
-        if self._unread and now >= self._fresh_from + UNREAD_S:
-            self._unread.clear()
-        self.relimit()
-        late = {name for name, since in self._lacking.items() if now >= since + UNKNOWN_S}
+        self.quotas.turn()
+        late = self.quotas.left_out_too_long()
         return [follower for follower in self.followers.values() if late - follower.names]
 
     # ---- requests
@@ -333,7 +245,7 @@ class Leading:
                 self._gate.controller.believe_home(home, now)
             case Synced():
                 brought, follower.syncing = follower.syncing or [], None
-                self.relimit()
+                self.quotas.follow()
                 here = [ticket for ticket in brought if follower.tickets.get(ticket.number) is ticket]
                 self._offer_all([ticket for ticket in here if not self.gather(ticket)])
 
@@ -371,7 +283,7 @@ class Leading:
         controller = self._gate.controller
         self._gate.do(partial(controller.adopt, ticket, name, held_s=held_s, begun=begun))
         if ticket.state is State.LEASED:
-            self._refill[name] = self._refill.get(name, 0) + ticket.sequences
+            self.quotas.hold_more(name, ticket.sequences)
         else:
             del ticket.follower.tickets[ticket.number]
 
@@ -411,41 +323,3 @@ class Leading:
             tuple((endpoint.name, endpoint.limit.value) for endpoint in endpoints),
             frozenset(endpoint.name for endpoint in endpoints if endpoint.health.is_doubted),
         )
-
-
-def request_of(asked: Asked, now: float) -> Request:
-    """Return what was asked elsewhere as a request here."""
-    return Request(
-        id=asked.id,
-        arrived=now - asked.age_s,
-        model=asked.model,
-        request_class=asked.request_class,
-        tenant=asked.tenant,
-        session=asked.session,
-        home=asked.home,
-        budget_s=asked.budget_s,
-        prompt_tokens=asked.prompt_tokens,
-        max_output_tokens=asked.max_output_tokens,
-        sequences=asked.sequences,
-        kind=asked.kind,
-        allowed=asked.allowed,
-    )
-
-
-def asked_by(request: Request, now: float) -> Asked:
-    """Return a request as it travels."""
-    return Asked(
-        request.id,
-        now - request.arrived,
-        request.model,
-        request.request_class,
-        request.tenant,
-        request.session,
-        request.home,
-        request.budget_s,
-        request.prompt_tokens,
-        request.max_output_tokens,
-        request.sequences,
-        request.kind,
-        request.allowed,
-    )

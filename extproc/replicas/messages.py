@@ -136,7 +136,7 @@ class Synced(NamedTuple):
 
 
 class Remember(NamedTuple):
-    """A session that I served, or know of, for who leads now."""
+    """A session that I served, or know of, for who leads now, or would lead next."""
 
     home: Home
 

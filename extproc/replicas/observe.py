@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from extproc.replicas.leading import Forwarded
+from extproc.replicas.forwarded import Forwarded
 from extproc.replicas.picture import Picture, Role
 
 if TYPE_CHECKING:

@@ -30,6 +30,7 @@ from extproc.replicas.messages import (
     Names,
     Purpose,
     Refuse,
+    Remember,
     Status,
     Told,
     Turned,
@@ -41,11 +42,10 @@ from extproc.replicas.seeking import Outcome, Seeking
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from extproc.admission.load import Load
     from extproc.admission.ticket import Ticket
     from extproc.admission.values import Answer
+    from extproc.replicas.forwarded import Follower
     from extproc.replicas.gate import SharedGate
-    from extproc.replicas.leading import Follower
     from extproc.replicas.messages import Ask, Message, Network
     from extproc.replicas.seeking import Call
     from extproc.stream.gate import Loop, Timer
@@ -150,7 +150,7 @@ class Replica:
             if member.id == self.me.id and not self._leaving:
                 self.me = member
         if self.leading is not None:
-            self.leading.relimit()
+            self.leading.quotas.follow()
 
     @property
     def decides(self) -> bool:
@@ -409,8 +409,8 @@ class Replica:
                 following.take_status(message)
             case Told():
                 following.take_answer(message)
-            case Learned(learnt):
-                self._gate.controller.believe(learnt)
+            case Learned() | Remember():
+                following.take_knowledge(message)
             case Leave(successor):
                 self._lose_leader(silent=False, successor=successor, clean=True)
             case Refuse(why):
@@ -486,25 +486,3 @@ class Replica:
             follower.link.close()
         if self._meeting is not None and not self._leaving:
             self._meeting.turn(self._strangers(leading), self._hello(Purpose.MEET))
-
-    # ---- words of our sessions for whoever leads
-
-    def first_token(self, ticket: Ticket) -> None:
-        """Pass on that an answer began."""
-        if self.following is not None:
-            self.following.first_token(ticket)
-
-    def answered(self, ticket: Ticket) -> None:
-        """Pass on that an answer began well."""
-        if self.following is not None:
-            self.following.answered(ticket)
-
-    def move(self, ticket: Ticket, endpoint: str) -> None:
-        """Pass on that another endpoint answers than the one granted."""
-        if self.following is not None:
-            self.following.move(ticket, endpoint)
-
-    def report(self, ticket: Ticket, load: Load) -> None:
-        """Pass on what an answer said of its endpoint."""
-        if self.following is not None:
-            self.following.report(ticket, load)

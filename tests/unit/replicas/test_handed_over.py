@@ -77,15 +77,27 @@ def serve_session(here: World, place: str, session: str) -> str:
 
 
 @over_ends
-def test_a_session_stays_at_home_under_a_new_leader(end):
+def test_a_session_stays_at_home_under_a_new_leader_whoever_its_client_asked(end):
     here = world(engines=4, limit=4)
-    places = [one.place for one in followers(here)]
-    homes = {f"session-{n}": serve_session(here, places[n % 2], f"session-{n}") for n in range(8)}
+    places = [one.place for one in (leader(here), *followers(here))]
+    homes = {f"session-{n}": serve_session(here, places[n % 3], f"session-{n}") for n in range(8)}
     assert len(set(homes.values())) == 4
     end(here, leader(here))
     here.run(5.0)
-    found = {session: serve_session(here, places[0], session) for session in homes}
+    found = {session: serve_session(here, places[1], session) for session in homes}
     assert found == homes
+
+
+def test_homes_outlive_the_heir_who_was_told_of_them_and_then_the_leader():
+    here = world(engines=4, limit=4)
+    homes = {f"session-{n}": serve_session(here, leader(here).place, f"session-{n}") for n in range(8)}
+    heir = min(followers(here), key=lambda one: (one.replica.me.joined, one.replica.me.id))
+    killed(here, heir)
+    here.run(5.0)
+    killed(here, leader(here))
+    here.run(5.0)
+    (last,) = here.leaders()
+    assert {session: serve_session(here, last.place, session) for session in homes} == homes
 
 
 def test_of_two_words_about_a_session_the_newer_counts_and_no_endpoint_that_is_not_known_here():

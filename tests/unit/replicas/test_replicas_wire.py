@@ -16,7 +16,7 @@ from extproc.admission.sessions import Home
 from extproc.admission.values import Answer, Request
 from extproc.errors import ProtocolError
 from extproc.replicas import messages as m
-from extproc.replicas.leading import asked_by, request_of
+from extproc.replicas.forwarded import asked_by, request_of
 from extproc.replicas.wire import BATCH, LENGTH_BYTES, MOST_AGE_S, MOST_BYTES, frames, read
 
 MEMBER = m.Member("s1-abc", "10.0.0.7:50060", 7)

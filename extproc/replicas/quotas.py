@@ -1,0 +1,123 @@
+"""How much of each limit a group of sidecars may use, from when the group forms until it ends.
+
+A group of M of N sidecars holds at most M/N of each limit, and never more than an engine's own figures leave free, so
+groups that don't know of each other stay within the limit together. A group that has just formed grows only once those
+who were left behind have noticed, and a reading from after that has told what runs.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from extproc.admission.endpoint import Endpoint
+    from extproc.replicas.gate import SharedGate
+
+READ_S = 0.6
+"""A reading that comes later than this after a group formed was begun after it formed: scrapes last half a second."""
+UNREAD_S = 2.5
+"""An endpoint that has shown nothing so long after its group formed has no page, or none that can be had."""
+UNKNOWN_S = 10.0
+"""How long an endpoint stays unused because a follower's Envoy does not know it yet."""
+
+
+class Quotas:
+    """What a group may hold at each endpoint; the core is told whenever that changes."""
+
+    def __init__(
+        self, gate: SharedGate, part: Callable[[], float], is_wary: Callable[[float], bool], *, hold_until: float
+    ) -> None:
+        """Begin with what we hold ourselves. Until `hold_until` those whom we lost may not have noticed.
+
+        `part`: the part of each limit that is the group's. `is_wary`: whether somebody may be alive whom nobody sees.
+        """
+        self._gate = gate
+        self._part = part
+        self._is_wary = is_wary
+        self._fresh_from = max(hold_until, gate.now() + READ_S)
+        endpoints = gate.controller.endpoints
+        self._refill = {name: endpoint.sequences for name, endpoint in endpoints.items()}
+        self._unread = set(endpoints)
+        self._caps = {name: endpoint.limit.value for name, endpoint in endpoints.items()}
+        self._lacking: dict[str, float] = {}  # endpoints that not every follower knows, since when
+        for endpoint in endpoints.values():
+            endpoint.meet_again()
+        self.follow()
+
+    def _quota(self, endpoint: Endpoint, part: float) -> int | None:
+        """Return the most sequences that the group may hold at an endpoint; None: its limit alone decides."""
+        name = endpoint.name
+        if name in self._lacking and self._gate.now() < self._lacking[name] + UNKNOWN_S:
+            return 0
+        if name in self._unread:
+            return self._refill.get(name, 0)
+        if part >= 1.0:
+            self._caps[name] = endpoint.limit.value
+            return None
+        # A limit may only fall while others share it: each group would let its own grow for what all send together.
+        cap = self._caps[name] = min(self._caps.get(name, endpoint.limit.value), endpoint.limit.value)
+        return max(1, math.floor(cap * part + 1e-9))
+
+    def follow(self) -> None:
+        """Follow a change of the group, of who is alive, or of time."""
+        part = self._part()
+        for endpoint in list(self._gate.controller.endpoints.values()):
+            self._limit(endpoint, part)
+
+    def follow_one(self, name: str) -> None:
+        """Follow a change of one endpoint."""
+        endpoint = self._gate.controller.endpoints.get(name)
+        if endpoint is not None:
+            self._limit(endpoint, self._part())
+
+    def _limit(self, endpoint: Endpoint, part: float) -> None:
+        quota, name = self._quota(endpoint, part), endpoint.name
+        if quota != endpoint.quota:
+            self._gate.do(partial(self._gate.controller.set_quota, name, quota))
+
+    def turn(self) -> None:
+        """Follow the passing of time."""
+        if self._unread and self._gate.now() >= self._fresh_from + UNREAD_S:
+            self._unread.clear()
+        self.follow()
+
+    # ---- what the group brings along, and loses
+
+    def hold_more(self, name: str, sequences: int) -> None:
+        """Have the group refill what somebody who joined brought along."""
+        self._refill[name] = self._refill.get(name, 0) + sequences
+
+    def hold_less(self, name: str, sequences: int) -> None:
+        """Have it no more refill what somebody held who is gone."""
+        self._refill[name] = max(self._refill.get(name, 0) - sequences, 0)
+
+    # ---- readings
+
+    def before_reading(self, name: str) -> None:
+        """Have the next reading count others' requests, if there may be others."""
+        endpoint = self._gate.controller.endpoints.get(name)
+        if endpoint is not None and (name in self._unread or self._part() < 1.0 or self._is_wary(self._gate.now())):
+            endpoint.meet_again()
+
+    def after_reading(self, name: str) -> None:
+        """Follow what a reading changed."""
+        if self._gate.now() >= self._fresh_from:
+            self._unread.discard(name)
+        self.follow_one(name)
+
+    # ---- endpoints that not everybody knows
+
+    def leave_out(self, missing: Iterable[str]) -> None:
+        """Keep these unused, for a while: some follower's Envoy does not know them."""
+        now = self._gate.now()
+        self._lacking = {name: self._lacking.get(name, now) for name in missing}
+        self.follow()
+
+    def left_out_too_long(self) -> set[str]:
+        """Return those that were kept unused for so long that they are used in spite of it."""
+        now = self._gate.now()
+        return {name for name, since in self._lacking.items() if now >= since + UNKNOWN_S}
