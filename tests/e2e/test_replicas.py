@@ -20,7 +20,14 @@ import pytest
 from tests.conftest import tool
 
 from .kit.clients import complete_many
-from .kit.pool import Pool, body, longest_stuck_s
+from .kit.misfortunes import (
+    assert_each_is_answered_once,
+    kill_a_follower,
+    kill_the_leader,
+    restart_each_in_turn,
+    stop_the_leader_for_a_while,
+)
+from .kit.pool import Pool, body
 from .kit.processes import Child, free_port, http_get, wait_until
 
 if TYPE_CHECKING:
@@ -34,32 +41,6 @@ CONFIG = {
     "classes": [{"name": "default", "budget": "110s"}, {"name": "urgent", "priority": 10, "budget": "110s"}],
     "scrape_interval": "200ms",
 }
-
-
-def kill_the_leader(pool: Pool) -> None:
-    leader = pool.leader.sidecar
-    leader.child.signal(signal.SIGKILL)
-    leader.child.wait_exit()
-    leader.child.stop()
-    leader.start()
-
-
-def stop_the_leader_for_a_while(pool: Pool) -> None:
-    leader = pool.leader
-    others = pool.followers
-    leader.sidecar.child.signal(signal.SIGSTOP)
-    try:
-        wait_until(lambda: [one.replicas["role"] for one in others].count("leading") == 1, 15, "another leads")
-    finally:
-        leader.sidecar.child.signal(signal.SIGCONT)
-
-
-def kill_a_follower(pool: Pool) -> None:
-    follower = pool.followers[0].sidecar
-    follower.child.signal(signal.SIGKILL)
-    follower.child.wait_exit()
-    follower.child.stop()
-    follower.start()
 
 
 def kill_the_store_and_start_it_empty(pool: Pool) -> None:
@@ -98,14 +79,6 @@ def let_the_store_run_out_of_memory_for_a_while(pool: Pool) -> None:
     wait_until(lambda: pool.leader.replicas["store_age_s"] < 1.5, 10)
 
 
-def restart_each_in_turn(pool: Pool) -> None:
-    for place in pool.places:
-        place.sidecar.child.signal(signal.SIGTERM)
-        assert place.sidecar.child.wait_exit(20) == 0
-        place.sidecar.child.stop()
-        place.sidecar.start()
-
-
 FAULTS = [kill_the_leader, stop_the_leader_for_a_while, kill_the_store_and_start_it_empty, restart_each_in_turn]
 LONG_FAULTS = [
     kill_a_follower,
@@ -113,7 +86,6 @@ LONG_FAULTS = [
     make_the_store_read_only_for_a_while,
     let_the_store_run_out_of_memory_for_a_while,
 ]
-STUCK_S = 10.0
 
 
 @pytest.fixture(scope="module")
@@ -127,24 +99,7 @@ def one_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
 def test_whatever_happens_each_request_is_answered_once_and_no_engine_is_filled_above_its_limit(
     one_group: Pool, fault: Callable[[Pool], None]
 ):
-    pool, name, before = one_group, fault.__name__, one_group.served()
-    running = [pool.send(place, f"{name}-{n}", 2 * LIMIT // 3 + 1, 250) for n, place in enumerate(pool.places)]
-    wait_until(lambda: pool.in_flight() == 2 * LIMIT, 10, "all slots taken")
-    held = [pool.send(place, f"{name}-held-{n}", HELD // 3, 20) for n, place in enumerate(pool.places)]
-    sent = 3 * (2 * LIMIT // 3 + 1) + 3 * (HELD // 3)
-    wait_until(lambda: pool.waiting() == sent - 2 * LIMIT, 10, "all others held")
-    fault(pool)
-    by_place = [first.result() + then.result() for first, then in zip(running, held, strict=True)]
-    answers = [answer for batch in by_place for answer in batch]
-    assert Counter(answer.status for answer in answers) == {200: sent}
-    assert max(longest_stuck_s(batch) for batch in by_place) < STUCK_S
-    assert not [answer.error for answer in answers if answer.error]
-    pool.wait_one_group()
-    wait_until(lambda: pool.in_flight() == 0 and pool.waiting() == 0, 5, "all books empty")
-    assert pool.served() - before == sent
-    assert max(pool.peaks().values()) == LIMIT
-    for place in pool.places:
-        assert "Traceback" not in place.sidecar.child.output()
+    assert_each_is_answered_once(one_group, fault, LIMIT, HELD)
 
 
 def test_sidecars_that_do_not_reach_each_other_use_their_parts_and_come_together_again(tmp_path):

@@ -1,0 +1,74 @@
+"""What may happen to several sidecars, whatever store they have, and what must hold whatever happens."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from .pool import longest_stuck_s
+from .processes import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .pool import Place, Pool
+
+STUCK_S = 10.0
+RUNNING_TOKENS, HELD_TOKENS = 250, 20
+
+
+def kill(place: Place) -> None:
+    """Kill a sidecar and start it again at once, as a kubelet does."""
+    child = place.sidecar.child
+    child.signal(signal.SIGKILL)
+    child.wait_exit()
+    child.stop()
+    place.sidecar.start()
+
+
+def kill_the_leader(pool: Pool) -> None:
+    kill(pool.leader)
+
+
+def kill_a_follower(pool: Pool) -> None:
+    kill(pool.followers[0])
+
+
+def stop_the_leader_for_a_while(pool: Pool) -> None:
+    leader, others = pool.leader, pool.followers
+    leader.sidecar.child.signal(signal.SIGSTOP)
+    try:
+        wait_until(lambda: [one.replicas["role"] for one in others].count("leading") == 1, 15, "another leads")
+    finally:
+        leader.sidecar.child.signal(signal.SIGCONT)
+
+
+def restart_each_in_turn(pool: Pool) -> None:
+    for place in pool.places:
+        place.sidecar.child.signal(signal.SIGTERM)
+        assert place.sidecar.child.wait_exit(20) == 0
+        place.sidecar.child.stop()
+        place.sidecar.start()
+
+
+def assert_each_is_answered_once(pool: Pool, fault: Callable[[Pool], None], limit: int, held: int) -> None:
+    """Fill two engines of `limit` slots, hold `held` more at all sidecars together, and let `fault` happen."""
+    name, before, each = fault.__name__, pool.served(), 2 * limit // 3 + 1
+    running = [pool.send(place, f"{name}-{n}", each, RUNNING_TOKENS) for n, place in enumerate(pool.places)]
+    wait_until(lambda: pool.in_flight() == 2 * limit, 10, "all slots taken")
+    waiting = [pool.send(place, f"{name}-held-{n}", held // 3, HELD_TOKENS) for n, place in enumerate(pool.places)]
+    sent = 3 * each + 3 * (held // 3)
+    wait_until(lambda: pool.waiting() == sent - 2 * limit, 10, "all others held")
+    fault(pool)
+    by_place = [first.result() + then.result() for first, then in zip(running, waiting, strict=True)]
+    answers = [answer for batch in by_place for answer in batch]
+    assert Counter(answer.status for answer in answers) == {200: sent}
+    assert max(longest_stuck_s(batch) for batch in by_place) < STUCK_S
+    assert not [answer.error for answer in answers if answer.error]
+    pool.wait_one_group()
+    wait_until(lambda: pool.in_flight() == 0 and pool.waiting() == 0, 5, "all books empty")
+    assert pool.served() - before == sent
+    assert max(pool.peaks().values()) == limit
+    for place in pool.places:
+        assert "Traceback" not in place.sidecar.child.output()
