@@ -1,10 +1,8 @@
-"""Endpoints that come and go under live traffic: reload, clusters that Envoy learns, discovery, health."""
+"""Endpoints that come and go under live traffic: clusters that Envoy learns, and discovery."""
 
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -17,182 +15,13 @@ from .kit.envoy import Envoy, give_up_soon
 from .kit.kube_api import KubeApi, slice_of
 from .kit.processes import wait_until
 from .kit.stack import local
-from .kit.upstream import Upstream, behave
+from .kit.upstream import Upstream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from .kit.clients import Completion
     from .kit.stack import Stack
-
-
-def header(prefix: str, **more: str):
-    return lambda number: {"x-test-id": f"{prefix}-{number}", **more}
-
-
-def hold(prefix: str):
-    return header(prefix, **dict([behave("ok", hold="head")]))
-
-
-def listed(here: Stack, *names: str, **more: Any) -> list[dict[str, Any]]:
-    """What `endpoints` of a config says about these upstreams."""
-    return [{"name": name, "address": here.upstreams[name].address, **more} for name in names]
-
-
-def reload(here: Stack, **changes: Any) -> None:
-    """Change the file, send SIGHUP, wait until it was taken over."""
-    before = reloads(here, "success")
-    here.sidecar.write_config(**changes)
-    here.sidecar.child.signal(signal.SIGHUP)
-    wait_until(lambda: reloads(here, "success") > before, message="a reload")
-
-
-def reloads(here: Stack, result: str) -> float:
-    return here.sidecar.metrics()[f'extproc_config_reloads_total{{result="{result}"}}']
-
-
-def names(here: Stack, *, up: bool | None = None) -> set[str]:
-    """Endpoints that /queues lists (up: only those that are)."""
-    return {one["name"] for one in here.sidecar.queues()["endpoints"] if up is None or one["up"] is up}
-
-
-class Traffic:
-    """Clients that ask one after the other, on connections of their own, until the end of `with`."""
-
-    def __init__(self, here: Stack, clients: int = 6) -> None:
-        self.answers: list[Completion] = []
-        self._here = here
-        self._ending = threading.Event()
-        self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(clients)]
-
-    def __enter__(self) -> Traffic:
-        for thread in self._threads:
-            thread.start()
-        self.more(20)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ending.set()
-        for thread in self._threads:
-            thread.join(20)
-
-    def _ask(self, client: int) -> None:
-        turn = 0
-        while not self._ending.is_set():
-            turn += 1
-            ask = header(f"t{client}.{turn}", **dict([behave("sse", events=3, gap_s=0.005)]))
-            self.answers += complete_many(self._here.url, 1, ask, timeout_s=15)
-
-    def more(self, count: int = 30) -> None:
-        """Wait for that many further answers."""
-        target = len(self.answers) + count
-        wait_until(lambda: len(self.answers) >= target, 15, f"{count} answers more")
-
-    def check(self) -> None:
-        """Every client got a whole 200."""
-        bad = [
-            (answer.status, answer.headers, answer.error)
-            for answer in self.answers
-            if answer.status != 200 or answer.error
-        ]
-        assert not bad, (len(bad), len(self.answers), bad[:3])
-
-
-# ---- the configuration file
-
-
-def test_a_raised_limit_lets_waiting_requests_go_at_once(stack):
-    here = stack(config={"max_running_requests": 1})
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(complete_many, here.url, 6, hold("r"))
-        here.wait_waiting(5)
-        reload(here, max_running_requests=4)
-        here.wait_in_flight("a", 4)
-        reload(here, endpoints=listed(here, "a", max_running_requests=6))
-        here.wait_in_flight("a", 6)
-        reload(here, max_running_requests=2)  # the endpoint's own limit stays
-        assert here.endpoint("a")["limit"] == 6
-        for number in range(6):
-            here.upstreams["a"].release(f"r-{number}")
-        assert [answer.status for answer in running.result()] == [200] * 6
-
-
-def test_a_changed_file_is_seen_without_a_signal(stack):
-    here = stack(config={"classes": [{"name": "default", "budget": "20s"}]})
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(complete_many, here.url, 3, hold("r"))
-        here.wait_waiting(2)
-        here.sidecar.write_config(max_running_requests=3)
-        here.wait_in_flight("a", 3, timeout_s=4)
-        for number in range(3):
-            here.upstreams["a"].release(f"r-{number}")
-        assert [answer.status for answer in running.result()] == [200] * 3
-    assert (reloads(here, "success"), reloads(here, "failure")) == (1, 0)
-
-
-def test_a_removed_endpoints_waiting_requests_move_and_its_running_ones_end_well(stack):
-    here = stack(upstreams=("a", "b"), config={"max_queue_wait_time": "20s"})
-    session = {"x-session-id": "s"}
-    complete_many(here.url, 1, header("first", **session))
-    (home,) = (name for name in here.upstreams if here.upstreams[name].seen("first-0"))
-    other = {"a": "b", "b": "a"}[home]
-    with ThreadPoolExecutor(2) as pool:
-        running = pool.submit(
-            complete_many, here.url, 1, header("run", **session, **dict([behave("sse", hold="body")]))
-        )
-        here.upstreams[home].wait_for("run-0")
-        waiting = pool.submit(complete_many, here.url, 4, header("wait", **session))
-        here.wait_waiting(4)
-        reload(here, endpoints=listed(here, other))
-        assert [answer.status for answer in waiting.result()] == [200] * 4
-        assert here.in_flight(home) == 1
-        here.upstreams[home].release("run-0")
-        (answer,) = running.result()
-    assert (answer.status, answer.error) == (200, "")
-    assert all(here.upstreams[other].seen(f"wait-{number}") for number in range(4))
-    wait_until(lambda: names(here) == {other})
-
-
-def test_a_bad_file_changes_nothing_and_every_problem_is_logged(stack):
-    here = stack()
-    with Traffic(here, 2) as traffic:
-        here.sidecar.path.write_text("endpoints: [{name: a}]\nmax_running_requests: 0\nlistn: x\n")
-        here.sidecar.child.signal(signal.SIGHUP)
-        wait_until(lambda: reloads(here, "failure") == 1)
-        traffic.more(10)
-        said = here.sidecar.child.output()
-        for problem in ("endpoints[0].address: is required", "max_running_requests: must be", "listn: unknown key"):
-            assert problem in said
-        assert here.endpoint("a")["limit"] == 1
-        here.sidecar.write_config()
-        here.sidecar.child.signal(signal.SIGHUP)
-        wait_until(lambda: reloads(here, "success") == 1)
-        traffic.more(10)
-    traffic.check()
-
-
-def test_changed_rules_hold_for_requests_from_then_on(stack):
-    here = stack(config={"enable_queue": False})
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(complete_many, here.url, 2, hold("run"))
-        here.wait_in_flight("a", 2)
-        reload(here, enable_queue=True, classes=[{"name": "hasty", "budget": "200ms"}])
-        (answer,) = complete_many(here.url, 1, header("late"))
-        assert (answer.status, answer.headers["x-extproc-outcome"]) == (429, "budget_expired")
-        for number in range(2):
-            here.upstreams["a"].release(f"run-{number}")
-        assert [answer.status for answer in running.result()] == [200] * 2
-
-
-def test_a_key_that_cannot_change_keeps_its_value_and_is_named(stack):
-    here = stack()
-    admin = here.sidecar.admin
-    reload(here, admin=local(), dry_run=True, max_running_requests=7)
-    assert here.endpoint("a")["limit"] == 7
-    reload(here, max_running_requests=8)
-    assert here.sidecar.child.output().count("admin, dry_run: can't change while running") == 2  # still so
-    here.sidecar.config["admin"] = admin
-
+from .kit.traffic import Traffic, header, hold, listed, names, reached, reload
 
 # ---- clusters that Envoy learns
 
@@ -214,12 +43,6 @@ def more_upstreams(here: Stack, *added: str) -> Iterator[None]:
         for name in added:
             here.upstreams[name] = running.enter_context(Upstream(name))
         yield
-
-
-def reached(here: Stack, name: str, count: int = 5) -> None:
-    """Wait until this upstream got that many requests from now on."""
-    target = len(here.upstreams[name].records()) + count
-    wait_until(lambda: len(here.upstreams[name].records()) >= target, message=f"{name} gets requests")
 
 
 def test_endpoints_added_removed_and_replaced_under_load_cost_no_client_an_error(dynamic):
@@ -382,44 +205,3 @@ def test_addresses_of_a_name_are_endpoints(dynamic):
         assert complete_many(here.url, 1, header("two", **{"x-model": "other"}))[0].status == 404
         reload(here, discovery=[])
         wait_until(lambda: names(here) == set())
-
-
-# ---- health
-
-CHECK = {"interval": "50ms", "timeout": "500ms", "unhealthy_threshold": 2}
-
-
-def test_when_all_endpoints_are_down_requests_wait_for_one_to_come_back(stack):
-    here = stack(upstreams=("a", "b"), config={"health_check": CHECK})
-    for upstream in here.upstreams.values():
-        upstream.down()
-    wait_until(lambda: names(here, up=True) == set())
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(complete_many, here.url, 6, header("wait"))
-        here.wait_waiting(6)
-        here.upstreams["b"].up()
-        assert [answer.status for answer in waiting.result()] == [200] * 6
-    assert names(here, up=True) == {"b"}
-
-
-def test_when_none_comes_back_within_the_budget_the_answer_is_503_with_retry_after(stack):
-    here = stack(config={"health_check": CHECK, "classes": [{"name": "default", "budget": "300ms"}]})
-    here.upstreams["a"].down()
-    wait_until(lambda: names(here, up=True) == set())
-    (answer,) = complete_many(here.url, 1, header("late"))
-    assert (answer.status, answer.headers["x-extproc-outcome"]) == (503, "no_endpoint")
-    assert int(answer.headers["retry-after"]) >= 1
-    assert answer.head_s >= 0.3
-
-
-def test_an_endpoint_found_dead_costs_nobody_an_error_and_is_used_again_when_it_is_back(stack):
-    here = stack(upstreams=("a", "b"), config={"health_check": CHECK, "max_running_requests": 4})
-    here.upstreams["b"].down()
-    wait_until(lambda: names(here, up=True) == {"a"})
-    with Traffic(here) as traffic:
-        here.upstreams["b"].up()
-        reached(here, "b", 20)  # more than health checks alone could be
-        wait_until(lambda: here.endpoint("b")["dispatched"] > 5)
-        reload(here, health_check=None)
-        traffic.more()
-    traffic.check()

@@ -1,69 +1,18 @@
-"""The simulated engine over real HTTP on loopback: OpenAI shapes, aborts, faults, metrics, life and death."""
+"""The simulated engine over real HTTP on loopback: OpenAI shapes, aborts, metrics, and what it says it saw."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
 import json
-import signal
-import subprocess
-import sys
 import time
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from extproc.engine.params import EngineParams
-from extproc.engine.server import EngineServer, EngineServerConfig
-from extproc.errors import StartError
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine
-
-FAST = EngineParams(step_base_s=0.002, prefill_token_s=0.0, decode_seq_s=0.0, max_num_seqs=1)
-CHAT: dict[str, Any] = {"model": "sim", "messages": [{"role": "user", "content": "hello there"}], "max_tokens": 3}
-ENDLESS = CHAT | {"max_tokens": 5000}
-CHAT_PATH = "/v1/chat/completions"
-
-
-def play(scene: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(scene, 10))
-
-
-@asynccontextmanager
-async def engine(
-    params: EngineParams = FAST, **config: Any
-) -> AsyncIterator[tuple[EngineServer, aiohttp.ClientSession]]:
-    timeout = aiohttp.ClientTimeout(total=8)
-    async with (
-        EngineServer(EngineServerConfig(params=params, **config)) as server,
-        aiohttp.ClientSession(server.url, timeout=timeout) as client,
-    ):
-        yield server, client
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    """Wait for a condition of the server in this process; `play` bounds it."""
-    while not holds():  # noqa: ASYNC110  # the model has no events, on purpose
-        await asyncio.sleep(0.001)
-
-
-async def ask(
-    client: aiohttp.ClientSession, body: Any = CHAT, path: str = CHAT_PATH, **headers: str
-) -> tuple[int, Any]:
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    async with client.post(path, json=body, headers=named) as response:
-        return response.status, await response.json()
-
-
-async def events(response: aiohttp.ClientResponse) -> list[Any]:
-    lines = (await response.text()).split("\n\n")
-    assert lines.pop() == ""
-    assert lines.pop() == "data: [DONE]"
-    return [json.loads(line.removeprefix("data: ")) for line in lines]
+from tests.unit.running_engine import CHAT, CHAT_PATH, ENDLESS, FAST, ask, engine, events, play, until
 
 
 def test_a_chat_answer_has_the_openai_shape() -> None:
@@ -422,98 +371,3 @@ def test_what_the_engine_saw_is_told_until_reset() -> None:
             assert peaks["arrivals"] == []
 
     play(scene())
-
-
-async def fail(client: aiohttp.ClientSession, mode: str, **more: float) -> int:
-    async with client.post("/debug/fail", json={"mode": mode} | more) as response:
-        return response.status
-
-
-@pytest.mark.parametrize("mode", ["503", "500"])
-def test_a_told_failure_lasts_until_told_otherwise(mode: str) -> None:
-    async def scene() -> None:
-        async with engine() as (_, client):
-            assert await fail(client, mode) == 200
-            for _ in range(2):
-                status, answer = await ask(client)
-                assert status == answer["error"]["code"] == int(mode)
-            await fail(client, "ok")
-            assert (await ask(client))[0] == 200
-
-    play(scene())
-
-
-def test_a_hanging_engine_accepts_and_never_answers() -> None:
-    async def scene() -> None:
-        async with engine() as (_, client):
-            await fail(client, "hang")
-            with pytest.raises(TimeoutError):
-                await asyncio.wait_for(ask(client), 0.1)
-
-    play(scene())
-
-
-def test_a_refusing_engine_closes_the_connection_without_an_answer() -> None:
-    async def scene() -> None:
-        async with engine() as (_, client):
-            await fail(client, "refuse")
-            with pytest.raises(aiohttp.ClientConnectionError):
-                await ask(client)
-
-    play(scene())
-
-
-def test_slow_headers_come_late_and_then_the_answer_is_normal() -> None:
-    async def scene() -> None:
-        async with engine() as (_, client):
-            await fail(client, "slow_headers", delay_s=0.1)
-            began = time.monotonic()
-            status, _ = await ask(client)
-            assert (status, time.monotonic() - began >= 0.1) == (200, True)
-
-    play(scene())
-
-
-@pytest.mark.parametrize("body", ["{", "[]", "{}", '{"mode": "explode"}', '{"mode": "hang", "delay_s": -1}'])
-def test_an_unknown_fault_is_refused(body: str) -> None:
-    async def scene() -> None:
-        async with engine() as (_, client), client.post("/debug/fail", data=body) as response:
-            assert response.status == 400
-
-    play(scene())
-
-
-def test_a_taken_port_is_a_start_error_that_names_it() -> None:
-    async def scene() -> None:
-        async with engine() as (server, _):
-            with pytest.raises(StartError, match=f"127.0.0.1:{server.port}"):
-                await EngineServer(EngineServerConfig(port=server.port)).__aenter__()
-
-    play(scene())
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_process_says_where_it_listens_and_exits_0_on_a_signal_even_while_streaming(number: signal.Signals) -> None:
-    main = "from extproc.engine.server import main; main()"
-    command = [sys.executable, "-W", "error", "-c", main, "--port", "0", "--name", "e1", "--num-gpu-blocks", "9999"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            words = process.stdout.readline().split()
-            assert words[:4] == ["engine", "e1", "listening", "on"]
-
-            async def scene() -> None:
-                async with (
-                    aiohttp.ClientSession(words[4]) as client,
-                    client.post(CHAT_PATH, json=ENDLESS | {"stream": True}) as response,
-                ):
-                    await response.content.readany()
-                    process.send_signal(number)
-                    began = time.monotonic()
-                    code = await asyncio.to_thread(process.wait, 5)
-                    assert (code, time.monotonic() - began < 2) == (0, True)
-
-            play(scene())
-            assert process.communicate() == ("", "")
-        finally:
-            process.kill()
