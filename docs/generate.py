@@ -20,6 +20,7 @@ from extproc.config import Config, sections
 from extproc.config.schema import schema
 from extproc.config.types import is_duration
 from extproc.durations import format_duration
+from extproc.observe.aliases import Aliases
 from extproc.observe.genai import GenAi
 from extproc.observe.metrics import Metrics
 from extproc.replicas.observe import ReplicaMetrics
@@ -120,8 +121,10 @@ def _metrics() -> str:
         "| metric | type | labels | meaning | stability |",
         "| --- | --- | --- | --- | --- |",
     ]
-    ours = Metrics(Controller(Policy()), lambda: 0, rehearsed={}).collect()
-    for family in chain(ours, GenAi(float, bool).collect(), ReplicaMetrics().collect()):
+    controller = Controller(Policy())
+    ours = Metrics(controller, lambda: 0, rehearsed={})
+    aliases = Aliases(controller, ours, "")
+    for family in chain(ours.collect(), aliases.collect(), GenAi(float, bool).collect(), ReplicaMetrics().collect()):
         suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
         labels = ", ".join(f"`{label}`" for label in getattr(family, "_labelnames", ()))
         level = _shown(stability.of_metric(family.name))

@@ -22,6 +22,7 @@ from extproc.endpoints.roster import Roster
 from extproc.endpoints.telemetry.scraper import Scraper
 from extproc.envoy.clusters import ClustersFile, EnvoyAdmin
 from extproc.errors import ConfigError
+from extproc.observe.aliases import Aliases
 from extproc.observe.genai import GenAi
 from extproc.observe.log import LOOK_S, QueueLog
 from extproc.observe.metrics import Metrics
@@ -128,6 +129,9 @@ class App:
         genai = GenAi(loop.time, controller.knows_model) if config.otlp_metrics else None
         if genai is not None:
             self.metrics.registry.register(genai)
+        if config.metrics_aliases:
+            pool = "" if config.inference_pool is None else config.inference_pool.name
+            self.metrics.registry.register(Aliases(controller, self.metrics, pool))
         everybody = (self.metrics, self.queue_log, self.stories, self.spans, genai)
         observers: list[Observer] = [observer for observer in everybody if observer is not None]
         self.membership: Membership | None = None
@@ -153,6 +157,7 @@ class App:
             dialect=EndpointPicker() if config.picks else None,
             read_model=config.picker.read_model,
             picks_without_end=config.picker.without_end == "pick",
+            fallbacks=config.picker.fallbacks,
             finished=None if genai is None else genai.finished,
         )
         self.reception.set_overflow(config.overflow)
@@ -168,6 +173,7 @@ class App:
             tasks=self.tasks,
         )
         self._priorities: Mapping[str, int] = {}  # of an InferencePool's objectives
+        self._rank({})
         self.sources = Sources(self.roster.report, self._rank)
         self.file: ConfigFile | None = None
         if path is not None:
@@ -303,7 +309,7 @@ class App:
     def _rank(self, priorities: Mapping[str, int]) -> None:
         """Take over what an InferencePool's objectives are worth."""
         self._priorities = priorities
-        known = classes_of(priorities, self.config.policy().classes)
+        known = classes_of(priorities, self.config.policy().classes, {})
         self.reception.requests.class_of_objective = lambda name: known.get(name, name)
 
     async def _follow_file(self, file: ConfigFile) -> None:

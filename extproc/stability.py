@@ -18,6 +18,7 @@ class Level(StrEnum):
 KEYS = frozenset(
     {
         "adaptive_limit",  # constants of a law that measurements still move
+        "classes.objectives",  # their API is alpha
         "classes.on_refusal",  # young
         "binding",  # `bound` is there to be compared with
         "dialect",
@@ -25,6 +26,7 @@ KEYS = frozenset(
         "learning",  # as `adaptive_limit`
         "inference_pool",  # young, and so are the gateways that it is for
         "max_prompt_tokens",
+        "metrics_aliases",  # the names are llm-d's to change
         "otlp_metrics",  # OpenTelemetry's own names for generative AI are not final
         "overflow_clusters",
         "picker",
@@ -39,7 +41,7 @@ KEYS = frozenset(
 METRICS = frozenset(
     {
         *("extproc_held_requests", "extproc_limited_by", "extproc_overflowed", "extproc_replica_"),
-        *("extproc_second_tries", "extproc_transport", "gen_ai_"),
+        *("extproc_second_tries", "extproc_transport", "gen_ai_", "inference_", "llm_d_epp_"),
     }
 )
 """How the names of metrics begin."""

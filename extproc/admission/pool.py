@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from extproc.admission.values import RequestClass
 
 
+GLANCE = 8
+"""Endpoints that are looked at for a next choice."""
 SLACK = 64
 """Entries out of date that a heap may have beside as many as there are true ones."""
 
@@ -188,6 +190,19 @@ class Pool:
                 return by_room[0][2]
             heappop(by_room)
         return None
+
+    def next_best(self, picked: Endpoint, most: int) -> list[Endpoint]:
+        """Return up to `most` members beside `picked`, those with room first: where its request might go instead.
+
+        A glance at a few of them, however many there are: nothing is reserved.
+        """
+        if len(self.members) < 2:
+            return []
+        found = [entry[2] for entry in sorted(self._by_room[:GLANCE]) if self._is_true(entry)]
+        count = len(self.members)
+        found += [self.members[(picked.picked + offset) % count] for offset in range(min(count, GLANCE))]
+        others = dict.fromkeys(one for one in found if one is not picked and one.available)
+        return list(others)[:most]
 
     def _is_true(self, entry: tuple[tuple[float, int], int, Endpoint]) -> bool:
         return entry[2].listing == entry[1] and entry[2] in self.open

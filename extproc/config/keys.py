@@ -228,6 +228,11 @@ class Config(Section):
         "`gen_ai.server.request.duration`. Needs `pip install extproc-queue[otel]`; OTEL_... environment variables say "
         "where to and how often.",
     )
+    metrics_aliases: bool = Field(
+        False,
+        description="Tell what `/metrics` tells under the names of llm-d's router too, new (`llm_d_epp_`) and old: for "
+        "dashboards and autoscalers made for those.",
+    )
     replicas: ReplicasConfig | None = Field(
         None, description="Share the endpoints with other sidecars: limits, order and fairness over all. Unset: alone."
     )
@@ -330,6 +335,11 @@ class Config(Section):
     def picks(self) -> bool:
         """We are an endpoint picker: what we write is an address."""
         return self.dialect == "endpoint-picker" or (self.dialect is None and self.inference_pool is not None)
+
+    @property
+    def objectives(self) -> dict[str, str]:
+        """The class of each InferenceObjective that the file names."""
+        return {objective: one.name for one in self.classes for objective in one.objectives}
 
     @property
     def overflow(self) -> dict[str, str]:

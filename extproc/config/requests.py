@@ -58,6 +58,11 @@ class ClassConfig(Section):
     on_refusal: OnRefusalConfig | None = Field(
         None, description="Instead of 429 or 503 for want of room. Unset: the refusal."
     )
+    objectives: Annotated[list[Name], Field(max_length=1000)] = Field(
+        [],
+        description="InferenceObjectives that mean this class, beside the one of its name: a request names one in "
+        "`x-llm-d-inference-objective` (`dialect: endpoint-picker`). Wins over what Kubernetes says.",
+    )
     ttft: PositiveDuration | None = Field(None, description="Wanted time to the first token, as its users say it.")
     tpot: PositiveDuration | None = Field(
         None,
@@ -159,6 +164,12 @@ class HeadersConfig(Section):
 class PickerConfig(Section):
     """For `dialect: endpoint-picker`; docs/inference-gateway.md says what each gateway needs."""
 
+    fallbacks: Annotated[int, Field(ge=0, le=3)] = Field(
+        0,
+        description="How many next choices a pick lists after its address, for a gateway that tries them in turn when "
+        "the first takes no connection, and tells who served: Istio from 1.30, or an Envoy with our bootstrap. Others "
+        "(ORIGINAL_DST, agentgateway, NGINX's) fail with a list.",
+    )
     read_model: bool = Field(
         False,
         description="Where no header names the model, look for it in the first 64 KiB of the body, if the gateway "

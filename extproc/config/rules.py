@@ -34,7 +34,7 @@ def cross_check(config: Config) -> list[str]:
                 problems.append(
                     f"{section}[{index}].{what}: {name!r} is taken by {section}[{first}]; each must be unique"
                 )
-    problems += _check_who(config) + _check_picker(config)
+    problems += _check_who(config) + _check_picker(config) + _check_objectives(config)
     for index, klass in enumerate(config.classes):
         if klass.budget_s > LONGEST_BUDGET_S:
             problems.append(
@@ -114,6 +114,20 @@ def _check_picker(config: Config) -> list[str]:
                 f"endpoints[{index}].cluster: means nothing here: the gateway is told the address (dialect: "
                 "endpoint-picker); leave it out"
             )
+    return problems
+
+
+def _check_objectives(config: Config) -> list[str]:
+    """Check that no objective means two classes; one with the name of a class means that class."""
+    meant = {one.name: f"the name of classes[{index}]" for index, one in enumerate(config.classes)}
+    problems = []
+    for index, klass in enumerate(config.classes):
+        for objective in klass.objectives:
+            if objective in meant:
+                problems.append(
+                    f"classes[{index}].objectives: {objective!r} is {meant[objective]}; each means one class"
+                )
+            meant[objective] = f"in classes[{index}].objectives already"
     return problems
 
 

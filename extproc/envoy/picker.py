@@ -1,6 +1,8 @@
 """Renders the Envoy bootstrap for `dialect: endpoint-picker`: one cluster of all endpoints, and a pick by address.
 
 For an Envoy of your own, without a control plane. It is lean: two messages a request, and no body comes through us.
+Endpoints that the file lists are hosts of the cluster, and next choices are tried. Where some are discovered, Envoy
+goes to whatever address we name, so it need not know them; it tries no other then.
 """
 
 from __future__ import annotations
@@ -60,8 +62,7 @@ def render(config: Config, options: EnvoyOptions) -> str:
         log=_LOG,
         routes=f"""\
               - match: {{prefix: /}}
-                # No retry: it would go where no lease is.
-                route: {{cluster: {CLUSTER}, timeout: 0s}}
+{_route(config.picker.fallbacks)}\
                 request_headers_to_remove: [{header}]
 """,
         filters="",
@@ -78,8 +79,11 @@ def render(config: Config, options: EnvoyOptions) -> str:
 
 def _require_what_it_can_say(config: Config, options: EnvoyOptions) -> None:
     problems = []
-    if config.sources:
-        problems.append("discovery: this bootstrap lists the endpoints; a control plane's Envoy knows them by itself")
+    if config.sources and config.picker.fallbacks:
+        problems.append(
+            "picker.fallbacks: an Envoy that knows discovered endpoints by our pick alone tries one address; leave it "
+            "out, or list the endpoints"
+        )
     if config.tls is not None:
         problems.append("tls: leave it out for an Envoy of your own, at a unix socket or on loopback")
     if options.unqueued:
@@ -91,12 +95,52 @@ def _require_what_it_can_say(config: Config, options: EnvoyOptions) -> None:
 def _endpoints(header: str, config: Config, options: EnvoyOptions) -> str:
     """Return the cluster of all endpoints; `header` names the pick, as YAML writes it."""
     kind = "http2_protocol_options" if options.upstream_protocol == "h2" else "http_protocol_options"
+    return f"""\
+  - name: {CLUSTER}
+    connect_timeout: 2s
+{_addressed(header) if config.sources else _listed(header, config)}\
+    circuit_breakers:
+      thresholds: [{{max_connections: 100000, max_requests: 100000, max_pending_requests: 100000}}]
+    typed_extension_protocol_options:
+      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
+        "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
+        common_http_protocol_options: {{idle_timeout: {format_duration(config.upstream_idle_timeout)}}}
+        explicit_http_config: {{{kind}: {{}}}}
+"""
+
+
+def _route(retries: int) -> str:
+    if not retries:
+        return f"""\
+                # No retry: it would go where no lease is.
+                route: {{cluster: {CLUSTER}, timeout: 0s}}
+"""
+    return f"""\
+                # Next choices, if the picked server takes no connection: then it has begun nothing.
+                route:
+                  cluster: {CLUSTER}
+                  timeout: 0s
+                  retry_policy: {{retry_on: connect-failure, num_retries: {retries}}}
+"""
+
+
+def _addressed(header: str) -> str:
+    """Return what makes a cluster of whatever address we pick."""
+    return f"""\
+    type: ORIGINAL_DST
+    lb_policy: CLUSTER_PROVIDED
+    # By metadata, which no client can write; a request that nobody picked for has none, and gets 503.
+    original_dst_lb_config:
+      metadata_key: {{key: {wire.PICK_NAMESPACE}, path: [{{key: {header}}}]}}
+"""
+
+
+def _listed(header: str, config: Config) -> str:
+    """Return what makes a cluster of the endpoints that the file lists, of which the picked one alone is used."""
     hosts = "".join(f"        - endpoint: {{address: {socket_address(one.address)}}}\n" for one in config.endpoints)
     served, lb = json.dumps(wire.PICK_HEADER + "-served"), _LB
     return f"""\
-  - name: {CLUSTER}
     type: STATIC
-    connect_timeout: 2s
     load_assignment:
       cluster_name: {CLUSTER}
       endpoints:
@@ -127,11 +171,4 @@ def _endpoints(header: str, config: Config, options: EnvoyOptions) -> str:
                           name: any
                           typed_config:
                             "@type": {lb}round_robin.v3.RoundRobin
-    circuit_breakers:
-      thresholds: [{{max_connections: 100000, max_requests: 100000, max_pending_requests: 100000}}]
-    typed_extension_protocol_options:
-      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
-        "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
-        common_http_protocol_options: {{idle_timeout: {format_duration(config.upstream_idle_timeout)}}}
-        explicit_http_config: {{{kind}: {{}}}}
 """

@@ -228,6 +228,11 @@ class Metrics:
         waited = self._waited.get(request_class)
         return [] if waited is None else waited.latest.since(at)
 
+    def waits(self) -> Iterator[tuple[str, list[tuple[str, float]], float]]:
+        """Walk class, buckets and sum of how long dispatched requests waited."""
+        for request_class, waited in self._waited.items():
+            yield request_class, waited.seconds.cumulative(), waited.seconds.total
+
     # ---- a collector
 
     def pieces(self) -> Iterator[bytes]:
@@ -362,8 +367,8 @@ class Metrics:
         waits = HistogramMetricFamily(
             "extproc_queue_wait_seconds", "How long dispatched requests waited.", labels=["class"]
         )
-        for request_class, waited in self._waited.items():
-            waits.add_metric([request_class], waited.seconds.cumulative(), waited.seconds.total)
+        for request_class, buckets, total_s in self.waits():
+            waits.add_metric([request_class], buckets, total_s)
         yield waits
         used = HistogramMetricFamily(
             "extproc_budget_used_ratio",

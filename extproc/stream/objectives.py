@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     from extproc.admission.values import RequestClass
 
 
-def classes_of(priorities: Mapping[str, int], classes: Sequence[RequestClass]) -> dict[str, str]:
-    """Return the class of each objective in `priorities`, by name.
+def classes_of(
+    priorities: Mapping[str, int], classes: Sequence[RequestClass], listed: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the class of each objective in `priorities` and in `listed`, by name.
 
-    The class of the same name, else the first with its priority, else with the next lower one, else with the lowest: an
-    objective never goes before those that its own API puts before it.
+    The class that `listed` says; else the one of the same name, else the first with its priority, else with the next
+    lower one, else with the lowest: an objective never goes before those that its own API puts before it.
     """
     named = {klass.name for klass in classes}
     lowest = min(classes, key=lambda klass: klass.priority)
@@ -22,4 +24,4 @@ def classes_of(priorities: Mapping[str, int], classes: Sequence[RequestClass]) -
     for name, priority in priorities.items():
         below = [klass for klass in classes if klass.priority <= priority]
         found[name] = name if name in named else max(below, key=lambda klass: klass.priority, default=lowest).name
-    return found
+    return found | dict(listed)

@@ -384,7 +384,8 @@ class Session:
                 self._refused_by |= {decision.endpoint}  # if it comes back
             details += more
             self._is_sent = True
-            self._send(self._reception.steer(decision.endpoint) + self._modes.override + details)
+            steer = self._reception.steer_ticket(decision.ticket, decision.endpoint)
+            self._send(steer + self._modes.override + details)
             self._send_kept()
         elif (overflow := self._reception.overflow(decision)) is not None:
             self._overflow(decision, *overflow, wait_s)

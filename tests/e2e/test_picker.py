@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import random
 import signal
@@ -18,9 +19,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from .kit.clients import H1Request, complete_many
-from .kit.gateways import KINDS
+from .kit.envoy import Envoy
+from .kit.gateways import KINDS, bootstrap, two_pools
 from .kit.picking import Picking
 from .kit.processes import wait_until
+from .kit.stack import local
 from .kit.upstream import SSE_DONE, behave, sse_event
 
 if TYPE_CHECKING:
@@ -176,6 +179,83 @@ def test_the_bootstrap_that_envoy_config_prints_is_lean_strict_and_hears_no_clie
     assert (a.peak, b.peak) == (1, 1)
     assert not [name for one in a.records() for name, _ in one.headers if name.startswith("x-gateway-")]
     here.wait_idle()
+
+
+@pytest.mark.parametrize("kind", ["istio", "own"])
+def test_a_list_of_next_choices_is_followed_to_the_first_that_lives_and_the_lease_is_there(tmp_path, kind):
+    """Of three the first one, two or three choices live: the gateway goes along the list, and tells who served."""
+    config = {"max_running_requests": 3, "picker": {"fallbacks": 2}}
+    with Picking(tmp_path, upstreams=("a", "b", "c"), config=config) as here:
+        gateway = here.own_envoy() if kind == "own" else here.gateway("istio", retries=2)
+        for dead in ("", "a", "b"):
+            if dead:
+                here.upstreams[dead].down()
+            for number in range(4):
+                name = f"list-{dead}-{number}"
+                headers = [("x-test-id", name), behave("sse", hold="body")]
+                with H1Request(gateway, headers=headers, body=b"{}") as one:
+                    assert one.send().read_chunk() == sse_event(0)
+                    (served,) = here.seen(name)
+                    assert {endpoint for endpoint, count in here.in_flight().items() if count} == {served}
+                    here.upstreams[served].release(name)
+                    one.read_all()
+                    assert one.complete
+                here.wait_idle()
+                if kind == "istio":
+                    line = here.envoy("istio", retries=2).wait_access_log(lambda entry, name=name: entry["id"] == name)
+                    alive = [address for address in line["picked"].split(",") if address in here.alive()]
+                    assert line["upstream"] == alive[0], "the first of the list that lives, and no other by chance"
+
+
+def test_endpoints_that_dns_finds_are_gone_to_by_their_address_and_nobody_is_gone_to_without_a_pick(tmp_path):
+    """The printed bootstrap does not list them; a client names a destination of its own, heard neither way."""
+    with Picking(tmp_path, found_by_dns=True) as here:
+        gateway = here.own_envoy()
+        spoofed = {"x-gateway-destination-endpoint": here.upstreams["a"].address}
+        answers = complete_many(
+            f"http://{gateway}/",
+            20,
+            lambda n: {"x-test-id": f"dns-{n}", **spoofed, **dict([behave("sse", gap_s=0.002)])},
+        )
+        assert {one.status for one in answers} == {200}
+        assert [upstream.peak for upstream in here.upstreams.values()] == [1, 1]
+        here.sidecar.child.signal(signal.SIGKILL)
+        (after,) = complete_many(f"http://{gateway}/", 1, lambda _: {"x-test-id": "nobody", **spoofed}, timeout_s=30)
+        assert after.status == 503
+        assert here.seen("nobody") == []
+
+
+def test_two_weighted_pools_each_have_their_own_picker_and_no_request_goes_to_the_others_pool(tmp_path):
+    """Our pick has the gateway choose its route anew: it must be the same pool's."""
+    (tmp_path / "x").mkdir()
+    (tmp_path / "y").mkdir()
+    with Picking(tmp_path / "x") as x, Picking(tmp_path / "y", upstreams=("c", "d")) as y:
+        http, log = local(), tmp_path / "two.access"
+        pools = [
+            bootstrap("istio", http, here.sidecar.listen, [one.address for one in here.upstreams.values()], log)
+            for here in (x, y)
+        ]
+        with Envoy(json.dumps(two_pools(*pools, (3, 1))), tmp_path, name="two"):
+            answers = complete_many(
+                f"http://{http}/", 40, lambda n: {"x-test-id": f"two-{n}", **dict([behave("sse", gap_s=0.002)])},
+                body=body_of(3000),
+            )  # fmt: skip
+        assert {one.status for one in answers} == {200}
+        served = [[upstream.peak for upstream in here.upstreams.values()] for here in (x, y)]
+        assert served == [[1, 1], [1, 1]]
+        counts = [sum(len(here.seen(f"two-{n}")) for n in range(40)) for here in (x, y)]
+        assert sum(counts) == 40
+        assert counts[0] > counts[1] > 0
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        assert len(lines) == 40
+        assert all(line["upstream"] == line["picked"] for line in lines)
+        for here in (x, y):
+            here.wait_idle()
+            assert sum(dispatched(here).values()) == counts[(x, y).index(here)]
+
+
+def dispatched(here: Picking) -> dict[str, float]:
+    return {name: n for name, n in here.sidecar.metrics().items() if name.startswith("extproc_dispatched_total")}
 
 
 def test_a_dead_pick_is_retried_elsewhere_by_istio_and_the_lease_moves_to_who_served(tmp_path):

@@ -80,7 +80,29 @@ def test_an_inference_pool_makes_an_endpoint_picker_that_needs_no_clusters_file(
 def test_an_objective_is_in_the_class_of_its_name_else_of_its_priority_or_the_next_lower(name, priority, expected):
     priorities = (("standard", 0), ("other", 0), ("interactive", 10), ("batch", -10))
     classes = [RequestClass(klass, value, 30.0) for klass, value in priorities]
-    assert classes_of({name: priority}, classes) == {name: expected}
+    assert classes_of({name: priority}, classes, {}) == {name: expected}
+
+
+def test_an_objective_that_the_file_lists_is_in_that_class_with_or_without_kubernetes():
+    classes = [RequestClass("standard", 0, 30.0), RequestClass("batch", -10, 30.0)]
+    listed = config(classes=[{"name": "standard"}, {"name": "batch", "objectives": ["nightly", "bulk"]}]).objectives
+    assert classes_of({"nightly": 0, "chat": 0}, classes, listed) == {
+        "nightly": "batch", "bulk": "batch", "chat": "standard",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ([], ["chat"], "classes[1].objectives: 'chat' is the name of classes[0]; each means one class"),
+        (["a"], ["b", "a"], "classes[1].objectives: 'a' is in classes[0].objectives already; each means one class"),
+        (["a", "a"], [], "classes[0].objectives: 'a' is in classes[0].objectives already; each means one class"),
+    ],
+)
+def test_an_objective_that_means_two_classes_is_an_error(first, second, said):
+    with pytest.raises(ConfigError) as caught:
+        config(classes=[{"name": "chat", "objectives": first}, {"name": "batch", "objectives": second}])
+    assert said in str(caught.value)
 
 
 # ---- DNS

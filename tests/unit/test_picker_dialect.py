@@ -26,7 +26,7 @@ from extproc.stream.session import KEPT_BYTES, Session
 from extproc.stream.silence import READING_S
 from tests.unit.test_session_and_gate import Clock
 
-A, B = "10.0.0.1:8000", "10.0.0.2:8000"
+A, B, C = "10.0.0.1:8000", "10.0.0.2:8000", "10.0.0.3:8000"
 MODE = pb.ProcessingMode
 DUPLEX = (MODE.FULL_DUPLEX_STREAMED, MODE.FULL_DUPLEX_STREAMED)
 BUFFERED = (MODE.BUFFERED, MODE.BUFFERED)
@@ -43,7 +43,7 @@ class Gateway:
         names = parse_config("dialect: endpoint-picker", "test", {}).header_names()
         self.reception = Reception(self.gate, names, Ages(30.0), dialect=EndpointPicker(), **how)
         for number, address in enumerate(addresses):
-            name = "ab"[number]
+            name = "abc"[number]
             served = frozenset((models or {}).get(name, ()))
             self.reception.put_cluster(name, address)
             self.gate.put_endpoint(EndpointSpec(name, address, models=served, max_running_requests=limit))
@@ -538,3 +538,36 @@ def test_where_the_end_is_told_a_half_close_is_the_end():
     held = gateway.stream()
     held.play("> opening", opening=opening(DUPLEX))
     assert not held.session.half_closed()
+
+
+# ---- lists of next choices
+
+
+def test_a_pick_lists_next_choices_where_it_is_told_to_those_with_room_first_and_none_is_taken():
+    gateway = Gateway(A, B, C, fallbacks=2, limit=2)
+    gateway.stream().play("> opening", f"< pick {A},{B},{C}", opening=opening(DUPLEX))
+    assert gateway.in_flight() == {"a": 1, "b": 0, "c": 0}
+    gateway.stream().play("> opening", f"< pick {B},{C},{A}", opening=opening(DUPLEX))
+    leaver = gateway.stream()
+    leaver.play("> opening", f"< pick {C},{A},{B}", opening=opening(DUPLEX))
+    leaver.session.end()
+    gateway.stream().play("> opening", f"< pick {C},{A},{B}", opening=opening(DUPLEX))
+    gateway.gate.set_up("c", is_up=False)
+    gateway.stream().play("> opening", f"< pick {A},{B}", opening=opening(DUPLEX))
+
+
+def test_next_choices_keep_to_what_the_gateway_allows_and_to_who_serves_the_model():
+    gateway = Gateway(A, B, C, fallbacks=3, limit=4, models={"a": {"m"}, "b": {"m"}, "c": {"n"}})
+    gateway.stream().play("> opening", f"< pick {A},{B}", opening=opening(DUPLEX, x_model="m"))
+    data = told(opening(DUPLEX, x_model="m"), wire.SUBSET_NAMESPACE, wire.PICK_HEADER + "-subset", B, C)
+    gateway.stream().play("> opening", f"< pick {B}", opening=data)
+
+
+def test_the_lease_moves_along_the_list_to_who_served_even_if_that_is_full():
+    gateway = Gateway(A, B, fallbacks=1)
+    stream, other = gateway.stream(), gateway.stream()
+    stream.play("> opening", f"< pick {A},{B}", opening=opening(DUPLEX))
+    other.play("> opening", f"< pick {B},{A}", opening=opening(DUPLEX))
+    head = told(message("response_headers 200"), "envoy.lb", wire.PICK_HEADER + "-served", B, as_list=False)
+    stream.play("> head", "< response_headers", head=head)
+    assert gateway.in_flight() == {"a": 0, "b": 2}

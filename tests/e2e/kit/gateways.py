@@ -140,6 +140,39 @@ def bootstrap(
     }
 
 
+def two_pools(one: dict[str, Any], other: dict[str, Any], weights: tuple[int, int]) -> dict[str, Any]:
+    """Return the bootstrap `one` with the pool of `other` beside its own, as Istio has a route to two InferencePools.
+
+    Which picker is asked stands with each of the weighted clusters.
+    """
+    clusters = one["static_resources"]["clusters"]
+    weighted = []
+    for number, (bootstrap, weight) in enumerate(zip((one, other), weights, strict=True)):
+        route = _manager_of(bootstrap)["route_config"]["virtual_hosts"][0]["routes"][0]
+        config = route.pop("typed_per_filter_config")
+        for cluster in bootstrap["static_resources"]["clusters"]:
+            cluster["name"] += f"-{number}"
+        config["envoy.filters.http.ext_proc"]["overrides"]["grpc_service"] = {
+            "envoy_grpc": {"cluster_name": f"{EPP}-{number}"}
+        }
+        weighted.append({"name": f"pool-{number}", "weight": weight, "typed_per_filter_config": config})
+    clusters += other["static_resources"]["clusters"]
+    manager = _manager_of(one)
+    route = manager["route_config"]["virtual_hosts"][0]["routes"][0]
+    route["route"] = {"weighted_clusters": {"clusters": weighted}, "timeout": "0s"}
+    for listed in manager["http_filters"]:
+        if listed["name"] == "envoy.filters.http.ext_proc":
+            listed["typed_config"]["grpc_service"] = {"envoy_grpc": {"cluster_name": f"{EPP}-0"}}
+    return one
+
+
+def _manager_of(bootstrap: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = bootstrap["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0][
+        "typed_config"
+    ]
+    return found
+
+
 def gateway(kind: str, picker: str, endpoints: Sequence[str], directory: Path, **how: Any) -> tuple[str, Envoy]:
     """Return where clients send to, and an Envoy of this kind, not started yet. `binary`: which Envoy."""
     http = local()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .envoy import Envoy
 from .gateways import gateway
-from .processes import wait_until
+from .processes import tcp_open, wait_until
 from .stack import DEFAULTS, Sidecar, local
 from .upstream import Upstream
 
@@ -38,13 +38,21 @@ class Picking:
         upstreams: Sequence[str] = ("a", "b"),
         config: Mapping[str, Any] | None = None,
         version: str = "",
+        found_by_dns: bool = False,
     ) -> None:
-        """Take `version` of Envoy, of those that `make test-picker` installs; "": the one that is supported."""
+        """Take `version` of Envoy, of those that `make test-picker` installs; "": the one that is supported.
+
+        `found_by_dns`: the config lists no endpoint.
+        """
         self.version = version
         self.directory = directory
         self.upstreams = {name: Upstream(name) for name in upstreams}
         listed = [{"name": name, "address": upstream.address} for name, upstream in self.upstreams.items()]
         keys = {"dialect": "endpoint-picker", "endpoints": listed, **(config or {})}
+        if found_by_dns:
+            ports = [int(upstream.address.rpartition(":")[2]) for upstream in self.upstreams.values()]
+            found = [{"dns": {"name": "localhost", "family": "ipv4", "ports": ports}}]
+            keys |= {"endpoints": [], "discovery": found, "allowed_addresses": ["127.0.0.0/8"]}
         self.sidecar = Sidecar({**DEFAULTS, **keys}, directory)
         self._gateways: dict[str, tuple[str, Envoy]] = {}
         self._running = contextlib.ExitStack()
@@ -87,6 +95,10 @@ class Picking:
     def in_flight(self) -> dict[str, int]:
         """Leases by endpoint."""
         return {one["name"]: int(one["in_flight"]) for one in self.sidecar.queues()["endpoints"]}
+
+    def alive(self) -> set[str]:
+        """The addresses of the upstreams that take connections."""
+        return {upstream.address for upstream in self.upstreams.values() if tcp_open(upstream.address)}
 
     def seen(self, request_id: str) -> list[str]:
         """The upstreams that a request reached, in no order that means anything."""
