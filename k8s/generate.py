@@ -7,6 +7,7 @@ parts of such a bootstrap; rules and dashboard come from observability/, as kust
 from __future__ import annotations
 
 import shutil
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ VIRTUAL_HOST = "*:80"
 HTTP_MANAGER = "envoy.filters.network.http_connection_manager"
 ROUTER = "envoy.filters.http.router"
 EXT_PROC = "envoy.filters.http.ext_proc"
+BUFFER = "envoy.filters.http.buffer"
 
 _WRITTEN = "# Written by k8s/generate.py (`make envoy-files`) from {source}: change that instead.\n"
 
@@ -151,8 +153,8 @@ def _manager(bootstrap: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _ext_proc(bootstrap: dict[str, Any]) -> dict[str, Any]:
-    return next(one for one in _manager(bootstrap)["http_filters"] if one["name"] == EXT_PROC)
+def _filter(bootstrap: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(one for one in _manager(bootstrap)["http_filters"] if one["name"] == name)
 
 
 def envoy_filter(bootstrap: dict[str, Any]) -> dict[str, Any]:
@@ -170,7 +172,11 @@ def envoy_filter(bootstrap: dict[str, Any]) -> dict[str, Any]:
     patches = [
         *(_patch("CLUSTER", {}, "ADD", cluster) for cluster in clusters),
         _patch("NETWORK_FILTER", {"listener": listener}, "MERGE", {"name": HTTP_MANAGER, **merged}),
-        _patch("HTTP_FILTER", {"listener": before_router}, "INSERT_BEFORE", _ext_proc(bootstrap)),
+        # In this order: each is put right before the router, so behind the one before.
+        *(
+            _patch("HTTP_FILTER", {"listener": before_router}, "INSERT_BEFORE", _filter(bootstrap, name))
+            for name in (BUFFER, EXT_PROC)
+        ),
         _patch("VIRTUAL_HOST", {"routeConfiguration": virtual_host}, "MERGE", limit),
         _patch("HTTP_ROUTE", {"routeConfiguration": virtual_host}, "INSERT_FIRST", steered),
     ]
@@ -208,7 +214,7 @@ def lean_picker_filter() -> dict[str, Any]:
 def _patch(apply_to: str, match: dict[str, Any], operation: str, value: dict[str, Any]) -> dict[str, Any]:
     return {
         "applyTo": apply_to,
-        "match": {"context": "GATEWAY", **match},
+        "match": {"context": "GATEWAY", **deepcopy(match)},  # the same one twice would be written as an alias
         "patch": {"operation": operation, "value": value},
     }
 
@@ -226,7 +232,7 @@ def envoy_patch_policy(bootstrap: dict[str, Any]) -> dict[str, Any]:
                 "op": "replace",
                 "jsonPath": f"{manager}.http_filters[?(@.name == '{name}')]",
                 "path": "/typed_config",
-                "value": _ext_proc(bootstrap)["typed_config"],
+                "value": _filter(bootstrap, EXT_PROC)["typed_config"],
             },
         },
         {

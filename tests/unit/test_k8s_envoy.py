@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from extproc.config import parse_config
+from extproc.envoy.advice import advice
 from extproc.envoy.bootstrap import render
 from extproc.envoy.check import check_envoy
 from extproc.envoy.skeleton import EnvoyOptions
@@ -101,6 +102,7 @@ def test_an_istio_gateway_with_our_envoyfilter_is_what_check_wants(rendered, tmp
     good, said = validate(path.read_text(), tmp_path)
     assert good, said
     assert check_envoy(sidecar_config(documents), path) == []
+    assert not [word for word in advice(sidecar_config(documents), path) if "no buffer filter" in word]
 
 
 def test_an_envoy_gateway_with_our_policies_is_what_check_wants(rendered, tmp_path):
@@ -144,7 +146,24 @@ def test_an_envoy_gateway_with_our_policies_is_what_check_wants(rendered, tmp_pa
             }
         )
         clusters.append(_start_cluster(cluster))
-    manager = _manager("llm/extproc/http", [ours], {"name": "llm/extproc/http/*", "domains": ["*"], "routes": routes})
+    buffer = one(documents, "BackendTrafficPolicy")["spec"]["requestBuffer"]
+    buffering = {
+        "name": "envoy.filters.http.buffer",
+        "disabled": True,
+        "typed_config": {
+            "@type": "type.googleapis.com/envoy.extensions.filters.http.buffer.v3.Buffer",
+            "max_request_bytes": 1 << 20,
+        },
+    }
+    assert buffer == {"limit": client["connection"]["bufferLimit"]}
+    for route in routes:
+        route["typed_per_filter_config"][buffering["name"]] = {
+            "@type": "type.googleapis.com/envoy.extensions.filters.http.buffer.v3.BufferPerRoute",
+            "buffer": {"max_request_bytes": 32 << 20},
+        }
+    manager = _manager(
+        "llm/extproc/http", [buffering, ours], {"name": "llm/extproc/http/*", "domains": ["*"], "routes": routes}
+    )
     manager["typed_config"] |= {
         "stream_idle_timeout": client["timeout"]["http"]["streamIdleTimeout"],
         "early_header_mutation_extensions": [
@@ -168,6 +187,7 @@ def test_an_envoy_gateway_with_our_policies_is_what_check_wants(rendered, tmp_pa
     path.write_text(yaml.safe_dump(_bootstrap(listener, clusters)))
     good, said = validate(path.read_text(), tmp_path)
     assert good, said
+    assert not [word for word in advice(config, path) if "no buffer filter" in word]
     # `check` knows one way to route (cluster_header) and one to buffer; here: a rule per endpoint, and the listener.
     others = [problem for problem in check_envoy(config, path) if not _said_otherwise(problem)]
     assert others == []
