@@ -25,7 +25,6 @@ from extproc.errors import StartError
 from extproc.observe.recording import Recorder
 from extproc.observe.stories import MOST as MOST_STORIES
 from extproc.observe.stories import Stories
-from extproc.pure import is_compiled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -191,9 +190,6 @@ class Admin:
         if not (asked.isascii() and asked.isdigit() and 1 <= int(asked[:9]) <= MOST_RECORDED_S):
             text = f"seconds: must be a number from 1 to {MOST_RECORDED_S}: how long to record\n"
             return web.Response(status=400, text=text)
-        if is_compiled():
-            text = "A compiled core can't be copied: start with EXTPROC_PURE=1 to record it.\n"
-            return web.Response(status=501, text=text)
         if self._records:
             return web.Response(status=409, text="A recording is under way already.\n")
         if self._gate.waiting > MOST_WAITING_RECORDED:

@@ -77,6 +77,19 @@ class Controller:
         endpoints: by name; a removed one stays until its last lease is back.
     """
 
+    __slots__ = (
+        "_answers",
+        "_books",
+        "_event",
+        "_fleet",
+        "_lines",
+        "_placing",
+        "_refusing",
+        "_tokens",
+        "_watchers",
+        "endpoints",
+    )
+
     def __init__(self, policy: Policy) -> None:
         """Start without endpoints; `put_endpoint` brings them."""
         self._books = books = Books(policy)

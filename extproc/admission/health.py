@@ -65,20 +65,23 @@ class Streak:
     """Refusals in a row by one endpoint, in one pool, and what the pool had seen when the first one came.
 
     Attributes:
+        record: of the pool.
         count: refusals in a row.
         refused, served: the record's numbers before the first of them.
     """
 
-    __slots__ = ("count", "refused", "served")
+    __slots__ = ("count", "record", "refused", "served")
 
     def __init__(self, record: Record) -> None:
         """Begin with what `record` says now."""
+        self.record = record
         self.count = 0
         self.served = record.served
         self.refused = record.refused
 
-    def peers_share(self, record: Record) -> float:
+    def peers_share(self) -> float:
         """Return the share of their requests that the others of the pool refused meanwhile; 1/2: nobody can say."""
+        record = self.record
         refused = record.refused - self.refused - self.count
         return (refused + 1) / (refused + record.served - self.served + 2)
 
@@ -265,7 +268,7 @@ class Health:
             streak = self._streaks[record] = Streak(record)
         streak.count += 1
         record.refused += 1
-        share = streak.peers_share(record)
+        share = streak.peers_share()
         if not is_own_fault and share > 0.5:  # the others refuse as well: as good as they are
             if self.is_known and not self.on_trial:
                 self._doubt = None

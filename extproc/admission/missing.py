@@ -98,7 +98,7 @@ class Missing:
         others_serve_it = record.served > streak.served
         if streak.count < EJECT_AFTER or streak.count <= in_a_row or not others_serve_it:
             return False  # too few, the endpoint as a whole, or nobody's
-        if streak.peers_share(record) ** streak.count > CHANCE:
+        if streak.peers_share() ** streak.count > CHANCE:
             return False
         known.ejections += 1
         known.until = now + min(EJECT_S * 2.0 ** (known.ejections - 1), EJECT_MAX_S)

@@ -5,6 +5,8 @@ it. Nothing is recorded unless somebody asks, and then so many events at the mos
 nothing but the core's own classes (docs.python.org/3/library/pickle.html#restricting-globals): who reads a stranger's
 recording runs none of his code.
 
+A compiled core and the source read each other's: what is named is attributes, and never how a class keeps them.
+
 It holds what requests say of themselves in headers (ids, tenants, models), and no header or body besides; sessions are
 replaced by numbers that nobody can turn back.
 """
@@ -20,11 +22,11 @@ import secrets
 import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
-from copyreg import __newobj__  # type: ignore[attr-defined]
 from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
 from hashlib import blake2b
 from importlib import import_module
+from inspect import Parameter, signature
 from types import BuiltinFunctionType, FunctionType, MethodType, UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
@@ -36,7 +38,7 @@ from extproc.admission.pool import Pool
 from extproc.admission.sessions import Home, Sessions
 from extproc.admission.tenants import NO_RULES, TenantRules
 from extproc.admission.ticket import State, Ticket
-from extproc.admission.values import Dispatch, Request
+from extproc.admission.values import Dispatch, EndpointSpec, Policy, Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -44,14 +46,16 @@ if TYPE_CHECKING:
     from extproc.admission.events import Event
     from extproc.admission.values import Decision
 
-FORMAT = 2
+FORMAT = 3
 MOST_EVENTS = 200_000
 """Events of one recording: some 40 MB. Then it ends, since only what follows on its beginning can be run again."""
 MOST_STATE_BYTES = 1 << 28
 _PARTS: dict[str, type] = {kind.__name__: kind for kind in (Ticket, Endpoint, Pool)}
 """What the parts of the core point to each other by: pickled one by one, so that no chain of them gets too deep."""
+_CORE = "extproc.admission."
 _ATOMS = frozenset({str, int, float, bool, type(None), tuple, list, dict})
 _OTHERS = {
+    (__name__, "_keep"),
     ("sortedcontainers.sortedlist", "SortedList"),
     ("collections", "OrderedDict"),
     ("collections", "deque"),
@@ -290,31 +294,75 @@ class _Freezer(pickle.Pickler):
             return None
         if obj is NO_RULES:
             return "no rules", 0
+        if obj is _keep:
+            return None
         if isinstance(obj, tuple(_PARTS.values())):
             number = self.numbers.get(obj)
             if number is None:
                 number = self.numbers[obj] = len(self.numbers)
                 self.todo.append(obj)
             return _part(obj).__name__, number
-        if kind in (MethodType, BuiltinFunctionType):
-            return "driver", 0
-        if kind is FunctionType and not obj.__module__.startswith("extproc.admission."):
+        if kind is MethodType or (kind in (BuiltinFunctionType, FunctionType) and not _is_of_core(obj)):
             return "driver", 0
         return None
 
     def reducer_override(self, obj: object) -> Any:
+        kind = type(obj)
+        if not _is_of_core(kind) or isinstance(obj, (Enum, tuple)):
+            return NotImplemented
         if isinstance(obj, Request):
-            request = _without_session(obj, self.hidden)
-            return Request, tuple([getattr(request, field.name) for field in fields(Request)])
+            obj = _without_session(obj, self.hidden)
+        if is_dataclass(obj):
+            return kind, tuple([getattr(obj, field.name) for field in fields(obj)])
+        kept = _kept(obj)
         if isinstance(obj, Sessions):
-            endpoints = OrderedDict({self.hidden(session): known for session, known in obj._endpoints.items()})
-            return __newobj__, (Sessions,), (None, {"_endpoints": endpoints})
-        return NotImplemented
+            kept["_endpoints"] = OrderedDict({self.hidden(name): known for name, known in kept["_endpoints"].items()})
+        made_of = [kept.get(name, kept.get(f"_{name}")) for name in _needs(kind)]
+        return kind, tuple(made_of), kept, None, None, _keep
+
+
+def _is_of_core(thing: object) -> bool:
+    return str(thing.__module__).startswith(_CORE)
+
+
+def _kept(obj: object, kind: type | None = None) -> dict[str, Any]:
+    """Return the attributes of an object of the core, of those that `kind` has: it is compiled, or has slots."""
+    kind = kind or type(obj)
+    names = getattr(kind, "__mypyc_attrs__", None) or [
+        name for base in kind.__mro__ for name in vars(base).get("__slots__", ())
+    ]
+    return {name: getattr(obj, name) for name in names}
+
+
+def _keep(obj: object, kept: dict[str, Any]) -> None:
+    """Give an object of the core its attributes back."""
+    if not _is_of_core(type(obj)):
+        raise pickle.UnpicklingError(f"a recording may change nothing of {type(obj).__name__}")
+    for name, value in kept.items():
+        setattr(obj, name, value)
+
+
+_NEEDS: dict[type, list[str]] = {}
+
+
+def _needs(kind: type) -> list[str]:
+    """Return the arguments that a class of the core is made with: it keeps each under this name, or with a `_`."""
+    if kind not in _NEEDS:
+        asked = signature(kind).parameters
+        _NEEDS[kind] = [name for name, one in asked.items() if one.default is Parameter.empty]
+    return _NEEDS[kind]
 
 
 def _part(obj: object) -> type:
     """Return the core's class that `obj` is of: its driver may have one of its own below it."""
     return next(kind for kind in type(obj).__mro__ if _PARTS.get(kind.__name__) is kind)
+
+
+_BLANK: dict[str, Callable[[], object]] = {
+    "Ticket": lambda: Ticket(Request("", 0.0)),
+    "Endpoint": lambda: Endpoint(EndpointSpec(""), Policy()),
+    "Pool": Pool,
+}
 
 
 class _Thawer(pickle.Unpickler):
@@ -329,13 +377,13 @@ class _Thawer(pickle.Unpickler):
         if name == "no rules":
             return NO_RULES
         if number not in self.parts:
-            self.parts[number] = object.__new__(_PARTS[name])
+            self.parts[number] = _BLANK[name]()
         return self.parts[number]
 
     def find_class(self, module: str, name: str) -> object:
         if (module, name) in _OTHERS:
             return super().find_class(module, name)
-        if module.startswith("extproc.admission.") and name.isidentifier():
+        if module.startswith(_CORE) and name.isidentifier():
             found = vars(import_module(module)).get(name)
             if getattr(found, "__module__", None) == module:
                 return found
@@ -346,10 +394,9 @@ def _freeze(core: Controller, hidden: Callable[[str], str]) -> tuple[bytes, dict
     """Return the state of `core`, the numbers that tickets have in it, and the next number."""
     file = io.BytesIO()
     freezer = _Freezer(file, hidden)
-    freezer.dump({name: value for name, value in vars(core).items() if name != "_watchers"})
+    freezer.dump({**_kept(core, Controller), "_watchers": []})
     for part in freezer.todo:  # grows meanwhile
-        slots: tuple[str, ...] = _part(part).__slots__  # type: ignore[attr-defined]
-        freezer.dump((freezer.numbers[part], tuple([getattr(part, slot) for slot in slots])))
+        freezer.dump((freezer.numbers[part], _kept(part, _part(part))))
     tickets = {part: number for part, number in freezer.numbers.items() if isinstance(part, Ticket)}
     return zlib.compress(file.getvalue()), tickets, len(freezer.numbers)
 
@@ -362,13 +409,11 @@ def _thaw(state: bytes) -> tuple[Controller, dict[int, Ticket]]:
             raise RecordingError(f"line 1: a state of more than {MOST_STATE_BYTES} bytes")
         file = io.BytesIO(plain)
         thawer = _Thawer(file)
-        core = Controller.__new__(Controller)
-        vars(core).update(thawer.load(), _watchers=[])
+        core = Controller(Policy())
+        _keep(core, thawer.load())
         while file.tell() < len(plain):
-            number, values = thawer.load()
-            part = thawer.parts[number]
-            for slot, value in zip(type(part).__slots__, values, strict=True):
-                setattr(part, slot, value)
+            number, kept = thawer.load()
+            _keep(thawer.parts[number], kept)
     except (
         pickle.UnpicklingError,
         ValueError,

@@ -97,14 +97,3 @@ def test_no_recording_begins_while_so_many_wait_that_all_would_stand_still(monke
             assert "3 requests wait" in await response.text()
 
     asyncio.run(scenario())
-
-
-def test_a_compiled_core_says_how_it_can_be_recorded(monkeypatch):
-    monkeypatch.setattr("extproc.admin.http.is_compiled", lambda: True)
-
-    async def scenario() -> None:
-        async with served(Room()) as client, client.get("/debug/recording") as response:
-            assert response.status == 501
-            assert "EXTPROC_PURE=1" in await response.text()
-
-    asyncio.run(scenario())

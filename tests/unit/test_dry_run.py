@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 
 import pytest
@@ -13,14 +12,10 @@ from extproc.admission.load import Load
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, Dispatch, EndpointSpec, Policy, Request, RequestClass
 from extproc.stream.dry_run import DryRun
+from tests.unit.admission.methods import events_of_the_core
 
 NAME = "default"
-DECIDING = [
-    name
-    for name, method in vars(Controller).items()
-    if not name.startswith("_") and inspect.isfunction(method) and "list[Decision]" in str(method.__annotations__)
-]
-"""The core's events, found by what they return."""
+NEEDED = events_of_the_core()
 SAMPLES = {
     "name": "a",
     "spec": EndpointSpec("a", max_running_requests=3),
@@ -32,14 +27,17 @@ SAMPLES = {
 }
 
 
-class Run(Controller):
+class Run:
     """The real core, with the queue off, and who watches it."""
 
     def __init__(self, policy: Policy) -> None:
-        super().__init__(replace(policy, enable_queue=False))
+        self.core = Controller(replace(policy, enable_queue=False))
         self.dry = DryRun(policy)
         self.counts = self.dry.counts
-        self.watch(self.dry.happened)
+        self.core.watch(self.dry.happened)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.core, name)
 
 
 def started(**policy) -> Run:
@@ -113,36 +111,22 @@ def test_endpoints_policy_and_health_reach_both():
     assert set(run.dry._other.endpoints) == set(run.endpoints) == {"a"}
 
 
-class Listening(Controller):
-    """A core that notes which of its events came."""
-
-    def __init__(self, policy: Policy) -> None:
-        self.heard: list[str] = []
-        super().__init__(policy)
-
-    def __getattribute__(self, name: str) -> object:
-        if name in DECIDING:
-            self.heard.append(name)
-        return super().__getattribute__(name)
-
-
 # With the queue off nobody waits, so nobody leaves or is taken back; and "send" takes no slot.
-@pytest.mark.parametrize("event", [event for event in DECIDING if event not in ("cancel", "send", "withdraw")])
+@pytest.mark.parametrize("event", sorted(NEEDED.keys() - {"cancel", "send", "withdraw"}))
 def test_whatever_happens_to_the_real_core_happens_to_the_other_one(event):
     run = started()
     ticket = Ticket(Request("r", 0.0)) if event in ("offer", "adopt") else offer(run, 0.0)
-    listening = Listening(Policy(enable_queue=True))
-    listening.put_endpoint(SAMPLES["spec"], 0.0)
-    twin = Ticket(Request("r", 0.0))
-    listening.offer(twin, 0.0)
-    run.dry._other, run.dry._twins[ticket] = listening, twin
-    listening.heard.clear()
-    asked = inspect.signature(getattr(Controller, event)).parameters.values()
-    needed = {one.name for one in asked if one.default is inspect.Parameter.empty and one.name != "self"}
+    other, twin = Controller(Policy(enable_queue=True)), Ticket(Request("r", 0.0))
+    other.put_endpoint(SAMPLES["spec"], 0.0)
+    other.offer(twin, 0.0)
+    run.dry._other, run.dry._twins[ticket] = other, twin
+    happened, heard = [], []
+    run.watch(lambda event, _: happened.append(type(event)))
+    other.watch(lambda event, _: heard.append(type(event)))
     known = {"ticket": ticket, "now": 1.0, **SAMPLES}
-    assert needed <= known.keys(), "a new kind of argument: give a sample of it"
-    getattr(run, event)(**{name: known[name] for name in needed})
-    assert event in listening.heard
+    assert set(NEEDED[event]) <= known.keys(), "a new kind of argument: give a sample of it"
+    getattr(run, event)(**{name: known[name] for name in NEEDED[event]})
+    assert happened[0] in heard
 
 
 def test_an_answer_that_begins_well_ends_the_trial_in_both():
