@@ -1,12 +1,15 @@
 # The sidecar: `docker build -t extproc-queue:0.1.0 .` tests/unit/test_k8s.py runs these steps without Docker.
 # Pin the digest of the base image that you have scanned: PYTHON=3.11-slim-bookworm@sha256:...
 ARG PYTHON=3.11-slim-bookworm
+# The same Python on the same Debian, with a C compiler: the core is compiled (docs/compiled.md), and nothing else.
+ARG COMPILING=3.11-bookworm
 
-FROM python:${PYTHON} AS build
+FROM python:${COMPILING} AS build
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE NOTICE ./
+COPY pyproject.toml setup.py README.md LICENSE NOTICE ./
 COPY extproc ./extproc
-# No pip in what is shipped. Wheels only for what it depends on: nothing is compiled, so nothing here can compile.
+# No pip in what is shipped. Wheels only for what it depends on. `--build-arg EXTPROC_COMPILE=` makes a pure one.
+ARG EXTPROC_COMPILE=1
 RUN python -m venv --without-pip /opt/extproc
 RUN python -m pip --python /opt/extproc/bin/python install --no-cache-dir --only-binary=:all: ".[uvloop,otel,picker,valkey]"
 

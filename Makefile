@@ -106,8 +106,8 @@ instructions: $(STAMP)  ## machine instructions of one request, counted by valgr
 
 # The core compiled by mypyc: opt in, for who has a C compiler. `make run` and `pip install -e` stay pure.
 compiled: $(STAMP)  ## a compiled wheel in build/compiled, and the core's tests on it in an environment of its own (minutes)
-	rm -rf build/compiled && mkdir -p build/compiled
-	EXTPROC_COMPILE=1 nice $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/compiled .
+	rm -rf build/compiled build/lib* build/temp* && mkdir -p build/compiled
+	EXTPROC_COMPILE=1 nice $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/compiled .
 	EXTPROC_LONG=1 $(BIN)/python -m pytest tests/unit/test_compiled.py
 
 FAULTS := faults endpoint_faults broken_endpoints client_faults load hostile matrix shipped_envoy

@@ -7,14 +7,17 @@ from pathlib import Path
 
 from setuptools import setup
 
-INTERPRETED = {
-    "controller",  # its subclasses are interpreted, and the dry run reads the signatures of its events
+COMPILER = "mypy==2.4.1"
+"""Machine code is of the version that the tests ran with. pip gets it for the build; nothing needs it later."""
+INTERPRETED = {  # tables and values: no line of them runs for a request
     "decision",  # says why itself
     "held",  # an Enum whose members are made by __new__
     "outcome",  # likewise
-    "tenants",  # a dataclass with a field whose type is imported for the type checker alone
 }
-STREAM = ("ages", "answer", "bodies", "dialect", "gate", "replays", "request", "routes", "session", "silence", "wire")
+STREAM = (
+    *("again", "ages", "answer", "bodies", "dialect", "gate", "reception"),
+    *("replays", "request", "routes", "session", "silence", "wire"),
+)
 REPLICAS = ("gate", "leading")  # subclasses of what is compiled must be, too
 
 
@@ -25,10 +28,14 @@ def modules() -> list[str]:
     return [*map(str, core), *rest]
 
 
-if os.environ.get("EXTPROC_COMPILE"):
-    from mypyc.build import mypycify
-
+def compiled() -> dict[str, object]:
+    """Return what setuptools needs to compile; without the compiler, that it needs it: pip asks for that first."""
+    try:
+        from mypyc.build import mypycify
+    except ImportError:
+        return {"setup_requires": [COMPILER]}
     options = ["--config-file=", "--ignore-missing-imports", "--follow-imports=silent"]
-    setup(ext_modules=mypycify([*options, *modules()], opt_level="2", multi_file=True, group_name="extproc"))
-else:
-    setup()
+    return {"ext_modules": mypycify([*options, *modules()], opt_level="2", multi_file=True, group_name="extproc")}
+
+
+setup(**compiled() if os.environ.get("EXTPROC_COMPILE") else {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 NEVER = -1.0
 _SLACK = 256
+_AT_ONCE = 4
+"""Old entries that each new alarm looks at: no event has to look at all."""
 
 
 class Sleeper(Protocol):
@@ -22,19 +24,20 @@ T = TypeVar("T", bound=Sleeper)
 
 
 class Alarms(Generic[T]):
-    """At most one alarm each. Those that were moved, or are wanted no more, are dropped lazily, in O(1) on average."""
+    """At most one alarm each. Those that were moved, or are wanted no more, are dropped later, a few at a time."""
 
-    __slots__ = ("_heap", "_sequence", "_still_waits")
+    __slots__ = ("_heap", "_old", "_sequence", "_still_waits")
 
     def __init__(self, still_waits: Callable[[T], bool] | None = None) -> None:
         """Start with none; `still_waits` tells whether somebody wants to be woken at all; None: everybody does."""
         self._heap: list[tuple[float, int, T]] = []
+        self._old: list[tuple[float, int, T]] = []  # a heap too, with many dead ones, that moves over to the other
         self._sequence = 0
         self._still_waits = still_waits
 
     def __len__(self) -> int:
         """Count the alarms that are kept, dead ones included."""
-        return len(self._heap)
+        return len(self._heap) + len(self._old)
 
     def set(self, item: T, at: float, live: int) -> None:
         """Wake `item` at `at` in place of any earlier wish. `live`: how many may be waiting, which bounds the heap."""
@@ -43,26 +46,39 @@ class Alarms(Generic[T]):
         item.alarm = at
         self._sequence += 1
         heappush(self._heap, (at, self._sequence, item))
-        if len(self._heap) > 2 * live + _SLACK:
-            heap = self._heap
-            heap[:] = [entry for entry in heap if self._is_live(entry)]
-            heapify(heap)
+        if self._old:
+            self._move_over()
+        elif len(self._heap) >= 2 * live + _SLACK:
+            self._old, self._heap = self._heap, []
+
+    def _move_over(self) -> None:
+        for _ in range(min(_AT_ONCE, len(self._old))):
+            entry = self._old.pop()  # the last of a heap: what stays is one
+            if self._is_live(entry):
+                heappush(self._heap, entry)
 
     def next(self) -> float | None:
         """Return when the next alarm is due."""
-        heap = self._heap
-        while heap and not self._is_live(heap[0]):
-            heappop(heap)
-        return heap[0][0] if heap else None
+        if not self._heap and not self._old:
+            return None
+        first = self._first()
+        return first[0] if first is not None else None
 
     def due(self, now: float) -> Iterator[T]:
         """Take out, one by one, those whose alarm has come."""
-        heap = self._heap
-        while heap and heap[0][0] <= now:
-            entry = heappop(heap)
-            if self._is_live(entry):
-                entry[2].alarm = NEVER
-                yield entry[2]
+        while (first := self._first()) is not None and first[0] <= now:
+            first[2].alarm = NEVER  # and so it is live no more
+            yield first[2]
+
+    def _first(self) -> tuple[float, int, T] | None:
+        """Return the first alarm of both heaps."""
+        first = None
+        for heap in (self._heap, self._old):
+            while heap and not self._is_live(heap[0]):
+                heappop(heap)
+            if heap and (first is None or heap[0] < first):
+                first = heap[0]
+        return first
 
     def _is_live(self, entry: tuple[float, int, T]) -> bool:
         return entry[2].alarm == entry[0] and (self._still_waits is None or self._still_waits(entry[2]))

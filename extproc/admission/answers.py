@@ -38,14 +38,15 @@ class Answers:
     def began(self, ticket: Ticket) -> None:
         """Note a good answer, long before it ends: a trial need not last as long."""
         if not ticket.is_answered:
-            self._served(ticket, placed(ticket.endpoint), _company(ticket))
+            endpoint = placed(ticket.endpoint)
+            self._served(ticket, endpoint, _company(placed(ticket.pool), endpoint))
 
-    def ended(self, ticket: Ticket, answer: Answer) -> None:
+    def ended(self, ticket: Ticket, endpoint: Endpoint, pool: Pool, answer: Answer) -> None:
         """Judge a whole answer, and charge what it cost beyond its estimate: how long it was written, at what pace."""
-        endpoint, pool = placed(ticket.endpoint), placed(ticket.pool)
         if answer is _OK or answer is _UNKNOWN or ticket.is_answered:
             endpoint.completed += ticket.sequences  # a connection that failed at once had no answer
-        self._judge(answer, ticket, endpoint, _company(ticket))
+        if not ticket.is_answered and answer is not _UNKNOWN:
+            self._judge(answer, ticket, endpoint, _company(pool, endpoint))
         if answer is _OK or answer is _UNKNOWN:
             writing_s, pace = endpoint.writing_s(ticket, self._books.now), endpoint.steps.pace
             tokens = self._tokens.tokens_of(ticket, writing_s, pace, learn=answer is _OK)
@@ -66,9 +67,7 @@ class Answers:
             self._fleet.changed(endpoint)
 
     def _judge(self, answer: Answer, ticket: Ticket, endpoint: Endpoint, pool: Pool) -> None:
-        """Note how an answer ended. One that began well has told what it can: whether it was cut, nobody knows."""
-        if ticket.is_answered or answer is _UNKNOWN:
-            return
+        """Note how an answer ended. One that began well has told what it can before: if it was cut, nobody knows."""
         if answer is _OK:
             self._served(ticket, endpoint, pool)
             return
@@ -93,10 +92,9 @@ def _is_led_there(ticket: Ticket, endpoint: Endpoint) -> bool:
     return request.home == endpoint.name or (request.session is not None and ticket.home is endpoint)
 
 
-def _company(ticket: Ticket) -> Pool:
-    """Return those whom the endpoint of a request is judged against: all who serve the model, not a gateway's few."""
-    pool = placed(ticket.pool)
+def _company(pool: Pool, endpoint: Endpoint) -> Pool:
+    """Return those whom an endpoint is judged against: all who serve a request's model, not a gateway's few."""
     if not pool.base.is_part:
         return pool
-    wholes = [one for one in placed(ticket.endpoint).pools if not one.base.is_part]
+    wholes = [one for one in endpoint.pools if not one.base.is_part]
     return max(wholes, key=lambda one: len(one.members), default=pool)

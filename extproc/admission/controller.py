@@ -51,7 +51,7 @@ from extproc.admission.outcome import Outcome
 from extproc.admission.placing import Placing
 from extproc.admission.refusing import Refusing
 from extproc.admission.transitions import DONE, LEASED, LEFT, MUST_BE, WAITING
-from extproc.admission.values import Answer, Dispatch, Reject
+from extproc.admission.values import Answer, Dispatch
 from extproc.errors import TransitionError
 
 if TYPE_CHECKING:
@@ -121,15 +121,8 @@ class Controller:
             self._event = Offered(now, ticket)
         request = ticket.request
         ticket.request_class = klass = books.class_of(request)
-        whole = self._fleet.pool_of(request)
-        outcome = self._refusing.at_once(request, whole)
-        if whole is None or outcome is not None:
-            ticket.state = LEFT
-            books.decisions.append(Reject(ticket, outcome or Outcome.UNKNOWN_MODEL, 0.0, None))
-            return self._end()
-        if books.policy.enable_queue and books.tenants.is_over(ticket):
-            ticket.state = LEFT
-            books.decisions.append(Reject(ticket, Outcome.TENANT_LIMIT, 0.0, 1))
+        whole = self._refusing.screened(ticket, self._fleet.pool_of(request))
+        if whole is None:
             return self._end()
         books.tenants.comes(ticket)
         ticket.pool = pool = lane_of(whole, klass)
@@ -148,8 +141,9 @@ class Controller:
         if target is not None:
             placing.lease(ticket, target)
             return self._end()
-        lines.join(ticket, pool.shared if home is None else pool.queue_of(home))
-        books.tenants.waits(ticket)
+        lines.join(ticket, pool, pool.shared if home is None else pool.queue_of(home))
+        if ticket.account is not None:
+            books.tenants.waits(ticket)
         if books.freed:
             placing.run()
         if ticket.state is WAITING and ticket.queue is not pool.shared and ticket.patience_until <= now:
@@ -171,13 +165,13 @@ class Controller:
         ticket.request_class = books.class_of(ticket.request)
         pool = self._fleet.pool_of(ticket.request)
         if pool is None:
-            books.decisions.append(Reject(ticket, Outcome.UNKNOWN_MODEL, 0.0, None))
+            self._refusing.turn_away(ticket, Outcome.UNKNOWN_MODEL)
             return self._end()
         target = self._placing.home_of(ticket, pool)
         if target is None or not target.available:
             target = pool.next_in_turn(doubtful=not books.policy.enable_queue)
         if target is None:
-            books.decisions.append(Reject(ticket, Outcome.NO_ENDPOINT, 0.0, 1))
+            self._refusing.turn_away(ticket, Outcome.NO_ENDPOINT, 1)
         else:
             books.decisions.append(Dispatch(ticket, Outcome.PASSED, target.name, 0.0))
         return self._end()
@@ -221,9 +215,11 @@ class Controller:
         endpoint, pool = placed(ticket.endpoint), placed(ticket.pool)
         ticket.state, ticket.ended_at, ticket.answer = DONE, now, answer
         endpoint.release(ticket, now, served=answer is Answer.OK, wanted=pool.waiting_total > 0)
-        self._answers.ended(ticket, answer)
-        self._lines.count_out(ticket)
-        self._fleet.forget_if_gone(endpoint)
+        self._answers.ended(ticket, endpoint, pool, answer)
+        if ticket.account is not None:
+            self._lines.count_out(ticket)
+        if endpoint.removed:
+            self._fleet.forget_if_gone(endpoint)
         self._fleet.changed(endpoint)
         return self._end()
 
@@ -235,11 +231,11 @@ class Controller:
         self._begin(now, ticket, "moved")
         if self._watchers:
             self._event = Moved(now, ticket, name)
-        picked, served = placed(ticket.endpoint), self.endpoints.get(name)
+        picked, pool, served = placed(ticket.endpoint), placed(ticket.pool), self.endpoints.get(name)
         if served is picked:
             return self._end()
-        self._answers.ended(ticket, Answer.FAILED)
-        picked.release(ticket, now, served=False, wanted=placed(ticket.pool).waiting_total > 0)
+        self._answers.ended(ticket, picked, pool, Answer.FAILED)
+        picked.release(ticket, now, served=False, wanted=pool.waiting_total > 0)
         if served is None:
             ticket.state = DONE
             self._lines.count_out(ticket)
@@ -306,9 +302,8 @@ class Controller:
             self._event = Observed(now, name, load)
         endpoint = self.endpoints.get(name)
         if endpoint is not None:
-            wanted = any(pool.waiting_total for pool in endpoint.pools)
             believed = load.without_counters() if endpoint.counters.doubted else load
-            counted = endpoint.observe(believed, now, books.policy, wanted=wanted)
+            counted = endpoint.observe(believed, now, books.policy, wanted=endpoint.is_waited_for)
             if counted and load.prompt_tokens:
                 self._tokens.learn_prompts(load.prompt_tokens, counted)
                 self._book_anew(endpoint, counted)
@@ -361,7 +356,7 @@ class Controller:
                 self._refusing.expire(ticket)
             else:
                 self._lines.go_anywhere(ticket)
-                self._lines.set_alarm(ticket)
+                self._lines.set_alarm(ticket, placed(ticket.pool))
         self._fleet.pass_time(now)
         return self._end()
 

@@ -35,6 +35,7 @@ class Endpoint:
     """One inference server.
 
     Attributes:
+        name: its name.
         leases: the tickets that hold a slot here, oldest first; how many there are is what "in flight" means.
         sequences: how many sequences they are for the engine.
         health: whether it works, as far as checks and answers say.
@@ -73,6 +74,7 @@ class Endpoint:
         "listed",
         "listing",
         "missing",
+        "name",
         "picked",
         "pools",
         "prefill",
@@ -88,6 +90,7 @@ class Endpoint:
 
     def __init__(self, spec: EndpointSpec, policy: Policy) -> None:
         """Make an idle endpoint that is up."""
+        self.name = spec.name
         self.spec = spec
         self.leases: dict[Ticket, None] = {}
         self.sequences = 0
@@ -118,11 +121,6 @@ class Endpoint:
         self.sees_first_tokens = False
         self.apply(policy)
 
-    @property
-    def name(self) -> str:
-        """The endpoint's name."""
-        return self.spec.name
-
     def respec(self, spec: EndpointSpec, policy: Policy) -> None:
         """Take over a changed `spec`; leases stay, and a lowered limit lets them finish."""
         if spec.max_running_requests != self.spec.max_running_requests:
@@ -146,7 +144,8 @@ class Endpoint:
     @property
     def available(self) -> bool:
         """Whether it may be sent anything at all."""
-        return self.health.is_usable and not self.removed
+        health = self.health
+        return not self.removed and (health.is_well or health.is_usable)
 
     @property
     def is_open(self) -> bool:
@@ -156,20 +155,30 @@ class Endpoint:
     def held_by(self, ticket: Ticket | None = None) -> HeldBy | None:
         """Return what keeps `ticket` from being dispatched here, None for one that needs no tokens; None: nothing."""
         health = self.health
-        if self.removed or not health.is_usable:
+        is_well = health.is_well
+        if self.removed or not (is_well or health.is_usable):
             return health.shut_by or _DOWN
         if not self.enforcing:
             return None
         if self.closed_until is not None and self.leases:  # one at a time: the figure may be wrong, or never change
             return _HOT
-        by = health.held_back_by
-        if by is not None:
-            return by
+        if not is_well:
+            by = health.held_back_by
+            if by is not None:
+                return by
         if self.quota is not None and self.sequences >= self.quota:
             return _PART
         if self.sequences + self._foreign.count >= self.limit.value:
             return _LIMIT
         return None if ticket is None else self.lacks(ticket)
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether anybody waits who could be served here."""
+        for pool in self.pools:  # noqa: SIM110 - asked for in every dispatch: a generator takes four times as long
+            if pool.waiting_total:
+                return True
+        return False
 
     @property
     def held(self) -> int:
@@ -238,7 +247,8 @@ class Endpoint:
         ticket.beside = self.sequences + self._foreign.count
         if len(self.leases) == 1:
             self.health.wakes(now, None if self.reading.page is None else self.reading.page_at)
-        self.health.leased(now)
+        if not self.health.is_well:
+            self.health.leased(now)
         self.kv.add(ticket)
         self.prefill.add(ticket, now)
         self.dispatched += 1
@@ -254,9 +264,10 @@ class Endpoint:
         """Take `ticket` out of the books. `served`: its answer came whole; `wanted`: requests wait for room here."""
         if served:
             self.health.heard_at = now
-            beside, why = (ticket.beside + self.held) / 2, self.limit.why
-            self.limit.learn(now - ticket.leased_at, beside, wanted=wanted and self.held >= self.limit.value)
-            if self.limit.why != why:
+            held, limit = self.held, self.limit
+            why = limit.why
+            limit.learn(now - ticket.leased_at, (ticket.beside + held) / 2, wanted=wanted and held >= limit.value)
+            if limit.why != why:
                 self.limit_since = now
         del self.leases[ticket]
         self.sequences -= ticket.sequences
@@ -324,7 +335,7 @@ class Endpoint:
         self._foreign.follow(load, self.leases, self.sequences, self.limit.value, now)
         self.steps.follow(load, None if before is None else before.running, elapsed_s)
         reading.take_page(load, now)
-        self.health.is_asleep = load.asleep is True
+        self.health.sleep(is_asleep=load.asleep is True)
         self._size_cache()
         counted = self._follow_prompts(load, elapsed_s, now, policy)
         knows_kv, why = self.kv.capacity is not None and load.kv_usage is not None, self.limit.why
@@ -367,7 +378,7 @@ class Endpoint:
         reading, before = self.reading, len(self.reading.told_at)
         if reading.page is not None and now >= reading.page_at + policy.stale_after_s:  # as deadlines are, to the bit
             reading.page = None
-            self.health.is_asleep = False
+            self.health.sleep(is_asleep=False)
             self._foreign.count = 0
             self.limit.forget()
             self.prefill.forget()
@@ -429,11 +440,16 @@ class Endpoint:
 
     def next_change(self) -> float | None:
         """Return when time alone changes whether it has room."""
-        soonest = self.closed_until
-        for at in (self.health.next_change(), self.prefill.next_change(), self.missing.next_change()):
+        soonest, health, missing = self.closed_until, self.health, self.missing
+        at = self.prefill.next_change()
+        if at is not None and (soonest is None or at < soonest):
+            soonest = at
+        if not health.is_well:
+            at = health.next_change()
             if at is not None and (soonest is None or at < soonest):
                 soonest = at
-        return soonest
+        at = missing.until
+        return at if at is not None and (soonest is None or at < soonest) else soonest
 
     def pass_time(self, now: float) -> bool:
         """Open gates and end ejections whose time is over; tell whether it serves more models than before."""

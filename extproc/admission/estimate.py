@@ -65,7 +65,8 @@ class _Mean:
         self.value = 0.0
 
     def add(self, value: float) -> None:
-        self.count = min(self.count + 1.0, MEMORY)
+        if self.count < MEMORY:
+            self.count = min(self.count + 1.0, MEMORY)
         self.value += (value - self.value) / self.count
 
 

@@ -129,7 +129,7 @@ class Fleet:
         self._listings += 1
         endpoint.listing = self._listings
         endpoint.crowding = (endpoint.pressure, endpoint.picked)
-        endpoint.listed = is_open = endpoint.is_open
+        endpoint.listed = is_open = endpoint.held_by() is None
         if not is_open and endpoint.held_since is None:
             endpoint.held_since = self._books.now
         for pool in endpoint.pools:

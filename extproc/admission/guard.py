@@ -110,12 +110,12 @@ class Guard:
 
 def _pass_over(queue: Queue, ticket: Ticket, *, same_pool: bool) -> None:
     """Count it for those in the window of `queue` who are before `ticket`."""
-    place, before = ticket.key, seniority(ticket)
+    place = ticket.key
     for key in queue.first_keys():
         if same_pool:
             if key >= place:
                 return
-        elif (key[0], key[2]) >= before:
+        elif (key[0], key[2]) >= (place[0], place[2]):
             continue
         _count(queue, queue.at(key))
 

@@ -127,6 +127,7 @@ class Health:
     """One endpoint's health.
 
     Attributes:
+        is_well: it may be sent whatever it has room for; else look closer. Asked for several times a request.
         is_up: what health checks say; None: nothing.
         is_known: a request was answered well there, or a check passed.
         is_asleep: its page says that it sleeps or is paused.
@@ -151,6 +152,7 @@ class Health:
         "is_failing",
         "is_known",
         "is_up",
+        "is_well",
         "on_trial",
         "refusals",
     )
@@ -162,6 +164,7 @@ class Health:
 
     def reset(self) -> None:
         """Forget everything but what its page says: it is another server now, or nobody checks it any more."""
+        self.is_well = False
         self.is_up: bool | None = None
         self.is_known = False
         self.ejected_until: float | None = None
@@ -226,6 +229,16 @@ class Health:
             self.is_known = True
             if not self._streaks and not self.on_trial:
                 self._doubt = None
+        self._look()
+
+    def sleep(self, *, is_asleep: bool) -> None:
+        """Follow what its page says of sleeping."""
+        if is_asleep is not self.is_asleep:
+            self.is_asleep = is_asleep
+            self._look()
+
+    def _look(self) -> None:
+        self.is_well = self._doubt is None and self.full_until is None and self.is_usable
 
     def leased(self, now: float) -> None:
         """Note that a request is sent there."""
@@ -239,6 +252,7 @@ class Health:
         heard_at = self.heard_at if page_at is None or (self.heard_at or page_at) > page_at else page_at
         if heard_at is not None and now - heard_at > QUIET_S:
             self._doubt = _Doubt(FEW)
+            self._look()
 
     def answered(self, now: float) -> None:
         """Note an answer that begins well: whatever was held against it is over."""
@@ -246,7 +260,9 @@ class Health:
         self.is_known = True
         self.on_trial = self.is_failing = False
         self.ejections = 0
-        self._doubt = None
+        if self._doubt is not None:
+            self._doubt = None
+            self._look()
         if self._streaks:
             self._streaks = {}
 
@@ -256,8 +272,11 @@ class Health:
         `is_own_fault`: the request can't be to blame; `has_peers`: the pool has others that may be sent requests.
         The last one of a pool stays; where requests may be to blame and nobody can compare, nothing is held against it.
         """
-        if self.ejected_until is not None or ticket.leased_at < self._back_at:
-            return
+        if self.ejected_until is None and ticket.leased_at >= self._back_at:
+            self._refused(record, now, is_own_fault=is_own_fault, has_peers=has_peers)
+            self._look()
+
+    def _refused(self, record: Record, now: float, *, is_own_fault: bool, has_peers: bool) -> None:
         if not has_peers and not is_own_fault:
             self.is_known = True  # it speaks
             self.is_failing = False
@@ -289,6 +308,7 @@ class Health:
     def saturated(self, now: float) -> None:
         """Note that it refused a request as full: it works, and wants to be left alone for a moment."""
         self.full_until = now + SATURATED_S
+        self._look()
 
     @property
     def ejection_s(self) -> float:
@@ -301,6 +321,7 @@ class Health:
         self.on_trial = True
         self._back_at = now
         self._doubt = _Doubt(1)
+        self._look()
 
     # ---- time
 
@@ -319,6 +340,7 @@ class Health:
         """End what is over."""
         if self.full_until is not None and now >= self.full_until:
             self.full_until = None
+            self._look()
         if self._doubt is not None:
             self._doubt.pass_time(now)
         if self.ejected_until is not None and now >= self.ejected_until:

@@ -99,10 +99,9 @@ class Lines:
 
     # ---- coming and going
 
-    def join(self, ticket: Ticket, queue: Queue) -> None:
-        """Let a request wait in `queue`, a line of its pool."""
+    def join(self, ticket: Ticket, pool: Pool, queue: Queue) -> None:
+        """Let a request wait in `queue`, a line of its `pool`."""
         ticket.state = WAITING
-        pool = placed(ticket.pool)
         queue.add(ticket)
         if pool.guard.may_be_pushed_out(queue):
             self._books.free(pool.open)
@@ -159,7 +158,7 @@ class Lines:
         pool, queue = placed(ticket.pool), placed(ticket.queue)
         if queue is not pool.shared:
             self.quit(ticket, pool, queue)
-            self.join(ticket, pool.shared)
+            self.join(ticket, pool, pool.shared)
             self._books.free(pool.open)
 
     def evict(self, pool: Pool, home: Endpoint) -> None:
@@ -167,7 +166,7 @@ class Lines:
         queue = pool.homes.get(home)
         for ticket in list(queue or ()):
             self.go_anywhere(ticket)
-            self.set_alarm(ticket)
+            self.set_alarm(ticket, pool)
 
     def resettle(self, pools: Iterable[Pool]) -> None:
         """Move who waits in `pools` to the pool that serves its model now."""
@@ -229,7 +228,7 @@ class Lines:
             until = min(until, request.arrived + request.budget_s)
         if until != ticket.wait_until:
             ticket.wait_until = until
-            self.set_alarm(ticket)
+            self.set_alarm(ticket, placed(ticket.pool))
 
     def _move(self, ticket: Ticket, pool: Pool) -> None:
         before = placed(ticket.pool)
@@ -239,18 +238,18 @@ class Lines:
         if pool is not pool.base and not pool.waiting_total:
             comes(pool, ticket)
         self._renumber(ticket, pool)
-        self.join(ticket, pool.shared)
+        self.join(ticket, pool, pool.shared)
         if pool.waiting_total == 1:
             pool.pace.backlog_began(self._books.now)
         if before.is_served is not pool.is_served:
             self._budget_anew(ticket, is_served=pool.is_served)
-        self.set_alarm(ticket)
+        self.set_alarm(ticket, pool)
         self._books.free(pool.open)
 
-    def set_alarm(self, ticket: Ticket) -> None:
-        """Have a waiting request looked at when its patience or its budget ends."""
+    def set_alarm(self, ticket: Ticket, pool: Pool) -> None:
+        """Have one who waits in `pool` looked at when its patience or its budget ends."""
         at = ticket.wait_until
-        if ticket.queue is not placed(ticket.pool).shared:
+        if ticket.queue is not pool.shared:
             at = min(at, ticket.patience_until)
         self.alarms.set(ticket, at, self._books.waiting)
 

@@ -61,15 +61,16 @@ class Missing:
 
     Attributes:
         models: those that it is left out for.
+        until: when time alone ends the first of them; None: there is none.
     """
 
-    __slots__ = ("_known", "_until", "models")
+    __slots__ = ("_known", "models", "until")
 
     def __init__(self) -> None:
         """Start with nothing against it."""
         self.models: frozenset[str] = frozenset()
         self._known: dict[str, _Model] = {}
-        self._until: float | None = None  # the first of them is over
+        self.until: float | None = None
 
     def served(self, model: str | None) -> None:
         """Note a good answer: of this model, it is no news that others serve it."""
@@ -111,13 +112,9 @@ class Missing:
             self._try_again(self._known[model])
         self._changed()
 
-    def next_change(self) -> float | None:
-        """Return when time alone ends the first of them."""
-        return self._until
-
     def pass_time(self, now: float) -> bool:
         """Try again what was left out for long enough; tell whether there was any."""
-        if self._until is None or now < self._until:
+        if self.until is None or now < self.until:
             return False
         for known in self._known.values():
             if known.until is not None and now >= known.until:
@@ -133,4 +130,4 @@ class Missing:
     def _changed(self) -> None:
         out = {model: known.until for model, known in self._known.items() if known.until is not None}
         self.models = frozenset(out)
-        self._until = min(out.values(), default=None)
+        self.until = min(out.values(), default=None)

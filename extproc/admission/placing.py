@@ -70,7 +70,7 @@ class Placing:
                 best = _best_for(endpoint) if endpoint.listed else None
                 if best is None:
                     del freed[endpoint]
-                    endpoint.note_room(books.now, waited_for=any(pool.waiting_total for pool in endpoint.pools))
+                    endpoint.note_room(books.now, waited_for=endpoint.is_waited_for)
                     books.has_freed_many = has_leased and len(freed) > MANY
                     has_leased = False
                 else:
@@ -185,7 +185,7 @@ def _drop_hopeless(freed: dict[Endpoint, None], now: float) -> None:
             if endpoint in pool.homes or any(endpoint.lacks(ticket) is None for ticket in least[pool]):
                 break
         else:
-            endpoint.note_room(now, waited_for=any(pool.waiting_total for pool in endpoint.pools))
+            endpoint.note_room(now, waited_for=endpoint.is_waited_for)
             del freed[endpoint]
 
 

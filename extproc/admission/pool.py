@@ -175,10 +175,12 @@ class Pool:
             if len(self._by_room) > 2 * len(self.open) + SLACK:
                 self._by_room = [entry for entry in self._by_room if self._is_true(entry)]
                 heapify(self._by_room)
-        else:
-            if self.open.pop(endpoint, self) is not self and endpoint.available:
+        elif endpoint.available:
+            if self.open.pop(endpoint, self) is not self:
                 self.closed_last = endpoint
-            if self.closed_last is endpoint and not endpoint.available:
+        else:
+            self.open.pop(endpoint, None)
+            if self.closed_last is endpoint:
                 self.closed_last = next((other for other in self.members if other.available), None)
         return self.guard.room_changed()
 

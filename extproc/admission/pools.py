@@ -73,10 +73,10 @@ class Pools:
             return self.any_model
         return self.every if model is None else None
 
-    def misses_model(self, model: str | None) -> bool:
-        """Tell whether a request for `model` must say more: it names none, and endpoints list different ones."""
-        differ = len(self._listed_by) > 1
-        return model is None and differ and not self.any_model.members and not self.expects_any
+    @property
+    def misses_model(self) -> bool:
+        """Whether a request that names no model must: endpoints list different ones."""
+        return len(self._listed_by) > 1 and not self.any_model.members and not self.expects_any
 
     def know(self, models: Iterable[str]) -> bool:
         """Note names of models; tell whether any is new."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from extproc.admission.lines import placed
 from extproc.admission.outcome import Outcome
+from extproc.admission.transitions import LEFT
 from extproc.admission.values import Reject
 
 if TYPE_CHECKING:
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from extproc.admission.lines import Lines
     from extproc.admission.pool import Pool
     from extproc.admission.ticket import Ticket
-    from extproc.admission.values import Request
 
 RETRY_AFTER_MAX_S = 60
 SURE = 2.0
@@ -37,13 +37,25 @@ class Refusing:
         self._lines = lines
         self.draining = False
 
-    def at_once(self, request: Request, pool: Pool | None) -> Outcome | None:
-        """Return why a request can neither be served nor wait, whatever room there is; None: it may."""
+    def screened(self, ticket: Ticket, pool: Pool | None) -> Pool | None:
+        """Return the pool of a new request; None: it can neither be served nor wait, whatever room there is."""
+        books, request = self._books, ticket.request
         if pool is None:
-            return Outcome.UNKNOWN_MODEL
-        if request.allowed is not None and not pool.members:
-            return Outcome.NONE_ALLOWED
-        return Outcome.MODEL_MISSING if self._books.pools.misses_model(request.model) else None
+            self.turn_away(ticket, Outcome.UNKNOWN_MODEL)
+        elif request.allowed is not None and not pool.members:
+            self.turn_away(ticket, Outcome.NONE_ALLOWED)
+        elif request.model is None and books.pools.misses_model:
+            self.turn_away(ticket, Outcome.MODEL_MISSING)
+        elif books.policy.enable_queue and books.tenants.is_over(ticket):
+            self.turn_away(ticket, Outcome.TENANT_LIMIT, 1)
+        else:
+            return pool
+        return None
+
+    def turn_away(self, ticket: Ticket, outcome: Outcome, retry_after_s: int | None = None) -> None:
+        """Refuse a request that waited nowhere."""
+        ticket.state = LEFT
+        self._books.decisions.append(Reject(ticket, outcome, 0.0, retry_after_s))
 
     def may_wait(self, ticket: Ticket, pool: Pool) -> None:
         """Decide whether a request that found no room may wait for it."""
@@ -60,7 +72,7 @@ class Refusing:
         else:
             if pool.waiting_total == 1:
                 pool.pace.backlog_began(books.now)
-            self._lines.set_alarm(ticket)
+            self._lines.set_alarm(ticket, pool)
             if books.waiting > policy.max_queued_requests:
                 self.refuse(self._lines.last_of_all(), Outcome.QUEUE_FULL)
 

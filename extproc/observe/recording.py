@@ -13,6 +13,7 @@ replaced by numbers that nobody can turn back.
 
 from __future__ import annotations
 
+import ast
 import base64
 import binascii
 import io
@@ -27,6 +28,7 @@ from enum import Enum
 from hashlib import blake2b
 from importlib import import_module
 from inspect import Parameter, signature
+from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodType, UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
@@ -242,9 +244,23 @@ _HINTS: dict[type, dict[str, Any]] = {}
 
 
 def _hints(kind: type) -> dict[str, Any]:
-    if kind not in _HINTS:
-        _HINTS[kind] = get_type_hints(kind)
-    return _HINTS[kind]
+    """Return the types of a value's fields, as its source has them: compiled, a class does not tell them whole."""
+    if kind in _HINTS:
+        return _HINTS[kind]
+    hints = _HINTS[kind] = {}
+    for base in reversed(kind.__mro__):
+        if _is_of_core(base):
+            said = {"__module__": base.__module__, "__annotations__": _written(base)}
+            hints |= get_type_hints(type(base.__name__, (), said))
+    return hints
+
+
+def _written(kind: type) -> dict[str, str]:
+    """Return the annotations of a class of the core, as written; its source is beside the machine code."""
+    source = Path(events.__file__).with_name(kind.__module__.removeprefix(_CORE) + ".py")
+    (found,) = (one for one in ast.parse(source.read_text()).body if getattr(one, "name", "") == kind.__name__)
+    written = [one for one in getattr(found, "body", ()) if isinstance(one, ast.AnnAssign)]
+    return {ast.unparse(one.target): ast.unparse(one.annotation) for one in written}
 
 
 def _shaped(hint: Any, value: Any) -> Any:  # noqa: C901 - a case for each kind of value
@@ -321,7 +337,7 @@ class _Freezer(pickle.Pickler):
         return kind, tuple(made_of), kept, None, None, _keep
 
 
-def _is_of_core(thing: object) -> bool:
+def _is_of_core(thing: Any) -> bool:
     return str(thing.__module__).startswith(_CORE)
 
 
@@ -331,7 +347,7 @@ def _kept(obj: object, kind: type | None = None) -> dict[str, Any]:
     names = getattr(kind, "__mypyc_attrs__", None) or [
         name for base in kind.__mro__ for name in vars(base).get("__slots__", ())
     ]
-    return {name: getattr(obj, name) for name in names}
+    return {name: getattr(obj, name) for name in names if name != "__dict__"}
 
 
 def _keep(obj: object, kept: dict[str, Any]) -> None:

@@ -142,6 +142,7 @@ def test_an_endpoints_state_is_a_word():
     endpoints["vllm-7"].health.is_failing = True
     room.gate.set_up("vllm-1", is_up=False)
     endpoints["vllm-2"].health.ejected_until = room.clock.now + 4
+    endpoints["vllm-2"].health._look()
     endpoints["vllm-3"].health.on_trial = True
     room.gate.remove_endpoint("vllm-4")
     room.gate.set_up("vllm-5", is_up=None)

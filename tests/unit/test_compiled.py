@@ -16,7 +16,18 @@ from extproc.pure import is_compiled
 
 ROOT = Path(__file__).parents[2]
 LONG = pytest.mark.skipif(not os.environ.get("EXTPROC_LONG"), reason="EXTPROC_LONG is not set: `make compiled`")
-TESTS = ("admission", "test_session_and_gate.py", "test_replays.py", "test_wire.py", "test_dry_run.py", "replicas")
+TESTS = (
+    *(
+        "admission",
+        "replicas",
+        "test_admin.py",
+        "test_admin_asked.py",
+        "test_dry_run.py",
+        "test_replays.py",
+        "test_second_try.py",
+    ),
+    *("test_session_and_gate.py", "test_session_plays.py", "test_wire.py"),
+)
 
 
 @pytest.fixture
@@ -32,7 +43,7 @@ def test_what_is_compiled_is_there_and_the_core_is_most_of_it(compiled_modules):
     assert all((ROOT / path).exists() for path in compiled_modules)
     core = {path.stem for path in (ROOT / "extproc/admission").glob("*.py")}
     left = core - {Path(path).stem for path in compiled_modules if "/admission/" in path}
-    assert left == {"controller", "decision", "held", "outcome", "tenants"}
+    assert left == {"decision", "held", "outcome"}
 
 
 def test_a_copy_to_work_on_is_pure():
@@ -50,9 +61,9 @@ def test_the_wheel_has_machine_code_and_its_source(compiled_modules):
         assert any(name.startswith(f"{stem}.cpython") and name.endswith(".so") for name in names), path
 
 
-@LONG
-@pytest.mark.parametrize("pure", [False, True], ids=["compiled", "pure"])
-def test_the_core_s_tests_pass_on_the_installed_wheel(tmp_path_factory, pure):
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """Runs the Python of an environment that the wheel is installed in, compiled or pure, where no other copy is."""
     base = ROOT / "build/compiled"
     python = base / "venv/bin/python"
     if not python.exists():
@@ -60,17 +71,43 @@ def test_the_core_s_tests_pass_on_the_installed_wheel(tmp_path_factory, pure):
         (wheel,) = base.glob("*.whl")
         needs = [f"{wheel}[otel,uvloop,valkey]", "pytest>=8.3,<10", "hypothesis>=6.130,<7", "pytest-xdist>=3.6,<4"]
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *needs], check=True)
-    environ = {**os.environ, "EXTPROC_LONG": "", **({"EXTPROC_PURE": "1"} if pure else {})}
-    if not pure:
-        environ.pop("EXTPROC_PURE", None)
     where = tmp_path_factory.mktemp("elsewhere")
     (where / "tests").symlink_to(ROOT / "tests")  # no `extproc` beside it: the installed one is imported
-    say = "import extproc, extproc.pure as p; print(extproc.__file__, p.is_compiled())"
-    said = subprocess.run([str(python), "-c", say], cwd=where, env=environ, capture_output=True, text=True).stdout
+
+    def run(*arguments: str, pure: bool) -> subprocess.CompletedProcess[str]:
+        environ = {**os.environ, "EXTPROC_LONG": "", "EXTPROC_PURE": "1"}
+        if not pure:
+            del environ["EXTPROC_PURE"]
+        return subprocess.run([str(python), *arguments], cwd=where, env=environ, capture_output=True, text=True)
+
+    said = run("-c", "import extproc; print(extproc.__file__)", pure=False).stdout
     assert said.startswith(str(base)), said
-    assert said.strip().endswith(str(not pure)), said
-    run = [str(python), "-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", str(where), "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*run, *(f"tests/unit/{name}" for name in TESTS)], cwd=where, env=environ, capture_output=True, text=True
-    )
+    return run
+
+
+@LONG
+@pytest.mark.parametrize("pure", [False, True], ids=["compiled", "pure"])
+def test_the_core_s_tests_pass_on_the_installed_wheel(installed, pure):
+    said = installed("-c", "import extproc, extproc.pure as pure; print(pure.is_compiled())", pure=pure).stdout
+    assert said.strip() == str(not pure)
+    how = ("-q", "-n", "2", "-c", "/dev/null", "--rootdir", ".", "-p", "no:cacheprovider")
+    done = installed("-m", "pytest", *how, *(f"tests/unit/{name}" for name in TESTS), pure=pure)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+
+
+RECORD = """
+import sys
+from tests.unit.admission.test_recording import recorded
+open(sys.argv[1], "w").write(recorded(1, 2000, 1000)[0])
+"""
+
+
+@LONG
+@pytest.mark.parametrize("pure", [False, True], ids=["compiled", "pure"])
+def test_what_either_core_recorded_the_other_one_decides_alike(installed, pure, tmp_path):
+    file = str(tmp_path / "recording.jsonl")
+    done = installed("-c", RECORD, file, pure=pure)
+    assert done.returncode == 0, done.stderr
+    again = installed("-m", "extproc", "simulate", "--replay", file, pure=not pure)
+    assert again.returncode == 0, again.stdout[-1000:] + again.stderr
+    assert "the same decisions as recorded" in again.stdout

@@ -106,6 +106,7 @@ def test_a_closed_endpoint_says_by_what(desk):
         desk.controller.release(desk.offer(), desk.now, Answer.FAILED)
     assert closed("b") == {"doubt"}, "the last one is not ejected"
     desk.controller.endpoints["b"].health.ejected_until = desk.now + 1
+    desk.controller.endpoints["b"].health._look()
     assert closed("b") == {"ejected", "doubt"}
 
 

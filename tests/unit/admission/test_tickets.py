@@ -143,6 +143,21 @@ def test_alarms_that_are_set_again_and_again_are_bounded_by_twice_those_who_wait
     assert alarms.next() == 9999.0
 
 
+def test_no_alarm_has_to_look_at_all_others_to_drop_those_that_are_wanted_no_more() -> None:
+    looked_at: list[Ticket] = []
+    alarms = Alarms(lambda ticket: looked_at.append(ticket) or ticket.state is State.WAITING)
+    tickets = [Ticket(Request("r", 0.0)) for _ in range(4000)]
+    for number, ticket in enumerate(tickets):
+        looked_at.clear()
+        ticket.state = State.WAITING
+        alarms.set(ticket, 1.0 + number % 1000, 500)
+        assert len(looked_at) <= 4
+        tickets[number // 2].state = State.LEFT
+    assert len(alarms) <= 2.25 * 2000
+    due = [(ticket.alarm, ticket) for ticket in tickets if ticket.state is State.WAITING]
+    assert list(alarms.due(999.0)) == [ticket for at, ticket in sorted(due, key=lambda one: one[0]) if at <= 999.0]
+
+
 def test_who_came_later_than_now_by_another_clock_has_not_waited() -> None:
     desk = Desk(one("a", 1))
     ticket = desk.ask("from the future", arrived=desk.now + 5.0)
