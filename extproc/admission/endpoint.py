@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import TYPE_CHECKING
 
 from extproc.admission.alarms import NEVER
@@ -232,6 +233,11 @@ class Endpoint:
             return CLOSED
         pressure = held / self.limit.value
         return pressure if self.kv.capacity is None else max(pressure, self.kv.pressure)
+
+    @property
+    def cache_room(self) -> float:
+        """The most tokens of one request that its cache may have room for. An idle endpoint takes any."""
+        return self.kv.room if self.sequences + self._foreign.count else inf
 
     def has_evicted(self, before: int) -> bool:
         """Tell whether what it cached at the turnover `before` is gone: more came since than the cache holds."""

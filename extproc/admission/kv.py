@@ -54,6 +54,14 @@ class KvBooks:
         """The share of the room that is booked; 0 while nobody knows how much there is."""
         return 0.0 if self.capacity is None else self.tokens / (self.law.share * self.capacity)
 
+    @property
+    def room(self) -> float:
+        """The most tokens, prompt and answer together, that there may be room for: prompts that share take less."""
+        if self.capacity is None:
+            return math.inf
+        free = self.law.share * self.capacity - self.excess - self.tokens
+        return free / self.real + 1.0  # the token is for rounding
+
     def fits(self, ticket: Ticket) -> bool:
         """Whether there is room for `ticket` too."""
         if self.capacity is None:

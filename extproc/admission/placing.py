@@ -93,8 +93,11 @@ class Placing:
         if home is not None:
             return home if home.has_room_for(ticket) and not self._is_kept(home) else None
         best = pool.emptiest()
-        if best is not None and best.lacks(ticket) is None and not self._is_kept(best):
-            return best
+        if best is not None:
+            if best.lacks(ticket) is None and not self._is_kept(best):
+                return best
+            if best.kv.capacity is not None and enable_queue and not pool.has_cache_for(ticket, best):
+                return None
         best = None
         for endpoint in pool.open:
             if (

@@ -55,6 +55,7 @@ class Pool:
     """
 
     __slots__ = (
+        "_by_cache",
         "_by_room",
         "_turn",
         "base",
@@ -90,6 +91,7 @@ class Pool:
         self.is_served = False
         self.open: dict[Endpoint, None] = {}
         self._by_room: list[tuple[tuple[float, int], int, Endpoint]] = []  # a heap; entries may be out of date
+        self._by_cache: list[tuple[float, int, Endpoint]] | None = None  # likewise, once somebody found a cache full
         self._turn = 0  # the member that was last sent something that takes no slot
         self.closed_last: Endpoint | None = None
         self.shared = Queue()
@@ -175,6 +177,10 @@ class Pool:
             if len(self._by_room) > 2 * len(self.open) + SLACK:
                 self._by_room = [entry for entry in self._by_room if self._is_true(entry)]
                 heapify(self._by_room)
+            if self._by_cache is not None:
+                heappush(self._by_cache, (-endpoint.cache_room, endpoint.listing, endpoint))
+                if len(self._by_cache) > 2 * len(self.open) + SLACK:
+                    self._by_cache = None
         elif endpoint.available:
             if self.open.pop(endpoint, self) is not self:
                 self.closed_last = endpoint
@@ -206,7 +212,26 @@ class Pool:
         others = dict.fromkeys(one for one in found if one is not picked and one.available)
         return list(others)[:most]
 
-    def _is_true(self, entry: tuple[tuple[float, int], int, Endpoint]) -> bool:
+    def has_cache_for(self, ticket: Ticket, besides: Endpoint) -> bool:
+        """Tell whether the KV cache of another open member may have room for `ticket`; not all are looked at."""
+        by_cache = self._by_cache
+        if by_cache is None:
+            by_cache = self._by_cache = [(-one.cache_room, one.listing, one) for one in self.open]
+            heapify(by_cache)
+        most = self._roomiest(by_cache)
+        if most is not None and most[2] is besides:
+            heappop(by_cache)
+            second = self._roomiest(by_cache)
+            heappush(by_cache, most)
+            most = second
+        return most is not None and -most[0] >= ticket.kv_tokens
+
+    def _roomiest(self, by_cache: list[tuple[float, int, Endpoint]]) -> tuple[float, int, Endpoint] | None:
+        while by_cache and not self._is_true(by_cache[0]):
+            heappop(by_cache)
+        return by_cache[0] if by_cache else None
+
+    def _is_true(self, entry: tuple[object, int, Endpoint]) -> bool:
         return entry[2].listing == entry[1] and entry[2] in self.open
 
     def enter(self, endpoint: Endpoint) -> None:
@@ -248,6 +273,7 @@ class Pool:
         """Start over: those that remain are about to be put back. Who waits stays."""
         self.open.clear()
         self._by_room = []
+        self._by_cache = None
         for endpoint in self.members:
             endpoint.counted = False
         self.members = []

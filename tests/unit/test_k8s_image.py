@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import zipfile
 from pathlib import Path
@@ -41,7 +42,9 @@ def test_the_image_is_pinned_runs_as_nobody_and_says_what_the_manifests_count_on
     instructions = _dockerfile()
     last = instructions[max(index for index, (word, _) in enumerate(instructions) if word == "FROM") :]
     assert all(word != "RUN" for word, _ in last), "what is shipped is copied, not made in place"
-    assert re.fullmatch(r"PYTHON=3\.\d+-slim-\w+", dict(instructions)["ARG"])
+    given = dict(rest.split("=") for word, rest in instructions if word == "ARG")
+    assert re.fullmatch(r"3\.\d+-slim-\w+", given["PYTHON"])
+    assert given["COMPILING"] == given["PYTHON"].replace("slim-", ""), "machine code is of one Python and one libc"
     said = dict(last)
     context = containers(gateway(rendered("base")))["extproc"]["securityContext"]
     assert said["USER"] == f"{context['runAsUser']}:{context['runAsGroup']}"
@@ -59,7 +62,7 @@ def test_the_image_is_pinned_runs_as_nobody_and_says_what_the_manifests_count_on
 
 def _build_context(directory: Path) -> None:
     """What Docker would send: what .dockerignore lets through, without what git ignores."""
-    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, directory)
     shutil.copytree(ROOT / "extproc", directory / "extproc", ignore=shutil.ignore_patterns("__pycache__"))
 
@@ -110,19 +113,23 @@ def test_the_dockerfiles_steps_make_a_sidecar_that_runs_as_nobody(rendered, open
     source.mkdir()
     commands.mkdir()
     _build_context(source)
-    # Debian's Python comes without pip; ours has it, and installs into the other's environment.
+    # Debian's Python comes without pip and headers; ours has both, and installs into the other's environment.
     shim = f'#!/bin/sh\ncase "$*" in "-m pip"*) exec {sys.executable} "$@";; *) exec {pythons[0]} "$@";; esac\n'
     (commands / "python").write_text(shim)
     (commands / "python").chmod(0o755)
     clean = {"PATH": f"{commands}:/usr/bin:/bin", "HOME": str(open_path)}
     clean |= {key: value for key, value in os.environ.items() if key.startswith(("PIP_", "SSL_"))}
+    clean["CPATH"] = sysconfig.get_path("include")
     for word, rest in _dockerfile():
+        if word == "ARG":
+            clean.update([rest.split("=")])
         if word == "RUN":
             step = rest.replace("/opt/extproc", str(image))
             subprocess.run(["/bin/sh", "-ec", step], cwd=source, env=clean, check=True, timeout=600)
     shutil.rmtree(source)
     shipped = {path.name for path in (image / "bin").iterdir()}
     assert not shipped & {"pip", "pytest", "mypy", "ruff", "gcc"}
+    assert "compiled" in run([*nobody, str(image / "bin/extproc"), "--version"]).stdout
     documents = rendered("base")
     pod = Pod(documents, open_path)
     os.chown(open_path, 65532, 65532)

@@ -38,10 +38,12 @@ def lines_of(work: Callable[[], object]) -> int:
     return count
 
 
-def core_of(endpoints: int, models: Callable[[int], list[str]] = lambda _: [], limit: int = 4) -> Controller:
+def core_of(
+    endpoints: int, models: Callable[[int], list[str]] = lambda _: [], limit: int = 4, cache: int | None = None
+) -> Controller:
     core = Controller(Policy(shed=False, patience_s=0.0))
     for number in range(endpoints):
-        core.put_endpoint(EndpointSpec(f"e{number}", models=frozenset(models(number)), max_running_requests=limit), 0.0)
+        core.put_endpoint(EndpointSpec(f"e{number}", "", frozenset(models(number)), limit, cache), 0.0)
         core.set_up(f"e{number}", 0.0, is_up=True)
     return core
 
@@ -105,6 +107,19 @@ def test_pools_that_grow_by_one_endpoint_are_as_those_made_anew() -> None:
             assert sorted(map(_facts, grown), key=str) == sorted(map(_facts, fresh), key=str)
             for pool in grown:
                 assert all(pool in endpoint.pools for endpoint in pool.members)
+
+
+def test_who_fits_into_no_cache_costs_the_same_among_two_hundred_endpoints_as_among_ten() -> None:
+    def offers(endpoints: int) -> int:
+        core = core_of(endpoints, limit=100, cache=1000)
+        for number in range(2 * endpoints):
+            core.offer(Ticket(Request("", 1.0, prompt_tokens=200 + number % 7)), 1.0)
+        assert not core.waiting
+        assert not any(held.value != "kv" for held in core.holds().values())
+        return lines_of(lambda: [core.offer(Ticket(Request("", 1.0, prompt_tokens=300)), 1.0) for _ in range(20)])
+
+    few, many = offers(10), offers(200)
+    assert many < 1.5 * few
 
 
 def _members(pools: Pools, name: str | None) -> list[str] | None:
