@@ -67,11 +67,12 @@ test-helm: $(STAMP) $(CRDS) $(HELM)  ## the Helm chart, with real Helm: lint, an
 	PATH="$(abspath $(dir $(HELM))):$$PATH" $(BIN)/python -m pytest tests/unit/test_k8s_chart.py
 
 # What no package registry of Python has. Not needed: without it `make test` says which checks it skipped.
-tools:           ## what some tests want: promtool, redis-server, iproute2, npm, chromium of Debian (needs root), actionlint by go
+tools:           ## what some tests want: promtool, redis-server, iproute2, npm, valgrind, chromium of Debian (needs root), actionlint by go
 	command -v ip >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends iproute2; }
 	command -v promtool >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus; }
 	command -v redis-server >/dev/null || command -v valkey-server >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends redis-server; }
 	command -v npm >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends npm; }
+	command -v valgrind >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends valgrind; }
 	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; }
 	command -v actionlint >/dev/null || ! command -v go >/dev/null || GOBIN=/usr/local/bin go install github.com/rhysd/actionlint/cmd/actionlint@v1.7.12
 
