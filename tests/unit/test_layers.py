@@ -7,6 +7,8 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 from extproc.commands import cli
 
 ROOT = Path(__file__).parents[2] / "extproc"
@@ -144,7 +146,8 @@ def test_the_command_line_of_a_sidecar_imports_neither_the_simulator_nor_the_eng
     assert capsys.readouterr().out
 
 
-def test_the_map_names_every_room_of_the_core():
+@pytest.mark.parametrize("part", ["admission", "stream"])
+def test_the_map_names_every_room_of_the_core_and_of_a_stream(part):
     told = (ROOT.parent / "docs/map.md").read_text()
-    rooms = {file.name for file in (ROOT / "admission").glob("*.py")} - {"__init__.py"}
+    rooms = {file.name for file in (ROOT / part).glob("*.py")} - {"__init__.py"}
     assert not {room for room in rooms if f"`{room}`" not in told}

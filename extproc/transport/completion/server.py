@@ -1,4 +1,4 @@
-"""The ext_proc server on a completion queue. Has the interface of `extproc.server.Server`, and the same settings."""
+"""The ext_proc server on a completion queue. Has the interface and the settings of `transport/aio.py`."""
 
 from __future__ import annotations
 
