@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 
 import aiohttp
 
-from extproc.engine.model import Engine, Finished
+from extproc.engine.model import Engine
 from extproc.engine.params import PRESETS, EngineParams
+from extproc.engine.sequence import Finished
 from extproc.engine.server import EngineServer, EngineServerConfig
 
 if TYPE_CHECKING:

@@ -1,6 +1,7 @@
 """The engine itself: continuous batching as vLLM V1 schedules it, on whatever clock the caller has.
 
-Here: the scheduler, the KV cache, the step-time model. Not here: I/O, asyncio, wall clocks, randomness, text.
+Here: the scheduler and the step-time model; blocks.py has the KV cache, sequence.py what is told. Not here: I/O,
+asyncio, wall clocks, randomness, text.
 
 An engine runs in steps. A step gives every decoding sequence one token, and prefills prompts with what is
 left of its token budget. So the step in which a sequence will finish is known when it starts to decode, and
@@ -24,99 +25,18 @@ As in vLLM, nobody is preempted to let somebody in, and a head of the queue that
 
 from __future__ import annotations
 
-import enum
 from bisect import bisect_right
-from collections import OrderedDict
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from sortedcontainers import SortedDict
+
+from extproc.engine.blocks import Blocks
+from extproc.engine.sequence import Event, Finished, FirstToken, Preempted, Refusal, SeqId, Sequence, State
 
 if TYPE_CHECKING:
     from extproc.engine.params import EngineParams
 
 HORIZON_STEPS: Final = 64  # how far a run of quiet steps is planned, and how much planning an arrival can spoil
-
-SeqId = int | str
-
-
-@dataclass(frozen=True, slots=True)
-class FirstToken:
-    """The first output token of a sequence left the engine at `t` (seconds, the caller's clock)."""
-
-    seq_id: SeqId
-    t: float
-
-
-@dataclass(frozen=True, slots=True)
-class Preempted:
-    """A running sequence lost its blocks at `t` and waits again, before all that are less urgent."""
-
-    seq_id: SeqId
-    t: float
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The last token of a sequence left the engine at `t`; the engine has forgotten the sequence."""
-
-    seq_id: SeqId
-    t: float
-    output_tokens: int
-    preemptions: int
-
-
-Event = FirstToken | Preempted | Finished
-
-
-class Refusal(enum.StrEnum):
-    """Why `submit` did not take a sequence."""
-
-    TOO_LONG = "too_long"  # could never fit; vLLM answers 400
-    QUEUE_FULL = "queue_full"  # max_num_queued reached; vLLM answers 503
-
-
-class _State(enum.Enum):
-    WAITING = enum.auto()
-    PREFILLING = enum.auto()
-    DECODING = enum.auto()
-
-
-@dataclass(slots=True, eq=False)
-class _Sequence:
-    seq_id: SeqId
-    prompt: int
-    output: int
-    order: tuple[int, int]  # (priority, arrival number): the smallest is admitted first, the largest preempted first
-    session: str | None
-    prefix: str | None = None
-    prefix_blocks: int = 0  # whole blocks of its prompt's beginning that others have too
-    shared: int = 0  # of these, the ones that it uses of the shared entry, while it runs
-    state: _State = _State.WAITING
-    produced: int = 0  # output tokens at the end of step `joined`; later ones follow from the step number
-    length: int = 0  # tokens to have in the KV cache when prefill ends: prompt + produced
-    left: int = 0  # of these, not computed at the end of the last step
-    chunk: int = 0  # of these, being computed in the step in progress
-    joined: int = 0  # the step that ended its prefill; it decodes from the next one
-    offset: int = 0  # context tokens in step t = offset + t, while decoding
-    finish_step: int = 0
-    computed: int = 0  # prefill tokens computed for it in all, recomputation included
-    preemptions: int = 0
-
-    @property
-    def cache_key(self) -> str | int:
-        """Where its blocks are found again: under its session, or under itself after a preemption."""
-        return self.order[1] if self.session is None else self.session
-
-
-@dataclass(slots=True, eq=False)
-class _Prefix:
-    """A prefix in use: its blocks are owned once, by all its users together."""
-
-    blocks: int  # owned
-    computed: int  # of these, the ones that others may use
-    users: int = 0
-    filler: _Sequence | None = None  # who computes the rest
 
 
 class Engine:
@@ -141,18 +61,15 @@ class Engine:
         self.peak_waiting = 0  # that a step's scheduling left behind, as vLLM's gauge counts it
         self._now = float("-inf")
         self._numbers = 0
-        self._live: dict[SeqId, _Sequence] = {}
-        self._waiting = SortedDict()  # order -> _Sequence
-        self._running: dict[SeqId, _Sequence] = {}
-        self._prefilling: list[_Sequence] = []
-        self._finish_at: dict[int, list[_Sequence]] = {}  # by step; may name some that have left, so check
+        self._live: dict[SeqId, Sequence] = {}
+        self._waiting = SortedDict()  # order -> Sequence
+        self._running: dict[SeqId, Sequence] = {}
+        self._prefilling: list[Sequence] = []
+        self._finish_at: dict[int, list[Sequence]] = {}  # by step; may name some that have left, so check
         self._decoding = 0
         self._offsets = 0  # their sum over decoding sequences
         self._growth = [0] * params.block_size  # decoding sequences that take a block, by step % block_size
-        self._used = 0  # blocks that running sequences own
-        self._cached = 0  # blocks that are free but still hold a prefix
-        self._cache: OrderedDict[str | int | tuple[str], int] = OrderedDict()  # a prefix as a tuple of its name
-        self._prefixes: dict[str, _Prefix] = {}  # those that running sequences use
+        self._blocks = Blocks(params.num_gpu_blocks, params.block_size)
         self._attention = 0.0  # computed tokens x tokens before them, in the prefill of the step in progress
         self._cold = params.cold_requests  # prompts to compute until it is warm
         self._steps = 0  # steps that have ended
@@ -163,7 +80,7 @@ class Engine:
     def __repr__(self) -> str:
         return (
             f"<Engine running={self.running}/{self.params.max_num_seqs} waiting={self.waiting} "
-            f"kv={self._used}/{self.params.num_gpu_blocks} cached={self._cached} steps={self._steps}>"
+            f"kv={self._blocks.used}/{self.params.num_gpu_blocks} cached={self._blocks.cached} steps={self._steps}>"
         )
 
     @property
@@ -179,7 +96,7 @@ class Engine:
     @property
     def kv_usage(self) -> float:
         """Share of the KV blocks that running sequences own, 0..1; cached prefixes count as free."""
-        return self._used / self.params.num_gpu_blocks
+        return self._blocks.used / self.params.num_gpu_blocks
 
     @property
     def _speed(self) -> float:
@@ -201,7 +118,7 @@ class Engine:
     def blocks_of(self, seq_id: SeqId) -> int:
         """KV blocks that a live sequence owns now, without shared ones; raises KeyError when it has left."""
         seq = self._live[seq_id]
-        return self._blocks(self._held_tokens(seq, self._steps + 1)) - seq.shared
+        return self._blocks_for(self._held_tokens(seq, self._steps + 1)) - seq.shared
 
     def reset_peaks(self) -> None:
         """Forget the peaks: they start again from what runs and waits now."""
@@ -237,7 +154,7 @@ class Engine:
             return Refusal.QUEUE_FULL
         self._numbers += 1
         rank = priority if self.params.scheduling_policy == "priority" else 0
-        seq = _Sequence(seq_id, prompt_tokens, output_tokens, (rank, self._numbers), session)
+        seq = Sequence(seq_id, prompt_tokens, output_tokens, (rank, self._numbers), session)
         if prefix is not None and self.params.prefix_caching:
             seq.prefix_blocks = min(prefix_tokens, prompt_tokens - 1) // self.params.block_size
             seq.prefix = prefix if seq.prefix_blocks else None  # too short to have a block of it: nothing in common
@@ -257,10 +174,10 @@ class Engine:
             return False
         self.aborted_total += 1
         self.wasted_tokens_total += seq.computed + self._produced(seq)
-        if seq.state is _State.WAITING:
+        if seq.state is State.WAITING:
             del self._waiting[seq.order]
             if seq.session is None:
-                self._cached -= self._cache.pop(seq.cache_key, 0)
+                self._blocks.forget(seq.cache_key)
         else:
             self._leave_batch(seq, self._steps + 1)
         self._cut_plan()
@@ -304,7 +221,7 @@ class Engine:
         growth, size = self._growth, self.params.block_size
         for step in range(self._steps + 2, self._steps + 2 + count):
             if growth[step % size]:
-                self._take(growth[step % size])
+                self._blocks.take(growth[step % size])
         self._steps += count
         self._at += count
         self.generation_tokens_total += count * self._decoding
@@ -322,13 +239,13 @@ class Engine:
                 seq.left -= seq.chunk
                 seq.chunk = 0
                 if seq.prefix is not None:
-                    self._fill_prefix(seq, seq.prefix)
+                    self._blocks.fill(seq, seq.prefix)
                 if seq.left:
                     self._prefilling.append(seq)
                 else:
                     self._start_decoding(seq, step, now)
 
-    def _start_decoding(self, seq: _Sequence, step: int, now: float) -> None:
+    def _start_decoding(self, seq: Sequence, step: int, now: float) -> None:
         """The end of a prefill is also the next token: the first one, or the one after a preemption."""
         if seq.produced == 0:
             self.prompt_tokens_total += seq.prompt
@@ -336,7 +253,7 @@ class Engine:
             self._events.append(FirstToken(seq.seq_id, now))
         self.generation_tokens_total += 1
         seq.produced += 1
-        seq.state = _State.DECODING
+        seq.state = State.DECODING
         seq.joined = step
         seq.offset = seq.length - step
         seq.finish_step = step + seq.output - seq.produced
@@ -348,7 +265,7 @@ class Engine:
         else:
             self._finish_at.setdefault(seq.finish_step, []).append(seq)
 
-    def _finish(self, seq: _Sequence, step: int, now: float) -> None:
+    def _finish(self, seq: Sequence, step: int, now: float) -> None:
         self._leave_batch(seq, step)
         del self._live[seq.seq_id]
         self.finished_total += 1
@@ -358,10 +275,10 @@ class Engine:
         """Schedule a step as vLLM V1 does: decodes, then prefills in progress, then the head of the queue."""
         params, step = self.params, self._steps + 1
         pressed = False
-        while self._growth[step % params.block_size] > params.num_gpu_blocks - self._used:
+        while self._growth[step % params.block_size] > params.num_gpu_blocks - self._blocks.used:
             self._preempt(max(self._running.values(), key=lambda seq: seq.order), step, now)
             pressed = True
-        self._take(self._growth[step % params.block_size])
+        self._blocks.take(self._growth[step % params.block_size])
         budget = params.max_num_batched_tokens - self._decoding
         prefill = 0
         self._attention = 0.0
@@ -369,7 +286,10 @@ class Engine:
             prefill += self._schedule_chunk(seq, budget - prefill)
         while self._waiting and not pressed and prefill < budget and len(self._running) < params.max_num_seqs:
             order, seq = self._waiting.peekitem(0)
-            if self._blocks(seq.prompt + seq.produced) - self._sharable(seq) > params.num_gpu_blocks - self._used:
+            if (
+                self._blocks_for(seq.prompt + seq.produced) - self._blocks.sharable(seq)
+                > params.num_gpu_blocks - self._blocks.used
+            ):
                 break
             del self._waiting[order]
             self._admit(seq)
@@ -392,7 +312,7 @@ class Engine:
 
     def _plan(self, now: float, step_s: float, step: int) -> list[float]:
         """Ends of the steps from `step` on, up to the first after which something can change."""
-        room = self.params.num_gpu_blocks - self._used
+        room = self.params.num_gpu_blocks - self._blocks.used
         longer_s = self.params.context_token_s * self._decoding / self._speed
         growth, size, finish_at = self._growth, self.params.block_size, self._finish_at
         ends = [now + step_s]
@@ -408,45 +328,44 @@ class Engine:
     def _cut_plan(self) -> None:
         del self._ends[self._at + 1 :]
 
-    def _schedule_chunk(self, seq: _Sequence, budget: int) -> int:
+    def _schedule_chunk(self, seq: Sequence, budget: int) -> int:
         seq.chunk = min(seq.left, budget)
         self._attention += seq.chunk * (seq.length - seq.left + seq.chunk / 2)
         seq.computed += seq.chunk
         return seq.chunk
 
-    def _admit(self, seq: _Sequence) -> None:
+    def _admit(self, seq: Sequence) -> None:
         seq.length = seq.prompt + seq.produced
-        entry = self._cache.pop(seq.cache_key, 0)
-        self._cached -= entry
+        entry = self._blocks.forget(seq.cache_key)
         # The last token is always computed: its logits are the next token (vLLM caps a hit the same way).
         if seq.prefix is not None:
-            found = self._join_prefix(seq, seq.prefix)
+            found = self._blocks.join(seq, seq.prefix)
             entry = found + (entry if found == seq.prefix_blocks else 0)  # of the rest, what follows without a gap
         hit = min(entry, (seq.length - 1) // self.params.block_size) * self.params.block_size
         if self.params.prefix_caching and not seq.preemptions:
             self.prefix_queries_total += seq.prompt
             self.prefix_hits_total += hit
         seq.left = seq.length - hit
-        seq.state = _State.PREFILLING
+        seq.state = State.PREFILLING
         self._running[seq.seq_id] = seq
         self._prefilling.append(seq)
-        self._take(self._blocks(seq.length) - seq.shared)
+        self._blocks.take(self._blocks_for(seq.length) - seq.shared)
 
-    def _preempt(self, seq: _Sequence, step: int, now: float) -> None:
+    def _preempt(self, seq: Sequence, step: int, now: float) -> None:
         seq.produced = self._produced(seq)
         self._leave_batch(seq, step - 1, resumes=True)
-        seq.state = _State.WAITING
+        seq.state = State.WAITING
         seq.finish_step = 0  # _finish_at may still name it
         seq.preemptions += 1
         self.preemptions_total += 1
         self._waiting[seq.order] = seq
         self._events.append(Preempted(seq.seq_id, now))
 
-    def _leave_batch(self, seq: _Sequence, step: int, *, resumes: bool = False) -> None:
+    def _leave_batch(self, seq: Sequence, step: int, *, resumes: bool = False) -> None:
         """Give back what a running sequence owns; `step` is the last one whose blocks were taken."""
         del self._running[seq.seq_id]
-        self._used -= self._blocks(self._held_tokens(seq, step)) - seq.shared
-        if seq.state is _State.DECODING:
+        self._blocks.give(self._blocks_for(self._held_tokens(seq, step)) - seq.shared)
+        if seq.state is State.DECODING:
             complete = seq.offset + self._steps
             self._decoding -= 1
             self._offsets -= seq.offset
@@ -455,92 +374,22 @@ class Engine:
             complete = seq.length - seq.left
             self._prefilling.remove(seq)
         if self.params.prefix_caching and (resumes or seq.session is not None):
-            self._remember(seq.cache_key, complete // self.params.block_size - seq.prefix_blocks)
+            self._blocks.remember(seq.cache_key, complete // self.params.block_size - seq.prefix_blocks)
         if seq.prefix is not None:
-            self._leave_prefix(seq, seq.prefix)
+            self._blocks.leave(seq, seq.prefix)
 
-    # ---- prefixes
+    def _produced(self, seq: Sequence) -> int:
+        return seq.produced + (self._steps - seq.joined if seq.state is State.DECODING else 0)
 
-    def _sharable(self, seq: _Sequence) -> int:
-        """Return how many blocks of its prefix are owned already, so that it needs no own ones."""
-        prefix = self._prefixes.get(seq.prefix) if seq.prefix is not None else None
-        return 0 if prefix is None else min(prefix.computed, seq.prefix_blocks)
-
-    def _join_prefix(self, seq: _Sequence, name: str) -> int:
-        """Let `seq` use its prefix, and compute what is missing if nobody does; return the blocks that it finds."""
-        prefix = self._prefixes.get(name)
-        if prefix is None:
-            held = self._cache.pop((name,), 0)
-            self._cached -= held
-            held = min(held, seq.prefix_blocks)  # a longer one would own blocks that nobody uses, and may need
-            self._used += held
-            prefix = self._prefixes[name] = _Prefix(held, held)
-        found = min(prefix.computed, seq.prefix_blocks)
-        prefix.users += 1
-        seq.shared = found
-        if prefix.filler is None and found < seq.prefix_blocks:
-            prefix.filler = seq
-            self._take(seq.prefix_blocks - prefix.blocks)
-            prefix.blocks = seq.shared = seq.prefix_blocks
-        return found
-
-    def _fill_prefix(self, seq: _Sequence, name: str) -> None:
-        """Note how far the one that computes a prefix is."""
-        prefix = self._prefixes[name]
-        if prefix.filler is seq:
-            prefix.computed = min((seq.length - seq.left) // self.params.block_size, prefix.blocks)
-            if prefix.computed == prefix.blocks:
-                prefix.filler = None
-
-    def _leave_prefix(self, seq: _Sequence, name: str) -> None:
-        """End the use of a prefix: with its last user it becomes a free one that is remembered."""
-        prefix = self._prefixes[name]
-        prefix.users -= 1
-        seq.shared = 0
-        if prefix.filler is seq:
-            prefix.filler = None
-            self._used -= prefix.blocks - prefix.computed
-            prefix.blocks = prefix.computed
-        if not prefix.users:
-            del self._prefixes[name]
-            self._used -= prefix.blocks
-            self._remember((name,), prefix.blocks)
-
-    # ---- blocks
-
-    def _remember(self, key: str | int | tuple[str], blocks: int) -> None:
-        old = self._cache.pop(key, 0)
-        kept = max(old, blocks)
-        if kept:
-            self._cache[key] = kept
-            self._cached += kept - old
-
-    def _take(self, blocks: int) -> None:
-        """Own `blocks` more, at the cost of the prefixes that nobody used for longest. There must be room."""
-        self._used += blocks
-        excess = self._used + self._cached - self.params.num_gpu_blocks
-        while excess > 0:
-            key, held = next(iter(self._cache.items()))
-            lost = min(held, excess)
-            if lost == held:
-                del self._cache[key]
-            else:
-                self._cache[key] = held - lost
-            self._cached -= lost
-            excess -= lost
-
-    def _produced(self, seq: _Sequence) -> int:
-        return seq.produced + (self._steps - seq.joined if seq.state is _State.DECODING else 0)
-
-    def _held_tokens(self, seq: _Sequence, step: int) -> int:
+    def _held_tokens(self, seq: Sequence, step: int) -> int:
         """Tokens that its blocks have room for when the blocks of `step` have been taken."""
         match seq.state:
-            case _State.WAITING:
+            case State.WAITING:
                 return 0
-            case _State.PREFILLING:
+            case State.PREFILLING:
                 return seq.length
-            case _State.DECODING:
+            case State.DECODING:
                 return seq.offset + step
 
-    def _blocks(self, tokens: int) -> int:
+    def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.params.block_size)

@@ -12,7 +12,8 @@ import bisect
 import time
 from typing import TYPE_CHECKING, Final
 
-from extproc.engine.model import Engine, Finished, FirstToken, Refusal
+from extproc.engine.model import Engine
+from extproc.engine.sequence import Finished, FirstToken, Refusal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any, Final
 from aiohttp import web
 
 from extproc.engine.exposition import CONTENT_TYPE, MetricsPage, orca_header
-from extproc.engine.model import Refusal
 from extproc.engine.openai import Answer, BadRequest, Kind, error_body, read_ask
 from extproc.engine.params import DEMO, PRESETS, EngineParams
 from extproc.engine.realtime import Drive, Generation
+from extproc.engine.sequence import Refusal
 from extproc.errors import ConfigError, StartError
 
 if TYPE_CHECKING:

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Literal
 
 from extproc.admission.load import Load
 from extproc.admission.values import Answer
-from extproc.engine.model import Engine, Finished, FirstToken, Refusal
+from extproc.engine.model import Engine
+from extproc.engine.sequence import Finished, FirstToken, Refusal
 from extproc.simulate.fronts import Job
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from extproc.engine.model import SeqId
     from extproc.engine.params import EngineParams
+    from extproc.engine.sequence import SeqId
     from extproc.simulate.contenders import Contender
     from extproc.simulate.fronts import Group, Verdict
     from extproc.simulate.workload import Demand

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from extproc.engine.model import Engine, Event, FirstToken
 from extproc.engine.params import EngineParams
+from extproc.engine.sequence import Event, FirstToken
+
+if TYPE_CHECKING:
+    from extproc.engine.model import Engine
 
 
 def small(**changes: Any) -> EngineParams:

@@ -6,8 +6,9 @@ import dataclasses
 
 import pytest
 
-from extproc.engine.model import HORIZON_STEPS, Engine, Finished, FirstToken, Preempted, Refusal
+from extproc.engine.model import HORIZON_STEPS, Engine
 from extproc.engine.params import A100_8B, DEMO, PRESETS
+from extproc.engine.sequence import Finished, FirstToken, Preempted, Refusal
 from tests.unit.engines import drain, first_tokens, small
 
 

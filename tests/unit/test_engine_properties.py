@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from extproc.engine.model import Engine, Event, Finished, FirstToken, Preempted
+from extproc.engine.model import Engine
+from extproc.engine.sequence import Event, Finished, FirstToken, Preempted
 from tests.unit.engines import drain, first_tokens, small
 
 if TYPE_CHECKING:
@@ -76,12 +77,12 @@ class Run:
     def check(self) -> None:
         engine, params = self.engine, self.engine.params
         owned = sum(engine.blocks_of(number) for number in self.submitted if number in engine)
-        owned += sum(prefix.blocks for prefix in engine._prefixes.values())
+        owned += sum(prefix.blocks for prefix in engine._blocks.prefixes.values())
         assert engine.kv_usage == pytest.approx(owned / params.num_gpu_blocks)
         assert 0 <= owned <= params.num_gpu_blocks
-        assert owned + engine._cached <= params.num_gpu_blocks
-        assert engine._cached == sum(engine._cache.values()) >= 0
-        assert all(blocks > 0 for blocks in engine._cache.values())
+        assert owned + engine._blocks.cached <= params.num_gpu_blocks
+        assert engine._blocks.cached == sum(engine._blocks.entries.values()) >= 0
+        assert all(blocks > 0 for blocks in engine._blocks.entries.values())
         assert engine.running <= params.max_num_seqs
         assert (engine.next_step() is None) == (engine.running == engine.waiting == 0) or self.aborted
 
@@ -99,8 +100,9 @@ def test_every_request_ends_exactly_once_and_no_block_or_token_is_lost(params: E
     assert (engine._decoding, engine._offsets, set(engine._growth)) == (0, 0, {0})
     assert not engine._live
     assert not engine._finish_at
-    assert not engine._prefixes
-    assert not any(isinstance(key, int) for key in engine._cache), "only sessions and prefixes outlive their requests"
+    assert not engine._blocks.prefixes
+    kept = engine._blocks.entries
+    assert not any(isinstance(key, int) for key in kept), "only sessions and prefixes outlive their requests"
     began = first_tokens(run.events)
     assert len(began) == len(set(began)) >= finished.total()
     assert engine.prompt_tokens_total == sum(run.submitted[number][0] for number in began)
