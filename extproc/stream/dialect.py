@@ -117,6 +117,7 @@ _REASONS = {
     Outcome.BUDGET_PREDICTED: "rejected-saturated",
     Outcome.BUDGET_EXPIRED: "rejected-ttl-expired",
     Outcome.NO_ENDPOINT: "rejected-no-endpoints",
+    Outcome.NONE_ALLOWED: "rejected-no-endpoints",
     Outcome.DRAINING: "rejected-shutting-down",
 }
 """Why llm-d's router drops a request, in its words (llm-d-router, pkg/epp/flowcontrol)."""

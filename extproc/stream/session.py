@@ -132,9 +132,8 @@ class Session:
         match self._state, incoming.kind:
             case _State.NEW, Kind.REQUEST_HEADERS:
                 self._begin(incoming)
-            case _State.NEW, _:  # Envoy answered by itself before it asked us (413), or request headers are not sent
-                self._reception.silence.ended(self)
-                self._send(wire.go_on(incoming.kind))
+            case _State.NEW, _:
+                self._take_unasked(incoming)
             case ((_State.READING | _State.HELD), Kind.RESPONSE_HEADERS):  # Envoy answered by itself: nobody waits
                 self._close()
                 self._drop_body()
@@ -155,6 +154,13 @@ class Session:
                     self._close()
             case state, kind:
                 raise ProtocolError(f"{kind.value} has no place here: the stream is {state.name.lower()}")
+
+    def _take_unasked(self, incoming: Incoming) -> None:
+        """Let pass what Envoy answered by itself before it asked us (413), or if request headers are not sent."""
+        self._reception.silence.ended(self)
+        if incoming.modes is not None:  # an answer's body follows, and how, the gateway tells
+            self._modes, self._state = self._reception.dialect.modes(incoming), _State.ANSWERED
+        self._send(wire.go_on(incoming.kind))
 
     def half_closed(self) -> bool:
         """Note that the client says no more; tell whether it still waits for what we say: else the stream is over."""

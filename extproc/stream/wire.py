@@ -165,7 +165,7 @@ class Reader:
         incoming.has_body = not part.end_of_stream
         self._pick(part.headers, incoming)
         if self._picks:
-            incoming.served = _served(message.metadata_context)
+            incoming.modes, incoming.served = _modes(message), _served(message.metadata_context)
 
     def _pick(self, part: pb.HeaderMap, incoming: Incoming) -> None:
         wanted, headers = self._wanted, incoming.headers

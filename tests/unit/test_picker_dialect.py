@@ -324,6 +324,23 @@ def test_a_local_answer_of_the_gateway_while_held_takes_the_request_out_of_the_l
     assert gateway.gate.controller.waiting == 0
 
 
+@pytest.mark.parametrize(
+    ("modes", "expected"), [(DUPLEX, "< response_body no|"), (BUFFERED, "< response_body"), (None, "< response_body")]
+)
+def test_a_local_answer_before_the_gateway_asked_us_goes_back_as_its_modes_have_it(modes, expected):
+    head = pb.ProcessingRequest.FromString(message("response_headers 403"))
+    if modes is not None:
+        head.protocol_config.request_body_mode, head.protocol_config.response_body_mode = modes
+    gateway = Gateway(A)
+    stream = gateway.stream()
+    stream.play(
+        "> head", "< response_headers", "> response_body no|", expected, "> response_trailers", "< response_trailers",
+        head=head.SerializeToString(),
+    )  # fmt: skip
+    stream.session.end()
+    assert (gateway.reception.streams, gateway.in_flight()) == (0, {"a": 0})
+
+
 # ---- what a request says
 
 
@@ -473,8 +490,11 @@ def test_a_subset_is_honoured_as_a_list_as_one_text_mixed_and_by_a_host_for_all_
 @pytest.mark.parametrize("addresses", [(), ("10.0.0.9:8000",), ("10.0.0.2:9000",), ("",), ("nonsense",)])
 def test_a_subset_that_matches_nobody_is_503_at_once_and_nobody_else_is_asked(addresses):
     gateway = Gateway(A, B)
-    gateway.stream().play("> opening", "< refuse 503", opening=subset(*addresses))
+    stream = gateway.stream()
+    stream.play("> opening", "< refuse 503", opening=subset(*addresses))
     assert gateway.in_flight() == {"a": 0, "b": 0}
+    said = {one.header.key: one.header.raw_value for one in stream.said[0].immediate_response.headers.set_headers}
+    assert said["x-llm-d-request-dropped-reason"] == b"rejected-no-endpoints"
 
 
 def test_a_request_that_takes_no_slot_keeps_to_its_subset_too():
