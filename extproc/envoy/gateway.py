@@ -45,11 +45,12 @@ class Gateway:
             if listed.get("typed_config", "@type") == EXT_PROC
         }
         self._routes = [
-            route
+            way
             for spot in spots
             if "virtual_hosts" in spot.node
             for host in spot.each("virtual_hosts")
             for route in host.each("routes")
+            for way in _ways(route)
         ]
         self.problems: list[str] = []
         self.notes: list[str] = []
@@ -159,6 +160,18 @@ class Gateway:
                         f"{manager.path}.{key}: {seconds:g}s: held time counts against it, and a budget is {self._longest_s:g}s"
                     ),
                 )
+
+
+def _ways(route: Spot) -> Iterator[Spot]:
+    """Walk a route's ways: itself, or one for each of its weighted clusters, whose own settings go before the route's."""
+    weighted = route.each("route", "weighted_clusters", "clusters")
+    if not weighted:
+        yield route
+    for one in weighted:
+        action = {**route.node["route"], "cluster": one.get("name")}
+        del action["weighted_clusters"]
+        own = {**(route.get("typed_per_filter_config") or {}), **(one.get("typed_per_filter_config") or {})}
+        yield Spot(one.path, {**route.node, "route": action, "typed_per_filter_config": own})
 
 
 def _seconds(spot: Spot, *keys: str) -> float | None:

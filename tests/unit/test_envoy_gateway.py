@@ -95,6 +95,21 @@ def test_what_cuts_a_hold_or_skips_the_picker_is_a_problem(look, kind, edit, pro
     assert any(problem in one for one in found.problems), found.problems
 
 
+def test_of_two_weighted_pools_each_is_judged_by_its_own_settings(look):
+    def weigh(built: dict[str, Any]) -> None:
+        route = route_of(built)
+        asks = {"typed_per_filter_config": route.pop("typed_per_filter_config")}
+        pools = [{"name": "pool", "weight": 3, **asks}, {"name": "other", "weight": 1, **asks}]
+        route["route"] |= {"weighted_clusters": {"clusters": pools}}
+        del route["route"]["cluster"]
+
+    found = look("istio", weigh)
+    assert found.problems == []
+    assert len([note for note in found.notes if "full duplex: each" in note]) == 2
+    found = look("istio-lean", lambda built: (weigh(built), ext_proc_of(built).update(message_timeout="1s")))
+    assert any("message_timeout: 1s" in one for one in found.problems)
+
+
 def test_a_message_timeout_is_no_matter_in_full_duplex(look):
     assert look("llm-d", lambda b: ext_proc_of(b).update(message_timeout="1s")).problems == []
 

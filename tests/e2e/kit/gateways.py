@@ -61,10 +61,12 @@ def bootstrap(
     idle_s: float = 0,
     tls: bool = False,
     message_timeout: str = "",
+    refuses: bool = False,
 ) -> dict[str, Any]:
     """Return the bootstrap of a gateway of this kind, whose picker is at `picker`, with `tls` if it has that.
 
-    `selected_host`: it tells who served (not on Envoy 1.36); `subset`: the addresses that it allows.
+    `selected_host`: it tells who served (not on Envoy 1.36); `subset`: the addresses that it allows; `refuses`: a
+    filter before ext_proc answers each request, as one that authorizes might.
     """
     by_metadata = kind.startswith("istio")
     mode = {"istio-lean": LEAN, "ai-gateway-buffered": BUFFERED}.get(kind, DUPLEX)
@@ -102,6 +104,7 @@ def bootstrap(
         "access_log": [_access_log(access_log)],
         "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [route]}]},
         "http_filters": [
+            *([_refusal()] if refuses else []),
             *([_subset(subset)] if subset else []),
             {"name": "envoy.filters.http.ext_proc", "typed_config": ext_proc},
             {
@@ -141,9 +144,10 @@ def bootstrap(
 
 
 def two_pools(one: dict[str, Any], other: dict[str, Any], weights: tuple[int, int]) -> dict[str, Any]:
-    """Return the bootstrap `one` with the pool of `other` beside its own, as Istio has a route to two InferencePools.
+    """Return the bootstrap `one` with the pool of `other` beside its own, on one route by weight.
 
-    Which picker is asked stands with each of the weighted clusters.
+    Which picker is asked stands with each of the weighted clusters: the way that Envoy has for it, read off no control
+    plane.
     """
     clusters = one["static_resources"]["clusters"]
     weighted = []
@@ -232,6 +236,12 @@ def _subset(addresses: Sequence[str]) -> Mapping[str, Any]:
     ]
     config = {"@type": _EXTENSIONS + "filters.http.set_metadata.v3.Config", "metadata": spaces}
     return {"name": "envoy.filters.http.set_metadata", "typed_config": config}
+
+
+def _refusal() -> Mapping[str, Any]:
+    abort = {"http_status": 403, "percentage": {"numerator": 100}}
+    config = {"@type": _EXTENSIONS + "filters.http.fault.v3.HTTPFault", "abort": abort}
+    return {"name": "envoy.filters.http.fault", "typed_config": config}
 
 
 def _tls() -> Mapping[str, Any]:
