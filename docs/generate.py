@@ -21,6 +21,7 @@ from extproc.config.schema import schema
 from extproc.config.types import is_duration
 from extproc.durations import format_duration
 from extproc.observe.aliases import Aliases
+from extproc.observe.capacity import Capacity
 from extproc.observe.genai import GenAi
 from extproc.observe.metrics import Metrics
 from extproc.replicas.observe import ReplicaMetrics
@@ -123,8 +124,9 @@ def _metrics() -> str:
     ]
     controller = Controller(Policy())
     ours = Metrics(controller, lambda: 0, rehearsed={})
-    aliases = Aliases(controller, ours, "")
-    for family in chain(ours.collect(), aliases.collect(), GenAi(float, bool).collect(), ReplicaMetrics().collect()):
+    aliases, full = Aliases(controller, ours, ""), Capacity(controller, float)
+    collectors = (ours, full, aliases, GenAi(float, bool), ReplicaMetrics())
+    for family in chain.from_iterable(one.collect() for one in collectors):
         suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
         labels = ", ".join(f"`{label}`" for label in getattr(family, "_labelnames", ()))
         level = _shown(stability.of_metric(family.name))

@@ -23,6 +23,7 @@ from extproc.endpoints.telemetry.scraper import Scraper
 from extproc.envoy.clusters import ClustersFile, EnvoyAdmin
 from extproc.errors import ConfigError
 from extproc.observe.aliases import Aliases
+from extproc.observe.capacity import Capacity
 from extproc.observe.genai import GenAi
 from extproc.observe.log import LOOK_S, QueueLog
 from extproc.observe.metrics import Metrics
@@ -132,13 +133,17 @@ class App:
         if config.metrics_aliases:
             pool = "" if config.inference_pool is None else config.inference_pool.name
             self.metrics.registry.register(Aliases(controller, self.metrics, pool))
+        self.capacity = Capacity(
+            controller, loop.time, lambda: self.membership is None or self.membership.replica.decides
+        )
+        self.metrics.registry.register(self.capacity)
         everybody = (self.metrics, self.queue_log, self.stories, self.spans, genai)
         observers: list[Observer] = [observer for observer in everybody if observer is not None]
         self.membership: Membership | None = None
         if config.replicas is None:
-            self.gate = Gate(controller, loop, observers)
+            self.gate = Gate(controller, loop, [*observers, self.capacity])
         else:
-            self.gate, self.membership = _among_others(config.replicas, controller, loop, observers)
+            self.gate, self.membership = _among_others(config.replicas, controller, loop, observers, self.capacity)
             self.metrics.registry.register(_replica_metrics(self.membership))
         self._targets: dict[str, Target] = {}
         self._scrapes = True
@@ -188,7 +193,9 @@ class App:
             self.reception, self.listener, reflect=config.reflection, bodies=config.picks, probes=probes
         )
         self._restart_needed: tuple[str, ...] = ()  # keys whose values in the file are not those in use
-        self.admin = Admin(config.admin, self.gate, self.metrics, self._file_state, self._others(), self.stories)
+        self.admin = Admin(
+            config.admin, self.gate, self.metrics, self._file_state, self._others(), self.stories, self.capacity
+        )
         if self.membership is not None:
             self.membership.answer_with(self.admin.describe)
         self._known_bugs: set[str] = set()
@@ -409,12 +416,16 @@ class App:
 
 
 def _among_others(
-    config: ReplicasConfig, controller: Controller, loop: asyncio.AbstractEventLoop, observers: list[Observer]
+    config: ReplicasConfig,
+    controller: Controller,
+    loop: asyncio.AbstractEventLoop,
+    observers: list[Observer],
+    of_all: Observer,
 ) -> tuple[Gate, Membership]:
     from extproc.replicas.gate import SharedGate
     from extproc.replicas.member import Membership
 
-    gate = SharedGate(controller, loop, observers)
+    gate = SharedGate(controller, loop, observers, of_all)
     return gate, Membership(config, gate, loop)
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from aiohttp.typedefs import Handler
 
     from extproc.admin.state import Others
+    from extproc.observe.capacity import Capacity
     from extproc.observe.metrics import Metrics
     from extproc.stream.gate import Gate
 
@@ -66,9 +67,11 @@ class Admin:
         file_state: Callable[[], FileState] = FileState,
         others: Others | None = None,
         stories: Stories | None = None,
+        capacity: Capacity | None = None,
     ) -> None:
         """Prepare to serve at `address`, host:port; `file_state` tells of the configuration file, `others` of other
-        sidecars that share our endpoints, if any, `stories` what happened to requests."""
+        sidecars that share our endpoints, if any, `stories` what happened to requests, `capacity` how many engines
+        they need."""
         self._address = address
         self._gate = gate
         self._metrics = metrics
@@ -81,7 +84,7 @@ class Admin:
             path: (Path(__file__).with_name(name).read_bytes(), kind) for path, (name, kind) in _FILES.items()
         }
         self._others = others
-        self.viewer = Viewer(gate, metrics, file_state, others)
+        self.viewer = Viewer(gate, metrics, file_state, others, capacity)
         self.feed = Feed(self.view)
         self.ready = False
         self.port = 0

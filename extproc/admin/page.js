@@ -279,7 +279,9 @@ function draw(view) {
   say($("rehearsed"), "The queue, were it on, would have: " + (rehearsed.map(([what, n]) => `${what} ${number(n)}`).join(", ") || "seen nothing yet"));
   const many = view.endpoints.length > 12;
   const endpoints = many ? [...view.endpoints].sort((a, b) => trouble(a) - trouble(b)) : view.endpoints;
-  say($("endpoints-note"), many ? "those in trouble first" : view.endpoints.length ? "" : "none yet");
+  const full = (view.capacity || []).slice(0, 3).map(one => (view.capacity.length > 1 ? one.pool + ": " : "") + one.words);
+  const notes = many ? ["those in trouble first", ...full] : view.endpoints.length ? full : ["none yet"];
+  say($("endpoints-note"), notes.join(" · "));
   rows($("endpoints").tBodies[0], endpoints, one => one.name, endpointRow, fillEndpoint);
   // Request ids are the clients': two may be equal, and then the second is told apart by its place.
   const ids = new Map();

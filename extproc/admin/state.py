@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from extproc.admission.controller import Controller
     from extproc.admission.endpoint import Endpoint
     from extproc.admission.ticket import Ticket
+    from extproc.observe.capacity import Capacity
     from extproc.observe.metrics import Metrics
     from extproc.stream.gate import Gate
 
@@ -85,7 +86,7 @@ class Others(Protocol):
         """Return which of them holds a request; None: we do."""
 
 
-OF_ALL = ("endpoints", "waiting_total", "waiting_by_class", "waiting", "scanned_all", "classes")
+OF_ALL = ("endpoints", "waiting_total", "waiting_by_class", "waiting", "scanned_all", "classes", "capacity")
 """What whoever decides knows for all sidecars; the rest is each one's own."""
 
 
@@ -107,9 +108,11 @@ class Viewer:
         metrics: Metrics,
         file_state: Callable[[], FileState] = FileState,
         others: Others | None = None,
+        capacity: Capacity | None = None,
     ) -> None:
-        """Describe what `gate` drives, `metrics` counted, `file_state` tells of the configuration file, and `others` of
-        other sidecars."""
+        """Describe what `gate` drives, `metrics` counted, `file_state` tells of the configuration file, `others` of
+        other sidecars, and `capacity` of the engines that the traffic needs."""
+        self._capacity = capacity
         self._others = others
         self._gate = gate
         self._file_state = file_state
@@ -120,7 +123,10 @@ class Viewer:
 
     def sample(self) -> None:
         """Note a moment for the history; to be called each STEP_S."""
-        self.history.sample(self._gate.now())
+        now = self._gate.now()
+        self.history.sample(now)
+        if self._capacity is not None:
+            self._capacity.sample(now)
 
     def queues(self, *, ready: bool, limit: int = WAITING_LISTED) -> Values:
         """Return the state with the first `limit` waiting requests, line by line."""
@@ -186,7 +192,12 @@ class Viewer:
             ],
             "rehearsed": _rehearsed(self._metrics),
             "limits": {held.value: held.words for held in HeldBy},
+            "capacity": self._full(),
         }
+
+    def _full(self) -> list[Values]:
+        answers = {} if self._capacity is None else self._capacity.answers()
+        return [{"pool": pool, "load": answer.load, "words": answer.words} for pool, answer in answers.items()]
 
     def _row(self, ticket: Ticket, now: float) -> Values:
         sidecar = None if self._others is None else self._others.whose(ticket)

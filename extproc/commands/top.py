@@ -36,6 +36,7 @@ BAR = 20
 STEPS = "▁▂▃▄▅▆▇█"
 PLAIN_STEPS = "_.-:=+*#"  # where the terminal has no such characters
 GAP = "  "
+MOST_POOLS = 3
 SENT = ("dispatched", "rerouted")
 
 View = dict[str, Any]
@@ -56,7 +57,11 @@ def lines(view: Mapping[str, Any], width: int = 80, height: int = 24) -> list[st
 
     What is wrong goes before what is well where there are too many endpoints; waiting requests get the lines left over.
     """
-    heading, classes, outcomes = [_heading(view), *_notices(view)], _classes(view, width), _outcomes(view)
+    heading, classes, outcomes = (
+        [_heading(view), *_capacity(view), *_notices(view)],
+        _classes(view, width),
+        _outcomes(view),
+    )
     fixed = len(heading) + len(classes) + len(outcomes)
     endpoints = _endpoints(view, max(height - fixed, 3), width)
     rows = [*heading, *endpoints, *classes, *outcomes]
@@ -251,6 +256,12 @@ def _heading(view: Mapping[str, Any]) -> str:
     up = sum(one["up"] for one in view["endpoints"])
     text = f"{_mode(view)}   {view['waiting_total']} waiting, {held} in flight, "
     return text + f"{up} of {len(view['endpoints'])} endpoints up"
+
+
+def _capacity(view: Mapping[str, Any]) -> list[str]:
+    """Tell how many engines the traffic needs, of the fullest pools; an older sidecar doesn't say."""
+    pools = sorted(view.get("capacity", ()), key=lambda one: -(one["load"] or 0.0))[:MOST_POOLS]
+    return [one["words"] if len(view["capacity"]) == 1 else f"{one['pool']}: {one['words']}" for one in pools]
 
 
 def _notices(view: Mapping[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ import yaml
 
 from extproc.admission.controller import Controller
 from extproc.admission.values import Policy
+from extproc.observe.capacity import Capacity
 from extproc.observe.metrics import Metrics
 from extproc.replicas.observe import ReplicaMetrics
 
@@ -31,8 +32,9 @@ def exported() -> set[str]:
     """The names of all series that our code exports, in every mode, and those of Envoy that a test has seen."""
     names = {"up"} | set(json.loads((HOME / "envoy-metrics.json").read_text()))
     suffixes = {"counter": ["_total"], "info": ["_info"], "histogram": ["_bucket", "_sum", "_count"]}
-    ours = Metrics(Controller(Policy()), lambda: 0, rehearsed={}).registry.collect()
-    for family in chain(ours, ReplicaMetrics().collect()):
+    controller = Controller(Policy())
+    ours = Metrics(controller, lambda: 0, rehearsed={}).registry.collect()
+    for family in chain(ours, Capacity(controller, float).collect(), ReplicaMetrics().collect()):
         names |= {family.name + suffix for suffix in suffixes.get(family.type, [""])}
     return names
 

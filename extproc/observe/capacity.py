@@ -1,0 +1,249 @@
+"""Load against what the engines can do: how full a pool is, and how many engines its traffic would need.
+
+Demand is what clients asked for in the last minute, refused requests too: their estimated tokens. What one engine can
+do with that mix follows from what its counters taught (`admission/steps.py`). At its best it runs as many sequences as
+keep the wanted time per token, fit into its KV cache, and into its batch; a step then gives each of them a token and
+computes as many prompt tokens as come with so many answers:
+
+    step_s = base_s + running x (sequence_s + prompt_s x prompt tokens per output token)
+
+The rate is stable below running / step_s (after Nie, Si, Zhou, arXiv 2605.04595). It is a mean: bursts need more.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from prometheus_client.core import GaugeMetricFamily
+
+from extproc.admission.limit import CEILING, AdaptiveLimit
+from extproc.admission.outcome import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from prometheus_client.metrics_core import Metric
+
+    from extproc.admission.controller import Controller
+    from extproc.admission.endpoint import Endpoint
+    from extproc.admission.ticket import Ticket
+    from extproc.admission.values import Decision
+
+WINDOW_S: Final = 60.0
+"""Now is the mean of so long: shorter is a burst, which is what a queue is for."""
+SLOT_S: Final = 300.0
+"""A peak is the mean of so long: in less no engine starts."""
+DAY_S: Final = 86_400.0
+LEAST_READINGS: Final = 10
+"""Readings of its counters after which an engine's costs are taken for known."""
+MOST_NAMED: Final = 3
+"""Models that the name of a pool tells."""
+NO_DEMAND: Final = frozenset((Outcome.TENANT_LIMIT, Outcome.DRAINING, Outcome.PASSED))
+"""Decisions on requests that no engine more would serve, or that take no slot."""
+
+
+class Asked(NamedTuple):
+    """What was asked of a pool since the start, as it stood at one moment."""
+
+    at: float
+    requests: int = 0
+    prompts: int = 0
+    outputs: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How full one pool is.
+
+    Attributes:
+        load: demand over the stable rate of its endpoints that are up; None: none of them tells what it can do.
+        engines: how many such engines the demand would fill, to the brim.
+        peak: the same at the fullest five minutes of the last day, and `peak_ago_s` how long ago these ended.
+        up: how many of its endpoints may be sent requests.
+    """
+
+    load: float | None
+    engines: float
+    peak: float
+    peak_ago_s: float
+    up: int
+
+    @property
+    def words(self) -> str:
+        """It in words for people."""
+        ago = f"{self.peak_ago_s / 3600:.0f} h" if self.peak_ago_s >= 5400 else f"{self.peak_ago_s / 60:.0f} min"
+        peak = f"; at the peak, {ago} ago, {self.peak:.1f}" if self.peak_ago_s >= 60 else ""
+        return f"traffic for {self.engines:.1f} of {self.up} engines{peak}"
+
+
+class _Pool:
+    """Endpoints that serve the same models, or share some."""
+
+    __slots__ = ("asked", "engines", "load", "samples", "slot", "slots", "up")
+
+    def __init__(self, now: float) -> None:
+        self.asked = [0, 0, 0]
+        self.samples: deque[Asked] = deque([Asked(now)])
+        self.slot = (now, 0.0, 0.0)  # of the slot under way: its begin, engines x seconds, seconds
+        self.slots: deque[tuple[float, float]] = deque()  # (end, engines) of those before
+        self.load: float | None = None
+        self.engines: float | None = None
+        self.up = 0
+
+
+class Capacity:
+    """An observer of decisions, and a collector for a Prometheus registry. `sample` is to be called every few seconds.
+
+    Its pools come from the configuration, and their names from models that it or a discovery source names.
+    """
+
+    def __init__(
+        self, controller: Controller, clock: Callable[[], float], decides: Callable[[], bool] = lambda: True
+    ) -> None:
+        """Watch what is asked of `controller`, by its `clock`. `decides`: it does, and no other sidecar's: else it
+        hears of a part of the traffic only, and tells nothing."""
+        self._controller = controller
+        self._clock = clock
+        self._decides = decides
+        self._pools: dict[str, _Pool] = {}
+        self._pool_of: dict[str, _Pool] = {}  # by endpoint
+
+    # ---- an observer
+
+    def decided(self, decision: Decision) -> None:
+        """Count what was asked for, served or not."""
+        if decision.outcome not in NO_DEMAND:
+            self._count(decision.ticket)
+
+    def cancelled(self, ticket: Ticket, wait_s: float) -> None:
+        """Count a request whose client left while it waited: it was asked for."""
+        del wait_s
+        self._count(ticket)
+
+    def _count(self, ticket: Ticket) -> None:
+        if ticket.pool is None or not ticket.pool.members:
+            return
+        pool = self._pool_of.get(ticket.pool.members[0].name)
+        if pool is not None:
+            asked = pool.asked
+            asked[0] += 1
+            asked[1] += ticket.prompt_tokens
+            asked[2] += ticket.output_tokens
+
+    # ---- time
+
+    def sample(self, now: float) -> None:
+        """Look how full each pool is now."""
+        groups = _groups(self._controller.endpoints.values())
+        self._pools = {name: self._pools.get(name) or _Pool(now) for name in groups}
+        self._pool_of = {member.name: self._pools[name] for name, members in groups.items() for member in members}
+        for name, members in groups.items():
+            self._look(self._pools[name], members, now)
+
+    def _look(self, pool: _Pool, members: list[Endpoint], now: float) -> None:
+        samples, after = pool.samples, Asked(now, *pool.asked)
+        while len(samples) > 1 and samples[1].at <= now - WINDOW_S:
+            samples.popleft()
+        before, last = samples[0], samples[-1].at
+        samples.append(after)
+        pool.up = sum(one.available for one in members)
+        elapsed_s, outputs = now - before.at, after.outputs - before.outputs
+        if elapsed_s <= 0.0:
+            return
+        requests, prompts = after.requests - before.requests, after.prompts - before.prompts
+        rates = [(one, _stable_rate(one, requests, prompts, outputs)) for one in members] if requests else []
+        known = [(one, rate) for one, rate in rates if rate is not None]
+        if known:
+            engine = sum(rate for _, rate in known) / len(known)
+            pool.engines = requests / elapsed_s / engine
+            pool.load = pool.engines / pool.up if pool.up else None
+        elif not requests:
+            pool.engines, pool.load = 0.0, 0.0
+        if pool.engines is not None:
+            self._remember(pool, pool.engines, now, now - last)
+
+    @staticmethod
+    def _remember(pool: _Pool, engines: float, now: float, span_s: float) -> None:
+        begin, area, spanned_s = pool.slot
+        pool.slot = begin, area + engines * span_s, spanned_s + span_s
+        if now - begin >= SLOT_S:
+            pool.slots.append((now, pool.slot[1] / max(pool.slot[2], 1e-9)))
+            pool.slot = now, 0.0, 0.0
+        while pool.slots and pool.slots[0][0] < now - DAY_S:
+            pool.slots.popleft()
+
+    # ---- what it found
+
+    def answers(self) -> dict[str, Answer]:
+        """Return how full each pool is whose engines tell what they can do, by its name."""
+        now, found = self._clock(), {}
+        for name, pool in self._pools.items() if self._decides() else ():
+            if pool.engines is None or not any(engines for _, engines in (*pool.slots, (now, pool.engines))):
+                continue
+            end, peak = max((*pool.slots, (now, pool.engines)), key=lambda slot: slot[1])
+            found[name] = Answer(pool.load, pool.engines, peak, max(now - end, 0.0), pool.up)
+        return found
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metric families: prometheus_client asks."""
+        load = GaugeMetricFamily(
+            "extproc_capacity_load_ratio",
+            "What clients asked for in the last minute, over what the endpoints that are up can do without falling "
+            "behind; above 1 no order helps. Absent while no engine's counters tell.",
+            labels=["pool"],
+        )
+        engines = GaugeMetricFamily(
+            "extproc_engines_needed",
+            "How many such engines the demand would fill: of the last minute (now), and of the fullest five minutes "
+            "of the last day (peak). Bursts need more.",
+            labels=["pool", "when"],
+        )
+        for name, answer in self.answers().items():
+            if answer.load is not None:
+                load.add_metric([name], answer.load)
+            engines.add_metric([name, "now"], answer.engines)
+            engines.add_metric([name, "peak"], answer.peak)
+        yield from (load, engines)
+
+
+def _stable_rate(endpoint: Endpoint, requests: int, prompts: int, outputs: int) -> float | None:
+    """Return how many requests of this mix per second the endpoint can serve for ever; None: it does not tell."""
+    steps, limit, kv = endpoint.steps, endpoint.limit, endpoint.kv
+    if steps.readings < LEAST_READINGS or not outputs:
+        return None
+    with_prompts_s = steps.sequence_s + steps.prompt_s * endpoint.prefill.fresh * prompts / outputs
+    most = float(CEILING)
+    if isinstance(limit, AdaptiveLimit):
+        most = min(most, max((limit.target_s - steps.base_s) / with_prompts_s, limit.law.floor))
+        if limit.batch is not None:
+            most = min(most, limit.batch)
+    else:
+        most = min(most, limit.value)
+    if kv.capacity is not None:
+        fit = kv.law.share * kv.capacity * requests / max(prompts * kv.real + outputs, 1)
+        most = min(most, fit - 0.5)  # of the next one, which does not fit, half would
+    most = max(most, 1.0)
+    return most / (steps.base_s + most * with_prompts_s) * requests / outputs
+
+
+def _groups(endpoints: Iterable[Endpoint]) -> dict[str, list[Endpoint]]:
+    """Return the endpoints that are in the configuration, together where they serve a model in common, by a name."""
+    groups: list[tuple[set[str], list[Endpoint]]] = []
+    for endpoint in endpoints:
+        if endpoint.removed:
+            continue
+        models, members = set(endpoint.spec.models or ("*",)), [endpoint]
+        for group in [group for group in groups if group[0] & models]:
+            groups.remove(group)
+            models |= group[0]
+            members = group[1] + members
+        groups.append((models, members))
+    return {_name(models): members for models, members in groups}
+
+
+def _name(models: set[str]) -> str:
+    names = sorted(models)
+    more = len(names) - MOST_NAMED
+    return ",".join(names[:MOST_NAMED]) + (f",+{more}" if more > 0 else "")

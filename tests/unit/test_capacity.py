@@ -1,0 +1,175 @@
+"""The capacity answer, held against the simulated engines: load and engines needed are right within 15 %."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from extproc.admin.http import Admin
+from extproc.admission.controller import Controller
+from extproc.admission.load import Load
+from extproc.admission.ticket import Ticket
+from extproc.admission.values import EndpointSpec, Policy, Request
+from extproc.commands.top import lines
+from extproc.engine.params import PRESETS
+from extproc.observe.capacity import Answer, Capacity
+from extproc.simulate.contenders import Core, contender
+from extproc.simulate.fronts import Group
+from extproc.simulate.workload import Surge, Workload
+from extproc.simulate.world import World, saturation
+from tests.unit.admin_room import Room
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from extproc.admission.values import Decision
+    from extproc.simulate.fronts import Job, Verdict
+    from extproc.simulate.workload import Demand
+
+MIX = Workload()
+H100, A100 = PRESETS["h100-32b"], PRESETS["a100-8b"]
+
+
+class Watched(Core):
+    """The core, and how full it is said to be."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)  # type: ignore[arg-type]
+        self.now = 0.0
+        self.capacity = Capacity(self.controller, lambda: self.now)
+        self.capacity.sample(0.0)
+
+    def _verdicts(self, decisions: Sequence[Decision]) -> list[Verdict]:  # type: ignore[override]
+        for decision in decisions:
+            self.capacity.decided(decision)
+        return super()._verdicts(decisions)
+
+    def leave(self, job: Job, now: float) -> list[Verdict]:
+        self.capacity.cancelled(self._tickets[job], 0.0)
+        return super().leave(job, now)
+
+    def observe(self, engine: int, load: Load, now: float) -> list[Verdict]:
+        verdicts = super().observe(engine, load, now)
+        self.now = now
+        if engine == 0:
+            self.capacity.sample(now)
+        return verdicts
+
+
+def play(preset: str, engines: int, demands: list[Demand], duration_s: float) -> Answer:
+    """Return what is said at the end of the arrivals."""
+    groups = [Group(PRESETS[preset], engines)]
+    who = contender("ours", preset, MIX.classes)
+    world = World(groups, who, 1)
+    world.front = front = Watched(groups, who.setting)
+    said: list[Answer] = []
+    world._at(duration_s, lambda: said.extend(front.capacity.answers().values()))
+    world.run(demands, duration_s)
+    (answer,) = said
+    return answer
+
+
+def needed(preset: str, demands: Sequence[Demand], begin_s: float, end_s: float) -> float:
+    """Return how many engines it takes to make what came between the two, when they always have another request."""
+    came = [demand for demand in demands if begin_s < demand.at <= end_s]
+    return len(came) / (end_s - begin_s) / saturation(PRESETS[preset], 1, came * (2000 // len(came) + 1))
+
+
+@pytest.mark.parametrize("share", [0.6, 1.2])
+@pytest.mark.parametrize("preset", ["a100-8b", "h100-32b"])
+def test_the_load_is_that_of_engines_whose_most_is_known(preset: str, share: float) -> None:
+    engines, duration_s = (1, 80.0) if preset == "a100-8b" else (2, 140.0)
+    mean = saturation(PRESETS[preset], 1, MIX.demands(10.0, 300.0, 0))
+    demands = MIX.demands(share * engines * mean, duration_s, 4)
+    answer = play(preset, engines, demands, duration_s)
+    assert answer.engines == pytest.approx(needed(preset, demands, duration_s - 60.0, duration_s), rel=0.15)
+    assert answer.load == pytest.approx(answer.engines / engines)
+
+
+def test_the_peak_of_the_day_is_remembered_when_traffic_is_calm_again() -> None:
+    most = saturation(H100, 1, MIX.demands(10.0, 300.0, 0))
+    mix = replace(MIX, surge=Surge(2.0, 0.0, 330.0))
+    demands = mix.demands(0.5 * 2 * most, 700.0, 4)
+    answer = play("h100-32b", 2, demands, 700.0)
+    assert answer.peak == pytest.approx(needed("h100-32b", demands, 0.0, 300.0), rel=0.15)
+    assert answer.engines == pytest.approx(needed("h100-32b", demands, 640.0, 700.0), rel=0.15)
+    assert answer.peak > 1.5 * answer.engines
+    assert 300.0 < answer.peak_ago_s < 420.0
+    assert answer.words.endswith(f"min ago, {answer.peak:.1f}")
+
+
+# ---- what it does not know
+
+
+def serving(*models: str) -> tuple[Controller, Capacity]:
+    """Return a core with an endpoint for each of `models`, a b meaning both, and what watches it."""
+    controller = Controller(Policy())
+    for number, listed in enumerate(models):
+        controller.put_endpoint(EndpointSpec(f"vllm-{number}", models=frozenset(listed.split())), 0.0)
+    capacity = Capacity(controller, lambda: 10.0)
+    capacity.sample(0.0)
+    return controller, capacity
+
+
+def ask(controller: Controller, capacity: Capacity, model: str | None = None) -> None:
+    for decision in controller.offer(Ticket(Request("1", 1.0, model, prompt_tokens=1000)), 1.0):
+        capacity.decided(decision)
+
+
+def teach(controller: Controller, name: str) -> None:
+    """Have an engine tell its counters for 20 s."""
+    for second in range(20):
+        load = Load(10.0, 0.0, 0.2, tokens_per_s=400.0, prompt_tokens=2000, output_tokens=400, first_tokens=2)
+        controller.observe(name, load, 1.0 + second / 3)
+
+
+def test_engines_that_tell_no_counters_have_no_figure() -> None:
+    controller, capacity = serving("")
+    ask(controller, capacity)
+    for second in range(20):
+        controller.observe("vllm-0", Load(10.0, 0.0, 0.2), 1.0 + second / 3)
+    capacity.sample(10.0)
+    assert capacity.answers() == {}
+
+
+def test_each_model_has_its_own_figure_unless_an_endpoint_serves_both() -> None:
+    controller, capacity = serving("chat", "code", "draft code")
+    for name in controller.endpoints:
+        teach(controller, name)
+    for model in ("chat", "code", "draft"):
+        ask(controller, capacity, model)
+    capacity.sample(10.0)
+    assert set(capacity.answers()) == {"chat", "code,draft"}
+
+
+def test_a_sidecar_that_does_not_decide_tells_nothing() -> None:
+    controller, capacity = serving("")
+    teach(controller, "vllm-0")
+    ask(controller, capacity)
+    capacity.sample(10.0)
+    assert capacity.answers()
+    capacity._decides = lambda: False
+    assert capacity.answers() == {}
+    assert not any(family.samples for family in capacity.collect())
+
+
+# ---- where people see it
+
+
+def test_top_and_the_page_say_it_in_a_line_and_name_pools_where_there_are_several() -> None:
+    room = Room(endpoints=2)
+    controller = room.gate.controller
+    controller.put_endpoint(EndpointSpec("vllm-0", models=frozenset(["chat"])), room.clock.now)
+    room.admin = Admin("127.0.0.1:0", room.gate, room.metrics, capacity=Capacity(controller, room.clock.time))
+    capacity = room.admin.viewer._capacity
+    assert capacity is not None
+    teach(controller, "vllm-0")
+    ask(controller, capacity, "chat")
+    capacity.sample(room.clock.now + 10.0)
+    (told,) = room.view()["capacity"]
+    assert (told["pool"], told["words"]) == ("chat", "traffic for 0.0 of 1 engines")
+    assert told["words"] in lines(room.view())
+    two = {**room.view(), "capacity": [told, {"pool": "code", "load": 0.9, "words": "traffic for 1.8 of 2 engines"}]}
+    assert lines(two)[1:3] == ["code: traffic for 1.8 of 2 engines", "chat: traffic for 0.0 of 1 engines"]
