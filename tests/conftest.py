@@ -19,8 +19,9 @@ settings.load_profile("busy-machine")
 
 TOOL_MISSING = "tool missing: "
 LONGEST = (
-    *("e2e/test_replicas.py", "unit/test_policy_gate.py", "e2e/test_any_engine.py", "e2e/test_endpoints.py"),
-    *("e2e/test_broken_endpoints.py", "e2e/test_restart.py", "e2e/test_commands.py", "e2e/test_not_completions.py"),
+    *("e2e/test_broken_endpoints.py", "e2e/test_replicas.py", "unit/test_policy_gate.py", "e2e/test_any_engine.py"),
+    *("e2e/test_commands.py", "e2e/test_restart.py", "e2e/test_not_completions.py", "e2e/test_load.py"),
+    *("e2e/test_observability.py", "e2e/test_page.py", "e2e/test_endpoints.py", "e2e/test_faults.py"),
 )
 """Files that take half a minute and more, the longest first: begun last, they would run on while nothing else does."""
 

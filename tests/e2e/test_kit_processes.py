@@ -37,6 +37,16 @@ def test_free_ports_are_distinct_and_can_be_bound() -> None:
     assert not tcp_open(f"127.0.0.1:{ports.pop()}")
 
 
+def test_two_workers_of_pytest_never_give_out_the_same_port() -> None:
+    ask = "from tests.e2e.kit.processes import free_port; print(*{free_port() for _ in range(1000)})"
+    one, two = (
+        set(run(["env", f"PYTEST_XDIST_WORKER={name}", sys.executable, "-c", ask]).stdout.split())
+        for name in ("gw0", "gw1")
+    )
+    assert len(one) == len(two) == 1000
+    assert not one & two
+
+
 def test_a_child_is_ready_at_its_line_and_gone_after_its_context(tmp_path: Path) -> None:
     code = "import time; print('ready 7', flush=True); time.sleep(60)"
     with Child([sys.executable, "-c", code], tmp_path / "log") as child:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _POLL_S = 0.01
+_MOST_WORKERS = 8
+_worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _MOST_WORKERS
 _given_ports: set[int] = set()
 
 
@@ -40,10 +42,10 @@ def free_port() -> int:
     """A TCP port on loopback that nobody listens on, given out once per process.
 
     Taken from below the ephemeral range, so that an outgoing connection of another test can't grab it before its owner
-    binds it.
+    binds it; and each of pytest's workers has ports of its own, so that no two take one that neither has bound yet.
     """
     for _ in range(1000):
-        port = random.randrange(12000, 32000)
+        port = random.randrange(12000 + _worker, 32000, _MOST_WORKERS)
         if port in _given_ports:
             continue
         with socket.socket() as probe:
