@@ -23,8 +23,14 @@ _GRPC = {
 """What a gRPC status tells; any other: REFUSED. An error's stands in the head only where a server had sent none yet."""
 
 
-def judge(incoming: Incoming) -> Answer:
-    """Read from the response headers what the answer says about the endpoint.
+BODILESS = frozenset(("HEAD", "OPTIONS", "DELETE"))
+"""Methods whose answers need no body: HEAD's never has one (RFC 9110, 9.3.2), and the others' often have none. Whoever
+asks by another one wants something: nothing, be it called 204, is no service. Whether that is wrong, its peers tell."""
+_NOT_MODIFIED = "304"
+
+
+def judge(incoming: Incoming, *, needs_body: bool = True) -> Answer:
+    """Read from the response headers what the answer says about the endpoint; `needs_body`: without one, it is none.
 
     Attribute response.code_details tells who answered: "via_upstream", or words of Envoy's own. Without it (an Envoy
     whose bootstrap does not ask for it) the two look alike.
@@ -39,17 +45,20 @@ def judge(incoming: Incoming) -> Answer:
         return Answer.UNKNOWN  # a full engine or a dead one: this Envoy doesn't say
     if status.startswith("5"):
         return Answer.ERROR if details is not None else Answer.FAILED
+    if status == _NOT_MODIFIED:
+        return Answer.UNKNOWN  # the client has it already
     if not status.startswith(("1", "2")):
         return Answer.REFUSED
-    return _judge_success(incoming)
+    return _judge_success(incoming, needs_body=needs_body)
 
 
-def _judge_success(incoming: Incoming) -> Answer:
+def _judge_success(incoming: Incoming, *, needs_body: bool) -> Answer:
     """Judge an answer whose status is good. With nothing behind the head, it is none."""
     if GRPC_STATUS in incoming.headers:
-        return judge_trailers(incoming)
+        answer = judge_trailers(incoming)
+        return Answer.EMPTY if answer is Answer.OK and not incoming.has_body else answer
     if not incoming.has_body or incoming.headers.get("content-length") == "0":
-        return Answer.EMPTY
+        return Answer.EMPTY if needs_body else Answer.UNKNOWN
     if incoming.headers.get("content-type", "").startswith(GRPC):
         return Answer.UNKNOWN  # its trailers tell
     return Answer.OK

@@ -49,6 +49,11 @@ class Modes:
         """Pieces of the request come before its headers were answered."""
         return bodies.REQUEST in self.echoes
 
+    @property
+    def shows_answer(self) -> bool:
+        """All pieces of the answer come."""
+        return bodies.RESPONSE in self.echoes
+
     def answer(self, kind: int, piece: bytes) -> bytes:
         """Return the answer that lets a piece of a body go on."""
         return bodies.echo(kind, piece) if kind in self.echoes else wire.go_on(_KINDS[kind])

@@ -89,7 +89,8 @@ class Reception:
         self._has_refused_gateway = False
         self.gate = gate
         self.is_probed = gate.controller.policy.first_byte_probe
-        self.running: dict[int, Ticket] = {}  # by our own number, for the first-byte probe alone
+        self.running: dict[int, Session] = {}  # by our own number, for the first-byte probe alone
+        self.has_shown = False  # that probe is there: before, heads are believed
         self.dispatched = 0
         self._read_report = read_report
         self.requests = Requests(headers, ages, class_priorities, default_model)

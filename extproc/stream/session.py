@@ -2,7 +2,8 @@
 
 No gRPC and no event loop in here: a driver feeds `receive`, sends what `send` is given, and calls `end` exactly once.
 
-    new ──request headers──▶ held ──decision──▶ answered ──response headers──▶ answered … end: the lease goes back
+    new ──request headers──▶ held ──dispatch──▶ answered ──response headers──▶ answered … end: the lease goes back
+     │                        └──refusal──▶ refused
      └──request headers, the model is in the body──▶ reading ──model──▶ held
 
 What a gateway expects differs by its `Dialect`, and how it tells bodies by the stream's `Modes` (dialect.py). Pieces of
@@ -19,7 +20,7 @@ from extproc.admission.outcome import Outcome
 from extproc.admission.values import Answer, Dispatch
 from extproc.errors import ProtocolError
 from extproc.stream import again, bodies, wire
-from extproc.stream.answer import GRPC_STATUS, judge, judge_trailers
+from extproc.stream.answer import BODILESS, GRPC_STATUS, judge, judge_trailers
 from extproc.stream.bodies import Kept
 from extproc.stream.dialect import PLAIN
 from extproc.stream.routes import (
@@ -70,11 +71,13 @@ class Session:
         "_is_sent",
         "_kept",
         "_modes",
+        "_needs_body",
         "_number",
         "_reception",
         "_refused_by",
         "_send",
         "_shape",
+        "_shown",
         "_state",
         "_ticket",
         "_ticket_again",
@@ -94,7 +97,9 @@ class Session:
         self._ticket: Ticket | None = None
         self._answer = Answer.UNKNOWN
         self._shape = Shape.OPENAI
-        self._number = 0  # in `running`
+        self._needs_body = True  # an answer without one is none
+        self._number = 0  # in `running`: the answer's first piece will be shown to us
+        self._shown: bool | None = None  # that piece had bytes; it was the empty end of an empty answer; not shown
         self._is_refused = False
         self._modes: Modes = PLAIN
         self._kept: Kept | None = None  # what came of the body before the decision
@@ -149,9 +154,7 @@ class Session:
             ):
                 self._send(wire.go_on(incoming.kind))
                 if incoming.kind is Kind.RESPONSE_TRAILERS:
-                    if GRPC_STATUS in incoming.headers:
-                        self._answer = judge_trailers(incoming)
-                    self._close()
+                    self._take_last(incoming)
             case state, kind:
                 raise ProtocolError(f"{kind.value} has no place here: the stream is {state.name.lower()}")
 
@@ -193,6 +196,8 @@ class Session:
         reception = self._reception
         reception.silence.ended(self)
         self._modes = modes = reception.dialect.modes(incoming)
+        headers = incoming.headers
+        self._needs_body = headers.get(":method") not in BODILESS and "upgrade" not in headers
         action, self._shape = reception.kind_of(incoming.headers)
         if action is Action.MODELS and self._tell_models(incoming.headers.get(":path", "")):
             return
@@ -263,11 +268,42 @@ class Session:
 
     def _take_progress(self, piece: bytes) -> None:
         if self._ticket is not None:
-            if self._number:
-                self._reception.gate.first_token(self._ticket)
-                self._forget_number()
-            if bodies.is_last(piece):
+            is_last = bodies.is_last(piece)
+            if self._shown is None:
+                self.show(has_bytes=bool(bodies.text_of(piece)), is_last=is_last)
+            if is_last:
                 self._close()
+
+    def show(self, *, has_bytes: bool, is_last: bool) -> None:
+        """Take it that an answer's body begins, or that it ends and had not a byte. Once shown, the rest is no news."""
+        if has_bytes or is_last:
+            self._shown = has_bytes
+            self._judge_beginning()
+            self._forget_number()
+
+    def _judge_beginning(self) -> None:
+        """Tell the core of an answer that begins well: by its head, or where bodies are shown to us, by its first byte.
+
+        Heads promise: an engine whose server died behind them, or that has nothing to say, answers 200 like any other.
+        """
+        answer, ticket = self._answer, self._ticket
+        is_good = answer is Answer.OK or (answer is Answer.UNKNOWN and self._shape is Shape.GRPC)
+        if ticket is None or not is_good:
+            return
+        if self._shown is False:
+            if self._needs_body:
+                self._answer = Answer.EMPTY
+        elif self._shown and self._reception.is_probed:
+            self._reception.gate.first_token(ticket)
+        elif self._shown or (answer is Answer.OK and not self._will_be_shown):
+            self._reception.gate.answered(ticket)
+
+    @property
+    def _will_be_shown(self) -> bool:
+        """Whether the first piece of the answer's body comes to us, and has not come yet."""
+        if self._shown is not None:
+            return False
+        return self._modes.shows_answer or (self._number != 0 and self._reception.has_shown)
 
     def _look_for_model(self, kept: Kept) -> None:
         """Offer a request when its body has told the model, or all it will be asked."""
@@ -290,7 +326,7 @@ class Session:
 
     def _take_answer(self, incoming: Incoming) -> None:
         """Follow what the head of an answer says."""
-        self._answer = judge(incoming)
+        self._answer = judge(incoming, needs_body=self._needs_body)
         self._forget_ticket()
         if self._ticket is not None and self._reception.again.came_back(incoming.attributes):
             self._answer = Answer.FAILED  # another sidecar took the second try; the server that we chose does nothing
@@ -298,13 +334,20 @@ class Session:
         if self._ticket is not None:
             if incoming.served:
                 self._reception.follow(self._ticket, incoming.served)
-            if self._answer is Answer.OK:
-                self._reception.gate.answered(self._ticket)
+            self._judge_beginning()
             self._reception.take_report(self._ticket, incoming.headers)
         wait_s = self._wait_s
         self._send(wire.go_on(incoming.kind) if wait_s is None else wire.go_on_timed(wait_s))
         if not incoming.has_body:
             self._close()
+
+    def _take_last(self, trailers: Incoming) -> None:
+        """Follow the trailers of an answer: it is over."""
+        if GRPC_STATUS in trailers.headers:
+            self._answer = judge_trailers(trailers)
+        if self._modes.shows_answer and self._shown is None:
+            self.show(has_bytes=False, is_last=True)
+        self._close()
 
     def _tell_models(self, path: str) -> bool:
         """Answer with all models, or the one that the path names after `/models/`; tell whether they are known."""
@@ -337,9 +380,12 @@ class Session:
 
     def _observe(self, incoming: Incoming) -> None:
         """Take the first piece of an answer's body, which Envoy's first-byte probe shows us, and end the probe."""
-        ticket = self._reception.running.get(incoming.ticket)
-        if ticket is not None and incoming.kind is Kind.RESPONSE_BODY:
-            self._reception.gate.first_token(ticket)
+        self._reception.has_shown = True
+        shown = self._reception.running.get(incoming.ticket)
+        if shown is not None and incoming.kind is Kind.RESPONSE_BODY:
+            shown.show(has_bytes=incoming.has_body, is_last=incoming.is_last)
+            if not incoming.has_body and not incoming.is_last:
+                return  # an empty piece: the first byte is still to come
         self.over = True
 
     def _forget_ticket(self) -> None:
@@ -350,6 +396,8 @@ class Session:
     def _close(self) -> None:
         self._forget_ticket()
         if self._ticket is not None:
+            if self._answer is Answer.OK and self._will_be_shown:
+                self._answer = Answer.UNKNOWN  # a client that left, or a server that died behind its head: both look so
             ticket, self._ticket = self._ticket, None
             ticket.deliver = None  # tickets are remembered for their stories: this stream and its body are not
             self._forget_number()
@@ -382,7 +430,7 @@ class Session:
         if isinstance(decision, Dispatch):
             if self._reception.is_probed and decision.ticket.endpoint is not None:
                 self._reception.dispatched = self._number = self._reception.dispatched + 1
-                self._reception.running[self._number] = decision.ticket
+                self._reception.running[self._number] = self
                 details += wire.ticket_metadata(self._number)
             self._wait_s, self._waited_s = wait_s, decision.wait_s
             self._ticket_again, more = self._reception.again.send(self, self._tries)

@@ -87,7 +87,8 @@ class Incoming:
         headers: the wanted headers that it has, lower-case names; of a repeated header the first value.
         attributes: Envoy's attributes by name (request.id, request.time, ...); only strings.
         fields: request fields that Envoy's json_to_metadata filter read from the body, unchecked.
-        has_body: a body will follow the headers.
+        has_body: a body will follow the headers; of a piece of a body: it has bytes.
+        is_last: a piece of a body, behind which nothing more comes.
         ticket: our number of the request whose answer the first-byte probe shows; 0: none.
         observed: Envoy only shows it (the first-byte probe) and ignores any answer.
         modes: how the bodies of this stream will be sent, of request and answer; None: the gateway doesn't say.
@@ -100,6 +101,7 @@ class Incoming:
     attributes: dict[str, str] = field(default_factory=dict)
     fields: dict[str, str | float | bool] = field(default_factory=dict)
     has_body: bool = False
+    is_last: bool = False
     ticket: int = 0
     observed: bool = False
     modes: tuple[int, int] | None = None
@@ -150,8 +152,8 @@ class Reader:
                 incoming.fields = _scalars(message.metadata_context.filter_metadata[self._fields_namespace])
             if self._picks:
                 incoming.modes, incoming.subset = _modes(message), _subset(message.metadata_context)
-        elif incoming.observed and TICKETS_NAMESPACE in message.metadata_context.filter_metadata:
-            incoming.ticket = int(message.metadata_context.filter_metadata[TICKETS_NAMESPACE].fields["n"].number_value)
+        elif incoming.observed and name == "response_body":
+            self._read_shown(message, incoming)
         elif name == "response_headers":
             self._read_answer(message, incoming)
         elif name == "response_trailers":
@@ -159,6 +161,12 @@ class Reader:
         if _ATTRIBUTES in message.attributes:
             _texts(message.attributes[_ATTRIBUTES], incoming.attributes)
         return incoming
+
+    def _read_shown(self, message: pb.ProcessingRequest, incoming: Incoming) -> None:
+        piece, spaces = message.response_body, message.metadata_context.filter_metadata
+        incoming.has_body, incoming.is_last = bool(piece.body), piece.end_of_stream
+        if TICKETS_NAMESPACE in spaces:
+            incoming.ticket = int(spaces[TICKETS_NAMESPACE].fields["n"].number_value)
 
     def _read_answer(self, message: pb.ProcessingRequest, incoming: Incoming) -> None:
         part = message.response_headers

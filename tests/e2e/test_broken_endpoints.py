@@ -131,6 +131,22 @@ def test_one_that_refuses_what_its_peer_serves_costs_a_few_requests(stack, row, 
         assert here.endpoint("bad")["dispatched"] <= most
 
 
+SHOWN = {
+    "H3 200 and an empty body in chunks": b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+    "A1 500 with a body, whose first byte is no token": answer(500, "broken"),
+}
+
+
+@pytest.mark.parametrize("row", SHOWN)
+def test_where_the_first_byte_is_shown_a_head_alone_is_no_answer_and_a_refusals_body_none_either(stack, row):
+    with Canned(SHOWN[row]) as bad:
+        config = {"max_running_requests": LIMIT, "classes": PATIENT, "first_byte_probe": True}
+        here = stack(upstreams=("good",), endpoints={"bad": {"address": bad.address}}, config=config)
+        assert costs(here) <= LIMIT + FEW  # the first head of all is believed: nothing was shown yet
+        here.wait_idle()
+        assert here.endpoint("bad")["dispatched"] <= LIMIT + FEW
+
+
 def test_a3_one_whose_page_says_that_it_sleeps_gets_nothing(stack):
     with Canned(answer(500, "asleep"), page=ASLEEP) as bad:
         here = stack(
