@@ -22,6 +22,7 @@ from extproc.endpoints.roster import Roster
 from extproc.endpoints.telemetry.scraper import Scraper
 from extproc.envoy.clusters import ClustersFile, EnvoyAdmin
 from extproc.errors import ConfigError
+from extproc.memory import Ebb
 from extproc.observe.aliases import Aliases
 from extproc.observe.capacity import Capacity
 from extproc.observe.genai import GenAi
@@ -124,6 +125,7 @@ class App:
             decides=lambda: self.membership is None or self.membership.replica.decides,
         )
         self.queue_log = QueueLog(controller, loop.time)
+        self.ebb = Ebb(lambda: self.reception.streams)
         self.stories = Stories(controller, loop.time)
         self.spans = _spans() if config.tracing else None
         self.otlp = _otlp_metrics(self.metrics.registry.collect) if config.otlp_metrics else None
@@ -260,7 +262,7 @@ class App:
 
     def _look(self) -> None:
         """Do what is due now and then. A bug there ends neither the process nor the other looks; it is told once."""
-        for look in (self.queue_log.look, *([self.tls.look] if self.tls is not None else [])):
+        for look in (self.queue_log.look, self.ebb.look, *([self.tls.look] if self.tls is not None else [])):
             try:
                 look()
             except Exception as error:

@@ -312,7 +312,7 @@ class Controller:
                     pool.longest = max(pool.longest or 0, load.context_tokens)
             if load.output_tokens is not None:
                 endpoint.produced += load.output_tokens
-                if load.output_tokens:
+                if believed.output_tokens:
                     endpoint.health.heard_at = now
                 if endpoint.completed:
                     if endpoint.trusts_counters():

@@ -50,7 +50,7 @@ class Silence(Generic[Stream]):
         self._give_up = give_up
         self._silent_s, self._most, self._crowded_s = silent_s, most, crowded_s
         self._began: dict[Stream, float] = {}
-        self._is_watching = False
+        self._is_watching = self._is_crowded = False
 
     def began(self, stream: Stream) -> None:
         """Note a stream that shall say something."""
@@ -59,7 +59,7 @@ class Silence(Generic[Stream]):
             self._is_watching = True
             self._clock.call_later(self._silent_s, self._look)
         elif len(self._began) > self._most:
-            self._end(self._crowded_s, self._most)
+            self._thin()
 
     def ended(self, stream: Stream) -> None:
         """Note that it came, or the stream's end."""
@@ -74,6 +74,17 @@ class Silence(Generic[Stream]):
         self._is_watching = bool(self._began)
         if self._is_watching:
             self._clock.call_later(self._silent_s, self._look)
+
+    def _thin(self) -> None:
+        """End the oldest of too many, and look again when the others have had their moment, whether any come or not."""
+        self._end(self._crowded_s, self._most)
+        if not self._is_crowded and len(self._began) > self._most:
+            self._is_crowded = True
+            self._clock.call_later(self._crowded_s, self._thin_again)
+
+    def _thin_again(self) -> None:
+        self._is_crowded = False
+        self._thin()
 
     def _end(self, silent_s: float, most: int) -> None:
         """Give up the streams that have been silent for so long, the oldest first, while there are more than `most`."""

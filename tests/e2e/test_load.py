@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -19,6 +19,7 @@ from .kit.load import HELD_KIB, Blocker, descriptors, memory_bytes
 from .kit.mirror import mirror_bootstrap
 from .kit.processes import free_port, wait_until
 from .kit.stack import Stack, local
+from .kit.upstream import behave
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 LONG = os.environ.get("EXTPROC_LONG") == "1"
 BUDGET = [{"name": "default", "budget": "120s"}]
+BRIEF = dict([behave("sse", events=2, wait_s=0.02)])
 
 
 def test_all_that_are_held_can_go_in_one_moment(stack, tmp_path):
@@ -96,6 +98,40 @@ def test_thousands_refused_in_one_moment_all_get_their_429(stack):
         blocker.free()
         assert blocker.statuses() == {200}
     assert "Traceback" not in here.sidecar.child.output()
+
+
+def test_a_flood_of_tiny_budgets_and_made_up_tenants_delays_nobody_of_a_higher_class(stack):
+    """Each of the flood waits some milliseconds and is refused, or takes a slot: the urgent pass them all."""
+    count = 10_000 if LONG else 400
+    classes = [{"name": "low", "budget": "60s"}, {"name": "urgent", "priority": 9, "budget": "60s"}]
+    here = stack(config={"classes": classes, "max_running_requests": 4, "max_queued_requests": 2 * count})
+
+    def low(number: int) -> dict[str, str]:
+        asks = {"x-request-class": "low", "x-tenant-id": f"t{number}", "x-queue-budget": f"{1 + number % 9}ms"}
+        return {"x-test-id": f"low-{number}", **asks, **BRIEF}
+
+    def urgent(number: int) -> dict[str, str]:
+        return {"x-test-id": f"urgent-{number}", "x-request-class": "urgent", **BRIEF}
+
+    with ThreadPoolExecutor(1) as pool:
+        flood = pool.submit(complete_many, here.url, count, low, timeout_s=110)
+        wait_until(lambda: here.outcomes("budget_expired") + here.outcomes("budget_predicted") > 0, 20)
+        answers = complete_many(here.url, 40, urgent, gap_s=0.02, timeout_s=100)
+        assert {(one.status, one.error) for one in answers} == {(200, "")}
+        assert {one.status for one in flood.result()} <= {200, 429}
+    here.wait_idle(10)
+
+    def urgents() -> list[dict[str, Any]]:
+        return [one for one in here.envoy.access_log_lines() if one["queue"] and one["queue"]["class"] == "urgent"]
+
+    wait_until(lambda: len(urgents()) == 40)
+    entries = urgents()
+    waits = sorted(entry["queue"]["wait_ms"] for entry in entries)
+    lasted = sorted(entry["duration_ms"] for entry in entries)
+    print(f"beside {count} of the flood, by Envoy's log: waits {waits[20]} and at most {waits[-1]} ms, ", end="")
+    print(f"whole requests {lasted[20]} and at most {lasted[-1]} ms")
+    assert waits[-1] < 1000
+    assert lasted[-1] < 5000
 
 
 class Arrivals:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from extproc.stream import silence
+
 from .kit.clients import H2Client
 from .kit.extproc_raw import METHOD
+from .kit.load import memory_bytes
 from .kit.processes import wait_until
 from .kit.stack import Sidecar, local
 from .test_protocol import SIM
@@ -19,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ENDPOINTS = [{"name": "a", "address": "127.0.0.1:9", "max_running_requests": 100, "models": ["sim"]}]
+LONG = os.environ.get("EXTPROC_LONG") == "1"
 NOTICED_S = 3.0
 """How soon a sidecar must know that a client is gone."""
 
@@ -28,6 +34,65 @@ def sidecar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sidecar]:
     config = {"listen": local(), "enable_queue": True, "endpoints": ENDPOINTS, "drain_timeout": "200ms"}
     with Sidecar(config, tmp_path_factory.mktemp("attack")) as running:
         yield running
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    """An HTTP/2 frame (RFC 9113, 4.1)."""
+    return struct.pack(">I", len(payload))[1:] + bytes((kind, flags)) + struct.pack(">I", stream) + payload
+
+
+def literal(name: bytes, value: bytes) -> bytes:
+    """A header field that is in no table (RFC 7541, 6.2.2)."""
+    return b"\0" + bytes((len(name),)) + name + bytes((len(value),)) + value
+
+
+HEAD = b"".join(
+    (
+        b"\x83\x86",  # POST, http
+        literal(b":path", METHOD.encode()),
+        literal(b":authority", b"x"),
+        literal(b"content-type", b"application/grpc"),
+        literal(b"te", b"trailers"),
+    )
+)
+
+
+def silent_streams(address: str, count: int) -> socket.socket:
+    """A connection with so many streams on which nothing is said, opened at once."""
+    host, _, port = address.rpartition(":")
+    connection = socket.create_connection((host, int(port)))
+    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b""))
+    connection.sendall(b"".join(frame(1, 4, 2 * number + 1, HEAD) for number in range(count)))
+    return connection
+
+
+def test_streams_that_say_nothing_become_few_though_no_more_come_and_their_memory_goes_back(sidecar: Sidecar) -> None:
+    """H7. What glibc keeps is given back: it was 440 MiB after 20,000 such streams, and stayed."""
+    each, pid = 1000, sidecar.child.pid
+    count = 20 * each if LONG else 6 * each
+
+    def streams() -> float:
+        return sidecar.metrics()["extproc_streams"]
+
+    before = memory_bytes(pid)
+    seen = [before]
+
+    def is_bounded() -> bool:
+        seen.append(memory_bytes(pid))
+        return streams() <= silence.MOST
+
+    connections = [silent_streams(sidecar.listen, each) for _ in range(count // each)]
+    try:
+        wait_until(lambda: streams() > silence.MOST, 10)
+        wait_until(is_bounded, 10, "bounded")
+    finally:
+        for connection in connections:
+            connection.close()
+    most = max(seen)
+    assert most - before > count * 8_000, "else there is nothing to show"
+    wait_until(lambda: streams() == 0, 10)
+    wait_until(lambda: memory_bytes(pid) - before < 0.3 * (most - before), 10, "given back")
+    print(f"{count} silent streams: {before >> 20} MiB before, {most >> 20} with them, {memory_bytes(pid) >> 20} after")
 
 
 def leases(sidecar: Sidecar) -> int:

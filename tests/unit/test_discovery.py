@@ -132,6 +132,31 @@ def test_dns_reports_each_answer_and_nothing_at_all_when_a_lookup_fails(monkeypa
     assert caplog.text.count("can't be looked up") == 1
 
 
+@pytest.mark.parametrize(
+    ("family", "seen"),
+    [
+        ({}, {"10.0.0.1:1", "10.0.0.2:1"}),
+        ({"family": "ipv6"}, {"[fd00::1]:1", "[fd00::2]:1"}),
+        ({"family": "any"}, {"10.0.0.1:1", "10.0.0.2:1", "[fd00::1]:1", "[fd00::2]:1"}),
+    ],
+    ids=["unsaid", "ipv6", "any"],
+)
+def test_a_dual_stack_name_brings_each_server_once_unless_told_otherwise(family, seen):
+    reports: list[set[str]] = []
+
+    async def lookup(_host: str, _port: int) -> list[str]:
+        return ["10.0.0.1:1", "[fd00::1]:1", "10.0.0.2:1", "[fd00::2]:1"]
+
+    async def main() -> None:
+        found = DnsConfig.model_validate({"name": "vllm", "port": 1, "interval": "1ms", **family})
+        task = asyncio.create_task(Dns(found, lookup).run(lambda all_: reports.append({e.address for e in all_})))
+        await until(lambda: reports)
+        task.cancel()
+
+    asyncio.run(main())
+    assert reports[0] == seen
+
+
 def test_the_loops_resolver_finds_localhost():
     assert "127.0.0.1:80" in asyncio.run(dns.resolve("localhost", 80))
     with pytest.raises(OSError, match=r".+"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from test_session_and_gate import Clock, message
 
@@ -104,3 +105,17 @@ def test_envoy_is_told_of_an_option_when_it_is_on_and_check_finds_an_envoy_that_
     path.write_text(render(off, EnvoyOptions()))
     (problem,) = check_envoy(on, path)
     assert OPTIONS[key] in problem
+
+
+def test_the_rendered_access_log_says_which_request_it_was_and_why_it_waited():
+    envoys = yaml.safe_load(render(parse_config(ENDPOINTS, "file", {}), EnvoyOptions(access_log="/dev/stdout")))
+    (listener,) = envoys["static_resources"]["listeners"]
+    (log,) = listener["filter_chains"][0]["filters"][0]["typed_config"]["access_log"]
+    fields = log["typed_config"]["log_format"]["json_format"]
+    assert {fields[name] for name in ("method", "model", "request_id", "queue")} == {
+        "%REQ(:METHOD)%",
+        "%REQ(x-model)%",
+        "%REQ(X-REQUEST-ID)%",
+        f"%DYNAMIC_METADATA({wire.NAMESPACE})%",
+    }
+    assert fields["path"] == "%PATH(NQ:ORIG_OR_PATH)%", "without its query, which may be secret"

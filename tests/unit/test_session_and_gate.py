@@ -374,6 +374,24 @@ def silent(room: Room, count: int) -> list[int]:
     return ended
 
 
+def test_a_refusal_says_the_wait_that_was_predicted_and_its_budget_alike_in_body_and_metadata():
+    room = Room(ONE, classes=(RequestClass("default", 0, 4.0),))
+    running, _ = room.open()
+    for _ in range(12):
+        waiting, _ = room.open()
+        room.clock.advance(1.0)
+        running.end()
+        running = waiting
+    held = [room.open() for _ in range(20)]
+    replies = next(replies for _, replies in held if replies)
+    told = json.loads(replies[0].immediate_response.body)["error"]
+    metadata = replies[0].dynamic_metadata.fields["extproc"].struct_value.fields
+    assert told["code"] == metadata["outcome"].string_value == "budget_predicted"
+    assert told["predicted_wait_s"] == metadata["predicted_wait_s"].number_value == pytest.approx(8.0, rel=0.3)
+    assert told["budget_s"] == metadata["budget_s"].number_value == 4.0
+    assert told["waited_for"] == metadata["waited_for"].string_value == "limit"
+
+
 def test_a_stream_that_says_nothing_is_ended_after_a_while_and_one_that_spoke_is_not():
     room = Room(EndpointSpec("a", max_running_requests=1))
     ended = silent(room, 3)
@@ -395,6 +413,18 @@ def test_of_too_many_streams_that_say_nothing_the_oldest_are_ended_after_a_secon
     silent(room, 1)
     assert ended == list(range(11))
     assert room.reception.streams == MOST
+
+
+def test_a_burst_of_streams_that_say_nothing_is_thinned_out_after_a_second_though_no_more_come():
+    room = Room()
+    ended = silent(room, MOST)
+    more = silent(room, 10 * MOST)
+    room.clock.advance(0.9 * CROWDED_S)
+    assert ended == more == []
+    room.clock.advance(0.2 * CROWDED_S)
+    assert (len(ended), len(more), room.reception.streams) == (MOST, 9 * MOST, MOST)
+    room.clock.advance(SILENT_S)
+    assert room.reception.streams == 0
 
 
 def test_decisions_for_higher_classes_are_told_first():

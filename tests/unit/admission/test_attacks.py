@@ -74,3 +74,59 @@ def test_engines_that_begin_to_count_late_do_not_throw_the_estimates_off():
         offer(core, prompt_tokens=100)
     core.observe("a", Load(prompt_tokens=500, first_tokens=5), 1.0)
     assert 90 <= offer(core, 1.0, prompt_tokens=100).prompt_tokens <= 110
+
+
+LIES = (
+    Load(running=0.0, waiting=0.0, kv_usage=0.0, tokens_per_s=1e12, output_tokens=2**52, prompt_tokens=2**52),
+    Load(running=1e9, waiting=1e9, kv_usage=1.0, preemptions=2**40, first_tokens=0),
+    Load(asleep=True),
+    Load(asleep=False, max_running=10**9, kv_capacity_tokens=1, context_tokens=10**9),
+    Load(first_tokens=2**40, output_tokens=0, cached_tokens=2**50, gpu_usage=1.0),
+)
+
+
+def healths(*, is_lying: bool) -> tuple[list[str], list[int]]:
+    """Two engines that serve beside one that serves nothing and may lie: how each is, and what each was sent."""
+    core = room(*(EndpointSpec(name, max_running_requests=8) for name in ("a", "b", "liar")))
+    sent = dict.fromkeys(core.endpoints, 0)
+    for step in range(200):
+        now = step / 10
+        for name in ("a", "b"):
+            core.observe(name, Load(running=2.0, waiting=0.0, output_tokens=200, first_tokens=2), now)
+        if is_lying:
+            core.observe("liar", LIES[step % len(LIES)], now)
+        tickets = [offer(core, now) for _ in range(3)]
+        for ticket in tickets:
+            sent[at(ticket)] += 1
+            core.release(ticket, now, Answer.FAILED if at(ticket) == "liar" else Answer.OK)
+        core.tick(now)
+    return [endpoint.health.condition for endpoint in core.endpoints.values()], list(sent.values())
+
+
+def test_whatever_ones_page_says_the_others_stay_up_and_it_is_left_out_for_what_it_does():
+    conditions, sent = healths(is_lying=True)
+    assert conditions[:2] == ["up", "up"]
+    assert sent[2] <= 20, "its page says that it is idle and makes tokens: its answers count"
+    assert healths(is_lying=False)[0][:2] == conditions[:2]
+
+
+def test_tokens_on_a_page_that_is_not_believed_are_no_sign_of_life():
+    """Health checks that time out count for nothing while tokens flow: such a page would keep a hung engine up."""
+    core = room(*(EndpointSpec(name, max_running_requests=8) for name in ("a", "b", "c", "liar")))
+    for step in range(100):
+        now = float(step)
+        made = dict.fromkeys(core.endpoints, 0)
+        for ticket in [offer(core, now) for _ in range(12)]:
+            made[at(ticket)] += 200
+            core.release(ticket, now + 0.5, Answer.OK)
+        for name, tokens in made.items():
+            core.observe(
+                name, Load(running=3.0, waiting=0.0, output_tokens=tokens * (100 if name == "liar" else 1)), now + 0.5
+            )
+    heard = {name: core.endpoints[name].health.heard_at for name in ("a", "liar")}
+    for name in heard:
+        core.observe(name, Load(running=3.0, waiting=0.0, output_tokens=100_000), 200.0)
+    assert core.endpoints["liar"].counters.doubted
+    assert not core.endpoints["a"].counters.doubted
+    assert core.endpoints["a"].health.heard_at == 200.0
+    assert core.endpoints["liar"].health.heard_at == heard["liar"] < 200.0

@@ -142,3 +142,20 @@ def test_a_backlog_that_came_before_its_endpoint_counts_from_its_arrival_there()
         desk.release(holder)
         (holder,) = desk.leased
     assert desk.core._books.pools.by_model["m"].pace.drain_rate() == pytest.approx(2.0, rel=0.15)
+
+
+def test_a_pool_of_one_answer_in_ten_seconds_refuses_in_advance_and_says_when_to_come_again() -> None:
+    """Pools as slow as this once refused nobody before its budget was over, and said "in a second" to all."""
+    desk = Desk(one(limit=1), shed=True)
+    running = desk.ask()
+    for _ in range(6):
+        waiting = desk.ask("next")
+        desk.advance(10.0)
+        desk.release(running)
+        running = waiting
+    hopeful = [desk.ask(f"hopeful{number}") for number in range(2)]
+    assert [desk.outcome(ticket) for ticket in hopeful] == [None, None], "10 and 20 s of 30"
+    hopeless = [desk.ask(f"hopeless{number}") for number in range(20)]
+    refused = [ticket for ticket in hopeless if desk.outcome(ticket) is Outcome.BUDGET_PREDICTED]
+    assert len(refused) >= 15
+    assert min(desk.retry_after(ticket) or 0 for ticket in refused) >= 10

@@ -148,3 +148,24 @@ def test_names_of_models_that_come_and_go_leave_no_pools() -> None:
         models = frozenset({"base", f"adapter-{generation}"})
         core.put_endpoint(EndpointSpec("e0", models=models, max_running_requests=4), float(generation))
     assert len(list(core.pools())) <= 4
+
+
+def test_a_request_costs_the_same_at_an_endpoint_of_a_thousand_models_and_after_two_thousand_reloads() -> None:
+    def round_of(models: int, reloads: int) -> int:
+        core = core_of(1, lambda _: [f"m{number}" for number in range(models)])
+        for number in range(reloads):
+            served = frozenset({"m0", f"new-{number}"})
+            core.put_endpoint(EndpointSpec("e0", models=served, max_running_requests=4), 0.0)
+
+        def rounds() -> None:
+            for _ in range(20):
+                ticket = Ticket(Request("", 1.0, model="m0"))
+                core.offer(ticket, 1.0)
+                core.release(ticket, 1.0)
+
+        rounds()
+        return lines_of(rounds)
+
+    plain = round_of(1, 0)
+    assert round_of(1000, 0) < 1.1 * plain
+    assert round_of(1, 2000) < 1.1 * plain
