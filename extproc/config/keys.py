@@ -207,8 +207,9 @@ class Config(Section):
     )
     first_byte_probe: bool = Field(
         False,
-        description="A second ext_proc filter tells when an answer's first byte came, for `max_prompt_tokens`. Costs "
-        "one more stream per request; without it the engine's own counters tell, where it has them.",
+        description="A second ext_proc filter tells when an answer's first byte came, for `max_prompt_tokens`, and "
+        "that it has one: an answer in chunks without a byte is a refusal then. Costs one more stream per request; "
+        "without it the engine's own counters tell, where it has them.",
     )
     server_timing: bool = Field(
         False,
