@@ -1,0 +1,172 @@
+"""Who is tried, and how carefully: one that was left out, one that nobody knows yet, one that was silent for long."""
+
+from __future__ import annotations
+
+import pytest
+
+from extproc.admission.health import EJECT_AFTER, EJECT_MAX_S, EJECT_S, FEW, QUIET_S, STEP_S
+from extproc.admission.load import Load
+from extproc.admission.values import Answer
+
+from .ward import Ward, out
+
+
+def test_each_ejection_lasts_longer_up_to_a_bound_and_a_good_answer_forgives() -> None:
+    ward, lasted = Ward(), []
+    out(ward)
+    for _ in range(6):
+        lasted.append(ward.health("a").ejected_until - ward.now)
+        ward.advance(lasted[-1])
+        assert ward.answer("a", Answer.FAILED, 2) == 1, "one failed trial is enough"
+    assert lasted == pytest.approx([EJECT_S, 2 * EJECT_S, 4 * EJECT_S, 8 * EJECT_S, EJECT_MAX_S, EJECT_MAX_S])
+    ward.advance(EJECT_MAX_S)
+    ward.serve("a")
+    out(ward)
+    assert ward.health("a").ejected_until - ward.now == pytest.approx(EJECT_S)
+
+
+def test_a_trial_ends_with_the_head_of_its_answer_not_with_its_end() -> None:
+    ward = Ward()
+    out(ward)
+    ward.advance(EJECT_S)
+    (trial,) = ward.burst("a")
+    ward.answered(trial)
+    assert len(ward.burst("a")) == 63
+
+
+def test_a_trial_ends_with_its_first_token() -> None:
+    ward = Ward()
+    out(ward)
+    ward.advance(EJECT_S)
+    (trial,) = ward.burst("a")
+    ward.first_token(trial)
+    assert len(ward.burst("a")) == 63
+
+
+def test_a_trial_that_is_silent_and_not_refused_lets_twice_as_many_follow_in_each_step() -> None:
+    """An answer that does not stream shows nothing for a minute: the endpoint must not stand idle for it."""
+    ward = Ward()
+    out(ward)
+    ward.advance(EJECT_S)
+    counts = []
+    for _ in range(7):
+        counts.append(len(ward.burst("a")))
+        ward.advance(STEP_S)
+    assert counts == [1, 2, 4, 8, 16, 32, 1]  # 64 in all
+
+
+def test_answers_from_before_an_ejection_say_nothing_of_the_trial() -> None:
+    ward = Ward()
+    old = ward.burst("a", 10)
+    out(ward)
+    until = ward.health("a").ejected_until
+    for ticket in old[:5]:
+        ward.release(ticket, Answer.FAILED)
+    assert (ward.health("a").ejected_until, ward.health("a").ejections) == (until, 1)
+    ward.advance(EJECT_S)
+    for ticket in old[5:]:
+        ward.release(ticket, Answer.FAILED)
+    assert not ward.is_ejected("a")
+    ward.serve("a")
+
+
+# ---- unknown
+
+
+def test_one_that_never_answered_gets_a_few_at_a_time_and_a_dead_one_costs_no_more() -> None:
+    ward = Ward(known=False)
+    ward.serve("b")
+    first = ward.burst("a")
+    assert len(first) == FEW
+    for ticket in first:
+        ward.release(ticket, Answer.FAILED)
+    assert not ward.burst("a")
+    ward.advance(STEP_S)
+    assert len(ward.burst("a")) == 1
+    assert FEW + 1 == EJECT_AFTER
+
+
+def test_a_cold_pool_opens_with_the_first_heads() -> None:
+    ward = Ward("abc", known=False)
+    first = [ward.burst(name) for name in "abc"]
+    for tickets in first:
+        ward.answered(tickets[0])
+    assert [len(ward.burst(name)) for name in "abc"] == [60, 60, 60]
+
+
+def test_a_cold_endpoint_whose_answers_show_nothing_is_full_within_half_a_second() -> None:
+    ward = Ward("a", known=False)
+    for _ in range(5):
+        ward.burst("a")
+        ward.advance(STEP_S)
+    assert len(ward.core.endpoints["a"].leases) == 64
+
+
+@pytest.mark.parametrize(
+    ("quiet_s", "page", "is_checked", "sent"),
+    [
+        (QUIET_S + 0.1, False, False, FEW),  # it may have died: a burst would find that out at once
+        (QUIET_S - 0.1, False, False, 64),
+        (QUIET_S + 0.1, True, False, 64),
+        (QUIET_S + 0.1, False, True, 64),
+    ],
+)
+def test_an_idle_one_that_was_silent_for_long_gets_a_few_until_it_is_heard(
+    quiet_s: float, page: bool, is_checked: bool, sent: int
+) -> None:
+    ward = Ward("a", known=is_checked)
+    ward.serve("a")
+    ward.advance(quiet_s)
+    if page:
+        ward.observe("a", Load(running=0.0))
+    there = ward.burst("a")
+    assert len(there) == sent
+    ward.answered(there[0])
+    assert len(there) + len(ward.burst("a")) == 64
+
+
+def test_one_that_died_in_a_quiet_time_costs_a_burst_a_few() -> None:
+    ward = Ward("ab", known=False)
+    for name in "ab":
+        ward.serve(name)
+    ward.advance(60.0)
+    dead = ward.burst("a")
+    for ticket in dead:
+        ward.release(ticket, Answer.FAILED)
+    assert len(dead) == FEW
+    assert ward.burst("a") == []
+
+
+def test_a_passed_check_ends_that_it_is_unknown() -> None:
+    ward = Ward("a", known=False)
+    assert ward.core.endpoints["a"].condition == "unknown"
+    ward.set_up("a", is_up=True)
+    assert ward.core.endpoints["a"].condition == "up"
+    assert len(ward.burst("a")) == 64
+
+
+def test_a_passed_check_does_not_clear_one_that_refuses() -> None:
+    ward = Ward(known=False)
+    for ticket in ward.burst("a"):
+        ward.release(ticket, Answer.FAILED)
+    ward.set_up("a", is_up=True)
+    assert not ward.burst("a")
+
+
+def test_one_at_a_new_address_is_unknown_again() -> None:
+    ward = Ward()
+    out(ward)
+    ward.set_up("a", is_up=None)
+    assert ward.core.endpoints["a"].condition == "unknown"
+    assert len(ward.burst("a")) == FEW
+
+
+def test_a_lone_one_that_refuses_is_known_to_speak() -> None:
+    ward = Ward("a", known=False)
+    ward.answer("a", Answer.REFUSED)
+    assert ward.core.endpoints["a"].condition == "up"
+
+
+def test_with_the_queue_off_an_unknown_one_holds_nobody() -> None:
+    ward = Ward("a", known=False, enable_queue=False)
+    assert len(ward.burst("a", 100)) == 100
