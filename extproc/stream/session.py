@@ -334,7 +334,10 @@ class Session:
         if self._ticket is not None:
             if incoming.served:
                 self._reception.follow(self._ticket, incoming.served)
-            self._judge_beginning()
+            if self._answer is Answer.OK and self._shown is None and not self._number and self._modes is PLAIN:
+                self._reception.gate.answered(self._ticket)  # as nearly all are: no byte will be shown
+            else:
+                self._judge_beginning()
             self._reception.take_report(self._ticket, incoming.headers)
         wait_s = self._wait_s
         self._send(wire.go_on(incoming.kind) if wait_s is None else wire.go_on_timed(wait_s))
@@ -396,7 +399,7 @@ class Session:
     def _close(self) -> None:
         self._forget_ticket()
         if self._ticket is not None:
-            if self._answer is Answer.OK and self._will_be_shown:
+            if (self._number or self._modes is not PLAIN) and self._answer is Answer.OK and self._will_be_shown:
                 self._answer = Answer.UNKNOWN  # a client that left, or a server that died behind its head: both look so
             ticket, self._ticket = self._ticket, None
             ticket.deliver = None  # tickets are remembered for their stories: this stream and its body are not
