@@ -290,6 +290,7 @@ def test_a_real_prometheus_scrapes_the_page_and_answers_the_alerts_and_every_pan
         *("Passed the queue by", "Rerouted, and clients that left", "What holds the next request"),
         *("Tokens per second", "Failed scrapes", "Who leads, and with how many"),
         *("Requests of others, and where configurations differ", "Age of the leader and of the store"),
+        *("Load, of what the engines that are up can do", "Engines that the traffic needs"),  # untold
     }
     assert set(empty) <= nothing_happened
 
