@@ -76,6 +76,10 @@ class Census:
         """Tell whether somebody may be alive whom nobody sees."""
         return self.vanished_at is not None and now < self.vanished_at + WARY_S
 
+    def is_cut_off(self, now: float) -> bool:
+        """Tell whether the store has been silent for so long that, if it is so to us alone, others count us out."""
+        return self.answered_at is None or now > self.answered_at + GONE_S
+
     def others(self, me: str) -> list[Member]:
         """Return all but `me`, the oldest first."""
         found = [member for name, member in self.members.items() if name != me and name not in self._left]

@@ -75,7 +75,7 @@ class Leading:
         self.gathering: dict[Ticket, None] | None = {}
         self._sent_away: dict[str, list[str]] = {}  # followers, and what they lacked for too long
         gate.controller.is_shared = True
-        self.quotas = Quotas(gate, lambda: census.part(self.group), census.is_wary, hold_until=hold_until)
+        self.quotas = Quotas(gate, census, lambda: self.group, hold_until=hold_until)
 
     # ---- the group
 

@@ -2,7 +2,8 @@
 
 A group of M of N sidecars holds at most M/N of each limit, and never more than an engine's own figures leave free, so
 groups that don't know of each other stay within the limit together. A group that has just formed grows only once those
-who were left behind have noticed, and a reading from after that has told what runs.
+who were left behind have noticed, and a reading from after that has told what runs. Who reaches nobody, neither the
+store nor an engine's figures, sends that engine one request at a time: by now others may use all of it.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Set
 
     from extproc.admission.endpoint import Endpoint
+    from extproc.replicas.census import Census
     from extproc.replicas.gate import SharedGate
 
 READ_S = 0.6
@@ -28,21 +30,17 @@ UNKNOWN_S = 10.0
 class Quotas:
     """What a group may hold at each endpoint; the core is told whenever that changes."""
 
-    def __init__(
-        self, gate: SharedGate, part: Callable[[], float], is_wary: Callable[[float], bool], *, hold_until: float
-    ) -> None:
-        """Begin with what we hold ourselves. Until `hold_until` those whom we lost may not have noticed.
-
-        `part`: the part of each limit that is the group's. `is_wary`: whether somebody may be alive whom nobody sees.
-        """
+    def __init__(self, gate: SharedGate, census: Census, group: Callable[[], Set[str]], *, hold_until: float) -> None:
+        """Begin with what we hold ourselves. Until `hold_until` those whom we lost may not have noticed."""
         self._gate = gate
-        self._part = part
-        self._is_wary = is_wary
+        self._census = census
+        self._group = group
         self._fresh_from = max(hold_until, gate.now() + READ_S)
         endpoints = gate.controller.endpoints
         self._refill = {name: endpoint.sequences for name, endpoint in endpoints.items()}
         self._unread = set(endpoints)
         self._caps = {name: endpoint.limit.value for name, endpoint in endpoints.items()}
+        self._read_at: dict[str, float] = {}
         self._lacking: dict[str, float] = {}  # endpoints that not every follower knows, since when
         for endpoint in endpoints.values():
             endpoint.meet_again()
@@ -58,9 +56,24 @@ class Quotas:
         if part >= 1.0:
             self._caps[name] = endpoint.limit.value
             return None
+        if self._is_blind(name) and self._is_nobody():
+            return 1
         # A limit may only fall while others share it: each group would let its own grow for what all send together.
         cap = self._caps[name] = min(self._caps.get(name, endpoint.limit.value), endpoint.limit.value)
         return max(1, math.floor(cap * part + 1e-9))
+
+    def _part(self) -> float:
+        """Return the part of each limit that is the group's."""
+        return self._census.part(self._group())
+
+    def _is_blind(self, name: str) -> bool:
+        """Tell whether an endpoint's page can't be had, before what it said last is forgotten as stale."""
+        lately_s = self._gate.controller.policy.stale_after_s / 2
+        return self._gate.now() > self._read_at.get(name, -math.inf) + lately_s
+
+    def _is_nobody(self) -> bool:
+        """Tell whether we may be alone in a corner where nobody sees us: others have the whole limit for themselves."""
+        return len(self._group()) == 1 and self._census.is_cut_off(self._gate.now())
 
     def follow(self) -> None:
         """Follow a change of the group, of who is alive, or of time."""
@@ -100,11 +113,14 @@ class Quotas:
     def before_reading(self, name: str) -> None:
         """Have the next reading count others' requests, if there may be others."""
         endpoint = self._gate.controller.endpoints.get(name)
-        if endpoint is not None and (name in self._unread or self._part() < 1.0 or self._is_wary(self._gate.now())):
+        if endpoint is not None and (
+            name in self._unread or self._part() < 1.0 or self._census.is_wary(self._gate.now())
+        ):
             endpoint.meet_again()
 
     def after_reading(self, name: str) -> None:
         """Follow what a reading changed."""
+        self._read_at[name] = self._gate.now()
         if self._gate.now() >= self._fresh_from:
             self._unread.discard(name)
         self.follow_one(name)

@@ -282,7 +282,8 @@ class Sidecar:
 
     def _read(self, name: str, load: Load, reads: int) -> None:
         if reads == self._reads:
-            self.gate.observe(name, load)
+            if self.place not in self.world.blind:
+                self.gate.observe(name, load)
             self.loop.call_at(self.world.clock.now + SCRAPE_S, partial(self._scrape, name, reads))
 
     def _ask_store(self) -> None:
@@ -378,6 +379,7 @@ class World:
         self.policy = Policy() if policy is None else policy
         self.net = Net(self)
         self.store = Store(self)
+        self.blind: set[str] = set()  # places from which no engine's page can be had
         self.work_s = work_s
         self.budget_s = budget_s
         self.engines = {f"e{n}": Engine(f"e{n}", limit) for n in range(engines)}
