@@ -7,7 +7,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from bench.proof import gateways
-from bench.proof.experiments import SEVERAL
+from bench.proof.experiments import BY_NAME, SEVERAL
 from bench.proof.figures import goodput, ratio
 from bench.proof.gateways import FAULT_AT_S
 from bench.proof.tables import goodput as with_spread
@@ -45,8 +45,8 @@ later; the store is killed at the same moment and is back, empty, {gone:.0f} s l
 {begin:.0f} to {end:.0f} s. *After the fault*, for all rows: goodput of what arrived in the {after:.0f} s from then.
 """,
     "gateways_fixed": """\
-Three engines of the preset a100-8b, {load} load, `max_running_requests: 96`. *Held*: the most that one engine ran and
-queued, by its own count.
+Three engines of the preset a100-8b, {load} load, `max_running_requests: 96`. *Held*: the most that one engine ever ran
+and the most that it ever queued, by its own count, together; they need not have been at one moment.
 """,
 }
 
@@ -68,6 +68,7 @@ def write(runs: Sequence[Run], forwarding: Sequence[Row], facts: Row, docs: Path
     parts += [
         f"- rejected: {run.experiment} {run.load:.0%} #{run.seed} {run.contender}: {run.problem()}" for run in rejected
     ]
+    parts += [""] if rejected else []
     for one in SEVERAL:
         some = {key: figures for key, figures in found.items() if key[0] == one.name}
         if some:
@@ -114,10 +115,9 @@ def after_fault(runs: Sequence[Run], key: Key) -> float:
 def goodputs(some: dict[Key, Figures], runs: Sequence[Run]) -> list[str]:
     """Return the table of goodput, the gateway that is alone first."""
     alone = next((one for (_, _, who), one in some.items() if called(who) == "one"), None)
-    order = {name: place for place, name in enumerate(name for one in SEVERAL for name in one.contenders)}
     faults = any("replicas_fault" in who for _, _, who in some)
     rows = []
-    for key in sorted(some, key=lambda key: order.get(key[2], len(order))):
+    for key in sorted(some, key=_place):
         one = some[key]
         held = max(run.peak_held for run in runs if (run.experiment, run.load, run.contender) == key)
         times = ratio(one, alone) if alone is not None else (math.nan, math.nan)
@@ -139,11 +139,17 @@ def goodputs(some: dict[Key, Figures], runs: Sequence[Run]) -> list[str]:
     return table([*head, "TTFT p50 / p95 s, first class", "refused", "failed", "held"], rows)
 
 
+def _place(key: Key) -> int:
+    """Sort contenders as their experiment lists them, and what was asked for beside them last."""
+    listed = BY_NAME[key[0]].contenders
+    return listed.index(key[2]) if key[2] in listed else len(listed)
+
+
 def costs(some: dict[Key, Figures]) -> list[str]:
     """Say what a request costs all Envoys and sidecars together."""
     told = [
-        f"{called(key[2]).replace('*', '')} {one.cpu_ms.get('front', 0.0):.1f} + {one.cpu_ms.get('sidecar', 0.0):.1f}"
-        for key, one in some.items()
+        f"{called(who).replace('*', '')} {one.cpu_ms.get('front', 0.0):.1f} + {one.cpu_ms.get('sidecar', 0.0):.1f}"
+        for (_, _, who), one in some.items()
     ]
     says = "CPU ms a request, all Envoys + all sidecars, their starts and idle beats in it (few requests share those)"
     return [f"{says}: {'; '.join(told)}.", ""]
