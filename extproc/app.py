@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 import signal
@@ -22,6 +21,7 @@ from extproc.endpoints.roster import Roster
 from extproc.endpoints.telemetry.scraper import Scraper
 from extproc.envoy.clusters import ClustersFile, EnvoyAdmin
 from extproc.errors import ConfigError
+from extproc.garbage import Garbage
 from extproc.memory import Ebb
 from extproc.observe.aliases import Aliases
 from extproc.observe.capacity import Capacity
@@ -131,14 +131,14 @@ class App:
         self.otlp = _otlp_metrics(self.metrics.registry.collect) if config.otlp_metrics else None
         genai = GenAi(loop.time, controller.knows_model) if config.otlp_metrics else None
         if genai is not None:
-            self.metrics.registry.register(genai)
+            self.metrics.add(genai)
         if config.metrics_aliases:
             pool = "" if config.inference_pool is None else config.inference_pool.name
-            self.metrics.registry.register(Aliases(controller, self.metrics, pool))
+            self.metrics.add(Aliases(controller, self.metrics, pool))
         self.capacity = Capacity(
             controller, loop.time, lambda: self.membership is None or self.membership.replica.decides
         )
-        self.metrics.registry.register(self.capacity)
+        self.metrics.add(self.capacity)
         everybody = (self.metrics, self.queue_log, self.stories, self.spans, genai)
         observers: list[Observer] = [observer for observer in everybody if observer is not None]
         self.membership: Membership | None = None
@@ -146,7 +146,7 @@ class App:
             self.gate = Gate(controller, loop, [*observers, self.capacity])
         else:
             self.gate, self.membership = _among_others(config.replicas, controller, loop, observers, self.capacity)
-            self.metrics.registry.register(_replica_metrics(self.membership))
+            self.metrics.add(_replica_metrics(self.membership))
         self._targets: dict[str, Target] = {}
         self._scrapes = True
         self.ages = Ages(config.longest_budget_s)
@@ -200,6 +200,7 @@ class App:
         )
         if self.membership is not None:
             self.membership.answer_with(self.admin.describe)
+        self.garbage = Garbage(lambda: self.reception.streams, loop.time)
         self._known_bugs: set[str] = set()
 
     async def start(self) -> None:
@@ -244,8 +245,7 @@ class App:
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then drain. A second signal cuts the drain short."""
         await self.start()
-        gc.collect()
-        gc.freeze()  # what is there now stays: to look through it again and again stopped everything for 25 ms
+        self.garbage.begin()
         loop = asyncio.get_running_loop()
         stop, hurry = asyncio.Event(), asyncio.Event()
 
@@ -262,7 +262,7 @@ class App:
 
     def _look(self) -> None:
         """Do what is due now and then. A bug there ends neither the process nor the other looks; it is told once."""
-        for look in (self.queue_log.look, self.ebb.look, *([self.tls.look] if self.tls is not None else [])):
+        for look in (self.queue_log.look, self.garbage.look, self.ebb.look, *([self.tls.look] if self.tls is not None else [])):
             try:
                 look()
             except Exception as error:

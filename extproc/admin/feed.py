@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
+
+from extproc.admin.text import written
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -88,8 +89,7 @@ class Feed:
         try:
             while self._news:
                 view = await self._view()
-                await asyncio.sleep(0)
-                self._latest = b"data: " + json.dumps(view, separators=(",", ":")).encode() + b"\n\n"
+                self._latest = b"".join((b"data: ", await written(view), b"\n\n"))
                 for news in list(self._news):
                     news.set()
                     await asyncio.sleep(GAP_S)

@@ -20,6 +20,7 @@ from extproc.admin.connections import IDLE_S, Connections
 from extproc.admin.feed import Feed
 from extproc.admin.history import STEP_S
 from extproc.admin.state import MOST_WAITING, WAITING_LISTED, FileState, Viewer, merged
+from extproc.admin.text import written
 from extproc.config import split_address
 from extproc.errors import StartError
 from extproc.observe.recording import Recorder
@@ -128,9 +129,9 @@ class Admin:
         if self._runner is not None:
             await self._runner.cleanup()
 
-    def snapshot(self, limit: int = WAITING_LISTED) -> dict[str, Any]:
+    async def snapshot(self, limit: int = WAITING_LISTED) -> dict[str, Any]:
         """Return the state of all queues as plain values, as /queues has it."""
-        return self.viewer.queues(ready=self.ready, limit=limit)
+        return await self.viewer.queues(ready=self.ready, limit=limit)
 
     async def view(self) -> dict[str, Any]:
         """Return what the live page and `extproc top` show."""
@@ -139,7 +140,7 @@ class Admin:
 
     async def describe(self, what: str, limit: int) -> dict[str, Any]:
         """Return what we show ourselves, for a sidecar whose requests we decide, too."""
-        return await self.viewer.view(ready=self.ready) if what == "view" else self.snapshot(limit)
+        return await self.viewer.view(ready=self.ready) if what == "view" else await self.snapshot(limit)
 
     def _speak(self) -> asyncio.Protocol:
         """Return aiohttp's side of a new connection."""
@@ -178,7 +179,8 @@ class Admin:
             return web.Response(status=400, text=text)
         limit = int(asked)
         whole = {} if self._others is None else await self._others.whole("queues", limit)
-        return web.json_response(merged(self.snapshot(limit), whole))
+        body = await written(merged(await self.snapshot(limit), whole))
+        return web.Response(body=body, content_type="application/json", charset="utf-8")
 
     async def _story(self, request: web.Request) -> web.Response:
         asked = request.match_info["id"]

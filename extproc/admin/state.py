@@ -15,7 +15,8 @@ from extproc.admin.history import STEP_S, History, outcome_totals, waiting_by_cl
 from extproc.admission.held import HeldBy
 from extproc.admission.outcome import Outcome
 from extproc.admission.ticket import State
-from extproc.observe.metrics import SHARED, known_signals
+from extproc.observe.endpoints import known_signals
+from extproc.observe.metrics import SHARED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -32,7 +33,7 @@ Values = dict[str, Any]
 WAITING_LISTED = 200
 """Waiting requests listed by /queues unless it is asked for another number."""
 MOST_WAITING = 500
-"""The most it lists: each hundred takes the event loop half a millisecond (`python -m bench.page`)."""
+"""The most it lists: each hundred takes the event loop half a millisecond (`make bench-turns`)."""
 MOST_BARS = 120
 """Waiting requests of a class that the view tells apart."""
 ROWS = 40
@@ -128,20 +129,17 @@ class Viewer:
         if self._capacity is not None:
             self._capacity.sample(now)
 
-    def queues(self, *, ready: bool, limit: int = WAITING_LISTED) -> Values:
-        """Return the state with the first `limit` waiting requests, line by line."""
+    async def queues(self, *, ready: bool, limit: int = WAITING_LISTED) -> Values:
+        """Return the state with the first `limit` waiting requests, line by line. Its parts may be some ms apart."""
         controller, now = self._gate.controller, self._gate.now()
-        preferring, holds = _preferring(controller), controller.holds()
-        return {
-            **self._mode(ready=ready),
-            "endpoints": [
-                self._endpoint(endpoint, preferring, holds, now) for endpoint in controller.endpoints.values()
-            ],
+        mode = self._mode(ready=ready)
+        counted = {
             "waiting_total": controller.waiting,
             "waiting_by_class": waiting_by_class(controller),
             "waiting": [self._row(ticket, now) for ticket in islice(controller.waiting_tickets(), limit)],
             "outcomes": outcome_totals(self._metrics),
         }
+        return {**mode, "endpoints": await self._endpoints(now), **counted}
 
     async def view(self, *, ready: bool) -> Values:
         """Return what the page and `top` show. Its parts may be some milliseconds apart."""
@@ -160,13 +158,9 @@ class Viewer:
         await asyncio.sleep(0)
         now = self._gate.now()
         everyone = [ticket for waiting in by_class.values() for ticket in waiting[:ROWS]]
-        oldest = sorted(everyone, key=_arrival)[:ROWS]
-        curves = self.history.curves(by_class)
-        endpoints, preferring, holds = [], _preferring(controller), controller.holds()
-        for number, endpoint in enumerate(list(controller.endpoints.values())):
-            if number % ENDPOINTS_TURN == 0:
-                await asyncio.sleep(0)
-            endpoints.append(self._endpoint(endpoint, preferring, holds, now, most_models=MOST_MODELS))
+        oldest = [self._row(ticket, now) for ticket in sorted(everyone, key=_arrival)[:ROWS]]
+        endpoints = await self._endpoints(now, MOST_MODELS)
+        classes = await self._classes(by_class, now)
         rates = self.history.rates(now)
         totals = outcome_totals(self._metrics)
         return {
@@ -178,8 +172,8 @@ class Viewer:
             "endpoints": endpoints,
             "waiting_total": sum(map(len, by_class.values())) if len(tickets) < MOST_SCANNED else controller.waiting,
             "scanned_all": len(tickets) < MOST_SCANNED,
-            "classes": self._classes(by_class, curves, now),
-            "waiting": [self._row(ticket, now) for ticket in oldest],
+            "classes": classes,
+            "waiting": oldest,
             "outcomes": [
                 {
                     "outcome": outcome.value,
@@ -214,13 +208,15 @@ class Viewer:
             "replicas": None if self._others is None else self._others.described(),
         }
 
-    def _classes(self, by_class: Mapping[str, list[Ticket]], curves: Mapping[str, Any], now: float) -> list[Values]:
+    async def _classes(self, by_class: Mapping[str, list[Ticket]], now: float) -> list[Values]:
         known = {klass.name: klass for klass in self._gate.controller.policy.classes}
+        curves = self.history.curves(by_class)
         classes = []
         for name, waiting in by_class.items():
             klass = known.get(name) or (waiting[0].request_class if waiting else None)
             if klass is None:  # a former class, and those who waited in it have just left
                 continue
+            await asyncio.sleep(0)  # thousands of waits are sorted
             p50_s, p95_s = self.history.percentiles(name, now)
             classes.append(
                 {
@@ -238,13 +234,23 @@ class Viewer:
             )
         return sorted(classes, key=lambda one: -int(one["priority"]))
 
+    async def _endpoints(self, now: float, most_models: int | None = None) -> list[Values]:
+        """Describe all endpoints as they are, some at a time."""
+        controller = self._gate.controller
+        preferring, holds, rows = _preferring(controller), controller.holds(), []
+        for number, endpoint in enumerate(list(controller.endpoints.values())):
+            if number and number % ENDPOINTS_TURN == 0:
+                await asyncio.sleep(0)
+            rows.append(self._endpoint(endpoint, preferring, holds, now, most_models))
+        return rows
+
     def _endpoint(
         self,
         endpoint: Endpoint,
         preferring: Mapping[str, int],
         holds: Mapping[Endpoint, HeldBy],
         now: float,
-        most_models: int | None = None,
+        most_models: int | None,
     ) -> Values:
         models = sorted(endpoint.spec.models)
         age_s = self._metrics.age_s(endpoint.name)

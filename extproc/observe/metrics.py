@@ -2,8 +2,9 @@
 
 Labels come from the config and from the tables here alone, never from a client: their number is bounded.
 
-A page is one moment: all values are collected in one go, so that they agree with each other (leases never outnumber the
-streams that hold them). Writing them as text takes longer, so that is done in pieces, and the loop turns in between.
+A page is one moment: all values are read in one go, so that they agree with each other (leases never outnumber the
+streams that hold them). Making samples and text of them takes longer, so that is done in pieces, and the loop turns in
+between. What is told of endpoints stands in endpoints.py.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from __future__ import annotations
 import platform
 import time
 from bisect import bisect_left
-from itertools import accumulate
+from itertools import accumulate, chain
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import (
@@ -26,18 +27,23 @@ from prometheus_client.core import (
 from extproc import __version__
 from extproc.admission.outcome import Outcome
 from extproc.admission.values import Dispatch
+from extproc.observe import endpoints
 from extproc.observe.waits import Waits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from prometheus_client.metrics_core import Metric
+    from prometheus_client.registry import Collector
 
     from extproc.admission.controller import Controller
     from extproc.admission.held import HeldBy
-    from extproc.admission.load import Load
     from extproc.admission.ticket import Ticket
     from extproc.admission.values import Decision
+    from extproc.observe.endpoints import Telemetry
+
+    Parts = Iterator[Metric | None]
+    """One family in parts, each made when it is asked for; None: nothing to write yet, and enough for one turn."""
 
 WAIT_BUCKETS_S = (
     *(0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 45.0, 60.0),
@@ -48,8 +54,10 @@ BUDGET_BUCKETS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Shares of a request's budget: the same buckets fit a class that may wait 2 s and one that may wait 5 minutes."""
 SHARED = "*"
 """The `endpoint` label of requests that any endpoint of their pool may take."""
-PIECE_LINES = 500
-"""Samples written as text in one turn of the loop: 2 ms here."""
+PIECE_LINES = 250
+"""Samples written as text in one turn of the loop: a millisecond."""
+PIECE_TICKETS = 5000
+"""Waiting requests looked at in one turn: 1 ms."""
 
 
 def _nothing() -> Mapping[str, int]:
@@ -94,38 +102,8 @@ class _Waited:
         self.latest = Waits()
 
 
-class Telemetry(Protocol):
-    """Who knows how the scraping of endpoints goes."""
-
-    def age_s(self, name: str) -> float | None:
-        """Return the age of an endpoint's last good reading, in seconds; None: there never was one."""
-
-    def follows(self, name: str) -> bool:
-        """Tell whether an endpoint is scraped at all."""
-
-    def errors(self) -> Iterable[tuple[str, str, int]]:
-        """Walk endpoint, reason and number of failed scrapes."""
-
-
 def _none() -> int:
     return 0
-
-
-def known_signals(load: Load | None) -> dict[str, float]:
-    """Return the gauges of a load that are known; an unknown one is absent, never 0."""
-    if load is None:
-        return {}
-    signals = {
-        "running": load.running,
-        "waiting": load.waiting,
-        "kv_usage": load.kv_usage,
-        "gpu_usage": load.gpu_usage,
-        "tokens_per_s": load.tokens_per_s,
-        "max_running": load.max_running,
-        "context_tokens": load.context_tokens,
-        "asleep": load.asleep,
-    }
-    return {signal: float(value) for signal, value in signals.items() if value is not None}
 
 
 class Metrics:
@@ -183,7 +161,8 @@ class Metrics:
         self.config_reloads = {"success": 0, "failure": 0}
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
-        ProcessCollector(registry=self.registry)
+        self._others: list[Collector] = []
+        self.add(ProcessCollector(registry=None))
 
     # ---- an observer
 
@@ -235,26 +214,55 @@ class Metrics:
 
     # ---- a collector
 
+    def add(self, collector: Collector) -> None:
+        """Have another collector's families on the page, too."""
+        self._others.append(collector)
+        self.registry.register(collector)
+
     def pieces(self) -> Iterator[bytes]:
-        """Write the page of this moment, a piece at a time; all values are read before the first piece is returned."""
-        return self._written(list(self.registry.collect()))
+        """Write the page of this moment, a piece at a time; all values are read before this returns."""
+        others = [iter((family,)) for collector in self._others for family in collector.collect()]
+        return self._written(chain(self._moment(), others))
 
     @staticmethod
-    def _written(families: list[Metric]) -> Iterator[bytes]:
-        for family in families:
-            samples = family.samples
-            for start in range(0, max(len(samples), 1), PIECE_LINES):
-                family.samples = samples[start : start + PIECE_LINES]
-                text = generate_latest(_Page(family))
-                yield text if start == 0 else text.split(b"\n", 2)[2]  # HELP and TYPE stand once
+    def _written(families: Iterable[Parts]) -> Iterator[bytes]:
+        for parts in families:
+            is_begun = False
+            for part in parts:
+                if part is None:
+                    yield b""
+                    continue
+                samples = part.samples
+                for start in range(0, max(len(samples), 1), PIECE_LINES):
+                    part.samples = samples[start : start + PIECE_LINES]
+                    text = generate_latest(_Page(part))
+                    yield text.split(b"\n", 2)[2] if is_begun else text  # HELP and TYPE stand once
+                    is_begun = True
 
     def collect(self) -> Iterator[Metric]:
         """Yield all metric families."""
-        yield from self._request_families()
-        yield from self._queue_families()
-        if self._decides():
-            yield from self._endpoint_families()
-        yield from self._telemetry_families()
+        for parts in self._moment():
+            first, *others = [part for part in parts if part is not None]
+            for part in others:
+                first.samples += part.samples
+            yield first
+
+    def _moment(self) -> list[Parts]:
+        """Read all values; return what makes the families of them, each in parts."""
+        now = self._clock()
+        rows = endpoints.rows(self._controller, self._telemetry, now)
+        decides = self._decides()
+        errors = list(self._telemetry.errors()) if self._telemetry is not None else []
+        return [
+            *(iter((family,)) for family in self._request_families()),
+            *self._queue_families(now),
+            *(family.parts(rows) for family in endpoints.FAMILIES if decides),
+            *(family.parts(rows) for family in endpoints.TELEMETRY),
+            _errors(errors),
+            *(iter((family,)) for family in self._other_families()),
+        ]
+
+    def _other_families(self) -> Iterator[Metric]:
         if self.rehearsed is not None:
             rehearsed = CounterMetricFamily(
                 "extproc_dry_run_requests",
@@ -379,7 +387,7 @@ class Metrics:
             used.add_metric([request_class], waited.shares.cumulative(), waited.shares.total)
         yield used
 
-    def _queue_families(self) -> Iterator[Metric]:
+    def _queue_families(self, now: float) -> Iterator[Parts]:
         depth = GaugeMetricFamily(
             "extproc_queue_depth",
             'Waiting requests by the endpoint they are at home at; "*": any of their pool.',
@@ -387,140 +395,51 @@ class Metrics:
         )
         classes = [klass.name for klass in self._controller.policy.classes]
         depths: dict[tuple[str, str], int] = {(SHARED, name): 0 for name in classes}
-        now = self._clock()
-        arrivals = dict.fromkeys(classes, now)
+        waiting: list[Ticket] = []
         for pool in self._controller.pools():
             for home, queue in ((SHARED, pool.shared), *((home.name, queue) for home, queue in pool.homes.items())):
                 for request_class, count in queue.depth.items():
                     key = (home, request_class)
                     depths[key] = depths.get(key, 0) + count
-                for ticket in queue.unordered():
-                    name, arrived = ticket.request_class.name, ticket.request.arrived
-                    if arrived < arrivals.get(name, now):
-                        arrivals[name] = arrived
+                waiting.extend(queue.unordered())
         for (endpoint, request_class), count in depths.items():
             depth.add_metric([endpoint, request_class], count)
-        yield depth
-        oldest = GaugeMetricFamily(
-            "extproc_oldest_waiting_seconds",
-            "Age of the request that has waited longest; 0 while none waits.",
-            labels=["class"],
-        )
-        for request_class, arrived in arrivals.items():
-            oldest.add_metric([request_class], now - arrived)
-        yield oldest
-
-    def _endpoint_families(self) -> Iterator[Metric]:
-        inflight = GaugeMetricFamily(
-            "extproc_inflight_requests", "Requests that an endpoint holds now.", labels=["endpoint"]
-        )
-        dispatched = CounterMetricFamily("extproc_dispatched", "Requests sent to an endpoint.", labels=["endpoint"])
-        limit = GaugeMetricFamily(
-            "extproc_endpoint_limit", "What an endpoint may hold, by kind of limit.", labels=["endpoint", "kind"]
-        )
-        is_up = GaugeMetricFamily(
-            "extproc_endpoint_up",
-            "1 while an endpoint may be sent requests, and does not refuse one after the other.",
-            labels=["endpoint"],
-        )
-        is_known = GaugeMetricFamily(
-            "extproc_endpoint_known",
-            "1 once an endpoint has answered a request well or passed a health check; before, it gets a few at a time.",
-            labels=["endpoint"],
-        )
-        oldest = GaugeMetricFamily(
-            "extproc_oldest_lease_seconds",
-            "How long an endpoint has held the request that it holds longest; 0 while it holds none.",
-            labels=["endpoint"],
-        )
-        missing = GaugeMetricFamily(
-            "extproc_endpoint_models_left_out",
-            "Models that an endpoint refuses while it serves others and its peers serve them: it gets none of those.",
-            labels=["endpoint"],
-        )
-        closed = GaugeMetricFamily(
-            "extproc_endpoint_closed",
-            "1 while this keeps requests from an endpoint: health checks (down), refusals of what its peers serve "
-            "(ejected), its page (asleep), a doubt whether it works (doubt), its telemetry or its own refusals (load).",
-            labels=["endpoint", "reason"],
-        )
-        limited = GaugeMetricFamily(
-            "extproc_limited_by",
-            "1 for the limit that keeps the next request from an endpoint; no line while there is room.",
-            labels=["endpoint", "limit"],
-        )
-        doubted = GaugeMetricFamily(
-            "extproc_counters_doubted",
-            "1 while an endpoint's counters are not believed: by them its answers are many times longer or shorter "
-            "than its peers'. It goes by its gauges and by how long its answers take.",
-            labels=["endpoint"],
-        )
-        full = GaugeMetricFamily(
-            "extproc_endpoint_full_seconds",
-            "For how long an endpoint has had no room but what the next in line took at once; 0 while it has some.",
-            labels=["endpoint"],
-        )
-        for endpoint, held in self._controller.holds().items():
-            limited.add_metric([endpoint.name, held.value], 1)
-        now = self._clock()
-        for endpoint in self._controller.endpoints.values():
-            name, health = [endpoint.name], endpoint.health
-            inflight.add_metric(name, len(endpoint.leases))
-            held_since = endpoint.held_since
-            doubted.add_metric(name, int(endpoint.counters.doubted))
-            full.add_metric(name, 0.0 if held_since is None else max(now - held_since, 0.0))
-            first = next(iter(endpoint.leases), None)
-            oldest.add_metric(name, 0.0 if first is None else max(now - first.leased_at, 0.0))
-            closed.add_metric([*name, "down"], int(health.is_up is False))
-            closed.add_metric([*name, "ejected"], int(health.ejected_until is not None))
-            closed.add_metric([*name, "asleep"], int(health.is_asleep))
-            closed.add_metric([*name, "doubt"], int(health.is_doubtful))
-            held_back = endpoint.closed_until is not None or health.full_until is not None
-            closed.add_metric([*name, "load"], int(held_back))
-            dispatched.add_metric(name, endpoint.dispatched)
-            limit.add_metric([*name, "requests"], endpoint.limit.value)
-            if endpoint.kv.capacity is not None:
-                limit.add_metric([*name, "kv_tokens"], endpoint.kv.capacity)
-            is_up.add_metric(name, int(endpoint.available and not health.is_failing))
-            is_known.add_metric(name, int(health.is_known))
-            missing.add_metric(name, len(endpoint.missing.models))
-        yield from (inflight, oldest, dispatched, limit, is_up, is_known, missing, closed, limited, full, doubted)
-
-    def _telemetry_families(self) -> Iterator[Metric]:
-        loads = GaugeMetricFamily(
-            "extproc_endpoint_load",
-            "What an endpoint's fresh telemetry says; a signal that is unknown or stale is absent.",
-            labels=["endpoint", "signal"],
-        )
-        ages = GaugeMetricFamily(
-            "extproc_telemetry_age_seconds", "Age of an endpoint's last good reading.", labels=["endpoint"]
-        )
-        stale = GaugeMetricFamily(
-            "extproc_telemetry_stale",
-            "1 while a scraped endpoint has told nothing for telemetry_stale_after: it goes by our own books.",
-            labels=["endpoint"],
-        )
-        errors = CounterMetricFamily(
-            "extproc_scrape_errors",
-            "Scrapes, and reports in answers, that told nothing, by why.",
-            labels=["endpoint", "reason"],
-        )
-        for endpoint in self._controller.endpoints.values():
-            for signal, value in known_signals(endpoint.known).items():
-                loads.add_metric([endpoint.name, signal], value)
-            age_s = self.age_s(endpoint.name)
-            if age_s is not None:
-                ages.add_metric([endpoint.name], age_s)
-            if self._telemetry is not None and self._telemetry.follows(endpoint.name):
-                is_stale = age_s is None or age_s > self._controller.policy.stale_after_s
-                stale.add_metric([endpoint.name], int(is_stale))
-        for name, reason, count in self._telemetry.errors() if self._telemetry is not None else ():
-            errors.add_metric([name, reason], count)
-        yield from (loads, ages, stale, errors)
+        yield iter((depth,))
+        yield _oldest(dict.fromkeys(classes, now), waiting, now)
 
     def age_s(self, name: str) -> float | None:
         """Return the age of an endpoint's last good reading, in seconds; None: there never was one."""
         return self._telemetry.age_s(name) if self._telemetry is not None else None
+
+
+def _oldest(arrivals: dict[str, float], waiting: Sequence[Ticket], now: float) -> Parts:
+    """Look at those who waited at one moment, some at a time; who has left since then still counts."""
+    for start in range(0, len(waiting), PIECE_TICKETS):
+        for ticket in waiting[start : start + PIECE_TICKETS]:
+            name, arrived = ticket.request_class.name, ticket.request.arrived
+            if arrived < arrivals.get(name, now):
+                arrivals[name] = arrived
+        yield None
+    oldest = GaugeMetricFamily(
+        "extproc_oldest_waiting_seconds",
+        "Age of the request that has waited longest; 0 while none waits.",
+        labels=["class"],
+    )
+    for request_class, arrived in arrivals.items():
+        oldest.add_metric([request_class], now - arrived)
+    yield oldest
+
+
+def _errors(errors: Sequence[tuple[str, str, int]]) -> Parts:
+    for start in range(0, max(len(errors), 1), PIECE_LINES):
+        family = CounterMetricFamily(
+            "extproc_scrape_errors",
+            "Scrapes, and reports in answers, that told nothing, by why.",
+            labels=["endpoint", "reason"],
+        )
+        for name, reason, count in errors[start : start + PIECE_LINES]:
+            family.add_metric([name, reason], count)
+        yield family
 
 
 class _Page(CollectorRegistry):

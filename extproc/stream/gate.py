@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("extproc.gate")
 
-BURST = 256
-"""Decisions delivered per turn of the loop. Envoy resets each stream that ends; more than 1,000 resets at once look
-to its HTTP/2 flood guard like an attack (max_outbound_control_frames), and it closes the whole connection."""
+BURST = 64
+"""Decisions delivered per turn of the loop: two or three milliseconds' worth. And Envoy resets each stream that ends:
+more than 1,000 resets at once look to its HTTP/2 flood guard like an attack (max_outbound_control_frames), and it
+closes the whole connection."""
 
 
 class Timer(Protocol):

@@ -63,6 +63,9 @@ class Room:
     def view(self):
         return asyncio.run(self.admin.view())
 
+    def queues(self):
+        return asyncio.run(self.admin.snapshot())
+
 
 @asynccontextmanager
 async def served(room: Room):

@@ -93,7 +93,7 @@ def test_queues_lists_as_many_as_asked_for_up_to_a_bound():
 def test_what_a_client_sent_is_shortened():
     room = Room()
     room.offer(2, id="i" * 60_000, model="m" * 60_000, tenant="t" * 60_000)
-    (row,) = room.admin.snapshot()["waiting"]
+    (row,) = room.queues()["waiting"]
     assert {len(row[key]) for key in ("id", "model", "tenant")} == {state.MOST_CHARACTERS}
     assert len(json.dumps(room.view())) < 10_000
 
@@ -147,7 +147,7 @@ def test_an_endpoints_state_is_a_word():
     room.gate.remove_endpoint("vllm-4")
     room.gate.set_up("vllm-5", is_up=None)
     room.gate.observe("vllm-6", Load(asleep=True))
-    rows = {row["name"]: row for row in room.admin.snapshot()["endpoints"]}
+    rows = {row["name"]: row for row in room.queues()["endpoints"]}
     states = ["up", "down", "ejected", "on trial", "removed", "unknown", "asleep", "failing"]
     assert [rows[f"vllm-{n}"]["state"] for n in range(8)] == states
     assert [rows[f"vllm-{n}"]["up"] for n in range(8)] == [True, False, False, True, False, False, False, False]
@@ -176,7 +176,7 @@ def test_a_file_that_is_not_in_use_shows_everywhere():
     assert (room.view()["config_refused"], room.view()["restart_needed"]) == (False, [])
     assert not any("CONFIGURATION" in line or "RESTART" in line for line in lines(room.view()))
     room.admin = Admin("127.0.0.1:0", room.gate, room.metrics, lambda: FileState(True, ("listen", "admin")))
-    for shown in (room.view(), room.admin.snapshot()):
+    for shown in (room.view(), room.queues()):
         assert (shown["config_refused"], shown["restart_needed"]) == (True, ["listen", "admin"])
     drawn = lines(room.view(), 80, 24)
     assert drawn[1] == "CONFIGURATION REFUSED at its last change: the old one is in use, see the log"

@@ -221,3 +221,11 @@ def test_a_page_is_one_moment_whatever_happens_while_it_is_written(desk):
     assert "extproc_streams 1.0" in text
     inflight = [line for line in text.splitlines() if line.startswith("extproc_inflight_requests{")]
     assert sum(float(line.split()[-1]) for line in inflight) == 1
+
+
+def test_every_value_is_a_number_and_none_a_truth_which_no_encoder_of_otlp_takes(desk):
+    desk.telemetry.ages["a"] = 1.0
+    desk.offer()
+    values = [sample.value for family in desk.metrics.collect() for sample in family.samples]
+    assert len(values) > 50
+    assert not [value for value in values if isinstance(value, bool) or not isinstance(value, int | float)]

@@ -14,7 +14,7 @@ from tests.unit.test_metrics import Desk
 @pytest.fixture
 def desk() -> Desk:
     desk = Desk()
-    desk.metrics.registry.register(Aliases(desk.controller, desk.metrics, "llama"))
+    desk.metrics.add(Aliases(desk.controller, desk.metrics, "llama"))
     return desk
 
 

@@ -30,7 +30,7 @@ async def shown() -> tuple[list[dict[str, object]], dict[tuple[str, ...], float]
                 for family in app.metrics.collect()
                 for sample in family.samples
             }
-            rows = app.admin.snapshot()["endpoints"]
+            rows = (await app.admin.snapshot())["endpoints"]
             assert isinstance(rows, list)
             return rows, samples
         finally:

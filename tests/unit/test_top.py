@@ -38,8 +38,8 @@ def test_top_and_the_view_say_which_limit_holds_each_endpoint_and_each_request()
     drawn = lines(view, 200, 40)
     assert drawn[1].split()[:4] == ["ENDPOINT", "STATE", "HELD", "BY"]
     assert drawn[2].split()[:5] == ["vllm-0", "up", "limit", "<1", "ms"]
-    assert room.admin.snapshot()["endpoints"] == [{**one, "models": one["models"]} for one in view["endpoints"]]
-    assert room.admin.snapshot()["waiting"] == view["waiting"]
+    assert room.queues()["endpoints"] == [{**one, "models": one["models"]} for one in view["endpoints"]]
+    assert room.queues()["waiting"] == view["waiting"]
 
 
 @pytest.mark.parametrize("width", [60, 80])

@@ -38,8 +38,10 @@ SLOW_S = 5.0
 where an adaptive limit started."""
 _JITTER = 0.1
 _SLOTS = 20
-"""Of an interval. Ten scrapes in a row cost half of ten scrapes apart, since the processor's caches are still warm
-(`python -m bench.scrape scrape`); many more in a row would hold others up."""
+"""Of an interval, at least. Ten scrapes in a row cost half of ten scrapes apart, since the processor's caches are still
+warm (`python -m bench.scrape scrape`)."""
+_TOGETHER = 8
+"""Scrapes in one slot, on average: many more in a row would hold others up (`make bench-turns`)."""
 _RATE_GAPS = 3.5
 """Intervals over which a token rate still means something: one or two failed scrapes lie between."""
 
@@ -210,7 +212,7 @@ class Scraper:
 
     def _pause_s(self, due: float) -> float:
         """Return how long to sleep until about `due`: those due in the same slot go together, while caches are warm."""
-        slot_s = self.interval_s / _SLOTS
+        slot_s = self.interval_s / max(_SLOTS, len(self._watches) // _TOGETHER)
         now = self._loop.time()
         return max(round(max(due, now + slot_s) / slot_s) * slot_s - now, 0.0)
 

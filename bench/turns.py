@@ -1,0 +1,341 @@
+"""The longest turn of a real sidecar's event loop: `make bench-turns` (a minute).
+
+500 endpoints with pages like vLLM's, each scraped every second; 10,000 requests that wait, held on real streams; some
+end every second and others come; `/metrics`, `/queues` and the live page asked every second. A turn is all that the
+loop's thread does from one look at its files to the next, gRPC's share included, in CPU time: nobody else's work counts
+in it. Besides the longest turns this prints what ran longest in them, and full collections of garbage.
+
+The parts run in processes of their own: `serve` is the sidecar with a watch on its loop, `hold` the client.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import http.client
+import json
+import multiprocessing
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from bench.scrape import serve_pages
+from tests.e2e.kit.processes import Child, http_get, http_ok, wait_until
+from tests.e2e.kit.stack import Sidecar
+
+MOST_MS = 5.0
+"""The longest turn that is called good."""
+SHOWN, SHOWN_MS = 12, 0.2
+"""Parts of turns that are told: so many, of so long or more."""
+
+
+class Watch:
+    """What the turns of a loop took, since it was last asked."""
+
+    def __init__(self) -> None:
+        self.forget()
+        gc.callbacks.append(self._collected)
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.turns_ms: list[float] = []
+        self.longest: dict[str, float] = {}
+        self.within: deque[tuple[float, dict[str, float]]] = deque(maxlen=10_000)
+        self.parts: dict[str, float] = {}
+        self.collections_ms: list[tuple[int, float]] = []
+        self._at = time.thread_time()
+        self._at_collection = self.collecting_ms = 0.0
+
+    def watch(self, loop: Any) -> None:
+        """Watch this loop: its looks at files, and each callback."""
+        look = loop._selector.select
+
+        def select(timeout: float | None = None) -> object:
+            now = time.thread_time()
+            took_ms = (now - self._at) * 1e3
+            self._at = now
+            self.turns_ms.append(took_ms)
+            if took_ms > MOST_MS / 2:
+                self.within.append((took_ms, self.parts))
+            self.parts = {}
+            return look(timeout)
+
+        loop._selector.select = select
+        run = asyncio.Handle._run
+
+        def timed(handle: asyncio.Handle) -> None:
+            began, self.collecting_ms = time.thread_time(), 0.0
+            run(handle)
+            took_ms = (time.thread_time() - began) * 1e3
+            if took_ms > SHOWN_MS:
+                name = _name(handle)
+                self.parts[name] = self.parts.get(name, 0.0) + took_ms
+                if self.collecting_ms > SHOWN_MS:
+                    self.parts["garbage"] = self.parts.get("garbage", 0.0) + self.collecting_ms
+                self.longest[name] = max(took_ms, self.longest.get(name, 0.0))
+
+        asyncio.Handle._run = timed  # type: ignore[method-assign]
+
+    def _collected(self, phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            self._at_collection = time.thread_time()
+        else:
+            took_ms = (time.thread_time() - self._at_collection) * 1e3
+            self.collecting_ms += took_ms
+            self.collections_ms.append((info["generation"], took_ms))
+
+    def told(self) -> dict[str, object]:
+        """Return what was seen."""
+        turns = sorted(self.turns_ms)
+        return {
+            "turns": len(turns),
+            "cpu_s": sum(turns) / 1e3,
+            "longest_ms": turns[-5:][::-1],
+            "p999_ms": turns[int(0.999 * (len(turns) - 1))],
+            "long": sum(turn > MOST_MS for turn in turns),
+            "parts": sorted(self.longest.items(), key=lambda part: -part[1])[:SHOWN],
+            "within": sorted(self.within, key=lambda turn: -turn[0])[:5],
+            "full": sorted((took for generation, took in self.collections_ms if generation == 2), reverse=True)[:3],
+            "young": max((took for generation, took in self.collections_ms if generation < 2), default=0.0),
+        }
+
+
+def _name(handle: Any) -> str:
+    """Say what ran: of a task, where it has come to."""
+    callback = handle._callback
+    task = getattr(callback, "__self__", None)
+    if not isinstance(task, asyncio.Task):
+        return str(getattr(callback, "__qualname__", callback)).partition("(")[0]
+    names, found = [], task.get_coro()
+    while found is not None and hasattr(found, "cr_code"):
+        line = f":{found.cr_frame.f_lineno}" if found.cr_frame is not None else ""
+        names.append(f"{found.cr_code.co_qualname}{line}")
+        found = found.cr_await
+    return " > ".join(names[-2:]) or str(task)
+
+
+def serve(config_path: Path, report: Path) -> int:
+    """Serve, and add what was seen to `report` at each SIGUSR1."""
+    from extproc.commands.cli import prepare_grpc, run_loop
+    from extproc.commands.descriptors import raise_limit
+    from extproc.config import load_config
+
+    config = load_config(config_path)
+    raise_limit()
+    prepare_grpc(config.transport, config.listen)
+    watch = Watch()
+
+    async def life() -> int:
+        from extproc.app import App
+
+        loop = asyncio.get_running_loop()
+        watch.watch(loop)
+
+        def tell() -> None:
+            with report.open("a") as out:
+                out.write(json.dumps(watch.told()) + "\n")
+            loop.call_soon(watch.forget)
+
+        loop.add_signal_handler(signal.SIGUSR1, tell)
+        await App(config, loop).run()
+        return 0
+
+    return run_loop(life(), config.transport)
+
+
+async def hold(address: str, count: int, most_running: int, per_s: float) -> None:
+    """Hold `count` streams, with up to `most_running` more under way; end some each second and begin as many."""
+    import grpc
+
+    from extproc._pb import ext_proc_pb2 as pb
+    from extproc.stream import wire
+
+    def message(kind: str, **headers: str) -> bytes:
+        found = pb.ProcessingRequest()
+        for name, value in headers.items():
+            header = getattr(found, kind).headers.headers.add()
+            header.key = f":{name}" if name in ("method", "path", "status") else name.replace("_", "-")
+            header.raw_value = value.encode()
+        return found.SerializeToString()
+
+    plain = {"method": "POST", "path": "/v1/chat/completions", "content_type": "application/json"}
+    plain |= {"content_length": "812", "x_model": "sim", "user_agent": "x", "accept": "*/*"}
+    answered = message("response_headers", status="200", content_type="text/event-stream")
+    running: deque[asyncio.Event] = deque()
+    streams: set[asyncio.Task[None]] = set()
+
+    async with grpc.aio.insecure_channel(address) as channel:
+        method = channel.stream_stream(f"/{wire.SERVICE}/{wire.METHOD}")
+
+        async def stream(number: int) -> None:
+            over = asyncio.Event()
+            call = method()
+            begun = message("request_headers", **plain, x_request_id=f"r-{number}", x_tenant_id=f"t-{number % 50}")
+            await call.write(begun)
+            await call.read()
+            running.append(over)
+            await over.wait()
+            await call.write(answered)
+            await call.read()
+            await call.done_writing()
+            await call.read()
+
+        def begin(number: int) -> None:
+            task = asyncio.create_task(stream(number))
+            streams.add(task)
+            task.add_done_callback(streams.discard)
+
+        number = 0
+        for number in range(count + most_running):
+            begin(number)
+            if number % 50 == 0:
+                await asyncio.sleep(0.02)
+        print("held", flush=True)
+        while True:
+            await asyncio.sleep(1 / per_s)
+            number += 1
+            begin(number)
+            if running:
+                running.popleft().set()
+
+
+class Readers(threading.Thread):
+    """Asks for pages every second, and reads the live page, as Prometheus and people do."""
+
+    def __init__(self, admin: str) -> None:
+        super().__init__(daemon=True)
+        self.admin = admin
+        self.over = threading.Event()
+        self.asked = 0
+        self.sizes: dict[str, int] = {}
+
+    def run(self) -> None:
+        """Ask until it is over."""
+        threading.Thread(target=self._events, daemon=True).start()
+        while not self.over.wait(1.0):
+            for path in ("/metrics", "/queues"):
+                status, body = http_get(self.admin, path, 10)
+                assert status == 200, path
+                self.sizes[path] = len(body)
+            self.asked += 1
+
+    def _events(self) -> None:
+        host, _, port = self.admin.rpartition(":")
+        connection = http.client.HTTPConnection(host, int(port))
+        connection.request("GET", "/events")
+        answer = connection.getresponse()
+        with contextlib.suppress(OSError):
+            while not self.over.is_set():
+                self.sizes["/events"] = self.sizes.get("/events", 0) + len(answer.read1(1 << 20))
+
+
+def measure(endpoints: int, waiting: int, seconds: float, per_s: float, transport: str) -> bool:
+    """Run all parts, print what was seen, and tell whether no turn was too long."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    pages = context.Process(target=serve_pages, args=(endpoints, theirs), daemon=True)
+    pages.start()
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as running:
+        directory = Path(name)
+        report = directory / "report"
+        config = {
+            "enable_queue": True,
+            "transport": transport,
+            "scrape_interval": "1s",
+            "scrape_timeout": "900ms",
+            "max_running_requests": 1,
+            "max_queued_requests": 100_000,
+            "shed": False,
+            "tenant_fairness": True,
+            "drain_timeout": "200ms",
+            "classes": [{"name": "default", "budget": "600s"}, {"name": "interactive", "priority": 10}],
+            "endpoints": [
+                {"name": f"engine-{port}", "address": f"127.0.0.1:{port}", "models": ["sim"]} for port in ours.recv()
+            ],
+        }
+        running.callback(pages.kill)
+        sidecar = Sidecar(config, directory)
+        sidecar.write_config()
+        sidecar.child.argv = [sys.executable, "-m", "bench.turns", "--serve", str(sidecar.path), str(report)]
+        child = running.enter_context(sidecar.child)
+        child.wait_ready(lambda: http_ok(sidecar.admin, "/readyz"), timeout_s=60, what="/readyz")
+
+        lines = 0
+
+        def seen() -> dict[str, Any]:
+            nonlocal lines
+            child.signal(signal.SIGUSR1)
+            lines += 1
+            told = wait_until(lambda: (report.read_text() if report.exists() else "").splitlines()[lines - 1 :], 60)
+            found: dict[str, Any] = json.loads(told[0])
+            return found
+
+        def show(what: str, seconds: float) -> dict[str, Any]:
+            told = seen()
+            longest = ", ".join(f"{turn:.1f}" for turn in told["longest_ms"])
+            full = ", ".join(f"{took:.1f}" for took in told["full"]) or "none"
+            share = 100 * told["cpu_s"] / seconds
+            print(f"\n{what}: {told['turns']} turns, {share:.0f} % of a core; longest {longest} ms;", end=" ")
+            print(f"p99.9 {told['p999_ms']:.2f} ms; {told['long']} over {MOST_MS:g} ms;", end=" ")
+            print(f"garbage: full {full} ms, young {told['young']:.1f} ms")
+            for name, took in told["parts"]:
+                print(f"    {took:7.2f} ms  {name}")
+            for took, parts in told["within"]:
+                inside = ", ".join(
+                    f"{name} {part:.1f}" for name, part in sorted(parts.items(), key=lambda one: -one[1])
+                )
+                print(f"    a turn of {took:.1f} ms: {inside}")
+            return told
+
+        began = time.monotonic()
+        argv = [sys.executable, "-m", "bench.turns", "--hold", sidecar.listen, str(waiting), str(endpoints), str(per_s)]
+        time.sleep(3)
+        show(f"{endpoints} endpoints scraped, nobody waits", time.monotonic() - began)
+        began = time.monotonic()
+        client = running.enter_context(Child(argv, directory / "client.log", name="client"))
+        client.wait_line("held", timeout_s=300)
+        while sidecar.queues()["waiting_total"] < waiting:
+            time.sleep(1)
+        show(f"{waiting} came", time.monotonic() - began)
+        readers = Readers(sidecar.admin)
+        readers.start()
+        time.sleep(3)
+        seen()
+        began = time.monotonic()
+        time.sleep(seconds)
+        told = show(f"{waiting} wait, {per_s:g} a second come and go, pages asked", time.monotonic() - began)
+        readers.over.set()
+        print(f"  asked {readers.asked} times: {readers.sizes}")
+        return bool(told["longest_ms"][0] <= MOST_MS)
+
+
+def main() -> int:
+    """Measure, or be one of the parts."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--endpoints", type=int, default=500)
+    parser.add_argument("--waiting", type=int, default=10_000)
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--per-s", type=float, default=50.0)
+    parser.add_argument("--transport", choices=["completion_queue", "asyncio"], default="completion_queue")
+    parser.add_argument("--serve", nargs=2, type=Path, metavar=("CONFIG", "REPORT"))
+    parser.add_argument("--hold", nargs=4, metavar=("ADDRESS", "COUNT", "RUNNING", "PER_S"))
+    arguments = parser.parse_args()
+    if arguments.serve is not None:
+        return serve(*arguments.serve)
+    if arguments.hold is not None:
+        address, count, most_running, per_s = arguments.hold
+        asyncio.run(hold(address, int(count), int(most_running), float(per_s)))
+        return 0
+    good = measure(arguments.endpoints, arguments.waiting, arguments.seconds, arguments.per_s, arguments.transport)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

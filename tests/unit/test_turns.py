@@ -1,0 +1,115 @@
+"""No page takes the event loop for long, however many endpoints there are and requests that wait.
+
+Counted in calls of functions, which no other work on the machine changes: a call is some tenth of a microsecond, and
+15,000 are one to two milliseconds. `make bench-turns` has the times.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from extproc.admin.http import Admin
+from extproc.admin.text import pieces
+from extproc.admission.controller import Controller
+from extproc.admission.load import Load
+from extproc.admission.ticket import Ticket
+from extproc.admission.values import EndpointSpec, Policy, Request, RequestClass
+from extproc.observe.metrics import Metrics
+from extproc.stream.gate import Gate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+ENDPOINTS, WAITING = 300, 6_000
+MOST_CALLS = 15_000
+MOST_BYTES = 100_000
+"""Of JSON or text made in one turn: a millisecond."""
+CLASSES = (RequestClass("default", 0, 600.0), RequestClass("high", 5, 600.0))
+
+
+class Clock:
+    def time(self) -> float:
+        return 100.0
+
+    def call_at(self, when: float, callback: object) -> Clock:
+        return self
+
+    def cancel(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def crowd() -> Admin:
+    controller = Controller(Policy(classes=CLASSES, max_queued_requests=20_000, shed=False))
+    metrics = Metrics(controller, lambda: 0, clock=Clock().time)
+    gate = Gate(controller, Clock(), [metrics])
+    for number in range(ENDPOINTS):
+        gate.put_endpoint(EndpointSpec(f"vllm-{number}", max_running_requests=1))
+        gate.set_up(f"vllm-{number}", is_up=True)
+        gate.observe(f"vllm-{number}", Load(running=1, waiting=0, kv_usage=0.5))
+    for number in range(ENDPOINTS + WAITING):
+        gate.offer(Ticket(Request(f"id-{number}", 100.0, request_class=CLASSES[number % 2].name)))
+    return Admin("127.0.0.1:0", gate, metrics)
+
+
+def steps(step: Callable[[], object]) -> Iterator[int]:
+    """Take steps until it raises StopIteration; give how many calls each made."""
+    over = False
+    while not over:
+        calls = 0
+
+        def count(_frame: object, event: str, _argument: object) -> None:
+            nonlocal calls
+            calls += event in ("call", "c_call")
+
+        before = sys.getprofile()
+        sys.setprofile(count)
+        try:
+            step()
+        except StopIteration:
+            over = True
+        finally:
+            sys.setprofile(before)
+        yield calls
+
+
+def test_no_turn_of_the_metrics_page_is_long(crowd):
+    pages: list[bytes] = []
+    made: list[Iterator[bytes]] = []
+
+    def step() -> None:
+        if made:
+            pages.append(next(made[0]))
+        else:
+            made.append(crowd._metrics.pieces())
+
+    assert max(steps(step)) < MOST_CALLS
+    assert max(map(len, pages)) < MOST_BYTES
+    assert b"".join(pages).count(b"extproc_endpoint_closed{") == 5 * ENDPOINTS
+
+
+def test_no_turn_of_the_queues_is_long(crowd):
+    asked = crowd.snapshot(500)
+    assert max(steps(lambda: asked.send(None))) < MOST_CALLS
+
+
+def test_no_turn_of_the_live_page_is_long(crowd):
+    asked = crowd.view()
+    assert max(steps(lambda: asked.send(None))) < MOST_CALLS
+
+
+def test_json_is_written_in_short_pieces_that_together_are_it(crowd):
+    view = asyncio.run(crowd.snapshot(500))
+    parts = list(pieces(view))
+    assert json.loads(b"".join(parts)) == view
+    assert max(map(len, parts)) < MOST_BYTES
+    assert [json.loads(b"".join(pieces(one))) for one in ({}, {"a": []}, {"a": [1], "b": {}})] == [
+        {},
+        {"a": []},
+        {"a": [1], "b": {}},
+    ]
