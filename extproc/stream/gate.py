@@ -220,7 +220,9 @@ class Gate:
         """Carry out what an event led to."""
         if self._left:
             return
-        if decisions:
+        if len(decisions) == 1 and not self._outbox:
+            self._tell(decisions[0])
+        elif decisions:
             for decision in decisions:
                 self._decided += 1
                 heappush(self._outbox, (-decision.ticket.request_class.priority, self._decided, decision))
@@ -236,21 +238,21 @@ class Gate:
         self._flushing = False
         outbox = self._outbox
         for _ in range(min(BURST, len(outbox))):
-            decision = heappop(outbox)[2]
-            for observer in self._observers:
-                observer.decided(decision)
-            deliver, decision.ticket.deliver = (
-                decision.ticket.deliver,
-                None,
-            )  # it is told once, and may then be forgotten
-            if deliver is not None:
-                try:
-                    deliver(decision)
-                except Exception:  # the others must still be told
-                    log.exception("a decision could not be delivered: please report it")
+            self._tell(heappop(outbox)[2])
         if outbox:
             self._flushing = True
             self._loop.call_soon(self._flush)
+
+    def _tell(self, decision: Decision) -> None:
+        for observer in self._observers:
+            observer.decided(decision)
+        ticket = decision.ticket
+        deliver, ticket.deliver = ticket.deliver, None  # it is told once, and may then be forgotten
+        if deliver is not None:
+            try:
+                deliver(decision)
+            except Exception:  # the others must still be told
+                log.exception("a decision could not be delivered: please report it")
 
     def _tick(self) -> None:
         self._timer = None

@@ -100,16 +100,46 @@ class Requests:
     def read(self, incoming: Incoming, now: float, endpoints: Mapping[str, str]) -> Request:
         """Read a request that is here at `now`; `endpoints`: by their Envoy clusters. Headers win over fields."""
         names, headers, fields = self.names, incoming.headers, incoming.fields
-        model = _first(headers, names.model) or _text(fields.get("model")) or self.default_model
-        # OpenAI splits its old `user` into these two: who is asking, and which requests begin alike.
-        tenant = _first(headers, names.tenant) or _text(fields.get("safety_identifier")) or _text(fields.get("user"))
-        session = _first(headers, names.session) or _text(fields.get("prompt_cache_key"))
+        model, tenant = _first(headers, names.model), _first(headers, names.tenant)
+        session, sequences, max_output_tokens = _first(headers, names.session), 1, None
+        if fields:
+            model = model or _text(fields.get("model"))
+            # OpenAI splits its old `user` into these two: who is asking, and which requests begin alike.
+            tenant = tenant or _text(fields.get("safety_identifier")) or _text(fields.get("user"))
+            session = session or _text(fields.get("prompt_cache_key"))
+            sequences = min(_count(fields.get("n")) or 1, MAX_SEQUENCES)
+            max_output_tokens = _count(fields.get("max_tokens")) or _count(fields.get("max_completion_tokens"))
+        model = model or self.default_model
         cluster = headers.get(names.cluster)
-        home = budget_s = None
+        home = None
         if cluster:
             home = endpoints.get(cluster)
             if home is None:
                 self.ignored["cluster"] += 1
+        request_class = headers.get(names.request_class)
+        if not request_class:
+            objective = _first(headers, names.objective)
+            request_class = self.class_of_objective(objective) if objective else self._class_of(fields)
+        return Request(
+            id=(incoming.attributes.get("request.id") or headers.get("x-request-id", ""))[:MAX_NAME],
+            arrived=now - self._ages.age_s(incoming.attributes.get("request.time")),
+            model=model[:MAX_NAME] if model else None,
+            request_class=request_class[:MAX_NAME],
+            tenant=(tenant or "")[:MAX_NAME],
+            session=session[:MAX_NAME] if session else None,
+            home=home,
+            budget_s=self._budget_s(headers),
+            prompt_tokens=_prompt_tokens(headers.get("content-length"), has_body=incoming.has_body),
+            kind=_kind_of(headers) if incoming.has_body else JSON,
+            sequences=sequences,
+            max_output_tokens=max_output_tokens,
+            trace=headers.get(names.trace, "")[:MAX_NAME] if names.trace else "",
+            operation=OPERATIONS.get(headers.get(":path", "").partition("?")[0], ""),
+        )
+
+    def _budget_s(self, headers: Mapping[str, str]) -> float | None:
+        """Return how long a request says that it may wait, by the shortest of what it says."""
+        names, budget_s = self.names, None
         budget = headers.get(names.budget)
         if budget:
             budget_s = parse_duration(budget)
@@ -123,29 +153,12 @@ class Requests:
                     self.ignored["budget"] += 1
                 elif budget_s is None or ttl_s < budget_s:
                     budget_s = ttl_s
-        request_class = headers.get(names.request_class)
-        if not request_class:
-            objective = _first(headers, names.objective)
-            request_class = self.class_of_objective(objective) if objective else self._class_of(fields)
-        return Request(
-            id=(incoming.attributes.get("request.id") or headers.get("x-request-id", ""))[:MAX_NAME],
-            arrived=now - self._ages.age_s(incoming.attributes.get("request.time")),
-            model=model[:MAX_NAME] if model else None,
-            request_class=request_class[:MAX_NAME],
-            tenant=(tenant or "")[:MAX_NAME],
-            session=session[:MAX_NAME] if session else None,
-            home=home,
-            budget_s=budget_s,
-            prompt_tokens=_prompt_tokens(headers.get("content-length"), has_body=incoming.has_body),
-            kind=_kind_of(headers) if incoming.has_body else JSON,
-            sequences=min(_count(fields.get("n")) or 1, MAX_SEQUENCES),
-            max_output_tokens=_count(fields.get("max_tokens")) or _count(fields.get("max_completion_tokens")),
-            trace=headers.get(names.trace, "")[:MAX_NAME] if names.trace else "",
-            operation=OPERATIONS.get(headers.get(":path", "").partition("?")[0], ""),
-        )
+        return budget_s
 
     def _class_of(self, fields: Mapping[str, object]) -> str:
         """Return the class that a body asks for: by name as OpenAI's service_tier, by number as vLLM's priority."""
+        if not fields:
+            return ""
         tier = _text(fields.get("service_tier"))
         if tier is not None:
             return tier

@@ -64,6 +64,7 @@ class Session:
     """One stream. `receive` and `end` come from the driver, `_decided` from the gate, all in one thread."""
 
     __slots__ = (
+        "_action",
         "_answer",
         "_began",
         "_is_half_closed",
@@ -96,7 +97,7 @@ class Session:
         self._state = _State.NEW
         self._ticket: Ticket | None = None
         self._answer = Answer.UNKNOWN
-        self._shape = Shape.OPENAI
+        self._action, self._shape = Action.QUEUE, Shape.OPENAI
         self._needs_body = True  # an answer without one is none
         self._number = 0  # in `running`: the answer's first piece will be shown to us
         self._shown: bool | None = None  # that piece had bytes; it was the empty end of an empty answer; not shown
@@ -199,6 +200,7 @@ class Session:
         headers = incoming.headers
         self._needs_body = headers.get(":method") not in BODILESS and "upgrade" not in headers
         action, self._shape = reception.kind_of(incoming.headers)
+        self._action = action
         if action is Action.MODELS and self._tell_models(incoming.headers.get(":path", "")):
             return
         if not modes.tells_end and not reception.picks_without_end:
@@ -230,10 +232,9 @@ class Session:
             request.allowed = reception.gate.controller.others(request, self._refused_by)
         elif self._tries:
             self._ticket.request.home = None  # no wish: another sidecar wrote it, and who is there took no connection
-        action, _ = reception.kind_of(incoming.headers)
         if self._tries > again.MOST:
             reception.gate.refuse(self._ticket, Outcome.NO_ENDPOINT)
-        elif action is Action.QUEUE and self._modes.tells_end:
+        elif self._action is Action.QUEUE and self._modes.tells_end:
             reception.gate.offer(self._ticket)
         else:
             reception.gate.send(self._ticket)

@@ -62,6 +62,8 @@ def written(cluster_header: str, *, server_timing: bool, second_try: bool = Fals
 class Kind(Enum):
     """What Envoy sent; values are the names of the message's oneof."""
 
+    __hash__ = object.__hash__  # a member equals nothing but itself; Enum's own hash is a call of Python's
+
     REQUEST_HEADERS = "request_headers"
     RESPONSE_HEADERS = "response_headers"
     REQUEST_BODY = "request_body"
@@ -180,7 +182,8 @@ class Reader:
         for header in part.headers:
             key = header.key
             if key in wanted and key not in headers:
-                headers[key] = (header.raw_value or header.value).decode("utf-8", "replace")
+                value = header.raw_value or header.value
+                headers[key] = value.decode() if value.isascii() else value.decode("utf-8", "replace")
 
 
 def _texts(values: pb.Fields, found: dict[str, str]) -> None:
