@@ -7,7 +7,7 @@ at every waiting request gives way to the event loop every few hundred.
 from __future__ import annotations
 
 import asyncio
-from itertools import chain, islice
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from extproc import __version__
@@ -144,23 +144,12 @@ class Viewer:
     async def view(self, *, ready: bool) -> Values:
         """Return what the page and `top` show. Its parts may be some milliseconds apart."""
         controller = self._gate.controller
-        lines = (queue.unordered() for pool in controller.pools() for queue in pool.queues())
-        tickets = list(islice(chain.from_iterable(lines), MOST_SCANNED))
-        by_class: dict[str, list[Ticket]] = {name: [] for name in waiting_by_class(controller)}
-        for start in range(0, len(tickets), TURN):
-            await asyncio.sleep(0)
-            for ticket in tickets[start : start + TURN]:
-                if ticket.state is State.WAITING:
-                    by_class.setdefault(ticket.request_class.name, []).append(ticket)
-        for waiting in by_class.values():
-            await asyncio.sleep(0)
-            waiting.sort(key=_arrival)
-        await asyncio.sleep(0)
-        now = self._gate.now()
+        by_class, scanned = await self._oldest()
+        now, counts = self._gate.now(), waiting_by_class(controller)
         everyone = [ticket for waiting in by_class.values() for ticket in waiting[:ROWS]]
         oldest = [self._row(ticket, now) for ticket in sorted(everyone, key=_arrival)[:ROWS]]
         endpoints = await self._endpoints(now, MOST_MODELS)
-        classes = await self._classes(by_class, now)
+        classes = await self._classes(by_class, counts, now)
         rates = self.history.rates(now)
         totals = outcome_totals(self._metrics)
         return {
@@ -170,8 +159,8 @@ class Viewer:
             "patience_s": controller.policy.patience_s,
             "step_s": STEP_S,
             "endpoints": endpoints,
-            "waiting_total": sum(map(len, by_class.values())) if len(tickets) < MOST_SCANNED else controller.waiting,
-            "scanned_all": len(tickets) < MOST_SCANNED,
+            "waiting_total": sum(counts.values()),
+            "scanned_all": scanned < MOST_SCANNED,
             "classes": classes,
             "waiting": oldest,
             "outcomes": [
@@ -193,6 +182,25 @@ class Viewer:
         answers = {} if self._capacity is None else self._capacity.answers()
         return [{"pool": pool, "load": answer.load, "words": answer.words} for pool, answer in answers.items()]
 
+    async def _oldest(self) -> tuple[dict[str, list[Ticket]], int]:
+        """Return the oldest of each class that wait, MOST_BARS at most, and how many were looked at, some at a time."""
+        controller, scanned = self._gate.controller, 0
+        by_class: dict[str, list[Ticket]] = {name: [] for name in waiting_by_class(controller)}
+        for queue in [queue for pool in controller.pools() for queue in pool.queues() if queue]:
+            some = queue.behind(None, TURN)
+            while some and scanned < MOST_SCANNED:
+                scanned += len(some)
+                for ticket in some:
+                    by_class.setdefault(ticket.request_class.name, []).append(ticket)
+                for waiting in by_class.values():
+                    waiting.sort(key=_arrival)
+                    del waiting[MOST_BARS:]
+                await asyncio.sleep(0)
+                some = queue.behind(some[-1].key, TURN)
+        return {
+            name: [ticket for ticket in waiting if ticket.state is State.WAITING] for name, waiting in by_class.items()
+        }, scanned
+
     def _row(self, ticket: Ticket, now: float) -> Values:
         sidecar = None if self._others is None else self._others.whose(ticket)
         return _row(ticket, now) | ({} if sidecar is None else {"sidecar": sidecar})
@@ -208,7 +216,9 @@ class Viewer:
             "replicas": None if self._others is None else self._others.described(),
         }
 
-    async def _classes(self, by_class: Mapping[str, list[Ticket]], now: float) -> list[Values]:
+    async def _classes(
+        self, by_class: Mapping[str, list[Ticket]], counts: Mapping[str, int], now: float
+    ) -> list[Values]:
         known = {klass.name: klass for klass in self._gate.controller.policy.classes}
         curves = self.history.curves(by_class)
         classes = []
@@ -223,12 +233,12 @@ class Viewer:
                     "name": name,
                     "priority": klass.priority,
                     "budget_s": klass.budget_s,
-                    "waiting": len(waiting),
+                    "waiting": counts.get(name, 0),
                     "oldest_s": round(now - waiting[0].request.arrived, 2) if waiting else None,
                     "p50_s": p50_s,
                     "p95_s": p95_s,
                     # The sequence number tells a bar from its neighbours; the share of the budget is its height.
-                    "bars": [[ticket.key[2], _budget_used(ticket, now)] for ticket in waiting[:MOST_BARS]],
+                    "bars": [[ticket.key[2], _budget_used(ticket, now)] for ticket in waiting],
                     "history": curves[name],
                 }
             )

@@ -41,6 +41,15 @@ class Queue:
         """Walk the tickets in no order that means anything: a third of the time of walking them in theirs."""
         return self._tickets.values()
 
+    def behind(self, key: Key | None, most: int) -> list[Ticket]:
+        """Return up to `most` tickets that stand behind a place, in order; None: from the front.
+
+        To walk a long line with pauses in which it may change: no list of all is made, that collections of garbage
+        would walk, too.
+        """
+        keys = self._line if key is None else self._line.irange(key, inclusive=(False, True))
+        return [self._tickets[one[2]] for one in islice(keys, most)]
+
     def add(self, ticket: Ticket) -> None:
         """Put `ticket` at the place of its key."""
         key = ticket.key

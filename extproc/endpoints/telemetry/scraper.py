@@ -42,6 +42,8 @@ _SLOTS = 20
 warm (`python -m bench.scrape scrape`)."""
 _TOGETHER = 8
 """Scrapes in one slot, on average: many more in a row would hold others up (`make bench-turns`)."""
+_AT_A_TIME = 4
+"""Pages read in one turn of the loop: after a moment in which this process had no processor, hundreds have come."""
 _RATE_GAPS = 3.5
 """Intervals over which a token rate still means something: one or two failed scrapes lie between."""
 
@@ -92,6 +94,7 @@ class Scraper:
         self._watches: dict[str, _Watch] = {}
         self._errors: dict[tuple[str, Reason], int] = {}
         self._pages: Pages | None = None
+        self._reading = asyncio.Semaphore(_AT_A_TIME)
 
     async def start(self, observe: Callable[[str, Load], None]) -> None:
         """Begin to scrape, if there is an interval, and call `observe(name, load)` with each reading."""
@@ -315,11 +318,12 @@ class Scraper:
         now = self._loop.time()
         if isinstance(body, Reason):
             return body, now
-        steps = read_in_slices(body, engines, labels, own)
-        while True:
-            try:
-                next(steps)
-            except StopIteration as end:
-                result: Readings | Reason = end.value
-                return result, now
-            await asyncio.sleep(0)
+        async with self._reading:
+            steps = read_in_slices(body, engines, labels, own)
+            while True:
+                try:
+                    next(steps)
+                except StopIteration as end:
+                    result: Readings | Reason = end.value
+                    return result, now
+                await asyncio.sleep(0)
