@@ -24,7 +24,7 @@ from extproc.transport.aio import Server as AsyncioServer
 from extproc.transport.aio import _Writer
 from extproc.transport.completion import loop as loop_module
 from extproc.transport.completion.loop import CompletionLoop, make_loop
-from extproc.transport.completion.server import Server
+from extproc.transport.completion.server import Server, Stream
 from extproc.transport.listener import Listener
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Chatter:
     def __init__(self, log: list[str], send: Callable[[bytes], None]) -> None:
         self._log = log
         self._send = send
-        self._ended = False
+        self._ended = self._stays = False
         self.over = self.paused = False
 
     def receive(self, data: bytes) -> None:
@@ -62,9 +62,16 @@ class Chatter:
                 raise ProtocolError("that was wrong")
             case "bug":
                 raise ZeroDivisionError
+            case "pause":
+                self.paused = True
+                self._log.append("paused")
+            case "stay":
+                self._stays = True
 
     def half_closed(self) -> bool:
-        return False
+        if self._stays:
+            self._log.append("half-closed")
+        return self._stays
 
     def end(self) -> None:
         if not self._ended:  # as a session, it may be told twice
@@ -256,6 +263,43 @@ def test_every_way_to_leave_ends_the_handler_exactly_once(server):
     wait_for(lambda: server.log == ["end"] * 3)
     time.sleep(0.05)
     assert server.log == ["end"] * 3
+
+
+@pytest.mark.parametrize("what", ["pause", "stay"])
+def test_a_client_that_leaves_while_nothing_is_read_from_it_is_noticed(server, what):
+    """Nothing is read while a handler wants no more for now, and once a client has said that it says no more."""
+    talk = Talk(server)
+    talk.say(what.encode())
+    if what == "stay":
+        talk.say(None)
+    wait_for(lambda: server.log in (["paused"], ["half-closed"]))
+    talk.leave()
+    wait_for(lambda: server.log[1:] == ["end"])
+
+
+def test_a_request_takes_four_batches_of_operations(loop, monkeypatch):
+    """To read, to answer and read twice, and to end: each costs a turn through gRPC's core."""
+    batches: list[list[str]] = []
+
+    def start(stream: Stream, operations: tuple[Any, ...], then: Callable[[Any], None]) -> None:
+        batches.append([type(one).__name__.removesuffix("Operation") for one in operations])
+        assert stream._call.start_server_batch(operations, then) == 0
+
+    monkeypatch.setattr(extproc.transport.completion.server, "Session", Chatter)
+    monkeypatch.setattr(Stream, "_start", start)
+    with serving(Server, loop) as server:
+        talk = Talk(server)
+        for reply in (b"to this", b"and that"):
+            talk.say(b"echo " + reply)
+            assert next(talk.call) == reply
+        talk.say(None)
+        assert [*talk.call] == []
+    assert batches == [
+        ["ReceiveMessage"],
+        ["ReceiveMessage", "SendInitialMetadata", "SendMessage"],
+        ["ReceiveMessage", "SendMessage"],
+        ["SendStatusFromServer", "ReceiveCloseOnServer"],
+    ]
 
 
 def test_an_unknown_method_is_unimplemented(server):

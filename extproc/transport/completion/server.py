@@ -188,6 +188,9 @@ class Stream:
     Core calls back, through the loop: `_received`, `_written`, `_exchanged`, `_closed`. Operations under way keep this
     object alive. The next message is asked for when all replies are on their way, and together with the last one: that
     saves a turn through core, and a client that takes no replies is not listened to.
+
+    That the stream is over is told by the read that is under way. Only where none is, core is asked for it (`_watch`),
+    and else together with the status that ends the stream: that saves a batch per request, and 0.7 KiB while it waits.
     """
 
     __slots__ = (
@@ -200,6 +203,7 @@ class Stream:
         "_pending",
         "_receiving",
         "_status",
+        "_watched",
         "_writing",
     )
 
@@ -222,13 +226,13 @@ class Stream:
         self._asking = True  # the next message is wanted, and not asked for yet
         self._paused = False  # it is not wanted before the next reply
         self._writing = False
+        self._watched = False  # core was asked to tell when all is over
         self._pending: deque[bytes] = deque()
         self._status: tuple[Any, bytes] | None = None  # what ends the stream, once all else is out
         self._handler: Handler | None = open_handler(self.send)
         if isinstance(self._handler, Session):
             self._handler.hang_up = self._hang_up
             self._handler.resets = resets
-        self._start((cygrpc.ReceiveCloseOnServerOperation(0),), self._closed)
         self._go_on()
 
     def send(self, data: bytes) -> None:
@@ -248,6 +252,12 @@ class Stream:
         if error != 0:
             raise RuntimeError(f"gRPC refused {operations} with {error}")
 
+    def _watch(self) -> None:
+        """Be told when the stream is over."""
+        if not self._watched:
+            self._watched = True
+            self._start((cygrpc.ReceiveCloseOnServerOperation(0),), self._closed)
+
     def _go_on(self) -> None:
         """Start what can be started: the next reply, with the last one the status or the wait for another message."""
         if self._writing:  # `_written` or `_exchanged` comes back here
@@ -266,6 +276,9 @@ class Stream:
                 code, details = self._status
                 self._status = None
                 operations.append(cygrpc.SendStatusFromServerOperation(None, code, details, 0))
+                if not self._watched:
+                    self._watched = True
+                    operations.append(cygrpc.ReceiveCloseOnServerOperation(0))
         if self._asking and not pending and self._handler is not None:
             self._asking = False
             operations.insert(0, cygrpc.ReceiveMessageOperation(0))
@@ -281,7 +294,9 @@ class Stream:
         self._receiving = True
         try:
             if data is None:  # the client sends no more
-                if not handler.half_closed():
+                if handler.half_closed():
+                    self._watch()
+                else:
                     self._end(_OK)
                 return
             handler.receive(data)
@@ -290,6 +305,8 @@ class Stream:
             else:
                 self._paused = handler.paused
                 self._asking = not (self._one_message or self._paused)
+                if not self._asking:
+                    self._watch()
         except ProtocolError as error:
             self._end((cygrpc.StatusCode.invalid_argument, str(error).encode()))
         except StatusError as error:
@@ -311,6 +328,7 @@ class Stream:
         if not event.success:  # the stream is gone, `_closed` will say so
             self._pending.clear()
             self._status = None
+            self._watch()
             return
         self._go_on()
 
