@@ -135,9 +135,11 @@ class Session:
             self._take(incoming)
 
     def _take(self, incoming: Incoming) -> None:
-        match self._state, incoming.kind:
+        match self._state, incoming.kind:  # the usual two come first
             case _State.NEW, Kind.REQUEST_HEADERS:
                 self._begin(incoming)
+            case ((_State.ANSWERED | _State.REFUSED), Kind.RESPONSE_HEADERS):
+                self._take_answer(incoming)
             case _State.NEW, _:
                 self._take_unasked(incoming)
             case ((_State.READING | _State.HELD), Kind.RESPONSE_HEADERS):  # Envoy answered by itself: nobody waits
@@ -147,8 +149,6 @@ class Session:
                 self._send(wire.go_on(incoming.kind))
             case ((_State.READING | _State.HELD), Kind.REQUEST_TRAILERS):
                 self._keep_trailers()
-            case ((_State.ANSWERED | _State.REFUSED), Kind.RESPONSE_HEADERS):
-                self._take_answer(incoming)
             case (
                 (_State.ANSWERED | _State.REFUSED),
                 Kind.REQUEST_BODY | Kind.RESPONSE_BODY | Kind.REQUEST_TRAILERS | Kind.RESPONSE_TRAILERS,
