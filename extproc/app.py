@@ -262,7 +262,12 @@ class App:
 
     def _look(self) -> None:
         """Do what is due now and then. A bug there ends neither the process nor the other looks; it is told once."""
-        for look in (self.queue_log.look, self.garbage.look, self.ebb.look, *([self.tls.look] if self.tls is not None else [])):
+        for look in (
+            self.queue_log.look,
+            self.garbage.look,
+            self.ebb.look,
+            *([self.tls.look] if self.tls is not None else []),
+        ):
             try:
                 look()
             except Exception as error:

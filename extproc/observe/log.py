@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("extproc.queue")
 
+_WELL = (Outcome.DISPATCHED, Outcome.PASSED)
 LINES = 5
 PERIOD_S = 1.0
 LOOK_S = 0.5
@@ -94,7 +95,7 @@ class QueueLog:
     def decided(self, decision: Decision) -> None:
         """Write a line for a refusal or a reroute. Everything else is in the metrics."""
         outcome = decision.outcome
-        if outcome in (Outcome.DISPATCHED, Outcome.PASSED) or not self._may_write(outcome):
+        if outcome in _WELL or not self._may_write(outcome):
             return
         ticket = decision.ticket
         request_id = printable(ticket.request.id)

@@ -53,6 +53,7 @@ WAIT_BUCKETS_S = (
 """Narrow where budgets are: a percentile read off them is not twice the truth. The last is the longest budget."""
 BUDGET_BUCKETS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Shares of a request's budget: the same buckets fit a class that may wait 2 s and one that may wait 5 minutes."""
+_PASSED = Outcome.PASSED
 SHARED = "*"
 """The `endpoint` label of requests that any endpoint of their pool may take."""
 PIECE_LINES = 250
@@ -175,7 +176,7 @@ class Metrics:
         if ticket.request.request_class != name and ticket.request.request_class:
             self.unknown_classes += 1
         self._note_held(ticket)
-        if isinstance(decision, Dispatch) and decision.outcome is not Outcome.PASSED:
+        if isinstance(decision, Dispatch) and decision.outcome is not _PASSED:
             self._note_wait(name, decision.wait_s, ticket.wait_until - ticket.request.arrived)
 
     def cancelled(self, ticket: Ticket, wait_s: float) -> None:

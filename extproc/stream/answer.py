@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 GRPC = "application/grpc"
 GRPC_STATUS = "grpc-status"
+_OK = Answer.OK
 _GRPC = {
     "0": Answer.OK,
     "2": Answer.ERROR,  # UNKNOWN
@@ -61,7 +62,7 @@ def _judge_success(incoming: Incoming, *, needs_body: bool) -> Answer:
         return Answer.EMPTY if needs_body else Answer.UNKNOWN
     if incoming.headers.get("content-type", "").startswith(GRPC):
         return Answer.UNKNOWN  # its trailers tell
-    return Answer.OK
+    return _OK
 
 
 def judge_trailers(incoming: Incoming) -> Answer:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("extproc.gate")
 
+_LEASED, _WAITING, _UNKNOWN = State.LEASED, State.WAITING, Answer.UNKNOWN
+
 BURST = 64
 """Decisions delivered per turn of the loop: two or three milliseconds' worth. And Envoy resets each stream that ends:
 more than 1,000 resets at once look to its HTTP/2 flood guard like an attack (max_outbound_control_frames), and it
@@ -139,7 +141,7 @@ class Gate:
 
     def move(self, ticket: Ticket, endpoint: str) -> None:
         """Note that another endpoint answers than the one picked; the name of one that we don't know ends the lease."""
-        if ticket.state is State.LEASED:
+        if ticket.state is _LEASED:
             self._settle(self.controller.move(ticket, endpoint, self._loop.time()))
 
     def report(self, ticket: Ticket, load: Load) -> None:
@@ -147,14 +149,14 @@ class Gate:
         if ticket.endpoint is not None:
             self._settle(self.controller.report(ticket.endpoint.name, load, self._loop.time()))
 
-    def close(self, ticket: Ticket, answer: Answer = Answer.UNKNOWN) -> None:
+    def close(self, ticket: Ticket, answer: Answer = _UNKNOWN) -> None:
         """Note that a request is over, in whatever state it is. To be called exactly once for each offered ticket."""
         if self._left:
             return
         now = self._loop.time()
-        if ticket.state is State.LEASED:
+        if ticket.state is _LEASED:
             self._settle(self.controller.release(ticket, now, answer))
-        elif ticket.state is State.WAITING:
+        elif ticket.state is _WAITING:
             decisions = self.controller.cancel(ticket, now)
             self._tell_cancelled(ticket, now)
             self._settle(decisions)

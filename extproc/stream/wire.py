@@ -73,6 +73,7 @@ class Kind(Enum):
 
 
 _KINDS = {kind.value: kind for kind in Kind}
+_RESPONSE_HEADERS = Kind.RESPONSE_HEADERS
 
 REPEATED = 256
 """Messages with response headers that are kept as read, so long as they are short: most of an engine's answers begin
@@ -131,7 +132,7 @@ class Reader:
         incoming = self._repeated.get(data)
         if incoming is None:
             incoming = self._parse(data)
-            if incoming.kind is Kind.RESPONSE_HEADERS and len(data) <= SHORT:
+            if incoming.kind is _RESPONSE_HEADERS and len(data) <= SHORT:
                 if len(self._repeated) >= REPEATED:
                     self._repeated.clear()
                 self._repeated[data] = incoming
