@@ -182,7 +182,7 @@ bench-scrape: $(STAMP)  ## what telemetry of 200 endpoints costs
 
 # In a copy: mutmut writes its mutants beside the sources. A mutant that loops may ask for memory without end.
 MUTANTS ?= extproc.admission.*
-mutation: $(STAMP)  ## every mutant of the admission core against its tests; fails under 85 % killed (about 15 minutes)
+mutation: $(STAMP)  ## every mutant of the admission core against its tests; fails under 85 % killed (long: MUTANTS picks some)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[mutation]'
 	rm -rf build/mutation && mkdir -p build/mutation && cp -r extproc tests pyproject.toml build/mutation
 	cd build/mutation && { ulimit -v 6000000 || true; } && $(abspath $(BIN))/mutmut run --max-children 1 '$(MUTANTS)' > run.log

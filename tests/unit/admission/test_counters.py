@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from extproc.admission.counters import Usual
 from extproc.admission.limit import AdaptiveLimit
 from extproc.admission.load import Load
 from extproc.admission.values import Answer, EndpointSpec
@@ -79,3 +80,11 @@ def test_connections_that_fail_say_nothing_of_how_long_answers_are() -> None:
         desk.observe(name, Load(running=0.0, waiting=0.0, tokens_per_s=0.0, output_tokens=0))
     assert doubted(desk) == set()
     assert desk.core._tokens._mean == before
+
+
+def test_what_is_usual_in_a_pool_follows_each_of_its_engines_by_its_share() -> None:
+    alone, shared = Usual(), Usual()
+    for usual, engines in ((alone, 1), (shared, 2)):
+        usual.follow(0.0, answers=1, engines=engines, memory=100)
+        usual.follow(1.0, answers=10, engines=engines, memory=100)
+    assert (alone.log_tokens, shared.log_tokens) == (pytest.approx(0.1), pytest.approx(0.05))

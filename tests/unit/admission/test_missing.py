@@ -93,6 +93,18 @@ def test_it_is_tried_again_and_left_out_for_longer_until_it_serves() -> None:
     assert ward.refuse() > 1  # and what was is forgotten
 
 
+def test_each_of_two_models_is_tried_again_in_its_own_time() -> None:
+    ward = Ward()
+    ward.refuse()
+    ward.advance(EJECT_S / 2)
+    ward.refuse(model="odd")
+    ward.advance(EJECT_S / 2)
+    assert ward.goes("broken", home="a") == "a"
+    assert ward.goes("odd", home="a") == "b"
+    ward.advance(EJECT_S / 2)
+    assert ward.goes("odd", home="a") == "a"
+
+
 def test_what_all_refuse_or_only_one_has_puts_nobody_out() -> None:
     ward = Ward()
     for _ in range(100):
