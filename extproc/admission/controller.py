@@ -8,7 +8,8 @@ Rules of the core:
 
 The rooms, each with what it may change: `transitions.py` what a request can become; `lines.py` who waits where;
 `guard.py` how often one may be passed over; `placing.py` the dispatch pass; `refusing.py` who may not wait;
-`fleet.py` what follows when an endpoint changes; `answers.py` what answers tell; `books.py` what they all share.
+`fleet.py` what follows when an endpoint changes; `answers.py` and `hearing.py` what answers and endpoints tell;
+`views.py` what others ask; `books.py` what they all share.
 """
 
 from __future__ import annotations
@@ -43,8 +44,7 @@ from extproc.admission.events import (
     Withdrawn,
 )
 from extproc.admission.fleet import Fleet
-from extproc.admission.guard import seniority
-from extproc.admission.held import HeldBy
+from extproc.admission.hearing import Hearing
 from extproc.admission.lanes import lane_of
 from extproc.admission.lines import Lines, placed
 from extproc.admission.outcome import Outcome
@@ -52,6 +52,7 @@ from extproc.admission.placing import Placing
 from extproc.admission.refusing import Refusing
 from extproc.admission.transitions import DONE, LEASED, LEFT, MUST_BE, WAITING
 from extproc.admission.values import Answer, Dispatch
+from extproc.admission.views import holds, others
 from extproc.errors import TransitionError
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from extproc.admission.endpoint import Endpoint
     from extproc.admission.estimate import Learnt
     from extproc.admission.events import Event, Watcher
+    from extproc.admission.held import HeldBy
     from extproc.admission.load import Load
     from extproc.admission.pool import Pool
     from extproc.admission.sessions import Home
@@ -82,6 +84,7 @@ class Controller:
         "_books",
         "_event",
         "_fleet",
+        "_hearing",
         "_lines",
         "_placing",
         "_refusing",
@@ -99,6 +102,7 @@ class Controller:
         self._refusing = Refusing(books, lines)
         self._tokens = TokenEstimate()
         self._answers = Answers(books, fleet, self._tokens)
+        self._hearing = Hearing(books, lines, fleet, self._tokens)
         self.endpoints = books.endpoints
         self._watchers: list[Watcher] = []
         self._event: Event | None = None  # the one under way, while somebody watches
@@ -297,51 +301,22 @@ class Controller:
 
     def observe(self, name: str, load: Load, now: float) -> list[Decision]:
         """Follow an endpoint's telemetry. Unknown: no-op."""
-        books = self._begin(now)
+        self._begin(now)
         if self._watchers:
             self._event = Observed(now, name, load)
         endpoint = self.endpoints.get(name)
         if endpoint is not None:
-            believed = load.without_counters() if endpoint.counters.doubted else load
-            counted = endpoint.observe(believed, now, books.policy, wanted=endpoint.is_waited_for)
-            if counted and load.prompt_tokens:
-                self._tokens.learn_prompts(load.prompt_tokens, counted)
-                self._book_anew(endpoint, counted)
-            if load.context_tokens:
-                for pool in endpoint.pools:
-                    pool.longest = max(pool.longest or 0, load.context_tokens)
-            if load.output_tokens is not None:
-                endpoint.produced += load.output_tokens
-                if believed.output_tokens:
-                    endpoint.health.heard_at = now
-                if endpoint.completed:
-                    if endpoint.trusts_counters():
-                        self._tokens.learn(endpoint.produced, endpoint.completed)
-                    endpoint.produced = endpoint.completed = 0
-            self._fleet.heard()
-            self._fleet.changed(endpoint)
+            self._hearing.page(endpoint, load)
         return self._end()
-
-    def _book_anew(self, endpoint: Endpoint, counted: list[Ticket]) -> None:
-        """Correct what came before it was known what it costs: the prompts just counted, and those who may be next.
-
-        Without this, a line of images that were booked above the cache goes one at a time, each until its answer's end.
-        """
-        for ticket in counted:
-            if ticket.endpoint is endpoint and ticket.state is LEASED:
-                endpoint.rebook(ticket, self._tokens.prompt_of(ticket, placed(ticket.pool).longest))
-        self._lines.renew(endpoint, self._tokens)
 
     def report(self, name: str, load: Load, now: float) -> list[Decision]:
         """Follow what an endpoint's answer says of its load. Unknown: no-op."""
-        books = self._begin(now)
+        self._begin(now)
         if self._watchers:
             self._event = Reported(now, name, load)
         endpoint = self.endpoints.get(name)
         if endpoint is not None:
-            endpoint.merge(load, now, books.policy)
-            self._fleet.heard()
-            self._fleet.changed(endpoint)
+            self._hearing.report(endpoint, load)
         return self._end()
 
     # ---- events: everything else
@@ -512,11 +487,7 @@ class Controller:
 
         Else what it allows already: one that refused it is better than nobody.
         """
-        pool = self._books.pools.find(request.model, request.allowed)
-        others = [one for one in pool.members if one.name not in names] if pool is not None else []
-        if any(one.available for one in others):
-            return frozenset(one.name for one in others)
-        return request.allowed
+        return others(self._books, request, names)
 
     def class_of(self, request: Request) -> RequestClass:
         """Return a request's class: the one it names, if we have it."""
@@ -531,28 +502,8 @@ class Controller:
         return self._books.waiting_tickets()
 
     def holds(self) -> dict[Endpoint, HeldBy]:
-        """Return for each endpoint that would not take the next request what keeps that one from it.
-
-        The next is the first who waits for it, by class and arrival; where nobody does, one that needs no tokens.
-        """
-        found: dict[Endpoint, HeldBy | None] = {}
-        firsts = [
-            (queue.first(), pool, home)
-            for pool in self.pools()
-            if pool.waiting_total
-            for home, queue in ((None, pool.shared), *pool.homes.items())
-            if queue
-        ]
-        for ticket, pool, home in sorted(firsts, key=lambda line: seniority(line[0])):
-            if len(found) == len(self.endpoints):
-                break
-            for endpoint in pool.members if home is None else (home,):
-                if endpoint not in found:
-                    found[endpoint] = endpoint.held_by(ticket) or HeldBy.GUARD
-        for endpoint in self.endpoints.values():
-            if endpoint not in found:
-                found[endpoint] = endpoint.held_by()
-        return {endpoint: held for endpoint, held in found.items() if held is not None}
+        """Return for each endpoint that would not take the next request what keeps that one from it."""
+        return holds(self._books)
 
     def __repr__(self) -> str:
         """Show the state that tests, logs and people read."""

@@ -90,16 +90,15 @@ class Fleet:
         """Recompute who belongs to which pool, after endpoints came, changed or went."""
         books = self._books
         present = [endpoint for endpoint in books.endpoints.values() if not endpoint.removed]
-        before = books.pools.regroup(present, books.lanes)
-        pools = dict.fromkeys((*before, *books.pools))
-        for pool in pools:
+        before, parted = books.pools.regroup(present, books.lanes)
+        for pool in dict.fromkeys((*before, *books.pools)):
             for home in [home for home in pool.homes if home not in pool.members]:
                 self._lines.evict(pool, home)
         for endpoint in present:
             endpoint.listed = False
             self.changed(endpoint)
         self._spare_the_last(books.pools)
-        self._lines.resettle(pools)
+        self._lines.resettle(parted)
         for pool in books.pools:
             self._lines.follow_service(pool)
 

@@ -170,15 +170,18 @@ class Lines:
 
     def resettle(self, pools: Iterable[Pool]) -> None:
         """Move who waits in `pools` to the pool that serves its model now."""
-        joined: dict[Pool, None] = {}
         known = self._books.pools
-        for ticket in sorted((ticket for pool in pools for queue in pool.queues() for ticket in queue), key=_place):
-            whole = known.find(ticket.request.model, ticket.request.allowed) or known.any_model
-            target = lane_of(whole, ticket.request_class)
-            if target is not ticket.pool:
-                self._move(ticket, target)
-                joined[target] = None
-        for pool in joined:
+        moving: dict[Ticket, Pool] = {}
+        for pool in pools:
+            for queue in pool.queues():
+                for ticket in queue.unordered():
+                    whole = known.find(ticket.request.model, ticket.request.allowed) or known.any_model
+                    target = lane_of(whole, ticket.request_class)
+                    if target is not pool:
+                        moving[ticket] = target
+        for ticket in sorted(moving, key=_place):
+            self._move(ticket, moving[ticket])
+        for pool in dict.fromkeys(moving.values()):
             self.reorder(pool)
 
     # ---- until when

@@ -155,41 +155,34 @@ class Pools:
             serves.setdefault(self.by_model[model], set()).add(model)
         split: list[Pool] = []
         for pool, its in serves.items():
-            stays = pool is self.every
             gains = pool
-            if len(its) + stays != pool.names:
-                part = self._part_others(pool, its) if stays else self._part(pool, its)
-                gains = pool if stays else part
+            if len(its) + (pool is self.every) != pool.names:
+                gains = self._part(pool, its)
                 split += pool.with_lanes()
             for one in gains.with_lanes():
                 one.enter(endpoint)
         return split
 
-    def _part(self, pool: Pool, models: Iterable[str], also: int = 0) -> Pool:
-        """Give `models`, and `also` so many other names, a pool of their own."""
-        part, count = pool.part(), also
+    def _part(self, pool: Pool, models: Iterable[str]) -> Pool:
+        """Give `models` a pool of their own; and what is for every endpoint whatever it serves, if it was in `pool`."""
+        part = pool.part()
         for model in models:
             self.by_model[model] = part
-            count += 1
-        part.names, pool.names = count, pool.names - count
+            part.names += 1
+        if pool is self.every:
+            self.every = part
+            part.names += 1
+        pool.names -= part.names
         self._all += (part,)
         return part
 
-    def _part_others(self, every: Pool, models: set[str]) -> Pool:
-        """Give all that `every` is for a pool of their own, but for `models`."""
-        is_any = every is self.any_model
-        others = [model for model, pool in self.by_model.items() if pool is every and model not in models]
-        part = self._part(every, others, is_any)
-        if is_any:
-            self.any_model = part
-        return part
-
-    def regroup(self, present: list[Endpoint], lanes: Container[str] = ()) -> tuple[Pool, ...]:
-        """Follow the endpoints that are there now. Return the pools that were: whoever waits there may have to move.
+    def regroup(self, present: list[Endpoint], lanes: Container[str] = ()) -> tuple[tuple[Pool, ...], list[Pool]]:
+        """Follow the endpoints that are there now. Return the pools that were, and where who waits may have to move.
 
         `lanes`: the weighted classes of the rules; another's lane goes when nobody waits there. A set of endpoints is
         a number with a bit for each. A pool lives on while one of its models keeps it.
         """
+        before, were = tuple(self), self._places()
         lists: dict[frozenset[str], int] = {}
         missing = _missing(present)
         self._listed_by = {}
@@ -205,17 +198,17 @@ class Pools:
         self.know((*served, *missing))
         self._is_whole = not missing
         self._forget_models(served)
-        before = tuple(self)
         for pool in before:
             pool.forget_endpoints()
         kept: dict[int, Pool] = {}
         taken: set[Pool] = set()
-        self.every = _keep(kept, taken, (1 << len(present)) - 1, self.every, present)
         self.any_model = _keep(kept, taken, lists_none, self.any_model, present)
         for model, pool in self.by_model.items():
             members = served.get(model, 0) | lists_none
             members = members & ~missing.get(model, 0) or members  # the last ones stay
             self.by_model[model] = _keep(kept, taken, members, pool, present)
+        # The last to choose: hardly anybody waits for any endpoint whatever it serves.
+        self.every = _keep(kept, taken, (1 << len(present)) - 1, self.every, present)
         self._keep_subsets(kept, taken, present)
         self._all = tuple(kept.values())
         for pool in self._all:
@@ -226,7 +219,22 @@ class Pools:
                 else:
                     del pool.lanes[name]
         self._keep_shares()
-        return before
+        return before, list(before) if self.subsets else self._parted(were)
+
+    def _places(self) -> dict[str | None, Pool]:
+        """Return where requests wait, by model: for each known one, for any other, and for none."""
+        unknown = self.find(NAMELESS) or self.any_model
+        places: dict[str | None, Pool] = dict(self.by_model.items())
+        places[NAMELESS], places[None] = unknown, self.find(None) or self.any_model
+        return places
+
+    def _parted(self, were: dict[str | None, Pool]) -> list[Pool]:
+        """Return the pools that are no more for all that they were for, and the lanes of these."""
+        are = self._places()
+        parted = {pool: None for model, pool in were.items() if are.get(model, are[NAMELESS]) is not pool}
+        if are.keys() - were.keys():
+            parted[were[NAMELESS]] = None  # a model got its name
+        return [one for pool in parted for one in pool.with_lanes()]
 
     def _keep_subsets(self, kept: dict[int, Pool], taken: set[Pool], present: list[Endpoint]) -> None:
         """Follow the endpoints with the pools of those that requests allow; one that is all who serve has no own."""

@@ -142,6 +142,17 @@ def test_who_waits_for_a_model_that_gets_an_endpoint_of_its_own_goes_there() -> 
     assert [decision.ticket for decision in core.release(first, 2.0)] == [shared]
 
 
+def test_an_endpoint_that_goes_costs_those_nothing_who_wait_on_where_they_were() -> None:
+    def leaving(waiting: int) -> int:
+        core = core_of(3, lambda _: ["m"])
+        for _ in range(12 + waiting):
+            core.offer(Ticket(Request("", 1.0, model="m")), 1.0)
+        assert core.waiting == waiting
+        return lines_of(lambda: core.remove_endpoint("e2", 2.0))
+
+    assert leaving(1000) < 1.2 * leaving(40)
+
+
 def test_names_of_models_that_come_and_go_leave_no_pools() -> None:
     core = core_of(3, lambda _: ["base"])
     for generation in range(200):
