@@ -237,7 +237,7 @@ class Endpoint:
     @property
     def cache_room(self) -> float:
         """The most tokens of one request that its cache may have room for. An idle endpoint takes any."""
-        return self.kv.room if self.sequences + self._foreign.count else inf
+        return self.kv.room if self.enforcing and self.sequences + self._foreign.count else inf
 
     def has_evicted(self, before: int) -> bool:
         """Tell whether what it cached at the turnover `before` is gone: more came since than the cache holds."""

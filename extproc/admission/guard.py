@@ -71,8 +71,9 @@ class Guard:
             line = shared.window()
         else:
             line = merge(home.window(), shared.window(), key=_place)
+        cache_room = endpoint.cache_room
         for ticket in islice(line, WINDOW):
-            if endpoint.lacks(ticket) is None:
+            if ticket.kv_tokens <= cache_room and endpoint.lacks(ticket) is None:
                 return ticket, None
             if ticket.is_guard and (ticket.queue is home or self._is_emptiest(endpoint)):
                 return None, ticket
