@@ -109,7 +109,8 @@ class Pools:
         model, allowed = key
         members = [] if whole is None else [one for one in whole.members if one.name in allowed]
         if not members and model is not None:
-            members = [one for one in self.every.members if one.name in allowed and model in one.missing.models]
+            left_out = [one for one in self.every.members if one.name in allowed and model in one.missing.models]
+            members = [one for one in left_out if not one.spec.models or model in one.spec.models]
         return members
 
     def _forget_subsets(self) -> None:

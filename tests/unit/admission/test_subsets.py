@@ -189,3 +189,10 @@ def test_one_that_waits_for_a_model_that_gets_a_name_meanwhile_goes_where_it_was
     assert desk.where(waits) is None
     desk.release(held)
     assert desk.where(waits) == "a"
+
+
+def test_one_that_was_left_out_for_a_model_and_lists_it_no_more_is_no_last_resort_for_it():
+    desk = Desk(one("a", models=frozenset({"m", "n"})), one("b", models=frozenset({"m"})))
+    desk.core.endpoints["a"].missing.models = frozenset({"m"})
+    desk.put(one("a", models=frozenset({"n"})))
+    assert desk.outcome(desk.ask(model="m", allowed=names("a"))) is Outcome.NONE_ALLOWED
