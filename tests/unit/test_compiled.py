@@ -13,6 +13,7 @@ import pytest
 
 import extproc
 from extproc.pure import is_compiled
+from tests.conftest import tool
 
 ROOT = Path(__file__).parents[2]
 LONG = pytest.mark.skipif(not os.environ.get("EXTPROC_LONG"), reason="EXTPROC_LONG is not set: `make compiled`")
@@ -72,7 +73,8 @@ def installed(tmp_path_factory):
         needs = [f"{wheel}[otel,uvloop,valkey]", "pytest>=8.3,<10", "hypothesis>=6.130,<7", "pytest-xdist>=3.6,<4"]
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *needs], check=True)
     where = tmp_path_factory.mktemp("elsewhere")
-    (where / "tests").symlink_to(ROOT / "tests")  # no `extproc` beside it: the installed one is imported
+    for folder in ("tests", "bench"):  # no `extproc` beside them: the installed one is imported
+        (where / folder).symlink_to(ROOT / folder)
 
     def run(*arguments: str, pure: bool) -> subprocess.CompletedProcess[str]:
         environ = {**os.environ, "EXTPROC_LONG": "", "EXTPROC_PURE": "1"}
@@ -111,3 +113,10 @@ def test_what_either_core_recorded_the_other_one_decides_alike(installed, pure, 
     again = installed("-m", "extproc", "simulate", "--replay", file, pure=not pure)
     assert again.returncode == 0, again.stdout[-1000:] + again.stderr
     assert "the same decisions as recorded" in again.stdout
+
+
+@LONG
+def test_a_request_costs_the_compiled_core_no_five_percent_more_instructions_than_it_did(installed):
+    tool("valgrind", "valgrind")
+    done = installed("-m", "bench.instructions", pure=False)
+    assert done.returncode == 0, done.stdout + done.stderr
