@@ -41,7 +41,7 @@ KEYS = frozenset(
 METRICS = frozenset(
     {
         *("extproc_capacity_", "extproc_engines_needed", "extproc_held_requests", "extproc_limited_by"),
-        *("extproc_overflowed", "extproc_replica_", "extproc_second_tries", "extproc_transport"),
+        *("extproc_overflowed", "extproc_replica_", "extproc_second_tries", "extproc_tenant_", "extproc_transport"),
         *("gen_ai_", "inference_", "llm_d_epp_"),
     }
 )

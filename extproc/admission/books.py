@@ -8,6 +8,7 @@ from __future__ import annotations
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
+from extproc.admission.adapters import Adapters
 from extproc.admission.pools import Pools
 from extproc.admission.tenants import Tenants
 
@@ -30,6 +31,7 @@ class Books:
         policy: the rules.
         endpoints: by name; a removed one stays until its last lease is back.
         pools: who serves what, and who waits for them.
+        adapters: who has which LoRA adapter loaded.
         tenants: who they are, and what each has in flight.
         waiting: how many requests wait.
         now: the time of the event under way, or of the last one.
@@ -41,6 +43,7 @@ class Books:
     __slots__ = (
         "_arrivals",
         "_classes",
+        "adapters",
         "arrived",
         "decisions",
         "endpoints",
@@ -57,6 +60,7 @@ class Books:
         """Start without endpoints."""
         self.endpoints: dict[str, Endpoint] = {}
         self.pools = Pools()
+        self.adapters = Adapters()
         self.tenants = Tenants(policy.tenants)
         self.waiting = 0
         self.now = 0.0

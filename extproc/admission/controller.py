@@ -489,6 +489,10 @@ class Controller:
         """
         return others(self._books, request, names)
 
+    def tenants_in_flight(self) -> dict[str, int]:
+        """Count what waits and runs by tenant: each that the rules name, and all others together."""
+        return self._books.tenants.in_flight()
+
     def class_of(self, request: Request) -> RequestClass:
         """Return a request's class: the one it names, if we have it."""
         return self._books.class_of(request)

@@ -78,6 +78,7 @@ class Fleet:
         """Forget a removed endpoint once its last lease is back."""
         if endpoint.removed and not endpoint.leases:
             del self._books.endpoints[endpoint.name]
+            self._books.adapters.forget(endpoint)
 
     def pool_of(self, request: Request) -> Pool | None:
         """Return the pool of those that serve a request's model and may have it; None: nobody knows the model."""

@@ -36,6 +36,7 @@ class Hearing:
         """Follow a page that was read just now."""
         books = self._books
         believed = load.without_counters() if endpoint.counters.doubted else load
+        books.adapters.follow(endpoint, load)
         counted = endpoint.observe(believed, books.now, books.policy, wanted=endpoint.is_waited_for)
         if counted and load.prompt_tokens:
             self._tokens.learn_prompts(load.prompt_tokens, counted)

@@ -23,6 +23,8 @@ class Load:
         max_running: the most requests that the engine runs at once, as it says itself.
         cached_tokens: of `prompt_tokens`' prompts, tokens found in the prefix cache since the reading before.
         context_tokens: the longest prompt and answer together that the model takes.
+        adapters: LoRA adapters of which requests run.
+        adapter_slots: how many of them are loaded at once, at most.
         asleep: whether the engine sleeps or is paused: it answers its health check and serves nobody.
     """
 
@@ -40,6 +42,8 @@ class Load:
     cached_tokens: int | None = None
     context_tokens: int | None = None
     asleep: bool | None = None
+    adapters: tuple[str, ...] | None = None
+    adapter_slots: int | None = None
 
     def without_counters(self) -> Load:
         """Return what its gauges say alone."""

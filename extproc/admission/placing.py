@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from extproc.admission.adapters import HALF
 from extproc.admission.books import MANY
 from extproc.admission.guard import most_room, seniority
 from extproc.admission.lanes import first_of, served
@@ -85,13 +86,19 @@ class Placing:
                         self.lease(ticket, target)
 
     def place_for(self, ticket: Ticket, pool: Pool, home: Endpoint | None) -> Endpoint | None:
-        """Return the endpoint with the most room among those that `ticket` may take now: `home` alone, or any."""
+        """Return the endpoint with the most room among those that `ticket` may take now: `home` alone, or any.
+
+        Of any, one that has its LoRA adapter loaded goes first, as long as it is not half full.
+        """
         queue = pool.shared if home is None else pool.homes.get(home)
         enable_queue = self._books.policy.enable_queue
         if enable_queue and not (pool.open and (queue is None or queue.in_window(ticket))):
             return None
         if home is not None:
             return home if home.has_room_for(ticket) and not self._is_kept(home) else None
+        best = self._having_adapter(ticket, pool)
+        if best is not None:
+            return best
         best = pool.emptiest()
         if best is not None:
             if best.lacks(ticket) is None and not self._is_kept(best):
@@ -109,6 +116,15 @@ class Placing:
         if best is None and not enable_queue:
             best = min(pool.present(), key=most_room, default=None)  # nothing is held: better a doubtful endpoint
         return best
+
+    def _having_adapter(self, ticket: Ticket, pool: Pool) -> Endpoint | None:
+        """Return the emptiest endpoint that has its LoRA adapter loaded, room for it, and more to spare."""
+        loaded = self._books.adapters.having(ticket.request.model)
+        if not loaded:
+            return None
+        spare = (one for one in loaded if one in pool.open and one.crowding[0] < HALF)
+        best = min(spare, key=most_room, default=None)
+        return best if best is not None and best.lacks(ticket) is None and not self._is_kept(best) else None
 
     def _is_kept(self, endpoint: Endpoint) -> bool:
         """Tell whether a guard keeps room at `endpoint`; if so, the pass finds in order who goes there next."""

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from extproc.admission.ticket import Ticket
 
+OTHERS = "*"
+"""All tenants that are not named, where figures are told."""
 GUARANTEED = -1.0
 """The tag of a request that is guaranteed to its tenant: before all others of its class."""
 
@@ -58,6 +60,10 @@ class TenantRules:
         if rule is not None:
             return name, rule
         return (name if self.apart else ""), self.default
+
+    def label(self, name: str) -> str:
+        """Return what figures call a tenant: its name if the rules name it, else OTHERS: clients make no new ones."""
+        return name if name in self.named else OTHERS
 
 
 NO_RULES = TenantRules()
@@ -117,6 +123,15 @@ class Tenants:
         self.rules = rules
         for account in self.accounts.values():
             account.rule = rules.who(account.name)[1]
+
+    def in_flight(self) -> dict[str, int]:
+        """Count what each named tenant has in flight, and what all others have together, as "*"; no rules: nothing."""
+        if self.rules is NO_RULES:
+            return {}
+        counts = dict.fromkeys((*self.rules.named, OTHERS), 0)
+        for name, account in self.accounts.items():
+            counts[self.rules.label(name)] += account.in_flight
+        return counts
 
     def is_over(self, ticket: Ticket) -> bool:
         """Tell whether the tenant of a request that comes has all in flight that it may have."""

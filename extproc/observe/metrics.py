@@ -158,6 +158,7 @@ class Metrics:
         self._telemetry = telemetry
         self._streams = streams
         self.outcomes: dict[tuple[Outcome, str], int] = {}
+        self.limited: dict[str, int] = {}
         self.waited_for: dict[tuple[HeldBy, str], int] = {}
         self._waited: dict[str, _Waited] = {}
         self.config_reloads = {"success": 0, "failure": 0}
@@ -176,6 +177,9 @@ class Metrics:
         if ticket.request.request_class != name and ticket.request.request_class:
             self.unknown_classes += 1
         self._note_held(ticket)
+        if decision.outcome is Outcome.TENANT_LIMIT:
+            tenant = self._controller.policy.tenants.label(ticket.request.tenant)
+            self.limited[tenant] = self.limited.get(tenant, 0) + 1
         if isinstance(decision, Dispatch) and decision.outcome is not _PASSED:
             self._note_wait(name, decision.wait_s, ticket.wait_until - ticket.request.arrived)
 
@@ -366,6 +370,22 @@ class Metrics:
         for (outcome, request_class), count in self.outcomes.items():
             requests.add_metric([outcome.value, request_class], count)
         yield requests
+        limited = CounterMetricFamily(
+            "extproc_tenant_limited",
+            "Requests refused because their tenant had in flight what it may; * are all tenants that are not named.",
+            labels=["tenant"],
+        )
+        for tenant, count in self.limited.items():
+            limited.add_metric([tenant], count)
+        yield limited
+        tenants = GaugeMetricFamily(
+            "extproc_tenant_inflight_requests",
+            "What waits and runs of a tenant that the configuration names; * are all others. Absent without `tenants`.",
+            labels=["tenant"],
+        )
+        for tenant, count in self._controller.tenants_in_flight().items() if self._decides() else ():
+            tenants.add_metric([tenant], count)
+        yield tenants
         held = CounterMetricFamily(
             "extproc_held_requests",
             "Requests that found no room when they came, by the limit that had none.",

@@ -39,6 +39,7 @@ _RANKED = Load(
 
 TABLE: dict[str, tuple[str, Load]] = {
     "vllm-0.32": ("vllm", _VLLM),
+    "vllm-0.32-lora": ("vllm", replace(_VLLM, adapters=("law", "med"), adapter_slots=2)),
     "vllm-0.32-asleep": ("vllm", replace(_VLLM, running=0.0, waiting=0.0, asleep=True)),
     "vllm-0.7-v0": (
         "vllm",

@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from extproc.admission.controller import Controller
 from extproc.admission.load import Load
+from extproc.admission.tenants import TenantRule, TenantRules
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request, RequestClass
 from extproc.observe.metrics import PIECE_LINES, Metrics
@@ -196,6 +197,23 @@ def test_unknown_classes_are_counted_whoever_is_refused_or_served_and_never_beco
     assert page['extproc_ignored_values_total{header="class"}'] == 3
     assert page['extproc_ignored_values_total{header="budget"}'] == 3
     assert not [name for name in page if "platinum" in name]
+
+
+def test_tenants_that_are_named_have_a_line_each_and_all_others_one_together(desk):
+    assert not [name for name in desk.page() if name.startswith("extproc_tenant_inflight")], "no rules, no lines"
+    rules = TenantRules({"acme": TenantRule(max_in_flight=1)}, TenantRule(max_in_flight=1))
+    desk.controller.set_policy(replace(desk.controller.policy, tenants=rules), desk.now)
+    for tenant in ("acme", "acme", "made-up", "made-up", "made-up", "another"):
+        ticket = Ticket(Request("r", desk.now, tenant=tenant))
+        for decision in desk.controller.offer(ticket, desk.now):
+            desk.metrics.decided(decision)
+    lines = {name: value for name, value in desk.page().items() if name.startswith("extproc_tenant_")}
+    assert lines == {
+        'extproc_tenant_inflight_requests{tenant="acme"}': 1,
+        'extproc_tenant_inflight_requests{tenant="*"}': 2,
+        'extproc_tenant_limited_total{tenant="acme"}': 1,
+        'extproc_tenant_limited_total{tenant="*"}': 2,
+    }
 
 
 def test_a_long_page_is_written_in_pieces_that_together_are_the_librarys_own_text():

@@ -59,6 +59,7 @@ class Engine:
         kv_capacity: alternatives, each a product of metrics that is made per series and then summed.
         max_running: gauge of the most requests that run at once; several series are summed.
         context_tokens: gauge of the longest context; of several series the greatest counts.
+        adapters: gauge whose labels name the LoRA adapters that run, and how many fit; its value is the time of that.
         awake: gauge that is 1 while the engine serves, 0 while it sleeps.
         preemptions: counter.
         prompt_tokens: counter that rises when a prompt has been computed, cached parts included. The core tells by
@@ -85,6 +86,7 @@ class Engine:
     max_running: Names = ()
     context_tokens: Names = ()
     awake: Names = ()
+    adapters: Names = ()
     preemptions: Names = ()
     prompt_tokens: Names = ()
     cached_tokens: Names = ()
@@ -100,7 +102,7 @@ class Engine:
         """Return the names of all samples that this row reads."""
         plain = (self.running, self.waiting, self.kv_usage, self.gpu_usage, self.preemptions, self.prompt_tokens)
         more = (self.first_tokens, self.cached_tokens, self.output_tokens, self.decoded_tokens, self.tokens_per_s)
-        own = (self.max_running, self.context_tokens, self.awake)
+        own = (self.max_running, self.context_tokens, self.awake, self.adapters)
         lists = (*self.also_running, *self.also_waiting, *self.kv_capacity)
         return frozenset(metric.name for names in (*plain, *more, *own, *lists) for metric in names)
 
@@ -190,6 +192,7 @@ ENGINES: tuple[Engine, ...] = (
         kv_capacity=tuple(size for prefix in _VLLM_PREFIXES for size in _vllm_sizes(prefix)),
         max_running=_either("num_request_max"),  # vLLM has none; NVIDIA's NIM adds it to vLLM's page
         awake=_vllm("engine_sleep_state", labels=(("sleep_state", ("awake",)),)),
+        adapters=_vllm("lora_requests_info"),
         preemptions=_vllm_counter("num_preemptions"),
         prompt_tokens=_vllm_counter("prompt_tokens"),
         cached_tokens=_vllm_counter("prompt_tokens_cached", "prefix_cache_hits"),

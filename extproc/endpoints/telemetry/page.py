@@ -27,6 +27,8 @@ MOST_SERIES = 1024
 MOST_LINE_BYTES = 16 * 1024
 MOST_WANTED_BYTES = 128 * 1024
 """All wanted lines together; vLLM's cache_config_info has 1.3 KB for each data parallel engine."""
+MOST_ADAPTERS = 64
+"""LoRA adapters that a page is heard of; each occupies memory of the GPU."""
 SEARCH_BYTES = 256 * 1024
 """Searched for wanted lines between two turns of the loop: two milliseconds if it is all newlines."""
 SLICE_BYTES = 16 * 1024
@@ -73,6 +75,8 @@ class Readings:
     max_running: int | None = None
     context_tokens: int | None = None
     asleep: bool | None = None
+    adapters: tuple[str, ...] | None = None
+    adapter_slots: int | None = None
     preemptions: Counter | None = None
     prompt_tokens: Counter | None = None
     cached_tokens: Counter | None = None
@@ -129,6 +133,18 @@ class _Page:
         """Return the sum of a gauge of tokens per second; unknown if one is."""
         values = _known((self.first(names, engine) or {}).values(), MOST_TOKENS)
         return within(sum(values), MOST_TOKENS) if values else None
+
+    def adapters(self, names: Names) -> tuple[tuple[str, ...] | None, int | None]:
+        """Return the adapters that run, and how many fit: of the line that was written last. None: nothing is told."""
+        lines = [line for metric in names for line in (self.series(metric) or {}).items()]
+        known = [(value, dict(series[1])) for series, value in lines if value is not None]
+        if not known:
+            return None, None
+        told = max(known, key=lambda line: line[0])[1]
+        running = [name.strip() for name in told.get("running_lora_adapters", "").split(",")]
+        slots = told.get("max_lora", "")
+        most = whole(_number(slots) if _NUMBER.fullmatch(slots) else None, MOST_ADAPTERS)
+        return tuple(sorted({name for name in running if name}))[:MOST_ADAPTERS], most
 
     def shares(self, names: Names, engine: Engine) -> list[float]:
         """Return the shares of all series; none if one is unknown."""
@@ -197,6 +213,7 @@ def read_in_slices(
     kv_capacity_tokens = page.size(engine.kv_capacity, engine)
     if page.is_large:
         yield
+    adapters, adapter_slots = page.adapters(engine.adapters)
     gpu_shares, awake = page.shares(engine.gpu_usage, engine), page.shares(engine.awake, engine)
     return Readings(
         engine=engine.name,
@@ -209,6 +226,8 @@ def read_in_slices(
         max_running=whole(page.total(engine.max_running, engine), MOST_REQUESTS),
         context_tokens=page.greatest(engine.context_tokens, engine),
         asleep=min(awake) < 1.0 if awake else None,
+        adapters=adapters,
+        adapter_slots=adapter_slots,
         preemptions=page.counter(engine.preemptions, engine),
         prompt_tokens=page.counter(engine.prompt_tokens, engine),
         cached_tokens=page.counter(engine.cached_tokens, engine),

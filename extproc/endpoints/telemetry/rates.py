@@ -55,6 +55,8 @@ class Rates:
             cached_tokens=cached_tokens,
             context_tokens=readings.context_tokens,
             asleep=readings.asleep,
+            adapters=readings.adapters,
+            adapter_slots=readings.adapter_slots,
         )
 
 
