@@ -39,6 +39,7 @@ def names() -> list[str]:
         for page in ("vllm+batch", "gauges", "none")
         for load in (80, 120)
     ]
+    cells += [f"a100-8b/{page}/{traffic}@80" for page in ("gauges", "none") for traffic in ("azure-conv", "unstreamed")]
     cells += [f"a100-8b/vllm/{traffic}@{load}" for traffic in TRAFFIC for load in (80, 120)]
     cells += [f"h100-32b/vllm/{traffic}@80" for traffic in ("standing", "prefix", "images", "rag", "chunked", "blink")]
     cells += [f"h100-8b/vllm/{traffic}@100" for traffic in ("azure-conv", "azure-code", "images")]

@@ -60,7 +60,7 @@ class PromptLaw:
     tolerance: float = 0.25
     first_token_s: float = 1.2e-4
     streamed: float = 0.1
-    patience: float = 3.0
+    patience: float = 1.5
     patience_s: float = 2.0
     chunks: int = 2
     ahead_s: float = 0.25
@@ -78,7 +78,7 @@ class AnswerLaw:
         farthest: an answer further from the mean than this, in logarithms, counts as one so far: an endless one says
             little.
         hope: the chance that more would be right at which no more is tried.
-        long_s: as slow as an answer should become; 200 tokens at 60 ms.
+        long_s: as slow as an answer should become; 200 tokens at 40 ms.
         most, enough: ... but at the most so many times what it takes alone (more gains little throughput), and always
             `enough`.
     """
@@ -87,8 +87,8 @@ class AnswerLaw:
     noise: float = 1.0
     farthest: float = 3.0
     hope: float = 0.25
-    long_s: float = 12.0
-    most: float = 5.0
+    long_s: float = 8.0
+    most: float = 8.0
     enough: float = 3.0
 
 

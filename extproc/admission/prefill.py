@@ -88,8 +88,7 @@ class Prefill:
         """Go by other constants from now on."""
         if law != self.law:
             self.law = law
-            if not self._counts:
-                self.limit = law.chunks * law.chunk
+            self._set_limit()
 
     def work_of(self, ticket: Ticket) -> int:
         """Return how many tokens of its prompt the engine will probably have to compute."""
@@ -117,11 +116,18 @@ class Prefill:
             self._predict(ticket, now)
 
     def computed(self, ticket: Ticket, now: float) -> None:
-        """Note that the first token of `ticket` was seen. Repeated: no-op."""
+        """Note that the first token of `ticket` was seen. Repeated: no-op.
+
+        Engines take prompts in the order in which they come, so those sent before it are computed too: the answers that
+        don't stream among them have no first byte that would tell.
+        """
         if ticket.prompt_pending:
             ticket.begun_at = max(ticket.leased_at, self._seen_at)
-            self._seen_at = ticket.computed_at = now
-            self._drop(ticket)
+            self._seen_at = now
+            while ticket.prompt_pending:
+                oldest = ticket if self._counts else next(iter(self._pending))
+                oldest.computed_at = now
+                self._drop(oldest)
 
     def was_computed(self, ticket: Ticket) -> None:
         """Note that the first token of `ticket`, just added, came long ago: no count to come will tell of it."""
@@ -143,6 +149,7 @@ class Prefill:
         ):
             took_s = ticket.computed_at - ticket.begun_at
             self._token_s *= NUDGE if took_s > self._token_s * ticket.work_tokens else 1.0 / NUDGE
+            self._set_limit()
 
     def next_change(self) -> float | None:
         """Return when the oldest prompt will count as computed, if anything tells."""
@@ -178,7 +185,7 @@ class Prefill:
         else:
             self._slack = max(self._slack * law.calmer, law.caution)
         self._token_s = self._slack * token_s
-        self.limit = max(law.chunks * law.chunk, int(law.ahead_s / self._token_s), int(law.prompts * self._mean))
+        self._set_limit()
         self._counts = True
         if not self.probed:
             known = set(self._uncounted)
@@ -193,6 +200,10 @@ class Prefill:
         """Count no more: the counter is silent."""
         self._counts = False
         self._uncounted.clear()
+
+    def _set_limit(self) -> None:
+        law = self.law
+        self.limit = max(law.chunks * law.chunk, int(law.ahead_s / self._token_s), int(law.prompts * self._mean))
 
     def _predict(self, ticket: Ticket, now: float) -> None:
         law = self.law

@@ -1,10 +1,10 @@
 """How answers slow down as more run at once: what our own books tell of an engine that says nothing of its tokens.
 
 Each way in which an engine may behave is a hypothesis: an answer beside `b` others takes its time alone times
-max(1 + c x b, b / n). The `c` is what each sequence adds to a step of a batch; from `n` on, more of them only wait
-inside. Answers have all lengths, so one says little, but many tell the hypotheses apart: by how much their times,
-divided by what each says of them, still differ. What should run is what the hypotheses allow, each as much as it is
-likely. Doubt counts for more: what is not tried is not learned, and too few refuse what could be served.
+(1 + c x min(b, n)) x max(b / n, 1). The `c` is what each sequence adds to a step of a batch; from `n` on, more of them
+only wait inside. Answers have all lengths, so one says little, but many tell the hypotheses apart: by how much their
+times, divided by what each says of them, still differ. What should run is what the hypotheses allow, each as much as it
+is likely. Doubt counts for more: what is not tried is not learned, and too few refuse what could be served.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ _LIKELY = tuple(1.0 if slots == math.inf else len(SHARES) / (len(SLOTS) * len(SL
 @lru_cache(maxsize=1024)
 def _slower(beside: float) -> tuple[float, ...]:
     """Return by how much an answer beside so many is slower than alone, its logarithm, by each hypothesis."""
-    return tuple(math.log(max(1.0 + share * beside, beside / slots)) for share, slots in _HYPOTHESES)
+    return tuple(
+        math.log((1.0 + share * min(beside, slots)) * max(beside / slots, 1.0)) for share, slots in _HYPOTHESES
+    )
 
 
 class Slowdown:

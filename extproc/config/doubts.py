@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from pydantic import BaseModel
 
+    from extproc.config.keys import EndpointConfig, SourceConfig
+
 _KUBERNETES = re.compile(r"EXTPROC_(.*_)?(SERVICE|PORT)(_.*)?")
 """What Kubernetes tells each pod of a service called extproc."""
 
@@ -47,14 +49,27 @@ def _endpoints(config: Config) -> Iterator[str]:
             f"endpoints list models, and only the header {config.headers.model[0]} says which one a request wants, "
             "which OpenAI's clients don't send: they get 400; set request_fields: true, or default_model"
         )
-    for index, endpoint in enumerate(config.endpoints):
-        blind = endpoint.engine == "none" or config.scrape_interval == 0
-        if blind and config.spec_of(endpoint).max_running_requests is None:
-            why = "engine: none" if endpoint.engine == "none" else "scrape_interval: 0s"
+    for where, one in _where_limits_are(config):
+        blind = one.engine == "none" or config.scrape_interval == 0
+        limit = config.max_running_requests if one.max_running_requests == "inherit" else one.max_running_requests
+        if blind and limit is None:
+            why = "engine: none" if one.engine == "none" else "scrape_interval: 0s"
             yield (
-                f"endpoints[{index}].max_running_requests: nothing tells how full {endpoint.name} is ({why}), so an "
-                "adaptive limit stays at 64; set the number of requests that it batches (vLLM: --max-num-seqs)"
+                f"{where}.max_running_requests: nothing tells how full a server is ({why}), so its limit is guessed "
+                "from how long answers take; set the number of requests that it batches (vLLM: --max-num-seqs)"
             )
+
+
+def _where_limits_are(config: Config) -> Iterator[tuple[str, EndpointConfig | SourceConfig]]:
+    for index, endpoint in enumerate(config.endpoints):
+        yield f"endpoints[{index}]", endpoint
+    for index, item in enumerate(config.discovery):
+        if item.dns is not None:
+            yield f"discovery[{index}].dns", item.dns
+        if item.kubernetes is not None:
+            yield f"discovery[{index}].kubernetes", item.kubernetes
+    if config.inference_pool is not None:
+        yield "inference_pool", config.inference_pool
 
 
 def _bare(data: object, section: type[BaseModel], path: str, at: str = "") -> Iterator[tuple[str, float]]:

@@ -327,6 +327,7 @@ def test_whatever_pydantic_finds_is_said_in_our_words():
 
 # ---- doubts
 
+FOUND = "envoy_clusters_file: /c.yaml\n"
 TWO_MODELS = "[{name: a, address: 'h:1', models: [m]}, {name: b, address: 'h:2', models: [n]}]"
 
 
@@ -376,6 +377,9 @@ def test_durations_without_a_unit_are_doubted_where_they_stand(tmp_path):
         ),
         ("endpoints: [{name: a, address: 'h:1', engine: none}]", "endpoints[0].max_running_requests: nothing tells"),
         ("scrape_interval: 0s\nendpoints: [{name: a, address: 'h:1'}]", "(scrape_interval: 0s)"),
+        (f"{FOUND}discovery: [{{dns: {{name: e, port: 1, engine: none}}}}]", "discovery[0].dns.max_running_requests"),
+        (f"{FOUND}discovery: [{{kubernetes: {{service: e, engine: none}}}}]", "discovery[0].kubernetes.max_running"),
+        ("scrape_interval: 0s\ninference_pool: {name: p}", "inference_pool.max_running_requests: nothing tells"),
     ],
 )
 def test_what_may_not_be_meant_is_a_doubt_and_no_mistake(tmp_path, text, words):
@@ -390,6 +394,7 @@ def test_what_may_not_be_meant_is_a_doubt_and_no_mistake(tmp_path, text, words):
         f"default_model: m\nendpoints: {TWO_MODELS}",
         "endpoints: [{name: a, address: 'h:1', models: [m]}, {name: b, address: 'h:2', models: [m]}]",
         "max_running_requests: 8\nendpoints: [{name: a, address: 'h:1', engine: none}]",
+        f"{FOUND}discovery: [{{dns: {{name: e, port: 1, engine: none, max_running_requests: 8}}}}]",
     ],
 )
 def test_what_is_well_raises_no_doubt(tmp_path, text):

