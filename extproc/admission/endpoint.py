@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from extproc.admission.alarms import NEVER
 from extproc.admission.counters import Counters
+from extproc.admission.fairness import Turns
 from extproc.admission.health import Health
 from extproc.admission.held import HeldBy
 from extproc.admission.kv import KvBooks
@@ -87,6 +88,7 @@ class Endpoint:
         "sequences",
         "spec",
         "steps",
+        "turns",
     )
 
     def __init__(self, spec: EndpointSpec, policy: Policy) -> None:
@@ -97,6 +99,7 @@ class Endpoint:
         self.sequences = 0
         self.limit: Limit = _limit_of(spec, policy)
         self.pools: list[Pool] = []
+        self.turns: dict[int, Turns] = {}  # by priority; where requests of several pools have met
         self.listed = False  # in its pools' lists of open endpoints
         self.listing = 0  # which of all listings was its last
         self.counted = False  # among its pools' usable ones
@@ -238,6 +241,13 @@ class Endpoint:
     def cache_room(self) -> float:
         """The most tokens of one request that its cache may have room for. An idle endpoint takes any."""
         return self.kv.room if self.enforcing and self.sequences + self._foreign.count else inf
+
+    def turns_at(self, priority: int) -> Turns:
+        """Return the tenants' turns here at `priority`, a key's."""
+        turns = self.turns.get(priority)
+        if turns is None:
+            turns = self.turns[priority] = Turns()
+        return turns
 
     def has_evicted(self, before: int) -> bool:
         """Tell whether what it cached at the turnover `before` is gone: more came since than the cache holds."""

@@ -90,6 +90,42 @@ class FairShare:
             record.finish += difference
 
 
+MOST_TURNS = 1000
+"""Tenants ahead of the others that one endpoint remembers; if more are, all begin anew."""
+
+
+class Turns:
+    """Whose turn it is at one endpoint where requests of several pools meet, whose tags can't be compared.
+
+    Start tags again, of what each tenant was sent there while others waited: naming another model gains no second turn.
+    """
+
+    __slots__ = ("_ahead", "_virtual_time")
+
+    def __init__(self) -> None:
+        """Start with every tenant at zero."""
+        self._ahead: dict[str, float] = {}
+        self._virtual_time = 0.0
+
+    def of(self, tenant: str) -> float:
+        """Return the turn of a tenant: the least goes first."""
+        return max(self._ahead.get(tenant, 0.0), self._virtual_time)
+
+    def served(self, tenant: str, cost: float) -> None:
+        """Charge `cost` tokens to `tenant`, whose request was dispatched."""
+        turn = self._virtual_time = self.of(tenant)
+        self._ahead[tenant] = turn + cost
+        if len(self._ahead) > MOST_TURNS:
+            self._ahead = {name: other for name, other in self._ahead.items() if other > turn}
+            if len(self._ahead) > MOST_TURNS:
+                self._ahead.clear()
+
+    def correct(self, tenant: str, difference: float) -> None:
+        """Charge (or, negative, give back) what a finished request cost beyond its estimate."""
+        if tenant in self._ahead:
+            self._ahead[tenant] += difference
+
+
 class Memory:
     """How many tenants the shares of all pools remember.
 

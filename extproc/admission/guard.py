@@ -8,8 +8,9 @@ waiting for ever. So:
   there before it does.
 * That endpoint is its home; for those in the shared line it is the emptiest open one. It gets emptier while nobody
   else is sent there, so it stays the emptiest until the guard fits, and the other endpoints need not wait.
-* Between pools class and arrival tell who is before whom: fairness tags of two pools can't be compared. Between two
-  lanes of one pool turns do (lanes.py): only the first of a lane whose turn it was has been passed.
+* Between pools class, then the tenants' turns at the endpoint, then arrival tell who is passed: fairness tags of two
+  pools can't be compared. Who became a guard is before all that came later, of whatever pool. Between two lanes of one
+  pool turns do (lanes.py): only the first of a lane whose turn it was has been passed.
 * Room that is kept for nobody any more is handed on: a guard may leave, be pushed out of the window, or find another
   endpoint emptier.
 """
@@ -22,6 +23,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from extproc.admission.queue import WINDOW
+from extproc.admission.tenants import GUARANTEED
 
 if TYPE_CHECKING:
     from extproc.admission.endpoint import Endpoint
@@ -39,6 +41,15 @@ most_room = attrgetter("crowding")
 def seniority(ticket: Ticket) -> tuple[int, int]:
     """Order tickets of different pools: by class, then by arrival."""
     return (ticket.key[0], ticket.key[2])
+
+
+def place_at(ticket: Ticket, endpoint: Endpoint) -> tuple[int, float, int]:
+    """Order tickets of different pools at `endpoint`: by class, by their tenants' turns there, by arrival."""
+    priority, _, arrival = ticket.key
+    turns = endpoint.turns.get(priority)
+    if turns is None or ticket.charge is None:
+        return (priority, 0.0, arrival)
+    return (priority, GUARANTEED if ticket.is_favoured else turns.of(ticket.tenant), arrival)
 
 
 class Guard:
@@ -85,7 +96,7 @@ class Guard:
         lines = [pool.shared, pool.homes[endpoint]] if endpoint in pool.homes else [pool.shared]
         for queue in lines:
             if other is None or other is pool or other.base is not pool.base or pool.base in (pool, other):
-                _pass_over(queue, ticket, same_pool=other is pool)
+                _pass_over(queue, ticket, endpoint, same_pool=other is pool)
             elif queue and (queue.first().key[0] < ticket.key[0] or pool.turn < other.turn):
                 _count(queue, queue.first())  # it was this lane's turn, and its first did not fit
 
@@ -109,14 +120,14 @@ class Guard:
         return self._emptiest is endpoint
 
 
-def _pass_over(queue: Queue, ticket: Ticket, *, same_pool: bool) -> None:
-    """Count it for those in the window of `queue` who are before `ticket`."""
-    place = ticket.key
+def _pass_over(queue: Queue, ticket: Ticket, endpoint: Endpoint, *, same_pool: bool) -> None:
+    """Count it for those in the window of `queue` who are before `ticket`, which goes to `endpoint`."""
+    place, before = ticket.key, place_at(ticket, endpoint)
     for key in queue.first_keys():
         if same_pool:
             if key >= place:
                 return
-        elif (key[0], key[2]) >= (place[0], place[2]):
+        elif place_at(queue.at(key), endpoint) >= before:
             continue
         _count(queue, queue.at(key))
 

@@ -14,11 +14,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from extproc.admission.fairness import OUTPUT_WEIGHT
-from extproc.admission.guard import seniority
+from extproc.admission.guard import place_at
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from extproc.admission.endpoint import Endpoint
     from extproc.admission.pool import Pool
     from extproc.admission.ticket import Ticket
     from extproc.admission.values import RequestClass
@@ -56,12 +57,13 @@ def correct(lane: Pool, ticket: Ticket, tokens: float) -> None:
         lane.turn += tokens / ticket.request_class.weight
 
 
-def first_of(firsts: Sequence[Ticket]) -> Ticket:
-    """Return who goes first of those who are first in their pools, one of each.
+def first_of(firsts: Sequence[Ticket], endpoint: Endpoint) -> Ticket:
+    """Return who goes to `endpoint` first of those who are first in their pools, one of each.
 
-    Class decides, then arrival; but within a pool its lanes of that class's priority go by their turns.
+    Class decides, then the tenants' turns there, then arrival; but within a pool its lanes of that class's priority go
+    by their own turns.
     """
-    best = min(firsts, key=seniority)
+    best = min(firsts, key=lambda ticket: place_at(ticket, endpoint))
     if best.request_class.weight is None:
         return best
     priority, base = best.key[0], best.pool.base if best.pool is not None else None

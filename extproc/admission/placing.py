@@ -155,9 +155,7 @@ class Placing:
             self._lines.quit(ticket, pool, ticket.queue)
             books.tenants.waits_no_more(ticket)
         if books.waiting:
-            for other in endpoint.pools:
-                if other.waiting_total:
-                    other.guard.passes(ticket, endpoint)
+            _goes_before_others(ticket, endpoint)
         if pool is not pool.base:
             served(pool, ticket)
         if ticket.charge is not None:
@@ -190,6 +188,15 @@ class Placing:
             up = [endpoint for endpoint in pool.members if endpoint.available]
             return min(up, key=pool.backlog_of, default=None)
         return None
+
+
+def _goes_before_others(ticket: Ticket, endpoint: Endpoint) -> None:
+    """Note that `ticket` goes to `endpoint` while others wait, maybe for that one too."""
+    for pool in endpoint.pools:
+        if pool.waiting_total:
+            pool.guard.passes(ticket, endpoint)
+    if ticket.charge is not None and len(endpoint.pools) > 1:
+        endpoint.turns_at(ticket.key[0]).served(ticket.tenant, ticket.charge)
 
 
 def _drop_hopeless(freed: dict[Endpoint, None], now: float) -> None:
@@ -240,5 +247,5 @@ def _best_for(endpoint: Endpoint) -> Ticket | None:
     if guard is not None:
         firsts = [ticket for ticket in firsts if seniority(ticket) < seniority(guard)]
     if len(firsts) > 1:
-        return first_of(firsts)
+        return first_of(firsts, endpoint)
     return firsts[0] if firsts else None

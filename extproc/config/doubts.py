@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from pydantic import BaseModel
 
-    from extproc.config.keys import EndpointConfig, SourceConfig
+    from extproc.config.endpoints import EndpointConfig, SourceConfig
 
 _KUBERNETES = re.compile(r"EXTPROC_(.*_)?(SERVICE|PORT)(_.*)?")
 """What Kubernetes tells each pod of a service called extproc."""

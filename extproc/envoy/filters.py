@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 PROBE = "first-byte-probe"
 JSON_FIELDS, FORMS = "envoy.filters.http.json_to_metadata", "envoy.filters.http.lua"
 _FIELDS = (
-    *("model", "max_tokens", "max_completion_tokens", "n", "user", "safety_identifier", "prompt_cache_key"),
-    *("service_tier", "priority"),
+    *("model", "max_tokens", "max_completion_tokens", "n", "best_of", "user", "safety_identifier"),
+    *("prompt_cache_key", "service_tier", "priority"),
 )
 
 

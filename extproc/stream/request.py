@@ -107,7 +107,7 @@ class Requests:
             # OpenAI splits its old `user` into these two: who is asking, and which requests begin alike.
             tenant = tenant or _text(fields.get("safety_identifier")) or _text(fields.get("user"))
             session = session or _text(fields.get("prompt_cache_key"))
-            sequences = min(_count(fields.get("n")) or 1, MAX_SEQUENCES)
+            sequences = min(max(_count(fields.get("n")) or 1, _count(fields.get("best_of")) or 1), MAX_SEQUENCES)
             max_output_tokens = _count(fields.get("max_tokens")) or _count(fields.get("max_completion_tokens"))
         model = model or self.default_model
         cluster = headers.get(names.cluster)

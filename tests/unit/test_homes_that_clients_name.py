@@ -7,7 +7,7 @@ import pytest
 from extproc.config import parse_config
 from extproc.errors import ConfigError
 from extproc.stream.ages import Ages
-from extproc.stream.request import Headers, Requests
+from extproc.stream.request import MAX_SEQUENCES, Headers, Requests
 from extproc.stream.wire import Incoming, Kind
 
 HEADERS = Headers(session=("x-session-id", "x-session-affinity", "x-chat"))
@@ -46,6 +46,21 @@ def test_a_session_is_what_the_first_of_its_headers_says_and_else_the_prompt_cac
 )
 def test_a_tenant_is_what_its_header_says_and_else_the_safety_identifier(fields, headers, tenant):
     assert read(fields, **headers).tenant == tenant
+
+
+@pytest.mark.parametrize(
+    ("fields", "sequences"),
+    [
+        ({}, 1),
+        ({"n": 8.0}, 8),
+        ({"best_of": 4.0}, 4),
+        ({"n": 2.0, "best_of": 4.0}, 4),
+        ({"n": 0.0, "best_of": -1.0}, 1),
+        ({"n": "8", "best_of": 1000.0}, MAX_SEQUENCES),
+    ],
+)
+def test_a_request_is_as_many_sequences_as_the_engine_writes_for_it(fields, sequences):
+    assert read(fields).sequences == sequences
 
 
 def test_one_header_or_several_may_carry_a_session():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from extproc.admission import fairness
 from extproc.admission.controller import Controller
@@ -264,3 +266,32 @@ def test_all_pools_together_remember_only_so_many_tenants(monkeypatch: pytest.Mo
         for lease in list(core.endpoints[f"e{number}"].leases):
             core.release(lease, 1.0)
     assert core._books.pools.every.tenants.each >= 100, "those of pools that are gone are there for the others"
+
+
+MODELS = ("x", "y", "z")
+
+
+@given(
+    served=st.lists(st.sets(st.sampled_from(MODELS), min_size=1), min_size=1, max_size=4),
+    floods=st.sets(st.sampled_from(MODELS), min_size=1),
+)
+@example(served=[{"x", "y"}, {"y"}], floods={"y"})
+@settings(max_examples=30)
+def test_naming_other_models_gains_nothing_wherever_their_servers_are_also_those_of_a_victim(
+    served: list[set[str]], floods: set[str]
+) -> None:
+    """The flood came first. Who asks for `x` has half of each server of `x` that serves other models too."""
+    desk = Desk(*(one(f"e{number}", models=frozenset(models)) for number, models in enumerate(served)))
+    for model in sorted(floods):
+        for _ in range(100):
+            desk.ask(model=model, tenant="noisy", prompt_tokens=100)
+    for _ in range(100):
+        desk.ask(model="x", tenant="victim", prompt_tokens=100)
+    for number, models in enumerate(served):
+        went: list[str] = []
+        while len(went) < 40 and (holder := next(iter(desk.endpoint(f"e{number}").leases), None)) is not None:
+            went.append(holder.request.tenant)
+            desk.release(holder)
+        if "x" in models and went:
+            waited = went[1:]  # who came to an idle server had nobody to wait for
+            assert waited.count("victim") >= len(waited) // 2 - 1
