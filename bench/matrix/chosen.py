@@ -39,9 +39,13 @@ def chosen() -> list[str]:
 
 
 REASONS: dict[str, str] = {
+    "*/unstreamed@80": """\
+In the first ten seconds under load the limit of an engine that tells nothing grows from 16 by one an answer; what comes
+meanwhile may be refused: more than half of all that is refused there. The rest is refused in the run's one wave.""",
     "*/none/*": """\
-No page at all: the limit is learned from how long answers take, which have all lengths. That takes minutes and is
-rough. `max_running_requests` is the number to set; `extproc check` says that it is missing.""",
+No page at all: the limit is learned from how long answers take, which have all lengths. That takes some hundred answers
+of each engine, in a run of some hundred, and is rough. `max_running_requests` is the number to set; `extproc check`
+says that it is missing.""",
     "*/gauges/*": """\
 No counters of tokens: the limit is learned as without a page, but for the batch, which `waiting` shows, and prompts are
 bounded by nothing but that limit.""",

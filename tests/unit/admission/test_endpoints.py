@@ -115,11 +115,11 @@ def test_of_endpoints_that_get_room_together_the_emptiest_is_filled_first() -> N
 
 
 def test_constants_that_are_reloaded_hold_for_endpoints_that_are_there() -> None:
-    laws = Laws(KvLaw(share=0.5), PromptLaw(chunk=100), AnswerLaw(hope=0.1), CounterLaw(far=9.0))
+    laws = Laws(KvLaw(share=0.5), PromptLaw(chunk=5000), AnswerLaw(hope=0.1), CounterLaw(far=9.0))
     desk = Desk(EndpointSpec("a"))
     desk.set_policy(replace(desk.core.policy, laws=laws))
     endpoint = desk.endpoint("a")
     limit = endpoint.limit
     assert isinstance(limit, AdaptiveLimit)
     assert Laws(endpoint.kv.law, endpoint.prefill.law, limit.slowdown.law, endpoint.counters.law) == laws
-    assert endpoint.prompt_limit == 2 * 100
+    assert endpoint.prompt_limit == 2 * 5000
