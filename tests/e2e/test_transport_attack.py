@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -72,7 +73,10 @@ def test_streams_that_say_nothing_become_few_though_no_more_come_and_their_memor
     count, within_s = (81 * each, 60.0) if LONG else (6 * each, 10.0)
 
     def streams() -> float:
-        return sidecar.metrics()["extproc_streams"]
+        try:
+            return sidecar.metrics()["extproc_streams"]
+        except OSError:  # it takes 81,000 streams in
+            return math.nan
 
     before = memory_bytes(pid)
     seen = [before]
