@@ -68,6 +68,8 @@ if TYPE_CHECKING:
     from extproc.admission.ticket import Ticket
     from extproc.admission.values import Decision, EndpointSpec, Policy, Request, RequestClass
 
+_OK = Answer.OK
+
 
 class Controller:
     """Queues, leases and limits of all endpoints.
@@ -218,7 +220,7 @@ class Controller:
             self._event = Released(now, ticket, answer)
         endpoint, pool = placed(ticket.endpoint), placed(ticket.pool)
         ticket.state, ticket.ended_at, ticket.answer = DONE, now, answer
-        endpoint.release(ticket, now, served=answer is Answer.OK, wanted=pool.waiting_total > 0)
+        endpoint.release(ticket, now, served=answer is _OK, wanted=pool.waiting_total > 0)
         self._answers.ended(ticket, endpoint, pool, answer)
         if ticket.account is not None:
             self._lines.count_out(ticket)

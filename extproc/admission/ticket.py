@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from extproc.admission.transitions import State
+from extproc.admission.transitions import NEW, State
 from extproc.admission.values import DEFAULT_CLASS, Answer
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Ticket:
         """Make a NEW ticket for `request`."""
         self.request = request
         self.deliver = deliver
-        self.state = State.NEW
+        self.state = NEW
         self.position = 0
         self.waited_for: HeldBy | None = None
         self.predicted_s: float | None = None
