@@ -39,7 +39,7 @@ def old_cycle() -> weakref.ref[Cycle]:
     """Leave a cycle behind that collections of what is young no longer see, and make a full one due."""
     cycle = Cycle()
     for _ in range(DUE):
-        gc.collect(1)
+        gc.collect(0)
     return weakref.ref(cycle)
 
 
