@@ -142,14 +142,19 @@ class Kept:
         is_whole: nothing more of the body comes.
     """
 
-    __slots__ = ("_allowance", "_least_bytes", "_looked_bytes", "_most_bytes", "_replies", "_size_bytes", "_text",
-                 "is_whole")  # fmt: skip
+    __slots__ = ("_allowance", "_is_too_long", "_least_bytes", "_looked_bytes", "_most_bytes", "_replies",
+                 "_size_bytes", "_text", "is_whole")  # fmt: skip
 
-    def __init__(self, least_bytes: int, most_bytes: int, allowance: Allowance, *, text: bool) -> None:
-        """Take `most_bytes` or a little more, and then ask that the rest be left where it is.
+    def __init__(
+        self, least_bytes: int, most_bytes: int, allowance: Allowance, *, text: bool, coming_bytes: int = 0
+    ) -> None:
+        """Take `most_bytes` or one piece more, and then ask that the rest be left where it is.
 
         While `allowance` is used up by all together, `least_bytes` are enough. `text`: the model is looked for.
+        `coming_bytes`: the body's length if it is known; of one that is longer nothing is taken, since one piece of it
+        may be as long as all that Envoy buffers (1 MiB).
         """
+        self._is_too_long = coming_bytes > most_bytes
         self._least_bytes = least_bytes
         self._most_bytes = most_bytes
         self._allowance = allowance
@@ -163,7 +168,8 @@ class Kept:
     def is_full(self) -> bool:
         """More may come, and shall wait."""
         is_spent = self._allowance.used_bytes >= self._allowance.most_bytes
-        return self._size_bytes >= (self._least_bytes if is_spent else self._most_bytes) and not self.is_whole
+        enough_bytes = self._least_bytes if is_spent else self._most_bytes
+        return (self._is_too_long or self._size_bytes >= enough_bytes) and not self.is_whole
 
     @property
     def is_read(self) -> bool:

@@ -168,6 +168,12 @@ class Requests:
         return ""
 
 
+def body_bytes(headers: Mapping[str, str]) -> int:
+    """Return how long a body is by its content-length; 0: it has none that means anything."""
+    length = headers.get("content-length", "")
+    return int(length[:12]) if length.isascii() and length.isdigit() else 0
+
+
 def _prompt_tokens(content_length: str | None, *, has_body: bool) -> int:
     if content_length is not None and content_length.isascii() and content_length.isdigit():
         return min(int(content_length[:12]) // BYTES_PER_TOKEN, MAX_TOKENS)

@@ -23,6 +23,7 @@ from extproc.stream import again, bodies, wire
 from extproc.stream.answer import BODILESS, GRPC_STATUS, judge, judge_trailers
 from extproc.stream.bodies import Kept
 from extproc.stream.dialect import PLAIN
+from extproc.stream.request import body_bytes
 from extproc.stream.routes import (
     GRPC_STATUSES,
     GRPC_UNKNOWN,
@@ -225,7 +226,8 @@ class Session:
         reads = reads and not reception.gate.controller.draining
         if incoming.has_body and (modes.holds_body or reads):
             most_bytes = KEPT_BYTES if self.resets else KEPT_UNTOLD_BYTES
-            self._kept = Kept(KEPT_BYTES, most_bytes, reception.kept, text=reads)
+            coming_bytes = body_bytes(incoming.headers)
+            self._kept = Kept(KEPT_BYTES, most_bytes, reception.kept, text=reads, coming_bytes=coming_bytes)
         if reads:
             self._state, self._began = _READING, incoming
             reception.reading.began(self)

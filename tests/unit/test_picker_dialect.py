@@ -186,6 +186,21 @@ def test_a_held_body_beyond_the_window_is_left_unread_until_its_request_is_picke
     assert not held.session.paused
 
 
+def test_of_a_body_that_is_longer_than_what_is_kept_nothing_is_taken_before_its_request_is_picked():
+    """Envoy sends up to 1 MiB of a body as one piece: whoever reads one has it all."""
+    gateway = Gateway(A)
+    first = gateway.stream()
+    first.play("> opening", f"< pick {A}", opening=opening(DUPLEX))
+    held = []
+    for length, paused in ((KEPT_BYTES + 1, True), (KEPT_BYTES, False)):
+        held.append(gateway.stream(resets=True))
+        held[-1].play("> opening", opening=opening(DUPLEX, content_length=str(length)))
+        assert held[-1].session.paused is paused
+    first.session.end()
+    assert not held[0].session.paused
+    held[0].play("> request_body ab|", "< request_body ab|")
+
+
 def test_what_a_client_sent_that_left_while_it_waited_is_not_remembered_with_its_request():
     gateway = Gateway(A)
     stories = Stories(gateway.gate.controller, gateway.clock.time)
