@@ -1,6 +1,6 @@
 """What an endpoint picker costs where bodies come through it, and where they don't; `make bench-transport` runs it too.
 
-    python -m bench.pieces [cpu] [memory] [--held 100]
+    python -m bench.pieces [cpu] [memory] [--held 100] [--only PART]
 
 Envoy as the control planes of Inference Gateways set it up (tests/e2e/kit/gateways.py), the whole sidecar, two scripted
 engines. Full duplex: each piece of both bodies is a message to us and one back. Lean: two messages a request. Tokens
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 GAP_S = 0.001
 WARM = 20
-WORK = ((1, 1_000, 300), (100, 1_000, 20), (10_000, 1_000, 1), (1, 1_000_000, 40))
+WORK = ((1, 1_000, 200), (100, 1_000, 10), (10_000, 1_000, 1), (1, 1_000_000, 20))
 """Tokens, bytes of body, and how many requests."""
 BODIES = (1_000, 1_000_000)
 STILL_S = 1.0
@@ -81,13 +81,13 @@ def running(way: Way) -> Iterator[tuple[Picking, str]]:
         yield here, here.gateway(way.kind, **way.how)
 
 
-def cpu() -> None:
-    """Print the table of CPU."""
+def cpu(only: str) -> None:
+    """Print the table of CPU, of all ways or `only` some."""
     print("\n## CPU µs per request, one after the other; a piece: (10,000 tokens - 1 token) / messages between\n")
     names = [f"{tokens:,} token{'s' * (tokens > 1)}, {size // 1000:,} KB" for tokens, size, _ in WORK]
     row("", *names, "a piece", *(f"Envoy: {name}" for name in names))
     row(*["---"] * (2 + 2 * len(names)))
-    for way in COST:
+    for way in [one for one in COST if only in one.name]:
         with running(way) as (here, address):
             envoy = here.envoy(way.kind, **way.how)
             _ask(address, 1, 1_000, WARM)
@@ -167,8 +167,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["cpu", "memory"], metavar="cpu|memory")
     parser.add_argument("--held", type=int, default=100)
+    parser.add_argument("--only", default="", help="part of the name of a way, for cpu")
     arguments = parser.parse_args()
-    parts = {"cpu": cpu, "memory": lambda: memory(arguments.held)}
+    parts = {"cpu": lambda: cpu(arguments.only), "memory": lambda: memory(arguments.held)}
     for part in arguments.parts:
         parts[part]()
 
