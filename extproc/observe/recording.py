@@ -256,11 +256,16 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def _written(kind: type) -> dict[str, str]:
-    """Return the annotations of a class of the core, as written; its source is beside the machine code."""
-    source = Path(events.__file__).with_name(kind.__module__.removeprefix(_CORE) + ".py")
-    (found,) = (one for one in ast.parse(source.read_text()).body if getattr(one, "name", "") == kind.__name__)
-    written = [one for one in getattr(found, "body", ()) if isinstance(one, ast.AnnAssign)]
+    """Return the annotations of a class of the core, as written."""
+    written = [one for one in _source(kind).body if isinstance(one, ast.AnnAssign)]
     return {ast.unparse(one.target): ast.unparse(one.annotation) for one in written}
+
+
+def _source(kind: type) -> ast.ClassDef:
+    """Return a class of the core as written: its source is beside the machine code."""
+    module = Path(events.__file__).with_name(kind.__module__.removeprefix(_CORE) + ".py")
+    classes = [one for one in ast.parse(module.read_text()).body if isinstance(one, ast.ClassDef)]
+    return next(one for one in classes if one.name == kind.__name__)
 
 
 def _shaped(hint: Any, value: Any) -> Any:  # noqa: C901 - a case for each kind of value
@@ -364,8 +369,13 @@ _NEEDS: dict[type, list[str]] = {}
 def _needs(kind: type) -> list[str]:
     """Return the arguments that a class of the core is made with: it keeps each under this name, or with a `_`."""
     if kind not in _NEEDS:
-        asked = signature(kind).parameters
-        _NEEDS[kind] = [name for name, one in asked.items() if one.default is Parameter.empty]
+        try:
+            asked = signature(kind).parameters
+            _NEEDS[kind] = [name for name, one in asked.items() if one.default is Parameter.empty]
+        except ValueError:  # compiled, and a default is more than a literal: the source tells
+            (made,) = (one for one in _source(kind).body if isinstance(one, ast.FunctionDef) and one.name == "__init__")
+            usual = made.args.args
+            _NEEDS[kind] = [one.arg for one in usual[1 : len(usual) - len(made.args.defaults)]]
     return _NEEDS[kind]
 
 
