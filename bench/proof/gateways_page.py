@@ -105,10 +105,14 @@ def called(contender: str) -> str:
     )
 
 
+def _of(runs: Sequence[Run], key: Key) -> list[Run]:
+    """Return the runs of a contender that count."""
+    return [run for run in runs if (run.experiment, run.load, run.contender) == key and not run.problem()]
+
+
 def after_fault(runs: Sequence[Run], key: Key) -> float:
     """Return the goodput of what arrived in the moment of a fault and soon after; nan of none."""
-    mine = [run for run in runs if (run.experiment, run.load, run.contender) == key and not run.problem()]
-    each = [goodput(r for r in run.records if FAULT_AT_S <= r.at < FAULT_AT_S + AFTER_S) for run in mine]
+    each = [goodput(r for r in run.records if FAULT_AT_S <= r.at < FAULT_AT_S + AFTER_S) for run in _of(runs, key)]
     return mean(each) if each else math.nan
 
 
@@ -119,7 +123,7 @@ def goodputs(some: dict[Key, Figures], runs: Sequence[Run]) -> list[str]:
     rows = []
     for key in sorted(some, key=_place):
         one = some[key]
-        held = max(run.peak_held for run in runs if (run.experiment, run.load, run.contender) == key)
+        held = max(run.peak_held for run in _of(runs, key))
         times = ratio(one, alone) if alone is not None else (math.nan, math.nan)
         rows.append(
             [
