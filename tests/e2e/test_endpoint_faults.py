@@ -91,15 +91,38 @@ def test_an_endpoint_that_refuses_connections_is_left_out_and_its_pool_serves_on
     settle(here, 80)
 
 
-def test_with_a_second_try_a_server_that_takes_no_connection_costs_no_client_an_error(stack):
+@contextlib.contextmanager
+def dead(how: str) -> Iterator[str]:
+    """An address where nobody serves: it refuses connections, by number or by name, or lets them hang."""
+    if how == "hangs":
+        with unreachable() as address:
+            yield address
+    else:
+        yield f"{'localhost' if how == 'has a name' else '127.0.0.1'}:{free_port()}"
+
+
+@pytest.mark.parametrize(
+    ("how", "protocol"),
+    [
+        ("refuses", "h1"),
+        ("refuses", "h2"),
+        ("hangs", "h1"),
+        pytest.param(
+            "hangs", "h2", marks=pytest.mark.skipif(not LONG, reason="EXTPROC_LONG is not set: `make faults`")
+        ),
+        ("has a name", "h1"),
+    ],
+)
+def test_with_a_second_try_a_server_that_takes_no_connection_costs_no_client_an_error(stack, how, protocol):
     """Those that are sent there come back, and wait in order for the one slot elsewhere."""
-    here = stack(
-        upstreams=("a", "b"),
-        config={"second_try": local(), "classes": PATIENT},
-        endpoints={"a": {"max_running_requests": 20}, "b": {"max_running_requests": 1}},
-    )
-    here.upstreams["a"].down()
-    answers = complete_many(here.url, 30, lambda n: {"x-test-id": f"t-{n}"}, body=b"x" * 100_000)
+    with dead(how) as address:
+        here = stack(
+            upstreams=("b",),
+            protocol=protocol,
+            config={"second_try": local(), "classes": PATIENT},
+            endpoints={"a": {"address": address, "max_running_requests": 20}, "b": {"max_running_requests": 1}},
+        )
+        answers = complete_many(here.url, 30, lambda n: {"x-test-id": f"t-{n}"}, body=b"x" * 100_000)
     assert Counter(answer.status for answer in answers) == {200: 30}
     served = sorted((one.arrived_at, one.ended_at or 0.0) for one in here.upstreams["b"].records() if one.request_id)
     assert all(before[1] <= after[0] for before, after in pairwise(served)), "one at a time"

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
 
 import pytest
+import yaml
+
+from tests.conftest import tool
 
 from .kit.clients import complete_many
 from .kit.commands import envoy_config
 from .kit.envoy import Envoy, give_up_soon
 from .kit.kube_api import KubeApi, slice_of
-from .kit.processes import wait_until
+from .kit.processes import Child, http_get, http_ok, wait_until
 from .kit.stack import local
-from .kit.upstream import Upstream
+from .kit.upstream import Upstream, behave
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from .kit.stack import Stack
 from .kit.traffic import Traffic, header, hold, listed, names, reached, reload
+
+ROOT = Path(__file__).parents[2]
 
 # ---- clusters that Envoy learns
 
@@ -194,6 +202,49 @@ def test_a_model_at_zero_replicas_waits_for_its_first_pod_longer_than_its_class_
             api.put(slice_of("s", {"pod": "127.0.0.1"}, port=pod.port))
             assert [(answer.status, answer.head_s > 0.3) for answer in waiting.result()] == [(200, True)] * 3
         assert len(pod.records()) == 3
+
+
+def test_what_the_scaler_asks_prometheus_wakes_a_pool_of_none_and_lets_it_sleep_again(dynamic, tmp_path):
+    """KEDA itself needs a cluster; its query, from the manifest, is asked of a real Prometheus as KEDA asks it."""
+    prometheus = tool("prometheus", "prometheus")
+    scaled = yaml.safe_load((ROOT / "k8s/components/autoscaling/scaledobject.yaml").read_text())
+    wanted = urlencode({"query": scaled["spec"]["triggers"][0]["metadata"]["query"]})
+    listen, held = local(), dict([behave("ok", hold="head")])
+    with KubeApi() as api, Upstream("pod") as pod:
+        source = {"service": "vllm", "namespace": "ml", "api": api.url, "models": ["asleep"]}
+        here = dynamic(
+            {
+                "discovery": [{"kubernetes": source}],
+                "allowed_addresses": ["127.0.0.0/8"],
+                "classes": [{"name": "default", "budget": "200ms"}],
+                "no_endpoint_budget": "30s",
+            },
+            upstreams=(),
+        )
+        scrape = {"job_name": "extproc", "static_configs": [{"targets": [here.sidecar.admin]}]}
+        written = {"global": {"scrape_interval": "100ms"}, "scrape_configs": [scrape]}
+        (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(written))
+        argv = [prometheus, f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data"]
+        with (
+            Child([*argv, f"--web.listen-address={listen}"], tmp_path / "prometheus.log") as child,
+            ThreadPoolExecutor(1) as pool,
+        ):
+
+            def work() -> list[float]:
+                answer = json.loads(http_get(listen, f"/api/v1/query?{wanted}")[1])
+                return [float(one["value"][1]) for one in answer["data"]["result"]]
+
+            child.wait_ready(lambda: http_ok(listen, "/-/ready"))
+            wait_until(lambda: work() == [0.0], 10.0, "no engine, nobody waits: 0, and an answer")
+            waiting = pool.submit(complete_many, here.url, 3, header("first", **{"x-model": "asleep"}, **held))
+            wait_until(lambda: work() == [3.0], 10.0, "what waits for the first engine")
+            api.put(slice_of("s", {"pod": "127.0.0.1"}, port=pod.port))
+            wait_until(lambda: pod.open_requests() == 3, 10.0)
+            wait_until(lambda: work() == [3.0], 10.0, "what runs there")
+            for number in range(3):
+                pod.release(f"first-{number}")
+            assert [answer.status for answer in waiting.result()] == [200] * 3
+            wait_until(lambda: work() == [0.0], 10.0, "it may sleep again")
 
 
 def test_addresses_of_a_name_are_endpoints(dynamic):

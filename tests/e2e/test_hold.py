@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from .kit.clients import complete_many
-from .kit.processes import Child, http_get
+from .kit.processes import Child, http_get, wait_until
 from .kit.upstream import Upstream, behave
 
 SLOTS = 4
@@ -89,6 +89,38 @@ def test_1200_requests_held_at_once_all_finish(stack):
     assert statuses == [200] * 1264
     here.wait_idle()
     assert here.outcomes("dispatched") == 1264
+
+
+def test_a_tenant_over_its_cap_is_refused_and_others_are_held_and_served(stack):
+    tenants = {"named": [{"name": "acme", "max_in_flight": 2}], "others": {"max_in_flight": 3}}
+    here = stack(config={"tenants": tenants})
+
+    def of(tenant: str, number: int) -> dict[str, str]:
+        return {"x-test-id": f"{tenant}-{number}", "x-tenant-id": tenant, **dict([behave("ok", hold="head")])}
+
+    def told(name: str) -> dict[str, float]:
+        page = here.sidecar.metrics().items()
+        return {key.split('"')[1]: value for key, value in page if key.startswith(f"{name}{{")}
+
+    with ThreadPoolExecutor(2) as pool:
+        of_acme = pool.submit(complete_many, here.url, 2, lambda n: of("acme", n))
+        wait_until(lambda: told("extproc_tenant_inflight_requests") == {"acme": 2, "*": 0}, 5.0)
+        (third,) = complete_many(here.url, 1, lambda _: of("acme", 2))
+        made_up = pool.submit(complete_many, here.url, 5, lambda n: of(f"made-up-{n}", n))
+        wait_until(lambda: told("extproc_tenant_limited_total") == {"acme": 1, "*": 2}, 5.0)
+        for number in range(5):
+            here.upstreams["a"].release(f"acme-{number}")
+            here.upstreams["a"].release(f"made-up-{number}-{number}")
+        assert [answer.status for answer in of_acme.result()] == [200, 200]
+        assert sorted(answer.status for answer in made_up.result()) == [200, 200, 200, 429, 429]
+    assert (third.status, third.headers["x-extproc-outcome"], third.headers["retry-after"]) == (
+        429,
+        "tenant_limit",
+        "1",
+    )
+    here.wait_idle()
+    assert told("extproc_tenant_inflight_requests") == {"acme": 0, "*": 0}
+    assert "made-up" not in http_get(here.sidecar.admin, "/metrics")[1].decode()
 
 
 def test_with_the_queue_off_nothing_is_held_and_the_least_busy_endpoint_is_chosen(stack):
