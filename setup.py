@@ -18,7 +18,7 @@ STREAM = (
     *("again", "ages", "answer", "bodies", "dialect", "gate", "reception"),
     *("replays", "request", "routes", "session", "silence", "wire"),
 )
-REPLICAS = ("gate", "leading")  # subclasses of what is compiled must be, too
+REPLICAS = ("forwarded", "gate", "leading")  # subclasses of what is compiled must be, too
 
 
 def modules() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import runpy
 import subprocess
@@ -45,6 +46,19 @@ def test_what_is_compiled_is_there_and_the_core_is_most_of_it(compiled_modules):
     core = {path.stem for path in (ROOT / "extproc/admission").glob("*.py")}
     left = core - {Path(path).stem for path in compiled_modules if "/admission/" in path}
     assert left == {"decision", "held", "outcome"}
+
+
+def test_nobody_who_is_interpreted_is_a_subclass_of_who_is_compiled(compiled_modules):
+    compiled = {path.removesuffix(".py").replace("/", ".") for path in compiled_modules}
+    for file in (ROOT / "extproc").rglob("*.py"):
+        if str(file.relative_to(ROOT)) in compiled_modules:
+            continue
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        came_from = {
+            name.name: node.module for node in nodes if isinstance(node, ast.ImportFrom) for name in node.names
+        }
+        bases = [ast.unparse(base) for node in nodes if isinstance(node, ast.ClassDef) for base in node.bases]
+        assert not [base for base in bases if came_from.get(base) in compiled], file
 
 
 def test_a_copy_to_work_on_is_pure():
