@@ -167,7 +167,7 @@ bench-transport: $(STAMP)  ## what the sidecar costs behind Envoy, against a nat
 	$(BIN)/python -m bench.transport
 	$(BIN)/python -m bench.pieces
 
-# COMPILED: a Python that has a compiled wheel installed (`make compiled` says where one is), for one more row.
+# COMPILED: the Python of an environment with the wheel of `make compiled` (build/compiled) installed, for one more row.
 bench-transport-quick: $(STAMP)  ## five turns of the sidecar against that native server (under 2 minutes)
 	$(MAKE) $(NATIVE)/noop
 	$(BIN)/python -m bench.transport --quick $(if $(COMPILED),--compiled $(COMPILED))
