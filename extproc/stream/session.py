@@ -175,7 +175,7 @@ class Session:
 
     def _take_unasked(self, incoming: Incoming) -> None:
         """Let pass what Envoy answered by itself before it asked us (413), or if request headers are not sent."""
-        self._reception.silence.ended(self)
+        self._reception.silence.spoke(self)
         if incoming.modes is not None:  # an answer's body follows, and how, the gateway tells
             self._modes, self._state = self._reception.dialect.modes(incoming), _ANSWERED
         self._send(wire.go_on(incoming.kind))
@@ -209,7 +209,7 @@ class Session:
     def _begin(self, incoming: Incoming) -> None:
         """Hold the request, let it go at once, or answer it: the table of routes says."""
         reception = self._reception
-        reception.silence.ended(self)
+        reception.silence.spoke(self)
         self._modes = modes = reception.dialect.modes(incoming)
         headers = incoming.headers
         self._needs_body = headers.get(":method") not in BODILESS and "upgrade" not in headers

@@ -1,12 +1,15 @@
 """Streams that wait for their client to say something, and for how long.
 
-Envoy opens a stream to send a request's headers, and does so at once. Whoever else can connect could open them without
-end, and each costs memory: one that says nothing ends after a while, and sooner when there are many. And a body whose
-model is looked for may never come: its request is then offered without one.
+Envoy opens a stream to send a request's headers, and does so at once. Whoever else can connect could open them
+without end, and each costs memory: one that says nothing ends after a while, and sooner when there are many. Many
+come at once on a good day, too, and are heard later than they spoke, for we read one after another: a stream is only
+taken to be silent if one that began after it, and long after it, has been heard. And a body whose model is looked for
+may never come: its request is then offered without one.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -50,6 +53,7 @@ class Silence(Generic[Stream]):
         self._give_up = give_up
         self._silent_s, self._most, self._crowded_s = silent_s, most, crowded_s
         self._began: dict[Stream, float] = {}
+        self._spoke_at = self._heard_until = -math.inf  # when one spoke last; when the latest that ever spoke had begun
         self._is_watching = self._is_crowded = False
 
     def began(self, stream: Stream) -> None:
@@ -61,8 +65,15 @@ class Silence(Generic[Stream]):
         elif len(self._began) > self._most:
             self._thin()
 
+    def spoke(self, stream: Stream) -> None:
+        """Note that it came."""
+        began = self._began.pop(stream, None)
+        if began is not None:
+            self._spoke_at = self._clock.now()
+            self._heard_until = max(self._heard_until, began)
+
     def ended(self, stream: Stream) -> None:
-        """Note that it came, or the stream's end."""
+        """Note the stream's end."""
         self._began.pop(stream, None)
 
     def end_all(self) -> None:
@@ -88,7 +99,8 @@ class Silence(Generic[Stream]):
 
     def _end(self, silent_s: float, most: int) -> None:
         """Give up the streams that have been silent for so long, the oldest first, while there are more than `most`."""
-        until = self._clock.now() - silent_s
+        now = self._clock.now()
+        until = (now if now - self._spoke_at > self._crowded_s else self._heard_until) - silent_s
         while len(self._began) > most:
             stream, began = next(iter(self._began.items()))
             if began > until:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import json
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 from google.protobuf import struct_pb2
@@ -425,6 +426,28 @@ def test_a_burst_of_streams_that_say_nothing_is_thinned_out_after_a_second_thoug
     assert (len(ended), len(more), room.reception.streams) == (MOST, 9 * MOST, MOST)
     room.clock.advance(SILENT_S)
     assert room.reception.streams == 0
+
+
+def test_of_a_flood_nobody_is_ended_because_we_read_him_late():
+    """Thousands open their streams in one moment; the last of them is heard seconds later, each in his turn."""
+    room = Room()
+    ended: list[int] = []
+    sessions = [Session(room.reception, lambda _: None) for _ in range(3 * MOST)]
+    for number, session in enumerate(sessions):
+        session.hang_up = partial(ended.append, number)
+    for session in sessions:
+        room.clock.advance(4 * CROWDED_S / len(sessions))
+        session.receive(message("request_headers"))
+    assert ended == []
+
+
+def test_who_says_nothing_among_many_that_speak_is_thinned_out_all_the_same():
+    room = Room()
+    ended = silent(room, 3 * MOST)
+    for _ in range(30):
+        room.clock.advance(CROWDED_S / 10)
+        room.open()
+    assert len(ended) >= 2 * MOST
 
 
 def test_decisions_for_higher_classes_are_told_first():
