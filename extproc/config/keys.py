@@ -208,8 +208,8 @@ class Config(Section):
     first_byte_probe: bool = Field(
         False,
         description="A second ext_proc filter tells when an answer's first byte came, for `max_prompt_tokens`, and "
-        "that it has one: an answer in chunks without a byte is a refusal then. Costs one more stream per request; "
-        "without it the engine's own counters tell, where it has them.",
+        "that it has one: chunks without a byte that end with the head are a refusal then. Costs one more stream per "
+        "request; without it the engine's own counters tell, where it has them.",
     )
     server_timing: bool = Field(
         False,

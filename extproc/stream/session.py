@@ -415,8 +415,9 @@ class Session:
     def _close(self) -> None:
         self._forget_ticket()
         if self._ticket is not None:
-            if (self._number or self._modes is not PLAIN) and self._answer is Answer.OK and self._will_be_shown:
+            if self._shown is None and self._modes.shows_answer and self._answer is Answer.OK:
                 self._answer = Answer.UNKNOWN  # a client that left, or a server that died behind its head: both look so
+            # Not so with the probe: its stream often comes after this one's end, and then a whole answer looks so, too.
             ticket, self._ticket = self._ticket, None
             ticket.deliver = None  # tickets are remembered for their stories: this stream and its body are not
             self._forget_number()

@@ -39,8 +39,11 @@ LIMIT = 8
 class Canned:
     """A server that answers every request but GET /health and /metrics by the same bytes, and counts what is posted."""
 
-    def __init__(self, answer: bytes, *, health_s: float = 0.0, page: str = "", idle_s: float = 60.0) -> None:
-        self.answer, self.page, self.health_s, self.idle_s = answer, page, health_s, idle_s
+    def __init__(
+        self, answer: bytes, *, health_s: float = 0.0, page: str = "", idle_s: float = 60.0, gap_s: float = 0.0
+    ) -> None:
+        """`gap_s`: between an answer's head and the rest of it."""
+        self.answer, self.page, self.health_s, self.idle_s, self.gap_s = answer, page, health_s, idle_s, gap_s
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
         self.served = 0
@@ -85,7 +88,11 @@ class Canned:
                     self.served += head.startswith(b"POST ")  # not what the sidecar itself asks
                     if not self.answer or self._loop.time() - idle_since > self.idle_s:
                         break
-                    writer.write(self.answer)
+                    head, between, rest = self.answer.partition(b"\r\n\r\n")
+                    writer.write(head + between)
+                    if self.gap_s:
+                        await asyncio.sleep(self.gap_s)
+                    writer.write(rest)
                 await writer.drain()
                 idle_since = self._loop.time()
         writer.close()
@@ -145,6 +152,22 @@ def test_where_the_first_byte_is_shown_a_head_alone_is_no_answer_and_a_refusals_
         assert costs(here) <= LIMIT + FEW  # the first head of all is believed: nothing was shown yet
         here.wait_idle()
         assert here.endpoint("bad")["dispatched"] <= LIMIT + FEW
+
+
+def test_where_first_bytes_are_shown_a_whole_answer_whose_head_came_before_it_is_still_a_good_one(stack):
+    """The end of such an answer's stream often reaches us before the probe that shows its first byte."""
+    with contextlib.ExitStack() as servers:
+        names = [f"whole-{number}" for number in range(8)]
+        whole = {name: servers.enter_context(Canned(answer(200, "all of it"), gap_s=0.02)) for name in names}
+        config = {"max_running_requests": LIMIT, "classes": PATIENT, "first_byte_probe": True}
+        endpoints = {name: {"address": server.address} for name, server in whole.items()}
+        here = stack(upstreams=("good",), endpoints=endpoints, config=config)
+        for name in ("good", *names):  # the first shows that the probe is there
+            (one,) = complete_many(here.url, 1, lambda _, to=name: {"x-upstream-cluster": to, **GOOD})
+            assert one.status == 200
+        here.wait_idle()
+        assert [server.served for server in whole.values()] == [1] * len(names)
+        assert {name: here.endpoint(name)["state"] for name in names} == dict.fromkeys(names, "up")
 
 
 def test_a3_one_whose_page_says_that_it_sleeps_gets_nothing(stack):

@@ -521,7 +521,7 @@ SHOWN = {
         >> ann ends
         << ann counts as empty
         """,
-    "where the probe shows others, an answer that ends unseen tells nothing: a client left, or its server died": """
+    "where the probe shows others, an answer that ends unseen counts as without it: the probe may come later": """
         .. probe=there judged
         >> ann comes
         << ann goes to cluster-a
@@ -536,7 +536,18 @@ SHOWN = {
         >> bob answers status=200 by=via_upstream
         << bob goes on (response_headers)
         >> bob ends
-        << bob counts as unknown
+        << bob counts as ok
+        >> bob shows x|
+        << the probe is over
+        """,
+    "an error that ends unseen stays one": """
+        .. probe=there judged
+        >> ann comes
+        << ann goes to cluster-a
+        >> ann answers status=500 by=via_upstream
+        << ann goes on (response_headers)
+        >> ann ends
+        << ann counts as error
         """,
     "where no probe shows anything, heads are believed": """
         .. probe judged
@@ -629,6 +640,15 @@ PICKING = {
         >> ann trails
         << ann goes on (response_trailers)
         << ann counts as empty
+        """,
+    "the picker: an answer that is cut behind its head tells nothing: a client left, or its server died": """
+        .. dialect=picker judged
+        >> ann comes
+        << ann goes to a:80
+        >> ann answers status=200 by=via_upstream
+        << ann goes on (response_headers)
+        >> ann ends
+        << ann counts as unknown
         """,
     "the picker: where the gateway went elsewhere, the lease is where the answer came from": """
         .. dialect=picker endpoints=a,b slots=1
