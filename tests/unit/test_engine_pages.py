@@ -160,6 +160,36 @@ def test_a_page_of_the_corpus_means_this_load_whether_the_engine_is_configured_o
     assert load(page(name), engine) == (engine, expected)
 
 
+QUOTED = 'a"\\b'
+"""The value of a label, as the configuration has it; a page says it escaped."""
+
+
+@pytest.mark.parametrize("labels", [(), (("own", QUOTED),)], ids=["no labels", "labels"])
+def test_the_lines_of_adapters_that_ran_once_are_neither_counted_nor_read_however_many_or_wrong_they_are(labels):
+    """vLLM's page keeps a line for each combination that ever ran: 800 of them hid how much runs and waits."""
+    own = 'own="a\\"\\\\b",' if labels else ""
+    lora = "vllm:lora_requests_info{"
+    text = page("vllm-0.32-lora").decode().replace("{", "{" + own)
+    old = "".join(
+        f'{lora}{own}max_lora="9",running_lora_adapters="customer-{n}-support,customer-{n + 1}-support"}} {1.7e9 + n} 1764374\n'
+        for n in range(2000)
+    )
+    wrong = f'{lora}{own}running_lora_adapters="{"a" * 20_000}"}} 1\n{lora}{own}}} NaN\n{lora} 1\n{lora}}}\n'
+    others = lora + 'own="other",running_lora_adapters="other"} 9e12\n' if labels else ""
+    for body in (text + old + wrong + others, others + wrong + old + text):
+        now = read_page(body.encode(), engines_for("vllm"), labels)
+        assert isinstance(now, Readings)
+        assert (now.running, now.waiting, now.adapters, now.adapter_slots) == (12.0, 3.0, ("law", "med"), 2)
+        assert now.preemptions is not None
+
+
+def test_a_newest_line_of_adapters_that_cannot_be_read_leaves_the_rest_of_the_page():
+    long = 'vllm:lora_requests_info{max_lora="2",running_lora_adapters="' + "a" * 20_000 + '"} 9e12\n'
+    now = read_page(page("vllm-0.32-lora") + long.encode(), engines_for("vllm"))
+    assert isinstance(now, Readings)
+    assert (now.running, now.waiting, now.adapters, now.adapter_slots) == (12.0, 3.0, None, None)
+
+
 def test_every_page_of_the_corpus_has_a_row_and_names_its_source():
     assert {path.stem for path in PAGES.glob("*.txt")} == TABLE.keys() | OTHERS
     sources = {path.stem: path.read_text().partition("\n")[0] for path in PAGES.glob("*.txt")}

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 1024 * 1024
 MOST_SERIES = 1024
-"""Wanted lines of a page. 64 data parallel engines need some 500; above this it is no page of one endpoint."""
+"""Wanted lines, but those of adapters. 64 data parallel engines need some 500; above it is not one endpoint's."""
 MOST_LINE_BYTES = 16 * 1024
 MOST_WANTED_BYTES = 128 * 1024
 """All wanted lines together; vLLM's cache_config_info has 1.3 KB for each data parallel engine."""
@@ -92,6 +92,12 @@ class _Page:
     samples: dict[str, dict[Series, float | None]] = field(default_factory=dict)
     is_large: bool = False
 
+    def add(self, sample: tuple[Series, float | None], labels: Pairs) -> None:
+        """Keep a sample, if it carries `labels`."""
+        series, value = sample
+        if all(pair in series[1] for pair in labels):
+            self.samples.setdefault(series[0], {})[series] = value
+
     def series(self, metric: Metric) -> dict[Series, float | None] | None:
         """Return what `metric` says: value by series, None for a value that isn't believed; None: not on the page.
 
@@ -135,12 +141,11 @@ class _Page:
         return within(sum(values), MOST_TOKENS) if values else None
 
     def adapters(self, names: Names) -> tuple[tuple[str, ...] | None, int | None]:
-        """Return the adapters that run, and how many fit: of the line that was written last. None: nothing is told."""
-        lines = [line for metric in names for line in (self.series(metric) or {}).items()]
-        known = [(value, dict(series[1])) for series, value in lines if value is not None]
-        if not known:
+        """Return the adapters that run, and how many fit; of their lines the newest is here. None: nothing is told."""
+        lines = [dict(labels) for metric in names for _, labels in self.series(metric) or ()]
+        if not lines:
             return None, None
-        told = max(known, key=lambda line: line[0])[1]
+        told = lines[0]
         running = [name.strip() for name in told.get("running_lora_adapters", "").split(",")]
         slots = told.get("max_lora", "")
         most = whole(_number(slots) if _NUMBER.fullmatch(slots) else None, MOST_ADAPTERS)
@@ -204,7 +209,7 @@ def read_in_slices(
     """Do what `read_page` does, and yield wherever a loop may turn. An engine's own page is read in one go."""
     if len(body) > MOST_BYTES:
         return Reason.TOO_BIG
-    page = yield from _collect(b"\n" + body, _finder(engines), labels)
+    page = yield from _collect(b"\n" + body, engines, labels)
     if isinstance(page, Reason):
         return page
     engine = _engine_of(page, engines, own)
@@ -294,15 +299,22 @@ def _totals(found: dict[Series, float | None], splits: tuple[str, ...]) -> dict[
     return totals | rest
 
 
-def _collect(text: bytes, finder: re.Pattern[bytes], labels: Pairs) -> Generator[None, None, _Page | Reason]:
+def _collect(text: bytes, engines: tuple[Engine, ...], labels: Pairs) -> Generator[None, None, _Page | Reason]:
     """Read all wanted lines of `text`, which begins with a newline."""
-    page = _Page()
+    page, finder, adapters = _Page(), _finder(engines), _Newest(engines, labels)
     count = size_bytes = slice_bytes = start = 0
     while start < len(text):
         end = text.find(b"\n", start + SEARCH_BYTES)
         end = len(text) if end < 0 else end
         for line in finder.findall(text, start, end):
-            count, size_bytes, slice_bytes = count + 1, size_bytes + len(line), slice_bytes + len(line)
+            slice_bytes += len(line)
+            if slice_bytes > SLICE_BYTES:
+                slice_bytes, page.is_large = 0, True
+                yield
+            if line.startswith(adapters.names):
+                adapters.note(line)
+                continue
+            count, size_bytes = count + 1, size_bytes + len(line)
             if count > MOST_SERIES:
                 return Reason.TOO_MANY_SERIES
             if size_bytes > MOST_WANTED_BYTES:
@@ -310,16 +322,38 @@ def _collect(text: bytes, finder: re.Pattern[bytes], labels: Pairs) -> Generator
             sample = _sample(line)
             if sample is None:
                 return Reason.MALFORMED
-            series, value = sample
-            if all(pair in series[1] for pair in labels):
-                page.samples.setdefault(series[0], {})[series] = value
-            if slice_bytes > SLICE_BYTES:
-                slice_bytes, page.is_large = 0, True
-                yield
+            page.add(sample, labels)
         start = end
         if start < len(text):
             yield
+    newest = _sample(adapters.line)
+    if newest is not None:
+        page.add(newest, labels)
     return page
+
+
+class _Newest:
+    """The newest line that tells of adapters. The others are not read, and nothing that is wrong with one is an error.
+
+    Each combination that ever ran is a line for ever: vLLM sets the time of the one that runs, and its client library
+    removes none. They would outgrow any bound, and of a line nothing but its time tells whether it still holds.
+    """
+
+    __slots__ = ("_at", "_marks", "line", "names")
+
+    def __init__(self, engines: tuple[Engine, ...], labels: Pairs) -> None:
+        self.names = _adapter_names(engines)
+        self._marks = tuple(f'{name}="{_escaped(value)}"'.encode() for name, value in labels)
+        self._at = -1.0
+        self.line = b""
+
+    def note(self, line: bytes) -> None:
+        """Keep `line` if it is the newest so far, as far as a glance at it tells."""
+        words = line[line.rfind(b"}") + 1 :].split(None, 1)
+        text = words[0].decode("ascii", "replace") if words else ""
+        at = _number(text) if _NUMBER.fullmatch(text) else None
+        if at is not None and at >= self._at and all(mark in line for mark in self._marks):
+            self._at, self.line = at, line
 
 
 # ---- lines
@@ -328,6 +362,11 @@ def _collect(text: bytes, finder: re.Pattern[bytes], labels: Pairs) -> Generator
 @lru_cache(maxsize=32)
 def _names(engine: Engine) -> frozenset[str]:
     return engine.metrics()
+
+
+@lru_cache(maxsize=32)
+def _adapter_names(engines: tuple[Engine, ...]) -> tuple[bytes, ...]:
+    return tuple(f"\n{metric.name}".encode() for engine in engines for metric in engine.adapters)
 
 
 @lru_cache(maxsize=32)
@@ -396,6 +435,10 @@ def _any_labels(inside: str) -> Pairs | None:
 _SHORT = 2048
 _short_labels = lru_cache(maxsize=1024)(_any_labels)
 """Labels hardly change from scrape to scrape. 1,024 of 2 KB are some megabytes at worst."""
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
 def _unescape(match: re.Match[str]) -> str:
