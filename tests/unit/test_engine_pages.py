@@ -171,7 +171,7 @@ def test_the_lines_of_adapters_that_ran_once_are_neither_counted_nor_read_howeve
     lora = "vllm:lora_requests_info{"
     text = page("vllm-0.32-lora").decode().replace("{", "{" + own)
     old = "".join(
-        f'{lora}{own}max_lora="9",running_lora_adapters="customer-{n}-support,customer-{n + 1}-support"}} {1.7e9 + n} 1764374\n'
+        f'{lora}{own}max_lora="9",running_lora_adapters="client-{n}-support,client-{n + 1}-support"}} {1.7e9 + n} 17\n'
         for n in range(2000)
     )
     wrong = f'{lora}{own}running_lora_adapters="{"a" * 20_000}"}} 1\n{lora}{own}}} NaN\n{lora} 1\n{lora}}}\n'
