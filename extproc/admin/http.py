@@ -19,6 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from extproc.admin.connections import IDLE_S, Connections
 from extproc.admin.feed import Feed
 from extproc.admin.history import STEP_S
+from extproc.admin.shared import Shared
 from extproc.admin.state import MOST_WAITING, WAITING_LISTED, FileState, Viewer, merged
 from extproc.admin.text import written
 from extproc.config import split_address
@@ -85,6 +86,7 @@ class Admin:
             path: (Path(__file__).with_name(name).read_bytes(), kind) for path, (name, kind) in _FILES.items()
         }
         self._others = others
+        self._metrics_page, self._queues_page = Shared(), Shared()
         self.viewer = Viewer(gate, metrics, file_state, others, capacity)
         self.feed = Feed(self.view)
         self.ready = False
@@ -158,11 +160,15 @@ class Admin:
         return web.Response(body=body, content_type=kind, charset="utf-8")
 
     async def _prometheus(self, _: web.Request) -> web.Response:
+        body = await self._metrics_page.page(self._write_metrics)
+        return web.Response(body=body, headers={"content-type": CONTENT_TYPE_LATEST})
+
+    async def _write_metrics(self) -> bytes:
         pieces = []
         for piece in self._metrics.pieces():
             pieces.append(piece)
             await asyncio.sleep(0)  # a long page must not keep a request waiting
-        return web.Response(body=b"".join(pieces), headers={"content-type": CONTENT_TYPE_LATEST})
+        return b"".join(pieces)
 
     async def _healthz(self, _: web.Request) -> web.Response:
         return web.Response(text="ok\n")
@@ -178,9 +184,12 @@ class Admin:
             text = f"limit: must be a number from 0 to {MOST_WAITING}: how many waiting requests to list\n"
             return web.Response(status=400, text=text)
         limit = int(asked)
-        whole = {} if self._others is None else await self._others.whole("queues", limit)
-        body = await written(merged(await self.snapshot(limit), whole))
+        body = await self._queues_page.page(lambda: self._write_queues(limit), limit)
         return web.Response(body=body, content_type="application/json", charset="utf-8")
+
+    async def _write_queues(self, limit: int) -> bytes:
+        whole = {} if self._others is None else await self._others.whole("queues", limit)
+        return await written(merged(await self.snapshot(limit), whole))
 
     async def _story(self, request: web.Request) -> web.Response:
         asked = request.match_info["id"]

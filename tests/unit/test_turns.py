@@ -7,13 +7,16 @@ Counted in calls of functions, which no other work on the machine changes: a cal
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import sys
 from typing import TYPE_CHECKING
 
 import pytest
+from aiohttp.test_utils import make_mocked_request
 
 from extproc.admin.http import Admin
+from extproc.admin.shared import Shared
 from extproc.admin.text import pieces
 from extproc.admission.controller import Controller
 from extproc.admission.load import Load
@@ -25,7 +28,7 @@ from extproc.stream.gate import Gate
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-ENDPOINTS, WAITING = 300, 6_000
+ENDPOINTS, WAITING, CLIENTS = 300, 6_000, 20
 MOST_CALLS = 15_000
 MOST_BYTES = 100_000
 """Of JSON or text made in one turn: a millisecond."""
@@ -101,6 +104,53 @@ def test_no_turn_of_the_queues_is_long(crowd):
 def test_no_turn_of_the_live_page_is_long(crowd):
     asked = crowd.view()
     assert max(steps(lambda: asked.send(None))) < MOST_CALLS
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/queues"])
+def test_no_turn_is_long_however_many_ask_for_a_page_at_once(crowd, path):
+    ask = {"/metrics": crowd._prometheus, "/queues": crowd._queues}[path]
+    loop = asyncio.new_event_loop()
+    asked = [loop.create_task(ask(make_mocked_request("GET", path))) for _ in range(CLIENTS)]
+
+    def turn() -> None:
+        loop.call_soon(loop.stop)
+        loop.run_forever()
+        if all(one.done() for one in asked):
+            raise StopIteration
+
+    try:
+        assert max(steps(turn)) < MOST_CALLS
+        assert len({id(one.result().body) for one in asked}) <= 2, "who asks while a page is made gets the next one"
+    finally:
+        loop.close()
+
+
+def test_who_asks_while_a_page_is_made_gets_one_that_was_begun_later_also_if_its_maker_leaves():
+    async def play() -> None:
+        shared, begun = Shared(), asyncio.Queue[int]()
+        may_end = [asyncio.Event() for _ in range(6)]
+
+        async def make() -> bytes:
+            number = next(numbers)
+            begun.put_nowait(number)
+            await may_end[number].wait()
+            return b"%d" % number
+
+        numbers = itertools.count()
+        first = asyncio.create_task(shared.page(make))
+        assert await begun.get() == 0
+        second, third = (asyncio.create_task(shared.page(make)) for _ in range(2))
+        await asyncio.sleep(0)
+        may_end[0].set()
+        assert await first == b"0"
+        assert await begun.get() == 1
+        second.cancel()
+        for one in may_end:
+            one.set()
+        assert await third == b"2"
+        assert [await shared.page(make) for _ in range(2)] == [b"3", b"4"]
+
+    asyncio.run(play())
 
 
 def test_json_is_written_in_short_pieces_that_together_are_it(crowd):
