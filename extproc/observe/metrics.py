@@ -2,9 +2,10 @@
 
 Labels come from the config and from the tables here alone, never from a client: their number is bounded.
 
-A page is one moment: all values are read in one go, so that they agree with each other (leases never outnumber the
-streams that hold them). Making samples and text of them takes longer, so that is done in pieces, and the loop turns in
-between. What is told of endpoints stands in endpoints.py.
+A page is one moment: values are read in one go, so that they agree with each other (leases never outnumber the streams
+that hold them). Making samples and text of them takes longer, so that is done in pieces, and the loop turns in between.
+Who has waited longest is the one exception: thousands wait, and they are looked at some at a time, so that it is of
+those who still wait then. What is told of endpoints stands in endpoints.py.
 """
 
 from __future__ import annotations
@@ -226,7 +227,7 @@ class Metrics:
         self.registry.register(collector)
 
     def pieces(self) -> Iterator[bytes]:
-        """Write the page of this moment, a piece at a time; all values are read before this returns."""
+        """Write the page of this moment, a piece at a time; all values but the longest wait are read by now."""
         others = [iter((family,)) for collector in self._others for family in collector.collect()]
         return self._written(chain(self._moment(), others))
 
@@ -254,7 +255,7 @@ class Metrics:
             yield first
 
     def _moment(self) -> list[Parts]:
-        """Read all values; return what makes the families of them, each in parts."""
+        """Read all values but the longest wait; return what makes the families of them, each in parts."""
         now = self._clock()
         rows = endpoints.rows(self._controller, self._telemetry, now)
         decides = self._decides()
@@ -435,7 +436,7 @@ class Metrics:
 
 
 def _oldest(arrivals: dict[str, float], lines: Iterable[Queue], now: float) -> Parts:
-    """Look at those who wait, some at a time; who comes meanwhile is younger than any of them."""
+    """Look at those who wait, some at a time: who comes meanwhile is younger than any of them, who leaves is missed."""
     for queue in lines:
         some = queue.behind(None, PIECE_TICKETS)
         while some:
