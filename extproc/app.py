@@ -321,9 +321,9 @@ class App:
         log.info("configuration taken over: %d endpoint(s) in the file", len(config.endpoints))
 
     def _rank(self, priorities: Mapping[str, int]) -> None:
-        """Take over what an InferencePool's objectives are worth."""
+        """Take over what an InferencePool's objectives are worth; what the file lists is known without it."""
         self._priorities = priorities
-        known = classes_of(priorities, self.config.policy().classes, {})
+        known = classes_of(priorities, self.config.policy().classes, self.config.objectives)
         self.reception.requests.class_of_objective = lambda name: known.get(name, name)
 
     async def _follow_file(self, file: ConfigFile) -> None:

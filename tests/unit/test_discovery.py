@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from extproc.admission.values import RequestClass
-from extproc.config import DnsConfig
+from extproc.app import App
+from extproc.config import Config, DnsConfig
 from extproc.endpoints.discovery import dns, source
 from extproc.endpoints.discovery.dns import Dns
 from extproc.endpoints.discovery.source import Sources
 from extproc.endpoints.names import address_of, name_of
 from extproc.errors import ConfigError
 from extproc.stream.objectives import classes_of
+from extproc.stream.wire import Incoming, Kind
 from tests.unit.endpoint_lists import config, endpoint, until
 
 if TYPE_CHECKING:
@@ -89,6 +91,33 @@ def test_an_objective_that_the_file_lists_is_in_that_class_with_or_without_kuber
     assert classes_of({"nightly": 0, "chat": 0}, classes, listed) == {
         "nightly": "batch", "bulk": "batch", "chat": "standard",
     }  # fmt: skip
+
+
+def test_a_sidecar_puts_an_objective_that_its_file_lists_into_that_class_and_follows_a_reload():
+    """With objectives of a cluster or without, and whatever priority the cluster says."""
+
+    def keys(objective: str) -> Config:
+        return config(
+            listen="127.0.0.1:0", admin="127.0.0.1:0", dialect="endpoint-picker",
+            classes=[{"name": "standard"}, {"name": "batch", "priority": -10, "objectives": [objective]}],
+        )  # fmt: skip
+
+    async def main() -> list[str]:
+        app = App(keys("nightly"), asyncio.get_running_loop())
+
+        def asked() -> str:
+            opening = Incoming(Kind.REQUEST_HEADERS, {"x-gateway-inference-objective": "nightly"})
+            return app.reception.requests.read(opening, 0.0, {}).request_class
+
+        classes = [asked()]
+        app._rank({"nightly": 5})
+        classes.append(asked())
+        app.adopt(keys("weekly"))
+        classes.append(asked())
+        app.adopt(keys("nightly"))
+        return [*classes, asked()]
+
+    assert asyncio.run(main()) == ["batch", "batch", "standard", "batch"]
 
 
 @pytest.mark.parametrize(
