@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from heapq import heapify, heappop, heappush
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from extproc.admission.counters import Usual
@@ -202,11 +203,14 @@ class Pool:
     def next_best(self, picked: Endpoint, most: int) -> list[Endpoint]:
         """Return up to `most` members beside `picked`, those with room first: where its request might go instead.
 
-        A glance at a few of them, however many there are: nothing is reserved.
+        A glance at a few of them, however many there are: nothing is reserved. The heap's first are near the emptiest;
+        where these entries are out of date, others of the open ones are known to have room as well.
         """
         if len(self.members) < 2:
             return []
-        found = [entry[2] for entry in sorted(self._by_room[:GLANCE]) if self._is_true(entry)]
+        roomy = dict.fromkeys(entry[2] for entry in self._by_room[:GLANCE] if self._is_true(entry))
+        roomy.update(dict.fromkeys(islice(self.open, GLANCE)))
+        found = sorted(roomy, key=lambda one: one.crowding)
         count = len(self.members)
         found += [self.members[(picked.picked + offset) % count] for offset in range(min(count, GLANCE))]
         others = dict.fromkeys(one for one in found if one is not picked and one.available)
