@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from extproc.admission.outcome import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from prometheus_client.metrics_core import Metric
 
@@ -119,8 +119,8 @@ class Aliases:
                 "How long dispatched requests waited.",
                 (*flow, "outcome", "inference_pool", *models),
                 [
-                    ((FLOW, priorities.get(name, "0"), "Dispatched", pool, model, model), buckets, total_s)
-                    for name, buckets, total_s in self._metrics.waits()
+                    ((FLOW, priority, "Dispatched", pool, model, model), list(buckets.items()), total_s)
+                    for priority, (buckets, total_s) in self._waits(priorities).items()
                 ],
             ),
         )
@@ -142,6 +142,17 @@ class Aliases:
                 [((model, model, FLOW, priority), count) for priority, count in asked.items()],
             ),
         )
+
+    def _waits(self, priorities: Mapping[str, str]) -> dict[str, tuple[Counter[str], float]]:
+        """Return buckets and sum of the waits by priority: classes share one, and a class that is gone has 0."""
+        found: dict[str, tuple[Counter[str], float]] = {}
+        for name, buckets, total_s in self._metrics.waits():
+            priority = priorities.get(name, "0")
+            counts, so_far_s = found.get(priority, (Counter[str](), 0.0))
+            for bound, count in buckets:
+                counts[bound] += count  # type: ignore[assignment]  # a count, as a float
+            found[priority] = counts, so_far_s + total_s
+        return found
 
     def _endpoints(self) -> Iterator[tuple[str, _Family]]:
         ready = [one for one in self._controller.endpoints.values() if one.available]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 
 from extproc.admission.load import Load
-from extproc.admission.values import EndpointSpec
+from extproc.admission.values import EndpointSpec, RequestClass
 from extproc.config import parse_config
 from extproc.observe.aliases import OUTCOMES, Aliases
 from tests.unit.test_metrics import Desk
@@ -68,6 +71,22 @@ def test_waits_are_a_histogram_of_what_was_dispatched(desk):
     name = "llm_d_epp_flow_control_request_queue_duration_seconds"
     assert value(desk, f"{name}_bucket", le="+Inf", outcome="Dispatched", priority="0") == 1
     assert value(desk, f"{name}_count", inference_pool="llama") == 1
+
+
+def test_no_series_is_there_twice_where_classes_share_a_priority_or_a_reload_took_one_away(desk):
+    """Prometheus refuses a page that tells one twice, and all the rest of it with it."""
+    three = tuple(RequestClass(name, priority, 30.0) for name, priority in (("low", 0), ("same", 0), ("gone", 7)))
+    desk.controller.set_policy(replace(desk.controller.policy, classes=three), desk.now)
+    for name, request_class in (("1", "low"), ("2", "same"), ("3", "gone")):
+        desk.controller.put_endpoint(EndpointSpec(name, max_running_requests=1), desk.now)
+        desk.controller.set_up(name, desk.now, is_up=True)
+        desk.offer(name, request_class)
+    desk.controller.set_policy(replace(desk.controller.policy, classes=three[:2]), desk.now)
+    written = [line for line in b"".join(desk.metrics.pieces()).decode().splitlines() if not line.startswith("#")]
+    series = Counter(line.rpartition(" ")[0] for line in written)
+    assert [name for name, times in series.items() if times > 1] == []
+    name = "llm_d_epp_flow_control_request_queue_duration_seconds"
+    assert value(desk, f"{name}_count", priority="0") == value(desk, f"{name}_bucket", le="+Inf", priority="0") == 3
 
 
 def test_the_model_is_named_where_all_endpoints_serve_one_and_the_same(desk):
