@@ -294,7 +294,7 @@ function draw(view) {
   say($("patience"), `at most ${setting(view.patience_s)}`);
   say($("build"), `extproc ${view.version}, up for ${seconds(view.up_s)}`);
 }
-const kind = one => one.outcome === "cancelled" ? "left" : one.outcome === "dispatched" || one.outcome === "rerouted" ? "sent" : "refused";
+const kind = one => one.status ? "refused" : one.outcome === "cancelled" ? "left" : "sent";
 function figure(name, value, note, bad = false) {
   say($("f-" + name), value);
   say($("s-" + name), note);

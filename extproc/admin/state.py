@@ -55,10 +55,13 @@ WORDS = {
     Outcome.QUEUE_FULL: "Refused: queue full",
     Outcome.BUDGET_PREDICTED: "Refused: would wait too long",
     Outcome.BUDGET_EXPIRED: "Refused: waited too long",
+    Outcome.TENANT_LIMIT: "Refused: tenant at its limit",
     Outcome.NO_ENDPOINT: "Refused: no endpoint up",
+    Outcome.NONE_ALLOWED: "Refused: no allowed endpoint up",
     Outcome.PASSED: "Sent on without a slot",
     Outcome.MODEL_MISSING: "Refused: no model named",
     Outcome.UNKNOWN_MODEL: "Refused: unknown model",
+    Outcome.ENDLESS: "Refused: gateway tells no ends",
     Outcome.DRAINING: "Refused: shutting down",
     Outcome.CANCELLED: "Client left while it waited",
 }

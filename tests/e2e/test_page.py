@@ -22,7 +22,7 @@ import pytest
 from tests.conftest import tool
 
 from .kit.browser import Browser
-from .kit.clients import H2Client, complete_many
+from .kit.clients import H1Request, H2Client, complete_many
 from .kit.processes import wait_until
 from .kit.stack import Sidecar
 from .kit.upstream import behave
@@ -98,7 +98,7 @@ class Held:
 
 def test_waiting_requests_appear_class_by_class_and_go(here, page):
     page.wait("document.querySelectorAll('#classes .bars > i').length === 0")
-    sent = here.outcomes("dispatched")
+    sent = here.outcomes("dispatched") + here.outcomes("passed")
     with Held(here) as held:
         held.send(2)
         here.wait_in_flight("a", 1)
@@ -116,6 +116,15 @@ def test_waiting_requests_appear_class_by_class_and_go(here, page):
         page.wait("document.querySelectorAll('#classes .bars > i').length === 0")
         page.wait(f"document.getElementById('f-sent').textContent === '{sent + 9}'")
         assert page.text("#nobody") == "Nobody waits."
+
+
+def test_what_is_sent_on_without_a_slot_counts_as_sent_and_not_as_refused(here, page):
+    page.wait("/^[0-9]/.test(document.getElementById('f-refused').textContent)")
+    refused, sent = page.text("#f-refused"), sum(here.outcomes(outcome) for outcome in ("dispatched", "passed"))
+    with H1Request(here.address, "/version", method="GET") as lookup:
+        lookup.send().read_all()
+    page.wait(f"document.getElementById('f-sent').textContent === '{sent + 1}'")
+    assert page.text("#f-refused") == refused
 
 
 def test_an_endpoint_that_is_down_says_so_in_words_and_is_up_again(here, page):

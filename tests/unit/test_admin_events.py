@@ -9,7 +9,9 @@ import aiohttp
 from extproc.admin import feed as feeds
 from extproc.admin.feed import MOST_SUBSCRIBERS, Feed
 from extproc.admin.history import SAMPLES, STEP_S
+from extproc.admission.outcome import Outcome
 from extproc.admission.values import Answer
+from extproc.commands.top import lines
 from extproc.observe.waits import MOST, Waits, percentile
 from tests.unit.admin_room import Room, event, served, until
 
@@ -74,6 +76,16 @@ def test_curves_rates_and_percentiles_forget_after_five_minutes():
     assert default["history"]["waiting"] == [5] * SAMPLES
     assert history.rates(room.clock.now)["dispatched"] == 0
     assert view["outcomes"][0]["total"] == 5
+
+
+def test_every_way_to_leave_the_queue_has_words_for_people_and_the_page_and_top_show_it():
+    room = Room()
+    for outcome in Outcome:
+        room.metrics.outcomes[outcome, "default"] = 1
+    view = room.view()
+    assert {one["outcome"] for one in view["outcomes"]} == {outcome.value for outcome in Outcome}
+    shown = "\n".join(lines(view))
+    assert [outcome.value for outcome in Outcome if f"{outcome.value} 1 (" not in shown] == []
 
 
 # ---- events
