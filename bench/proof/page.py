@@ -131,8 +131,9 @@ def write(runs: Sequence[Run], rows: Sequence[Row], facts: Row, docs: Path) -> W
     expectations = [*expected(found), *simulated(rows)]
     kinds = shapes_page.rows(docs)
     losses = _no_help(found, rows)
-    front = [*_head(facts), *_answer(found, expectations), "", *_picture("ramp", "Goodput over load", drawn)]
-    front += [*tables.ramp(found, by_class=False), *shapes_page.table(kinds)]
+    front = [*_head(facts), "## The answer", "", *tables.ramp(found, by_class=False)]
+    front += [*_picture("ramp", "Goodput over load", drawn), *_answer(found, expectations), ""]
+    front += shapes_page.table(kinds)
     front += ["## Where it does not help", "", *_short(found), *shapes_page.losses(kinds), "", SCEPTIC]
     details = [DETAILS, *_classes(), *_why(rows), "", *_ramp(found, drawn), *_others(found, drawn)]
     details += [*_virtual(found, rows, facts, drawn), *losses, *_method(runs, facts), "", *_tried()]
@@ -151,15 +152,15 @@ def expected(found: dict[Key, Figures]) -> list[tuple[bool, str]]:
         if ours is not None and theirs is not None:
             mine, other_one = ours.all.goodput, theirs.all.goodput
             times = mine / other_one if other_one else math.inf
-            text = f"120 % load: ours {share(mine)} is {times:.2f} times {plain(other)} ({share(other_one)})"
-            checks.append((times >= factor, f"{text}; {factor:g} or more was expected"))
+            text = f"120 % load: {share(mine)} against {share(other_one)} of {plain(other)}, {times:.2f} times"
+            checks.append((times >= factor, f"{text} ({factor:g} expected)"))
     ours = found.get(("ramp", 0.7, "ours"))
     others = [one for key, one in found.items() if key[:2] == ("ramp", 0.7) and key[2] != "ours"]
     if ours is not None and others:
         best = max(others, key=lambda one: one.all.goodput)
-        text = f"70 % load: ours {share(ours.all.goodput)}, the best other, {plain(best.contender)}, "
+        text = f"70 % load: {share(ours.all.goodput)} against {share(best.all.goodput)} of {plain(best.contender)}"
         holds = ours.all.goodput >= best.all.goodput - SAME
-        checks.append((holds, f"{text}{share(best.all.goodput)}; no worse than any was expected"))
+        checks.append((holds, f"{text}, the best other (no worse expected)"))
     return checks
 
 
@@ -173,8 +174,8 @@ def simulated(rows: Sequence[Row]) -> list[tuple[bool, str]]:
         ours = average(here, "ours")
         for other, factor in (("least_request", 2.5), ("tuned_engine", 1.1), ("haproxy", 1.1)):
             theirs = average(here, other)
-            text = f"{preset}, simulated, 120 % load: ours {share(ours)} is {ours / theirs:.2f} times {plain(other)}"
-            checks.append((ours >= factor * theirs, f"{text} ({share(theirs)}); {factor:g} or more was expected"))
+            text = f"{preset}, simulated, 120 % load: {share(ours)} against {share(theirs)} of {plain(other)}"
+            checks.append((ours >= factor * theirs, f"{text}, {ours / theirs:.2f} times ({factor:g} expected)"))
     return checks
 
 
@@ -245,9 +246,9 @@ def _short(found: dict[Key, Figures]) -> list[str]:
 
 
 def _answer(found: dict[Key, Figures], expectations: Sequence[tuple[bool, str]]) -> list[str]:
-    parts = ["## The answer", ""]
-    missed = "**Not reached** ([how much there is to be had](benchmarks-ceiling.md)): "
-    parts += [f"- {'' if holds else missed}{sentence}." for holds, sentence in expectations]
+    missed = ": **missed**, [how much there is to be had](benchmarks-ceiling.md)"
+    parts = ["What was expected of it beforehand:", ""]
+    parts += [f"- {sentence}{'' if holds else missed}." for holds, sentence in expectations]
     ours = found.get(("ramp", 1.2, "ours"))
     if ours is not None:
         words = []

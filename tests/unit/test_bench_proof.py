@@ -148,7 +148,7 @@ def test_an_expectation_that_does_not_hold_is_said(tmp_path):
     half = [record(), record(outcome="refused")]
     written = page.write([run(half), run(half, "haproxy"), run([record()], "tuned_engine")], [], FACTS, tmp_path)
     assert [holds for holds, _ in written.expectations] == [False, False]
-    assert "benchmarks-ceiling.md)): 120 % load: ours .500 is 1.00 times HAProxy (.500)" in written.text
+    assert "120 % load: .500 against .500 of HAProxy, 1.00 times (1.1 expected): **missed**, [how much" in written.text
     assert "is worse, .500 against 1.000 of the tuned stack" in written.text
 
 
