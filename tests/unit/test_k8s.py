@@ -135,6 +135,12 @@ def test_selectors_ports_and_mounts_lead_to_something(rendered, parts):
         }
         for deployment in deployments
     }
+    numbers = {
+        deployment["metadata"]["name"]: {
+            port["containerPort"] for each in containers(deployment).values() for port in each.get("ports", [])
+        }
+        for deployment in deployments
+    }
     for document in documents:
         spec, name = document.get("spec", {}), document["metadata"]["name"]
         if document["kind"] == "Service" and "selector" in spec and name in ports:
@@ -146,7 +152,7 @@ def test_selectors_ports_and_mounts_lead_to_something(rendered, parts):
                 one for one in deployments if one["metadata"]["name"] == name
             ]
             for rule in spec.get("ingress", []):
-                assert {port["port"] for port in rule["ports"]} <= ports[name]
+                assert {port["port"] for port in rule["ports"]} <= numbers[name]
         elif document["kind"] == "PodMonitor":
             chosen = [one for one in deployments if _matches(spec["selector"]["matchLabels"], one)]
             ours = {"standalone", "overlays/istio", "overlays/envoy-gateway"}
@@ -159,6 +165,24 @@ def test_selectors_ports_and_mounts_lead_to_something(rendered, parts):
                 )
         elif document["kind"] == "ScaledObject" and parts[0] == "overlays/gateway":
             assert spec["scaleTargetRef"]["name"] in ports
+
+
+@pytest.mark.parametrize("parts", COMBINATIONS, ids="+".join)
+def test_no_policy_names_a_port_and_no_service_one_of_a_native_sidecar(rendered, parts):
+    """Several CNIs did not look for a name among initContainers, nor did Services before Kubernetes 1.32."""
+    documents = rendered(*parts)
+    policies = [document["spec"] for document in documents if document["kind"] == "NetworkPolicy"]
+    rules = [rule for spec in policies for way in ("ingress", "egress") for rule in spec.get(way, [])]
+    assert [port for rule in rules for port in rule["ports"] if not isinstance(port["port"], int)] == []
+    early = {
+        port["name"]
+        for document in documents
+        if document["kind"] == "Deployment"
+        for each in document["spec"]["template"]["spec"].get("initContainers", [])
+        for port in each.get("ports", [])
+    }
+    services = [document["spec"] for document in documents if document["kind"] == "Service"]
+    assert early & {port.get("targetPort") for spec in services for port in spec["ports"]} == set()
 
 
 def test_every_subject_of_a_binding_has_the_namespace_of_its_account(rendered):
@@ -201,7 +225,7 @@ def test_nobody_but_the_gateway_and_prometheus_gets_to_the_engines(rendered, ove
     ]
     assert allowed == ["extproc-gateway"]
     (port,) = next(iter(containers(one(documents, "Deployment", "vllm")).values()))["ports"]
-    assert rule["ports"] == prometheus["ports"] == [{"port": port["name"]}]
+    assert rule["ports"] == prometheus["ports"] == [{"port": port["containerPort"]}]
     found = sidecar_config(documents).discovery[0].dns
     assert found is not None
     assert port["containerPort"] == found.port
@@ -289,7 +313,7 @@ def test_several_gateways_find_each_other_by_leases_and_nobody_else_gets_to_thei
     assert (replicas.listen, replicas.reached_at) == (f"0.0.0.0:{port}", f"10.9.8.7:{port}")
     policy = one(documents, "NetworkPolicy", "extproc-gateway")["spec"]
     peers = [{"podSelector": {"matchLabels": {"app.kubernetes.io/name": "extproc-gateway"}}}]
-    assert {"from": peers, "ports": [{"port": "replicas"}]} in policy["ingress"]
+    assert {"from": peers, "ports": [{"port": port}]} in policy["ingress"]
     assert {"to": peers, "ports": [{"port": port}]} in policy["egress"]
     assert one(documents, "Role", "extproc-replicas")["rules"] == [
         {
