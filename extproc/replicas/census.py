@@ -12,6 +12,13 @@ if TYPE_CHECKING:
 GONE_S = 3.0
 """Somebody must be missing from the store's answers for so long before he counts as gone. A store that was restarted
 empty knows everybody again after a second."""
+SILENT_BEATS = 3.25
+"""A store that was silent for so many of its beats is lost to us: two may fail, and the third's answer takes a moment.
+
+It must be so before others count us out, who then use our part. They do that when our last word is as old as the
+store's ALIVE_S and GONE_S together: 3 + 3 s with Valkey, 6 + 3 s with Leases. We count from when we began to say it,
+which is no later, however long the answer took. 3.25 beats are 3.25 s of 1 s, and 6.5 s of 2 s; quotas follow within
+0.25 s, and a process that did nothing for up to 1.2 s does not notice: 4.7 s < 6 s, and 7.95 s < 9 s."""
 WARY_S = 600.0
 """How long after somebody vanished without a word his requests are looked for in the engines' figures at every reading:
 he may be alive where neither we nor the store see him."""
@@ -20,17 +27,20 @@ he may be alive where neither we nor the store see him."""
 class Census:
     """The members of a pool, as the store and streams tell."""
 
-    def __init__(self) -> None:
-        """Know nobody."""
+    def __init__(self, beat_s: float = 1.0) -> None:
+        """Know nobody. The store is asked every `beat_s`."""
+        self._beat_s = beat_s
         self.members: dict[str, Member] = {}
         self.answered_at: float | None = None  # when the store answered last
+        self._asked_at: float | None = None  # when that was asked for, and with it was said that we live
         self.vanished_at: float | None = None  # when somebody was counted out who had not said goodbye
         self._missing: dict[str, float] = {}  # since when
         self._left: set[str] = set()
 
-    def heard(self, members: Iterable[Member], now: float) -> None:
-        """Take over an answer of the store."""
+    def heard(self, members: Iterable[Member], now: float, asked_at: float | None = None) -> None:
+        """Take over an answer of the store, that was asked at `asked_at`, or now."""
         self.answered_at = now
+        self._asked_at = now if asked_at is None else asked_at
         seen = {}
         for member in members:
             if member.address:
@@ -78,7 +88,7 @@ class Census:
 
     def is_cut_off(self, now: float) -> bool:
         """Tell whether the store has been silent for so long that, if it is so to us alone, others count us out."""
-        return self.answered_at is None or now > self.answered_at + GONE_S
+        return self._asked_at is None or now > self._asked_at + SILENT_BEATS * self._beat_s
 
     def others(self, me: str) -> list[Member]:
         """Return all but `me`, the oldest first."""

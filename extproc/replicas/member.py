@@ -57,7 +57,9 @@ class Membership:
         )
         # A name for this life alone: whoever comes back after a restart holds nothing of what it held before.
         name = f"{socket.gethostname()[:MOST_HOST]}-{secrets.token_hex(3)}"
-        self.replica = Replica(gate, Member(name, config.reached_at, LAST - 1), config.pool, self._network, loop)
+        me = Member(name, config.reached_at, LAST - 1)
+        beat_s = self._store.beat_s
+        self.replica = Replica(gate, me, config.pool, self._network, loop, store_beat_s=beat_s)
         gate.watch()
         self.store_errors = 0
         self._problem: str | None = None
@@ -139,7 +141,8 @@ class Membership:
 
     async def _ask_store(self) -> None:
         try:
-            self.replica.store_says(await self._store.beat(self.replica.me))
+            asked_at = self._loop.time()
+            self.replica.store_says(await self._store.beat(self.replica.me), asked_at)
             problem = None
         except StoreError as error:
             self.store_errors += 1

@@ -76,10 +76,12 @@ class Replica:
         turns: how often it began to lead, follow, seek.
     """
 
-    def __init__(self, gate: SharedGate, me: Member, pool: str, network: Network, loop: Loop) -> None:
-        """Belong to the sidecars of `pool` as `me`; `begin` starts it."""
+    def __init__(
+        self, gate: SharedGate, me: Member, pool: str, network: Network, loop: Loop, *, store_beat_s: float = 1.0
+    ) -> None:
+        """Belong to the sidecars of `pool` as `me`; `begin` starts it. The store is asked every `store_beat_s`."""
         self.me = me
-        self.census = Census()
+        self.census = Census(store_beat_s)
         self.role = Role.SEEKING
         self.leading: Leading | None = None
         self.following: Following | None = None
@@ -142,10 +144,10 @@ class Replica:
                 follower.link.close()
         self._stop_looking()
 
-    def store_says(self, members: Iterable[Member]) -> None:
-        """Take over who is alive."""
+    def store_says(self, members: Iterable[Member], asked_at: float | None = None) -> None:
+        """Take over who is alive, as the store says, which was asked at `asked_at`, or now."""
         found = list(members)
-        self.census.heard(found, self._loop.time())
+        self.census.heard(found, self._loop.time(), asked_at)
         for member in found:
             if member.id == self.me.id and not self._leaving:
                 self.me = member

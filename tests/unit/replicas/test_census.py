@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from extproc.replicas.census import GONE_S, WARY_S, Census
 from extproc.replicas.messages import Member
+from extproc.replicas.replica import BEAT_S, STOPPED_S
+from extproc.replicas.stores import lease, valkey
 
 ONE, TWO, THREE = (Member(name, f"{name}:1", number) for number, name in enumerate("abc"))
 
@@ -46,3 +50,27 @@ def test_who_vanished_without_a_word_may_be_alive_unseen_for_a_long_time():
     assert census.part({"a"}) == 1.0
     assert census.is_wary(5.0 + WARY_S - 1)
     assert not census.is_wary(5.0 + WARY_S + 1)
+
+
+over_stores = pytest.mark.parametrize("store", [lease, valkey], ids=["lease", "valkey"])
+
+
+@over_stores
+def test_two_beats_of_the_store_may_fail_before_a_sidecar_takes_itself_as_cut_off(store):
+    census = Census(store.BEAT_S)
+    assert census.is_cut_off(0.0)
+    census.heard([ONE, TWO], 0.1, 0.0)
+    assert not census.is_cut_off(3 * store.BEAT_S + 0.1)
+    assert census.is_cut_off(4 * store.BEAT_S)
+
+
+@over_stores
+def test_a_sidecar_takes_itself_as_cut_off_before_others_that_ask_all_the_time_count_it_out(store):
+    """However late the answer came, and though its process may do nothing for a while without noticing."""
+    mine, theirs = Census(store.BEAT_S), Census(store.BEAT_S)
+    said_at, now = 10.0, 10.0
+    mine.heard([ONE, TWO], said_at + 3.0, said_at)
+    while theirs.count({"a"}) != 1:
+        theirs.heard([ONE, TWO] if now < said_at + store.ALIVE_S else [ONE], now)
+        now += 0.01
+    assert mine.is_cut_off(now - BEAT_S - STOPPED_S)

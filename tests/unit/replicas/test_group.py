@@ -195,6 +195,26 @@ def test_a_sidecar_that_is_cut_off_from_everything_adds_one_request_to_what_the_
     assert here.engines["e0"].peak <= 12 + 1
 
 
+def test_a_beat_that_the_store_misses_changes_nothing_for_a_sidecar_alone_with_engines_that_show_nothing():
+    """It has its part as long as the store is only slow: with Leases answers are 2 s apart, 4 s when one fails."""
+    here = world(sidecars=2, engines=1, limit=12, store_beat_s=2.0)
+    here.blind.update(here.sidecars)
+    here.net.cut(["s0"], ["s1"])
+    here.run(30.0)
+    one = here.sidecars["s0"]
+    quotas: set[int | None] = set()
+    for _ in range(3):
+        here.run_until(lambda: one.replica.picture().store_age_s == 0.0)
+        here.store.is_up = False
+        here.run(2.5, lambda: quotas.add(one.controller.endpoints["e0"].quota))
+        here.store.is_up = True
+        here.run(6.0, lambda: quotas.add(one.controller.endpoints["e0"].quota))
+    assert quotas == {6}
+    here.store.is_up = False
+    here.run(7.0)
+    assert one.controller.endpoints["e0"].quota == 1
+
+
 def test_a_grant_that_comes_when_its_leader_may_have_given_us_up_waits_for_the_leaders_next_word():
     here = world(engines=1, limit=2)
     late = followers(here)[0]

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from extproc.replicas.messages import Message
 
 STORE_S = 1.0
-STORE_TTL_S = 3.0
 SCRAPE_S = 1.0
 
 
@@ -251,7 +250,8 @@ class Sidecar:
         self.controller = world.core(world.policy)
         self.gate = SharedGate(self.controller, self.loop)
         me = Member(f"{place}.{life}", place, LAST - 1)
-        self.replica = Replica(self.gate, me, "pool", Dialer(world.net, self), self.loop)
+        network = Dialer(world.net, self)
+        self.replica = Replica(self.gate, me, "pool", network, self.loop, store_beat_s=world.store.beat_s)
         self.gate.watch()
         self._reads = 0
         self.losses = 0
@@ -288,7 +288,7 @@ class Sidecar:
 
     def _ask_store(self) -> None:
         self.world.store.ask(self)
-        self.loop.call_at(self.world.clock.now + STORE_S, self._ask_store)
+        self.loop.call_at(self.world.clock.now + self.world.store.beat_s, self._ask_store)
 
     # ---- its Envoy
 
@@ -328,8 +328,10 @@ class Sidecar:
 class Store:
     """Who is alive, by the store's own clock."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, beat_s: float) -> None:
         self.world = world
+        self.beat_s = beat_s
+        self.alive_s = 3 * beat_s
         self.is_up = True
         self.delay_s = 0.002
         self.cut: set[str] = set()
@@ -353,9 +355,9 @@ class Store:
         else:
             self._joined = max(self._joined, me.joined)
         self._seen[me.id] = (me, clock.now)
-        members = [member for member, at in self._seen.values() if at > clock.now - STORE_TTL_S]
+        members = [member for member, at in self._seen.values() if at > clock.now - self.alive_s]
         self._seen = {member.id: self._seen[member.id] for member in members}
-        clock.at(clock.now + self.delay_s, partial(sidecar.replica.store_says, members), sidecar)
+        clock.at(clock.now + self.delay_s, partial(sidecar.replica.store_says, members, clock.now), sidecar)
 
 
 class World:
@@ -371,6 +373,7 @@ class World:
         work_s: float = 2.0,
         budget_s: float = 30.0,
         policy: Policy | None = None,
+        store_beat_s: float = STORE_S,
         core: Callable[[Policy], Controller] = Controller,
     ) -> None:
         self.core = core
@@ -378,7 +381,7 @@ class World:
         self.clock = Clock()
         self.policy = Policy() if policy is None else policy
         self.net = Net(self)
-        self.store = Store(self)
+        self.store = Store(self, store_beat_s)
         self.blind: set[str] = set()  # places from which no engine's page can be had
         self.work_s = work_s
         self.budget_s = budget_s
