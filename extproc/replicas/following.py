@@ -14,7 +14,7 @@ from extproc.admission.outcome import Outcome
 from extproc.admission.ticket import State
 from extproc.admission.values import Answer, Dispatch, Reject
 from extproc.replicas.forwarded import asked_by
-from extproc.replicas.leading import MOST_HOMES
+from extproc.replicas.homes import tell_homes
 from extproc.replicas.messages import (
     Answered,
     Ask,
@@ -87,11 +87,12 @@ class Following:
                 asked, held_s = asked_by(ticket.request, now), now - ticket.leased_at
                 begun = not ticket.prompt_pending or held_s > PROMPT_S
                 link.send(Held(number, asked, endpoint.name, held_s, begun=begun))
-        for home in gate.controller.homes(MOST_HOMES, now):
-            link.send(Remember(home))
         for ticket in sorted(waiting, key=lambda ticket: ticket.request.arrived):
             self.offer(ticket)
-        link.send(Synced())
+        self._is_over = False
+        tell_homes(
+            gate, link, lambda: not self._is_over, lambda: link.send(Synced())
+        )  # until then it decides none of ours
 
     def _number(self, ticket: Ticket) -> int:
         self._last += 1
@@ -105,6 +106,7 @@ class Following:
 
     def end(self) -> dict[Ticket, None]:
         """Leave; return our requests that wait."""
+        self._is_over = True
         self.link.close()
         self._doubtful.clear()
         return dict.fromkeys(self._waiting.values())

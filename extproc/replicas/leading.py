@@ -10,6 +10,7 @@ from extproc.admission.sessions import Home
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, Dispatch, Reject
 from extproc.replicas.forwarded import Forwarded, request_of
+from extproc.replicas.homes import tell_homes
 from extproc.replicas.messages import (
     Answered,
     Beat,
@@ -42,9 +43,6 @@ if TYPE_CHECKING:
     from extproc.replicas.forwarded import Follower
     from extproc.replicas.gate import SharedGate
     from extproc.replicas.messages import Asked, Member, Message
-
-MOST_HOMES = 5000
-"""Sessions that a sidecar tells who leads now, or would lead next: those that were seen last."""
 
 _arrival = attrgetter("request.arrived")
 
@@ -107,8 +105,10 @@ class Leading:
         """Tell whoever is the heir now all homes; from then on each as it comes."""
         heir, self.heir = self.heir, min(self.followers.values(), key=_seniority, default=None)
         if self.heir is not None and self.heir is not heir:
-            for home in self._gate.controller.homes(MOST_HOMES, self._gate.now()):
-                self.heir.link.send(Remember(home))
+            tell_homes(self._gate, self.heir.link, partial(self._is_heir, self.heir))
+
+    def _is_heir(self, follower: Follower) -> bool:
+        return self.heir is follower
 
     def tell_home(self, ticket: Ticket) -> None:
         """Tell the heir where a session of our own clients is served; of the others' each sidecar knows itself."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,10 +10,14 @@ import pytest
 from extproc.admission.estimate import Learnt
 from extproc.admission.sessions import Home
 from extproc.admission.values import RequestClass
+from extproc.replicas.messages import Remember, Synced
 
 from .test_group import followers, leader, world
+from .world import End
 
 if TYPE_CHECKING:
+    from extproc.replicas.messages import Message
+
     from .world import Client, Sidecar, World
 
 
@@ -88,16 +93,103 @@ def test_a_session_stays_at_home_under_a_new_leader_whoever_its_client_asked(end
     assert found == homes
 
 
+def heir_of(here: World) -> Sidecar:
+    return min(followers(here), key=lambda one: (one.replica.me.joined, one.replica.me.id))
+
+
 def test_homes_outlive_the_heir_who_was_told_of_them_and_then_the_leader():
     here = world(engines=4, limit=4)
     homes = {f"session-{n}": serve_session(here, leader(here).place, f"session-{n}") for n in range(8)}
-    heir = min(followers(here), key=lambda one: (one.replica.me.joined, one.replica.me.id))
-    killed(here, heir)
+    killed(here, heir_of(here))
     here.run(5.0)
     killed(here, leader(here))
     here.run(5.0)
     (last,) = here.leaders()
     assert {session: serve_session(here, last.place, session) for session in homes} == homes
+
+
+def remember(sidecar: Sidecar, count: int) -> dict[str, str]:
+    """Have it know homes of so many sessions; return them."""
+    homes = {f"old-{number}": f"e{number % 3}" for number in range(count)}
+    for session, endpoint in homes.items():
+        sidecar.controller.believe_home(Home(session, endpoint, 100, 0.0), sidecar.world.clock.now)
+    return homes
+
+
+def homes_of(sidecar: Sidecar) -> dict[str, str]:
+    return {home.session: home.endpoint for home in sidecar.controller.homes(9999, sidecar.world.clock.now)}
+
+
+def per_turn(sent: list[tuple[int, Message]]) -> list[int]:
+    """How many homes were told in each turn of the loop."""
+    return list(Counter(turn for turn, message in sent if isinstance(message, Remember)).values())
+
+
+def listen(here: World, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Message]]:
+    """All that is sent from now on, and in which event of the world."""
+    sent: list[tuple[int, Message]] = []
+    send = End.send
+
+    def note(end: End, message: Message) -> None:
+        sent.append((here.clock.events, message))
+        send(end, message)
+
+    monkeypatch.setattr(End, "send", note)
+    return sent
+
+
+def test_the_heir_is_told_everything_in_pieces_and_what_it_hears_meanwhile_is_newer(monkeypatch):
+    here = world()
+    old = remember(leader(here), 1000)
+    sent = listen(here, monkeypatch)
+    here.kill(heir_of(here).place)
+    here.run_until(lambda: bool(per_turn(sent)), 5.0)
+    teller, heir = leader(here), heir_of(here)
+    here.stop(teller.place)
+    here.run(0.2)
+    heir.controller.believe_home(Home("old-0", "e1", 100, 0.0), here.clock.now)
+    here.run(0.3)
+    here.resume(teller.place)
+    here.run(1.0)
+    assert per_turn(sent) == [200] * 5
+    assert homes_of(heir) == old | {"old-0": "e1"}
+
+
+def test_an_heir_who_is_none_any_more_is_told_nothing_more(monkeypatch):
+    here = world()
+    remember(leader(here), 1000)
+    sent = listen(here, monkeypatch)
+    here.kill(heir_of(here).place)
+    here.run_until(lambda: bool(per_turn(sent)), 5.0)
+    leader(here).replica.leading.end(None)
+    here.run(0.5)
+    assert per_turn(sent) == [200]
+
+
+def test_who_comes_to_a_leader_tells_its_homes_in_pieces_and_only_then_that_this_is_all(monkeypatch):
+    """Until then the leader decides nothing of what waits: it would not go home."""
+    here = world()
+    one = followers(here)[-1]
+    old = remember(one, 1000)
+    sent = listen(here, monkeypatch)
+    here.kill(leader(here).place)
+    here.run(5.0)
+    assert per_turn(sent) == [200] * 5
+    kinds = [type(message) for _, message in sent]
+    assert kinds.index(Synced) == max(n for n, kind in enumerate(kinds) if kind is Remember) + 1
+    assert homes_of(leader(here)) == old
+
+
+def test_who_loses_a_leader_tells_it_nothing_more(monkeypatch):
+    here = world()
+    one = followers(here)[-1]
+    remember(one, 1000)
+    sent = listen(here, monkeypatch)
+    here.kill(leader(here).place)
+    here.run_until(lambda: bool(per_turn(sent)), 5.0)
+    one.replica.following.end()
+    here.run(0.5)
+    assert per_turn(sent) == [200]
 
 
 def test_of_two_words_about_a_session_the_newer_counts_and_no_endpoint_that_is_not_known_here():
