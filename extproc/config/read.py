@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -47,10 +48,10 @@ def parse_config(text: str, source: str, environ: Mapping[str, str] = os.environ
     if not isinstance(data, dict):
         raise ConfigError(source, [f"must be a mapping of keys to values, not {shown(data)}"])
     problems = _overlay_environment(data, environ)
-    config, found = _validate(data)
+    config, found, gone = _validate(data)
     problems += found
     if config is not None:
-        problems += cross_check(config)
+        problems += [problem for problem in cross_check(config) if not _is_about(problem, gone)]
     if problems or config is None:
         raise ConfigError(source, problems)
     return config
@@ -114,21 +115,47 @@ def load_yaml(text: str) -> Any:
     return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader that also refuses duplicate keys
 
 
-def _validate(data: dict[str, Any]) -> tuple[Config | None, list[str]]:
-    """Validate types; on problems, return also the config without the broken parts, so that the rest is checked too."""
+_WORD = re.compile(r"\w+")
+
+
+def _validate(data: dict[str, Any]) -> tuple[Config | None, list[str], set[str]]:
+    """Validate types; on problems, return also the config without the broken parts, so that the rest is checked too.
+
+    The last is the keys, and their paths, that were left out of it: what a rule says of these, nobody wrote.
+    """
     problems: list[str] = []
+    dropped: set[tuple[int | str, ...]] = set()
+    gone: set[str] = set()
     for _ in range(20):
         try:
-            return Config.model_validate(data), problems
+            return Config.model_validate(data), problems, gone
         except ValidationError as error:
             details = error.errors(include_url=False)
-        problems += [problem for problem in map(_explain, details) if problem not in problems]
+        problems += [
+            problem
+            for detail in details
+            if detail["loc"] not in dropped and (problem := _explain(detail)) not in problems
+        ]
         for detail in sorted(details, key=lambda detail: str(detail["loc"]), reverse=True):
-            _drop(data, detail["loc"])
-    return None, problems
+            location = detail["loc"]
+            while location in dropped:  # nothing can stand in for it: what it is part of goes too
+                location = location[:-1]
+            if location:
+                dropped.add(location)
+                _drop(data, location)
+                if detail["type"] != "extra_forbidden" and not _stood_in(location):
+                    gone |= {_path(location), *[part for part in location if isinstance(part, str)][-1:]}
+    return None, problems, gone
 
 
-_STAND_INS = {"name": "broken-{}", "address": "broken.invalid:1"}
+def _is_about(problem: str, gone: set[str]) -> bool:
+    """Tell whether a problem is that of a key in `gone`, or speaks of one."""
+    path, _, words = problem.partition(": ")
+    return path in gone or not gone.isdisjoint(_WORD.findall(words))
+
+
+_STAND_INS = {"name": "broken-{}", "address": "[100::{:x}]:1"}
+"""Each unlike all others. The addresses are of the block that leads nowhere (RFC 6666)."""
 
 
 def _drop(data: Any, location: tuple[int | str, ...]) -> None:
@@ -149,7 +176,7 @@ def _drop(data: Any, location: tuple[int | str, ...]) -> None:
                 data[key] = {name: _STAND_INS[name].format(index) for name in names} or ""
                 return
         elif last or not isinstance(data.get(key), (dict, list)):
-            if key in _required(location):
+            if _stood_in(location):
                 data[key] = _STAND_INS[str(key)].format(index)
             else:
                 data.pop(key, None)
@@ -157,8 +184,16 @@ def _drop(data: Any, location: tuple[int | str, ...]) -> None:
         data = data[key]
 
 
+def _stood_in(location: tuple[int | str, ...]) -> bool:
+    """Tell whether what is broken at `location` has a stand-in."""
+    names = _required(location)
+    return location[-1] in names if len(location) > 2 else bool(names) and len(location) == 2
+
+
 def _required(location: tuple[int | str, ...]) -> tuple[str, ...]:
-    return {"endpoints": ("name", "address"), "classes": ("name",)}.get(str(location[0]), ())
+    return {"endpoints": ("name", "address"), "classes": ("name",), "overflow_clusters": ("name",)}.get(
+        str(location[0]), ()
+    )
 
 
 def _path(location: Iterable[int | str]) -> str:
@@ -208,7 +243,12 @@ def _explain(detail: ErrorDetails) -> str:
         case "invalid_key":
             return f"{path}: unknown key; keys are words"
         case _ if kind in _TYPES:
-            return f"{path}: must be {_TYPES[kind]}, not {shown(value)}"
+            hint = ""
+            if location[0] == "endpoints" and len(location) == 2 and isinstance(value, str):
+                host = value.partition("//")[2].partition("/")[0] or value
+                address = host if ":" in host else "10.0.0.7:8000"
+                hint = f"; {{name: server-{int(location[1]) + 1}, address: {address!r}}} would be right"
+            return f"{path}: must be {_TYPES[kind]}, not {shown(value)}{hint}"
         case _:
             words = _BOUNDS.get(kind, "can't be {value}")
             return f"{path}: {words.format(**context, value=shown(value))}"

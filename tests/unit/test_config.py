@@ -81,6 +81,42 @@ def test_all_problems_come_at_once_each_with_its_key_path_and_what_would_be_righ
     assert len(found) == len(expected)
 
 
+NO_MAPPING = "must be a mapping of keys to values, not"
+BAD_NAME = "must be 1 to 128 letters, digits, '.', '_', ':' or '-', beginning with a letter or digit, not 'b b'"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "endpoints: ['h:1', 'http://h:1/v1', x]",
+            [
+                f"endpoints[0]: {NO_MAPPING} 'h:1'; {{name: server-1, address: 'h:1'}} would be right",
+                f"endpoints[1]: {NO_MAPPING} 'http://h:1/v1'; {{name: server-2, address: 'h:1'}} would be right",
+                f"endpoints[2]: {NO_MAPPING} 'x'; {{name: server-3, address: '10.0.0.7:8000'}} would be right",
+            ],
+        ),
+        (
+            "endpoints: [{name: a}, {name: b}]",
+            ["endpoints[0].address: is required", "endpoints[1].address: is required"],
+        ),
+        ("dialect: endpoint-picker\nendpoints: [{name: a}]", ["endpoints[0].address: is required"]),
+        ("overflow_clusters: [{name: 'b b'}]", [f"overflow_clusters[0].name: {BAD_NAME}"]),
+        (
+            "classes: [{name: a, on_refusal: {cluster: 'b b'}}]",
+            [f"classes[0].on_refusal.cluster: {BAD_NAME}"],
+        ),
+        ("tenants: {named: [3]}", ["tenants.named[0]: must be a mapping of keys to values, not 3"]),
+        ("classes: [{name: a, weight: x}, {name: b, weight: 2}]", ["classes[0].weight: can't be 'x'"]),
+        ("allow_remote_admin: x\nadmin: 0.0.0.0:1", ["allow_remote_admin: must be true or false, not 'x'"]),
+    ],
+)
+def test_what_stands_in_for_a_broken_value_is_no_problem_that_anybody_is_told_of(text, said):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, "file", {})
+    assert caught.value.problems == said
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
