@@ -26,6 +26,31 @@ KEPT, FRESH_AT_FIRST, LEAST_FRESH = 0.9, 20_000.0, 0.02
 """What a reading keeps of those before, the prompt tokens that make up the first belief in no hits, and the least."""
 MEMORY = 50
 """About so many of the last prompts make their mean length."""
+BURST_S, LEAST_WORK = 0.005, 256
+"""First bytes so close together come from one step of the engine; less work than this says nothing of the pace."""
+AHEAD = 0.5
+"""A prompt that was sent this share of its predicted time before one whose first byte came is computed too."""
+LEAST_TOKEN_S, MOST_TOKEN_S = 1e-6, 0.1
+"""No engine is faster, or slower: whatever is seen, the limit stays a number of tokens and a prediction a time."""
+
+
+class Burst:
+    """First bytes that came together: the engine computed their prompts side by side, so that one time is for all.
+
+    Attributes:
+        begun_at: when it began with them.
+        seen_at: when the last of them came.
+        work_tokens: of all their prompts.
+        told: it has taught the pace.
+    """
+
+    __slots__ = ("begun_at", "seen_at", "told", "work_tokens")
+
+    def __init__(self, begun_at: float, now: float) -> None:
+        """Start with none."""
+        self.begun_at, self.seen_at = begun_at, now
+        self.work_tokens = 0
+        self.told = False
 
 
 class Prefill:
@@ -43,6 +68,7 @@ class Prefill:
 
     __slots__ = (
         "_asked",
+        "_burst",
         "_computed",
         "_computed_at",
         "_counts",
@@ -81,7 +107,8 @@ class Prefill:
         self._mean = 0.0  # of the last prompts' tokens
         self._computed_at = 0.0  # when the last of them will be computed
         self._token_s = law.first_token_s
-        self._seen_at = 0.0  # when a first byte was seen last
+        self._burst: Burst | None = None  # the last one
+        self._seen_at = 0.0  # when the last burst of enough work before it was seen
         self._step_s = 0.0  # of a step without prompts
 
     def obey(self, law: PromptLaw) -> None:
@@ -118,16 +145,23 @@ class Prefill:
     def computed(self, ticket: Ticket, now: float) -> None:
         """Note that the first token of `ticket` was seen. Repeated: no-op.
 
-        Engines take prompts in the order in which they come, so those sent before it are computed too: the answers that
-        don't stream among them have no first byte that would tell.
+        Those sent long before it are computed too: the answers that don't stream among them have no first byte that
+        would tell. Of those sent shortly before it tells nothing: not all engines take prompts in the order in which
+        they come, and a short one may overtake.
         """
-        if ticket.prompt_pending:
-            ticket.begun_at = max(ticket.leased_at, self._seen_at)
-            self._seen_at = now
-            while ticket.prompt_pending:
-                oldest = ticket if self._counts else next(iter(self._pending))
-                oldest.computed_at = now
-                self._drop(oldest)
+        if ticket.burst is None and not self._counts:
+            self._note_first_byte(ticket, now)  # a late one too: else nothing tells of a prediction that is too short
+        if not ticket.prompt_pending:
+            return
+        ticket.computed_at = now
+        self._drop(ticket)
+        while self._pending and not self._counts:
+            oldest = next(iter(self._pending))
+            ahead_s = ticket.leased_at - oldest.leased_at
+            if now < oldest.computed_at and ahead_s < AHEAD * (oldest.computed_at - oldest.leased_at):
+                return
+            oldest.computed_at = now
+            self._drop(oldest)
 
     def was_computed(self, ticket: Ticket) -> None:
         """Note that the first token of `ticket`, just added, came long ago: no count to come will tell of it."""
@@ -142,14 +176,8 @@ class Prefill:
             self._uncounted.remove(ticket)
         if ticket.prompt_pending:
             self._drop(ticket)
-        elif (
-            ticket.begun_at > 0.0
-            and not self._counts
-            and now - ticket.computed_at > self.law.streamed * (now - ticket.leased_at)
-        ):
-            took_s = ticket.computed_at - ticket.begun_at
-            self._token_s *= NUDGE if took_s > self._token_s * ticket.work_tokens else 1.0 / NUDGE
-            self._set_limit()
+        elif ticket.burst is not None and not self._counts:
+            self._learn(ticket, ticket.burst, now)
 
     def next_change(self) -> float | None:
         """Return when the oldest prompt will count as computed, if anything tells."""
@@ -184,8 +212,7 @@ class Prefill:
             self._slack = min(self._slack * law.slower, law.most_caution)
         else:
             self._slack = max(self._slack * law.calmer, law.caution)
-        self._token_s = self._slack * token_s
-        self._set_limit()
+        self._take_pace(self._slack * token_s)
         self._counts = True
         if not self.probed:
             known = set(self._uncounted)
@@ -201,13 +228,39 @@ class Prefill:
         self._counts = False
         self._uncounted.clear()
 
+    def _note_first_byte(self, ticket: Ticket, now: float) -> None:
+        """Put it in the burst that it came with. One of little work, or of ends alone, is not when others began."""
+        burst, begun_at = self._burst, max(ticket.leased_at, self._seen_at)
+        if burst is None or now - burst.seen_at > BURST_S:
+            if burst is not None and burst.work_tokens >= LEAST_WORK:
+                self._seen_at = burst.seen_at
+                begun_at = max(ticket.leased_at, self._seen_at)
+            burst = self._burst = Burst(begun_at, now)
+        burst.begun_at, burst.seen_at = min(burst.begun_at, begun_at), now
+        burst.work_tokens += ticket.work_tokens
+        ticket.burst = burst
+
+    def _learn(self, ticket: Ticket, burst: Burst, now: float) -> None:
+        """Follow what the burst of an answer that is over took, once; an answer that was not streamed is none of it."""
+        if now - burst.seen_at <= self.law.streamed * (now - ticket.leased_at):
+            burst.work_tokens -= ticket.work_tokens
+        elif burst.work_tokens >= LEAST_WORK and not burst.told:
+            burst.told = True
+            took_s = burst.seen_at - burst.begun_at
+            slower = took_s > self._token_s * burst.work_tokens
+            self._take_pace(self._token_s * (NUDGE if slower else 1.0 / NUDGE))
+
+    def _take_pace(self, token_s: float) -> None:
+        self._token_s = min(max(LEAST_TOKEN_S, token_s), MOST_TOKEN_S)
+        self._set_limit()
+
     def _set_limit(self) -> None:
         law = self.law
         self.limit = max(law.chunks * law.chunk, int(law.ahead_s / self._token_s), int(law.prompts * self._mean))
 
     def _predict(self, ticket: Ticket, now: float) -> None:
         law = self.law
-        begins = max(self._computed_at, now)
+        begins = max(now, self._computed_at)
         self._computed_at = begins + ticket.work_tokens * self._token_s
         in_progress_s = self._step_s + min(self.tokens, law.chunk) * self._token_s
         due = self._computed_at + in_progress_s / 2

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from extproc.admission.endpoint import Endpoint
     from extproc.admission.held import HeldBy
     from extproc.admission.pool import Pool
+    from extproc.admission.prefill import Burst
     from extproc.admission.queue import Queue
     from extproc.admission.tenants import Account
     from extproc.admission.values import Decision, Request, RequestClass
@@ -42,8 +43,8 @@ class Ticket:
         "account",
         "alarm",
         "answer",
-        "begun_at",
         "beside",
+        "burst",
         "charge",
         "computed_at",
         "deliver",
@@ -100,7 +101,7 @@ class Ticket:
         self.charge: float | None = None  # what its tenant was charged for it; None while nobody counts
         self.kv_tokens = 0  # estimate of the KV cache it will need: prompt and answer
         self.beside = 0  # how many its endpoint held when it was sent there
-        self.begun_at = 0.0  # when the engine began with its prompt, if its first byte was seen
+        self.burst: Burst | None = None  # of first bytes, with which its own was seen
         self.computed_at = 0.0  # when its prompt will be computed, as far as that is predicted
         self.prompt_pending = False  # leased, and its first token has not been seen
         self.passed_over = 0  # how often a later request that fits was let past

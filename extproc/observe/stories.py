@@ -149,11 +149,13 @@ def _end_of_wait(ticket: Ticket, decision: Decision | None) -> str:
 
 def _afterwards(ticket: Ticket) -> list[tuple[float, str]]:
     events = []
-    if ticket.begun_at > 0.0:
-        events.append((ticket.computed_at, "its first token was seen"))
+    if ticket.burst is not None:
+        events.append((ticket.burst.seen_at, "its first token was seen"))
     if ticket.state is State.LEASED:
         began = "its answer has begun well" if ticket.is_answered else "no answer was seen yet"
-        events.append((ticket.computed_at if ticket.begun_at > 0.0 else ticket.leased_at, f"holds its slot: {began}"))
+        events.append(
+            (ticket.burst.seen_at if ticket.burst is not None else ticket.leased_at, f"holds its slot: {began}")
+        )
     elif ticket.state is State.DONE and ticket.ended_at > 0.0:
         held_s = ticket.ended_at - ticket.leased_at
         end = _ANSWERS[ticket.answer]

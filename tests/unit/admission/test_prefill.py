@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from extproc.admission.laws import LAWS
-from extproc.admission.prefill import LEAST_FRESH, NUDGE, Prefill
+from extproc.admission.prefill import LEAST_FRESH, LEAST_TOKEN_S, MOST_TOKEN_S, NUDGE, Prefill
 from extproc.admission.steps import StepCost
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Request
@@ -261,14 +261,24 @@ def test_a_first_byte_that_is_seen_ends_a_prompt_at_once_and_once() -> None:
     assert first.computed_at == 0.05
 
 
-def test_a_first_byte_tells_that_prompts_sent_before_are_computed_too_where_nothing_else_does() -> None:
+def test_a_first_byte_tells_that_prompts_sent_long_before_are_computed_too_where_nothing_else_does() -> None:
     """The answers that don't stream among them would hold room for prompts until patience is over."""
     prefill = probed()
-    tickets = [sent(prefill, 0.01 * number) for number in range(4)]
-    prefill.computed(tickets[2], 0.1)
-    assert [ticket.prompt_pending for ticket in tickets] == [False, False, False, True]
-    assert [ticket.computed_at for ticket in tickets[:3]] == [0.1] * 3
+    predicted_s = LAW.patience * 1.5 * WORK * LAW.first_token_s
+    tickets = [sent(prefill, at) for at in (0.0, 0.6 * predicted_s, 0.6 * predicted_s)]
+    prefill.computed(tickets[1], 0.7 * predicted_s)
+    assert [ticket.prompt_pending for ticket in tickets] == [False, False, True]
+    assert [ticket.computed_at for ticket in tickets[:2]] == [0.7 * predicted_s] * 2
     assert prefill.tokens == WORK
+
+
+def test_short_prompts_that_overtake_say_nothing_of_long_ones_sent_shortly_before() -> None:
+    """Not all engines take prompts in order: by little ones of theirs clients could have any number sent."""
+    prefill = probed()
+    long = sent(prefill, 0.0, 3000)
+    for number in range(10):
+        prefill.computed(sent(prefill, 0.02 * number, 8), 0.02 * number + 0.015)
+    assert (long.prompt_pending, prefill.tokens) == (True, 3000)
 
 
 def test_first_bytes_that_come_soon_allow_more_prompts_under_way() -> None:
@@ -308,6 +318,108 @@ def test_the_first_byte_of_an_answer_that_does_not_stream_teaches_nothing() -> N
     prefill = probed()
     streamed(prefill, 0.0, 0.1, 0.001)
     assert prefill._token_s == LAW.first_token_s
+
+
+def burst(prefill: Prefill, now: float, works: tuple[int, ...], took_s: float, gap_s: float) -> float:
+    """Have an engine compute prompts in one step; return when their answers are over."""
+    tickets = [sent(prefill, now, work) for work in works]
+    for number, ticket in enumerate(tickets):
+        prefill.computed(ticket, now + took_s + gap_s * number)
+    for ticket in tickets:
+        prefill.over(ticket, now + 5.0, served=True)
+    return now + 5.0
+
+
+@pytest.mark.parametrize("gap_s", [0.0, 2e-5])
+def test_first_bytes_that_come_together_are_one_measurement_of_all_their_prompts(gap_s: float) -> None:
+    """Each but the first seems to have taken microseconds."""
+    prefill, now = probed(), 0.0
+    for _ in range(200):
+        now = burst(prefill, now, (500,) * 8, 0.4, gap_s)
+    assert prefill._token_s == pytest.approx(1e-4, rel=2 * (NUDGE - 1))
+
+
+def test_a_burst_begins_with_its_oldest_prompt_and_teaches_once() -> None:
+    prefill = probed()
+    late, early = (sent(prefill, at, 1000) for at in (0.19, 0.0))
+    for ticket in (late, early):
+        prefill.computed(ticket, 0.25)
+    for ticket in (late, early):
+        prefill.over(ticket, 5.0, served=True)
+    assert prefill._token_s == pytest.approx(LAW.first_token_s * NUDGE)
+
+
+def test_a_first_byte_ends_prompts_sent_with_it_whose_time_is_over() -> None:
+    prefill = probed()
+    older, seen = sent(prefill, 0.0), sent(prefill, 0.0)
+    prefill.computed(seen, older.computed_at)
+    assert prefill.tokens == 0
+
+
+def test_short_prompts_do_not_teach_what_a_token_takes() -> None:
+    """What they take are the engine's steps, and what comes a moment after another took no time at all."""
+    prefill, now = probed(), 0.0
+    for _ in range(100):
+        now = burst(prefill, now, (10,) * 8, 0.03, 0.0)
+        now = burst(prefill, now, (0,), 0.03, 0.0)
+    assert prefill._token_s == LAW.first_token_s
+
+
+def test_first_bytes_of_short_prompts_do_not_make_a_long_one_seem_quicker() -> None:
+    prefill = probed()
+    for second in range(100):
+        now = 10.0 * second
+        long, short = sent(prefill, now, 2000), sent(prefill, now + 0.18, 8)
+        prefill.computed(short, now + 0.19)
+        prefill.computed(long, now + 0.2)
+        prefill.over(short, now + 1.0, served=True)
+        prefill.over(long, now + 5.0, served=True)
+    assert prefill._token_s == pytest.approx(1e-4, rel=2 * (NUDGE - 1))
+
+
+def test_the_ends_of_answers_that_do_not_stream_do_not_make_a_prompt_seem_quicker() -> None:
+    prefill = probed()
+    for second in range(100):
+        now = 10.0 * second
+        whole, streams = sent(prefill, now - 5.0, 2000), sent(prefill, now, 2000)
+        prefill.pass_time(now)
+        prefill.computed(whole, now + 0.19)
+        prefill.over(whole, now + 0.191, served=True)
+        prefill.computed(streams, now + 0.2)
+        prefill.over(streams, now + 5.0, served=True)
+    assert prefill._token_s == pytest.approx(1e-4, rel=2 * (NUDGE - 1))
+
+
+def test_first_bytes_that_come_after_their_prediction_teach_too() -> None:
+    """Else what was learned of cached prompts would stay for ever: those that are not come too late to be seen."""
+    prefill = probed()
+    for number in range(300):
+        prompt_s = 1e-5 if number < 100 else 2e-4
+        ticket = sent(prefill, 10.0 * number, 1000)
+        prefill.pass_time(10.0 * number + 1000 * prompt_s)
+        prefill.computed(ticket, 10.0 * number + 1000 * prompt_s)
+        prefill.over(ticket, 10.0 * number + 5.0, served=True)
+    assert prefill._token_s == pytest.approx(2e-4, rel=2 * (NUDGE - 1))
+
+
+@pytest.mark.parametrize(("took_s", "token_s"), [(0.0, LEAST_TOKEN_S), (3000.0, MOST_TOKEN_S)])
+def test_the_pace_stays_one_of_engines_whatever_is_seen(took_s: float, token_s: float) -> None:
+    prefill = probed()
+    for number in range(20_000):
+        ticket = sent(prefill, 1e5 * number, 1000)
+        prefill.computed(ticket, ticket.leased_at + took_s)
+        prefill.over(ticket, ticket.leased_at + 9e4, served=True)
+    assert prefill._token_s == token_s
+    sent(prefill, 3e9, 0)
+    assert prefill.next_change() == pytest.approx(3e9)
+
+
+@pytest.mark.parametrize("cost", [float("inf"), float("nan")])
+def test_the_pace_stays_one_of_engines_whatever_its_counters_make(cost: float) -> None:
+    prefill = counting(costs(cost, 0.0))
+    assert LEAST_TOKEN_S <= prefill._token_s <= MOST_TOKEN_S
+    sent(prefill, 1.0, 0)
+    assert prefill.next_change() == pytest.approx(1.0)
 
 
 def test_with_a_count_first_bytes_teach_nothing_and_end_prompts_alone() -> None:
