@@ -196,7 +196,14 @@ class App:
         )
         self._restart_needed: tuple[str, ...] = ()  # keys whose values in the file are not those in use
         self.admin = Admin(
-            config.admin, self.gate, self.metrics, self._file_state, self._others(), self.stories, self.capacity
+            config.admin,
+            self.gate,
+            self.metrics,
+            self._file_state,
+            self._others(),
+            self.stories,
+            self.capacity,
+            self.tasks,
         )
         if self.membership is not None:
             self.membership.answer_with(self.admin.describe)

@@ -27,6 +27,7 @@ from extproc.errors import StartError
 from extproc.observe.recording import Recorder
 from extproc.observe.stories import MOST as MOST_STORIES
 from extproc.observe.stories import Stories
+from extproc.tasks import Tasks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,10 +71,11 @@ class Admin:
         others: Others | None = None,
         stories: Stories | None = None,
         capacity: Capacity | None = None,
+        tasks: Tasks | None = None,
     ) -> None:
         """Prepare to serve at `address`, host:port; `file_state` tells of the configuration file, `others` of other
         sidecars that share our endpoints, if any, `stories` what happened to requests, `capacity` how many engines
-        they need."""
+        they need; `tasks` counts how often the sampling began again."""
         self._address = address
         self._gate = gate
         self._metrics = metrics
@@ -81,6 +83,7 @@ class Admin:
         self._records = False
         self._runner: web.AppRunner | None = None
         self._server: asyncio.Server | None = None
+        self._tasks = tasks if tasks is not None else Tasks()
         self._sampling: asyncio.Task[None] | None = None
         self._files = {
             path: (Path(__file__).with_name(name).read_bytes(), kind) for path, (name, kind) in _FILES.items()
@@ -118,7 +121,7 @@ class Admin:
         except OSError as error:
             raise StartError(f"admin: can't bind {self._address}: {error.strerror}") from None
         self.port = self._server.sockets[0].getsockname()[1]
-        self._sampling = asyncio.create_task(self._sample(), name="admin history")
+        self._sampling = self._tasks.keep("admin history", "admin history", self._sample)
 
     async def stop(self) -> None:
         """Stop serving."""

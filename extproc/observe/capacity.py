@@ -12,6 +12,7 @@ The rate is stable below running / step_s (after Nie, Si, Zhou, arXiv 2605.04595
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -38,6 +39,10 @@ SLOT_S: Final = 300.0
 DAY_S: Final = 86_400.0
 LEAST_READINGS: Final = 10
 """Readings of its counters after which an engine's costs are taken for known."""
+GRACE_S: Final = 120.0
+"""So long what was found last stands while no engine tells: a new one's first readings take a while."""
+LEAST_SEQUENCE_S: Final = 1e-6
+"""No sequence is for nothing, whatever counters made of a small model's steps."""
 MOST_NAMED: Final = 3
 """Models that the name of a pool tells."""
 NO_DEMAND: Final = frozenset((Outcome.TENANT_LIMIT, Outcome.DRAINING, Outcome.PASSED))
@@ -81,7 +86,7 @@ class Answer:
 class _Pool:
     """Endpoints that serve the same models, or share some."""
 
-    __slots__ = ("asked", "engines", "load", "samples", "slot", "slots", "up")
+    __slots__ = ("asked", "engines", "known_at", "load", "samples", "slot", "slots", "up")
 
     def __init__(self, now: float) -> None:
         self.asked = [0, 0, 0]
@@ -90,6 +95,7 @@ class _Pool:
         self.slots: deque[tuple[float, float]] = deque()  # (end, engines) of those before
         self.load: float | None = None
         self.engines: float | None = None
+        self.known_at = now  # when an engine told last
         self.up = 0
 
 
@@ -161,8 +167,12 @@ class Capacity:
             pool.load = pool.engines / pool.up if pool.up else None
         elif not requests:
             pool.engines, pool.load = 0.0, 0.0
-        if pool.engines is not None:
-            self._remember(pool, pool.engines, now, now - last)
+        else:
+            if now - pool.known_at > GRACE_S:
+                pool.engines = pool.load = None
+            return
+        pool.known_at = now
+        self._remember(pool, pool.engines, now, now - last)
 
     @staticmethod
     def _remember(pool: _Pool, engines: float, now: float, span_s: float) -> None:
@@ -214,6 +224,7 @@ def _stable_rate(endpoint: Endpoint, requests: int, prompts: int, outputs: int) 
     if steps.readings < LEAST_READINGS or not outputs:
         return None
     with_prompts_s = steps.sequence_s + steps.prompt_s * endpoint.prefill.fresh * prompts / outputs
+    with_prompts_s = max(with_prompts_s, LEAST_SEQUENCE_S)
     most = float(CEILING)
     if isinstance(limit, AdaptiveLimit):
         most = min(most, max((limit.target_s - steps.base_s) / with_prompts_s, limit.law.floor))
@@ -244,6 +255,7 @@ def _groups(endpoints: Iterable[Endpoint]) -> dict[str, list[Endpoint]]:
 
 
 def _name(models: set[str]) -> str:
-    names = sorted(models)
+    """Return a name that no other group has: a model whose own name looks like a list stands in quotes."""
+    names = [json.dumps(model) if "," in model or '"' in model else model for model in sorted(models)]
     more = len(names) - MOST_NAMED
     return ",".join(names[:MOST_NAMED]) + (f",+{more}" if more > 0 else "")

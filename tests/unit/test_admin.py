@@ -6,6 +6,7 @@ import asyncio
 import json
 from contextlib import suppress
 
+from extproc import tasks
 from extproc.admin import connections, state
 from extproc.admin.http import Admin
 from extproc.admin.state import FileState
@@ -230,3 +231,26 @@ def test_a_connection_that_asks_nothing_is_closed_and_one_that_asks_stays(monkey
                 one.close()
 
     asyncio.run(wait())
+
+
+def test_a_bug_in_one_sample_is_told_and_does_not_end_the_sampling(monkeypatch, caplog):
+    monkeypatch.setattr(tasks, "RESTART_S", 0.0)
+    room = Room()
+    kept, sample, taken = tasks.Tasks(), room.admin.viewer.sample, []
+    room.admin = Admin("127.0.0.1:0", room.gate, room.metrics, tasks=kept)
+
+    def fail_once() -> None:
+        taken.append(1)
+        if len(taken) == 1:
+            raise ZeroDivisionError
+        sample()
+
+    monkeypatch.setattr(room.admin.viewer, "sample", fail_once)
+
+    async def main() -> None:
+        async with served(room):
+            await until(lambda: len(taken) == 2)
+
+    asyncio.run(main())
+    assert kept.restarts == {"admin history": 1}
+    assert "admin history failed and begins again" in caplog.text

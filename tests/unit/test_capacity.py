@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from extproc.admin.http import Admin
+from extproc.admission import values
 from extproc.admission.controller import Controller
 from extproc.admission.load import Load
+from extproc.admission.steps import StepCost
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import EndpointSpec, Policy, Request
 from extproc.commands.top import lines
 from extproc.engine.params import PRESETS
-from extproc.observe.capacity import Answer, Capacity
+from extproc.observe.capacity import GRACE_S, Answer, Capacity, _name
 from extproc.simulate.contenders import Core, contender
 from extproc.simulate.fronts import Group
 from extproc.simulate.workload import Surge, Workload
@@ -114,8 +116,10 @@ def serving(*models: str) -> tuple[Controller, Capacity]:
 
 
 def ask(controller: Controller, capacity: Capacity, model: str | None = None) -> None:
-    for decision in controller.offer(Ticket(Request("1", 1.0, model, prompt_tokens=1000)), 1.0):
+    ticket = Ticket(Request("1", 1.0, model, prompt_tokens=1000))
+    for decision in controller.offer(ticket, 1.0):
         capacity.decided(decision)
+    controller.release(ticket, 1.0, values.Answer.OK)
 
 
 def teach(controller: Controller, name: str) -> None:
@@ -153,6 +157,46 @@ def test_a_sidecar_that_does_not_decide_tells_nothing() -> None:
     capacity._decides = lambda: False
     assert capacity.answers() == {}
     assert not any(family.samples for family in capacity.collect())
+
+
+def test_what_no_engine_tells_any_more_is_absent_after_a_while_and_no_peak() -> None:
+    controller, capacity = serving("")
+    teach(controller, "vllm-0")
+    ask(controller, capacity)
+    capacity.sample(10.0)
+    (told,) = capacity.answers().values()
+    pool = capacity._pools["*"]
+    controller.endpoints["vllm-0"].steps = StepCost()  # as where its counters are doubted
+    for second in range(20, 2000, 10):
+        ask(controller, capacity)
+        capacity.sample(float(second))
+        assert (capacity.answers() == {}) == (second - 10.0 > GRACE_S)
+    assert told.engines > 0.0
+    assert not pool.slots
+    for second in range(20):
+        load = Load(10.0, 0.0, 0.2, tokens_per_s=400.0, prompt_tokens=2000, output_tokens=400, first_tokens=2)
+        controller.observe("vllm-0", load, 2000.0 + second)
+    ask(controller, capacity)
+    capacity.sample(2020.0)
+    assert capacity.answers()
+
+
+@pytest.mark.parametrize("requests", [1, 50])
+def test_sequences_that_seem_to_cost_nothing_and_empty_prompts_have_a_figure(requests: int) -> None:
+    controller, capacity = serving("")
+    teach(controller, "vllm-0")
+    controller.endpoints["vllm-0"].steps.sequence_s = 0.0  # as the filter makes it of a small model's steps
+    for _ in range(requests):
+        for decision in controller.offer(Ticket(Request("1", 1.0)), 1.0):
+            capacity.decided(decision)
+    capacity.sample(10.0)
+    (told,) = capacity.answers().values()
+    assert 0.0 < told.engines < 1.0
+
+
+@pytest.mark.parametrize(("one", "two"), [({"a,b"}, {"a", "b"}), ({'"a', 'b"'}, {"a,b"}), ({"a"}, {'"a"'})])
+def test_no_two_pools_have_one_name(one: set[str], two: set[str]) -> None:
+    assert _name(one) != _name(two)
 
 
 # ---- where people see it

@@ -48,6 +48,7 @@ ALLOWED = {
             "extproc.config",
             "extproc.errors",
             "extproc.pure",
+            "extproc.tasks",
         ),
         "extproc",
     },
