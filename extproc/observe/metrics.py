@@ -288,7 +288,7 @@ class Metrics:
         streams.add_metric([], self._streams())
         restarts = CounterMetricFamily(
             "extproc_task_restarts",
-            "Times that an unexpected error ended a task that follows endpoints or the config file, which began again.",
+            "Times that an unexpected error ended a task that follows endpoints, files or the load, which began again.",
             labels=["task"],
         )
         for task, count in self._restarts.items():
