@@ -238,7 +238,7 @@ function waitingRow(one) {
 function fillWaiting(row, one) {
   say(row.parts.age, seconds(one.age_s));
   say(row.parts.left, one.budget_left_s > 0 ? seconds(one.budget_left_s) : "over");
-  say(row.parts.to, one.queue === "*" ? "any endpoint" : `first ${one.queue}, later any`);
+  say(row.parts.to, one.may_go_to || (one.queue === "*" ? "any" : `first ${one.queue}, later any`)); // a leader may be older
   say(row.parts.held, one.held_by || "–");
   say(row.parts.model, one.model === null ? "any" : one.model);
   say(row.parts.tenant, one.tenant || "–");

@@ -19,11 +19,12 @@ from extproc.observe.endpoints import known_signals
 from extproc.observe.metrics import SHARED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from extproc.admission.controller import Controller
     from extproc.admission.endpoint import Endpoint
     from extproc.admission.ticket import Ticket
+    from extproc.admission.values import Request
     from extproc.observe.capacity import Capacity
     from extproc.observe.metrics import Metrics
     from extproc.stream.gate import Gate
@@ -48,6 +49,8 @@ MOST_CHARACTERS = 96
 """Of a text that a client sent; a header may be 60 KiB long."""
 MOST_MODELS = 8
 """Models listed of an endpoint in the view."""
+MOST_NAMED = 2
+"""Endpoints that are named where a request may go to some alone."""
 
 WORDS = {
     Outcome.DISPATCHED: "Sent",
@@ -139,7 +142,7 @@ class Viewer:
         counted = {
             "waiting_total": controller.waiting,
             "waiting_by_class": waiting_by_class(controller),
-            "waiting": [self._row(ticket, now) for ticket in islice(controller.waiting_tickets(), limit)],
+            "waiting": self._rows(islice(controller.waiting_tickets(), limit), now),
             "outcomes": outcome_totals(self._metrics),
         }
         return {**mode, "endpoints": await self._endpoints(now), **counted}
@@ -150,7 +153,7 @@ class Viewer:
         by_class, scanned = await self._oldest()
         now, counts = self._gate.now(), waiting_by_class(controller)
         everyone = [ticket for waiting in by_class.values() for ticket in waiting[:ROWS]]
-        oldest = [self._row(ticket, now) for ticket in sorted(everyone, key=_arrival)[:ROWS]]
+        oldest = self._rows(sorted(everyone, key=_arrival)[:ROWS], now)
         endpoints = await self._endpoints(now, MOST_MODELS)
         classes = await self._classes(by_class, counts, now)
         rates = self.history.rates(now)
@@ -204,9 +207,13 @@ class Viewer:
             name: [ticket for ticket in waiting if ticket.state is State.WAITING] for name, waiting in by_class.items()
         }, scanned
 
-    def _row(self, ticket: Ticket, now: float) -> Values:
+    def _rows(self, tickets: Iterable[Ticket], now: float) -> list[Values]:
+        present = sum(not endpoint.removed for endpoint in self._gate.controller.endpoints.values())
+        return [self._row(ticket, now, present) for ticket in tickets]
+
+    def _row(self, ticket: Ticket, now: float, present: int) -> Values:
         sidecar = None if self._others is None else self._others.whose(ticket)
-        return _row(ticket, now) | ({} if sidecar is None else {"sidecar": sidecar})
+        return _row(ticket, now, present) | ({} if sidecar is None else {"sidecar": sidecar})
 
     def _mode(self, *, ready: bool) -> Values:
         controller, file = self._gate.controller, self._file_state()
@@ -338,10 +345,12 @@ def _rehearsed(metrics: Metrics) -> dict[str, int]:
     return counts
 
 
-def _row(ticket: Ticket, now: float) -> Values:
+def _row(ticket: Ticket, now: float, present: int) -> Values:
     pool = ticket.pool
     shared = pool is None or ticket.queue is pool.shared
     request = ticket.request
+    members = [] if pool is None else pool.members
+    queue = SHARED if shared or ticket.home is None else ticket.home.name
     return {
         "id": _short(request.id),
         "model": None if request.model is None else _short(request.model),
@@ -350,10 +359,25 @@ def _row(ticket: Ticket, now: float) -> Values:
         "age_s": round(now - request.arrived, 3),
         "budget_left_s": round(ticket.wait_until - now, 3),
         "home": ticket.home.name if ticket.home is not None else None,
-        "queue": SHARED if shared or ticket.home is None else ticket.home.name,
+        "queue": queue,
+        "may_go_to": _may_go_to(request, queue, members, present),
         "position": ticket.position,
         "held_by": None if pool is None else pool.held_by(ticket).value,
     }
+
+
+def _may_go_to(request: Request, queue: str, members: Sequence[Endpoint], present: int) -> str:
+    """Tell where a request may go, in words: others may be idle, and lack its model.
+
+    What tells most comes first, since a narrow screen cuts the rest. What it costs does not grow with the endpoints.
+    """
+    names = [] if len(members) > MOST_NAMED else [endpoint.name for endpoint in members]
+    later = "any"
+    if len(members) != present:
+        model = "" if request.model is None else f" with {_short(request.model)}"
+        allowed = "" if request.allowed is None else " that its gateway allows"
+        later = f"{len(members) or 'none'} of {present}{model}{allowed}" + (f": {', '.join(names)}" if names else "")
+    return later if queue == SHARED or names == [queue] else f"first {queue}, later {later}"
 
 
 def _arrival(ticket: Ticket) -> float:

@@ -37,6 +37,10 @@ STEPS = "▁▂▃▄▅▆▇█"
 PLAIN_STEPS = "_.-:=+*#"  # where the terminal has no such characters
 GAP = "  "
 MOST_POOLS = 3
+MOST_TO = 60
+"""Characters of where a request may go."""
+OTHER_COLUMNS = 46
+"""What the columns beside it take that are there on every screen."""
 SENT = ("dispatched", "rerouted")
 
 View = dict[str, Any]
@@ -341,12 +345,13 @@ def _outcomes(view: Mapping[str, Any]) -> list[str]:
 
 def _waiting(view: Mapping[str, Any], room: int, width: int) -> list[str]:
     table = [("LONGEST WAITING", "WAITED", "LEFT", "HELD BY", "MAY GO TO", "TENANT", "REQUEST")]
+    most = min(max(width - OTHER_COLUMNS, 12), MOST_TO)
     for one in view["waiting"][: room - 1]:
-        to = "any" if one["queue"] == "*" else f"first {one['queue']}"
+        to = one.get("may_go_to") or ("any" if one["queue"] == "*" else f"first {one['queue']}")  # an older sidecar
         left = _seconds(max(one["budget_left_s"], 0.0))
         held = one.get("held_by") or "-"
         tenant = one["tenant"][:16] or "-"
-        table.append((one["class"], _seconds(one["age_s"]), left, held, to[:30], tenant, one["id"]))
+        table.append((one["class"], _seconds(one["age_s"]), left, held, _cut(to, most), tenant, one["id"]))
     return _columns(table, width=width, left=(0, 3, 4, 5, 6), spare=(6, 5, 4))
 
 

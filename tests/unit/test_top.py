@@ -42,6 +42,43 @@ def test_top_and_the_view_say_which_limit_holds_each_endpoint_and_each_request()
     assert room.queues()["waiting"] == view["waiting"]
 
 
+def test_a_request_whose_model_a_few_serve_says_so_beside_idle_others_in_top_and_queues():
+    room = Room(endpoints=3)
+    for name, models in (("vllm-0", ["small"]), ("vllm-1", ["small"]), ("vllm-2", ["qwen-32b"])):
+        room.gate.put_endpoint(EndpointSpec(name, max_running_requests=1, models=frozenset(models)))
+    room.offer(2, model="qwen-32b")
+    room.offer(4, model="small")
+    view = room.view()
+    told = ["1 of 3 with qwen-32b: vllm-2", "2 of 3 with small: vllm-0, vllm-1"]
+    assert sorted(one["may_go_to"] for one in view["waiting"]) == [told[0], told[1], told[1]]
+    assert sorted(one["may_go_to"] for one in room.queues()["waiting"]) == [told[0], told[1], told[1]]
+    assert told[0] in "\n".join(lines(view, 80, 24))
+    assert "1 of 3 with" in "\n".join(lines(view, 60, 24)), "a narrow screen keeps what tells most"
+
+
+@pytest.mark.parametrize(
+    ("who", "to"),
+    [
+        ({}, "any"),
+        ({"model": "made-up"}, "any"),
+        ({"allowed": frozenset({"vllm-1"})}, "1 of 4 that its gateway allows: vllm-1"),
+        ({"allowed": frozenset({"vllm-0", "vllm-1", "vllm-2"})}, "3 of 4 that its gateway allows"),
+    ],
+)
+def test_where_a_request_may_go_is_told_by_what_narrows_it(who, to):
+    room = Room(endpoints=4)
+    room.offer(4)
+    room.offer(1, **who)
+    assert [one["may_go_to"] for one in room.view()["waiting"]] == [to]
+
+
+def test_a_request_that_waits_at_home_says_where_it_goes_later():
+    room = Room(endpoints=2)
+    room.offer(2)
+    room.offer(1, home="vllm-1")
+    assert [one["may_go_to"] for one in room.view()["waiting"]] == ["first vllm-1, later any"]
+
+
 @pytest.mark.parametrize("width", [60, 80])
 def test_on_a_narrow_terminal_top_leaves_columns_out_and_cuts_none(width):
     room = Room(endpoints=3, limit=8)
