@@ -55,9 +55,8 @@ class Answers:
                 correct(pool, ticket, surplus)
             if ticket.charge is not None:
                 pool.share(ticket.request_class.priority).correct(ticket.tenant, surplus / weight_of(ticket))
-                turns = endpoint.turns.get(ticket.key[0])
-                if turns is not None:
-                    turns.correct(ticket.tenant, surplus / weight_of(ticket))
+                if ticket.turns is not None:
+                    ticket.turns.correct(ticket.tenant, surplus / weight_of(ticket))
 
     def _served(self, ticket: Ticket, endpoint: Endpoint, pool: Pool) -> None:
         ticket.is_answered = True

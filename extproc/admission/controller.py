@@ -271,8 +271,9 @@ class Controller:
         books, models = self._begin(now), tuple(models)
         if self._watchers:
             self._event = ModelsKnown(now, models, expects_any)
+        changes = books.pools.expects_any is not expects_any
         books.pools.expects_any = expects_any
-        if books.pools.know(models):
+        if books.pools.know(models) or changes:
             self._fleet.regroup()
         return self._end()
 

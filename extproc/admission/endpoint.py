@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from extproc.admission.alarms import NEVER
 from extproc.admission.counters import Counters
-from extproc.admission.fairness import Turns
 from extproc.admission.health import Health
 from extproc.admission.held import HeldBy
 from extproc.admission.kv import KvBooks
@@ -18,6 +17,7 @@ from extproc.admission.reading import ARRIVED_S, Foreign, Reading
 from extproc.admission.steps import StepCost
 
 if TYPE_CHECKING:
+    from extproc.admission.fairness import Turns
     from extproc.admission.limit import Limit
     from extproc.admission.load import Load
     from extproc.admission.pool import Pool
@@ -246,7 +246,7 @@ class Endpoint:
         """Return the tenants' turns here at `priority`, a key's."""
         turns = self.turns.get(priority)
         if turns is None:
-            turns = self.turns[priority] = Turns()
+            turns = self.turns[priority] = self.pools[0].tenants.turns()
         return turns
 
     def has_evicted(self, before: int) -> bool:

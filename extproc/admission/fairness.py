@@ -9,6 +9,8 @@ and Cheng (SIGCOMM 1996); charging input once and output twice follows VTC (Shen
 from __future__ import annotations
 
 from collections import OrderedDict
+from heapq import nlargest
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -90,22 +92,30 @@ class FairShare:
             record.finish += difference
 
 
-MOST_TURNS = 1000
-"""Tenants ahead of the others that one endpoint remembers; if more are, all begin anew."""
+MAX_TURNS = 1000
+"""Tenants remembered per endpoint and priority where pools meet, of those of all endpoints MOST_TENANTS, too."""
+KEPT = 3 / 4
+"""What is left of them when there are too many: those that are ahead of the others by most."""
 
 
 class Turns:
     """Whose turn it is at one endpoint where requests of several pools meet, whose tags can't be compared.
 
-    Start tags again, of what each tenant was sent there while others waited: naming another model gains no second turn.
+    Start tags again, of what each tenant was sent there while others waited: naming another model gains no second turn,
+    and what went there while nobody waited costs none.
     """
 
-    __slots__ = ("_ahead", "_virtual_time")
+    __slots__ = ("_ahead", "_memory", "_virtual_time")
 
-    def __init__(self) -> None:
-        """Start with every tenant at zero."""
+    def __init__(self, memory: Memory | None = None) -> None:
+        """Start with every tenant at zero; `memory` says how many to remember."""
+        self._memory = memory if memory is not None else Memory()
         self._ahead: dict[str, float] = {}
         self._virtual_time = 0.0
+
+    def __len__(self) -> int:
+        """Count the tenants that are remembered."""
+        return len(self._ahead)
 
     def of(self, tenant: str) -> float:
         """Return the turn of a tenant: the least goes first."""
@@ -115,30 +125,36 @@ class Turns:
         """Charge `cost` tokens to `tenant`, whose request was dispatched."""
         turn = self._virtual_time = self.of(tenant)
         self._ahead[tenant] = turn + cost
-        if len(self._ahead) > MOST_TURNS:
-            self._ahead = {name: other for name, other in self._ahead.items() if other > turn}
-            if len(self._ahead) > MOST_TURNS:
-                self._ahead.clear()
+        self.forget_beyond(self._memory.each_turns)
+
+    def forget_beyond(self, most: int) -> None:
+        """Forget those least ahead of the others, some at a time, if there are more than `most`."""
+        if len(self._ahead) > most:
+            kept = nlargest(int(most * KEPT), self._ahead.items(), key=itemgetter(1))
+            self._ahead = {name: ahead for name, ahead in kept if ahead > self._virtual_time}
 
     def correct(self, tenant: str, difference: float) -> None:
-        """Charge (or, negative, give back) what a finished request cost beyond its estimate."""
+        """Charge (or, negative, give back) what a request that `served` charged cost beyond its estimate."""
         if tenant in self._ahead:
             self._ahead[tenant] += difference
 
 
 class Memory:
-    """How many tenants the shares of all pools remember.
+    """How many tenants the shares of all pools remember, and the turns of all endpoints.
 
     Attributes:
         each: the most of one share.
+        each_turns: the most of one endpoint's turns at one priority.
     """
 
-    __slots__ = ("_shares", "each")
+    __slots__ = ("_shares", "_turns", "each", "each_turns")
 
     def __init__(self) -> None:
         """Start without shares."""
         self._shares: list[FairShare] = []
         self.each = MAX_TENANTS
+        self._turns: list[Turns] = []
+        self.each_turns = MAX_TURNS
 
     def share(self) -> FairShare:
         """Return a new share. The others may have to forget some of their tenants."""
@@ -149,8 +165,27 @@ class Memory:
     def keep(self, shares: Iterable[FairShare]) -> None:
         """Go on with these alone: the pools of others are gone."""
         self._shares = list(shares)
-        each = min(max(MOST_TENANTS // max(len(self._shares), 1), LEAST_TENANTS), MAX_TENANTS)
+        each = min(_part(len(self._shares)), MAX_TENANTS)
         if each < self.each:
             for share in self._shares:
                 share.forget_beyond(each)
         self.each = each
+
+    def turns(self) -> Turns:
+        """Return new turns. The others may have to forget some of their tenants."""
+        turns = Turns(self)
+        self.keep_turns([*self._turns, turns])
+        return turns
+
+    def keep_turns(self, turns: Iterable[Turns]) -> None:
+        """Go on with these alone: the endpoints of others are gone."""
+        self._turns = list(turns)
+        each = min(_part(len(self._turns)), MAX_TURNS)
+        if each < self.each_turns:
+            for one in self._turns:
+                one.forget_beyond(each)
+        self.each_turns = each
+
+
+def _part(count: int) -> int:
+    return max(MOST_TENANTS // max(count, 1), LEAST_TENANTS)

@@ -8,9 +8,11 @@ waiting for ever. So:
   there before it does.
 * That endpoint is its home; for those in the shared line it is the emptiest open one. It gets emptier while nobody
   else is sent there, so it stays the emptiest until the guard fits, and the other endpoints need not wait.
-* Between pools class, then the tenants' turns at the endpoint, then arrival tell who is passed: fairness tags of two
-  pools can't be compared. Who became a guard is before all that came later, of whatever pool. Between two lanes of one
-  pool turns do (lanes.py): only the first of a lane whose turn it was has been passed.
+* Where several pools wait for an endpoint class, then the tenants' turns there, then arrival tell who goes and who is
+  passed, inside each of them, too: fairness tags of two pools can't be compared, and a tenant whose turn is far must
+  not keep those behind it from theirs. Who became a guard is before all that came later, of whatever pool; one that
+  does not fit lends its place to those of its pool before it that do. Between two lanes of one pool turns of lanes
+  decide (lanes.py): only the first of a lane whose turn it was has been passed.
 * Room that is kept for nobody any more is handed on: a guard may leave, be pushed out of the window, or find another
   endpoint emptier.
 """
@@ -26,6 +28,8 @@ from extproc.admission.queue import WINDOW
 from extproc.admission.tenants import GUARANTEED
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from extproc.admission.endpoint import Endpoint
     from extproc.admission.pool import Pool
     from extproc.admission.queue import Queue
@@ -45,11 +49,20 @@ def seniority(ticket: Ticket) -> tuple[int, int]:
 
 def place_at(ticket: Ticket, endpoint: Endpoint) -> tuple[int, float, int]:
     """Order tickets of different pools at `endpoint`: by class, by their tenants' turns there, by arrival."""
-    priority, _, arrival = ticket.key
-    turns = endpoint.turns.get(priority)
-    if turns is None or ticket.charge is None:
-        return (priority, 0.0, arrival)
-    return (priority, GUARANTEED if ticket.is_favoured else turns.of(ticket.tenant), arrival)
+    return (ticket.key[0], turn_at(ticket, endpoint), ticket.key[2])
+
+
+def turn_at(ticket: Ticket, endpoint: Endpoint) -> float:
+    """Return its tenant's turn at `endpoint` among those of its class: the least goes first."""
+    if ticket.is_favoured:
+        return GUARANTEED
+    turns = endpoint.turns.get(ticket.key[0])
+    return 0.0 if turns is None or ticket.charge is None else turns.of(ticket.tenant)
+
+
+def goes_by_turns(waiting: Sequence[Pool]) -> bool:
+    """Tell whether pools that wait for an endpoint are several, and not lanes of one."""
+    return len(waiting) > 1 and any(pool.base is not waiting[0].base for pool in waiting)
 
 
 class Guard:
@@ -67,11 +80,13 @@ class Guard:
         home = self._pool.homes.get(endpoint)
         return (home is not None and home.guards > 0) or (self._pool.shared.guards > 0 and self._is_emptiest(endpoint))
 
-    def best_for(self, endpoint: Endpoint) -> tuple[Ticket | None, Ticket | None]:
-        """Return the first ticket in order that fits `endpoint`, an open one; or else the guard that ended the search.
+    def best_for(self, endpoint: Endpoint, *, by_turns: bool) -> tuple[Ticket | None, Ticket | None]:
+        """Return the first ticket that fits `endpoint`, an open one, and the guard that was met, if one was.
 
-        WINDOW of them are looked at.
+        First in order, or `by_turns` there: then a guard that fits is the first of its class. WINDOW are looked at.
         """
+        if by_turns:
+            return self._first_by_turns(endpoint)
         home, shared = self._pool.homes.get(endpoint), self._pool.shared
         if home is None:
             if not shared:
@@ -79,24 +94,50 @@ class Guard:
             first = shared.first()
             if endpoint.lacks(first) is None:
                 return first, None
-            line = shared.window()
-        else:
-            line = merge(home.window(), shared.window(), key=_place)
         cache_room = endpoint.cache_room
-        for ticket in islice(line, WINDOW):
+        for ticket in self._line_for(endpoint):
             if ticket.kv_tokens <= cache_room and endpoint.lacks(ticket) is None:
                 return ticket, None
             if ticket.is_guard and (ticket.queue is home or self._is_emptiest(endpoint)):
                 return None, ticket
         return None, None
 
-    def passes(self, ticket: Ticket, endpoint: Endpoint) -> None:
+    def best_before(self, guard: Ticket, endpoint: Endpoint) -> Ticket | None:
+        """Return the first by turns that fits `endpoint` of those who are senior to `guard`, another pool's."""
+        before = seniority(guard)
+        cache_room = endpoint.cache_room
+        seniors = (ticket for ticket in self._line_for(endpoint) if seniority(ticket) < before)
+        fitting = (one for one in seniors if one.kv_tokens <= cache_room and endpoint.lacks(one) is None)
+        return min(fitting, key=lambda ticket: place_at(ticket, endpoint)[:2], default=None)
+
+    def _line_for(self, endpoint: Endpoint) -> Iterator[Ticket]:
+        """Walk those who are looked at for `endpoint`, in order."""
+        home, shared = self._pool.homes.get(endpoint), self._pool.shared
+        return shared.window() if home is None else islice(merge(home.window(), shared.window(), key=_place), WINDOW)
+
+    def _first_by_turns(self, endpoint: Endpoint) -> tuple[Ticket | None, Ticket | None]:
+        """Return of the highest class that fits who goes first: a guard, or else the one whose turn is the least."""
+        best, its_turn, cache_room = None, 0.0, endpoint.cache_room
+        for ticket in self._line_for(endpoint):
+            if best is not None and ticket.key[0] != best.key[0]:
+                break
+            if ticket.kv_tokens <= cache_room and endpoint.lacks(ticket) is None:
+                if ticket.is_guard:
+                    return ticket, ticket
+                turn = turn_at(ticket, endpoint)
+                if best is None or turn < its_turn:
+                    best, its_turn = ticket, turn
+            elif ticket.is_guard and (ticket.queue is not self._pool.shared or self._is_emptiest(endpoint)):
+                return best, ticket
+        return best, None
+
+    def passes(self, ticket: Ticket, endpoint: Endpoint, *, by_turns: bool) -> None:
         """Note that `ticket`, of this pool or another, goes to `endpoint` although some before it stay."""
         pool, other = self._pool, ticket.pool
         lines = [pool.shared, pool.homes[endpoint]] if endpoint in pool.homes else [pool.shared]
         for queue in lines:
             if other is None or other is pool or other.base is not pool.base or pool.base in (pool, other):
-                _pass_over(queue, ticket, endpoint, same_pool=other is pool)
+                _pass_over(queue, ticket, endpoint, same_pool=other is pool, by_turns=by_turns)
             elif queue and (queue.first().key[0] < ticket.key[0] or pool.turn < other.turn):
                 _count(queue, queue.first())  # it was this lane's turn, and its first did not fit
 
@@ -120,13 +161,16 @@ class Guard:
         return self._emptiest is endpoint
 
 
-def _pass_over(queue: Queue, ticket: Ticket, endpoint: Endpoint, *, same_pool: bool) -> None:
+def _pass_over(queue: Queue, ticket: Ticket, endpoint: Endpoint, *, same_pool: bool, by_turns: bool) -> None:
     """Count it for those in the window of `queue` who are before `ticket`, which goes to `endpoint`."""
     place, before = ticket.key, place_at(ticket, endpoint)
     for key in queue.first_keys():
-        if same_pool:
+        if same_pool and not by_turns:
             if key >= place:
                 return
+        elif same_pool:
+            if (key[0], turn_at(queue.at(key), endpoint), key) >= (*before[:2], place):
+                continue
         elif place_at(queue.at(key), endpoint) >= before:
             continue
         _count(queue, queue.at(key))

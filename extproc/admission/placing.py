@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from extproc.admission.adapters import HALF
 from extproc.admission.books import MANY
-from extproc.admission.guard import most_room, seniority
+from extproc.admission.guard import goes_by_turns, most_room, seniority
 from extproc.admission.lanes import first_of, served
 from extproc.admission.lines import placed
 from extproc.admission.outcome import Outcome
@@ -192,11 +192,15 @@ class Placing:
 
 def _goes_before_others(ticket: Ticket, endpoint: Endpoint) -> None:
     """Note that `ticket` goes to `endpoint` while others wait, maybe for that one too."""
-    for pool in endpoint.pools:
-        if pool.waiting_total:
-            pool.guard.passes(ticket, endpoint)
+    waiting = [pool for pool in endpoint.pools if pool.waiting_total]
+    if not waiting:
+        return
+    by_turns = goes_by_turns(waiting)
+    for pool in waiting:
+        pool.guard.passes(ticket, endpoint, by_turns=by_turns)
     if ticket.charge is not None and len(endpoint.pools) > 1:
-        endpoint.turns_at(ticket.key[0]).served(ticket.tenant, ticket.charge)
+        ticket.turns = turns = endpoint.turns_at(ticket.key[0])
+        turns.served(ticket.tenant, ticket.charge)
 
 
 def _drop_hopeless(freed: dict[Endpoint, None], now: float) -> None:
@@ -234,18 +238,26 @@ def _prompt_tokens(ticket: Ticket) -> int:
 
 
 def _best_for(endpoint: Endpoint) -> Ticket | None:
-    """Return who goes to `endpoint` next: inside a pool by its order, between pools see `lanes.first_of`."""
-    firsts: list[Ticket] = []
-    guard = None
-    for pool in endpoint.pools:
-        if pool.waiting_total:
-            ticket, its_guard = pool.guard.best_for(endpoint)
-            if ticket is not None:
+    """Return who goes to `endpoint` next: by its pool's order; where pools meet guards first, then by turns."""
+    waiting = [pool for pool in endpoint.pools if pool.waiting_total]
+    by_turns = goes_by_turns(waiting)
+    found: dict[Pool, Ticket] = {}
+    guard = heir = None
+    for pool in waiting:
+        ticket, its_guard = pool.guard.best_for(endpoint, by_turns=by_turns)
+        if ticket is not None:
+            found[pool] = ticket
+        if its_guard is not None and (guard is None or seniority(its_guard) < seniority(guard)):
+            guard, heir = its_guard, ticket
+    if guard is None:
+        firsts = list(found.values())
+    else:
+        firsts = []
+        for pool, ticket in found.items():
+            if ticket is heir or seniority(ticket) < seniority(guard):
                 firsts.append(ticket)
-            if its_guard is not None and (guard is None or seniority(its_guard) < seniority(guard)):
-                guard = its_guard
-    if guard is not None:
-        firsts = [ticket for ticket in firsts if seniority(ticket) < seniority(guard)]
+            elif by_turns and (senior := pool.guard.best_before(guard, endpoint)) is not None:
+                firsts.append(senior)
     if len(firsts) > 1:
         return first_of(firsts, endpoint)
     return firsts[0] if firsts else None

@@ -37,7 +37,17 @@ class Pools:
         subsets: the pool of those that serve a model and that a request allows, for each two that were named lately.
     """
 
-    __slots__ = ("_all", "_is_whole", "_listed_by", "any_model", "by_model", "every", "expects_any", "subsets")
+    __slots__ = (
+        "_all",
+        "_expected_any",
+        "_is_whole",
+        "_listed_by",
+        "any_model",
+        "by_model",
+        "every",
+        "expects_any",
+        "subsets",
+    )
 
     def __init__(self) -> None:
         """Start without endpoints: all who come wait in one pool."""
@@ -47,6 +57,7 @@ class Pools:
         self._listed_by: dict[frozenset[str], Endpoint] = {}  # for each list of models an endpoint that has it
         self._is_whole = True  # no endpoint is left out for a model
         self.expects_any = False
+        self._expected_any = False  # likewise, when pools were grouped last
         self.subsets: dict[tuple[str | None, frozenset[str]], Pool] = {}
         self._all: tuple[Pool, ...] = (self.any_model,)
 
@@ -72,6 +83,11 @@ class Pools:
         if self.expects_any:
             return self.any_model
         return self.every if model is None else None
+
+    def is_awaited(self, model: str | None) -> bool:
+        """Tell whether requests for `model` wait although nobody serves it yet."""
+        whole = self.find(model)
+        return whole is not None and not whole.members
 
     @property
     def misses_model(self) -> bool:
@@ -137,11 +153,9 @@ class Pools:
         A pool all of whose models it serves gains a member; else those models part from the others. What that costs
         does not grow with the number of endpoints. None: it changes more, and only `regroup` can follow.
         """
-        if self.subsets:
+        if self.subsets or not self._is_whole:
             return None
         models = endpoint.spec.models
-        if not self._is_whole:
-            return None
         twin = self._listed_by.get(models)
         if twin is not None:
             for pool in twin.pools:
@@ -149,6 +163,7 @@ class Pools:
             return []
         if not models or not self.every.members or len(self.by_model) > MOST_MODELS:
             return None
+        nameless = self.find(None)
         self.know(models)
         self._listed_by[models] = endpoint
         serves: dict[Pool, set[str]] = {self.every: set()}
@@ -162,6 +177,10 @@ class Pools:
                 split += pool.with_lanes()
             for one in gains.with_lanes():
                 one.enter(endpoint)
+        if (
+            nameless is not None and self.find(None) is not nameless
+        ):  # a second list: who names no model waits elsewhere
+            split += nameless.with_lanes()
         return split
 
     def _part(self, pool: Pool, models: Iterable[str]) -> Pool:
@@ -220,7 +239,10 @@ class Pools:
                 else:
                     del pool.lanes[name]
         self._keep_shares()
-        return before, list(before) if self.subsets else self._parted(were)
+        self.every.tenants.keep_turns(turns for endpoint in present for turns in endpoint.turns.values())
+        all_may_move = bool(self.subsets) or self._expected_any is not self.expects_any
+        self._expected_any = self.expects_any
+        return before, list(before) if all_may_move else self._parted(were)
 
     def _places(self) -> dict[str | None, Pool]:
         """Return where requests wait, by model: for each known one, for any other, and for none."""

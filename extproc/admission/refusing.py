@@ -42,7 +42,7 @@ class Refusing:
         books, request = self._books, ticket.request
         if pool is None:
             self.turn_away(ticket, Outcome.UNKNOWN_MODEL)
-        elif request.allowed is not None and not pool.members:
+        elif request.allowed is not None and not pool.members and not self._may_come(request.model, request.allowed):
             self.turn_away(ticket, Outcome.NONE_ALLOWED)
         elif request.model is None and books.pools.misses_model:
             self.turn_away(ticket, Outcome.MODEL_MISSING)
@@ -51,6 +51,13 @@ class Refusing:
         else:
             return pool
         return None
+
+    def _may_come(self, model: str | None, allowed: frozenset[str]) -> bool:
+        """Tell whether one that is allowed is there, and may come to serve `model`, which nobody does yet."""
+        endpoints = self._books.endpoints
+        if not self._books.pools.is_awaited(model):
+            return False
+        return any(name in endpoints and not endpoints[name].removed for name in allowed)
 
     def turn_away(self, ticket: Ticket, outcome: Outcome, retry_after_s: int | None = None) -> None:
         """Refuse a request that waited nowhere."""

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from extproc.admission.endpoint import Endpoint
+    from extproc.admission.fairness import Turns
     from extproc.admission.held import HeldBy
     from extproc.admission.pool import Pool
     from extproc.admission.prefill import Burst
@@ -71,6 +72,7 @@ class Ticket:
         "sequences",
         "state",
         "tenant",
+        "turns",
         "wait_until",
         "waited_for",
         "work_tokens",
@@ -99,6 +101,7 @@ class Ticket:
         self.work_tokens = 0  # of its prompt, what the engine has to compute: without what is cached there
         self.output_tokens = 0  # estimate
         self.charge: float | None = None  # what its tenant was charged for it; None while nobody counts
+        self.turns: Turns | None = None  # those that charged it too, at the endpoint it was sent to while others waited
         self.kv_tokens = 0  # estimate of the KV cache it will need: prompt and answer
         self.beside = 0  # how many its endpoint held when it was sent there
         self.burst: Burst | None = None  # of first bytes, with which its own was seen

@@ -66,6 +66,7 @@ class Storm:
         self.policy = Policy(classes=CLASSES, patience_s=0.5, session_memory=50, max_queued_requests=300)
         self.world = World(self.policy, always=check_every == 1)
         self.ids = 0
+        self.allows = seed % 3 != 0  # where gateways choose, every change of pools looks at all who wait
         self.weather = self._forecast()
         # Lists beside the world's dicts: a random pick must not cost a walk.
         self._waiting: list[Ticket] = []
@@ -138,7 +139,7 @@ class Storm:
         request = Request(
             id=str(self.ids),
             arrived=now - random.choice((0.0, 0.0, 0.0, 0.0, 1.5)),
-            model=random.choice((None, "m1", "m1", "m2", "m3")),
+            model=random.choice((None, "m1", "m1", "m2", "m3", "nobody's")),
             request_class=random.choice(("std", "std", "int", "batch", "no such class")),
             tenant=random.choice(TENANTS),
             session=f"s{random.randrange(100)}" if random.random() < 0.3 else None,
@@ -148,7 +149,9 @@ class Storm:
             max_output_tokens=random.choice((None, None, 1, 50, 100_000)),
             sequences=random.choice((1, 1, 1, 1, 1, 1, 2, 4, 30)),
             kind=random.choice(("", "image")),
-            allowed=frozenset(random.sample(NAMES, random.choice((1, 1, 2, 3)))) if random.random() < 0.15 else None,
+            allowed=frozenset(random.sample(NAMES, random.choice((1, 1, 2, 3))))
+            if self.allows and random.random() < 0.15
+            else None,
         )
         self._waiting.append(self.world.offer(request))
 
@@ -246,13 +249,15 @@ class Storm:
     def _churn(self) -> None:
         random, world = self.random, self.world
         name = random.choice(NAMES)
-        match random.randrange(8):
+        match random.randrange(9):
             case 0 | 1 | 2:
                 self._put()
             case 3:
                 world.remove(name)
             case 4 | 5 | 6:
                 world.set_up(name, is_up=None if random.random() < 0.1 else random.random() < 0.6)
+            case 7:
+                world.know_models(random.choice(("m1", "m2", "m3")), expects_any=random.random() < 0.5)
             case _:
                 self._change_policy()
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from extproc.admission import fairness
 from extproc.admission.controller import Controller
-from extproc.admission.fairness import MAX_TENANTS, FairShare
+from extproc.admission.fairness import MAX_TENANTS, FairShare, Memory
+from extproc.admission.guard import GUARD
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request
 
@@ -295,3 +298,128 @@ def test_naming_other_models_gains_nothing_wherever_their_servers_are_also_those
         if "x" in models and went:
             waited = went[1:]  # who came to an idle server had nobody to wait for
             assert waited.count("victim") >= len(waited) // 2 - 1
+
+
+M1, M2 = frozenset({"m1"}), frozenset({"m2"})
+
+
+def meeting(**spec: Any) -> Desk:
+    """Two pools that meet at `e`: `m1` is served there alone, `m2` by `f` as well, which is down."""
+    desk = Desk(one("e", **{"limit": 1, "models": M1 | M2, **spec}), one("f", models=M2))
+    desk.set_up("f", is_up=False)
+    return desk
+
+
+def serve_one(desk: Desk, seconds: float = 0.0) -> None:
+    """Let the only one that runs end well after so long."""
+    (holder,) = desk.leased
+    desk.advance(seconds)
+    desk.release(holder, Answer.OK)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("quiet", [0, 100])
+def test_long_answers_while_nobody_waited_there_cost_a_tenant_none_of_its_turns(quiet: int, elsewhere: bool) -> None:
+    """They were charged what they were longer than the mean, on top of nothing: it waited for minutes later."""
+    desk = meeting()
+    if elsewhere:
+        desk.put(one("g", models=frozenset({"m3"})))
+        desk.set_up("g", is_up=False)
+        desk.ask(model="m3", budget_s=1e9)
+    for number in range(4):
+        desk.ask(tenant="xz"[number % 2], model="m2", budget_s=1e9)
+    for _ in range(4):
+        serve_one(desk, 5.0)
+    for _ in range(quiet):
+        for tenant, seconds in (("z", 2.0), ("z", 2.0), ("x", 60.0)):
+            desk.ask(tenant=tenant, model="m2", budget_s=1e9)
+            serve_one(desk, seconds)
+    for _ in range(2):
+        desk.ask(tenant="z", model="m2")
+    late = desk.ask(tenant="x", model="m1")
+    for _ in range(3):
+        desk.ask(tenant="z", model="m2")
+        serve_one(desk)
+    assert desk.where(late) == "e"
+
+
+def test_what_an_answer_cost_more_is_charged_where_the_request_was_and_not_where_a_gateway_moved_it() -> None:
+    desk = meeting()
+    for _ in range(5):
+        desk.ask(tenant="z", model="m2")
+        serve_one(desk, 5.0)
+    desk.put(one("g", models=M1 | M2))
+    held = [desk.ask("held", tenant="h", model="m2", home=name) for name in "eg"]
+    moved = desk.ask(tenant="x", model="m1")
+    for _ in range(3):
+        desk.ask(tenant="z", model="m1")
+    for ticket in held:
+        desk.release(ticket)
+    charged = moved.endpoint
+    assert charged is not None
+    other = desk.endpoint("g" if charged.name == "e" else "e")
+    desk.move(moved, other.name)
+    there, elsewhere = charged.turns[0]._ahead["x"], dict(other.turns[0]._ahead)
+    desk.advance(25.0)
+    desk.release(moved, Answer.OK)
+    assert charged.turns[0]._ahead["x"] > there
+    assert other.turns[0]._ahead.get("x") == elsewhere.get("x")
+
+
+@pytest.mark.parametrize("lead", [1000, 10_000])
+def test_a_tenant_whose_turn_is_far_keeps_nobody_behind_it_from_theirs(lead: int) -> None:
+    """It was first in its pool, and waited for its turn; the next one there was passed over 1,000 times."""
+    desk = meeting()
+    holder = desk.ask("hold", model="m2", tenant="h")
+    desk.ask("x0", model="m2", tenant="x", prompt_tokens=lead)
+    desk.ask("z", model="m2", tenant="z")
+    desk.release(holder)
+    desk.ask("x", model="m1", tenant="x")
+    patient = desk.ask("y", model="m1", tenant="y")
+    for _ in range(4):
+        desk.ask(model="m2", tenant="z")
+        serve_one(desk)
+    assert desk.where(patient) == "e"
+    assert patient.passed_over == 0
+
+
+def test_a_guard_that_fits_goes_before_other_pools_later_ones_whatever_the_turns_are() -> None:
+    desk = meeting(limit=1000, kv_capacity_tokens=10_000)
+    held = desk.ask("held", model="m2", tenant="h", prompt_tokens=4000)
+    guard = desk.ask("elephant", model="m1", tenant="e", prompt_tokens=6000)
+    for number in range(GUARD):
+        last = number == GUARD - 1
+        desk.release(desk.ask(model="m2", tenant="e" if last else "mice", prompt_tokens=1000, max_output_tokens=1))
+    assert guard.is_guard
+    fresh = desk.ask("fresh", model="m2", tenant="fresh", prompt_tokens=10)
+    assert endpoint_turn(desk, "fresh") < endpoint_turn(desk, "e")
+    assert desk.where(fresh) is None
+    del desk.order[:]
+    desk.release(held)
+    assert desk.order[0] == guard.request.id
+
+
+def endpoint_turn(desk: Desk, tenant: str) -> float:
+    return desk.endpoint("e").turns[0].of(tenant)
+
+
+def test_all_turns_together_remember_only_so_many_tenants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fairness, "MOST_TENANTS", 400)
+    desk = Desk(*(one(f"e{number}", models=frozenset({"m", f"m{number}"})) for number in range(8)))
+    for number in range(8):
+        for tenant in range(500):
+            desk.endpoint(f"e{number}").turns_at(0).served(f"t{tenant}", 100.0 + tenant)
+    assert 0 < sum(len(desk.endpoint(f"e{number}").turns_at(0)) for number in range(8)) <= 400
+    memory = desk.core._books.pools.every.tenants
+    assert memory.each_turns == 50
+    for number in range(1, 8):
+        desk.remove(f"e{number}")
+    assert memory.each_turns == 400, "those of endpoints that are gone are there for the others"
+
+
+def test_where_too_many_tenants_are_ahead_the_one_that_is_most_is_not_forgiven() -> None:
+    turns = Memory().turns()
+    turns.served("noisy", 1_000_000.0)
+    for number in range(5000):
+        turns.served(f"made up {number}", 10.0)
+    assert turns.of("noisy") >= 1_000_000.0 > turns.of("somebody")

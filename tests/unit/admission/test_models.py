@@ -122,3 +122,35 @@ def test_an_endpoint_whose_models_change_serves_the_new_ones_and_no_others() -> 
     desk.put(one("a", 10, models=frozenset({"n"})))
     assert desk.where(desk.ask(model="n")) == "a"
     assert desk.ask(model="m").state is State.WAITING
+
+
+def test_when_somebody_who_lists_none_is_expected_no_more_those_who_waited_for_it_go_to_who_is_there() -> None:
+    """They stayed where they had waited, for an endpoint that was not to come."""
+    desk = Desk()
+    desk.know_models("m", "n", expects_any=True)
+    for name in "mn":
+        desk.put(one(name, models=frozenset({name})))
+    anyone = desk.ask()
+    assert desk.outcome(anyone) is None
+    desk.know_models("m", "n")
+    assert desk.where(anyone) in ("m", "n")
+
+
+def test_when_a_second_list_comes_those_without_a_model_wait_where_new_ones_do() -> None:
+    desk = Desk(one("m", models=frozenset({"m"})))
+    desk.know_models(expects_any=True)
+    desk.ask("held")
+    before = desk.ask("before")
+    desk.put(one("n", models=frozenset({"m", "n"})))
+    assert before.pool is desk.ask("after").pool
+
+
+@pytest.mark.parametrize("model", [None, "unheard of"])
+def test_a_gateways_choice_waits_for_one_that_may_serve_it_as_others_do(model: str | None) -> None:
+    desk = Desk(one("m", models=frozenset({"m"})), one("n", models=frozenset({"n"})))
+    desk.know_models(expects_any=True)
+    chosen = desk.ask(model=model, allowed=frozenset({"n"}))
+    assert (desk.outcome(chosen), desk.outcome(desk.ask(model=model))) == (None, None)
+    assert desk.outcome(desk.ask(model=model, allowed=frozenset({"gone"}))) is Outcome.NONE_ALLOWED
+    desk.put(one("n", models=frozenset()))
+    assert desk.where(chosen) == "n"

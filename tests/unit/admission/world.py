@@ -175,6 +175,10 @@ class World:
         self._begin()
         self._end(self.core.first_token(ticket, self.now))
 
+    def know_models(self, *models: str, expects_any: bool = False) -> None:
+        self._begin()
+        self._end(self.core.know_models(models, self.now, expects_any=expects_any))
+
     def put(self, spec: EndpointSpec) -> None:
         self._begin()
         books = self.books.setdefault(spec.name, Books(spec))
@@ -302,6 +306,10 @@ class World:
     def _in_order(self, ticket: Ticket, books: Books, endpoint: Endpoint) -> None:
         """Nobody who stood before `ticket` all the time, and who fits as well, is left behind."""
         stood = [u for u, (queue, _) in self._before.items() if u.queue is queue and u in self.waiting]
+        if len({u.pool.base for u in (*self._before, ticket) if u.pool and endpoint in u.pool.members}) > 1:
+            self._guards_first(ticket, books, endpoint)
+            # Who of other tenants is before depends on turns.
+            stood = [u for u in stood if u.tenant == ticket.tenant and not ticket.is_guard]
         line = [u for u in stood if u.pool is ticket.pool and _may_take(u, endpoint)]
         for other in sorted(line, key=attrgetter("key"))[:WINDOW]:
             if other.key > ticket.key or other is ticket:
@@ -309,6 +317,20 @@ class World:
             require(not self._fits(books, endpoint, other), ticket, "passed", other, "at", endpoint)
             if other.queue is not other.pool.shared or len(other.pool.members) == 1:  # else room is kept elsewhere
                 require(self._before[other][1] < GUARD, ticket, "passed the guarded", other)
+
+    def _guards_first(self, ticket: Ticket, books: Books, endpoint: Endpoint) -> None:
+        """Where pools meet nobody passes guards that fit, whatever the turns are, if it came after all of them."""
+        if ticket.is_guard or ticket not in self._before:
+            return
+        guards = []
+        for pool in {u.pool: None for u in self._before if u in self.waiting and u.pool and u.pool is not ticket.pool}:
+            line = [u for u in self.waiting if u.pool is pool and endpoint in pool.members and _may_take(u, endpoint)]
+            window = sorted(line, key=attrgetter("key"))[:WINDOW]
+            guards += [u for u in window if u in self._before and self._before[u][1] >= GUARD]
+        place = (ticket.key[0], ticket.key[2])
+        if guards and all((u.key[0], u.key[2]) < place and self._fits(books, endpoint, u) for u in guards):
+            heirs = [u for u in self.waiting if u.pool is ticket.pool and u.is_guard]
+            require(bool(heirs), ticket, "passed those with room kept for them:", guards)
 
     def _rejected(self, decision: Reject, offered: Ticket | None) -> None:
         ticket, policy, outcome = decision.ticket, self.core.policy, decision.outcome
@@ -465,7 +487,10 @@ class World:
         usable = [endpoint for endpoint in pool.members if endpoint.available]
         require(pool.usable == len(usable), pool, "usable:", pool.usable, usable)
         require(pool.is_served is bool(usable), pool, "is served:", pool.is_served, usable)
+        pools = self.core._books.pools
         for ticket in waiting:
+            due = pools.find(ticket.request.model, ticket.request.allowed) or pools.any_model
+            require(pool.base is due, ticket, "waits in", pool.members, "and not in", due.members)
             is_old = self.epochs[ticket] != self.epoch
             require(is_old or ticket.wait_until <= self._latest(ticket), ticket, "may wait too long")
         ejected = [endpoint for endpoint in pool.members if endpoint.health.ejected_until is not None]
