@@ -13,7 +13,7 @@ The rate is stable below running / step_s (after Nie, Si, Zhou, arXiv 2605.04595
 from __future__ import annotations
 
 import json
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from extproc.admission.controller import Controller
     from extproc.admission.endpoint import Endpoint
     from extproc.admission.ticket import Ticket
-    from extproc.admission.values import Decision
+    from extproc.admission.values import Decision, EndpointSpec
 
 WINDOW_S: Final = 60.0
 """Now is the mean of so long: shorter is a burst, which is what a queue is for."""
@@ -56,6 +56,13 @@ class Asked(NamedTuple):
     requests: int = 0
     prompts: int = 0
     outputs: int = 0
+
+
+class _Group(NamedTuple):
+    """Endpoints that serve a model in common, or are joined by others that do, and all their models."""
+
+    models: set[str]
+    members: list[Endpoint]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +93,26 @@ class Answer:
 class _Pool:
     """Endpoints that serve the same models, or share some."""
 
-    __slots__ = ("asked", "engines", "known_at", "load", "samples", "slot", "slots", "up")
+    __slots__ = (
+        "asked",
+        "engines",
+        "known_at",
+        "load",
+        "members",
+        "models",
+        "name",
+        "named",
+        "samples",
+        "slot",
+        "slots",
+        "up",
+    )
 
     def __init__(self, now: float) -> None:
+        self.models: set[str] = set()
+        self.members: list[Endpoint] = []
+        self.named: set[str] = set()  # those that its name is made of
+        self.name = ""
         self.asked = [0, 0, 0]
         self.samples: deque[Asked] = deque([Asked(now)])
         self.slot = (now, 0.0, 0.0)  # of the slot under way: its begin, engines x seconds, seconds
@@ -97,6 +121,12 @@ class _Pool:
         self.engines: float | None = None
         self.known_at = now  # when an engine told last
         self.up = 0
+
+    def serve(self, models: set[str], members: list[Endpoint]) -> None:
+        """Serve `models` by `members` now. The name stays while it is true: an adapter more makes no new series."""
+        self.models, self.members = models, members
+        if not self.named or not self.named <= models:
+            self.named, self.name = models, _name(models)
 
 
 class Capacity:
@@ -113,6 +143,7 @@ class Capacity:
         self._controller = controller
         self._clock = clock
         self._decides = decides
+        self._endpoints: list[tuple[Endpoint, EndpointSpec]] = []
         self._pools: dict[str, _Pool] = {}
         self._pool_of: dict[str, _Pool] = {}  # by endpoint
 
@@ -142,14 +173,40 @@ class Capacity:
 
     def sample(self, now: float) -> None:
         """Look how full each pool is now."""
-        groups = _groups(self._controller.endpoints.values())
-        self._pools = {name: self._pools.get(name) or _Pool(now) for name in groups}
-        self._pool_of = {member.name: self._pools[name] for name, members in groups.items() for member in members}
-        for name, members in groups.items():
-            self._look(self._pools[name], members, now)
+        endpoints = [(one, one.spec) for one in self._controller.endpoints.values() if not one.removed]
+        if endpoints != self._endpoints:
+            self._endpoints = endpoints
+            self._regroup(now)
+        for pool in self._pools.values():
+            self._look(pool, now)
 
-    def _look(self, pool: _Pool, members: list[Endpoint], now: float) -> None:
-        samples, after = pool.samples, Asked(now, *pool.asked)
+    def _regroup(self, now: float) -> None:
+        groups = _groups(one for one, _ in self._endpoints)
+        before = self._continued(groups)
+        self._pools, self._pool_of = {}, {}
+        for index, (models, members) in enumerate(groups):
+            pool = before.get(index) or _Pool(now)
+            pool.serve(models, members)
+            self._pools[pool.name] = pool
+            self._pool_of.update((member.name, pool) for member in members)
+
+    def _continued(self, groups: list[_Group]) -> dict[int, _Pool]:
+        """Return which pool each of `groups` goes on, by its index: the one with most members and models in common."""
+        serving = {model: pool for pool in self._pools.values() for model in pool.models}
+        shared = Counter[tuple[int, _Pool]]()
+        for index, (models, members) in enumerate(groups):
+            known = [*(self._pool_of.get(one.name) for one in members), *(serving.get(model) for model in models)]
+            shared.update((index, pool) for pool in known if pool is not None)
+        found: dict[int, _Pool] = {}
+        taken: set[_Pool] = set()
+        for (index, pool), _ in sorted(shared.items(), key=lambda one: (-one[1], one[0][1].name, one[0][0])):
+            if index not in found and pool not in taken:
+                found[index] = pool
+                taken.add(pool)
+        return found
+
+    def _look(self, pool: _Pool, now: float) -> None:
+        members, samples, after = pool.members, pool.samples, Asked(now, *pool.asked)
         while len(samples) > 1 and samples[1].at <= now - WINDOW_S:
             samples.popleft()
         before, last = samples[0], samples[-1].at
@@ -239,19 +296,21 @@ def _stable_rate(endpoint: Endpoint, requests: int, prompts: int, outputs: int) 
     return most / (steps.base_s + most * with_prompts_s) * requests / outputs
 
 
-def _groups(endpoints: Iterable[Endpoint]) -> dict[str, list[Endpoint]]:
-    """Return the endpoints that are in the configuration, together where they serve a model in common, by a name."""
-    groups: list[tuple[set[str], list[Endpoint]]] = []
+def _groups(endpoints: Iterable[Endpoint]) -> list[_Group]:
+    """Return `endpoints` together where they serve a model in common."""
+    serving: dict[str, _Group] = {}
     for endpoint in endpoints:
-        if endpoint.removed:
-            continue
-        models, members = set(endpoint.spec.models or ("*",)), [endpoint]
-        for group in [group for group in groups if group[0] & models]:
-            groups.remove(group)
-            models |= group[0]
-            members = group[1] + members
-        groups.append((models, members))
-    return {_name(models): members for models, members in groups}
+        models = endpoint.spec.models or ("*",)
+        joined = {id(group): group for model in models if (group := serving.get(model)) is not None}
+        largest = max(joined.values(), key=lambda group: len(group.models), default=_Group(set(), []))
+        largest.members.append(endpoint)
+        for group in (_Group(set(models), []), *joined.values()):
+            if group is not largest:
+                largest.members.extend(group.members)
+                for model in group.models - largest.models:
+                    serving[model] = largest
+                largest.models.update(group.models)
+    return list({id(group): group for group in serving.values()}.values())
 
 
 def _name(models: set[str]) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,7 +19,7 @@ from extproc.admission.ticket import Ticket
 from extproc.admission.values import EndpointSpec, Policy, Request
 from extproc.commands.top import lines
 from extproc.engine.params import PRESETS
-from extproc.observe.capacity import GRACE_S, Answer, Capacity, _name
+from extproc.observe.capacity import GRACE_S, Answer, Capacity, _groups, _name
 from extproc.simulate.contenders import Core, contender
 from extproc.simulate.fronts import Group
 from extproc.simulate.workload import Surge, Workload
@@ -24,7 +27,8 @@ from extproc.simulate.world import World, saturation
 from tests.unit.admin_room import Room
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from types import FrameType
 
     from extproc.admission.values import Decision
     from extproc.simulate.fronts import Job, Verdict
@@ -197,6 +201,88 @@ def test_sequences_that_seem_to_cost_nothing_and_empty_prompts_have_a_figure(req
 @pytest.mark.parametrize(("one", "two"), [({"a,b"}, {"a", "b"}), ({'"a', 'b"'}, {"a,b"}), ({"a"}, {'"a"'})])
 def test_no_two_pools_have_one_name(one: set[str], two: set[str]) -> None:
     assert _name(one) != _name(two)
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [
+        ({"vllm-0": "chat lora", "vllm-1": "code"}, {"chat", "code"}),  # an adapter more: name and history stay
+        ({"vllm-0": "new", "vllm-1": "code"}, {"new", "code"}),  # other models on the same engines: a true name
+        ({"vllm-9": "chat", "vllm-1": "code"}, {"chat", "code"}),  # another engine in its place
+        ({"vllm-0": "chat", "vllm-1": "code", "vllm-2": "chat code"}, {"chat"}),  # joined: one of the two goes on
+    ],
+)
+def test_a_pool_goes_on_when_its_models_or_its_engines_change(after: dict[str, str], expected: set[str]) -> None:
+    controller, capacity = serving("chat", "code")
+    for name, model in (("vllm-0", "chat"), ("vllm-1", "code")):
+        teach(controller, name)
+        ask(controller, capacity, model)
+    capacity.sample(10.0)
+    peak = capacity.answers()["chat"].peak
+    for name in controller.endpoints.keys() - after.keys():
+        controller.remove_endpoint(name, 11.0)
+    for name, models in after.items():
+        controller.put_endpoint(EndpointSpec(name, models=frozenset(models.split())), 11.0)
+    capacity.sample(12.0)
+    answers = capacity.answers()
+    assert set(answers) == expected
+    assert answers[next(iter(expected - {"code"}))].peak == pytest.approx(peak, rel=0.2)
+
+
+def test_of_a_pool_that_falls_apart_the_larger_part_goes_on() -> None:
+    controller, capacity = serving("chat", "code chat", "code", "code")
+    teach(controller, "vllm-0")
+    ask(controller, capacity, "chat")
+    capacity.sample(10.0)
+    controller.put_endpoint(EndpointSpec("vllm-1", models=frozenset(["code"])), 11.0)
+    capacity.sample(12.0)
+    assert set(capacity.answers()) == {"code"}
+    assert set(capacity._pools) == {"code", "chat"}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_groups_are_what_models_join_whatever_the_order(seed: int) -> None:
+    draw = random.Random(seed)
+    controller = Controller(Policy())
+    served = {f"e{number}": {f"m{draw.randrange(30)}" for _ in range(draw.randint(1, 3))} for number in range(25)}
+    for name, models in served.items():
+        controller.put_endpoint(EndpointSpec(name, models=frozenset(models)), 0.0)
+    joined = {name: {name} for name in served}
+    for one, other in itertools.permutations(served, 2):
+        if served[one] & served[other]:
+            both = joined[one] | joined[other]
+            joined.update(dict.fromkeys(both, both))
+    groups = _groups(controller.endpoints.values())
+    assert {frozenset(one.name for one in members) for _, members in groups} == set(map(frozenset, joined.values()))
+    assert all(models == set().union(*(served[one.name] for one in members)) for models, members in groups)
+    assert sum(len(members) for _, members in groups) == len(served)
+
+
+def test_a_look_at_ten_times_the_endpoints_of_different_models_costs_about_ten_times_as_much() -> None:
+    def lines_run(count: int) -> int:
+        controller = Controller(Policy())
+        for number in range(count):
+            models = frozenset(f"m{number}-{which}" for which in range(3))
+            controller.put_endpoint(EndpointSpec(f"e{number}", models=models), 0.0)
+        capacity = Capacity(controller, lambda: 1.0)
+        capacity.sample(0.0)
+        controller.put_endpoint(EndpointSpec("e0", models=frozenset({"m0-0"})), 1.0)
+        ran = 0
+
+        def count_line(_frame: FrameType, event: str, _argument: object) -> Callable[..., object]:
+            nonlocal ran
+            ran += event == "line"
+            return count_line
+
+        before = sys.gettrace()
+        sys.settrace(count_line)
+        try:
+            capacity.sample(1.0)
+        finally:
+            sys.settrace(before)
+        return ran
+
+    assert lines_run(200) < 12 * lines_run(20)
 
 
 # ---- where people see it
