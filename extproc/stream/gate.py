@@ -237,13 +237,16 @@ class Gate:
             self._timer, self._timer_at = self._loop.call_at(due, self._tick), due
 
     def _flush(self) -> None:
-        self._flushing = False
-        outbox = self._outbox
-        for _ in range(min(BURST, len(outbox))):
-            self._tell(heappop(outbox)[2])
-        if outbox:
-            self._flushing = True
-            self._loop.call_soon(self._flush)
+        outbox, told = self._outbox, 0
+        self._flushing = True  # what follows from telling one joins the others
+        try:
+            while outbox and told < BURST:
+                told += 1
+                self._tell(heappop(outbox)[2])
+        finally:
+            self._flushing = bool(outbox)
+            if outbox:
+                self._loop.call_soon(self._flush)
 
     def _tell(self, decision: Decision) -> None:
         for observer in self._observers:

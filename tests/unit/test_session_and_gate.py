@@ -205,6 +205,18 @@ def test_more_decisions_than_a_burst_are_delivered_over_several_turns_of_the_loo
     blocker.end()
 
 
+def test_of_many_refused_at_once_each_is_told_once_though_telling_one_refuses_another():
+    room = Room(ONE)
+    room.open()
+    late: list[list[pb.ProcessingResponse]] = []
+    first = Session(room.reception, lambda _: late.append(room.open()[1]))
+    first.receive(message("request_headers"))
+    told = [room.open()[1] for _ in range(2)]
+    room.gate.drain()
+    assert [len(replies) for replies in (*late, *told)] == [1, 1, 1]
+    assert not room.clock.turns
+
+
 def test_a_request_dispatched_in_a_burst_that_ends_before_its_turn_gives_its_lease_back_and_is_not_answered():
     room = Room(EndpointSpec("a", max_running_requests=1))
     room.open()
