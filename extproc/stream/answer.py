@@ -26,7 +26,9 @@ _GRPC = {
 
 BODILESS = frozenset(("HEAD", "OPTIONS", "DELETE"))
 """Methods whose answers need no body: HEAD's never has one (RFC 9110, 9.3.2), and the others' often have none. Whoever
-asks by another one wants something: nothing, be it called 204, is no service. Whether that is wrong, its peers tell."""
+asks by another one, in a body, wants something: nothing, be it called 204, is no service. Whether that is wrong, its
+peers tell. A POST without a body asks for no completion (vLLM's /sleep, /wake_up, /reset_prefix_cache): it may get
+nothing."""
 _NOT_MODIFIED = "304"
 
 
@@ -57,7 +59,9 @@ def _judge_success(incoming: Incoming, *, needs_body: bool) -> Answer:
     """Judge an answer whose status is good. With nothing behind the head, it is none."""
     if GRPC_STATUS in incoming.headers:
         answer = judge_trailers(incoming)
-        return Answer.EMPTY if answer is Answer.OK and not incoming.has_body else answer
+        if answer is not Answer.OK or incoming.has_body:
+            return answer
+        return Answer.EMPTY if needs_body else Answer.UNKNOWN
     if not incoming.has_body or incoming.headers.get("content-length") == "0":
         return Answer.EMPTY if needs_body else Answer.UNKNOWN
     if incoming.headers.get("content-type", "").startswith(GRPC):

@@ -212,7 +212,7 @@ class Session:
         reception.silence.spoke(self)
         self._modes = modes = reception.dialect.modes(incoming)
         headers = incoming.headers
-        self._needs_body = headers.get(":method") not in BODILESS and "upgrade" not in headers
+        self._needs_body = incoming.has_body and headers.get(":method") not in BODILESS and "upgrade" not in headers
         action, self._shape = reception.kind_of(incoming.headers)
         self._action = action
         if action is _MODELS and self._tell_models(incoming.headers.get(":path", "")):

@@ -124,6 +124,7 @@ class Stage:
     def _opening(self, who: str, plain: list[str], facts: dict[str, str]) -> pb.ProcessingRequest:
         told = {":method": plain[0] if plain else "POST", ":path": "/v1/chat/completions", "x-request-id": who, **facts}
         request = _headers("request_headers", told)
+        request.request_headers.end_of_stream = "bodiless" in plain
         if self.picks:
             request.protocol_config.SetInParent()
             request.protocol_config.request_body_mode, request.protocol_config.response_body_mode = DUPLEX
@@ -488,6 +489,27 @@ ENDING = {
 }
 
 SHOWN = {
+    "who asks without a body asks for no completion: nothing is an answer to that": """
+        .. probe=there judged
+        >> ann comes POST bodiless
+        << ann goes to cluster-a
+        >> ann answers bodiless status=204 by=via_upstream
+        << ann goes on (response_headers)
+        << ann counts as unknown
+        >> bob comes POST bodiless
+        << bob goes to cluster-a
+        >> bob answers status=200 by=via_upstream
+        << bob goes on (response_headers)
+        >> bob shows |
+        << the probe is over
+        >> bob ends
+        << bob counts as ok
+        >> cid comes HEAD content-type=application/grpc
+        << cid goes to cluster-a
+        >> cid answers bodiless status=200 by=via_upstream content-type=application/grpc grpc-status=0
+        << cid goes on (response_headers)
+        << cid counts as unknown
+        """,
     "a first byte that the probe shows ends the probe": """
         .. probe=there judged
         >> ann comes
