@@ -252,7 +252,6 @@ class App:
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then drain. A second signal cuts the drain short."""
         await self.start()
-        self.garbage.begin()
         loop = asyncio.get_running_loop()
         stop, hurry = asyncio.Event(), asyncio.Event()
 
@@ -261,11 +260,16 @@ class App:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, on_signal)
+        await self.attend(stop)
+        await self.drain(hurry)
+
+    async def attend(self, stop: asyncio.Event) -> None:
+        """Do what is due now and then, from the start until `stop` is set."""
+        self.garbage.begin()
         while not stop.is_set():
             self._look()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), LOOK_S)
-        await self.drain(hurry)
 
     def _look(self) -> None:
         """Do what is due now and then. A bug there ends neither the process nor the other looks; it is told once."""

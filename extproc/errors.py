@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 
 
 class ExtprocError(Exception):
@@ -33,6 +34,8 @@ class TransitionError(ExtprocError):
 def plain_words(error: BaseException) -> str:
     """Say why something failed in the operating system's words where it has some, without those of a library."""
     cause = getattr(error, "os_error", error)  # aiohttp's own text goes on with "ssl:default [Connect call failed"
+    if isinstance(cause, socket.gaierror):
+        return "the name does not resolve"
     if isinstance(cause, OSError) and cause.errno is not None and cause.errno > 0:
         return os.strerror(cause.errno)
     return str(error) or type(error).__name__

@@ -25,7 +25,7 @@ from extproc.commands.demo import Demo
 from extproc.config import Config, load_config, parse_config, require_address
 from extproc.envoy.bootstrap import render
 from extproc.envoy.skeleton import EnvoyOptions
-from extproc.errors import ConfigError, StartError
+from extproc.errors import ConfigError, StartError, plain_words
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
@@ -34,6 +34,8 @@ log = logging.getLogger("extproc.up")
 
 START_S = 20.0
 STOP_S = 5.0
+ASK_S = 3.0
+"""What is not reached by then is told of."""
 DEMO_SLOTS = 4
 
 CLASSES = [
@@ -78,6 +80,7 @@ class Up:
         self._limit: int | str = limit or (DEMO_SLOTS if engines else "adaptive")
         self._children: list[Process] = []
         self._made = ""  # the configuration, where none was given
+        self._has_health = False  # whether all servers say at /health that they are well
 
     async def run(self) -> int:
         """Start all, wait for Ctrl-C or SIGTERM, drain, stop all. Return the exit code."""
@@ -108,6 +111,8 @@ class Up:
         self._store = await self._start_store(directory)
         own = self._own_keys(directory)
         config = self._configure(urls, own)
+        unreached, self._has_health = await ask(config)
+        config = self._configure(urls, own)
         app = App(config, loop, self._config_file, own)
         await app.start()
         code = 0
@@ -115,9 +120,12 @@ class Up:
             envoy = await self._start_envoy(binary, config, directory)
             await self._start_others(urls, binary, directory)
             self._greet(config)
+            for problem in unreached:
+                print(f"extproc: {problem}", file=sys.stderr)
             demo = Demo(self._each(self._http).split(), app.admin, f"http://{self._admin}/") if self._demo else None
             if demo is not None:
                 demo.start()
+            attended = asyncio.create_task(app.attend(stop))
             died = asyncio.create_task(envoy.wait())
             stopped = asyncio.create_task(stop.wait())
             await asyncio.wait({died, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -127,7 +135,7 @@ class Up:
                 print(f"extproc: Envoy died with exit code {envoy.returncode}: {_tail(directory)}", file=sys.stderr)
                 code = 3
                 hurry.set()
-            for task in (died, stopped):
+            for task in (died, stopped, attended):
                 task.cancel()
             if code == 0:
                 print("\ndraining; Ctrl-C again to stop at once", flush=True)
@@ -164,6 +172,8 @@ class Up:
                 _endpoint_of(url, index, simulated=bool(self._engines)) for index, url in enumerate(urls or [])
             ],
         }
+        if self._has_health:
+            data["health_check"] = {}
         text = yaml.safe_dump(data)
         self._made = text
         return parse_config(text, "command line", own)
@@ -285,7 +295,9 @@ class Up:
         limits = {spec.max_running_requests or "adaptive" for spec in config.endpoint_specs()}
         limit = " or ".join(str(one) for one in limits)
         if limits == {"adaptive"}:
-            limit += ": starts at 64, follows the servers' metrics; --limit N sets a number"
+            limit += (
+                f": starts at {config.policy().limit_law.start}, follows the servers' metrics; --limit N sets a number"
+            )
         print(
             f"""\
 Envoy      {self._each(self._http)}
@@ -301,6 +313,29 @@ curl -N http://{self._http}/v1/chat/completions -H 'content-type: application/js
 """,
             flush=True,
         )
+
+
+async def ask(config: Config) -> tuple[list[str], bool]:
+    """Return a line for each server that can't be reached, and whether all are there and answer 2xx at /health.
+
+    vLLM, SGLang, TGI and llama.cpp do; a server without that page must not be taken for dead.
+    """
+    timeout = aiohttp.ClientTimeout(total=ASK_S)
+    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as client:
+
+        async def one(address: str) -> tuple[str | None, bool]:
+            try:
+                async with client.get(f"http://{address}/health", allow_redirects=False) as answer:
+                    return None, 200 <= answer.status < 300
+            except aiohttp.ClientConnectorError as error:
+                return f"cannot connect to {address}: {plain_words(error)}", False
+            except TimeoutError:
+                return f"cannot connect to {address}: no answer in {ASK_S:g}s", False
+            except (aiohttp.ClientError, OSError, ValueError):
+                return None, False  # somebody is there, who speaks otherwise
+
+        told = await asyncio.gather(*(one(endpoint.address) for endpoint in config.endpoints))
+    return [problem for problem, _ in told if problem is not None], bool(told) and all(well for _, well in told)
 
 
 def _next(address: str, number: int) -> str:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("extproc.queue")
 
+_AT_WORK = {"up", "unknown"}
 _WELL = (Outcome.DISPATCHED, Outcome.PASSED)
 LINES = 5
 PERIOD_S = 1.0
@@ -138,7 +139,8 @@ class QueueLog:
         for name, state in states.items():
             before = self._states.get(name)
             if before is not None and state != before:
-                level = logging.INFO if state in ("up", "unknown") else logging.WARNING
+                # That it is back is as loud as that it went: who was told of the one looks for the other.
+                level = logging.INFO if {before, state} <= _AT_WORK else logging.WARNING
                 about = {"endpoint": name, "state": state}
                 words = _ejection(endpoints[name]) if state == EJECTED else state
                 log.log(level, "endpoint %s: %s (was %s)", name, words, before, extra={"about": about})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from extproc.admission.limit import DEFAULT_LAW
 from extproc.commands.up import _endpoint_of
 from extproc.config import parse_config
 
@@ -281,6 +283,44 @@ def test_up_in_front_of_given_servers_forwards_to_them(tmp_path):
                 assert answer.headers["x-engine"] == "mine"
             up.signal(signal.SIGTERM)
             assert up.wait_exit(20) == 0
+
+
+def test_up_checks_the_health_of_servers_that_have_a_page_for_it(tmp_path):
+    admin = f"127.0.0.1:{free_port()}"
+    with Child([*EXTPROC, "engine", "--port", "0"], tmp_path / "engine.log") as engine:
+        url = engine.wait_line(r"listening on (http://\S+)").group(1)
+        command = [*EXTPROC, "up", "--endpoint", url, "--http", local(), "--admin", admin]
+        with Child(command, tmp_path / "up.log") as up:
+            said = up.wait_line("limit      (.*)").group(1)
+            assert said.startswith(f"adaptive: starts at {DEFAULT_LAW.start}, ")
+            wait_until(lambda: states(admin) == ["up"], message="a passed check, before any request")
+
+
+def test_up_says_which_servers_it_cannot_reach_and_when_one_fails_and_is_back(tmp_path):
+    http, port = local(), free_port()
+    endpoints = [f"127.0.0.1:{port}", "nowhere.invalid:1"]
+    command = [*EXTPROC, "up", "--endpoint", *endpoints, "--http", http, "--admin", local()]
+    with Child(command, tmp_path / "up.log") as up:
+        up.wait_line(f"cannot connect to 127.0.0.1:{port}: Connection refused")
+        up.wait_line("cannot connect to nowhere.invalid:1: the name does not resolve")
+
+        def told(line: str) -> bool:
+            body = json.dumps({"max_tokens": 1, "messages": [{"role": "user", "content": "hi"}]}).encode()
+            request = urllib.request.Request(f"http://{http}/v1/chat/completions", body)
+            with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=10):
+                pass
+            return re.search(line, up.output()) is not None
+
+        wait_until(lambda: told(rf"WARNING extproc.queue endpoint 127.0.0.1:{port}: failing \(was "), message="failing")
+        with Child([*EXTPROC, "engine", "--port", str(port)], tmp_path / "engine.log") as engine:
+            engine.wait_line("listening on")
+            line = rf"WARNING extproc.queue endpoint 127.0.0.1:{port}: up \(was failing"
+            wait_until(lambda: told(line), message="back")
+
+
+def states(admin: str) -> list[str]:
+    with urllib.request.urlopen(f"http://{admin}/queues", timeout=5) as answer:
+        return [endpoint["state"] for endpoint in json.load(answer)["endpoints"]]
 
 
 def test_up_ends_with_code_3_when_envoy_dies(tmp_path):

@@ -142,6 +142,7 @@ def test_an_endpoint_that_goes_and_comes_is_a_line_each(room, caplog):
         "endpoint a: up (was down)",
         "endpoint a: ejected for 5s after 5 refusals in a row of what its peers serve (was up)",
     ]
+    assert {record.levelno for record in caplog.records} == {logging.WARNING}
     controller.tick(8.0)
     log.look()
     trial = Ticket(Request("trial", 8.0, home="a"))
