@@ -18,7 +18,6 @@ from extproc.config.endpoints import (
     HealthCheckConfig,
     InferencePoolConfig,
     SourceConfig,
-    target_of,
 )
 from extproc.config.learning import LearningConfig, LimitConfig
 from extproc.config.replicas import ReplicasConfig
@@ -50,8 +49,6 @@ from extproc.stream.wire import PICK_HEADER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from extproc.endpoints.telemetry.target import Target
 
 
 class Config(Section):
@@ -292,10 +289,6 @@ class Config(Section):
             max_running_requests=self.max_running_requests if own == "inherit" else own,
             kv_capacity_tokens=endpoint.kv_capacity_tokens,
         )
-
-    def scrape_targets(self) -> list[Target]:
-        """Return what is scraped for each endpoint of the file."""
-        return [target_of(endpoint) for endpoint in self.endpoints]
 
     @property
     def models(self) -> frozenset[str]:

@@ -8,7 +8,7 @@ import os
 import pytest
 import trustme
 
-from extproc.config import parse_config
+from extproc.config import parse_config, target_of
 from extproc.endpoints.access import Access
 from extproc.endpoints.telemetry.target import Target
 from extproc.errors import ConfigError
@@ -118,7 +118,7 @@ endpoints:
 
 def test_secrets_in_the_configuration_are_in_no_text_of_it_and_in_no_error():
     config = parse_config(SECRETS, "file", {})
-    (target,) = config.scrape_targets()
+    target = target_of(config.endpoints[0])
     assert target.access == Access((("x-key", "hush-key"),), None, "/ca.pem")
     assert target.url == "https://10.0.0.1:8000/metrics"
     assert config.health_check is not None

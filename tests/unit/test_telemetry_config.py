@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from extproc.config import Config, parse_config
+from extproc.config import Config, parse_config, target_of
 from extproc.endpoints.telemetry.engines import ENGINES
 from extproc.endpoints.telemetry.target import Target
 from extproc.errors import ConfigError
@@ -35,7 +35,7 @@ def test_the_configuration_says_what_is_scraped_and_how_load_is_judged():
     assert (config.scrape_interval, config.scrape_timeout) == (0.25, 0.1)
     policy = config.policy()
     assert (policy.max_kv_usage, policy.max_gpu_usage, policy.stale_after_s) == (0.9, 0.97, 4.0)
-    assert config.scrape_targets() == [
+    assert [target_of(endpoint) for endpoint in config.endpoints] == [
         Target(
             "a",
             "http://10.0.0.1:8000/metrics",
