@@ -47,6 +47,11 @@ def parse_config(text: str, source: str, environ: Mapping[str, str] = os.environ
         data = {}
     if not isinstance(data, dict):
         raise ConfigError(source, [f"must be a mapping of keys to values, not {shown(data)}"])
+    if "static_resources" in data or "dynamic_resources" in data:
+        words = (
+            "looks like an Envoy bootstrap, and no configuration of the sidecar: give it to --envoy of `extproc check`"
+        )
+        raise ConfigError(source, [words])
     problems = _overlay_environment(data, environ)
     config, found, gone = _validate(data)
     problems += found

@@ -15,7 +15,7 @@ import yaml
 from extproc.durations import parse_duration
 from extproc.envoy import cluster_rules, ways
 from extproc.envoy.skeleton import IDLE_S, MARGIN_S
-from extproc.envoy.view import Spot, View, views, walk
+from extproc.envoy.view import Spot, View, read_numbers, views, walk, what_else
 from extproc.errors import ConfigError
 from extproc.files import read_text
 from extproc.stream import wire
@@ -42,15 +42,19 @@ RESTART_S = 3.0
 """How long a sidecar may be away while it is restarted."""
 
 
+_NO_FILTER = (
+    "has no envoy.filters.http.ext_proc filter that could hold requests; `extproc envoy-config` prints one; more is "
+    "looked at once it is there"
+)
+
+
 def check_envoy(config: Config, path: Path) -> list[str]:
     """Return what in the bootstrap at `path` does not fit `config`. Raises ConfigError if it can't be read."""
     spots = read_bootstrap(path)
     with _no_bootstrap(path):
         found = list(views(config, spots))
         if not found and not any("lds_config" in spot.node for spot in spots):
-            return [
-                "has no envoy.filters.http.ext_proc filter that could hold requests; `extproc envoy-config` prints one"
-            ]
+            return [_NO_FILTER]
         problems = [problem for view in found for rule in _RULES for problem in rule(view)]
         return list(dict.fromkeys([*problems, *ways.other_ways(config, spots)]))
 
@@ -68,16 +72,28 @@ def _no_bootstrap(path: Path) -> Generator[None, None, None]:
     try:
         yield
     except (AttributeError, KeyError, TypeError) as error:
-        problem = f"is not shaped like an Envoy bootstrap ({error}): `envoy --mode validate -c {path}` says where"
+        problem = f"is not shaped like an Envoy bootstrap: `envoy --mode validate -c {path}` says where"
         raise ConfigError(str(path), [problem]) from error
 
 
 def read_bootstrap(path: Path) -> list[Spot]:
     """Return all parts of the bootstrap at `path`. Raises ConfigError if it can't be read."""
     try:
-        return list(walk(yaml.safe_load(read_text(path))))
+        data = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
         raise ConfigError(str(path), ["is no valid YAML: " + " ".join(str(error).split())]) from None
+    reason = what_else(data)
+    if reason is None and isinstance(data, list):
+        reason = "it is a list"
+    if reason is None and not {"static_resources", "dynamic_resources"} & data.keys():
+        reason = "it has neither static_resources nor dynamic_resources"
+    if reason is not None:
+        raise ConfigError(str(path), [f"is no Envoy bootstrap: {reason}; `extproc envoy-config` prints one"])
+    spots = list(walk(data))
+    problems = read_numbers(spots)
+    if problems:
+        raise ConfigError(str(path), problems)
+    return spots
 
 
 # ---- rules: time

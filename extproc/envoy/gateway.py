@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from extproc.envoy.view import EXT_PROC, Spot, clusters_of, targets, walk
+from extproc.envoy.view import EXT_PROC, Spot, clusters_of, read_numbers, targets, walk, what_else
 from extproc.errors import ConfigError
 from extproc.files import read_text
 from extproc.stream.wire import PICK_HEADER
@@ -32,9 +32,16 @@ class Gateway:
     def __init__(self, config: Config, path: Path) -> None:
         """Look at the dump at `path`. Raises ConfigError if it can't be read."""
         try:
-            spots = list(walk(yaml.safe_load(read_text(path))))
+            data = yaml.safe_load(read_text(path))
         except yaml.YAMLError as error:
             raise ConfigError(str(path), ["is no JSON or YAML: " + " ".join(str(error).split())]) from None
+        reason = what_else(data)
+        if reason is not None:
+            raise ConfigError(str(path), [f"is neither a config dump nor an Envoy bootstrap: {reason}"])
+        spots = list(walk(data))
+        wrong = read_numbers(spots)
+        if wrong:
+            raise ConfigError(str(path), wrong)
         self._longest_s = config.longest_budget_s
         self._clusters = clusters_of(spots) | _dumped_clusters(spots)
         self._managers = [spot for spot in spots if "http_filters" in spot.node]

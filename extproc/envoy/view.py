@@ -6,18 +6,26 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import TYPE_CHECKING, Any
 
-from extproc.config import split_address
+from extproc.config import Config, split_address
+from extproc.config.types import shown
 from extproc.durations import parse_duration
 from extproc.envoy.upstreams import ANY_CLUSTER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from extproc.config import Config
-
 EXT_PROC = "type.googleapis.com/envoy.extensions.filters.http.ext_proc.v3.ExternalProcessor"
 DYNAMIC = {"rds": "RDS", "scoped_routes": "SRDS"}
 """Where a connection manager gets routes that are not in the bootstrap."""
+
+_NUMBERS = frozenset(
+    (
+        *("num_retries", "max_requests", "max_connections", "max_pending_requests", "max_retries"),
+        *("max_outbound_control_frames", "port_value"),
+    )
+)
+"""Fields that rules compare."""
+_TOP = {"static_resources", "dynamic_resources", "configs"}
 
 Address = tuple[str, int]
 """Host and port, or `unix:PATH` and 0."""
@@ -88,6 +96,37 @@ def walk(node: Any, where: str = "") -> Iterator[Spot]:
     elif isinstance(node, list):
         for index, value in enumerate(node):
             yield from walk(value, f"{where}[{index}]")
+
+
+def read_numbers(spots: list[Spot]) -> list[str]:
+    """Return a problem for each number that is none.
+
+    Text that Envoy reads as a number becomes one, and what is null is as if it were not there.
+    """
+    problems = []
+    for spot in spots:
+        for key in _NUMBERS & spot.node.keys():
+            value = spot.node[key]
+            if value is None:
+                del spot.node[key]
+            elif isinstance(value, str) and value.isascii() and value.isdigit():
+                spot.node[key] = int(value)
+            elif not isinstance(value, int) or isinstance(value, bool):
+                problems.append(f"{spot.path}.{key}: must be a whole number, not {shown(value)}")
+    return sorted(problems)
+
+
+def what_else(data: Any) -> str | None:
+    """Say what a file is that is surely neither a bootstrap nor a dump; None: it may be one."""
+    if data is None:
+        return "it is empty"
+    if not isinstance(data, (dict, list)):
+        return f"it is the text {shown(data)}" if isinstance(data, str) else f"it is {shown(data)}"
+    if isinstance(data, dict) and not _TOP & data.keys():
+        for key in data:
+            if key in Config.model_fields and key != "admin":
+                return f"with {key!r} it looks like a configuration of the sidecar"
+    return None
 
 
 def clusters_of(spots: list[Spot]) -> dict[str, Spot]:

@@ -122,6 +122,7 @@ def test_what_stands_in_for_a_broken_value_is_no_problem_that_anybody_is_told_of
     [
         ("a: [", "no valid YAML"),
         ("- 1", "must be a mapping of keys to values, not a list"),
+        ("admin: {address: 1}\nstatic_resources: {}", "looks like an Envoy bootstrap"),
         ("listen: a:1\nlisten: b:2", "key 'listen' stands twice"),
         ("? [a]\n: 3", "a key must be a plain word"),
         ("3: 4", "unknown key"),

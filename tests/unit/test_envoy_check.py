@@ -271,10 +271,46 @@ def test_a_breaker_by_default_is_a_problem_where_the_limit_is_higher(tmp_path):
     assert "1024 is below the limit of endpoints[0], 2000" in problems[0]
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[1, 2]", "it is a list"),
+        ("just text", "it is the text 'just text'"),
+        ("", "it is empty"),
+        ("7", "it is 7"),
+        ("admin: 'h:1'\nendpoints: []", "with 'endpoints' it looks like a configuration of the sidecar"),
+        ("node: {id: x}", "it has neither static_resources nor dynamic_resources"),
+    ],
+)
+def test_what_is_no_bootstrap_is_told_so_by_what_it_is(tmp_path, text, words):
+    path = tmp_path / "other.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        check_envoy(CONFIG, path)
+    assert caught.value.problems == [f"is no Envoy bootstrap: {words}; `extproc envoy-config` prints one"]
+
+
+def test_a_field_that_is_no_number_is_named_and_one_that_envoy_reads_as_one_is_read(tmp_path):
+    bootstrap = Bootstrap()
+    bootstrap.filter["grpc_service"]["retry_policy"].update(num_retries="30")
+    bootstrap.breaker.update(max_requests=str(bootstrap.breaker["max_requests"]))
+    assert bootstrap.check(tmp_path) == []
+    bootstrap.filter["grpc_service"]["retry_policy"].update(num_retries="x")
+    bootstrap.breaker.update(max_requests=1.5)
+    with pytest.raises(ConfigError) as caught:
+        bootstrap.check(tmp_path)
+    assert caught.value.problems == [
+        "static_resources.clusters[0].circuit_breakers.thresholds[0].max_requests: must be a whole number, not 1.5",
+        f"{EXT_PROC}.grpc_service.retry_policy.num_retries: must be a whole number, not 'x'",
+    ]
+
+
 def test_a_bootstrap_without_our_filter_and_one_that_is_no_yaml_are_named(tmp_path):
     path = tmp_path / "other.yaml"
     path.write_text("static_resources: {}")
-    assert "has no envoy.filters.http.ext_proc filter" in check_envoy(CONFIG, path)[0]
+    (problem,) = check_envoy(CONFIG, path)
+    assert "has no envoy.filters.http.ext_proc filter" in problem
+    assert problem.endswith("; more is looked at once it is there")
     path.write_text("a: [")
     with pytest.raises(ConfigError, match="no valid YAML"):
         check_envoy(CONFIG, path)

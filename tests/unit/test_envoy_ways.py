@@ -389,10 +389,6 @@ def test_where_all_was_looked_at_it_is_a_plain_ok(tmp_path, capsys):
 NO_BOOTSTRAP = {
     "a match that is text": (check_envoy, lambda b: b.unsteered.update(match="x")),
     "settings in a list": (check_envoy, lambda b: b.host.update(typed_per_filter_config=[FILTER])),
-    "a number as text": (
-        check_envoy,
-        lambda b: b.clusters["a"].update(circuit_breakers={"thresholds": [{"max_requests": "x"}]}),
-    ),
     "an address that is text": (
         could_not_look,
         lambda b: b.clusters["a"].update(load_assignment={"endpoint": {"address": {"socket_address": "x"}}}),
@@ -405,7 +401,7 @@ def test_a_file_that_no_envoy_would_take_is_one_problem_and_no_traceback(tmp_pat
     look, spoil = NO_BOOTSTRAP[name]
     bootstrap = Bootstrap()
     spoil(bootstrap)
-    with pytest.raises(ConfigError, match=r"is not shaped like an Envoy bootstrap .*envoy --mode validate"):
+    with pytest.raises(ConfigError, match=r"is not shaped like an Envoy bootstrap: `envoy --mode validate"):
         look(CONFIG, bootstrap.write(tmp_path))
 
 
