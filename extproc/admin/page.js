@@ -264,13 +264,14 @@ function draw(view) {
   }
   const total = view.outcomes.reduce((sum, one) => { const k = kind(one); sum[k][0] += one.total; sum[k][1] += one.per_s; return sum; }, { sent: [0, 0], refused: [0, 0], left: [0, 0] });
   const oldest = Math.max(0, ...view.classes.map(one => one.oldest_s || 0));
-  const up = view.endpoints.filter(one => one.up), held = view.endpoints.reduce((sum, one) => sum + one.in_flight, 0);
+  // Nothing is wrong with who gave no good answer yet: all it was asked for may have been clients' mistakes.
+  const up = view.endpoints.filter(one => one.up), fresh = view.endpoints.filter(one => one.state === "unknown");
+  const held = view.endpoints.reduce((sum, one) => sum + one.in_flight, 0);
   figure("waiting", number(view.waiting_total), view.waiting_total ? `oldest ${seconds(oldest)}` : "nobody waits");
-  figure("flight", number(held), `of ${number(up.reduce((sum, one) => sum + one.limit, 0))} that may run`);
+  figure("flight", number(held), `of ${number([...up, ...fresh].reduce((sum, one) => sum + one.limit, 0))} that may run`);
   for (const name of ["sent", "refused", "left"]) figure(name, number(total[name][0]), `${rate(total[name][1])} per s`, name === "refused" && total[name][1] > 0);
-  // Nothing is wrong with who was not heard of yet: it is sent a few requests as they come.
-  const fresh = view.endpoints.filter(one => one.state === "unknown").length, out = view.endpoints.length - up.length - fresh;
-  const words = [out && `${number(out)} out of use`, fresh && `${number(fresh)} not heard of yet`].filter(Boolean).join(", ");
+  const out = view.endpoints.length - up.length - fresh.length;
+  const words = [out && `${number(out)} out of use`, fresh.length && `${number(fresh.length)} unknown`].filter(Boolean).join(", ");
   figure("up", `${number(up.length)} of ${number(view.endpoints.length)}`, words || "all in use", out > 0);
   rows($("classes").tBodies[0], view.classes, one => one.name, classRow, (row, one) => fillClass(row, one, view));
   rows($("outcomes").tBodies[0], view.outcomes.filter(one => one.total || one.outcome === "dispatched"), one => one.outcome, outcomeRow, fillOutcome);

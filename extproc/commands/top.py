@@ -42,6 +42,8 @@ MOST_TO = 60
 OTHER_COLUMNS = 46
 """What the columns beside it take that are there on every screen."""
 SENT = ("dispatched", "rerouted")
+UNKNOWN = "unknown"
+"""The state of an endpoint that gave no good answer yet: nothing is wrong with it."""
 
 View = dict[str, Any]
 
@@ -77,13 +79,11 @@ def lines(view: Mapping[str, Any], width: int = 80, height: int = 24) -> list[st
 
 def line(view: Mapping[str, Any]) -> str:
     """Describe `view` in one short line, for a log. Of endpoints and the like it says only what is wrong."""
-    up = [
-        one for one in view["endpoints"] if one["up"] or one["state"] == "unknown"
-    ]  # not heard of yet: nothing is wrong
+    up = [one for one in view["endpoints"] if one["up"] or one["state"] == UNKNOWN]
     running, room = sum(one["in_flight"] for one in view["endpoints"]), sum(one["limit"] for one in up)
     unusual = [] if _mode(view) == "queue on" else [_mode(view)]
     if len(up) < len(view["endpoints"]):
-        unusual.append(f"{len(up)} of {len(view['endpoints'])} endpoints up")
+        unusual.append(_up(view["endpoints"]))
     text = f"{view['up_s']:4}s  running {f'{running}/{room}':>5}  waiting {view['waiting_total']:3}"
     return plain("  ".join([text, *unusual, *_notices(view)]))
 
@@ -257,9 +257,16 @@ def _mode(view: Mapping[str, Any]) -> str:
 
 def _heading(view: Mapping[str, Any]) -> str:
     held = sum(one["in_flight"] for one in view["endpoints"])
-    up = sum(one["up"] for one in view["endpoints"])
-    text = f"{_mode(view)}   {view['waiting_total']} waiting, {held} in flight, "
-    return text + f"{up} of {len(view['endpoints'])} endpoints up"
+    return f"{_mode(view)}   {view['waiting_total']} waiting, {held} in flight, {_up(view['endpoints'])}"
+
+
+def _up(endpoints: Sequence[Mapping[str, Any]]) -> str:
+    """Count who is up. Who gave no good answer yet is not down: it may have been asked clients' mistakes alone."""
+    up, fresh = sum(one["up"] for one in endpoints), sum(one["state"] == UNKNOWN for one in endpoints)
+    if not fresh:
+        return f"{up} of {len(endpoints)} endpoints up"
+    out = len(endpoints) - up - fresh
+    return f"{len(endpoints)} endpoints: {up} up, {fresh} unknown" + (f", {out} out of use" if out else "")
 
 
 def _capacity(view: Mapping[str, Any]) -> list[str]:
@@ -282,13 +289,13 @@ def _endpoints(view: Mapping[str, Any], room: int, width: int) -> list[str]:
     """Describe the endpoints in at most `room` lines, those in trouble first if not all fit."""
     endpoints = view["endpoints"]
     if len(endpoints) + 1 > room:
-        order = sorted(endpoints, key=lambda one: one["state"] == "up")
+        order = sorted(endpoints, key=lambda one: {UNKNOWN: 1, "up": 2}.get(one["state"], 0))
         endpoints = order[: max(room - 2, 1)]
     table = [("ENDPOINT", "STATE", "HELD BY", "", "IN FLIGHT", "RUNS", "QUEUES", "KV", "AGE", "FIRST", "SENT")]
     for one in endpoints:
         load = one["load"]
         state = one["state"] if one["state"] != "up" else "held back" if one["held_back"] else "up"
-        state = state if state in ("up", "held back", "on trial") else state.upper()
+        state = state if state in ("up", "held back", "on trial", UNKNOWN) else state.upper()
         if "ejected_for_s" in one and one["state"] == "ejected":
             state += f", back in {math.ceil(one['ejected_for_s'])} s"
         if "left_out_for" in one:

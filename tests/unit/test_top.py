@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from extproc.admission.values import EndpointSpec
+from extproc.admission.values import Answer, EndpointSpec
 from extproc.commands.top import line, lines, plain
 from tests.unit.admin_room import Room
 
@@ -89,6 +89,24 @@ def test_on_a_narrow_terminal_top_leaves_columns_out_and_cuts_none(width):
     assert head[:4] == ["ENDPOINT", "STATE", "HELD", "BY"]
     assert "SENT" in head
     assert any(row.startswith("LONGEST WAITING") for row in drawn)
+
+
+def test_endpoints_that_only_refused_clients_mistakes_are_told_apart_from_those_that_are_down():
+    """404 for a model that nobody has, from live engines, right after the start, is no outage."""
+    room = Room(endpoints=5, limit=9)
+    for name in ("vllm-1", "vllm-2", "vllm-3"):
+        room.gate.set_up(name, is_up=None)
+    for name in ("vllm-1", "vllm-3"):
+        (ticket,) = room.offer(1, model="typo", home=name)
+        room.gate.close(ticket, Answer.REFUSED)
+    view = room.view()
+    assert "5 endpoints: 2 up, 3 unknown" in lines(view)[0]
+    assert line(view) == "   0s  running  0/45  waiting   0"
+    room.gate.set_up("vllm-4", is_up=False)
+    drawn = lines(room.view(), 80, 9)
+    assert "5 endpoints: 1 up, 3 unknown, 1 out of use" in drawn[0]
+    assert [row.split()[:2] for row in drawn[2:4]] == [["vllm-4", "DOWN"], ["vllm-1", "unknown"]]
+    assert line(room.view()).endswith("5 endpoints: 1 up, 3 unknown, 1 out of use")
 
 
 def test_top_makes_what_clients_sent_harmless():
