@@ -87,7 +87,7 @@ class Answer:
         """It in words for people."""
         ago = f"{self.peak_ago_s / 3600:.0f} h" if self.peak_ago_s >= 5400 else f"{self.peak_ago_s / 60:.0f} min"
         peak = f"; at the peak, {ago} ago, {self.peak:.1f}" if self.peak_ago_s >= 60 else ""
-        return f"traffic for {self.engines:.1f} of {self.up} engines{peak}"
+        return f"traffic needs {self.engines:.1f} engines, has {self.up}{peak}"
 
 
 class _Pool:

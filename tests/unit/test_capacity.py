@@ -299,7 +299,10 @@ def test_top_and_the_page_say_it_in_a_line_and_name_pools_where_there_are_severa
     ask(controller, capacity, "chat")
     capacity.sample(room.clock.now + 10.0)
     (told,) = room.view()["capacity"]
-    assert (told["pool"], told["words"]) == ("chat", "traffic for 0.0 of 1 engines")
+    assert (told["pool"], told["words"]) == ("chat", "traffic needs 0.0 engines, has 1")
     assert told["words"] in lines(room.view())
-    two = {**room.view(), "capacity": [told, {"pool": "code", "load": 0.9, "words": "traffic for 1.8 of 2 engines"}]}
-    assert lines(two)[1:3] == ["code: traffic for 1.8 of 2 engines", "chat: traffic for 0.0 of 1 engines"]
+    two = {
+        **room.view(),
+        "capacity": [told, {"pool": "code", "load": 0.9, "words": "traffic needs 1.8 engines, has 2"}],
+    }
+    assert lines(two)[1:3] == ["code: traffic needs 1.8 engines, has 2", "chat: traffic needs 0.0 engines, has 1"]
