@@ -1,7 +1,7 @@
 """A recording of the core's events: a file that anybody can run again, and get the same decisions.
 
-One line of JSON each: first the version and the state that the core was in, then each event with what was decided on
-it. Nothing is recorded unless somebody asks, and then so many events at the most. The state is a pickle that may name
+One line of JSON each: first what it is, the version, and the state that the core was in, then each event with what was
+decided on it. Nothing is recorded unless somebody asks, and then so many events at the most. The state is a pickle that may name
 nothing but the core's own classes (docs.python.org/3/library/pickle.html#restricting-globals): who reads a stranger's
 recording runs none of his code.
 
@@ -51,6 +51,11 @@ if TYPE_CHECKING:
 FORMAT = 3
 MOST_EVENTS = 200_000
 """Events of one recording: some 40 MB. Then it ends, since only what follows on its beginning can be run again."""
+ABOUT = (
+    "a line for each event of the core follows, with what was decided on it; this one has the state it began in, "
+    "packed; `extproc simulate --replay FILE` runs it all again"
+)
+"""What a recording begins with, for people: the state is a long word that says nothing to them."""
 MOST_STATE_BYTES = 1 << 28
 _PARTS: dict[str, type] = {kind.__name__: kind for kind in (Ticket, Endpoint, Pool)}
 """What the parts of the core point to each other by: pickled one by one, so that no chain of them gets too deep."""
@@ -86,7 +91,8 @@ class Recorder:
         self._lines: list[str] = []
         self._salt = secrets.token_bytes(16)
         state, self._numbers, self._next = _freeze(core, self._hidden)
-        head = {"extproc": __version__, "format": FORMAT, "state": base64.b64encode(state).decode()}
+        about = f"{ABOUT}; it began with {core.waiting} waiting and {len(core.endpoints)} endpoints"
+        head = {"about": about, "extproc": __version__, "format": FORMAT, "state": base64.b64encode(state).decode()}
         self._head = json.dumps(head)
 
     def happened(self, event: Event, decisions: Sequence[Decision]) -> None:

@@ -203,6 +203,13 @@ def test_no_event_is_made_while_nobody_watches(monkeypatch: pytest.MonkeyPatch) 
     assert ticket.state is State.DONE
 
 
+def test_a_recording_begins_with_words_that_say_what_it_is() -> None:
+    _, recorder, _ = small()
+    first = recorder.text().splitlines()[0]
+    begins = first[:300].partition('"state"')[0]
+    assert all(word in begins for word in ("each event of the core", "extproc simulate --replay", "1 waiting and"))
+
+
 def test_a_recording_ends_by_itself_when_it_is_full() -> None:
     core, _, (first, *_) = small()
     full: list[bool] = []
