@@ -1,9 +1,9 @@
 """A recording of the core's events: a file that anybody can run again, and get the same decisions.
 
 One line of JSON each: first what it is, the version, and the state that the core was in, then each event with what was
-decided on it. Nothing is recorded unless somebody asks, and then so many events at the most. The state is a pickle that may name
-nothing but the core's own classes (docs.python.org/3/library/pickle.html#restricting-globals): who reads a stranger's
-recording runs none of his code.
+decided on it. Nothing is recorded unless somebody asks, and then so many events at the most. The state is a pickle that
+may name nothing but the core's own classes (docs.python.org/3/library/pickle.html#restricting-globals): who reads a
+stranger's recording runs none of his code.
 
 A compiled core and the source read each other's: what is named is attributes, and never how a class keeps them.
 
