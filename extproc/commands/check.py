@@ -46,11 +46,17 @@ def check(file: Path, envoy: Path | None, *, as_json: bool) -> bool:
 
 def _valid(file: Path, envoy: Path | None) -> Config:
     config = load_config(file)
+    mistakes = []
+    if not config.endpoints and not config.sources and "endpoints" not in config.model_fields_set:
+        what = "there are none, and no discovery: every request will be refused; say `endpoints: []` if that is meant"
+        mistakes.append(f"endpoints: {what}")
     if config.tls is not None:
         try:
             tls.read(config.tls)
         except ConfigError as error:
-            raise ConfigError(str(file), error.problems) from None
+            mistakes += error.problems
+    if mistakes:
+        raise ConfigError(str(file), mistakes)
     if envoy is not None:
         problems = Gateway(config, envoy).problems if config.picks else check_envoy(config, envoy)
         if problems:

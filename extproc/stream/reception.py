@@ -94,6 +94,10 @@ class Reception:
         self.dispatched = 0
         self._read_report = read_report
         self.requests = Requests(headers, ages, class_priorities, default_model)
+        where = f"a header ({headers.model[0]})"
+        if fields_namespace or (self.dialect.picks and read_model):
+            where = f'the body\'s "model", or in {where}'
+        self.how_to_name_a_model = f"Several models are served here: name the one meant in {where}."
         self.routes = routes or Routes()
         self._listed: tuple[float, frozenset[str]] = (-LIST_S, frozenset())  # when, and all models
         self.named_models: frozenset[str] = frozenset()  # by the configuration, whoever serves them at the moment

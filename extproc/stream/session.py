@@ -392,7 +392,9 @@ class Session:
     ) -> bytes:
         """Return the answer that refuses; `wait_s`: for a Server-Timing; `about`: what else the error says."""
         status, shape = outcome.status or 500, self._shape
-        body = error_body(shape, status, outcome.value, outcome.message, about)
+        is_unnamed = outcome is Outcome.MODEL_MISSING
+        message = self._reception.how_to_name_a_model if is_unnamed else outcome.message
+        body = error_body(shape, status, outcome.value, message, about)
         grpc_status = GRPC_STATUSES.get(status, GRPC_UNKNOWN) if shape is Shape.GRPC else None
         more = self._reception.dialect.refusal_headers(outcome)
         return wire.refuse(status, outcome.value, body, retry_after_s, wait_s, grpc_status=grpc_status, more=more)

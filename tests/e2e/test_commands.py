@@ -222,6 +222,18 @@ def test_check_of_a_configuration_that_finds_its_endpoints_raises_no_alarm():
     assert "0 endpoint(s) and those of 1 source(s)" in done.stdout
 
 
+def test_check_of_a_configuration_without_any_endpoint_fails_unless_that_is_written(tmp_path):
+    path = tmp_path / "none.yaml"
+    path.write_text("enable_queue: true")
+    done = extproc("check", str(path))
+    assert done.returncode == 1
+    assert "endpoints: there are none, and no discovery" in done.stderr
+    path.write_text("endpoints: []")
+    done = extproc("check", str(path))
+    assert done.returncode == 0
+    assert "every request will be refused" in done.stderr
+
+
 def test_up_without_an_envoy_binary_says_how_to_get_one():
     done = extproc("up", "--engines", "1", "--http", local(), "--admin", local(), "--envoy", "/nonexistent/envoy")
     assert done.returncode == 3
