@@ -46,9 +46,9 @@ class Burst:
 
     __slots__ = ("begun_at", "seen_at", "told", "work_tokens")
 
-    def __init__(self, begun_at: float, now: float) -> None:
+    def __init__(self, begun_at: float, seen_at: float) -> None:
         """Start with none."""
-        self.begun_at, self.seen_at = begun_at, now
+        self.begun_at, self.seen_at = begun_at, seen_at
         self.work_tokens = 0
         self.told = False
 

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import importlib
 import json
 import pickle
+import pkgutil
 import random
 import zlib
+from dataclasses import is_dataclass
+from enum import Enum
+from inspect import Parameter, signature
 from typing import TYPE_CHECKING
 
 import pytest
 
+import extproc.admission
 from extproc.admission import controller, events
 from extproc.admission.controller import Controller
+from extproc.admission.endpoint import Endpoint
 from extproc.admission.estimate import Learnt
 from extproc.admission.load import Load
 from extproc.admission.sessions import Home
@@ -294,3 +301,18 @@ def test_a_file_that_is_no_recording_is_told_with_its_name(tmp_path: Path, capsy
     file.write_text('{"format": 99}\n')
     assert main(["simulate", "--replay", str(file)]) == 1
     assert "format 99" in capsys.readouterr().err
+
+
+MADE_OTHERWISE = (Controller, Endpoint, Ticket)
+
+
+def test_what_a_class_of_the_core_is_made_with_it_keeps_under_that_name() -> None:
+    """A recording makes objects again with it, and a compiled class takes nothing else in its place."""
+    for found in pkgutil.iter_modules(extproc.admission.__path__, "extproc.admission."):
+        for kind in vars(importlib.import_module(found.name)).values():
+            if not isinstance(kind, type) or kind.__module__ != found.name or issubclass(kind, Enum | tuple):
+                continue
+            kept = [*getattr(kind, "__slots__", ()), *getattr(kind, "__mypyc_attrs__", ())]
+            if kept and kind not in MADE_OTHERWISE and not is_dataclass(kind):
+                needs = [name for name, one in signature(kind).parameters.items() if one.default is Parameter.empty]
+                assert [name for name in needs if name not in kept and f"_{name}" not in kept] == [], kind
