@@ -110,7 +110,7 @@ def test_slow_readers_hold_only_their_own_slots_and_give_them_back_when_they_lea
         here.wait_in_flight("a", 6)
         others = complete_many(here.url, 40, lambda n: {"x-test-id": f"quick-{n}"})
         assert {one.status for one in others} == {200}
-        assert here.in_flight("a") == 6
+        here.wait_in_flight("a", 6)  # a client has its answer a moment before we hear of its end
         assert here.upstreams["a"].peak <= 8
     here.wait_idle()
 

