@@ -207,7 +207,7 @@ class App:
         )
         if self.membership is not None:
             self.membership.answer_with(self.admin.describe)
-        self.garbage = Garbage(lambda: self.reception.streams, loop.time)
+        self.garbage = Garbage(lambda: self.reception.streams, loop)
         self._known_bugs: set[str] = set()
 
     async def start(self) -> None:
@@ -225,6 +225,7 @@ class App:
             self._expect_replays()
             if self.membership is not None:
                 await self.membership.start(self._turned, self._expect_replays)
+            self.garbage.begin()  # nobody waits yet, and what stays is there
             await self.server.start()
         except BaseException:
             await self._stop_following()
@@ -265,7 +266,6 @@ class App:
 
     async def attend(self, stop: asyncio.Event) -> None:
         """Do what is due now and then, from the start until `stop` is set."""
-        self.garbage.begin()
         while not stop.is_set():
             self._look()
             with contextlib.suppress(TimeoutError):

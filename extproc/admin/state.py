@@ -45,6 +45,8 @@ TURN = 500
 """Tickets looked at in one turn of the event loop."""
 ENDPOINTS_TURN = 50
 """Endpoints described in one turn."""
+ROWS_TURN = 100
+"""Waiting requests described in one turn."""
 MOST_CHARACTERS = 96
 """Of a text that a client sent; a header may be 60 KiB long."""
 MOST_MODELS = 8
@@ -142,10 +144,15 @@ class Viewer:
         counted = {
             "waiting_total": controller.waiting,
             "waiting_by_class": waiting_by_class(controller),
-            "waiting": self._rows(islice(controller.waiting_tickets(), limit), now),
             "outcomes": outcome_totals(self._metrics),
         }
-        return {**mode, "endpoints": await self._endpoints(now), **counted}
+        waiting: list[Values] = []
+        first = list(islice(controller.waiting_tickets(), limit))
+        for start in range(0, len(first), ROWS_TURN):
+            some = [ticket for ticket in first[start : start + ROWS_TURN] if ticket.state is State.WAITING]
+            waiting += self._rows(some, now)
+            await asyncio.sleep(0)
+        return {**mode, "endpoints": await self._endpoints(now), "waiting": waiting, **counted}
 
     async def view(self, *, ready: bool) -> Values:
         """Return what the page and `top` show. Its parts may be some milliseconds apart."""

@@ -2,10 +2,10 @@
 
 Labels come from the config and from the tables here alone, never from a client: their number is bounded.
 
-A page is one moment: values are read in one go, so that they agree with each other (leases never outnumber the streams
-that hold them). Making samples and text of them takes longer, so that is done in pieces, and the loop turns in between.
-Who has waited longest is the one exception: thousands wait, and they are looked at some at a time, so that it is of
-those who still wait then. What is told of endpoints stands in endpoints.py.
+A page is one moment: what is counted is read in one go, so that counts agree with each other (leases never outnumber
+the streams that hold them). Making samples and text of them takes longer, so that is done in pieces, and the loop turns
+in between. Two things are some milliseconds younger: who has waited longest (thousands wait, and are looked at some at
+a time, so that it is of those who still wait then), and the states of endpoints, whose families endpoints.py has.
 """
 
 from __future__ import annotations
@@ -57,8 +57,10 @@ BUDGET_BUCKETS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _PASSED = Outcome.PASSED
 SHARED = "*"
 """The `endpoint` label of requests that any endpoint of their pool may take."""
-PIECE_LINES = 250
+PIECE_LINES = 125
 """Samples written as text in one turn of the loop: a millisecond."""
+PIECE_ENDPOINTS = 100
+"""Endpoints whose state is read in one turn: a millisecond."""
 PIECE_TICKETS = 1000
 """Waiting requests looked at in one turn: half a millisecond."""
 
@@ -227,9 +229,11 @@ class Metrics:
         self.registry.register(collector)
 
     def pieces(self) -> Iterator[bytes]:
-        """Write the page of this moment, a piece at a time; all values but the longest wait are read by now."""
-        others = [iter((family,)) for collector in self._others for family in collector.collect()]
-        return self._written(chain(self._moment(), others))
+        """Write a page, a piece at a time: of the moment in which the first is asked for."""
+        moment = self._moment()
+        yield b""
+        others = (iter((family,)) for collector in self._others for family in collector.collect())
+        yield from self._written(chain(moment, others))
 
     @staticmethod
     def _written(families: Iterable[Parts]) -> Iterator[bytes]:
@@ -249,25 +253,38 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         """Yield all metric families."""
         for parts in self._moment():
-            first, *others = [part for part in parts if part is not None]
-            for part in others:
-                first.samples += part.samples
-            yield first
+            whole: Metric | None = None
+            for part in parts:
+                if whole is None:
+                    whole = part
+                elif part is not None:
+                    whole.samples += part.samples
+            if whole is not None:
+                yield whole
 
     def _moment(self) -> list[Parts]:
-        """Read all values but the longest wait; return what makes the families of them, each in parts."""
+        """Read all counts; return what reads the rest and makes families of all, each in parts, in this order."""
         now = self._clock()
-        rows = endpoints.rows(self._controller, self._telemetry, now)
+        counted = endpoints.counts(self._controller, now)
+        rows: list[endpoints.Row] = []
         decides = self._decides()
         errors = list(self._telemetry.errors()) if self._telemetry is not None else []
         return [
             *(iter((family,)) for family in self._request_families()),
             *self._queue_families(now),
+            self._read(counted, rows),
             *(family.parts(rows) for family in endpoints.FAMILIES if decides),
             *(family.parts(rows) for family in endpoints.TELEMETRY),
             _errors(errors),
             *(iter((family,)) for family in self._other_families()),
         ]
+
+    def _read(self, counted: Sequence[endpoints.Count], rows: list[endpoints.Row]) -> Parts:
+        """Read the states of endpoints into `rows`, some at a time; that is no family yet."""
+        for row in endpoints.rows(counted, self._controller, self._telemetry, self._clock):
+            rows.append(row)
+            if len(rows) % PIECE_ENDPOINTS == 0:
+                yield None
 
     def _other_families(self) -> Iterator[Metric]:
         if self.rehearsed is not None:

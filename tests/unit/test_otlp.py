@@ -75,6 +75,30 @@ def test_a_stop_sends_the_last_values():
     assert "extproc_requests" in sent(recorder.came[0])
 
 
+def test_the_loop_turns_between_two_families():
+    turns = 0
+
+    async def stop() -> None:
+        def count() -> None:
+            nonlocal turns
+            turns += 1
+            loop.call_soon(count)
+
+        def seen():
+            for family in families():
+                before.append(turns)
+                yield family
+
+        loop = asyncio.get_running_loop()
+        count()
+        await OtlpMetrics(seen, Recorder()).stop()
+
+    before: list[int] = []
+    asyncio.run(stop())
+    assert len(before) > 1
+    assert len(set(before)) == len(before), "one family in a turn"
+
+
 def test_a_collector_that_hangs_keeps_neither_the_loop_nor_the_exit(monkeypatch):
     class Hanging(Recorder):
         def export(self, metrics_data, timeout_millis=10_000, **kwargs):

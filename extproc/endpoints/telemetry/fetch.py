@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 _HEADERS = {"accept": "text/plain;version=0.0.4, text/plain;q=0.5", "accept-encoding": "identity"}
 
+_SWEPT = 100
+"""Servers whose idle connections are looked at in one turn of the loop."""
+
 _Origin = tuple[str, int, ssl.SSLContext | None]
 """Host, port, and what is trusted there; None: no TLS."""
 
@@ -30,7 +33,7 @@ class Pages:
         self._system_tls: ssl.SSLContext | None = None
         self._idle: dict[_Origin, list[tuple[float, Connection]]] = {}  # since when, the latest last
         self._connections: set[Connection] = set()
-        self._sweep = loop.call_later(keep_s, self._close_idle)
+        self._sweep = loop.call_later(keep_s, self._close_idle, ())
 
     async def close(self) -> None:
         """Close all connections."""
@@ -114,10 +117,12 @@ class Pages:
         self._connections.add(connection)
         return connection
 
-    def _close_idle(self) -> None:
-        """Close what nobody used for long, and come again."""
+    def _close_idle(self, origins: tuple[_Origin, ...]) -> None:
+        """Close what nobody used for long, of some of `origins` (none: all that are there), and come again."""
         since = self._loop.time() - self._keep_s
-        for origin, idle in tuple(self._idle.items()):
+        origins = origins or tuple(self._idle)
+        for origin in origins[:_SWEPT]:
+            idle = self._idle.get(origin, [])
             for at, connection in idle:
                 if at < since:
                     connection.close()
@@ -125,8 +130,9 @@ class Pages:
             if kept:
                 self._idle[origin] = kept
             else:
-                del self._idle[origin]
-        self._sweep = self._loop.call_later(self._keep_s, self._close_idle)
+                self._idle.pop(origin, None)
+        rest = origins[_SWEPT:]
+        self._sweep = self._loop.call_later(0 if rest else self._keep_s, self._close_idle, rest)
 
 
 def _request(url: URL, headers: dict[str, str] | None) -> bytes:

@@ -24,6 +24,7 @@ from extproc.endpoints.telemetry.fetch import Pages
 from extproc.endpoints.telemetry.orca import parse_orca
 from extproc.endpoints.telemetry.page import MOST_BYTES, Readings, Reason, read_in_slices
 from extproc.endpoints.telemetry.rates import Rates
+from extproc.endpoints.telemetry.turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -42,8 +43,9 @@ _SLOTS = 20
 warm (`python -m bench.scrape scrape`)."""
 _TOGETHER = 8
 """Scrapes in one slot, on average: many more in a row would hold others up (`make bench-turns`)."""
-_AT_A_TIME = 4
-"""Pages read in one turn of the loop: after a moment in which this process had no processor, hundreds have come."""
+_IN_A_TURN = 3
+"""Pages asked for or read in one turn of the loop, each .2 to .5 ms: after a moment in which this process had no
+processor, hundreds are due or have come."""
 _RATE_GAPS = 3.5
 """Intervals over which a token rate still means something: one or two failed scrapes lie between."""
 
@@ -94,7 +96,7 @@ class Scraper:
         self._watches: dict[str, _Watch] = {}
         self._errors: dict[tuple[str, Reason], int] = {}
         self._pages: Pages | None = None
-        self._reading = asyncio.Semaphore(_AT_A_TIME)
+        self._turns = Turns(loop, _IN_A_TURN)
 
     async def start(self, observe: Callable[[str, Load], None]) -> None:
         """Begin to scrape, if there is an interval, and call `observe(name, load)` with each reading."""
@@ -212,6 +214,7 @@ class Scraper:
             pause_s = self.interval_s * self._random.uniform(1 - spread, 1 + spread)
             spread = _JITTER
             await asyncio.sleep(self._pause_s(began + pause_s))
+            await self._turns.one()
 
     def _pause_s(self, due: float) -> float:
         """Return how long to sleep until about `due`: those due in the same slot go together, while caches are warm."""
@@ -318,12 +321,12 @@ class Scraper:
         now = self._loop.time()
         if isinstance(body, Reason):
             return body, now
-        async with self._reading:
-            steps = read_in_slices(body, engines, labels, own)
-            while True:
-                try:
-                    next(steps)
-                except StopIteration as end:
-                    result: Readings | Reason = end.value
-                    return result, now
-                await asyncio.sleep(0)
+        await self._turns.one()
+        steps = read_in_slices(body, engines, labels, own)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                result: Readings | Reason = end.value
+                return result, now
+            await self._turns.one()

@@ -30,8 +30,8 @@ PROBE_S = 5.0
 """How long the self-test may take before it counts as failed; it takes some milliseconds."""
 HEARTBEAT_S = 1.0
 """`poll` waits by the wall clock; so long, at most, is a timer late when somebody sets that clock back."""
-BATCH = 64
-"""Events taken from the queue before everybody else has a turn: five milliseconds' worth, when all begin a request."""
+BATCH = 32
+"""Events taken from the queue before everybody else has a turn: three milliseconds' worth, when all begin a request."""
 
 _WAKE = object()  # the tag of an event that says: look at the files
 
