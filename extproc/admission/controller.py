@@ -14,6 +14,7 @@ The rooms, each with what it may change: `transitions.py` what a request can bec
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from extproc.admission.answers import Answers
@@ -367,13 +368,16 @@ class Controller:
             self._let_all_go()
         return self._end()
 
-    def drain(self, now: float) -> list[Decision]:
-        """Refuse everything that waits, and from now on everything that would have to."""
+    def drain(self, now: float, most: int | None = None) -> list[Decision]:
+        """Refuse what waits, and from now on everything that would have to.
+
+        `most`: of those who wait, so many now; drain again while some do.
+        """
         books = self._begin(now)
         if self._watchers:
-            self._event = Drained(now)
+            self._event = Drained(now, most)
         self._refusing.draining = True
-        for ticket in list(books.waiting_tickets()):
+        for ticket in list(islice(books.waiting_tickets(), most)):
             self._refusing.refuse(ticket, Outcome.DRAINING)
         return self._end()
 

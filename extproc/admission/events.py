@@ -171,10 +171,11 @@ class PolicySet(Event):
     policy: Policy
 
 
+@dataclass(frozen=True, slots=True)
 class Drained(Event):
-    """Nothing may wait from now on."""
+    """Nothing may wait from now on; of those who did, `most` were refused, or all."""
 
-    __slots__ = ()
+    most: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +241,7 @@ def apply(core: Controller, event: Event) -> list[Decision]:  # noqa: C901 - one
         case PolicySet():
             return core.set_policy(event.policy, event.at)
         case Drained():
-            return core.drain(event.at)
+            return core.drain(event.at, event.most)
         case HomeBelieved():
             core.believe_home(event.home, event.at)
         case LearntBelieved():

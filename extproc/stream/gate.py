@@ -27,7 +27,7 @@ log = logging.getLogger("extproc.gate")
 
 _LEASED, _WAITING, _UNKNOWN = State.LEASED, State.WAITING, Answer.UNKNOWN
 
-BURST = 64
+BURST = 40
 """Decisions delivered per turn of the loop: two or three milliseconds' worth. And Envoy resets each stream that ends:
 more than 1,000 resets at once look to its HTTP/2 flood guard like an attack (max_outbound_control_frames), and it
 closes the whole connection."""
@@ -94,8 +94,8 @@ class Gate:
 
     @property
     def undelivered(self) -> int:
-        """How many decisions wait for their turn to be told."""
-        return len(self._outbox)
+        """How many decisions wait for their turn to be told, or to be made by a drain."""
+        return len(self._outbox) + (self.controller.waiting if self.controller.draining else 0)
 
     # ---- requests
 
@@ -206,7 +206,13 @@ class Gate:
     def drain(self) -> None:
         """Refuse what waits, and what would have to."""
         self.stop_gathering()
-        self._settle(self.controller.drain(self._loop.time()))
+        self._drain_some()
+
+    def _drain_some(self) -> None:
+        """Refuse as many of those who wait as are told in one turn, and come again in the next."""
+        self._settle(self.controller.drain(self._loop.time(), BURST))
+        if self.controller.waiting:
+            self._loop.call_soon(self._drain_some)
 
     def leave(self) -> None:
         """Decide nothing more: streams are about to be cut, and the room of their leases is not free."""

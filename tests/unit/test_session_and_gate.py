@@ -217,6 +217,18 @@ def test_of_many_refused_at_once_each_is_told_once_though_telling_one_refuses_an
     assert not room.clock.turns
 
 
+def test_a_drain_refuses_no_more_in_a_turn_of_the_loop_than_are_told_in_it():
+    room = Room(ONE)
+    room.open()
+    told = [room.open()[1] for _ in range(3 * BURST)]
+    room.gate.drain()
+    for turn in range(1, 4):
+        assert sum(map(len, told)) == turn * BURST
+        assert room.gate.controller.waiting == room.gate.undelivered == (3 - turn) * BURST
+        room.clock.turn()
+    assert not room.clock.turns
+
+
 def test_a_request_dispatched_in_a_burst_that_ends_before_its_turn_gives_its_lease_back_and_is_not_answered():
     room = Room(EndpointSpec("a", max_running_requests=1))
     room.open()
