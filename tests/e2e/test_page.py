@@ -294,7 +294,7 @@ class Terminal:
 def test_top_fits_a_terminal_shows_no_control_codes_of_clients_and_waits_for_a_sidecar_that_went_away(here):
     with Held(here) as held:
         held.send(2)
-        here.wait_in_flight("a", 1)
+        here.wait_in_flight("a", 1, timeout_s=10)  # a test before this one had it ejected for 5 s
         held.send(40, x_tenant_id="evil\u009b2J\u202e", x_request_class="interactive")
         here.wait_waiting(40)
         with Terminal(here.sidecar.admin) as terminal:
