@@ -104,8 +104,11 @@ class _Page:
         The labels that select a metric or hold its value are left out of the keys, so that two metrics of one
         product meet in the same series.
         """
+        there = self.samples.get(metric.name)
+        if there is None:
+            return None
         found: dict[Series, float | None] = {}
-        for (_, labels), value in self.samples.get(metric.name, {}).items():
+        for (_, labels), value in there.items():
             if metric.labels and not _carries(labels, metric.labels):
                 continue
             if metric.in_label is None:
@@ -123,8 +126,11 @@ class _Page:
 
     def first(self, names: Names, engine: Engine) -> dict[Series, float | None] | None:
         """Return the first of the alternatives that is on the page, each scheduler of `engine` once."""
-        found = next((found for metric in names if (found := self.series(metric)) is not None), None)
-        return None if found is None else _once(found, engine)
+        for metric in names:
+            found = self.series(metric)
+            if found is not None:
+                return _once(found, engine)
+        return None
 
     def total(self, names: Names, engine: Engine, more: tuple[Names, ...] = ()) -> float | None:
         """Return the number of requests over all series, with those of `more` added; unknown if one is."""
