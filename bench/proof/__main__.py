@@ -6,6 +6,7 @@
     python -m bench.proof --replicas           # of `make bench-replicas`: several gateways, one queue; ten minutes
     python -m bench.proof --only ramp noisy --seeds 71 72 --stacks 8
     python -m bench.proof --quick --contender mine=FILE   # a contender of your own beside them (bench/proof/rival.py)
+    python -m bench.proof --replicas --seeds 73 --add     # a further piece of it, beside the runs that lie there
     python -m bench.proof --page               # the page again, from the runs that lie in build/bench
 
 Exits 1 if runs were rejected and could not be repeated; an expectation that was not reached is said, on the page too.
@@ -81,7 +82,7 @@ def main() -> int:
         left = real(cells(experiments, flags.seeds), flags, out)
         if not flags.no_virtual:
             sweep(experiments, flags, out)
-        _note(out, "duration_s", round(time.monotonic() - began))
+        _took(out, round(time.monotonic() - began))
     runs = load_runs(out)
     facts = json.loads((out / "facts.json").read_text())
     rejected = [run for run in runs if run.problem()]
@@ -144,6 +145,8 @@ def _flags() -> argparse.Namespace:
     )
     parser.add_argument("--lock", type=Path, metavar="FILE", help="lock it for each round: others measure here too")
     parser.add_argument("--page", action="store_true", help="write the page from earlier runs")
+    parser.add_argument("--add", action="store_true", help="keep the earlier runs, whose seeds these are not")
+    parser.add_argument("--note", default="", help="what the page says of this piece, with --add: what else ran")
     parser.add_argument("--out", type=Path, help="raw runs (build/bench; build/bench-peers, build/bench-replicas)")
     parser.add_argument("--docs", type=Path, help="where the page goes (docs/; with --quick, --out)")
     flags = parser.parse_args()
@@ -269,26 +272,38 @@ def load_sweeps(out: Path) -> list[dict[str, Any]]:
 
 def _begin(out: Path, flags: argparse.Namespace) -> None:
     (out / "runs").mkdir(parents=True, exist_ok=True)
-    for old in [*(out / "runs").glob("*.json"), out / "sweeps.json", out / "facts.json"]:
+    earlier = json.loads((out / "facts.json").read_text()) if flags.add and (out / "facts.json").exists() else {}
+    for old in [] if flags.add else [*(out / "runs").glob("*.json"), out / "sweeps.json", out / "facts.json"]:
         old.unlink(missing_ok=True)
     times = flags.times
+    piece = {
+        "began": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+        "experiments": list(flags.only),
+        "seeds": list(flags.seeds),
+        "commit": _versions().get("commit", "unknown"),
+        "note": flags.note,
+    }
     facts = {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "command": " ".join(["python -m bench.proof", *sys.argv[1:]]),
-        "seeds": list(flags.seeds),
+        "seeds": sorted({*earlier.get("seeds", ()), *flags.seeds}),
         "times": [times.warm_s, times.end_s, times.cut_s],
         "stacks": flags.stacks,
         "virtual_s": flags.virtual_seconds,
         "machine": _machine(),
         "versions": _versions(),
-        "duration_s": 0,
+        "duration_s": earlier.get("duration_s", 0),
+        "pieces": [*earlier.get("pieces", ()), piece],
     }
     (out / "facts.json").write_text(json.dumps(facts, indent=1))
 
 
-def _note(out: Path, key: str, value: Any) -> None:
+def _took(out: Path, took_s: int) -> None:
     path = out / "facts.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}, indent=1))
+    facts = json.loads(path.read_text())
+    facts["duration_s"] += took_s
+    facts["pieces"][-1]["took_s"] = took_s
+    path.write_text(json.dumps(facts, indent=1))
 
 
 def _machine() -> str:

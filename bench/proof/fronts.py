@@ -1,7 +1,9 @@
 """The contenders as processes: what stands before the engines of one stack, each set as its operator would set it.
 
 A contender's name is one of NAMES, of the peers that are installed on demand (peers.py), or NAME=FILE (rival.py);
-`ours` and `original` take config keys after commas, `ours,scrape_interval=5s`, and several gateways (gateways.py).
+`ours` and `original` take config keys after commas, `ours,scrape_interval=5s`, and several gateways (gateways.py);
+`haproxy` its number and its waits, `haproxy,limit=10,queue=600ms:1600ms:14600ms`: one for all, or one for each class,
+the most urgent first, which needs HAProxy 3.4.
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ if TYPE_CHECKING:
     from extproc.simulate.workload import Klass
 
 NAMES = ("round_robin", "least_request", "circuit_breaker", "tuned_engine", "haproxy", "original", "ours")
-HAPROXY = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin:/usr/local/sbin")
+HAPROXY = os.environ.get("HAPROXY") or shutil.which(
+    "haproxy", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
+)
+"""The program; `HAPROXY=` names another."""
 CHECK = {"path": "/health", "interval": "1s", "timeout": "1s", "down": 3, "up": 1}
 """Active health checks of all balancers. `ours` has none by default: failures tell it."""
 NEVER_S = 3500.0
@@ -87,7 +92,7 @@ class Front:
                 self._own(Path(contender.partition("=")[2]), addresses, classes, directory)
             case "haproxy":
                 path = directory / "haproxy.cfg"
-                path.write_text(haproxy_config(self.address, addresses, classes, preset))
+                path.write_text(haproxy_config(self.address, addresses, classes, preset, settings))
                 self._add("front", [str(HAPROXY), "-db", "-f", str(path)], directory)
                 self._ready.append((self.children["front"], lambda: tcp_open(self.address)))
             case "smg" | "vllm_router":
@@ -338,18 +343,23 @@ def _socket(address: str) -> dict[str, Any]:
 # ---- HAProxy
 
 
-def haproxy_config(listen: str, addresses: Sequence[str], classes: Sequence[Klass], preset: str) -> str:
+def haproxy_config(
+    listen: str, addresses: Sequence[str], classes: Sequence[Klass], preset: str, settings: Sequence[str] = ()
+) -> str:
     """Return the configuration of HAProxy: its own queue, late binding, priority classes, the best limit per engine.
 
     No `maxqueue` beside `leastconn`: it would bind early. With one class nothing bids it wait for longer than that
-    class can use, so its `timeout queue` is that class' budget.
+    class can use, so its `timeout queue` is that class' budget. Raises ValueError for settings that it does not have.
     """
     wait_s = classes[0].budget_s if len(classes) == 1 else HAPROXY_QUEUE_S
+    limit, waits = _haproxy_settings(settings, BEST_FIXED[preset], [f"{wait_s * 1000:.0f}ms"], len(classes))
     order = sorted(classes, key=lambda klass: -klass.priority)
-    rules = [
-        f"    http-request set-priority-class int({place}) if {{ req.hdr(x-request-class) -m str {klass.name} }}"
-        for place, klass in enumerate(order)
-    ]
+    rules, each = [], []
+    for place, klass in enumerate(order):
+        which = f"if {{ req.hdr(x-request-class) -m str {klass.name} }}"
+        rules.append(f"    http-request set-priority-class int({place}) {which}")
+        if len(waits) > 1:
+            each.append(f"    http-request set-timeout queue {waits[place]} {which}")
     servers = [f"    server engine-{number} {address}" for number, address in enumerate(addresses)]
     return f"""\
 global
@@ -360,7 +370,7 @@ defaults
     timeout connect 1s
     timeout client 3600s
     timeout server 3600s
-    timeout queue {wait_s * 1000:.0f}ms
+    timeout queue {waits[-1]}
     option abortonclose
     option redispatch 1
     option http-no-delay
@@ -371,10 +381,25 @@ frontend ingress
     default_backend engines
 backend engines
     balance leastconn
+{chr(10).join(each)}
     option httpchk GET {CHECK["path"]}
-    default-server check inter {CHECK["interval"]} fall {CHECK["down"]} rise {CHECK["up"]} maxconn {BEST_FIXED[preset]}
+    default-server check inter {CHECK["interval"]} fall {CHECK["down"]} rise {CHECK["up"]} maxconn {limit}
 {chr(10).join(servers)}
 """
+
+
+def _haproxy_settings(settings: Sequence[str], limit: int, waits: list[str], classes: int) -> tuple[int, list[str]]:
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if key == "limit":
+            limit = int(value)
+        elif key == "queue" and value.count(":") in (0, classes - 1):
+            waits = value.split(":")
+        else:
+            raise ValueError(
+                f"haproxy: {setting!r} is none of limit=N, queue=WAIT, queue=WAIT:... with one for each class"
+            )
+    return limit, waits
 
 
 # ---- what engines counted

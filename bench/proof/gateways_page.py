@@ -30,6 +30,9 @@ HEAD = """\
 request goes to one of the gateways at random. Every gateway is an Envoy with a sidecar of its own; where they share, a
 real {store} tells who is alive. {all} runs, {rejected} rejected and left out. How it works: [replicas.md](replicas.md).
 """
+PIECES = """\
+It was run in pieces; contenders are compared with those of their own piece, in the same minutes.
+"""
 FORWARDING = """\
 Sidecars' processes on loopback, without Envoy (`python -m bench.replicas`), the leader with a core of its own, all
 followers on the other. It is what `replicas` adds: a request's offer, decision and release, and at the leader the
@@ -69,6 +72,7 @@ def write(runs: Sequence[Run], forwarding: Sequence[Row], facts: Row, docs: Path
         f"- rejected: {run.experiment} {run.load:.0%} #{run.seed} {run.contender}: {run.problem()}" for run in rejected
     ]
     parts += [""] if rejected else []
+    parts += pieced(facts.get("pieces", ()))
     for one in SEVERAL:
         some = {key: figures for key, figures in found.items() if key[0] == one.name}
         if some:
@@ -90,6 +94,24 @@ def write(runs: Sequence[Run], forwarding: Sequence[Row], facts: Row, docs: Path
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(parts).rstrip() + "\n")
     return path
+
+
+def pieced(pieces: Sequence[Row]) -> list[str]:
+    """Say what was run when; nothing of a page that was made at once."""
+    if len(pieces) < 2:
+        return []
+    rows = [
+        [
+            piece["began"],
+            f"{piece.get('took_s', 0) / 60:.0f}",
+            ", ".join(piece["experiments"]).replace("_", " "),
+            ", ".join(map(str, piece["seeds"])),
+            piece["commit"],
+            piece["note"],
+        ]
+        for piece in pieces
+    ]
+    return [PIECES, *table(["begun (UTC)", "minutes", "what", "seeds", "commit", ""], rows)]
 
 
 def called(contender: str) -> str:
