@@ -11,7 +11,7 @@ from typing import ClassVar
 import pytest
 import yaml
 
-from bench.proof import fronts, load, peers, peers_page
+from bench.proof import fronts, load, peers, peers_page, peers_search
 from bench.proof.experiments import EXPERIMENTS, WITH_PEERS
 from bench.proof.figures import Record, Run
 from extproc.engine.openai import read_ask
@@ -127,6 +127,27 @@ def test_smg_is_ready_once_it_knows_how_many_requests_each_engine_may_run():
 
 def test_no_other_contender_hears_of_it():
     assert [peers.marks(name, CLASSES) for name in ("haproxy", "ours", "vllm_router,programs=false")] == [None] * 3
+
+
+@pytest.mark.parametrize("name", peers.PEERS)
+def test_every_setting_of_a_grid_is_one_that_the_router_has_and_is_played_once(name, tmp_path):
+    grid = peers_search.GRIDS[name]
+    for text in grid:
+        argv(text, tmp_path)
+    dealt = [text for some in peers_search.rounds(grid) for text in some]
+    assert sorted(dealt) == sorted(set(grid)) == sorted(grid)
+    assert max(map(len, peers_search.rounds(grid))) <= peers_search.ROUND
+
+
+def test_the_best_of_the_first_seed_play_the_others_and_the_best_mean_of_all_wins():
+    tried = {f"smg,limit={number}": {"51": number / 100} for number in range(20)}
+    best = peers_search.finalists(tried)
+    assert best[0] == "smg,limit=19"
+    assert len(best) == peers_search.FINAL
+    tried["smg,limit=18"] |= {"52": 0.5, "53": 0.5}
+    tried["smg,limit=17"] |= {"52": 0.6, "53": 0.5}
+    tried["smg,limit=20"] = {"51": 0.9}  # its other runs were rejected
+    assert peers_search.won(tried) == ("smg,limit=17", pytest.approx((0.17 + 0.6 + 0.5) / 3))
 
 
 def run(contender: str, met: dict[str, bool]) -> Run:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import xml.sax
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -245,6 +246,18 @@ def test_the_virtual_clock_gives_every_contender_the_same_requests():
     assert len(first) > 50
     rows = [{"kind": kind, "preset": "h100-32b"} | summary(one) for one in runs for kind in ("check", "sweep")]
     assert {row["contender"] for row in rows} == set(BY_NAME["ramp"].contenders)
+
+
+def test_haproxy_is_told_a_limit_and_a_wait_for_all_or_for_each_class_by_its_place():
+    config = partial(haproxy_config, "127.0.0.1:1", ["127.0.0.1:2"], CLASSES, "h100-32b")
+    assert "maxconn 10\n" in config(["limit=10"])
+    assert "timeout queue 1600ms" in config(["limit=10"])
+    assert "set-timeout" not in config(["queue=980ms"])
+    backend = config(["queue=1ms:2ms:3ms"]).partition("backend engines")[2]
+    rules = [line.split() for line in backend.splitlines() if "set-timeout" in line]
+    assert [(rule[3], rule[-2]) for rule in rules] == [("1ms", "int"), ("2ms", "std"), ("3ms", "batch")]
+    with pytest.raises(ValueError, match="one for each class"):
+        config(["queue=1ms:2ms"])
 
 
 # ---- rivals at their best, and yours

@@ -116,3 +116,16 @@ def test_the_page_tells_how_several_fare_beside_one_and_after_the_fault(tmp_path
     assert "rejected: gateways_faults 120% #3 ours: the sender was late" in text
     assert "8, leader killed 10.0 + 2.0" in text
     assert "One leader carried 7,000 requests a second." in text
+
+
+def test_a_page_made_in_pieces_says_what_was_run_when_and_beside_what(tmp_path, monkeypatch):
+    monkeypatch.setattr(gateways, "STORE", "/usr/bin/redis-server")
+    piece = {"began": "2026-01-01 05:11", "experiments": ["gateways"], "seeds": [1], "commit": "abc", "note": "at rest"}
+    other = piece | {"seeds": [2, 3], "took_s": 300, "note": "beside other work"}
+
+    def page(*pieces: dict[str, object]) -> str:
+        facts = FACTS | {"pieces": pieces}
+        return gateways_page.write([run("ours", 1, True)], [], facts, tmp_path).read_text()
+
+    assert "| 2026-01-01 05:11 | 5 | gateways | 2, 3 | abc | beside other work |" in page(piece, other)
+    assert "in pieces" not in page(piece)
