@@ -32,7 +32,8 @@ HEAD = """\
 Written by `make bench` ({date}, {minutes:.0f} minutes, {seeds} seeds); don't edit. Real Envoy {envoy} and HAProxy
 {haproxy}, real sockets, real time. The engines are simulated, so read ratios, not rates. **Goodput** is the share of
 ALL requests that met the objectives of their class; what was refused, abandoned or failed missed. ± is the standard
-deviation between seeds. Every rival has the best settings that a search found for it; ours has its defaults.
+deviation between seeds. Every rival has the best settings that a search found for it; ours has its defaults. Commit
+{commit}.
 """
 SCEPTIC = """\
 ## Don't believe it
@@ -42,7 +43,7 @@ SCEPTIC = """\
 - [benchmarks-details.md](benchmarks-details.md): every class, percentile and experiment, how it was measured, what each
   rival was set to and what else was tried. [The ceiling](benchmarks-ceiling.md). [smg and
   vllm-router](benchmarks-peers.md). [Five engines, recorded
-  traffic](benchmarks-shapes.md). [A hundred cells](benchmarks-matrix.md). [Several sidecars](replicas.md).
+  traffic](benchmarks-shapes.md). [A hundred cells](benchmarks-matrix.md). [Several sidecars](benchmarks-replicas.md).
 - Not in it: GPUs. `make bench-gpu` is for who has one (PyTorch, 8 minutes, no network); it has not run on one yet. What
   a real vLLM says, on a CPU: [vllm.md](vllm.md).
 """
@@ -132,9 +133,9 @@ def write(runs: Sequence[Run], rows: Sequence[Row], facts: Row, docs: Path) -> W
     kinds = shapes_page.rows(docs)
     losses = _no_help(found, rows)
     front = [*_head(facts), "## The answer", "", *tables.ramp(found, by_class=False)]
+    front += [noise(runs), "", "## Where it does not help", "", *_short(found), *shapes_page.losses(kinds), ""]
     front += [*_picture("ramp", "Goodput over load", drawn), *_answer(found, expectations), ""]
-    front += shapes_page.table(kinds)
-    front += ["## Where it does not help", "", *_short(found), *shapes_page.losses(kinds), "", SCEPTIC]
+    front += [*shapes_page.table(kinds), SCEPTIC]
     details = [DETAILS, *_classes(), *_why(rows), "", *_ramp(found, drawn), *_others(found, drawn)]
     details += [*_virtual(found, rows, facts, drawn), *losses, *_method(runs, facts), "", *_tried()]
     details += shapes_page.settings(kinds)
@@ -202,6 +203,7 @@ def _head(facts: Row) -> list[str]:
         minutes=facts["duration_s"] / 60,
         seeds=len(facts["seeds"]),
         envoy=versions.get("Envoy", "unknown"),
+        commit=versions.get("commit", "unknown"),
         haproxy=versions.get("HAProxy", "(not installed: left out)"),
     )
     return [text]

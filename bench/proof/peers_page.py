@@ -1,13 +1,14 @@
-"""Writes the page of `make bench-peers`: every figure in it is computed here, none is typed."""
+"""Writes the page of `make bench-peers`: every figure of a run in it is computed here, none is typed."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
 
-from bench.proof import tables
+from bench.proof import peers_search, tables
 from bench.proof.figures import ratio
 from bench.proof.peers import PINS
-from bench.proof.words import CLASSES, PEER_LABELS, SAME, collect, label, share
+from bench.proof.words import CLASSES, PEER_LABELS, SAME, by_class, collect, label, seconds, share, table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,11 +18,49 @@ if TYPE_CHECKING:
     from bench.proof.words import Row
 
 HEAD = """\
-# Routers from PyPI
+# Against routers from PyPI
 
-`{command}` ({date}, {minutes:.0f} minutes, seeds {seeds}) on {machine}; {versions}. The method is that of
-docs/benchmarks.md, the settings are SETTINGS in bench/proof/peers.py. {all} real runs, {rejected} rejected and left
-out.
+Written by `make bench-peers`; don't edit. It installs {pins} into `.venv-peers` (300 MB, the first time only) and runs
+them beside HAProxy, Envoy's least request and ours in the overload ramp of [benchmarks.md](benchmarks.md), three
+engines of the preset h100-32b each: the same seeds, requests, moments and rejection of late runs. About eight minutes
+on a machine at rest. Neither router is a dependency of anything else. Every rival has the best settings that an open
+search found for it, ours its defaults.
+
+`{command}` ({date}, {minutes:.0f} minutes, seeds {seeds}) on {machine}; {versions}. {all} real runs, {rejected}
+rejected and left out.
+"""
+ABOUT = """\
+## What each does
+
+**smg** has a queue per class in front of all engines and binds late (`--priority-scheduler-enabled`; a request's class
+is the header `x-smg-priority`). Its capacity is *not* `--max-concurrent-requests`: it is the sum of the workers'
+`max_running_requests`, and 64 for a worker that says nothing. vLLM says nothing, so the benchmark sets the label of
+every worker by `PATCH /workers/{id}` before the first request. Waits are whole seconds. It takes an engine for vLLM if
+`GET /version` answers, and passes hardly a header on, so the engine hears a request's true lengths in `vllm_xargs` of
+the body: a trap for everybody who benchmarks with headers.
+
+**vllm-router**'s plain limit is no queue: `--max-concurrent-requests` gives a slot back when an answer *begins*, and
+refills by time (its issues 247 and 280), so it lets an overload pass. What it has since is *program scheduling*, made
+for agents: `--enable-program-scheduling`, a capacity in KV tokens per engine, requests held at the router, priorities
+in the body. Each request here is a program of one step, with the priority of its class. It takes somebody who knows the
+engine's KV capacity, and it can't refuse before it must: a held request is *forced* in at its deadline, which can't be
+later than the queue's timeout, so clients leave before that here.
+
+**HAProxy** without settings is what benchmarks.md has, with one `timeout queue` for all classes. From 3.4 on each class
+can have its own (`http-request set-timeout queue`). No stable Debian has a 3.4, nor has PyPI, npm or crates; Debian
+experimental has 3.4.7, which ran here with its own libraries: `HAPROXY=FILE make bench-peers`.
+
+Not tried: cache-aware routing of either router (every request here is alone), splitting prefill from decode, several
+replicas of either, more than one HAProxy thread.
+"""
+SEARCH = """\
+## What was searched
+
+`python -m bench.proof.peers_search` ({date}): every setting of the grid on real processes at {load:.0%} load, seed
+{first}, {short:.0f} s of arrivals, the best {final} of each then on seeds {others}; the best mean of the three seeds
+wins. One short run of each favours luck, so the finals are shown whole. All that was tried is in
+bench/proof/peers.json; a name is what `python -m bench.proof --peers --contender NAME --loads 1.2` takes, and
+SETTINGS of bench/proof/peers.py says what each key is.
 """
 
 
@@ -29,49 +68,111 @@ def write(runs: Sequence[Run], facts: Row, docs: Path) -> Path:
     """Write the page into `docs`; return where it is."""
     found = collect(runs)
     rejected = [run for run in runs if run.problem()]
-    versions = facts["versions"] | dict(pin.split("==") for pin in PINS)
     facts = facts | {
+        "pins": " and ".join(pin.replace("==", " ") for pin in PINS),
         "minutes": facts["duration_s"] / 60,
         "seeds": ", ".join(map(str, facts["seeds"])),
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
         "all": len(runs),
         "rejected": len(rejected),
     }
     parts = [HEAD.format(**facts)]
     parts += [f"- rejected: {run.load:.0%} #{run.seed} {run.contender}: {run.problem()}" for run in rejected]
-    for load in sorted({key[1] for key in found}):
-        some = [one for key, one in found.items() if key[1] == load]
-        parts += [f"## {load:.0%} load", "", *tables.experiment("peers", some), *compared(some), *cpu(some), ""]
-        parts += ["<details><summary>All figures</summary>", "", *tables.details(some), "</details>", ""]
+    parts += [""] if rejected else []
+    loads = sorted({key[1] for key in found})
+    groups = {load: [one for key, one in found.items() if key[1] == load] for load in loads}
+    parts += ["## The answer", "", *answer(groups)]
+    for load, some in groups.items():
+        parts += compared(load, some)
+    parts += ["", ABOUT]
+    parts += searched(peers_search.recorded()) if peers_search.FILE.exists() else []
+    for load, some in groups.items():
+        parts += [f"<details><summary>All figures at {load:.0%}</summary>", "", *tables.details(some), "</details>", ""]
     path = docs / "benchmarks-peers.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(parts).rstrip() + "\n")
     return path
 
 
-def compared(some: Sequence[Figures]) -> list[str]:
-    """Say how ours does against each peer, and in which class a peer does better."""
+def answer(groups: dict[float, list[Figures]]) -> list[str]:
+    """Return goodput of all at each load, and what the clients of the last load saw."""
+    most = max(groups, default=0.0)
+    rows: dict[str, list[str]] = defaultdict(list)
+    for load, some in groups.items():
+        for one in some:
+            rows[one.contender] += [f"{tables.goodput(one)} ({by_class(one)})"]
+            if load == most:
+                first = one.of_class(CLASSES)
+                rows[one.contender] += [f"{one.all.refused:.1%}", f"{one.all.abandoned + one.all.failed:.1%}"]
+                rows[one.contender] += [seconds(first.ttft[:2])]
+    head = ["", *(f"{load:.0%}" for load in groups), f"refused at {most:.0%}", "left or failed"]
+    head += ["TTFT p50 / p95 s, first class"]
+    lines = [[label(who), *cells] for who, cells in rows.items() if len(cells) == len(head) - 1]
+    return ["Goodput, in brackets interactive / standard / batch:", "", *table(head, lines)]
+
+
+def compared(load: float, some: Sequence[Figures]) -> list[str]:
+    """Say how ours does against each rival, in which class one does better, and what a request costs each front."""
     ours = next((one for one in some if one.contender == "ours"), None)
     if ours is None:
         return []
     parts = []
     for one in some:
-        if one.contender.partition(",")[0] not in PEER_LABELS:
+        if one.contender.partition(",")[0] not in (*PEER_LABELS, "haproxy"):
             continue
         times, least = ratio(ours, one)
-        text = f"- Ours is {times:.2f} times {label(one.contender)} (at least {least:.2f} in every seed)."
+        text = f"- {load:.0%}: ours is {times:.2f} times {label(one.contender)} ({least:.2f} in the least seed)."
         wins = [
             f"{name} {share(theirs)} against {share(mine)}"
             for name in CLASSES
             if (theirs := one.of_class((name,)).goodput) - (mine := ours.of_class((name,)).goodput) > SAME
         ]
-        parts.append(text + (f" It does better than ours in: {', '.join(wins)}." if wins else ""))
-    return [*parts, ""]
-
-
-def cpu(some: Sequence[Figures]) -> list[str]:
-    """Say what a request costs each front."""
+        parts.append(text + (f" **It does better than ours in: {', '.join(wins)}.**" if wins else ""))
     costs = [
         f"{label(one.contender)} {one.cpu_ms.get('front', 0.0) + one.cpu_ms.get('sidecar', 0.0):.1f}" for one in some
     ]
-    return [f"CPU ms a request, start and checks of the whole run in it: {', '.join(costs)}."]
+    return [*parts, f"- {load:.0%}: CPU ms a request, start and checks of the whole run in it: {', '.join(costs)}."]
+
+
+def searched(found: dict[str, Any]) -> list[str]:
+    """Say what was tried of each rival, what won, and what the other finalists and each value of a key had."""
+    facts = found["facts"]
+    first, *others = facts["seeds"]
+    parts = [
+        SEARCH.format(
+            date=facts["date"],
+            load=facts["load"],
+            first=first,
+            others=" and ".join(map(str, others)),
+            short=facts["times"][1],
+            final=peers_search.FINAL,
+        )
+    ]
+    lines, finals, values = [], [], []
+    for name, rival in found.items():
+        if name == "facts":
+            continue
+        tried, who = rival["tried"], f"HAProxy {facts['haproxy']}" if name == "haproxy" else label(name)
+        lines.append([who, str(len(tried)), f"`{rival['won']}`", share(rival["goodput"])])
+        some = {text: scores for text, scores in tried.items() if len(scores) > 1}
+        for text in sorted(some, key=lambda one: -sum(some[one].values()) / len(some[one])):
+            each = [share(some[text][str(seed)]) if str(seed) in some[text] else "rejected" for seed in facts["seeds"]]
+            finals.append([f"`{text}`", *each])
+        values += [[who, key, told] for key, told in _by_value(tried, str(first)).items()]
+    parts += table(["", "tried", "best settings", "mean of the three seeds"], lines)
+    parts += ["The finals, seed by seed:", "", *table(["", *map(str, facts["seeds"])], finals)]
+    parts += [f"The best that any setting with this value had on seed {first}:", ""]
+    return [*parts, *table(["", "key", "value: best (settings)"], values)]
+
+
+def _by_value(tried: dict[str, dict[str, float]], seed: str) -> dict[str, str]:
+    best: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for text, scores in tried.items():
+        for setting in text.split(",")[1:]:
+            key, _, value = setting.partition("=")
+            if seed in scores:
+                best[key][value].append(scores[seed])
+    return {
+        key: ", ".join(f"{value}: {share(max(scores))} ({len(scores)})" for value, scores in values.items())
+        for key, values in best.items()
+    }

@@ -56,6 +56,10 @@ GRIDS: dict[str, tuple[str, ...]] = {
             policy=("power_of_two", "least_load"),
             engine=("plain", "priority"),
         ),
+        *_grid(
+            "smg", limit=("20",), waits=("1:1:1", "1:2:15"), policy=("power_of_two", "least_load"), engine=("priority",)
+        ),
+        *_grid("smg", limit=("12", "14"), waits=("1:5:15", "2:2:15"), policy=("power_of_two",), engine=("priority",)),
         *_grid("smg", scheduler=("false",), limit=("12", "17"), waits=("1:1:1", "2:2:2"), engine=("plain", "priority")),
         *_grid("smg", scheduler=("false",), limit=("200",), waits=("1:1:1",), engine=("tuned",), retries=("1", "5")),
     ),
@@ -68,11 +72,20 @@ GRIDS: dict[str, tuple[str, ...]] = {
             gain=("false", "true"),
             engine=("plain", "priority"),
         ),
+        *_grid(
+            "vllm_router",
+            limit=("12", "16"),
+            tokens=("16000", "18000"),
+            order=("mru",),
+            gain=("false", "true"),
+            engine=("priority",),
+        ),
         *_grid("vllm_router", binding=("reasoning_token_balance",), tokens=("20000", "24000", "28000")),
         *_grid("vllm_router", programs=("false",), engine=("tuned",), breaker=("false",), retries=("1", "5")),
     ),
-    "haproxy": tuple(
-        _grid(
+    "haproxy": (
+        *_grid("haproxy", limit=("10", "12"), queue=("600ms:1600ms:30000ms", "980ms:1600ms:14600ms")),
+        *_grid(
             "haproxy",
             limit=("10", "12", "14", "16"),
             queue=(
@@ -80,7 +93,7 @@ GRIDS: dict[str, tuple[str, ...]] = {
                 *map(":".join, itertools.product(("300ms", "600ms"), ("1600ms",), ("1600ms", "4833ms", "14600ms"))),
                 "600ms:600ms:600ms",
             ),
-        )
+        ),
     ),
 }
 """The knobs that hold or bind a request: how many at once (requests, or tokens of KV cache), how long each class may

@@ -126,7 +126,8 @@ def row(task: tuple[str, str, int], traces: Path | None = None) -> dict[str, Any
     shares += [judged(found.text, scenes, found.tried) for found in rivals]
     shares.append(judged(traffic.ours, scenes))
     took_s = round(time.monotonic() - began, 1)
-    return {"engine": engine, "traffic": kind, "load": load, "took_s": took_s, "shares": [*map(asdict, shares)]}
+    known_by = {"engine": engine, "traffic": kind, "load": load, "took_s": took_s}
+    return known_by | {"date": time.strftime("%Y-%m-%d", time.gmtime()), "shares": [*map(asdict, shares)]}
 
 
 def tasks(patterns: Sequence[str], loads: Sequence[int]) -> list[tuple[str, str, int]]:

@@ -30,7 +30,7 @@ HEAD = """\
 ## Other engines, other traffic
 
 Simulated, the engines' constants fitted to published kernel times, {seeds} seeds; the rivals searched anew for every
-row (`python -m bench.proof.shapes`). Ours does not know the engine.
+row (`python -m bench.proof.shapes`, {dates}). Ours does not know the engine.
 """
 
 
@@ -94,7 +94,11 @@ def table(kinds: Sequence[Row]) -> list[str]:
         cells = [_cell(shares[who], top) for who in names]
         lines.append([SHAPES[row["engine"]], TRAFFIC[row["traffic"]], f"{row['load']}%", *cells])
     seeds = len(kinds[0]["shares"][0]["goodput"])
-    return [HEAD.format(seeds=seeds), *words.table(["engine", "traffic", "load", *map(words.label, names)], lines)]
+    dates = " and ".join(sorted({row["date"] for row in kinds}))
+    return [
+        HEAD.format(seeds=seeds, dates=dates),
+        *words.table(["engine", "traffic", "load", *map(words.label, names)], lines),
+    ]
 
 
 def _cell(share: Row, top: float) -> str:

@@ -303,7 +303,7 @@ def shape(ours: float, rival: float, load: int = 120) -> dict:
         {"text": "haproxy,limit=4,queue=1s", "tried": 40, "goodput": [rival] * 2, "tokens_per_s": [100.0] * 2},
         {"text": "ours", "tried": 1, "goodput": [ours] * 2, "tokens_per_s": [90.0] * 2},
     ]
-    return {"engine": "llama-cpp", "traffic": "standing", "load": load, "shares": shares}
+    return {"engine": "llama-cpp", "traffic": "standing", "load": load, "date": "2026-01-01", "shares": shares}
 
 
 def test_the_page_says_where_a_rival_with_its_number_is_better_and_what_tokens_are_lost():
