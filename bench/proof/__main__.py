@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import extproc
 from bench import replicas
-from bench.proof import gateways_page, page, peers, peers_page, rival, tables, virtual
+from bench.proof import gateways_page, page, peers, peers_page, peers_search, rival, tables, virtual
 from bench.proof.experiments import BY_NAME, EXPERIMENTS, SEVERAL, WITH_PEERS, Cell, Times, cells, pack
 from bench.proof.figures import Run, from_json, to_json
 from bench.proof.fronts import HAPROXY
@@ -69,8 +69,8 @@ def main() -> int:
         experiments = [replace(one, contenders=(*one.contenders, *own)) for one in map(BY_NAME.__getitem__, flags.only)]
         if flags.peers:
             peers.install()
-            some = (*flags.contender, *own)
-            experiments = [replace(one, contenders=some) if flags.contender else one for one in experiments]
+            some = (*(flags.contender or peers_search.best(WITH_PEERS.contenders)), *own)
+            experiments = [replace(one, contenders=some) for one in experiments]
         if flags.loads:
             experiments = [replace(one, loads=tuple(flags.loads)) for one in experiments]
         if flags.quick:
@@ -125,7 +125,9 @@ def _flags() -> argparse.Namespace:
         prog="python -m bench.proof", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="one seed, 70 and 120 %% of the ramp, not all else")
-    parser.add_argument("--peers", action="store_true", help="that experiment alone; with --contender, any of them")
+    parser.add_argument(
+        "--peers", action="store_true", help="that alone, as the search set them; with --contender, any"
+    )
     parser.add_argument(
         "--replicas", action="store_true", help="several gateways, alone and sharing one queue; that alone"
     )

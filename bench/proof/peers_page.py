@@ -56,11 +56,12 @@ replicas of either, more than one HAProxy thread.
 SEARCH = """\
 ## What was searched
 
-`python -m bench.proof.peers_search` ({date}): every setting of the grid on real processes at {load:.0%} load, seed
+`python -m bench.proof.peers_search` ({date}): the settings of the grid on real processes at {load:.0%} load, seed
 {first}, {short:.0f} s of arrivals, the best {final} of each then on seeds {others}; the best mean of the three seeds
-wins. One short run of each favours luck, so the finals are shown whole. All that was tried is in
-bench/proof/peers.json; a name is what `python -m bench.proof --peers --contender NAME --loads 1.2` takes, and
-SETTINGS of bench/proof/peers.py says what each key is.
+wins. *Tried* says of how many in the grid; what is missing was not played, for want of time. One short run of each
+favours luck, so the finals are shown whole. All that was tried is in bench/proof/peers.json; a name is what
+`python -m bench.proof --peers --contender NAME --loads 1.2` takes, and SETTINGS of bench/proof/peers.py says what each
+key is.
 """
 
 
@@ -153,7 +154,9 @@ def searched(found: dict[str, Any]) -> list[str]:
         if name == "facts":
             continue
         tried, who = rival["tried"], f"HAProxy {facts['haproxy']}" if name == "haproxy" else label(name)
-        lines.append([who, str(len(tried)), f"`{rival['won']}`", share(rival["goodput"])])
+        lines.append(
+            [who, f"{len(tried)} of {len(peers_search.GRIDS[name])}", f"`{rival['won']}`", share(rival["goodput"])]
+        )
         some = {text: scores for text, scores in tried.items() if len(scores) > 1}
         for text in sorted(some, key=lambda one: -sum(some[one].values()) / len(some[one])):
             each = [share(some[text][str(seed)]) if str(seed) in some[text] else "rejected" for seed in facts["seeds"]]

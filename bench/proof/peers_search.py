@@ -136,6 +136,13 @@ def recorded() -> dict[str, Any]:
     return found
 
 
+def best(contenders: Sequence[str]) -> list[str]:
+    """Return contenders with the settings that won, HAProxy's waits by class after it where it is a 3.4."""
+    found = recorded() if FILE.exists() else {}
+    peer = [found.get(name, {}).get("won", name) if name in peers.PEERS else name for name in contenders]
+    return [*peer, *([found["haproxy"]["won"]] if "won" in found.get("haproxy", {}) and _by_class() else [])]
+
+
 def main() -> int:
     """Play what the flags say, and write the file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
