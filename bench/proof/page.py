@@ -86,8 +86,9 @@ METHOD = """\
   gauges only, nobody refused. Ours: `enable_queue: true` and the classes with their budgets (TTFT objective less 0.4
   s); not a number that describes the engine. For A100-8B the rivals' number is 96 (and 14 more for the tuned stack's
   own queue), for conversations 6 and 56: each the best found on those seeds.
-- HAProxy has one `timeout queue` for all classes, as Debian's 2.6 wants it; were it per class, it would do no better
-  (benchmarks-ceiling.md). Its numbers, and the tuned stack's, are the best in the simulator, not of real sweeps.
+- HAProxy has one `timeout queue` for all classes, as Debian's 2.6 wants it. From 3.4 on each class can have its own:
+  measured, with a real search, in [benchmarks-peers.md](benchmarks-peers.md). The numbers of HAProxy here, and of the
+  tuned stack, are the best in the simulator, not of real sweeps.
 - **Not in it:** GPUs, networks, retries after a refusal, several sidecars ([replicas.md](replicas.md)); `smg` and
   `vllm-router` have a page of their own, [benchmarks-peers.md](benchmarks-peers.md) (`make bench-peers`).
 """

@@ -22,7 +22,7 @@ HEAD = """\
 
 Written by `make bench-peers`; don't edit. It installs {pins} into `.venv-peers` (300 MB, the first time only) and runs
 them beside HAProxy, Envoy's least request and ours in the overload ramp of [benchmarks.md](benchmarks.md), three
-engines of the preset h100-32b each: the same seeds, requests, moments and rejection of late runs. About eight minutes
+engines of the preset h100-32b each: the same seeds, requests, moments and rejection of late runs. About five minutes
 on a machine at rest. Neither router is a dependency of anything else. Every rival has the best settings that an open
 search found for it, ours its defaults.
 
