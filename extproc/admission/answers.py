@@ -63,9 +63,7 @@ class Answers:
         pool.record.served += 1
         self._records.served(ticket.request.model)
         endpoint.missing.served(ticket.request.model)
-        was_doubted = endpoint.health.is_doubted
-        endpoint.health.answered(self._books.now)
-        if was_doubted:
+        if endpoint.health.answered(self._books.now):
             self._fleet.changed(endpoint)
 
     def _judge(self, answer: Answer, ticket: Ticket, endpoint: Endpoint, pool: Pool) -> None:

@@ -201,12 +201,11 @@ class Endpoint:
         else:
             self.held_since = None
 
-    def has_room_for(self, ticket: Ticket) -> bool:
-        """Whether `ticket` may be dispatched here now. An idle endpoint takes any one request, however big."""
-        return self.held_by(ticket) is None
-
     def lacks(self, ticket: Ticket) -> HeldBy | None:
-        """Return which limit has no room for all of `ticket`, given that it is open; None: it fits."""
+        """Return which limit has no room for all of `ticket`, given that it is open; None: it fits.
+
+        An idle endpoint takes any one request, however big.
+        """
         held = self.sequences + self._foreign.count
         if not held or not self.enforcing:
             return None
@@ -322,8 +321,8 @@ class Endpoint:
     @staticmethod
     def writing_s(ticket: Ticket, now: float) -> float:
         """Return for how long the engine wrote at the answer of `ticket`, as far as one can tell, in seconds."""
-        began = ticket.computed_at
-        return max(now - (began if began > 0.0 else ticket.leased_at), 0.0)
+        began = ticket.computed_at if ticket.computed_at > 0.0 else ticket.leased_at
+        return now - began if now > began else 0.0
 
     def is_at_work(self, now: float) -> bool:
         """Tell whether the engine computes anything, as far as one can tell: a lease that it did not refuse at once."""

@@ -91,13 +91,14 @@ SizeClass = tuple[str | None, str, int]
 class TokenEstimate:
     """What requests of each kind really need."""
 
-    __slots__ = ("_all", "_answers", "_durations", "_mean", "_pace", "_scales")
+    __slots__ = ("_all", "_answers", "_correction", "_durations", "_mean", "_pace", "_scales")
 
     def __init__(self) -> None:
         """Start at FIRST_GUESS, and believe what requests announce."""
         self._scales: OrderedDict[SizeClass, _Scale] = OrderedDict()
         self._mean = FIRST_GUESS  # of all answers, by the counters
         self._all = _Mean()  # of all answers, as `tokens_of` sees them
+        self._correction = 1.0  # by how much counters and that view differ
         self._answers: OrderedDict[tuple[str | None, str], _Mean] = OrderedDict()
         self._durations = _Mean()
         self._pace = FIRST_PACE  # the median of what engines showed
@@ -108,7 +109,8 @@ class TokenEstimate:
         ceiling = ticket.request.max_output_tokens
         if ceiling is not None and ceiling < output:
             output = ceiling
-        ticket.output_tokens = min(output, longest or MOST_CONTEXT) * ticket.sequences
+        most = longest or MOST_CONTEXT
+        ticket.output_tokens = (output if output < most else most) * ticket.sequences
         ticket.book(self.prompt_of(ticket, longest))
         ticket.work_tokens = ticket.prompt_tokens
 
@@ -116,7 +118,10 @@ class TokenEstimate:
         """Return how many tokens its prompt has by what is known now."""
         prompt = ticket.request.prompt_tokens
         scale = self._scales.get(_size_class(ticket)) if prompt else None
-        return min(prompt if scale is None else int(prompt * scale.value), longest or MOST_CONTEXT)
+        if scale is not None:
+            prompt = int(prompt * scale.value)
+        most = longest or MOST_CONTEXT
+        return prompt if prompt < most else most
 
     def learn_prompts(self, tokens: int, tickets: Sequence[Ticket]) -> None:
         """Follow what an engine counted for the prompts of `tickets`: `tokens` together.
@@ -156,6 +161,7 @@ class TokenEstimate:
         if not learn:
             return seen * self._correction
         self._all.add(seen)
+        self._compare()
         key = (ticket.request.model, ticket.request_class.name)
         mean = self._answers.get(key)
         if mean is None:
@@ -175,6 +181,7 @@ class TokenEstimate:
             share = min(answers / MEMORY, 0.5)
             seen = min(output_tokens / answers, MOST_OUTPUT)
             self._mean = min(self._mean + share * (seen - self._mean), 2.0 * self._mean + 1.0)
+            self._compare()
 
     def learnt(self) -> list[Learnt]:
         """Return what is known by now, as far as it is worth telling."""
@@ -208,13 +215,14 @@ class TokenEstimate:
                 scale.variance = min(max(weight, SURE * scale.value**2), UNSURE)
             case _:
                 pass  # a newer version knows more
+        self._compare()
 
-    @property
-    def _correction(self) -> float:
-        """By how much counters and our own view of answers differ."""
-        if self._all.value <= 0.0:
-            return 1.0
-        return min(max(self._mean / self._all.value, 1 / MOST_SCALE), MOST_SCALE)
+    def _compare(self) -> None:
+        """Follow a change of what counters say of all answers, or of our own view."""
+        if self._all.value > 0.0:
+            self._correction = min(max(self._mean / self._all.value, 1 / MOST_SCALE), MOST_SCALE)
+        else:
+            self._correction = 1.0
 
     def _output_of(self, ticket: Ticket) -> int:
         own = self._answers.get((ticket.request.model, ticket.request_class.name))

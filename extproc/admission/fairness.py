@@ -57,7 +57,7 @@ class FairShare:
             self.forget_beyond(self._memory.each)
         else:
             self._tenants.move_to_end(tenant)
-        tag = max(self._virtual_time, record.finish)
+        tag = record.finish if record.finish > self._virtual_time else self._virtual_time
         if record.waiting > 0 and tag < record.last_tag:  # a refund must not let it pass its own earlier requests
             tag = record.last_tag
         record.last_tag = tag

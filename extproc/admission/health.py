@@ -254,8 +254,9 @@ class Health:
             self._doubt = _Doubt(FEW)
             self._look()
 
-    def answered(self, now: float) -> None:
-        """Note an answer that begins well: whatever was held against it is over."""
+    def answered(self, now: float) -> bool:
+        """Note an answer that begins well: whatever was held against it is over. Tell whether anything was."""
+        was_doubted = self.is_doubted
         self.heard_at = now
         self.is_known = True
         self.on_trial = self.is_failing = False
@@ -265,6 +266,7 @@ class Health:
             self._look()
         if self._streaks:
             self._streaks = {}
+        return was_doubted
 
     def refused(self, ticket: Ticket, record: Record, now: float, *, is_own_fault: bool, has_peers: bool) -> None:
         """Note that `ticket`, of the pool with this `record`, was refused, or not answered at all.

@@ -52,11 +52,12 @@ class Pace:
 
     def dispatched(self, now: float) -> None:
         """Note that a waiting request went to an endpoint."""
-        elapsed = max(now - self._marked, 0.0)
+        elapsed = now - self._marked if now > self._marked else 0.0
         kept = math.exp(-elapsed / self._horizon_s)
         self._busy_s = self._busy_s * kept + elapsed
         self._served = self._served * kept + 1.0
-        self._horizon_s = max(HORIZON_S, HORIZON_GAPS * self._busy_s / self._served)
+        horizon_s = HORIZON_GAPS * self._busy_s / self._served
+        self._horizon_s = horizon_s if horizon_s > HORIZON_S else HORIZON_S
         self._marked = now
 
     def drain_rate(self) -> float | None:

@@ -95,7 +95,7 @@ class Placing:
         if enable_queue and not (pool.open and (queue is None or queue.in_window(ticket))):
             return None
         if home is not None:
-            return home if home.has_room_for(ticket) and not self._is_kept(home) else None
+            return home if home.listed and home.lacks(ticket) is None and not self._is_kept(home) else None
         best = self._having_adapter(ticket, pool)
         if best is not None:
             return best
@@ -144,8 +144,8 @@ class Placing:
         ticket.state = LEASED
         ticket.endpoint = endpoint
         if request.session is not None:
-            cached = min(self.sessions.cached(request.session, endpoint), int(CACHED_AT_MOST * ticket.prompt_tokens))
-            ticket.work_tokens = ticket.prompt_tokens - cached
+            cached, most = self.sessions.cached(request.session, endpoint), int(CACHED_AT_MOST * ticket.prompt_tokens)
+            ticket.work_tokens = ticket.prompt_tokens - (cached if cached < most else most)
         endpoint.lease(ticket, now)
         self._fleet.watch(endpoint)
         self._picks += 1

@@ -119,7 +119,8 @@ class Prefill:
 
     def work_of(self, ticket: Ticket) -> int:
         """Return how many tokens of its prompt the engine will probably have to compute."""
-        return min(ticket.work_tokens, int(self.fresh * ticket.prompt_tokens))
+        fresh = int(self.fresh * ticket.prompt_tokens)
+        return fresh if fresh < ticket.work_tokens else ticket.work_tokens
 
     def found(self, cached_tokens: int, prompt_tokens: int) -> None:
         """Follow how many tokens of `prompt_tokens` the engine found in its prefix cache."""
@@ -133,7 +134,8 @@ class Prefill:
         ticket.prompt_pending = True
         ticket.work_tokens = self.work_of(ticket)
         self.tokens += ticket.work_tokens
-        self._seen = min(self._seen + 1, MEMORY)
+        if self._seen < MEMORY:
+            self._seen += 1
         self._mean += (ticket.work_tokens - self._mean) / self._seen
         self.prompts += ticket.prompt_tokens
         self.outputs += ticket.output_tokens

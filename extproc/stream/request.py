@@ -6,6 +6,7 @@ Nothing that a client wrote is believed further than the config goes: odd values
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from extproc.admission.values import FORM, JSON, OTHER, UNSIZED, Request
@@ -176,7 +177,8 @@ def body_bytes(headers: Mapping[str, str]) -> int:
 
 def _prompt_tokens(content_length: str | None, *, has_body: bool) -> int:
     if content_length is not None and content_length.isascii() and content_length.isdigit():
-        return min(int(content_length[:12]) // BYTES_PER_TOKEN, MAX_TOKENS)
+        tokens = int(content_length[:12]) // BYTES_PER_TOKEN
+        return tokens if tokens < MAX_TOKENS else MAX_TOKENS
     return UNKNOWN_PROMPT_TOKENS if has_body else 0
 
 
@@ -200,7 +202,12 @@ def _kind_of(headers: Mapping[str, str]) -> str:
     """Return what a body is: one of a few kinds, since clients could make up names without end."""
     if "content-length" not in headers:
         return UNSIZED
-    media = headers.get("content-type", "").partition(";")[0].strip().lower()
+    return _kind_of_media(headers.get("content-type", ""))
+
+
+@lru_cache(maxsize=256)
+def _kind_of_media(content_type: str) -> str:
+    media = content_type.partition(";")[0].strip().lower()
     if not media or media == "application/json" or media.endswith("+json"):
         return JSON
     return FORM if media.startswith("multipart/") else OTHER

@@ -477,7 +477,7 @@ class Session:
         self._state, self._wait_s = _ANSWERED, wait_s
         name, counts = decision.ticket.request_class.name, self._reception.overflowed
         counts[name] = counts.get(name, 0) + 1
-        self._send(steer + _details(decision, (("overflow", cluster),)))
+        self._send(steer + _details(decision, cluster))
         self._send_kept()
 
     def _send_kept(self) -> None:
@@ -487,21 +487,20 @@ class Session:
                 self._send(reply)
 
 
-def _details(decision: Decision, more: tuple[tuple[str, str], ...] = ()) -> bytes:
-    """Return what Envoy's access log can say about the decision."""
+def _details(decision: Decision, overflow: str = "") -> bytes:
+    """Return what Envoy's access log can say about the decision; `overflow`: the cluster of last resort it went to."""
     ticket = decision.ticket
-    texts: tuple[tuple[str, str], ...] = (
-        ("outcome", decision.outcome._value_),
-        ("class", ticket.request_class.name),
-        *more,
-    )
+    endpoint, numbers = "", None
     if isinstance(decision, Dispatch):
-        texts += (("endpoint", decision.endpoint),)
-    if ticket.home is not None:
-        texts += (("home", ticket.home.name),)
-    if ticket.waited_for is not None:
-        texts += (("waited_for", ticket.waited_for.value),)
-    numbers = None
-    if not isinstance(decision, Dispatch):
+        endpoint = decision.endpoint
+    else:
         numbers = {name: fact for name, fact in ticket.why().items() if not isinstance(fact, str)}
+    texts = (
+        decision.outcome._value_,
+        ticket.request_class.name,
+        endpoint,
+        "" if ticket.home is None else ticket.home.name,
+        "" if ticket.waited_for is None else ticket.waited_for.value,
+        overflow,
+    )
     return wire.decision_metadata(texts, round(decision.wait_s * 1000, 1), ticket.position, numbers)

@@ -70,7 +70,8 @@ class Silence(Generic[Stream]):
         began = self._began.pop(stream, None)
         if began is not None:
             self._spoke_at = self._clock.now()
-            self._heard_until = max(self._heard_until, began)
+            if began > self._heard_until:
+                self._heard_until = began
 
     def ended(self, stream: Stream) -> None:
         """Note the stream's end."""

@@ -18,7 +18,9 @@ from extproc._pb import ext_proc_pb2 as pb
 from extproc.errors import ProtocolError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Mapping, MutableMapping
+
+    from google.protobuf.struct_pb2 import Value
 
 SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
 METHOD = "Process"
@@ -371,14 +373,19 @@ def again(ticket: str) -> bytes:
     return pb.ProcessingResponse(request_headers=pb.HeadersResponse(response=common)).SerializeToString()
 
 
+TOLD = ("outcome", "class", "endpoint", "home", "waited_for", "overflow")
+"""The texts that the access log can say of a decision, by name."""
+
+
 def decision_metadata(
-    texts: tuple[tuple[str, str], ...],
+    texts: tuple[str, ...],
     wait_ms: float,
     position: int,
     numbers: Mapping[str, float] | None = None,
 ) -> bytes:
-    """Encode what the access log can say of a decision, as dynamic metadata: `texts` by name, and the two numbers.
+    """Encode what the access log can say of a decision, as dynamic metadata: what is TOLD, and the two numbers.
 
+    `texts`: one for each name in TOLD; "": it is left out.
     `numbers`: more of them, which costs a message built anew. To be appended to an answer: protobuf merges
     concatenated messages.
     """
@@ -387,8 +394,7 @@ def decision_metadata(
         fields = response.dynamic_metadata.fields[NAMESPACE].struct_value.fields
         for key, number in {"position": float(position), "wait_ms": wait_ms, **numbers}.items():
             fields[key].number_value = number
-        for key, value in texts:
-            fields[key].string_value = value
+        _tell(fields, texts)
         return response.SerializeToString()
     before, between, after = _around_numbers(texts)
     return before + _DOUBLE.pack(position) + between + _DOUBLE.pack(wait_ms) + after
@@ -400,17 +406,22 @@ _POSITION, _WAIT = -1.2345e-300, -5.4321e-300
 
 
 @lru_cache(maxsize=4096)
-def _around_numbers(texts: tuple[tuple[str, str], ...]) -> tuple[bytes, bytes, bytes]:
+def _around_numbers(texts: tuple[str, ...]) -> tuple[bytes, bytes, bytes]:
     """Return what stands before, between and after the numbers: all that differs from one decision to the next."""
     response = pb.ProcessingResponse()
     fields = response.dynamic_metadata.fields[NAMESPACE].struct_value.fields
     fields["position"].number_value = _POSITION
     fields["wait_ms"].number_value = _WAIT
-    for key, value in texts:
-        fields[key].string_value = value
+    _tell(fields, texts)
     before, _, rest = response.SerializeToString(deterministic=True).partition(_DOUBLE.pack(_POSITION))
     between, _, after = rest.partition(_DOUBLE.pack(_WAIT))
     return before, between, after
+
+
+def _tell(fields: MutableMapping[str, Value], texts: tuple[str, ...]) -> None:
+    for name, text in zip(TOLD, texts, strict=True):
+        if text:
+            fields[name].string_value = text
 
 
 def _around_ticket() -> tuple[bytes, bytes]:

@@ -97,13 +97,13 @@ def test_a_client_or_an_engine_cannot_make_the_memory_of_answers_grow():
 
 
 @given(
-    st.dictionaries(st.sampled_from(("outcome", "class", "endpoint", "home")), st.text(max_size=20)),
+    st.dictionaries(st.sampled_from(wire.TOLD), st.text(min_size=1, max_size=20)),
     st.floats(0, 1e9),
     st.integers(0, 10**6),
     st.dictionaries(st.sampled_from(("budget_s", "predicted_wait_s")), st.floats(0, 1e9)),
 )
 def test_a_decision_is_told_as_it_is(texts, wait_ms, position, numbers):
-    data = wire.decision_metadata(tuple(texts.items()), wait_ms, position, numbers)
+    data = wire.decision_metadata(tuple(texts.get(name, "") for name in wire.TOLD), wait_ms, position, numbers)
     fields = pb.ProcessingResponse.FromString(data).dynamic_metadata.fields[wire.NAMESPACE].struct_value.fields
     told = {
         key: value.string_value if value.HasField("string_value") else value.number_value

@@ -33,6 +33,10 @@ print(base64.b64encode(descriptor_pb2.FileDescriptorSet(file=found.values()).Ser
 """
 
 
+DISPATCHED = ("dispatched", "default", "vllm-a", "", "", "")
+"""What the access log is told of a decision: see `wire.TOLD`."""
+
+
 @pytest.fixture(scope="module")
 def official() -> Any:
     """Return a function from message name to class, made of the official descriptors in a pool of their own."""
@@ -80,7 +84,7 @@ def test_an_empty_answer_is_the_official_answer_to_the_same_kind(official, kind)
 
 
 def test_a_steering_answer_reads_officially_as_an_overwritten_header_and_a_cleared_route(official):
-    data = wire.steer("x-upstream-cluster", "vllm-a") + wire.decision_metadata((("outcome", "dispatched"),), 2.5, 3)
+    data = wire.steer("x-upstream-cluster", "vllm-a") + wire.decision_metadata(DISPATCHED, 2.5, 3)
     response = official("ProcessingResponse").FromString(data)
     common = response.request_headers.response
     (option,) = common.header_mutation.set_headers
@@ -88,7 +92,13 @@ def test_a_steering_answer_reads_officially_as_an_overwritten_header_and_a_clear
     assert (option.header.key, option.header.raw_value, option.header.value) == ("x-upstream-cluster", b"vllm-a", "")
     assert option.append_action == option.OVERWRITE_IF_EXISTS_OR_ADD
     fields = response.dynamic_metadata["extproc"]
-    assert dict(fields) == {"outcome": "dispatched", "wait_ms": 2.5, "position": 3}
+    assert dict(fields) == {
+        "outcome": "dispatched",
+        "class": "default",
+        "endpoint": "vllm-a",
+        "wait_ms": 2.5,
+        "position": 3,
+    }
 
 
 def test_a_refusal_reads_officially_as_status_headers_body_and_details(official):
@@ -112,7 +122,7 @@ def test_a_refusal_of_a_grpc_request_reads_officially_as_a_grpc_status(official)
 
 
 def test_our_number_of_a_request_reads_officially_beside_the_decisions_metadata(official):
-    data = wire.decision_metadata((("outcome", "dispatched"),), 2.5, 3) + wire.ticket_metadata(12345)
+    data = wire.decision_metadata(DISPATCHED, 2.5, 3) + wire.ticket_metadata(12345)
     found = official("ProcessingResponse").FromString(data).dynamic_metadata
     assert found["extproc_ticket"]["n"] == 12345
     assert found["extproc"]["position"] == 3
