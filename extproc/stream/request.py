@@ -101,42 +101,47 @@ class Requests:
     def read(self, incoming: Incoming, now: float, endpoints: Mapping[str, str]) -> Request:
         """Read a request that is here at `now`; `endpoints`: by their Envoy clusters. Headers win over fields."""
         names, headers, fields = self.names, incoming.headers, incoming.fields
+        attributes, content_length = incoming.attributes, headers.get("content-length")
+        request = Request(
+            (attributes.get("request.id") or headers.get("x-request-id", ""))[:MAX_NAME],
+            now - self._ages.age_s(attributes.get("request.time")),
+        )
         model, tenant = _first(headers, names.model), _first(headers, names.tenant)
-        session, sequences, max_output_tokens = _first(headers, names.session), 1, None
+        session = _first(headers, names.session)
         if fields:
             model = model or _text(fields.get("model"))
             # OpenAI splits its old `user` into these two: who is asking, and which requests begin alike.
             tenant = tenant or _text(fields.get("safety_identifier")) or _text(fields.get("user"))
             session = session or _text(fields.get("prompt_cache_key"))
-            sequences = min(max(_count(fields.get("n")) or 1, _count(fields.get("best_of")) or 1), MAX_SEQUENCES)
-            max_output_tokens = _count(fields.get("max_tokens")) or _count(fields.get("max_completion_tokens"))
+            request.sequences = min(
+                max(_count(fields.get("n")) or 1, _count(fields.get("best_of")) or 1), MAX_SEQUENCES
+            )
+            request.max_output_tokens = _count(fields.get("max_tokens")) or _count(fields.get("max_completion_tokens"))
         model = model or self.default_model
+        if model:
+            request.model = model[:MAX_NAME]
+        if tenant:
+            request.tenant = tenant[:MAX_NAME]
+        if session:
+            request.session = session[:MAX_NAME]
         cluster = headers.get(names.cluster)
-        home = None
         if cluster:
-            home = endpoints.get(cluster)
-            if home is None:
+            request.home = endpoints.get(cluster)
+            if request.home is None:
                 self.ignored["cluster"] += 1
         request_class = headers.get(names.request_class)
         if not request_class:
             objective = _first(headers, names.objective)
             request_class = self.class_of_objective(objective) if objective else self._class_of(fields)
-        return Request(
-            id=(incoming.attributes.get("request.id") or headers.get("x-request-id", ""))[:MAX_NAME],
-            arrived=now - self._ages.age_s(incoming.attributes.get("request.time")),
-            model=model[:MAX_NAME] if model else None,
-            request_class=request_class[:MAX_NAME],
-            tenant=(tenant or "")[:MAX_NAME],
-            session=session[:MAX_NAME] if session else None,
-            home=home,
-            budget_s=self._budget_s(headers),
-            prompt_tokens=_prompt_tokens(headers.get("content-length"), has_body=incoming.has_body),
-            kind=_kind_of(headers) if incoming.has_body else JSON,
-            sequences=sequences,
-            max_output_tokens=max_output_tokens,
-            trace=headers.get(names.trace, "")[:MAX_NAME] if names.trace else "",
-            operation=OPERATIONS.get(headers.get(":path", "").partition("?")[0], ""),
-        )
+        request.request_class = request_class[:MAX_NAME]
+        request.budget_s = self._budget_s(headers)
+        request.prompt_tokens = _prompt_tokens(content_length, has_body=incoming.has_body)
+        if incoming.has_body:
+            request.kind = _kind_of(headers.get("content-type", "")) if content_length is not None else UNSIZED
+        if names.trace:
+            request.trace = headers.get(names.trace, "")[:MAX_NAME]
+        request.operation = OPERATIONS.get(headers.get(":path", "").partition("?")[0], "")
+        return request
 
     def _budget_s(self, headers: Mapping[str, str]) -> float | None:
         """Return how long a request says that it may wait, by the shortest of what it says."""
@@ -198,15 +203,9 @@ def _milliseconds(text: str) -> float | None:
     return int(text) / 1000 if text.isascii() and text.isdigit() and len(text) <= 9 else None
 
 
-def _kind_of(headers: Mapping[str, str]) -> str:
-    """Return what a body is: one of a few kinds, since clients could make up names without end."""
-    if "content-length" not in headers:
-        return UNSIZED
-    return _kind_of_media(headers.get("content-type", ""))
-
-
 @lru_cache(maxsize=256)
-def _kind_of_media(content_type: str) -> str:
+def _kind_of(content_type: str) -> str:
+    """Return what a body is: one of a few kinds, since clients could make up names without end."""
     media = content_type.partition(";")[0].strip().lower()
     if not media or media == "application/json" or media.endswith("+json"):
         return JSON

@@ -445,30 +445,31 @@ class Session:
         """Answer Envoy. After `end` there is nobody to answer, and the lease is back already."""
         if self._state is not _HELD:
             return
+        reception = self._reception
         self._state = _ANSWERED if isinstance(decision, Dispatch) else _REFUSED
         self.over = self._is_half_closed  # our answer is the last that is said
         details = _details(decision)
-        wait_s = decision.wait_s if self._reception.server_timing else None
+        wait_s = decision.wait_s if reception.server_timing else None
         if isinstance(decision, Dispatch):
-            if self._reception.is_probed and decision.ticket.endpoint is not None:
-                self._reception.dispatched = self._number = self._reception.dispatched + 1
-                self._reception.running[self._number] = self
+            if reception.is_probed and decision.ticket.endpoint is not None:
+                reception.dispatched = self._number = reception.dispatched + 1
+                reception.running[self._number] = self
                 details += wire.ticket_metadata(self._number)
             self._wait_s, self._waited_s = wait_s, decision.wait_s
-            self._ticket_again, more = self._reception.again.send(self, self._tries)
+            self._ticket_again, more = reception.again.send(self, self._tries)
             if self._ticket_again:
                 self._refused_by |= {decision.endpoint}  # if it comes back
             details += more
             self._is_sent = True
-            steer = self._reception.steer_ticket(decision.ticket, decision.endpoint)
+            steer = reception.steer_ticket(decision.ticket, decision.endpoint)
             self._send(steer + self._modes.override + details)
             self._send_kept()
-        elif (overflow := self._reception.overflow(decision)) is not None:
+        elif (overflow := reception.overflow(decision)) is not None:
             self._overflow(decision, *overflow, wait_s)
         else:
             self._drop_body()
             self._is_refused = True
-            self._reception.refused += 1
+            reception.refused += 1
             about = {"wait_s": round(decision.wait_s, 3), **decision.ticket.why()}
             self._send(self._refusal(decision.outcome, decision.retry_after_s, wait_s, about) + details)
 

@@ -148,7 +148,8 @@ class Reader:
         name = message.WhichOneof("request")
         if name is None:
             raise ProtocolError("a ProcessingRequest must carry headers, a body or trailers; this one carries nothing")
-        incoming = Incoming(_KINDS[name], observed=message.observability_mode)
+        incoming = Incoming(_KINDS[name])
+        incoming.observed = message.observability_mode
         if name == "request_headers":
             part = message.request_headers
             incoming.has_body = not part.end_of_stream
