@@ -156,7 +156,7 @@ def serve(config_path: Path, report: Path) -> int:
             loop.call_soon(watch.forget)
 
         loop.add_signal_handler(signal.SIGUSR1, tell)
-        await App(config, loop).run()
+        await App(config, loop, config_path).run()
         return 0
 
     return run_loop(life(), config.transport)
