@@ -50,7 +50,7 @@ class _Loop:
 
 def server() -> Callable[[int], None]:
     """Return what serves so many requests, one after the other, at four endpoints."""
-    from extproc._pb import ext_proc_pb2 as pb
+    from bench.messages import message
     from extproc.admission.controller import Controller
     from extproc.admission.values import EndpointSpec, Policy
     from extproc.stream.ages import Ages
@@ -58,14 +58,6 @@ def server() -> Callable[[int], None]:
     from extproc.stream.reception import Reception
     from extproc.stream.request import Headers
     from extproc.stream.session import Session
-
-    def message(kind: str, **headers: str) -> bytes:
-        found = pb.ProcessingRequest()
-        for name, value in headers.items():
-            header = getattr(found, kind).headers.headers.add()
-            header.key = f":{name}" if name in ("method", "path", "status") else name.replace("_", "-")
-            header.raw_value = value.encode()
-        return found.SerializeToString()
 
     plain = {"method": "POST", "path": "/v1/chat/completions", "content_type": "application/json"}
     plain |= {"content_length": "812", "user_agent": "x", "accept": "*/*"}

@@ -166,16 +166,8 @@ async def hold(address: str, count: int, most_running: int, per_s: float) -> Non
     """Hold `count` streams, with up to `most_running` more under way; end some each second and begin as many."""
     import grpc
 
-    from extproc._pb import ext_proc_pb2 as pb
+    from bench.messages import message
     from extproc.stream import wire
-
-    def message(kind: str, **headers: str) -> bytes:
-        found = pb.ProcessingRequest()
-        for name, value in headers.items():
-            header = getattr(found, kind).headers.headers.add()
-            header.key = f":{name}" if name in ("method", "path", "status") else name.replace("_", "-")
-            header.raw_value = value.encode()
-        return found.SerializeToString()
 
     plain = {"method": "POST", "path": "/v1/chat/completions", "content_type": "application/json"}
     plain |= {"content_length": "812", "x_model": "sim", "user_agent": "x", "accept": "*/*"}

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from extproc.config.kubernetes_api import KubernetesApi
 from extproc.config.section import Section
 from extproc.config.types import (
     Address,
@@ -111,7 +112,7 @@ class DnsConfig(_Found):
     interval: PositiveDuration = Field(5.0, description="How often.")
 
 
-class KubernetesConfig(_Found):
+class KubernetesConfig(KubernetesApi, _Found):
     """Every ready address in the EndpointSlices of a service is an endpoint, called as its pod.
 
     Needs the right to list and watch `endpointslices` of `discovery.k8s.io`, in its namespace.
@@ -119,7 +120,6 @@ class KubernetesConfig(_Found):
 
     service: str | None = Field(None, description="The service's name. Either this or `selector`.")
     selector: str | None = Field(None, description="A label selector of EndpointSlices, like `app=vllm`.")
-    namespace: str | None = Field(None, description="Default: the pod's own.")
     port: SlicePort = Field(
         None, description="Number, or the name of the slices' port. Default: the only or first one."
     )
@@ -128,16 +128,9 @@ class KubernetesConfig(_Found):
         description="Several, instead of `port`: one endpoint for each pod and port, called POD-PORT, as of a data "
         "parallel server with a port for each rank.",
     )
-    api: Url | None = Field(None, description="The API server. Default: the one that a pod is told of.")
-    token_file: str = Field(
-        "/var/run/secrets/kubernetes.io/serviceaccount/token", description="Read again for every call: it is rotated."
-    )
-    ca_file: str = Field(
-        "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt", description="Who signed the API server's certificate."
-    )
 
 
-class InferencePoolConfig(_Found):
+class InferencePoolConfig(KubernetesApi, _Found):
     """Every ready pod of an InferencePool (`inference.networking.k8s.io/v1`) is an endpoint, one for each target port.
 
     Endpoints are called as their pods, with several target ports POD-rank-N; a pod's annotation `llm-d.ai/active-ports`
@@ -148,18 +141,10 @@ class InferencePoolConfig(_Found):
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")] = Field(
         description="The pool's name."
     )
-    namespace: str | None = Field(None, description="Default: the pod's own.")
     objectives: bool = Field(
         True,
         description="Follow the pool's InferenceObjectives: a request that names one is in the class of that name, "
         "else in the class with its priority, else the next lower one, else the lowest.",
-    )
-    api: Url | None = Field(None, description="The API server. Default: the one that a pod is told of.")
-    token_file: str = Field(
-        "/var/run/secrets/kubernetes.io/serviceaccount/token", description="Read again for every call: it is rotated."
-    )
-    ca_file: str = Field(
-        "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt", description="Who signed the API server's certificate."
     )
 
 

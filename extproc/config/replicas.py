@@ -6,13 +6,13 @@ from typing import Annotated
 
 from pydantic import Field
 
+from extproc.config.kubernetes_api import KubernetesApi
 from extproc.config.section import Section
 from extproc.config.types import (
     Address,
     FilePath,
     PoolName,
     StoreUrl,
-    Url,
 )
 
 
@@ -26,20 +26,11 @@ class ValkeyConfig(Section):
     password_file: FilePath | None = Field(None, description="A password; read again for each connection.")
 
 
-class LeaseConfig(Section):
+class LeaseConfig(KubernetesApi):
     """One Lease (`coordination.k8s.io`) per sidecar.
 
     Needs the rights to get, list, create, patch and delete `leases`, in its namespace.
     """
-
-    namespace: str | None = Field(None, description="Default: the pod's own.")
-    api: Url | None = Field(None, description="The API server. Default: the one that a pod is told of.")
-    token_file: str = Field(
-        "/var/run/secrets/kubernetes.io/serviceaccount/token", description="Read again for every call: it is rotated."
-    )
-    ca_file: str = Field(
-        "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt", description="Who signed the API server's certificate."
-    )
 
 
 class ReplicasTlsConfig(Section):

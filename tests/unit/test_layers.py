@@ -58,12 +58,19 @@ ALLOWED = {
     },
     "config/types": {"extproc.durations", "extproc.errors"},
     "config/section": set(),
+    "config/kubernetes_api": {"extproc.config.section", "extproc.config.types"},
     "config/learning": {"extproc.config.section", "extproc.config.types", "extproc.admission"},
     "config/endpoints": {
-        *("extproc.config.section", "extproc.config.types", "extproc.endpoints.telemetry", "extproc.endpoints.access"),
+        *(
+            "extproc.config.kubernetes_api",
+            "extproc.config.section",
+            "extproc.config.types",
+            "extproc.endpoints.telemetry",
+            "extproc.endpoints.access",
+        ),
     },
     "config/requests": {"extproc.config.section", "extproc.config.types", "extproc.admission"},
-    "config/replicas": {"extproc.config.section", "extproc.config.types"},
+    "config/replicas": {"extproc.config.kubernetes_api", "extproc.config.section", "extproc.config.types"},
     "config/tls": {"extproc.config.section", "extproc.config.types"},
     "config/keys": {
         *("extproc.config.types", "extproc.config.section", "extproc.config.learning", "extproc.config.endpoints"),
