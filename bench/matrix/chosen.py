@@ -41,7 +41,9 @@ def chosen() -> list[str]:
 REASONS: dict[str, str] = {
     "*/unstreamed@80": """\
 In the first ten seconds under load the limit of an engine that tells nothing grows from 16 by one an answer; what comes
-meanwhile may be refused: more than half of all that is refused there. The rest is refused in the run's one wave.""",
+meanwhile may be refused: more than half of all that is refused there. The rest is refused in the run's one wave. A
+start of two an answer mends it (.9 %), and costs such engines under overload up to a sixth of their goodput:
+docs/adr/0009.""",
     "*/none/*": """\
 No page at all: the limit is learned from how long answers take, which have all lengths. That takes some hundred answers
 of each engine, in a run of some hundred, and is rough. `max_running_requests` is the number to set; `extproc check`
@@ -51,11 +53,11 @@ No counters of tokens: the limit is learned as without a page, but for the batch
 bounded by nothing but that limit.""",
     "*/azure-code@*": """\
 Prompts of 2,000 tokens, answers of 28: the rival that makes most tokens makes them for requests whose first token came
-too late. In goodput the defaults lead.""",
+too late. In goodput the defaults lead, but on h100-32b (.96) and h100x4-70b (.99), which were not examined.""",
     "*/agents*@*": """\
 Contexts that grow by each turn fill the prefix cache. Fewer at once find more of them there (at 28 .77 of the prompt
 tokens, with the defaults .74) and first tokens come sooner; the limit looks at time per token, the KV books at what
-runs.""",
+runs. Examined on a100-8b at 120 %, not on the others.""",
     "*/rag@*": """\
 A prompt of 8,000 tokens takes half a second to compute, and three are under way at once. Who has waited nearly all
 its budget of 3.6 s before that is late for 4 s: 9 % are. The best rival lets nobody wait longer than a third of it.""",

@@ -23,6 +23,9 @@ from bench.matrix.contest import Score, Verdict, judge
 from bench.matrix.traffic import TRAFFIC
 
 FILE = Path(__file__).with_name("gate.json")
+FURTHER = FILE.with_name("further.json")
+"""Cells of chosen.py beyond the gate that were played once, in the same form; no test plays them. The page has both."""
+FURTHER_PLAYED = "rivals and fixed limits at 0dccd1b, ours at 50ff514; the others were recorded up to 6f7593e"
 SEEDS = (1, 2)
 SLACK = 0.02
 """How far the goodput of a cell may fall without a word."""
@@ -56,9 +59,9 @@ class Record:
     misses: tuple[str, ...]
 
 
-def read() -> dict[str, Record]:
-    """Read `gate.json`."""
-    entries: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {}
+def read(file: Path = FILE) -> dict[str, Record]:
+    """Read `gate.json`, or another file of that form."""
+    entries: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     return {
         name: Record(
             tuple(Score(**score) for score in entry["rivals"]),
@@ -92,8 +95,8 @@ def rows(records: dict[str, Record]) -> list[dict[str, object]]:
     return found
 
 
-def write(records: dict[str, Record]) -> None:
-    """Write `gate.json`, a cell after the other."""
+def write(records: dict[str, Record], file: Path = FILE) -> None:
+    """Write `gate.json`, or another file of that form, a cell after the other."""
     entries = {
         name: {
             "ours": contest.as_row(record.ours) if record.ours else None,
@@ -102,7 +105,7 @@ def write(records: dict[str, Record]) -> None:
         }
         for name, record in records.items()
     }
-    FILE.write_text(json.dumps(entries, indent=1) + "\n")
+    file.write_text(json.dumps(entries, indent=1) + "\n")
 
 
 def play(one: Cell) -> Score:
