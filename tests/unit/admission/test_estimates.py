@@ -191,6 +191,22 @@ def test_answers_of_models_are_told_apart_by_the_time_they_take_and_their_mean_b
     assert answer_of(estimate, "unheard of") == GUESS
 
 
+def test_the_next_answer_is_estimated_by_all_that_is_known_at_that_moment() -> None:
+    """What counters and our own view differ by is kept: it has to follow both, and what another core told."""
+    estimate = TokenEstimate()
+    answered("m", 2.0, estimate, times=MEMORY)
+    before = answer_of(estimate, "m")
+    estimate.learn(1000 * MEMORY, MEMORY)
+    by_counters = answer_of(estimate, "m")
+    assert by_counters > 1.3 * before
+    mean, *_ = estimate.learnt()
+    estimate.believe(mean._replace(value=mean.value / 2))
+    assert answer_of(estimate, "m") == pytest.approx(by_counters / 2, abs=1)
+    believed = answer_of(estimate, "m")
+    answered("other", 20.0, estimate, times=MEMORY)
+    assert answer_of(estimate, "m") < 0.5 * believed
+
+
 def test_one_answer_of_a_model_says_little_of_its_next() -> None:
     estimate = TokenEstimate()
     answered("usual", 4.0, estimate, times=200)
