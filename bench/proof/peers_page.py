@@ -50,6 +50,9 @@ later than the queue's timeout, so clients leave before that here.
 can have its own (`http-request set-timeout queue`). No stable Debian has a 3.4, nor has PyPI, npm or crates; Debian
 experimental has 3.4.7, which ran here with its own libraries: `HAPROXY=FILE make bench-peers`.
 
+What we had found by hand before, SETTINGS of bench/proof/peers.py, had .668 (smg) and .808 (vllm-router) at 120 % on
+these same seeds on 2026-11-21, on a machine with fewer stacks at once; ours had .931.
+
 Not tried: cache-aware routing of either router (every request here is alone), splitting prefill from decode, several
 replicas of either, more than one HAProxy thread.
 """
