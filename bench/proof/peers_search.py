@@ -137,10 +137,10 @@ def recorded() -> dict[str, Any]:
 
 
 def best(contenders: Sequence[str]) -> list[str]:
-    """Return contenders with the settings that won, HAProxy's waits by class after it where it is a 3.4."""
+    """Return contenders, and behind them the settings that won, HAProxy's waits by class where it is a 3.4."""
     found = recorded() if FILE.exists() else {}
-    peer = [found.get(name, {}).get("won", name) if name in peers.PEERS else name for name in contenders]
-    return [*peer, *([found["haproxy"]["won"]] if "won" in found.get("haproxy", {}) and _by_class() else [])]
+    names = [*peers.PEERS, *(["haproxy"] if _by_class() else [])]
+    return [*contenders, *(found[name]["won"] for name in names if "won" in found.get(name, {}))]
 
 
 def main() -> int:

@@ -150,15 +150,15 @@ def test_the_best_of_the_first_seed_play_the_others_and_the_best_mean_of_all_win
     assert peers_search.won(tried) == ("smg,limit=17", pytest.approx((0.17 + 0.6 + 0.5) / 3))
 
 
-def test_peers_run_as_the_search_set_them_and_haproxys_waits_by_class_where_it_knows_them(tmp_path, monkeypatch):
+def test_peers_run_as_the_search_set_them_too_and_haproxys_waits_by_class_where_it_knows_them(tmp_path, monkeypatch):
     monkeypatch.setattr(peers_search, "FILE", tmp_path / "peers.json")
     monkeypatch.setattr(peers_search, "_haproxy_version", lambda: "2.6.12")
     assert peers_search.best(("haproxy", "ours", "smg")) == ["haproxy", "ours", "smg"]
     found = {"smg": {"won": "smg,limit=9"}, "haproxy": {"won": "haproxy,queue=1s:2s:3s"}}
     peers_search.FILE.write_text(json.dumps(found))
-    assert peers_search.best(("haproxy", "ours", "smg")) == ["haproxy", "ours", "smg,limit=9"]
+    assert peers_search.best(("haproxy", "ours", "smg")) == ["haproxy", "ours", "smg", "smg,limit=9"]
     monkeypatch.setattr(peers_search, "_haproxy_version", lambda: "3.10.1-1")
-    assert peers_search.best(("haproxy",)) == ["haproxy", "haproxy,queue=1s:2s:3s"]
+    assert peers_search.best(("haproxy",)) == ["haproxy", "smg,limit=9", "haproxy,queue=1s:2s:3s"]
 
 
 def run(contender: str, met: dict[str, bool]) -> Run:
