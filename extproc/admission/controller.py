@@ -28,6 +28,7 @@ from extproc.admission.events import (
     Drained,
     EndpointPut,
     EndpointRemoved,
+    EndpointsRemoved,
     FirstToken,
     HealthChecked,
     HomeBelieved,
@@ -289,7 +290,18 @@ class Controller:
             self._event = EndpointRemoved(now, name)
         endpoint = self.endpoints.get(name)
         if endpoint is not None:
-            self._fleet.remove(endpoint)
+            self._fleet.remove([endpoint])
+        return self._end()
+
+    def remove_endpoints(self, names: Iterable[str], now: float) -> list[Decision]:
+        """Do what `remove_endpoint` does, for many at the cost of one. Those that are unknown, or gone: no-op."""
+        self._begin(now)
+        names = tuple(names)
+        if self._watchers:
+            self._event = EndpointsRemoved(now, names)
+        gone = [endpoint for name in names if (endpoint := self.endpoints.get(name)) and not endpoint.removed]
+        if gone:
+            self._fleet.remove(gone)
         return self._end()
 
     def set_up(self, name: str, now: float, *, is_up: bool | None) -> list[Decision]:

@@ -131,6 +131,13 @@ class EndpointRemoved(OfEndpoint):
 
 
 @dataclass(frozen=True, slots=True)
+class EndpointsRemoved(Event):
+    """Endpoints went in one moment."""
+
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class HealthChecked(OfEndpoint):
     """Health checks say something else of an endpoint."""
 
@@ -228,6 +235,8 @@ def apply(core: Controller, event: Event) -> list[Decision]:  # noqa: C901 - one
             return core.know_models(event.models, event.at, expects_any=event.expects_any)
         case EndpointRemoved():
             return core.remove_endpoint(event.name, event.at)
+        case EndpointsRemoved():
+            return core.remove_endpoints(event.names, event.at)
         case HealthChecked():
             return core.set_up(event.name, event.at, is_up=event.is_up)
         case Observed():

@@ -68,10 +68,11 @@ class Fleet:
             self._spare_the_last(endpoint.pools)
             self._lines.resettle(split)
 
-    def remove(self, endpoint: Endpoint) -> None:
-        """Send nothing more to an endpoint: its leases run out, those at home there go anywhere."""
-        endpoint.removed = True
-        self.forget_if_gone(endpoint)
+    def remove(self, endpoints: Iterable[Endpoint]) -> None:
+        """Send nothing more to endpoints: their leases run out, those at home there go anywhere."""
+        for endpoint in endpoints:
+            endpoint.removed = True
+            self.forget_if_gone(endpoint)
         self.regroup()
 
     def forget_if_gone(self, endpoint: Endpoint) -> None:

@@ -186,7 +186,10 @@ class Roster:
         for endpoint, cluster in aims:  # first those who come, so that requests always have somewhere to go
             if self._file is None or self._routes[cluster].known:
                 self._place(endpoint, replace(self._config.spec_of(endpoint), cluster=cluster))
-        for name in [name for name in self._placed if name not in wanted or name in moved]:
+        gone = [name for name in self._placed if name not in wanted or name in moved]
+        if gone:
+            self._gate.remove_endpoints(gone)
+        for name in gone:
             self._displace(name)
         self._wake.set()
 
@@ -243,7 +246,6 @@ class Roster:
     def _displace(self, name: str) -> None:
         del self._placed[name]
         log.info("endpoint %s goes; what runs there may end", name)
-        self._gate.remove_endpoint(name)
         self._remove(name)
         self._gone[name] = self._gate.now() + LINGER_S
 

@@ -192,6 +192,14 @@ class SharedGate(Gate):
     def remove_endpoint(self, name: str) -> None:
         """Send nothing more to an endpoint."""
         super().remove_endpoint(name)
+        self._tell_names()
+
+    def remove_endpoints(self, names: Iterable[str]) -> None:
+        """Send nothing more to endpoints that go in one moment."""
+        super().remove_endpoints(names)
+        self._tell_names()
+
+    def _tell_names(self) -> None:
         if self.replica.leading is not None:
             self.replica.leading.look_at_names()
         self.replica.names_changed()

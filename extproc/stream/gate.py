@@ -177,6 +177,10 @@ class Gate:
         """Send nothing more to an endpoint."""
         self._settle(self.controller.remove_endpoint(name, self._loop.time()))
 
+    def remove_endpoints(self, names: Iterable[str]) -> None:
+        """Send nothing more to endpoints that go in one moment."""
+        self._settle(self.controller.remove_endpoints(names, self._loop.time()))
+
     def set_up(self, name: str, *, is_up: bool | None) -> None:
         """Follow an endpoint's health checks; None: nothing is known."""
         self._settle(self.controller.set_up(name, self._loop.time(), is_up=is_up))

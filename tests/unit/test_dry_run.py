@@ -18,6 +18,7 @@ NAME = "default"
 NEEDED = events_of_the_core()
 SAMPLES = {
     "name": "a",
+    "names": ("a",),
     "spec": EndpointSpec("a", max_running_requests=3),
     "is_up": True,
     "load": Load(running=1.0),

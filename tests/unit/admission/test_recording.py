@@ -176,6 +176,7 @@ def test_every_event_of_the_core_is_told_once_as_a_value_of_its_own_kind() -> No
         "policy": Policy(),
         "quota": 1,
         "models": ("m",),
+        "names": ("a",),
     }
     methods = events_of_the_core()
     needs = {"cancel": State.WAITING, "withdraw": State.WAITING}

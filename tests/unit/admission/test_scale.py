@@ -58,6 +58,33 @@ def test_adding_twice_as_many_endpoints_costs_twice_as_much(models: Callable[[in
     assert many < 2.2 * few
 
 
+def test_twice_as_many_endpoints_that_go_in_one_moment_cost_twice_as_much() -> None:
+    def going(count: int) -> int:
+        core, names = core_of(2 * count), [f"e{number}" for number in range(count)]
+        cost = lines_of(lambda: core.remove_endpoints(names, 1.0))
+        assert len(core.endpoints) == count
+        return cost
+
+    assert going(80) < 2.2 * going(40)
+
+
+def test_endpoints_that_go_in_one_moment_leave_what_those_leave_that_go_one_by_one() -> None:
+    def after(*, at_once: bool) -> tuple[str, int, list[tuple[str, int, bool]]]:
+        core = core_of(4, lambda number: ["m", f"own{number % 2}"])
+        for number in range(12):
+            core.offer(Ticket(Request(f"r{number}", 1.0, model=["m", "own0", "own1"][number % 3])), 1.0)
+        if at_once:
+            core.remove_endpoints(["e1", "e3", "nobody"], 2.0)
+            assert core.remove_endpoints(["e1", "nobody"], 2.0) == []
+        else:
+            for name in ("e1", "e3"):
+                core.remove_endpoint(name, 2.0)
+        endpoints = [(name, len(one.leases), one.removed) for name, one in core.endpoints.items()]
+        return repr(core), core.waiting, endpoints
+
+    assert after(at_once=True) == after(at_once=False)
+
+
 @pytest.mark.parametrize("waiting", [False, True])
 def test_a_request_costs_the_same_among_two_hundred_endpoints_as_among_ten(waiting: bool) -> None:
     def round_of(endpoints: int) -> int:
