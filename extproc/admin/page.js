@@ -274,7 +274,7 @@ function draw(view) {
   const words = [out && `${number(out)} out of use`, fresh.length && `${number(fresh.length)} unknown`].filter(Boolean).join(", ");
   figure("up", `${number(up.length)} of ${number(view.endpoints.length)}`, words || "all in use", out > 0);
   rows($("classes").tBodies[0], view.classes, one => one.name, classRow, (row, one) => fillClass(row, one, view));
-  rows($("outcomes").tBodies[0], view.outcomes.filter(one => one.total || one.outcome === "dispatched"), one => one.outcome, outcomeRow, fillOutcome);
+  rows($("outcomes").tBodies[0], view.outcomes, one => one.outcome, outcomeRow, fillOutcome);
   const rehearsed = Object.entries(view.rehearsed);
   $("rehearsed").hidden = !view.dry_run;
   say($("rehearsed"), "The queue, were it on, would have: " + (rehearsed.map(([what, n]) => `${what} ${number(n)}`).join(", ") || "seen nothing yet"));
