@@ -164,7 +164,6 @@ class App:
             dialect=EndpointPicker() if config.picks else None,
             read_model=config.picker.read_model,
             picks_without_end=config.picker.without_end == "pick",
-            fallbacks=config.picker.fallbacks,
             finished=None if genai is None else genai.finished,
         )
         self.reception.set_overflow(config.overflow)

@@ -224,6 +224,8 @@ class Controller:
         ticket.state, ticket.ended_at, ticket.answer = DONE, now, answer
         endpoint.release(ticket, now, served=answer is _OK, wanted=pool.waiting_total > 0)
         self._answers.ended(ticket, endpoint, pool, answer)
+        if ticket.choices:
+            self._fleet.let_go(ticket)
         if ticket.account is not None:
             self._lines.count_out(ticket)
         if endpoint.removed:
@@ -232,14 +234,16 @@ class Controller:
         return self._end()
 
     def move(self, ticket: Ticket, name: str, now: float) -> list[Decision]:
-        """Follow a gateway that had another endpoint answer than the one picked: the lease is there, limit or not.
+        """Follow a gateway that tells who answers: the lease is there, limit or not; what was reserved comes free.
 
-        The one picked is taken to have failed. An endpoint that we don't know ends the lease.
+        The one picked, if it is another, is taken to have failed. An endpoint that we don't know ends the lease.
         """
         self._begin(now, ticket, "moved")
         if self._watchers:
             self._event = Moved(now, ticket, name)
         picked, pool, served = placed(ticket.endpoint), placed(ticket.pool), self.endpoints.get(name)
+        if ticket.choices:
+            self._fleet.let_go(ticket)
         if served is picked:
             return self._end()
         self._answers.ended(ticket, picked, pool, Answer.FAILED)
@@ -428,6 +432,7 @@ class Controller:
         endpoint = placed(ticket.endpoint)
         ticket.state = DONE
         endpoint.disown(ticket, now)
+        self._fleet.let_go(ticket)
         self._lines.count_out(ticket)
         self._fleet.forget_if_gone(endpoint)
         self._fleet.changed(endpoint)

@@ -40,6 +40,7 @@ class Endpoint:
         name: its name.
         leases: the tickets that hold a slot here, oldest first; how many there are is what "in flight" means.
         sequences: how many sequences they are for the engine.
+        reserved: how many more may come: this is a next choice of requests that are leased elsewhere.
         health: whether it works, as far as checks and answers say.
         limit: how many sequences it may hold.
         kv: what its KV cache has to take.
@@ -84,6 +85,7 @@ class Endpoint:
         "quota",
         "reading",
         "removed",
+        "reserved",
         "sees_first_tokens",
         "sequences",
         "spec",
@@ -97,6 +99,7 @@ class Endpoint:
         self.spec = spec
         self.leases: dict[Ticket, None] = {}
         self.sequences = 0
+        self.reserved = 0
         self.limit: Limit = _limit_of(spec, policy)
         self.pools: list[Pool] = []
         self.turns: dict[int, Turns] = {}  # by priority; where requests of several pools have met
@@ -172,7 +175,7 @@ class Endpoint:
                 return by
         if self.quota is not None and self.sequences >= self.quota:
             return _PART
-        if self.sequences + self._foreign.count >= self.limit.value:
+        if self.sequences + self.reserved + self._foreign.count >= self.limit.value:
             return _LIMIT
         return None if ticket is None else self.lacks(ticket)
 
@@ -206,7 +209,7 @@ class Endpoint:
 
         An idle endpoint takes any one request, however big.
         """
-        held = self.sequences + self._foreign.count
+        held = self.sequences + self.reserved + self._foreign.count
         if not held or not self.enforcing:
             return None
         if ticket.sequences > 1:
@@ -251,6 +254,16 @@ class Endpoint:
     def has_evicted(self, before: int) -> bool:
         """Tell whether what it cached at the turnover `before` is gone: more came since than the cache holds."""
         return self.kv.capacity is not None and self.kv.turnover - before > self.kv.capacity
+
+    def spares_for(self, ticket: Ticket) -> bool:
+        """Whether a slot may be reserved for `ticket`: with another left free, and nobody waiting for either."""
+        taken = self.sequences + self.reserved + self._foreign.count
+        return (
+            self.health.is_well
+            and taken + 2 * ticket.sequences <= self.limit.value
+            and not self.is_waited_for
+            and self.held_by(ticket) is None
+        )
 
     # ---- leases
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from extproc.admission.books import Books
     from extproc.admission.lines import Lines
     from extproc.admission.pool import Pool
+    from extproc.admission.ticket import Ticket
     from extproc.admission.values import EndpointSpec, Request
 
 
@@ -80,6 +81,19 @@ class Fleet:
         if endpoint.removed and not endpoint.leases:
             del self._books.endpoints[endpoint.name]
             self._books.adapters.forget(endpoint)
+
+    def reserve(self, ticket: Ticket, choices: Iterable[Endpoint]) -> None:
+        """Keep a slot at each of `choices` for a leased `ticket`: its gateway may go there instead."""
+        ticket.choices = tuple(choices)
+        for endpoint in ticket.choices:
+            endpoint.reserved += ticket.sequences  # each stays open: see `Endpoint.spares_for`
+
+    def let_go(self, ticket: Ticket) -> None:
+        """Free what is reserved for `ticket`: it is told who answers, or it is over."""
+        for endpoint in ticket.choices:
+            endpoint.reserved -= ticket.sequences
+            self.changed(endpoint)
+        ticket.choices = ()
 
     def pool_of(self, request: Request) -> Pool | None:
         """Return the pool of those that serve a request's model and may have it; None: nobody knows the model."""

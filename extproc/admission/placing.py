@@ -167,6 +167,8 @@ class Placing:
         moved = ticket.home is not None and ticket.home.name != endpoint.name  # it may have gone and come back
         outcome = _REROUTED if moved else _DISPATCHED
         wait_s = now - request.arrived
+        if books.policy.next_choices:
+            self._fleet.reserve(ticket, pool.next_best(ticket, endpoint, books.policy.next_choices))
         books.decisions.append(Dispatch(ticket, outcome, endpoint.name, wait_s if wait_s > 0.0 else 0.0))
 
     def remember(self, session: str, ticket: Ticket, endpoint: Endpoint) -> None:

@@ -200,21 +200,16 @@ class Pool:
             heappop(by_room)
         return None
 
-    def next_best(self, picked: Endpoint, most: int) -> list[Endpoint]:
-        """Return up to `most` members beside `picked`, those with room first: where its request might go instead.
+    def next_best(self, ticket: Ticket, picked: Endpoint, most: int) -> list[Endpoint]:
+        """Return up to `most` members beside `picked` that have a slot to spare for `ticket`, the emptiest first.
 
-        A glance at a few of them, however many there are: nothing is reserved. The heap's first are near the emptiest;
-        where these entries are out of date, others of the open ones are known to have room as well.
+        A glance at a few of them, however many there are. The heap's first are near the emptiest; where these entries
+        are out of date, others of the open ones are known to have room as well.
         """
-        if len(self.members) < 2:
-            return []
         roomy = dict.fromkeys(entry[2] for entry in self._by_room[:GLANCE] if self._is_true(entry))
         roomy.update(dict.fromkeys(islice(self.open, GLANCE)))
-        found = sorted(roomy, key=lambda one: one.crowding)
-        count = len(self.members)
-        found += [self.members[(picked.picked + offset) % count] for offset in range(min(count, GLANCE))]
-        others = dict.fromkeys(one for one in found if one is not picked and one.available)
-        return list(others)[:most]
+        found = [one for one in roomy if one is not picked and one.spares_for(ticket)]
+        return sorted(found, key=lambda one: one.crowding)[:most]
 
     def has_cache_for(self, ticket: Ticket, besides: Endpoint) -> bool:
         """Tell whether the KV cache of another open member may have room for `ticket`; not all are looked at."""

@@ -47,6 +47,7 @@ class Ticket:
         "beside",
         "burst",
         "charge",
+        "choices",
         "computed_at",
         "deliver",
         "ended_at",
@@ -93,6 +94,7 @@ class Ticket:
         self.key: Key = (0, 0.0, 0)  # its place in that queue
         self.home: Endpoint | None = None
         self.endpoint: Endpoint | None = None  # the endpoint that it holds a lease of while LEASED
+        self.choices: tuple[Endpoint, ...] = ()  # where a slot is reserved for it besides
         self.leased_at = 0.0
         self.ended_at = 0.0  # when its lease was given back, and what was known then of its answer
         self.answer = UNKNOWN

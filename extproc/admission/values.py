@@ -149,6 +149,8 @@ class Policy:
         stale_after_s: telemetry older than this is ignored.
         first_byte_probe: something calls `first_token`.
         session_memory: how many sessions' endpoints are remembered.
+        next_choices: how many other endpoints a request gets with its own, for whom that takes no connection: a slot
+            at each is reserved until it is told who answers.
     """
 
     enable_queue: bool = True
@@ -169,3 +171,4 @@ class Policy:
     stale_after_s: float = 10.0
     first_byte_probe: bool = False
     session_memory: int = 100_000
+    next_choices: int = 0

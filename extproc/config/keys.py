@@ -273,6 +273,7 @@ class Config(Section):
             max_kv_usage=self.max_gpu_perc / 100,
             max_gpu_usage=None if self.gpu_utilization_perc is None else self.gpu_utilization_perc / 100,
             stale_after_s=self.telemetry_stale_after,
+            next_choices=self.picker.fallbacks if self.picks and self.replicas is None else 0,
         )
 
     def endpoint_specs(self) -> list[EndpointSpec]:

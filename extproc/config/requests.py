@@ -168,7 +168,8 @@ class PickerConfig(Section):
         0,
         description="How many next choices a pick lists after its address, for a gateway that tries them in turn when "
         "the first takes no connection, and tells who served: Istio from 1.30, or an Envoy with our bootstrap. Others "
-        "(ORIGINAL_DST, agentgateway, NGINX's) fail with a list.",
+        "(ORIGINAL_DST, agentgateway, NGINX's) fail with a list. A slot is reserved at each until an answer begins, "
+        "and only endpoints with another one free are listed. Not with `replicas`.",
     )
     read_model: bool = Field(
         False,

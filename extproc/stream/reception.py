@@ -62,7 +62,6 @@ class Reception:
         dialect: Dialect | None = None,
         read_model: bool = False,
         picks_without_end: bool = False,
-        fallbacks: int = 0,
         finished: Callable[[Ticket, Answer], None] | None = None,
         second_try: str = "",
     ) -> None:
@@ -76,7 +75,6 @@ class Reception:
         `dialect`: how the gateway speaks; by default as our own Envoy configuration has it;
         `read_model`: look for the model in a body, where no header names it and the gateway sends bodies;
         `second_try`: the address by which a request comes back that could not be connected to its server;
-        `fallbacks`: how many next choices a pick lists after its endpoint;
         `picks_without_end`: choose an endpoint also for gateways that never tell of the end: no limit counts that.
         """
         self.dialect = dialect or ClusterHeader(headers.cluster)
@@ -85,7 +83,6 @@ class Reception:
         self.overflowed: dict[str, int] = {}  # how many went there, by class
         self.read_model = read_model
         self.picks_without_end = picks_without_end
-        self._fallbacks = fallbacks
         self._has_refused_gateway = False
         self.gate = gate
         self.is_probed = gate.controller.policy.first_byte_probe
@@ -175,9 +172,9 @@ class Reception:
         return found
 
     def follow(self, ticket: Ticket, served: str) -> None:
-        """Have a lease be where the gateway says that the answer came from."""
+        """Have a lease be where the gateway says that the answer came from, and nothing be reserved elsewhere."""
         endpoint = self._endpoints.get(served, "")
-        if ticket.endpoint is not None and ticket.endpoint.name != endpoint:
+        if ticket.endpoint is not None and (ticket.endpoint.name != endpoint or ticket.choices):
             self.gate.move(ticket, endpoint)
 
     def kind_of(self, headers: Mapping[str, str]) -> tuple[Action, Shape]:
@@ -208,11 +205,10 @@ class Reception:
         return self._steers[endpoint]
 
     def steer_ticket(self, ticket: Ticket, endpoint: str) -> bytes:
-        """Return the answer that sends a request to `endpoint`, or to its next choices if the gateway takes such."""
-        if not self._fallbacks or ticket.pool is None or ticket.endpoint is None:
+        """Return the answer that sends a request to `endpoint`, or to its next choices if it has such."""
+        if not ticket.choices:
             return self._steers[endpoint]
-        others = ticket.pool.next_best(ticket.endpoint, self._fallbacks)
-        names = (endpoint, *(one.name for one in others if one.name in self._clusters))
+        names = (endpoint, *(one.name for one in ticket.choices if one.name in self._clusters))
         return self.dialect.steer(",".join(self._clusters[name] for name in names))
 
     def names_model(self, incoming: Incoming) -> bool:

@@ -38,7 +38,9 @@ class Gateway:
 
     def __init__(self, *addresses: str, limit: int = 1, models: dict[str, set[str]] | None = None, **how: object):
         self.clock = Clock()
-        policy = how.pop("policy", Policy(classes=(RequestClass("default"), RequestClass("chat", 5))))
+        fallbacks = how.pop("fallbacks", 0)
+        classes = (RequestClass("default"), RequestClass("chat", 5))
+        policy = how.pop("policy", Policy(classes=classes, next_choices=fallbacks))
         self.gate = Gate(Controller(policy), self.clock)
         names = parse_config("dialect: endpoint-picker", "test", {}).header_names()
         self.reception = Reception(self.gate, names, Ages(30.0), dialect=EndpointPicker(), **how)
@@ -578,17 +580,25 @@ def test_where_the_end_is_told_a_half_close_is_the_end():
 # ---- lists of next choices
 
 
-def test_a_pick_lists_next_choices_where_it_is_told_to_those_with_room_first_and_none_is_taken():
+def test_a_pick_lists_next_choices_that_have_a_slot_to_spare_and_it_is_reserved_until_the_answer_tells_who_served():
     gateway = Gateway(A, B, C, fallbacks=2, limit=2)
-    gateway.stream().play("> opening", f"< pick {A},{B},{C}", opening=opening(DUPLEX))
+    first = gateway.stream()
+    first.play("> opening", f"< pick {A},{B},{C}", opening=opening(DUPLEX))
     assert gateway.in_flight() == {"a": 1, "b": 0, "c": 0}
-    gateway.stream().play("> opening", f"< pick {B},{C},{A}", opening=opening(DUPLEX))
-    leaver = gateway.stream()
-    leaver.play("> opening", f"< pick {C},{A},{B}", opening=opening(DUPLEX))
-    leaver.session.end()
-    gateway.stream().play("> opening", f"< pick {C},{A},{B}", opening=opening(DUPLEX))
-    gateway.gate.set_up("c", is_up=False)
-    gateway.stream().play("> opening", f"< pick {A},{B}", opening=opening(DUPLEX))
+    gateway.stream().play("> opening", f"< pick {B}", opening=opening(DUPLEX))  # one slot each is free, and stays so
+    assert reserved(gateway) == {"a": 0, "b": 1, "c": 1}
+    first.play("> head", "< response_headers", head=served_by(A))
+    assert reserved(gateway) == {"a": 0, "b": 0, "c": 0}
+    gateway.stream().play("> opening", f"< pick {C}", opening=opening(DUPLEX))  # nobody else has two free
+
+
+def test_what_is_reserved_where_the_gateway_never_tells_who_served_comes_free_with_the_end():
+    gateway = Gateway(A, B, fallbacks=1, limit=2)
+    stream = gateway.stream()
+    stream.play("> opening", f"< pick {A},{B}", "> response_headers 200", "< response_headers", opening=opening(DUPLEX))
+    assert reserved(gateway) == {"a": 0, "b": 1}
+    stream.session.end()
+    assert reserved(gateway) == {"a": 0, "b": 0}
 
 
 def test_next_choices_keep_to_what_the_gateway_allows_and_to_who_serves_the_model():
@@ -598,11 +608,24 @@ def test_next_choices_keep_to_what_the_gateway_allows_and_to_who_serves_the_mode
     gateway.stream().play("> opening", f"< pick {B}", opening=data)
 
 
-def test_the_lease_moves_along_the_list_to_who_served_even_if_that_is_full():
-    gateway = Gateway(A, B, fallbacks=1)
-    stream, other = gateway.stream(), gateway.stream()
+def test_the_lease_moves_along_the_list_to_who_served_and_no_other_got_that_slot_meanwhile():
+    gateway = Gateway(A, B, fallbacks=1, limit=2)
+    stream = gateway.stream()
     stream.play("> opening", f"< pick {A},{B}", opening=opening(DUPLEX))
-    other.play("> opening", f"< pick {B},{A}", opening=opening(DUPLEX))
-    head = told(message("response_headers 200"), "envoy.lb", wire.PICK_HEADER + "-served", B, as_list=False)
-    stream.play("> head", "< response_headers", head=head)
-    assert gateway.in_flight() == {"a": 0, "b": 2}
+    others = [gateway.stream() for _ in range(4)]
+    for other in others:
+        other.session.receive(opening(DUPLEX))
+    assert gateway.in_flight() == {"a": 2, "b": 1}
+    stream.play("> head", "< response_headers", head=served_by(B))
+    assert gateway.in_flight() == {"a": 2, "b": 2}, "who waits has the slot at the one that was picked"
+    stream.session.end()
+    assert gateway.in_flight() == {"a": 2, "b": 2}
+    assert reserved(gateway) == {"a": 0, "b": 0}
+
+
+def served_by(address: str) -> bytes:
+    return told(message("response_headers 200"), "envoy.lb", wire.PICK_HEADER + "-served", address, as_list=False)
+
+
+def reserved(gateway: Gateway) -> dict[str, int]:
+    return {name: one.reserved for name, one in gateway.gate.controller.endpoints.items()}

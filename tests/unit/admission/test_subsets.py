@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import random
-from typing import TYPE_CHECKING
-
 import pytest
 
 from extproc.admission.outcome import Outcome
@@ -13,9 +10,6 @@ from extproc.admission.ticket import State
 from extproc.errors import TransitionError
 
 from .desk import Desk, one
-
-if TYPE_CHECKING:
-    from extproc.admission.ticket import Ticket
 
 
 def names(*allowed: str) -> frozenset[str]:
@@ -202,27 +196,3 @@ def test_one_that_was_left_out_for_a_model_and_lists_it_no_more_is_no_last_resor
     desk.core.endpoints["a"].missing.models = frozenset({"m"})
     desk.put(one("a", models=frozenset({"n"})))
     assert desk.outcome(desk.ask(model="m", allowed=names("a"))) is Outcome.NONE_ALLOWED
-
-
-# ---- next choices
-
-
-def test_no_full_endpoint_is_a_next_choice_while_another_has_room_however_often_rooms_changed():
-    """The heap of rooms holds entries out of date: of those that it names first, none may be left."""
-    count, limit = 40, 4
-    desk = Desk(*(one(f"e{number}", limit) for number in range(count)))
-    held: list[Ticket] = []
-    draw = random.Random(1)
-    for number in range(1500):
-        desk.advance(0.01)
-        ticket = desk.ask(f"r{number}")
-        held.append(ticket)
-        members = desk.core.endpoints
-        picked = members[str(desk.where(ticket))]
-        assert ticket.pool is not None
-        listed = ticket.pool.next_best(picked, 2)
-        full = [other.name for other in listed if len(other.leases) >= limit]
-        room = [other for other in members.values() if len(other.leases) < limit and other is not picked]
-        assert not full or len(room) < 2, f"pick {number}: {full} listed while {len(room)} others have room"
-        while len(held) > 0.9 * count * limit:
-            desk.release(held.pop(draw.randrange(len(held))))
