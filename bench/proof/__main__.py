@@ -283,6 +283,7 @@ def _begin(out: Path, flags: argparse.Namespace) -> None:
         "experiments": list(flags.only),
         "seeds": list(flags.seeds),
         "commit": _versions().get("commit", "unknown"),
+        "command": " ".join(["python -m bench.proof", *sys.argv[1:]]),
         "note": flags.note,
     }
     facts = {

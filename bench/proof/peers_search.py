@@ -1,7 +1,7 @@
 """The peers at their best: every setting of an open grid on real processes, the best of them again on other seeds.
 
     python -m bench.proof.peers_search                # a dozen rounds, 17 minutes; writes peers.json beside this
-    python -m bench.proof.peers_search --steps 1 2    # some of the rounds; --finals: the last ones
+    python -m bench.proof.peers_search --more         # what of the grid is not in it yet; --finals: of the finals
 
 Nobody has modelled these routers, so that their grids are played for real, at 120 % load: the whole grid on one seed
 with short runs, then the FINAL best of each on two more. What has the best mean of the three seeds wins. The seeds are
@@ -80,6 +80,9 @@ GRIDS: dict[str, tuple[str, ...]] = {
             gain=("false", "true"),
             engine=("priority",),
         ),
+        *_grid(
+            "vllm_router", limit=("16",), tokens=("16000", "18000"), order=("fcfs",), gain=("true",), engine=("plain",)
+        ),
         *_grid("vllm_router", binding=("reasoning_token_balance",), tokens=("20000", "24000", "28000")),
         *_grid("vllm_router", programs=("false",), engine=("tuned",), breaker=("false",), retries=("1", "5")),
     ),
@@ -113,7 +116,7 @@ def goodputs(texts: Sequence[str], seed: int) -> dict[str, float]:
 
 def rounds(texts: Sequence[str]) -> list[list[str]]:
     """Deal settings into rounds of about equal size, neighbours in the grid into different ones."""
-    count = max(math.ceil(len(texts) / ROUND), 1)
+    count = math.ceil(len(texts) / ROUND)
     return [list(texts[number::count]) for number in range(count)]
 
 
@@ -146,8 +149,8 @@ def best(contenders: Sequence[str]) -> list[str]:
 def main() -> int:
     """Play what the flags say, and write the file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, nargs="+", default=[], help="rounds to play, from 1; all and the finals")
-    parser.add_argument("--finals", action="store_true", help="the finals alone")
+    parser.add_argument("--more", action="store_true", help="what of the grid the recorded search has not played")
+    parser.add_argument("--finals", action="store_true", help="what the recorded finalists have not played")
     flags = parser.parse_args()
     if os.getsid(0) != os.getpid():  # as in __main__.py: Linux shares the cores between sessions
         argv = [sys.executable, "-m", "bench.proof.peers_search", *sys.argv[1:]]
@@ -155,16 +158,17 @@ def main() -> int:
     with contextlib.suppress(OSError):
         Path("/proc/self/autogroup").write_text("-10")
     peers.install()
-    found = recorded() if FILE.exists() and (flags.steps or flags.finals) else {"facts": _facts()}
+    goes_on = FILE.exists() and (flags.more or flags.finals)
+    found = recorded() if goes_on else {"facts": _facts()}
+    found["facts"]["pieces"] = [*found["facts"].get("pieces", ()), _piece()]
     known = [name for name in GRIDS if name != "haproxy" or _by_class()]
-    first = rounds([text for name in known for text in GRIDS[name]])
-    for number, some in enumerate(first, 1):
-        if not flags.finals and (not flags.steps or number in flags.steps):
+    if flags.more or not flags.finals:
+        for some in rounds(unplayed(found, [text for name in known for text in GRIDS[name]], SEEDS[0])):
             _enter(found, goodputs(some, SEEDS[0]), SEEDS[0])
-    if flags.finals or not flags.steps:
+    if flags.finals or not flags.more:
         best = [text for name in known for text in finalists(found[name]["tried"])]
         for seed in SEEDS[1:]:
-            for some in rounds(best):
+            for some in rounds(unplayed(found, best, seed)):
                 _enter(found, goodputs(some, seed), seed)
         for name in known:
             found[name]["won"], found[name]["goodput"] = won(found[name]["tried"])
@@ -172,14 +176,22 @@ def main() -> int:
                 f"{found[name]['won']}: {found[name]['goodput']:.3f}, of {len(found[name]['tried'])} tried", flush=True
             )
         FILE.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{len(first)} rounds in all", flush=True)
     return 0
+
+
+def unplayed(found: dict[str, Any], texts: Sequence[str], seed: int) -> list[str]:
+    """Return those that have no goodput on this seed yet: not played, or rejected."""
+    return [text for text in texts if str(seed) not in _tried(found, text).get(text, {})]
+
+
+def _tried(found: dict[str, Any], text: str) -> dict[str, dict[str, float]]:
+    tried: dict[str, dict[str, float]] = found.setdefault(text.partition(",")[0], {"tried": {}})["tried"]
+    return tried
 
 
 def _enter(found: dict[str, Any], scores: dict[str, float], seed: int) -> None:
     for text, score in scores.items():
-        tried = found.setdefault(text.partition(",")[0], {"tried": {}})["tried"]
-        tried.setdefault(text, {})[str(seed)] = score
+        _tried(found, text).setdefault(text, {})[str(seed)] = score
     FILE.write_text(json.dumps(found, indent=1) + "\n")
 
 
@@ -192,6 +204,15 @@ def _haproxy_version() -> str:
 def _by_class() -> bool:
     major, _, minor = _haproxy_version().partition(".")
     return bool(minor) and (int(major), int(minor.partition(".")[0])) >= (3, 4)
+
+
+def _piece() -> dict[str, str]:
+    git = ["git", "-C", str(FILE.parent), "describe", "--always", "--dirty"]
+    return {
+        "began": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
+        "command": " ".join(["python -m bench.proof.peers_search", *sys.argv[1:]]),
+    }
 
 
 def _facts() -> dict[str, Any]:

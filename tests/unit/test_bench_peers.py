@@ -150,6 +150,14 @@ def test_the_best_of_the_first_seed_play_the_others_and_the_best_mean_of_all_win
     assert peers_search.won(tried) == ("smg,limit=17", pytest.approx((0.17 + 0.6 + 0.5) / 3))
 
 
+def test_a_search_that_goes_on_plays_what_has_no_figure_on_that_seed_yet_and_no_round_is_empty():
+    found = {"facts": {}, "smg": {"tried": {"smg,limit=9": {"51": 0.5}}}}
+    texts = ["smg,limit=9", "smg,limit=10", "haproxy,limit=3"]
+    assert peers_search.unplayed(found, texts, 51) == ["smg,limit=10", "haproxy,limit=3"]
+    assert peers_search.unplayed(found, texts, 52) == texts
+    assert peers_search.rounds([]) == []
+
+
 def test_peers_run_as_the_search_set_them_too_and_haproxys_waits_by_class_where_it_knows_them(tmp_path, monkeypatch):
     monkeypatch.setattr(peers_search, "FILE", tmp_path / "peers.json")
     monkeypatch.setattr(peers_search, "_haproxy_version", lambda: "2.6.12")
