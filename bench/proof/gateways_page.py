@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from bench.proof import gateways
+from bench.proof import gateways, words
 from bench.proof.experiments import BY_NAME, SEVERAL
 from bench.proof.figures import goodput, ratio
 from bench.proof.gateways import FAULT_AT_S
@@ -25,13 +26,12 @@ AFTER_S = 15.0
 HEAD = """\
 # Several gateways: what they lose, and what forwarding costs
 
-`make bench-replicas` ({date}, {minutes:.0f} minutes, seeds {seeds}) on {machine}; {versions}. The method is that of
+Written by `make bench-replicas`; don't edit. Run: {called} on {machine}; {versions}.
+
+The method is that of
 [benchmarks.md](benchmarks.md): real Envoy, simulated engines in real time, the same seeded requests for all; here each
 request goes to one of the gateways at random. Every gateway is an Envoy with a sidecar of its own; where they share, a
 real {store} tells who is alive. {all} runs, {rejected} rejected and left out. How it works: [replicas.md](replicas.md).
-"""
-PIECES = """\
-It was run in pieces; contenders are compared with those of their own piece, in the same minutes.
 """
 FORWARDING = """\
 Sidecars' processes on loopback, without Envoy (`python -m bench.replicas`), the leader with a core of its own, all
@@ -60,9 +60,8 @@ def write(runs: Sequence[Run], forwarding: Sequence[Row], facts: Row, docs: Path
     rejected = [run for run in runs if run.problem()]
     store = (gateways.STORE or "store").rpartition("/")[2]
     facts = facts | {
-        "minutes": facts["duration_s"] / 60,
-        "seeds": ", ".join(map(str, facts["seeds"])),
-        "versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if name != "HAProxy"),
+        "called": words.called(facts),
+        "versions": words.versions(facts, without=["HAProxy"]),
         "store": {"redis-server": "Redis", "valkey-server": "Valkey"}.get(store, store),
         "all": len(runs),
         "rejected": len(rejected),
@@ -72,7 +71,7 @@ def write(runs: Sequence[Run], forwarding: Sequence[Row], facts: Row, docs: Path
         f"- rejected: {run.experiment} {run.load:.0%} #{run.seed} {run.contender}: {run.problem()}" for run in rejected
     ]
     parts += [""] if rejected else []
-    parts += pieced(facts.get("pieces", ()))
+    parts += words.pieced(facts)
     for one in SEVERAL:
         some = {key: figures for key, figures in found.items() if key[0] == one.name}
         if some:
@@ -87,7 +86,8 @@ def write(runs: Sequence[Run], forwarding: Sequence[Row], facts: Row, docs: Path
                 end=end,
                 after=AFTER_S,
             )
-            parts += [f"## {one.title}", "", says, *goodputs(some, runs), *costs(some)]
+            parts += [f"## {one.title}", "", says, *mixed(facts.get("pieces", ()), one.name)]
+            parts += [*goodputs(some, runs), *costs(some)]
     if forwarding:
         parts += forwarded(forwarding)
     path = docs / "benchmarks-replicas.md"
@@ -96,22 +96,19 @@ def write(runs: Sequence[Run], forwarding: Sequence[Row], facts: Row, docs: Path
     return path
 
 
-def pieced(pieces: Sequence[Row]) -> list[str]:
-    """Say what was run when; nothing of a page that was made at once."""
-    if len(pieces) < 2:
+def mixed(pieces: Sequence[Row], name: str) -> list[str]:
+    """Say which seeds of a table are of which commit, and beside what they ran, where that differs."""
+    seeds: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for piece in pieces:
+        if name in piece["experiments"]:
+            seeds[piece["commit"], piece["note"]] += piece["seeds"]
+    if len(seeds) < 2:
         return []
-    rows = [
-        [
-            piece["began"],
-            f"{piece.get('took_s', 0) / 60:.0f}",
-            ", ".join(piece["experiments"]).replace("_", " "),
-            ", ".join(map(str, piece["seeds"])),
-            piece["commit"],
-            piece["note"],
-        ]
-        for piece in pieces
+    told = [
+        f"seeds {', '.join(map(str, some))} are of commit {commit}, run beside {note or 'nothing that is known'}"
+        for (commit, note), some in seeds.items()
     ]
-    return [PIECES, *table(["begun (UTC)", "minutes", "what", "seeds", "commit", ""], rows)]
+    return [f"Not all of one kind: {'; '.join(told)}.", ""]
 
 
 def called(contender: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from bench.proof import peers_search, tables
+from bench.proof import peers_search, tables, words
 from bench.proof.figures import ratio
 from bench.proof.peers import PINS
 from bench.proof.words import CLASSES, PEER_LABELS, SAME, by_class, collect, label, seconds, share, table
@@ -22,12 +22,11 @@ HEAD = """\
 
 Written by `make bench-peers`; don't edit. It installs {pins} into `.venv-peers` (300 MB, the first time only) and runs
 them beside HAProxy, Envoy's least request and ours in the overload ramp of [benchmarks.md](benchmarks.md), three
-engines of the preset h100-32b each: the same seeds, requests, moments and rejection of late runs. About six minutes
+engines of the preset h100-32b each: the same seeds, requests, moments and rejection of late runs. About five minutes
 on a machine at rest. Neither router is a dependency of anything else. Each router is there twice: as we had set it by
 hand (its name alone), and as an open search of short runs set it; judge it by the better. Ours has its defaults.
 
-`{command}` ({date}, {minutes:.0f} minutes, seeds {seeds}) on {machine}; {versions}. {all} real runs, {rejected}
-rejected and left out.
+Run: {called} on {machine}; {versions}. {all} real runs, {rejected} rejected and left out.
 """
 ABOUT = """\
 ## What each does
@@ -50,8 +49,7 @@ later than the queue's timeout, so clients leave before that here.
 can have its own (`http-request set-timeout queue`). No stable Debian has a 3.4, nor has PyPI, npm or crates; Debian
 experimental has 3.4.7, which ran here with its own libraries: `HAPROXY=FILE make bench-peers`.
 
-`smg` and `vllm-router` without settings are what we had found by hand before, SETTINGS of bench/proof/peers.py; in the
-published run they had a round of their own, the same requests with fewer stacks at once.
+`smg` and `vllm-router` without settings are what we had found by hand before, SETTINGS of bench/proof/peers.py.
 
 Not tried: cache-aware routing of either router (every request here is alone), splitting prefill from decode, several
 replicas of either, more than one HAProxy thread.
@@ -61,8 +59,9 @@ SEARCH = """\
 
 `python -m bench.proof.peers_search` ({date}): the settings of the grid on real processes at {load:.0%} load, seed
 {first}, {short:.0f} s of arrivals, the best {final} of each then on seeds {others}; the best mean of the three seeds
-wins. *Tried* says of how many in the grid; what is missing was not played, for want of time. One short run of each
-favours luck, so the finals are shown whole. All that was tried is in bench/proof/peers.json; a name is what
+wins. *Tried* says of how many in the grid. One short run of each favours luck, so the finals are shown whole. {calls}
+
+All that was tried is in bench/proof/peers.json; a name is what
 `python -m bench.proof --peers --contender NAME --loads 1.2` takes, and SETTINGS of bench/proof/peers.py says what each
 key is.
 """
@@ -74,15 +73,15 @@ def write(runs: Sequence[Run], facts: Row, docs: Path) -> Path:
     rejected = [run for run in runs if run.problem()]
     facts = facts | {
         "pins": " and ".join(pin.replace("==", " ") for pin in PINS),
-        "minutes": facts["duration_s"] / 60,
-        "seeds": ", ".join(map(str, facts["seeds"])),
-        "versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
+        "called": words.called(facts),
+        "versions": words.versions(facts),
         "all": len(runs),
         "rejected": len(rejected),
     }
     parts = [HEAD.format(**facts)]
     parts += [f"- rejected: {run.load:.0%} #{run.seed} {run.contender}: {run.problem()}" for run in rejected]
     parts += [""] if rejected else []
+    parts += words.pieced(facts)
     loads = sorted({key[1] for key in found})
     groups = {load: [one for key, one in found.items() if key[1] == load] for load in loads}
     parts += ["## The answer", "", *answer(groups)]
@@ -150,6 +149,7 @@ def searched(found: dict[str, Any]) -> list[str]:
             others=" and ".join(map(str, others)),
             short=facts["times"][1],
             final=peers_search.FINAL,
+            calls=_calls(facts.get("pieces", ())),
         )
     ]
     lines, finals, values = [], [], []
@@ -169,6 +169,16 @@ def searched(found: dict[str, Any]) -> list[str]:
     parts += ["The finals, seed by seed:", "", *table(["", *map(str, facts["seeds"])], finals)]
     parts += [f"The best that any setting with this value had on seed {first}:", ""]
     return [*parts, *table(["", "key", "value: best (settings)"], values)]
+
+
+def _calls(pieces: Sequence[Row]) -> str:
+    """Say by which calls of which commits a search was played, and whether some are not on record."""
+    if not pieces:
+        return "By which calls is not on record."
+    told = [f"`{one['command']}` of {one['commit']} ({one['began']})" for one in pieces]
+    started = "--" not in pieces[0]["command"]
+    before = "" if started else ", after others of the same day that are not on record"
+    return f"Played by {', '.join(told)}{before}."
 
 
 def _by_value(tried: dict[str, dict[str, float]], seed: str) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
@@ -80,6 +81,47 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Return a Markdown table, with an empty line after it."""
     lines = [head, ["---"] * len(head), *rows]
     return [*(f"| {' | '.join(cells)} |" for cells in lines), ""]
+
+
+def called(facts: Row) -> str:
+    """Say by which command, when, for how long and on which seeds all of a page ran; of several calls, how many."""
+    pieces = facts.get("pieces", ())
+    how = f"{len(pieces)} calls, below" if len(pieces) > 1 else f"`{_bare(facts['command'])}`"
+    in_all = "" if len(pieces) < 2 else " in all" if all("took_s" in one for one in pieces) else " where known"
+    seeds = ", ".join(map(str, facts["seeds"]))
+    return f"{how} ({facts['date']}, {facts['duration_s'] / 60:.0f} minutes{in_all}, seeds {seeds})"
+
+
+def versions(facts: Row, without: Sequence[str] = ()) -> str:
+    """Say what ran; the commit not where each piece has its own."""
+    left_out = {*without, *(["commit"] if len(facts.get("pieces", ())) > 1 else [])}
+    return ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if name not in left_out)
+
+
+def pieced(facts: Row) -> list[str]:
+    """Say what was run when, by which call of which commit; nothing of a page that was made at once."""
+    pieces = facts.get("pieces", ())
+    if len(pieces) < 2:
+        return []
+    rows = [
+        [
+            piece["began"],
+            f"{piece['took_s'] / 60:.0f}" if "took_s" in piece else "not known",
+            ", ".join(piece["experiments"]).replace("_", " "),
+            ", ".join(map(str, piece["seeds"])),
+            piece["commit"],
+            f"`{_bare(piece['command'])}`",
+            piece["note"],
+        ]
+        for piece in pieces
+    ]
+    says = "It was run in pieces; contenders are compared with those of their own piece, in the same minutes."
+    return [says, "", *table(["begun (UTC)", "minutes", "what", "seeds", "commit", "call", "beside it"], rows)]
+
+
+def _bare(command: str) -> str:
+    """Return a call without the places where it put its files, and the lock it waited for."""
+    return re.sub(r" --(out|docs|lock) \S+", "", command)
 
 
 def label(contender: str) -> str:

@@ -120,12 +120,21 @@ def test_the_page_tells_how_several_fare_beside_one_and_after_the_fault(tmp_path
 
 def test_a_page_made_in_pieces_says_what_was_run_when_and_beside_what(tmp_path, monkeypatch):
     monkeypatch.setattr(gateways, "STORE", "/usr/bin/redis-server")
-    piece = {"began": "2026-01-01 05:11", "experiments": ["gateways"], "seeds": [1], "commit": "abc", "note": "at rest"}
-    other = piece | {"seeds": [2, 3], "took_s": 300, "note": "beside other work"}
+    call = "python -m bench.proof --replicas --seeds 1 --out /a/b --lock c"
+    piece = {"began": "2026-01-01 05:11", "experiments": ["gateways_faults"], "seeds": [1], "commit": "abc"}
+    piece |= {"command": call, "note": "nothing"}
+    other = piece | {"seeds": [2, 3], "took_s": 300, "note": "other work", "commit": "abd"}
 
     def page(*pieces: dict[str, object]) -> str:
         facts = FACTS | {"pieces": pieces}
         return gateways_page.write([run("ours", 1, True)], [], facts, tmp_path).read_text()
 
-    assert "| 2026-01-01 05:11 | 5 | gateways | 2, 3 | abc | beside other work |" in page(piece, other)
+    text = page(piece, other)
+    bare = "`python -m bench.proof --replicas --seeds 1`"
+    assert f"| 2026-01-01 05:11 | 5 | gateways faults | 2, 3 | abd | {bare} | other work |" in text
+    assert "| 2026-01-01 05:11 | not known | gateways faults | 1 | abc |" in text  # it was stopped
+    assert "2 calls, below (2026-01-01, 1 minutes where known, seeds 1)" in text
+    assert "seeds 1 are of commit abc, run beside nothing; seeds 2, 3 are of commit abd, run beside other work." in text
+    assert "Not all of one kind" not in page(piece, piece)
     assert "in pieces" not in page(piece)
+    assert "`it` (2026-01-01, 1 minutes, seeds 1)" in page(piece)
