@@ -21,7 +21,7 @@ from .kit.gateways import KINDS
 from .kit.picking import Picking
 from .kit.processes import wait_until
 from .kit.upstream import SSE_DONE, behave, sse_event
-from .test_picker import NO_WINDOW, VERSIONS, blocked, body_of
+from .test_picker import VERSIONS, blocked, body_of, taking
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,20 +39,15 @@ def here(request, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Picking]
         yield picking
 
 
-def taken(size: int, kind: str) -> int:
-    """A body of this size, or the largest that such a gateway takes."""
-    return min(size, NO_WINDOW.get(kind, size))
-
-
 @long
 @pytest.mark.parametrize("size", [1000, 1_000_000, 30_000_000])
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_of_1_100_and_10_000_tokens_come_whole_whatever_was_sent_and_leave_no_lease(here, kind, size):
-    body = body_of(taken(size, kind))
+    body, gateway = body_of(size), here.gateway(kind, **taking(kind, size))
     for tokens in TOKENS:
         name = f"tokens-{kind}-{size}-{tokens}"
         headers = [("x-test-id", name), behave("sse", events=tokens)]
-        with H1Request(here.gateway(kind), headers=headers, body=body, timeout_s=90) as one:
+        with H1Request(gateway, headers=headers, body=body, timeout_s=90) as one:
             assert one.send().read_all() == b"".join(map(sse_event, range(tokens))) + SSE_DONE
         here.wait_in_flight(0, timeout_s=1)
         (record,) = [one for upstream in here.upstreams.values() for one in upstream.seen(name)]
@@ -88,7 +83,7 @@ def test_a_request_may_be_held_for_70_s_behind_every_kind_of_gateway(here):
 @pytest.mark.parametrize("size", [0, 1000, 1_000_000, 10_000_000])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_client_that_leaves_while_it_is_held_is_never_run_whatever_it_had_sent(here, kind, size):
-    gateway, name, size = here.gateway(kind), f"gone-{kind}-{size}", taken(size, kind)
+    gateway, name = here.gateway(kind, **taking(kind, size)), f"gone-{kind}-{size}"
     with blocked(here, gateway, f"before-{name}"), H1Request(gateway, headers=[("x-test-id", name)]) as ghost:
         ghost.send_head(size)
         if kind != "istio-lean" or size < 1_000_000:  # it has no buffer filter, and stops to read at its limit
