@@ -2,7 +2,8 @@
 
 Rules of the core:
 * No I/O, no clock, no randomness, no logging. The driver passes `now`; the same events give the same decisions.
-* Every event ends in the same dispatch pass and returns the decisions that the driver must deliver.
+* An event that made room, or lets somebody go elsewhere, ends in the same dispatch pass; each returns the decisions
+  that the driver must deliver.
 * Reserve at pick: the lease exists before the driver hears of the decision.
 * After each event: no lease beyond a limit, and no endpoint with room for a request that may go there.
 

@@ -1,4 +1,4 @@
-"""The dispatch pass: every event ends in it, and it hands each room to the request that should have it.
+"""The dispatch pass: what an event freed, it hands to the request that should have it.
 
 Reserve at pick: the lease exists before anybody hears of the decision. After a pass no endpoint has room for a request
 that may go there, and no limit is exceeded.

@@ -28,7 +28,7 @@ Key = tuple[int, float, int]
 
 
 class Ticket:
-    """Where one request stands. The driver makes it, offers it, and ends it exactly once by `close`.
+    """Where one request stands. The driver makes it, offers it, and tells the core once how it ended (`Gate.close`).
 
     Attributes:
         request: what the headers say.

@@ -2,7 +2,7 @@
 
 No gRPC and no event loop in here: a driver feeds `receive`, sends what `send` is given, and calls `end` exactly once.
 
-    new ──request headers──▶ held ──dispatch──▶ answered ──response headers──▶ answered … end: the lease goes back
+    new ──request headers──▶ held ──dispatch──▶ passing ──response headers──▶ passing … end: the lease goes back
      │                        └──refusal──▶ refused
      └──request headers, the model is in the body──▶ reading ──model──▶ held
 
@@ -56,13 +56,13 @@ class _State(Enum):
     NEW = auto()
     READING = auto()
     HELD = auto()
-    ANSWERED = auto()
+    PASSING = auto()
     REFUSED = auto()
     ENDED = auto()
 
 
 _NEW, _READING, _HELD = _State.NEW, _State.READING, _State.HELD
-_ANSWERED, _REFUSED, _ENDED = _State.ANSWERED, _State.REFUSED, _State.ENDED
+_PASSING, _REFUSED, _ENDED = _State.PASSING, _State.REFUSED, _State.ENDED
 _REQUEST_HEADERS, _RESPONSE_HEADERS = Kind.REQUEST_HEADERS, Kind.RESPONSE_HEADERS
 _QUEUE, _MODELS, _OPENAI = Action.QUEUE, Action.MODELS, Shape.OPENAI
 _OK, _UNKNOWN = Answer.OK, Answer.UNKNOWN
@@ -147,7 +147,7 @@ class Session:
         state, kind = self._state, incoming.kind
         if state is _NEW and kind is _REQUEST_HEADERS:
             self._begin(incoming)
-        elif kind is _RESPONSE_HEADERS and (state is _ANSWERED or state is _REFUSED):
+        elif kind is _RESPONSE_HEADERS and (state is _PASSING or state is _REFUSED):
             self._take_answer(incoming)
         else:
             self._take_rest(incoming)
@@ -159,12 +159,12 @@ class Session:
             case ((_State.READING | _State.HELD), Kind.RESPONSE_HEADERS):  # Envoy answered by itself: nobody waits
                 self._close()
                 self._drop_body()
-                self._state = _State.ANSWERED
+                self._state = _State.PASSING
                 self._send(wire.go_on(incoming.kind))
             case ((_State.READING | _State.HELD), Kind.REQUEST_TRAILERS):
                 self._keep_trailers()
             case (
-                (_State.ANSWERED | _State.REFUSED),
+                (_State.PASSING | _State.REFUSED),
                 Kind.REQUEST_BODY | Kind.RESPONSE_BODY | Kind.REQUEST_TRAILERS | Kind.RESPONSE_TRAILERS,
             ):
                 self._send(wire.go_on(incoming.kind))
@@ -177,7 +177,7 @@ class Session:
         """Let pass what Envoy answered by itself before it asked us (413), or if request headers are not sent."""
         self._reception.silence.spoke(self)
         if incoming.modes is not None:  # an answer's body follows, and how, the gateway tells
-            self._modes, self._state = self._reception.dialect.modes(incoming), _ANSWERED
+            self._modes, self._state = self._reception.dialect.modes(incoming), _PASSING
         self._send(wire.go_on(incoming.kind))
 
     def half_closed(self) -> bool:
@@ -266,7 +266,7 @@ class Session:
     def _take_piece(self, kind: int, piece: bytes) -> None:
         """Send a piece of a body on; before the decision, keep what will. The answer's last one is its end."""
         reply = self._modes.answer(kind, piece)
-        if self._state is _ANSWERED:
+        if self._state is _PASSING:
             self._send(reply)
             if kind == bodies.RESPONSE:
                 self._take_progress(piece)
@@ -446,7 +446,7 @@ class Session:
         if self._state is not _HELD:
             return
         reception = self._reception
-        self._state = _ANSWERED if isinstance(decision, Dispatch) else _REFUSED
+        self._state = _PASSING if isinstance(decision, Dispatch) else _REFUSED
         self.over = self._is_half_closed  # our answer is the last that is said
         details = _details(decision)
         wait_s = decision.wait_s if reception.server_timing else None
@@ -475,7 +475,7 @@ class Session:
 
     def _overflow(self, decision: Decision, cluster: str, steer: bytes, wait_s: float | None) -> None:
         """Send a refused request to its class's cluster of last resort: it takes no slot, and no limit counts it."""
-        self._state, self._wait_s = _ANSWERED, wait_s
+        self._state, self._wait_s = _PASSING, wait_s
         name, counts = decision.ticket.request_class.name, self._reception.overflowed
         counts[name] = counts.get(name, 0) + 1
         self._send(steer + _details(decision, cluster))
