@@ -145,7 +145,7 @@ bench-ceiling: $(STAMP)  ## how much goodput there is to be had at all, simulate
 bench-policy: $(STAMP)  ## the admission policy against its rivals, simulated at 70, 90 and 120 % load, and other experiments
 	$(BIN)/python -m bench.policy --seeds 31 32 33
 
-bench-matrix: $(STAMP)  ## the policy in 241 cells against every rival at its best, simulated (some 30 minutes on two cores at rest)
+bench-matrix: $(STAMP)  ## the policy in 243 cells against every rival at its best, simulated (some 30 minutes on two cores at rest)
 	nice $(BIN)/python -m bench.matrix --workers $$(nproc) --page docs/benchmarks-matrix.md
 
 bench-core: $(STAMP)  ## what one request costs the admission core

@@ -82,11 +82,7 @@ def pass_gate(names: list[str], workers: int, *, record: bool, fresh: bool, to: 
     if record:
         gate.write({name: both[name] for name in gate.names() if name in both})
     if to is not None:
-        further = {name: one for name, one in gate.read(gate.FURTHER).items() if name not in both}
-        rest = [name for name in chosen() if name not in both | further]
-        text = page.render(gate.rows(both | further), gate.SEEDS, "python -m bench.matrix --gate --page", rest)
-        played = f"{len(further)} of these cells stand in `bench/matrix/further.json`: {gate.FURTHER_PLAYED}."
-        to.write_text(text.replace("## Cells that miss", f"{played}\n\n## Cells that miss", 1))
+        to.write_text(page.of_records(both, gate.read(gate.FURTHER)))
     return 0 if record or not failed else 1
 
 

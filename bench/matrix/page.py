@@ -6,8 +6,9 @@ from collections import defaultdict
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from bench.matrix import gate
 from bench.matrix.cells import cell
-from bench.matrix.chosen import REASONS, reason
+from bench.matrix.chosen import REASONS, chosen, reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -74,6 +75,16 @@ def render(rows: Sequence[Row], seeds: Sequence[int], command: str, unplayed: Se
             f"{len(unplayed)} cells of `make bench-matrix` are not on this page: {names}.",
         ]
     return "\n".join(parts) + "\n"
+
+
+def of_records(held: dict[str, gate.Record], played: dict[str, gate.Record]) -> str:
+    """Return the page of what the gate holds, and of further cells that were played once."""
+    further = {name: one for name, one in played.items() if name not in held}
+    both = held | further
+    unplayed = [name for name in chosen() if name not in both]
+    text = render(gate.rows(both), gate.SEEDS, "python -m bench.matrix --gate --page", unplayed)
+    when = f"{len(further)} of these cells stand in `bench/matrix/further.json`: {gate.FURTHER_PLAYED}."
+    return text.replace("## Cells that miss", f"{when}\n\n## Cells that miss", 1)
 
 
 def _flat(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ from bench.matrix.traffic import TRAFFIC
 from extproc.engine.params import PRESETS
 from extproc.simulate.workload import CLASSES, STANDARD, Demand
 
+ROOT = Path(__file__).parents[2]
 CALM = Score("least_request", 1.0, 0.0, 0.0, 1000.0)
 BEST = Score("haproxy,limit=8", 0.9, 0.05, 0.0, 900.0)
 
@@ -145,6 +147,12 @@ def test_the_gate_complains_of_a_fall_a_new_miss_and_a_miss_that_is_none_any_mor
 
 def test_the_gate_holds_every_cell_that_it_names() -> None:
     assert sorted(gate.read()) == sorted(gate.names())
+
+
+def test_the_page_in_docs_is_what_the_records_say() -> None:
+    further = gate.read(gate.FURTHER)
+    assert sorted(gate.names() + list(further)) == sorted(chosen())  # none is left unplayed
+    assert (ROOT / "docs/benchmarks-matrix.md").read_text() == page.of_records(gate.read(), further)
 
 
 def test_cells_that_differ_by_their_page_share_their_rivals_and_the_page_lists_misses() -> None:
