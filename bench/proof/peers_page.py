@@ -100,18 +100,25 @@ def write(runs: Sequence[Run], facts: Row, docs: Path) -> Path:
 def answer(groups: dict[float, list[Figures]]) -> list[str]:
     """Return goodput of all at each load, and what the clients of the last load saw."""
     most = max(groups, default=0.0)
-    rows: dict[str, list[str]] = defaultdict(list)
-    for load, some in groups.items():
-        for one in some:
-            rows[one.contender] += [f"{tables.goodput(one)} ({by_class(one)})"]
-            if load == most:
-                first = one.of_class(CLASSES)
-                rows[one.contender] += [f"{one.all.refused:.1%}", f"{one.all.abandoned + one.all.failed:.1%}"]
-                rows[one.contender] += [seconds(first.ttft[:2])]
+    rows: dict[str, dict[float, Figures]] = defaultdict(dict)
+    for load in sorted(groups, key=lambda load: load != most):  # the most loaded has all of them, in order
+        for one in groups[load]:
+            rows[one.contender][load] = one
     head = ["", *(f"{load:.0%}" for load in groups), f"refused at {most:.0%}", "left or failed"]
     head += ["TTFT p50 / p95 s, first class"]
-    lines = [[label(who), *cells] for who, cells in rows.items() if len(cells) == len(head) - 1]
-    return ["Goodput, in brackets interactive / standard / batch:", "", *table(head, lines)]
+    lines = []
+    for who, found in rows.items():
+        told = [f"{tables.goodput(found[load])} ({by_class(found[load])})" if load in found else "" for load in groups]
+        last = found.get(most)
+        if last is not None:
+            told += [f"{last.all.refused:.1%}", f"{last.all.abandoned + last.all.failed:.1%}"]
+            told += [seconds(last.of_class(CLASSES).ttft[:2])]
+        lines.append([label(who), *told, *[""] * (len(head) - 1 - len(told))])
+    seeds = [
+        f"{load:.0%} has the seeds {', '.join(map(str, sorted({seed for one in some for seed in one.seeds})))}"
+        for load, some in groups.items()
+    ]
+    return [f"Goodput, in brackets interactive / standard / batch; {'; '.join(seeds)}:", "", *table(head, lines)]
 
 
 def compared(load: float, some: Sequence[Figures]) -> list[str]:
@@ -122,6 +129,8 @@ def compared(load: float, some: Sequence[Figures]) -> list[str]:
     parts = []
     for one in some:
         if one.contender.partition(",")[0] not in (*PEER_LABELS, "haproxy"):
+            continue
+        if not set(ours.seeds) & set(one.seeds):
             continue
         times, least = ratio(ours, one)
         text = f"- {load:.0%}: ours is {times:.2f} times {label(one.contender)} ({least:.2f} in the least seed)."
@@ -178,7 +187,8 @@ def _calls(pieces: Sequence[Row]) -> str:
     told = [f"`{one['command']}` of {one['commit']} ({one['began']})" for one in pieces]
     started = "--" not in pieces[0]["command"]
     before = "" if started else ", after others of the same day that are not on record"
-    return f"Played by {', '.join(told)}{before}."
+    late = " Who came late to the finals had fewer stacks beside it, which favours it." if len(pieces) > 1 else ""
+    return f"Played by {', '.join(told)}{before}.{late}"
 
 
 def _by_value(tried: dict[str, dict[str, float]], seed: str) -> dict[str, str]:

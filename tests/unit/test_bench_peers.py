@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -186,8 +187,11 @@ def test_the_page_says_where_a_peer_wins(tmp_path):
         "versions": {},
     }
     runs = [run("ours", {"int": True, "batch": False}), run("smg", {"int": False, "batch": True})]
+    runs.append(replace(run("haproxy", {"int": True}), load=0.7))
     text = peers_page.write(runs, facts, tmp_path).read_text()
     assert "smg 1.13.0" in text
+    assert "batch; 70% has the seeds 1; 120% has the seeds 1:" in text
+    assert "| HAProxy | 1.000 (1.00) |  |  |  |  |" in text  # it did not play the other load
     assert "It does better than ours in: batch 1.000 against .000." in text
     assert "int 1.000" not in text
     assert "CPU ms a request, start and checks of the whole run in it: **ours, defaults** 1.5, smg 1.5." in text
