@@ -115,6 +115,30 @@ def test_what_all_refuse_or_only_one_has_puts_nobody_out() -> None:
     assert [ward.goes("typo", home=home) for home in "ab"] == ["a", "b"]
 
 
+def test_one_that_serves_a_model_between_its_refusals_is_not_left_out_for_it() -> None:
+    ward = Ward()
+    for _ in range(20):
+        for home, answer in (("b", Answer.OK), ("a", Answer.REFUSED), ("a", Answer.OK)):
+            assert ward.one("broken", home, answer)
+        ward.advance(0.01)
+    assert ward.goes("broken", home="a") == "a"
+
+
+def test_tried_again_one_refusal_is_enough_whatever_all_refused_before() -> None:
+    ward = Ward()
+    for _ in range(30):
+        for home in "ab":
+            ward.one("broken", home, Answer.REFUSED)
+            ward.one("fine", home, Answer.OK)
+        ward.advance(0.01)
+    ward.refuse()
+    ward.advance(EJECT_S + 0.1)
+    for _ in range(20):
+        ward.one("broken", "b", Answer.OK)
+    assert ward.one("broken", "a", Answer.REFUSED)
+    assert ward.goes("broken", home="a") == "b"
+
+
 def test_one_that_refuses_everything_is_left_out_as_a_whole() -> None:
     ward = Ward()
     for number in range(40):
