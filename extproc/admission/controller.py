@@ -28,7 +28,6 @@ from extproc.admission.events import (
     Disowned,
     Drained,
     EndpointPut,
-    EndpointRemoved,
     EndpointsRemoved,
     FirstToken,
     HealthChecked,
@@ -288,20 +287,13 @@ class Controller:
         """Tell whether an endpoint or the configuration names this model."""
         return model in self._books.pools.by_model
 
-    def remove_endpoint(self, name: str, now: float) -> list[Decision]:
-        """Send nothing more to an endpoint: its leases run out, those at home there go anywhere. Unknown: no-op."""
-        self._begin(now)
-        if self._watchers:
-            self._event = EndpointRemoved(now, name)
-        endpoint = self.endpoints.get(name)
-        if endpoint is not None:
-            self._fleet.remove([endpoint])
-        return self._end()
-
     def remove_endpoints(self, names: Iterable[str], now: float) -> list[Decision]:
-        """Do what `remove_endpoint` does, for many at the cost of one. Those that are unknown, or gone: no-op."""
+        """Send nothing more to endpoints: their leases run out, those at home there go anywhere.
+
+        Many cost what one does. Those that are unknown, or gone: no-op.
+        """
         self._begin(now)
-        names = tuple(names)
+        names = tuple(dict.fromkeys(names))
         if self._watchers:
             self._event = EndpointsRemoved(now, names)
         gone = [endpoint for name in names if (endpoint := self.endpoints.get(name)) and not endpoint.removed]

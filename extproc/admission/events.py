@@ -124,12 +124,6 @@ class ModelsKnown(Event):
     expects_any: bool
 
 
-class EndpointRemoved(OfEndpoint):
-    """An endpoint went."""
-
-    __slots__ = ()
-
-
 @dataclass(frozen=True, slots=True)
 class EndpointsRemoved(Event):
     """Endpoints went in one moment."""
@@ -233,8 +227,6 @@ def apply(core: Controller, event: Event) -> list[Decision]:  # noqa: C901 - one
             return core.put_endpoint(event.spec, event.at)
         case ModelsKnown():
             return core.know_models(event.models, event.at, expects_any=event.expects_any)
-        case EndpointRemoved():
-            return core.remove_endpoint(event.name, event.at)
         case EndpointsRemoved():
             return core.remove_endpoints(event.names, event.at)
         case HealthChecked():

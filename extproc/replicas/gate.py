@@ -185,13 +185,6 @@ class SharedGate(Gate):
     def put_endpoint(self, spec: EndpointSpec) -> None:
         """Add or change an endpoint."""
         super().put_endpoint(spec)
-        if self.replica.leading is not None:
-            self.replica.leading.look_at_names()
-        self.replica.names_changed()
-
-    def remove_endpoint(self, name: str) -> None:
-        """Send nothing more to an endpoint."""
-        super().remove_endpoint(name)
         self._tell_names()
 
     def remove_endpoints(self, names: Iterable[str]) -> None:

@@ -173,10 +173,6 @@ class Gate:
         """Let requests for these models wait, even while nobody serves them; `expects_any`: for any model."""
         self._settle(self.controller.know_models(models, self._loop.time(), expects_any=expects_any))
 
-    def remove_endpoint(self, name: str) -> None:
-        """Send nothing more to an endpoint."""
-        self._settle(self.controller.remove_endpoint(name, self._loop.time()))
-
     def remove_endpoints(self, names: Iterable[str]) -> None:
         """Send nothing more to endpoints that go in one moment."""
         self._settle(self.controller.remove_endpoints(names, self._loop.time()))

@@ -145,7 +145,7 @@ def test_an_endpoints_state_is_a_word():
     endpoints["vllm-2"].health.ejected_until = room.clock.now + 4
     endpoints["vllm-2"].health._look()
     endpoints["vllm-3"].health.on_trial = True
-    room.gate.remove_endpoint("vllm-4")
+    room.gate.remove_endpoints(["vllm-4"])
     room.gate.set_up("vllm-5", is_up=None)
     room.gate.observe("vllm-6", Load(asleep=True))
     rows = {row["name"]: row for row in room.queues()["endpoints"]}

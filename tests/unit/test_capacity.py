@@ -220,7 +220,7 @@ def test_a_pool_goes_on_when_its_models_or_its_engines_change(after: dict[str, s
     capacity.sample(10.0)
     peak = capacity.answers()["chat"].peak
     for name in controller.endpoints.keys() - after.keys():
-        controller.remove_endpoint(name, 11.0)
+        controller.remove_endpoints([name], 11.0)
     for name, models in after.items():
         controller.put_endpoint(EndpointSpec(name, models=frozenset(models.split())), 11.0)
     capacity.sample(12.0)

@@ -87,7 +87,7 @@ def test_a_request_that_a_gateway_took_elsewhere_is_over_in_both():
     run = started()
     run.put_endpoint(EndpointSpec("b", max_running_requests=1), 0.0)
     tickets = [offer(run, 0.0) for _ in range(5)]
-    run.remove_endpoint("b", 0.0)
+    run.remove_endpoints(["b"], 0.0)
     for ticket in tickets:
         run.move(ticket, "nobody's", 1.0)
     assert run.dry._twins == {}
@@ -105,7 +105,7 @@ def test_endpoints_policy_and_health_reach_both():
     assert run.counts == {("dispatched", NAME): 1}
     run.set_policy(Policy(classes=(RequestClass("other"),), enable_queue=False), 0.0)
     assert run.dry._other.policy.enable_queue
-    run.remove_endpoint("b", 0.0)
+    run.remove_endpoints(["b"], 0.0)
     assert set(run.dry._other.endpoints) == {"a", "b"}
     run.release(first, 0.0)
     run.release(second, 0.0)

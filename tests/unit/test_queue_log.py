@@ -69,7 +69,7 @@ def test_a_flood_of_one_outcome_hides_no_line_of_another(room, caplog):
     for number in range(LINES + 8):
         for decision in controller.offer(Ticket(Request(f"r-{number}", 0.0)), 0.0):
             log.decided(decision)
-    controller.remove_endpoint("a", 0.0)
+    controller.remove_endpoints(["a"], 0.0)
     controller.put_endpoint(EndpointSpec("b", models=frozenset({"m"})), 0.0)
     for decision in controller.offer(Ticket(Request("other", 0.0, model="none")), 0.0):
         log.decided(decision)

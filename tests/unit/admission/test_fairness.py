@@ -265,7 +265,7 @@ def test_all_pools_together_remember_only_so_many_tenants(monkeypatch: pytest.Mo
     shares = [share for pool in core.pools() for share in pool.shares.values()]
     assert [len(share) for share in shares] == [20] * 10
     for number in range(9):
-        core.remove_endpoint(f"e{number}", 1.0)
+        core.remove_endpoints([f"e{number}"], 1.0)
         for lease in list(core.endpoints[f"e{number}"].leases):
             core.release(lease, 1.0)
     assert core._books.pools.every.tenants.each >= 100, "those of pools that are gone are there for the others"

@@ -66,7 +66,7 @@ def test_a_next_choice_whose_last_slot_it_would_be_is_none():
 def test_what_an_endpoint_had_reserved_that_goes_and_comes_back_is_not_counted_twice():
     pick = Pick(2)
     ticket = pick.ask()
-    pick.core.remove_endpoint("e1", 1.0)
+    pick.core.remove_endpoints(["e1"], 1.0)
     pick.core.put_endpoint(EndpointSpec("e1", "e1", max_running_requests=LIMIT), 2.0)
     pick.core.release(ticket, 3.0)
     assert pick.reserved() == 0

@@ -74,11 +74,11 @@ def test_endpoints_that_go_in_one_moment_leave_what_those_leave_that_go_one_by_o
         for number in range(12):
             core.offer(Ticket(Request(f"r{number}", 1.0, model=["m", "own0", "own1"][number % 3])), 1.0)
         if at_once:
-            core.remove_endpoints(["e1", "e3", "nobody"], 2.0)
+            core.remove_endpoints(["e1", "e3", "nobody", "e1"], 2.0)
             assert core.remove_endpoints(["e1", "nobody"], 2.0) == []
         else:
             for name in ("e1", "e3"):
-                core.remove_endpoint(name, 2.0)
+                core.remove_endpoints([name], 2.0)
         endpoints = [(name, len(one.leases), one.removed) for name, one in core.endpoints.items()]
         return repr(core), core.waiting, endpoints
 
@@ -175,7 +175,7 @@ def test_an_endpoint_that_goes_costs_those_nothing_who_wait_on_where_they_were()
         for _ in range(12 + waiting):
             core.offer(Ticket(Request("", 1.0, model="m")), 1.0)
         assert core.waiting == waiting
-        return lines_of(lambda: core.remove_endpoint("e2", 2.0))
+        return lines_of(lambda: core.remove_endpoints(["e2"], 2.0))
 
     assert leaving(1000) < 1.2 * leaving(40)
 

@@ -190,7 +190,7 @@ class World:
         if name in self.books:
             self.books[name].present = False
             self._bury(self.books[name])
-        self._end(self.core.remove_endpoint(name, self.now))
+        self._end(self.core.remove_endpoints([name], self.now))
 
     def set_up(self, name: str, *, is_up: bool | None) -> None:
         self._begin()

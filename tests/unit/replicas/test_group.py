@@ -286,7 +286,7 @@ def test_an_endpoint_that_is_new_stays_closed_until_it_is_known_how_much_of_it_i
     here.store.is_up = False
     here.sidecars.clear()
     alone = here.start("s0")
-    alone.gate.remove_endpoint("e1")
+    alone.gate.remove_endpoints(["e1"])
     for _ in range(20):
         here.send("s0", work_s=30.0)
     here.run(6.0)
@@ -372,7 +372,7 @@ def test_a_client_that_leaves_while_its_grant_is_on_the_way_leaves_no_lease_behi
 def test_an_endpoint_that_one_sidecars_envoy_does_not_know_is_not_used_and_then_that_sidecar_is_on_its_own():
     here = world(engines=2, limit=4)
     poor = followers(here)[0]
-    poor.gate.remove_endpoint("e1")
+    poor.gate.remove_endpoints(["e1"])
     here.run(0.5)
     asked = [here.send(leader(here).place, work_s=1.0) for _ in range(4)]
     here.run(0.1)
@@ -398,7 +398,7 @@ def test_an_endpoint_that_is_gone_everywhere_may_finish_its_answers_without_anyb
         here.send(leader(here).place, work_s=30.0)
     here.run(0.1)
     for one in here.alive:
-        one.gate.remove_endpoint("e1")
+        one.gate.remove_endpoints(["e1"])
     turns = [dict(one.replica.turns) for one in here.alive]
     here.run(20.0)
     assert here.engines["e1"].holds
