@@ -69,18 +69,20 @@ def test_twice_as_many_endpoints_that_go_in_one_moment_cost_twice_as_much() -> N
 
 
 def test_endpoints_that_go_in_one_moment_leave_what_those_leave_that_go_one_by_one() -> None:
-    def after(*, at_once: bool) -> tuple[str, int, list[tuple[str, int, bool]]]:
-        core = core_of(4, lambda number: ["m", f"own{number % 2}"])
+    def after(*, at_once: bool) -> tuple[str, int, list[tuple[str, int, bool]], list[list[str]]]:
+        core = core_of(5, lambda number: ["idle"] if number == 4 else ["m", f"own{number % 2}"])
         for number in range(12):
             core.offer(Ticket(Request(f"r{number}", 1.0, model=["m", "own0", "own1"][number % 3])), 1.0)
         if at_once:
-            core.remove_endpoints(["e1", "e3", "nobody", "e1"], 2.0)
+            core.remove_endpoints(["e1", "e3", "nobody", "e4", "e4"], 2.0)
             assert core.remove_endpoints(["e1", "nobody"], 2.0) == []
         else:
-            for name in ("e1", "e3"):
+            for name in ("e1", "e3", "e4"):
                 core.remove_endpoints([name], 2.0)
         endpoints = [(name, len(one.leases), one.removed) for name, one in core.endpoints.items()]
-        return repr(core), core.waiting, endpoints
+        members = [[one.name for one in pool.members] for pool in core.pools()]
+        assert {name for names in members for name in names} == {"e0", "e2"}
+        return repr(core), core.waiting, endpoints, members
 
     assert after(at_once=True) == after(at_once=False)
 
