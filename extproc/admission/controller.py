@@ -242,21 +242,19 @@ class Controller:
         if self._watchers:
             self._event = Moved(now, ticket, name)
         picked, pool, served = placed(ticket.endpoint), placed(ticket.pool), self.endpoints.get(name)
-        if ticket.choices:
-            self._fleet.let_go(ticket)
-        if served is picked:
-            return self._end()
-        self._answers.ended(ticket, picked, pool, Answer.FAILED)
-        picked.release(ticket, now, served=False, wanted=pool.waiting_total > 0)
-        if served is None:
-            ticket.state = DONE
-            self._lines.count_out(ticket)
-        else:
-            ticket.endpoint = served
-            served.lease(ticket, now)
-            self._fleet.changed(served)
-        self._fleet.forget_if_gone(picked)
-        self._fleet.changed(picked)
+        if served is not picked:
+            self._answers.ended(ticket, picked, pool, Answer.FAILED)
+            picked.release(ticket, now, served=False, wanted=pool.waiting_total > 0)
+            if served is None:
+                ticket.state = DONE
+                self._lines.count_out(ticket)
+            else:
+                ticket.endpoint = served
+                served.lease(ticket, now)
+                self._fleet.changed(served)
+            self._fleet.forget_if_gone(picked)
+            self._fleet.changed(picked)
+        self._fleet.let_go(ticket)
         return self._end()
 
     # ---- events: endpoints

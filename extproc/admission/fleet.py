@@ -77,8 +77,8 @@ class Fleet:
         self.regroup()
 
     def forget_if_gone(self, endpoint: Endpoint) -> None:
-        """Forget a removed endpoint once its last lease is back."""
-        if endpoint.removed and not endpoint.leases:
+        """Forget a removed endpoint once its last lease is back, and nothing is reserved there."""
+        if endpoint.removed and not endpoint.leases and not endpoint.reserved:
             del self._books.endpoints[endpoint.name]
             self._books.adapters.forget(endpoint)
 
@@ -92,6 +92,7 @@ class Fleet:
         """Free what is reserved for `ticket`: it is told who answers, or it is over."""
         for endpoint in ticket.choices:
             endpoint.reserved -= ticket.sequences
+            self.forget_if_gone(endpoint)
             self.changed(endpoint)
         ticket.choices = ()
 

@@ -72,6 +72,38 @@ def test_what_an_endpoint_had_reserved_that_goes_and_comes_back_is_not_counted_t
     assert pick.reserved() == 0
 
 
+def test_what_an_endpoint_had_reserved_that_goes_and_comes_back_is_still_kept_there():
+    pick = Pick(2)
+    ticket = pick.ask(home="e0")
+    assert [one.name for one in ticket.choices] == ["e1"]
+    pick.core.remove_endpoints(["e1"], 1.0)
+    pick.core.put_endpoint(EndpointSpec("e1", "e1", max_running_requests=LIMIT), 2.0)
+    pick.core.set_up("e1", 2.0, is_up=True)
+    for _ in range(LIMIT):
+        pick.ask(home="e1")
+    pick.core.move(ticket, "e1", 3.0)
+    assert len(pick.core.endpoints["e1"].leases) == LIMIT
+
+
+def test_an_endpoint_that_is_gone_is_forgotten_once_nothing_is_reserved_there():
+    pick = Pick(2)
+    ticket = pick.ask()
+    (other,) = ticket.choices
+    pick.core.remove_endpoints([other.name], 1.0)
+    pick.core.release(ticket, 2.0)
+    assert other.name not in pick.core.endpoints
+
+
+def test_who_answers_from_a_next_choice_that_goes_holds_its_slot_there_to_the_end():
+    pick = Pick(2)
+    ticket = pick.ask(home="e0")
+    pick.core.remove_endpoints(["e1"], 1.0)
+    pick.core.move(ticket, "e1", 2.0)
+    assert list(pick.core.endpoints["e1"].leases) == [ticket]
+    pick.core.release(ticket, 3.0)
+    assert list(pick.core.endpoints) == ["e0"]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_wherever_gateways_go_along_their_lists_no_endpoint_ever_runs_more_than_its_limit(seed):
     """What really runs where is counted here: from the pick on, each may be at any of its choices."""
