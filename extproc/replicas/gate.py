@@ -206,9 +206,9 @@ class SharedGate(Gate):
             super().observe(name, load)
             leading.quotas.after_reading(name)
 
-    def drain(self) -> None:
-        """Refuse what waits here, and what would have to."""
-        super().drain()
+    def _drain_some(self) -> None:
+        """Refuse what waits here but not in our own core, too: also what came from there since the last turn."""
+        super()._drain_some()
         for ticket in self.replica.refuse_all():
             ticket.state = State.LEFT
             ticket.request_class = self.controller.class_of(ticket.request)

@@ -9,6 +9,7 @@ from extproc.admission.controller import Controller
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import Policy, Request
 from extproc.stream.dry_run import HELD, DryRun
+from extproc.stream.gate import BURST
 
 from .test_group import followers, leader, world
 from .world import Client, World
@@ -93,6 +94,19 @@ def test_who_drains_refuses_what_waits_here_and_leaves_alone_what_waits_elsewher
     assert leader(here).controller.waiting == 1
     here.run(6.0, here.check)
     assert kept.dispatches == 1
+
+
+def test_a_leader_that_drains_refuses_all_that_waits_here_though_it_leads_no_more_before_all_are_told():
+    here = world(engines=1, limit=1)
+    drained = leader(here)
+    here.send(drained.place, work_s=30.0)
+    here.run(0.1)
+    refused = [here.send(drained.place, work_s=1.0) for _ in range(2 * BURST)]
+    here.run(0.1)
+    drained.gate.drain()
+    drained.replica.resign()
+    here.run(3.0)
+    assert Counter(outcome for one in refused for outcome in one.outcomes) == {"draining": 2 * BURST}
 
 
 def test_a_request_of_several_sequences_takes_as_many_places_wherever_it_came():
