@@ -166,9 +166,9 @@ def main() -> int:
         for some in rounds(unplayed(found, [text for name in known for text in GRIDS[name]], SEEDS[0])):
             _enter(found, goodputs(some, SEEDS[0]), SEEDS[0])
     if flags.finals or not flags.more:
-        best = [text for name in known for text in finalists(found[name]["tried"])]
+        last = [text for name in known for text in finalists(found[name]["tried"])]
         for seed in SEEDS[1:]:
-            for some in rounds(unplayed(found, best, seed)):
+            for some in rounds(unplayed(found, last, seed)):
                 _enter(found, goodputs(some, seed), seed)
         for name in known:
             found[name]["won"], found[name]["goodput"] = won(found[name]["tried"])
