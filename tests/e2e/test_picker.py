@@ -13,15 +13,16 @@ import os
 import random
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
 
-from .kit.clients import H1Request, complete_many
+from .kit.clients import Completion, H1Request, complete_many
 from .kit.envoy import Envoy
 from .kit.gateways import KINDS, bootstrap, two_pools
 from .kit.picking import Picking
+from .kit.pool import Store
 from .kit.processes import wait_until
 from .kit.stack import local
 from .kit.upstream import SSE_DONE, behave, sse_event
@@ -296,3 +297,46 @@ def test_a_gateways_subset_is_kept_to_and_one_that_matches_nobody_is_503(here):
         assert {name for n in range(6) for name in here.seen(f"subset-{only}-{n}")} == {only}
     (refused,) = complete_many(f"http://{here.gateway('istio', subset=('127.0.0.9:1',))}/", 1, lambda _: {})
     assert (refused.status, refused.headers["x-extproc-outcome"]) == (503, "none_allowed")
+
+
+def test_two_pickers_that_share_their_limits_each_behind_a_gateway_never_pass_one_together(tmp_path):
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+    with contextlib.ExitStack() as ending:
+        store = ending.enter_context(Store(tmp_path))
+
+        def config() -> dict[str, object]:
+            return {"replicas": {"listen": local(), "valkey": {"url": store.url}}}
+
+        x = ending.enter_context(Picking(tmp_path / "x", config=config()))
+        y = ending.enter_context(Picking(tmp_path / "y", config=config(), beside=x))
+        both = (x, y)
+        wait_until(
+            lambda: all((one := here.sidecar.queues()["replicas"])["group"] == one["members"] == 2 for here in both),
+            20, "one group",
+        )  # fmt: skip
+        gateways = [here.gateway(kind) for here, kind in zip(both, ("istio", "istio-lean"), strict=True)]
+        pool = ending.enter_context(ThreadPoolExecutor(4))
+
+        def ask(gateway: str, count: int, *, hold: bool) -> Future[list[Completion]]:
+            how = dict([behave("sse", hold="body") if hold else behave("sse", gap_s=0.002)])
+            return pool.submit(
+                complete_many, f"http://{gateway}/", count,
+                lambda n: {"x-test-id": f"{gateway}-{hold}-{n}", **how}, body=body_of(3000),
+            )  # fmt: skip
+
+        held = [ask(gateway, 1, hold=True) for gateway in gateways]
+        try:  # a group that has just formed uses no server before its page was read again
+            wait_until(
+                lambda: [one.open_requests() for one in x.upstreams.values()] == [1, 1], 15, "one at each server"
+            )
+            late = [ask(gateway, 20, hold=False) for gateway in gateways]
+            wait_until(lambda: max(here.sidecar.queues()["waiting_total"] for here in both) == 40, 10, "one line of 40")
+        finally:
+            for upstream in x.upstreams.values():
+                for gateway in gateways:
+                    upstream.release(f"{gateway}-True-0")
+        assert {one.status for answers in (*held, *late) for one in answers.result()} == {200}
+        assert [upstream.peak for upstream in x.upstreams.values()] == [1, 1]
+        for here in both:
+            here.wait_idle()

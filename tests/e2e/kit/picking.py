@@ -39,14 +39,16 @@ class Picking:
         config: Mapping[str, Any] | None = None,
         version: str = "",
         found_by_dns: bool = False,
+        beside: Picking | None = None,
     ) -> None:
         """Take `version` of Envoy, of those that `make test-picker` installs; "": the one that is supported.
 
-        `found_by_dns`: the config lists no endpoint.
+        `found_by_dns`: the config lists no endpoint; `beside`: another picker, whose upstreams these are.
         """
         self.version = version
         self.directory = directory
-        self.upstreams = {name: Upstream(name) for name in upstreams}
+        self.upstreams = {name: Upstream(name) for name in upstreams} if beside is None else beside.upstreams
+        self._own_upstreams = list(self.upstreams.values()) if beside is None else []
         listed = [{"name": name, "address": upstream.address} for name, upstream in self.upstreams.items()]
         keys = {"dialect": "endpoint-picker", "endpoints": listed, **(config or {})}
         if found_by_dns:
@@ -59,7 +61,7 @@ class Picking:
 
     def __enter__(self) -> Picking:
         with contextlib.ExitStack() as starting:
-            for upstream in self.upstreams.values():
+            for upstream in self._own_upstreams:
                 starting.enter_context(upstream)
             starting.enter_context(self.sidecar)
             self._running = starting.pop_all()
