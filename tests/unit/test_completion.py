@@ -170,12 +170,16 @@ def test_replies_come_in_order_also_when_thousands_are_sent_at_once(server):
 
 
 def test_a_client_that_takes_no_replies_is_read_no_further_until_it_does_and_its_end_is_noticed(server):
-    """As long as a message is under way to the server, the next one is not taken from the talk's queue."""
-    size, count = 100_000, 400
+    """As long as a message is under way to the server, the next one is not taken from the talk's queue.
+
+    There are more than sockets (33 MB a direction with Linux' largest `tcp_rmem`) and gRPC's windows can ever hold.
+    """
+    size, count = 100_000, 2000
+    message = b"echo " + b"x" * size
     for leaves in (False, True):
         talk = Talk(server)
         for _ in range(count):
-            talk.say(b"echo " + b"x" * size)
+            talk.say(message)
         talk.say(None)
         left = 0
         while left != len(talk._queue):  # until all stands still
