@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 ALONE = 0.8
 """Share of what an engine holds that must be ours for its counters to say something of our requests."""
+KEPT_PARTS = 8
+"""Of an endpoint's slots, and of its cache, one in so many at most is kept for requests that are leased elsewhere."""
 CLOSED = 1e6
 """The pressure of an endpoint whose telemetry says that it is full: all others go before it."""
 _DOWN, _HOT, _PART, _LIMIT = HeldBy.DOWN, HeldBy.HOT, HeldBy.PART, HeldBy.LIMIT
@@ -40,7 +42,8 @@ class Endpoint:
         name: its name.
         leases: the tickets that hold a slot here, oldest first; how many there are is what "in flight" means.
         sequences: how many sequences they are for the engine.
-        reserved: how many more may come: this is a next choice of requests that are leased elsewhere.
+        reserved: how many more may come: this is a next choice of requests that are leased elsewhere. They take room,
+            and don't make it busy.
         health: whether it works, as far as checks and answers say.
         limit: how many sequences it may hold.
         kv: what its KV cache has to take.
@@ -209,7 +212,9 @@ class Endpoint:
 
         An idle endpoint takes any one request, however big.
         """
-        held = self.sequences + self.reserved + self._foreign.count
+        held = self.sequences + self._foreign.count
+        if self.reserved and (held or not self._is_too_big(ticket)):
+            held += self.reserved
         if not held or not self.enforcing:
             return None
         if ticket.sequences > 1:
@@ -222,6 +227,10 @@ class Endpoint:
         if not self.sees_first_tokens or self.prefill.tokens <= 0:  # a prompt above the limit goes alone
             return None
         return None if self.prefill.tokens + self.prefill.work_of(ticket) <= self.prompt_limit else _PROMPTS
+
+    def _is_too_big(self, ticket: Ticket) -> bool:
+        """Tell whether `ticket` is above its limits all by itself, so that nothing kept for others could hold them."""
+        return ticket.sequences > self.limit.value or not self.kv.fits(ticket, promised=0)
 
     @property
     def prompt_limit(self) -> int:
@@ -256,14 +265,26 @@ class Endpoint:
         return self.kv.capacity is not None and self.kv.turnover - before > self.kv.capacity
 
     def spares_for(self, ticket: Ticket) -> bool:
-        """Whether a slot may be reserved for `ticket`: with another left free, and nobody waiting for either."""
-        taken = self.sequences + self.reserved + self._foreign.count
+        """Whether it may be a next choice of `ticket`, and be kept room for it: little, and nobody waits for any.
+
+        Another slot is left free, so it stays open. Where nothing is held, nothing has to be kept.
+        """
+        if not self.health.is_well or self.held_by(ticket) is not None:
+            return False
+        if not self.enforcing:
+            return True
+        kept, held = self.reserved + ticket.sequences, self.sequences + self._foreign.count
         return (
-            self.health.is_well
-            and taken + 2 * ticket.sequences <= self.limit.value
+            kept * KEPT_PARTS <= self.limit.value
+            and held + kept + ticket.sequences <= self.limit.value
+            and self.kv.promised + ticket.kv_tokens <= self.kv.share / KEPT_PARTS
             and not self.is_waited_for
-            and self.held_by(ticket) is None
         )
+
+    def keep(self, sequences: int, tokens: int) -> None:
+        """Keep room for what is leased elsewhere and may come; less than 0: no more."""
+        self.reserved += sequences
+        self.kv.promised += tokens
 
     # ---- leases
 

@@ -83,18 +83,21 @@ class Fleet:
             self._books.adapters.forget(endpoint)
 
     def reserve(self, ticket: Ticket, choices: Iterable[Endpoint]) -> None:
-        """Keep a slot at each of `choices` for a leased `ticket`: its gateway may go there instead."""
+        """Keep room at each of `choices` for a leased `ticket`: its gateway may go there instead."""
         ticket.choices = tuple(choices)
-        for endpoint in ticket.choices:
-            endpoint.reserved += ticket.sequences  # each stays open: see `Endpoint.spares_for`
+        if self._books.policy.enable_queue:
+            ticket.kept, ticket.kept_tokens = ticket.sequences, ticket.kv_tokens
+            for endpoint in ticket.choices:
+                endpoint.keep(ticket.kept, ticket.kept_tokens)  # each stays open: see `Endpoint.spares_for`
 
     def let_go(self, ticket: Ticket) -> None:
-        """Free what is reserved for `ticket`: it is told who answers, or it is over."""
-        for endpoint in ticket.choices:
-            endpoint.reserved -= ticket.sequences
-            self.forget_if_gone(endpoint)
-            self.changed(endpoint)
-        ticket.choices = ()
+        """Free what is kept for `ticket`: it is told who answers, or it is over."""
+        if ticket.kept:
+            for endpoint in ticket.choices:
+                endpoint.keep(-ticket.kept, -ticket.kept_tokens)
+                self.forget_if_gone(endpoint)
+                self.changed(endpoint)
+        ticket.choices, ticket.kept = (), 0
 
     def pool_of(self, request: Request) -> Pool | None:
         """Return the pool of those that serve a request's model and may have it; None: nobody knows the model."""

@@ -25,13 +25,14 @@ class KvBooks:
         law: its constants.
         capacity: tokens that the cache holds; None: not known, and no limit.
         prompts, outputs: tokens booked for the prompts and the answers of all leases.
+        promised: tokens that are kept for what is leased elsewhere, and may come.
         real: share of a booked prompt that really takes room.
         excess: tokens in use beyond our books.
         trust: how far the engine's figure is believed, 0..1.
         turnover: tokens that the cache had to take in for all leases so far.
     """
 
-    __slots__ = ("capacity", "excess", "law", "outputs", "prompts", "real", "trust", "turnover")
+    __slots__ = ("capacity", "excess", "law", "outputs", "promised", "prompts", "real", "trust", "turnover")
 
     def __init__(self, capacity: int | None, law: KvLaw = LAWS.kv) -> None:
         """Start with an empty cache."""
@@ -39,6 +40,7 @@ class KvBooks:
         self.capacity = capacity
         self.prompts = 0
         self.outputs = 0
+        self.promised = 0
         self.real = 1.0
         self.excess = 0.0
         self.trust = 1.0
@@ -48,6 +50,11 @@ class KvBooks:
     def tokens(self) -> float:
         """Tokens that the leases will need."""
         return self.prompts * self.real + self.outputs
+
+    @property
+    def share(self) -> float:
+        """Tokens of the cache that may be booked."""
+        return math.inf if self.capacity is None else self.law.share * self.capacity
 
     @property
     def pressure(self) -> float:
@@ -62,12 +69,13 @@ class KvBooks:
         free = self.law.share * self.capacity - self.excess - self.tokens
         return free / self.real + 1.0  # the token is for rounding
 
-    def fits(self, ticket: Ticket) -> bool:
-        """Whether there is room for `ticket` too."""
+    def fits(self, ticket: Ticket, promised: int | None = None) -> bool:
+        """Whether there is room for `ticket` too, besides what is booked and `promised`; None: what is."""
         if self.capacity is None:
             return True
         prompts = (self.prompts + ticket.prompt_tokens) * self.real
-        return prompts + self.outputs + ticket.output_tokens + self.excess <= self.law.share * self.capacity
+        others = self.outputs + self.excess + (self.promised if promised is None else promised)
+        return prompts + ticket.output_tokens + others <= self.law.share * self.capacity
 
     def add(self, ticket: Ticket) -> None:
         """Book a lease."""

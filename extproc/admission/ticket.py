@@ -56,6 +56,8 @@ class Ticket:
         "is_answered",
         "is_favoured",
         "is_guard",
+        "kept",
+        "kept_tokens",
         "key",
         "kv_tokens",
         "leased_at",
@@ -94,7 +96,8 @@ class Ticket:
         self.key: Key = (0, 0.0, 0)  # its place in that queue
         self.home: Endpoint | None = None
         self.endpoint: Endpoint | None = None  # the endpoint that it holds a lease of while LEASED
-        self.choices: tuple[Endpoint, ...] = ()  # where a slot is reserved for it besides
+        self.choices: tuple[Endpoint, ...] = ()  # where its gateway may go instead
+        self.kept = self.kept_tokens = 0  # what is kept for it at each of these: sequences, and tokens of the cache
         self.leased_at = 0.0
         self.ended_at = 0.0  # when its lease was given back, and what was known then of its answer
         self.answer = UNKNOWN

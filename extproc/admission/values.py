@@ -149,8 +149,8 @@ class Policy:
         stale_after_s: telemetry older than this is ignored.
         first_byte_probe: something calls `first_token`.
         session_memory: how many sessions' endpoints are remembered.
-        next_choices: how many other endpoints a request gets with its own, for whom that takes no connection: a slot
-            at each is reserved until it is told who answers.
+        next_choices: how many other endpoints a request gets with its own, for whom that takes no connection: room
+            at each is kept until it is told who answers.
     """
 
     enable_queue: bool = True

@@ -49,6 +49,11 @@ def _endpoints(config: Config) -> Iterator[str]:
             f"endpoints list models, and only the header {config.headers.model[0]} says which one a request wants, "
             "which OpenAI's clients don't send: they get 400; set request_fields: true, or default_model"
         )
+    if config.picks and config.picker.fallbacks and config.replicas is not None:
+        yield (
+            "picker.fallbacks: does nothing with replicas, since who leads keeps no room for them: each "
+            "pick is one address; leave one of them out"
+        )
     for where, one in _where_limits_are(config):
         blind = one.engine == "none" or config.scrape_interval == 0
         limit = config.max_running_requests if one.max_running_requests == "inherit" else one.max_running_requests

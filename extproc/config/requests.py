@@ -168,9 +168,9 @@ class PickerConfig(Section):
         0,
         description="How many next choices a pick lists after its address, for a gateway that tries them in turn when "
         "the first takes no connection, and tells who served: Istio from 1.30, or an Envoy with our bootstrap. Others "
-        "(ORIGINAL_DST, agentgateway, NGINX's) fail with a list. A slot (not its KV cache) is reserved "
-        "at each until the gateway tells who served, else until the request is over; only endpoints with another one "
-        "free are listed. Not with `replicas`.",
+        "(ORIGINAL_DST, agentgateway, NGINX's) fail with a list. A slot, and what it takes of a KV cache, is kept at "
+        "each until the gateway tells who served, else until the request is over: an eighth of an endpoint's limits "
+        "at most, so one of fewer than eight slots is none. Does nothing with `replicas`.",
     )
     read_model: bool = Field(
         False,

@@ -200,7 +200,7 @@ def test_the_bootstrap_that_envoy_config_prints_is_lean_strict_and_hears_no_clie
 @pytest.mark.parametrize("kind", ["istio", "own"])
 def test_a_list_of_next_choices_is_followed_to_the_first_that_lives_and_the_lease_is_there(tmp_path, kind):
     """Of three the first one, two or three choices live: the gateway goes along the list, and tells who served."""
-    config = {"max_running_requests": 3, "picker": {"fallbacks": 2}}
+    config = {"max_running_requests": 8, "picker": {"fallbacks": 2}}
     with Picking(tmp_path, upstreams=("a", "b", "c"), config=config) as here:
         gateway = here.own_envoy() if kind == "own" else here.gateway("istio", retries=2)
         for dead in ("", "a", "b"):

@@ -365,6 +365,8 @@ def test_whatever_pydantic_finds_is_said_in_our_words():
 # ---- doubts
 
 FOUND = "envoy_clusters_file: /c.yaml\n"
+PICKS = "dialect: endpoint-picker\nendpoints: [{name: a, address: '10.0.0.1:1'}]\n"
+REPLICAS = "replicas: {listen: '127.0.0.1:1', valkey: {url: 'valkey://127.0.0.1:2'}}"
 TWO_MODELS = "[{name: a, address: 'h:1', models: [m]}, {name: b, address: 'h:2', models: [n]}]"
 
 
@@ -417,6 +419,7 @@ def test_durations_without_a_unit_are_doubted_where_they_stand(tmp_path):
         (f"{FOUND}discovery: [{{dns: {{name: e, port: 1, engine: none}}}}]", "discovery[0].dns.max_running_requests"),
         (f"{FOUND}discovery: [{{kubernetes: {{service: e, engine: none}}}}]", "discovery[0].kubernetes.max_running"),
         ("scrape_interval: 0s\ninference_pool: {name: p}", "inference_pool.max_running_requests: nothing tells"),
+        (f"{PICKS}picker: {{fallbacks: 1}}\n{REPLICAS}", "picker.fallbacks: does nothing with replicas"),
     ],
 )
 def test_what_may_not_be_meant_is_a_doubt_and_no_mistake(tmp_path, text, words):
@@ -432,6 +435,8 @@ def test_what_may_not_be_meant_is_a_doubt_and_no_mistake(tmp_path, text, words):
         "endpoints: [{name: a, address: 'h:1', models: [m]}, {name: b, address: 'h:2', models: [m]}]",
         "max_running_requests: 8\nendpoints: [{name: a, address: 'h:1', engine: none}]",
         f"{FOUND}discovery: [{{dns: {{name: e, port: 1, engine: none, max_running_requests: 8}}}}]",
+        f"{PICKS}picker: {{fallbacks: 1}}",
+        f"{PICKS}{REPLICAS}",
     ],
 )
 def test_what_is_well_raises_no_doubt(tmp_path, text):

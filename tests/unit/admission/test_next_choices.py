@@ -1,4 +1,4 @@
-"""Where a gateway may go instead of the endpoint that was picked: a slot is reserved there, no limit is passed."""
+"""Where a gateway may go instead of the endpoint picked: some room is kept there, and no limit is passed."""
 
 from __future__ import annotations
 
@@ -7,67 +7,153 @@ import random
 import pytest
 
 from extproc.admission.controller import Controller
+from extproc.admission.laws import LAWS
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request, RequestClass
 
 CLASSES = (RequestClass("std", 0, 30.0),)
-LIMIT = 3
+LIMIT = 8
+"""The least of which one may be kept."""
+CACHE = 100_000
 
 
 class Pick:
     """A core whose gateway goes to any of the choices that a request was given, and tells so when an answer begins."""
 
-    def __init__(self, count: int, limit: int = LIMIT, most: int = 2) -> None:
-        self.core, self.now = Controller(Policy(classes=CLASSES, shed=False, next_choices=most)), 0.0
-        self.limit = limit
+    def __init__(self, count: int, limit: int = LIMIT, most: int = 2, cache: int | None = None, **policy: bool) -> None:
+        self.core = Controller(Policy(classes=CLASSES, shed=False, next_choices=most, **policy))
+        self.now, self.limit, self.cache = 0.0, limit, cache
         for number in range(count):
-            self.core.put_endpoint(EndpointSpec(f"e{number}", f"e{number}", max_running_requests=limit), 0.0)
+            self.put(f"e{number}")
             self.core.set_up(f"e{number}", now=0.0, is_up=True)
+
+    def put(self, name: str, limit: int | None = None) -> None:
+        limit = self.limit if limit is None else limit
+        spec = EndpointSpec(name, name, max_running_requests=limit, kv_capacity_tokens=self.cache)
+        self.core.put_endpoint(spec, self.now)
 
     def ask(self, **request: object) -> Ticket:
         ticket = Ticket(Request("r", self.now, **request))
         self.core.offer(ticket, self.now)
         return ticket
 
+    def fill(self, name: str, but: int = 0, **request: object) -> list[Ticket]:
+        """Have all slots of an endpoint taken, `but` so many."""
+        endpoint = self.core.endpoints[name]
+        filled = []
+        while endpoint.sequences + endpoint.reserved < endpoint.limit.value - but:
+            ticket = self.ask(home=name, **request)
+            self.core.move(ticket, name, self.now)
+            filled.append(ticket)
+        return filled
+
     def reserved(self) -> int:
-        return sum(one.reserved for one in self.core.endpoints.values())
+        kept = [(one.reserved, one.kv.promised) for one in self.core.endpoints.values()]
+        assert all(tokens == 0 for slots, tokens in kept if not slots)
+        return sum(slots for slots, _ in kept)
 
 
-def test_a_request_that_waits_goes_before_what_could_be_reserved():
-    pick = Pick(2, limit=2)
-    running = [pick.ask() for _ in range(4)]
-    waits = [pick.ask() for _ in range(2)]
+def test_a_request_that_waits_goes_before_what_could_be_kept():
+    pick = Pick(2)
+    running = [*pick.fill("e0"), *pick.fill("e1")]
+    waits = [pick.ask() for _ in range(16)]
     for ticket in running:
         pick.core.release(ticket, 1.0)
-    assert [ticket.state for ticket in waits] == [State.LEASED] * 2
+    assert [ticket.state for ticket in waits] == [State.LEASED] * 16
     assert waits[0].choices == ()
 
 
-def test_nothing_is_reserved_of_what_a_request_of_several_sequences_waits_for():
-    pick = Pick(2, limit=4)
-    pick.ask()
-    pick.ask()
-    wide = pick.ask(sequences=4)
+def test_nothing_is_kept_of_what_a_request_of_several_sequences_waits_for():
+    pick = Pick(2)
+    pick.fill("e0", but=4)
+    pick.fill("e1", but=4)
+    wide = pick.ask(sequences=5)
     passing = pick.ask()
     assert (wide.state, passing.state) == (State.WAITING, State.LEASED)
     assert passing.choices == ()
 
 
 def test_a_next_choice_whose_last_slot_it_would_be_is_none():
-    pick = Pick(2, limit=2)
-    first, second = pick.ask(), pick.ask()
+    pick = Pick(2)
+    pick.fill("e1", but=2)
+    first = pick.ask(home="e0")
     assert [one.name for one in first.choices] == ["e1"]
-    assert second.choices == ()
-    assert [pick.ask().state for _ in range(2)] == [State.LEASED, State.WAITING], "one slot is the first one's"
-    pick.core.release(first, 1.0)
-    assert pick.core.waiting == 0
+    pick.core.move(first, "e0", 1.0)
+    pick.fill("e1", but=1)
+    assert pick.ask(home="e0").choices == ()
+
+
+def test_an_endpoint_of_fewer_slots_than_eight_is_nobodys_next_choice():
+    assert Pick(2, limit=7).ask().choices == ()
+
+
+def test_a_burst_loses_no_more_than_an_eighth_of_the_slots_until_answers_begin():
+    """400 at once for 8 endpoints of 50: what is kept and never comes holds up 48 of them, and that not for long."""
+    pick = Pick(8, limit=50, most=3)
+    burst = [pick.ask() for _ in range(400)]
+    running = [one for one in burst if one.state is State.LEASED]
+    assert len(running) == 352
+    assert {one.reserved for one in pick.core.endpoints.values()} == {6}
+    for ticket in running:
+        pick.core.move(ticket, ticket.endpoint.name, 1.0)
+    assert {one.state for one in burst} == {State.LEASED}
+
+
+def test_the_cache_that_a_prompt_will_take_is_kept_too():
+    pick = Pick(2, cache=CACHE, limit=50)
+    long = pick.ask(home="e0", prompt_tokens=8_000, max_output_tokens=0)
+    assert [one.name for one in long.choices] == ["e1"]
+    others = [pick.ask(home="e1", prompt_tokens=10_000, max_output_tokens=0) for _ in range(18)]
+    assert pick.core.waiting > 0
+    pick.core.move(long, "e1", 1.0)
+    assert pick.core.endpoints["e1"].kv.tokens <= LAWS.kv.share * CACHE
+    for ticket in [long, *others]:
+        pick.core.release(ticket, 2.0)
+    assert pick.reserved() == 0
+
+
+def test_a_prompt_that_would_keep_more_than_an_eighth_of_a_cache_has_no_next_choice():
+    pick = Pick(2, cache=CACHE)
+    assert pick.ask(home="e0", prompt_tokens=12_000, max_output_tokens=0).choices == ()
+    assert pick.ask(home="e0", prompt_tokens=11_000, max_output_tokens=0).choices != ()
+
+
+@pytest.mark.parametrize("big", [{"sequences": 9}, {"prompt_tokens": 150_000}])
+def test_an_idle_endpoint_takes_a_request_that_is_too_big_for_it_though_a_slot_is_kept_there(big):
+    pick = Pick(2, cache=CACHE)
+    ticket = pick.ask(home="e0")
+    assert [one.name for one in ticket.choices] == ["e1"]
+    assert pick.ask(home="e1", **big).state is State.LEASED
+
+
+@pytest.mark.parametrize("wide", [{"sequences": 8}, {"prompt_tokens": 90_000, "max_output_tokens": 0}])
+def test_a_request_that_fits_alone_and_not_beside_what_is_kept_waits_for_that(wide):
+    pick = Pick(2, cache=CACHE)
+    ticket = pick.ask(home="e0", prompt_tokens=5_000)
+    waits = pick.ask(home="e1", **wide)
+    assert waits.state is State.WAITING
+    pick.core.move(ticket, "e0", 1.0)
+    assert waits.state is State.LEASED
+
+
+def test_while_nothing_is_held_a_full_endpoint_is_a_next_choice_and_nothing_is_kept():
+    pick = Pick(2, limit=2, enable_queue=False)
+    tickets = [pick.ask() for _ in range(10)]
+    assert {len(ticket.choices) for ticket in tickets} == {1}
+    assert pick.reserved() == 0
+    pick.core.remove_endpoints(["e1"], 1.0)
+    pick.core.set_policy(Policy(classes=CLASSES, shed=False, next_choices=1), 1.0)
+    for ticket in tickets:
+        pick.core.release(ticket, 2.0)
+    assert list(pick.core.endpoints) == ["e0"]
+    assert pick.reserved() == 0
 
 
 def test_what_an_endpoint_had_reserved_that_goes_and_comes_back_is_not_counted_twice():
     pick = Pick(2)
     ticket = pick.ask()
     pick.core.remove_endpoints(["e1"], 1.0)
-    pick.core.put_endpoint(EndpointSpec("e1", "e1", max_running_requests=LIMIT), 2.0)
+    pick.put("e1")
     pick.core.release(ticket, 3.0)
     assert pick.reserved() == 0
 
@@ -77,7 +163,7 @@ def test_what_an_endpoint_had_reserved_that_goes_and_comes_back_is_still_kept_th
     ticket = pick.ask(home="e0")
     assert [one.name for one in ticket.choices] == ["e1"]
     pick.core.remove_endpoints(["e1"], 1.0)
-    pick.core.put_endpoint(EndpointSpec("e1", "e1", max_running_requests=LIMIT), 2.0)
+    pick.put("e1")
     pick.core.set_up("e1", 2.0, is_up=True)
     for _ in range(LIMIT):
         pick.ask(home="e1")
@@ -105,9 +191,9 @@ def test_who_answers_from_a_next_choice_that_goes_holds_its_slot_there_to_the_en
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_wherever_gateways_go_along_their_lists_no_endpoint_ever_runs_more_than_its_limit(seed):
+def test_wherever_gateways_go_along_their_lists_no_endpoint_ever_runs_more_than_its_limits(seed):
     """What really runs where is counted here: from the pick on, each may be at any of its choices."""
-    draw, pick = random.Random(seed), Pick(5)
+    draw, pick = random.Random(seed), Pick(5, cache=CACHE)
     begun: dict[Ticket, None] = {}
     unsure: list[Ticket] = []
     waiting: list[Ticket] = []
@@ -115,9 +201,11 @@ def test_wherever_gateways_go_along_their_lists_no_endpoint_ever_runs_more_than_
     for step in range(4000):
         pick.now += 0.01
         if step % 50 == 0:
-            crowd = draw.randrange(2, 20)
+            crowd = draw.randrange(4, 40)
         if draw.random() < 0.6 and len(begun) + len(unsure) + len(waiting) < crowd:
-            waiting.append(pick.ask(sequences=draw.choice((1, 1, 1, 2))))
+            size = 90_000 if draw.random() < 0.01 else draw.choice((500, 500, 5_000, 11_000))
+            sequences = LIMIT if draw.random() < 0.01 else draw.choice((1, 1, 1, 2))
+            waiting.append(pick.ask(sequences=sequences, prompt_tokens=size, max_output_tokens=0))
         elif unsure and draw.random() < 0.5:
             ticket = unsure.pop(draw.randrange(len(unsure)))
             served = draw.choice((ticket.endpoint, ticket.endpoint, *ticket.choices))
@@ -135,7 +223,9 @@ def test_wherever_gateways_go_along_their_lists_no_endpoint_ever_runs_more_than_
         for name, endpoint in pick.core.endpoints.items():
             may_run = [one for one in (*begun, *unsure) if endpoint in (one.endpoint, *one.choices)]
             assert sum(one.sequences for one in may_run) <= LIMIT, name
+            assert sum(one.kv_tokens for one in may_run) <= LAWS.kv.share * CACHE, name
             assert endpoint.reserved == sum(one.sequences for one in may_run if one.endpoint is not endpoint)
+            assert endpoint.reserved <= LIMIT / 8
     assert moved > 50
     for ticket in (*begun, *unsure):
         pick.core.release(ticket, pick.now)
@@ -144,7 +234,7 @@ def test_wherever_gateways_go_along_their_lists_no_endpoint_ever_runs_more_than_
 
 def test_no_full_endpoint_is_a_next_choice_while_another_has_room_however_often_rooms_changed():
     """The heap of rooms holds entries out of date: behind those that it names first, there is somebody with room."""
-    count, limit = 40, 4
+    count, limit = 40, 16
     pick, draw = Pick(count, limit, most=1), random.Random(1)
     held: list[Ticket] = []
     for number in range(1500):
