@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.commit import commit
 from extproc.admission.controller import Controller
 from extproc.admission.load import Load
 from extproc.admission.ticket import Ticket
@@ -231,7 +232,8 @@ def rows(seconds: float) -> list[dict[str, Any]]:
             (f"{AIM_PER_S:,.0f} a second", followers, {"rate": AIM_PER_S / FOLLOWERS}),
             ("as many as it takes", followers, {"at_once": 256}),
         ):
-            found.append({"load": name, "followers": len(some)} | measure(leader, some, seconds, **load))
+            of = {"load": name, "followers": len(some), "commit": commit(), "date": time.strftime("%F", time.gmtime())}
+            found.append(of | measure(leader, some, seconds, **load))
             print(LINE.format(**found[-1]), flush=True)
     return found
 

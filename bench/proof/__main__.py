@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import extproc
 from bench import replicas
+from bench.commit import commit
 from bench.proof import gateways_page, page, peers, peers_page, peers_search, rival, tables, virtual
 from bench.proof.experiments import BY_NAME, EXPERIMENTS, SEVERAL, WITH_PEERS, Cell, Times, cells, pack
 from bench.proof.figures import Run, from_json, to_json
@@ -186,6 +187,7 @@ def without(experiment: Experiment, name: str) -> Experiment:
 
 def real(planned: Sequence[Cell], flags: argparse.Namespace, out: Path) -> list[Cell]:
     """Run all cells on real processes, the rejected ones again, a JSON file for each run. Returns what is left."""
+    of = commit()
     left, chosen = list(planned), (*flags.contender, *flags.own) if flags.contender else ()
     for attempt in range(1 + flags.repeats):
         again: list[Cell] = []
@@ -203,6 +205,7 @@ def real(planned: Sequence[Cell], flags: argparse.Namespace, out: Path) -> list[
             print(f"round {number}/{len(rounds)}, {len(runs)} stacks, {time.monotonic() - began:.0f} s, ", end="")
             print(f"{busy:.0%} of the cores busy: {', '.join(names)}", flush=True)
             for run in runs:
+                run.commit = of
                 _save(run, busy, out)
             bad = {(run.experiment, run.load, run.seed): run.problem() for run in runs if run.problem()}
             for (name, load, seed), problem in bad.items():
@@ -255,10 +258,10 @@ def sweep(experiments: Sequence[Experiment], flags: argparse.Namespace, out: Pat
         wanted = virtual.sweeps(experiments, preset)
         tasks += [(cell, name, long) for cell in cells(wanted, flags.seeds) for name in cell.experiment.contenders]
     results = virtual.run(tasks, flags.workers)
-    rows = []
+    rows, of = [], commit()
     for number, (preset, run) in enumerate(results):
         kind = "check" if number < check else "sweep"
-        rows.append({"kind": kind, "preset": preset} | summary(run))
+        rows.append({"kind": kind, "preset": preset, "commit": of} | summary(run))
     (out / "sweeps.json").write_text(json.dumps(rows))
     print(f"{len(tasks)} runs on the virtual clock, {time.monotonic() - began:.0f} s", flush=True)
 
@@ -282,7 +285,7 @@ def _begin(out: Path, flags: argparse.Namespace) -> None:
         "began": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
         "experiments": list(flags.only),
         "seeds": list(flags.seeds),
-        "commit": _versions().get("commit", "unknown"),
+        "commit": commit(),
         "command": " ".join(["python -m bench.proof", *sys.argv[1:]]),
         "note": flags.note,
     }
@@ -321,7 +324,6 @@ def _versions() -> dict[str, str]:
     commands = {
         "Envoy": ([str(envoy_binary()), "--version"], r"version: \S+?/(\d+\.\d+\.\d+)"),
         "HAProxy": ([HAPROXY or "haproxy", "-v"], r"version (\S+)"),
-        "commit": (["git", "-C", str(ROOT), "describe", "--always", "--dirty"], r"(\S+)"),
     }
     for name, (command, pattern) in commands.items():
         try:
@@ -330,7 +332,7 @@ def _versions() -> dict[str, str]:
             continue
         match = re.search(pattern, text)
         found[name] = match.group(1) if match else "unknown"
-    return found
+    return found | {"commit": commit()}
 
 
 if __name__ == "__main__":

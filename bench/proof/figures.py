@@ -72,6 +72,7 @@ class Run:
         step_lag_s: the worst delay of an engine's step.
         cpu_s: CPU seconds by process kind (front, sidecar, engines), over the whole run.
         dies: an engine was killed, so answers may have failed.
+        commit: of which code it is; empty where nobody wrote it down.
     """
 
     experiment: str
@@ -89,6 +90,7 @@ class Run:
     cpu_s: dict[str, float] = field(default_factory=dict)
     dies: bool = False
     virtual: bool = False
+    commit: str = ""
 
     @property
     def counted(self) -> list[Record]:

@@ -7,6 +7,7 @@ from collections import defaultdict
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+from bench.commit import UNKNOWN
 from bench.proof import gateways, words
 from bench.proof.experiments import BY_NAME, SEVERAL
 from bench.proof.figures import goodput, ratio
@@ -36,7 +37,7 @@ real {store} tells who is alive. {all} runs, {rejected} rejected and left out. H
 FORWARDING = """\
 Sidecars' processes on loopback, without Envoy (`python -m bench.replicas`), the leader with a core of its own, all
 followers on the other. It is what `replicas` adds: a request's offer, decision and release, and at the leader the
-admission core. One leader carried {most:,.0f} requests a second.
+admission core. One leader carried {most:,.0f} requests a second. Of {of}.
 """
 SAYS = {
     "gateways": """\
@@ -194,10 +195,11 @@ def forwarded(rows: Sequence[dict[str, Any]]) -> list[str]:
         for row in rows
     ]
     most = max(row["per_s"] for row in rows)
+    of = " and ".join(sorted({f"{row.get('commit', UNKNOWN)}, {row.get('date', 'no date')}" for row in rows}))
     return [
         "## Forwarding",
         "",
-        FORWARDING.format(most=most),
+        FORWARDING.format(most=most, of=of),
         *table(
             [
                 "",

@@ -1,5 +1,8 @@
 """Writes docs/benchmarks.md, which is short, and docs/benchmarks-details.md with all else, and their plots, from runs.
 
+The front is at most three screens of 1280 by 800: the answer, one table and where ours does not help on the first,
+then one picture and a line for each of the pages behind it.
+
 Every figure is computed here, none is typed; sentences that judge are made from comparisons, so a run with other
 results writes another page.
 """
@@ -7,12 +10,11 @@ results writes another page.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from dataclasses import dataclass
 from statistics import mean
 from typing import TYPE_CHECKING
 
-from bench.proof import settings, shapes_page, tables
+from bench.proof import losses, peers_page, settings, shapes_page, tables, words
 from bench.proof.experiments import BY_NAME
 from bench.proof.figures import LAG_MAX_S, LAG_P99_S, STEP_LAG_S, ratio
 from bench.proof.pictures import draw
@@ -29,11 +31,11 @@ if TYPE_CHECKING:
 HEAD = """\
 # Does a queue in front help?
 
-Written by `make bench` ({date}, {minutes:.0f} minutes, {seeds} seeds); don't edit. Real Envoy {envoy} and HAProxy
-{haproxy}, real sockets, real time. The engines are simulated, so read ratios, not rates. **Goodput** is the share of
-ALL requests that met the objectives of their class; what was refused, abandoned or failed missed. ± is the standard
-deviation between seeds. Every rival has the best settings that a search found for it; ours has its defaults. Commit
-{commit}.
+{answer}
+
+Goodput: the share of ALL requests that met the objectives of their class; what was refused, abandoned or failed missed.
+± is the standard deviation between {seeds} seeds. Real Envoy {envoy}, HAProxy {haproxy}, sockets and time; simulated
+engines: read ratios, not rates. Every rival has the best settings that a search found for it, ours its defaults.
 """
 SCEPTIC = """\
 ## Don't believe it
@@ -41,12 +43,14 @@ SCEPTIC = """\
 - `make bench-quick` (4 minutes): one seed, prints its own table and how noisy your machine was.
 - Put your own router beside them: [benchmarks-yours.md](benchmarks-yours.md), ten minutes.
 - [benchmarks-details.md](benchmarks-details.md): every class, percentile and experiment, how it was measured, what each
-  rival was set to and what else was tried. [The ceiling](benchmarks-ceiling.md). [smg and
-  vllm-router](benchmarks-peers.md). [Five engines, recorded
-  traffic](benchmarks-shapes.md). [A hundred cells](benchmarks-matrix.md). [Several sidecars](benchmarks-replicas.md).
-- Not in it: GPUs. `make bench-gpu` is for who has one (PyTorch, 8 minutes, no network); it has not run on one yet. What
-  a real vLLM says, on a CPU: [vllm.md](vllm.md).
+  rival was set to and what else was tried. [Hundreds of cells](benchmarks-matrix.md), simulated.
+- **Not in it: GPUs.** `make bench-gpu` is for who has one (PyTorch, 8 minutes, no network); it has not run on one yet.
+  What a real vLLM says, on a CPU: [vllm.md](vllm.md).
+- {noise}
+- Written by `make bench`; don't edit. {made}
 """
+FRONT = ("least_request", "circuit_breaker", "tuned_engine", "haproxy", "ours")
+"""Who is in the table of the front, beside contenders of one's own; the details have all."""
 DETAILS = """\
 # The benchmark in detail
 
@@ -132,13 +136,14 @@ def write(runs: Sequence[Run], rows: Sequence[Row], facts: Row, docs: Path) -> W
         (pictures / f"{name}.svg").write_text(svg)
     expectations = [*expected(found), *simulated(rows)]
     kinds = shapes_page.rows(docs)
-    losses = _no_help(found, rows)
-    front = [*_head(facts), "## The answer", "", *tables.ramp(found, by_class=False)]
-    front += [noise(runs), "", "## Where it does not help", "", *_short(found), *shapes_page.losses(kinds), ""]
-    front += [*_picture("ramp", "Goodput over load", drawn), *_answer(found, expectations), ""]
-    front += [*shapes_page.table(kinds), SCEPTIC]
-    details = [DETAILS, *_classes(), *_why(rows), "", *_ramp(found, drawn), *_others(found, drawn)]
-    details += [*_virtual(found, rows, facts, drawn), *losses, *_method(runs, facts), "", *_tried()]
+    missed = [sentence for holds, sentence in expectations if not holds]
+    front = [*_head(found, facts, docs), *tables.ramp(found, among=FRONT, by_class=False)]
+    front += ["## Where it does not help", "", *losses.short(found, missed, kinds), ""]
+    front += [*_picture("ramp", "Goodput over load", drawn), *_elsewhere(found, kinds, docs)]
+    front += [SCEPTIC.format(noise=noise(runs), made=words.made(runs, facts, rows))]
+    details = [DETAILS, *_classes(), *_answer(found, expectations), *_why(rows), "", *words.pieced(facts)]
+    details += [*_ramp(found, drawn), *_others(found, drawn), *_virtual(found, rows, facts, drawn)]
+    details += [*losses.full(found, rows), *_method(runs, facts), "", *_tried()]
     details += shapes_page.settings(kinds)
     texts = {"benchmarks.md": front, "benchmarks-details.md": details}
     for name, parts in texts.items():
@@ -197,17 +202,37 @@ def _why(rows: Sequence[Row]) -> list[str]:
     return parts
 
 
-def _head(facts: Row) -> list[str]:
+def _head(found: dict[Key, Figures], facts: Row, docs: Path) -> list[str]:
     versions = facts["versions"]
     text = HEAD.format(
-        date=facts["date"],
-        minutes=facts["duration_s"] / 60,
+        answer=" ".join([*_verdict(found), *peers_page.best(docs)]),
         seeds=len(facts["seeds"]),
         envoy=versions.get("Envoy", "unknown"),
-        commit=versions.get("commit", "unknown"),
-        haproxy=versions.get("HAProxy", "(not installed: left out)"),
+        haproxy=versions.get("HAProxy", "(not installed: left out)").partition("-")[0],
     )
     return [text]
+
+
+def _verdict(found: dict[Key, Figures]) -> list[str]:
+    """Return the answer in a sentence or two: against the best other, at the ramp's loads around 100 %."""
+    told = []
+    for load in (1.2, 0.7):
+        ours = found.get(("ramp", load, "ours"))
+        others = [one for key, one in found.items() if key[:2] == ("ramp", load) and not key[2].startswith("ours")]
+        if ours is None or not others:
+            continue
+        best = max(others, key=lambda one: one.all.goodput)
+        gain = ours.all.goodput - best.all.goodput
+        verdict = "Yes" if gain >= 0.05 else "A little" if gain >= SAME else "It is worse" if gain < -SAME else "No"
+        figures = f"{share(ours.all.goodput)} against {share(best.all.goodput)} of {plain(best.contender)}"
+        told.append(f"**{verdict}** at {load:.0%} load: {figures}, the best other.")
+    return told
+
+
+def _elsewhere(found: dict[Key, Figures], kinds: Sequence[Row], docs: Path) -> list[str]:
+    """Return a line for each question that has a page of its own, and the ramp seed by seed."""
+    parts = ["## And elsewhere?", "", *_paired(found), *peers_page.short(docs), *shapes_page.summary(kinds)]
+    return [*parts, "- Several sidecars, one queue: [benchmarks-replicas.md](benchmarks-replicas.md).", ""]
 
 
 def _classes() -> list[str]:
@@ -230,38 +255,24 @@ def _tried() -> list[str]:
     return [*parts, *table(["engine", "", "best settings", "tried", "the first three"], lines)]
 
 
-def _short(found: dict[Key, Figures]) -> list[str]:
-    """Return the losses that a reader must know first: light load, what batch pays, throughput, CPU."""
-    parts = []
-    groups: dict[float, dict[str, Figures]] = defaultdict(dict)
-    for (name, load, who), one in found.items():
-        if name == "ramp":
-            groups[load][who] = one
-    for load, group in groups.items():
-        ours = group.pop("ours", None)
-        if ours is not None and group:
-            parts += _real_losses(f"{load:.0%}", ours, list(group.values()))
-            most = max(group.values(), key=lambda one: one.tokens_per_s)
-            lost = 1 - ours.tokens_per_s / most.tokens_per_s if most.tokens_per_s else 0.0
-            if lost > SAME:
-                parts.append(f"- Real, {load:.0%}: {lost:.0%} fewer output tokens than {plain(most.contender)}.")
-    return [*parts, *_cost(found)]
-
-
 def _answer(found: dict[Key, Figures], expectations: Sequence[tuple[bool, str]]) -> list[str]:
     missed = ": **missed**, [how much there is to be had](benchmarks-ceiling.md)"
     parts = ["What was expected of it beforehand:", ""]
     parts += [f"- {sentence}{'' if holds else missed}." for holds, sentence in expectations]
+    return [*parts, *_paired(found)]
+
+
+def _paired(found: dict[Key, Figures]) -> list[str]:
     ours = found.get(("ramp", 1.2, "ours"))
-    if ours is not None:
-        words = []
-        for other in ("least_request", "tuned_engine", "haproxy"):
-            theirs = found.get(("ramp", 1.2, other))
-            if theirs is not None:
-                middle, least = ratio(ours, theirs)
-                words.append(f"{middle:.2f} times {plain(other)} (the least seed {least:.2f})")
-        parts.append(f"- Seed by seed, with the same requests, at 120 %: {', '.join(words)}.")
-    return parts
+    if ours is None:
+        return []
+    told = []
+    for other in ("least_request", "tuned_engine", "haproxy"):
+        theirs = found.get(("ramp", 1.2, other))
+        if theirs is not None:
+            middle, least = ratio(ours, theirs)
+            told.append(f"{middle:.2f} times {plain(other)} (the least seed {least:.2f})")
+    return [f"- Seed by seed, with the same requests, at 120 %: {', '.join(told)}."]
 
 
 def _picture(name: str, text: str, drawn: dict[str, str]) -> list[str]:
@@ -304,73 +315,6 @@ def _virtual(found: dict[Key, Figures], rows: Sequence[Row], facts: Row, drawn: 
         parts.append(CHECKED.format(apart=apart, count=len(pairs), most=most, who=plain(who), load=load))
         parts += tables.compared(pairs)
     return parts
-
-
-# ---- where it does not help
-
-
-def _no_help(found: dict[Key, Figures], rows: Sequence[Row]) -> list[str]:
-    groups: dict[tuple[str, float], dict[str, Figures]] = defaultdict(dict)
-    for (name, load, who), one in found.items():
-        groups[name, load][who] = one
-    parts = ["## Where it does not help", ""]
-    for (name, load), group in groups.items():
-        ours = group.pop("ours", None)
-        others = [one for who, one in group.items() if not who.startswith("ours")]
-        if ours is not None and others:
-            parts += _real_losses(f"{_title(name)}, {load:.0%}", ours, others)
-    for preset in dict.fromkeys(row["preset"] for row in rows):
-        parts += _virtual_losses(preset, pick(rows, kind="sweep", preset=preset))
-    return [*parts, *_cost(found), ""]
-
-
-def _title(name: str) -> str:
-    return BY_NAME[name].short if name in BY_NAME else "conversations"
-
-
-def _real_losses(where: str, ours: Figures, others: Sequence[Figures]) -> list[str]:
-    parts = []
-    best = max(others, key=lambda one: one.all.goodput)
-    gain = ours.all.goodput - best.all.goodput
-    if gain < SAME:
-        word = "is worse" if gain < -SAME else "gains nothing"
-        parts.append(f"- Real, {where}: {word}, {share(ours.all.goodput)} against {_whose(best, 'all')}.")
-    for line in ours.lines[:-1] if len(ours.lines) > 2 else ():
-        winner = max(others, key=lambda one: one.of_class((line.klass,)).goodput)
-        if winner.of_class((line.klass,)).goodput - line.goodput > 2 * SAME:
-            mine = f"the class {line.klass} pays, {share(line.goodput)}"
-            parts.append(f"- Real, {where}: {mine} against {_whose(winner, line.klass)}.")
-    return parts
-
-
-def _whose(one: Figures, klass: str) -> str:
-    return f"{share(one.of_class((klass,)).goodput)} of {plain(one.contender)}"
-
-
-def _virtual_losses(preset: str, rows: Sequence[Row]) -> list[str]:
-    parts = []
-    for name, load in dict.fromkeys((row["experiment"], row["load"]) for row in rows):
-        if name in ("limits", "telemetry"):
-            continue
-        here = pick(rows, experiment=name, load=load)
-        others = {row["contender"]: average(here, row["contender"]) for row in here}
-        others = {who: value for who, value in others.items() if not who.startswith("ours")}
-        best = max(others, key=others.__getitem__)
-        ours = average(here, "ours")
-        if ours < 1.1 * others[best]:
-            words = f"{share(ours)} against {share(others[best])} of {plain(best)}, {ours / others[best]:.2f} times"
-            parts.append(f"- Simulated {preset}, {_title(name)}, {load:.0%}: {words}.")
-    return parts
-
-
-def _cost(found: dict[Key, Figures]) -> list[str]:
-    ours, least = found.get(("ramp", 0.7, "ours")), found.get(("ramp", 0.7, "least_request"))
-    if ours is None or least is None:
-        return []
-    sidecar, envoy = ours.cpu_ms.get("sidecar", 0.0), ours.cpu_ms.get("front", 0.0)
-    alone = least.cpu_ms.get("front", 0.0)
-    text = f"- CPU a request at 70 % load: Envoy alone {alone:.1f} ms, with the sidecar {envoy:.1f} ms, the sidecar "
-    return [f"{text}itself {sidecar:.1f} ms. Its start and its scrapes are in that, shared by few requests."]
 
 
 # ---- method

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections import defaultdict
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+from bench.commit import UNKNOWN
 from bench.proof import peers_search, tables, words
 from bench.proof.figures import ratio
 from bench.proof.peers import PINS
@@ -23,8 +27,9 @@ HEAD = """\
 Written by `make bench-peers`; don't edit. It installs {pins} into `.venv-peers` (300 MB, the first time only) and runs
 them beside HAProxy, Envoy's least request and ours in the overload ramp of [benchmarks.md](benchmarks.md), three
 engines of the preset h100-32b each: the same seeds, requests, moments and rejection of late runs. About five minutes
-on a machine at rest. Neither router is a dependency of anything else. Each router is there twice: as we had set it by
-hand (its name alone), and as an open search of short runs set it; judge it by the better. Ours has its defaults.
+on a machine at rest. Neither router is a dependency of anything else. Each rival ran as we had set it by hand (its name
+alone), and as an open search of short runs set it; it is judged by the better, which the first table has. Ours has its
+defaults.
 
 Run: {called} on {machine}; {versions}. {all} real runs, {rejected} rejected and left out.
 """
@@ -67,58 +72,150 @@ key is.
 """
 
 
+SAYS = """\
+Goodput, in brackets interactive / standard / batch, and how many seeds. A rival's settings are those with the most
+goodput at the highest load.
+"""
+FILE = "benchmarks/peers.json"
+"""Under docs/: what the front page says of it."""
+
+
 def write(runs: Sequence[Run], facts: Row, docs: Path) -> Path:
     """Write the page into `docs`; return where it is."""
     found = collect(runs)
     rejected = [run for run in runs if run.problem()]
-    facts = facts | {
+    told = facts | {
         "pins": " and ".join(pin.replace("==", " ") for pin in PINS),
         "called": words.called(facts),
         "versions": words.versions(facts),
         "all": len(runs),
         "rejected": len(rejected),
     }
-    parts = [HEAD.format(**facts)]
+    parts = [HEAD.format(**told)]
     parts += [f"- rejected: {run.load:.0%} #{run.seed} {run.contender}: {run.problem()}" for run in rejected]
     parts += [""] if rejected else []
     parts += words.pieced(facts)
     loads = sorted({key[1] for key in found})
     groups = {load: [one for key, one in found.items() if key[1] == load] for load in loads}
-    parts += ["## The answer", "", *answer(groups)]
+    chosen = strongest(groups)
+    parts += ["## The answer", "", SAYS, *answer(groups, chosen)]
     for load, some in groups.items():
-        parts += compared(load, some)
-    parts += ["", ABOUT]
-    parts += searched(peers_search.recorded()) if peers_search.FILE.exists() else []
+        parts += compared(load, [one for one in some if one.contender in chosen])
+    search = peers_search.recorded() if peers_search.FILE.exists() else {}
+    parts += [*flipped(groups, chosen, search), "", *others(groups, chosen), ABOUT]
+    parts += searched(search) if search else []
     for load, some in groups.items():
         parts += [f"<details><summary>All figures at {load:.0%}</summary>", "", *tables.details(some), "</details>", ""]
     path = docs / "benchmarks-peers.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    (docs / FILE).parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(parts).rstrip() + "\n")
+    (docs / FILE).write_text(json.dumps(_front(groups, chosen, runs), indent=1) + "\n")
     return path
 
 
-def answer(groups: dict[float, list[Figures]]) -> list[str]:
-    """Return goodput of all at each load, and what the clients of the last load saw."""
+def short(docs: Path) -> list[str]:
+    """Return a line for the front page, of what `write` left in `docs`; nothing where it never ran."""
+    if not (docs / FILE).exists():
+        return []
+    found = json.loads((docs / FILE).read_text())
+    scores = dict(found["goodput"])
+    ours = scores.pop("ours", math.nan)
+    told = ", ".join(f"{label(who)} {share(value)}" for who, value in sorted(scores.items(), key=lambda one: -one[1]))
+    where = f"{found['load']:.0%} load, {found['seeds']} seeds, commit {' and '.join(found['commits'])}"
+    text = f"- Routers from PyPI, a HAProxy with a wait for each class ({where}): ours {share(ours)}; {told}."
+    return [f"{text} [All](benchmarks-peers.md)."]
+
+
+def best(docs: Path) -> list[str]:
+    """Return a sentence: the best rival of these, for who reads no further than the answer."""
+    if not (docs / FILE).exists():
+        return []
+    found = json.loads((docs / FILE).read_text())
+    rivals = {who: value for who, value in found["goodput"].items() if who != "ours"}
+    if not rivals or "ours" not in found["goodput"]:
+        return []
+    who = max(rivals, key=rivals.__getitem__)
+    text = f"[Beside routers](benchmarks-peers.md): {share(found['goodput']['ours'])} against {share(rivals[who])} of"
+    return [f"{text} {label(who)} at {found['load']:.0%}."]
+
+
+def strongest(groups: dict[float, list[Figures]]) -> list[str]:
+    """Return of each front the settings that had most at the highest load, among those on the most of its seeds."""
+    best: dict[str, Figures] = {}
+    for one in groups[max(groups)] if groups else ():
+        front = one.contender.partition(",")[0]
+        if front not in best or _rank(one) > _rank(best[front]):
+            best[front] = one
+    return [one.contender for one in best.values()]
+
+
+def _rank(one: Figures) -> tuple[int, float]:
+    return len(one.seeds), one.all.goodput
+
+
+def _front(groups: dict[float, list[Figures]], best: Sequence[str], runs: Sequence[Run]) -> dict[str, Any]:
+    most = max(groups, default=0.0)
+    some = [one for one in groups.get(most, ()) if one.contender in best]
+    return {
+        "load": most,
+        "seeds": max((len(one.seeds) for one in some), default=0),
+        "commits": sorted({run.commit or UNKNOWN for run in runs if run.load == most and run.contender in best}),
+        "goodput": {one.contender.partition(",")[0]: round(one.all.goodput, 4) for one in some},
+    }
+
+
+def answer(groups: dict[float, list[Figures]], who: Sequence[str]) -> list[str]:
+    """Return goodput of `who` at each load, and what the clients of the highest load saw."""
     most = max(groups, default=0.0)
     rows: dict[str, dict[float, Figures]] = defaultdict(dict)
     for load in sorted(groups, key=lambda load: load != most):  # the most loaded has all of them, in order
         for one in groups[load]:
-            rows[one.contender][load] = one
+            if one.contender in who:
+                rows[one.contender][load] = one
     head = ["", *(f"{load:.0%}" for load in groups), f"refused at {most:.0%}", "left or failed"]
     head += ["TTFT p50 / p95 s, first class"]
     lines = []
-    for who, found in rows.items():
-        told = [f"{tables.goodput(found[load])} ({by_class(found[load])})" if load in found else "" for load in groups]
+    for name, found in rows.items():
+        told = [_cell(found[load]) if load in found else "" for load in groups]
         last = found.get(most)
         if last is not None:
             told += [f"{last.all.refused:.1%}", f"{last.all.abandoned + last.all.failed:.1%}"]
             told += [seconds(last.of_class(CLASSES).ttft[:2])]
-        lines.append([label(who), *told, *[""] * (len(head) - 1 - len(told))])
-    seeds = [
-        f"{load:.0%} has the seeds {', '.join(map(str, sorted({seed for one in some for seed in one.seeds})))}"
-        for load, some in groups.items()
-    ]
-    return [f"Goodput, in brackets interactive / standard / batch; {'; '.join(seeds)}:", "", *table(head, lines)]
+        lines.append([label(name), *told, *[""] * (len(head) - 1 - len(told))])
+    return table(head, lines)
+
+
+def _cell(one: Figures) -> str:
+    """Return goodput, of the classes too, and on how many seeds."""
+    count = len(one.seeds)
+    return f"{tables.goodput(one)} ({by_class(one)}), {count} seed{'s' if count > 1 else ''}"
+
+
+def others(groups: dict[float, list[Figures]], best: Sequence[str]) -> list[str]:
+    """Return the same of the settings that were not the better."""
+    rest = [one.contender for some in groups.values() for one in some if one.contender not in best]
+    return ["The other settings that ran:", "", *answer(groups, list(dict.fromkeys(rest)))] if rest else []
+
+
+def flipped(groups: dict[float, list[Figures]], best: Sequence[str], search: dict[str, Any]) -> list[str]:
+    """Say which rival is better as set by hand than as the search set it, and why that can be."""
+    found = {one.contender: one for one in groups[max(groups)]} if groups else {}
+    parts = []
+    for name, rival in search.items():
+        won, hand = found.get(rival.get("won", "")), found.get(name)
+        if name == "facts" or won is None or hand is None or won.contender in best:
+            continue
+        scores = list(rival["tried"][won.contender].values())
+        apart = f"{share(hand.all.goodput)} against {share(won.all.goodput)}"
+        spread = (
+            f"that choice had {share(mean(scores))} in the search, but {share(min(scores))} to {share(max(scores))}"
+        )
+        parts.append(
+            f"- {label(name)} is better here as set by hand than as the search set it, {apart}: {spread} from seed to "
+            "seed, in runs of half a minute. Settings that are nearer to each other than that are told apart by luck; "
+            "so both are played on these seeds, and the better one counts."
+        )
+    return parts
 
 
 def compared(load: float, some: Sequence[Figures]) -> list[str]:

@@ -25,6 +25,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+from bench.commit import commit
 from bench.proof import fronts, peers
 from bench.proof.experiments import WITH_PEERS, Cell, Times
 from bench.proof.figures import goodput
@@ -207,10 +208,9 @@ def _by_class() -> bool:
 
 
 def _piece() -> dict[str, str]:
-    git = ["git", "-C", str(FILE.parent), "describe", "--always", "--dirty"]
     return {
         "began": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
-        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
+        "commit": commit(),
         "command": " ".join(["python -m bench.proof.peers_search", *sys.argv[1:]]),
     }
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
+from bench.commit import commit
 from bench.matrix.cells import stage
 from bench.matrix.contest import play
 from bench.matrix.traffic import TRAFFIC, Traffic, with_traces
@@ -127,7 +128,8 @@ def row(task: tuple[str, str, int], traces: Path | None = None) -> dict[str, Any
     shares.append(judged(traffic.ours, scenes))
     took_s = round(time.monotonic() - began, 1)
     known_by = {"engine": engine, "traffic": kind, "load": load, "took_s": took_s}
-    return known_by | {"date": time.strftime("%Y-%m-%d", time.gmtime()), "shares": [*map(asdict, shares)]}
+    of = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "commit": commit()}
+    return known_by | of | {"shares": [*map(asdict, shares)]}
 
 
 def tasks(patterns: Sequence[str], loads: Sequence[int]) -> list[tuple[str, str, int]]:

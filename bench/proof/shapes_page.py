@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import defaultdict
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import TYPE_CHECKING, Any
 
+from bench.commit import UNKNOWN
 from bench.proof import words
 from bench.proof.shapes import SHAPES
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 FILE = "benchmarks/shapes.json"
+LOST = 0.05
+"""From which share of its output tokens on a loss is told."""
 TRAFFIC = {
     "standing": "the standing mix",
     "prefix": "... + a system prompt of 3,000",
@@ -94,7 +98,7 @@ def table(kinds: Sequence[Row]) -> list[str]:
         cells = [_cell(shares[who], top) for who in names]
         lines.append([SHAPES[row["engine"]], TRAFFIC[row["traffic"]], f"{row['load']}%", *cells])
     seeds = len(kinds[0]["shares"][0]["goodput"])
-    dates = " and ".join(sorted({row["date"] for row in kinds}))
+    dates = " and ".join(sorted({f"{row['date']}, {row.get('commit', UNKNOWN)}" for row in kinds}))
     return [
         HEAD.format(seeds=seeds, dates=dates),
         *words.table(["engine", "traffic", "load", *map(words.label, names)], lines),
@@ -122,11 +126,58 @@ def losses(kinds: Sequence[Row]) -> list[str]:
             rival = f"{words.plain(name(best))} ({best['text'].partition(',')[2] or 'no settings'})"
             figures = f"{words.share(middle(mine))} against {words.share(middle(best))} of {rival}"
             parts.append(f"- Simulated, {where}: {word}, {figures}.")
-        most = max(row["shares"], key=lambda one: mean(one["tokens_per_s"]))
-        lost = 1 - mean(mine["tokens_per_s"]) / mean(most["tokens_per_s"])
-        if lost > 0.05:
+        most = max(row["shares"], key=_tokens_per_s)
+        lost = 1 - _tokens_per_s(mine) / _tokens_per_s(most)
+        if lost > LOST:
             parts.append(f"- Simulated, {where}: {lost:.0%} fewer output tokens than {words.plain(name(most))}.")
     return parts
+
+
+def as_good(kinds: Sequence[Row]) -> list[str]:
+    """Return one line: where a rival with its number is as good under overload, or better."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for row in kinds:
+        mine, best = ours(row), best_rival(row)
+        if middle(mine) - middle(best) < words.SAME and row["load"] > 100:
+            figures = f"{words.share(middle(mine), 2)} against {words.share(middle(best), 2)}"
+            found[SHAPES[row["engine"]]].append(f"{TRAFFIC[row['traffic']]} {figures} of {words.plain(name(best))}")
+    told = [f"{engine} ({', '.join(some)})" for engine, some in found.items()]
+    return [f"- A rival with the right number is as good under overload, simulated: {'; '.join(told)}."] if told else []
+
+
+def tokens(kinds: Sequence[Row]) -> list[str]:
+    """Say how many output tokens are lost at most, and in how many rows they are many."""
+    lost = []
+    for row in kinds:
+        mine, most = ours(row), max(row["shares"], key=_tokens_per_s)
+        share = 1 - _tokens_per_s(mine) / _tokens_per_s(most)
+        if share > LOST:
+            where = f"{SHAPES[row['engine']]}, {TRAFFIC[row['traffic']]}, {row['load']}%"
+            lost.append((share, f"{share:.0%} than {words.plain(name(most))} simulated ({where})"))
+    often = f"over {LOST:.0%} in {len(lost)} of [{len(kinds)} rows](benchmarks-shapes.md)"
+    return [f"up to {max(lost)[1]}, {often}"] if lost else []
+
+
+def _tokens_per_s(share: Row) -> float:
+    return mean(share["tokens_per_s"])
+
+
+def summary(kinds: Sequence[Row]) -> list[str]:
+    """Return one line: how ours fares over all rows."""
+    if not kinds:
+        return []
+    top = sum(middle(ours(row)) >= middle(best_rival(row)) - words.SAME for row in kinds)
+    over = [row for row in kinds if row["load"] > 100]
+    times = sorted(middle(ours(row)) / middle(best_rival(row)) for row in over)
+    text = (
+        f"- {len({row['engine'] for row in kinds})} engines, standing, recorded and long traffic, simulated: ours is "
+    )
+    text += f"the best or within {words.share(words.SAME, 2)} of it in {top} of {len(kinds)} rows"
+    if times:
+        text += (
+            f"; overloaded, {times[0]:.2f} to {times[-1]:.2f} times the best rival, {median(times):.2f} in the middle"
+        )
+    return [f"{text}. [All rows](benchmarks-shapes.md), the rivals searched anew for each."]
 
 
 def settings(kinds: Sequence[Row]) -> list[str]:

@@ -40,11 +40,13 @@ SWEPT = ("limits", "telemetry", "sessions")
 """Experiments on the virtual clock that have tables of their own."""
 
 
-def ramp(found: dict[Key, Figures], *, by_class: bool = True) -> list[str]:
-    """Return goodput over load; with `by_class`, also that of each class."""
+def ramp(found: dict[Key, Figures], *, among: Sequence[str] = (), by_class: bool = True) -> list[str]:
+    """Return goodput over load; with `by_class`, also that of each class. Of our own contenders only those `among`."""
     loads = sorted({key[1] for key in found if key[0] == "ramp"})
     rows = []
     for who in dict.fromkeys([*LABELS, *(key[2] for key in found if key[0] == "ramp")]):
+        if among and who in LABELS and who not in among:
+            continue
         some = [found.get(("ramp", load, who)) for load in loads]
         if any(some):
             cells = ["" if one is None else goodput(one) + (f" ({classes(one)})" if by_class else "") for one in some]

@@ -8,6 +8,7 @@ from collections import defaultdict
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
+from bench.commit import UNKNOWN
 from bench.proof import rival
 from bench.proof.experiments import BY_NAME
 from bench.proof.figures import Figures, Run, figures, goodput, waste
@@ -119,9 +120,20 @@ def pieced(facts: Row) -> list[str]:
     return [says, "", *table(["begun (UTC)", "minutes", "what", "seeds", "commit", "call", "beside it"], rows)]
 
 
+def made(runs: Iterable[Run], facts: Row, rows: Sequence[Row] = ()) -> str:
+    """Say when it ran, for how long, and of which commit the runs of each experiment are; `rows` are simulated."""
+    names: dict[str, dict[str, None]] = defaultdict(dict)  # in their order, once each
+    for one in sorted(runs, key=lambda run: list(BY_NAME).index(run.experiment)):
+        names[one.commit or facts["versions"].get("commit", UNKNOWN)][BY_NAME[one.experiment].short] = None
+    for row in rows:
+        names[row.get("commit") or facts["versions"].get("commit", UNKNOWN)]["all that is simulated"] = None
+    told = "; ".join(f"commit {commit}: {', '.join(some)}" for commit, some in names.items())
+    return f"{facts['date']}, {facts['duration_s'] / 60:.0f} minutes; {told}."
+
+
 def _bare(command: str) -> str:
-    """Return a call without the places where it put its files, and the lock it waited for."""
-    return re.sub(r" --(out|docs|lock) \S+", "", command)
+    """Return a call without the places where it put its files, the lock it waited for, and what a column has."""
+    return re.sub(r" --((out|docs|lock) \S+|add|note .*?(?= --|$))", "", command)
 
 
 def label(contender: str) -> str:

@@ -177,21 +177,49 @@ def run(contender: str, met: dict[str, bool]) -> Run:
     return Run("peers", contender, 1.2, 1, (0.0, 10.0), records, cpu_s={"front": 0.003})
 
 
+FACTS = {
+    "date": "2026-01-01",
+    "duration_s": 60,
+    "command": "it",
+    "seeds": [1],
+    "machine": "a machine",
+    "versions": {},
+}
+
+
 def test_the_page_says_where_a_peer_wins(tmp_path):
-    facts = {
-        "date": "2026-01-01",
-        "duration_s": 60,
-        "command": "it",
-        "seeds": [1],
-        "machine": "a machine",
-        "versions": {},
-    }
     runs = [run("ours", {"int": True, "batch": False}), run("smg", {"int": False, "batch": True})]
-    runs.append(replace(run("haproxy", {"int": True}), load=0.7))
-    text = peers_page.write(runs, facts, tmp_path).read_text()
+    runs += [replace(run("haproxy", {"int": True}), load=load) for load in (0.7, 1.2)]
+    text = peers_page.write(runs, FACTS, tmp_path).read_text()
     assert "smg 1.13.0" in text
-    assert "batch; 70% has the seeds 1; 120% has the seeds 1:" in text
-    assert "| HAProxy | 1.000 (1.00) |  |  |  |  |" in text  # it did not play the other load
+    assert "| HAProxy | 1.000 (1.00), 1 seed | 1.000 (1.00), 1 seed |" in text
+    assert "| smg |  | .500 (.00/1.00), 1 seed |" in text  # it did not play the other load
     assert "It does better than ours in: batch 1.000 against .000." in text
     assert "int 1.000" not in text
-    assert "CPU ms a request, start and checks of the whole run in it: **ours, defaults** 1.5, smg 1.5." in text
+    assert "whole run in it: HAProxy 3.0, **ours, defaults** 1.5, smg 1.5." in text
+
+
+def test_a_rival_is_judged_by_its_better_settings_and_the_others_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(peers_search, "FILE", tmp_path / "search.json")
+    won = {"won": "smg,limit=9", "goodput": 0.8, "tried": {"smg,limit=9": {"51": 0.7, "52": 0.9}}}
+    peers_search.FILE.write_text(json.dumps({"facts": {"seeds": [51, 52]} | SEARCHED, "smg": won}))
+    some = {"ours": {"int": True}, "smg": {"int": True, "std": False}, "smg,limit=9": {"int": False}}
+    runs = [replace(run(who, met), commit="abc", seed=seed) for who, met in some.items() for seed in (1, 2)]
+    runs.append(replace(run("smg,limit=7", {"int": True})))  # on one seed only
+    text = peers_page.write(runs, FACTS, tmp_path).read_text()
+    answer, _, rest = text.partition("The other settings that ran:")
+    assert "| smg | .500" in answer
+    assert "`smg,limit=" not in answer.partition("## The answer")[2].partition("- smg is better")[0]
+    assert "smg is better here as set by hand than as the search set it, .500 against .000" in answer
+    assert "that choice had .800 in the search, but .700 to .900 from seed to seed" in answer
+    assert "| `smg,limit=9` | .000" in rest
+    assert "| `smg,limit=7` | 1.000 (1.00), 1 seed" in rest
+    assert peers_page.best(tmp_path) == ["[Beside routers](benchmarks-peers.md): 1.000 against .500 of smg at 120%."]
+    assert "(120% load, 2 seeds, commit abc): ours 1.000; smg .500." in peers_page.short(tmp_path)[0]
+
+
+def test_the_front_says_nothing_of_routers_that_never_ran(tmp_path):
+    assert peers_page.best(tmp_path) + peers_page.short(tmp_path) == []
+
+
+SEARCHED = {"date": "2026-01-01", "load": 1.2, "times": [8.0, 38.0], "haproxy": "3.4"}

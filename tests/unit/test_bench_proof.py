@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import math
 import subprocess
 import sys
@@ -149,8 +150,37 @@ def test_an_expectation_that_does_not_hold_is_said(tmp_path):
     half = [record(), record(outcome="refused")]
     written = page.write([run(half), run(half, "haproxy"), run([record()], "tuned_engine")], [], FACTS, tmp_path)
     assert [holds for holds, _ in written.expectations] == [False, False]
-    assert "120 % load: .500 against .500 of HAProxy, 1.00 times (1.1 expected): **missed**, [how much" in written.text
-    assert "is worse, .500 against 1.000 of the tuned stack" in written.text
+    missed = "120 % load: .500 against .500 of HAProxy, 1.00 times (1.1 expected)"
+    assert f"; {missed}. [How much" in written.text
+    assert f"- {missed}: **missed**, [how much" in written.details
+    assert "- 120% load: is worse, .500 against 1.000 of the tuned stack." in written.text
+    assert "**It is worse** at 120% load: .500 against 1.000 of the tuned stack" in written.text
+
+
+def test_the_front_has_one_table_one_picture_and_losses_before_the_picture(tmp_path):
+    runs = [run([record()], who, load=load) for who in ("round_robin", "haproxy", "ours") for load in (0.7, 1.2)]
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / shapes_page.FILE).write_text(json.dumps([shape(0.6, 0.6)]))
+    written = page.write(runs, [], FACTS, tmp_path)
+    assert (written.text.count("\n| --- |"), written.text.count("![")) == (1, 1)
+    places = [written.text.index(one) for one in ("| --- |", "## Where it does not help", "![", "## Don't believe it")]
+    assert places == sorted(places)
+    losing = written.text[places[1] : places[2]]
+    assert "as good under overload, simulated: four slots, like llama.cpp (the standing mix .60 against .60" in losing
+    assert "**No** at 70% load: 1.000 against 1.000 of" in written.text
+    assert "| Envoy round robin |" not in written.text
+    assert "| Envoy round robin | 1.000" in written.details
+
+
+def test_the_page_says_of_which_commit_each_experiment_is(tmp_path):
+    runs = [
+        run([record()], commit="abc"),
+        run([record()], seed=2),
+        replace(run([record()], commit="abd"), experiment="dies"),
+    ]
+    facts = FACTS | {"versions": {"commit": "old"}}
+    text = page.write(runs, [], facts, tmp_path).text
+    assert "commit abc: the ramp; commit old: the ramp; commit abd: one dies." in text
 
 
 def test_a_run_survives_json():
@@ -315,6 +345,15 @@ def test_the_page_says_where_a_rival_with_its_number_is_better_and_what_tokens_a
     assert not any("gains" in line for line in shapes_page.losses([shape(0.6, 0.6, load=80)]))
     assert not any("worse" in line for line in shapes_page.losses([shape(0.7, 0.6)]))
     assert "is worse" in shapes_page.losses([shape(0.5, 0.6, load=80)])[0]
+
+
+def test_the_front_says_in_a_line_how_many_rows_are_lost_and_how_many_tokens():
+    (told,) = shapes_page.tokens([shape(0.6, 0.6), shape(0.7, 0.6, load=80)])
+    assert told.startswith("up to 10% than HAProxy simulated (four slots, like llama.cpp, the standing mix, ")
+    assert told.endswith("in 2 of [2 rows](benchmarks-shapes.md)")
+    assert shapes_page.as_good([shape(0.6, 0.6, load=80), shape(0.7, 0.6)]) == []
+    (line,) = shapes_page.summary([shape(0.5, 0.6), shape(0.9, 0.6), shape(0.6, 0.6, load=80)])
+    assert "within .01 of it in 2 of 3 rows; overloaded, 0.83 to 1.50 times the best rival, 1.17 in the middle" in line
 
 
 def recipe(folder: Path) -> Path:

@@ -115,7 +115,10 @@ def test_the_page_tells_how_several_fare_beside_one_and_after_the_fault(tmp_path
     assert "HAProxy 3" not in text
     assert "rejected: gateways_faults 120% #3 ours: the sender was late" in text
     assert "8, leader killed 10.0 + 2.0" in text
-    assert "One leader carried 7,000 requests a second." in text
+    assert "One leader carried 7,000 requests a second. Of a commit that is not on record, no date." in text
+    rows[0] |= {"commit": "abc", "date": "2026-01-01"}
+    text = gateways_page.write(runs, rows, FACTS, tmp_path).read_text()
+    assert "a second. Of abc, 2026-01-01." in text
 
 
 def test_a_page_made_in_pieces_says_what_was_run_when_and_beside_what(tmp_path, monkeypatch):
