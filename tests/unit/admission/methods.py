@@ -7,17 +7,17 @@ from pathlib import Path
 
 import extproc
 
+LAYERS = ("controller", "sharing", "administration")
+
 
 def events_of_the_core() -> dict[str, list[str]]:
     """Return the methods that return decisions, each with the arguments that it needs."""
-    source = Path(extproc.__file__).with_name("admission") / "controller.py"
-    (core,) = (
-        node
-        for node in ast.parse(source.read_text()).body
-        if isinstance(node, ast.ClassDef) and node.name == "Controller"
-    )
+    rooms = Path(extproc.__file__).with_name("admission")
     return {
         method.name: _needed(method.args)
+        for layer in LAYERS
+        for core in ast.parse((rooms / f"{layer}.py").read_text()).body
+        if isinstance(core, ast.ClassDef)
         for method in core.body
         if isinstance(method, ast.FunctionDef)
         and not method.name.startswith("_")

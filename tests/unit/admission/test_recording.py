@@ -13,15 +13,17 @@ import zlib
 from dataclasses import is_dataclass
 from enum import Enum
 from inspect import Parameter, signature
+from itertools import product
 from typing import TYPE_CHECKING
 
 import pytest
 
 import extproc.admission
-from extproc.admission import controller, events
+from extproc.admission import administration, controller, events, sharing
 from extproc.admission.controller import Controller
 from extproc.admission.endpoint import Endpoint
 from extproc.admission.estimate import Learnt
+from extproc.admission.frame import Frame
 from extproc.admission.load import Load
 from extproc.admission.sessions import Home
 from extproc.admission.ticket import State, Ticket
@@ -201,8 +203,9 @@ def test_every_event_of_the_core_is_told_once_as_a_value_of_its_own_kind() -> No
 
 
 def test_no_event_is_made_while_nobody_watches(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in EVENTS:
-        monkeypatch.setattr(controller, name, None)
+    for layer, name in product((controller, sharing, administration), EVENTS):
+        if hasattr(layer, name):
+            monkeypatch.setattr(layer, name, None)
     core = Controller(Policy())
     core.put_endpoint(EndpointSpec("a", max_running_requests=1), 0.0)
     ticket = Ticket(Request("r", 0.0))
@@ -305,7 +308,7 @@ def test_a_file_that_is_no_recording_is_told_with_its_name(tmp_path: Path, capsy
     assert "format 99" in capsys.readouterr().err
 
 
-MADE_OTHERWISE = (Controller, Endpoint, Ticket)
+MADE_OTHERWISE = (Frame, Controller, Endpoint, Ticket)
 
 
 @pytest.mark.skipif(is_compiled(), reason="read from the source, whose signatures a compiled core does not tell")

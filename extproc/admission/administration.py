@@ -1,0 +1,146 @@
+"""The core's events that are no request's: who serves, how they fare, by which rules, and that it ends."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from extproc.admission.events import (
+    Drained,
+    EndpointPut,
+    EndpointsRemoved,
+    HealthChecked,
+    ModelsKnown,
+    Observed,
+    PolicySet,
+    Reported,
+)
+from extproc.admission.frame import Frame
+from extproc.admission.outcome import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from extproc.admission.load import Load
+    from extproc.admission.values import Decision, EndpointSpec, Policy
+
+
+class Administration(Frame):
+    """What the configuration, discovery, health checks and telemetry have to say."""
+
+    __slots__ = ()
+
+    # ---- endpoints
+
+    def put_endpoint(self, spec: EndpointSpec, now: float) -> list[Decision]:
+        """Add an endpoint, change one, or bring a removed one back with the leases it still has."""
+        self._begin(now)
+        if self._watchers:
+            self._event = EndpointPut(now, spec)
+        self._fleet.put(spec)
+        return self._end()
+
+    def know_models(self, models: Iterable[str], now: float, *, expects_any: bool = False) -> list[Decision]:
+        """Note which models the configuration names: requests for them wait even while nobody serves them.
+
+        `expects_any`: it names endpoints, or sources of them, that list no models: they may come and serve any.
+        """
+        books, models = self._begin(now), tuple(models)
+        if self._watchers:
+            self._event = ModelsKnown(now, models, expects_any)
+        changes = books.pools.expects_any is not expects_any
+        books.pools.expects_any = expects_any
+        if books.pools.know(models) or changes:
+            self._fleet.regroup()
+        return self._end()
+
+    def remove_endpoints(self, names: Iterable[str], now: float) -> list[Decision]:
+        """Send nothing more to endpoints: their leases run out, those at home there go anywhere.
+
+        Many cost what one does. Those that are unknown, or gone: no-op.
+        """
+        self._begin(now)
+        names = tuple(dict.fromkeys(names))
+        if self._watchers:
+            self._event = EndpointsRemoved(now, names)
+        gone = [endpoint for name in names if (endpoint := self.endpoints.get(name)) and not endpoint.removed]
+        if gone:
+            self._fleet.remove(gone)
+        return self._end()
+
+    def set_up(self, name: str, now: float, *, is_up: bool | None) -> list[Decision]:
+        """Follow health checks; None: nothing is known, as of a new endpoint. Unknown endpoint: no-op."""
+        self._begin(now)
+        if self._watchers:
+            self._event = HealthChecked(now, name, is_up)
+        endpoint = self.endpoints.get(name)
+        if endpoint is not None and (is_up is None or endpoint.health.is_up is not is_up):
+            endpoint.health.check(is_up=is_up)
+            self._fleet.changed(endpoint)
+        return self._end()
+
+    def observe(self, name: str, load: Load, now: float) -> list[Decision]:
+        """Follow an endpoint's telemetry. Unknown: no-op."""
+        self._begin(now)
+        if self._watchers:
+            self._event = Observed(now, name, load)
+        endpoint = self.endpoints.get(name)
+        if endpoint is not None:
+            self._hearing.page(endpoint, load)
+        return self._end()
+
+    def report(self, name: str, load: Load, now: float) -> list[Decision]:
+        """Follow what an endpoint's answer says of its load. Unknown: no-op."""
+        self._begin(now)
+        if self._watchers:
+            self._event = Reported(now, name, load)
+        endpoint = self.endpoints.get(name)
+        if endpoint is not None:
+            self._hearing.report(endpoint, load)
+        return self._end()
+
+    # ---- rules
+
+    def set_policy(self, policy: Policy, now: float) -> list[Decision]:
+        """Replace the rules. Waiting requests keep the class, the place and the budget they came with."""
+        books = self._begin(now)
+        if self._watchers:
+            self._event = PolicySet(now, policy)
+        reorder = (policy.fair, policy.short_first) != (books.policy.fair, books.policy.short_first)
+        lanes = books.lanes
+        books.follow(policy)
+        if books.lanes != lanes:
+            self._fleet.regroup()
+        if reorder:
+            for pool in books.pools:
+                self._lines.reorder(pool)
+        for endpoint in self.endpoints.values():
+            endpoint.apply(policy)
+            self._fleet.changed(endpoint)
+        self._fleet.forget_stale()
+        if not policy.enable_queue:
+            self._let_all_go()
+        return self._end()
+
+    def drain(self, now: float, most: int | None = None) -> list[Decision]:
+        """Refuse what waits, and from now on everything that would have to.
+
+        `most`: of those who wait, so many now; drain again while some do.
+        """
+        books = self._begin(now)
+        if self._watchers:
+            self._event = Drained(now, most)
+        self._refusing.draining = True
+        for ticket in list(islice(books.waiting_tickets(), most)):
+            self._refusing.refuse(ticket, Outcome.DRAINING)
+        return self._end()
+
+    def _let_all_go(self) -> None:
+        """Empty all lines because the queue was switched off: nothing is held any more."""
+        books = self._books
+        for ticket in list(books.waiting_tickets()):
+            self._lines.go_anywhere(ticket)
+            books.arrive(ticket)
+        self._placing.run()
+        for ticket in list(books.waiting_tickets()):
+            self._refusing.refuse(ticket, Outcome.NO_ENDPOINT)
