@@ -1,4 +1,7 @@
-"""An endpoint's books: its leases, its limits, and whether it has room. Only the controller changes them."""
+"""An endpoint's books: its leases, its limits, and whether it has room. Only the core changes them.
+
+What its telemetry changes in them stands in `telemetry.py`.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,6 @@ if TYPE_CHECKING:
     from extproc.admission.ticket import Ticket
     from extproc.admission.values import EndpointSpec, Policy
 
-ALONE = 0.8
-"""Share of what an engine holds that must be ours for its counters to say something of our requests."""
 KEPT_PARTS = 8
 """Of an endpoint's slots, and of its cache, one in so many at most is kept for requests that are leased elsewhere."""
 CLOSED = 1e6
@@ -51,6 +52,7 @@ class Endpoint:
         steps: what the engine's steps cost, by its counters.
         prefill: the leases whose first token was not seen.
         reading: what it says of itself.
+        strangers: the requests that it runs and that we don't know.
         removed: True once the config or discovery no longer has it; its leases run out.
         enforcing: False while the queue is switched off: then there is always room.
         held_since: since when whatever came free here was taken at once, or suited nobody; None: there is room.
@@ -61,7 +63,6 @@ class Endpoint:
     """
 
     __slots__ = (
-        "_foreign",
         "_prompt_limit",
         "alarm",
         "closed_until",
@@ -93,6 +94,7 @@ class Endpoint:
         "sequences",
         "spec",
         "steps",
+        "strangers",
         "turns",
     )
 
@@ -123,7 +125,7 @@ class Endpoint:
         self.alarm = NEVER  # the one alarm that is set for it
         self.quota: int | None = None
         self.reading = Reading()
-        self._foreign = Foreign()
+        self.strangers = Foreign()
         self.kv = KvBooks(spec.kv_capacity_tokens, policy.laws.kv)
         self.counters = Counters(policy.laws.counters)
         self.steps = StepCost()
@@ -136,7 +138,7 @@ class Endpoint:
         if spec.max_running_requests != self.spec.max_running_requests:
             self.limit = _limit_of(spec, policy)
         self.spec = spec
-        self._size_cache()
+        self.size_cache()
 
     def apply(self, policy: Policy) -> None:
         """Follow a changed policy."""
@@ -147,7 +149,7 @@ class Endpoint:
             self.limit.slowdown.law = policy.laws.answers
         self.kv.law, self.counters.law = policy.laws.kv, policy.laws.counters
         self.prefill.obey(policy.laws.prompts)
-        self._look_for_first_tokens(policy)
+        self.look_for_first_tokens(policy)
 
     # ---- room
 
@@ -178,7 +180,7 @@ class Endpoint:
                 return by
         if self.quota is not None and self.sequences >= self.quota:
             return _PART
-        if self.sequences + self.reserved + self._foreign.count >= self.limit.value:
+        if self.sequences + self.reserved + self.strangers.count >= self.limit.value:
             return _LIMIT
         return None if ticket is None else self.lacks(ticket)
 
@@ -193,12 +195,12 @@ class Endpoint:
     @property
     def held(self) -> int:
         """How many sequences count against its limit: ours, and foreign ones."""
-        return self.sequences + self._foreign.count
+        return self.sequences + self.strangers.count
 
     @property
     def foreign(self) -> int:
         """How many requests it runs that were sent before we knew it."""
-        return self._foreign.count
+        return self.strangers.count
 
     def note_room(self, now: float, *, waited_for: bool) -> None:
         """Note that nobody takes the room that came free here, if any did. `waited_for`: it suits nobody who waits."""
@@ -212,7 +214,7 @@ class Endpoint:
 
         An idle endpoint takes any one request, however big.
         """
-        held = self.sequences + self._foreign.count
+        held = self.sequences + self.strangers.count
         if self.reserved and (held or not self._is_too_big(ticket)):
             held += self.reserved
         if not held or not self.enforcing:
@@ -240,7 +242,7 @@ class Endpoint:
     @property
     def pressure(self) -> float:
         """How full it is: the fullest of its limits. The least pressed endpoint has the most room."""
-        held = self.sequences + self._foreign.count
+        held = self.sequences + self.strangers.count
         if not self.enforcing:
             return float(held)
         if self.closed_until is not None:
@@ -251,7 +253,7 @@ class Endpoint:
     @property
     def cache_room(self) -> float:
         """The most tokens of one request that its cache may have room for. An idle endpoint takes any."""
-        return self.kv.room if self.enforcing and self.sequences + self._foreign.count else inf
+        return self.kv.room if self.enforcing and self.sequences + self.strangers.count else inf
 
     def turns_at(self, priority: int) -> Turns:
         """Return the tenants' turns here at `priority`, a key's."""
@@ -273,7 +275,7 @@ class Endpoint:
             return False
         if not self.enforcing:
             return True
-        kept, held = self.reserved + ticket.sequences, self.sequences + self._foreign.count
+        kept, held = self.reserved + ticket.sequences, self.sequences + self.strangers.count
         return (
             kept * KEPT_PARTS <= self.limit.value
             and held + kept + ticket.sequences <= self.limit.value
@@ -293,7 +295,7 @@ class Endpoint:
         self.leases[ticket] = None
         self.sequences += ticket.sequences
         ticket.leased_at = now
-        ticket.beside = self.sequences + self._foreign.count
+        ticket.beside = self.sequences + self.strangers.count
         if len(self.leases) == 1:
             self.health.wakes(now, None if self.reading.page is None else self.reading.page_at)
         if not self.health.is_well:
@@ -342,11 +344,11 @@ class Endpoint:
         self.prefill.over(ticket, now, served=False)
         page = self.reading.page
         if page is not None and page.running is not None:  # else nothing would ever tell that it is over
-            self._foreign.add(ticket.sequences, self.limit.value, now)
+            self.strangers.add(ticket.sequences, self.limit.value, now)
 
     def meet_again(self) -> None:
         """Look at the next telemetry as at the first: others' requests may have come."""
-        self._foreign.meet_again()
+        self.strangers.meet_again()
 
     def first_token(self, ticket: Ticket, now: float) -> None:
         """Note that the engine has computed the prompt of `ticket`."""
@@ -373,117 +375,17 @@ class Endpoint:
         """The last report over the last page; None: nothing is known, or all is stale."""
         return self.reading.known
 
-    def observe(self, load: Load, now: float, policy: Policy, *, wanted: bool) -> list[Ticket]:
-        """Follow fresh telemetry. `wanted`: requests wait that this endpoint could serve.
-
-        Return the leases whose prompts the engine counted since the reading before, if it counts them and few others.
-        """
-        reading = self.reading
-        before, full = reading.page, self.held >= self.limit.value
-        elapsed_s = 1.0 if before is None else now - reading.page_at
-        self._foreign.follow(load, self.leases, self.sequences, self.limit.value, now)
-        self.steps.follow(load, None if before is None else before.running, elapsed_s)
-        reading.take_page(load, now)
-        self.health.sleep(is_asleep=load.asleep is True)
-        self._size_cache()
-        counted = self._follow_prompts(load, elapsed_s, now, policy)
-        knows_kv, why = self.kv.capacity is not None and load.kv_usage is not None, self.limit.why
-        self.limit.observe(
-            load, self.steps, wanted=wanted and full, in_flight=self.held, elapsed_s=elapsed_s, knows_kv=knows_kv
-        )
-        if self.limit.why != why:
-            self.limit_since = now
-        if load.kv_usage is not None:
-            prefill = self.prefill
-            self.kv.judge(load.kv_usage, load.waiting, load.preemptions, elapsed_s, wanted=wanted)
-            prompts, outputs = self.kv.prompts - prefill.prompts, self.kv.outputs - prefill.outputs
-            self.kv.learn(load.kv_usage, prompts, outputs, elapsed_s)
-        if reading.report is None or reading.report.kv_usage is None:
-            self.kv.compare(load.kv_usage)
-        self._follow_heat(now, policy)
-        return counted
-
-    def trusts_counters(self) -> bool:
-        """Hold what its counters say of the answers that ended against what its peers' say; tell whether to believe."""
-        before = self.counters.doubted
-        self.counters.follow(self.produced, self.completed, [(pool.usual, len(pool.members)) for pool in self.pools])
-        if self.counters.doubted and not before:
-            self.steps = StepCost()  # they taught it
-        return not self.counters.doubted
-
-    def merge(self, report: Load, now: float, policy: Policy) -> None:
-        """Follow a report that came with an answer: what it doesn't say stays as it was.
-
-        It is no look at the page: the limit takes no step, no prompt counts as computed, nobody is found foreign.
-        """
-        self.reading.take_report(report, now)
-        self._size_cache()
-        if report.kv_usage is not None:
-            self.kv.compare(report.kv_usage)
-        self._follow_heat(now, policy)
-
-    def forget_stale(self, now: float, policy: Policy) -> bool:
-        """Ignore what has become stale; tell whether anything had."""
-        reading, before = self.reading, len(self.reading.told_at)
-        if reading.page is not None and now >= reading.page_at + policy.stale_after_s:  # as deadlines are, to the bit
-            reading.page = None
-            self.health.sleep(is_asleep=False)
-            self._foreign.count = 0
-            self.limit.forget()
-            self.prefill.forget()
-            self._cool_down(policy)
-            self._look_for_first_tokens(policy)
-        if reading.report is not None and now >= reading.report_at + policy.stale_after_s:
-            reading.report = None
-            self._size_cache()
-            self._cool_down(policy)
-        return len(reading.told_at) < before
-
-    def _follow_prompts(self, load: Load, elapsed_s: float, now: float, policy: Policy) -> list[Ticket]:
-        self._look_for_first_tokens(policy)
-        if load.first_tokens is None:
-            return []
-        engine_holds = (load.running or 0.0) + (load.waiting or 0.0)
-        ours = min(self.sequences / engine_holds, 1.0) if engine_holds else 1.0  # others may use it too
-        if load.cached_tokens is not None and load.prompt_tokens:
-            self.prefill.found(load.cached_tokens, load.prompt_tokens)
-        mostly_ours, others = ours >= ALONE, self._foreign.count > 0
-        # Few others are answers that run out: their first tokens came before. Too few counted as ours would add up.
-        first_tokens = load.first_tokens * (1.0 if others and mostly_ours else ours)
-        alone = mostly_ours or not others
-        counted = self.prefill.observe(first_tokens, elapsed_s, now, self.steps, load.running or 0.0, alone=alone)
-        return counted if mostly_ours else []
-
-    def _look_for_first_tokens(self, policy: Policy) -> None:
-        page = self.reading.page
-        self.prefill.probed = policy.first_byte_probe
-        self.sees_first_tokens = policy.first_byte_probe or (page is not None and page.first_tokens is not None)
-
-    def _size_cache(self) -> None:
+    def size_cache(self) -> None:
         """Take the size of the KV cache from the config, else from the page, whose word lasts, else from a report."""
         report = self.reading.report
         reported = report.kv_capacity_tokens if report is not None else None
         self.kv.capacity = self.spec.kv_capacity_tokens or self.reading.capacity or reported or None
 
-    def _follow_heat(self, now: float, policy: Policy) -> None:
-        """Close while what is known of its load is over the policy's thresholds."""
-        known = self.reading.known
-        hot = known is not None and self._is_hot(known, policy)
-        self.closed_until = now + policy.stale_after_s if hot else None
-
-    def _cool_down(self, policy: Policy) -> None:
-        """Take back what stale telemetry did, unless what is still known says the same."""
-        known = self.reading.known
-        if known is None or known.kv_usage is None:
-            self.kv.compare(None)
-        if known is None or not self._is_hot(known, policy):
-            self.closed_until = None
-
-    def _is_hot(self, load: Load, policy: Policy) -> bool:
-        kv, gpu = load.kv_usage, load.gpu_usage
-        if kv is not None and kv >= policy.max_kv_usage and self.kv.trust > 0.0:
-            return True
-        return gpu is not None and policy.max_gpu_usage is not None and gpu >= policy.max_gpu_usage
+    def look_for_first_tokens(self, policy: Policy) -> None:
+        """Note whether the policy or its page lets us see when first tokens come."""
+        page = self.reading.page
+        self.prefill.probed = policy.first_byte_probe
+        self.sees_first_tokens = policy.first_byte_probe or (page is not None and page.first_tokens is not None)
 
     # ---- time
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from extproc.admission import telemetry
 from extproc.admission.alarms import NEVER, Alarms
 from extproc.admission.endpoint import Endpoint
 
@@ -212,7 +213,7 @@ class Fleet:
         books = self._books
         ages: list[float] = []
         for endpoint in books.endpoints.values():
-            if endpoint.forget_stale(books.now, books.policy):
+            if telemetry.forget_stale(endpoint, books.now, books.policy):
                 self.changed(endpoint)
             ages += endpoint.reading.told_at
         self.stale_at = min(ages) + books.policy.stale_after_s if ages else None

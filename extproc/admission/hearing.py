@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from extproc.admission import telemetry
 from extproc.admission.lines import placed
 from extproc.admission.transitions import LEASED
 
@@ -37,7 +38,7 @@ class Hearing:
         books = self._books
         believed = load.without_counters() if endpoint.counters.doubted else load
         books.adapters.follow(endpoint, load)
-        counted = endpoint.observe(believed, books.now, books.policy, wanted=endpoint.is_waited_for)
+        counted = telemetry.follow_page(endpoint, believed, books.now, books.policy, wanted=endpoint.is_waited_for)
         if counted and load.prompt_tokens:
             self._tokens.learn_prompts(load.prompt_tokens, counted)
             self._book_anew(endpoint, counted)
@@ -54,13 +55,13 @@ class Hearing:
 
     def report(self, endpoint: Endpoint, load: Load) -> None:
         """Follow what an answer says of its endpoint's load."""
-        endpoint.merge(load, self._books.now, self._books.policy)
+        telemetry.follow_report(endpoint, load, self._books.now, self._books.policy)
         self._fleet.heard()
         self._fleet.changed(endpoint)
 
     def _count_answers(self, endpoint: Endpoint) -> None:
         if endpoint.completed:
-            if endpoint.trusts_counters():
+            if telemetry.trusts_counters(endpoint):
                 self._tokens.learn(endpoint.produced, endpoint.completed)
             endpoint.produced = endpoint.completed = 0
 

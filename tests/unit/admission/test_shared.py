@@ -6,6 +6,7 @@ import pytest
 
 from extproc.admission.controller import Controller
 from extproc.admission.load import Load
+from extproc.admission.telemetry import follow_page
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Dispatch, EndpointSpec, Policy, Request
 from extproc.errors import TransitionError
@@ -115,7 +116,9 @@ def test_of_an_adopted_lease_that_was_begun_no_first_token_is_awaited_and_its_an
     here.adopt(new, "a", 31.0, held_s=0.2)
     endpoint = here.endpoints["a"]
     assert endpoint.prefill.tokens == new.work_tokens
-    assert endpoint.observe(Load(running=2.0, waiting=0.0, first_tokens=1), 31.5, here.policy, wanted=False) == [new]
+    assert follow_page(endpoint, Load(running=2.0, waiting=0.0, first_tokens=1), 31.5, here.policy, wanted=False) == [
+        new
+    ]
     assert endpoint.writing_s(old, 32.0) == 31.0
 
 

@@ -1,0 +1,130 @@
+"""What an endpoint's telemetry changes in its books: its page, its reports with answers, and both grown old.
+
+`hearing.py` calls it, and follows what that means for everybody else. The fields are described in `endpoint.py`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from extproc.admission.steps import StepCost
+
+if TYPE_CHECKING:
+    from extproc.admission.endpoint import Endpoint
+    from extproc.admission.load import Load
+    from extproc.admission.ticket import Ticket
+    from extproc.admission.values import Policy
+
+ALONE = 0.8
+"""Share of what an engine holds that must be ours for its counters to say something of our requests."""
+
+
+def follow_page(endpoint: Endpoint, load: Load, now: float, policy: Policy, *, wanted: bool) -> list[Ticket]:
+    """Follow a page that was read just now. `wanted`: requests wait that this endpoint could serve.
+
+    Return the leases whose prompts the engine counted since the reading before, if it counts them and few others.
+    """
+    reading = endpoint.reading
+    before, full = reading.page, endpoint.held >= endpoint.limit.value
+    elapsed_s = 1.0 if before is None else now - reading.page_at
+    endpoint.strangers.follow(load, endpoint.leases, endpoint.sequences, endpoint.limit.value, now)
+    endpoint.steps.follow(load, None if before is None else before.running, elapsed_s)
+    reading.take_page(load, now)
+    endpoint.health.sleep(is_asleep=load.asleep is True)
+    endpoint.size_cache()
+    counted = _follow_prompts(endpoint, load, elapsed_s, now, policy)
+    knows_kv, why = endpoint.kv.capacity is not None and load.kv_usage is not None, endpoint.limit.why
+    endpoint.limit.observe(
+        load, endpoint.steps, wanted=wanted and full, in_flight=endpoint.held, elapsed_s=elapsed_s, knows_kv=knows_kv
+    )
+    if endpoint.limit.why != why:
+        endpoint.limit_since = now
+    if load.kv_usage is not None:
+        prefill = endpoint.prefill
+        endpoint.kv.judge(load.kv_usage, load.waiting, load.preemptions, elapsed_s, wanted=wanted)
+        prompts, outputs = endpoint.kv.prompts - prefill.prompts, endpoint.kv.outputs - prefill.outputs
+        endpoint.kv.learn(load.kv_usage, prompts, outputs, elapsed_s)
+    if reading.report is None or reading.report.kv_usage is None:
+        endpoint.kv.compare(load.kv_usage)
+    _follow_heat(endpoint, now, policy)
+    return counted
+
+
+def follow_report(endpoint: Endpoint, report: Load, now: float, policy: Policy) -> None:
+    """Follow a report that came with an answer: what it doesn't say stays as it was.
+
+    It is no look at the page: the limit takes no step, no prompt counts as computed, nobody is found foreign.
+    """
+    endpoint.reading.take_report(report, now)
+    endpoint.size_cache()
+    if report.kv_usage is not None:
+        endpoint.kv.compare(report.kv_usage)
+    _follow_heat(endpoint, now, policy)
+
+
+def trusts_counters(endpoint: Endpoint) -> bool:
+    """Hold what its counters say of the answers that ended against what its peers' say; tell whether to believe."""
+    before = endpoint.counters.doubted
+    endpoint.counters.follow(
+        endpoint.produced, endpoint.completed, [(pool.usual, len(pool.members)) for pool in endpoint.pools]
+    )
+    if endpoint.counters.doubted and not before:
+        endpoint.steps = StepCost()  # they taught it
+    return not endpoint.counters.doubted
+
+
+def forget_stale(endpoint: Endpoint, now: float, policy: Policy) -> bool:
+    """Ignore what has become stale; tell whether anything had."""
+    reading, before = endpoint.reading, len(endpoint.reading.told_at)
+    if reading.page is not None and now >= reading.page_at + policy.stale_after_s:  # as deadlines are, to the bit
+        reading.page = None
+        endpoint.health.sleep(is_asleep=False)
+        endpoint.strangers.count = 0
+        endpoint.limit.forget()
+        endpoint.prefill.forget()
+        _cool_down(endpoint, policy)
+        endpoint.look_for_first_tokens(policy)
+    if reading.report is not None and now >= reading.report_at + policy.stale_after_s:
+        reading.report = None
+        endpoint.size_cache()
+        _cool_down(endpoint, policy)
+    return len(reading.told_at) < before
+
+
+def _follow_prompts(endpoint: Endpoint, load: Load, elapsed_s: float, now: float, policy: Policy) -> list[Ticket]:
+    endpoint.look_for_first_tokens(policy)
+    if load.first_tokens is None:
+        return []
+    engine_holds = (load.running or 0.0) + (load.waiting or 0.0)
+    ours = min(endpoint.sequences / engine_holds, 1.0) if engine_holds else 1.0  # others may use it too
+    if load.cached_tokens is not None and load.prompt_tokens:
+        endpoint.prefill.found(load.cached_tokens, load.prompt_tokens)
+    mostly_ours, others = ours >= ALONE, endpoint.strangers.count > 0
+    # Few others are answers that run out: their first tokens came before. Too few counted as ours would add up.
+    first_tokens = load.first_tokens * (1.0 if others and mostly_ours else ours)
+    alone = mostly_ours or not others
+    counted = endpoint.prefill.observe(first_tokens, elapsed_s, now, endpoint.steps, load.running or 0.0, alone=alone)
+    return counted if mostly_ours else []
+
+
+def _follow_heat(endpoint: Endpoint, now: float, policy: Policy) -> None:
+    """Close while what is known of its load is over the policy's thresholds."""
+    known = endpoint.reading.known
+    hot = known is not None and _is_hot(endpoint, known, policy)
+    endpoint.closed_until = now + policy.stale_after_s if hot else None
+
+
+def _cool_down(endpoint: Endpoint, policy: Policy) -> None:
+    """Take back what stale telemetry did, unless what is still known says the same."""
+    known = endpoint.reading.known
+    if known is None or known.kv_usage is None:
+        endpoint.kv.compare(None)
+    if known is None or not _is_hot(endpoint, known, policy):
+        endpoint.closed_until = None
+
+
+def _is_hot(endpoint: Endpoint, load: Load, policy: Policy) -> bool:
+    kv, gpu = load.kv_usage, load.gpu_usage
+    if kv is not None and kv >= policy.max_kv_usage and endpoint.kv.trust > 0.0:
+        return True
+    return gpu is not None and policy.max_gpu_usage is not None and gpu >= policy.max_gpu_usage
