@@ -16,7 +16,7 @@ INTERPRETED = {  # tables and values: no line of them runs for a request
 }
 STREAM = (
     *("again", "ages", "answer", "bodies", "dialect", "gate", "reception"),
-    *("replays", "request", "routes", "session", "silence", "wire"),
+    *("replays", "replies", "request", "routes", "session", "silence", "wire"),
 )
 REPLICAS = ("forwarded", "gate", "leading")  # subclasses of what is compiled must be, too
 

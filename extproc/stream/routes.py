@@ -7,13 +7,12 @@ else is queued.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
 LIGHT = frozenset(("GET", "HEAD", "OPTIONS", "DELETE"))
 """Methods that ask an inference server for no tokens."""
@@ -95,45 +94,3 @@ class Routes:
         if shape is None:
             shape = Shape.ANTHROPIC if path == "/v1/messages" or path.startswith("/v1/messages/") else Shape.OPENAI
         return action, shape
-
-
-# ---- what is written
-
-_OPENAI_TYPES = {400: "invalid_request_error", 404: "invalid_request_error", 429: "rate_limit_error"}
-_ANTHROPIC_TYPES = {
-    400: "invalid_request_error",
-    404: "not_found_error",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-}
-GRPC_STATUSES = {400: 3, 404: 5, 429: 8, 503: 14}
-"""INVALID_ARGUMENT, NOT_FOUND, RESOURCE_EXHAUSTED, UNAVAILABLE (google.rpc.Code)."""
-GRPC_UNKNOWN = 2
-
-
-def error_body(
-    shape: Shape, status: int, code: str, message: str, about: Mapping[str, str | float] | None = None
-) -> bytes:
-    """Return an error as clients of the API expect it: OpenAI's, Anthropic's, or text for a gRPC status.
-
-    `about`: what else it says, beside the API's own fields.
-    """
-    more = about or {}
-    if shape is Shape.GRPC:
-        return message.encode()
-    if shape is Shape.ANTHROPIC:
-        kind = _ANTHROPIC_TYPES.get(status, "api_error")
-        return json.dumps({"type": "error", "error": {"type": kind, "message": message, **more}}).encode()
-    kind = _OPENAI_TYPES.get(status, "server_error")
-    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code, **more}}).encode()
-
-
-def models_body(models: frozenset[str], one: str = "") -> bytes | None:
-    """Return OpenAI's list of `models`, or its object for `one`; None: it is none of them."""
-    if one:
-        return json.dumps(_model(one)).encode() if one in models else None
-    return json.dumps({"object": "list", "data": [_model(name) for name in sorted(models)]}).encode()
-
-
-def _model(name: str) -> dict[str, object]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "extproc"}

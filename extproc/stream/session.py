@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from enum import Enum, auto
 from typing import TYPE_CHECKING
-from urllib.parse import unquote
 
 from extproc.admission.outcome import Outcome
 from extproc.admission.values import Answer, Dispatch
@@ -23,19 +22,13 @@ from extproc.stream import again, bodies, wire
 from extproc.stream.answer import BODILESS, GRPC_STATUS, judge, judge_trailers
 from extproc.stream.bodies import Kept
 from extproc.stream.dialect import PLAIN
+from extproc.stream.replies import decision_details, model_list, refusal
 from extproc.stream.request import body_bytes
-from extproc.stream.routes import (
-    GRPC_STATUSES,
-    GRPC_UNKNOWN,
-    Action,
-    Shape,
-    error_body,
-    models_body,
-)
+from extproc.stream.routes import Action, Shape
 from extproc.stream.wire import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from extproc.admission.ticket import Ticket
     from extproc.admission.values import Decision
@@ -215,12 +208,16 @@ class Session:
         self._needs_body = incoming.has_body and headers.get(":method") not in BODILESS and "upgrade" not in headers
         action, self._shape = reception.kind_of(incoming.headers)
         self._action = action
-        if action is _MODELS and self._tell_models(incoming.headers.get(":path", "")):
-            return
+        if action is _MODELS:
+            listed = model_list(reception, incoming.headers.get(":path", ""), self._shape)
+            if listed is not None:
+                self._state = _REFUSED
+                self._send(listed)
+                return
         if not modes.tells_end and not reception.picks_without_end:
             reception.refuse_gateway()
             self._state = _REFUSED
-            self._send(self._refusal(Outcome.ENDLESS))
+            self._send(refusal(reception, self._shape, Outcome.ENDLESS))
             return
         reads = reception.read_model and incoming.has_body and modes.tells_body and not reception.names_model(incoming)
         reads = reads and not reception.gate.controller.draining
@@ -368,37 +365,6 @@ class Session:
             self.show(has_bytes=False, is_last=True)
         self._close()
 
-    def _tell_models(self, path: str) -> bool:
-        """Answer with all models, or the one that the path names after `/models/`; tell whether they are known."""
-        models = self._reception.models()
-        if not models:
-            return False
-        self._reception.told_models += 1
-        name = unquote(path.partition("?")[0].partition("/models/")[2])
-        body = models_body(models, name)
-        self._state = _REFUSED
-        if body is None:
-            self._send(self._refusal(Outcome.UNKNOWN_MODEL))
-        else:
-            self._send(wire.answer(body, "extproc_models"))
-        return True
-
-    def _refusal(
-        self,
-        outcome: Outcome,
-        retry_after_s: int | None = None,
-        wait_s: float | None = None,
-        about: Mapping[str, str | float] | None = None,
-    ) -> bytes:
-        """Return the answer that refuses; `wait_s`: for a Server-Timing; `about`: what else the error says."""
-        status, shape = outcome.status or 500, self._shape
-        is_unnamed = outcome is Outcome.MODEL_MISSING
-        message = self._reception.how_to_name_a_model if is_unnamed else outcome.message
-        body = error_body(shape, status, outcome.value, message, about)
-        grpc_status = GRPC_STATUSES.get(status, GRPC_UNKNOWN) if shape is Shape.GRPC else None
-        more = self._reception.dialect.refusal_headers(outcome)
-        return wire.refuse(status, outcome.value, body, retry_after_s, wait_s, grpc_status=grpc_status, more=more)
-
     def _observe(self, incoming: Incoming) -> None:
         """Take the first piece of an answer's body, which Envoy's first-byte probe shows us, and end the probe."""
         self._reception.has_shown = True
@@ -448,7 +414,7 @@ class Session:
         reception = self._reception
         self._state = _PASSING if isinstance(decision, Dispatch) else _REFUSED
         self.over = self._is_half_closed  # our answer is the last that is said
-        details = _details(decision)
+        details = decision_details(decision)
         wait_s = decision.wait_s if reception.server_timing else None
         if isinstance(decision, Dispatch):
             if reception.is_probed and decision.ticket.endpoint is not None:
@@ -471,14 +437,15 @@ class Session:
             self._is_refused = True
             reception.refused += 1
             about = {"wait_s": round(decision.wait_s, 3), **decision.ticket.why()}
-            self._send(self._refusal(decision.outcome, decision.retry_after_s, wait_s, about) + details)
+            refused = refusal(reception, self._shape, decision.outcome, decision.retry_after_s, wait_s, about)
+            self._send(refused + details)
 
     def _overflow(self, decision: Decision, cluster: str, steer: bytes, wait_s: float | None) -> None:
         """Send a refused request to its class's cluster of last resort: it takes no slot, and no limit counts it."""
         self._state, self._wait_s = _PASSING, wait_s
         name, counts = decision.ticket.request_class.name, self._reception.overflowed
         counts[name] = counts.get(name, 0) + 1
-        self._send(steer + _details(decision, cluster))
+        self._send(steer + decision_details(decision, cluster))
         self._send_kept()
 
     def _send_kept(self) -> None:
@@ -486,22 +453,3 @@ class Session:
         if kept is not None:
             for reply in kept.take():
                 self._send(reply)
-
-
-def _details(decision: Decision, overflow: str = "") -> bytes:
-    """Return what Envoy's access log can say about the decision; `overflow`: the cluster of last resort it went to."""
-    ticket = decision.ticket
-    endpoint, numbers = "", None
-    if isinstance(decision, Dispatch):
-        endpoint = decision.endpoint
-    else:
-        numbers = {name: fact for name, fact in ticket.why().items() if not isinstance(fact, str)}
-    texts = (
-        decision.outcome._value_,
-        ticket.request_class.name,
-        endpoint,
-        "" if ticket.home is None else ticket.home.name,
-        "" if ticket.waited_for is None else ticket.waited_for.value,
-        overflow,
-    )
-    return wire.decision_metadata(texts, round(decision.wait_s * 1000, 1), ticket.position, numbers)
