@@ -202,7 +202,7 @@ def _regex(name: str) -> str:
 
 
 def _received(config: Config) -> tuple[str, ...]:
-    return (wire.NAMESPACE, *((wire.TICKETS_NAMESPACE,) if config.first_byte_probe else ()))
+    return (wire.NAMESPACE, *((wire.NUMBER_NAMESPACE,) if config.first_byte_probe else ()))
 
 
 def _upgrades(config: Config) -> str:

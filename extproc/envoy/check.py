@@ -179,9 +179,9 @@ def _answers(view: View) -> Iterator[str]:
                 f"of {'|'.join(wanted)!r} would be right"
             )
     spaces = view.filter.get("metadata_options", "receiving_namespaces", "untyped") or []
-    if view.config.first_byte_probe and wire.TICKETS_NAMESPACE not in spaces:
+    if view.config.first_byte_probe and wire.NUMBER_NAMESPACE not in spaces:
         yield (
-            f"{view.filter.path}.metadata_options.receiving_namespaces.untyped: lacks {wire.TICKETS_NAMESPACE}: the "
+            f"{view.filter.path}.metadata_options.receiving_namespaces.untyped: lacks {wire.NUMBER_NAMESPACE}: the "
             "first-byte probe can't tell whose answer begins"
         )
     if wire.NAMESPACE not in spaces:

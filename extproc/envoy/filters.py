@@ -102,5 +102,5 @@ def first_byte_probe(config: Config) -> str:
                 response_trailer_mode: SKIP
               # Our own number of the request, from the answer of the filter above: no header of a client's can be it.
               metadata_options:
-                forwarding_namespaces: {{untyped: [{wire.TICKETS_NAMESPACE}]}}
+                forwarding_namespaces: {{untyped: [{wire.NUMBER_NAMESPACE}]}}
 """

@@ -19,6 +19,7 @@ from extproc.stream.silence import MOST_READING, READING_S, Silence
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from extproc.admission.endpoint import Endpoint
     from extproc.admission.load import Load
     from extproc.admission.values import Answer, Decision
     from extproc.stream.ages import Ages
@@ -200,15 +201,11 @@ class Reception:
             self._listed = now, models
         return models
 
-    def steer(self, endpoint: str) -> bytes:
-        """Return the answer that sends a request to `endpoint`."""
-        return self._steers[endpoint]
-
-    def steer_ticket(self, ticket: Ticket, endpoint: str) -> bytes:
-        """Return the answer that sends a request to `endpoint`, or to its next choices if it has such."""
-        if not ticket.choices:
+    def steer(self, endpoint: str, choices: tuple[Endpoint, ...] = ()) -> bytes:
+        """Return the answer that sends a request to `endpoint`, or to its next `choices` if it has such."""
+        if not choices:
             return self._steers[endpoint]
-        names = (endpoint, *(one.name for one in ticket.choices if one.name in self._clusters))
+        names = (endpoint, *(one.name for one in choices if one.name in self._clusters))
         return self.dialect.steer(",".join(self._clusters[name] for name in names))
 
     def names_model(self, incoming: Incoming) -> bool:

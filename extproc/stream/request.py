@@ -52,7 +52,7 @@ class Headers:
         trace: W3C trace context, if it has a name.
         objective: names of classes beside `request_class`, as a gateway's API has them.
         ttl_ms: budgets in whole milliseconds.
-        again: a request that comes back carries its ticket.
+        again: a request that comes back carries its key.
     """
 
     model: tuple[str, ...] = ("x-model",)

@@ -1,6 +1,6 @@
 """One stream, that is one HTTP request, as a state machine: messages in, replies out by a callback.
 
-No gRPC and no event loop in here: a driver feeds `receive`, sends what `send` is given, and calls `end` exactly once.
+No gRPC and no event loop in here: a driver feeds `receive`, sends what `reply` is given, and calls `end` exactly once.
 
     new ──request headers──▶ held ──dispatch──▶ passing ──response headers──▶ passing … end: the lease goes back
      │                        └──refusal──▶ refused
@@ -78,12 +78,12 @@ class Session:
         "_number",
         "_reception",
         "_refused_by",
-        "_send",
+        "_reply",
+        "_return_key",
         "_shape",
         "_shown",
         "_state",
         "_ticket",
-        "_ticket_again",
         "_tries",
         "_wait_s",
         "_waited_s",
@@ -92,10 +92,10 @@ class Session:
         "resets",
     )
 
-    def __init__(self, reception: Reception, send: Callable[[bytes], None]) -> None:
-        """Open a stream whose replies go to `send`."""
+    def __init__(self, reception: Reception, reply: Callable[[bytes], None]) -> None:
+        """Open a stream whose replies go to `reply`."""
         self._reception = reception
-        self._send = send
+        self._reply = reply
         self._state = _NEW
         self._ticket: Ticket | None = None
         self._answer = _UNKNOWN
@@ -112,7 +112,7 @@ class Session:
         self._wait_s: float | None = None  # set once dispatched, if the client is to be told
         self._waited_s = 0.0  # until it was dispatched
         self._tries = 0  # how often this request came back before
-        self._ticket_again = ""  # by which it comes back
+        self._return_key = ""  # by which it comes back
         self._refused_by: frozenset[str] = NOBODY  # the endpoints that it came back from, and the one it is sent to
         self.resets = False  # a client that leaves is told by a reset, that is without reading: the driver knows
         self.over = False  # nothing more is wanted: the driver ends the stream
@@ -120,10 +120,7 @@ class Session:
         reception.silence.began(self)
         reception.streams += 1
 
-    @property
-    def paused(self) -> bool:
-        """The next message shall be left unread until a reply was sent."""
-        return self._kept is not None and self._kept.is_full and self._state is _HELD
+    # ---- the walk: a request's headers, our decision, its answer's head, the end
 
     def receive(self, data: bytes) -> None:
         """Take one message. Raises ProtocolError for what has no place here; the driver then ends the stream."""
@@ -145,60 +142,6 @@ class Session:
         else:
             self._take_rest(incoming)
 
-    def _take_rest(self, incoming: Incoming) -> None:
-        match self._state, incoming.kind:
-            case _State.NEW, _:
-                self._take_unasked(incoming)
-            case ((_State.READING | _State.HELD), Kind.RESPONSE_HEADERS):  # Envoy answered by itself: nobody waits
-                self._close()
-                self._drop_body()
-                self._state = _State.PASSING
-                self._send(wire.go_on(incoming.kind))
-            case ((_State.READING | _State.HELD), Kind.REQUEST_TRAILERS):
-                self._keep_trailers()
-            case (
-                (_State.PASSING | _State.REFUSED),
-                Kind.REQUEST_BODY | Kind.RESPONSE_BODY | Kind.REQUEST_TRAILERS | Kind.RESPONSE_TRAILERS,
-            ):
-                self._send(wire.go_on(incoming.kind))
-                if incoming.kind is Kind.RESPONSE_TRAILERS:
-                    self._take_last(incoming)
-            case state, kind:
-                raise ProtocolError(f"{kind.value} has no place here: the stream is {state.name.lower()}")
-
-    def _take_unasked(self, incoming: Incoming) -> None:
-        """Let pass what Envoy answered by itself before it asked us (413), or if request headers are not sent."""
-        self._reception.silence.spoke(self)
-        if incoming.modes is not None:  # an answer's body follows, and how, the gateway tells
-            self._modes, self._state = self._reception.dialect.modes(incoming), _PASSING
-        self._send(wire.go_on(incoming.kind))
-
-    def half_closed(self) -> bool:
-        """Note that the client says no more; tell whether it still waits for what we say: else the stream is over."""
-        if self._modes.tells_end or self._state not in (_READING, _HELD):
-            return False
-        self._is_half_closed = True
-        if self._kept is not None:
-            self._kept.is_whole = True
-            self._look_for_model(self._kept)
-        return not self.over
-
-    def end(self) -> None:
-        """Note that the stream is over, for whatever reason. The lease goes back; the place in the queue is left."""
-        if self._state is not _ENDED:
-            if self._state is _NEW:
-                self._reception.silence.ended(self)
-            self._reception.refused -= self._is_refused
-            self._state = _ENDED
-            self._reception.streams -= 1
-            self._close()
-            self._drop_body()
-
-    def give_in(self) -> None:
-        """Have the driver end a stream on which nothing comes."""
-        if self.hang_up is not None:
-            self.hang_up()
-
     def _begin(self, incoming: Incoming) -> None:
         """Hold the request, let it go at once, or answer it: the table of routes says."""
         reception = self._reception
@@ -212,12 +155,12 @@ class Session:
             listed = model_list(reception, incoming.headers.get(":path", ""), self._shape)
             if listed is not None:
                 self._state = _REFUSED
-                self._send(listed)
+                self._reply(listed)
                 return
         if not modes.tells_end and not reception.picks_without_end:
             reception.refuse_gateway()
             self._state = _REFUSED
-            self._send(refusal(reception, self._shape, Outcome.ENDLESS))
+            self._reply(refusal(reception, self._shape, Outcome.ENDLESS))
             return
         reads = reception.read_model and incoming.has_body and modes.tells_body and not reception.names_model(incoming)
         reads = reads and not reception.gate.controller.draining
@@ -251,20 +194,120 @@ class Session:
         else:
             reception.gate.send(self._ticket)
 
+    def _decided(self, decision: Decision) -> None:
+        """Answer Envoy. After `end` there is nobody to answer, and the lease is back already."""
+        if self._state is not _HELD:
+            return
+        reception = self._reception
+        self._state = _PASSING if isinstance(decision, Dispatch) else _REFUSED
+        self.over = self._is_half_closed  # our answer is the last that is said
+        details = decision_details(decision)
+        wait_s = decision.wait_s if reception.server_timing else None
+        if isinstance(decision, Dispatch):
+            if reception.is_probed and decision.ticket.endpoint is not None:
+                reception.dispatched = self._number = reception.dispatched + 1
+                reception.running[self._number] = self
+                details += wire.number_metadata(self._number)
+            self._wait_s, self._waited_s = wait_s, decision.wait_s
+            self._return_key, more = reception.again.expect(self, self._tries)
+            if self._return_key:
+                self._refused_by |= {decision.endpoint}  # if it comes back
+            details += more
+            self._is_sent = True
+            steer = reception.steer(decision.endpoint, decision.ticket.choices)
+            self._reply(steer + self._modes.override + details)
+            self._reply_kept()
+        elif (overflow := reception.overflow(decision)) is not None:
+            self._overflow(decision, *overflow, wait_s)
+        else:
+            self._drop_body()
+            self._is_refused = True
+            reception.refused += 1
+            about = {"wait_s": round(decision.wait_s, 3), **decision.ticket.why()}
+            refused = refusal(reception, self._shape, decision.outcome, decision.retry_after_s, wait_s, about)
+            self._reply(refused + details)
+
+    def _overflow(self, decision: Decision, cluster: str, steer: bytes, wait_s: float | None) -> None:
+        """Send a refused request to its class's cluster of last resort: it takes no slot, and no limit counts it."""
+        self._state, self._wait_s = _PASSING, wait_s
+        name, counts = decision.ticket.request_class.name, self._reception.overflowed
+        counts[name] = counts.get(name, 0) + 1
+        self._reply(steer + decision_details(decision, cluster))
+        self._reply_kept()
+
+    def _take_answer(self, incoming: Incoming) -> None:
+        """Follow what the head of an answer says."""
+        self._answer = judge(incoming, needs_body=self._needs_body)
+        self._expect_no_more()
+        if self._ticket is not None and self._reception.again.came_back(incoming.attributes):
+            self._answer = Answer.FAILED  # another sidecar took the second try; the server that we chose does nothing
+            self._close()
+        if self._ticket is not None:
+            if incoming.served:
+                self._reception.follow(self._ticket, incoming.served)
+            if self._answer is _OK and self._shown is None and not self._number and self._modes is PLAIN:
+                self._reception.gate.answered(self._ticket)  # as nearly all are: no byte will be shown
+            else:
+                self._judge_beginning()
+            self._reception.take_report(self._ticket, incoming.headers)
+        wait_s = self._wait_s
+        self._reply(wire.go_on(incoming.kind) if wait_s is None else wire.go_on_timed(wait_s))
+        if not incoming.has_body:
+            self._close()
+
+    def end(self) -> None:
+        """Note that the stream is over, for whatever reason. The lease goes back; the place in the queue is left."""
+        if self._state is not _ENDED:
+            if self._state is _NEW:
+                self._reception.silence.ended(self)
+            self._reception.refused -= self._is_refused
+            self._state = _ENDED
+            self._reception.streams -= 1
+            self._close()
+            self._drop_body()
+
+    def _close(self) -> None:
+        self._expect_no_more()
+        if self._ticket is not None:
+            if self._shown is None and self._modes.shows_answer and self._answer is Answer.OK:
+                self._answer = Answer.UNKNOWN  # a client that left, or a server that died behind its head: both look so
+            # Not so with the probe: its stream often comes after this one's end, and then a whole answer looks so, too.
+            ticket, self._ticket = self._ticket, None
+            ticket.deliver = None  # tickets are remembered for their stories: this stream and its body are not
+            self._forget_number()
+            self._reception.gate.close(ticket, self._answer)
+            finished = self._reception.finished
+            if finished is not None and self._is_sent:
+                finished(ticket, self._answer)
+
+    # ---- second tries
+
+    def _expect_no_more(self) -> None:
+        if self._return_key:
+            self._reception.again.forget(self._return_key)
+            self._return_key = ""
+
     def give_up(self) -> tuple[float, frozenset[str]]:
         """Note that the server we chose takes no connection, and that the request is here again.
 
         Return how long it waited, since what connecting took is not counted against its budget, and who refused it.
         """
-        self._ticket_again, self._answer, self._wait_s = "", Answer.FAILED, None
+        self._return_key, self._answer, self._wait_s = "", Answer.FAILED, None
         self._close()
         return self._waited_s, self._refused_by
+
+    # ---- a request's body, before the decision and after
+
+    @property
+    def paused(self) -> bool:
+        """The next message shall be left unread until a reply was sent."""
+        return self._kept is not None and self._kept.is_full and self._state is _HELD
 
     def _take_piece(self, kind: int, piece: bytes) -> None:
         """Send a piece of a body on; before the decision, keep what will. The answer's last one is its end."""
         reply = self._modes.answer(kind, piece)
         if self._state is _PASSING:
-            self._send(reply)
+            self._reply(reply)
             if kind == bodies.RESPONSE:
                 self._take_progress(piece)
         elif self._kept is not None and kind == bodies.REQUEST:
@@ -273,11 +316,66 @@ class Session:
         elif self._state is not _REFUSED:  # what was on its way when we refused goes nowhere
             raise ProtocolError(f"a body has no place here: the stream is {self._state.name.lower()}")
 
+    def _look_for_model(self, kept: Kept) -> None:
+        """Offer a request when its body has told the model, or all it will be asked."""
+        if self._began is None:
+            return
+        model = kept.model()
+        if model is not None:
+            self._began.fields["model"] = model
+        if model is not None or kept.is_read:
+            self.read_no_more()
+
+    def read_no_more(self) -> None:
+        """Offer a request with what is known of it: its body has told the model, or has had its time."""
+        began, self._began = self._began, None
+        if began is not None:
+            self._reception.reading.ended(self)
+            if self._kept is not None:
+                self._kept.look_no_more()
+            self._offer(began)
+
+    def half_closed(self) -> bool:
+        """Note that the client says no more; tell whether it still waits for what we say: else the stream is over."""
+        if self._modes.tells_end or self._state not in (_READING, _HELD):
+            return False
+        self._is_half_closed = True
+        if self._kept is not None:
+            self._kept.is_whole = True
+            self._look_for_model(self._kept)
+        return not self.over
+
     def _keep_trailers(self) -> None:
         if self._kept is None:
             raise ProtocolError("request_trailers has no place here: the request's headers are not answered")
         self._kept.end(wire.go_on(Kind.REQUEST_TRAILERS))
         self._look_for_model(self._kept)
+
+    def _reply_kept(self) -> None:
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            for reply in kept.take():
+                self._reply(reply)
+
+    def _drop_body(self) -> None:
+        if self._began is not None:
+            self._began = None
+            self._reception.reading.ended(self)
+        if self._kept is not None:
+            self._kept.take()
+            self._kept = None
+
+    # ---- an answer's body: how it begins, and ends
+
+    def _observe(self, incoming: Incoming) -> None:
+        """Take the first piece of an answer's body, which Envoy's first-byte probe shows us, and end the probe."""
+        self._reception.has_shown = True
+        shown = self._reception.running.get(incoming.number)
+        if shown is not None and incoming.kind is Kind.RESPONSE_BODY:
+            shown.show(has_bytes=incoming.has_body, is_last=incoming.is_last)
+            if not incoming.has_body and not incoming.is_last:
+                return  # an empty piece: the first byte is still to come
+        self.over = True
 
     def _take_progress(self, piece: bytes) -> None:
         if self._ticket is not None:
@@ -318,44 +416,10 @@ class Session:
             return False
         return self._modes.shows_answer or (self._number != 0 and self._reception.has_shown)
 
-    def _look_for_model(self, kept: Kept) -> None:
-        """Offer a request when its body has told the model, or all it will be asked."""
-        if self._began is None:
-            return
-        model = kept.model()
-        if model is not None:
-            self._began.fields["model"] = model
-        if model is not None or kept.is_read:
-            self.read_no_more()
-
-    def read_no_more(self) -> None:
-        """Offer a request with what is known of it: its body has told the model, or has had its time."""
-        began, self._began = self._began, None
-        if began is not None:
-            self._reception.reading.ended(self)
-            if self._kept is not None:
-                self._kept.look_no_more()
-            self._offer(began)
-
-    def _take_answer(self, incoming: Incoming) -> None:
-        """Follow what the head of an answer says."""
-        self._answer = judge(incoming, needs_body=self._needs_body)
-        self._forget_ticket()
-        if self._ticket is not None and self._reception.again.came_back(incoming.attributes):
-            self._answer = Answer.FAILED  # another sidecar took the second try; the server that we chose does nothing
-            self._close()
-        if self._ticket is not None:
-            if incoming.served:
-                self._reception.follow(self._ticket, incoming.served)
-            if self._answer is _OK and self._shown is None and not self._number and self._modes is PLAIN:
-                self._reception.gate.answered(self._ticket)  # as nearly all are: no byte will be shown
-            else:
-                self._judge_beginning()
-            self._reception.take_report(self._ticket, incoming.headers)
-        wait_s = self._wait_s
-        self._send(wire.go_on(incoming.kind) if wait_s is None else wire.go_on_timed(wait_s))
-        if not incoming.has_body:
-            self._close()
+    def _forget_number(self) -> None:
+        if self._number:
+            del self._reception.running[self._number]
+            self._number = 0
 
     def _take_last(self, trailers: Incoming) -> None:
         """Follow the trailers of an answer: it is over."""
@@ -365,91 +429,37 @@ class Session:
             self.show(has_bytes=False, is_last=True)
         self._close()
 
-    def _observe(self, incoming: Incoming) -> None:
-        """Take the first piece of an answer's body, which Envoy's first-byte probe shows us, and end the probe."""
-        self._reception.has_shown = True
-        shown = self._reception.running.get(incoming.ticket)
-        if shown is not None and incoming.kind is Kind.RESPONSE_BODY:
-            shown.show(has_bytes=incoming.has_body, is_last=incoming.is_last)
-            if not incoming.has_body and not incoming.is_last:
-                return  # an empty piece: the first byte is still to come
-        self.over = True
+    # ---- what else comes, or never does
 
-    def _forget_ticket(self) -> None:
-        if self._ticket_again:
-            self._reception.again.forget(self._ticket_again)
-            self._ticket_again = ""
+    def _take_rest(self, incoming: Incoming) -> None:
+        match self._state, incoming.kind:
+            case _State.NEW, _:
+                self._take_unasked(incoming)
+            case ((_State.READING | _State.HELD), Kind.RESPONSE_HEADERS):  # Envoy answered by itself: nobody waits
+                self._close()
+                self._drop_body()
+                self._state = _State.PASSING
+                self._reply(wire.go_on(incoming.kind))
+            case ((_State.READING | _State.HELD), Kind.REQUEST_TRAILERS):
+                self._keep_trailers()
+            case (
+                (_State.PASSING | _State.REFUSED),
+                Kind.REQUEST_BODY | Kind.RESPONSE_BODY | Kind.REQUEST_TRAILERS | Kind.RESPONSE_TRAILERS,
+            ):
+                self._reply(wire.go_on(incoming.kind))
+                if incoming.kind is Kind.RESPONSE_TRAILERS:
+                    self._take_last(incoming)
+            case state, kind:
+                raise ProtocolError(f"{kind.value} has no place here: the stream is {state.name.lower()}")
 
-    def _close(self) -> None:
-        self._forget_ticket()
-        if self._ticket is not None:
-            if self._shown is None and self._modes.shows_answer and self._answer is Answer.OK:
-                self._answer = Answer.UNKNOWN  # a client that left, or a server that died behind its head: both look so
-            # Not so with the probe: its stream often comes after this one's end, and then a whole answer looks so, too.
-            ticket, self._ticket = self._ticket, None
-            ticket.deliver = None  # tickets are remembered for their stories: this stream and its body are not
-            self._forget_number()
-            self._reception.gate.close(ticket, self._answer)
-            finished = self._reception.finished
-            if finished is not None and self._is_sent:
-                finished(ticket, self._answer)
+    def _take_unasked(self, incoming: Incoming) -> None:
+        """Let pass what Envoy answered by itself before it asked us (413), or if request headers are not sent."""
+        self._reception.silence.spoke(self)
+        if incoming.modes is not None:  # an answer's body follows, and how, the gateway tells
+            self._modes, self._state = self._reception.dialect.modes(incoming), _PASSING
+        self._reply(wire.go_on(incoming.kind))
 
-    def _drop_body(self) -> None:
-        if self._began is not None:
-            self._began = None
-            self._reception.reading.ended(self)
-        if self._kept is not None:
-            self._kept.take()
-            self._kept = None
-
-    def _forget_number(self) -> None:
-        if self._number:
-            del self._reception.running[self._number]
-            self._number = 0
-
-    def _decided(self, decision: Decision) -> None:
-        """Answer Envoy. After `end` there is nobody to answer, and the lease is back already."""
-        if self._state is not _HELD:
-            return
-        reception = self._reception
-        self._state = _PASSING if isinstance(decision, Dispatch) else _REFUSED
-        self.over = self._is_half_closed  # our answer is the last that is said
-        details = decision_details(decision)
-        wait_s = decision.wait_s if reception.server_timing else None
-        if isinstance(decision, Dispatch):
-            if reception.is_probed and decision.ticket.endpoint is not None:
-                reception.dispatched = self._number = reception.dispatched + 1
-                reception.running[self._number] = self
-                details += wire.ticket_metadata(self._number)
-            self._wait_s, self._waited_s = wait_s, decision.wait_s
-            self._ticket_again, more = reception.again.send(self, self._tries)
-            if self._ticket_again:
-                self._refused_by |= {decision.endpoint}  # if it comes back
-            details += more
-            self._is_sent = True
-            steer = reception.steer_ticket(decision.ticket, decision.endpoint)
-            self._send(steer + self._modes.override + details)
-            self._send_kept()
-        elif (overflow := reception.overflow(decision)) is not None:
-            self._overflow(decision, *overflow, wait_s)
-        else:
-            self._drop_body()
-            self._is_refused = True
-            reception.refused += 1
-            about = {"wait_s": round(decision.wait_s, 3), **decision.ticket.why()}
-            refused = refusal(reception, self._shape, decision.outcome, decision.retry_after_s, wait_s, about)
-            self._send(refused + details)
-
-    def _overflow(self, decision: Decision, cluster: str, steer: bytes, wait_s: float | None) -> None:
-        """Send a refused request to its class's cluster of last resort: it takes no slot, and no limit counts it."""
-        self._state, self._wait_s = _PASSING, wait_s
-        name, counts = decision.ticket.request_class.name, self._reception.overflowed
-        counts[name] = counts.get(name, 0) + 1
-        self._send(steer + decision_details(decision, cluster))
-        self._send_kept()
-
-    def _send_kept(self) -> None:
-        kept, self._kept = self._kept, None
-        if kept is not None:
-            for reply in kept.take():
-                self._send(reply)
+    def give_in(self) -> None:
+        """Have the driver end a stream on which nothing comes."""
+        if self.hang_up is not None:
+            self.hang_up()

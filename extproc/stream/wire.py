@@ -29,7 +29,7 @@ NAMESPACE = "extproc"
 FIELDS_NAMESPACE = "extproc_request"
 """The namespace in which Envoy's json_to_metadata filter puts the fields of a request's body."""
 
-TICKETS_NAMESPACE = "extproc_ticket"
+NUMBER_NAMESPACE = "extproc_ticket"
 """The namespace by which Envoy's first-byte probe tells whose answer begins. Only we write it: a client can't."""
 UNSTEERED_NAMESPACE = "extproc_route"
 """The namespace in which our bootstrap notes that a request came past our filter."""
@@ -40,7 +40,7 @@ REFUSAL_HEADERS = ("content-type", "retry-after", "x-extproc-outcome")
 SERVER_TIMING = "server-timing"
 
 AGAIN = "x-extproc-again"
-"""Carries the ticket of a second try (again.py) to Envoy, and from there back to us."""
+"""Carries the key of a second try (again.py) to Envoy, and from there back to us."""
 
 PICK_HEADER = "x-gateway-destination-endpoint"
 """The Endpoint Picker Protocol: the pick, as a header and as dynamic metadata; and what else has names made of it."""
@@ -94,7 +94,7 @@ class Incoming:
         fields: request fields that Envoy's json_to_metadata filter read from the body, unchecked.
         has_body: a body will follow the headers; of a piece of a body: it has bytes.
         is_last: a piece of a body, behind which nothing more comes.
-        ticket: our number of the request whose answer the first-byte probe shows; 0: none.
+        number: our number of the request whose answer the first-byte probe shows; 0: none.
         observed: Envoy only shows it (the first-byte probe) and ignores any answer.
         modes: how the bodies of this stream will be sent, of request and answer; None: the gateway doesn't say.
         subset: the addresses that the gateway allows; None: any.
@@ -107,7 +107,7 @@ class Incoming:
     fields: dict[str, str | float | bool] = field(default_factory=dict)
     has_body: bool = False
     is_last: bool = False
-    ticket: int = 0
+    number: int = 0
     observed: bool = False
     modes: tuple[int, int] | None = None
     subset: tuple[str, ...] | None = None
@@ -171,8 +171,8 @@ class Reader:
     def _read_shown(self, message: pb.ProcessingRequest, incoming: Incoming) -> None:
         piece, spaces = message.response_body, message.metadata_context.filter_metadata
         incoming.has_body, incoming.is_last = bool(piece.body), piece.end_of_stream
-        if TICKETS_NAMESPACE in spaces:
-            incoming.ticket = int(spaces[TICKETS_NAMESPACE].fields["n"].number_value)
+        if NUMBER_NAMESPACE in spaces:
+            incoming.number = int(spaces[NUMBER_NAMESPACE].fields["n"].number_value)
 
     def _read_answer(self, message: pb.ProcessingRequest, incoming: Incoming) -> None:
         part = message.response_headers
@@ -363,14 +363,14 @@ def answer(body: bytes, details: str) -> bytes:
     ).SerializeToString()
 
 
-def ticket_metadata(number: int) -> bytes:
+def number_metadata(number: int) -> bytes:
     """Encode our number of a request, for the first-byte probe. To be appended to an answer, as `decision_metadata`."""
-    return _TICKET[0] + _DOUBLE.pack(number) + _TICKET[1]
+    return _NUMBER[0] + _DOUBLE.pack(number) + _NUMBER[1]
 
 
-def again(ticket: str) -> bytes:
-    """Encode the ticket of a second try as a header of the request. To be appended to a pick: protobuf merges them."""
-    common = pb.CommonResponse(header_mutation=_set_headers({AGAIN: ticket}))
+def again(key: str) -> bytes:
+    """Encode the key of a second try as a header of the request. To be appended to a pick: protobuf merges them."""
+    common = pb.CommonResponse(header_mutation=_set_headers({AGAIN: key}))
     return pb.ProcessingResponse(request_headers=pb.HeadersResponse(response=common)).SerializeToString()
 
 
@@ -425,14 +425,14 @@ def _tell(fields: MutableMapping[str, Value], texts: tuple[str, ...]) -> None:
             fields[name].string_value = text
 
 
-def _around_ticket() -> tuple[bytes, bytes]:
+def _around_number() -> tuple[bytes, bytes]:
     response = pb.ProcessingResponse()
-    response.dynamic_metadata.fields[TICKETS_NAMESPACE].struct_value.fields["n"].number_value = _POSITION
+    response.dynamic_metadata.fields[NUMBER_NAMESPACE].struct_value.fields["n"].number_value = _POSITION
     before, _, after = response.SerializeToString().partition(_DOUBLE.pack(_POSITION))
     return before, after
 
 
-_TICKET = _around_ticket()
+_NUMBER = _around_number()
 
 
 def _set_headers(headers: Mapping[str, str]) -> pb.HeaderMutation:

@@ -72,7 +72,7 @@ class Stage:
             self.reception.set_overflow({"soft": "elsewhere"})
         self.sessions: dict[str, Session] = {}
         self.numbers: dict[str, int] = {}  # of the requests, to the first-byte probe
-        self.tickets: dict[str, str] = {}  # by which requests come back
+        self.keys: dict[str, str] = {}  # by which requests come back
         self.said: list[str] = []
         if "head" in facts:
             self.act(">> ann comes")
@@ -104,7 +104,7 @@ class Stage:
                 self._say(who, self._opening(who, plain, facts))
             case "returns":  # Envoy tries a request again that it could not connect: through the front door
                 self.sessions[f"{who}'"] = Session(self.reception, lambda data: self.hear(f"{who}'", data))
-                self._say(f"{who}'", self._opening(who, plain, {wire.AGAIN: self.tickets[who], **facts}))
+                self._say(f"{who}'", self._opening(who, plain, {wire.AGAIN: self.keys[who], **facts}))
             case "again":
                 self._say(who, self._opening(who, plain, facts))
             case "answers" | "trails" | "sends" | "gets":
@@ -141,7 +141,7 @@ class Stage:
         request = _piece("response_body", piece)
         request.observability_mode = True
         spaces = request.metadata_context.filter_metadata
-        spaces[wire.TICKETS_NAMESPACE].fields["n"].number_value = self.numbers[who]
+        spaces[wire.NUMBER_NAMESPACE].fields["n"].number_value = self.numbers[who]
         return request.SerializeToString()
 
     def hear(self, who: str, data: bytes) -> None:
@@ -152,9 +152,9 @@ class Stage:
             case "request_headers" if reply.request_headers.HasField("response"):
                 mutation = reply.request_headers.response.header_mutation
                 told = {option.header.key: option.header.raw_value.decode() for option in mutation.set_headers}
-                self.tickets[who] = told.get(wire.AGAIN, "")
-                if wire.TICKETS_NAMESPACE in reply.dynamic_metadata.fields:
-                    numbers = reply.dynamic_metadata.fields[wire.TICKETS_NAMESPACE].struct_value.fields
+                self.keys[who] = told.get(wire.AGAIN, "")
+                if wire.NUMBER_NAMESPACE in reply.dynamic_metadata.fields:
+                    numbers = reply.dynamic_metadata.fields[wire.NUMBER_NAMESPACE].struct_value.fields
                     self.numbers[who] = int(numbers["n"].number_value)
                 self.said.append(f"<< {who} goes to {told[wire.PICK_HEADER if self.picks else 'x-upstream-cluster']}")
             case ("request_body" | "response_body") as kind if getattr(reply, kind).response.body_mutation.HasField(

@@ -44,10 +44,10 @@ class Room:
             self.gate.set_up(name, is_up=True)
             self.reception.put_cluster(name, name)
 
-    def open(self, ticket: str = "", **asks: str) -> tuple[Session, list[pb.ProcessingResponse]]:
+    def open(self, key: str = "", **asks: str) -> tuple[Session, list[pb.ProcessingResponse]]:
         replies: list[pb.ProcessingResponse] = []
         session = Session(self.reception, lambda data: replies.append(pb.ProcessingResponse.FromString(data)))
-        session.receive(message("request_headers", **({AGAIN: ticket} if ticket else {}), **asks))
+        session.receive(message("request_headers", **({AGAIN: key} if key else {}), **asks))
         return session, replies
 
     def leases(self) -> dict[str, int]:
@@ -130,10 +130,10 @@ def test_it_waits_on_with_its_age_and_what_connecting_took_is_not_counted():
     waiting, replies = room.open()
     room.clock.advance(4.0)
     holder.end()
-    ticket = headers(replies)[AGAIN]
+    key = headers(replies)[AGAIN]
     room.clock.advance(30.0)  # Envoy tries to connect
     room.core.set_quota("a", 0, room.clock.now)
-    _, again = room.open(ticket)
+    _, again = room.open(key)
     assert again == []
     room.clock.advance(5.9)
     assert again == []
@@ -143,21 +143,21 @@ def test_it_waits_on_with_its_age_and_what_connecting_took_is_not_counted():
 
 
 @pytest.mark.parametrize("moment", ["answered", "ended", "unknown", "used"])
-def test_a_ticket_that_is_not_good_any_more_takes_nobodys_lease(moment):
+def test_a_key_that_is_not_good_any_more_takes_nobodys_lease(moment):
     room = Room("a", "b", "c")
     first, replies = room.open()
-    ticket = headers(replies)[AGAIN]
+    key = headers(replies)[AGAIN]
     match moment:
         case "answered":
             first.receive(message("response_headers", status="200"))
         case "ended":
             first.end()
         case "unknown":
-            ticket = "0" * 32
+            key = "0" * 32
         case "used":
-            room.open(ticket)
+            room.open(key)
     before = sum(room.leases().values())
-    room.open(ticket)
+    room.open(key)
     assert sum(room.leases().values()) == before + 1
 
 
@@ -185,15 +185,15 @@ def test_the_refusal_of_what_came_back_too_often_is_told_like_any_other(elsewher
     assert headers(replies).get("x-upstream-cluster", "") == elsewhere
 
 
-def test_sidecars_that_do_not_know_each_others_tickets_go_on_counting_how_often_one_came_back():
+def test_sidecars_that_do_not_know_each_others_keys_go_on_counting_how_often_one_came_back():
     sidecars = [Room("a"), Room("a")]
-    ticket = ""
+    key = ""
     for sent in range(2 * MOST):
         room = sidecars[sent % 2]
-        _, replies = room.open(ticket)
+        _, replies = room.open(key)
         if replies[0].HasField("immediate_response"):
             break
-        ticket = headers(replies)[AGAIN]
+        key = headers(replies)[AGAIN]
         room.gate.put_endpoint(EndpointSpec("a", max_running_requests=sent + 2))
     assert sent == MOST + 1
     assert replies[0].immediate_response.status.code == 503
@@ -212,7 +212,7 @@ def test_where_another_sidecar_sent_it_is_no_wish_of_what_comes_back():
 @pytest.mark.parametrize(
     "made_up", ["9", f"99.{'0' * 32}", f"-1.{'0' * 32}", f"\u0663.{'0' * 32}", f"9.{'0' * 31}", "9" * 9999]
 )
-def test_what_is_no_ticket_is_a_new_request(made_up):
+def test_what_is_no_key_is_a_new_request(made_up):
     room = Room("a")
     _, replies = room.open(made_up)
     assert headers(replies)["x-upstream-cluster"] == "a"

@@ -122,7 +122,7 @@ def test_a_refusal_of_a_grpc_request_reads_officially_as_a_grpc_status(official)
 
 
 def test_our_number_of_a_request_reads_officially_beside_the_decisions_metadata(official):
-    data = wire.decision_metadata(DISPATCHED, 2.5, 3) + wire.ticket_metadata(12345)
+    data = wire.decision_metadata(DISPATCHED, 2.5, 3) + wire.number_metadata(12345)
     found = official("ProcessingResponse").FromString(data).dynamic_metadata
     assert found["extproc_ticket"]["n"] == 12345
     assert found["extproc"]["position"] == 3
