@@ -1,4 +1,4 @@
-"""A desk: the checked world (`world.py`) with its decisions remembered, and a few words for what tests ask of it."""
+"""A desk: the audited core (`audited.py`) with its decisions remembered, and a few words for what tests ask of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from extproc.admission.load import Load
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Decision, Dispatch, EndpointSpec, Policy, Reject, Request, RequestClass
 
-from .world import World
+from .audited import Audited
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -24,8 +24,8 @@ BATCH = RequestClass("batch", -10, 60.0)
 CLASSES = (STD, URGENT, BATCH)
 
 
-class Desk(World):
-    """A world that remembers its decisions."""
+class Desk(Audited):
+    """An audited core that remembers its decisions."""
 
     def __init__(self, *specs: EndpointSpec, **policy: Any) -> None:
         super().__init__(Policy(**{"classes": CLASSES, "shed": False, **policy}))

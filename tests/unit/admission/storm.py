@@ -2,7 +2,7 @@
 
     python -m tests.unit.admission.storm --events 3000000 --seed 1
 
-Every event is checked cheaply, and every `--check-every` events everything is recomputed (`world.py`). A failure prints
+Every event is checked cheaply, and every `--check-every` events everything is recomputed (`audit.py`). A failure prints
 the command that reproduces it with all checks at every event. Plain `random.Random`: no hypothesis, for speed.
 """
 
@@ -20,7 +20,8 @@ from extproc.admission.tenants import NO_RULES, TenantRule, TenantRules
 from extproc.admission.ticket import State
 from extproc.admission.values import Answer, Binding, EndpointSpec, Policy, Request, RequestClass
 
-from .world import BrokenError, World
+from .audit import BrokenError
+from .audited import Audited
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,11 +65,11 @@ class Storm:
         self.random = Random(seed)
         self.check_every = check_every
         self.policy = Policy(classes=CLASSES, patience_s=0.5, session_memory=50, max_queued_requests=300)
-        self.world = World(self.policy, always=check_every == 1)
+        self.audited = Audited(self.policy, always=check_every == 1)
         self.ids = 0
         self.allows = seed % 3 != 0  # where gateways choose, every change of pools looks at all who wait
         self.weather = self._forecast()
-        # Lists beside the world's dicts: a random pick must not cost a walk.
+        # Lists beside the audit's dicts: a random pick must not cost a walk.
         self._waiting: list[Ticket] = []
         self._leased: list[Ticket] = []
 
@@ -76,26 +77,26 @@ class Storm:
         """Let `events` events happen, and check everything at the end."""
         self._put()
         number = -1
-        while self.world.events < events:
+        while self.audited.events < events:
             number += 1
             if number % 2000 == 0:
                 self._change_weather()
             self._step()
             if number % self.check_every == 0:
-                self.world.check()
+                self.audited.check()
             if number % 100_000 == 0:
                 progress(number)
-        self.world.check()
+        self.audited.check()
 
     def _change_weather(self) -> None:
         """Choose the next 2000 steps. Now and then: token limits are what counts, nobody gives up, calm else."""
         self.weather = self._forecast()
         if self.random.random() < 0.3:
             self.weather = Weather(1.15, 1.0, 0.03, self.random.choice((0.0, 0.003)), 0.001, HERD, (1e9,))
-            self.world.set_policy(replace(self.policy, enable_queue=True, shed=False, max_queued_requests=300))
+            self.audited.set_policy(replace(self.policy, enable_queue=True, shed=False, max_queued_requests=300))
             for name in NAMES[:3]:
-                self.world.put(EndpointSpec(name, max_running_requests=20, kv_capacity_tokens=3000))
-                self.world.set_up(name, is_up=True)
+                self.audited.put(EndpointSpec(name, max_running_requests=20, kv_capacity_tokens=3000))
+                self.audited.set_up(name, is_up=True)
 
     def _forecast(self) -> Weather:
         pick = self.random.choice
@@ -134,7 +135,7 @@ class Storm:
     # ---- events
 
     def _offer(self) -> None:
-        random, now = self.random, self.world.now
+        random, now = self.random, self.audited.now
         self.ids += 1
         request = Request(
             id=str(self.ids),
@@ -153,7 +154,7 @@ class Storm:
             if self.allows and random.random() < 0.15
             else None,
         )
-        self._waiting.append(self.world.offer(request))
+        self._waiting.append(self.audited.offer(request))
 
     def _release(self) -> None:
         ticket = self._random_leased()
@@ -164,53 +165,55 @@ class Storm:
         else:
             answer = self.random.choices(tuple(Answer), self.weather.answers)[0]
         self._leased.remove(ticket)
-        self.world.release(ticket, answer)
+        self.audited.release(ticket, answer)
 
     def _cancel(self) -> None:
         self._sort_out()
         if self._waiting:
-            self.world.cancel(self.random.choice(self._waiting))
+            self.audited.cancel(self.random.choice(self._waiting))
 
     def _share(self) -> None:
         """What happens where several sidecars share endpoints."""
-        random, world = self.random, self.world
+        random, audited = self.random, self.audited
         match random.randrange(4):
             case 0:
                 self.ids += 1
-                request = Request(id=str(self.ids), arrived=world.now, model="m1", prompt_tokens=random.choice(PROMPTS))
-                self._waiting.append(world.adopt(request, random.choice((*NAMES, "nowhere"))))
+                request = Request(
+                    id=str(self.ids), arrived=audited.now, model="m1", prompt_tokens=random.choice(PROMPTS)
+                )
+                self._waiting.append(audited.adopt(request, random.choice((*NAMES, "nowhere"))))
             case 1:
                 ticket = self._random_leased()
                 if ticket is not None:
                     self._leased.remove(ticket)
-                    world.disown(ticket)
+                    audited.disown(ticket)
             case 2:
                 self._sort_out()
                 taken = random.sample(self._waiting, min(len(self._waiting), 3))
                 for ticket in taken:
-                    if ticket in world.waiting:
-                        world.withdraw(ticket)
+                    if ticket in audited.waiting:
+                        audited.withdraw(ticket)
                 for ticket in taken:
                     if ticket.state is State.NEW:
-                        world.offer_again(ticket)
+                        audited.offer_again(ticket)
             case _:
-                world.set_quota(random.choice(NAMES), random.choice((None, None, 0, 1, 3)))
+                audited.set_quota(random.choice(NAMES), random.choice((None, None, 0, 1, 3)))
 
     def _first_token(self) -> None:
         ticket = self._random_leased()
         if ticket is not None:
-            self.world.first_token(ticket)
+            self.audited.first_token(ticket)
 
     def _answered(self) -> None:
         ticket = self._random_leased()
         if ticket is not None:
-            self.world.answered(ticket)
+            self.audited.answered(ticket)
 
     def _move(self) -> None:
         ticket = self._random_leased()
         if ticket is not None:
-            self.world.move(ticket, self.random.choice((*NAMES, "nowhere")))
-            if ticket not in self.world.leased:
+            self.audited.move(ticket, self.random.choice((*NAMES, "nowhere")))
+            if ticket not in self.audited.leased:
                 self._leased.remove(ticket)
 
     def _observe(self) -> None:
@@ -233,31 +236,31 @@ class Storm:
             load = replace(load, cached_tokens=random.choice((None, 0, load.prompt_tokens // 2, 9000)))
         name = random.choice((*NAMES, "nowhere"))
         if random.random() < 0.3:
-            self.world.report(name, Load(load.running, load.waiting, load.kv_usage))
+            self.audited.report(name, Load(load.running, load.waiting, load.kv_usage))
         else:
-            self.world.observe(name, load)
+            self.audited.observe(name, load)
 
     def _pass_time(self) -> None:
         chance = self.random.random()
         if chance < 0.0005:
-            self.world.advance(self.random.choice((30.0, 3600.0)), late=self.random.random() < 0.5)
+            self.audited.advance(self.random.choice((30.0, 3600.0)), late=self.random.random() < 0.5)
         elif chance < 0.02:
-            self.world.advance(self.random.uniform(0.1, 3.0), late=self.random.random() < 0.5)
+            self.audited.advance(self.random.uniform(0.1, 3.0), late=self.random.random() < 0.5)
         else:
-            self.world.advance(self.random.expovariate(1.0) * self.weather.step_s)
+            self.audited.advance(self.random.expovariate(1.0) * self.weather.step_s)
 
     def _churn(self) -> None:
-        random, world = self.random, self.world
+        random, audited = self.random, self.audited
         name = random.choice(NAMES)
         match random.randrange(9):
             case 0 | 1 | 2:
                 self._put()
             case 3:
-                world.remove(name)
+                audited.remove(name)
             case 4 | 5 | 6:
-                world.set_up(name, is_up=None if random.random() < 0.1 else random.random() < 0.6)
+                audited.set_up(name, is_up=None if random.random() < 0.1 else random.random() < 0.6)
             case 7:
-                world.know_models(random.choice(("m1", "m2", "m3")), expects_any=random.random() < 0.5)
+                audited.know_models(random.choice(("m1", "m2", "m3")), expects_any=random.random() < 0.5)
             case _:
                 self._change_policy()
 
@@ -269,7 +272,7 @@ class Storm:
             max_running_requests=random.choice((None, 1, 2, 5, 20)),
             kv_capacity_tokens=random.choice((None, None, 3000, 20_000)),
         )
-        self.world.put(spec)
+        self.audited.put(spec)
 
     def _change_policy(self) -> None:
         random = self.random
@@ -296,14 +299,14 @@ class Storm:
             first_byte_probe=random.random() < 0.3,
             session_memory=random.choice((0, 10, 50)),
         )
-        self.world.set_policy(self.policy)
+        self.audited.set_policy(self.policy)
 
     # ---- picking
 
     def _sort_out(self) -> None:
-        world = self.world
-        self._leased += [ticket for ticket in self._waiting if ticket in world.leased]
-        self._waiting = [ticket for ticket in self._waiting if ticket in world.waiting]
+        audited = self.audited
+        self._leased += [ticket for ticket in self._waiting if ticket in audited.leased]
+        self._waiting = [ticket for ticket in self._waiting if ticket in audited.waiting]
 
     def _random_leased(self) -> Ticket | None:
         if not self._leased or self.random.random() < 0.1:
@@ -321,22 +324,21 @@ def main(arguments: list[str] | None = None) -> int:
     began = time.monotonic()
 
     def progress(number: int) -> None:
-        world = storm.world
-        print(
-            f"{number:>9} events  {time.monotonic() - began:6.1f} s  {len(world.waiting):4} waiting  {world.core}"[:150]
-        )
+        audited = storm.audited
+        line = f"{number:>9} events  {time.monotonic() - began:6.1f} s  {len(audited.waiting):4} waiting  {audited.core}"
+        print(line[:150])
 
     try:
         storm.run(asked.events, progress)
     except Exception as error:
         again = f"python -m tests.unit.admission.storm --seed {asked.seed} --events {asked.events} --check-every 1"
-        print(f"BROKEN near event {storm.world.events}: {error}\nreproduce: {again}", file=sys.stderr)
+        print(f"BROKEN near event {storm.audited.events}: {error}\nreproduce: {again}", file=sys.stderr)
         if isinstance(error, BrokenError):
             return 1
         raise
-    counts = "  ".join(f"{outcome.value}={count}" for outcome, count in storm.world.outcomes.most_common())
+    counts = "  ".join(f"{outcome.value}={count}" for outcome, count in storm.audited.outcomes.most_common())
     took_s = time.monotonic() - began
-    print(f"{storm.world.events} events, seed {asked.seed}, {took_s:.1f} s: 0 invariants broken\n{counts}")
+    print(f"{storm.audited.events} events, seed {asked.seed}, {took_s:.1f} s: 0 invariants broken\n{counts}")
     return 0
 
 

@@ -9,13 +9,13 @@ from extproc.admission.missing import MOST_MODELS
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request, RequestClass
 
-from .world import World
+from .audited import Audited
 
 BLAMES = (Answer.REFUSED, Answer.ERROR, Answer.EMPTY)
 FEW = 12
 
 
-class Ward(World):
+class Ward(Audited):
     """Endpoints "a" and "b", which list no models, or these."""
 
     def __init__(self, names: str = "ab", models: frozenset[str] = frozenset()) -> None:

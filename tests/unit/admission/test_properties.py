@@ -1,4 +1,4 @@
-"""A random machine drives every event of the core; after each event every invariant is recomputed (`world.py`).
+"""A random machine drives every event of the core; after each event every invariant is recomputed (`audit.py`).
 
 Hypothesis finds and shrinks; the storm (`storm.py`) goes long. Both share the books and the checks.
 """
@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from extproc.admission.load import Load
 from extproc.admission.values import Answer, Binding, EndpointSpec, Policy, Request, RequestClass
 
-from .world import World
+from .audited import Audited
 
 if TYPE_CHECKING:
     from extproc.admission.ticket import Ticket
@@ -77,14 +77,14 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.world = World(Policy(classes=CLASSES))
+        self.audited = Audited(Policy(classes=CLASSES))
         self.number = 0
 
     @initialize(policy=POLICIES, specs=st.lists(SPECS, max_size=3))
     def begin(self, policy: Policy, specs: list[EndpointSpec]) -> None:
-        self.world.set_policy(policy)
+        self.audited.set_policy(policy)
         for spec in specs:
-            self.world.put(spec)
+            self.audited.put(spec)
 
     @rule(
         count=st.sampled_from((1, 1, 2, 5, 70)),
@@ -103,79 +103,79 @@ class Machine(RuleBasedStateMachine):
     def offer(self, count: int, age_s: float, **request: object) -> None:
         for _ in range(count):
             self.number += 1
-            self.world.offer(Request(str(self.number), self.world.now - age_s, **request))
+            self.audited.offer(Request(str(self.number), self.audited.now - age_s, **request))
 
     def _pick(self, tickets: dict[Ticket, object], data: st.DataObject) -> Ticket:
         return list(tickets)[data.draw(st.integers(0, len(tickets) - 1))]
 
-    @precondition(lambda self: self.world.waiting)
+    @precondition(lambda self: self.audited.waiting)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        self.world.cancel(self._pick(self.world.waiting, data))
+        self.audited.cancel(self._pick(self.audited.waiting, data))
 
-    @precondition(lambda self: self.world.leased)
+    @precondition(lambda self: self.audited.leased)
     @rule(data=st.data(), answer=st.sampled_from(Answer), count=st.sampled_from((1, 1, 1, 6, 70)))
     def release(self, data: st.DataObject, answer: Answer, count: int) -> None:
-        self.world.release(self._pick(self.world.leased, data), answer)
-        for _ in range(min(count - 1, len(self.world.leased))):
-            self.world.release(next(iter(self.world.leased)), answer)
+        self.audited.release(self._pick(self.audited.leased, data), answer)
+        for _ in range(min(count - 1, len(self.audited.leased))):
+            self.audited.release(next(iter(self.audited.leased)), answer)
 
-    @precondition(lambda self: self.world.leased)
+    @precondition(lambda self: self.audited.leased)
     @rule(data=st.data())
     def first_token(self, data: st.DataObject) -> None:
-        self.world.first_token(self._pick(self.world.leased, data))
+        self.audited.first_token(self._pick(self.audited.leased, data))
 
-    @precondition(lambda self: self.world.leased)
+    @precondition(lambda self: self.audited.leased)
     @rule(data=st.data())
     def answered(self, data: st.DataObject) -> None:
-        self.world.answered(self._pick(self.world.leased, data))
+        self.audited.answered(self._pick(self.audited.leased, data))
 
     @rule(spec=SPECS)
     def put(self, spec: EndpointSpec) -> None:
-        self.world.put(spec)
+        self.audited.put(spec)
 
     @rule(name=NAMES)
     def remove(self, name: str) -> None:
-        self.world.remove(name)
+        self.audited.remove(name)
 
     @rule(name=NAMES, is_up=st.sampled_from((True, False, None)))
     def set_up(self, name: str, is_up: bool | None) -> None:
-        self.world.set_up(name, is_up=is_up)
+        self.audited.set_up(name, is_up=is_up)
 
     @rule(name=NAMES, load=LOADS)
     def observe(self, name: str, load: Load) -> None:
-        self.world.observe(name, load)
+        self.audited.observe(name, load)
 
     @rule(name=NAMES, load=LOADS)
     def report(self, name: str, load: Load) -> None:
-        self.world.report(name, load)
+        self.audited.report(name, load)
 
     @rule(seconds=st.sampled_from((0.0, 0.001, 0.1, 0.3, 1.0, 2.0, 10.0, 3600.0)), late=st.booleans())
     def pass_time(self, seconds: float, late: bool) -> None:
-        self.world.advance(seconds, late=late)
+        self.audited.advance(seconds, late=late)
 
     @rule(policy=POLICIES)
     def set_policy(self, policy: Policy) -> None:
-        self.world.set_policy(policy)
+        self.audited.set_policy(policy)
 
     @invariant()
     def shows_itself(self) -> None:
-        assert f"waiting={len(self.world.waiting)}" in repr(self.world.core)
+        assert f"waiting={len(self.audited.waiting)}" in repr(self.audited.core)
 
     def teardown(self) -> None:
-        world = self.world
-        if not world.offered:
+        audited = self.audited
+        if not audited.offered:
             return
-        world.drain()
-        for ticket in list(world.leased):
-            world.release(ticket)
-        assert world.outcomes.total() == world.offered
-        for endpoint in world.core.endpoints.values():
+        audited.drain()
+        for ticket in list(audited.leased):
+            audited.release(ticket)
+        assert audited.outcomes.total() == audited.offered
+        for endpoint in audited.core.endpoints.values():
             assert (endpoint.leases, endpoint.sequences) == ({}, 0)
             assert (endpoint.kv.prompts, endpoint.kv.outputs, endpoint.prefill.tokens) == (0, 0, 0)
-        world.advance(100.0)
-        assert world.core.next_deadline() is None
-        assert len(world.core._lines.alarms) == 0
+        audited.advance(100.0)
+        assert audited.core.next_deadline() is None
+        assert len(audited.core._lines.alarms) == 0
 
 
 TestMachine = Machine.TestCase

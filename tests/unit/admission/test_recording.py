@@ -48,11 +48,11 @@ def recorded(seed: int, before: int, after: int) -> tuple[str, Controller]:
     """Return the recording of the later part of a storm, and the core that it was of."""
     storm = Storm(seed, check_every=10**9)
     storm.run(before)
-    core = storm.world.core
+    core = storm.audited.core
     recorder = Recorder(core)
     core.watch(recorder.happened)
     storm.run(before + after)
-    assert storm.world.core is core
+    assert storm.audited.core is core
     return recorder.text(), core
 
 

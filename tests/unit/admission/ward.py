@@ -6,7 +6,7 @@ from extproc.admission.health import STEP_S
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request, RequestClass
 
-from .world import World
+from .audited import Audited
 
 REFUSALS = (Answer.FAILED, Answer.ERROR, Answer.REFUSED, Answer.EMPTY, Answer.SATURATED)
 CLIENTS_MAYBE = (Answer.ERROR, Answer.REFUSED, Answer.EMPTY)
@@ -17,7 +17,7 @@ BURST = 200
 """Three times what an endpoint takes here. Each event is checked against all who wait, so more is slow."""
 
 
-class Ward(World):
+class Ward(Audited):
     """Endpoints "a", "b", ... of one pool, that work as far as is known, unless `known` is False."""
 
     def __init__(self, names: str = "ab", limit: int = 64, *, known: bool = True, **policy: object) -> None:
