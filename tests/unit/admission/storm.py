@@ -324,8 +324,8 @@ def main(arguments: list[str] | None = None) -> int:
     began = time.monotonic()
 
     def progress(number: int) -> None:
-        audited = storm.audited
-        line = f"{number:>9} events  {time.monotonic() - began:6.1f} s  {len(audited.waiting):4} waiting  {audited.core}"
+        core = storm.audited.core
+        line = f"{number:>9} events  {time.monotonic() - began:6.1f} s  {core.waiting:4} waiting  {core}"
         print(line[:150])
 
     try:

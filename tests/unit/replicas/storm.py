@@ -16,10 +16,12 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from .world import BrokenError, Client, Engine, World, require
+from .site import BrokenError, Site, require
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from .sidecar import Client, Engine
 
 CALM_S = 12.0
 """So long after the last fault every sidecar must be back in one group."""
@@ -27,8 +29,8 @@ LONGEST_S = 6.0
 """The longest answer in a storm: what ran at a fault is over by then."""
 
 
-class Storm(World):
-    """A world with bad weather."""
+class Storm(Site):
+    """A site with bad weather."""
 
     def __init__(self, seed: int, *, sidecars: int = 5, engines: int = 4, limit: int = 8) -> None:
         super().__init__(seed, sidecars=sidecars, engines=engines, limit=limit, budget_s=15.0)

@@ -11,12 +11,13 @@ from extproc.admission.values import Policy, Request
 from extproc.stream.dry_run import HELD, DryRun
 from extproc.stream.gate import BURST
 
-from .test_group import followers, leader, world
-from .world import Client, World
+from .sidecar import Client
+from .site import Site
+from .test_group import followers, leader, site
 
 
 def test_the_most_that_may_wait_is_counted_over_all_sidecars():
-    here = world(engines=1, limit=1, policy=Policy(max_queued_requests=3))
+    here = site(engines=1, limit=1, policy=Policy(max_queued_requests=3))
     here.send(leader(here).place, work_s=20.0)
     here.run(0.1)
     waiting = [here.send(place, work_s=1.0) for place in here.sidecars for _ in range(2)]
@@ -26,7 +27,7 @@ def test_the_most_that_may_wait_is_counted_over_all_sidecars():
     assert here.outcomes == {"done": 4, "queue_full": 3}
 
 
-def world_that_rehearses(engines: int) -> tuple[World, dict[Controller, DryRun]]:
+def world_that_rehearses(engines: int) -> tuple[Site, dict[Controller, DryRun]]:
     """Three sidecars in a dry run, each before engines of two places, and what each counts."""
     rehearsed: dict[Controller, DryRun] = {}
 
@@ -36,7 +37,7 @@ def world_that_rehearses(engines: int) -> tuple[World, dict[Controller, DryRun]]
         controller.watch(rehearsed[controller].happened)
         return controller
 
-    return world(engines=engines, limit=2, core=core), rehearsed
+    return site(engines=engines, limit=2, core=core), rehearsed
 
 
 def test_a_dry_run_of_several_holds_nobody_and_counts_what_one_queue_would_have_held():
@@ -65,7 +66,7 @@ def test_a_dry_run_survives_a_change_of_the_leader():
 
 
 def test_what_an_engine_runs_for_others_takes_its_room_from_all_sidecars():
-    here = World(1, engines=1, limit=5)
+    here = Site(1, engines=1, limit=5)
     for number in (-1, -2):
         stranger = Client(number, Request(str(number), 0.0), "nowhere", 0.0)
         here.engines["e0"].holds[stranger] = None
@@ -79,7 +80,7 @@ def test_what_an_engine_runs_for_others_takes_its_room_from_all_sidecars():
 
 
 def test_who_drains_refuses_what_waits_here_and_leaves_alone_what_waits_elsewhere():
-    here = world(engines=1, limit=1)
+    here = site(engines=1, limit=1)
     here.send(leader(here).place, work_s=3.0)
     here.run(0.1)
     drained, other = followers(here)
@@ -97,7 +98,7 @@ def test_who_drains_refuses_what_waits_here_and_leaves_alone_what_waits_elsewher
 
 
 def test_a_leader_that_drains_refuses_all_that_waits_here_though_it_leads_no_more_before_all_are_told():
-    here = world(engines=1, limit=1)
+    here = site(engines=1, limit=1)
     drained = leader(here)
     here.send(drained.place, work_s=30.0)
     here.run(0.1)
@@ -110,7 +111,7 @@ def test_a_leader_that_drains_refuses_all_that_waits_here_though_it_leads_no_mor
 
 
 def test_a_request_of_several_sequences_takes_as_many_places_wherever_it_came():
-    here = world(engines=1, limit=8)
+    here = site(engines=1, limit=8)
     follower = followers(here)[0]
     wide = Ticket(Request("wide", here.clock.now, sequences=6), lambda _: None)
     follower.gate.offer(wide)
@@ -123,7 +124,7 @@ def test_a_request_of_several_sequences_takes_as_many_places_wherever_it_came():
 
 
 def test_a_part_counts_sequences_so_that_wide_requests_get_no_more_of_it():
-    here = world(engines=1, limit=9)
+    here = site(engines=1, limit=9)
     alone = followers(here)[0]
     here.net.cut([alone.place], [one.place for one in here.alive if one is not alone])
     here.run(8.0)
@@ -134,7 +135,7 @@ def test_a_part_counts_sequences_so_that_wide_requests_get_no_more_of_it():
 
 
 def test_who_is_told_why_a_request_waited_is_told_the_same_at_each_sidecar():
-    here = world(engines=1, limit=1)
+    here = site(engines=1, limit=1)
     here.send(leader(here).place, work_s=3.0)
     here.run(0.1)
     why = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -14,30 +14,33 @@ from extproc.replicas.messages import VERSION, Asked, Hello, Member, Offer, Purp
 from extproc.replicas.picture import Role
 from extproc.replicas.replica import SILENCE_S
 
+from .site import Site
 from .storm import storm
-from .world import Client, Sidecar, World
+
+if TYPE_CHECKING:
+    from .sidecar import Client, Sidecar
 
 CLASSES = (RequestClass("std", 0, 60.0), RequestClass("urgent", 10, 60.0))
 
 
-def world(**more: Any) -> World:
+def site(**more: Any) -> Site:
     """Three sidecars in one group, that has looked at its engines."""
-    here = World(1, **more)
+    here = Site(1, **more)
     here.run(6.0)
     assert here.is_one_group()
     return here
 
 
-def leader(here: World) -> Sidecar:
+def leader(here: Site) -> Sidecar:
     (found,) = here.leaders()
     return found
 
 
-def followers(here: World) -> list[Sidecar]:
+def followers(here: Site) -> list[Sidecar]:
     return [one for one in here.alive if one.replica.role is Role.FOLLOWING]
 
 
-def fill(here: World, work_s: float) -> None:
+def fill(here: Site, work_s: float) -> None:
     """Fill all engines, from all sidecars."""
     for number in range(sum(engine.limit for engine in here.engines.values())):
         here.send(f"s{number % len(here.sidecars)}", work_s=work_s)
@@ -46,14 +49,14 @@ def fill(here: World, work_s: float) -> None:
 
 
 def test_sidecars_that_start_together_become_one_group_led_by_the_one_that_joined_first():
-    here = World(1)
+    here = Site(1)
     here.run_until(here.is_one_group, 5.0)
     joined = [one.replica.me.joined for one in here.alive]
     assert leader(here).replica.me.joined == min(joined)
 
 
 def test_the_limit_of_an_engine_holds_over_all_sidecars_and_all_of_it_is_used():
-    here = world(engines=2, limit=4)
+    here = site(engines=2, limit=4)
     for number in range(60):
         here.send(f"s{number % 3}", work_s=1.0)
     here.run(0.5)
@@ -64,7 +67,7 @@ def test_the_limit_of_an_engine_holds_over_all_sidecars_and_all_of_it_is_used():
 
 
 def test_a_request_that_the_leader_cant_be_told_of_is_refused_at_once_and_held_by_nobody():
-    here = world(engines=1, limit=1)
+    here = site(engines=1, limit=1)
     here.send(leader(here).place, work_s=5.0)
     here.run(0.1)
     one = followers(here)[0]
@@ -77,7 +80,7 @@ def test_a_request_that_the_leader_cant_be_told_of_is_refused_at_once_and_held_b
 
 
 def test_what_happens_to_the_leader_is_recorded_and_runs_again_with_the_requests_of_all():
-    here = world(engines=1, limit=2)
+    here = site(engines=1, limit=2)
     for place in here.sidecars:
         for _ in range(2):
             here.send(place, work_s=1.0, session=place)
@@ -94,7 +97,7 @@ def test_what_happens_to_the_leader_is_recorded_and_runs_again_with_the_requests
 
 
 def test_of_two_sidecars_requests_the_more_important_goes_first_wherever_it_came():
-    here = World(1, engines=1, limit=1)
+    here = Site(1, engines=1, limit=1)
     for sidecar in here.sidecars.values():
         sidecar.gate.set_policy(here.policy.__class__(classes=CLASSES))
     here.run(6.0)
@@ -109,7 +112,7 @@ def test_of_two_sidecars_requests_the_more_important_goes_first_wherever_it_came
 
 @pytest.mark.parametrize("end", ["kill", "stop"])
 def test_a_leader_that_is_lost_takes_no_other_sidecars_request_with_it_and_the_oldest_goes_first(end):
-    here = world(engines=1, limit=4)
+    here = site(engines=1, limit=4)
     lost = leader(here)
     places = [one.place for one in followers(here)]
     for number in range(4):
@@ -128,7 +131,7 @@ def test_a_leader_that_is_lost_takes_no_other_sidecars_request_with_it_and_the_o
 
 
 def test_a_leader_that_was_stopped_sends_nothing_when_it_goes_on_until_it_has_found_the_others():
-    here = world(engines=1, limit=4)
+    here = site(engines=1, limit=4)
     lost = leader(here)
     fill(here, work_s=1.0)
     for _ in range(20):
@@ -146,7 +149,7 @@ def test_a_leader_that_was_stopped_sends_nothing_when_it_goes_on_until_it_has_fo
 
 
 def test_what_runs_for_a_sidecar_that_died_keeps_its_place_at_the_engine():
-    here = world(engines=1, limit=4)
+    here = site(engines=1, limit=4)
     dead = followers(here)[0]
     for _ in range(3):
         here.send(dead.place, work_s=20.0)
@@ -159,7 +162,7 @@ def test_what_runs_for_a_sidecar_that_died_keeps_its_place_at_the_engine():
 
 
 def test_a_sidecar_that_is_cut_off_uses_its_part_alone_and_comes_back_by_itself():
-    here = world(engines=1, limit=9)
+    here = site(engines=1, limit=9)
     alone = followers(here)[0]
     rest = [one.place for one in here.alive if one is not alone]
     here.net.cut([alone.place], rest)
@@ -179,7 +182,7 @@ def test_a_sidecar_that_is_cut_off_uses_its_part_alone_and_comes_back_by_itself(
 @pytest.mark.parametrize("lost", [leader, lambda here: followers(here)[0]], ids=["the leader", "a follower"])
 def test_a_sidecar_that_is_cut_off_from_everything_adds_one_request_to_what_the_others_send(lost):
     """Its Envoy still reaches the engine. The store counts it out, so the others use its part, too."""
-    here = world(engines=1, limit=12)
+    here = site(engines=1, limit=12)
     corner = lost(here).place
     for number in range(3 * 12):
         here.send(f"s{number % 3}", work_s=1.0, budget_s=60.0)
@@ -197,7 +200,7 @@ def test_a_sidecar_that_is_cut_off_from_everything_adds_one_request_to_what_the_
 
 def test_a_beat_that_the_store_misses_changes_nothing_for_a_sidecar_alone_with_engines_that_show_nothing():
     """It has its part as long as the store is only slow: with Leases answers are 2 s apart, 4 s when one fails."""
-    here = world(sidecars=2, engines=1, limit=12, store_beat_s=2.0)
+    here = site(sidecars=2, engines=1, limit=12, store_beat_s=2.0)
     here.blind.update(here.sidecars)
     here.net.cut(["s0"], ["s1"])
     here.run(30.0)
@@ -216,7 +219,7 @@ def test_a_beat_that_the_store_misses_changes_nothing_for_a_sidecar_alone_with_e
 
 
 def test_a_grant_that_comes_when_its_leader_may_have_given_us_up_waits_for_the_leaders_next_word():
-    here = world(engines=1, limit=2)
+    here = site(engines=1, limit=2)
     late = followers(here)[0]
     here.net.delay_s = (0.1, 0.1)
     asked = here.send(late.place, work_s=5.0)
@@ -232,7 +235,7 @@ def test_a_grant_that_comes_when_its_leader_may_have_given_us_up_waits_for_the_l
 
 
 def test_a_group_that_has_just_formed_does_not_take_the_room_of_a_sidecar_that_it_loses_at_once():
-    here = world(engines=1, limit=6)
+    here = site(engines=1, limit=6)
     for place in ("s0", "s1", "s2") * 2:
         here.send(place, work_s=30.0)
     here.run(0.1)
@@ -247,7 +250,7 @@ def test_a_group_that_has_just_formed_does_not_take_the_room_of_a_sidecar_that_i
 
 def test_who_has_lost_the_leader_takes_no_room_until_the_leader_must_have_noticed():
     """The stream has ended on one side alone, and the engine is idle: both see the same free room."""
-    here = world(engines=1, limit=9)
+    here = site(engines=1, limit=9)
     lost = followers(here)[0]
     here.net.cut([lost.place], [one.place for one in here.alive if one is not lost])
     for end in here.net.ends:
@@ -266,7 +269,7 @@ def test_who_has_lost_the_leader_takes_no_room_until_the_leader_must_have_notice
 
 def test_requests_of_a_sidecar_that_nobody_sees_any_more_are_found_in_the_engines_figures():
     """Cut off from all others and from the store: it is counted out, and the others may use every limit whole."""
-    here = world(engines=1, limit=9)
+    here = site(engines=1, limit=9)
     unseen = followers(here)[0]
     here.net.cut([unseen.place], [one.place for one in here.alive if one is not unseen])
     here.store.cut.add(unseen.place)
@@ -282,7 +285,7 @@ def test_requests_of_a_sidecar_that_nobody_sees_any_more_are_found_in_the_engine
 
 
 def test_an_endpoint_that_is_new_stays_closed_until_it_is_known_how_much_of_it_is_ours():
-    here = World(1, sidecars=1, engines=2, limit=8)
+    here = Site(1, sidecars=1, engines=2, limit=8)
     here.store.is_up = False
     here.sidecars.clear()
     alone = here.start("s0")
@@ -296,7 +299,7 @@ def test_an_endpoint_that_is_new_stays_closed_until_it_is_known_how_much_of_it_i
 
 
 def test_without_a_word_of_the_store_a_sidecar_sends_one_request_at_a_time_to_an_engine():
-    here = World(1, sidecars=1, engines=2, limit=8)
+    here = Site(1, sidecars=1, engines=2, limit=8)
     here.store.is_up = False
     here.sidecars.clear()
     alone = here.start("s0")
@@ -308,7 +311,7 @@ def test_without_a_word_of_the_store_a_sidecar_sends_one_request_at_a_time_to_an
 
 
 def test_a_store_that_goes_away_and_comes_back_empty_changes_nothing():
-    here = world(engines=1, limit=9)
+    here = site(engines=1, limit=9)
     here.store.is_up = False
     here.run(20.0)
     fill(here, work_s=1.0)
@@ -322,7 +325,7 @@ def test_a_store_that_goes_away_and_comes_back_empty_changes_nothing():
 
 
 def test_whoever_is_gone_all_others_know_it_at_once_and_expect_what_its_envoy_held():
-    here = world()
+    here = site()
     gone = followers(here)[0]
     here.kill(gone.place)
     here.run(0.05)
@@ -335,14 +338,14 @@ def test_whoever_is_gone_all_others_know_it_at_once_and_expect_what_its_envoy_he
 
 def test_who_says_goodbye_is_missed_as_much_as_who_dies():
     """With `hand_over`, Envoy sends again what waited there, also to us if it knows us."""
-    here = world()
+    here = site()
     followers(here)[0].gate.leave()
     here.run(0.05)
     assert leader(here).losses == 1
 
 
 def test_a_leader_that_resigns_hands_everything_over_and_nobody_waits_longer():
-    here = world(engines=1, limit=4)
+    here = site(engines=1, limit=4)
     old = leader(here)
     fill(here, work_s=3.0)
     waiting = [here.send(place, work_s=0.1) for place in here.sidecars]
@@ -357,7 +360,7 @@ def test_a_leader_that_resigns_hands_everything_over_and_nobody_waits_longer():
 
 
 def test_a_client_that_leaves_while_its_grant_is_on_the_way_leaves_no_lease_behind():
-    here = world(engines=1, limit=1)
+    here = site(engines=1, limit=1)
     follower = followers(here)[0]
     here.net.delay_s = (0.1, 0.1)
     gone = here.send(follower.place)
@@ -370,7 +373,7 @@ def test_a_client_that_leaves_while_its_grant_is_on_the_way_leaves_no_lease_behi
 
 
 def test_an_endpoint_that_one_sidecars_envoy_does_not_know_is_not_used_and_then_that_sidecar_is_on_its_own():
-    here = world(engines=2, limit=4)
+    here = site(engines=2, limit=4)
     poor = followers(here)[0]
     poor.gate.remove_endpoints(["e1"])
     here.run(0.5)
@@ -393,7 +396,7 @@ def test_an_endpoint_that_one_sidecars_envoy_does_not_know_is_not_used_and_then_
 
 
 def test_an_endpoint_that_is_gone_everywhere_may_finish_its_answers_without_anybody_being_sent_away():
-    here = world(engines=2, limit=4)
+    here = site(engines=2, limit=4)
     for _ in range(6):
         here.send(leader(here).place, work_s=30.0)
     here.run(0.1)
@@ -406,7 +409,7 @@ def test_an_endpoint_that_is_gone_everywhere_may_finish_its_answers_without_anyb
 
 
 def test_a_leader_that_many_have_asked_keeps_nothing_of_them():
-    here = world(engines=1)
+    here = site(engines=1)
     before = gc_count(Guest)
     for _ in range(200):
         here.sidecars["s1"].replica._network.dial(leader(here).place, lambda _: None, lambda: None).send(
@@ -422,7 +425,7 @@ def gc_count(kind: type) -> int:
     return sum(isinstance(one, kind) for one in gc.get_objects())
 
 
-def leader_of_most(here: World) -> Sidecar:
+def leader_of_most(here: Site) -> Sidecar:
     return max(here.leaders(), key=lambda one: one.replica.picture().group)
 
 

@@ -12,27 +12,28 @@ from extproc.admission.sessions import Home
 from extproc.admission.values import RequestClass
 from extproc.replicas.messages import Remember, Synced
 
-from .test_group import followers, leader, world
-from .world import End
+from .network import End
+from .test_group import followers, leader, site
 
 if TYPE_CHECKING:
     from extproc.replicas.messages import Message
 
-    from .world import Client, Sidecar, World
+    from .sidecar import Client, Sidecar
+    from .site import Site
 
 
-def killed(here: World, one: Sidecar) -> None:
+def killed(here: Site, one: Sidecar) -> None:
     here.kill(one.place)
 
 
-def resigned(_: World, one: Sidecar) -> None:
+def resigned(_: Site, one: Sidecar) -> None:
     one.replica.resign()
 
 
 over_ends = pytest.mark.parametrize("end", [killed, resigned])
 
 
-def order_of(here: World, clients: list[Client]) -> list[Client]:
+def order_of(here: Site, clients: list[Client]) -> list[Client]:
     """The order in which these go to an engine."""
     order: list[Client] = []
     here.run(60.0, lambda: order.extend(one for one in clients if one.dispatches and one not in order))
@@ -42,7 +43,7 @@ def order_of(here: World, clients: list[Client]) -> list[Client]:
 @over_ends
 def test_a_noisy_tenant_has_no_more_of_the_line_under_a_new_leader(end):
     """What a tenant owes is what it has waiting: that is tagged anew, in order of age."""
-    here = world(engines=1, limit=1)
+    here = site(engines=1, limit=1)
     first, second = (one.place for one in followers(here))
     here.send(first, work_s=4.0)
     here.run(0.1)
@@ -58,7 +59,7 @@ def test_a_noisy_tenant_has_no_more_of_the_line_under_a_new_leader(end):
 
 @over_ends
 def test_the_urgent_go_first_under_a_new_leader_too(end):
-    here = world(engines=1, limit=1)
+    here = site(engines=1, limit=1)
     for sidecar in here.sidecars.values():
         sidecar.gate.set_policy(here.policy.__class__(classes=(RequestClass("std"), RequestClass("urgent", 10))))
     first, second = (one.place for one in followers(here))
@@ -72,7 +73,7 @@ def test_the_urgent_go_first_under_a_new_leader_too(end):
     assert set(order_of(here, std + urgent)[:4]) == set(urgent)
 
 
-def serve_session(here: World, place: str, session: str) -> str:
+def serve_session(here: Site, place: str, session: str) -> str:
     """Let a request of `session` run and end; return where."""
     client = here.send(place, work_s=0.2, session=session)
     here.run(0.1)
@@ -83,7 +84,7 @@ def serve_session(here: World, place: str, session: str) -> str:
 
 @over_ends
 def test_a_session_stays_at_home_under_a_new_leader_whoever_its_client_asked(end):
-    here = world(engines=4, limit=4)
+    here = site(engines=4, limit=4)
     places = [one.place for one in (leader(here), *followers(here))]
     homes = {f"session-{n}": serve_session(here, places[n % 3], f"session-{n}") for n in range(8)}
     assert len(set(homes.values())) == 4
@@ -93,12 +94,12 @@ def test_a_session_stays_at_home_under_a_new_leader_whoever_its_client_asked(end
     assert found == homes
 
 
-def heir_of(here: World) -> Sidecar:
+def heir_of(here: Site) -> Sidecar:
     return min(followers(here), key=lambda one: (one.replica.me.joined, one.replica.me.id))
 
 
 def test_homes_outlive_the_heir_who_was_told_of_them_and_then_the_leader():
-    here = world(engines=4, limit=4)
+    here = site(engines=4, limit=4)
     homes = {f"session-{n}": serve_session(here, leader(here).place, f"session-{n}") for n in range(8)}
     killed(here, heir_of(here))
     here.run(5.0)
@@ -112,12 +113,12 @@ def remember(sidecar: Sidecar, count: int) -> dict[str, str]:
     """Have it know homes of so many sessions; return them."""
     homes = {f"old-{number}": f"e{number % 3}" for number in range(count)}
     for session, endpoint in homes.items():
-        sidecar.controller.believe_home(Home(session, endpoint, 100, 0.0), sidecar.world.clock.now)
+        sidecar.controller.believe_home(Home(session, endpoint, 100, 0.0), sidecar.site.clock.now)
     return homes
 
 
 def homes_of(sidecar: Sidecar) -> dict[str, str]:
-    return {home.session: home.endpoint for home in sidecar.controller.homes(9999, sidecar.world.clock.now)}
+    return {home.session: home.endpoint for home in sidecar.controller.homes(9999, sidecar.site.clock.now)}
 
 
 def per_turn(sent: list[tuple[int, Message]]) -> list[int]:
@@ -125,8 +126,8 @@ def per_turn(sent: list[tuple[int, Message]]) -> list[int]:
     return list(Counter(turn for turn, message in sent if isinstance(message, Remember)).values())
 
 
-def listen(here: World, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Message]]:
-    """All that is sent from now on, and in which event of the world."""
+def listen(here: Site, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Message]]:
+    """All that is sent from now on, and in which event of the site."""
     sent: list[tuple[int, Message]] = []
     send = End.send
 
@@ -139,7 +140,7 @@ def listen(here: World, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Mess
 
 
 def test_the_heir_is_told_everything_in_pieces_and_what_it_hears_meanwhile_is_newer(monkeypatch):
-    here = world()
+    here = site()
     old = remember(leader(here), 1000)
     sent = listen(here, monkeypatch)
     here.kill(heir_of(here).place)
@@ -156,7 +157,7 @@ def test_the_heir_is_told_everything_in_pieces_and_what_it_hears_meanwhile_is_ne
 
 
 def test_an_heir_who_is_none_any_more_is_told_nothing_more(monkeypatch):
-    here = world()
+    here = site()
     remember(leader(here), 1000)
     sent = listen(here, monkeypatch)
     here.kill(heir_of(here).place)
@@ -168,7 +169,7 @@ def test_an_heir_who_is_none_any_more_is_told_nothing_more(monkeypatch):
 
 def test_who_comes_to_a_leader_tells_its_homes_in_pieces_and_only_then_that_this_is_all(monkeypatch):
     """Until then the leader decides nothing of what waits: it would not go home."""
-    here = world()
+    here = site()
     one = followers(here)[-1]
     old = remember(one, 1000)
     sent = listen(here, monkeypatch)
@@ -181,7 +182,7 @@ def test_who_comes_to_a_leader_tells_its_homes_in_pieces_and_only_then_that_this
 
 
 def test_who_loses_a_leader_tells_it_nothing_more(monkeypatch):
-    here = world()
+    here = site()
     one = followers(here)[-1]
     remember(one, 1000)
     sent = listen(here, monkeypatch)
@@ -193,7 +194,7 @@ def test_who_loses_a_leader_tells_it_nothing_more(monkeypatch):
 
 
 def test_of_two_words_about_a_session_the_newer_counts_and_no_endpoint_that_is_not_known_here():
-    here = world(engines=2)
+    here = site(engines=2)
     controller, now = leader(here).controller, here.clock.now
     for endpoint, age_s in (("e0", 5.0), ("e1", 9.0), ("nowhere", 1.0)):
         controller.believe_home(Home("s", endpoint, 100, age_s), now)
@@ -204,7 +205,7 @@ def test_of_two_words_about_a_session_the_newer_counts_and_no_endpoint_that_is_n
 
 @over_ends
 def test_what_was_learned_of_prompts_and_answers_is_known_to_the_next_leader(end):
-    here = world()
+    here = site()
     lessons = [
         Learnt("mean", None, "", 0, 912.0, 0.0),
         Learnt("all", None, "", 0, 850.0, 150.0),
@@ -225,7 +226,7 @@ def test_what_was_learned_of_prompts_and_answers_is_known_to_the_next_leader(end
 @pytest.mark.parametrize("value", [-1.0, 0.0, 1e30])
 @pytest.mark.parametrize("what", ["mean", "all", "answers", "scale", "something new"])
 def test_what_another_core_says_it_learned_is_believed_within_what_can_be_true(what, value):
-    here = world()
+    here = site()
     controller = leader(here).controller
     controller.believe(Learnt(what, "llama", "std", 3, value, value))
     for learnt in controller.learnt():

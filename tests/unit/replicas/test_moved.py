@@ -9,14 +9,15 @@ import pytest
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, Request
 
-from .test_group import followers, leader, world
+from .test_group import followers, leader, site
 from .test_handed_over import killed, resigned
 
 if TYPE_CHECKING:
-    from .world import Sidecar, World
+    from .sidecar import Sidecar
+    from .site import Site
 
 
-def pick(here: World, one: Sidecar, name: str = "e0") -> Ticket:
+def pick(here: Site, one: Sidecar, name: str = "e0") -> Ticket:
     """Have a request of `one` be sent to the endpoint called so."""
     ticket = Ticket(Request("asked", here.clock.now, allowed=frozenset({name})), lambda _: None)
     one.gate.offer(ticket)
@@ -30,7 +31,7 @@ def leased(one: Sidecar) -> dict[str, int]:
 
 
 def test_a_followers_request_that_another_endpoint_answers_is_counted_there_by_the_leader():
-    here = world(limit=1)
+    here = site(limit=1)
     ticket = pick(here, followers(here)[0])
     followers(here)[0].gate.move(ticket, "e1")
     here.run(0.1)
@@ -41,7 +42,7 @@ def test_a_followers_request_that_another_endpoint_answers_is_counted_there_by_t
 
 
 def test_the_endpoint_that_a_gateway_found_dead_has_failed_in_the_leaders_eyes_too():
-    here = world()
+    here = site()
     for _ in range(20):
         ticket = pick(here, followers(here)[0])
         followers(here)[0].gate.move(ticket, "e1")
@@ -53,7 +54,7 @@ def test_the_endpoint_that_a_gateway_found_dead_has_failed_in_the_leaders_eyes_t
 
 
 def test_an_answer_from_an_endpoint_that_nobody_knows_ends_the_lease_at_the_leader_and_the_release_changes_nothing():
-    here = world()
+    here = site()
     one = followers(here)[0]
     ticket = pick(here, one)
     one.gate.move(ticket, "")
@@ -69,7 +70,7 @@ def test_an_answer_from_an_endpoint_that_nobody_knows_ends_the_lease_at_the_lead
 
 @pytest.mark.parametrize("end", [killed, resigned])
 def test_the_next_leader_counts_a_request_where_it_is_now(end):
-    here = world()
+    here = site()
     one = followers(here)[-1]
     ticket = pick(here, one)
     old = leader(here)
@@ -82,7 +83,7 @@ def test_the_next_leader_counts_a_request_where_it_is_now(end):
 
 
 def test_a_request_that_moved_while_its_sidecar_was_cut_off_is_counted_where_it_is_by_the_group_it_comes_back_to():
-    here = world()
+    here = site()
     one = followers(here)[0]
     ticket = pick(here, one)
     here.net.cut([one.place], list(here.sidecars))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from extproc.admin.state import merged
 from extproc.admission.controller import Controller
@@ -17,7 +17,10 @@ from extproc.replicas.observe import ReplicaMetrics, described
 from extproc.replicas.picture import Role
 from extproc.replicas.rules import differing, rules_of
 
-from .world import Sidecar, World
+from .site import Site
+
+if TYPE_CHECKING:
+    from .sidecar import Sidecar
 
 
 def seen(sidecar: Sidecar) -> dict[str, Any]:
@@ -25,7 +28,7 @@ def seen(sidecar: Sidecar) -> dict[str, Any]:
 
 
 def test_the_leader_shows_its_followers_and_a_follower_shows_its_leader():
-    here = World(1)
+    here = Site(1)
     here.run(6.0)
     (leader,) = here.leaders()
     shown = seen(leader)
@@ -38,7 +41,7 @@ def test_the_leader_shows_its_followers_and_a_follower_shows_its_leader():
 
 
 def test_who_is_cut_off_says_so():
-    here = World(1)
+    here = Site(1)
     here.run(6.0)
     here.net.cut(["s1"], ["s0", "s2"])
     here.run(8.0)
@@ -56,7 +59,7 @@ def samples_of(sidecar: Sidecar) -> dict[tuple[str, ...], float]:
 
 
 def test_whose_configuration_is_not_the_leaders_is_shown_with_the_keys_and_follows_a_reload():
-    here = World(1)
+    here = Site(1)
     here.run(6.0)
     (leader,) = here.leaders()
     other = here.sidecars["s1"]
@@ -108,7 +111,7 @@ def test_a_page_of_one_that_follows_shows_what_the_leader_told_and_its_own_mode(
 
 
 def test_the_metrics_tell_the_role_and_the_requests_of_others():
-    here = World(1, engines=1, limit=1)
+    here = Site(1, engines=1, limit=1)
     here.run(6.0)
     (leader,) = here.leaders()
     for _ in range(3):
