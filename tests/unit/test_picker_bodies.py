@@ -1,0 +1,283 @@
+"""How gateways tell an endpoint picker of bodies, as plays (picker_stage.py); and the model that stands in one."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import pytest
+
+from extproc.admission.values import Policy, RequestClass
+from extproc.observe.stories import Stories
+from extproc.stream import bodies
+from extproc.stream.session import KEPT_BYTES
+from extproc.stream.silence import READING_S
+from tests.unit.picker_stage import (
+    BUFFERED,
+    DUPLEX,
+    LEAN,
+    MODE,
+    A,
+    B,
+    Gateway,
+    message,
+    opening,
+    spoken,
+)
+
+# ---- the ways of telling bodies
+
+
+def test_full_duplex_every_piece_goes_back_as_it_came_and_the_last_one_of_the_answer_gives_the_lease_back():
+    gateway = Gateway(A)
+    stream = gateway.stream()
+    stream.play(
+        "> opening", f"< pick {A}",
+        "> request_body ab", "< request_body ab",
+        "> request_body cd|", "< request_body cd|",
+        "> response_headers 200", "< response_headers",
+        "> response_body 1", "< response_body 1",
+        "> response_body 2", "< response_body 2",
+        opening=opening(DUPLEX),
+    )  # fmt: skip
+    assert gateway.in_flight() == {"a": 1}
+    stream.play("> response_body |", "< response_body |")
+    assert gateway.in_flight() == {"a": 0}
+    stream.session.end()
+    assert gateway.in_flight() == {"a": 0}
+
+
+def test_full_duplex_trailers_end_an_answer_too_and_so_does_a_head_without_a_body():
+    gateway = Gateway(A, limit=2)
+    for last in ("response_trailers", "response_headers 204|"):
+        stream = gateway.stream()
+        stream.play("> opening", f"< pick {A}", opening=opening(DUPLEX, body=False))
+        if last == "response_trailers":
+            stream.play("> response_headers 200", "< response_headers", "> response_body 1", "< response_body 1")
+        assert gateway.in_flight() == {"a": 1}
+        stream.play(f"> {last}", f"< {last.partition(' ')[0]}")
+        assert gateway.in_flight() == {"a": 0}
+
+
+def test_a_held_requests_body_is_answered_after_its_headers_in_order_and_its_trailers_last():
+    gateway = Gateway(A)
+    first, held = gateway.stream(), gateway.stream()
+    first.play("> opening", f"< pick {A}", opening=opening(DUPLEX))
+    held.play("> opening", "> request_body ab", "> request_body cd", "> request_trailers", opening=opening(DUPLEX))
+    first.session.end()
+    assert list(map(spoken, held.said)) == [f"pick {A}", "request_body ab", "request_body cd", "request_trailers"]
+
+
+def test_a_held_body_beyond_the_window_is_left_unread_until_its_request_is_picked_where_resets_tell_of_the_end():
+    gateway = Gateway(A)
+    first = gateway.stream()
+    first.play("> opening", f"< pick {A}", opening=opening(DUPLEX))
+    for resets in (True, False):
+        held = gateway.stream(resets=resets)
+        held.play("> opening", f"> request_body {'x' * KEPT_BYTES}", opening=opening(DUPLEX))
+        assert held.session.paused is resets
+        held.session.end()
+    held = gateway.stream(resets=True)
+    held.play("> opening", f"> request_body {'x' * KEPT_BYTES}", opening=opening(DUPLEX))
+    first.session.end()
+    assert not held.session.paused
+
+
+def test_of_a_body_that_is_longer_than_what_is_kept_nothing_is_taken_before_its_request_is_picked():
+    """Envoy sends up to 1 MiB of a body as one piece: whoever reads one has it all."""
+    gateway = Gateway(A)
+    first = gateway.stream()
+    first.play("> opening", f"< pick {A}", opening=opening(DUPLEX))
+    held = []
+    for length, paused in ((KEPT_BYTES + 1, True), (KEPT_BYTES, False)):
+        held.append(gateway.stream(resets=True))
+        held[-1].play("> opening", opening=opening(DUPLEX, content_length=str(length)))
+        assert held[-1].session.paused is paused
+    first.session.end()
+    assert not held[0].session.paused
+    held[0].play("> request_body ab|", "< request_body ab|")
+
+
+def test_what_a_client_sent_that_left_while_it_waited_is_not_remembered_with_its_request():
+    gateway = Gateway(A)
+    stories = Stories(gateway.gate.controller, gateway.clock.time)
+    gateway.gate._observers = (stories,)
+    gateway.stream().play("> opening", f"< pick {A}", opening=opening(DUPLEX))
+    piece = message(f"request_body {'x' * (1 << 20)}")
+    tracemalloc.start()
+    try:
+        for _ in range(20):
+            held = gateway.stream()
+            held.play("> opening", "> piece", opening=opening(DUPLEX), piece=piece)
+            held.session.end()
+        del held
+        assert tracemalloc.get_traced_memory()[0] < 4 << 20
+    finally:
+        tracemalloc.stop()
+    assert len(gateway.gate.controller.endpoints["a"].leases) == 1
+
+
+def test_what_all_held_requests_keep_together_is_bounded_and_comes_free_with_each_end():
+    gateway = Gateway(A)
+    gateway.reception.kept = bodies.Allowance(3 * KEPT_BYTES)
+    first = gateway.stream()
+    first.play("> opening", f"< pick {A}", opening=opening(DUPLEX))
+    piece = f"> request_body {'x' * KEPT_BYTES}"
+    held = [gateway.stream() for _ in range(3)]
+    for stream in held:
+        stream.play("> opening", piece, opening=opening(DUPLEX))
+    assert held[2].session.paused
+    held[0].session.end()
+    assert not held[2].session.paused
+    first.session.end()
+    assert len(held[1].said) == 2
+    held[2].session.receive(message("response_headers 504"))
+    assert gateway.reception.kept.used_bytes == 0
+
+
+def test_a_refused_request_keeps_nothing_of_its_body():
+    gateway = Gateway(A, policy=Policy(classes=(RequestClass("default", 0, 2.0),)))
+    gateway.stream().play("> opening", f"< pick {A}", opening=opening(DUPLEX))
+    held = gateway.stream()
+    held.play("> opening", "> request_body ab", opening=opening(DUPLEX))
+    gateway.clock.advance(2.1)
+    assert spoken(held.said[0]) == "refuse 429"
+    assert gateway.reception.kept.used_bytes == 0
+
+
+def test_a_body_that_is_here_whole_is_no_reason_not_to_listen():
+    gateway = Gateway(A)
+    gateway.stream().play("> opening", f"< pick {A}", opening=opening(DUPLEX))
+    held = gateway.stream(resets=True)
+    held.play("> opening", f"> request_body {'x' * KEPT_BYTES}|", opening=opening(DUPLEX))
+    assert not held.session.paused
+
+
+def test_buffered_a_pick_asks_for_no_bodies_and_where_they_come_all_the_same_they_just_go_on():
+    stream = Gateway(A).stream()
+    stream.play(
+        "> opening", f"< pick {A} lean",
+        "> request_body abcd|", "< request_body",
+        "> response_headers 200", "< response_headers",
+        "> response_body 1234|", "< response_body",
+        opening=opening(BUFFERED),
+    )  # fmt: skip
+
+
+def test_buffered_the_whole_answer_in_one_piece_gives_the_lease_back():
+    gateway = Gateway(A)
+    gateway.stream().play(
+        *("> opening", f"< pick {A} lean", "> response_headers 200", "< response_headers"),
+        *("> response_body 1234|", "< response_body"),
+        opening=opening(BUFFERED, body=False),
+    )
+    assert gateway.in_flight() == {"a": 0}
+
+
+@pytest.mark.parametrize(
+    ("modes", "echoes"),
+    [((MODE.NONE, MODE.FULL_DUPLEX_STREAMED), "response"), ((MODE.FULL_DUPLEX_STREAMED, MODE.NONE), "request")],
+)
+def test_one_body_alone_may_be_full_duplex_and_then_no_other_mode_is_asked_for(modes, echoes):
+    stream = Gateway(A).stream()
+    stream.play("> opening", f"< pick {A}", opening=opening(modes))
+    stream.play(f"> {echoes}_body x", f"< {echoes}_body x")
+
+
+def test_without_bodies_two_messages_are_all():
+    gateway = Gateway(A)
+    stream = gateway.stream()
+    stream.play("> opening", f"< pick {A}", "> response_headers 200", "< response_headers", opening=opening(LEAN))
+    assert gateway.in_flight() == {"a": 1}
+    stream.session.end()
+    assert gateway.in_flight() == {"a": 0}
+
+
+# ---- the model in a body
+
+
+def test_the_model_is_read_from_a_body_if_asked_and_a_header_wins_without_a_look():
+    gateway = Gateway(A, B, models={"a": {"m1"}, "b": {"m2"}}, read_model=True)
+    stream = gateway.stream()
+    stream.play("> opening", '> request_body {"stream": true, "mod', opening=opening(DUPLEX))
+    stream.play('> request_body el": "m2", "x', f"< pick {B}",
+                '< request_body {"stream": true, "mod', '< request_body el": "m2", "x')  # fmt: skip
+    gateway.stream().play("> opening", f"< pick {A}", opening=opening(DUPLEX, x_model="m1"))
+
+
+def test_a_body_that_names_no_model_is_offered_when_it_ends_or_is_too_long_to_look_on():
+    gateway = Gateway(A, limit=3, read_model=True)
+    gateway.stream().play("> opening", "> request_body {}|", f"< pick {A}", "< request_body {}|",
+                          opening=opening(DUPLEX))  # fmt: skip
+    long = '{"messages": "' + "x" * bodies.MODEL_WITHIN
+    gateway.stream().play("> opening", f"> request_body {long}", f"< pick {A}", f"< request_body {long}",
+                          opening=opening(DUPLEX))  # fmt: skip
+
+
+def test_a_body_that_does_not_come_is_waited_for_only_so_long():
+    gateway = Gateway(A, read_model=True)
+    stream = gateway.stream()
+    stream.play("> opening", "> request_body {", opening=opening(DUPLEX))
+    gateway.clock.advance(READING_S - 0.1)
+    assert stream.said == []
+    gateway.clock.advance(0.2)
+    assert list(map(spoken, stream.said)) == [f"pick {A}", "request_body {"]
+    stream.play('> request_body "model": "m"}|', '< request_body "model": "m"}|')
+
+
+def test_of_too_many_bodies_that_do_not_come_the_oldest_has_had_its_time(monkeypatch):
+    gateway = Gateway(A, read_model=True)
+    gateway.reception.reading._most = 2
+    streams = [gateway.stream() for _ in range(3)]
+    for stream in streams:
+        stream.session.receive(opening(DUPLEX))
+    assert [list(map(spoken, stream.said)) for stream in streams] == [[f"pick {A}"], [], []]
+    for stream in streams:
+        stream.session.end()
+    assert not gateway.reception.reading._began
+
+
+def test_a_drain_waits_for_no_body():
+    gateway = Gateway(A, read_model=True)
+    gateway.stream().play("> opening", f"< pick {A}", opening=opening(DUPLEX, x_model="m"))
+    before = gateway.stream()
+    before.play("> opening", opening=opening(DUPLEX))
+    gateway.reception.drain()
+    assert list(map(spoken, before.said)) == ["refuse 503"]
+    gateway.stream().play("> opening", "< refuse 503", opening=opening(DUPLEX))
+
+
+def test_a_body_in_one_byte_pieces_is_looked_at_a_few_times_and_never_beyond_where_a_model_may_stand(monkeypatch):
+    looked = []
+    monkeypatch.setattr(bodies, "model_in", lambda text: looked.append(len(text)))
+    stream = Gateway(A, read_model=True).stream()
+    stream.session.receive(opening(DUPLEX))
+    piece = message("request_body x")
+    for _ in range(bodies.MODEL_WITHIN - 1):
+        stream.session.receive(piece)
+    assert not stream.said
+    stream.session.receive(message(f"request_body {'x' * (1 << 20)}"))
+    assert spoken(stream.said[0]) == f"pick {A}"
+    assert max(looked) == bodies.MODEL_WITHIN
+    assert sum(looked) < 8 * bodies.MODEL_WITHIN
+
+
+def test_a_text_that_never_ends_is_looked_at_once():
+    """By the regular expression's own steps: it gets no second try from inside of an open text."""
+    assert len(bodies._TOKEN.findall(b'{"' + b'\\"' * 1000)) == 2
+    assert len(bodies._TOKEN.findall(b'{"' + b'\\"' * 1000 + b"\\")) == 2
+
+
+def test_a_model_that_is_no_text_in_utf_8_becomes_one():
+    for text in (b'{"model": "a\\ud800b"}', b'{"model": "a\xed\xa0\x80b"}'):
+        (bodies.model_in(text) or "no model").encode()
+
+
+@pytest.mark.parametrize(
+    ("text", "model"),
+    [('{"model": "m"}', "m"), ('{"messages": [{"model": "no"}], "model" :"a\\/b", "x', "a/b"), ('{"model": "cut', None),
+     ('{"a": "model", "model"', None), ("[]", None), ('{"model": 5, "model": "later"}', None), ("", None),
+     ('{"q": "\\"model\\": 1", "model": "m"}', "m"), ("not json", None), ("}}}{{{", None),
+     ('{"a": ' + "[" * 5000, None), ('"' + "\\" * 60_001, None)],
+)  # fmt: skip
+def test_only_a_top_level_model_counts_and_strange_bodies_have_none(text, model):
+    assert bodies.model_in(text.encode()) == model
