@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import hashlib
+import socket
+import ssl
+import threading
 import time
+import warnings
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
+import trustme
 
 from .kit.clients import H1Request, H2Client, complete_many
 from .kit.envoy import Envoy, plain_bootstrap, validate
+from .kit.loops import run
 from .kit.processes import free_port, http_get, wait_until
 from .kit.upstream import SSE_DONE, Upstream, behave, sse_event
 
@@ -387,3 +395,35 @@ def test_a_polite_client_reports_an_answer_that_was_cut(plain: Plain) -> None:
     assert one.status == 200
     assert one.body.startswith(sse_event(0))
     assert one.error
+
+
+# loops
+
+
+def test_a_loop_does_not_end_before_a_tls_connection_that_it_closed():
+    ca = trustme.CA()
+    here = ca.issue_cert("127.0.0.1")
+    there = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    here.configure_cert(there)
+    mine = ssl.create_default_context()
+    ca.configure_trust(mine)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def take_leave_slowly() -> None:
+            with there.wrap_socket(listener.accept()[0], server_side=True) as connection:
+                time.sleep(0.1)  # what is tested: it takes until then
+                connection.recv(1)
+
+        server = threading.Thread(target=take_leave_slowly)
+        server.start()
+
+        async def hang_up() -> None:
+            _, writer = await asyncio.open_connection(*listener.getsockname(), ssl=mine)
+            writer.close()
+
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always", ResourceWarning)
+            run(hang_up())
+            gc.collect()
+        server.join()
+    assert not warned

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from extproc.endpoints.discovery.kubernetes import Kubernetes
 from extproc.replicas.messages import Member
 from extproc.replicas.stores import StoreError
 from extproc.replicas.stores.lease import LeaseStore
+from tests.e2e.kit.loops import run
 from tests.e2e.kit.processes import wait_until
 from tests.e2e.kit.watcher import Watcher
 from tests.unit.k8s.rendering import K8S
@@ -168,7 +168,7 @@ def test_sidecars_find_each_other_by_leases_with_our_role_and_one_that_left_is_n
             for store in stores.values():
                 await store.close()
 
-    asyncio.run(story())
+    run(story())
 
 
 def test_leases_without_the_role_are_an_error_that_says_so(cluster, namespace, tmp_path):
@@ -182,4 +182,4 @@ def test_leases_without_the_role_are_an_error_that_says_so(cluster, namespace, t
         finally:
             await store.close()
 
-    asyncio.run(story())
+    run(story())

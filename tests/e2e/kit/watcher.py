@@ -10,6 +10,7 @@ from extproc.config import InferencePoolConfig, KubernetesConfig
 from extproc.endpoints.discovery.inference_pool import InferencePool
 from extproc.endpoints.discovery.kubernetes import Kubernetes
 
+from .loops import let_close
 from .processes import wait_until
 
 if TYPE_CHECKING:
@@ -44,10 +45,7 @@ class Watcher:
         asyncio.set_event_loop(self._loop)
         self._task = self._loop.create_task(self.source.run(self._report))
         self._loop.run_until_complete(asyncio.gather(self._task, return_exceptions=True))
-        for _ in range(1000):  # lets connections close: TLS takes a moment; the one left is the loop's own
-            if len(self._loop._selector.get_map()) == 1:
-                break
-            self._loop.run_until_complete(asyncio.sleep(0.002))
+        let_close(self._loop)
         self._loop.close()
 
     def _report(self, endpoints) -> None:

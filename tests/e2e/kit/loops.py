@@ -1,0 +1,29 @@
+"""Event loops that end when their connections have: TLS says goodbye, and waits for the other side's, after `close`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+GOODBYE_S = 2.0
+
+
+def run(story: Coroutine[Any, Any, None]) -> None:
+    """As `asyncio.run`, which leaves a connection behind whose server is slow: a ResourceWarning, whenever found."""
+    with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+        try:
+            runner.run(story)
+        finally:
+            let_close(runner.get_loop())
+
+
+def let_close(loop: asyncio.AbstractEventLoop) -> None:
+    """Run `loop` until its connections are closed; one that takes longer than GOODBYE_S stays, and is warned of."""
+    last = time.monotonic() + GOODBYE_S
+    while len(loop._selector.get_map()) > 1 and time.monotonic() < last:  # the one left is the loop's own
+        loop.run_until_complete(asyncio.sleep(0.002))
+    loop.run_until_complete(asyncio.sleep(0))  # what left the selector in the last turn is closed in the next
