@@ -9,35 +9,37 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from extproc.config import InferencePoolConfig, KubernetesConfig
-from extproc.endpoints.discovery import watch
 from extproc.endpoints.discovery.inference_pool import InferencePool
 from extproc.endpoints.discovery.kubernetes import Kubernetes
 
 from .kit.clients import complete_many
-from .kit.kube_api import LLM_D_OBJECTIVES, OBJECTIVES, PODS, POOLS, KubeApi, objective_of, pod_of, pool_of, slice_of
+from .kit.kube_api import (
+    LLM_D_OBJECTIVES,
+    OBJECTIVES,
+    PODS,
+    POOLS,
+    KubeApi,
+    api,
+    objective_of,
+    pod_of,
+    pool_of,
+    quick,
+    slice_of,
+)
 from .kit.picking import Picking
 from .kit.processes import wait_until
 from .kit.watcher import Watcher
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from extproc.config import EndpointConfig
     from extproc.endpoints.discovery.source import Source
 
+__all__ = ["api", "quick"]  # fixtures
+
 VLLM = {"app": "vllm"}
 COUNTED = re.compile(r'extproc_requests_total\{(?=.*class="batch").*outcome="dispatched"')
-
-
-@pytest.fixture
-def api() -> Iterator[KubeApi]:
-    with KubeApi() as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(watch, "BACKOFF_S", (0.01, 0.05))
 
 
 def watch_pool(api: KubeApi, **config: Any) -> Watcher:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -16,28 +16,16 @@ from extproc.replicas.messages import Member
 from extproc.replicas.stores.lease import LeaseStore
 
 from .kit.certificates import without_key_identifiers
-from .kit.kube_api import KubeApi, slice_of
+from .kit.kube_api import KubeApi, api, quick, slice_of
 from .kit.processes import run, wait_until
 from .kit.watcher import Watcher
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+__all__ = ["api", "quick"]  # fixtures
 
 
 def watch_service(api: KubeApi, **config: Any) -> Watcher:
     keys = {"service": "vllm", "namespace": "ml", "api": api.url, "token_file": "/none", **config}
     return Watcher(Kubernetes, **keys)
-
-
-@pytest.fixture
-def api() -> Iterator[KubeApi]:
-    with KubeApi() as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(watch, "BACKOFF_S", (0.01, 0.05))
 
 
 def test_pods_are_listed_and_then_watched(api):
@@ -163,7 +151,7 @@ def test_the_token_is_read_again_for_every_call_and_a_refusal_takes_nothing_away
         watcher.sees(b="10.0.0.2:8000")
 
 
-def test_the_servers_certificate_must_be_signed_by_the_ca_file(tmp_path):
+def test_the_servers_certificate_must_be_signed_by_the_ca_file(tmp_path, quick):
     names = ("-subj", "/CN=api", "-addext", "subjectAltName=IP:127.0.0.1")
     key, ca, other = (str(tmp_path / name) for name in ("key", "ca", "other"))
     for certificate in (other, ca):
@@ -192,7 +180,7 @@ def strict(monkeypatch):
 
 
 @pytest.mark.usefixtures("strict")
-def test_a_ca_without_key_identifiers_is_no_reason_to_see_no_pods_or_no_other_sidecar(tmp_path):
+def test_a_ca_without_key_identifiers_is_no_reason_to_see_no_pods_or_no_other_sidecar(tmp_path, quick):
     ca, server = without_key_identifiers("127.0.0.1", tmp_path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(server)

@@ -55,7 +55,41 @@ def _reset(connection: socket.socket) -> None:
         connection.close()
 
 
-class H1Request:
+class Answer:
+    """What was read of an answer: as far as the test has asked for it. `complete`: it came whole."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.status = 0
+        self.headers: Headers = []
+        self.complete = False
+        self._received = bytearray()
+        self._timeout_s = timeout_s
+
+    def read_chunk(self, timeout_s: float | None = None) -> bytes:
+        """The next piece of the body; b"" at its end."""
+        raise NotImplementedError
+
+    def read_all(self, timeout_s: float | None = None) -> bytes:
+        """Read to the end; the whole body, also what earlier reads returned."""
+        deadline = self._deadline(timeout_s)
+        while self.read_chunk(deadline - time.monotonic()):
+            pass
+        return self.received
+
+    @property
+    def received(self) -> bytes:
+        """The payload that was read so far."""
+        return bytes(self._received)
+
+    def header(self, name: str) -> str | None:
+        """A response header."""
+        return header(self.headers, name)
+
+    def _deadline(self, timeout_s: float | None) -> float:
+        return time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
+
+
+class H1Request(Answer):
     """One HTTP/1.1 request on its own connection.
 
     `complete` says that the whole answer was read; when the connection ended before that it stays False and `ended`
@@ -73,15 +107,11 @@ class H1Request:
         timeout_s: float = 10.0,
         receive_buffer_bytes: int | None = None,
     ) -> None:
+        super().__init__(timeout_s)
         self.method = method
         self.path = path
         self.body = body
-        self.status = 0
-        self.headers: Headers = []
-        self._received = bytearray()
-        self.complete = False
         self.ended = ""
-        self._timeout_s = timeout_s
         self._raw = b""
         self._decoder: Body | None = None
         self._request_headers: Headers = [("host", address), ("content-type", "application/json"), *headers]
@@ -158,28 +188,9 @@ class H1Request:
                 return payload
         return b""
 
-    def read_all(self, timeout_s: float | None = None) -> bytes:
-        """Read to the end; the whole body, also what earlier reads returned."""
-        deadline = self._deadline(timeout_s)
-        while self.read_chunk(deadline - time.monotonic()):
-            pass
-        return self.received
-
-    @property
-    def received(self) -> bytes:
-        """The payload that was read so far."""
-        return bytes(self._received)
-
-    def header(self, name: str) -> str | None:
-        """A response header."""
-        return header(self.headers, name)
-
     def _ended_by_close(self) -> bool:
         framed = self.header("content-length") is not None or self.header("transfer-encoding") is not None
         return self.ended == "fin" and not framed
-
-    def _deadline(self, timeout_s: float | None) -> float:
-        return time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
 
     def _receive(self, deadline: float, what: str) -> bytes:
         self._socket.settimeout(max(0.001, deadline - time.monotonic()))
@@ -320,16 +331,13 @@ class H2Client:
         _reset(self._socket)
 
 
-class H2Stream:
+class H2Stream(Answer):
     """One request on an `H2Client`. `complete` = ended well; `reset_code` = of the peer's RST_STREAM, if one came."""
 
     def __init__(self, client: H2Client, stream_id: int) -> None:
+        super().__init__(client.timeout_s)
         self.id = stream_id
-        self.status = 0
-        self.headers: Headers = []
         self.trailers: Headers = []
-        self._received = bytearray()
-        self.complete = False
         self.reset_code: int | None = None
         self.client = client
         self._chunks: deque[bytes] = deque()
@@ -370,22 +378,6 @@ class H2Stream:
             return piece
         return b""
 
-    def read_all(self, timeout_s: float | None = None) -> bytes:
-        """Read to the end of the stream; the whole body, also what earlier reads returned."""
-        deadline = time.monotonic() + (self.client.timeout_s if timeout_s is None else timeout_s)
-        while self.read_chunk(deadline - time.monotonic()):
-            pass
-        return self.received
-
-    @property
-    def received(self) -> bytes:
-        """The payload that was read so far."""
-        return bytes(self._received)
-
-    def header(self, name: str) -> str | None:
-        """A response header."""
-        return header(self.headers, name)
-
     def rst(self, code: int = h2.errors.ErrorCodes.CANCEL) -> None:
         """Abort this stream alone: RST_STREAM."""
         with contextlib.suppress(h2.exceptions.StreamClosedError):
@@ -393,7 +385,7 @@ class H2Stream:
         self.client._flush()
 
     def _pump_until(self, condition: Callable[[], object], timeout_s: float | None, what: str) -> None:
-        deadline = time.monotonic() + (self.client.timeout_s if timeout_s is None else timeout_s)
+        deadline = self._deadline(timeout_s)
         while not condition():
             left = deadline - time.monotonic()
             if left <= 0:

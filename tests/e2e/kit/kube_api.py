@@ -9,13 +9,16 @@ import threading
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import pytest
 from aiohttp import web
+
+from extproc.endpoints.discovery import watch
 
 from .processes import free_port, wait_until
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 LEASES = "/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases"
 SLICES = "discovery.k8s.io/v1/endpointslices"
@@ -354,3 +357,16 @@ class KubeApi:
     async def _delete_lease(self, request: web.Request) -> web.Response:
         self.leases.pop(request.match_info["name"], None)
         return self._refusal(request) or web.json_response({"kind": "Status", "status": "Success"})
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Watches try again at once."""
+    monkeypatch.setattr(watch, "BACKOFF_S", (0.01, 0.05))
+
+
+@pytest.fixture
+def api(quick: None) -> Iterator[KubeApi]:
+    """A server, and watches that try again at once."""
+    with KubeApi() as server:
+        yield server
