@@ -41,7 +41,6 @@ MOST_TO = 60
 """Characters of where a request may go."""
 OTHER_COLUMNS = 46
 """What the columns beside it take that are there on every screen."""
-SENT = ("dispatched", "rerouted")
 UNKNOWN = "unknown"
 """The state of an endpoint that gave no good answer yet: nothing is wrong with it."""
 

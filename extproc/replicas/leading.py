@@ -67,7 +67,6 @@ class Leading:
         self._gate = gate
         self._me = me
         self._census = census
-        self.began_at = gate.now()
         self.followers: dict[str, Follower] = {}
         self.heir: Follower | None = None
         self.gathering: dict[Ticket, None] | None = {}

@@ -59,7 +59,6 @@ class Figures:
     fairness: float
     hits: float
     preemptions: int
-    peak_engine_queue: int
     time_to_refusal: tuple[float, float]
 
     @property
@@ -98,7 +97,6 @@ def figures(runs: Sequence[Run]) -> Figures:
         ),
         hits=mean(run.hits for run in runs),
         preemptions=sum(run.preemptions for run in runs),
-        peak_engine_queue=max(run.peak_waiting for run in runs),
         time_to_refusal=(percentile(refusals, 0.5), percentile(refusals, 0.95)),
     )
 

@@ -37,7 +37,6 @@ _AROUND = (
     _tag(pb.BodyResponse.RESPONSE_FIELD_NUMBER),
 )
 """What a piece is wrapped in on its way back, from the inside."""
-_DATA = _tag(pb.HttpBody.BODY_FIELD_NUMBER)
 _IS_LAST = bytes((pb.HttpBody.END_OF_STREAM_FIELD_NUMBER << 3, 1))
 
 

@@ -146,10 +146,6 @@ class Reception:
             return None
         return self._overflow.get(decision.ticket.request_class.name)
 
-    def endpoint_of(self, cluster: str) -> str | None:
-        """Return the endpoint behind a cluster named upstream, or None if the config has no such cluster."""
-        return self._endpoints.get(cluster)
-
     def ticket_for(self, incoming: Incoming, deliver: Callable[[Decision], None]) -> Ticket:
         """Return a new ticket for the request that `incoming` begins."""
         request = self.requests.read(incoming, self.gate.now(), self._endpoints)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -136,8 +135,3 @@ class Browser:
     def text(self, selector: str = "body") -> str:
         """The text that a person sees in the first element that matches; "" without one."""
         return str(self.value(f"document.querySelector({selector!r})?.innerText ?? ''"))
-
-    def shoot(self, path: Path, *, whole: bool = False) -> None:
-        """Save a screenshot; `whole`: also of what one must scroll to."""
-        shot = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
-        path.write_bytes(base64.b64decode(shot["data"]))

@@ -25,7 +25,6 @@ SIDECAR_NAME = "sidecar.test"
 _NOW = dt.datetime.now(dt.UTC)
 _DAY = dt.timedelta(days=1)
 PAST = {"not_before": _NOW - 2 * _DAY, "not_after": _NOW - _DAY}
-FUTURE = {"not_before": _NOW + _DAY, "not_after": _NOW + 2 * _DAY}
 
 
 class Mount:

@@ -229,7 +229,6 @@ class H2Client:
         self.address = address
         self.timeout_s = timeout_s
         self.closed = ""  # how the connection ended: "fin" or "rst"
-        self.goaway: int | None = None  # error code of a GOAWAY
         self._streams: dict[int, H2Stream] = {}
         self._h2 = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
         self._h2.initiate_connection()
@@ -289,9 +288,6 @@ class H2Client:
         self._flush()
 
     def _hand_out(self, event: h2.events.Event) -> None:
-        if isinstance(event, h2.events.ConnectionTerminated):
-            self.goaway = int(event.error_code or 0)
-            return
         stream = self._streams.get(getattr(event, "stream_id", None) or 0)
         if stream is None:
             return

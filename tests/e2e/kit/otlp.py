@@ -58,12 +58,6 @@ class Collector:
         self._thread.join()
         self._server.server_close()
 
-    def span_of(self, request_id: str) -> Span | None:
-        """The span that carries this request id, once it has come."""
-        return next(
-            (span for span in list(self.spans) if attributes(span).get("extproc.request_id") == request_id), None
-        )
-
 
 def attributes(span: Any) -> dict[str, Any]:
     """The attributes of a span or of a data point as plain values."""

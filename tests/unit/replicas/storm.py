@@ -34,7 +34,6 @@ class Storm(Site):
 
     def __init__(self, seed: int, *, sidecars: int = 5, engines: int = 4, limit: int = 8) -> None:
         super().__init__(seed, sidecars=sidecars, engines=engines, limit=limit, budget_s=15.0)
-        self.fault_at = self.clock.now
         self.calm_from = self.clock.now + CALM_S + LONGEST_S
         self.faults: dict[str, int] = {}
         self.worst_over = 0
@@ -66,7 +65,6 @@ class Storm(Site):
     def blow(self) -> None:
         """Do some harm, or undo all of it."""
         random = self.random
-        self.fault_at = self.clock.now
         if self._undo and random.random() < 0.4:
             self.mend()
             self.clock.at(self.clock.now + random.choice((0.5, 3.0, CALM_S + LONGEST_S + 15.0)), self.blow)
@@ -111,7 +109,6 @@ class Storm(Site):
                 self.start(place)
             elif sidecar.is_stopped:
                 self.resume(place)
-        self.fault_at = self.clock.now
         self.calm_from = self.clock.now + CALM_S + LONGEST_S
 
     def _leader(self) -> str | None:
@@ -138,7 +135,6 @@ class Storm(Site):
         sidecar = self.sidecars[place]
         if sidecar.life == life and sidecar.is_stopped:
             self.resume(place)
-            self.fault_at = self.clock.now
             if not self._undo:
                 self.calm_from = self.clock.now + CALM_S + LONGEST_S
 
