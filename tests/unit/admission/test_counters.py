@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from extproc.admission.counters import Usual
+from extproc.admission.counters import Counters, Usual
+from extproc.admission.laws import LAWS
 from extproc.admission.limit import AdaptiveLimit
 from extproc.admission.load import Load
 from extproc.admission.values import Answer, EndpointSpec
@@ -80,6 +83,16 @@ def test_connections_that_fail_say_nothing_of_how_long_answers_are() -> None:
         desk.observe(name, Load(running=0.0, waiting=0.0, tokens_per_s=0.0, output_tokens=0))
     assert doubted(desk) == set()
     assert desk.core._tokens._mean == before
+
+
+def test_a_few_answers_are_no_reason_for_doubt_and_one_more_is() -> None:
+    counters, usual = Counters(), Usual()
+    usual.follow(math.log(200.0), answers=1, engines=2, memory=LAWS.counters.memory)
+    few = int(LAWS.counters.enough) - 1
+    counters.follow(20_000 * few, few, [(usual, 2)])
+    assert (counters.doubted, usual.log_tokens) == (False, math.log(200.0))
+    counters.follow(20_000, 1, [(usual, 2)])
+    assert counters.doubted
 
 
 def test_what_is_usual_in_a_pool_follows_each_of_its_engines_by_its_share() -> None:

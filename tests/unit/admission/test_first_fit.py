@@ -102,6 +102,28 @@ def test_when_another_endpoint_becomes_the_emptiest_the_room_kept_until_then_is_
     assert [desk.where(ticket) for ticket in waiting] == ["b", None]
 
 
+@pytest.mark.parametrize("models", ["xy", "yx"], ids=" then ".join)
+def test_of_guards_of_two_models_the_senior_goes_first(models: str) -> None:
+    both = frozenset(models)
+    desk = Desk(
+        one("a", 1000, kv_capacity_tokens=10_000, models=both),
+        *(one(model, models=frozenset({model})) for model in "xy"),
+    )
+    for model in "xy":
+        desk.ask("filler", model=model, home=model)
+    held = desk.ask("held", model="x", home="a", prompt_tokens=4000)
+    first, second = (desk.ask(f"elephant of {model}", model=model, prompt_tokens=6000) for model in models)
+    while not (first.is_guard and second.is_guard):
+        mouse = desk.ask("mouse", model=models[desk.events % 2])
+        assert desk.where(mouse) == "a"
+        desk.release(mouse)
+    assert desk.ask("one too many", model="x").state is State.WAITING
+    desk.release(held)
+    assert (desk.where(first), desk.where(second)) == ("a", None)
+    desk.release(first)
+    assert desk.where(second) == "a"
+
+
 def test_a_guard_that_is_pushed_out_of_the_window_keeps_no_room_from_another_model() -> None:
     models = frozenset({"huge", "tiny"})
     desk = Desk(one("a", 1000, kv_capacity_tokens=10_000, models=models), one("b", models=frozenset({"huge"})))

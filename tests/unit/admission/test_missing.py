@@ -115,6 +115,16 @@ def test_what_all_refuse_or_only_one_has_puts_nobody_out() -> None:
     assert [ward.goes("typo", home=home) for home in "ab"] == ["a", "b"]
 
 
+def test_one_whose_peers_are_not_asked_for_a_model_is_not_left_out_for_it() -> None:
+    ward = Ward()
+    for _ in range(40):
+        for name in "ab":
+            assert ward.one("fine", name, Answer.OK)
+        assert ward.one("rare", "a", Answer.REFUSED)
+        ward.advance(0.01)
+    assert ward.goes("rare", home="a") == "a"
+
+
 def test_one_that_serves_a_model_between_its_refusals_is_not_left_out_for_it() -> None:
     ward = Ward()
     for _ in range(20):

@@ -272,6 +272,17 @@ def test_a_first_byte_tells_that_prompts_sent_long_before_are_computed_too_where
     assert prefill.tokens == WORK
 
 
+def test_the_end_of_an_answer_whose_first_byte_was_not_seen_teaches_nothing() -> None:
+    prefill = probed()
+    limit = prefill.limit
+    old, new = sent(prefill, 0.0), sent(prefill, 100.0)
+    prefill.computed(new, 100.5)
+    assert not old.prompt_pending
+    prefill.over(old, 200.0, served=True)
+    assert prefill.limit == limit
+    assert not prefill.tokens
+
+
 def test_short_prompts_that_overtake_say_nothing_of_long_ones_sent_shortly_before() -> None:
     """Not all engines take prompts in order: by little ones of theirs clients could have any number sent."""
     prefill = probed()

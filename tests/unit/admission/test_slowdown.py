@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from math import inf
 from random import Random
 
 import pytest
 
 from extproc.admission.laws import LAWS
-from extproc.admission.slowdown import EVERY, Slowdown
+from extproc.admission.slowdown import EVERY, SHARES, SLOT_SHARES, SLOTS, Slowdown
 
 LAW = LAWS.answers
 
@@ -64,9 +66,77 @@ def test_one_endless_answer_says_little() -> None:
     assert slowdown.most == pytest.approx(before, rel=0.5)
 
 
+def test_where_nothing_is_too_unlikely_the_least_that_is_possible_will_do() -> None:
+    slowdown = Slowdown(replace(LAW, hope=2.0))
+    for _ in range(EVERY):
+        slowdown.learn(1.0, 2.0)
+    assert slowdown.most == 1.0
+
+
 @pytest.mark.parametrize("took_s", [0.0, 1e-9, 1e9])
 def test_what_should_run_stays_possible_whatever_answers_take(took_s: float) -> None:
     slowdown = Slowdown()
     for beside in (0.0, 1.0, 500.0) * 100:
         slowdown.learn(took_s, beside)
         assert slowdown.most >= 1.0
+
+
+class Reference:
+    """The same from a list of all answers, each weighed by its age, by every hypothesis of the room's first lines."""
+
+    def __init__(self) -> None:
+        self.hypotheses = [(share, inf, 1.0) for share in SHARES]
+        likely = len(SHARES) / (len(SLOTS) * len(SLOT_SHARES))
+        self.hypotheses += [(share, float(slots), likely) for slots in SLOTS for share in SLOT_SHARES]
+        self.answers: list[tuple[float, float]] = []  # logarithm of its time, beside
+
+    def learn(self, took_s: float, beside: float) -> None:
+        took = math.log(max(took_s, 1e-3))
+        if self.answers:
+            mean = self.mean(0.0, inf)
+            took = min(max(took, mean - LAW.farthest), mean + LAW.farthest)
+        self.answers.append((took, round(2 * beside) / 2))
+
+    def weighed(self, share: float, slots: float) -> list[tuple[float, float]]:
+        """Weights and logarithms of times alone."""
+        newest = len(self.answers) - 1
+        return [
+            (
+                (1 - 1 / LAW.memory) ** (newest - number),
+                took - math.log((1 + share * min(beside, slots)) * max(beside / slots, 1)),
+            )
+            for number, (took, beside) in enumerate(self.answers)
+        ]
+
+    def mean(self, share: float, slots: float) -> float:
+        weighed = self.weighed(share, slots)
+        return sum(weight * value for weight, value in weighed) / sum(weight for weight, _ in weighed)
+
+    def most(self) -> float:
+        found = []
+        for share, slots, likely in self.hypotheses:
+            mean = self.mean(share, slots)
+            left = sum(weight * (value - mean) ** 2 for weight, value in self.weighed(share, slots))
+            longest = max(LAW.enough, min(LAW.most, LAW.long_s / math.exp(mean)))
+            allowed = min((longest - 1) / share if share else inf, slots)
+            found.append((allowed, likely * math.exp(-left / (2 * LAW.noise**2))))
+        chances = sum(chance for _, chance in found)
+        fits = [one for one, _ in found if sum(chance for more, chance in found if more > one) <= LAW.hope * chances]
+        return min(fits)
+
+
+@pytest.mark.parametrize(("alone_s", "share", "slots"), [(1.5, 0.04, inf), (0.7, 0.0, 6.0), (9.0, 0.16, 24.0)])
+def test_what_should_run_is_what_a_list_of_all_answers_says(alone_s: float, share: float, slots: float) -> None:
+    random, slowdown, reference = Random(7), Slowdown(), Reference()
+    said = set()
+    for number in range(1, 25 * EVERY):
+        beside = random.choice((1.0, 2.5, 4.2, 9.0, 20.0, 70.0))
+        took_s = alone_s * (1 + share * min(beside, slots)) * max(beside / slots, 1) * random.lognormvariate(0, 1.2)
+        slowdown.learn(took_s, beside)
+        reference.learn(took_s, beside)
+        if number < EVERY:
+            assert slowdown.most == inf
+        elif number % EVERY == 0:
+            assert slowdown.most == pytest.approx(reference.most(), rel=1e-9), number
+            said.add(slowdown.most)
+    assert len(said) > 3

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from math import inf, isfinite
+from math import exp, inf, isfinite
 from random import Random
 
 import pytest
 
 from extproc.admission.load import Load
-from extproc.admission.steps import FIRST, LEAST, LONGEST_S, StepCost
+from extproc.admission.steps import (
+    DRIFT,
+    FIRST,
+    FIRST_OFF,
+    LEAST,
+    LONGEST_S,
+    MEMORY_S,
+    NOISE,
+    UNCOUNTED_TOKENS,
+    StepCost,
+)
 
 SECONDS = 12
 """A few: an engine that comes up must be known before its limit has done harm."""
@@ -136,3 +146,62 @@ def test_elapsed_time_of_nothing_teaches_nothing() -> None:
     costs = StepCost()
     costs.follow(Load(running=5.0, tokens_per_s=50.0), 5.0, 0.0)
     assert (costs.base_s, costs.tpot_s) == (FIRST[0], None)
+
+
+class Reference:
+    """The filter as textbooks have it, with whole matrices: x' = x + K (z - H x), P' = (I - K H) P, and some drift."""
+
+    def __init__(self) -> None:
+        self.costs = list(FIRST)
+        self.spread = [[FIRST_OFF[row] ** 2 * (row == column) for column in range(3)] for row in range(3)]
+        self.sums: list[tuple[float, float, float]] = []  # at, running requests x seconds, tokens
+        self.at = 0.0
+
+    def follow(self, load: Load, before: float | None, elapsed_s: float) -> None:
+        part = min(LONGEST_S / elapsed_s, 1.0)
+        elapsed_s *= part
+        if not load.running or not load.tokens_per_s:
+            return
+        self.at += elapsed_s
+        tokens = load.tokens_per_s * elapsed_s
+        self.sums.append((self.at, load.running * elapsed_s, tokens))
+        if not before:
+            return
+        did = [tokens / ((load.running + before) / 2), tokens]
+        did.append(part * max((load.prompt_tokens or 0) - (load.cached_tokens or 0), 0))
+        drifted = [
+            [self.spread[row][column] + (row == column) * DRIFT[row] ** 2 * elapsed_s for column in range(3)]
+            for row in range(3)
+        ]
+        noise = (NOISE * elapsed_s) ** 2 + (UNCOUNTED_TOKENS * self.costs[2]) ** 2
+        total = sum(did[row] * drifted[row][column] * did[column] for row in range(3) for column in range(3)) + noise
+        gain = [sum(drifted[row][column] * did[column] for column in range(3)) / total for row in range(3)]
+        off = elapsed_s - sum(self.costs[row] * did[row] for row in range(3))
+        self.costs = [max(self.costs[row] + gain[row] * off, LEAST[row]) for row in range(3)]
+        keeps = [[(row == column) - gain[row] * did[column] for column in range(3)] for row in range(3)]
+        self.spread = [
+            [sum(keeps[row][k] * drifted[k][column] for k in range(3)) for column in range(3)] for row in range(3)
+        ]
+
+    @property
+    def tpot_s(self) -> float:
+        weighed = [(exp((at - self.at) / MEMORY_S), busy, tokens) for at, busy, tokens in self.sums]
+        return sum(weight * busy for weight, busy, _ in weighed) / sum(weight * made for weight, _, made in weighed)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_costs_are_those_that_the_filter_of_textbooks_finds(seed: int) -> None:
+    random, costs, reference = Random(seed), StepCost(), Reference()
+    for _ in range(60):
+        load = Load(
+            running=random.choice((4.0, 30.0, 90.0)),
+            tokens_per_s=random.choice((50.0, 400.0, 2500.0, None)),
+            prompt_tokens=random.choice((None, 0, 900, 12_000)),
+            cached_tokens=random.choice((None, 0, 500, 5000)),
+        )
+        before, elapsed_s = random.choice((None, 0.0, 8.0, 50.0, 50.0)), random.choice((0.3, 1.0, 1.7, 8.0))
+        costs.follow(load, before, elapsed_s)
+        reference.follow(load, before, elapsed_s)
+        assert (costs.base_s, costs.sequence_s, costs.prompt_s) == pytest.approx(tuple(reference.costs), rel=1e-6)
+        if costs.tpot_s is not None:
+            assert costs.tpot_s == pytest.approx(reference.tpot_s)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from extproc.admission.health import EJECT_AFTER
 from extproc.admission.outcome import Outcome
 from extproc.admission.pools import MOST_SUBSETS, Pools
 from extproc.admission.ticket import State
+from extproc.admission.values import Answer
 from extproc.errors import TransitionError
 
 from .desk import Desk, one
@@ -130,6 +132,17 @@ def test_the_endpoint_that_was_picked_is_taken_to_have_failed():
     else:
         raise AssertionError(desk.endpoint("a"))
     assert desk.endpoint("b").available
+
+
+def test_one_that_fails_what_a_gateway_sends_it_alone_is_judged_by_the_most_who_serve_with_it():
+    both = frozenset({"x", "y"})
+    desk = Desk(one("a", 99, models=both), one("b", 99, models=both), one("c", 99, models=frozenset({"x"})))
+    for _ in range(EJECT_AFTER):
+        assert desk.endpoint("a").available
+        desk.release(desk.ask(model="y", allowed=names("a")), Answer.FAILED)
+        for name in "bc" * 10:
+            desk.release(desk.ask(model="x", home=name), Answer.OK)
+    assert not desk.endpoint("a").available, "though those of its own model alone have served nothing"
 
 
 def test_an_answer_from_an_endpoint_that_is_none_of_ours_ends_the_lease():
