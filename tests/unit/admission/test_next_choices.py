@@ -8,6 +8,7 @@ import pytest
 
 from extproc.admission.controller import Controller
 from extproc.admission.laws import LAWS
+from extproc.admission.load import Load
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request, RequestClass
 
@@ -55,12 +56,14 @@ class Pick:
 
 def test_a_request_that_waits_goes_before_what_could_be_kept():
     pick = Pick(2)
-    running = [*pick.fill("e0"), *pick.fill("e1")]
-    waits = [pick.ask() for _ in range(16)]
-    for ticket in running:
-        pick.core.release(ticket, 1.0)
-    assert [ticket.state for ticket in waits] == [State.LEASED] * 16
-    assert waits[0].choices == ()
+    for name in ("e0", "e1"):
+        pick.core.observe(name, Load(kv_usage=1.0), 0.0)
+        pick.core.move(pick.ask(home=name), name, 0.0)
+    waits = [pick.ask() for _ in range(2 * LIMIT - 2)]
+    assert pick.core.waiting == len(waits), "each takes one at a time: its cache is full"
+    pick.core.tick(Policy().stale_after_s)  # both are open again, in one moment
+    assert {ticket.state for ticket in waits} == {State.LEASED}
+    assert {ticket.choices for ticket in waits} == {()}
 
 
 def test_nothing_is_kept_of_what_a_request_of_several_sequences_waits_for():
