@@ -16,7 +16,7 @@ from extproc.stream.dialect import EndpointPicker
 from extproc.stream.gate import Gate
 from extproc.stream.reception import Reception
 from extproc.stream.session import Session
-from tests.unit.test_session_and_gate import Clock
+from tests.unit.gate_room import Clock
 
 A, B, C = "10.0.0.1:8000", "10.0.0.2:8000", "10.0.0.3:8000"
 MODE = pb.ProcessingMode

@@ -14,7 +14,6 @@ from textwrap import dedent
 from typing import TYPE_CHECKING
 
 import pytest
-from test_session_and_gate import Clock
 
 from extproc._pb import ext_proc_pb2 as pb
 from extproc.admission.controller import Controller
@@ -29,6 +28,7 @@ from extproc.stream.gate import Gate
 from extproc.stream.reception import Reception
 from extproc.stream.request import Headers
 from extproc.stream.session import Session
+from tests.unit.gate_room import Clock
 
 if TYPE_CHECKING:
     from extproc.admission.ticket import Ticket

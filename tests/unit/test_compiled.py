@@ -28,7 +28,7 @@ TESTS = (
         "test_replays.py",
         "test_second_try.py",
     ),
-    *("test_session_and_gate.py", "test_session_plays.py", "test_wire.py"),
+    *("test_session_and_gate.py", "test_session_plays.py", "test_silent_streams.py", "test_wire.py"),
 )
 
 

@@ -4,112 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
-from grpc._cython import cygrpc
 
 import extproc.transport.completion.server
-from extproc.errors import ProtocolError
-from extproc.stream import wire
 from extproc.transport.aio import Server as AsyncioServer
 from extproc.transport.aio import _Writer
-from extproc.transport.completion import loop as loop_module
-from extproc.transport.completion.loop import CompletionLoop, make_loop
+from extproc.transport.completion.loop import make_loop
 from extproc.transport.completion.server import Server, Stream
 from extproc.transport.listener import Listener
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
-METHOD = f"/{wire.SERVICE}/{wire.METHOD}"
+from tests.unit.completion_stage import METHOD, Chatter, Talk, loop, serving, wait_for
 
-
-class Chatter:
-    """A handler that does what the message says. `log` holds what happened to all of them."""
-
-    def __init__(self, log: list[str], send: Callable[[bytes], None]) -> None:
-        self._log = log
-        self._send = send
-        self._ended = self._stays = False
-        self.over = self.paused = False
-
-    def receive(self, data: bytes) -> None:
-        what, _, value = data.decode().partition(" ")
-        match what:
-            case "echo":
-                self._send(value.encode())
-            case "many":
-                for number in range(int(value)):
-                    self._send(str(number).encode())
-            case "late":  # from the loop, not from within `receive`; the second when the stream may be over
-                loop = asyncio.get_running_loop()
-                loop.call_later(0.01, self._send, b"late")
-                loop.call_later(float(value), self._send, b"too late")
-            case "over":
-                self._send(b"last")
-                self.over = True
-            case "wrong":
-                self._send(b"before")
-                raise ProtocolError("that was wrong")
-            case "bug":
-                raise ZeroDivisionError
-            case "pause":
-                self.paused = True
-                self._log.append("paused")
-            case "stay":
-                self._stays = True
-
-    def half_closed(self) -> bool:
-        if self._stays:
-            self._log.append("half-closed")
-        return self._stays
-
-    def end(self) -> None:
-        if not self._ended:  # as a session, it may be told twice
-            self._ended = True
-            self._log.append("end")
-            if "bug in end" in self._log:
-                raise ZeroDivisionError
-
-
-class Serving(NamedTuple):
-    call: Callable[..., Any]
-    log: list[str]
-    address: str
-    stop: Callable[[float], None]
-
-
-@contextlib.contextmanager
-def serving(server_class: Any, loop: asyncio.AbstractEventLoop) -> Iterator[Serving]:
-    """Run a server with chatters on `loop`, in a thread, and a client of it here."""
-    log: list[str] = []
-    listener = Listener("127.0.0.1:0")
-    server = server_class(log, listener, loop=loop) if server_class is Server else server_class(log, listener)
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-
-    def do(coroutine: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(20)
-
-    try:
-        do(server.start())
-        address = f"127.0.0.1:{server.port}"
-        with grpc.insecure_channel(address) as channel:
-            yield Serving(channel.stream_stream(METHOD), log, address, lambda grace_s: do(server.stop(grace_s)))
-    finally:
-        do(server.stop(0))
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+__all__ = ["loop"]  # a fixture
 
 
 @pytest.fixture(params=["completion_queue", "asyncio"])
@@ -125,38 +39,6 @@ def server(request, monkeypatch):
         assert made is not None
         with serving(Server, made) as running:
             yield running
-
-
-def wait_for(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-class Talk:
-    """The client's side of one stream."""
-
-    def __init__(self, server: Serving) -> None:
-        self._wake = threading.Semaphore(0)
-        self._queue: list[bytes | None] = []
-        self.call = server.call(self._messages(), timeout=20)
-
-    def _messages(self) -> Iterator[bytes]:
-        while True:
-            self._wake.acquire()
-            data = self._queue.pop(0)
-            if data is None:
-                return
-            yield data
-
-    def say(self, data: bytes | None) -> None:
-        self._queue.append(data)
-        self._wake.release()
-
-    def leave(self) -> None:
-        self.call.cancel()
-        self.say(None)
 
 
 def test_replies_come_in_order_also_when_thousands_are_sent_at_once(server):
@@ -356,55 +238,6 @@ def test_a_server_whose_streams_stay_although_they_were_cut_stops_all_the_same(l
         call.cancel()
 
 
-# ---- the loop
-
-
-@pytest.fixture
-def loop() -> Iterator[CompletionLoop]:
-    made = make_loop()
-    assert made is not None
-    yield made
-    made.close()
-
-
-def test_timers_threads_sockets_and_signals_work_as_on_any_loop(loop):
-    async def everything() -> list[str]:
-        seen = []
-        began = loop.time()
-        await asyncio.sleep(0.02)
-        assert loop.time() - began >= 0.02
-        seen.append(await asyncio.to_thread(lambda: "thread"))
-
-        async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            writer.write(await reader.readline())
-            writer.close()
-            await writer.wait_closed()
-
-        server = await asyncio.start_server(echo, "127.0.0.1", 0)
-        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
-        writer.write(b"socket\n")
-        seen.append((await reader.readline()).decode().strip())
-        writer.close()
-        await writer.wait_closed()
-        server.close()
-        await server.wait_closed()
-        called = asyncio.Event()
-        loop.add_signal_handler(signal.SIGUSR1, called.set)
-        os.kill(os.getpid(), signal.SIGUSR1)
-        await asyncio.wait_for(called.wait(), 5)
-        loop.remove_signal_handler(signal.SIGUSR1)
-        return seen
-
-    assert loop.run_until_complete(everything()) == ["thread", "socket"]
-
-
-def test_an_idle_loop_sleeps(loop):
-    began, cpu = time.monotonic(), time.process_time()
-    loop.run_until_complete(asyncio.sleep(0.5))
-    assert time.monotonic() - began >= 0.5
-    assert time.process_time() - cpu < 0.2
-
-
 def test_a_loop_that_closes_with_a_server_on_it_and_a_stream_open_does_not_hang(loop, monkeypatch):
     monkeypatch.setattr(extproc.transport.completion.server, "Session", Chatter)
     server = Server([], Listener("127.0.0.1:0"), loop)  # type: ignore[arg-type]
@@ -414,53 +247,6 @@ def test_a_loop_that_closes_with_a_server_on_it_and_a_stream_open_does_not_hang(
         loop.run_until_complete(asyncio.sleep(0.1))
         loop.close()
         call.cancel()
-
-
-@pytest.mark.parametrize(
-    "gone",
-    [
-        *("CompletionQueue", "Server", "ReceiveCloseOnServerOperation", "ReceiveMessageOperation"),
-        *("SendInitialMetadataOperation", "SendMessageOperation", "SendStatusFromServerOperation", "StatusCode"),
-    ],
-)
-def test_a_grpcio_that_lacks_something_is_noticed_at_the_start(gone, monkeypatch, caplog):
-    monkeypatch.delattr(cygrpc, gone)
-    with caplog.at_level(logging.WARNING):
-        assert make_loop() is None
-    (record,) = caplog.records
-    assert gone in record.getMessage()
-    assert "grpc.aio" in record.getMessage()
-
-
-def test_a_grpcio_that_behaves_otherwise_is_noticed_at_the_start(monkeypatch, caplog):
-    class Deaf(cygrpc.ReceiveMessageOperation):  # type: ignore[misc, name-defined]
-        def message(self) -> None:
-            return None
-
-    monkeypatch.setattr(cygrpc, "ReceiveMessageOperation", Deaf)
-    assert make_loop() is None
-    assert "a message that differs" in caplog.text
-
-
-def test_a_grpcio_that_nobody_tested_is_not_tried(monkeypatch, caplog):
-    monkeypatch.setattr(loop_module, "TESTED", ((1, 0), (1, 1)))
-    assert make_loop() is None
-    assert "tested with grpcio 1.0 to below 1.1" in caplog.text
-
-
-def test_the_self_test_is_silent(capfd):
-    """A line of gRPC's own is no JSON, and looks like trouble."""
-    for _ in range(200):
-        made = make_loop()
-        assert made is not None
-        made.close()
-    assert capfd.readouterr() == ("", "")
-
-
-def test_reading_a_configuration_imports_no_grpc():
-    """What `prepare_grpc` sets for the transport that the configuration names, gRPC reads when it is imported."""
-    code = "import sys, extproc.config, extproc.commands.cli; sys.exit('grpc' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 
 def test_on_asyncio_no_status_goes_out_beside_a_reply_however_many_were_sent_in_one_turn():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
-from test_session_and_gate import Clock, message
 
 from extproc._pb import ext_proc_pb2 as pb
 from extproc.admission.controller import Controller
@@ -21,6 +20,7 @@ from extproc.stream.gate import Gate
 from extproc.stream.reception import Reception
 from extproc.stream.request import Headers
 from extproc.stream.session import Session
+from tests.unit.gate_room import Clock, message
 
 ENDPOINTS = "endpoints: [{name: a, address: '127.0.0.1:8001'}]\n"
 OPTIONS = {"server_timing": "server-timing", "tracing": "traceparent"}

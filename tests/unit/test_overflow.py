@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 from test_second_try import headers
-from test_session_and_gate import ONE, Room, message
 
 from extproc.admission.values import EndpointSpec, RequestClass
+from tests.unit.gate_room import ONE, Room, message
 
 CLASSES = (RequestClass("soft", 0, 5.0), RequestClass("firm", 0, 5.0))
 

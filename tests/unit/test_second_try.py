@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from test_session_and_gate import Clock, message
 
 from extproc._pb import ext_proc_pb2 as pb
 from extproc.admission.controller import Controller
@@ -21,6 +20,7 @@ from extproc.stream.reception import Reception
 from extproc.stream.request import Headers
 from extproc.stream.session import Session
 from extproc.stream.wire import AGAIN
+from tests.unit.gate_room import Clock, message
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

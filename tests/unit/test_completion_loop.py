@@ -1,0 +1,105 @@
+"""The completion queue as an event loop, and the grpcio that it is made of."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from grpc._cython import cygrpc
+
+from extproc.transport.completion import loop as loop_module
+from extproc.transport.completion.loop import make_loop
+from tests.unit.completion_stage import loop
+
+__all__ = ["loop"]  # a fixture
+
+
+def test_timers_threads_sockets_and_signals_work_as_on_any_loop(loop):
+    async def everything() -> list[str]:
+        seen = []
+        began = loop.time()
+        await asyncio.sleep(0.02)
+        assert loop.time() - began >= 0.02
+        seen.append(await asyncio.to_thread(lambda: "thread"))
+
+        async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(await reader.readline())
+            writer.close()
+            await writer.wait_closed()
+
+        server = await asyncio.start_server(echo, "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        writer.write(b"socket\n")
+        seen.append((await reader.readline()).decode().strip())
+        writer.close()
+        await writer.wait_closed()
+        server.close()
+        await server.wait_closed()
+        called = asyncio.Event()
+        loop.add_signal_handler(signal.SIGUSR1, called.set)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        await asyncio.wait_for(called.wait(), 5)
+        loop.remove_signal_handler(signal.SIGUSR1)
+        return seen
+
+    assert loop.run_until_complete(everything()) == ["thread", "socket"]
+
+
+def test_an_idle_loop_sleeps(loop):
+    began, cpu = time.monotonic(), time.process_time()
+    loop.run_until_complete(asyncio.sleep(0.5))
+    assert time.monotonic() - began >= 0.5
+    assert time.process_time() - cpu < 0.2
+
+
+@pytest.mark.parametrize(
+    "gone",
+    [
+        *("CompletionQueue", "Server", "ReceiveCloseOnServerOperation", "ReceiveMessageOperation"),
+        *("SendInitialMetadataOperation", "SendMessageOperation", "SendStatusFromServerOperation", "StatusCode"),
+    ],
+)
+def test_a_grpcio_that_lacks_something_is_noticed_at_the_start(gone, monkeypatch, caplog):
+    monkeypatch.delattr(cygrpc, gone)
+    with caplog.at_level(logging.WARNING):
+        assert make_loop() is None
+    (record,) = caplog.records
+    assert gone in record.getMessage()
+    assert "grpc.aio" in record.getMessage()
+
+
+def test_a_grpcio_that_behaves_otherwise_is_noticed_at_the_start(monkeypatch, caplog):
+    class Deaf(cygrpc.ReceiveMessageOperation):  # type: ignore[misc, name-defined]
+        def message(self) -> None:
+            return None
+
+    monkeypatch.setattr(cygrpc, "ReceiveMessageOperation", Deaf)
+    assert make_loop() is None
+    assert "a message that differs" in caplog.text
+
+
+def test_a_grpcio_that_nobody_tested_is_not_tried(monkeypatch, caplog):
+    monkeypatch.setattr(loop_module, "TESTED", ((1, 0), (1, 1)))
+    assert make_loop() is None
+    assert "tested with grpcio 1.0 to below 1.1" in caplog.text
+
+
+def test_the_self_test_is_silent(capfd):
+    """A line of gRPC's own is no JSON, and looks like trouble."""
+    for _ in range(200):
+        made = make_loop()
+        assert made is not None
+        made.close()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_reading_a_configuration_imports_no_grpc():
+    """What `prepare_grpc` sets for the transport that the configuration names, gRPC reads when it is imported."""
+    code = "import sys, extproc.config, extproc.commands.cli; sys.exit('grpc' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
