@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from extproc import __version__
 from extproc.admission import events
+from extproc.admission.applying import apply
 from extproc.admission.controller import Controller
 from extproc.admission.endpoint import Endpoint
 from extproc.admission.pool import Pool
@@ -201,7 +202,7 @@ class Recording:
         (Retry-After), and the wait.
         """
         for number, (event, recorded) in enumerate(self.steps(), 1):
-            decisions = events.apply(self.core, event)
+            decisions = apply(self.core, event)
             now = [[self.numbers.get(decision.ticket), *_words(decision)] for decision in decisions]
             told(now)
             yield None if now == recorded else Difference(number, event, recorded, now)

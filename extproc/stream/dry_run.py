@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from extproc.admission.applying import apply
 from extproc.admission.controller import Controller
-from extproc.admission.events import Adopted, Disowned, Moved, Offered, OfTicket, PolicySet, Released, apply
+from extproc.admission.events import Adopted, Disowned, Moved, Offered, OfTicket, PolicySet, Released
 from extproc.admission.outcome import Outcome
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, Dispatch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from extproc.admission import events
+from extproc.admission.applying import apply
 from extproc.admission.controller import Controller
 from extproc.admission.estimate import Learnt
 from extproc.admission.load import Load
@@ -67,7 +68,7 @@ def test_an_event_made_to_happen_again_is_the_same_one_with_all_that_it_says(eve
         event = type(event)(**{name: getattr(event, name) for name in event.__match_args__} | {"ticket": ticket})
     told: list[tuple[events.Event, list]] = []
     core.watch(lambda event, decisions: told.append((event, list(decisions))))
-    decided = events.apply(core, event)
+    decided = apply(core, event)
     assert told == [(event, decided)]
 
 
@@ -79,15 +80,15 @@ def test_every_kind_of_event_is_made_to_happen_above() -> None:
 def test_an_event_made_to_happen_changes_the_core_as_it_says() -> None:
     tickets = [Ticket(Request(str(number), 0.0)) for number in range(5)]
     core = core_with(*tickets)
-    events.apply(core, events.Drained(AT, 1))
+    apply(core, events.Drained(AT, 1))
     assert [ticket.state for ticket in tickets[2:]] == [State.LEFT, State.WAITING, State.WAITING]
     new = Ticket(Request("new", 0.0, session="s"))
-    events.apply(core, events.Adopted(AT, new, "b", held_s=2.0, begun=True))
+    apply(core, events.Adopted(AT, new, "b", held_s=2.0, begun=True))
     assert (new.leased_at, new.prompt_pending) == (AT - 2.0, False)
-    events.apply(core, events.HomeBelieved(AT, Home("other", "a", 10, 0.5)))
+    apply(core, events.HomeBelieved(AT, Home("other", "a", 10, 0.5)))
     assert core.homes(9, AT) == [Home("other", "a", 10, 0.5), Home("s", "b", new.kv_tokens, 2.0)]
 
 
 def test_what_is_no_event_of_the_core_is_an_error_that_shows_it() -> None:
     with pytest.raises(TypeError, match=r"no event of the core: OfEndpoint\(at=3.0, name='a'\)"):
-        events.apply(core_with(), events.OfEndpoint(AT, "a"))
+        apply(core_with(), events.OfEndpoint(AT, "a"))
