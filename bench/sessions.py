@@ -54,7 +54,7 @@ def agents(count: int, span_s: float, first: int, grows: int) -> list[Demand]:
     return sorted(begun, key=lambda turn: turn.at)
 
 
-class Gate(Core):
+class SessionGate(Core):
     """The core, with a gate before it that refuses requests of new sessions above `most` active ones."""
 
     most: float | None = None
@@ -114,7 +114,7 @@ def play(preset: str, demands: Sequence[Demand], workload: Workload, most: float
     """Return goodput, and the share of prompt tokens that caches had."""
     groups, who = [Group(PRESETS[preset], ENGINES)], contender("ours", preset, workload.classes)
     world = World(groups, who, 1)
-    front = Gate(groups, who.setting)
+    front = SessionGate(groups, who.setting)
     front.most, front.follows = most, follows
     world.front = front
     world.run(demands, 1e5)

@@ -57,7 +57,7 @@ async def until(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0.002)
 
 
-class Ward:
+class Checked:
     """Health checks of one endpoint, and the verdicts in order."""
 
     def __init__(self, **how: Any) -> None:
@@ -73,9 +73,9 @@ class Ward:
         self.verdicts.append(is_up)
 
 
-def story(tell: Callable[[Ward, Engine], Any], **how: Any) -> None:
+def story(tell: Callable[[Checked, Engine], Any], **how: Any) -> None:
     async def main() -> None:
-        ward = Ward(**how)
+        ward = Checked(**how)
         async with Engine() as engine:
             await ward.checks.start()
             try:
@@ -87,7 +87,7 @@ def story(tell: Callable[[Ward, Engine], Any], **how: Any) -> None:
 
 
 def test_it_takes_so_many_failures_to_go_down_and_so_many_successes_to_come_back():
-    async def tell(ward: Ward, engine: Engine) -> None:
+    async def tell(ward: Checked, engine: Engine) -> None:
         ward.checks.put("a", engine.address)
         await until(lambda: ward.verdicts == [None, True])  # nothing is known, then it is seen
         engine.status = 503
@@ -103,7 +103,7 @@ def test_it_takes_so_many_failures_to_go_down_and_so_many_successes_to_come_back
 
 
 def test_failures_that_are_not_in_a_row_change_nothing():
-    async def tell(ward: Ward, engine: Engine) -> None:
+    async def tell(ward: Checked, engine: Engine) -> None:
         ward.checks.put("a", engine.address)
         await until(lambda: ward.verdicts == [None, True])
         for _ in range(12):
@@ -118,7 +118,7 @@ def test_failures_that_are_not_in_a_row_change_nothing():
 
 @pytest.mark.parametrize(("status", "wait_s"), [(404, 0.0), (500, 0.0), (302, 0.0), (200, 0.5)])
 def test_an_endpoint_that_never_passed_goes_down_at_its_first_failure(status, wait_s):
-    async def tell(ward: Ward, engine: Engine) -> None:
+    async def tell(ward: Checked, engine: Engine) -> None:
         engine.status, engine.wait_s = status, wait_s
         ward.checks.put("a", engine.address)
         await until(lambda: ward.verdicts == [None, False])
@@ -128,7 +128,7 @@ def test_an_endpoint_that_never_passed_goes_down_at_its_first_failure(status, wa
 
 
 def test_a_server_that_is_not_there_is_down_and_a_known_endpoint_put_again_stays_so():
-    async def tell(ward: Ward, engine: Engine) -> None:
+    async def tell(ward: Checked, engine: Engine) -> None:
         ward.checks.put("a", "127.0.0.1:1")
         await until(lambda: ward.verdicts == [None, False])
         ward.checks.put("a", "127.0.0.1:1")
@@ -140,7 +140,7 @@ def test_a_server_that_is_not_there_is_down_and_a_known_endpoint_put_again_stays
 
 
 def test_switched_off_nothing_is_known_and_nobody_is_asked():
-    async def tell(ward: Ward, engine: Engine) -> None:
+    async def tell(ward: Checked, engine: Engine) -> None:
         engine.status = 500
         ward.checks.put("a", engine.address)
         await until(lambda: ward.verdicts == [None, False])
@@ -160,7 +160,7 @@ def test_switched_off_nothing_is_known_and_nobody_is_asked():
 def test_a_check_that_hears_nothing_counts_for_nothing_while_answers_flow():
     """A saturated engine answers its health check after seconds, and streams tokens all the while."""
 
-    async def tell(ward: Ward, engine: Engine) -> None:
+    async def tell(ward: Checked, engine: Engine) -> None:
         ward.checks.put("a", engine.address)
         await until(lambda: ward.verdicts == [None, True])
         engine.wait_s = 5.0
@@ -175,7 +175,7 @@ def test_a_check_that_hears_nothing_counts_for_nothing_while_answers_flow():
 
 @pytest.mark.parametrize("status", [500, 0])
 def test_a_check_that_fails_in_words_counts_whatever_flows(status):
-    async def tell(ward: Ward, engine: Engine) -> None:
+    async def tell(ward: Checked, engine: Engine) -> None:
         engine.status = 500
         ward.heard_at = math.inf
         ward.checks.put("a", engine.address if status else "127.0.0.1:1")
@@ -187,7 +187,7 @@ def test_a_check_that_fails_in_words_counts_whatever_flows(status):
 def test_a_bug_ends_no_health_check_and_is_counted(monkeypatch, caplog):
     monkeypatch.setattr(tasks, "RESTART_S", 0.01)
 
-    async def tell(ward: Ward, engine: Engine) -> None:
+    async def tell(ward: Checked, engine: Engine) -> None:
         def broken(_: str) -> float:
             raise ZeroDivisionError
 

@@ -34,7 +34,7 @@ class Telemetry:
         return []
 
 
-class Desk:
+class Metered:
     """A core with endpoints a and b of one slot each, its metrics, and a clock that the test moves."""
 
     def __init__(self, endpoints: int = 2) -> None:
@@ -63,8 +63,8 @@ class Desk:
 
 
 @pytest.fixture
-def desk() -> Desk:
-    return Desk()
+def desk() -> Metered:
+    return Metered()
 
 
 def test_the_oldest_waiting_request_of_each_class_has_an_age_and_a_class_that_waits_not_has_0(desk):
@@ -217,7 +217,7 @@ def test_tenants_that_are_named_have_a_line_each_and_all_others_one_together(des
 
 
 def test_a_long_page_is_written_in_pieces_that_together_are_the_librarys_own_text():
-    desk = Desk(endpoints=PIECE_LINES)
+    desk = Metered(endpoints=PIECE_LINES)
     pieces = list(desk.metrics.pieces())
     text = b"".join(pieces).decode()
     stable = [line for line in text.splitlines() if "process_" not in line]

@@ -11,17 +11,17 @@ from extproc.admission.load import Load
 from extproc.admission.values import EndpointSpec, RequestClass
 from extproc.config import parse_config
 from extproc.observe.aliases import OUTCOMES, Aliases
-from tests.unit.test_metrics import Desk
+from tests.unit.test_metrics import Metered
 
 
 @pytest.fixture
-def desk() -> Desk:
-    desk = Desk()
+def desk() -> Metered:
+    desk = Metered()
     desk.metrics.add(Aliases(desk.controller, desk.metrics, "llama"))
     return desk
 
 
-def value(desk: Desk, metric: str, /, **labels: str) -> float:
+def value(desk: Metered, metric: str, /, **labels: str) -> float:
     """The sum of what a query would find."""
     found = [line for line in desk.page().items() if line[0].partition("{")[0] == metric]
     return sum(count for series, count in found if all(f'{key}="{text}"' in series for key, text in labels.items()))
@@ -105,4 +105,4 @@ def test_the_model_is_named_where_all_endpoints_serve_one_and_the_same(desk):
 
 def test_none_of_it_is_there_unless_asked_for():
     assert not parse_config("{}", "test", {}).metrics_aliases
-    assert not [name for name in Desk().page() if name.startswith(("llm_d", "inference_"))]
+    assert not [name for name in Metered().page() if name.startswith(("llm_d", "inference_"))]

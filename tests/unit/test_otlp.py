@@ -132,7 +132,7 @@ def test_a_collector_that_hangs_keeps_neither_the_loop_nor_the_exit(monkeypatch)
         hold.set()
 
 
-class World:
+class Clocked:
     """A GenAi with a clock that a test sets."""
 
     def __init__(self) -> None:
@@ -149,14 +149,14 @@ class World:
 
 @pytest.mark.parametrize("model", ["llama", None, "made-up-by-a-client"])
 def test_a_model_is_a_label_only_if_the_configuration_or_an_endpoint_names_it(model):
-    world = World()
+    world = Clocked()
     world.now = 2.0
     world.genai.finished(Ticket(Request("1", 0.5, model=model, operation="chat")), Answer.OK)
     assert world.counted() == {("chat", "llama" if model == "llama" else "", ""): (1, 1.5)}
 
 
 def test_what_went_wrong_is_the_type_of_the_error():
-    world = World()
+    world = Clocked()
     ticket = Ticket(Request("1", 0.0))
     world.genai.finished(ticket, Answer.ERROR)
     world.genai.decided(Reject(ticket, Outcome.BUDGET_EXPIRED, 0.0, 1))
@@ -165,7 +165,7 @@ def test_what_went_wrong_is_the_type_of_the_error():
 
 
 def test_a_duration_falls_into_the_bucket_that_ends_at_it():
-    world = World()
+    world = Clocked()
     world.now = BUCKETS_S[3]
     world.genai.finished(Ticket(Request("1", 0.0)), Answer.OK)
     (family,) = world.genai.collect()

@@ -15,7 +15,7 @@ BLAMES = (Answer.REFUSED, Answer.ERROR, Answer.EMPTY)
 FEW = 12
 
 
-class Ward(Audited):
+class Serving(Audited):
     """Endpoints "a" and "b", which list no models, or these."""
 
     def __init__(self, names: str = "ab", models: frozenset[str] = frozenset()) -> None:
@@ -58,7 +58,7 @@ class Ward(Audited):
 @pytest.mark.parametrize("answer", BLAMES)
 @pytest.mark.parametrize("models", [frozenset[str](), frozenset({"fine", "broken"})], ids=["any model", "listed"])
 def test_one_that_refuses_one_model_is_left_out_for_that_one_alone(answer: Answer, models: frozenset[str]) -> None:
-    ward = Ward(models=models)
+    ward = Serving(models=models)
     assert ward.refuse(answer) <= FEW
     assert ward.goes("broken", home="a") == "b"
     assert ward.goes("fine", home="a") == "a"
@@ -66,7 +66,7 @@ def test_one_that_refuses_one_model_is_left_out_for_that_one_alone(answer: Answe
 
 
 def test_two_servers_that_have_a_model_each_get_what_is_theirs_though_nothing_lists_it() -> None:
-    ward = Ward()
+    ward = Serving()
     for _ in range(30):
         for home in "ab":
             for model in "ab":
@@ -76,7 +76,7 @@ def test_two_servers_that_have_a_model_each_get_what_is_theirs_though_nothing_li
 
 
 def test_it_is_tried_again_and_left_out_for_longer_until_it_serves() -> None:
-    ward = Ward()
+    ward = Serving()
     ward.refuse()
     ward.advance(EJECT_S - 0.1)
     assert ward.goes("broken", home="a") == "b"
@@ -94,7 +94,7 @@ def test_it_is_tried_again_and_left_out_for_longer_until_it_serves() -> None:
 
 
 def test_each_of_two_models_is_tried_again_in_its_own_time() -> None:
-    ward = Ward()
+    ward = Serving()
     ward.refuse()
     ward.advance(EJECT_S / 2)
     ward.refuse(model="odd")
@@ -106,7 +106,7 @@ def test_each_of_two_models_is_tried_again_in_its_own_time() -> None:
 
 
 def test_what_all_refuse_or_only_one_has_puts_nobody_out() -> None:
-    ward = Ward()
+    ward = Serving()
     for _ in range(100):
         for home in "ab":
             ward.one("typo", home, Answer.REFUSED)
@@ -116,7 +116,7 @@ def test_what_all_refuse_or_only_one_has_puts_nobody_out() -> None:
 
 
 def test_one_whose_peers_are_not_asked_for_a_model_is_not_left_out_for_it() -> None:
-    ward = Ward()
+    ward = Serving()
     for _ in range(40):
         for name in "ab":
             assert ward.one("fine", name, Answer.OK)
@@ -126,7 +126,7 @@ def test_one_whose_peers_are_not_asked_for_a_model_is_not_left_out_for_it() -> N
 
 
 def test_one_that_serves_a_model_between_its_refusals_is_not_left_out_for_it() -> None:
-    ward = Ward()
+    ward = Serving()
     for _ in range(20):
         for home, answer in (("b", Answer.OK), ("a", Answer.REFUSED), ("a", Answer.OK)):
             assert ward.one("broken", home, answer)
@@ -135,7 +135,7 @@ def test_one_that_serves_a_model_between_its_refusals_is_not_left_out_for_it() -
 
 
 def test_tried_again_one_refusal_is_enough_whatever_all_refused_before() -> None:
-    ward = Ward()
+    ward = Serving()
     for _ in range(30):
         for home in "ab":
             ward.one("broken", home, Answer.REFUSED)
@@ -150,7 +150,7 @@ def test_tried_again_one_refusal_is_enough_whatever_all_refused_before() -> None
 
 
 def test_one_that_refuses_everything_is_left_out_as_a_whole() -> None:
-    ward = Ward()
+    ward = Serving()
     for number in range(40):
         model = ("fine", "broken")[number % 2]
         ward.one(model, "b", Answer.OK)
@@ -163,7 +163,7 @@ def test_one_that_refuses_everything_is_left_out_as_a_whole() -> None:
 
 
 def test_when_the_others_go_down_it_is_tried_again_at_once() -> None:
-    ward = Ward()
+    ward = Serving()
     ward.refuse()
     waiting = ward.ask("broken", home="b")
     ward.release(waiting)
@@ -172,7 +172,7 @@ def test_when_the_others_go_down_it_is_tried_again_at_once() -> None:
 
 
 def test_requests_that_wait_for_the_model_go_where_it_is_served() -> None:
-    ward = Ward()
+    ward = Serving()
     held = [ward.ask("fine", home="b") for _ in range(64)]
     waiting = ward.ask("broken", home="b")
     assert waiting.state is State.WAITING
@@ -189,7 +189,7 @@ def test_requests_that_wait_for_the_model_go_where_it_is_served() -> None:
 
 
 def test_made_up_names_take_no_memory() -> None:
-    ward = Ward()
+    ward = Serving()
     for number in range(20 * MOST_MODELS):
         ward.one(f"m{number}", "a", Answer.REFUSED)
         ward.one("fine", "a", Answer.OK)
@@ -200,7 +200,7 @@ def test_made_up_names_take_no_memory() -> None:
 @pytest.mark.parametrize("answer", BLAMES)
 @pytest.mark.parametrize("says", [{"home": "a"}, {"session": "s"}], ids=["home", "session"])
 def test_a_client_that_says_where_its_bad_requests_go_has_nobody_left_out(says: dict[str, str], answer: Answer) -> None:
-    ward = Ward()
+    ward = Serving()
     for _ in range(100):
         ward.one("rare", "b", Answer.OK)
         ward.one("rare", "a", answer, **says)
@@ -210,7 +210,7 @@ def test_a_client_that_says_where_its_bad_requests_go_has_nobody_left_out(says: 
 
 
 def test_sessions_that_begin_at_one_that_lacks_their_model_have_it_left_out() -> None:
-    ward = Ward()
+    ward = Serving()
     for number in range(FEW):
         ward.one("rare", "b", Answer.OK)
         ward.one("rare", "a", Answer.REFUSED, session=f"s{number}")
