@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from statistics import mean
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from bench.proof.figures import Figures, Run
     from bench.proof.words import Key, Row
 
+FILE = "benchmarks/gateways.json"
+"""Under docs/: what the front page says of it."""
 AFTER_S = 15.0
 """How long after a fault goodput is told apart."""
 HEAD = """\
@@ -92,9 +95,32 @@ def write(runs: Sequence[Run], forwarding: Sequence[Row], facts: Row, docs: Path
     if forwarding:
         parts += forwarded(forwarding)
     path = docs / "benchmarks-replicas.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    (docs / FILE).parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(parts).rstrip() + "\n")
+    (docs / FILE).write_text(json.dumps(_front(found, runs), indent=1) + "\n")
     return path
+
+
+def short(docs: Path) -> list[str]:
+    """Return a line for the front page, of what `write` left in `docs`; nothing where it never ran."""
+    if not (docs / FILE).exists():
+        return []
+    found = json.loads((docs / FILE).read_text())
+    told = "; ".join(f"{who} {share(value)}" for who, value in found["goodput"].items())
+    where = f"{found['load']:.0%} load, {found['seeds']} seeds, commit {' and '.join(found['commits'])}"
+    return [f"- Several gateways ({where}): {told}. [With faults](benchmarks-replicas.md)."]
+
+
+def _front(found: dict[Key, Figures], runs: Sequence[Run]) -> dict[str, Any]:
+    """Return what `short` tells of the first experiment: learned limits, no fault."""
+    first = SEVERAL[0]
+    some = {key: found[key] for key in sorted((key for key in found if key[0] == first.name), key=_place)}
+    return {
+        "load": first.loads[0],
+        "seeds": max((len(one.seeds) for one in some.values()), default=0),
+        "commits": sorted({run.commit or UNKNOWN for key in some for run in _of(runs, key)}),
+        "goodput": {called(who).replace("*", ""): round(one.all.goodput, 4) for (_, _, who), one in some.items()},
+    }
 
 
 def mixed(pieces: Sequence[Row], name: str) -> list[str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import TYPE_CHECKING
 
-from bench.proof import losses, peers_page, settings, shapes_page, tables, words
+from bench.proof import gateways_page, losses, peers_page, settings, shapes_page, tables, words
 from bench.proof.experiments import BY_NAME
 from bench.proof.figures import LAG_MAX_S, LAG_P99_S, STEP_LAG_S, ratio
 from bench.proof.pictures import draw
@@ -232,7 +232,7 @@ def _verdict(found: dict[Key, Figures]) -> list[str]:
 def _elsewhere(found: dict[Key, Figures], kinds: Sequence[Row], docs: Path) -> list[str]:
     """Return a line for each question that has a page of its own, and the ramp seed by seed."""
     parts = ["## And elsewhere?", "", *_paired(found), *peers_page.short(docs), *shapes_page.summary(kinds)]
-    return [*parts, "- Several sidecars, one queue: [benchmarks-replicas.md](benchmarks-replicas.md).", ""]
+    return [*parts, *gateways_page.short(docs), ""]
 
 
 def _classes() -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from bench.proof import gateways, gateways_page
@@ -119,6 +121,18 @@ def test_the_page_tells_how_several_fare_beside_one_and_after_the_fault(tmp_path
     rows[0] |= {"commit": "abc", "date": "2026-01-01"}
     text = gateways_page.write(runs, rows, FACTS, tmp_path).read_text()
     assert "a second. Of abc, 2026-01-01." in text
+
+
+def test_the_front_tells_how_several_fare_and_of_which_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(gateways, "STORE", "/usr/bin/redis-server")
+    assert gateways_page.short(tmp_path) == []
+    runs = [replace(run(who, 1, True), experiment="gateways", commit="abc") for who in ("ours,replicas=8", "ours")]
+    runs.append(replace(run("ours,replicas=8,share=false", 1, False), experiment="gateways", commit="abd"))
+    gateways_page.write(runs, [], FACTS, tmp_path)
+    (told,) = gateways_page.short(tmp_path)
+    assert told.startswith(
+        "- Several gateways (120% load, 1 seeds, commit abc and abd): one 1.000; 8 1.000; 8, nothing"
+    )
 
 
 def test_a_page_made_in_pieces_says_what_was_run_when_and_beside_what(tmp_path, monkeypatch):
