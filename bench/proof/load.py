@@ -26,6 +26,7 @@ PATH = "/v1/completions"
 CHARS_PER_TOKEN = 4
 _EVENT = b"data: {"
 _DONE = b"[DONE]"
+"""Shorter than an event's begin, so that what is kept of a read for the next has no whole one."""
 
 
 @dataclass(slots=True)
@@ -151,7 +152,8 @@ class Exchange(asyncio.Protocol):
         if record.status != 200:
             self._end("refused", now)
             return
-        tokens = data.count(_EVENT)
+        tail = self._rest + data  # an event may begin in one read and go on in the next
+        tokens = tail.count(_EVENT)
         if tokens:
             if record.first_s is None:
                 record.first_s = now - self._planned
@@ -159,7 +161,6 @@ class Exchange(asyncio.Protocol):
             begin, end_s = self.target.window
             if begin <= now - self._begin < end_s:
                 self.target.tokens += tokens
-        tail = self._rest + data
         if _DONE in tail:
             record.output = self.demand.output
             self._end("finished", now)

@@ -448,6 +448,23 @@ def test_the_sender_tells_whole_answers_from_refusals_halves_and_silence():
     assert all(one.lag_s is not None and one.lag_s >= 0 for one in records)
 
 
+@pytest.mark.parametrize("size", [1, 3, 7, 50, 1000])
+def test_tokens_are_counted_alike_however_an_answer_is_cut_into_reads(size):
+    async def play() -> tuple[int, Record]:
+        target = load.Target("127.0.0.1:1", [], (0.0, 10.0))
+        exchange = load.Exchange(target, Demand(0.0, STANDARD, 1, 5, 100, "tenant-0"), lambda *_: None)
+        exchange.plan(asyncio.get_running_loop().time(), 0.0)
+        answer = b"HTTP/1.1 200 OK\r\n\r\n" + b'data: {"text": "a"}\n\n' * 4
+        for at in range(0, len(answer), size):
+            exchange.data_received(answer[at : at + size])
+        assert target.records[0].output == 4
+        exchange.data_received(b"data: [DONE]\n\n")
+        return target.tokens, target.records[0]
+
+    tokens, one = asyncio.run(play())
+    assert (tokens, one.output, one.outcome) == (4, 5, "finished")
+
+
 # ---- plots, and all of it
 
 
