@@ -264,15 +264,22 @@ class Readers(threading.Thread):
                 self.sizes["/events"] = self.sizes.get("/events", 0) + len(answer.read1(1 << 20))
 
 
-def measure(endpoints: int, waiting: int, seconds: float, per_s: float, transport: str) -> bool:
-    """Run all parts, print what was seen, and tell whether no turn was too long."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    pages = context.Process(target=serve_pages, args=(endpoints, theirs), daemon=True)
-    pages.start()
-    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as running:
-        directory = Path(name)
-        report = directory / "report"
+class Watched:
+    """A sidecar whose loop is watched, and servers with pages behind it."""
+
+    def __init__(self, endpoints: int, transport: str, running: contextlib.ExitStack) -> None:
+        """Start them; `running` ends them."""
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        pages = context.Process(target=serve_pages, args=(endpoints, theirs), daemon=True)
+        pages.start()
+        running.callback(pages.kill)
+        self._running = running
+        self.directory = Path(running.enter_context(tempfile.TemporaryDirectory()))
+        self._report, self._lines = self.directory / "report", 0
+        self.endpoints = [
+            {"name": f"engine-{port}", "address": f"127.0.0.1:{port}", "models": ["sim"]} for port in ours.recv()
+        ]
         config = {
             "enable_queue": True,
             "transport": transport,
@@ -284,69 +291,111 @@ def measure(endpoints: int, waiting: int, seconds: float, per_s: float, transpor
             "tenant_fairness": True,
             "drain_timeout": "200ms",
             "classes": [{"name": "default", "budget": "600s"}, {"name": "interactive", "priority": 10}],
-            "endpoints": [
-                {"name": f"engine-{port}", "address": f"127.0.0.1:{port}", "models": ["sim"]} for port in ours.recv()
-            ],
+            "endpoints": self.endpoints,
         }
-        running.callback(pages.kill)
-        sidecar = Sidecar(config, directory)
+        self.sidecar = sidecar = Sidecar(config, self.directory)
         sidecar.write_config()
-        sidecar.child.argv = [sys.executable, "-m", "bench.turns", "--serve", str(sidecar.path), str(report)]
-        child = running.enter_context(sidecar.child)
-        child.wait_ready(lambda: http_ok(sidecar.admin, "/readyz"), timeout_s=60, what="/readyz")
+        sidecar.child.argv = [sys.executable, "-m", "bench.turns", "--serve", str(sidecar.path), str(self._report)]
+        self._child = running.enter_context(sidecar.child)
+        self._child.wait_ready(lambda: http_ok(sidecar.admin, "/readyz"), timeout_s=60, what="/readyz")
+        self.seen()  # what starting takes keeps nobody waiting
 
-        lines = 0
-
-        def seen() -> dict[str, Any]:
-            nonlocal lines
-            child.signal(signal.SIGUSR1)
-            lines += 1
-            told = wait_until(lambda: (report.read_text() if report.exists() else "").splitlines()[lines - 1 :], 60)
-            found: dict[str, Any] = json.loads(told[0])
-            return found
-
-        def show(what: str, seconds: float) -> dict[str, Any]:
-            told = seen()
-            longest = ", ".join(f"{turn:.1f}" for turn in told["longest_ms"])
-            full = ", ".join(f"{took:.1f}" for took in told["full"]) or "none"
-            share = 100 * told["cpu_s"] / seconds
-            print(f"\n{what}: {told['turns']} turns, {share:.0f} % of a core; longest {longest} ms;", end=" ")
-            print(f"p99.9 {told['p999_ms']:.2f} ms; {told['long']} over {MOST_MS:g} ms;", end=" ")
-            print(f"garbage: full {full} ms, young {told['young']:.1f} ms")
-            for name, took in told["parts"]:
-                print(f"    {took:7.2f} ms  {name}")
-            for took, parts in told["within"]:
-                inside = ", ".join(
-                    f"{name} {part:.1f} ({times})"
-                    for name, (part, times) in sorted(parts.items(), key=lambda one: -one[1][0])
-                )
-                print(f"    a turn of {took:.1f} ms: {inside}")
-            return told
-
-        seen()  # what starting takes keeps nobody waiting
-        began = time.monotonic()
-        argv = [sys.executable, "-m", "bench.turns", "--hold", sidecar.listen, str(waiting), str(endpoints), str(per_s)]
-        time.sleep(3)
-        show(f"{endpoints} endpoints scraped, nobody waits", time.monotonic() - began)
-        began = time.monotonic()
-        client = running.enter_context(Child(argv, directory / "client.log", name="client"))
+    def fill(self, waiting: int, per_s: float) -> None:
+        """Hold requests until so many wait; from then on so many come and go each second."""
+        argv = [sys.executable, "-m", "bench.turns", "--hold", self.sidecar.listen]
+        argv += [str(waiting), str(len(self.endpoints)), str(per_s)]
+        client = self._running.enter_context(Child(argv, self.directory / "client.log", name="client"))
         client.wait_line("held", timeout_s=300)
-        while sidecar.queues()["waiting_total"] < waiting:
+        while self.sidecar.queues()["waiting_total"] < waiting:
             time.sleep(1)
-        show(f"{waiting} came", time.monotonic() - began)
-        readers = Readers(sidecar.admin)
+
+    def reload(self, **changes: Any) -> None:
+        """Have it take over changed keys, and return when it has."""
+        name = 'extproc_config_reloads_total{result="success"}'
+        before = self.sidecar.metrics()[name]
+        self.sidecar.write_config(**changes)
+        self._child.signal(signal.SIGHUP)
+        wait_until(lambda: self.sidecar.metrics()[name] > before, 60)
+
+    def seen(self) -> dict[str, Any]:
+        """Return what was seen since this was asked last."""
+        self._child.signal(signal.SIGUSR1)
+        self._lines += 1
+        told = wait_until(
+            lambda: (self._report.read_text() if self._report.exists() else "").splitlines()[self._lines - 1 :], 60
+        )
+        found: dict[str, Any] = json.loads(told[0])
+        return found
+
+    def show(self, what: str, seconds: float) -> dict[str, Any]:
+        """Print what was seen in the last `seconds`, and return it."""
+        told = self.seen()
+        longest = ", ".join(f"{turn:.1f}" for turn in told["longest_ms"])
+        full = ", ".join(f"{took:.1f}" for took in told["full"]) or "none"
+        share = 100 * told["cpu_s"] / seconds
+        print(f"\n{what}: {told['turns']} turns, {share:.0f} % of a core; longest {longest} ms;", end=" ")
+        print(f"p99.9 {told['p999_ms']:.2f} ms; {told['long']} over {MOST_MS:g} ms;", end=" ")
+        print(f"garbage: full {full} ms, young {told['young']:.1f} ms")
+        for name, took in told["parts"]:
+            print(f"    {took:7.2f} ms  {name}")
+        for took, parts in told["within"]:
+            inside = ", ".join(
+                f"{name} {part:.1f} ({times})"
+                for name, (part, times) in sorted(parts.items(), key=lambda one: -one[1][0])
+            )
+            print(f"    a turn of {took:.1f} ms: {inside}")
+        return told
+
+
+def measure(endpoints: int, waiting: int, seconds: float, per_s: float, transport: str) -> bool:
+    """Run all parts, print what was seen, and tell whether no turn was too long."""
+    with contextlib.ExitStack() as running:
+        watched = Watched(endpoints, transport, running)
+        began = time.monotonic()
+        time.sleep(3)
+        watched.show(f"{endpoints} endpoints scraped, nobody waits", time.monotonic() - began)
+        began = time.monotonic()
+        watched.fill(waiting, per_s)
+        watched.show(f"{waiting} came", time.monotonic() - began)
+        readers = Readers(watched.sidecar.admin)
         readers.start()
         time.sleep(3)
-        seen()
+        watched.seen()
         began = time.monotonic()
-        with ProcessPoolExecutor(1, mp_context=context) as beside:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as beside:
             noise = beside.submit(make_noise_seen, seconds).result()
-        told = show(f"{waiting} wait, {per_s:g} a second come and go, pages asked", time.monotonic() - began)
+        told = watched.show(f"{waiting} wait, {per_s:g} a second come and go, pages asked", time.monotonic() - began)
         readers.over.set()
         print(f"  asked {readers.asked} times: {readers.sizes}")
         figures = ", ".join(f"{name} {took_ms:.2f}" for name, took_ms in noise.items())
         print(f"  a loop beside it that always does the same: {figures} ms, which is the machine's noise")
         return bool(told["longest_ms"][0] <= MOST_MS)
+
+
+def measure_reloads(endpoints: int, waiting: int, transport: str) -> None:
+    """Print how long reloads that change all endpoints, or all who wait, stop the loop: the longest turn of each."""
+    with contextlib.ExitStack() as running:
+        watched = Watched(endpoints, transport, running)
+        if waiting:
+            watched.fill(waiting, 1.0)
+        few, listed = watched.endpoints[: endpoints // 100], watched.endpoints
+        adapted = [{**one, "models": ["sim", f"adapter-{number}"]} for number, one in enumerate(listed)]
+        for what, changes in (
+            ("a key that no endpoint has", {"drain_timeout": "300ms"}),
+            ("other models of all", {"endpoints": [{**one, "models": ["sim", "other"]} for one in listed]}),
+            ("a model of its own for each", {"endpoints": adapted}),
+            ("the models as before", {"endpoints": listed}),
+            ("other limits of all", {"max_running_requests": 2}),
+            ("the limits as before", {"max_running_requests": 1}),
+            ("another order of who waits", {"tenant_fairness": False}),
+            (f"all but {len(few)} go", {"endpoints": few}),
+            (f"{endpoints - len(few)} come", {"endpoints": listed}),
+        ):
+            time.sleep(2)
+            watched.seen()
+            began = time.monotonic()
+            watched.reload(**changes)
+            watched.show(f"{endpoints} endpoints, {waiting} wait: {what}", time.monotonic() - began)
 
 
 def main() -> int:
@@ -359,12 +408,16 @@ def main() -> int:
     parser.add_argument("--transport", choices=["completion_queue", "asyncio"], default="completion_queue")
     parser.add_argument("--serve", nargs=2, type=Path, metavar=("CONFIG", "REPORT"))
     parser.add_argument("--hold", nargs=4, metavar=("ADDRESS", "COUNT", "RUNNING", "PER_S"))
+    parser.add_argument("--reloads", action="store_true", help="how long reloads stop the loop, and nothing else")
     arguments = parser.parse_args()
     if arguments.serve is not None:
         return serve(*arguments.serve)
     if arguments.hold is not None:
         address, count, most_running, per_s = arguments.hold
         asyncio.run(hold(address, int(count), int(most_running), float(per_s)))
+        return 0
+    if arguments.reloads:
+        measure_reloads(arguments.endpoints, arguments.waiting, arguments.transport)
         return 0
     good = measure(arguments.endpoints, arguments.waiting, arguments.seconds, arguments.per_s, arguments.transport)
     return 0 if good else 1

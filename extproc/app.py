@@ -301,11 +301,11 @@ class App:
             key for key in Config.model_fields if key not in CHANGEABLE and getattr(config, key) != getattr(old, key)
         ]
         config = config.model_copy(update={key: getattr(old, key) for key in fixed})
-        problems = cross_check(config)
-        if problems:
-            kept = f"with {', '.join(fixed)} as before, which a restart would change: " if fixed else ""
-            raise ConfigError("configuration", [kept + problem for problem in problems])
-        if fixed:
+        if fixed:  # else it is as it was read, and was checked then
+            kept = f"with {', '.join(fixed)} as before, which a restart would change: "
+            problems = cross_check(config)
+            if problems:
+                raise ConfigError("configuration", [kept + problem for problem in problems])
             log.warning("%s: can't change while running; the old value stays until a restart", ", ".join(fixed))
         if config.longest_budget_s > old.longest_budget_s:
             log.warning(
@@ -319,7 +319,9 @@ class App:
         self.reception.set_overflow(config.overflow)
         self.reception.requests.default_model = config.default_model
         self._rank(self._priorities)
-        self.gate.set_policy(config.policy())
+        policy = config.policy()
+        if policy != self.gate.controller.policy:  # else all endpoints would be looked at for nothing
+            self.gate.set_policy(policy)
         self.health.configure(config.health_check)
         self.roster.configure(config)
         self.sources.configure(config.sources)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from extproc.admission.events import (
     Drained,
-    EndpointPut,
+    EndpointsPut,
     EndpointsRemoved,
     HealthChecked,
     ModelsKnown,
@@ -33,11 +33,19 @@ class Administration(Frame):
     # ---- endpoints
 
     def put_endpoint(self, spec: EndpointSpec, now: float) -> list[Decision]:
-        """Add an endpoint, change one, or bring a removed one back with the leases it still has."""
+        """Add or change one endpoint: see `put_endpoints`."""
+        return self.put_endpoints((spec,), now)
+
+    def put_endpoints(self, specs: Iterable[EndpointSpec], now: float) -> list[Decision]:
+        """Add endpoints, change some, or bring removed ones back with the leases they still have.
+
+        Many in one moment: who belongs together is found once, and then who waits is looked at.
+        """
         self._begin(now)
+        specs = tuple(specs)
         if self._watchers:
-            self._event = EndpointPut(now, spec)
-        self._fleet.put(spec)
+            self._event = EndpointsPut(now, specs)
+        self._fleet.put(specs)
         return self._end()
 
     def know_models(self, models: Iterable[str], now: float, *, expects_any: bool = False) -> list[Decision]:

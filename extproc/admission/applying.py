@@ -10,7 +10,7 @@ from extproc.admission.events import (
     Cancelled,
     Disowned,
     Drained,
-    EndpointPut,
+    EndpointsPut,
     EndpointsRemoved,
     FirstToken,
     HealthChecked,
@@ -58,8 +58,8 @@ def apply(core: Controller, event: Event) -> list[Decision]:  # noqa: C901 - one
             return core.disown(event.ticket, event.at)
         case Withdrawn():
             return core.withdraw(event.ticket, event.at)
-        case EndpointPut():
-            return core.put_endpoint(event.spec, event.at)
+        case EndpointsPut():
+            return core.put_endpoints(event.specs, event.at)
         case ModelsKnown():
             return core.know_models(event.models, event.at, expects_any=event.expects_any)
         case EndpointsRemoved():

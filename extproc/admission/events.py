@@ -109,10 +109,10 @@ class Withdrawn(OfTicket):
 
 
 @dataclass(frozen=True, slots=True)
-class EndpointPut(Event):
-    """An endpoint came, or is another now."""
+class EndpointsPut(Event):
+    """Endpoints came in one moment, or are others now."""
 
-    spec: EndpointSpec
+    specs: tuple[EndpointSpec, ...]
 
 
 @dataclass(frozen=True, slots=True)

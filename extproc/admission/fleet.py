@@ -43,32 +43,44 @@ class Fleet:
 
     # ---- coming and going
 
-    def put(self, spec: EndpointSpec) -> None:
-        """Add an endpoint, change one, or bring a removed one back with the leases it still has."""
+    def put(self, specs: Iterable[EndpointSpec]) -> None:
+        """Add endpoints, change some, or bring removed ones back with the leases they still have.
+
+        Pools are recomputed once, and only if one that was there serves other models now, or a new one can't `_join`.
+        """
         books = self._books
-        endpoint = books.endpoints.get(spec.name)
-        if endpoint is None:
-            endpoint = books.endpoints[spec.name] = Endpoint(spec, books.policy)
-            endpoint.quota = 0 if self.is_shared else None
-            self._join(endpoint)
-        else:
-            serves_the_same = not endpoint.removed and endpoint.spec.models == spec.models
-            endpoint.respec(spec, books.policy)
-            if serves_the_same:
-                self.changed(endpoint)
-                return
-            endpoint.removed = False
+        met: dict[Endpoint, None] = {}
+        regroups = False
+        for spec in specs:
+            endpoint = books.endpoints.get(spec.name)
+            if endpoint is None:
+                endpoint = books.endpoints[spec.name] = Endpoint(spec, books.policy)
+                endpoint.quota = 0 if self.is_shared else None
+            else:
+                regroups |= endpoint.removed or (bool(endpoint.pools) and endpoint.spec.models != spec.models)
+                endpoint.respec(spec, books.policy)
+                endpoint.removed = False
+            met[endpoint] = None
+        if not regroups:
+            regroups = not all(self._followed(endpoint) for endpoint in met)
+        if regroups:
             self.regroup()
 
-    def _join(self, endpoint: Endpoint) -> None:
-        """Let a new endpoint into the pools that it serves: what it costs does not grow with how many are there."""
+    def _followed(self, endpoint: Endpoint) -> bool:
+        """Follow one that is new, or has another limit, without regrouping; tell whether that was possible.
+
+        What that costs does not grow with how many are there.
+        """
+        if endpoint.pools:
+            self.changed(endpoint)
+            return True
         split = self._books.pools.join(endpoint)
         if split is None:
-            self.regroup()
-        else:
-            self.changed(endpoint)
-            self._spare_the_last(endpoint.pools)
-            self._lines.resettle(split)
+            return False
+        self.changed(endpoint)
+        self._spare_the_last(endpoint.pools)
+        self._lines.resettle(split)
+        return True
 
     def remove(self, endpoints: Iterable[Endpoint]) -> None:
         """Send nothing more to endpoints: their leases run out, those at home there go anywhere."""
@@ -113,8 +125,10 @@ class Fleet:
         present = [endpoint for endpoint in books.endpoints.values() if not endpoint.removed]
         before, parted = books.pools.regroup(present, books.lanes)
         for pool in dict.fromkeys((*before, *books.pools)):
-            for home in [home for home in pool.homes if home not in pool.members]:
-                self._lines.evict(pool, home)
+            if pool.homes:
+                members = set(pool.members)
+                for home in [home for home in pool.homes if home not in members]:
+                    self._lines.evict(pool, home)
         for endpoint in present:
             endpoint.listed = False
             self.changed(endpoint)

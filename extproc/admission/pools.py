@@ -288,13 +288,21 @@ def _missing(present: list[Endpoint]) -> dict[str, int]:
     return missing
 
 
+def _numbers(members: int) -> Iterator[int]:
+    """Walk the numbers of the bits that are set: few of many cost what few do."""
+    while members:
+        lowest = members & -members
+        yield lowest.bit_length() - 1
+        members ^= lowest
+
+
 def _keep(kept: dict[int, Pool], taken: set[Pool], members: int, pool: Pool, present: list[Endpoint]) -> Pool:
     """Return the pool of `members`: the first that was for any of their models, if no other set has it."""
     found = kept.get(members)
     if found is None:
         found = kept[members] = Pool(pool.tenants) if pool in taken else pool
         taken.add(found)
-        found.members = [endpoint for number, endpoint in enumerate(present) if members >> number & 1]
+        found.members = [present[number] for number in _numbers(members)]
         for endpoint in found.members:
             endpoint.pools.append(found)
     found.names += 1

@@ -17,7 +17,9 @@ SECRET = ("_headers", "_token")
 
 def changes(old: Config, new: Config) -> list[str]:
     """Return a line for each key of which the value differs, items of lists by their names."""
-    return list(_changes(old.model_dump(by_alias=True), new.model_dump(by_alias=True), ""))
+    keys = {key for key in type(new).model_fields if getattr(old, key) != getattr(new, key)}
+    before, after = (one.model_dump(by_alias=True, include=keys) for one in (old, new))
+    return list(_changes(before, after, ""))
 
 
 def _changes(old: Any, new: Any, where: str) -> Iterator[str]:

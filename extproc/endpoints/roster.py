@@ -177,15 +177,14 @@ class Roster:
         wanted = {endpoint.name for endpoint, _ in aims}
         moved = {
             endpoint.name
-            for endpoint, cluster in aims
+            for endpoint, spec in aims
             if self._file is not None
             and endpoint.name in self._placed
-            and self._placed[endpoint.name][1].cluster != cluster
-            and not self._routes[cluster].known
+            and self._placed[endpoint.name][1].cluster != spec.cluster
+            and not self._routes[spec.cluster].known
         }
-        for endpoint, cluster in aims:  # first those who come, so that requests always have somewhere to go
-            if self._file is None or self._routes[cluster].known:
-                self._place(endpoint, replace(self._config.spec_of(endpoint), cluster=cluster))
+        # First those who come, so that requests always have somewhere to go.
+        self._place([aim for aim in aims if self._file is None or self._routes[aim[1].cluster].known])
         gone = [name for name in self._placed if name not in wanted or name in moved]
         if gone:
             self._gate.remove_endpoints(gone)
@@ -193,11 +192,11 @@ class Roster:
             self._displace(name)
         self._wake.set()
 
-    def _aim(self) -> list[tuple[EndpointConfig, str]]:
+    def _aim(self) -> list[tuple[EndpointConfig, EndpointSpec]]:
         """Return who is wanted, and at which cluster; keep `_routes` in step."""
         if self._file is None:
-            return [(endpoint, self._config.spec_of(endpoint).cluster) for endpoint in self._wanted()]
-        aims: list[tuple[EndpointConfig, str]] = []
+            return [(endpoint, self._config.spec_of(endpoint)) for endpoint in self._wanted()]
+        aims: list[tuple[EndpointConfig, EndpointSpec]] = []
         used: set[str] = set()
         for endpoint in self._wanted():
             own = endpoint.cluster or endpoint.name
@@ -207,7 +206,7 @@ class Roster:
             route = self._routes.setdefault(cluster, _Route(endpoint.address))
             route.until, route.leases = None, ()
             used.add(cluster)
-            aims.append((endpoint, cluster))
+            aims.append((endpoint, replace(self._config.spec_of(endpoint), cluster=cluster)))
         for cluster, route in self._routes.items():
             if cluster not in used and route.until is None:
                 route.until = self._gate.now() + LINGER_S
@@ -223,25 +222,34 @@ class Roster:
         names = [name for name, (_, spec) in self._placed.items() if spec.cluster == cluster and name in endpoints]
         return tuple(ticket for name in names for ticket in endpoints[name].leases)
 
-    def _place(self, endpoint: EndpointConfig, spec: EndpointSpec) -> None:
-        before = self._placed.get(endpoint.name)
-        if before == (endpoint, spec):
-            return
+    def _place(self, endpoints: list[tuple[EndpointConfig, EndpointSpec]]) -> None:
+        """Let requests go to endpoints, as these are now: all in one moment, if any is new or another."""
+        news = [one for one in endpoints if self._placed.get(one[0].name) != one]
+        changed = []
+        for endpoint, spec in news:
+            before = self._placed.get(endpoint.name)
+            self._tell(endpoint, spec, None if before is None else before[0])
+            self._placed[endpoint.name] = (endpoint, spec)
+            self._gone.pop(endpoint.name, None)
+            if before is None or before[1].cluster != spec.cluster:
+                self._reception.put_cluster(spec.name, spec.cluster)
+            if before is None or before[0] != endpoint:
+                changed.append(endpoint)
+        if news:
+            self._gate.put_endpoints([spec for _, spec in news])
+        for endpoint in changed:
+            self._put(endpoint)
+
+    def _tell(self, endpoint: EndpointConfig, spec: EndpointSpec, before: EndpointConfig | None) -> None:
         what = "comes" if before is None else "changes"
         log.info("endpoint %s at %s %s, Envoy cluster %s", endpoint.name, endpoint.address, what, spec.cluster)
         by_hand = self._file is None and not self._config.picks  # a gateway is told addresses, and knows them itself
-        if by_hand and self._task is not None and (before is None or before[0].address != endpoint.address):
+        if by_hand and self._task is not None and (before is None or before.address != endpoint.address):
             log.warning(
                 "endpoint %s: Envoy's own cluster %s decides where its requests go, and must be changed by hand: "
                 "envoy_clusters_file is not set",
                 *(endpoint.name, spec.cluster),
             )
-        self._placed[endpoint.name] = (endpoint, spec)
-        self._gone.pop(endpoint.name, None)
-        self._reception.put_cluster(spec.name, spec.cluster)
-        self._gate.put_endpoint(spec)
-        if before is None or before[0] != endpoint:
-            self._put(endpoint)
 
     def _displace(self, name: str) -> None:
         del self._placed[name]

@@ -182,9 +182,9 @@ class SharedGate(Gate):
         super().set_policy(policy)
         self.replica.names_changed()
 
-    def put_endpoint(self, spec: EndpointSpec) -> None:
-        """Add or change an endpoint."""
-        super().put_endpoint(spec)
+    def put_endpoints(self, specs: Iterable[EndpointSpec]) -> None:
+        """Add or change endpoints in one moment."""
+        super().put_endpoints(specs)
         self._tell_names()
 
     def remove_endpoints(self, names: Iterable[str]) -> None:

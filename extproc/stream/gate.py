@@ -166,8 +166,12 @@ class Gate:
     # ---- endpoints and rules
 
     def put_endpoint(self, spec: EndpointSpec) -> None:
-        """Add or change an endpoint."""
-        self._settle(self.controller.put_endpoint(spec, self._loop.time()))
+        """Add or change one endpoint."""
+        self.put_endpoints((spec,))
+
+    def put_endpoints(self, specs: Iterable[EndpointSpec]) -> None:
+        """Add or change endpoints in one moment."""
+        self._settle(self.controller.put_endpoints(specs, self._loop.time()))
 
     def know_models(self, models: Iterable[str], *, expects_any: bool = False) -> None:
         """Let requests for these models wait, even while nobody serves them; `expects_any`: for any model."""

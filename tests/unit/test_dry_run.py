@@ -20,6 +20,7 @@ SAMPLES = {
     "name": "a",
     "names": ("a",),
     "spec": EndpointSpec("a", max_running_requests=3),
+    "specs": (EndpointSpec("a", max_running_requests=3),),
     "is_up": True,
     "load": Load(running=1.0),
     "policy": Policy(enable_queue=False),

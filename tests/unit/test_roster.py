@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from extproc.admission.controller import Controller
-from extproc.admission.ticket import Ticket
+from extproc.admission.events import EndpointsPut, Event
+from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Request
 from extproc.config import EndpointConfig
 from extproc.endpoints import roster
@@ -135,6 +136,28 @@ def test_a_new_endpoint_is_written_at_once_and_used_only_when_envoy_knows_it(tmp
         assert here.followed == {"a": "10.0.0.1:8000", "b": "10.0.0.2:8000"}
 
     live(story, path, endpoints=[endpoint("a")])
+
+
+def test_endpoints_that_come_and_change_in_one_moment_are_one_event_that_finds_their_clusters_known():
+    async def story(here: House) -> None:
+        waiting = [here.ask() for _ in range(4)][-1]
+        told: list[Event] = []
+        here.gate.controller.watch(lambda event, _: told.append(event))
+        now = [
+            endpoint("a", max_running_requests=2),
+            endpoint("b", "10.0.0.2:8000", cluster="cluster-b"),
+            endpoint("c", "10.0.0.3:8000"),
+        ]
+        here.change(endpoints=now)
+        puts = [event for event in told if isinstance(event, EndpointsPut)]
+        assert [[spec.name for spec in event.specs] for event in puts] == [["a", "b", "c"]]
+        await until(lambda: waiting.state is State.LEASED)
+        assert sorted(here.sent) == sorted(here.reception.steer(name) for name in "aabc")
+        assert list(here.followed) == ["a", "b", "c"]
+        here.change(endpoints=now)
+        assert [event for event in told if isinstance(event, EndpointsPut)] == puts, "nothing changed"
+
+    live(story, None, endpoints=[endpoint("a")])
 
 
 def test_an_envoy_that_never_says_a_word_is_not_waited_for_for_ever(tmp_path, monkeypatch, caplog):

@@ -60,6 +60,21 @@ def test_no_more_than_a_mebibyte_and_what_the_sockets_buffer_is_read_of_an_endle
     asyncio.run(main())
 
 
+def test_an_endpoint_that_serves_other_models_is_read_on_by_their_names():
+    async def main() -> None:
+        async with Pages() as pages, Wire(interval_s=0.02) as wire:
+            pages.page = b'vllm:num_requests_running{model_name="a"} 3\nsglang:num_running_reqs{model_name="b"} 7\n'
+            wire.scraper.put(Target("e", pages.url("good"), own=frozenset({"a"})))
+            await until(lambda: wire.seen)
+            before = asyncio.all_tasks()
+            wire.scraper.put(Target("e", pages.url("good"), own=frozenset({"b"})))
+            assert asyncio.all_tasks() == before, "its scrapes begin anew"
+            await until(lambda: wire.seen[-1][1].running == 7.0)
+            assert wire.seen[0][1].running == 3.0
+
+    asyncio.run(main())
+
+
 def test_a_good_page_becomes_load_again_and_again_over_one_connection_without_cookies():
     async def main() -> None:
         async with Pages() as pages, Wire(interval_s=0.02) as wire:

@@ -94,7 +94,7 @@ class Scraper:
         self._loop = loop
         self._random = random.Random()  # noqa: S311 - spreads load, guards nothing
         self._watches: dict[str, _Watch] = {}
-        self._errors: dict[tuple[str, Reason], int] = {}
+        self._errors: dict[str, dict[Reason, int]] = {}
         self._pages: Pages | None = None
         self._asking, self._reading = Turns(loop, _ASKED_IN_A_TURN), Turns(loop, _READ_IN_A_TURN)
 
@@ -140,7 +140,8 @@ class Scraper:
         """Scrape a new endpoint, or a changed one in the new way. Unchanged: no-op."""
         known = self._watches.get(target.name)
         if known is not None:
-            if known.target == target:
+            if replace(known.target, own=target.own) == target:  # the same pages, of which other lines may count
+                known.target = target
                 return
             self._end(known)
         rates = Rates(_RATE_GAPS * self.interval_s + self.timeout_s)
@@ -156,7 +157,7 @@ class Scraper:
         watch = self._watches.pop(name, None)
         if watch is not None:
             self._end(watch)
-            self._errors = {key: count for key, count in self._errors.items() if key[0] != name}
+            self._errors.pop(name, None)
 
     def read_report(self, name: str, value: str) -> Load | None:
         """Return what a load report says that came with an answer of the endpoint `name`; None: nothing, counted."""
@@ -187,7 +188,9 @@ class Scraper:
 
     def errors(self) -> Iterator[tuple[str, str, int]]:
         """Walk endpoint, reason and number of failed scrapes."""
-        return ((name, reason.value, count) for (name, reason), count in self._errors.items())
+        return (
+            (name, reason.value, count) for name, counts in self._errors.items() for reason, count in counts.items()
+        )
 
     # ---- one endpoint
 
@@ -203,6 +206,7 @@ class Scraper:
     async def _run(self, watch: _Watch) -> None:
         """Scrape until cancelled. The second scrape comes at a random time, so that endpoints spread out."""
         spread = 0.5
+        await self._asking.one()
         while True:
             began = self._loop.time()
             try:
@@ -299,7 +303,8 @@ class Scraper:
             )
 
     def _count_error(self, name: str, reason: Reason) -> None:
-        self._errors[name, reason] = self._errors.get((name, reason), 0) + 1
+        counts = self._errors.setdefault(name, {})
+        counts[reason] = counts.get(reason, 0) + 1
 
     @staticmethod
     def _silent_since(watch: _Watch) -> float:

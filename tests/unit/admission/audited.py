@@ -119,11 +119,12 @@ class Audited(Audit):
         self._begin()
         self._end(self.core.know_models(models, self.now, expects_any=expects_any))
 
-    def put(self, spec: EndpointSpec) -> None:
+    def put(self, *specs: EndpointSpec) -> None:
         self._begin()
-        books = self.books.setdefault(spec.name, Books(spec))
-        books.spec, books.present = spec, True
-        self._end(self.core.put_endpoint(spec, self.now))
+        for spec in specs:
+            books = self.books.setdefault(spec.name, Books(spec))
+            books.spec, books.present = spec, True
+        self._end(self.core.put_endpoints(specs, self.now))
 
     def remove(self, name: str) -> None:
         self._begin()

@@ -34,12 +34,12 @@ class Desk(Audited):
         for spec in specs:
             self.put(spec)
 
-    def put(self, spec: EndpointSpec) -> None:
-        """Bring an endpoint that is known to work: test_health.py is about those that nobody knows."""
-        is_new = spec.name not in self.books
-        super().put(spec)
-        if is_new:
-            self.set_up(spec.name, is_up=True)
+    def put(self, *specs: EndpointSpec) -> None:
+        """Bring endpoints that are known to work: test_health.py is about those that nobody knows."""
+        new = [spec.name for spec in specs if spec.name not in self.books]
+        super().put(*specs)
+        for name in new:
+            self.set_up(name, is_up=True)
 
     def _end(self, decisions: list[Decision], offered: Ticket | None = None) -> None:
         for decision in decisions:

@@ -266,13 +266,16 @@ class Storm:
 
     def _put(self) -> None:
         random = self.random
-        spec = EndpointSpec(
-            name=random.choice(NAMES),
-            models=random.choice(MODELS),
-            max_running_requests=random.choice((None, 1, 2, 5, 20)),
-            kv_capacity_tokens=random.choice((None, None, 3000, 20_000)),
-        )
-        self.audited.put(spec)
+        specs = [
+            EndpointSpec(
+                name=random.choice(NAMES),
+                models=random.choice(MODELS),
+                max_running_requests=random.choice((None, 1, 2, 5, 20)),
+                kv_capacity_tokens=random.choice((None, None, 3000, 20_000)),
+            )
+            for _ in range(random.choice((1, 1, 1, 2, 6)))
+        ]
+        self.audited.put(*specs)
 
     def _change_policy(self) -> None:
         random = self.random

@@ -29,7 +29,7 @@ EVENTS = [
     events.Released(AT, RUNS, Answer.OK),
     events.Moved(AT, RUNS, "b"),
     events.Disowned(AT, RUNS),
-    events.EndpointPut(AT, EndpointSpec("c", max_running_requests=2)),
+    events.EndpointsPut(AT, (EndpointSpec("c", max_running_requests=2), EndpointSpec("a", max_running_requests=1))),
     events.ModelsKnown(AT, ("m", "n"), expects_any=True),
     events.ModelsKnown(AT, (), expects_any=False),
     events.EndpointsRemoved(AT, ("a", "b")),

@@ -26,6 +26,16 @@ def test_a_higher_class_goes_first_whatever_waits() -> None:
     assert desk.serve_one_by_one(first) == ["urgent", "urgent", "std", "std", "batch", "batch"]
 
 
+def test_endpoints_that_come_in_one_moment_take_who_waits_in_order_and_no_more_than_fit() -> None:
+    desk = Desk(one(), patience_s=0.0)
+    desk.ask("first")
+    for name in ("batch", "std", "urgent", "batch", "std", "urgent"):
+        desk.ask(name, name)
+    desk.put(one("b"), one("c", 2), one("d", models=frozenset({"other"})))
+    assert desk.order == ["first", "urgent", "urgent", "std"]
+    assert desk.core.waiting == 3
+
+
 def test_an_unknown_class_counts_as_the_default_one() -> None:
     desk = Desk(one())
     assert desk.ask(request_class="made up").request_class is STD

@@ -173,6 +173,7 @@ def test_every_event_of_the_core_is_told_once_as_a_value_of_its_own_kind() -> No
     core = Controller(Policy())
     samples = {
         "spec": EndpointSpec("a"),
+        "specs": (EndpointSpec("a"),),
         "name": "a",
         "is_up": True,
         "load": Load(running=1.0),
@@ -182,6 +183,7 @@ def test_every_event_of_the_core_is_told_once_as_a_value_of_its_own_kind() -> No
         "names": ("a",),
     }
     methods = events_of_the_core()
+    assert methods.pop("put_endpoint") == ["spec", "now"], "which is put_endpoints of one"
     needs = {"cancel": State.WAITING, "withdraw": State.WAITING}
     needs |= dict.fromkeys(("release", "disown", "move"), State.LEASED)
     kinds = set()

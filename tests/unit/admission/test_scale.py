@@ -87,6 +87,57 @@ def test_endpoints_that_go_in_one_moment_leave_what_those_leave_that_go_one_by_o
     assert after(at_once=True) == after(at_once=False)
 
 
+@pytest.mark.parametrize(
+    "models", [lambda _: ["m", "other"], lambda number: ["m", f"m{number}"]], ids=["the same ones", "each its own"]
+)
+def test_twice_as_many_endpoints_that_serve_other_models_from_one_moment_on_cost_twice_as_much(
+    models: Callable[[int], list[str]],
+) -> None:
+    def changing(count: int) -> int:
+        core = core_of(count, lambda _: ["m"])
+        specs = [EndpointSpec(f"e{number}", "", frozenset(models(number)), 4) for number in range(count)]
+        cost = lines_of(lambda: core.put_endpoints(specs, 1.0))
+        assert all(core.knows_model(model) for model in models(count - 1))
+        return cost
+
+    assert changing(80) < 2.2 * changing(40)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_endpoints_that_come_or_change_in_one_moment_are_as_those_that_do_one_by_one(seed: int) -> None:
+    random, together, apart = Random(seed), core_of(0), core_of(0)
+
+    def spec(number: int) -> EndpointSpec:
+        models = frozenset(random.sample(("a", "b", "c"), random.randrange(3)))
+        return EndpointSpec(f"e{number}", "", models, random.choice((1, 2, None)))
+
+    def state(core: Controller) -> list[object]:
+        pools = [core.pools(), *({core._books.pools.find(model): None} for model in (None, "a", "b", "c", "unknown"))]
+        facts = [
+            [
+                (pool.usable, pool.is_served, *sorted(one.name for one in pool.open), *_facts(pool))
+                for pool in of
+                if pool
+            ]
+            for of in pools
+        ]
+        return [repr(core), sorted(facts[0], key=str), facts[1:]]
+
+    for number in range(60):
+        specs = [spec(one) for one in random.sample(range(6), random.choice((1, 2, 5)))]
+        together.put_endpoints(specs, float(number))
+        for one in specs:
+            apart.put_endpoints([one], float(number))
+        gone, asked = f"e{random.randrange(6)}", random.choice(("a", "b", None))
+        for core in (together, apart):
+            core.remove_endpoints([gone], float(number))
+            ticket = Ticket(Request("r", float(number), model=asked, home="e1"))
+            core.offer(ticket, float(number))
+            if ticket.state.name == "WAITING":
+                core.cancel(ticket, float(number))
+        assert state(together) == state(apart), (number, specs)
+
+
 @pytest.mark.parametrize("waiting", [False, True])
 def test_a_request_costs_the_same_among_two_hundred_endpoints_as_among_ten(waiting: bool) -> None:
     def round_of(endpoints: int) -> int:
