@@ -117,6 +117,7 @@ class Administration(Frame):
         reorder = (policy.fair, policy.short_first) != (books.policy.fair, books.policy.short_first)
         lanes = books.lanes
         books.follow(policy)
+        self._tokens.law = policy.laws.tokens
         if books.lanes != lanes:
             self._fleet.regroup()
         if reorder:

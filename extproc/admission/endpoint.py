@@ -128,7 +128,7 @@ class Endpoint:
         self.strangers = Foreign()
         self.kv = KvBooks(spec.kv_capacity_tokens, policy.laws.kv)
         self.counters = Counters(policy.laws.counters)
-        self.steps = StepCost()
+        self.steps = StepCost(policy.laws.steps)
         self.prefill = Prefill(policy.laws.prompts)
         self.sees_first_tokens = False
         self.apply(policy)
@@ -148,6 +148,7 @@ class Endpoint:
             self.limit.law = policy.limit_law
             self.limit.slowdown.law = policy.laws.answers
         self.kv.law, self.counters.law = policy.laws.kv, policy.laws.counters
+        self.steps.law = policy.laws.steps
         self.prefill.obey(policy.laws.prompts)
         self.look_for_first_tokens(policy)
 

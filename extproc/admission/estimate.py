@@ -14,35 +14,23 @@ from collections import OrderedDict
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
+from extproc.admission.laws import LAWS
 from extproc.admission.values import UNSIZED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from extproc.admission.laws import TokenLaw
     from extproc.admission.ticket import Ticket
     from extproc.admission.values import Request
 
-FIRST_GUESS = 200.0
-"""Mean output tokens before anything was seen; public chat traces have means of 130 to 210."""
-MEMORY = 200
-"""About so many of the last answers make the mean."""
-FEW = 8
-"""So many answers of its own a model and class must have had to be told from the others by half."""
 MOST_PROMPT, MOST_OUTPUT = 262_144, 32_768
 """What a page says of one prompt or answer above this is not believed."""
 MOST_CONTEXT = 131_072
 """Tokens that a model takes where nobody says: a size is a claim, and books no more than could be true."""
 LEAST_SCALE, MOST_SCALE = 1 / 1024, 8.0
-MOST_STEP = 4.0
-"""By how much one reading may differ from what was expected: one page that lies must not move much."""
-MOST_FASTER = 2.5
-"""An engine is taken to write at most so many times as fast as the median of all."""
-FIRST_PACE, MOST_PACE, NUDGE = 50.0, 1000.0, 1.01
-"""Tokens per second of one sequence: the first median over engines, its most, and what an answer moves it by."""
-SURE, UNSURE = 0.01, 1.0
-"""Variance of a scale that has settled (it may still drift), and of one that nobody has seen."""
-NOISE = 0.25
-"""By how much a sum of prompts may be off for other reasons, as a share of it."""
+MOST_PACE = 1000.0
+"""Tokens per second of one sequence: no median over engines is more."""
 SCALES = 4096
 """Scales remembered; the one that was used longest ago is forgotten first."""
 
@@ -50,13 +38,13 @@ SCALES = 4096
 class _Scale:
     __slots__ = ("value", "variance")
 
-    def __init__(self) -> None:
+    def __init__(self, variance: float) -> None:
         self.value = 1.0
-        self.variance = UNSURE
+        self.variance = variance
 
 
 class _Mean:
-    """A mean of the last MEMORY values, and how many there were."""
+    """A mean of the last values, and how many there were."""
 
     __slots__ = ("count", "value")
 
@@ -64,9 +52,9 @@ class _Mean:
         self.count = 0.0
         self.value = 0.0
 
-    def add(self, value: float) -> None:
-        if self.count < MEMORY:
-            self.count = min(self.count + 1.0, MEMORY)
+    def add(self, value: float, memory: float) -> None:
+        """Follow a value; about the last `memory` of them count."""
+        self.count = min(self.count + 1.0, memory)
         self.value += (value - self.value) / self.count
 
 
@@ -89,19 +77,24 @@ SizeClass = tuple[str | None, str, int]
 
 
 class TokenEstimate:
-    """What requests of each kind really need."""
+    """What requests of each kind really need.
 
-    __slots__ = ("_all", "_answers", "_correction", "_durations", "_mean", "_pace", "_scales")
+    Attributes:
+        law: the constants.
+    """
 
-    def __init__(self) -> None:
-        """Start at FIRST_GUESS, and believe what requests announce."""
+    __slots__ = ("_all", "_answers", "_correction", "_durations", "_mean", "_pace", "_scales", "law")
+
+    def __init__(self, law: TokenLaw = LAWS.tokens) -> None:
+        """Start at the law's guess, and believe what requests announce."""
+        self.law = law
         self._scales: OrderedDict[SizeClass, _Scale] = OrderedDict()
-        self._mean = FIRST_GUESS  # of all answers, by the counters
+        self._mean = law.answer  # of all answers, by the counters
         self._all = _Mean()  # of all answers, as `tokens_of` sees them
         self._correction = 1.0  # by how much counters and that view differ
         self._answers: OrderedDict[tuple[str | None, str], _Mean] = OrderedDict()
         self._durations = _Mean()
-        self._pace = FIRST_PACE  # the median of what engines showed
+        self._pace = law.first_pace  # the median of what engines showed
 
     def estimate(self, ticket: Ticket, longest: int | None) -> None:
         """Fill in the ticket's token estimates. `longest`: what the model takes; nobody needs more."""
@@ -137,30 +130,31 @@ class TokenEstimate:
         expected = sum(scales[key].value * size for key, size in announced.items())
         if expected <= 0.0:
             return
-        counted = min(tokens, expected * MOST_STEP, MOST_PROMPT * len(tickets))
+        counted = min(tokens, expected * self.law.most_step, MOST_PROMPT * len(tickets))
         spread = sum(scales[key].variance * size * size for key, size in announced.items())
-        spread += (NOISE * min(expected, counted)) ** 2
+        spread += (self.law.noise * min(expected, counted)) ** 2
         for key, size in announced.items():
             scale = scales[key]
             gain = scale.variance * size / spread
             scale.value = min(max(scale.value + gain * (counted - expected), LEAST_SCALE), MOST_SCALE)
-            scale.variance = max(scale.variance * (1.0 - gain * size), SURE * scale.value**2)
+            scale.variance = max(scale.variance * (1.0 - gain * size), self.law.sure * scale.value**2)
 
     def tokens_of(self, ticket: Ticket, writing_s: float, pace: float | None, *, learn: bool) -> float:
         """Return about how many tokens an answer had that was written for `writing_s`; `learn` from a whole one.
 
         `pace`: tokens per second of one sequence at its engine; None: not known, their times alone tell answers apart.
         """
-        self._durations.add(writing_s)
+        law = self.law
+        self._durations.add(writing_s, law.memory)
         if pace is None:
             pace = self._mean / max(self._durations.value, 1e-3)
         else:
-            self._pace = min(self._pace * (NUDGE if pace > self._pace else 1.0 / NUDGE), MOST_PACE)
-            pace = min(pace, self._pace * MOST_FASTER)
+            self._pace = min(self._pace * (law.nudge if pace > self._pace else 1.0 / law.nudge), MOST_PACE)
+            pace = min(pace, self._pace * law.most_faster)
         seen = min(writing_s * pace * ticket.sequences, float(MOST_OUTPUT))
         if not learn:
             return seen * self._correction
-        self._all.add(seen)
+        self._all.add(seen, law.memory)
         self._compare()
         key = (ticket.request.model, ticket.request_class.name)
         mean = self._answers.get(key)
@@ -168,7 +162,7 @@ class TokenEstimate:
             mean = self._answers[key] = _Mean()
             if len(self._answers) > SCALES:
                 self._answers.popitem(last=False)
-        mean.add(seen / ticket.sequences)
+        mean.add(seen / ticket.sequences, law.memory)
         return seen * self._correction
 
     def learn(self, output_tokens: int, answers: int) -> None:
@@ -178,7 +172,7 @@ class TokenEstimate:
         at most doubles the mean.
         """
         if answers > 0:
-            share = min(answers / MEMORY, 0.5)
+            share = min(answers / self.law.memory, 0.5)
             seen = min(output_tokens / answers, MOST_OUTPUT)
             self._mean = min(self._mean + share * (seen - self._mean), 2.0 * self._mean + 1.0)
             self._compare()
@@ -203,16 +197,16 @@ class TokenEstimate:
             case "mean":
                 self._mean = tokens
             case "all":
-                self._all.value, self._all.count = tokens, min(max(weight, 0.0), MEMORY)
+                self._all.value, self._all.count = tokens, min(max(weight, 0.0), self.law.memory)
             case "answers":
                 mean = self._answers.setdefault((model, kind), _Mean())
-                mean.value, mean.count = tokens, min(max(weight, 1.0), MEMORY)
+                mean.value, mean.count = tokens, min(max(weight, 1.0), self.law.memory)
                 if len(self._answers) > SCALES:
                     self._answers.popitem(last=False)
             case "scale":
                 scale = self._scale((model, kind, bits))
                 scale.value = min(max(value, LEAST_SCALE), MOST_SCALE)
-                scale.variance = min(max(weight, SURE * scale.value**2), UNSURE)
+                scale.variance = min(max(weight, self.law.sure * scale.value**2), self.law.unsure)
             case _:
                 pass  # a newer version knows more
         self._compare()
@@ -228,13 +222,13 @@ class TokenEstimate:
         own = self._answers.get((ticket.request.model, ticket.request_class.name))
         if own is None:
             return int(self._mean)
-        weight = own.count / (own.count + FEW)
+        weight = own.count / (own.count + self.law.own)
         return int(self._mean + weight * (own.value * self._correction - self._mean))
 
     def _scale(self, key: SizeClass) -> _Scale:
         scale = self._scales.get(key)
         if scale is None:
-            scale = self._scales[key] = _Scale()
+            scale = self._scales[key] = _Scale(self.law.unsure)
             if len(self._scales) > SCALES:
                 self._scales.popitem(last=False)
         else:

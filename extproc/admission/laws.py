@@ -1,6 +1,7 @@
 """The constants of what is learned of an engine, beside its limit's own (`limit.py`): the config's `learning`.
 
-What a change of one is judged by: `python -m bench.matrix --gate`.
+What a change of one is judged by: `python -m bench.matrix --gate`. What stays a constant beside the code that uses it
+is no law: a bound that keeps a lie or a flood small, a memory that must not grow, a grid, exactness given up for time.
 """
 
 from __future__ import annotations
@@ -47,6 +48,12 @@ class PromptLaw:
         streamed: an answer whose first byte came this share of its time before its end was streamed.
         patience, patience_s: a first byte that was to be seen and did not come in so many times the predicted time, or
             so many seconds, is one of an answer that does not stream.
+        nudge: how much one first byte moves what a prompt token is taken to need, where nothing else tells: up or down,
+            so that it settles at the median.
+        lengths: about so many of the last prompts make their mean length.
+        hits: what a reading of prefix hits keeps of those before.
+        overtaken: a prompt that was sent this share of its predicted time before one whose first byte came is computed
+            too.
         chunks, ahead_s, prompts: so many chunks may be under way at an endpoint, or what it computes in `ahead_s`, or
             so many prompts of mean length: what is most. Less leaves steps half empty; more is a line inside the
             engine that nobody can reorder.
@@ -62,6 +69,10 @@ class PromptLaw:
     streamed: float = 0.1
     patience: float = 1.5
     patience_s: float = 2.0
+    nudge: float = 1.05
+    lengths: float = 50.0
+    hits: float = 0.9
+    overtaken: float = 0.5
     chunks: int = 2
     ahead_s: float = 0.25
     prompts: float = 3.0
@@ -110,6 +121,63 @@ class CounterLaw:
 
 
 @dataclass(frozen=True, slots=True)
+class StepLaw:
+    """The constants of the filter that learns what a step costs. A first guess holds for endpoints that come later.
+
+    Attributes:
+        base_s, sequence_s, prompt_s: what the three costs are taken to be before anything was seen, in seconds.
+        base_off_s, sequence_off_s, prompt_off_s: by how much that may be off.
+        base_drift_s, sequence_drift_s, prompt_drift_s: how far each may move in a second: engines change with their
+            load and their settings.
+        noise: by how much the equation is off, as a share of the elapsed time.
+        uncounted: prompt tokens that were computed and are counted with the next reading, or were counted late.
+        memory_s: what is longer ago weighs less than a third in the time per token.
+    """
+
+    base_s: float = 0.02
+    sequence_s: float = 1e-4
+    prompt_s: float = 6e-5
+    base_off_s: float = 0.05
+    sequence_off_s: float = 1.5e-4
+    prompt_off_s: float = 7e-5
+    base_drift_s: float = 5e-4
+    sequence_drift_s: float = 2e-6
+    prompt_drift_s: float = 1e-6
+    noise: float = 0.12
+    uncounted: float = 700.0
+    memory_s: float = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLaw:
+    """The constants of the estimates of what requests need. A first guess holds until something was seen.
+
+    Attributes:
+        answer: mean output tokens before anything was seen; public chat traces have means of 130 to 210.
+        memory: about so many of the last answers make a mean.
+        own: so many answers of its own a model and class must have had to be told from the others by half.
+        most_step: by how much one reading of prompts may differ from what was expected: one page that lies must not
+            move much.
+        most_faster: an engine is taken to write at most so many times as fast as the median of all.
+        first_pace, nudge: tokens per second of one sequence, the first median over engines, and what an answer moves
+            it by.
+        sure, unsure: variance of a scale that has settled (it may still drift), and of one that nobody has seen.
+        noise: by how much a sum of prompts may be off for other reasons, as a share of it.
+    """
+
+    answer: float = 200.0
+    memory: float = 200.0
+    own: float = 8.0
+    most_step: float = 4.0
+    most_faster: float = 2.5
+    first_pace: float = 50.0
+    nudge: float = 1.01
+    sure: float = 0.01
+    unsure: float = 1.0
+    noise: float = 0.25
+
+
+@dataclass(frozen=True, slots=True)
 class Laws:
     """All of them."""
 
@@ -117,6 +185,8 @@ class Laws:
     prompts: PromptLaw = PromptLaw()
     answers: AnswerLaw = AnswerLaw()
     counters: CounterLaw = CounterLaw()
+    steps: StepLaw = StepLaw()
+    tokens: TokenLaw = TokenLaw()
 
 
 LAWS = Laws()

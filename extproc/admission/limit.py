@@ -31,12 +31,6 @@ CEILING = 512
 """The most requests that any adaptive limit allows at one endpoint."""
 
 
-KEPT = 0.8
-"""Share of an objective that is aimed at: answers vary."""
-ATTAINABLE = 1.1
-"""An objective below so many best steps can't be met, and aiming at it would only cost throughput."""
-
-
 @dataclass(frozen=True, slots=True)
 class LimitLaw:
     """The constants of the adaptive limit.
@@ -47,6 +41,8 @@ class LimitLaw:
         tpot_s: wanted time per output token.
         best_factor: on an engine whose best step is slow: so many times that step is wanted instead, if that is more.
         objective_s: what users want per output token, if they say: it wins over both, as far as steps allow.
+        aimed: share of an objective that is aimed at: answers vary.
+        attainable: an objective below so many best steps can't be met, and aiming at it would only cost throughput.
         shrink, grow, leap: the most that a second changes the limit by; it leaps while answers are much faster than
             wanted.
         kv_brake: a fuller KV cache shrinks the limit, unless KV tokens are counted in the books.
@@ -54,6 +50,7 @@ class LimitLaw:
         queued_readings: so many readings in a row make its batch size.
         probe_s: how long a batch size is believed before one more request is tried; each time it is found again it
             doubles, up to probe_most_s.
+        silent_readings: readings in a row without a word of tokens; one more makes a limit blind.
     """
 
     start: int = 16
@@ -61,6 +58,8 @@ class LimitLaw:
     tpot_s: float = 0.080
     best_factor: float = 1.75
     objective_s: float | None = None
+    aimed: float = 0.8
+    attainable: float = 1.1
     shrink: float = 0.85
     grow: float = 1.1
     leap: float = 2.0
@@ -69,18 +68,17 @@ class LimitLaw:
     queued_readings: int = 3
     probe_s: float = 30.0
     probe_most_s: float = 480.0
+    silent_readings: int = 5
 
     def target_s(self, base_s: float) -> float:
         """Return the time per output token to keep on an engine whose steps take `base_s` at the least."""
         if self.objective_s is not None:
-            return max(KEPT * self.objective_s, ATTAINABLE * base_s)
+            return max(self.aimed * self.objective_s, self.attainable * base_s)
         return max(self.tpot_s, self.best_factor * base_s)
 
 
 DEFAULT_LAW = LimitLaw()
 
-SILENT = 5
-"""Readings in a row without a word of tokens that make a limit blind."""
 LONGEST_S = 2.0
 """One reading after a long silence changes the limit no more than one after this."""
 
@@ -173,7 +171,7 @@ class AdaptiveLimit:
         law = self.law
         self.target_s = law.target_s(costs.base_s if costs.readings else 0.0)
         self._silent = self._silent + 1 if load.tokens_per_s is None else 0
-        self.blind = self._silent > SILENT or (self.blind and self._silent > 0)
+        self.blind = self._silent > law.silent_readings or (self.blind and self._silent > 0)
         queues = self._find_batch(load, wanted=wanted, elapsed_s=elapsed_s)
         elapsed_s = min(elapsed_s, LONGEST_S)
         slow, target_s, kv, exact = costs.tpot_s, self.target_s, load.kv_usage, self._exact

@@ -19,17 +19,10 @@ if TYPE_CHECKING:
     from extproc.admission.steps import StepCost
     from extproc.admission.ticket import Ticket
 
-NUDGE = 1.05
-"""How far one first byte moves what a prompt token is taken to need, where nothing else tells: up or down, so that it
-settles at the median."""
-KEPT, FRESH_AT_FIRST, LEAST_FRESH = 0.9, 20_000.0, 0.02
-"""What a reading keeps of those before, the prompt tokens that make up the first belief in no hits, and the least."""
-MEMORY = 50
-"""About so many of the last prompts make their mean length."""
+FRESH_AT_FIRST, LEAST_FRESH = 20_000.0, 0.02
+"""The prompt tokens that make up the first belief in no hits; and no fewer than so many are taken to be fresh."""
 BURST_S, LEAST_WORK = 0.005, 256
 """First bytes so close together come from one step of the engine; less work than this says nothing of the pace."""
-AHEAD = 0.5
-"""A prompt that was sent this share of its predicted time before one whose first byte came is computed too."""
 LEAST_TOKEN_S, MOST_TOKEN_S = 1e-6, 0.1
 """No engine is faster, or slower: whatever is seen, the limit stays a number of tokens and a prediction a time."""
 
@@ -103,7 +96,7 @@ class Prefill:
         self._slack = law.caution
         self.fresh = 1.0
         self._asked = self._computed = FRESH_AT_FIRST
-        self._seen = 0
+        self._seen = 0.0
         self._mean = 0.0  # of the last prompts' tokens
         self._computed_at = 0.0  # when the last of them will be computed
         self._token_s = law.first_token_s
@@ -124,8 +117,9 @@ class Prefill:
 
     def found(self, cached_tokens: int, prompt_tokens: int) -> None:
         """Follow how many tokens of `prompt_tokens` the engine found in its prefix cache."""
-        self._computed = KEPT * self._computed + max(prompt_tokens - cached_tokens, 0)
-        self._asked = KEPT * self._asked + prompt_tokens
+        kept = self.law.hits
+        self._computed = kept * self._computed + max(prompt_tokens - cached_tokens, 0)
+        self._asked = kept * self._asked + prompt_tokens
         self.fresh = min(max(self._computed / self._asked, LEAST_FRESH), 1.0)
 
     def add(self, ticket: Ticket, now: float) -> None:
@@ -134,8 +128,7 @@ class Prefill:
         ticket.prompt_pending = True
         ticket.work_tokens = self.work_of(ticket)
         self.tokens += ticket.work_tokens
-        if self._seen < MEMORY:
-            self._seen += 1
+        self._seen = min(self._seen + 1.0, self.law.lengths)
         self._mean += (ticket.work_tokens - self._mean) / self._seen
         self.prompts += ticket.prompt_tokens
         self.outputs += ticket.output_tokens
@@ -160,7 +153,7 @@ class Prefill:
         while self._pending and not self._counts:
             oldest = next(iter(self._pending))
             ahead_s = ticket.leased_at - oldest.leased_at
-            if now < oldest.computed_at and ahead_s < AHEAD * (oldest.computed_at - oldest.leased_at):
+            if now < oldest.computed_at and ahead_s < self.law.overtaken * (oldest.computed_at - oldest.leased_at):
                 return
             oldest.computed_at = now
             self._drop(oldest)
@@ -248,9 +241,9 @@ class Prefill:
             burst.work_tokens -= ticket.work_tokens
         elif burst.work_tokens >= LEAST_WORK and not burst.told:
             burst.told = True
-            took_s = burst.seen_at - burst.begun_at
+            took_s, nudge = burst.seen_at - burst.begun_at, self.law.nudge
             slower = took_s > self._token_s * burst.work_tokens
-            self._take_pace(self._token_s * (NUDGE if slower else 1.0 / NUDGE))
+            self._take_pace(self._token_s * (nudge if slower else 1.0 / nudge))
 
     def _take_pace(self, token_s: float) -> None:
         self._token_s = min(max(LEAST_TOKEN_S, token_s), MOST_TOKEN_S)

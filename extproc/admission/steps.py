@@ -17,21 +17,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from extproc.admission.laws import LAWS
+
 if TYPE_CHECKING:
+    from extproc.admission.laws import StepLaw
     from extproc.admission.load import Load
 
-FIRST = (0.02, 1e-4, 6e-5)
-"""What the three cost before anything was seen, in seconds; and below, by how much that may be off."""
-FIRST_OFF = (0.05, 1.5e-4, 7e-5)
-DRIFT = (5e-4, 2e-6, 1e-6)
-"""How far each may move in a second: engines change with their load and their settings."""
 LEAST = (1e-3, 0.0, 1e-6)
-NOISE = 0.12
-"""By how much the equation is off, as a share of the elapsed time ..."""
-UNCOUNTED_TOKENS = 700.0
-"""... and the prompt tokens that were computed and are counted with the next reading, or were counted late."""
-MEMORY_S = 4.0
-"""What is longer ago weighs less than a third in the time per token."""
+"""No engine's three costs are less, in seconds."""
 LONGEST_S = 2.0
 """A reading after a long silence weighs no more than one after this."""
 
@@ -40,6 +33,7 @@ class StepCost:
     """The costs of one engine's steps.
 
     Attributes:
+        law: the constants.
         base_s: seconds of a step in which nobody runs.
         sequence_s: seconds that each running sequence adds.
         prompt_s: seconds that each prompt token adds.
@@ -47,17 +41,19 @@ class StepCost:
         worked: whether the engine made tokens in the last reading.
     """
 
-    __slots__ = ("_running", "_spread", "_tokens", "base_s", "prompt_s", "readings", "sequence_s", "worked")
+    __slots__ = ("_running", "_spread", "_tokens", "base_s", "law", "prompt_s", "readings", "sequence_s", "worked")
 
-    def __init__(self) -> None:
-        """Start with a guess."""
-        self.base_s, self.sequence_s, self.prompt_s = FIRST
+    def __init__(self, law: StepLaw = LAWS.steps) -> None:
+        """Start with the law's guess."""
+        self.law = law
+        self.base_s, self.sequence_s, self.prompt_s = law.base_s, law.sequence_s, law.prompt_s
         self.readings = 0
         self.worked = False
         self._running = 0.0  # running requests x seconds, weighted by age
         self._tokens = 0.0  # output tokens, weighted alike
         self._spread = [
-            [off * off if row == column else 0.0 for column in range(3)] for row, off in enumerate(FIRST_OFF)
+            [off * off if row == column else 0.0 for column in range(3)]
+            for row, off in enumerate((law.base_off_s, law.sequence_off_s, law.prompt_off_s))
         ]
 
     @property
@@ -84,7 +80,7 @@ class StepCost:
         if not running or not rate or running < 0 or rate < 0:
             return
         self.worked = True
-        kept = math.exp(-elapsed_s / MEMORY_S)
+        kept = math.exp(-elapsed_s / self.law.memory_s)
         self._running = self._running * kept + running * elapsed_s
         self._tokens = self._tokens * kept + rate * elapsed_s
         if before:  # busy from end to end
@@ -94,11 +90,11 @@ class StepCost:
 
     def learn(self, elapsed_s: float, steps: float, output_tokens: float, prompt_tokens: float) -> None:
         """Follow `elapsed_s` in which the engine was busy from end to end, and what it did in them."""
-        spread, did = self._spread, (steps, output_tokens, prompt_tokens)
-        for row, drift in enumerate(DRIFT):
+        law, spread, did = self.law, self._spread, (steps, output_tokens, prompt_tokens)
+        for row, drift in enumerate((law.base_drift_s, law.sequence_drift_s, law.prompt_drift_s)):
             spread[row][row] += drift * drift * elapsed_s
         shared = [sum(value * part for value, part in zip(line, did, strict=True)) for line in spread]
-        noise = (NOISE * elapsed_s) ** 2 + (UNCOUNTED_TOKENS * self.prompt_s) ** 2
+        noise = (law.noise * elapsed_s) ** 2 + (law.uncounted * self.prompt_s) ** 2
         total = sum(value * part for value, part in zip(shared, did, strict=True)) + noise
         costs = (self.base_s, self.sequence_s, self.prompt_s)
         missing = elapsed_s - sum(cost * part for cost, part in zip(costs, did, strict=True))

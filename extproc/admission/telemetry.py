@@ -69,7 +69,7 @@ def trusts_counters(endpoint: Endpoint) -> bool:
         endpoint.produced, endpoint.completed, [(pool.usual, len(pool.members)) for pool in endpoint.pools]
     )
     if endpoint.counters.doubted and not before:
-        endpoint.steps = StepCost()  # they taught it
+        endpoint.steps = StepCost(endpoint.steps.law)  # they taught it
     return not endpoint.counters.doubted
 
 

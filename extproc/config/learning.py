@@ -6,14 +6,16 @@ from typing import Annotated
 
 from pydantic import Field
 
-from extproc.admission.laws import LAWS, AnswerLaw, CounterLaw, KvLaw, Laws, PromptLaw
+from extproc.admission.laws import LAWS, AnswerLaw, CounterLaw, KvLaw, Laws, PromptLaw, StepLaw, TokenLaw
 from extproc.admission.limit import CEILING, DEFAULT_LAW, LimitLaw
 from extproc.config.section import Section
 from extproc.config.types import Percent, PositiveDuration
 
 _KV, _PROMPTS, _ANSWERS, _COUNTERS = LAWS.kv, LAWS.prompts, LAWS.answers, LAWS.counters
+_STEPS, _TOKENS = LAWS.steps, LAWS.tokens
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Times = Annotated[float, Field(ge=1.0, le=100.0)]
+Count = Annotated[float, Field(ge=1.0, le=1e6)]
 
 
 class LimitConfig(Section):
@@ -31,6 +33,10 @@ class LimitConfig(Section):
     step_factor: Annotated[float, Field(ge=1.0, le=10.0)] = Field(
         DEFAULT_LAW.best_factor,
         description="Where a server's step alone takes long, so many times that is wanted instead.",
+    )
+    aimed: Share = Field(DEFAULT_LAW.aimed, description="Where a class has a `tpot`: this share of it is aimed at, ...")
+    attainable: Times = Field(
+        DEFAULT_LAW.attainable, description="... but no less than so many times a server's step alone."
     )
     probe: PositiveDuration = Field(
         DEFAULT_LAW.probe_s,
@@ -60,6 +66,11 @@ class LimitConfig(Section):
         DEFAULT_LAW.queued_readings, description="... in so many readings in a row, while it runs no more than before."
     )
 
+    silent_readings: Annotated[int, Field(ge=1, le=1000)] = Field(
+        DEFAULT_LAW.silent_readings,
+        description="After more readings in a row than this without a word of tokens, answers' times make the limit.",
+    )
+
     def law(self, objective_s: float | None) -> LimitLaw:
         """Return them as admission knows them; `objective_s`: the tightest `tpot` of the classes."""
         return LimitLaw(
@@ -68,6 +79,8 @@ class LimitConfig(Section):
             tpot_s=self.tpot,
             best_factor=self.step_factor,
             objective_s=objective_s,
+            aimed=self.aimed,
+            attainable=self.attainable,
             probe_s=self.probe,
             probe_most_s=max(self.longest_probe, self.probe),
             shrink=self.shrink,
@@ -76,6 +89,7 @@ class LimitConfig(Section):
             kv_brake=self.kv_brake / 100,
             queued=self.queued,
             queued_readings=self.queued_readings,
+            silent_readings=self.silent_readings,
         )
 
 
@@ -155,6 +169,18 @@ class PromptLearningConfig(Section):
     longest_patience: PositiveDuration = Field(
         _PROMPTS.patience_s, description="... or this time does not stream, and its prompt counts as computed."
     )
+    overtaken: Share = Field(
+        _PROMPTS.overtaken,
+        description="A first byte tells that prompts sent this share of their predicted time before are computed too.",
+    )
+    nudge: Annotated[float, Field(gt=1.0, le=2.0)] = Field(
+        _PROMPTS.nudge,
+        description="How much a first byte changes what a prompt token is taken to need, where no counter tells.",
+    )
+    lengths: Count = Field(_PROMPTS.lengths, description="So many of the last prompts make their mean length.")
+    hits: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        _PROMPTS.hits, description="What a reading of hits in the prefix cache keeps of those before it."
+    )
 
     def law(self) -> PromptLaw:
         """Return them as admission knows them."""
@@ -169,6 +195,10 @@ class PromptLearningConfig(Section):
             streamed=self.streamed,
             patience=self.patience,
             patience_s=self.longest_patience,
+            nudge=self.nudge,
+            lengths=self.lengths,
+            hits=self.hits,
+            overtaken=self.overtaken,
             chunks=self.chunks,
             ahead_s=self.ahead,
             prompts=self.prompts,
@@ -178,9 +208,7 @@ class PromptLearningConfig(Section):
 class AnswerLearningConfig(Section):
     """What the times of answers say of a server that counts no tokens."""
 
-    memory: Annotated[float, Field(ge=1.0, le=1e6)] = Field(
-        _ANSWERS.memory, description="An answer so many answers ago weighs a third of the last one."
-    )
+    memory: Count = Field(_ANSWERS.memory, description="An answer so many answers ago weighs a third of the last one.")
     noise: Annotated[float, Field(gt=0.0, le=10.0)] = Field(
         _ANSWERS.noise, description="How much answers' times differ by their lengths: of their logarithms."
     )
@@ -212,12 +240,8 @@ class CounterLearningConfig(Section):
 
     far: Times = Field(_COUNTERS.far, description="So many times longer or shorter, and they are not believed ...")
     near: Times = Field(_COUNTERS.near, description="... until it is at most so many times.")
-    memory: Annotated[float, Field(ge=1.0, le=1e6)] = Field(
-        _COUNTERS.memory, description="So many of its last answers make the mean."
-    )
-    enough: Annotated[float, Field(ge=1.0, le=1e6)] = Field(
-        _COUNTERS.enough, description="Answers of a server before it is judged."
-    )
+    memory: Count = Field(_COUNTERS.memory, description="So many of its last answers make the mean.")
+    enough: Count = Field(_COUNTERS.enough, description="Answers of a server before it is judged.")
 
     def law(self) -> CounterLaw:
         """Return them as admission knows them."""
@@ -229,6 +253,100 @@ class CounterLearningConfig(Section):
         )
 
 
+class StepLearningConfig(Section):
+    """What a step of a server costs, by its counters: itself, for each sequence, for each prompt token."""
+
+    base: PositiveDuration = Field(
+        _STEPS.base_s, description="What a step alone takes, before anything was seen; and for a server added later."
+    )
+    sequence: PositiveDuration = Field(_STEPS.sequence_s, description="What each running sequence adds, ...")
+    prompt: PositiveDuration = Field(_STEPS.prompt_s, description="... and each prompt token.")
+    base_off: PositiveDuration = Field(_STEPS.base_off_s, description="By how much `base` may be off, ...")
+    sequence_off: PositiveDuration = Field(_STEPS.sequence_off_s, description="... and `sequence`, ...")
+    prompt_off: PositiveDuration = Field(_STEPS.prompt_off_s, description="... and `prompt`.")
+    base_drift: PositiveDuration = Field(
+        _STEPS.base_drift_s, description="How far what a step alone takes may move in a second, ..."
+    )
+    sequence_drift: PositiveDuration = Field(_STEPS.sequence_drift_s, description="... what a sequence adds, ...")
+    prompt_drift: PositiveDuration = Field(_STEPS.prompt_drift_s, description="... and what a prompt token adds.")
+    noise: Annotated[float, Field(gt=0.0, le=10.0)] = Field(
+        _STEPS.noise, description="Share of the time between two readings that these costs may leave unexplained, ..."
+    )
+    uncounted: Annotated[float, Field(ge=0.0, le=1e6)] = Field(
+        _STEPS.uncounted, description="... and the prompt tokens that a reading may miss, or count late."
+    )
+    memory: PositiveDuration = Field(
+        _STEPS.memory_s, description="The time per output token so long ago weighs a third of the present one."
+    )
+
+    def law(self) -> StepLaw:
+        """Return them as admission knows them."""
+        return StepLaw(
+            base_s=self.base,
+            sequence_s=self.sequence,
+            prompt_s=self.prompt,
+            base_off_s=self.base_off,
+            sequence_off_s=self.sequence_off,
+            prompt_off_s=self.prompt_off,
+            base_drift_s=self.base_drift,
+            sequence_drift_s=self.sequence_drift,
+            prompt_drift_s=self.prompt_drift,
+            noise=self.noise,
+            uncounted=self.uncounted,
+            memory_s=self.memory,
+        )
+
+
+class TokenLearningConfig(Section):
+    """How many tokens a prompt and an answer are taken to have."""
+
+    answer: Count = Field(
+        _TOKENS.answer, description="Tokens of an answer before any was counted: at the start of the sidecar."
+    )
+    memory: Count = Field(_TOKENS.memory, description="So many of the last answers make their mean.")
+    own: Annotated[float, Field(gt=0.0, le=1e6)] = Field(
+        _TOKENS.own,
+        description="After so many answers of its own a model and class is judged by these and by all, half and half.",
+    )
+    first_pace: Count = Field(
+        _TOKENS.first_pace, description="Tokens per second of one answer before any was seen: at the start."
+    )
+    nudge: Annotated[float, Field(gt=1.0, le=2.0)] = Field(
+        _TOKENS.nudge, description="What an answer changes the median of that by."
+    )
+    most_faster: Times = Field(
+        _TOKENS.most_faster, description="A server that writes more times as fast as the median is not believed."
+    )
+    most_step: Times = Field(
+        _TOKENS.most_step, description="Prompts counted at more times what was expected are not believed, either."
+    )
+    unsure: Annotated[float, Field(gt=0.0, le=100.0)] = Field(
+        _TOKENS.unsure,
+        description="How far the tokens of prompts of one kind and size may be off at first: variance; ...",
+    )
+    sure: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        _TOKENS.sure, description="... and at least, for ever: they may change."
+    )
+    noise: Annotated[float, Field(gt=0.0, le=10.0)] = Field(
+        _TOKENS.noise, description="Share of a count of prompts that may be off for other reasons."
+    )
+
+    def law(self) -> TokenLaw:
+        """Return them as admission knows them."""
+        return TokenLaw(
+            answer=self.answer,
+            memory=self.memory,
+            own=self.own,
+            most_step=self.most_step,
+            most_faster=self.most_faster,
+            first_pace=self.first_pace,
+            nudge=self.nudge,
+            sure=self.sure,
+            unsure=self.unsure,
+            noise=self.noise,
+        )
+
+
 class LearningConfig(Section):
     """What is learned of servers beside their limits; docs/adr/0009 has why."""
 
@@ -236,7 +354,16 @@ class LearningConfig(Section):
     prompts: PromptLearningConfig = Field(PromptLearningConfig(), description="Of prompts under way.")
     answers: AnswerLearningConfig = Field(AnswerLearningConfig(), description="Of servers that count no tokens.")
     counters: CounterLearningConfig = Field(CounterLearningConfig(), description="Of counters that may be wrong.")
+    steps: StepLearningConfig = Field(StepLearningConfig(), description="Of what steps cost.")
+    tokens: TokenLearningConfig = Field(TokenLearningConfig(), description="Of tokens that requests need.")
 
     def laws(self) -> Laws:
         """Return them as admission knows them."""
-        return Laws(self.kv.law(), self.prompts.law(), self.answers.law(), self.counters.law())
+        return Laws(
+            self.kv.law(),
+            self.prompts.law(),
+            self.answers.law(),
+            self.counters.law(),
+            self.steps.law(),
+            self.tokens.law(),
+        )

@@ -45,7 +45,7 @@ def shown(value: object) -> str:
 def _duration(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError(f"must be a duration like 10s or 250ms, not {shown(value)}")  # noqa: TRY004 - pydantic wants it
-    seconds = parse_duration(str(value))
+    seconds = parse_duration(f"{value:.9f}" if isinstance(value, float) else str(value))  # 0.00001 is 1e-05 to Python
     if seconds is None:
         raise ValueError(f"must be a duration like 10s or 250ms, not {shown(value)}")
     return seconds

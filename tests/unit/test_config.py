@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extproc.admission.laws import LAWS
-from extproc.admission.limit import DEFAULT_LAW, LimitLaw
 from extproc.config import Config, doubts, load_config, parse_config
 from extproc.errors import ConfigError
 
@@ -246,72 +243,6 @@ def test_an_endpoint_inherits_the_common_limit_or_has_its_own():
     assert [spec.cluster for spec in specs] == ["a", "b", "c"]
 
 
-def test_every_constant_of_the_limits_law_can_be_set():
-    values = {
-        "start": 17,
-        "floor": 5,
-        "tpot": "70ms",
-        "step_factor": 1.5,
-        "probe": "31s",
-        "longest_probe": "300s",
-        "shrink": 0.8,
-        "grow": 1.2,
-        "leap": 3.0,
-        "kv_brake": 90,
-        "queued": 0.2,
-        "queued_readings": 4,
-    }
-    changed = config({"adaptive_limit": values}).policy().limit_law
-    assert {
-        field.name for field in fields(LimitLaw) if getattr(changed, field.name) == getattr(DEFAULT_LAW, field.name)
-    } == (
-        {"objective_s"}  # of the classes
-    )
-    assert config({}).policy().limit_law == DEFAULT_LAW
-
-
-LEARNING: dict[str, dict[str, object]] = {
-    "kv": {"fill": 91, "least_real": 0.1, "memory": "11s", "enough": 0.06, "pressed": 89, "doubt": "21s"},
-    "prompts": {
-        "chunk": 1024,
-        "chunks": 3,
-        "ahead": "300ms",
-        "prompts": 2.0,
-        "caution": 1.2,
-        "most_caution": 10.0,
-        "slower": 1.3,
-        "calmer": 0.9,
-        "tolerance": 0.5,
-        "first_token": "1ms",
-        "streamed": 0.2,
-        "patience": 4.0,
-        "longest_patience": "3s",
-    },
-    "answers": {
-        "memory": 400.0,
-        "noise": 0.9,
-        "farthest": 2.0,
-        "hope": 0.3,
-        "long": "13s",
-        "most": 6.0,
-        "enough": 2.0,
-    },
-    "counters": {"far": 4.0, "near": 2.0, "memory": 50.0, "enough": 20.0},
-}
-
-
-@pytest.mark.parametrize("law", LEARNING)
-def test_every_constant_of_what_is_learned_can_be_set(law: str) -> None:
-    changed = getattr(config({"learning": {law: LEARNING[law]}}).policy().laws, law)
-    default = getattr(LAWS, law)
-    assert not [field.name for field in fields(default) if getattr(changed, field.name) == getattr(default, field.name)]
-    assert len(LEARNING[law]) == len(fields(default))
-
-
-def test_what_is_learned_goes_by_its_own_constants_where_nobody_says_others() -> None:
-    assert config({}).policy().laws == LAWS
-
-
 def test_remote_addresses_work_when_asked_for_by_name():
     asked = {"allow_insecure_listen": True, "allow_remote_admin": True}
     assert config({**asked, "listen": "0.0.0.0:1", "admin": "[::]:2"}).listen == "0.0.0.0:1"
@@ -392,6 +323,11 @@ def test_a_variable_that_does_nothing_is_named_but_for_those_that_kubernetes_set
     assert doubtful(tmp_path, text, {"EXTPROC_FOO": "1"}) == [
         "environment variable EXTPROC_FOO: no such key; it does nothing"
     ]
+
+
+def test_a_small_number_of_seconds_may_be_a_bare_number():
+    """YAML's 0.00002 is 2e-05 to Python."""
+    assert config({"learning": {"steps": {"sequence": 0.00002}}}).policy().laws.steps.sequence_s == 0.00002
 
 
 def test_durations_without_a_unit_are_doubted_where_they_stand(tmp_path):

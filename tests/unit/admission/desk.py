@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from extproc.admission.estimate import FIRST_GUESS
+from extproc.admission.laws import LAWS
 from extproc.admission.load import Load
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Decision, Dispatch, EndpointSpec, Policy, Reject, Request, RequestClass
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from extproc.admission.endpoint import Endpoint
     from extproc.admission.outcome import Outcome
 
-GUESS = int(FIRST_GUESS)
+GUESS = int(LAWS.tokens.answer)
 STD = RequestClass("std", 0, 30.0)
 URGENT = RequestClass("urgent", 10, 2.0)
 BATCH = RequestClass("batch", -10, 60.0)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from extproc.admission.laws import AnswerLaw, CounterLaw, KvLaw, Laws, PromptLaw
+from extproc.admission.laws import AnswerLaw, CounterLaw, KvLaw, Laws, PromptLaw, StepLaw, TokenLaw
 from extproc.admission.limit import AdaptiveLimit
 from extproc.admission.load import Load
 from extproc.admission.ticket import State
@@ -115,11 +115,19 @@ def test_of_endpoints_that_get_room_together_the_emptiest_is_filled_first() -> N
 
 
 def test_constants_that_are_reloaded_hold_for_endpoints_that_are_there() -> None:
-    laws = Laws(KvLaw(share=0.5), PromptLaw(chunk=5000), AnswerLaw(hope=0.1), CounterLaw(far=9.0))
+    laws = Laws(
+        KvLaw(share=0.5),
+        PromptLaw(chunk=5000),
+        AnswerLaw(hope=0.1),
+        CounterLaw(far=9.0),
+        StepLaw(noise=0.5),
+        TokenLaw(own=1.0),
+    )
     desk = Desk(EndpointSpec("a"))
     desk.set_policy(replace(desk.core.policy, laws=laws))
     endpoint = desk.endpoint("a")
     limit = endpoint.limit
     assert isinstance(limit, AdaptiveLimit)
-    assert Laws(endpoint.kv.law, endpoint.prefill.law, limit.slowdown.law, endpoint.counters.law) == laws
+    held = (endpoint.kv.law, endpoint.prefill.law, limit.slowdown.law, endpoint.counters.law, endpoint.steps.law)
+    assert Laws(*held, desk.core._tokens.law) == laws
     assert endpoint.prompt_limit == 2 * 5000

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from extproc.admission.estimate import LEAST_SCALE, MEMORY, MOST_CONTEXT, MOST_OUTPUT, MOST_SCALE, SCALES, TokenEstimate
+from extproc.admission.estimate import LEAST_SCALE, MOST_CONTEXT, MOST_OUTPUT, MOST_SCALE, SCALES, TokenEstimate
+from extproc.admission.laws import LAWS
 from extproc.admission.load import Load
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import UNSIZED, Answer, Request, RequestClass
 
 from .desk import GUESS, Desk, in_use, one
 
+MEMORY = int(LAWS.tokens.memory)
 TEXT, IMAGE = Request("text", 0.0, prompt_tokens=1000), Request("image", 0.0, prompt_tokens=100_000)
 
 

@@ -5,25 +5,20 @@ from __future__ import annotations
 import pytest
 
 from extproc.admission.estimate import (
-    FIRST_GUESS,
-    FIRST_PACE,
     LEAST_SCALE,
-    MEMORY,
-    MOST_FASTER,
     MOST_LEARNT,
     MOST_OUTPUT,
     MOST_PACE,
     MOST_SCALE,
-    NUDGE,
     SCALES,
-    SURE,
-    UNSURE,
     Learnt,
     TokenEstimate,
 )
+from extproc.admission.laws import LAWS
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import Request
 
+LAW = LAWS.tokens
 MEAN, ALL, ANSWERS, SCALE = (
     Learnt("mean", None, "", 0, 300.0, 0.0),
     Learnt("all", None, "", 0, 150.0, 40.0),
@@ -59,7 +54,7 @@ def test_who_believes_all_that_another_learned_estimates_as_that_one_does() -> N
         for estimate, ticket in zip((first, second), tickets, strict=True):
             estimate.estimate(ticket, None)
         assert tickets[0].prompt_tokens == tickets[1].prompt_tokens != request.prompt_tokens
-        assert tickets[0].output_tokens == tickets[1].output_tokens != FIRST_GUESS
+        assert tickets[0].output_tokens == tickets[1].output_tokens != LAW.answer
 
 
 @pytest.mark.parametrize(
@@ -72,12 +67,12 @@ def test_who_believes_all_that_another_learned_estimates_as_that_one_does() -> N
         (MEAN._replace(value=-1.0), MEAN._replace(value=0.0)),
         (MEAN._replace(value=1e12), MEAN._replace(value=float(MOST_OUTPUT))),
         (ALL._replace(value=-1.0, weight=-1.0), ALL._replace(value=0.0, weight=0.0)),
-        (ALL._replace(value=1e12, weight=1e12), ALL._replace(value=float(MOST_OUTPUT), weight=float(MEMORY))),
+        (ALL._replace(value=1e12, weight=1e12), ALL._replace(value=float(MOST_OUTPUT), weight=LAW.memory)),
         (ANSWERS._replace(value=-1.0, weight=0.0), ANSWERS._replace(value=0.0, weight=1.0)),
-        (ANSWERS._replace(value=1e12, weight=1e12), ANSWERS._replace(value=float(MOST_OUTPUT), weight=float(MEMORY))),
-        (SCALE._replace(value=0.0, weight=5.0), SCALE._replace(value=LEAST_SCALE, weight=UNSURE)),
-        (SCALE._replace(value=99.0, weight=0.0), SCALE._replace(value=MOST_SCALE, weight=SURE * MOST_SCALE**2)),
-        (SCALE._replace(value=2.0, weight=0.0), SCALE._replace(value=2.0, weight=SURE * 2.0**2)),
+        (ANSWERS._replace(value=1e12, weight=1e12), ANSWERS._replace(value=float(MOST_OUTPUT), weight=LAW.memory)),
+        (SCALE._replace(value=0.0, weight=5.0), SCALE._replace(value=LEAST_SCALE, weight=LAW.unsure)),
+        (SCALE._replace(value=99.0, weight=0.0), SCALE._replace(value=MOST_SCALE, weight=LAW.sure * MOST_SCALE**2)),
+        (SCALE._replace(value=2.0, weight=0.0), SCALE._replace(value=2.0, weight=LAW.sure * 2.0**2)),
     ],
 )
 def test_what_another_core_tells_is_believed_as_far_as_it_can_be_true(told: Learnt, believed: Learnt) -> None:
@@ -112,10 +107,10 @@ def test_what_was_used_last_is_told_and_what_was_used_longest_ago_is_forgotten()
 def test_an_answer_is_as_long_as_its_engine_writes_in_that_time_and_the_mean_is_followed() -> None:
     estimate = TokenEstimate()
     assert estimate.tokens_of(ticket_for(sequences=2), 3.0, 40.0, learn=True) == pytest.approx(
-        240 * min(FIRST_GUESS / 240, MOST_SCALE)
+        240 * min(LAW.answer / 240, MOST_SCALE)
     ), "as counters say of all answers"
-    assert estimate.tokens_of(ticket_for(), 3.0, 40.0, learn=True) == pytest.approx(120 * FIRST_GUESS / 180)
-    assert estimate.tokens_of(ticket_for(), 1.0, 45.0, learn=False) == pytest.approx(45 * FIRST_GUESS / 180)
+    assert estimate.tokens_of(ticket_for(), 3.0, 40.0, learn=True) == pytest.approx(120 * LAW.answer / 180)
+    assert estimate.tokens_of(ticket_for(), 1.0, 45.0, learn=False) == pytest.approx(45 * LAW.answer / 180)
     told = {one.what: (one.value, one.weight) for one in estimate.learnt()}
     assert told["all"] == pytest.approx((180.0, 2.0))
     assert told["answers"] == pytest.approx((120.0, 2.0)), "of one sequence"
@@ -123,8 +118,8 @@ def test_an_answer_is_as_long_as_its_engine_writes_in_that_time_and_the_mean_is_
 
 def test_where_no_engine_tells_its_pace_an_answer_is_as_much_longer_than_the_mean_as_it_took_longer() -> None:
     estimate = TokenEstimate()
-    assert estimate.tokens_of(ticket_for(), 2.0, None, learn=False) == pytest.approx(FIRST_GUESS)
-    assert estimate.tokens_of(ticket_for(), 6.0, None, learn=False) == pytest.approx(1.5 * FIRST_GUESS)
+    assert estimate.tokens_of(ticket_for(), 2.0, None, learn=False) == pytest.approx(LAW.answer)
+    assert estimate.tokens_of(ticket_for(), 6.0, None, learn=False) == pytest.approx(1.5 * LAW.answer)
 
 
 def test_an_engine_is_taken_to_write_a_few_times_as_fast_as_the_median_and_answers_move_that_a_little() -> None:
@@ -133,13 +128,13 @@ def test_an_engine_is_taken_to_write_a_few_times_as_fast_as_the_median_and_answe
     def seen_at(pace: float) -> float:
         return estimate.tokens_of(ticket_for(), 1.0, pace, learn=False)
 
-    assert seen_at(1e6) == pytest.approx(FIRST_PACE * NUDGE * MOST_FASTER)
-    assert seen_at(1e6) == pytest.approx(FIRST_PACE * NUDGE**2 * MOST_FASTER)
+    assert seen_at(1e6) == pytest.approx(LAW.first_pace * LAW.nudge * LAW.most_faster)
+    assert seen_at(1e6) == pytest.approx(LAW.first_pace * LAW.nudge**2 * LAW.most_faster)
     assert seen_at(10.0) == 10.0
-    assert seen_at(1e6) == pytest.approx(FIRST_PACE * NUDGE**2 * MOST_FASTER), "once up, once down, once up"
+    assert seen_at(1e6) == pytest.approx(LAW.first_pace * LAW.nudge**2 * LAW.most_faster), "once up, once down, once up"
     for _ in range(400):
         seen_at(1e6)
-    assert seen_at(1e6) == pytest.approx(MOST_PACE * MOST_FASTER)
+    assert seen_at(1e6) == pytest.approx(MOST_PACE * LAW.most_faster)
 
 
 def test_a_reading_moves_the_mean_by_the_share_of_its_answers_and_at_most_doubles_it() -> None:
@@ -149,7 +144,7 @@ def test_a_reading_moves_the_mean_by_the_share_of_its_answers_and_at_most_double
         estimate.learn(output_tokens, answers)
         return estimate.learnt()[0].value
 
-    assert mean_after(10 * 300, 10) == pytest.approx(200 + 10 / MEMORY * 100)
+    assert mean_after(10 * 300, 10) == pytest.approx(200 + 10 / LAW.memory * 100)
     assert mean_after(1000 * 105, 1000) == pytest.approx((205 + 105) / 2), "half, at the most"
     assert mean_after(1000 * 10**6, 1000) == pytest.approx(2 * 155 + 1)
     assert mean_after(5, 0) == pytest.approx(311), "no answer says nothing"

@@ -8,12 +8,9 @@ from typing import Any
 import pytest
 
 from extproc.admission.limit import (
-    ATTAINABLE,
     CEILING,
     DEFAULT_LAW,
-    KEPT,
     LONGEST_S,
-    SILENT,
     AdaptiveLimit,
     FixedLimit,
     Limit,
@@ -314,9 +311,9 @@ def test_a_blind_limit_does_not_grow_beyond_a_batch_size() -> None:
     [
         ({}, 0.02, TPOT_S),
         ({}, 0.08, DEFAULT_LAW.best_factor * 0.08),
-        ({"objective_s": 0.05}, 0.02, KEPT * 0.05),
-        ({"objective_s": 0.2}, 0.02, KEPT * 0.2),
-        ({"objective_s": 0.05}, 0.09, ATTAINABLE * 0.09),
+        ({"objective_s": 0.05}, 0.02, DEFAULT_LAW.aimed * 0.05),
+        ({"objective_s": 0.2}, 0.02, DEFAULT_LAW.aimed * 0.2),
+        ({"objective_s": 0.05}, 0.09, DEFAULT_LAW.attainable * 0.09),
     ],
 )
 def test_what_users_want_wins_over_the_laws_own_figure_as_far_as_steps_allow(
@@ -378,6 +375,6 @@ def test_a_page_that_says_nothing_of_tokens_any_more_leaves_the_limit_to_the_ans
     follow(limit, slow(0.06))
     follow(limit, Load(running=5.0))
     assert blind(5, limit=limit).value == START, "one reading without a word is no silence"
-    for _ in range(SILENT):
+    for _ in range(DEFAULT_LAW.silent_readings):
         follow(limit, Load(running=5.0))
     assert blind(5, limit=limit).value == START + 5

@@ -6,13 +6,13 @@ from random import Random
 
 import pytest
 
-from extproc.admission.estimate import FIRST_GUESS, TokenEstimate
+from extproc.admission.estimate import TokenEstimate
 from extproc.admission.load import Load
 from extproc.admission.steps import StepCost
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import Answer, Request
 
-from .desk import Desk, one
+from .desk import GUESS, Desk, one
 
 
 def test_before_any_answer_was_timed_a_client_that_leaves_is_not_charged_for_the_longest_answer() -> None:
@@ -21,7 +21,7 @@ def test_before_any_answer_was_timed_a_client_that_leaves_is_not_charged_for_the
     ticket = desk.ask(tenant="t")
     desk.advance(1.0)
     desk.release(ticket, Answer.UNKNOWN)
-    assert desk.core._books.pools.any_model.share(0)._tenants["t"].finish <= 4 * FIRST_GUESS
+    assert desk.core._books.pools.any_model.share(0)._tenants["t"].finish <= 4 * GUESS
 
 
 def test_one_lying_reading_does_not_make_eight_prompts_of_one() -> None:
@@ -57,4 +57,4 @@ def test_one_engine_that_lies_about_its_pace_does_not_make_the_answers_of_others
         desk.observe("a", Load(running=1.0, waiting=0.0, tokens_per_s=50.0, output_tokens=200))
         for ticket in tickets:
             desk.release(ticket, Answer.OK)
-    assert desk.ask(model="m").output_tokens > FIRST_GUESS / 2
+    assert desk.ask(model="m").output_tokens > GUESS / 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from extproc.admission.laws import LAWS
-from extproc.admission.prefill import LEAST_FRESH, LEAST_TOKEN_S, MOST_TOKEN_S, NUDGE, Prefill
+from extproc.admission.prefill import LEAST_FRESH, LEAST_TOKEN_S, MOST_TOKEN_S, Prefill
 from extproc.admission.steps import StepCost
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Request
@@ -296,7 +296,7 @@ def test_first_bytes_that_come_soon_allow_more_prompts_under_way() -> None:
     prefill = probed()
     for number in range(200):
         streamed(prefill, 10.0 * number, 0.01, 5.0)
-    assert prefill.limit == pytest.approx(LAW.ahead_s / 1e-5, rel=2 * (NUDGE - 1))
+    assert prefill.limit == pytest.approx(LAW.ahead_s / 1e-5, rel=2 * (LAW.nudge - 1))
 
 
 def test_an_answer_that_does_not_stream_has_its_prompt_computed_after_a_while() -> None:
@@ -322,7 +322,7 @@ def test_where_nothing_else_tells_first_bytes_teach_what_a_prompt_token_takes(pr
     prefill = probed()
     for number in range(200):
         streamed(prefill, 10.0 * number, 1000 * prompt_s, 5.0)
-    assert prefill._token_s == pytest.approx(prompt_s, rel=2 * (NUDGE - 1))
+    assert prefill._token_s == pytest.approx(prompt_s, rel=2 * (LAW.nudge - 1))
 
 
 def test_the_first_byte_of_an_answer_that_does_not_stream_teaches_nothing() -> None:
@@ -347,7 +347,7 @@ def test_first_bytes_that_come_together_are_one_measurement_of_all_their_prompts
     prefill, now = probed(), 0.0
     for _ in range(200):
         now = burst(prefill, now, (500,) * 8, 0.4, gap_s)
-    assert prefill._token_s == pytest.approx(1e-4, rel=2 * (NUDGE - 1))
+    assert prefill._token_s == pytest.approx(1e-4, rel=2 * (LAW.nudge - 1))
 
 
 def test_a_burst_begins_with_its_oldest_prompt_and_teaches_once() -> None:
@@ -357,7 +357,7 @@ def test_a_burst_begins_with_its_oldest_prompt_and_teaches_once() -> None:
         prefill.computed(ticket, 0.25)
     for ticket in (late, early):
         prefill.over(ticket, 5.0, served=True)
-    assert prefill._token_s == pytest.approx(LAW.first_token_s * NUDGE)
+    assert prefill._token_s == pytest.approx(LAW.first_token_s * LAW.nudge)
 
 
 def test_a_first_byte_ends_prompts_sent_with_it_whose_time_is_over() -> None:
@@ -385,7 +385,7 @@ def test_first_bytes_of_short_prompts_do_not_make_a_long_one_seem_quicker() -> N
         prefill.computed(long, now + 0.2)
         prefill.over(short, now + 1.0, served=True)
         prefill.over(long, now + 5.0, served=True)
-    assert prefill._token_s == pytest.approx(1e-4, rel=2 * (NUDGE - 1))
+    assert prefill._token_s == pytest.approx(1e-4, rel=2 * (LAW.nudge - 1))
 
 
 def test_the_ends_of_answers_that_do_not_stream_do_not_make_a_prompt_seem_quicker() -> None:
@@ -398,7 +398,7 @@ def test_the_ends_of_answers_that_do_not_stream_do_not_make_a_prompt_seem_quicke
         prefill.over(whole, now + 0.191, served=True)
         prefill.computed(streams, now + 0.2)
         prefill.over(streams, now + 5.0, served=True)
-    assert prefill._token_s == pytest.approx(1e-4, rel=2 * (NUDGE - 1))
+    assert prefill._token_s == pytest.approx(1e-4, rel=2 * (LAW.nudge - 1))
 
 
 def test_first_bytes_that_come_after_their_prediction_teach_too() -> None:
@@ -410,7 +410,7 @@ def test_first_bytes_that_come_after_their_prediction_teach_too() -> None:
         prefill.pass_time(10.0 * number + 1000 * prompt_s)
         prefill.computed(ticket, 10.0 * number + 1000 * prompt_s)
         prefill.over(ticket, 10.0 * number + 5.0, served=True)
-    assert prefill._token_s == pytest.approx(2e-4, rel=2 * (NUDGE - 1))
+    assert prefill._token_s == pytest.approx(2e-4, rel=2 * (LAW.nudge - 1))
 
 
 @pytest.mark.parametrize(("took_s", "token_s"), [(0.0, LEAST_TOKEN_S), (3000.0, MOST_TOKEN_S)])

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from extproc.admission.controller import Controller
-from extproc.admission.estimate import FIRST_GUESS
 from extproc.admission.guard import GUARD
 from extproc.admission.laws import LAWS
 from extproc.admission.ticket import State, Ticket
@@ -50,7 +49,7 @@ class Held:
 
     @property
     def tokens(self) -> int:
-        output = min(int(FIRST_GUESS), self.request.max_output_tokens or int(FIRST_GUESS))
+        output = min(int(LAWS.tokens.answer), self.request.max_output_tokens or int(LAWS.tokens.answer))
         return self.request.prompt_tokens + output * self.request.sequences
 
 

@@ -7,19 +7,14 @@ from random import Random
 
 import pytest
 
+from extproc.admission.laws import LAWS
 from extproc.admission.load import Load
-from extproc.admission.steps import (
-    DRIFT,
-    FIRST,
-    FIRST_OFF,
-    LEAST,
-    LONGEST_S,
-    MEMORY_S,
-    NOISE,
-    UNCOUNTED_TOKENS,
-    StepCost,
-)
+from extproc.admission.steps import LEAST, LONGEST_S, StepCost
 
+LAW = LAWS.steps
+FIRST = (LAW.base_s, LAW.sequence_s, LAW.prompt_s)
+FIRST_OFF = (LAW.base_off_s, LAW.sequence_off_s, LAW.prompt_off_s)
+DRIFT = (LAW.base_drift_s, LAW.sequence_drift_s, LAW.prompt_drift_s)
 SECONDS = 12
 """A few: an engine that comes up must be known before its limit has done harm."""
 
@@ -173,7 +168,7 @@ class Reference:
             [self.spread[row][column] + (row == column) * DRIFT[row] ** 2 * elapsed_s for column in range(3)]
             for row in range(3)
         ]
-        noise = (NOISE * elapsed_s) ** 2 + (UNCOUNTED_TOKENS * self.costs[2]) ** 2
+        noise = (LAW.noise * elapsed_s) ** 2 + (LAW.uncounted * self.costs[2]) ** 2
         total = sum(did[row] * drifted[row][column] * did[column] for row in range(3) for column in range(3)) + noise
         gain = [sum(drifted[row][column] * did[column] for column in range(3)) / total for row in range(3)]
         off = elapsed_s - sum(self.costs[row] * did[row] for row in range(3))
@@ -185,7 +180,7 @@ class Reference:
 
     @property
     def tpot_s(self) -> float:
-        weighed = [(exp((at - self.at) / MEMORY_S), busy, tokens) for at, busy, tokens in self.sums]
+        weighed = [(exp((at - self.at) / LAW.memory_s), busy, tokens) for at, busy, tokens in self.sums]
         return sum(weight * busy for weight, busy, _ in weighed) / sum(weight * made for weight, _, made in weighed)
 
 

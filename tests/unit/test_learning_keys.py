@@ -1,0 +1,349 @@
+"""Each constant of what is learned is a key that reaches the core: another value leads to other decisions and limits.
+
+Three stories are told to the core again and again, event by event, with one key changed each time: who is sent where,
+who is refused, what requests are booked for, what limits the endpoints show. Some of it must not stay as it was. A key
+that nothing reads fails.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from extproc.admission.controller import Controller
+from extproc.admission.laws import LAWS
+from extproc.admission.limit import DEFAULT_LAW
+from extproc.admission.load import Load
+from extproc.admission.ticket import State, Ticket
+from extproc.admission.values import Answer, Dispatch, EndpointSpec, Reject, Request
+from extproc.config.keys import Config, sections
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from extproc.admission.endpoint import Endpoint
+    from extproc.admission.values import Decision
+
+STEP_S = 0.25
+
+
+@dataclass
+class Engine:
+    """A made-up server: what its page tells, how long its answers take; `silent_s`: from then on its page is short."""
+
+    name: str
+    slots: int
+    step_s: float
+    tells: str = "all"
+    share: float = 0.0
+    lies: float = 1.0
+    silent_s: float = 1e9
+    cache: int = 6000
+    made: float = 0.0
+    began: int = 0
+    prompts: int = 0
+
+    def answers_in(self, ticket: Ticket, length: float, beside: int) -> float:
+        self.prompts, self.began = self.prompts + ticket.request.prompt_tokens, self.began + 1
+        crowd = max(beside / self.slots, 1.0) * (1.0 + self.share * min(beside, self.slots))
+        return crowd * (ticket.request.prompt_tokens * 1e-4 + length)
+
+    def page(self, endpoint: Endpoint, random: Random, now: float) -> Load | None:
+        held, running = endpoint.sequences, float(min(endpoint.sequences, self.slots))
+        booked = endpoint.kv.prompts + endpoint.kv.outputs
+        gauges = Load(running=running, waiting=float(max(held - self.slots, 0)))
+        if self.tells == "nothing":
+            return None
+        if self.tells == "gauges" or now >= self.silent_s:
+            return replace(gauges, kv_usage=random.choice((0.3, 0.91, 0.93)))
+        tokens, self.made = self.made * self.lies, 0.0
+        began, self.began = self.began, 0
+        prompts, self.prompts = self.prompts, 0
+        return replace(
+            gauges,
+            tokens_per_s=tokens,
+            output_tokens=int(tokens),
+            first_tokens=int(began * random.random()),
+            prompt_tokens=int(prompts * random.uniform(0.3, 5.0)),
+            cached_tokens=int(prompts * random.uniform(0.0, 0.3)),
+            kv_capacity_tokens=self.cache,
+            kv_usage=min(booked * random.uniform(0.0, 1.0) / self.cache, 1.0),
+            preemptions=int(random.random() < 0.02),
+        )
+
+
+@dataclass(frozen=True)
+class Story:
+    """What happens, and the configuration that it is told to."""
+
+    engines: tuple[tuple[Any, ...], ...]
+    models: str
+    arrivals: tuple[int, ...]
+    lengths: tuple[float, float]
+    config: dict[str, Any]
+    seconds: int = 40
+
+
+STORIES = (
+    Story(
+        engines=(
+            ("m0", 40, 0.02),
+            ("m1", 12, 0.05),
+            ("m2", 40, 0.02, "all", 0.0, 3.5),
+            ("g0", 30, 0.03, "gauges"),
+            ("n0", 8, 0.03, "nothing"),
+        ),
+        models="mmmgnn",
+        arrivals=(0, 2, 6),
+        lengths=(0.0, 1.2),
+        config={"classes": [{"name": "std", "budget": "6s"}]},
+        seconds=60,
+    ),
+    Story(
+        engines=(
+            ("q0", 4, 0.05),
+            ("w0", 300, 0.05, "all", 0.0, 1.0, 1e9, 10**6),
+            ("p0", 60, 0.03, "gauges", 0.1),
+        ),
+        models="qwwwpp",
+        arrivals=(0, 8, 16),
+        lengths=(0.0, 0.8),
+        config={
+            "classes": [{"name": "std", "budget": "6s", "tpot": "100ms"}],
+            "first_byte_probe": True,
+            "adaptive_limit": {"probe": "4s", "floor": 1},
+        },
+    ),
+    Story(
+        engines=(
+            ("b0", 300, 0.06, "all", 0.0, 1.0, 1e9, 10**6),
+            ("n0", 300, 0.03, "nothing", 0.3),
+            ("s0", 300, 0.03, "all", 0.3, 1.0, 3.0, 10**6),
+        ),
+        models="bbnnss",
+        arrivals=(0, 6, 12),
+        lengths=(1.0, 0.5),
+        config={"classes": [{"name": "std", "budget": "3s"}]},
+        seconds=30,
+    ),
+)
+
+
+def with_keys(config: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
+    """Put `changed` into a configuration, section by section."""
+    merged = dict(config)
+    for key, value in changed.items():
+        merged[key] = with_keys(merged.get(key, {}), value) if isinstance(value, dict) else value
+    return merged
+
+
+class Telling:
+    """A story that is told to a core of its own."""
+
+    def __init__(self, story: Story, changed: dict[str, Any]) -> None:
+        self.story, self.random, self.now = story, Random(7), 0.0
+        self.heard: list[object] = []
+        config = Config.model_validate(with_keys({"enable_queue": True, **story.config}, changed))
+        self.core = Controller(config.policy())
+        self.engines = {one[0]: Engine(*one) for one in story.engines}
+        for name in self.engines:
+            self.core.put_endpoint(EndpointSpec(name, models=frozenset(name[0])), 0.0)
+            self.core.set_up(name, 0.0, is_up=True)
+        self.lengths: dict[Ticket, float] = {}
+        self.first_bytes: dict[Ticket, float] = {}
+        self.ends: dict[Ticket, float] = {}
+
+    def steps(self) -> Iterator[list[object]]:
+        """Tell it; after each step yield what the core decided and showed."""
+        for step in range(int(self.story.seconds / STEP_S)):
+            self.heard, self.now = [], self.now + STEP_S
+            if step % 80 < 60:
+                self.ask(step)
+            for ticket in self.due(self.first_bytes):
+                self.follow(self.core.first_token(ticket, self.now))
+            for ticket in self.due(self.ends):
+                if ticket.state is State.LEASED:
+                    self.follow(self.core.release(ticket, self.now, Answer.OK))
+            self.work(looks=step % 4 == 0)
+            self.follow(self.core.tick(self.now))
+            yield self.heard
+
+    def ask(self, step: int) -> None:
+        random = self.random
+        for number in range(random.choice(self.story.arrivals)):
+            model, prompt = random.choice(self.story.models), random.choice((50, 300, 900, 3000))
+            ticket = Ticket(Request(f"{step}.{number}", self.now, model=model, prompt_tokens=prompt))
+            self.lengths[ticket] = random.lognormvariate(*self.story.lengths)
+            self.follow(self.core.offer(ticket, self.now))
+
+    def due(self, times: dict[Ticket, float]) -> list[Ticket]:
+        tickets = [ticket for ticket, at in times.items() if at <= self.now]
+        for ticket in tickets:
+            del times[ticket]
+        return tickets
+
+    def work(self, *, looks: bool) -> None:
+        for name, engine in self.engines.items():
+            endpoint = self.core.endpoints[name]
+            running = min(endpoint.sequences, engine.slots)
+            engine.made += running * STEP_S / (engine.step_s + 1e-3 * running)
+            if looks:
+                load = engine.page(endpoint, self.random, self.now)
+                if load is not None:
+                    self.follow(self.core.observe(name, load, self.now))
+                self.heard.append((name, endpoint.limit.value, endpoint.prompt_limit))
+
+    def follow(self, decisions: list[Decision]) -> None:
+        for decision in decisions:
+            ticket = decision.ticket
+            if isinstance(decision, Dispatch):
+                name = decision.endpoint
+                took_s = self.engines[name].answers_in(
+                    ticket, self.lengths[ticket], self.core.endpoints[name].sequences
+                )
+                streams = int(ticket.request.id[-1]) % 3 > 0
+                self.first_bytes[ticket] = self.now + (0.1 * took_s if streams else took_s)
+                self.ends[ticket] = self.now + took_s
+                self.heard.append((ticket.request.id, name, ticket.prompt_tokens, ticket.output_tokens))
+            elif isinstance(decision, Reject):
+                self.heard.append((ticket.request.id, decision.outcome, decision.retry_after_s))
+
+
+def told(number: int, changed: dict[str, Any]) -> Iterator[list[object]]:
+    """Tell a story with a changed configuration."""
+    return Telling(STORIES[number], changed).steps()
+
+
+CHANGED: dict[str, dict[str, Any]] = {
+    "adaptive_limit": {
+        "start": 17,
+        "floor": 5,
+        "tpot": "81ms",
+        "step_factor": 9.0,
+        "aimed": 0.5,
+        "attainable": 3.0,
+        "probe": "6s",
+        "longest_probe": "5s",
+        "shrink": 0.8,
+        "grow": 1.5,
+        "leap": 1.2,
+        "kv_brake": 90,
+        "queued": 0.9,
+        "queued_readings": 9,
+        "silent_readings": 50,
+    },
+    "learning.kv": {"fill": 80, "least_real": 0.5, "memory": "3s", "enough": 0.5, "pressed": 30, "doubt": "5s"},
+    "learning.prompts": {
+        "chunk": 1024,
+        "chunks": 3,
+        "ahead": "400ms",
+        "prompts": 2.0,
+        "caution": 1.3,
+        "most_caution": 1.2,
+        "slower": 1.5,
+        "calmer": 0.9,
+        "tolerance": 0.01,
+        "first_token": "1ms",
+        "streamed": 0.95,
+        "patience": 4.0,
+        "longest_patience": "300ms",
+        "overtaken": 0.1,
+        "nudge": 1.2,
+        "lengths": 2,
+        "hits": 0.5,
+    },
+    "learning.answers": {
+        "memory": 20.0,
+        "noise": 0.5,
+        "farthest": 0.3,
+        "hope": 0.6,
+        "long": "3s",
+        "most": 3.0,
+        "enough": 7.0,
+    },
+    "learning.counters": {"far": 4.0, "near": 1.5, "memory": 31.0, "enough": 15.0},
+    "learning.steps": {
+        "base": "40ms",
+        "sequence": "1ms",
+        "prompt": "1ms",
+        "base_off": "1ms",
+        "sequence_off": "1ms",
+        "prompt_off": "1ms",
+        "base_drift": "5ms",
+        "sequence_drift": "1ms",
+        "prompt_drift": "1ms",
+        "noise": 0.5,
+        "uncounted": 5.0,
+        "memory": "20s",
+    },
+    "learning.tokens": {
+        "answer": 100.0,
+        "memory": 20.0,
+        "own": 80.0,
+        "first_pace": 20.0,
+        "nudge": 1.2,
+        "most_faster": 1.1,
+        "most_step": 1.5,
+        "unsure": 0.1,
+        "sure": 0.2,
+        "noise": 1.0,
+    },
+}
+"""Another value for each key."""
+
+
+@cache
+def usual(number: int) -> list[list[object]]:
+    """What a story led to with the defaults."""
+    return list(told(number, {}))
+
+
+def setting(section: str, keys: dict[str, Any]) -> dict[str, Any]:
+    """Write keys of a section as they stand in a file."""
+    for name in reversed(section.split(".")):
+        keys = {name: keys}
+    return keys
+
+
+@pytest.mark.parametrize(("section", "key"), [(section, key) for section, keys in CHANGED.items() for key in keys])
+def test_each_constant_of_what_is_learned_changes_what_the_core_decides(section: str, key: str) -> None:
+    changed = setting(section, {key: CHANGED[section][key]})
+    assert any(
+        now != before
+        for number in range(len(STORIES))
+        for now, before in zip(told(number, changed), usual(number), strict=True)
+    )
+
+
+def test_the_stories_change_each_key_that_there_is_and_each_field_of_each_law() -> None:
+    for section, keys in CHANGED.items():
+        described = dict(sections())[section]
+        assert set(described.model_fields) == set(keys)
+    assert {path for path, _ in sections() if path.startswith("learning.")} == set(CHANGED) - {"adaptive_limit"}
+    merged: dict[str, Any] = {}
+    for section, keys in CHANGED.items():
+        merged = with_keys(merged, setting(section, keys))
+    policy, laws = Config.model_validate(merged).policy(), fields(LAWS)
+    pairs = [
+        (policy.limit_law, DEFAULT_LAW),
+        *((getattr(policy.laws, law.name), getattr(LAWS, law.name)) for law in laws),
+    ]
+    same = {
+        field.name
+        for now, before in pairs
+        for field in fields(now)
+        if getattr(now, field.name) == getattr(before, field.name)
+    }
+    assert same == {"objective_s"}, "which is of the classes"
+    assert Config().policy().laws == LAWS
+    assert Config().policy().limit_law == DEFAULT_LAW
+
+
+def test_a_story_told_twice_ends_the_same() -> None:
+    """Else each key would seem to change it."""
+    for number in range(len(STORIES)):
+        assert list(told(number, {})) == usual(number)
