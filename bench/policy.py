@@ -13,12 +13,16 @@ import sys
 import time
 from dataclasses import replace
 
+from extproc.admission.tenants import NO_RULES, TenantRule, TenantRules
+from extproc.engine.params import PRESETS
+from extproc.simulate.contenders import contender
+from extproc.simulate.fronts import Group
 from extproc.simulate.plan import Plan, Task, capacity, run
 from extproc.simulate.report import goodput, table
 from extproc.simulate.workload import CLASSES, STANDARD, Noise, Sessions, Workload
-from extproc.simulate.world import Faults
+from extproc.simulate.world import Faults, Record, World
 
-PRESETS = ("a100-8b", "h100-32b")
+SHAPES = ("a100-8b", "h100-32b")
 CONTENDERS = ("round_robin", "least_request", "circuit_breaker", "tuned_engine", "original", "ours")
 OTHERS = CONTENDERS[:-1]
 LOADS = (0.7, 0.9, 1.2)
@@ -60,17 +64,55 @@ def noisy(preset: str, seeds: tuple[int, ...]) -> None:
     for name, workload in (("three classes", Workload()), ("one class", one_class)):
         noisy_workload = replace(workload, noise=Noise(1, 6.0, 30.0, 180.0))
         victims = {}
-        for contender in ("least_request", "tuned_engine", "ours,fair=false,shed=false", "ours,fair=false", "ours"):
-            plan = Plan(preset, loads=(0.7,), duration_s=210.0, workload=noisy_workload, contenders=(contender,))
-            runs = [Task(plan, 0.7, seed, contender).run() for seed in seeds]
+        for who in ("least_request", "tuned_engine", "ours,fair=false,shed=false", "ours,fair=false", "ours"):
+            plan = Plan(preset, loads=(0.7,), duration_s=210.0, workload=noisy_workload, contenders=(who,))
+            runs = [Task(plan, 0.7, seed, who).run() for seed in seeds]
             records = [record for run in runs for record in run.records]
-            victims[contender] = goodput(record for record in records if record.tenant != "tenant-1")
+            victims[who] = goodput(record for record in records if record.tenant != "tenant-1")
             loud = goodput(record for record in records if record.tenant == "tenant-1")
-            print(f"  {name:14} {contender:28} victims {victims[contender]:.3f}  noisy {loud:.3f}")
+            print(f"  {name:14} {who:28} victims {victims[who]:.3f}  noisy {loud:.3f}")
         if name == "three classes":
             expect(victims["ours"] >= 0.9, f"{preset} noisy tenant: victims {victims['ours']:.3f}, 0.9 or more")
         fair, unfair = victims["ours"], victims["ours,fair=false"]
         expect(fair >= unfair - 0.01, f"{preset} {name}: fairness {fair:.3f}, without {unfair:.3f}")
+
+
+def tenants(preset: str, seeds: tuple[int, ...]) -> None:
+    """The same noisy tenant, all of one class, and what an operator may say; by its name, or made-up ones."""
+    print(f"\n== {preset}: rules for tenants; goodput of tenant-0 (paying), of the three others, of the noisy one")
+    workload = Workload(classes=(replace(STANDARD, share=1.0),), noise=Noise(1, 6.0, 30.0, 180.0))
+    others = {f"tenant-{number}": TenantRule() for number in (2, 3, 4)}
+    cap = {"a100-8b": 120, "h100-32b": 24}[preset]
+    for what, rules in (
+        ("no rules", NO_RULES),
+        (f"each at most {cap} in flight", TenantRules(default=TenantRule(cap))),
+        (f"paying: {cap} guaranteed", TenantRules({"tenant-0": TenantRule(guaranteed=cap)})),
+        ("paying: weight 4", TenantRules({"tenant-0": TenantRule(weight=4.0)})),
+        ("all but the noisy one named", TenantRules({"tenant-0": TenantRule(), **others}, apart=False)),
+    ):
+        cells = []
+        for made_up in (False, True):
+            records = [record for seed in seeds for record in _ruled(preset, workload, rules, seed, made_up=made_up)]
+            groups: dict[str, list[Record]] = {"paying": [], "others": [], "noisy": []}
+            for record in records:
+                who = "paying" if record.tenant == "tenant-0" else "others" if record.tenant in others else "noisy"
+                groups[who].append(record)
+            cells.append(" ".join(f"{goodput(group):.3f}" for group in groups.values()))
+        print(f"  {what:28} {cells[0]}   by made-up names {cells[1]}")
+
+
+def _ruled(preset: str, workload: Workload, rules: TenantRules, seed: int, *, made_up: bool) -> list[Record]:
+    """Play 210 s of `workload` on 70 % load before the defaults with `rules`."""
+    who = contender("ours", preset, workload.classes)
+    assert who.setting is not None
+    setting = replace(who.setting, policy=replace(who.setting.policy, tenants=rules))
+    demands = workload.demands(0.7 * capacity(preset, 4, replace(workload, noise=None), None), 210.0, seed)
+    for number, demand in enumerate(demands):
+        if made_up and demand.tenant == "tenant-1":
+            demand.tenant = f"made-up-{number}"
+    world = World([Group(PRESETS[preset], 4)], replace(who, setting=setting), seed)
+    world.run(demands, 210.0)
+    return world.result(0.7, seed, 210.0).records
 
 
 def sessions(preset: str, seeds: tuple[int, ...], duration_s: float) -> None:
@@ -130,15 +172,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13], help="not those of tuning (1-3, 11)")
     parser.add_argument("--duration", type=float, default=300.0, help="seconds of arrivals (%(default)g)")
-    parser.add_argument("--preset", choices=PRESETS, action="append")
-    parser.add_argument("--only", choices=["headline", "noisy", "sessions", "faults", "signals"])
+    parser.add_argument("--preset", choices=SHAPES, action="append")
+    parser.add_argument("--only", choices=["headline", "noisy", "tenants", "sessions", "faults", "signals"])
     flags = parser.parse_args()
     began, seeds = time.monotonic(), tuple(flags.seeds)
-    for preset in flags.preset or PRESETS:
+    for preset in flags.preset or SHAPES:
         if flags.only in (None, "headline"):
             headline(preset, seeds, flags.duration)
         if flags.only in (None, "noisy"):
             noisy(preset, seeds)
+        if flags.only in (None, "tenants"):
+            tenants(preset, seeds)
         if flags.only in (None, "sessions"):
             sessions(preset, seeds, flags.duration)
         if flags.only in (None, "faults"):
