@@ -171,6 +171,15 @@ def test_when_the_others_go_down_it_is_tried_again_at_once() -> None:
     assert ward.goes("broken", home="a") == "a"
 
 
+def test_a_gateways_choice_of_nobody_else_goes_where_its_model_was_refused_all_the_same() -> None:
+    ward = Serving()
+    ward.refuse()
+    for allowed, where in (("ab", "b"), ("a", "a")):
+        ticket = ward.offer(Request("r", ward.now, model="broken", allowed=frozenset(allowed)))
+        assert ticket.endpoint.name == where
+        ward.release(ticket)
+
+
 def test_requests_that_wait_for_the_model_go_where_it_is_served() -> None:
     ward = Serving()
     held = [ward.ask("fine", home="b") for _ in range(64)]

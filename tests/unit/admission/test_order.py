@@ -7,7 +7,7 @@ import pytest
 from extproc.admission.outcome import Outcome
 from extproc.admission.ticket import State
 
-from .desk import STD, Desk, in_use, one
+from .desk import STD, Desk, in_use, one, shared
 
 
 def test_requests_of_one_class_go_in_the_order_they_came() -> None:
@@ -90,3 +90,17 @@ def test_those_whose_budgets_end_together_are_refused_in_the_order_they_came(pat
     waiting = desk.fill(5)
     desk.advance(30.0)
     assert [ticket for ticket in desk.decided if desk.outcome(ticket) is Outcome.BUDGET_EXPIRED] == waiting
+
+
+def test_a_long_line_is_walked_in_pieces_in_order_though_some_leave_between() -> None:
+    desk = shared(one("a"))
+    desk.ask("held")
+    waiting = desk.fill(9)
+    (line,) = (pool.shared for pool in desk.core.pools())
+    first = line.behind(None, 4)
+    assert first == waiting[:4]
+    desk.cancel(waiting[3])
+    desk.cancel(waiting[5])
+    assert line.behind(first[-1].key, 2) == [waiting[4], waiting[6]]
+    assert line.behind(waiting[6].key, 10) == waiting[7:]
+    assert line.behind(waiting[8].key, 10) == []

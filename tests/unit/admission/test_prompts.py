@@ -148,3 +148,15 @@ def test_a_reload_makes_no_prompt_limit_of_telemetry_that_counts_no_first_tokens
     desk.observe("a", Load(running=1.0))
     desk.set_policy(Policy(classes=CLASSES, shed=False))
     assert in_use(desk.fill(3, prompt_tokens=1500)) == [True, True, True]
+
+
+def test_a_prompt_that_is_counted_before_its_first_byte_is_seen_is_booked_anew_beside_the_others() -> None:
+    desk = Desk(one("a", 8, kv_capacity_tokens=200_000), first_byte_probe=True)
+    desk.observe("a", Load(first_tokens=0, running=0.0, waiting=0.0))
+    counted, other = desk.fill(2, prompt_tokens=900)
+    desk.advance(0.1)
+    desk.observe("a", Load(first_tokens=1, prompt_tokens=300, running=2.0, waiting=0.0))
+    assert counted.prompt_pending
+    assert counted.prompt_tokens < other.prompt_tokens == 900
+    assert desk.endpoint("a").prefill.prompts == counted.prompt_tokens + 900
+    assert desk.endpoint("a").kv.prompts == counted.prompt_tokens + 900

@@ -162,3 +162,10 @@ def test_who_came_later_than_now_by_another_clock_has_not_waited() -> None:
     desk = Desk(one("a", 1))
     ticket = desk.ask("from the future", arrived=desk.now + 5.0)
     assert desk.decided[ticket].wait_s == 0.0
+
+
+def test_of_a_request_that_never_waited_there_is_nothing_to_ask() -> None:
+    desk = Desk(one("a", 1))
+    new, sent = Ticket(Request("new", desk.now)), Ticket(Request("sent", desk.now))
+    desk.core.send(sent, desk.now)
+    assert (new.why(), sent.why()) == ({}, {})
