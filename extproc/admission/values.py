@@ -33,7 +33,7 @@ JSON, FORM, OTHER = "", "form", "other"
 """... and of others: text, and what may stand in it as base64; files as they are; anything else."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, init=False)
 class Request:
     """What the headers of one HTTP request say. Nothing here is trusted: a name that the config lacks is ignored.
 
@@ -57,19 +57,54 @@ class Request:
 
     id: str
     arrived: float
-    model: str | None = None
-    request_class: str = ""
-    tenant: str = ""
-    session: str | None = None
-    home: str | None = None
-    budget_s: float | None = None
-    prompt_tokens: int = 0
-    max_output_tokens: int | None = None
-    sequences: int = 1
-    kind: str = ""
-    trace: str = ""
-    operation: str = ""
-    allowed: frozenset[str] | None = None
+    model: str | None
+    request_class: str
+    tenant: str
+    session: str | None
+    home: str | None
+    budget_s: float | None
+    prompt_tokens: int
+    max_output_tokens: int | None
+    sequences: int
+    kind: str
+    trace: str
+    operation: str
+    allowed: frozenset[str] | None
+
+    def __init__(
+        self,
+        id: str,  # noqa: A002 - its attribute's name
+        arrived: float,
+        model: str | None = None,
+        request_class: str = "",
+        tenant: str = "",
+        session: str | None = None,
+        home: str | None = None,
+        budget_s: float | None = None,
+        prompt_tokens: int = 0,
+        max_output_tokens: int | None = None,
+        sequences: int = 1,
+        kind: str = "",
+        trace: str = "",
+        operation: str = "",
+        allowed: frozenset[str] | None = None,
+    ) -> None:
+        """Say this. Written out: where the rest is compiled, what dataclass makes of it is interpreted."""
+        self.id = id
+        self.arrived = arrived
+        self.model = model
+        self.request_class = request_class
+        self.tenant = tenant
+        self.session = session
+        self.home = home
+        self.budget_s = budget_s
+        self.prompt_tokens = prompt_tokens
+        self.max_output_tokens = max_output_tokens
+        self.sequences = sequences
+        self.kind = kind
+        self.trace = trace
+        self.operation = operation
+        self.allowed = allowed
 
 
 @dataclass(frozen=True, slots=True, eq=False)

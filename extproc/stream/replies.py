@@ -63,7 +63,8 @@ def decision_details(decision: Decision, overflow: str = "") -> bytes:
         "" if ticket.waited_for is None else ticket.waited_for.value,
         overflow,
     )
-    return wire.decision_metadata(texts, round(decision.wait_s * 1000, 1), ticket.position, numbers)
+    wait_ms = int(decision.wait_s * 10_000 + 0.5) / 10  # round() costs 2,000 instructions
+    return wire.decision_metadata(texts, wait_ms, ticket.position, numbers)
 
 
 _OPENAI_TYPES = {400: "invalid_request_error", 404: "invalid_request_error", 429: "rate_limit_error"}

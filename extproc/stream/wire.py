@@ -6,7 +6,6 @@ In: what Envoy sent becomes an `Incoming`. Out: decisions become bytes; what is 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -83,7 +82,6 @@ with the very same ones."""
 SHORT = 512
 
 
-@dataclass(slots=True)
 class Incoming:
     """One message from Envoy; not to be changed.
 
@@ -101,17 +99,32 @@ class Incoming:
         served: the address that the answer came from, where the gateway tells it.
     """
 
-    kind: Kind
-    headers: dict[str, str] = field(default_factory=dict)
-    attributes: dict[str, str] = field(default_factory=dict)
-    fields: dict[str, str | float | bool] = field(default_factory=dict)
-    has_body: bool = False
-    is_last: bool = False
-    number: int = 0
-    observed: bool = False
-    modes: tuple[int, int] | None = None
-    subset: tuple[str, ...] | None = None
-    served: str = ""
+    __slots__ = (
+        *("attributes", "fields", "has_body", "headers", "is_last", "kind"),
+        *("modes", "number", "observed", "served", "subset"),
+    )
+
+    def __init__(
+        self,
+        kind: Kind,
+        headers: dict[str, str] | None = None,
+        attributes: dict[str, str] | None = None,
+        fields: dict[str, str | float | bool] | None = None,
+        *,
+        has_body: bool = False,
+    ) -> None:
+        """Make one that says this. Written out: where the rest is compiled, a dataclass has its own interpreted."""
+        self.kind = kind
+        self.headers: dict[str, str] = {} if headers is None else headers
+        self.attributes: dict[str, str] = {} if attributes is None else attributes
+        self.fields: dict[str, str | float | bool] = {} if fields is None else fields
+        self.has_body = has_body
+        self.is_last = False
+        self.number = 0
+        self.observed = False
+        self.modes: tuple[int, int] | None = None
+        self.subset: tuple[str, ...] | None = None
+        self.served = ""
 
 
 class Reader:
