@@ -122,11 +122,18 @@ def pieced(facts: Row) -> list[str]:
 
 def made(runs: Iterable[Run], facts: Row, rows: Sequence[Row] = ()) -> str:
     """Say when it ran, for how long, and of which commit the runs of each experiment are; `rows` are simulated."""
-    names: dict[str, dict[str, None]] = defaultdict(dict)  # in their order, once each
-    for one in sorted(runs, key=lambda run: list(BY_NAME).index(run.experiment)):
-        names[one.commit or facts["versions"].get("commit", UNKNOWN)][BY_NAME[one.experiment].short] = None
-    for row in rows:
-        names[row.get("commit") or facts["versions"].get("commit", UNKNOWN)]["all that is simulated"] = None
+    unknown = facts["versions"].get("commit", UNKNOWN)
+    places = list(BY_NAME)
+    loads: dict[tuple[str, str], set[float]] = defaultdict(set)
+    for one in sorted(runs, key=lambda run: places.index(run.experiment)):
+        loads[one.experiment, one.commit or unknown].add(one.load)
+    names: dict[str, list[str]] = defaultdict(list)
+    for (name, commit), some in loads.items():
+        mixed = sum(other == name for other, _ in loads) > 1
+        at = f" at {', '.join(f'{load:.0%}' for load in sorted(some))}" if mixed else ""
+        names[commit].append(BY_NAME[name].short + at)
+    for commit in dict.fromkeys(row.get("commit") or unknown for row in rows):
+        names[commit].append("all that is simulated")
     told = "; ".join(f"commit {commit}: {', '.join(some)}" for commit, some in names.items())
     return f"{facts['date']}, {facts['duration_s'] / 60:.0f} minutes; {told}."
 

@@ -173,14 +173,12 @@ def test_the_front_has_one_table_one_picture_and_losses_before_the_picture(tmp_p
 
 
 def test_the_page_says_of_which_commit_each_experiment_is(tmp_path):
-    runs = [
-        run([record()], commit="abc"),
-        run([record()], seed=2),
-        replace(run([record()], commit="abd"), experiment="dies"),
-    ]
+    runs = [run([record()], commit="abc"), run([record()], load=0.7)]
+    runs.append(replace(run([record()], commit="abd"), experiment="dies"))
     facts = FACTS | {"versions": {"commit": "old"}}
-    text = page.write(runs, [], facts, tmp_path).text
-    assert "commit abc: the ramp; commit old: the ramp; commit abd: one dies." in text
+    row = {"commit": "abd", "preset": "h100-32b", "kind": "check", "experiment": "ramp", "load": 1.2, "seed": 1}
+    text = page.write(runs, [row | {"contender": "ours", "goodput": 1.0}], facts, tmp_path).text
+    assert "commit abc: the ramp at 120%; commit old: the ramp at 70%; commit abd: one dies, all that is" in text
 
 
 def test_a_run_survives_json():
