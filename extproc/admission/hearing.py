@@ -48,6 +48,7 @@ class Hearing:
         if load.output_tokens is not None:
             endpoint.produced += load.output_tokens
             if believed.output_tokens:
+                endpoint.written += believed.output_tokens
                 endpoint.health.heard_at = books.now
             self._count_answers(endpoint)
         self._fleet.heard()

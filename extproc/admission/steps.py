@@ -67,9 +67,11 @@ class StepCost:
         tpot_s = self.tpot_s
         return None if tpot_s is None else 1.0 / tpot_s
 
-    def follow(self, load: Load, before: float | None, elapsed_s: float) -> None:
+    def follow(self, load: Load, before: float | None, elapsed_s: float, fresh: float = 1.0) -> None:
         """Follow a reading, `elapsed_s` after one that had `before` running (None: it did not say).
 
+        `fresh`: share of the prompts' tokens that the prefix cache did not have, in the last readings. This reading's
+        own count won't do: engines count what they find when a prompt begins, and the prompt when it is computed.
         Both sides of the time per token are sums over the last seconds, so that a reading in the middle of a long step,
         or between two answers, says little.
         """
@@ -85,7 +87,7 @@ class StepCost:
         self._tokens = self._tokens * kept + rate * elapsed_s
         if before:  # busy from end to end
             tokens = rate * elapsed_s
-            prompts = max((load.prompt_tokens or 0) - (load.cached_tokens or 0), 0)
+            prompts = (load.prompt_tokens or 0) * fresh
             self.learn(elapsed_s, 2 * tokens / (running + before), tokens, prompts * share)
 
     def learn(self, elapsed_s: float, steps: float, output_tokens: float, prompt_tokens: float) -> None:

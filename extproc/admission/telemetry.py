@@ -28,7 +28,7 @@ def follow_page(endpoint: Endpoint, load: Load, now: float, policy: Policy, *, w
     before, full = reading.page, endpoint.held >= endpoint.limit.value
     elapsed_s = 1.0 if before is None else now - reading.page_at
     endpoint.strangers.follow(load, endpoint.leases, endpoint.sequences, endpoint.limit.value, now)
-    endpoint.steps.follow(load, None if before is None else before.running, elapsed_s)
+    endpoint.steps.follow(load, None if before is None else before.running, elapsed_s, endpoint.prefill.fresh)
     reading.take_page(load, now)
     endpoint.health.sleep(is_asleep=load.asleep is True)
     endpoint.size_cache()

@@ -8,6 +8,9 @@ computes as many prompt tokens as come with so many answers:
     step_s = base_s + running x (sequence_s + prompt_s x prompt tokens per output token)
 
 The rate is stable below running / step_s (after Nie, Si, Zhou, arXiv 2605.04595). It is a mean: bursts need more.
+
+How long answers are is not known when they are asked for, and in a minute of a slow engine there are few: the estimates
+are corrected by what the counters said of that minute's answers.
 """
 
 from __future__ import annotations
@@ -43,6 +46,10 @@ GRACE_S: Final = 120.0
 """So long what was found last stands while no engine tells: a new one's first readings take a while."""
 LEAST_SEQUENCE_S: Final = 1e-6
 """No sequence is for nothing, whatever counters made of a small model's steps."""
+MOST_OFF: Final = 2.0
+"""What counters say of a minute's answers is at most so many times what was estimated, or that part of it."""
+BELIEF_TOKENS: Final = 1_000.0
+"""Estimates are worth as much as so many tokens counted: a few answers alone prove nothing."""
 MOST_NAMED: Final = 3
 """Models that the name of a pool tells."""
 NO_DEMAND: Final = frozenset((Outcome.TENANT_LIMIT, Outcome.DRAINING, Outcome.PASSED))
@@ -50,12 +57,18 @@ NO_DEMAND: Final = frozenset((Outcome.TENANT_LIMIT, Outcome.DRAINING, Outcome.PA
 
 
 class Asked(NamedTuple):
-    """What was asked of a pool since the start, as it stood at one moment."""
+    """What was asked of a pool since the start, as it stood at one moment.
+
+    Attributes:
+        expected, written: of its engines' answers, tokens as estimated, and as their counters said.
+    """
 
     at: float
     requests: int = 0
     prompts: int = 0
     outputs: int = 0
+    expected: float = 0.0
+    written: int = 0
 
 
 class _Group(NamedTuple):
@@ -96,16 +109,20 @@ class _Pool:
     __slots__ = (
         "asked",
         "engines",
+        "expected",
         "known_at",
         "load",
+        "marks",
         "members",
         "models",
+        "most",
         "name",
         "named",
         "samples",
         "slot",
         "slots",
         "up",
+        "written",
     )
 
     def __init__(self, now: float) -> None:
@@ -114,6 +131,9 @@ class _Pool:
         self.named: set[str] = set()  # those that its name is made of
         self.name = ""
         self.asked = [0, 0, 0]
+        self.marks: dict[Endpoint, tuple[float, int]] = {}  # what each was expected to have written, and had
+        self.most: dict[Endpoint, float] = {}  # sequences that each was seen to run
+        self.expected, self.written = 0.0, 0
         self.samples: deque[Asked] = deque([Asked(now)])
         self.slot = (now, 0.0, 0.0)  # of the slot under way: its begin, engines x seconds, seconds
         self.slots: deque[tuple[float, float]] = deque()  # (end, engines) of those before
@@ -127,6 +147,21 @@ class _Pool:
         self.models, self.members = models, members
         if not self.named or not self.named <= models:
             self.named, self.name = models, _name(models)
+
+    def look(self, now: float) -> Asked:
+        """Return where it stands. Of what is being written, half was expected to be there."""
+        before, self.marks = self.marks, {}
+        most, self.most = self.most, {}
+        for one in self.members:
+            running = one.reading.page.running if one.reading.page is not None else None
+            self.most[one] = max(most.get(one, 0.0), running or 0.0)
+            if one.steps.readings >= LEAST_READINGS:
+                mark = self.marks[one] = (one.expected + one.kv.outputs / 2, one.written)
+                expected, written = before.get(one, mark)
+                self.expected += mark[0] - expected
+                self.written += mark[1] - written
+        requests, prompts, outputs = self.asked
+        return Asked(now, requests, prompts, outputs, self.expected, self.written)
 
 
 class Capacity:
@@ -206,17 +241,22 @@ class Capacity:
         return found
 
     def _look(self, pool: _Pool, now: float) -> None:
-        members, samples, after = pool.members, pool.samples, Asked(now, *pool.asked)
+        members, samples, after = pool.members, pool.samples, pool.look(now)
         while len(samples) > 1 and samples[1].at <= now - WINDOW_S:
             samples.popleft()
         before, last = samples[0], samples[-1].at
         samples.append(after)
         pool.up = sum(one.available for one in members)
-        elapsed_s, outputs = now - before.at, after.outputs - before.outputs
+        elapsed_s = now - before.at
         if elapsed_s <= 0.0:
             return
         requests, prompts = after.requests - before.requests, after.prompts - before.prompts
-        rates = [(one, _stable_rate(one, requests, prompts, outputs)) for one in members] if requests else []
+        outputs = _longer(before, after) * (after.outputs - before.outputs)
+        rates = (
+            [(one, _stable_rate(one, requests, prompts, outputs, pool.most[one])) for one in members]
+            if requests
+            else []
+        )
         known = [(one, rate) for one, rate in rates if rate is not None]
         if known:
             engine = sum(rate for _, rate in known) / len(known)
@@ -275,8 +315,18 @@ class Capacity:
         yield from (load, engines)
 
 
-def _stable_rate(endpoint: Endpoint, requests: int, prompts: int, outputs: int) -> float | None:
-    """Return how many requests of this mix per second the endpoint can serve for ever; None: it does not tell."""
+def _longer(before: Asked, after: Asked) -> float:
+    """Return how many times as long as estimated the answers between the two were."""
+    expected = max(after.expected - before.expected, 0.0) + BELIEF_TOKENS
+    written = after.written - before.written + BELIEF_TOKENS
+    return min(max(written / expected, 1.0 / MOST_OFF), MOST_OFF)
+
+
+def _stable_rate(endpoint: Endpoint, requests: int, prompts: int, outputs: float, ran: float) -> float | None:
+    """Return how many requests of this mix per second the endpoint can serve for ever; None: it does not tell.
+
+    `ran`: sequences that it was seen to run: what queued below that had no slot too few, but a full cache.
+    """
     steps, limit, kv = endpoint.steps, endpoint.limit, endpoint.kv
     if steps.readings < LEAST_READINGS or not outputs:
         return None
@@ -286,7 +336,7 @@ def _stable_rate(endpoint: Endpoint, requests: int, prompts: int, outputs: int) 
     if isinstance(limit, AdaptiveLimit):
         most = min(most, max((limit.target_s - steps.base_s) / with_prompts_s, limit.law.floor))
         if limit.batch is not None:
-            most = min(most, limit.batch)
+            most = min(most, max(limit.batch, ran))
     else:
         most = min(most, limit.value)
     if kv.capacity is not None:

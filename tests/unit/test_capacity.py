@@ -10,77 +10,29 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from bench.capacity import needed, play
+from bench.matrix.traffic import TRAFFIC
 from extproc.admin.http import Admin
 from extproc.admission import values
 from extproc.admission.controller import Controller
+from extproc.admission.limit import AdaptiveLimit
 from extproc.admission.load import Load
 from extproc.admission.steps import StepCost
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import EndpointSpec, Policy, Request
 from extproc.commands.top import lines
 from extproc.engine.params import PRESETS
-from extproc.observe.capacity import GRACE_S, Answer, Capacity, _groups, _name
-from extproc.simulate.contenders import Core, contender
-from extproc.simulate.fronts import Group
+from extproc.observe.capacity import GRACE_S, Capacity, _groups, _name
 from extproc.simulate.workload import Surge, Workload
-from extproc.simulate.world import World, saturation
+from extproc.simulate.world import saturation
 from tests.unit.admin_room import Room
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from types import FrameType
-
-    from extproc.admission.values import Decision
-    from extproc.simulate.fronts import Job, Verdict
-    from extproc.simulate.workload import Demand
 
 MIX = Workload()
 H100, A100 = PRESETS["h100-32b"], PRESETS["a100-8b"]
-
-
-class Watched(Core):
-    """The core, and how full it is said to be."""
-
-    def __init__(self, *arguments: object) -> None:
-        super().__init__(*arguments)  # type: ignore[arg-type]
-        self.now = 0.0
-        self.capacity = Capacity(self.controller, lambda: self.now)
-        self.capacity.sample(0.0)
-
-    def _verdicts(self, decisions: Sequence[Decision]) -> list[Verdict]:  # type: ignore[override]
-        for decision in decisions:
-            self.capacity.decided(decision)
-        return super()._verdicts(decisions)
-
-    def leave(self, job: Job, now: float) -> list[Verdict]:
-        self.capacity.cancelled(self._tickets[job], 0.0)
-        return super().leave(job, now)
-
-    def observe(self, engine: int, load: Load, now: float) -> list[Verdict]:
-        verdicts = super().observe(engine, load, now)
-        self.now = now
-        if engine == 0:
-            self.capacity.sample(now)
-        return verdicts
-
-
-def play(preset: str, engines: int, demands: list[Demand], duration_s: float) -> Answer:
-    """Return what is said at the end of the arrivals."""
-    groups = [Group(PRESETS[preset], engines)]
-    who = contender("ours", preset, MIX.classes)
-    world = World(groups, who, 1)
-    world.front = front = Watched(groups, who.setting)
-    said: list[Answer] = []
-    world._at(duration_s, lambda: said.extend(front.capacity.answers().values()))
-    world.run(demands, duration_s)
-    (answer,) = said
-    return answer
-
-
-def needed(preset: str, demands: Sequence[Demand], begin_s: float, end_s: float) -> float:
-    """Return how many engines it takes to make what came between the two, when they always have another request."""
-    came = [demand for demand in demands if begin_s < demand.at <= end_s]
-    return len(came) / (end_s - begin_s) / saturation(PRESETS[preset], 1, came * (2000 // len(came) + 1))
 
 
 @pytest.mark.parametrize("share", [0.6, 1.2])
@@ -89,16 +41,32 @@ def test_the_load_is_that_of_engines_whose_most_is_known(preset: str, share: flo
     engines, duration_s = (1, 80.0) if preset == "a100-8b" else (2, 140.0)
     mean = saturation(PRESETS[preset], 1, MIX.demands(10.0, 300.0, 0))
     demands = MIX.demands(share * engines * mean, duration_s, 4)
-    answer = play(preset, engines, demands, duration_s)
+    _, answer = play(preset, engines, MIX, demands, duration_s)[-1]
     assert answer.engines == pytest.approx(needed(preset, demands, duration_s - 60.0, duration_s), rel=0.15)
     assert answer.load == pytest.approx(answer.engines / engines)
+
+
+@pytest.mark.parametrize(("engines", "seed"), [(1, 3), (2, 3)])
+def test_a_minute_whose_answers_are_longer_than_those_before_is_told_as_such(engines: int, seed: int) -> None:
+    """Few requests a minute: their answers are a fifth longer than the mean that was learned, by chance."""
+    duration_s = 390.0 / engines
+    demands = MIX.demands(engines * saturation(H100, 1, MIX.demands(10.0, 300.0, 0)), duration_s, seed)
+    at, answer = play("h100-32b", engines, MIX, demands, duration_s)[-1]
+    assert answer.engines == pytest.approx(needed("h100-32b", demands, at - 60.0, at), rel=0.15)
+
+
+def test_prompts_that_begin_alike_are_not_counted_as_computed() -> None:
+    mix = TRAFFIC["prefix"].workload
+    demands = mix.demands(0.6 * saturation(A100, 1, mix.demands(10.0, 300.0, 0)), 220.0, 2)
+    at, answer = play("a100-8b", 1, mix, demands, 220.0)[-1]
+    assert answer.engines == pytest.approx(needed("a100-8b", demands, at - 60.0, at), rel=0.15)
 
 
 def test_the_peak_of_the_day_is_remembered_when_traffic_is_calm_again() -> None:
     most = saturation(H100, 1, MIX.demands(10.0, 300.0, 0))
     mix = replace(MIX, surge=Surge(2.0, 0.0, 330.0))
     demands = mix.demands(0.5 * 2 * most, 700.0, 4)
-    answer = play("h100-32b", 2, demands, 700.0)
+    _, answer = play("h100-32b", 2, mix, demands, 700.0)[-1]
     assert answer.peak == pytest.approx(needed("h100-32b", demands, 0.0, 300.0), rel=0.15)
     assert answer.engines == pytest.approx(needed("h100-32b", demands, 640.0, 700.0), rel=0.15)
     assert answer.peak > 1.5 * answer.engines
@@ -183,6 +151,21 @@ def test_what_no_engine_tells_any_more_is_absent_after_a_while_and_no_peak() -> 
     ask(controller, capacity)
     capacity.sample(2020.0)
     assert capacity.answers()
+
+
+def test_an_engine_that_ran_more_is_not_taken_for_a_smaller_one_because_it_queued() -> None:
+    controller, capacity = serving("")
+    teach(controller, "vllm-0")
+    ask(controller, capacity)
+    capacity.sample(9.0)
+    (before,) = capacity.answers().values()
+    limit = controller.endpoints["vllm-0"].limit
+    assert isinstance(limit, AdaptiveLimit)
+    figures = []
+    for limit.batch in (10, 4):  # it ran ten; a full KV cache made it queue with four
+        capacity.sample(9.5)
+        figures += [answer.engines for answer in capacity.answers().values()]
+    assert figures[0] == figures[1] > before.engines
 
 
 @pytest.mark.parametrize("requests", [1, 50])

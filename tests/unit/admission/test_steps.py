@@ -64,9 +64,8 @@ def test_costs_that_change_are_followed() -> None:
 def test_what_the_prefix_cache_held_is_not_counted_as_computed() -> None:
     with_hits, without = StepCost(), StepCost()
     for _ in range(20):
-        for costs, prompts, cached in ((with_hits, 20_000, 15_000), (without, 5000, None)):
-            load = Load(running=20.0, tokens_per_s=600.0, prompt_tokens=prompts, cached_tokens=cached)
-            costs.follow(load, 20.0, 1.0)
+        for costs, prompts, fresh in ((with_hits, 20_000, 0.25), (without, 5000, 1.0)):
+            costs.follow(Load(running=20.0, tokens_per_s=600.0, prompt_tokens=prompts), 20.0, 1.0, fresh)
     assert with_hits.prompt_s == without.prompt_s
 
 
@@ -152,7 +151,7 @@ class Reference:
         self.sums: list[tuple[float, float, float]] = []  # at, running requests x seconds, tokens
         self.at = 0.0
 
-    def follow(self, load: Load, before: float | None, elapsed_s: float) -> None:
+    def follow(self, load: Load, before: float | None, elapsed_s: float, fresh: float) -> None:
         part = min(LONGEST_S / elapsed_s, 1.0)
         elapsed_s *= part
         if not load.running or not load.tokens_per_s:
@@ -163,7 +162,7 @@ class Reference:
         if not before:
             return
         did = [tokens / ((load.running + before) / 2), tokens]
-        did.append(part * max((load.prompt_tokens or 0) - (load.cached_tokens or 0), 0))
+        did.append(part * (load.prompt_tokens or 0) * fresh)
         drifted = [
             [self.spread[row][column] + (row == column) * DRIFT[row] ** 2 * elapsed_s for column in range(3)]
             for row in range(3)
@@ -192,11 +191,11 @@ def test_costs_are_those_that_the_filter_of_textbooks_finds(seed: int) -> None:
             running=random.choice((4.0, 30.0, 90.0)),
             tokens_per_s=random.choice((50.0, 400.0, 2500.0, None)),
             prompt_tokens=random.choice((None, 0, 900, 12_000)),
-            cached_tokens=random.choice((None, 0, 500, 5000)),
         )
         before, elapsed_s = random.choice((None, 0.0, 8.0, 50.0, 50.0)), random.choice((0.3, 1.0, 1.7, 8.0))
-        costs.follow(load, before, elapsed_s)
-        reference.follow(load, before, elapsed_s)
+        fresh = random.choice((1.0, 0.4))
+        costs.follow(load, before, elapsed_s, fresh)
+        reference.follow(load, before, elapsed_s, fresh)
         assert (costs.base_s, costs.sequence_s, costs.prompt_s) == pytest.approx(tuple(reference.costs), rel=1e-6)
         if costs.tpot_s is not None:
             assert costs.tpot_s == pytest.approx(reference.tpot_s)
