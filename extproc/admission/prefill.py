@@ -209,13 +209,14 @@ class Prefill:
             self._slack = max(self._slack * law.calmer, law.caution)
         self._take_pace(self._slack * token_s)
         self._counts = True
+        known = set(self._uncounted)
         if not self.probed:
-            known = set(self._uncounted)
             for ticket in [ticket for ticket in self._pending if ticket not in known]:
                 self._drop(ticket)
         self._computed_at = now
         for ticket in self._pending:
-            self._predict(ticket, now)
+            if ticket in known:  # one counted whose first byte did not come may not stream: it is never put off
+                self._predict(ticket, now)
         return done
 
     def forget(self) -> None:

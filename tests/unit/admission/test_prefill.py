@@ -254,3 +254,16 @@ def test_what_a_page_says_of_hits_leaves_a_prompt_some_work_and_no_more_than_it_
     for _ in range(100):
         prefill.found(cached, prompts)
     assert prefill.fresh == pytest.approx(fresh)
+
+
+def test_readings_do_not_put_off_a_prompt_that_was_counted_and_whose_answer_does_not_stream() -> None:
+    """Else each reading of a busy engine predicted it anew: on steps of 90 ms half of the pool's prompts hung so."""
+    prefill = counting()
+    prefill.probed = True
+    ticket = sent(prefill, 0.0, 20 * WORK)
+    due = ticket.computed_at
+    for reading in range(1, 6):
+        count(prefill, 1 if reading == 1 else 0, due / 6, reading * due / 6)
+        assert (ticket.computed_at, prefill.tokens) == (due, 20 * WORK)
+    assert prefill.pass_time(due)
+    assert prefill.tokens == 0
