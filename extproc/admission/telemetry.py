@@ -40,10 +40,12 @@ def follow_page(endpoint: Endpoint, load: Load, now: float, policy: Policy, *, w
     if endpoint.limit.why != why:
         endpoint.limit_since = now
     if load.kv_usage is not None:
-        prefill = endpoint.prefill
-        endpoint.kv.judge(load.kv_usage, load.waiting, load.preemptions, elapsed_s, wanted=wanted)
-        prompts, outputs = endpoint.kv.prompts - prefill.prompts, endpoint.kv.outputs - prefill.outputs
-        endpoint.kv.learn(load.kv_usage, prompts, outputs, elapsed_s)
+        kv, prefill = endpoint.kv, endpoint.prefill
+        kv.judge(load.kv_usage, load.waiting, load.preemptions, elapsed_s, wanted=wanted)
+        if endpoint.sees_first_tokens:
+            kv.learn(load.kv_usage, kv.prompts - prefill.prompts, kv.outputs - prefill.outputs, elapsed_s)
+        elif load.waiting == 0:  # nothing tells which prompts are computed: about all, where nobody waits inside
+            kv.learn(load.kv_usage, kv.prompts, kv.outputs, elapsed_s)
     if reading.report is None or reading.report.kv_usage is None:
         endpoint.kv.compare(load.kv_usage)
     _follow_heat(endpoint, now, policy)

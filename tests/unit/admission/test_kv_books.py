@@ -49,6 +49,20 @@ def test_prompts_that_share_most_of_their_tokens_take_less_room() -> None:
     assert not kv.fits(ticket(250_000))
 
 
+@pytest.mark.parametrize(("waiting", "learns"), [(0.0, True), (3.0, False), (None, False)])
+def test_without_a_word_of_first_tokens_all_prompts_are_in_the_cache_if_nobody_waits_inside(
+    waiting: float | None,
+    learns: bool,
+) -> None:
+    """Else an engine that counts none, as SGLang and TensorRT-LLM, is booked for each copy of a shared prompt."""
+    desk = Desk(one("a", 100, kv_capacity_tokens=CAPACITY))
+    desk.fill(20, prompt_tokens=4000, max_output_tokens=1)
+    for _ in range(60):
+        desk.advance(1.0)
+        desk.observe("a", Load(running=20.0, waiting=waiting, kv_usage=0.1))
+    assert (desk.endpoint("a").kv.real < 0.2) is learns
+
+
 def test_what_answers_take_is_not_taken_for_prompts() -> None:
     """Answers are half written in the mean."""
     kv = books(*[(1000, 500)] * 40)
