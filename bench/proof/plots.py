@@ -22,6 +22,15 @@ COLOURS = {
     "original": "#a6761d",
     "ours": "#1b7837",
 }
+NAMES = {
+    "round_robin": "round robin",
+    "least_request": "least request",
+    "circuit_breaker": "circuit breaker",
+    "tuned_engine": "tuned, no queue",
+    "haproxy": "HAProxy",
+    "original": "original design",
+}
+"""As the tables call them, but short: a legend is one line."""
 OTHER = ("#1f78b4", "#e7298a", "#66a61e", "#b15928", "#444444")
 
 Point = tuple[float, float, float]
@@ -110,9 +119,10 @@ def _svg(title: str, parts: Sequence[str], names: Sequence[str]) -> str:
     tall = TOP + HEIGHT + BOTTOM
     legend, x = [], float(LEFT)
     for number, name in enumerate(names):
+        text = NAMES.get(name, name)
         legend.append(f'<rect x="{x:.0f}" y="{tall - 20}" width="11" height="11" fill="{colour(name, number)}"/>')
-        legend.append(_text(x + 15, tall - 10, name, anchor="start"))
-        x += 30 + 7 * len(name)
+        legend.append(_text(x + 15, tall - 10, text, anchor="start"))
+        x += 30 + 7 * len(text)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH + 10} {tall}" width="{WIDTH + 10}" role="img" '
         f'aria-label="{escape(title)}"><rect width="100%" height="100%" fill="#fff"/>'

@@ -472,6 +472,7 @@ def test_plots_are_well_formed_and_say_their_names():
     for svg in (curve, bar):
         xml.sax.parseString(svg.encode(), xml.sax.ContentHandler())  # noqa: S317 - our own
         assert "ours" in svg
+    assert ">HAProxy</text>" in bar
 
 
 def test_a_tiny_slice_runs_on_real_processes_from_the_arrivals_to_the_page(tmp_path):
