@@ -117,9 +117,9 @@ def play(
         running.callback(front.stop)
         front.start()
         front.wait()
-        target = load.Target(front.address, demands, (seconds / 5, seconds))
+        target = load.Target(front.address, demands)
         load.play([target], seconds + cut_s)
-    return Run("gpu", contender, 0.0, SEED, target.window, target.records, tokens=target.tokens)
+    return Run("gpu", contender, 0.0, SEED, (seconds / 5, seconds), target.records)
 
 
 if __name__ == "__main__":

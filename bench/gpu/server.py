@@ -22,7 +22,7 @@ from aiohttp import web
 from bench.gpu.model import TINY, Model, Size
 
 STEP_TOKENS = 4096
-CHUNK = b'data: {"object": "text_completion", "choices": [{"index": 0, "text": "a"}]}\n\n'
+CHUNK = b'data: {"object": "text_completion", "choices": [{"index": 0, "text": "a "}]}\n\n'
 
 
 @dataclass(slots=True, eq=False)

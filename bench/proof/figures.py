@@ -66,7 +66,6 @@ class Run:
 
     Attributes:
         window: from when to when requests were planned that count, seconds from the start.
-        tokens: output tokens that reached clients inside the window.
         wasted: tokens that engines computed for requests whose client left.
         peak_held: the most that one engine held, running and waiting; a bound, as their peaks may not have met.
         step_lag_s: the worst delay of an engine's step.
@@ -81,7 +80,6 @@ class Run:
     seed: int
     window: tuple[float, float]
     records: list[Record]
-    tokens: int = 0
     wasted: int = 0
     preemptions: int = 0
     peak_waiting: int = 0
@@ -127,7 +125,7 @@ class Figures:
 
     Attributes:
         each: goodput per seed, in the order of `seeds`.
-        tokens_per_s: output tokens that reached clients.
+        tokens_per_s: output tokens that reached clients inside the window, of all requests.
         wasted_left: share of the engines' work that was for clients that left.
         wasted_missed: share that was for answers that missed their objective.
         fairness: Jain's index of the tenants' goodputs; 1 is equal.
@@ -182,7 +180,7 @@ def figures(runs: Sequence[Run]) -> Figures:
         seeds=tuple(run.seed for run in runs),
         each=tuple(goodput(run.counted) for run in runs),
         lines=(*(line(name, [r for r in counted if r.klass == name]) for name in names), line("all", counted)),
-        tokens_per_s=sum(run.tokens for run in runs) / seconds,
+        tokens_per_s=sum(streamed(run) for run in runs) / seconds,
         wasted_left=left,
         wasted_missed=missed,
         fairness=jain(goodput(records) for records in by_tenant.values()),
@@ -190,6 +188,18 @@ def figures(runs: Sequence[Run]) -> Figures:
         loud=goodput(r for r in counted if r.tenant == "tenant-1"),
         cpu_ms={kind: sum(run.cpu_s.get(kind, 0.0) for run in runs) / max(sent, 1) * 1000 for kind in kinds},
     )
+
+
+def streamed(run: Run) -> float:
+    """Return how many output tokens reached clients inside the window: an answer's come evenly from first to last."""
+    begin, end = run.window
+    tokens = 0.0
+    for record in run.records:
+        if record.outcome in ANSWERED and record.first_s is not None and record.end_s is not None:
+            first, last = record.at + record.first_s, record.at + record.end_s
+            inside = max(min(last, end) - max(first, begin), 0.0)
+            tokens += record.output * (inside / (last - first) if last > first else float(begin <= first < end))
+    return tokens
 
 
 def goodput(records: Iterable[Record]) -> float:

@@ -146,7 +146,7 @@ def _play(stacks: Sequence[Stack], times: Times) -> tuple[list[Run], float]:
         shares = dealt(cell.demands(times), len(gateways), cell.seed)
         targets.append(
             [
-                load.Target(address, demands, times.window, experiment.tagged, marks)
+                load.Target(address, demands, experiment.tagged, marks)
                 for address, demands in zip(gateways, shares, strict=True)
             ]
         )
@@ -164,7 +164,6 @@ def _play(stacks: Sequence[Stack], times: Times) -> tuple[list[Run], float]:
     busy = Machine.now().busy_since(before)
     for run, some in zip(runs, targets, strict=True):
         run.records = [record for target in some for record in target.records]
-        run.tokens = sum(target.tokens for target in some)
     return runs, busy
 
 

@@ -39,7 +39,6 @@ def play(cell: Cell, name: str, times: Times) -> Run:
     world = World([Group(PRESETS[experiment.preset], experiment.engines)], who, cell.seed, Faults(speeds, dies))
     jobs = world.run(cell.demands(times), times.end_s)
     result = world.result(cell.load, cell.seed, times.end_s)
-    share = (times.window[1] - times.window[0]) / times.end_s
     return Run(
         experiment=experiment.name,
         contender=name,
@@ -47,7 +46,6 @@ def play(cell: Cell, name: str, times: Times) -> Run:
         seed=cell.seed,
         window=times.window,
         records=[_record(job) for job in jobs],
-        tokens=round(result.generated * share),
         wasted=result.wasted,
         preemptions=result.preemptions,
         peak_waiting=result.peak_waiting,

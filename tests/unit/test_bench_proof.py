@@ -18,11 +18,12 @@ import yaml
 
 from bench.proof import load, page, plots, rival, search, settings, shapes, shapes_page, virtual
 from bench.proof.experiments import BY_NAME, EXPERIMENTS, Cell, Experiment, Times, cells, pack
-from bench.proof.figures import Record, Run, figures, from_json, goodput, ratio, to_json, waste
+from bench.proof.figures import Record, Run, figures, from_json, goodput, ratio, streamed, to_json, waste
 from bench.proof.fronts import HAPROXY, balancer_config, haproxy_config, sidecar_config
 from bench.proof.stacks import run_round
 from bench.proof.words import collect, summary
 from extproc.config import parse_config
+from extproc.engine.openai import Answer, read_ask
 from extproc.simulate.contenders import BEST_FIXED, HAPROXY_QUEUE_S
 from extproc.simulate.fronts import Haproxy, Job
 from extproc.simulate.workload import BATCH, CLASSES, INTERACTIVE, STANDARD, Demand
@@ -83,14 +84,21 @@ def test_only_requests_planned_inside_the_window_count():
 def test_figures_have_every_class_percentiles_of_the_answered_and_the_spread_of_the_seeds():
     good = [record(at / 100, first_s=at / 100, end_s=1.0) for at in range(100)]
     bad = [record(outcome="refused", first_s=None, klass="batch") for _ in range(100)]
-    found = figures([run(good, tokens=50), run(good + bad, seed=2, tokens=150)])
+    found = figures([run(good), run(good + bad, seed=2)])
     assert found.each == (1.0, 0.5)
     assert found.spread == pytest.approx(math.sqrt(0.125))
     assert found.all.goodput == pytest.approx(200 / 300)
     assert [line.klass for line in found.lines] == ["batch", "std", "all"]
     assert found.of_class(("batch",)).refused == 1.0
     assert found.all.ttft == (0.5, 0.95, 0.99)
-    assert found.tokens_per_s == 10.0
+    assert found.tokens_per_s == pytest.approx(2 * 100 * 11 / 20)
+
+
+def test_an_answers_tokens_count_as_far_as_they_came_inside_the_window():
+    across = [record(at, first_s=1.0, end_s=3.0) for at in (-2.0, 8.0)]  # half of each
+    one_token = record(4.0, output=1, first_s=0.5, end_s=0.5)
+    others = [record(outcome="abandoned", first_s=None), record(outcome="failed"), record(20.0)]
+    assert figures([run([*across, one_token, *others])]).tokens_per_s == pytest.approx((11 / 2 * 2 + 1) / 10)
 
 
 def test_fairness_is_one_when_tenants_fare_alike_and_victims_are_all_but_the_noisy_one():
@@ -182,7 +190,7 @@ def test_the_page_says_of_which_commit_each_experiment_is(tmp_path):
 
 
 def test_a_run_survives_json():
-    one = run([record(), record(outcome="refused", status=429, first_s=None)], tokens=3, cpu_s={"front": 0.5})
+    one = run([record(), record(outcome="refused", status=429, first_s=None)], commit="abc", cpu_s={"front": 0.5})
     assert from_json(to_json(one)) == one
 
 
@@ -412,7 +420,7 @@ class Answers:
             self.left_at.append(asyncio.get_running_loop().time())
         else:
             writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
-            for event in (b'data: {"text": "a"}\n\n', b'data: {"text": "b"}\n\n'):
+            for event in (b'data: {"text": "a "}\n\n', b'data: {"text": "b "}\n\n'):
                 writer.write(b"%x\r\n%s\r\n" % (len(event), event))
             if kind == 1:
                 writer.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
@@ -431,10 +439,9 @@ def test_the_sender_tells_whole_answers_from_refusals_halves_and_silence():
         server = await asyncio.start_server(answers, "127.0.0.1", 0)
         async with server:
             port = server.sockets[0].getsockname()[1]
-            target = load.Target(f"127.0.0.1:{port}", demands, (0.0, 10.0))
+            target = load.Target(f"127.0.0.1:{port}", demands)
             played = load.Round([target], cut_s=2.0)
             await played.run()
-            assert target.tokens == 4
             impatient, cut = (at - played.begin for at in answers.left_at)
             assert impatient < 2.0 <= cut
             return target.records
@@ -446,21 +453,33 @@ def test_the_sender_tells_whole_answers_from_refusals_halves_and_silence():
     assert all(one.lag_s is not None and one.lag_s >= 0 for one in records)
 
 
-@pytest.mark.parametrize("size", [1, 3, 7, 50, 1000])
-def test_tokens_are_counted_alike_however_an_answer_is_cut_into_reads(size):
-    async def play() -> tuple[int, Record]:
-        target = load.Target("127.0.0.1:1", [], (0.0, 10.0))
-        exchange = load.Exchange(target, Demand(0.0, STANDARD, 1, 5, 100, "tenant-0"), lambda *_: None)
-        exchange.plan(asyncio.get_running_loop().time(), 0.0)
-        answer = b"HTTP/1.1 200 OK\r\n\r\n" + b'data: {"text": "a"}\n\n' * 4
-        for at in range(0, len(answer), size):
-            exchange.data_received(answer[at : at + size])
-        assert target.records[0].output == 4
-        exchange.data_received(b"data: [DONE]\n\n")
-        return target.tokens, target.records[0]
+@pytest.mark.parametrize("size", [1, 3, 7, 50, 10_000])
+def test_tokens_are_counted_alike_however_an_answer_is_cut_into_events_and_reads(size):
+    demand = Demand(0.0, STANDARD, 1, 7, 100, "tenant-0")
+    asked = read_ask(
+        "text", load.request(demand, "a:1", tagged=True).partition(b"\r\n\r\n")[2], {}, ("sim",), 10_000, any_model=True
+    )
+    told = Answer(replace(asked, output_tokens=7), "1")
 
-    tokens, one = asyncio.run(play())
-    assert (tokens, one.output, one.outcome) == (4, 5, "finished")
+    async def play() -> tuple[list[int], Record]:
+        target = load.Target("127.0.0.1:1", [])
+        exchange = load.Exchange(target, demand, lambda *_: None)
+        exchange.plan(asyncio.get_running_loop().time(), 0.0)
+        counts = []
+        for part in (
+            b"HTTP/1.1 200 OK\r\n\r\n" + told.chunk(0, 1),
+            told.chunk(1, 4),
+            told.chunk(4, 6),
+            told.chunk(6, 7),
+        ):
+            for at in range(0, len(part), size):
+                exchange.data_received(part[at : at + size])
+            counts.append(target.records[0].output)
+        return counts, target.records[0]
+
+    counts, one = asyncio.run(play())
+    assert counts == [1, 4, 6, 7]
+    assert one.outcome == "finished"
 
 
 # ---- plots, and all of it
@@ -486,7 +505,7 @@ def test_a_tiny_slice_runs_on_real_processes_from_the_arrivals_to_the_page(tmp_p
         assert len(one.records) >= 4
         assert any(record.outcome in ("finished", "running") and record.status == 200 for record in one.records)
         assert all(record.lag_s is not None for record in one.records)
-        assert one.tokens > 0
+        assert streamed(one) > 0
         assert one.cpu_s["engines"] > 0
     assert len({tuple((r.at, r.prompt) for r in one.records) for one in runs}) == 1
     text = page.write([replace_lags(one) for one in runs], [], FACTS, tmp_path).text
