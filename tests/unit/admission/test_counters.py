@@ -47,6 +47,15 @@ def test_an_engine_whose_counters_are_far_from_its_peers_is_not_believed(lie: in
     assert 100 < desk.ask().output_tokens < 600, "what it taught before is bounded"
 
 
+def test_what_counters_taught_of_steps_goes_when_they_are_doubted_and_not_before() -> None:
+    desk = Desk(*(EndpointSpec(name) for name in "abcd"))
+    serve(desk, 3, a=200, b=200, c=200, d=20_000)
+    assert doubted(desk) == set()
+    assert desk.endpoint("d").steps.readings > 0
+    serve(desk, 50, a=200, b=200, c=200, d=20_000)
+    assert {name: desk.endpoint(name).steps.readings > 0 for name in "ad"} == {"a": True, "d": False}
+
+
 def test_of_two_that_differ_neither_is_believed_and_both_go_on_serving() -> None:
     desk = Desk(*(EndpointSpec(name) for name in "ab"))
     serve(desk, 50, a=200, b=20_000)

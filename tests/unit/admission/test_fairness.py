@@ -371,6 +371,16 @@ def test_what_an_answer_cost_more_is_charged_where_the_request_was_and_not_where
     assert other.turns[0]._ahead.get("x") == elsewhere.get("x")
 
 
+def test_where_pools_meet_the_tenant_that_was_sent_less_there_goes_first_though_it_came_last() -> None:
+    desk = meeting()
+    held = desk.ask("held", model="m1", tenant="h")
+    desk.ask("x1", model="m1", tenant="x", prompt_tokens=500)
+    for tenant in "xy":
+        desk.ask(f"{tenant}2", model="m2", tenant=tenant)
+    desk.ask("z1", model="m1", tenant="z")
+    assert desk.serve_one_by_one(held) == ["x1", "y2", "z1", "x2"]
+
+
 @pytest.mark.parametrize("lead", [1000, 10_000])
 def test_a_tenant_whose_turn_is_far_keeps_nobody_behind_it_from_theirs(lead: int) -> None:
     """It was first in its pool, and waited for its turn; the next one there was passed over 1,000 times."""

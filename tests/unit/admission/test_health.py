@@ -20,6 +20,7 @@ def test_who_refuses_whatever_its_peers_serve_is_left_out_after_a_few(answer: An
     assert EJECT_AFTER <= cost <= 2 * EJECT_AFTER
     assert not ward.answer("a", Answer.OK)
     assert ward.core.endpoints["a"].condition == "ejected after failures"
+    assert ward.health("a").refusals == cost, "in a row"
 
 
 @pytest.mark.parametrize("answer", REFUSALS)

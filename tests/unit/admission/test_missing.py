@@ -206,6 +206,14 @@ def test_made_up_names_take_no_memory() -> None:
     assert len(ward.core.endpoints["a"].missing._known) <= MOST_MODELS
 
 
+def test_after_any_number_of_made_up_names_one_that_lacks_a_model_is_still_left_out_for_it() -> None:
+    ward = Serving()
+    for number in range(MOST_MODELS + 5):
+        ward.one(f"m{number}", "a", Answer.REFUSED)
+        ward.one("fine", "a", Answer.OK)
+    assert ward.refuse() <= FEW
+
+
 @pytest.mark.parametrize("answer", BLAMES)
 @pytest.mark.parametrize("says", [{"home": "a"}, {"session": "s"}], ids=["home", "session"])
 def test_a_client_that_says_where_its_bad_requests_go_has_nobody_left_out(says: dict[str, str], answer: Answer) -> None:

@@ -10,7 +10,7 @@ from extproc.admission.outcome import Outcome
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Decision, Dispatch, Request
 
-from .desk import Desk, one
+from .desk import URGENT, Desk, one
 
 
 @pytest.mark.parametrize("model", [None, "m"])
@@ -154,3 +154,27 @@ def test_a_gateways_choice_waits_for_one_that_may_serve_it_as_others_do(model: s
     assert desk.outcome(desk.ask(model=model, allowed=frozenset({"gone"}))) is Outcome.NONE_ALLOWED
     desk.put(one("n", models=frozenset()))
     assert desk.where(chosen) == "n"
+
+
+def test_a_request_that_came_back_may_go_to_the_others_of_its_model_if_one_of_them_may_be_used() -> None:
+    desk = Desk(*(one(name, models=frozenset({"m"})) for name in "ab"), one("c", models=frozenset({"n"})))
+
+    def others(*names: str, **request: object) -> frozenset[str] | None:
+        return desk.core.others(Request("r", desk.now, "m", **request), frozenset(names))
+
+    assert others("a") == {"b"}
+    assert others("a", "b") is None, "one that refused it is better than nobody"
+    assert others("c") == {"a", "b"}
+    few = frozenset({"a"})
+    desk.ask(model="m", allowed=few)
+    assert others("a", allowed=few) == few
+    desk.set_up("b", is_up=False)
+    assert others("a") is None
+    assert desk.core.others(Request("r", desk.now, "unheard of"), frozenset({"a"})) is None
+
+
+def test_a_request_that_takes_no_slot_is_of_its_own_class() -> None:
+    desk = Desk(one("a"))
+    sent = Ticket(Request("r", desk.now, request_class="urgent"))
+    desk.core.send(sent, desk.now)
+    assert sent.request_class is URGENT

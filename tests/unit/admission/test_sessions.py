@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from extproc.admission.outcome import Outcome
 from extproc.admission.placing import CACHED_AT_MOST
+from extproc.admission.sessions import Home
 from extproc.admission.values import Binding
 
 from .desk import GUESS, Desk, one
@@ -101,3 +102,14 @@ def test_a_session_whose_cache_was_overwritten_has_no_home_any_more() -> None:
     assert desk.core._placing.sessions.recall("s") is desk.endpoint("a")
     serve(1)
     assert desk.core._placing.sessions.recall("s") is None
+
+
+def test_of_two_that_served_a_session_the_last_one_is_its_home_whoever_tells_of_it() -> None:
+    desk = Desk(one("a", 9), one("b", 9))
+    desk.advance(100.0)
+    desk.release(desk.ask(session="s", home="a"))
+    desk.core.believe_home(Home("s", "b", 10, age_s=1.0), desk.now)
+    assert desk.ask(session="s").home is desk.endpoint("a")
+    desk.advance(2.0)
+    desk.core.believe_home(Home("s", "b", 10, age_s=1.0), desk.now)
+    assert desk.ask(session="s").home is desk.endpoint("b")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from extproc.admission.load import Load
@@ -117,3 +119,12 @@ def test_an_endpoint_whose_cache_is_full_gets_one_request_at_a_time(load: Load) 
     assert in_use([second, third]) == [True, False]
     desk.observe("a", Load(kv_usage=0.5, running=0.0))
     assert in_use([second, third]) == [True, True]
+
+
+def test_of_a_page_whose_counters_are_not_believed_its_gauges_are() -> None:
+    gauges = Load(
+        running=1.0, waiting=2.0, kv_usage=0.3, gpu_usage=0.4, kv_capacity_tokens=5, max_running=6, context_tokens=7,
+        asleep=False, adapters=("lora",), adapter_slots=8,
+    )  # fmt: skip
+    counters = {"preemptions": 1, "prompt_tokens": 2, "output_tokens": 3, "first_tokens": 4, "cached_tokens": 5}
+    assert replace(gauges, tokens_per_s=9.0, **counters).without_counters() == gauges

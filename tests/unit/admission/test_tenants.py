@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from extproc.admission.outcome import Outcome
-from extproc.admission.tenants import TenantRule, TenantRules
+from extproc.admission.tenants import OTHERS, TenantRule, TenantRules
 from extproc.admission.values import Answer, Policy
 
 from .desk import CLASSES, Desk, one
@@ -143,3 +143,14 @@ def test_changed_rules_hold_from_then_on() -> None:
     assert desk.outcome(desk.ask(tenant="t")) is Outcome.TENANT_LIMIT
     desk.set_policy(Policy(classes=CLASSES, shed=False))
     assert desk.outcome(desk.ask(tenant="t")) is Outcome.DISPATCHED
+
+
+def test_what_is_in_flight_is_told_of_those_who_are_named_and_of_all_others_together() -> None:
+    desk = Desk(one("a", 2))
+    assert desk.core.tenants_in_flight() == {}, "there are no rules"
+    desk = Desk(one("a", 2), tenants=TenantRules({"named": TenantRule(), "idle": TenantRule()}))
+    for tenant in ("named", "made up", "named", "another", "named"):
+        desk.ask(tenant=tenant)
+    assert desk.core.tenants_in_flight() == {"named": 3, "idle": 0, OTHERS: 2}
+    desk.release(next(iter(desk.leased)))
+    assert desk.core.tenants_in_flight() == {"named": 2, "idle": 0, OTHERS: 2}

@@ -169,3 +169,11 @@ def test_of_a_request_that_never_waited_there_is_nothing_to_ask() -> None:
     new, sent = Ticket(Request("new", desk.now)), Ticket(Request("sent", desk.now))
     desk.core.send(sent, desk.now)
     assert (new.why(), sent.why()) == ({}, {})
+
+
+def test_what_people_ask_of_a_wait_is_told_to_the_millisecond() -> None:
+    desk = Desk(one("a", 1))
+    desk.ask()
+    waits = desk.ask(budget_s=1.23456)
+    waits.predicted_s = 0.98765
+    assert waits.why() == {"budget_s": 1.235, "predicted_wait_s": 0.988, "waited_for": "limit"}
