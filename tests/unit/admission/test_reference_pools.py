@@ -28,6 +28,11 @@ SPECS = {
     "b": EndpointSpec("b", models=frozenset("mn"), max_running_requests=3, kv_capacity_tokens=3000),
     "c": EndpointSpec("c", models=frozenset("n"), max_running_requests=1),
 }
+MANY = SPECS | {
+    name: EndpointSpec(name, models=frozenset("m"), max_running_requests=1 + number % 2, kv_capacity_tokens=size)
+    for number, (name, size) in enumerate((f"d{number}", (None, 2500)[number % 2]) for number in range(12))
+}
+"""So many that the dispatch pass drops those of them first that suit nobody."""
 PATIENCE_S = 1.0
 
 Told = tuple[str, str, str | None, float]
@@ -41,7 +46,6 @@ class Held:
     request: Request
     order: tuple[int, int]
     until: float
-    alarm: int = 0
     home: str | None = None
     patient_until: float = 0.0
     at: str = ""
@@ -104,9 +108,9 @@ class Server:
 class Reference:
     """Lists, and nothing kept but what is."""
 
-    def __init__(self, most: int) -> None:
-        self.most, self.now, self.picks, self.alarms = most, 0.0, 0, 0
-        self.servers = {name: Server(spec, 0) for name, spec in SPECS.items()}
+    def __init__(self, most: int, specs: dict[str, EndpointSpec]) -> None:
+        self.most, self.now, self.picks = most, 0.0, 0
+        self.servers = {name: Server(spec, 0) for name, spec in specs.items()}
         self.waiting: list[Held] = []
         self.told: list[Told] = []
 
@@ -127,7 +131,6 @@ class Reference:
         if held.home is not None and self.servers[held.home].is_up:
             held.patient_until = self.now + min(PATIENCE_S, (held.until - self.now) / 2)
         self.waiting.append(held)
-        self.wake_later(held)
         if held.home is not None and self.servers[held.home].fits(held):
             self.lease(held, self.servers[held.home])  # even if it had no time to wait for it
         self.assign()
@@ -148,14 +151,8 @@ class Reference:
         for held in self.waiting:
             if held.patient_until > self.now and not self.servers[held.home].is_usable:
                 held.patient_until = self.now
-                self.wake_later(held)
         while pair := self.next_pair():
             self.lease(*pair)
-
-    def wake_later(self, held: Held) -> None:
-        """Be looked at after all others who are looked at in the same moment."""
-        self.alarms += 1
-        held.alarm = self.alarms
 
     def next_pair(self) -> tuple[Held, Server] | None:
         for server in sorted(self.servers.values(), key=lambda one: one.crowding):
@@ -185,9 +182,7 @@ class Reference:
     def until(self, then: float) -> None:
         while dues := [at for one in self.waiting for at in (one.patient_until, one.until) if self.now < at <= then]:
             self.now = min(dues)
-            for held in sorted(self.waiting, key=lambda one: one.alarm):
-                if held.patient_until == self.now:
-                    self.wake_later(held)
+            for held in sorted(self.waiting, key=lambda one: one.order[1]):
                 if held.until <= self.now:
                     self.expire(held)
             self.assign()
@@ -197,14 +192,14 @@ class Reference:
 class Both:
     """The reference and the core, side by side: each method is one event for both."""
 
-    def __init__(self, most: int) -> None:
-        self.model, self.now, self.number = Reference(most), 0.0, 0
+    def __init__(self, most: int, specs: dict[str, EndpointSpec]) -> None:
+        self.model, self.now, self.number = Reference(most, specs), 0.0, 0
         self.core = Controller(
             Policy(classes=CLASSES, patience_s=PATIENCE_S, shed=False, fair=False, max_queued_requests=most)
         )
         self.tickets: dict[str, Ticket] = {}
         self.told: list[Told] = []
-        for name, spec in SPECS.items():
+        for name, spec in specs.items():
             self.put(name, spec)
             self.offer("std", min(spec.models), home=name)  # one pick each: no two are equal then
             self.release(0)
@@ -260,7 +255,7 @@ class Both:
 
     def adopt(self, name: str, tokens: int) -> None:
         self.number += 1
-        request = Request(str(self.number), self.now, min(SPECS[name].models), prompt_tokens=tokens)
+        request = Request(str(self.number), self.now, min(self.model.servers[name].spec.models), prompt_tokens=tokens)
         ticket = self.tickets[request.id] = Ticket(request)
         if self.model.servers[name].is_known:
             self.model.servers[name].holds.append(Held(request, (0, self.number), self.now, at=name))
@@ -301,7 +296,9 @@ class Both:
         then = self.now + seconds
         self.model.until(then)
         while (due := self.core.next_deadline()) is not None and due <= then:
-            self.note(self.core.tick(due))
+            decisions = self.core.tick(due)
+            ended = [one for one in decisions if not isinstance(one, Dispatch)]  # before anybody goes, in any order
+            self.note(sorted(ended, key=lambda one: int(one.ticket.request.id)) + decisions[len(ended) :])
         self.now = then
 
     def check(self, when: object) -> None:
@@ -325,14 +322,15 @@ ALLOWED = (None, None, None, None, *map(frozenset, ("a", "b", "ab", "bc", "c", "
 
 def happen(both: Both, random: Random, what: str) -> None:  # noqa: C901 - one case for each event
     """Let one event happen, with whatever it says."""
-    pick, number, name = random.choice, random.randrange(21), random.choice("abc")
+    pick, number, names = random.choice, random.randrange(21), tuple(both.model.servers)
+    name = pick(names)
     match what:
         case "offer":
             both.offer(
                 pick(sorted(BY_NAME)),
                 pick("mmn"),
                 age_s=pick((0.0, 0.0, 0.0, 0.25)),
-                home=pick((None, None, *SPECS)),
+                home=pick((None, "d0", "d1", name) if "d0" in names else (None, None, *names)),
                 budget_s=pick((None, None, None, 0.0, 0.5)),
                 prompt_tokens=pick((0, 50, 500, 1500, 2700)),
                 max_output_tokens=pick((None, None, 1, 100)),
@@ -352,20 +350,29 @@ def happen(both: Both, random: Random, what: str) -> None:  # noqa: C901 - one c
         case "change":
             if both.model.servers[name].is_there:
                 size = pick((None, 2500, 5000))
-                both.put(name, EndpointSpec(name, "", SPECS[name].models, random.randint(1, 3), size))
+                both.put(name, EndpointSpec(name, "", MANY[name].models, random.randint(1, 3), size))
         case "remove":
             both.remove()
         case "return":
             both.put("a", SPECS["a"])
 
 
-@pytest.mark.parametrize("most", [3, 1000], ids=["a short queue", "a long one"])
-def test_the_core_decides_what_a_slow_walk_over_all_decides(most: int) -> None:
+@pytest.mark.parametrize(
+    ("most", "specs", "seeds"),
+    [(3, SPECS, 40), (1000, SPECS, 40), (1000, MANY, 12)],
+    ids=["a short queue", "a long one", "many endpoints"],
+)
+def test_the_core_decides_what_a_slow_walk_over_all_decides(
+    most: int, specs: dict[str, EndpointSpec], seeds: int
+) -> None:
     seen = set()
-    for seed in range(40):
-        random, both = Random(seed), Both(most)
-        calm = {"offer": random.randint(4, 10), "release": random.randint(3, 8), "cancel": 1, "wait": 2}
+    for seed in range(seeds):
+        random, both = Random(seed), Both(most, specs)
+        offers = random.randint(4, 10)
+        calm = {"offer": offers, "release": random.randint(3, 8), "cancel": 1, "wait": 2}
         churn = {"disown": 1, "withdraw": 1, "adopt": 1, "turn": 1, "quota": 1, "change": 1, "remove": 1, "return": 2}
+        if specs is MANY:  # who waits at home for few goes anywhere when their pool is made anew: no list knows that
+            churn |= {"remove": 0, "return": 0}
         weather = calm | (churn if seed % 2 else {"return": 0})
         for what in random.choices(list(weather), list(weather.values()), k=150):
             happen(both, random, what)
