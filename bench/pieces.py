@@ -57,6 +57,7 @@ COST = (
     Way("full duplex, TCP and TLS", "istio", TLS, {"tls": True}),
     Way("full duplex, unix socket, transport: asyncio", "istio", {"transport": "asyncio"}),
     Way("lean, unix socket", "istio-lean"),
+    Way("buffered for `read_model`, unix socket", "istio-reading", {"picker": {"read_model": True}}),
     Way(
         "buffered, then lean (AI Gateway), TCP and TLS",
         "ai-gateway-buffered",

@@ -42,12 +42,13 @@ def _endpoints(config: Config) -> Iterator[str]:
     if not config.endpoints and not config.sources:
         yield "no endpoints, and no discovery: every request will be refused"
     named = [endpoint for endpoint in config.endpoints if endpoint.models]
+    key, reads = ("picker.read_model", config.picker.read_model) if config.picks else ("request_fields", False)
     if len({model for endpoint in named for model in endpoint.models}) > 1 and not (
-        config.request_fields or config.default_model
+        reads or config.request_fields or config.default_model
     ):
         yield (
             f"endpoints list models, and only the header {config.headers.model[0]} says which one a request wants, "
-            "which OpenAI's clients don't send: they get 400; set request_fields: true, or default_model"
+            f"which OpenAI's clients don't send: they get 400; set {key}: true, or default_model"
         )
     if config.picks and config.picker.fallbacks and config.replicas is not None:
         yield (

@@ -175,7 +175,8 @@ class PickerConfig(Section):
     read_model: bool = Field(
         False,
         description="Where no header names the model, look for it in the first 64 KiB of the body, if the gateway "
-        "sends us bodies before it has our answer (FULL_DUPLEX_STREAMED).",
+        "sends us bodies before it has our pick (FULL_DUPLEX_STREAMED or BUFFERED). "
+        "An Envoy with our bootstrap sends none: `request_fields` is for that.",
     )
     without_end: Literal["refuse", "pick"] = Field(
         "refuse",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from extproc.config import Config
 
 _PER_ROUTE = "type.googleapis.com/envoy.extensions.filters.http.ext_proc.v3.ExtProcPerRoute"
-FULL, NONE = "FULL_DUPLEX_STREAMED", "NONE"
+FULL, BUFFERED, NONE = "FULL_DUPLEX_STREAMED", "BUFFERED", "NONE"
 DEFAULT_IDLE_S, DEFAULT_MESSAGE_S, DEFAULT_BREAKER = 300.0, 0.2, 1024
 
 
@@ -43,6 +43,7 @@ class Gateway:
         if wrong:
             raise ConfigError(str(path), wrong)
         self._longest_s = config.longest_budget_s
+        self._reads_model = config.picker.read_model
         self._clusters = clusters_of(spots) | _dumped_clusters(spots)
         self._managers = [spot for spot in spots if "http_filters" in spot.node]
         self._filters = {
@@ -103,22 +104,7 @@ class Gateway:
         modes: dict[str, Any] = how.get("processing_mode") or {}
         bodies = [modes.get(f"{side}_body_mode", NONE) for side in ("request", "response")]
         where = route.path
-        if FULL in bodies:
-            yield False, f"{where}: full duplex: each piece of a body comes through us, and costs CPU for each token"
-            if how.get("failure_mode_allow"):
-                yield False, f"{where}: failure_mode_allow holds for requests without a body alone: full duplex"
-        elif bodies == [NONE, NONE]:
-            yield False, f"{where}: lean: two messages a request"
-        elif how.get("allow_mode_override"):
-            yield False, f"{where}: {bodies[0]} until we answer, then lean; a body above the listener's buffer gets 413"
-        else:
-            yield (
-                True,
-                (
-                    f"{where}: bodies are {', '.join(bodies)} and allow_mode_override is off: answers come in one piece, not "
-                    "streamed; allow_mode_override: true would be right"
-                ),
-            )
+        yield from self._judge_modes(where, how, bodies)
         if FULL not in bodies:
             timeout_s = how.seconds("message_timeout", DEFAULT_MESSAGE_S)
             if timeout_s <= self._longest_s:
@@ -147,6 +133,26 @@ class Gateway:
             if seconds is not None and 0 < seconds <= self._longest_s:
                 yield True, f"{path}: {seconds:g}s: held time counts against it, and a budget is {self._longest_s:g}s"
         yield from self._breaker(how)
+
+    def _judge_modes(self, where: str, how: Spot, bodies: list[str]) -> Iterator[tuple[bool, str]]:
+        request, answer = bodies
+        if self._reads_model and request not in (FULL, BUFFERED):
+            text = f"{where}: request_body_mode is {request}: no body comes before our pick, so picker.read_model finds no model"
+            yield False, f"{text}; a header must name it, or BUFFERED would be right"
+        if FULL in bodies:
+            yield False, f"{where}: full duplex: each piece of a body comes through us, and costs CPU for each token"
+            if how.get("failure_mode_allow"):
+                yield False, f"{where}: failure_mode_allow holds for requests without a body alone: full duplex"
+        elif bodies == [NONE, NONE]:
+            yield False, f"{where}: lean: two messages a request"
+        elif how.get("allow_mode_override") and not self._reads_model:
+            yield False, f"{where}: {request} until we answer, then lean; a body above the listener's buffer gets 413"
+        elif answer == NONE or how.get("allow_mode_override"):
+            text = f"{where}: {request}: each request's body comes in one message, and nothing of its answer"
+            yield False, f"{text}; a body above the listener's buffer gets 413"
+        else:
+            text = f"{where}: bodies are {request}, {answer} and allow_mode_override is off: answers come in one piece, not streamed"
+            yield True, f"{text}; allow_mode_override: true would be right"
 
     def _breaker(self, how: Spot) -> Iterator[tuple[bool, str]]:
         cluster = self._clusters.get(str(how.get("grpc_service", "envoy_grpc", "cluster_name")))

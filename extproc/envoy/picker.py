@@ -11,6 +11,7 @@ import json
 from typing import TYPE_CHECKING
 
 from extproc.durations import format_duration
+from extproc.envoy.filters import request_fields
 from extproc.envoy.skeleton import IDLE_S, MARGIN_S, Skeleton, sidecar_address, sidecar_cluster, socket_address
 from extproc.errors import ConfigError
 from extproc.stream import wire
@@ -65,14 +66,14 @@ def render(config: Config, options: EnvoyOptions) -> str:
 {_route(config.picker.fallbacks)}\
                 request_headers_to_remove: [{header}]
 """,
-        filters="",
+        filters=request_fields(config),
         filters_behind="",
         message_timeout=format_duration(config.longest_budget_s + MARGIN_S),
         response_attributes="response.code_details",
         written="|".join(written),
         read=sorted(config.header_names().wanted()),
         received=f"{wire.PICK_NAMESPACE}, {wire.NAMESPACE}",
-        forwarded=wire.PICK_NAMESPACE,
+        forwarded=f"{wire.PICK_NAMESPACE}, {wire.FIELDS_NAMESPACE}" if config.request_fields else wire.PICK_NAMESPACE,
         clusters=_endpoints(header, config, options) + sidecar_cluster(here, {}),
     ).render()
 
@@ -83,6 +84,11 @@ def _require_what_it_can_say(config: Config, options: EnvoyOptions) -> None:
         problems.append(
             "picker.fallbacks: an Envoy that knows discovered endpoints by our pick alone tries one address; leave it "
             "out, or list the endpoints"
+        )
+    if config.picker.read_model and not config.request_fields:
+        problems.append(
+            "picker.read_model: is for gateways that send bodies; this Envoy sends none: request_fields: true, with "
+            "which it reads the model itself, would be right"
         )
     if config.tls is not None:
         problems.append("tls: leave it out for an Envoy of your own, at a unix socket or on loopback")

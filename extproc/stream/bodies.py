@@ -74,12 +74,12 @@ def echo(kind: int, piece: bytes) -> bytes:
     return _head(kind, len(piece)) + piece
 
 
-def text_of(piece: bytes) -> bytes:
-    """Return the body's own bytes in a piece. Raises ProtocolError."""
+def text_of(piece: bytes, most: int | None = None) -> bytes:
+    """Return the body's own bytes in a piece, the first `most` of them. Raises ProtocolError."""
     if piece[:1] != b"\x0a":
         return b""
     length, at = _varint(piece, 1)
-    return piece[at : at + length]
+    return piece[at : at + (length if most is None else min(length, most))]
 
 
 @lru_cache(maxsize=4096)

@@ -32,17 +32,19 @@ class Modes:
         echoes: the kinds of body of which only what we send back goes on (FULL_DUPLEX_STREAMED).
         tells_end: the stream lasts as long as the answer.
         override: what is appended to a pick, to be told less.
+        ask: the answer to a request's headers that has its whole body come before the pick; "": it can't be had so.
     """
 
     sends_pieces: bool = False
     echoes: frozenset[int] = frozenset()
     tells_end: bool = True
     override: bytes = b""
+    ask: bytes = b""
 
     @property
     def tells_body(self) -> bool:
-        """Pieces of the request come before its headers were answered, or can: the model may be looked for there."""
-        return self.holds_body or not self.tells_end
+        """The request's body comes before the pick, or can: the model may be looked for there."""
+        return self.holds_body or not self.tells_end or bool(self.ask)
 
     @property
     def holds_body(self) -> bool:
@@ -161,7 +163,9 @@ def _of(request: int, response: int) -> Modes:
     if request == response == wire.NO_BODY:
         return PLAIN
     # A mode can't be left from FULL_DUPLEX_STREAMED; and whether it may be from another, only Envoy's config knows.
-    return Modes(sends_pieces=True, echoes=echoes, override=b"" if echoes else wire.LEAN)
+    override = b"" if echoes else wire.LEAN
+    ask = wire.ask_body(lean=not echoes) if request == wire.BUFFERED else b""
+    return Modes(sends_pieces=True, echoes=echoes, override=override, ask=ask)
 
 
 _ALL_MODES = {pair: _of(*pair) for pair in product(wire.BODY_MODES, repeat=2)}

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from extproc.admission.load import Load
     from extproc.admission.values import Answer, Decision
     from extproc.stream.ages import Ages
-    from extproc.stream.dialect import Dialect
+    from extproc.stream.dialect import Dialect, Modes
     from extproc.stream.gate import Gate
     from extproc.stream.request import Headers
     from extproc.stream.session import Session
@@ -83,8 +83,9 @@ class Reception:
         self._overflow: dict[str, tuple[str, bytes]] = {}  # class -> cluster of last resort, and how to steer there
         self.overflowed: dict[str, int] = {}  # how many went there, by class
         self.read_model = read_model
+        self._reads_fields = bool(fields_namespace)
         self.picks_without_end = picks_without_end
-        self._has_refused_gateway = False
+        self._has_refused_gateway = self._has_missed_body = False
         self.gate = gate
         self.is_probed = gate.controller.policy.first_byte_probe
         self.running: dict[int, Session] = {}  # by our own number, for the first-byte probe alone
@@ -204,9 +205,19 @@ class Reception:
         names = (endpoint, *(one.name for one in choices if one.name in self._clusters))
         return self.dialect.steer(",".join(self._clusters[name] for name in names))
 
-    def names_model(self, incoming: Incoming) -> bool:
-        """Tell whether the headers say which model is meant."""
-        return any(incoming.headers.get(name) for name in self.requests.names.model)
+    def reads_body(self, incoming: Incoming, modes: Modes) -> bool:
+        """Tell whether the model is to be looked for in a request's body: nothing else names it, and the body comes."""
+        if not (self.read_model and incoming.has_body) or self.gate.controller.draining:
+            return False
+        if "model" in incoming.fields or any(incoming.headers.get(name) for name in self.requests.names.model):
+            return False
+        if not (modes.tells_body or self._reads_fields or self._has_missed_body):
+            self._has_missed_body = True
+            log.warning(
+                "picker.read_model: a gateway sends no body before it has our pick (its request_body_mode is neither "
+                "FULL_DUPLEX_STREAMED nor BUFFERED): no model is read there; let a header name it"
+            )
+        return modes.tells_body
 
     def refuse_gateway(self) -> None:
         """Say once that a gateway is refused because it never tells when an answer ends."""

@@ -6,6 +6,9 @@ No gRPC and no event loop in here: a driver feeds `receive`, sends what `reply` 
      │                        └──refusal──▶ refused
      └──request headers, the model is in the body──▶ reading ──model──▶ held
 
+Where a gateway buffers a body (BUFFERED) and the model is looked for in it, the headers are answered first, with
+nothing, and the pick is the answer to the body.
+
 What a gateway expects differs by its `Dialect`, and how it tells bodies by the stream's `Modes` (dialect.py). Pieces of
 bodies that come before the decision are kept, a few of them: `paused` then asks the driver to leave the rest unread.
 """
@@ -69,6 +72,7 @@ class Session:
         "_action",
         "_answer",
         "_began",
+        "_is_asked",
         "_is_half_closed",
         "_is_refused",
         "_is_sent",
@@ -107,6 +111,7 @@ class Session:
         self._modes: Modes = PLAIN
         self._kept: Kept | None = None  # what came of the body before the decision
         self._began: Incoming | None = None  # the headers, while the body is read for the model
+        self._is_asked = False  # the headers were answered with nothing: the body's answer is the pick
         self._is_half_closed = False
         self._is_sent = False  # to an endpoint
         self._wait_s: float | None = None  # set once dispatched, if the client is to be told
@@ -162,8 +167,11 @@ class Session:
             self._state = _REFUSED
             self._reply(refusal(reception, self._shape, Outcome.ENDLESS))
             return
-        reads = reception.read_model and incoming.has_body and modes.tells_body and not reception.names_model(incoming)
-        reads = reads and not reception.gate.controller.draining
+        reads = reception.reads_body(incoming, modes)
+        if reads and modes.ask:
+            self._is_asked, self._state, self._began = True, _READING, incoming
+            self._reply(modes.ask)
+            return
         if incoming.has_body and (modes.holds_body or reads):
             most_bytes = KEPT_BYTES if self.resets else KEPT_UNTOLD_BYTES
             coming_bytes = body_bytes(incoming.headers)
@@ -215,7 +223,7 @@ class Session:
             details += more
             self._is_sent = True
             steer = reception.steer(decision.endpoint, decision.ticket.choices)
-            self._reply(steer + self._modes.override + details)
+            self._reply(wire.in_body(steer) + details if self._is_asked else steer + self._modes.override + details)
             self._reply_kept()
         elif (overflow := reception.overflow(decision)) is not None:
             self._overflow(decision, *overflow, wait_s)
@@ -313,6 +321,8 @@ class Session:
         elif self._kept is not None and kind == bodies.REQUEST:
             self._kept.add(piece, reply)
             self._look_for_model(self._kept)
+        elif self._is_asked and self._state is _READING and kind == bodies.REQUEST:
+            self._take_whole(piece)
         elif self._state is not _REFUSED:  # what was on its way when we refused goes nowhere
             raise ProtocolError(f"a body has no place here: the stream is {self._state.name.lower()}")
 
@@ -335,6 +345,13 @@ class Session:
                 self._kept.look_no_more()
             self._offer(began)
 
+    def _take_whole(self, piece: bytes) -> None:
+        """Offer a request whose body was asked for, and came in one piece."""
+        model = bodies.model_in(bodies.text_of(piece, bodies.MODEL_WITHIN))
+        if model is not None and self._began is not None:
+            self._began.fields["model"] = model
+        self.read_no_more()
+
     def half_closed(self) -> bool:
         """Note that the client says no more; tell whether it still waits for what we say: else the stream is over."""
         if self._modes.tells_end or self._state not in (_READING, _HELD):
@@ -346,6 +363,11 @@ class Session:
         return not self.over
 
     def _keep_trailers(self) -> None:
+        if self._is_asked and self._state is _READING:  # the body that was asked for does not come: no way for a pick
+            self._drop_body()
+            self._state = _REFUSED
+            self._reply(refusal(self._reception, self._shape, Outcome.MODEL_MISSING))
+            return
         if self._kept is None:
             raise ProtocolError("request_trailers has no place here: the request's headers are not answered")
         self._kept.end(wire.go_on(Kind.REQUEST_TRAILERS))

@@ -49,6 +49,7 @@ SUBSET_NAMESPACE = "envoy.lb.subset_hint"
 BODY_MODES = tuple(pb.ProcessingMode.BodySendMode.values())
 """How a gateway may send bodies; two of them are of interest."""
 NO_BODY, FULL_DUPLEX = pb.ProcessingMode.NONE, pb.ProcessingMode.FULL_DUPLEX_STREAMED
+BUFFERED = pb.ProcessingMode.BUFFERED
 
 _ATTRIBUTES = "envoy.filters.http.ext_proc"
 _OVERWRITE = pb.HeaderValueOption.HeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
@@ -296,21 +297,44 @@ def pick(address: str, drop: Collection[str] = ()) -> bytes:
     return response.SerializeToString()
 
 
-def _lean() -> bytes:
+_IN_BODY = bytes((pb.ProcessingResponse.REQUEST_BODY_FIELD_NUMBER << 3 | 2,))
+
+
+def in_body(steer: bytes) -> bytes:
+    """Return a pick, or what `steer` made, as the answer to a request's whole body instead of its headers.
+
+    `HeadersResponse` and `BodyResponse` are the same on the wire; which of them it is, the first byte says.
+    """
+    return _IN_BODY + steer[1:]
+
+
+def ask_body(*, lean: bool) -> bytes:
+    """Let the headers be, and have the whole body come; `lean`: and no body of the answer.
+
+    A destination that the client wrote ends here: what has trailers and no body goes on without a pick.
+    """
+    common = pb.CommonResponse(header_mutation=pb.HeaderMutation(remove_headers=[PICK_HEADER]))
+    response = pb.ProcessingResponse(request_headers=pb.HeadersResponse(response=common))
+    if lean:
+        response.mode_override.CopyFrom(_told(BUFFERED, pb.ProcessingMode.SEND))
+    return response.SerializeToString()
+
+
+def _told(
+    request_body: pb.ProcessingMode.BodySendMode, request_trailers: pb.ProcessingMode.HeaderSendMode
+) -> pb.ProcessingMode:
     mode = pb.ProcessingMode
-    return pb.ProcessingResponse(
-        mode_override=mode(
-            request_header_mode=mode.SEND,
-            response_header_mode=mode.SEND,
-            request_body_mode=mode.NONE,
-            response_body_mode=mode.NONE,
-            request_trailer_mode=mode.SKIP,
-            response_trailer_mode=mode.SEND,
-        )
-    ).SerializeToString()
+    return mode(
+        request_header_mode=mode.SEND,
+        response_header_mode=mode.SEND,
+        request_body_mode=request_body,
+        response_body_mode=mode.NONE,
+        request_trailer_mode=request_trailers,
+        response_trailer_mode=mode.SEND,
+    )
 
 
-LEAN = _lean()
+LEAN = pb.ProcessingResponse(mode_override=_told(NO_BODY, pb.ProcessingMode.SKIP)).SerializeToString()
 """Ask to be told no bodies, and the answer's end alone. To be appended to a pick."""
 
 

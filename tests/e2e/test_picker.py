@@ -12,7 +12,6 @@ import json
 import os
 import random
 import signal
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,7 @@ import pytest
 
 from .kit.clients import Completion, H1Request, complete_many
 from .kit.envoy import Envoy
-from .kit.gateways import KINDS, bootstrap, two_pools
+from .kit.gateways import HEADER, KINDS, bootstrap, two_pools
 from .kit.picking import Picking
 from .kit.pool import Store
 from .kit.processes import wait_until
@@ -47,9 +46,24 @@ def here(request, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Picking]
         yield picking
 
 
+@pytest.fixture(autouse=True)
+def bounded(request) -> Iterator[None]:
+    """Behind the stack that a module shares no server ever has more than its limit, whatever a test does."""
+    shared = [request.getfixturevalue(name) for name in ("here", "reading") if name in request.fixturenames]
+    with contextlib.ExitStack() as watching:
+        for one in shared:
+            watching.enter_context(one.bounded())
+        yield
+
+
 def taking(kind: str, size: int) -> dict[str, int]:
     """How a gateway is set up that takes bodies of this size: Envoy Gateway's `bufferLimit`, if it must be raised."""
     return {"buffer_bytes": 2 * size} if kind == "ai-gateway-buffered" and size > BUFFERED_BYTES else {}
+
+
+def much(kind: str, size: int = 30_000_000) -> int:
+    """What a row sends: a little; but so much where a gateway buffers it all, in the long run."""
+    return size if LONG and kind == "ai-gateway-buffered" else 3000
 
 
 def body_of(size: int) -> bytes:
@@ -97,23 +111,94 @@ def test_bodies_of_any_size_arrive_as_they_were_sent_both_ways_and_the_lease_is_
         headers = [("x-test-id", name), behave("sse", events=20)]
         with H1Request(gateway, headers=headers, body=body, timeout_s=60) as one:
             assert one.send().read_all() == b"".join(map(sse_event, range(20))) + SSE_DONE
-        ended = time.monotonic()
-        here.wait_in_flight(0)
-        took_s.append(time.monotonic() - ended)
+        took_s.append(here.wait_back())
         (record,) = [one for upstream in here.upstreams.values() for one in upstream.seen(name)]
         assert (record.body_bytes, record.body_sha1) == (size, hashlib.sha1(body, usedforsecurity=False).hexdigest())
         assert here.seen_where_picked(kind, name, **how)
     assert min(took_s) < BACK_S
 
 
+READERS = ("ai-gateway-buffered", "own", *(("ai-gateway-strict", "istio-reading", "istio") if LONG else ()))
+"""Which read a body's model: BUFFERED with override, without, for requests alone; full duplex; Envoy itself."""
+
+
+@pytest.fixture(scope="module", params=VERSIONS, ids=lambda version: version or "supported")
+def reading(request, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Picking]:
+    config = {"picker": {"read_model": True}, "request_fields": True}  # this for our own Envoy
+    models = {"a": ["m1"], "b": ["m2"]}
+    with Picking(tmp_path_factory.mktemp("reading"), version=request.param, config=config, models=models) as picking:
+        yield picking
+
+
+def reader(here: Picking, kind: str, size: int = 0) -> str:
+    if kind == "own":
+        return here.own_envoy()
+    strict = {"may_override": False} if kind == "ai-gateway-strict" else {}
+    kind = "ai-gateway-buffered" if strict else kind
+    more = {"buffer_bytes": 2 * size} if kind == "istio-reading" and size > BUFFERED_BYTES else taking(kind, size)
+    return here.gateway(kind, **strict, **more)
+
+
+def naming(model: str, size: int = 0) -> bytes:
+    """A body of about this size that names its model last of what is looked at."""
+    head = b'{"messages": "' + b"x" * min(size, 50_000) + f'", "model": "{model}", "rest": "'.encode()
+    return head + body_of(max(size - 50_000, 0)).hex()[: max(size - 50_000, 0)].encode() + b'"}'
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_the_model_is_read_from_a_body_of_any_size_that_comes_whole_and_goes_on_as_it_was_sent(reading, kind):
+    if kind == "own" and reading.version:
+        pytest.skip("its bootstrap is for the Envoy that is supported")
+    took_s = []
+    for size in SIZES[1:]:
+        gateway, a = reader(reading, kind, size), reading.upstreams["a"]
+        for number, (model, where) in enumerate([("m2", "b"), ("m1", "a"), ("m2", "b")]):
+            body, name = naming(model, size), f"reads-{kind}-{size}-{number}"
+            headers = [("x-test-id", name), (HEADER, a.address), behave("sse", events=20)]
+            with H1Request(gateway, headers=headers, body=body, timeout_s=60) as one:
+                assert one.send().read_all() == b"".join(map(sse_event, range(20))) + SSE_DONE
+            took_s.append(reading.wait_back())
+            assert reading.seen(name) == [where]
+            (record,) = reading.upstreams[where].seen(name)
+            assert record.body_sha1 == hashlib.sha1(body, usedforsecurity=False).hexdigest()
+    assert min(took_s) < BACK_S
+    (unknown,) = complete_many(f"http://{gateway}/v1/chat/completions", 1, lambda _: {}, body=naming("m3"))
+    assert (unknown.status, unknown.headers["x-extproc-outcome"]) == (404, "unknown_model")
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_a_request_whose_model_was_read_waits_for_who_serves_it_and_leaves_the_line_with_its_client(reading, kind):
+    if kind == "own" and reading.version:
+        pytest.skip("its bootstrap is for the Envoy that is supported")
+    gateway, name = reader(reading, kind), f"reads-held-{kind}"
+    runs = [("x-test-id", f"{name}-runs"), behave("sse", hold="body")]
+    with ThreadPoolExecutor(1) as pool, H1Request(gateway, headers=runs, body=naming("m2")) as running:
+        running.send()  # where no mode may be overridden, its answer comes in one piece
+        reading.wait_in_flight(1)
+        held = pool.submit(
+            complete_many, f"http://{gateway}/", 1, lambda _: {"x-test-id": f"{name}-held"}, body=naming("m2", 9000)
+        )
+        reading.wait_waiting(1)
+        with H1Request(gateway, headers=[("x-test-id", f"{name}-gone")], body=naming("m2")) as gone:
+            gone.send()
+            reading.wait_waiting(2)
+            gone.rst()
+            reading.wait_waiting(1, timeout_s=1)
+        assert reading.in_flight() == {"a": 0, "b": 1}
+        reading.upstreams["b"].release(f"{name}-runs")
+        running.read_all()
+        (waited,) = held.result()
+    assert waited.status == 200
+    assert [reading.seen(f"{name}-{what}") for what in ("held", "gone")] == [["b"], []]
+    reading.wait_idle()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_at_once_all_are_served_and_no_server_ever_gets_more_than_its_limit(here, kind):
-    for upstream in here.upstreams.values():
-        upstream.clear()
-    headers = dict([behave("sse", events=3, gap_s=0.002)])
+    headers, size = dict([behave("sse", events=3, gap_s=0.002)]), much(kind, 1_000_000)
     answers = complete_many(
-        f"http://{here.gateway(kind)}/v1/chat/completions", 30,
-        lambda n: {"x-test-id": f"many-{kind}-{n}", **headers}, body=body_of(3000),
+        f"http://{here.gateway(kind, **taking(kind, size))}/v1/chat/completions", 30,
+        lambda n: {"x-test-id": f"many-{kind}-{n}", **headers}, body=body_of(size),
     )  # fmt: skip
     assert {one.status for one in answers} == {200}
     assert [upstream.peak for upstream in here.upstreams.values()] == [1, 1]
@@ -128,15 +213,18 @@ def test_a_client_that_leaves_while_it_is_held_leaves_the_line_and_is_never_run(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_client_that_leaves_while_it_runs_gives_its_slot_back_at_once(here, kind):
-    name = f"left-{kind}"
-    headers = [("x-test-id", name), behave("sse", hold="body")]
-    with H1Request(here.gateway(kind), headers=headers, body=body_of(1000)) as leaver:
-        assert leaver.send().read_chunk() == sse_event(0)
-        assert sum(here.in_flight().values()) == 1
-        leaver.rst()
-        here.wait_in_flight(0, timeout_s=1)
-    (where,) = here.seen(name)
-    assert here.upstreams[where].wait_ended(name).aborted
+    size, took_s = much(kind), []
+    for n in range(3 if LONG else 1):
+        name = f"left-{kind}-{n}"
+        headers = [("x-test-id", name), behave("sse", hold="body")]
+        with H1Request(here.gateway(kind, **taking(kind, size)), headers=headers, body=body_of(size)) as leaver:
+            assert leaver.send().read_chunk() == sse_event(0)
+            assert sum(here.in_flight().values()) == 1
+            leaver.rst()
+            took_s.append(here.wait_back(1))
+        (where,) = here.seen(name)
+        assert here.upstreams[where].wait_ended(name).aborted
+    assert not LONG or min(took_s) < BACK_S
 
 
 def test_a_held_request_is_not_given_up_by_a_message_timeout_where_bodies_are_full_duplex(here):

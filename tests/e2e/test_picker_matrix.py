@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import signal
 import time
@@ -21,7 +22,7 @@ from .kit.gateways import KINDS
 from .kit.picking import Picking
 from .kit.processes import wait_until
 from .kit.upstream import SSE_DONE, behave, sse_event
-from .test_picker import VERSIONS, blocked, body_of, leave_while_held, taking
+from .test_picker import BACK_S, VERSIONS, blocked, body_of, bounded, leave_while_held, much, taking
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,6 +31,7 @@ LONG = bool(os.environ.get("EXTPROC_LONG"))
 long = pytest.mark.skipif(not LONG, reason="minutes: `make test-picker`")
 HELD_S = 70.0
 TOKENS = (1, 100, 10_000)
+__all__ = ["bounded"]  # for each test here, too
 
 
 @pytest.fixture(scope="module", params=VERSIONS, ids=lambda version: version or "supported")
@@ -43,20 +45,21 @@ def here(request, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Picking]
 @pytest.mark.parametrize("size", [1000, 1_000_000, 30_000_000])
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_of_1_100_and_10_000_tokens_come_whole_whatever_was_sent_and_leave_no_lease(here, kind, size):
-    body, gateway = body_of(size), here.gateway(kind, **taking(kind, size))
+    body, gateway, took_s = body_of(size), here.gateway(kind, **taking(kind, size)), []
     for tokens in TOKENS:
         name = f"tokens-{kind}-{size}-{tokens}"
         headers = [("x-test-id", name), behave("sse", events=tokens)]
         with H1Request(gateway, headers=headers, body=body, timeout_s=90) as one:
             assert one.send().read_all() == b"".join(map(sse_event, range(tokens))) + SSE_DONE
-        here.wait_in_flight(0, timeout_s=1)
+        took_s.append(here.wait_back(1))
         (record,) = [one for upstream in here.upstreams.values() for one in upstream.seen(name)]
         assert record.body_sha1 == hashlib.sha1(body, usedforsecurity=False).hexdigest()
+    assert min(took_s) < BACK_S
 
 
 @long
 def test_a_request_may_be_held_for_70_s_behind_every_kind_of_gateway(here):
-    gateways = {kind: here.gateway(kind) for kind in KINDS}
+    gateways = {kind: here.gateway(kind, **taking(kind, much(kind))) for kind in KINDS}
     busy = dict([behave("sse", events=int(HELD_S) + 5, gap_s=1.0)])
     with ThreadPoolExecutor(len(KINDS) + 1) as pool:
         running = pool.submit(complete_many, f"http://{gateways['istio']}/", 2, lambda _: busy, timeout_s=120)
@@ -64,24 +67,27 @@ def test_a_request_may_be_held_for_70_s_behind_every_kind_of_gateway(here):
         held = [
             pool.submit(
                 complete_many, f"http://{gateway}/", 1, lambda _, kind=kind: {"x-test-id": f"70-s-{kind}"},
-                body=body_of(5000), timeout_s=120,
+                body=body_of(much(kind)), timeout_s=120,
             )
             for kind, gateway in gateways.items()
         ]  # fmt: skip
-        here.wait_waiting(len(KINDS))
+        here.wait_waiting(len(KINDS), timeout_s=15)
         began = time.monotonic()
         assert [one.status for one in running.result()] == [200, 200]
         assert [one.status for answers in held for one in answers.result()] == [200] * len(KINDS)
+        assert here.wait_back() < BACK_S
     for kind in KINDS:
         (record,) = [one for upstream in here.upstreams.values() for one in upstream.seen(f"70-s-{kind}")]
-        assert record.body_bytes == 5000
+        assert record.body_sha1 == hashlib.sha1(body_of(much(kind)), usedforsecurity=False).hexdigest()
         assert record.arrived_at - began > HELD_S
     here.wait_idle()
 
 
 @long
-@pytest.mark.parametrize("size", [0, 1000, 1_000_000, 10_000_000])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [*itertools.product(KINDS, (0, 1000, 1_000_000, 10_000_000)), ("ai-gateway-buffered", 30_000_000)],
+)
 def test_a_client_that_leaves_while_it_is_held_is_never_run_whatever_it_had_sent(here, kind, size):
     leave_while_held(here, here.gateway(kind, **taking(kind, size)), kind, size, f"gone-{kind}-{size}")
 
@@ -114,13 +120,13 @@ def test_a_picker_that_is_killed_what_becomes_of_what_runs_is_held_and_is_new(
     """Only where no body passes the picker, and the pool fails open, does it go on; AI Gateway never fails open."""
     with contextlib.ExitStack() as ending, ThreadPoolExecutor(1) as pool:
         own = ending.enter_context(Picking(tmp_path, version=here.version))
-        gateway = own.gateway(kind, fail_open=fail_open)
-        running = []
+        body = body_of(much(kind))
+        gateway, running = own.gateway(kind, fail_open=fail_open, **taking(kind, len(body))), []
         for n in range(2):
             headers = [("x-test-id", f"runs-{n}"), behave("sse", hold="body")]
-            running.append(ending.enter_context(H1Request(gateway, headers=headers, body=b"{}")))
+            running.append(ending.enter_context(H1Request(gateway, headers=headers, body=body)))
             assert running[n].send().read_chunk() == sse_event(0)
-        held = pool.submit(complete_many, f"http://{gateway}/", 1, lambda _: {"x-test-id": "held"}, body=b"{}")
+        held = pool.submit(complete_many, f"http://{gateway}/", 1, lambda _: {"x-test-id": "held"}, body=body)
         own.wait_waiting(1)
         own.sidecar.child.signal(signal.SIGKILL)
         (waited,) = held.result()
@@ -129,7 +135,7 @@ def test_a_picker_that_is_killed_what_becomes_of_what_runs_is_held_and_is_new(
                 upstream.release(f"runs-{n}")
         for one in running:
             one.read_all()
-        (after,) = complete_many(f"http://{gateway}/", 1, lambda _: {"x-test-id": "new"}, body=b"{}")
+        (after,) = complete_many(f"http://{gateway}/", 1, lambda _: {"x-test-id": "new"}, body=body)
         assert [one.complete for one in running] == [survives, survives]
         assert [waited.status, after.status] == ([200, 200] if survives else [500, 500])
         assert [len(own.seen(name)) for name in ("held", "new")] == [int(survives)] * 2
@@ -143,20 +149,20 @@ def test_a_dead_pick_costs_at_most_503_and_no_lease_until_a_health_check_finds_i
     """Without retries a gateway has no next choice; and by its 503 alone a dead server looks like a full one."""
     checks = {"health_check": {"interval": "300ms", "timeout": "200ms"}}
     with Picking(tmp_path, version=here.version, config=checks) as own:
-        gateway = own.gateway(kind)
+        gateway, body = own.gateway(kind, **taking(kind, much(kind))), body_of(much(kind))
         own.upstreams["a"].down()
-        statuses = []
+        statuses, took_s = [], []
         for n in range(4):
-            (one,) = complete_many(
-                f"http://{gateway}/", 1, lambda _, n=n: {"x-test-id": f"dead-{n}"}, body=body_of(3000)
-            )
+            (one,) = complete_many(f"http://{gateway}/", 1, lambda _, n=n: {"x-test-id": f"dead-{n}"}, body=body)
             statuses.append(one.status)
-            own.wait_in_flight(0, timeout_s=1)
+            took_s.append(own.wait_back(1))
+        assert min(took_s) < BACK_S
         assert set(statuses) <= {200, 503}
         wait_until(lambda: own.sidecar.metrics()['extproc_endpoint_up{endpoint="a"}'] == 0, 10, "it was found")
         answers = complete_many(f"http://{gateway}/", 10, lambda n: {"x-test-id": f"later-{n}"}, body=body_of(3000))
         assert {one.status for one in answers} == {200}
         assert {where for n in range(10) for where in own.seen(f"later-{n}")} == {"b"}
+        assert own.upstreams["b"].peak == 1
 
 
 @pytest.mark.parametrize("kind", ["ai-gateway-buffered", *(["ai-gateway"] if LONG else [])])

@@ -107,19 +107,28 @@ def spoken(response: pb.ProcessingResponse) -> str:
     kind = response.WhichOneof("response")
     if kind == "immediate_response":
         return f"refuse {response.immediate_response.status.code}"
-    if kind == "request_headers" and response.request_headers.HasField("response"):
-        mutation = response.request_headers.response.header_mutation
+    if kind in ("request_headers", "request_body") and (mutation := mutation_of(response)) is not None:
+        if list(mutation.remove_headers) == [wire.PICK_HEADER]:
+            assert not mutation.set_headers
+            mode = MODE.BodySendMode.Name(response.mode_override.request_body_mode)
+            return f"ask {mode}" if response.HasField("mode_override") else "ask"
         picked = {option.header.key: option.header.raw_value.decode() for option in mutation.set_headers}
         told = response.dynamic_metadata["envoy.lb"]
         assert picked == dict(told), "header and metadata are equal"
         override = " lean" if response.HasField("mode_override") else ""
-        return f"pick {picked[wire.PICK_HEADER]}{override}"
+        assert getattr(response, kind).response.clear_route_cache
+        return f"pick {picked[wire.PICK_HEADER]}{override}{' in body' if kind == 'request_body' else ''}"
     if kind.endswith("_body"):
         mutation = getattr(response, kind).response.body_mutation
         if mutation.HasField("streamed_response"):
             streamed = mutation.streamed_response
             return f"{kind} {streamed.body.decode()}{'|' if streamed.end_of_stream else ''}"
     return kind
+
+
+def mutation_of(response: pb.ProcessingResponse) -> pb.HeaderMutation | None:
+    common = getattr(response, response.WhichOneof("response")).response
+    return common.header_mutation if common.HasField("header_mutation") else None
 
 
 def told(data: bytes, namespace: str, key: str, *values: str, as_list: bool = True) -> bytes:

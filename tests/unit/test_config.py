@@ -355,6 +355,10 @@ def test_durations_without_a_unit_are_doubted_where_they_stand(tmp_path):
         (f"{FOUND}discovery: [{{dns: {{name: e, port: 1, engine: none}}}}]", "discovery[0].dns.max_running_requests"),
         (f"{FOUND}discovery: [{{kubernetes: {{service: e, engine: none}}}}]", "discovery[0].kubernetes.max_running"),
         ("scrape_interval: 0s\ninference_pool: {name: p}", "inference_pool.max_running_requests: nothing tells"),
+        (
+            f"dialect: endpoint-picker\nendpoints: {TWO_MODELS.replace('h:', '10.0.0.1:')}",
+            "set picker.read_model: true",
+        ),
         (f"{PICKS}picker: {{fallbacks: 1}}\n{REPLICAS}", "picker.fallbacks: does nothing with replicas"),
     ],
 )
@@ -372,6 +376,7 @@ def test_what_may_not_be_meant_is_a_doubt_and_no_mistake(tmp_path, text, words):
         "max_running_requests: 8\nendpoints: [{name: a, address: 'h:1', engine: none}]",
         f"{FOUND}discovery: [{{dns: {{name: e, port: 1, engine: none, max_running_requests: 8}}}}]",
         f"{PICKS}picker: {{fallbacks: 1}}",
+        f"dialect: endpoint-picker\npicker: {{read_model: true}}\nendpoints: {TWO_MODELS.replace('h:', '10.0.0.1:')}",
         f"{PICKS}{REPLICAS}",
     ],
 )

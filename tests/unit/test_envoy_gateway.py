@@ -6,9 +6,15 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 
 from extproc.config import parse_config
+from extproc.envoy import picker
+from extproc.envoy.filters import JSON_FIELDS
 from extproc.envoy.gateway import Gateway
+from extproc.envoy.skeleton import EnvoyOptions
+from extproc.errors import ConfigError
+from extproc.stream import wire
 from tests.e2e.kit.gateways import bootstrap
 
 if TYPE_CHECKING:
@@ -20,12 +26,18 @@ CONFIG = "{dialect: endpoint-picker, listen: 127.0.0.1:1, classes: [{name: a, bu
 
 @pytest.fixture
 def look(tmp_path: Path) -> Callable[..., Gateway]:
-    def look(kind: str, edit: Callable[[dict[str, Any]], object] = lambda _: None, *, dumped: bool = False) -> Gateway:
+    def look(
+        kind: str,
+        edit: Callable[[dict[str, Any]], object] = lambda _: None,
+        *,
+        dumped: bool = False,
+        config: str = CONFIG,
+    ) -> Gateway:
         built = bootstrap(kind, "127.0.0.1:80", "127.0.0.1:9002", ["10.0.0.1:8000"], tmp_path / "log")
         edit(built)
         path = tmp_path / "dump.json"
         path.write_text(json.dumps(dump_of(built) if dumped else built))
-        return Gateway(parse_config(CONFIG, "test", {}), path)
+        return Gateway(parse_config(config, "test", {}), path)
 
     return look
 
@@ -95,6 +107,34 @@ def test_what_cuts_a_hold_or_skips_the_picker_is_a_problem(look, kind, edit, pro
     assert any(problem in one for one in found.problems), found.problems
 
 
+READS = CONFIG.removesuffix("}") + ", picker: {read_model: true}}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "finds"), [("istio", True), ("llm-d", True), ("ai-gateway-buffered", True), ("istio-lean", False)]
+)
+def test_where_no_body_comes_before_a_pick_read_model_is_told_to_find_none(look, kind, finds):
+    found = look(kind, config=READS)
+    assert found.problems == []
+    assert any("so picker.read_model finds no model" in note for note in found.notes) is not finds
+    assert not any("read_model" in note for note in look(kind).notes)
+
+
+def test_of_bodies_that_are_buffered_for_read_model_it_is_told_that_they_come(look):
+    assert any(
+        "each request's body comes in one message" in one for one in look("ai-gateway-buffered", config=READS).notes
+    )
+    alone = look("ai-gateway-buffered", requests_alone)
+    assert alone.problems == []
+    assert any("each request's body comes in one message" in note for note in alone.notes)
+
+
+def requests_alone(built: dict[str, Any]) -> None:
+    """No mode may be overridden, and of an answer nothing is sent anyway."""
+    ext_proc_of(built)["processing_mode"] = {**ext_proc_of(built)["processing_mode"], "response_body_mode": "NONE"}
+    ext_proc_of(built)["allow_mode_override"] = False
+
+
 def test_of_two_weighted_pools_each_is_judged_by_its_own_settings(look):
     def weigh(built: dict[str, Any]) -> None:
         route = route_of(built)
@@ -120,3 +160,28 @@ def test_lean_without_trailers_is_a_stream_that_ends_as_the_answer_begins(look):
         overrides["processing_mode"] = {**overrides["processing_mode"], "response_trailer_mode": "SKIP"}
 
     assert any("response_trailer_mode: not SEND" in one for one in look("istio-lean", edit).problems)
+
+
+# ---- the bootstrap that we print for an Envoy without a control plane
+
+
+def own(keys: str) -> dict[str, Any]:
+    text = picker.render(parse_config(f"{CONFIG.removesuffix('}')}, {keys}}}", "test", {}), EnvoyOptions())
+    built: dict[str, Any] = yaml.safe_load(text)
+    return built
+
+
+def test_our_own_envoy_reads_the_model_itself_and_sends_no_body_for_it():
+    built = own("request_fields: true, picker: {read_model: true}")
+    ours = ext_proc_of(built)
+    assert ours["processing_mode"]["request_body_mode"] == "NONE"
+    assert set(ours["metadata_options"]["forwarding_namespaces"]["untyped"]) == {"envoy.lb", wire.FIELDS_NAMESPACE}
+    names = [listed["name"] for listed in manager_of(built)["http_filters"]]
+    assert names.index(JSON_FIELDS) < names.index("envoy.filters.http.ext_proc")
+    assert JSON_FIELDS not in str(own("picker: {}"))
+
+
+def test_read_model_alone_is_no_setting_for_an_envoy_that_sends_no_bodies():
+    with pytest.raises(ConfigError) as raised:
+        own("picker: {read_model: true}")
+    assert "request_fields: true" in str(raised.value)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import tracemalloc
 
 import pytest
 
 from extproc.admission.values import Policy, RequestClass
 from extproc.observe.stories import Stories
-from extproc.stream import bodies
+from extproc.stream import bodies, wire
 from extproc.stream.session import KEPT_BYTES
 from extproc.stream.silence import READING_S
 from tests.unit.picker_stage import (
@@ -22,6 +23,7 @@ from tests.unit.picker_stage import (
     message,
     opening,
     spoken,
+    told,
 )
 
 # ---- the ways of telling bodies
@@ -202,6 +204,106 @@ def test_the_model_is_read_from_a_body_if_asked_and_a_header_wins_without_a_look
     stream.play('> request_body el": "m2", "x', f"< pick {B}",
                 '< request_body {"stream": true, "mod', '< request_body el": "m2", "x')  # fmt: skip
     gateway.stream().play("> opening", f"< pick {A}", opening=opening(DUPLEX, x_model="m1"))
+
+
+@pytest.mark.parametrize(
+    ("answers", "ask"),
+    [(MODE.BUFFERED, "ask BUFFERED"), (MODE.NONE, "ask BUFFERED"), (MODE.FULL_DUPLEX_STREAMED, "ask")],
+)
+def test_a_gateway_that_buffers_is_asked_for_the_body_and_the_pick_is_the_answer_to_it(answers, ask):
+    gateway = Gateway(A, B, models={"a": {"m1"}, "b": {"m2"}}, read_model=True)
+    stream = gateway.stream()
+    spoofed = opening((MODE.BUFFERED, answers), **{wire.PICK_HEADER: A})
+    stream.play("> opening", f"< {ask}", '> request_body {"model": "m2"}|', f"< pick {B} in body", opening=spoofed)
+    assert gateway.in_flight() == {"a": 0, "b": 1}
+    stream.play("> request_trailers", "< request_trailers", "> response_headers 200", "< response_headers")
+    stream.session.end()
+    assert gateway.in_flight() == {"a": 0, "b": 0}
+    gateway.stream().play("> opening", f"< pick {A}{' lean' if 'B' in ask else ''}",
+                          opening=opening((MODE.BUFFERED, answers), x_model="m1"))  # fmt: skip
+
+
+def test_a_buffered_request_waits_with_its_body_here_and_a_refusal_is_the_answer_to_that():
+    gateway = Gateway(A, models={"a": {"m"}}, read_model=True)
+    gateway.stream().play("> opening", f"< pick {A} lean", opening=opening(BUFFERED, x_model="m"))
+    held, refused = gateway.stream(), gateway.stream()
+    held.play("> opening", "< ask BUFFERED", '> request_body {"model": "m"}|', opening=opening(BUFFERED))
+    assert gateway.gate.waiting == 1
+    refused.play("> opening", "< ask BUFFERED", '> request_body {"model": "n"}|', "< refuse 404",
+                 opening=opening(BUFFERED))  # fmt: skip
+    held.session.end()
+    assert gateway.gate.waiting == 0
+
+
+def test_a_buffered_body_without_a_model_is_offered_as_it_is_and_may_come_with_trailers():
+    gateway = Gateway(A, read_model=True)
+    stream = gateway.stream()
+    stream.play("> opening", "< ask BUFFERED", "> request_body {}", f"< pick {A} in body", "> request_trailers",
+                "< request_trailers", opening=opening(BUFFERED))  # fmt: skip
+
+
+def test_what_has_trailers_and_no_body_is_refused_where_a_body_was_asked_for_and_takes_no_slot():
+    """Its headers are answered already: nothing else could keep it from going where no pick sent it."""
+    gateway = Gateway(A, read_model=True)
+    stream = gateway.stream()
+    stream.play("> opening", "< ask BUFFERED", "> request_trailers", "< refuse 400", opening=opening(BUFFERED))
+    assert gateway.in_flight() == {"a": 0}
+
+
+def test_what_envoy_answers_by_itself_while_its_body_was_asked_for_just_goes_on():
+    gateway = Gateway(A, read_model=True)
+    stream = gateway.stream()
+    stream.play("> opening", "< ask BUFFERED", "> response_headers 413|", "< response_headers",
+                opening=opening(BUFFERED))  # fmt: skip
+
+
+def test_a_buffered_body_may_take_its_time_and_is_served_in_a_drain_too_if_there_is_room():
+    """Nothing is held meanwhile but the stream; and a pick can be told as the answer to a body alone."""
+    gateway = Gateway(A, read_model=True)
+    one, other = gateway.stream(), gateway.stream()
+    for stream in (one, other):
+        stream.play("> opening", "< ask BUFFERED", opening=opening(BUFFERED))
+    gateway.clock.advance(10 * READING_S)
+    gateway.reception.drain()
+    assert [len(stream.said) for stream in (one, other)] == [1, 1]
+    one.play("> request_body {}|", f"< pick {A} in body")
+    other.play("> request_body {}|", "< refuse 503")
+
+
+def test_of_a_buffered_body_no_more_is_looked_at_than_where_a_model_may_stand_and_none_is_remembered():
+    gateway = Gateway(A, read_model=True)
+    late = gateway.stream()
+    long = message('request_body {"messages": "' + "x" * (8 << 20) + '", "model": "m"}|')
+    late.session.receive(opening(BUFFERED))
+    tracemalloc.start()
+    late.session.receive(long)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert spoken(late.said[1]) == f"pick {A} in body"
+    assert gateway.gate.controller.endpoints["a"].sequences == 1
+    assert kept < 200_000
+    assert peak < len(long) + 1_000_000
+
+
+def test_where_envoy_reads_bodies_itself_none_is_asked_for_and_none_is_missed(caplog):
+    gateway = Gateway(A, B, models={"a": {"m1"}, "b": {"m2"}}, limit=3, read_model=True, fields_namespace="fields")
+    for modes, lean in ((BUFFERED, " lean"), (LEAN, "")):
+        named = told(opening(modes), "fields", "model", "m2", as_list=False)
+        gateway.stream().play("> opening", f"< pick {B}{lean}", opening=named)
+    gateway.stream().play("> opening", "< refuse 400", opening=opening(LEAN))
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("modes", [LEAN, (MODE.STREAMED, MODE.NONE), (MODE.BUFFERED_PARTIAL, MODE.NONE)])
+def test_where_no_body_comes_before_a_pick_the_log_says_once_that_no_model_is_read(modes, caplog):
+    gateway = Gateway(A, limit=3, read_model=True)
+    with caplog.at_level(logging.WARNING, "extproc"):
+        gateway.stream().play("> opening", f"< pick {A}", opening=opening(LEAN, x_model="m"))
+        gateway.stream().session.receive(opening(modes, body=False))
+        assert caplog.records == []
+        for _ in range(2):
+            gateway.stream().session.receive(opening(modes))
+    assert [record.message.partition(":")[0] for record in caplog.records] == ["picker.read_model"]
 
 
 def test_a_body_that_names_no_model_is_offered_when_it_ends_or_is_too_long_to_look_on():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import io
 import socket
 import struct
 import time
@@ -404,6 +405,10 @@ class Completion:
     error: str  # "" when the answer came whole
 
 
+MUCH_BYTES = 1 << 20
+"""More in one write might stop aiohttp's loop, and it warns of that."""
+
+
 async def complete(
     session: aiohttp.ClientSession, url: str, number: int, headers: Mapping[str, str], body: bytes
 ) -> Completion:
@@ -411,8 +416,9 @@ async def complete(
     status, answer_headers, chunks, error = 0, {}, [], ""
     head_s = first_chunk_s = None
     started_at = time.monotonic()
+    data = io.BytesIO(body) if len(body) > MUCH_BYTES else body
     try:
-        async with session.post(url, headers=headers, data=body) as answer:
+        async with session.post(url, headers=headers, data=data) as answer:
             head_s = time.monotonic() - started_at
             status, answer_headers = answer.status, {name.lower(): value for name, value in answer.headers.items()}
             async for piece in answer.content.iter_any():

@@ -43,6 +43,8 @@ LEAN = {
     "request_trailer_mode": "SKIP",
     "response_trailer_mode": "SEND",
 }
+READING = {**LEAN, "request_body_mode": "BUFFERED"}
+"""Requests alone, each as one message: an EnvoyFilter for `picker.read_model`, where no mode may be overridden."""
 KINDS = ("istio", "istio-lean", "llm-d", "ai-gateway", "ai-gateway-buffered")
 
 
@@ -62,14 +64,16 @@ def bootstrap(
     tls: bool = False,
     message_timeout: str = "",
     refuses: bool = False,
+    may_override: bool = True,
 ) -> dict[str, Any]:
     """Return the bootstrap of a gateway of this kind, whose picker is at `picker`, with `tls` if it has that.
 
+    `may_override`: a mode that the picker asks for is followed, where bodies are buffered;
     `selected_host`: it tells who served (not on Envoy 1.36); `subset`: the addresses that it allows; `refuses`: a
     filter before ext_proc answers each request, as one that authorizes might.
     """
     by_metadata = kind.startswith("istio")
-    mode = {"istio-lean": LEAN, "ai-gateway-buffered": BUFFERED}.get(kind, DUPLEX)
+    mode = {"istio-lean": LEAN, "istio-reading": READING, "ai-gateway-buffered": BUFFERED}.get(kind, DUPLEX)
     spaces = {"untyped": ["envoy.lb", *(["envoy.lb.subset_hint"] if subset else [])]}
     service = {"envoy_grpc": {"cluster_name": EPP}}
     off = dict.fromkeys(("request_header_mode", "response_header_mode"), "SKIP")
@@ -78,7 +82,7 @@ def bootstrap(
         "grpc_service": service,
         "processing_mode": off if by_metadata else mode,
         "message_timeout": message_timeout or ("1000s" if by_metadata else "300s"),
-        "allow_mode_override": kind == "ai-gateway-buffered",
+        "allow_mode_override": kind == "ai-gateway-buffered" and may_override,
     }
     if by_metadata:
         ext_proc["metadata_options"] = {"forwarding_namespaces": spaces, "receiving_namespaces": spaces}
@@ -120,10 +124,10 @@ def bootstrap(
             {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
         ],
     }
-    if kind.startswith("ai-gateway"):  # Envoy Gateway's default of 32 KiB; more is ClientTrafficPolicy's bufferLimit
-        listener["per_connection_buffer_limit_bytes"] = buffer_bytes or 32 << 10
-    elif kind == "llm-d":
-        listener["per_connection_buffer_limit_bytes"] = 32 << 10
+    if not kind.startswith("istio"):  # Envoy Gateway's default of 32 KiB; more is ClientTrafficPolicy's bufferLimit
+        buffer_bytes = buffer_bytes or 32 << 10
+    if buffer_bytes is not None:
+        listener["per_connection_buffer_limit_bytes"] = buffer_bytes
     return {
         "admin": {"address": _socket(local())},
         "static_resources": {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from .stack import DEFAULTS, Sidecar, local
 from .upstream import Upstream
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 
 def _old_envoy(version: str) -> Path:
@@ -40,16 +41,21 @@ class Picking:
         version: str = "",
         found_by_dns: bool = False,
         beside: Picking | None = None,
+        models: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         """Take `version` of Envoy, of those that `make test-picker` installs; "": the one that is supported.
 
-        `found_by_dns`: the config lists no endpoint; `beside`: another picker, whose upstreams these are.
+        `found_by_dns`: the config lists no endpoint; `beside`: another picker, whose upstreams these are; `models`:
+        what each upstream serves.
         """
         self.version = version
         self.directory = directory
         self.upstreams = {name: Upstream(name) for name in upstreams} if beside is None else beside.upstreams
         self._own_upstreams = list(self.upstreams.values()) if beside is None else []
-        listed = [{"name": name, "address": upstream.address} for name, upstream in self.upstreams.items()]
+        listed = [
+            {"name": name, "address": upstream.address, "models": list((models or {}).get(name, ()))}
+            for name, upstream in self.upstreams.items()
+        ]
         keys = {"dialect": "endpoint-picker", "endpoints": listed, **(config or {})}
         if found_by_dns:
             ports = [int(upstream.address.rpartition(":")[2]) for upstream in self.upstreams.values()]
@@ -114,6 +120,22 @@ class Picking:
     def wait_in_flight(self, count: int, timeout_s: float = 2.0) -> None:
         """Wait until exactly so many leases are held."""
         wait_until(lambda: sum(self.in_flight().values()) == count, timeout_s, f"{count} in flight")
+
+    def wait_back(self, timeout_s: float = 2.0) -> float:
+        """Wait until all leases are back; return how many seconds that took."""
+        began = time.monotonic()
+        self.wait_in_flight(0, timeout_s)
+        return time.monotonic() - began
+
+    @contextlib.contextmanager
+    def bounded(self, limit: int = 1) -> Iterator[None]:
+        """Meanwhile no server has more requests at once than its limit, by its own count."""
+        wait_until(lambda: not any(one.open_requests() for one in self.upstreams.values()), 5, "no server has any")
+        for upstream in self.upstreams.values():
+            upstream.clear()
+        yield
+        peaks = {name: upstream.peak for name, upstream in self.upstreams.items()}
+        assert max(peaks.values()) <= limit, f"a server had more than {limit} at once: {peaks}"
 
     def wait_waiting(self, count: int, timeout_s: float = 2.0) -> None:
         """Wait until exactly so many requests wait."""
