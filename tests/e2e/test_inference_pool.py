@@ -78,6 +78,18 @@ def test_each_target_port_is_an_endpoint_and_an_annotation_takes_ports_out(api):
         )
 
 
+def test_a_pod_that_is_ready_no_more_takes_all_its_ports_with_it(api):
+    """Ranks of one engine fail together, and by one request's 503 none of them could be told from a full one."""
+    api.put(pool_of("vllm", VLLM, ports=(8000, 8001)), POOLS)
+    api.put(pod_of("a", "10.0.0.1", VLLM), PODS)
+    api.put(pod_of("b", "10.0.0.2", VLLM), PODS)
+    ranks = {"b_rank_0": "10.0.0.2:8000", "b_rank_1": "10.0.0.2:8001"}
+    with watch_pool(api) as watcher:
+        watcher.sees(a_rank_0="10.0.0.1:8000", a_rank_1="10.0.0.1:8001", **ranks)
+        api.put(pod_of("a", "10.0.0.1", VLLM, ready="False"), PODS)
+        watcher.sees(**ranks)
+
+
 def test_a_changed_pool_is_followed_and_a_deleted_one_has_no_endpoints(api):
     api.put(pool_of("vllm", VLLM), POOLS)
     api.put(pod_of("a", "10.0.0.1", VLLM), PODS)

@@ -164,6 +164,10 @@ def test_the_model_is_read_from_a_body_of_any_size_that_comes_whole_and_goes_on_
     assert min(took_s) < BACK_S
     (unknown,) = complete_many(f"http://{gateway}/v1/chat/completions", 1, lambda _: {}, body=naming("m3"))
     assert (unknown.status, unknown.headers["x-extproc-outcome"]) == (404, "unknown_model")
+    if kind.startswith("ai-gateway"):  # more than it buffers, 32 KiB: its own answer, and no slot was taken
+        (long,) = complete_many(f"http://{reader(reading, kind)}/", 1, lambda _: {}, body=naming("m1", 1_000_000))
+        assert long.status == 413
+        reading.wait_idle()
 
 
 @pytest.mark.parametrize("kind", READERS)
@@ -225,6 +229,19 @@ def test_a_client_that_leaves_while_it_runs_gives_its_slot_back_at_once(here, ki
         (where,) = here.seen(name)
         assert here.upstreams[where].wait_ended(name).aborted
     assert not LONG or min(took_s) < BACK_S
+
+
+def test_a_body_above_what_a_gateway_buffers_is_413_while_it_is_held_and_the_place_in_the_line_is_free(here):
+    """Envoy Gateway's listener takes 32 KiB, unless a ClientTrafficPolicy raises it (docs)."""
+    gateway = here.gateway("ai-gateway-buffered")
+    with blocked(here, gateway, "before-413"), ThreadPoolExecutor(1) as pool:
+        held = pool.submit(
+            complete_many, f"http://{gateway}/", 1, lambda _: {"x-test-id": "is-413"}, body=body_of(1_000_000)
+        )
+        assert [one.status for one in held.result()] == [413]
+        here.wait_waiting(0, timeout_s=1)
+    assert here.seen("is-413") == []
+    here.wait_idle()
 
 
 def test_a_held_request_is_not_given_up_by_a_message_timeout_where_bodies_are_full_duplex(here):
