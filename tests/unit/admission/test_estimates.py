@@ -78,6 +78,16 @@ def test_a_reading_is_shared_by_all_answers_that_finished_since_the_one_before()
     assert desk.ask().output_tokens == GUESS
 
 
+def test_the_first_answers_count_as_what_the_counter_says_and_so_do_the_next() -> None:
+    desk, mean = Desk(one("a", 10)), float(GUESS)
+    for tokens in (800, 100):
+        desk.release(desk.ask())
+        desk.release(desk.ask())
+        desk.observe("a", Load(output_tokens=tokens))
+        mean += 2 / MEMORY * (tokens / 2 - mean)
+        assert desk.core.learnt()[0].value == pytest.approx(mean, rel=1e-9)
+
+
 def counted(estimate: TokenEstimate, tokens: int, *requests: Request) -> None:
     """An engine counted `tokens` prompt tokens for `requests`."""
     estimate.learn_prompts(tokens, [Ticket(request) for request in requests])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from extproc.admission.load import Load
 from extproc.admission.reading import FOREIGN_S
 from extproc.admission.values import EndpointSpec, RequestClass
@@ -99,3 +101,26 @@ def test_a_page_that_lies_about_what_runs_keeps_an_endpoint_closed_no_longer_tha
         desk.advance(1.0)
         desk.observe("a", Load(running=1e6))
     assert desk.where(ticket) == "a"
+
+
+def test_a_count_that_is_mostly_of_others_requests_does_not_make_an_engine_seem_slow() -> None:
+    desk = Desk(EndpointSpec("a", max_running_requests=100))
+    page = Load(first_tokens=0, running=30.0, waiting=0.0)
+    desk.observe("a", page)
+
+    def predicted_s() -> float:
+        ticket = desk.ask(prompt_tokens=9000)
+        return ticket.computed_at - desk.now
+
+    before_s = predicted_s()
+    for _ in range(6):
+        desk.advance(1.0)
+        desk.observe("a", page)
+    assert desk.endpoint("a").foreign > 20
+    assert predicted_s() == pytest.approx(before_s)
+
+
+def test_an_answer_runs_beside_what_others_sent_too() -> None:
+    desk = Desk(EndpointSpec("a", max_running_requests=100))
+    desk.observe("a", Load(running=7.0, waiting=3.0))
+    assert [desk.ask(sequences=sequences).beside for sequences in (1, 2)] == [11, 13]

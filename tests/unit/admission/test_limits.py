@@ -151,3 +151,18 @@ def test_a_failed_answer_teaches_a_blind_limit_nothing() -> None:
     for ticket in desk.fill(30)[:4]:
         desk.release(ticket, Answer.FAILED)
     assert desk.endpoint("a").limit.value == DEFAULT_LAW.start
+
+
+def test_answers_raise_a_blind_limit_only_while_it_is_full_and_more_wait() -> None:
+    desk = Desk(one("a", None))
+    limit = desk.endpoint("a").limit
+    full = desk.fill(limit.value)
+    assert desk.core.waiting == 0
+    desk.advance(1.0)
+    desk.release(full.pop(), Answer.OK)
+    assert limit.value == DEFAULT_LAW.start, "nobody waits for more"
+    desk.fill(2)
+    assert desk.core.waiting == 1
+    desk.advance(1.0)
+    desk.release(full.pop(), Answer.OK)
+    assert limit.value == DEFAULT_LAW.start + 1
