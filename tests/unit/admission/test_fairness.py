@@ -398,6 +398,23 @@ def test_a_tenant_whose_turn_is_far_keeps_nobody_behind_it_from_theirs(lead: int
     assert patient.passed_over == 0
 
 
+@pytest.mark.parametrize("model", ["m1", "m2"], ids=["of its pool", "of another"])
+def test_who_goes_by_turns_passes_those_whose_turn_was_before_and_no_others(model: str) -> None:
+    desk = meeting(limit=1000, kv_capacity_tokens=10_000)
+    for tenant in "yt":  # in its pool each goes after x: while nobody waits, that is no turn at e
+        desk.release(desk.ask(model="m1", tenant=tenant, prompt_tokens=5000))
+    desk.ask("held", model="m2", tenant="h", prompt_tokens=4000)
+    desk.ask("too big", model="m2", tenant="q", prompt_tokens=6000)
+    desk.release(desk.ask("x0", model="m1", tenant="x", prompt_tokens=1000))
+    held = desk.ask("held", model="m1", tenant="h", prompt_tokens=4000)
+    far = desk.ask("x1", model="m1", tenant="x", prompt_tokens=4000)
+    big = desk.ask("y", model="m1", tenant="y", prompt_tokens=6000)
+    small = desk.ask("t", model=model, tenant="t", prompt_tokens=1000)
+    desk.release(held)
+    assert (desk.where(far), desk.where(big), desk.where(small)) == (None, None, "e")
+    assert (far.passed_over, big.passed_over) == (0, 1)
+
+
 def test_a_guard_that_fits_goes_before_other_pools_later_ones_whatever_the_turns_are() -> None:
     desk = meeting(limit=1000, kv_capacity_tokens=10_000)
     held = desk.ask("held", model="m2", tenant="h", prompt_tokens=4000)

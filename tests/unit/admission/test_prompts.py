@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from extproc.admission.load import Load
-from extproc.admission.ticket import State
-from extproc.admission.values import Policy
+from extproc.admission.prefill import Prefill
+from extproc.admission.steps import StepCost
+from extproc.admission.ticket import State, Ticket
+from extproc.admission.values import Policy, Request
 
 from .desk import CLASSES, Desk, in_use, one
 
@@ -160,3 +162,15 @@ def test_a_prompt_that_is_counted_before_its_first_byte_is_seen_is_booked_anew_b
     assert counted.prompt_tokens < other.prompt_tokens == 900
     assert desk.endpoint("a").prefill.prompts == counted.prompt_tokens + 900
     assert desk.endpoint("a").kv.prompts == counted.prompt_tokens + 900
+
+
+@pytest.mark.parametrize("running", [None, 0.0, 50.0])
+def test_a_prompt_is_predicted_by_what_runs_where_the_page_says_so(running: float | None) -> None:
+    desk, prefill, other = Desk(one("a", 100)), Prefill(), Ticket(Request("r", 0.0))
+    desk.observe("a", Load(first_tokens=0, running=running))
+    ticket = desk.ask(prompt_tokens=1000)
+    prefill.observe(0, 1.0, 0.0, StepCost(), running or 0.0)
+    other.book(1000)
+    other.work_tokens = 1000
+    prefill.add(other, 0.0)
+    assert ticket.computed_at - desk.now == pytest.approx(other.computed_at)
