@@ -124,3 +124,12 @@ def test_an_answer_runs_beside_what_others_sent_too() -> None:
     desk = Desk(EndpointSpec("a", max_running_requests=100))
     desk.observe("a", Load(running=7.0, waiting=3.0))
     assert [desk.ask(sequences=sequences).beside for sequences in (1, 2)] == [11, 13]
+
+
+def test_where_a_few_others_run_out_each_first_token_counted_is_one_of_ours() -> None:
+    desk = Desk(EndpointSpec("a", max_running_requests=100))
+    desk.observe("a", Load(first_tokens=0, running=1.0, waiting=0.0))
+    ours = desk.fill(6, prompt_tokens=600)
+    desk.observe("a", Load(first_tokens=2, running=7.0, waiting=0.0))
+    assert desk.endpoint("a").foreign == 1
+    assert [ticket.prompt_pending for ticket in ours] == [False, False, True, True, True, True]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from extproc.admission.limit import DEFAULT_LAW
+from extproc.admission.limit import DEFAULT_LAW, AdaptiveLimit
 from extproc.admission.load import Load
 from extproc.admission.ticket import State
 from extproc.admission.values import Answer, RequestClass
@@ -166,3 +166,16 @@ def test_answers_raise_a_blind_limit_only_while_it_is_full_and_more_wait() -> No
     desk.advance(1.0)
     desk.release(full.pop(), Answer.OK)
     assert limit.value == DEFAULT_LAW.start + 1
+
+
+def test_a_blind_limit_says_that_answers_set_it_up_and_down() -> None:
+    limit = AdaptiveLimit()
+    limit.learn(1.0, 2.0, wanted=True)
+    assert (limit.value, limit.why) == (DEFAULT_LAW.start + 1, "answers")
+    limit.why, limit.slowdown.most = "batch", 5.0
+    limit.learn(1.0, 2.0, wanted=False)
+    assert (limit.value, limit.why) == (DEFAULT_LAW.start, "answers")
+    limit.start_at(5)
+    limit.why = "start"
+    limit.learn(1.0, 2.0, wanted=False)
+    assert (limit.value, limit.why) == (5, "start")
