@@ -104,6 +104,14 @@ def test_a_few_answers_are_no_reason_for_doubt_and_one_more_is() -> None:
     assert counters.doubted
 
 
+def test_a_reading_of_more_answers_than_are_remembered_is_what_is_known_then() -> None:
+    counters, usual = Counters(), Usual()
+    counters.follow(200 * 1000, 1000, [(usual, 2)])
+    assert usual.log_tokens == pytest.approx(math.log(200.0))
+    counters.follow(300 * 1000, 1000, [(usual, 2)])
+    assert usual.log_tokens == pytest.approx((math.log(200.0) + math.log(300.0)) / 2)
+
+
 def test_what_is_usual_in_a_pool_follows_each_of_its_engines_by_its_share() -> None:
     alone, shared = Usual(), Usual()
     for usual, engines in ((alone, 1), (shared, 2)):

@@ -171,3 +171,13 @@ def test_a_class_that_moves_to_an_endpoint_where_the_other_was_served_has_saved_
     for _ in range(25):
         here.release(next(iter(here.leased)))
     assert sum(name.startswith("chat") for name in here.order) == pytest.approx(20, abs=2)
+
+
+def test_a_class_that_had_its_turn_has_not_got_it_back_when_endpoints_are_told_apart_anew() -> None:
+    here = desk()
+    here.release(here.ask("had", "chat", prompt_tokens=4000))
+    here.core.know_models(["m"], here.now)
+    held = here.ask("held", "urgent")
+    here.ask("chat", "chat")
+    here.ask("batch", "batch")
+    assert here.serve_one_by_one(held) == ["batch", "chat"]
