@@ -150,6 +150,7 @@ class App:
         self._targets: dict[str, Target] = {}
         self._scrapes = True
         self.ages = Ages(config.longest_budget_s)
+        self.ages.woke = self._woke
         self.reception = Reception(
             self.gate,
             config.header_names(),
@@ -239,6 +240,7 @@ class App:
         if self.file is not None:
             follow = partial(self._follow_file, self.file)
             self._following = self.tasks.keep("config file", "config file", follow)
+        self.ages.look()  # starting may have taken long
         self.admin.ready = True
         config = self.config
         log.info(
@@ -276,6 +278,7 @@ class App:
             self.queue_log.look,
             self.garbage.look,
             self.ebb.look,
+            self.ages.look,
             *([self.tls.look] if self.tls is not None else []),
         ):
             try:
@@ -356,6 +359,11 @@ class App:
         """Be ready for what Envoy held for a sidecar that is gone: our own last life, or another one."""
         self.ages.expect_replays()
         self.gate.expect_replays(lambda: self.ages.offset_s)
+
+    def _woke(self) -> None:
+        if self.admin.ready:
+            log.warning("this process did nothing for some seconds: expecting that Envoy sends again what it held")
+            self._expect_replays()
 
     def _turned(self, role: Role) -> None:
         """Scrape while we lead, so that engines are scraped once and not by each of us."""

@@ -25,6 +25,8 @@ FRESH_S = 0.05
 """Requests that nobody held come within so many seconds of each other's age: Envoy needs milliseconds to show one."""
 RUN_S = 0.25
 """Requests that seem equally old, and come further apart than this, were not held: those would have grown older."""
+STOPPED_S = 5.0
+"""Nobody has looked for so long: the process was stopped (SIGSTOP, a frozen machine). After 8 s Envoy hangs up."""
 REPLAYS_BEGIN_S = 2.0
 """How long after a start the first replayed request comes: Envoy looks for us once a second. They may come in one
 moment, all equally old; if that happens later, it is the clock."""
@@ -46,6 +48,8 @@ class Ages:
         self._doubt_until = 0.0
         self._expected = self._believed_until = 0.0
         self._offset_s = 0.0
+        self._looked_at = monotonic()
+        self.woke: Callable[[], None] = lambda: None  # called when this process goes on after it was stopped
         self._old: deque[tuple[float, float]] = deque(
             maxlen=64
         )  # how old requests seemed since one was fresh, and when
@@ -60,6 +64,8 @@ class Ages:
         if not stamp:
             return 0.0
         wall, monotonic = self._wall(), self._monotonic()
+        if monotonic - self._looked_at > STOPPED_S:  # this request came first
+            self.look()
         try:
             seeming_s = wall - datetime.fromisoformat(stamp).timestamp()
         except (ValueError, OverflowError):
@@ -74,6 +80,13 @@ class Ages:
         if monotonic >= self._believed_until:
             return 0.0
         return min(max(seeming_s - self._offset_s, 0.0), self.oldest_s)
+
+    def look(self) -> None:
+        """Notice that this process was stopped: Envoy may send again what we held. To be called about once a second."""
+        now = self._monotonic()
+        stopped_s, self._looked_at = now - self._looked_at, now
+        if stopped_s > STOPPED_S:
+            self.woke()
 
     @property
     def offset_s(self) -> float:

@@ -87,6 +87,23 @@ def test_long_after_a_start_no_age_is_believed():
     assert ages.age_s(clocks.stamp(ago_s=4.0)) == 0.0
 
 
+@pytest.mark.parametrize("looks_first", [True, False])
+def test_after_a_stop_ages_are_believed_again_also_by_the_request_that_comes_first(looks_first):
+    clocks = Clocks()
+    ages = clocks.ages()
+    ages.woke = ages.expect_replays
+    for _ in range(30):
+        clocks.advance(0.5)
+        ages.look()
+    assert ages.age_s(clocks.stamp(ago_s=4.0)) == 0.0, "long after the start"
+    held = clocks.stamp()
+    clocks.advance(12.0)
+    if looks_first:
+        ages.look()
+    assert [ages.age_s(held) for _ in range(20)] == [pytest.approx(12.0)] * 20
+    assert ages.offset_s == 0.0
+
+
 @pytest.mark.parametrize("behind_s", [6.0, 0.2, -6.0, -3600.0])
 def test_envoys_clock_is_compared_with_ours_by_requests_that_nobody_held(behind_s):
     clocks = Clocks()
