@@ -79,6 +79,7 @@ METHOD = """\
   same moments and run at the same time, each with engines and a front of its own: what the machine does to one it
   does to all. Up to {stacks:g} busy stacks of three engines at once. The sender, alone, may run before all others.
   Nothing was tuned on these seeds.
+- **Output tokens** per second: those of each answer, spread evenly from its first to its last token.
 - **Not sped up.** The sidecar's time constants are seconds, so engines run at the speed of their preset, H100-32B:
   three per stack, four where one fails. A body has 4 characters per token of its prompt as estimated, which is off
   by 20 % (sigma).

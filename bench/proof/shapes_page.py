@@ -136,13 +136,15 @@ def losses(kinds: Sequence[Row]) -> list[str]:
 def as_good(kinds: Sequence[Row]) -> list[str]:
     """Return one line: where a rival with its number is as good under overload, or better."""
     found: dict[str, list[str]] = defaultdict(list)
+    rivals: dict[str, None] = {}
     for row in kinds:
         mine, best = ours(row), best_rival(row)
         if middle(mine) - middle(best) < words.SAME and row["load"] > 100:
-            figures = f"{words.share(middle(mine), 2)} against {words.share(middle(best), 2)}"
-            found[SHAPES[row["engine"]]].append(f"{TRAFFIC[row['traffic']]} {figures} of {words.plain(name(best))}")
-    told = [f"{engine} ({', '.join(some)})" for engine, some in found.items()]
-    return [f"- A rival with the right number is as good under overload, simulated: {'; '.join(told)}."] if told else []
+            rivals[words.plain(name(best))] = None
+            figures = f"{words.share(middle(mine), 2)} and {words.share(middle(best), 2)}"
+            found[SHAPES[row["engine"]]].append(f"{TRAFFIC[row['traffic']]} {figures}")
+    told = "; ".join(f"{engine} ({', '.join(some)})" for engine, some in found.items())
+    return [f"- As good with the right number, overloaded, simulated, {' or '.join(rivals)}: {told}."] if told else []
 
 
 def tokens(kinds: Sequence[Row]) -> list[str]:

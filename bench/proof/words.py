@@ -124,18 +124,27 @@ def made(runs: Iterable[Run], facts: Row, rows: Sequence[Row] = ()) -> str:
     """Say when it ran, for how long, and of which commit the runs of each experiment are; `rows` are simulated."""
     unknown = facts["versions"].get("commit", UNKNOWN)
     places = list(BY_NAME)
-    loads: dict[tuple[str, str], set[float]] = defaultdict(set)
+    played: dict[tuple[str, str], dict[str, set[float]]] = defaultdict(lambda: defaultdict(set))
     for one in sorted(runs, key=lambda run: places.index(run.experiment)):
-        loads[one.experiment, one.commit or unknown].add(one.load)
+        played[one.experiment, one.commit or unknown][one.contender].add(one.load)
     names: dict[str, list[str]] = defaultdict(list)
-    for (name, commit), some in loads.items():
-        mixed = sum(other == name for other, _ in loads) > 1
-        at = f" at {', '.join(f'{load:.0%}' for load in sorted(some))}" if mixed else ""
-        names[commit].append(BY_NAME[name].short + at)
+    for (name, commit), loads in played.items():
+        mixed = sum(other == name for other, _ in played) > 1
+        names[commit].append(BY_NAME[name].short + (_at(loads) if mixed else ""))
     for commit in dict.fromkeys(row.get("commit") or unknown for row in rows):
         names[commit].append("all that is simulated")
     told = "; ".join(f"commit {commit}: {', '.join(some)}" for commit, some in names.items())
     return f"{facts['date']}, {facts['duration_s'] / 60:.0f} minutes; {told}."
+
+
+def _at(loads: dict[str, set[float]]) -> str:
+    """Say at which loads most contenders were played, and in brackets which others at which."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for who, some in loads.items():
+        groups[", ".join(f"{load:.0%}" for load in sorted(some))].append(plain(who))
+    most, *others = sorted(groups, key=lambda at: -len(groups[at]))
+    told = "; ".join(f"{', '.join(groups[at])} at {at}" for at in others)
+    return f" at {most}" + (f" ({told})" if told else "")
 
 
 def _bare(command: str) -> str:

@@ -174,19 +174,24 @@ def test_the_front_has_one_table_one_picture_and_losses_before_the_picture(tmp_p
     places = [written.text.index(one) for one in ("| --- |", "## Where it does not help", "![", "## Don't believe it")]
     assert places == sorted(places)
     losing = written.text[places[1] : places[2]]
-    assert "as good under overload, simulated: four slots, like llama.cpp (the standing mix .60 against .60" in losing
+    assert "simulated, HAProxy: four slots, like llama.cpp (the standing mix .60 and .60)." in losing
     assert "**No** at 70% load: 1.000 against 1.000 of" in written.text
     assert "| Envoy round robin |" not in written.text
     assert "| Envoy round robin | 1.000" in written.details
 
 
 def test_the_page_says_of_which_commit_each_experiment_is(tmp_path):
-    runs = [run([record()], commit="abc"), run([record()], load=0.7)]
+    runs = [run([record()], who, commit="abc") for who in ("ours", "haproxy")]
+    runs += [run([record()], who, load=0.7) for who in ("ours", "haproxy", "original")]
+    runs += [run([record()], "original")]
     runs.append(replace(run([record()], commit="abd"), experiment="dies"))
     facts = FACTS | {"versions": {"commit": "old"}}
     row = {"commit": "abd", "preset": "h100-32b", "kind": "check", "experiment": "ramp", "load": 1.2, "seed": 1}
     text = page.write(runs, [row | {"contender": "ours", "goodput": 1.0}], facts, tmp_path).text
-    assert "commit abc: the ramp at 120%; commit old: the ramp at 70%; commit abd: one dies, all that is" in text
+    assert (
+        "commit abc: the ramp at 120%; commit old: the ramp at 70% (original at 70%, 120%); commit abd: one dies, all"
+        in text
+    )
 
 
 def test_a_run_survives_json():
