@@ -137,3 +137,17 @@ def test_a_request_without_a_model_waits_for_a_source_that_lists_none_where_othe
     assert desk.outcome(waits) is None
     desk.put(one("any"))
     assert desk.where(waits) == "any"
+
+
+def test_the_wait_that_a_client_allows_ends_when_it_said_whenever_somebody_comes() -> None:
+    desk = Desk(one("a"), no_endpoint_budget_s=300.0)
+    held = desk.ask()
+    desk.set_up("a", is_up=False)
+    waits = desk.ask(budget_s=50.0)
+    desk.advance(40.0)
+    desk.set_up("a", is_up=True)
+    assert held in desk.leased
+    desk.advance(9.9)
+    assert desk.outcome(waits) is None
+    desk.advance(0.1)
+    assert desk.outcome(waits) is Outcome.BUDGET_EXPIRED
