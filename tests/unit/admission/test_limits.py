@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import pytest
 
 from extproc.admission.limit import DEFAULT_LAW, AdaptiveLimit
 from extproc.admission.load import Load
+from extproc.admission.slowdown import EVERY, Slowdown
 from extproc.admission.ticket import State
 from extproc.admission.values import Answer, RequestClass
 
@@ -179,3 +182,15 @@ def test_a_blind_limit_says_that_answers_set_it_up_and_down() -> None:
     limit.why = "start"
     limit.learn(1.0, 2.0, wanted=False)
     assert (limit.value, limit.why) == (5, "start")
+
+
+def test_an_answer_ran_beside_as_many_as_ran_in_the_middle_between_its_begin_and_its_end() -> None:
+    desk, expected = Desk(one("a", None)), Slowdown()
+    for ticket in desk.fill(EVERY):
+        desk.advance(1.0)
+        desk.release(ticket, Answer.OK)
+        expected.learn(desk.now - ticket.leased_at, (EVERY + 1) / 2)  # one more each came, one less each went
+    limit = desk.endpoint("a").limit
+    assert isinstance(limit, AdaptiveLimit)
+    assert limit.slowdown.most == pytest.approx(expected.most)
+    assert limit.slowdown.most < inf
