@@ -11,7 +11,7 @@ from extproc.admission.load import Load
 from extproc.admission.outcome import Outcome
 from extproc.admission.values import Answer, EndpointSpec, Reject
 
-from .desk import Desk
+from .desk import Desk, one
 
 
 def held(desk: Desk) -> dict[str, HeldBy]:
@@ -169,3 +169,14 @@ def test_a_refusal_for_a_wait_too_long_knows_the_prediction_and_what_held_it():
     assert decision.outcome is Outcome.BUDGET_PREDICTED
     assert refused.waited_for is HeldBy.LIMIT
     assert refused.predicted_s == pytest.approx(9.5, rel=0.2), "18 before it, two a second"
+
+
+def test_a_line_waits_for_what_the_member_lacks_that_was_open_last() -> None:
+    desk = Desk(one("a"), one("b", 9))
+    desk.ask(home="a")
+    desk.ask(home="b")
+    desk.observe("b", Load(kv_usage=1.0))
+    assert desk.ask().waited_for is HeldBy.HOT
+    desk.observe("b", Load(kv_usage=0.1))
+    desk.fill(9)
+    assert desk.ask().waited_for is HeldBy.LIMIT
