@@ -2,6 +2,7 @@
 
     python -m bench.policy                # about two minutes on one core
     python -m bench.policy --seeds 11 12 13 14 15 --duration 420
+    python -m bench.policy --only adapters --preset a100-8b --seeds 1 2 3 4 5 --duration 60
 
 Exits 1 if an expectation fails. Simulated engines: no GPU was measured.
 """
@@ -168,12 +169,28 @@ def signals(preset: str, seeds: tuple[int, ...], duration_s: float) -> None:
         print(f"  {change:32} {result.all.goodput:.3f} ({by_class})  median wait before a refusal {refusal:.1f} s")
 
 
+def adapters(preset: str, seeds: tuple[int, ...], duration_s: float) -> None:
+    """LoRA adapters, up to four times as many as an engine has slots; engines whose pages name them, and others."""
+    print(f"\n== {preset}: LoRA adapters, the n-th 1/n as often, 4 slots; least request, ours nameless, ours named")
+    for count in (4, 8, 16):
+        for load_s in (0.0, 0.1, 1.0):
+            engine = replace(PRESETS[preset], max_loras=4, lora_load_s=load_s)
+            contenders = ("least_request", "ours,adapter_homes=false", "ours")
+            for load in (0.7, 1.0, 1.2):
+                plan = Plan(preset, contenders=contenders, loads=(load,), seeds=seeds, duration_s=duration_s)
+                results = run(replace(plan, engine=engine, workload=Workload(adapters=count)))
+                least, nameless, named = (result.all.goodput for result in results)
+                what = f"{count:2} adapters, {load_s:g} s to load one, {load:.0%}:"
+                print(f"  {what} {least:.3f}  {nameless:.3f}  {named:.3f}")
+                expect(named >= least - 0.01, f"{preset} {what} ours {named:.3f}, least request {least:.3f}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13], help="not those of tuning (1-3, 11)")
     parser.add_argument("--duration", type=float, default=300.0, help="seconds of arrivals (%(default)g)")
     parser.add_argument("--preset", choices=SHAPES, action="append")
-    parser.add_argument("--only", choices=["headline", "noisy", "tenants", "sessions", "faults", "signals"])
+    parser.add_argument("--only", choices=["headline", "noisy", "tenants", "sessions", "faults", "signals", "adapters"])
     flags = parser.parse_args()
     began, seeds = time.monotonic(), tuple(flags.seeds)
     for preset in flags.preset or SHAPES:
@@ -189,6 +206,8 @@ def main() -> int:
             faults(preset, seeds, flags.duration)
         if flags.only in (None, "signals"):
             signals(preset, seeds, flags.duration)
+        if flags.only == "adapters":
+            adapters(preset, seeds, flags.duration)
     print(f"\n{time.monotonic() - began:.0f} s; {len(failed)} expectations failed")
     for what in failed:
         print(f"  FAIL {what}")

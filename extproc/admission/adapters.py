@@ -2,7 +2,8 @@
 
 An engine tells of which adapters requests run, and how many fit. One that ran there lately is still loaded, until as
 many others came as fit. It is a preference among endpoints with room, nothing more: a page that lies attracts requests
-for models that its endpoint serves anyway, and until it is half full.
+for models that its endpoint serves anyway, and until it is half full, or twice as full as the emptiest whose slots are
+all taken.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 HALF = 0.5
 """Below this pressure an endpoint that has the adapter goes before emptier ones. Loading takes a part of a second,
 once; a full batch slows each token."""
+TWICE = 2.0
+"""Where it would have to wait for a slot elsewhere: one that has it may be so many times as pressed as the emptiest."""
 
 
 class Adapters:
@@ -49,6 +52,17 @@ class Adapters:
     def having(self, model: str | None) -> dict[Endpoint, None]:
         """Return who has the adapter called `model` loaded."""
         return self._by_name.get(model, _NOBODY) if model is not None else _NOBODY
+
+    @staticmethod
+    def are_all_taken(endpoint: Endpoint) -> bool:
+        """Tell whether requests run there with as many adapters as fit: another one has to wait, by the last page."""
+        page = endpoint.reading.page
+        return (
+            page is not None
+            and page.adapters is not None
+            and page.adapter_slots is not None
+            and len(page.adapters) >= page.adapter_slots
+        )
 
     def _drop(self, name: str, endpoint: Endpoint) -> None:
         having = self._by_name[name]

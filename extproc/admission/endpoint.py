@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from extproc.admission.alarms import NEVER
 from extproc.admission.counters import Counters
+from extproc.admission.deferred import Deferred
 from extproc.admission.health import Health
 from extproc.admission.held import HeldBy
 from extproc.admission.kv import KvBooks
@@ -47,6 +48,7 @@ class Endpoint:
             and don't make it busy.
         health: whether it works, as far as checks and answers say.
         limit: how many sequences it may hold.
+        deferred: how many of them wait there for the slot of an adapter.
         kv: what its KV cache has to take.
         counters: whether its counters are believed.
         steps: what the engine's steps cost, by its counters.
@@ -72,6 +74,7 @@ class Endpoint:
         "counted",
         "counters",
         "crowding",
+        "deferred",
         "dispatched",
         "enforcing",
         "expected",
@@ -134,6 +137,7 @@ class Endpoint:
         self.kv = KvBooks(spec.kv_capacity_tokens, policy.laws.kv)
         self.counters = Counters(policy.laws.counters)
         self.steps = StepCost(policy.laws.steps)
+        self.deferred = Deferred()
         self.prefill = Prefill(policy.laws.prompts)
         self.sees_first_tokens = False
         self.apply(policy)
@@ -253,7 +257,7 @@ class Endpoint:
             return float(held)
         if self.closed_until is not None:
             return CLOSED
-        pressure = held / self.limit.value
+        pressure = held / self.limit.own
         return pressure if self.kv.capacity is None else max(pressure, self.kv.pressure)
 
     @property
@@ -308,6 +312,8 @@ class Endpoint:
             self.health.leased(now)
         self.kv.add(ticket)
         self.prefill.add(ticket, now)
+        if ticket.request.model in self.deferred.adapters:
+            self.prefill.hold_back(ticket)
         self.dispatched += 1
 
     def adopt(self, ticket: Ticket, now: float, held_s: float, *, begun: bool) -> None:

@@ -86,14 +86,17 @@ LONGEST_S = 2.0
 class FixedLimit:
     """A limit that a person chose."""
 
-    __slots__ = ("value", "why")
+    __slots__ = ("own", "value", "why")
 
     def __init__(self, value: int) -> None:
         """Hold at most `value` requests; at least 1."""
-        self.value = value
+        self.value = self.own = value
         self.why = "fixed"
 
     def start_at(self, value: int) -> None:
+        """Stay at what was chosen."""
+
+    def defer(self, count: int) -> None:
         """Stay at what was chosen."""
 
     def observe(
@@ -113,7 +116,8 @@ class AdaptiveLimit:
 
     Attributes:
         law: its constants.
-        value: the limit.
+        value: the limit: `own`, and whom the engine defers.
+        own: how many may be in the batch.
         batch: the most sequences that the engine runs at once, said or found; None: not known.
         blind: whether the engine says nothing of its tokens; then our own books make the limit.
         slowdown: what these say.
@@ -122,6 +126,7 @@ class AdaptiveLimit:
     """
 
     __slots__ = (
+        "_deferred",
         "_exact",
         "_found_for_s",
         "_peak",
@@ -132,6 +137,7 @@ class AdaptiveLimit:
         "batch",
         "blind",
         "law",
+        "own",
         "slowdown",
         "target_s",
         "value",
@@ -147,17 +153,23 @@ class AdaptiveLimit:
         self._peak = 0.0  # the most it ran in these
         self._found_for_s = 0.0  # how long `batch` is believed already
         self._probe_s = self.law.probe_s
+        self._deferred = 0
         self._tried: int | None = None  # the batch size that is being tried anew
         self.target_s = self.law.tpot_s
         self.batch: int | None = None
         self.blind = True
         self.slowdown = Slowdown(answers)
-        self.value = self.law.start
+        self.value = self.own = self.law.start
         self.why = "start"
 
     def start_at(self, value: int) -> None:
         """Go on from where another sidecar's limit was."""
         self._set(float(value))
+
+    def defer(self, count: int) -> None:
+        """Allow `count` requests more: the engine makes so many wait for something else than its batch."""
+        self._deferred = count
+        self._set(self._exact)
 
     def observe(
         self, load: Load, costs: StepCost, *, wanted: bool, in_flight: int, elapsed_s: float, knows_kv: bool
@@ -210,9 +222,10 @@ class AdaptiveLimit:
 
     def _set(self, exact: float) -> None:
         self._exact = exact = min(max(exact, self.law.floor), CEILING)
-        self.value = int(exact)
-        if self.batch is not None and self.batch <= self.value:
-            self._exact, self.value, self.why = float(self.batch), self.batch, "batch"
+        self.own = int(exact)
+        if self.batch is not None and self.batch <= self.own:
+            self._exact, self.own, self.why = float(self.batch), self.batch, "batch"
+        self.value = min(self.own + self._deferred, CEILING)
 
     def _find_batch(self, load: Load, *, wanted: bool, elapsed_s: float) -> bool:
         """Learn the engine's batch size from what waits inside it; tell whether growing is out of place."""

@@ -24,6 +24,7 @@ class Load:
         cached_tokens: of `prompt_tokens`' prompts, tokens found in the prefix cache since the reading before.
         context_tokens: the longest prompt and answer together that the model takes.
         adapters: LoRA adapters of which requests run.
+        waiting_adapters: LoRA adapters of which requests wait in the engine.
         adapter_slots: how many of them are loaded at once, at most.
         asleep: whether the engine sleeps or is paused: it answers its health check and serves nobody.
     """
@@ -43,6 +44,7 @@ class Load:
     context_tokens: int | None = None
     asleep: bool | None = None
     adapters: tuple[str, ...] | None = None
+    waiting_adapters: tuple[str, ...] | None = None
     adapter_slots: int | None = None
 
     def without_counters(self) -> Load:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from extproc.admission.adapters import HALF
+from extproc.admission.adapters import HALF, TWICE
 from extproc.admission.books import MANY
 from extproc.admission.guard import goes_by_turns, most_room, seniority
 from extproc.admission.lanes import first_of, served
@@ -88,7 +88,8 @@ class Placing:
     def place_for(self, ticket: Ticket, pool: Pool, home: Endpoint | None) -> Endpoint | None:
         """Return the endpoint with the most room among those that `ticket` may take now: `home` alone, or any.
 
-        Of any, one that has its LoRA adapter loaded goes first, as long as it is not half full.
+        Of any, one that has its LoRA adapter loaded goes first, as long as it is not half full, or not twice as full as
+        the emptiest where the adapter would have to wait.
         """
         queue = pool.shared if home is None else pool.homes.get(home)
         enable_queue = self._books.policy.enable_queue
@@ -119,10 +120,14 @@ class Placing:
 
     def _having_adapter(self, ticket: Ticket, pool: Pool) -> Endpoint | None:
         """Return the emptiest endpoint that has its LoRA adapter loaded, room for it, and more to spare."""
-        loaded = self._books.adapters.having(ticket.request.model)
+        adapters = self._books.adapters
+        loaded = adapters.having(ticket.request.model)
         if not loaded:
             return None
-        spare = (one for one in loaded if one in pool.open and one.crowding[0] < HALF)
+        most, emptiest = HALF, pool.emptiest()
+        if emptiest is not None and adapters.are_all_taken(emptiest):
+            most = max(HALF, TWICE * emptiest.crowding[0])
+        spare = (one for one in loaded if one in pool.open and one.crowding[0] < most)
         best = min(spare, key=most_room, default=None)
         return best if best is not None and best.lacks(ticket) is None and not self._is_kept(best) else None
 

@@ -219,6 +219,13 @@ class Prefill:
                 self._predict(ticket, now)
         return done
 
+    def hold_back(self, ticket: Ticket) -> None:
+        """Note that the engine won't begin with it soon; when it does is not followed. Repeated: no-op."""
+        if ticket in self._uncounted:
+            self._uncounted.remove(ticket)
+        if ticket.prompt_pending:
+            self._drop(ticket)
+
     def forget(self) -> None:
         """Count no more: the counter is silent."""
         self._counts = False

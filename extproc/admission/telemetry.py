@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from extproc.admission.steps import StepCost
@@ -33,9 +34,16 @@ def follow_page(endpoint: Endpoint, load: Load, now: float, policy: Policy, *, w
     endpoint.health.sleep(is_asleep=load.asleep is True)
     endpoint.size_cache()
     counted = _follow_prompts(endpoint, load, elapsed_s, now, policy)
+    load = _set_aside(endpoint, load)
     knows_kv, why = endpoint.kv.capacity is not None and load.kv_usage is not None, endpoint.limit.why
+    deferred = endpoint.deferred.count
     endpoint.limit.observe(
-        load, endpoint.steps, wanted=wanted and full, in_flight=endpoint.held, elapsed_s=elapsed_s, knows_kv=knows_kv
+        load,
+        endpoint.steps,
+        wanted=full and (wanted or deferred > 0),
+        in_flight=max(endpoint.held - deferred, 1),
+        elapsed_s=elapsed_s,
+        knows_kv=knows_kv,
     )
     if endpoint.limit.why != why:
         endpoint.limit_since = now
@@ -83,6 +91,8 @@ def forget_stale(endpoint: Endpoint, now: float, policy: Policy) -> bool:
         endpoint.health.sleep(is_asleep=False)
         endpoint.strangers.count = 0
         endpoint.limit.forget()
+        endpoint.deferred.forget()
+        endpoint.limit.defer(0)
         endpoint.prefill.forget()
         _cool_down(endpoint, policy)
         endpoint.look_for_first_tokens(policy)
@@ -91,6 +101,14 @@ def forget_stale(endpoint: Endpoint, now: float, policy: Policy) -> bool:
         endpoint.size_cache()
         _cool_down(endpoint, policy)
     return len(reading.told_at) < before
+
+
+def _set_aside(endpoint: Endpoint, load: Load) -> Load:
+    """Take whom the engine defers out of the books and of the page: they say nothing of its batch, nor of its cache."""
+    deferred = endpoint.deferred
+    deferred.follow(load, endpoint.leases, endpoint.prefill)
+    endpoint.limit.defer(deferred.count)
+    return replace(load, waiting=(load.waiting or 0.0) - deferred.count) if deferred.count else load
 
 
 def _follow_prompts(endpoint: Endpoint, load: Load, elapsed_s: float, now: float, policy: Policy) -> list[Ticket]:

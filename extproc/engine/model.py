@@ -20,7 +20,9 @@ What is simpler than vLLM, on purpose:
 - A preempted sequence leaves its full blocks in that cache; back again, it recomputes the evicted ones.
 - Under a prefill chunk, attention costs `prefill_context_s` per computed token and token before it, or nothing.
 
-As in vLLM, nobody is preempted to let somebody in, and a head of the queue that does not fit blocks the rest.
+As in vLLM, nobody is preempted to let somebody in, and a head of the queue that does not fit blocks the rest. One
+whose LoRA adapter is more than the batch may have (`max_loras`) is passed over (vllm/v1/core/sched/scheduler.py); an
+adapter that is not loaded takes the place of the one that was used least lately, and the whole step waits for it.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ class Engine:
         self.aborted_total = 0
         self.refused_total = 0
         self.wasted_tokens_total = 0  # prefilled and generated for sequences that were then aborted
+        self.adapters_loaded_total = 0
         self.peak_running = 0
         self.peak_waiting = 0  # that a step's scheduling left behind, as vLLM's gauge counts it
         self._now = float("-inf")
@@ -66,6 +69,8 @@ class Engine:
         self._running: dict[SeqId, Sequence] = {}
         self._prefilling: list[Sequence] = []
         self._finish_at: dict[int, list[Sequence]] = {}  # by step; may name some that have left, so check
+        self._adapters: dict[str, int] = {}  # sequences of each loaded one; the one admitted last stands last
+        self._loads = 0  # adapters that the step in progress loads
         self._decoding = 0
         self._offsets = 0  # their sum over decoding sequences
         self._growth = [0] * params.block_size  # decoding sequences that take a block, by step % block_size
@@ -134,9 +139,11 @@ class Engine:
         session: str | None = None,
         prefix: str | None = None,
         prefix_tokens: int = 0,
+        adapter: str | None = None,
     ) -> Refusal | None:
         """Queue a sequence, or say why not. A lower `priority` is earlier, under `priority` scheduling only.
 
+        `adapter`: its LoRA adapter; an engine that knows none (`max_loras` 0) takes it for a name of its model.
         The first `prefix_tokens` of its prompt are the same in all sequences that name the same `prefix`.
 
         Raises ValueError for token counts below 1, an id that is still live, or a time before the last one.
@@ -155,6 +162,7 @@ class Engine:
         self._numbers += 1
         rank = priority if self.params.scheduling_policy == "priority" else 0
         seq = Sequence(seq_id, prompt_tokens, output_tokens, (rank, self._numbers), session)
+        seq.adapter = adapter if self.params.max_loras else None
         if prefix is not None and self.params.prefix_caching:
             seq.prefix_blocks = min(prefix_tokens, prompt_tokens - 1) // self.params.block_size
             seq.prefix = prefix if seq.prefix_blocks else None  # too short to have a block of it: nothing in common
@@ -284,16 +292,17 @@ class Engine:
         self._attention = 0.0
         for seq in self._prefilling:
             prefill += self._schedule_chunk(seq, budget - prefill)
-        while self._waiting and not pressed and prefill < budget and len(self._running) < params.max_num_seqs:
-            order, seq = self._waiting.peekitem(0)
-            if (
-                self._blocks_for(seq.prompt + seq.produced) - self._blocks.sharable(seq)
+        self._loads = 0
+        while not pressed and prefill < budget and len(self._running) < params.max_num_seqs:
+            first = self._next()
+            if first is None or (
+                self._blocks_for(first.prompt + first.produced) - self._blocks.sharable(first)
                 > params.num_gpu_blocks - self._blocks.used
             ):
                 break
-            del self._waiting[order]
-            self._admit(seq)
-            prefill += self._schedule_chunk(seq, budget - prefill)
+            del self._waiting[first.order]
+            self._admit(first)
+            prefill += self._schedule_chunk(first, budget - prefill)
         self.prefill_tokens_total += prefill
         self.peak_running = max(self.peak_running, len(self._running))
         self.peak_waiting = max(self.peak_waiting, len(self._waiting))
@@ -305,7 +314,7 @@ class Engine:
         tokens = self._decoding * step + self._offsets
         step_s = params.step_base_s + params.prefill_token_s * prefill + params.decode_seq_s * self._decoding
         step_s += params.context_token_s * tokens + params.prefill_context_s * self._attention
-        step_s /= self._speed
+        step_s = step_s / self._speed + params.lora_load_s * self._loads
         # After a step that preempted, the head of the queue gets its chance in the next one.
         alone = bool(self._prefilling) or pressed
         self._ends = [now + step_s] if alone else self._plan(now, step_s, step)
@@ -334,7 +343,34 @@ class Engine:
         seq.computed += seq.chunk
         return seq.chunk
 
+    @property
+    def adapters(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """LoRA adapters of which sequences run, and of which some wait, by name."""
+        waiting = {seq.adapter for seq in self._waiting.values() if seq.adapter is not None}
+        return tuple(sorted(name for name, count in self._adapters.items() if count)), tuple(sorted(waiting))
+
+    def _next(self) -> Sequence | None:
+        """The first that waits and whose adapter the batch may have."""
+        if not self.params.max_loras:
+            return self._waiting.peekitem(0)[1] if self._waiting else None
+        counts = self._adapters
+        is_full = sum(1 for count in counts.values() if count) >= self.params.max_loras
+        fits = (seq for seq in self._waiting.values() if not is_full or seq.adapter is None or counts.get(seq.adapter))
+        return next(fits, None)
+
+    def _load(self, adapter: str) -> None:
+        """Count one more sequence of `adapter`, which is loaded, in the idle one's place that was used least lately."""
+        counts = self._adapters
+        if adapter not in counts:
+            self._loads += 1
+            self.adapters_loaded_total += 1
+            if len(counts) >= self.params.max_loras:
+                del counts[next(name for name, count in counts.items() if not count)]
+        counts[adapter] = counts.pop(adapter, 0) + 1
+
     def _admit(self, seq: Sequence) -> None:
+        if seq.adapter is not None:
+            self._load(seq.adapter)
         seq.length = seq.prompt + seq.produced
         entry = self._blocks.forget(seq.cache_key)
         # The last token is always computed: its logits are the next token (vLLM caps a hit the same way).
@@ -364,6 +400,8 @@ class Engine:
     def _leave_batch(self, seq: Sequence, step: int, *, resumes: bool = False) -> None:
         """Give back what a running sequence owns; `step` is the last one whose blocks were taken."""
         del self._running[seq.seq_id]
+        if seq.adapter is not None:
+            self._adapters[seq.adapter] -= 1
         self._blocks.give(self._blocks_for(self._held_tokens(seq, step)) - seq.shared)
         if seq.state is State.DECODING:
             complete = seq.offset + self._steps

@@ -43,6 +43,10 @@ class EngineParams:
     """A new engine is slow until so many prompts were computed: kernels compiled, graphs captured, pages touched."""
     cold_times: float = 5.0
     """How many times as long its steps take until then."""
+    max_loras: int = 0
+    """vLLM's --max-loras: LoRA adapters in its GPU memory, and of one batch, at most; 0: it knows none."""
+    lora_load_s: float = 0.0
+    """How much longer a step takes for each adapter that it must load first: from CPU memory or disk, all wait."""
 
     def __post_init__(self) -> None:
         for name in ("num_gpu_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens"):
@@ -54,6 +58,8 @@ class EngineParams:
         self._must("step_base_s", "more than 0 and at most 60 seconds", 0 < self.step_base_s <= 60)
         self._must("speed", "more than 0; 1.0 is as modelled", 0 < self.speed <= 1e6)
         self._must("cold_requests", "0 or more", self.cold_requests >= 0)
+        self._must("max_loras", "0 or more", self.max_loras >= 0)
+        self._must("lora_load_s", "0 to 60 seconds", 0 <= self.lora_load_s <= 60)
         self._must("cold_times", "1 to 1000", 1 <= self.cold_times <= 1000)
         self._must("scheduling_policy", "'fcfs' or 'priority'", self.scheduling_policy in {"fcfs", "priority"})
         right = f"at most max_num_batched_tokens ({self.max_num_batched_tokens}): one token each in every step"

@@ -63,6 +63,7 @@ class Sequence:
     session: str | None
     prefix: str | None = None
     prefix_blocks: int = 0  # whole blocks of its prompt's beginning that others have too
+    adapter: str | None = None  # LoRA adapter
     shared: int = 0  # of these, the ones that it uses of the shared entry, while it runs
     state: State = State.WAITING
     produced: int = 0  # output tokens at the end of step `joined`; later ones follow from the step number

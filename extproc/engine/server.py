@@ -59,6 +59,8 @@ _HELP: Final = {
     "speed": "0.5 is an engine at half speed",
     "cold_requests": "a new engine is slow until it has computed so many prompts",
     "cold_times": "how many times as long its steps take until then",
+    "max_loras": "LoRA adapters loaded, and in one batch, at most; 0: none is known, adapters are names of the model",
+    "lora_load_s": "seconds that a step is longer for each adapter that it loads",
 }
 
 

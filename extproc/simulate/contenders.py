@@ -96,6 +96,8 @@ class Core:
         """Pass the scrape on."""
         if not self._setting.own_books:
             load = replace(load, kv_capacity_tokens=None, prompt_tokens=None, first_tokens=None)
+        if not self._setting.adapter_homes:
+            load = replace(load, adapters=None, waiting_adapters=None)
         return self._verdicts(self.controller.observe(self._names[engine], load, now))
 
     def set_up(self, engine: int, now: float, *, is_up: bool) -> list[Verdict]:  # noqa: ARG002
@@ -134,6 +136,7 @@ class Setting:
         scrape_interval_s: how often engines are asked for their metrics.
         reads_n: whether the body's `n` is read (`request_fields`).
         session_homes: whether the session header is read.
+        adapter_homes: whether pages are asked which LoRA adapters run.
         own_books: whether KV capacity and counters of prompts are known; the original design had only gauges.
         replicas: how many sidecars share the engines, each with a part of the arrivals.
         replicas_fault: what happens to them in the middle.
@@ -145,6 +148,7 @@ class Setting:
     scrape_interval_s: float = 1.0
     reads_n: bool = False
     session_homes: bool = True
+    adapter_homes: bool = True
     own_books: bool = True
     replicas: int = 1
     replicas_fault: str = "none"
@@ -341,6 +345,7 @@ def _binding(value: str) -> Binding:
 
 
 _KEYS: dict[str, tuple[str, str, Callable[[str], object]]] = {
+    "adapter_homes": ("setting", "adapter_homes", _switch),
     "binding": ("policy", "binding", _binding),
     "enable_queue": ("policy", "enable_queue", _switch),
     "fair": ("policy", "fair", _switch),

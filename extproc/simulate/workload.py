@@ -188,6 +188,7 @@ class Workload:
         waves: the rate is the mean times the product of these: each a lognormal with (coefficient of variation, seconds
             in which it forgets). The mean of a run is what was asked for, whatever the waves.
         model: which all requests name; None: none.
+        adapters: so many LoRA adapters are named instead, the n-th 1/n as often as the first.
         prefix_tokens: with which all prompts begin, the same ones.
         context_tokens: the longest prompt and answer together that clients try; None: no matter.
         unsized: share of the bodies that come without a length.
@@ -207,6 +208,7 @@ class Workload:
     surge: Surge | None = None
     images: Images | None = None
     model: str | None = None
+    adapters: int = 0
     prefix_tokens: int = 0
     context_tokens: int | None = None
     unsized: float = 0.0
@@ -284,6 +286,9 @@ class _Draw:
         """Give a demand what its class doesn't say."""
         workload, draw = self.workload, self.extras
         demand.model = workload.model
+        if workload.adapters:
+            shares = [1.0 / (number + 1) for number in range(workload.adapters)]
+            demand.model = f"adapter-{draw.choices(range(workload.adapters), shares)[0]}"
         if workload.prefix_tokens:
             demand.prefix, demand.prefix_tokens = workload.model or "system", workload.prefix_tokens
             demand.prompt += workload.prefix_tokens

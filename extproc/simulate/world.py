@@ -264,6 +264,7 @@ class World:
                 demand.session,
                 prefix,
                 prefix_tokens,
+                demand.model,
             )
             if refusal is not None:
                 self._abort(job, engine)
@@ -390,6 +391,9 @@ class World:
             max_running=params.max_num_seqs if self._says_batch[index] else None,
             cached_tokens=after.cached - before.cached,
             context_tokens=params.max_model_len,
+            adapters=engine.adapters[0] if params.max_loras else None,
+            waiting_adapters=engine.adapters[1] if params.max_loras else None,
+            adapter_slots=params.max_loras or None,
         )
         self._carry_out(self.front.observe(index, load, self.now))
         self._watch(index)

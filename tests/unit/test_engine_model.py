@@ -336,3 +336,15 @@ def test_attention_over_the_context_before_a_prompts_chunk_takes_its_time() -> N
 
     # Two chunks of 500: half of 500 before each token of the first, and 500 more of the second.
     assert first_token_s(1e-6) - first_token_s(0.0) == pytest.approx(1e-6 * (500 * 250 + 500 * 750))
+
+
+def test_an_adapter_that_is_more_than_the_batch_may_have_is_passed_over_and_loading_one_holds_up_the_step() -> None:
+    engine = Engine(small(max_num_seqs=4, max_loras=1, lora_load_s=0.5, num_gpu_blocks=64))
+    for name, adapter in (("a", "law"), ("b", "med"), ("c", "law"), ("d", None)):
+        engine.submit(name, 1, 3, now=0.0, adapter=adapter)
+    engine.advance(engine.next_step() or 0)
+    assert (engine.running, engine.adapters) == (3, (("law",), ("med",)))
+    events = drain(engine)
+    ends = {event.seq_id: event.t for event in events if isinstance(event, Finished)}
+    assert ends["b"] - ends["c"] == pytest.approx(0.5 + 0.011 + 2 * 0.010)
+    assert engine.adapters_loaded_total == 2

@@ -39,7 +39,7 @@ _RANKED = Load(
 
 TABLE: dict[str, tuple[str, Load]] = {
     "vllm-0.32": ("vllm", _VLLM),
-    "vllm-0.32-lora": ("vllm", replace(_VLLM, adapters=("law", "med"), adapter_slots=2)),
+    "vllm-0.32-lora": ("vllm", replace(_VLLM, adapters=("law", "med"), waiting_adapters=(), adapter_slots=2)),
     "vllm-0.32-asleep": ("vllm", replace(_VLLM, running=0.0, waiting=0.0, asleep=True)),
     "vllm-0.7-v0": (
         "vllm",
@@ -180,7 +180,16 @@ def test_the_lines_of_adapters_that_ran_once_are_neither_counted_nor_read_howeve
         now = read_page(body.encode(), engines_for("vllm"), labels)
         assert isinstance(now, Readings)
         assert (now.running, now.waiting, now.adapters, now.adapter_slots) == (12.0, 3.0, ("law", "med"), 2)
+        assert now.waiting_adapters == ()
         assert now.preemptions is not None
+
+
+def test_a_page_tells_which_adapters_wait_and_one_without_that_label_tells_nothing_of_them():
+    lora = 'vllm:lora_requests_info{max_lora="1",running_lora_adapters="law"'
+    for more, told in ((',waiting_lora_adapters="med, law,"', ("law", "med")), ("", None)):
+        now = read_page(page("vllm-0.32-lora") + f"{lora}{more}}} 9e12\n".encode(), engines_for("vllm"))
+        assert isinstance(now, Readings)
+        assert (now.adapters, now.waiting_adapters) == (("law",), told)
 
 
 def test_a_newest_line_of_adapters_that_cannot_be_read_leaves_the_rest_of_the_page():

@@ -76,6 +76,7 @@ class Readings:
     context_tokens: int | None = None
     asleep: bool | None = None
     adapters: tuple[str, ...] | None = None
+    waiting_adapters: tuple[str, ...] | None = None
     adapter_slots: int | None = None
     preemptions: Counter | None = None
     prompt_tokens: Counter | None = None
@@ -146,16 +147,19 @@ class _Page:
         values = _known((self.first(names, engine) or {}).values(), MOST_TOKENS)
         return within(sum(values), MOST_TOKENS) if values else None
 
-    def adapters(self, names: Names) -> tuple[tuple[str, ...] | None, int | None]:
-        """Return the adapters that run, and how many fit; of their lines the newest is here. None: nothing is told."""
+    def adapters(self, names: Names) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None, int | None]:
+        """Return the adapters that run, those that wait, and how many fit; the newest of their lines is here.
+
+        None: nothing is told.
+        """
         lines = [dict(labels) for metric in names for _, labels in self.series(metric) or ()]
         if not lines:
-            return None, None
+            return None, None, None
         told = lines[0]
-        running = [name.strip() for name in told.get("running_lora_adapters", "").split(",")]
         slots = told.get("max_lora", "")
         most = whole(_number(slots) if _NUMBER.fullmatch(slots) else None, MOST_ADAPTERS)
-        return tuple(sorted({name for name in running if name}))[:MOST_ADAPTERS], most
+        waiting = told.get("waiting_lora_adapters")
+        return _listed(told.get("running_lora_adapters", "")), None if waiting is None else _listed(waiting), most
 
     def shares(self, names: Names, engine: Engine) -> list[float]:
         """Return the shares of all series; none if one is unknown."""
@@ -224,7 +228,7 @@ def read_in_slices(
     kv_capacity_tokens = page.size(engine.kv_capacity, engine)
     if page.is_large:
         yield
-    adapters, adapter_slots = page.adapters(engine.adapters)
+    adapters, waiting_adapters, adapter_slots = page.adapters(engine.adapters)
     gpu_shares, awake = page.shares(engine.gpu_usage, engine), page.shares(engine.awake, engine)
     return Readings(
         engine=engine.name,
@@ -238,6 +242,7 @@ def read_in_slices(
         context_tokens=page.greatest(engine.context_tokens, engine),
         asleep=min(awake) < 1.0 if awake else None,
         adapters=adapters,
+        waiting_adapters=waiting_adapters,
         adapter_slots=adapter_slots,
         preemptions=page.counter(engine.preemptions, engine),
         prompt_tokens=page.counter(engine.prompt_tokens, engine),
@@ -246,6 +251,10 @@ def read_in_slices(
         output_tokens=page.counter(engine.output_tokens, engine),
         decoded_tokens=page.counter(engine.decoded_tokens, engine),
     )
+
+
+def _listed(names: str) -> tuple[str, ...]:
+    return tuple(sorted({name for part in names.split(",") if (name := part.strip())}))[:MOST_ADAPTERS]
 
 
 def _engine_of(page: _Page, engines: tuple[Engine, ...], own: frozenset[str]) -> Engine | Reason:

@@ -56,6 +56,7 @@ class Rates:
             context_tokens=readings.context_tokens,
             asleep=readings.asleep,
             adapters=readings.adapters,
+            waiting_adapters=readings.waiting_adapters,
             adapter_slots=readings.adapter_slots,
         )
 

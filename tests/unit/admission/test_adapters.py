@@ -71,3 +71,13 @@ def test_one_that_has_no_cache_for_it_does_not_keep_it_from_another() -> None:
     tell(here, "b", "law")
     assert here.where(here.ask(model="law", prompt_tokens=2000)) == "b"
     assert here.where(here.ask(model="law", prompt_tokens=4000)) == "a"
+
+
+def test_one_that_has_it_goes_before_an_emptier_one_without_a_slot_for_it_until_it_is_twice_as_full() -> None:
+    for other, goes in ((("med", "art"), ["b"] * 3), (("med",), ["b", "b", "a"])):
+        here = Desk(one("a", 8, models=ALL | {"solo"}), one("b", 8, models=ALL))
+        here.fill(3, model="solo")
+        tell(here, "a", *other)
+        tell(here, "b", "law")
+        here.fill(2, model="law")
+        assert [here.where(here.ask(model="law")) for _ in range(3)] == goes, other
