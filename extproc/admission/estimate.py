@@ -15,6 +15,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from extproc.admission.laws import LAWS
+from extproc.admission.transitions import DONE, LEFT
 from extproc.admission.values import UNSIZED
 
 if TYPE_CHECKING:
@@ -83,12 +84,13 @@ class TokenEstimate:
         law: the constants.
     """
 
-    __slots__ = ("_all", "_answers", "_correction", "_durations", "_mean", "_pace", "_scales", "law")
+    __slots__ = ("_all", "_answers", "_correction", "_durations", "_mean", "_pace", "_scales", "_tries", "law")
 
     def __init__(self, law: TokenLaw = LAWS.tokens) -> None:
         """Start at the law's guess, and believe what requests announce."""
         self.law = law
         self._scales: OrderedDict[SizeClass, _Scale] = OrderedDict()
+        self._tries: OrderedDict[SizeClass, Ticket | None] = OrderedDict()  # of sizes that nobody has counted
         self._mean = law.answer  # of all answers, by the counters
         self._all = _Mean()  # of all answers, as `tokens_of` sees them
         self._correction = 1.0  # by how much counters and that view differ
@@ -104,7 +106,10 @@ class TokenEstimate:
             output = ceiling
         most = longest or MOST_CONTEXT
         ticket.output_tokens = (output if output < most else most) * ticket.sequences
-        ticket.book(self.prompt_of(ticket, longest))
+        prompt = self.prompt_of(ticket, longest)
+        if prompt > self.law.untried and self._is_try(ticket):
+            prompt = int(self.law.untried)
+        ticket.book(prompt)
         ticket.work_tokens = ticket.prompt_tokens
 
     def prompt_of(self, ticket: Ticket, longest: int | None) -> int:
@@ -115,6 +120,28 @@ class TokenEstimate:
             prompt = int(prompt * scale.value)
         most = longest or MOST_CONTEXT
         return prompt if prompt < most else most
+
+    def doubt(self, ticket: Ticket) -> None:
+        """Note that the guess of its prompt had `ticket` refused. If no engine has counted any such, one is tried.
+
+        Else a guess that makes prompts too big for what is free would keep for ever from being seen how wrong it is.
+        """
+        key = _size_class(ticket)
+        if ticket.prompt_tokens > self.law.untried and key not in self._scales and key not in self._tries:
+            self._tries[key] = None
+            if len(self._tries) > SCALES:
+                self._tries.popitem(last=False)
+
+    def _is_try(self, ticket: Ticket) -> bool:
+        """Tell whether `ticket` is to show what prompts of its size really have: one at a time."""
+        key = _size_class(ticket)
+        if key not in self._tries:
+            return False
+        before = self._tries[key]
+        if before is not None and before.state is not DONE and before.state is not LEFT:
+            return False
+        self._tries[key] = ticket
+        return True
 
     def learn_prompts(self, tokens: int, tickets: Sequence[Ticket]) -> None:
         """Follow what an engine counted for the prompts of `tickets`: `tokens` together.
@@ -127,6 +154,8 @@ class TokenEstimate:
                 key = _size_class(ticket)
                 announced[key] = announced.get(key, 0) + ticket.request.prompt_tokens
         scales = {key: self._scale(key) for key in announced}
+        for key in announced:
+            self._tries.pop(key, None)
         expected = sum(scales[key].value * size for key, size in announced.items())
         if expected <= 0.0:
             return

@@ -57,8 +57,8 @@ class Frame:
         self._lines = lines = Lines(books)
         self._fleet = fleet = Fleet(books, lines)
         self._placing = Placing(books, lines, fleet)
-        self._refusing = Refusing(books, lines)
         self._tokens = TokenEstimate(policy.laws.tokens)
+        self._refusing = Refusing(books, lines, self._tokens)
         self._answers = Answers(books, fleet, self._tokens)
         self._hearing = Hearing(books, lines, fleet, self._tokens)
         self.endpoints = books.endpoints

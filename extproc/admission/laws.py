@@ -156,6 +156,8 @@ class TokenLaw:
         answer: mean output tokens before anything was seen; public chat traces have means of 130 to 210.
         memory: about so many of the last answers make a mean.
         own: so many answers of its own a model and class must have had to be told from the others by half.
+        untried: one prompt at a time, of a kind and size that no engine has counted and that had one refused, is booked
+            as no more tokens.
         most_step: by how much one reading of prompts may differ from what was expected: one page that lies must not
             move much.
         most_faster: an engine is taken to write at most so many times as fast as the median of all.
@@ -168,6 +170,7 @@ class TokenLaw:
     answer: float = 200.0
     memory: float = 200.0
     own: float = 8.0
+    untried: float = 8192.0
     most_step: float = 4.0
     most_faster: float = 2.5
     first_pace: float = 50.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from extproc.admission.held import HeldBy
 from extproc.admission.lines import placed
 from extproc.admission.outcome import Outcome
 from extproc.admission.transitions import LEFT
@@ -12,11 +13,13 @@ from extproc.admission.values import Reject
 
 if TYPE_CHECKING:
     from extproc.admission.books import Books
+    from extproc.admission.estimate import TokenEstimate
     from extproc.admission.lines import Lines
     from extproc.admission.pool import Pool
     from extproc.admission.ticket import Ticket
 
 RETRY_AFTER_MAX_S = 60
+_BY_SIZE = (HeldBy.KV, HeldBy.PROMPTS)
 SURE = 2.0
 """Refuse at once what would wait so many times its budget: a prediction after a burst is off by as much, and what might
 make it waits its budget out. Goodput at 120% load over shedding at 1.0: +0.5 to +1 points, under bursts +2 to +3."""
@@ -29,12 +32,13 @@ class Refusing:
         draining: nothing waits any more.
     """
 
-    __slots__ = ("_books", "_lines", "draining")
+    __slots__ = ("_books", "_lines", "_tokens", "draining")
 
-    def __init__(self, books: Books, lines: Lines) -> None:
-        """Refuse who waits in `lines`."""
+    def __init__(self, books: Books, lines: Lines, tokens: TokenEstimate) -> None:
+        """Refuse who waits in `lines`, and tell `tokens` of whom its guess had refused."""
         self._books = books
         self._lines = lines
+        self._tokens = tokens
         self.draining = False
 
     def screened(self, ticket: Ticket, pool: Pool | None) -> Pool | None:
@@ -102,6 +106,8 @@ class Refusing:
             drain = pool.pace.drain_rate()
             ahead = pool.ahead_of(ticket.request_class.priority)
             retry_s = min(0.0 if drain is None else ahead / drain, RETRY_AFTER_MAX_S)
+        if ticket.waited_for in _BY_SIZE:
+            self._tokens.doubt(ticket)
         self._lines.leave(ticket)
         books.decisions.append(Reject(ticket, outcome, wait_s, max(math.ceil(retry_s), 1)))
 

@@ -320,6 +320,11 @@ class TokenLearningConfig(Section):
     most_step: Times = Field(
         _TOKENS.most_step, description="Prompts counted at more times what was expected are not believed, either."
     )
+    untried: Count = Field(
+        _TOKENS.untried,
+        description="Where a larger prompt was refused for its size, which no server has counted, such are booked as "
+        "so many tokens, one at a time, until one is counted.",
+    )
     unsure: Annotated[float, Field(gt=0.0, le=100.0)] = Field(
         _TOKENS.unsure,
         description="How far the tokens of prompts of one kind and size may be off at first: variance; ...",
@@ -337,6 +342,7 @@ class TokenLearningConfig(Section):
             answer=self.answer,
             memory=self.memory,
             own=self.own,
+            untried=self.untried,
             most_step=self.most_step,
             most_faster=self.most_faster,
             first_pace=self.first_pace,

@@ -288,6 +288,7 @@ CHANGED: dict[str, dict[str, Any]] = {
         "nudge": 1.2,
         "most_faster": 1.1,
         "most_step": 1.5,
+        "untried": 500,
         "unsure": 0.1,
         "sure": 0.2,
         "noise": 1.0,

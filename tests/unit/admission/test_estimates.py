@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from extproc.admission.estimate import LEAST_SCALE, MOST_CONTEXT, MOST_OUTPUT, MOST_SCALE, SCALES, TokenEstimate
 from extproc.admission.laws import LAWS
 from extproc.admission.load import Load
+from extproc.admission.outcome import Outcome
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import UNSIZED, Answer, Request, RequestClass
 
@@ -174,6 +177,69 @@ def test_several_sequences_share_their_prompt_and_not_their_answers() -> None:
     TokenEstimate().estimate(ticket, None)
     assert (ticket.prompt_tokens, ticket.output_tokens) == (100, 4 * GUESS)
     assert ticket.kv_tokens == 100 + 4 * GUESS
+
+
+# ---- sizes that nobody has counted
+
+
+BIG: dict[str, Any] = {"kind": "image", "prompt_tokens": 50_000}
+
+
+def refused(*, limit: int = 100) -> Desk:
+    """A desk whose engine is never idle and too small for what an image seems to be: one was refused for that."""
+    desk = Desk(one("a", limit, kv_capacity_tokens=20_000))
+    desk.ask(prompt_tokens=1000)
+    image = desk.ask(**BIG, budget_s=1.0)
+    assert image.prompt_tokens == BIG["prompt_tokens"]
+    desk.advance(1.0)
+    assert desk.outcome(image) is Outcome.BUDGET_EXPIRED
+    return desk
+
+
+def test_one_of_a_kind_that_no_engine_has_counted_is_tried_once_its_guessed_size_had_another_refused() -> None:
+    """Else text keeps every engine busy, no image is ever sent, and nobody learns that it has a thousand tokens."""
+    desk = refused()
+    first, second = desk.ask(**BIG), desk.ask(**BIG)
+    assert in_use([first, second]) == [True, False]
+    assert (first.prompt_tokens, second.prompt_tokens) == (LAWS.tokens.untried, 50_000)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_try_that_told_nothing_is_made_again(waits: bool) -> None:
+    desk = refused()
+    if waits:
+        desk.fill(2, prompt_tokens=8000)
+    first = desk.ask(**BIG)
+    assert in_use([first]) == [not waits]
+    if waits:
+        desk.cancel(first)
+    else:
+        desk.release(first, Answer.UNKNOWN)
+    assert desk.ask(**BIG).prompt_tokens == LAWS.tokens.untried
+
+
+def test_only_the_kind_and_size_that_was_refused_for_its_size_is_tried_and_none_that_was_counted() -> None:
+    desk = refused()
+    for other in ({"kind": "audio"}, {"prompt_tokens": 100_000}, {"model": "m"}):
+        assert desk.ask(**{**BIG, **other}).prompt_tokens > LAWS.tokens.untried
+    desk.core._tokens.learn_prompts(40_000, [Ticket(Request("r", 0.0, **BIG))])
+    assert desk.ask(**BIG).prompt_tokens == pytest.approx(40_000, rel=0.2)
+    desk.core._tokens.doubt(desk.ask(**BIG))
+    assert desk.ask(**BIG).prompt_tokens > LAWS.tokens.untried
+
+
+def test_a_prompt_that_was_refused_for_want_of_slots_is_no_reason_to_doubt_its_size() -> None:
+    desk = refused(limit=1)
+    assert desk.ask(**BIG).prompt_tokens == 50_000
+
+
+def test_made_up_sizes_that_were_refused_take_no_memory() -> None:
+    estimate = TokenEstimate()
+    for number in range(2 * SCALES):
+        ticket = Ticket(Request("r", 0.0, model=f"m{number}", **BIG))
+        estimate.estimate(ticket, None)
+        estimate.doubt(ticket)
+    assert len(estimate._tries) == SCALES
 
 
 def answered(model: str, seconds: float, estimate: TokenEstimate, *, sequences: int = 1, times: int = 1) -> float:
