@@ -25,7 +25,10 @@ from bench.matrix.traffic import TRAFFIC
 FILE = Path(__file__).with_name("gate.json")
 FURTHER = FILE.with_name("further.json")
 """Cells of chosen.py beyond the gate that were played once, in the same form; no test plays them. The page has both."""
-FURTHER_PLAYED = "rivals and fixed limits at 0dccd1b, ours at 2410b21; the others were recorded up to 6f7593e"
+FURTHER_PLAYED = (
+    "rivals and fixed limits at 0dccd1b, ours at 2410b21 (h100-32b with vLLM's page, agents, unstreamed: 2026-11-29); "
+    "the others were recorded up to there"
+)
 SEEDS = (1, 2)
 SLACK = 0.02
 """How far the goodput of a cell may fall without a word."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from extproc.config.keys import Config
 from extproc.config.read import ENV_PREFIX, SECTIONS, load_yaml
 from extproc.config.types import is_duration
+from extproc.endpoints.telemetry.engines import engines_for
 from extproc.files import read_text
 
 if TYPE_CHECKING:
@@ -56,14 +57,25 @@ def _endpoints(config: Config) -> Iterator[str]:
             "pick is one address; leave one of them out"
         )
     for where, one in _where_limits_are(config):
-        blind = one.engine == "none" or config.scrape_interval == 0
+        why = _blind(one.engine, config)
         limit = config.max_running_requests if one.max_running_requests == "inherit" else one.max_running_requests
-        if blind and limit is None:
-            why = "engine: none" if one.engine == "none" else "scrape_interval: 0s"
+        if why is not None and limit is None and one.kv_capacity_tokens is None:
             yield (
                 f"{where}.max_running_requests: nothing tells how full a server is ({why}), so its limit is guessed "
-                "from how long answers take; set the number of requests that it batches (vLLM: --max-num-seqs)"
+                "from how long answers take; set the number of requests that it batches (vLLM: --max-num-seqs), or "
+                "kv_capacity_tokens where its KV cache is full before that"
             )
+
+
+def _blind(engine: str, config: Config) -> str | None:
+    """Return why a limit can't be learned from what such a server tells; None: it can, or its page will show."""
+    if engine == "none":
+        return "engine: none"
+    if config.scrape_interval == 0:
+        return "scrape_interval: 0s"
+    if engine != "auto" and not engines_for(engine)[0].tells_room:
+        return f"engine: {engine}, whose page has no token rate and no batch size"
+    return None
 
 
 def _where_limits_are(config: Config) -> Iterator[tuple[str, EndpointConfig | SourceConfig]]:

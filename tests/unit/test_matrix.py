@@ -13,6 +13,7 @@ from bench.matrix.chosen import chosen, reason
 from bench.matrix.contest import Score, climb, judge
 from bench.matrix.runs import run
 from bench.matrix.traffic import TRAFFIC
+from extproc.config import doubts, load_config
 from extproc.engine.params import PRESETS
 from extproc.simulate.workload import CLASSES, STANDARD, Demand
 
@@ -164,3 +165,24 @@ def test_cells_that_differ_by_their_page_share_their_rivals_and_the_page_lists_m
     text = page.render(rows, (1,), "command")
     assert "2 cells" in text
     assert text.count("| llama-cpp/") >= sum(bool(row["problems"]) for row in rows)
+
+
+def test_of_each_cell_that_misses_because_engines_tell_little_check_warns_and_the_reason_names_the_number(
+    tmp_path: Path,
+) -> None:
+    """A page of gauges alone, in the config's words: TensorRT-LLM's."""
+    engines, seen = {"none": "none", "gauges": "trtllm"}, 0
+    for name, record in (gate.read() | gate.read(gate.FURTHER)).items():
+        if record.misses and (engine := engines.get(cell(name).page)):
+            file = tmp_path / "config.yaml"
+            file.write_text(f"endpoints: [{{name: a, address: 'h:1', engine: {engine}}}]")
+            (doubt,) = doubts(load_config(file, {}), file, {})
+            assert doubt.startswith("endpoints[0].max_running_requests: nothing tells how full a server is"), name
+            assert "max_running_requests" in (reason(name) or "") or "kv_capacity_tokens" in (reason(name) or ""), name
+            seen += 1
+    assert seen > 10
+
+
+def test_each_cell_that_misses_has_a_reason() -> None:
+    missing = [name for name, record in (gate.read() | gate.read(gate.FURTHER)).items() if record.misses]
+    assert [name for name in missing if reason(name) is None] == []

@@ -106,6 +106,11 @@ class Engine:
         lists = (*self.also_running, *self.also_waiting, *self.kv_capacity)
         return frozenset(metric.name for names in (*plain, *more, *own, *lists) for metric in names)
 
+    @property
+    def tells_room(self) -> bool:
+        """Whether its page has a token rate, or the engine says how many it runs at once: a limit can be learned."""
+        return bool(self.decoded_tokens or self.tokens_per_s or self.max_running or (self.asked and self.asked[0]))
+
     def loads(self) -> frozenset[str]:
         """Return the names that show that a page is this engine's, and not only that a number of it came along."""
         return frozenset(metric.name for names in (self.running, self.waiting) for metric in names)
