@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import signal
+from dataclasses import astuple
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -323,7 +324,7 @@ class App:
         self.reception.requests.default_model = config.default_model
         self._rank(self._priorities)
         policy = config.policy()
-        if policy != self.gate.controller.policy:  # else all endpoints would be looked at for nothing
+        if astuple(policy) != astuple(self.gate.controller.policy):  # else all endpoints are looked at for nothing
             self.gate.set_policy(policy)
         self.health.configure(config.health_check)
         self.roster.configure(config)

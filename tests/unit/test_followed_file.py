@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from extproc.admission.events import PolicySet
 from extproc.app import App
 from extproc.config import Config, load_config
 from extproc.endpoints.discovery import file
@@ -152,5 +153,20 @@ def test_a_file_that_loses_all_endpoints_is_refused_unless_it_says_so():
             app.adopt(config(**keys))
         app.adopt(config(**keys, endpoints=[]))
         assert app.config.endpoints == []
+
+    asyncio.run(main())
+
+
+def test_a_reload_sets_the_rules_of_the_core_only_if_they_are_others():
+    keys = {"listen": "127.0.0.1:0", "admin": "127.0.0.1:0", "endpoints": [endpoint("a")]}
+
+    async def main() -> None:
+        app = App(config(**keys), asyncio.get_running_loop())
+        told: list[PolicySet] = []
+        app.gate.controller.watch(lambda event, _: told.append(event) if isinstance(event, PolicySet) else None)
+        app.adopt(config(**keys, drain_timeout="9s"))
+        assert told == []
+        app.adopt(config(**keys, classes=[{"name": "default", "budget": "9s"}]))
+        assert [event.policy.classes[0].budget_s for event in told] == [9.0]
 
     asyncio.run(main())
