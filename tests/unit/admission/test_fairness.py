@@ -415,6 +415,25 @@ def test_who_goes_by_turns_passes_those_whose_turn_was_before_and_no_others(mode
     assert (far.passed_over, big.passed_over) == (0, 1)
 
 
+def test_a_guard_that_does_not_fit_lends_its_place_to_those_before_it_by_their_turns() -> None:
+    desk = meeting(limit=1000, kv_capacity_tokens=20_000)
+    held, _ = (desk.ask("held", model="m2", tenant="h", prompt_tokens=tokens) for tokens in (14_000, 2000))
+    both_wait = desk.ask("blocker", model="m1", tenant="w", prompt_tokens=18_000)
+    for tenant, tokens in (("far", 1500), ("near", 1000)):
+        desk.release(desk.ask(model="m2", tenant=tenant, prompt_tokens=tokens))
+    far, near = (desk.ask(tenant, model="m2", tenant=tenant, prompt_tokens=3000) for tenant in ("far", "near"))
+    guard = desk.ask("elephant", model="m1", tenant="e", prompt_tokens=17_000)
+    desk.cancel(both_wait)
+    for number in range(GUARD):
+        desk.release(desk.ask(model="m2", tenant=f"mouse{number}", prompt_tokens=10))
+    assert (guard.is_guard, far.passed_over, near.passed_over) == (True, 0, 0)
+    mouse = desk.ask("mouse", model="m2", tenant="mouse", prompt_tokens=10)
+    del desk.order[:]
+    desk.release(held)
+    assert desk.order == ["near", "far"]
+    assert desk.where(mouse) is None
+
+
 def test_a_guard_that_fits_goes_before_other_pools_later_ones_whatever_the_turns_are() -> None:
     desk = meeting(limit=1000, kv_capacity_tokens=10_000)
     held = desk.ask("held", model="m2", tenant="h", prompt_tokens=4000)
