@@ -200,7 +200,7 @@ class Config(Section):
         False,
         description="Also read model, max_tokens, n, best_of, safety_identifier or user (tenant), prompt_cache_key "
         "(session), service_tier and priority from the JSON body, which Envoy parses (json_to_metadata, rendered by "
-        "`envoy-config`), and the model from a form's field. Headers win.",
+        "`envoy-config`), the model from a form's field, and how many prompts a list has. Headers win.",
     )
     first_byte_probe: bool = Field(
         False,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from extproc.envoy.skeleton import EXT_PROC_CLUSTER, FILTERS, lines
 from extproc.stream import wire
-from extproc.stream.request import MAX_NAME
+from extproc.stream.request import MAX_NAME, MAX_SEQUENCES
 
 if TYPE_CHECKING:
     from extproc.config import Config
@@ -29,13 +29,13 @@ def request_fields(config: Config) -> str:
         for key in _FIELDS
     ]
     return f"""\
-          # The model of a form, as for audio/transcriptions. It looks at no other body.
+          # The model of a form, as for audio/transcriptions; how many prompts a list has: the filter below drops lists.
           - name: {FORMS}
             typed_config:
               "@type": {FILTERS}lua.v3.Lua
               default_source_code:
                 inline_string: |
-{lines(18, _FORM_MODEL.splitlines())}\
+{lines(18, (_PROMPTS + _FORM_MODEL).splitlines())}\
           # Reads fields of the JSON body; a compressed one it can't.
           # Its response rules, and the sse_to_metadata filter, are left alone: in 1.40 one engine event crashes Envoy.
           - name: {JSON_FIELDS}
@@ -49,8 +49,64 @@ def request_fields(config: Config) -> str:
 {lines(16, rules)}"""
 
 
+MOST_BYTES, MOST_STEPS = 64 << 10, 16 << 10
+"""So much of a body is looked at for its prompts, and so many of its quotes and brackets: whatever a client sends, it
+takes Envoy's worker a millisecond at the most."""
+_PROMPTS = (
+    """\
+-- How many prompts a body has: strings and lists right inside its list "prompt" or "input". A list of numbers is one.
+function prompts_of(text)
+  local at, depth, most, count, last, listed = 1, 0, 0, 0, "", false
+  for _ = 1, MOST_STEPS do
+    at = text:find('[%[%]{}"]', at)
+    if not at then break end
+    local mark, stop = text:byte(at), at
+    if mark == 34 then
+      repeat stop = text:find('"', stop + 1, true)
+        local slash = stop and stop - 1
+        while slash and text:byte(slash) == 92 do slash = slash - 1 end
+      until not stop or (stop - slash) % 2 == 1
+      if not stop then
+        if listed and depth == 2 then count = count + 1 end
+        break
+      end
+      if depth == 1 then last = text:sub(at + 1, stop - 1) end
+      if listed and depth == 2 then count = count + 1 end
+    elseif mark == 91 or mark == 123 then
+      if listed and depth == 2 and mark == 91 then count = count + 1 end
+      if depth == 1 then listed = mark == 91 and (last == "prompt" or last == "input") end
+      depth = depth + 1
+    else
+      depth = depth - 1
+      if depth == 1 then listed = false end
+    end
+    if depth == 1 or count >= MAX_SEQUENCES then most, count = math.max(most, count), 0 end
+    if most >= MAX_SEQUENCES then break end
+    at = stop + 1
+  end
+  return math.max(most, count)
+end
+function note_prompts(handle)
+  local path = handle:headers():get(":path") or ""
+  local is_text = path:find("/completions", 1, true) and not path:find("/chat/", 1, true)
+  if not is_text and not path:find("/embeddings", 1, true) then return end
+  local kind = handle:headers():get("content-type") or ""
+  local body = (kind == "" or kind:find("^application/json")) and handle:body()
+  if not body then return end
+  local count = prompts_of(body:getBytes(0, math.min(body:length(), MOST_BYTES)))
+  if count > 1 then
+    handle:streamInfo():dynamicMetadata():set("FIELDS", "PROMPTS", count)
+  end
+end
+""".replace("MOST_BYTES", str(MOST_BYTES))
+    .replace("MOST_STEPS", str(MOST_STEPS))
+    .replace("MAX_SEQUENCES", str(MAX_SEQUENCES))
+    .replace("FIELDS", wire.FIELDS_NAMESPACE)
+    .replace("PROMPTS", wire.PROMPTS)
+)
 _FORM_MODEL = f"""\
 function envoy_on_request(handle)
+  note_prompts(handle)
   local kind = handle:headers():get("content-type") or ""
   if not kind:lower():find("^multipart/form%-data") then return end
   local mark = kind:match('[Bb]oundary="([^"]+)"') or kind:match("[Bb]oundary=([^;%s]+)")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from extproc.admission.values import FORM, JSON, OTHER, UNSIZED, Request
 from extproc.durations import parse_duration
 from extproc.stream.answer import GRPC_STATUS
-from extproc.stream.wire import AGAIN
+from extproc.stream.wire import AGAIN, PROMPTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -112,9 +112,8 @@ class Requests:
             # OpenAI splits its old `user` into these two: who is asking, and which requests begin alike.
             tenant = tenant or _text(fields.get("safety_identifier")) or _text(fields.get("user"))
             session = session or _text(fields.get("prompt_cache_key"))
-            request.sequences = min(
-                max(_count(fields.get("n")) or 1, _count(fields.get("best_of")) or 1), MAX_SEQUENCES
-            )
+            answers = max(_count(fields.get("n")) or 1, _count(fields.get("best_of")) or 1)
+            request.sequences = min(answers * (_count(fields.get(PROMPTS)) or 1), MAX_SEQUENCES)
             request.max_output_tokens = _count(fields.get("max_tokens")) or _count(fields.get("max_completion_tokens"))
         model = model or self.default_model
         if model:

@@ -27,6 +27,8 @@ NAMESPACE = "extproc"
 """The dynamic metadata namespace that our decisions go to."""
 FIELDS_NAMESPACE = "extproc_request"
 """The namespace in which Envoy's json_to_metadata filter puts the fields of a request's body."""
+PROMPTS = "prompts"
+"""The key beside them for how many prompts a list has, which a Lua filter counts; no field of a body gets there."""
 
 NUMBER_NAMESPACE = "extproc_ticket"
 """The namespace by which Envoy's first-byte probe tells whose answer begins. Only we write it: a client can't."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 
@@ -96,6 +97,39 @@ def class_counts(here) -> dict[str, float]:
             request_class = name.split('class="')[1].split('"')[0]
             counts[request_class] = counts.get(request_class, 0) + value
     return counts
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "places"),
+    [("/v1/completions", {"prompt": ["one", 'two "[,]" {\\', "three\\"]}, 3),
+     ("/v1/completions", {"prompt": [[1, 2], [3]]}, 2),
+     ("/v1/completions", {"prompt": [1, 2, 3]}, 1),
+     ("/v1/completions", {"deep": {"prompt": ["a", "b"]}, "stop": ["a", "b"], "prompt": "[\"a\", \"b\"]"}, 1),
+     ("/v1/embeddings", {"input": ["a", "b"]}, 2),
+     ("/v1/completions", {"prompt": ["x"] * 10_000}, 4),
+     ("/v1/completions", b'{"prompt": [' + b"[{" * 5000, 1),
+     ("/v1/completions", b'{"prompt": ["' + b'\\\\"' * 10_000, 4),
+     ("/v1/chat/completions", {"prompt": ["a", "b"]}, 1)],
+    ids=["strings", "lists of tokens", "tokens", "other fields", "embeddings", "long", "deep", "cut off", "chat"],
+)  # fmt: skip
+def test_a_list_takes_as_many_places_as_it_has_prompts(fields, path, body, places):
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    with ExitStack() as open_requests:
+
+        def begin(name: str, path: str, data: bytes) -> None:
+            headers = [("x-test-id", name), ("x-model", "llama"), ("content-type", "application/json")]
+            request = H1Request(fields.address, path=path, headers=[*headers, *[behave("sse", hold="body")]], body=data)
+            open_requests.enter_context(request).send()
+
+        begin(f"list-{path}-{len(data)}", path, data)
+        fields.wait_in_flight("a", 1)
+        for number in range(4 - places):
+            begin(f"beside-{number}", "/v1/completions", b"{}")
+        fields.wait_in_flight("a", 1 + 4 - places)
+        begin("late", "/v1/completions", b"{}")
+        fields.wait_waiting(1)
+        assert fields.in_flight("a") == 1 + 4 - places
+    fields.wait_idle()
 
 
 def test_a_body_over_the_limit_is_413_and_holds_nothing(fields):

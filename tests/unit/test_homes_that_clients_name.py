@@ -57,6 +57,9 @@ def test_a_tenant_is_what_its_header_says_and_else_the_safety_identifier(fields,
         ({"n": 2.0, "best_of": 4.0}, 4),
         ({"n": 0.0, "best_of": -1.0}, 1),
         ({"n": "8", "best_of": 1000.0}, MAX_SEQUENCES),
+        ({"prompts": 5.0}, 5),
+        ({"prompts": 5.0, "n": 3.0}, 15),
+        ({"prompts": 128.0, "n": 1e6}, MAX_SEQUENCES),
     ],
 )
 def test_a_request_is_as_many_sequences_as_the_engine_writes_for_it(fields, sequences):
