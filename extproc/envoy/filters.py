@@ -42,8 +42,8 @@ def request_fields(config: Config) -> str:
             typed_config:
               "@type": type.googleapis.com/envoy.extensions.filters.http.json_to_metadata.v3.JsonToMetadata
               request_rules:
-                # By default "application/json; charset=utf-8" would not be read.
-                allow_content_types_regex: {{regex: "application/json(\\\\s*;.*)?"}}
+                # By default "application/json; charset=utf-8" would not be read, nor capitals, which mean the same.
+                allow_content_types_regex: {{regex: "(?i)application/json(\\\\s*;.*)?"}}
                 allow_empty_content_type: true
                 rules:
 {lines(16, rules)}"""
@@ -91,7 +91,7 @@ function note_prompts(handle)
   local is_text = path:find("/completions", 1, true) and not path:find("/chat/", 1, true)
   if not is_text and not path:find("/embeddings", 1, true) then return end
   local kind = handle:headers():get("content-type") or ""
-  local body = (kind == "" or kind:find("^application/json")) and handle:body()
+  local body = (kind == "" or kind:lower():find("^application/json")) and handle:body()
   if not body then return end
   local count = prompts_of(body:getBytes(0, math.min(body:length(), MOST_BYTES)))
   if count > 1 then

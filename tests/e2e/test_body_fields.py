@@ -42,7 +42,7 @@ def send(here, name: str, body: object, **headers: str):
     return answer.status, reached
 
 
-@pytest.mark.parametrize("content_type", ["application/json", "application/json; charset=utf-8"])
+@pytest.mark.parametrize("content_type", ["application/json", "Application/JSON ; charset=utf-8"])
 def test_an_unchanged_openai_client_that_names_its_model_in_the_body_reaches_its_pool(fields, content_type):
     for model, endpoint in (("llama", "a"), ("qwen", "b")):
         name = f"{model}-{content_type}"
@@ -109,15 +109,20 @@ def class_counts(here) -> dict[str, float]:
      ("/v1/completions", {"prompt": ["x"] * 10_000}, 4),
      ("/v1/completions", b'{"prompt": [' + b"[{" * 5000, 1),
      ("/v1/completions", b'{"prompt": ["' + b'\\\\"' * 10_000, 4),
-     ("/v1/chat/completions", {"prompt": ["a", "b"]}, 1)],
-    ids=["strings", "lists of tokens", "tokens", "other fields", "embeddings", "long", "deep", "cut off", "chat"],
+     ("/v1/chat/completions", {"prompt": ["a", "b"]}, 1),
+     ("/v1/completions", {"n": 2, "prompt": [[1, 2], [3]]}, 4),
+     ("/v1/chat/completions", {"n": 3}, 3),
+     ("/v1/chat/completions", {"n": 2.0, "best_of": 3}, 3),
+     ("/v1/chat/completions", {"n": "4"}, 1)],
+    ids=["strings", "lists of tokens", "tokens", "other fields", "embeddings", "long", "deep", "cut off", "chat",
+         "answers to each of two", "answers", "more answers tried than given", "no number"],
 )  # fmt: skip
-def test_a_list_takes_as_many_places_as_it_has_prompts(fields, path, body, places):
+def test_a_request_takes_as_many_places_as_it_has_prompts_and_answers_to_each(fields, path, body, places):
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     with ExitStack() as open_requests:
 
         def begin(name: str, path: str, data: bytes) -> None:
-            headers = [("x-test-id", name), ("x-model", "llama"), ("content-type", "application/json")]
+            headers = [("x-test-id", name), ("x-model", "llama"), ("content-type", "Application/JSON")]  # no case
             request = H1Request(fields.address, path=path, headers=[*headers, *[behave("sse", hold="body")]], body=data)
             open_requests.enter_context(request).send()
 

@@ -115,7 +115,10 @@ class H1Request(Answer):
         self.ended = ""
         self._raw = b""
         self._decoder: Body | None = None
-        self._request_headers: Headers = [("host", address), ("content-type", "application/json"), *headers]
+        given = list(headers)
+        # Not twice: Envoy makes one value of both, and that is no type that anything reads.
+        kind = [] if header(given, "content-type") is not None else [("content-type", "application/json")]
+        self._request_headers: Headers = [("host", address), *kind, *given]
         self._socket = _connect(address, timeout_s, receive_buffer_bytes)
 
     def __enter__(self) -> H1Request:
