@@ -55,7 +55,8 @@ class _Mean:
 
     def add(self, value: float, memory: float) -> None:
         """Follow a value; about the last `memory` of them count."""
-        self.count = min(self.count + 1.0, memory)
+        if self.count != memory:  # as it soon is: what every answer does
+            self.count = min(self.count + 1.0, memory)
         self.value += (value - self.value) / self.count
 
 

@@ -128,7 +128,8 @@ class Prefill:
         ticket.prompt_pending = True
         ticket.work_tokens = self.work_of(ticket)
         self.tokens += ticket.work_tokens
-        self._seen = min(self._seen + 1.0, self.law.lengths)
+        if self._seen != self.law.lengths:
+            self._seen = min(self._seen + 1.0, self.law.lengths)
         self._mean += (ticket.work_tokens - self._mean) / self._seen
         self.prompts += ticket.prompt_tokens
         self.outputs += ticket.output_tokens
