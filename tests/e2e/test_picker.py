@@ -170,6 +170,19 @@ def test_the_model_is_read_from_a_body_of_any_size_that_comes_whole_and_goes_on_
         reading.wait_idle()
 
 
+def test_our_own_envoy_tells_a_picker_for_how_many_sequences_a_request_asks(tmp_path):
+    config = {"max_running_requests": 4, "request_fields": True}
+    with Picking(tmp_path, upstreams=("a",), config=config) as here, contextlib.ExitStack() as open_requests:
+        gateway = here.own_envoy()
+        for number, body in enumerate(({"n": 2, "prompt": "x"}, {"prompt": ["x", "y"]}, {"prompt": "x"})):
+            headers = [("x-test-id", f"sequences-{number}"), behave("sse", hold="body")]
+            one = H1Request(gateway, path="/v1/completions", headers=headers, body=json.dumps(body).encode())
+            open_requests.enter_context(one).send()
+            here.wait_in_flight(min(number + 1, 2))
+        here.wait_waiting(1)
+        assert here.in_flight() == {"a": 2}
+
+
 @pytest.mark.parametrize("kind", READERS)
 def test_a_request_whose_model_was_read_waits_for_who_serves_it_and_leaves_the_line_with_its_client(reading, kind):
     if kind == "own" and reading.version:
