@@ -175,7 +175,7 @@ def adapters(preset: str, seeds: tuple[int, ...], duration_s: float) -> None:
     for count in (4, 8, 16):
         for load_s in (0.0, 0.1, 1.0):
             engine = replace(PRESETS[preset], max_loras=4, lora_load_s=load_s)
-            contenders = ("least_request", "ours,adapter_homes=false", "ours")
+            contenders = ("least_request", "ours,reads_adapters=false", "ours")
             for load in (0.7, 1.0, 1.2):
                 plan = Plan(preset, contenders=contenders, loads=(load,), seeds=seeds, duration_s=duration_s)
                 results = run(replace(plan, engine=engine, workload=Workload(adapters=count)))

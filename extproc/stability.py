@@ -17,6 +17,7 @@ class Level(StrEnum):
 
 KEYS = frozenset(
     {
+        "adapter_affinity",  # young
         "adaptive_limit",  # constants of a law that measurements still move
         "classes.objectives",  # their API is alpha
         "classes.on_refusal",  # young

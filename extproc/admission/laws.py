@@ -1,7 +1,7 @@
 """The constants of what is learned of an engine, beside its limit's own (`limit.py`): the config's `learning`.
 
-What a change of one is judged by: `python -m bench.matrix --gate`. What stays a constant beside the code that uses it
-is no law: a bound that keeps a lie or a flood small, a memory that must not grow, a grid, exactness given up for time.
+What a change of one is judged by: `python -m bench.matrix --gate`. A bound that keeps a lie or a flood small, a memory
+that must not grow, a grid, exactness given up for time are no laws; docs/tuning.md has what else has no key.
 """
 
 from __future__ import annotations

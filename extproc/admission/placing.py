@@ -122,7 +122,7 @@ class Placing:
         """Return the emptiest endpoint that has its LoRA adapter loaded, room for it, and more to spare."""
         adapters = self._books.adapters
         loaded = adapters.having(ticket.request.model)
-        if not loaded:
+        if not (loaded and self._books.policy.adapter_affinity):
             return None
         most, emptiest = HALF, pool.emptiest()
         if emptiest is not None and adapters.are_all_taken(emptiest):

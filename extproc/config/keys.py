@@ -163,6 +163,11 @@ class Config(Section):
     short_prompts_first: bool = Field(
         False, description="Inside a class, short prompts first, instead of fairness; long ones wait longest."
     )
+    adapter_affinity: bool = Field(
+        True,
+        description="A request whose model is a LoRA adapter goes first to an endpoint whose page says that it is "
+        "loaded there, while that is not half full. Off: to the emptiest.",
+    )
     classes: Annotated[list[ClassConfig], Field(min_length=1)] = Field(
         [ClassConfig(name="default")], description="Service classes; the first is the default."
     )
@@ -269,6 +274,7 @@ class Config(Section):
             shed=self.shed,
             fair=self.tenant_fairness,
             short_first=self.short_prompts_first,
+            adapter_affinity=self.adapter_affinity,
             first_byte_probe=self.first_byte_probe,
             max_kv_usage=self.max_gpu_perc / 100,
             max_gpu_usage=None if self.gpu_utilization_perc is None else self.gpu_utilization_perc / 100,

@@ -96,7 +96,7 @@ class Core:
         """Pass the scrape on."""
         if not self._setting.own_books:
             load = replace(load, kv_capacity_tokens=None, prompt_tokens=None, first_tokens=None)
-        if not self._setting.adapter_homes:
+        if not self._setting.reads_adapters:
             load = replace(load, adapters=None, waiting_adapters=None)
         return self._verdicts(self.controller.observe(self._names[engine], load, now))
 
@@ -136,7 +136,7 @@ class Setting:
         scrape_interval_s: how often engines are asked for their metrics.
         reads_n: whether the body's `n` is read (`request_fields`).
         session_homes: whether the session header is read.
-        adapter_homes: whether pages are asked which LoRA adapters run.
+        reads_adapters: whether pages are asked which LoRA adapters run.
         own_books: whether KV capacity and counters of prompts are known; the original design had only gauges.
         replicas: how many sidecars share the engines, each with a part of the arrivals.
         replicas_fault: what happens to them in the middle.
@@ -148,7 +148,7 @@ class Setting:
     scrape_interval_s: float = 1.0
     reads_n: bool = False
     session_homes: bool = True
-    adapter_homes: bool = True
+    reads_adapters: bool = True
     own_books: bool = True
     replicas: int = 1
     replicas_fault: str = "none"
@@ -345,7 +345,7 @@ def _binding(value: str) -> Binding:
 
 
 _KEYS: dict[str, tuple[str, str, Callable[[str], object]]] = {
-    "adapter_homes": ("setting", "adapter_homes", _switch),
+    "adapter_affinity": ("policy", "adapter_affinity", _switch),
     "binding": ("policy", "binding", _binding),
     "enable_queue": ("policy", "enable_queue", _switch),
     "fair": ("policy", "fair", _switch),
@@ -359,6 +359,7 @@ _KEYS: dict[str, tuple[str, str, Callable[[str], object]]] = {
     "own_books": ("setting", "own_books", _switch),
     "replicas": ("setting", "replicas", _count),
     "replicas_fault": ("setting", "replicas_fault", _replicas_fault),
+    "reads_adapters": ("setting", "reads_adapters", _switch),
     "reads_n": ("setting", "reads_n", _switch),
     "scrape_interval": ("setting", "scrape_interval_s", _interval),
     "session_homes": ("setting", "session_homes", _switch),

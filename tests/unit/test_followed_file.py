@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -168,5 +169,28 @@ def test_a_reload_sets_the_rules_of_the_core_only_if_they_are_others():
         assert told == []
         app.adopt(config(**keys, classes=[{"name": "default", "budget": "9s"}]))
         assert [event.policy.classes[0].budget_s for event in told] == [9.0]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"adapter_affinity": False},
+        {"no_endpoint_budget": "5m"},
+        {"tenants": {"others": {"max_in_flight": 3}}},
+        {"adaptive_limit": {"start": 32}},
+        {"learning": {"kv": {"fill": 50}}},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_a_reload_gives_the_core_the_rule_of_each_feature_of_admission_without_a_restart(changed):
+    keys = {"listen": "127.0.0.1:0", "admin": "127.0.0.1:0", "endpoints": [endpoint("a")]}
+
+    async def main() -> None:
+        app = App(config(**keys), asyncio.get_running_loop())
+        app.adopt(config(**keys, **changed))
+        rules = astuple(app.gate.controller.policy)
+        assert rules == astuple(config(**keys, **changed).policy()) != astuple(config(**keys).policy())
 
     asyncio.run(main())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from extproc.admission.load import Load
 
 from .desk import Desk, one
@@ -23,6 +25,15 @@ def test_a_request_goes_where_its_adapter_is_loaded_although_another_endpoint_is
     assert [here.where(here.ask(model="law")) for _ in range(3)] == ["b", "b", "b"]
     assert here.where(here.ask(model="med")) == "a"
     assert here.where(here.ask(model="base")) == "a"
+
+
+def test_with_adapter_affinity_off_a_request_goes_to_the_emptiest_and_a_reload_switches_it() -> None:
+    here = desk()
+    tell(here, "b", "law")
+    for is_on, goes in ((False, "a"), (True, "b"), (False, "a")):
+        here.set_policy(replace(here.core.policy, adapter_affinity=is_on))
+        assert here.where(here.ask(model="law")) == goes
+        here.release(*here.leased)
 
 
 def test_an_endpoint_that_is_half_full_attracts_nobody() -> None:
