@@ -134,7 +134,9 @@ def made(runs: Iterable[Run], facts: Row, rows: Sequence[Row] = ()) -> str:
     for commit in dict.fromkeys(row.get("commit") or unknown for row in rows):
         names[commit].append("all that is simulated")
     told = "; ".join(f"commit {commit}: {', '.join(some)}" for commit, some in names.items())
-    return f"{facts['date']}, {facts['duration_s'] / 60:.0f} minutes; {told}."
+    pieces = len(facts.get("pieces", ()))
+    how = f" In {pieces} pieces: [how each was run](benchmarks-details.md)." if pieces > 1 else ""
+    return f"{facts['date']}, {facts['duration_s'] / 60:.0f} minutes; {told}.{how}"
 
 
 def _at(loads: dict[str, set[float]]) -> str:

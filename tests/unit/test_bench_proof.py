@@ -194,6 +194,15 @@ def test_the_page_says_of_which_commit_each_experiment_is(tmp_path):
     )
 
 
+def test_a_front_that_was_run_in_pieces_sends_its_reader_to_the_call_and_the_note_of_each(tmp_path):
+    piece = {"began": "2026-01-01 10:00", "took_s": 60, "experiments": ["ramp"], "seeds": [1], "commit": "abc"}
+    piece |= {"command": "python -m bench.proof", "note": "not literally this call"}
+    written = page.write([run([record()])], [], FACTS | {"pieces": [piece, piece]}, tmp_path)
+    assert "In 2 pieces: [how each was run](benchmarks-details.md)" in written.text
+    assert written.details.count("not literally this call") == 2
+    assert "pieces" not in page.write([run([record()])], [], FACTS | {"pieces": [piece]}, tmp_path).text
+
+
 def test_a_run_survives_json():
     one = run([record(), record(outcome="refused", status=429, first_s=None)], commit="abc", cpu_s={"front": 0.5})
     assert from_json(to_json(one)) == one
