@@ -2,9 +2,11 @@
 
 Envoy opens a stream to send a request's headers, and does so at once. Whoever else can connect could open them
 without end, and each costs memory: one that says nothing ends after a while, and sooner when there are many. Many
-come at once on a good day, too, and are heard later than they spoke, for we read one after another: a stream is only
-taken to be silent if one that began after it, and long after it, has been heard. And a body whose model is looked for
-may never come: its request is then offered without one.
+come at once on a good day, too, and are heard later than they spoke, and not in the order in which they came: of 10,000
+in one moment those that came last were heard in milliseconds, and the first after a second and more. So as many as
+were just heard are no crowd; and where they are heard in their order, one is only taken to be silent if another that
+began long after it has been heard. And a body whose model is looked for may never come: its request is then offered
+without one.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ Stream = TypeVar("Stream")
 
 SILENT_S = 10.0
 """How long a stream may say nothing."""
-MOST, CROWDED_S = 2000, 1.0
-"""When more streams than this say nothing, they may do so for a second only."""
+MOST, CROWDED_S = 2000, 3.0
+"""When more streams than this say nothing, and more than were heard in so many seconds, they may for no longer."""
+LATE_S = 0.5
+"""Who looks so late was stopped, or had no turn: what came meanwhile is not read yet."""
 READING_S = 10.0
 """How long a body may take to name its model."""
 MOST_READING = 2000
@@ -54,6 +58,7 @@ class Silence(Generic[Stream]):
         self._silent_s, self._most, self._crowded_s = silent_s, most, crowded_s
         self._began: dict[Stream, float] = {}
         self._spoke_at = self._heard_until = -math.inf  # when one spoke last; when the latest that ever spoke had begun
+        self._heard = self._heard_before = 0  # how many spoke; until the crowd was looked at last
         self._is_watching = self._is_crowded = False
 
     def began(self, stream: Stream) -> None:
@@ -61,14 +66,15 @@ class Silence(Generic[Stream]):
         self._began[stream] = self._clock.now()
         if not self._is_watching:
             self._is_watching = True
-            self._clock.call_later(self._silent_s, self._look)
-        elif len(self._began) > self._most:
-            self._thin()
+            self._call_later(self._silent_s, self._look)
+        elif not self._is_crowded and len(self._began) > self._most:
+            self._look_again()
 
     def spoke(self, stream: Stream) -> None:
         """Note that it came."""
         began = self._began.pop(stream, None)
         if began is not None:
+            self._heard += 1
             self._spoke_at = self._clock.now()
             if began > self._heard_until:
                 self._heard_until = began
@@ -81,22 +87,32 @@ class Silence(Generic[Stream]):
         """Give up all streams now."""
         self._end(0.0, 0)
 
-    def _look(self) -> None:
-        self._end(self._silent_s, 0)
+    def _call_later(self, delay_s: float, look: Callable[[float], None]) -> None:
+        due = self._clock.now() + delay_s
+        self._clock.call_later(delay_s, lambda: look(due))
+
+    def _is_late(self, due: float) -> bool:
+        return self._clock.now() - due > LATE_S
+
+    def _look(self, due: float) -> None:
+        if not self._is_late(due):
+            self._end(self._silent_s, 0)
         self._is_watching = bool(self._began)
         if self._is_watching:
-            self._clock.call_later(self._silent_s, self._look)
+            self._call_later(self._silent_s, self._look)
 
-    def _thin(self) -> None:
-        """End the oldest of too many, and look again when the others have had their moment, whether any come or not."""
-        self._end(self._crowded_s, self._most)
-        if not self._is_crowded and len(self._began) > self._most:
-            self._is_crowded = True
-            self._clock.call_later(self._crowded_s, self._thin_again)
+    def _look_again(self) -> None:
+        """Look at a crowd when it has had its moment, whether any more come or not."""
+        self._is_crowded, self._heard_before = True, self._heard
+        self._call_later(self._crowded_s, self._thin)
 
-    def _thin_again(self) -> None:
+    def _thin(self, due: float) -> None:
+        """End the oldest of too many. Of as many as spoke since the last look the rest is about to be heard."""
         self._is_crowded = False
-        self._thin()
+        if not self._is_late(due):
+            self._end(self._crowded_s, max(self._most, self._heard - self._heard_before))
+        if len(self._began) > self._most:
+            self._look_again()
 
     def _end(self, silent_s: float, most: int) -> None:
         """Give up the streams that have been silent for so long, the oldest first, while there are more than `most`."""

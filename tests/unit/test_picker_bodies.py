@@ -332,6 +332,7 @@ def test_of_too_many_bodies_that_do_not_come_the_oldest_has_had_its_time(monkeyp
     streams = [gateway.stream() for _ in range(3)]
     for stream in streams:
         stream.session.receive(opening(DUPLEX))
+    gateway.clock.advance(0.0)  # at once, but not in one and the same moment
     assert [list(map(spoken, stream.said)) for stream in streams] == [[f"pick {A}"], [], []]
     for stream in streams:
         stream.session.end()

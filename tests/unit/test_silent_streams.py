@@ -30,19 +30,20 @@ def test_a_stream_that_says_nothing_is_ended_after_a_while_and_one_that_spoke_is
     assert (ended, room.reception.streams) == ([0, 1, 2], 2)
 
 
-def test_of_too_many_streams_that_say_nothing_the_oldest_are_ended_after_a_second():
+def test_of_too_many_streams_that_say_nothing_the_oldest_are_ended_after_a_moment():
     room = Room()
     ended = silent(room, MOST)
     room.clock.advance(CROWDED_S / 2)
     silent(room, 10)
-    assert ended == []
     room.clock.advance(CROWDED_S / 2)
     silent(room, 1)
+    assert ended == []
+    room.clock.advance(CROWDED_S / 2)
     assert ended == list(range(11))
     assert room.reception.streams == MOST
 
 
-def test_a_burst_of_streams_that_say_nothing_is_thinned_out_after_a_second_though_no_more_come():
+def test_a_burst_of_streams_that_say_nothing_is_thinned_out_after_a_moment_though_no_more_come():
     room = Room()
     ended = silent(room, MOST)
     more = silent(room, 10 * MOST)
@@ -65,6 +66,31 @@ def test_of_a_flood_nobody_is_ended_because_we_read_him_late():
         room.clock.advance(4 * CROWDED_S / len(sessions))
         session.receive(message("request_headers"))
     assert ended == []
+
+
+def test_of_a_flood_nobody_is_ended_because_those_behind_him_are_heard_first():
+    """Thousands have opened their streams and are read at last; meanwhile as many come again, and are read at once."""
+    room = Room()
+    ended: list[int] = []
+    first = [Session(room.reception, lambda _: None) for _ in range(MOST + MOST // 10)]
+    for number, session in enumerate(first):
+        session.hang_up = partial(ended.append, number)
+    for _ in range(3 * MOST):
+        room.clock.advance(2.5 * CROWDED_S / (3 * MOST))
+        room.open()
+    for session in reversed(first):
+        session.receive(message("request_headers"))
+    assert ended == []
+
+
+def test_nobody_is_ended_for_what_he_said_while_we_were_stopped():
+    room = Room()
+    ended = silent(room, MOST + 1)
+    room.clock.now += SILENT_S + 1.0
+    room.clock.advance(0.0)
+    assert ended == []
+    room.clock.advance(SILENT_S)
+    assert len(ended) == MOST + 1
 
 
 def test_who_says_nothing_among_many_that_speak_is_thinned_out_all_the_same():
