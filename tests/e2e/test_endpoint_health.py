@@ -40,7 +40,7 @@ def test_an_endpoint_found_dead_costs_nobody_an_error_and_is_used_again_when_it_
     wait_until(lambda: names(here, up=True) == {"a"})
     with Traffic(here) as traffic:
         here.upstreams["b"].up()
-        reached(here, "b", 20)  # more than health checks alone could be
+        reached(here, "b", 20)
         wait_until(lambda: here.endpoint("b")["dispatched"] > 5)
         reload(here, health_check=None)
         traffic.more()

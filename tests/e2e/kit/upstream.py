@@ -1,8 +1,8 @@
 """A scripted inference server on a real socket: it does what header `x-behaviour` says, and remembers what it saw.
 
 One port speaks HTTP/1.1 and HTTP/2 (prior knowledge): the first bytes of a connection tell which. The header's value
-comes from `behave()`; without it the answer is a plain 200. `GET /metrics`, and `GET /v1/models` that did not come
-through Envoy, are answered apart and are never in the records, so that a sidecar may scrape what a test watches.
+comes from `behave()`; without it the answer is a plain 200. `GET /metrics`, and `GET /health` and `GET /v1/models` that
+did not come through Envoy, are answered apart and are never in the records nor in `peak`: a sidecar may ask beside.
 """
 
 from __future__ import annotations
@@ -125,9 +125,10 @@ class _Wire(Protocol):
     async def close(self) -> None: ...
 
 
-def _is_scrape(record: Received) -> bool:
+def _is_sidecars(record: Received) -> bool:
     """Tell whether a sidecar asks, not a client: Envoy gives every request an id."""
-    return record.path == "/metrics" or (record.path == "/v1/models" and header(record.headers, "x-request-id") is None)
+    through_envoy = header(record.headers, "x-request-id") is not None
+    return record.path == "/metrics" or (record.path in ("/health", "/v1/models") and not through_envoy)
 
 
 class Upstream:
@@ -264,7 +265,7 @@ class Upstream:
         request_id = header(headers, ID_HEADER) or ""
         attempt = self._attempts[request_id] = self._attempts.get(request_id, 0) + 1
         record = Received(request_id, protocol, method, path, headers, time.monotonic(), attempt)
-        if _is_scrape(record):
+        if _is_sidecars(record):
             self.scrapes += path == "/metrics"
         else:
             self._records.append(record)
@@ -278,12 +279,12 @@ class Upstream:
             return
         setattr(record, how, True)
         record.ended_at = time.monotonic()
-        if not _is_scrape(record):
+        if not _is_sidecars(record):
             self._open -= 1
 
     async def answer(self, record: Received, wire: _Wire) -> None:
         """Play the behaviour that the request asks for."""
-        if _is_scrape(record):
+        if _is_sidecars(record):
             shown = self.metrics if self.metrics is not None else self._metrics_page()
             page = (shown if record.path == "/metrics" else '{"object": "list", "data": []}').encode()
             await wire.head(200, [("content-type", "text/plain"), ("content-length", str(len(page)))])
