@@ -224,11 +224,12 @@ class Endpoint:
 
         An idle endpoint takes any one request, however big.
         """
-        held = self.sequences + self.strangers.count
-        if self.reserved and (held or not self._is_too_big(ticket)):
-            held += self.reserved
-        if not held or not self.enforcing:
+        if not self.enforcing:
             return None
+        held = self.sequences + self.strangers.count
+        if not held:
+            return self._lacks_beside_kept(ticket) if self.reserved else None
+        held += self.reserved
         if ticket.sequences > 1:
             if held + ticket.sequences > self.limit.value:
                 return _LIMIT
@@ -240,9 +241,14 @@ class Endpoint:
             return None
         return None if self.prefill.tokens + self.prefill.work_of(ticket) <= self.prompt_limit else _PROMPTS
 
-    def _is_too_big(self, ticket: Ticket) -> bool:
-        """Tell whether `ticket` is above its limits all by itself, so that nothing kept for others could hold them."""
-        return ticket.sequences > self.limit.value or not self.kv.fits(ticket, promised=0)
+    def _lacks_beside_kept(self, ticket: Ticket) -> HeldBy | None:
+        """Return which limit of an idle endpoint has no room for `ticket` beside what is kept here.
+
+        A limit that it passes all by itself is none of them: nothing that is kept could hold that.
+        """
+        if self.limit.value - self.reserved < ticket.sequences <= self.limit.value:
+            return _LIMIT
+        return _KV if not self.kv.fits(ticket) and self.kv.fits(ticket, promised=0) else None
 
     @property
     def prompt_limit(self) -> int:

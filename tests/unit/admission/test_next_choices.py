@@ -129,8 +129,16 @@ def test_an_idle_endpoint_takes_a_request_that_is_too_big_for_it_though_a_slot_i
     assert pick.ask(home="e1", **big).state is State.LEASED
 
 
-@pytest.mark.parametrize("wide", [{"sequences": 8}, {"prompt_tokens": 90_000, "max_output_tokens": 0}])
-def test_a_request_that_fits_alone_and_not_beside_what_is_kept_waits_for_that(wide):
+@pytest.mark.parametrize(
+    "wide",
+    [
+        {"sequences": 8},
+        {"sequences": 8, "prompt_tokens": 150_000},
+        {"prompt_tokens": 90_000, "max_output_tokens": 0},
+        {"sequences": 9, "prompt_tokens": 90_000, "max_output_tokens": 0},
+    ],
+)
+def test_what_fits_in_a_limit_alone_and_not_beside_what_is_kept_waits_for_that_whatever_other_limit_it_passes(wide):
     pick = Pick(2, cache=CACHE)
     ticket = pick.ask(home="e0", prompt_tokens=5_000)
     waits = pick.ask(home="e1", **wide)
