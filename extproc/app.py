@@ -79,7 +79,7 @@ CHANGEABLE = frozenset(
         *("drain_timeout", "hand_over"),
         *("max_running_requests", "max_queue_wait_time", "binding", "max_queued_requests", "max_prompt_tokens"),
         *("routes", "default_model", "no_endpoint_budget", "overflow_clusters", "tenants"),
-        *("adapter_affinity", "adaptive_limit", "learning"),
+        *("session_affinity", "adapter_affinity", "adaptive_limit", "learning"),
         *("shed", "tenant_fairness", "short_prompts_first", "max_gpu_perc", "gpu_utilization_perc"),
     )
 )

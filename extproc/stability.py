@@ -33,6 +33,7 @@ KEYS = frozenset(
         "picker",
         "replicas",
         "second_try",
+        "session_affinity",  # young
         "short_prompts_first",
         "tenants",  # what users of caps and guarantees want is not known yet
         "transport",  # completion_queue drives private parts of grpcio (docs/adr/0006)

@@ -186,7 +186,8 @@ class Placing:
         home = self._books.endpoints.get(request.home) if request.home is not None else None
         if home is not None and pool in home.pools:
             return home
-        home = self.sessions.recall(request.session) if request.session is not None else None
+        session = request.session if self._books.policy.session_affinity else None
+        home = self.sessions.recall(session) if session is not None else None
         if home is not None and pool in home.pools:
             return home
         if len(pool.members) == 1:

@@ -175,6 +175,7 @@ class Policy:
         shed: refuse at once what would wait longer than its budget. Off, it waits its budget out.
         fair: fair shares between the tenants of a class. Off, arrival alone decides.
         short_first: inside a class, short prompts first; long ones wait longest. Instead of fairness.
+        session_affinity: a session's requests are at home where its last one went.
         adapter_affinity: a request goes where its LoRA adapter is loaded, before emptier endpoints.
         max_prompt_tokens: the most prompt tokens sent to an endpoint whose first token has not come; None: as many as
             the engine's measured pace allows.
@@ -199,6 +200,7 @@ class Policy:
     shed: bool = True
     fair: bool = True
     short_first: bool = False
+    session_affinity: bool = True
     adapter_affinity: bool = True
     max_prompt_tokens: int | None = None
     max_kv_usage: float = 0.95

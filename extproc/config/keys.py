@@ -163,6 +163,11 @@ class Config(Section):
     short_prompts_first: bool = Field(
         False, description="Inside a class, short prompts first, instead of fairness; long ones wait longest."
     )
+    session_affinity: bool = Field(
+        True,
+        description="A session's requests prefer, and wait `max_queue_wait_time` for, the endpoint of its last one. "
+        "Off: any endpoint, the emptiest first.",
+    )
     adapter_affinity: bool = Field(
         True,
         description="A request whose model is a LoRA adapter goes first to an endpoint whose page says that it is "
@@ -274,6 +279,7 @@ class Config(Section):
             shed=self.shed,
             fair=self.tenant_fairness,
             short_first=self.short_prompts_first,
+            session_affinity=self.session_affinity,
             adapter_affinity=self.adapter_affinity,
             first_byte_probe=self.first_byte_probe,
             max_kv_usage=self.max_gpu_perc / 100,

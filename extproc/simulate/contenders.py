@@ -362,6 +362,7 @@ _KEYS: dict[str, tuple[str, str, Callable[[str], object]]] = {
     "reads_adapters": ("setting", "reads_adapters", _switch),
     "reads_n": ("setting", "reads_n", _switch),
     "scrape_interval": ("setting", "scrape_interval_s", _interval),
+    "session_affinity": ("policy", "session_affinity", _switch),
     "session_homes": ("setting", "session_homes", _switch),
     "shed": ("policy", "shed", _switch),
     "short_first": ("policy", "short_first", _switch),

@@ -176,6 +176,7 @@ def test_a_reload_sets_the_rules_of_the_core_only_if_they_are_others():
 @pytest.mark.parametrize(
     "changed",
     [
+        {"session_affinity": False},
         {"adapter_affinity": False},
         {"no_endpoint_budget": "5m"},
         {"tenants": {"others": {"max_in_flight": 3}}},

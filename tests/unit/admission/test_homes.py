@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from extproc.admission.health import EJECT_AFTER
@@ -26,6 +28,20 @@ def test_a_request_waits_for_its_home_though_another_endpoint_has_room() -> None
     assert desk.where(guest) is None
     desk.release(a)
     assert (desk.where(guest), desk.outcome(guest)) == ("a", Outcome.DISPATCHED)
+
+
+def test_with_session_affinity_off_a_session_has_no_home_and_a_reload_switches_it() -> None:
+    desk = Desk(one("a", 8), one("b", 8))
+    first = desk.ask(session="s")
+    desk.release(first)
+    desk.fill(2, home=desk.where(first))
+    for is_on in (False, True, False):
+        desk.set_policy(replace(desk.core.policy, session_affinity=is_on))
+        turn = desk.ask(session="s")
+        assert (desk.where(turn) == desk.where(first)) is is_on
+        desk.release(turn)
+        if not is_on:
+            desk.release(desk.ask(session="s", home=desk.where(first)))  # back, for the next look
 
 
 def test_after_its_patience_any_endpoint_takes_a_request() -> None:
