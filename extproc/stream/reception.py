@@ -104,9 +104,7 @@ class Reception:
         self.streams = 0
         self.told_models = 0  # requests for the list of models, which are answered here
         self.silence: Silence[Session] = Silence(gate, lambda session: session.give_in())
-        self.reading: Silence[Session] = Silence(
-            gate, lambda session: session.read_no_more(), READING_S, MOST_READING, 0.0
-        )
+        self.reading: Silence[Session] = Silence(gate, lambda session: session.read_no_more(), READING_S, MOST_READING)
         self.refused = 0  # those of them that were refused: Envoy has not ended them yet
         self.server_timing = server_timing
         self.finished = finished

@@ -340,7 +340,7 @@ class Session:
         """Offer a request with what is known of it: its body has told the model, or has had its time."""
         began, self._began = self._began, None
         if began is not None:
-            self._reception.reading.ended(self)
+            self._reception.reading.spoke(self)
             if self._kept is not None:
                 self._kept.look_no_more()
             self._offer(began)

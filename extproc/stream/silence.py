@@ -28,7 +28,7 @@ LATE_S = 0.5
 READING_S = 10.0
 """How long a body may take to name its model."""
 MOST_READING = 2000
-"""Bodies that are read for their model at a time; beyond that the oldest has had its time."""
+"""Bodies that are read for their model at a time; beyond that the oldest has CROWDED_S, as above."""
 
 
 class Clock(Protocol):
@@ -85,7 +85,9 @@ class Silence(Generic[Stream]):
 
     def end_all(self) -> None:
         """Give up all streams now."""
-        self._end(0.0, 0)
+        began, self._began = self._began, {}
+        for stream in began:
+            self._give_up(stream)
 
     def _call_later(self, delay_s: float, look: Callable[[float], None]) -> None:
         due = self._clock.now() + delay_s

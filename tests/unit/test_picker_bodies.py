@@ -11,7 +11,7 @@ from extproc.admission.values import Policy, RequestClass
 from extproc.observe.stories import Stories
 from extproc.stream import bodies, wire
 from extproc.stream.session import KEPT_BYTES
-from extproc.stream.silence import READING_S
+from extproc.stream.silence import CROWDED_S, READING_S
 from tests.unit.picker_stage import (
     BUFFERED,
     DUPLEX,
@@ -332,7 +332,9 @@ def test_of_too_many_bodies_that_do_not_come_the_oldest_has_had_its_time(monkeyp
     streams = [gateway.stream() for _ in range(3)]
     for stream in streams:
         stream.session.receive(opening(DUPLEX))
-    gateway.clock.advance(0.0)  # at once, but not in one and the same moment
+    gateway.clock.advance(CROWDED_S - 0.1)
+    assert [stream.said for stream in streams] == [[], [], []], "many come in one moment on a good day, too"
+    gateway.clock.advance(0.2)
     assert [list(map(spoken, stream.said)) for stream in streams] == [[f"pick {A}"], [], []]
     for stream in streams:
         stream.session.end()
@@ -342,6 +344,10 @@ def test_of_too_many_bodies_that_do_not_come_the_oldest_has_had_its_time(monkeyp
 def test_a_drain_waits_for_no_body():
     gateway = Gateway(A, read_model=True)
     gateway.stream().play("> opening", f"< pick {A}", opening=opening(DUPLEX, x_model="m"))
+    read = gateway.stream()
+    read.session.receive(opening(DUPLEX))
+    read.session.receive(message('request_body {"model": "m"}'))
+    gateway.clock.advance(0.1)
     before = gateway.stream()
     before.play("> opening", opening=opening(DUPLEX))
     gateway.reception.drain()
