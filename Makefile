@@ -28,8 +28,8 @@ $(CRDS): tests/unit/k8s/package.json tests/unit/k8s/package-lock.json $(STAMP)
 	! command -v npm >/dev/null || npm ci --prefix $(dir $@) --ignore-scripts --no-audit --no-fund --loglevel=error
 	touch $@
 
-run: $(STAMP)    ## real Envoy, the sidecar, three simulated engines, live traffic, until Ctrl-C
-	@exec $(BIN)/python -m extproc up --engines 3 --demo
+run: $(STAMP)    ## real Envoy, the sidecar, three simulated engines, live traffic, until Ctrl-C; ARGS="--http HOST:PORT" and the like
+	@exec $(BIN)/python -m extproc up --engines 3 --demo $(ARGS)
 
 # Three files at a time on two cores: end-to-end tests wait for half of their time. tests/conftest.py says in which order.
 test: $(STAMP) $(XDS) $(CRDS) lint types check-generated  ## everything: lint, types, generated files, unit, property and end-to-end tests

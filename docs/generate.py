@@ -150,7 +150,7 @@ def _commands() -> str:
 
 
 def _argument(action: argparse.Action) -> str:
-    names = ", ".join(f"`{name}`" for name in action.option_strings) or f"`{action.metavar}`"
+    names = ", ".join(f"`{name}`" for name in action.option_strings) or f"`{action.metavar or action.dest}`"
     default = f"`{action.default}`" if action.default not in (None, False) else ""
     if action.choices is not None:
         default += " of " + ", ".join(f"`{choice}`" for choice in action.choices)
