@@ -199,6 +199,8 @@ class Admin:
         lines = self._stories.tell(asked, time.time())
         if lines is None:
             text = f"No request {asked!r} waits, nor was among the last {MOST_STORIES} that were decided here.\n"
+            if self._others is not None:
+                text += "Another sidecar may have taken it in: ask the one that it came through.\n"
             return web.Response(status=404, text=text)
         return web.Response(text="\n".join([*lines, ""]))
 

@@ -175,6 +175,9 @@ function endpointRow(one) {
   cell(row, "sent", "Sent", "n");
   return row;
 }
+// What the limit counts: sequences, told where they are not as many as the requests.
+const places = one => one.sequences ?? one.in_flight;
+const requests = n => `${number(n)} request${n === 1 ? "" : "s"}`;
 function fillEndpoint(row, one) {
   const models = one.models.length ? one.models.join(", ") + (one.more_models ? ` and ${one.more_models} more` : "") : "any model";
   say(row.parts.models, models);
@@ -186,10 +189,11 @@ function fillEndpoint(row, one) {
   row.parts.state.className = "state " + tone;
   const since = one.held_for_s === undefined ? "" : ` for ${seconds(one.held_for_s)}`;
   say(row.parts.held, one.held_by ? `held by ${one.held_by}${since}` : "");
-  row.parts.fill.style.width = Math.min(100, 100 * (one.in_flight + one.foreign) / Math.max(one.limit, 1)) + "%";
-  mark(row.parts.fill, "full", one.in_flight + one.foreign >= one.limit);
+  row.parts.fill.style.width = Math.min(100, 100 * (places(one) + one.foreign) / Math.max(one.limit, 1)) + "%";
+  mark(row.parts.fill, "full", places(one) + one.foreign >= one.limit);
   // Foreign: what the engine holds that is not from this sidecar; it counts against the limit too.
-  say(row.parts.count, `${one.in_flight}${one.foreign ? ` + ${one.foreign} foreign` : ""} / ${one.limit}${one.adaptive ? " adaptive" : ""}`);
+  const asked = one.sequences === undefined ? "" : ` (${requests(one.in_flight)})`;
+  say(row.parts.count, `${places(one)}${one.foreign ? ` + ${one.foreign} foreign` : ""} / ${one.limit}${one.adaptive ? " adaptive" : ""}${asked}`);
   const set = one.limit_by_for_s === undefined ? "since the start" : `for ${seconds(one.limit_by_for_s)}`;
   row.parts.count.title = one.adaptive ? `limit set by: ${one.limit_by}, ${set}` : "";
   const { running, waiting, kv_usage: kv } = one.load;
@@ -266,9 +270,9 @@ function draw(view) {
   const oldest = Math.max(0, ...view.classes.map(one => one.oldest_s || 0));
   // Nothing is wrong with who gave no good answer yet: all it was asked for may have been clients' mistakes.
   const up = view.endpoints.filter(one => one.up), fresh = view.endpoints.filter(one => one.state === "unknown");
-  const held = view.endpoints.reduce((sum, one) => sum + one.in_flight, 0);
+  const held = view.endpoints.reduce((sum, one) => sum + places(one), 0), asked = view.endpoints.reduce((sum, one) => sum + one.in_flight, 0);
   figure("waiting", number(view.waiting_total), view.waiting_total ? `oldest ${seconds(oldest)}` : "nobody waits");
-  figure("flight", number(held), `of ${number([...up, ...fresh].reduce((sum, one) => sum + one.limit, 0))} that may run`);
+  figure("flight", number(held), `of ${number([...up, ...fresh].reduce((sum, one) => sum + one.limit, 0))} that may run${held === asked ? "" : `, ${requests(asked)}`}`);
   for (const name of ["sent", "refused", "left"]) figure(name, number(total[name][0]), `${rate(total[name][1])} per s`, name === "refused" && total[name][1] > 0);
   const out = view.endpoints.length - up.length - fresh.length;
   const words = [out && `${number(out)} out of use`, fresh.length && `${number(fresh.length)} unknown`].filter(Boolean).join(", ");

@@ -302,6 +302,8 @@ class Viewer:
             "counters_doubted": endpoint.counters.doubted,
             "load": known_signals(endpoint.known),
         }
+        if endpoint.sequences != len(endpoint.leases):  # what the limit counts: n, best_of and lists take several
+            row["sequences"] = endpoint.sequences
         if len(models) > len(row["models"]):
             row["more_models"] = len(models) - len(row["models"])
         if endpoint.missing.models:

@@ -79,7 +79,7 @@ def lines(view: Mapping[str, Any], width: int = 80, height: int = 24) -> list[st
 def line(view: Mapping[str, Any]) -> str:
     """Describe `view` in one short line, for a log. Of endpoints and the like it says only what is wrong."""
     up = [one for one in view["endpoints"] if one["up"] or one["state"] == UNKNOWN]
-    running, room = sum(one["in_flight"] for one in view["endpoints"]), sum(one["limit"] for one in up)
+    running, room = sum(_places(one) for one in view["endpoints"]), sum(one["limit"] for one in up)
     unusual = [] if _mode(view) == "queue on" else [_mode(view)]
     if len(up) < len(view["endpoints"]):
         unusual.append(_up(view["endpoints"]))
@@ -299,7 +299,8 @@ def _endpoints(view: Mapping[str, Any], room: int, width: int) -> list[str]:
             state += f", back in {math.ceil(one['ejected_for_s'])} s"
         if "left_out_for" in one:
             state += f", not {', '.join(one['left_out_for'])}"
-        flight = f"{one['in_flight']}/{one['limit']} in flight"
+        requests = f"({one['in_flight']} request{'' if one['in_flight'] == 1 else 's'})"
+        flight = f"{_places(one)}/{one['limit']} {requests if 'sequences' in one else 'in flight'}"
         if one["foreign"]:
             flight += f" + {one['foreign']} foreign"
         table.append(
@@ -307,7 +308,7 @@ def _endpoints(view: Mapping[str, Any], room: int, width: int) -> list[str]:
                 one["name"] if len(one["name"]) <= 24 else one["name"][:23] + "~",
                 state,
                 _held(one),
-                f"[{_bar(one['in_flight'], one['limit'])}]",
+                f"[{_bar(_places(one), one['limit'])}]",
                 flight,
                 _count(load.get("running")),
                 _count(load.get("waiting")),
@@ -378,6 +379,11 @@ def _columns(
         )
         for row in table
     ]
+
+
+def _places(one: Mapping[str, Any]) -> int:
+    """Count what an endpoint's limit counts: sequences, told where they are not as many as its requests."""
+    return int(one.get("sequences", one["in_flight"]))
 
 
 def _bar(in_flight: int, limit: int) -> str:

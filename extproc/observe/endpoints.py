@@ -60,6 +60,7 @@ class Count(NamedTuple):
 
     endpoint: Endpoint
     in_flight: int
+    sequences: int
     oldest_lease_s: float
     dispatched: int
 
@@ -72,7 +73,7 @@ def counts(controller: Controller, now: float) -> list[Count]:
 def _count(endpoint: Endpoint, now: float) -> Count:
     first = next(iter(endpoint.leases), None)
     oldest_s = 0.0 if first is None else max(now - first.leased_at, 0.0)
-    return Count(endpoint, len(endpoint.leases), oldest_s, endpoint.dispatched)
+    return Count(endpoint, len(endpoint.leases), endpoint.sequences, oldest_s, endpoint.dispatched)
 
 
 class Row(NamedTuple):
@@ -80,6 +81,7 @@ class Row(NamedTuple):
 
     name: str
     in_flight: int
+    sequences: int
     oldest_lease_s: float
     dispatched: int
     limit: float
@@ -118,6 +120,7 @@ def _row(
     return Row(
         endpoint.name,
         count.in_flight,
+        count.sequences,
         count.oldest_lease_s,
         count.dispatched,
         endpoint.limit.value,
@@ -179,6 +182,11 @@ def _limits(row: Row) -> Samples:
 
 FAMILIES = (
     _one("extproc_inflight_requests", "Requests that an endpoint holds now.", lambda row: row.in_flight),
+    _one(
+        "extproc_inflight_sequences",
+        "What those requests count as against the endpoint's limit: n, best_of and lists of prompts take several.",
+        lambda row: row.sequences,
+    ),
     _one(
         "extproc_oldest_lease_seconds",
         "How long an endpoint has held the request that it holds longest; 0 while it holds none.",

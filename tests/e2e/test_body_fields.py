@@ -128,6 +128,8 @@ def test_a_request_takes_as_many_places_as_it_has_prompts_and_answers_to_each(fi
 
         begin(f"list-{path}-{len(data)}", path, data)
         fields.wait_in_flight("a", 1)
+        (shown,) = [one for one in fields.sidecar.queues()["endpoints"] if one["name"] == "a"]
+        assert (shown["in_flight"], min(shown.get("sequences", 1), 4)) == (1, places)
         for number in range(4 - places):
             begin(f"beside-{number}", "/v1/completions", b"{}")
         fields.wait_in_flight("a", 1 + 4 - places)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 
+import pytest
+
+from extproc.admin.http import Admin
 from extproc.commands.cli import main
 from extproc.observe.recording import Recording
+from extproc.replicas.observe import Shown
 from tests.unit.admin_room import Room, served, until
 
 
@@ -28,6 +32,19 @@ def test_the_story_of_a_request_is_a_page_and_a_command(capsys):
             assert await asyncio.to_thread(main, ["why", "nobody", "--admin", admin]) == 1
             assert "No request 'nobody'" in capsys.readouterr().err
         assert await asyncio.to_thread(main, ["why", "id-0", "--admin", admin]) == 3
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("shares", [False, True], ids=["alone", "among others"])
+def test_who_asks_for_an_unknown_id_is_sent_to_the_other_sidecars_where_there_are_any(shares):
+    async def scenario() -> None:
+        room = Room()
+        others = Shown(None, room.gate) if shares else None
+        room.admin = Admin("127.0.0.1:0", room.gate, room.metrics, others=others)
+        async with served(room) as client, client.get("/debug/requests/nobody") as response:
+            assert response.status == 404
+            assert ("Another sidecar may have taken it in" in await response.text()) == shares
 
     asyncio.run(scenario())
 

@@ -50,8 +50,8 @@ class Metered:
             self.controller.put_endpoint(EndpointSpec(name, max_running_requests=1), self.now)
             self.controller.set_up(name, self.now, is_up=True)
 
-    def offer(self, name: str = "r", request_class: str = "low") -> Ticket:
-        ticket = Ticket(Request(name, self.now, request_class=request_class))
+    def offer(self, name: str = "r", request_class: str = "low", sequences: int = 1) -> Ticket:
+        ticket = Ticket(Request(name, self.now, request_class=request_class, sequences=sequences))
         for decision in self.controller.offer(ticket, self.now):
             self.metrics.decided(decision)
         return ticket
@@ -89,6 +89,13 @@ def test_the_oldest_lease_is_counted_from_its_dispatch(desk):
     assert ages == {7, 3}
     desk.controller.release(first, desk.now)
     assert desk.page()[f'extproc_oldest_lease_seconds{{endpoint="{first.endpoint.name}"}}'] == 0
+
+
+def test_what_an_endpoint_holds_is_counted_as_requests_and_as_the_sequences_that_its_limit_counts(desk):
+    asked = desk.offer(sequences=3)
+    at = f'{{endpoint="{asked.endpoint.name}"}}'
+    page = desk.page()
+    assert (page[f"extproc_inflight_requests{at}"], page[f"extproc_inflight_sequences{at}"]) == (1, 3)
 
 
 def test_a_closed_endpoint_says_by_what(desk):

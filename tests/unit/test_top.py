@@ -42,6 +42,22 @@ def test_top_and_the_view_say_which_limit_holds_each_endpoint_and_each_request()
     assert room.queues()["waiting"] == view["waiting"]
 
 
+def test_requests_of_several_sequences_fill_the_places_that_the_limit_counts_wherever_it_is_shown():
+    room = Room(limit=4)
+    room.offer(3, sequences=3)
+    view = room.view()
+    for shown in (view["endpoints"][0], room.queues()["endpoints"][0]):
+        told = [shown[key] for key in ("in_flight", "sequences", "limit", "held_by")]
+        assert told == [1, 3, 4, "limit"]
+    drawn = "\n".join(lines(view, 80, 24))
+    assert "3/4 (1 request)" in drawn
+    assert "[###.]" in drawn
+    assert "running   3/4" in line(view)
+    plain_room = Room(limit=4)
+    plain_room.offer(3)
+    assert "sequences" not in plain_room.view()["endpoints"][0], "where they are as many, one number says it"
+
+
 def test_a_request_whose_model_a_few_serve_says_so_beside_idle_others_in_top_and_queues():
     room = Room(endpoints=3)
     for name, models in (("vllm-0", ["small"]), ("vllm-1", ["small"]), ("vllm-2", ["qwen-32b"])):
