@@ -317,9 +317,7 @@ class Endpoint:
         if not self.health.is_well:
             self.health.leased(now)
         self.kv.add(ticket)
-        self.prefill.add(ticket, now)
-        if ticket.request.model in self.deferred.adapters:
-            self.prefill.hold_back(ticket)
+        self.prefill.add(ticket, now, held_back=ticket.request.model in self.deferred.adapters)
         self.dispatched += 1
 
     def adopt(self, ticket: Ticket, now: float, held_s: float, *, begun: bool) -> None:

@@ -15,6 +15,8 @@ from extproc.admission.laws import LAWS
 from extproc.admission.ticket import State
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from extproc.admission.laws import PromptLaw
     from extproc.admission.steps import StepCost
     from extproc.admission.ticket import Ticket
@@ -51,8 +53,8 @@ class Prefill:
 
     Attributes:
         law: the constants.
-        tokens: estimated tokens of them all that have to be computed.
-        prompts, outputs: what these requests have booked for their whole prompts and answers.
+        tokens: estimated tokens that have to be computed, of all but those held back.
+        prompts, outputs: what all these requests have booked for their whole prompts and answers.
         probed: something sees first bytes as they come. An answer that does not stream has its first byte at its end,
             so here too a prompt counts as computed after a while.
         fresh: share of the prompts' tokens that is not found in the prefix cache.
@@ -65,6 +67,7 @@ class Prefill:
         "_computed",
         "_computed_at",
         "_counts",
+        "_held_back",
         "_mean",
         "_part",
         "_pending",
@@ -90,6 +93,7 @@ class Prefill:
         self.probed = False
         self.limit = law.chunks * law.chunk
         self._pending: dict[Ticket, None] = {}
+        self._held_back: dict[Ticket, None] = {}  # pending too, but the engine won't begin with them soon
         self._counts = False  # the engine does
         self._uncounted: deque[Ticket] = deque()  # sent, and not yet in the engine's counter
         self._part = 0.0  # of a first token: the count is a share where others use the engine too
@@ -122,17 +126,21 @@ class Prefill:
         self._asked = kept * self._asked + prompt_tokens
         self.fresh = min(max(self._computed / self._asked, LEAST_FRESH), 1.0)
 
-    def add(self, ticket: Ticket, now: float) -> None:
-        """Note a prompt that was sent."""
-        self._pending[ticket] = None
+    def add(self, ticket: Ticket, now: float, *, held_back: bool = False) -> None:
+        """Note a prompt that was sent. `held_back`: the engine won't begin with it soon."""
         ticket.prompt_pending = True
         ticket.work_tokens = self.work_of(ticket)
-        self.tokens += ticket.work_tokens
         if self._seen != self.law.lengths:
             self._seen = min(self._seen + 1.0, self.law.lengths)
         self._mean += (ticket.work_tokens - self._mean) / self._seen
         self.prompts += ticket.prompt_tokens
         self.outputs += ticket.output_tokens
+        if held_back:
+            self._held_back[ticket] = None
+            ticket.computed_at = now
+            return
+        self._pending[ticket] = None
+        self.tokens += ticket.work_tokens
         if self._counts:
             self._uncounted.append(ticket)
         if self._counts or self.probed:
@@ -145,7 +153,9 @@ class Prefill:
         would tell. Of those sent shortly before it tells nothing: not all engines take prompts in the order in which
         they come, and a short one may overtake.
         """
-        if ticket.burst is None and not self._counts:
+        if ticket in self._held_back:
+            self._begin([ticket])
+        elif ticket.burst is None and not self._counts:
             self._note_first_byte(ticket, now)  # a late one too: else nothing tells of a prediction that is too short
         if not ticket.prompt_pending:
             return
@@ -160,7 +170,12 @@ class Prefill:
             self._drop(oldest)
 
     def was_computed(self, ticket: Ticket) -> None:
-        """Note that the first token of `ticket`, just added, came long ago: no count to come will tell of it."""
+        """Note that the first token of `ticket`, just added, came long ago: no count to come will tell of it.
+
+        Held back, it did not: whoever says so goes by its age, and the engine knows.
+        """
+        if ticket in self._held_back:
+            return
         if self._counts:
             self._uncounted.remove(ticket)
         self._drop(ticket)
@@ -168,6 +183,8 @@ class Prefill:
 
     def over(self, ticket: Ticket, now: float, *, served: bool) -> None:
         """Note that the request is over. Unless it was `served`, a prompt that was not computed never will be."""
+        if ticket in self._held_back:
+            self._begin([ticket])  # since the last page, if it was served
         if not served and ticket in self._uncounted:
             self._uncounted.remove(ticket)
         if ticket.prompt_pending:
@@ -220,17 +237,52 @@ class Prefill:
                 self._predict(ticket, now)
         return done
 
-    def hold_back(self, ticket: Ticket) -> None:
-        """Note that the engine won't begin with it soon; when it does is not followed. Repeated: no-op."""
-        if ticket in self._uncounted:
-            self._uncounted.remove(ticket)
-        if ticket.prompt_pending:
-            self._drop(ticket)
+    def hold_back(self, tickets: Iterable[Ticket], now: float) -> None:
+        """Note that the engine won't begin with `tickets` soon, as it says now, and may begin with all others.
+
+        Until it does their prompts are pending, but neither under way nor in its count. Then they go first: they are
+        the oldest. `computed_at` is when they were held back last: one cannot have begun before. Of whose first byte
+        was seen nothing is expected.
+        """
+        held_back = dict.fromkeys(ticket for ticket in tickets if ticket.prompt_pending or ticket.burst is None)
+        begin = [ticket for ticket in self._held_back if ticket not in held_back]
+        self._begin(begin)
+        if self._counts or self.probed:
+            for ticket in begin:
+                self._predict(ticket, now)
+        for ticket in held_back:
+            ticket.computed_at = now
+            if ticket in self._held_back:
+                continue
+            if ticket in self._uncounted:
+                self._uncounted.remove(ticket)
+            if ticket.prompt_pending:
+                del self._pending[ticket]
+                self.tokens -= ticket.work_tokens
+            else:  # predicted, and wrongly so
+                ticket.prompt_pending = True
+                self.prompts += ticket.prompt_tokens
+                self.outputs += ticket.output_tokens
+        self._held_back = held_back
+
+    def held_back_tokens(self) -> tuple[int, int]:
+        """Return what those held back have booked for their prompts, and for their answers."""
+        held_back = self._held_back
+        return sum(ticket.prompt_tokens for ticket in held_back), sum(ticket.output_tokens for ticket in held_back)
 
     def forget(self) -> None:
         """Count no more: the counter is silent."""
         self._counts = False
         self._uncounted.clear()
+
+    def _begin(self, tickets: Sequence[Ticket]) -> None:
+        """Note that the engine no longer holds `tickets` back: it counts them before those that came later."""
+        for ticket in tickets:
+            del self._held_back[ticket]
+            self._pending[ticket] = None
+            self.tokens += ticket.work_tokens
+        if self._counts:
+            self._uncounted.extendleft(reversed(tickets))
 
     def _note_first_byte(self, ticket: Ticket, now: float) -> None:
         """Put it in the burst that it came with. One of little work, or of ends alone, is not when others began."""

@@ -33,6 +33,7 @@ def follow_page(endpoint: Endpoint, load: Load, now: float, policy: Policy, *, w
     reading.take_page(load, now)
     endpoint.health.sleep(is_asleep=load.asleep is True)
     endpoint.size_cache()
+    endpoint.deferred.follow(load, endpoint.leases, endpoint.prefill, now)
     counted = _follow_prompts(endpoint, load, elapsed_s, now, policy)
     load = _set_aside(endpoint, load)
     knows_kv, why = endpoint.kv.capacity is not None and load.kv_usage is not None, endpoint.limit.why
@@ -53,7 +54,8 @@ def follow_page(endpoint: Endpoint, load: Load, now: float, policy: Policy, *, w
         if endpoint.sees_first_tokens:
             kv.learn(load.kv_usage, kv.prompts - prefill.prompts, kv.outputs - prefill.outputs, elapsed_s)
         elif load.waiting == 0:  # nothing tells which prompts are computed: about all, where nobody waits inside
-            kv.learn(load.kv_usage, kv.prompts, kv.outputs, elapsed_s)
+            prompts, outputs = prefill.held_back_tokens()
+            kv.learn(load.kv_usage, kv.prompts - prompts, kv.outputs - outputs, elapsed_s)
     if reading.report is None or reading.report.kv_usage is None:
         endpoint.kv.compare(load.kv_usage)
     _follow_heat(endpoint, now, policy)
@@ -91,9 +93,9 @@ def forget_stale(endpoint: Endpoint, now: float, policy: Policy) -> bool:
         endpoint.health.sleep(is_asleep=False)
         endpoint.strangers.count = 0
         endpoint.limit.forget()
-        endpoint.deferred.forget()
-        endpoint.limit.defer(0)
         endpoint.prefill.forget()
+        endpoint.deferred.forget(endpoint.prefill, now)
+        endpoint.limit.defer(0)
         _cool_down(endpoint, policy)
         endpoint.look_for_first_tokens(policy)
     if reading.report is not None and now >= reading.report_at + policy.stale_after_s:
@@ -106,7 +108,6 @@ def forget_stale(endpoint: Endpoint, now: float, policy: Policy) -> bool:
 def _set_aside(endpoint: Endpoint, load: Load) -> Load:
     """Take whom the engine defers out of the books and of the page: they say nothing of its batch, nor of its cache."""
     deferred = endpoint.deferred
-    deferred.follow(load, endpoint.leases, endpoint.prefill)
     endpoint.limit.defer(deferred.count)
     return replace(load, waiting=(load.waiting or 0.0) - deferred.count) if deferred.count else load
 

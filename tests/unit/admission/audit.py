@@ -57,10 +57,13 @@ class Books:
     def outputs(self) -> int:
         return sum(ticket.kv_tokens - ticket.prompt_tokens for ticket in self.leases)
 
-    @property
-    def prompt_tokens(self) -> int:
-        """Of those leases whose first token was neither seen nor predicted: when that is, test_prefill.py tells."""
-        return sum(ticket.work_tokens for ticket in self.leases if ticket.prompt_pending)
+    def prompt_tokens(self, deferred: frozenset[str]) -> int:
+        """Of those leases whose first token was neither seen nor predicted: when that is, test_prefill.py tells.
+
+        `deferred`: those for these models are not under way.
+        """
+        pending = [ticket for ticket in self.leases if ticket.prompt_pending]
+        return sum(ticket.work_tokens for ticket in pending if ticket.request.model not in deferred)
 
 
 class Audit:
@@ -100,12 +103,13 @@ class Audit:
             needed = (books.prompts + ticket.prompt_tokens) * kv.real + books.outputs + ticket.output_tokens
             if needed + kv.excess > LAWS.kv.share * kv.capacity:
                 return False
-        if not endpoint.sees_first_tokens or books.prompt_tokens == 0:
+        under_way = books.prompt_tokens(endpoint.deferred.adapters)
+        if not endpoint.sees_first_tokens or under_way == 0:
             return True
         asked = self.core.policy.max_prompt_tokens
         most = endpoint.prefill.limit if asked is None else asked
         new = min(ticket.work_tokens, int(endpoint.prefill.fresh * ticket.prompt_tokens))  # the rest is cached there
-        return books.prompt_tokens + new <= most
+        return under_way + new <= most
 
     def _is_kept_back(self, books: Books, endpoint: Endpoint) -> bool:
         """Whether no request at all may go to an endpoint that is up and below its limit."""
@@ -154,7 +158,8 @@ class Audit:
         kv, prefill = endpoint.kv, endpoint.prefill
         require((kv.prompts, kv.outputs) == (books.prompts, books.outputs), kv.prompts, kv.outputs, books)
         require(0.0 < kv.real <= 1.0 and 0.0 <= kv.trust <= 1.0 and kv.excess >= 0.0, kv.real, kv.trust, kv.excess)
-        require(prefill.tokens == books.prompt_tokens, prefill.tokens, books.prompt_tokens)
+        under_way = books.prompt_tokens(endpoint.deferred.adapters)
+        require(prefill.tokens == under_way, prefill.tokens, under_way)
         pending = [ticket for ticket in books.leases if ticket.prompt_pending]
         prompts, outputs = (sum(t.prompt_tokens for t in pending), sum(t.output_tokens for t in pending))
         require((prefill.prompts, prefill.outputs) == (prompts, outputs), prefill.prompts, prefill.outputs)

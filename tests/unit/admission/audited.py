@@ -53,7 +53,7 @@ class Audited(Audit):
         self._bury(books)
         self._end(self.core.release(ticket, self.now, answer))
 
-    def adopt(self, request: Request, name: str) -> Ticket:
+    def adopt(self, request: Request, name: str, *, begun: bool = False) -> Ticket:
         """A lease comes that another sidecar's core gave: limits have no say."""
         ticket = Ticket(request)
         self._begin()
@@ -61,7 +61,7 @@ class Audited(Audit):
         if books is not None:
             books.leases[ticket] = None
             self.leased[ticket] = books
-        self._end(self.core.adopt(ticket, name, self.now))
+        self._end(self.core.adopt(ticket, name, self.now, begun=begun))
         return ticket
 
     def move(self, ticket: Ticket, name: str) -> None:

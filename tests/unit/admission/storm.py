@@ -181,7 +181,9 @@ class Storm:
                 request = Request(
                     id=str(self.ids), arrived=audited.now, model="m1", prompt_tokens=random.choice(PROMPTS)
                 )
-                self._waiting.append(audited.adopt(request, random.choice((*NAMES, "nowhere"))))
+                self._waiting.append(
+                    audited.adopt(request, random.choice((*NAMES, "nowhere")), begun=random.random() < 0.5)
+                )
             case 1:
                 ticket = self._random_leased()
                 if ticket is not None:
@@ -231,6 +233,9 @@ class Storm:
             asleep=random.choice((None, None, False, random.random() < 0.1)),
             max_running=random.choice((None, None, None, 4)),
         )
+        if random.random() < 0.2:
+            runs, waits = random.choice(((("m1",), ("m2",)), (("m3",), ("m1", "m2"))))
+            load = replace(load, adapters=runs, waiting_adapters=waits, adapter_slots=1)
         if load.prompt_tokens is not None:
             load = replace(load, first_tokens=min(load.prompt_tokens // 300, 5))
             load = replace(load, cached_tokens=random.choice((None, 0, load.prompt_tokens // 2, 9000)))

@@ -6,8 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from extproc.admission.controller import Controller
 from extproc.admission.limit import AdaptiveLimit
 from extproc.admission.load import Load
+from extproc.admission.ticket import Ticket
+from extproc.admission.values import Answer, Policy, Request
 
 from .desk import Desk, one
 
@@ -116,3 +119,97 @@ def test_a_limit_that_a_person_chose_stays_whatever_waits() -> None:
     here.advance(1.0)
     read(here, replace(BUSY, waiting_adapters=("med",)))
     assert here.where(here.ask(model="law")) is None
+
+
+# ---- what is learned meanwhile
+
+WAITS = Load(
+    running=1.0, waiting=4.0, tokens_per_s=100.0, adapters=("law",), waiting_adapters=("med",), adapter_slots=1
+)
+RUNS = replace(WAITS, waiting=0.0, adapters=("med",), waiting_adapters=())
+COUNTS = {"first_tokens": 0, "prompt_tokens": 0, "output_tokens": 0}
+
+
+@pytest.mark.parametrize("counts", [COUNTS, {}], ids=["an engine that counts", "one that doesn't"])
+def test_a_lease_of_another_sidecar_that_waits_for_a_slot_has_not_begun_whatever_that_one_thinks(counts) -> None:
+    core = Controller(Policy())
+    core.put_endpoint(one("a", None, models=ALL), 0.0)
+    core.offer(Ticket(Request("law", 0.0, model="law")), 0.0)
+    core.offer(Ticket(Request("med", 0.0, model="med")), 0.0)
+    core.observe("a", replace(WAITS, **counts), 1.0)
+    late = Ticket(Request("late", 0.5, model="med"))
+    core.adopt(late, "a", 1.3, held_s=0.8, begun=True)
+    assert (late.prompt_pending, late.leased_at, late in core.endpoints["a"].leases) == (True, 0.5, True)
+
+
+@pytest.mark.parametrize("probe", [True, False], ids=["first tokens are seen", "nothing tells of them"])
+def test_prompts_that_wait_for_a_slot_say_nothing_of_what_prompts_take_of_the_cache(probe: bool) -> None:
+    here = Desk(one("a", 16, models=ALL, kv_capacity_tokens=100_000), first_byte_probe=probe, max_prompt_tokens=10**6)
+    read(here, replace(WAITS, running=0.0, waiting=0.0, kv_usage=0.0, waiting_adapters=()))
+    first = here.ask(model="law", prompt_tokens=20_000)
+    here.advance(0.5)
+    here.first_token(first)
+    here.fill(4, model="med", prompt_tokens=10_000)
+    read(here, replace(WAITS, kv_usage=0.2), times=30)
+    assert here.endpoint("a").kv.real == pytest.approx(1.0, abs=0.02)
+
+
+def counting(**policy: bool) -> tuple[Desk, list[Ticket]]:
+    """An endpoint that counts first tokens, with four long prompts that wait for a slot."""
+    here = Desk(one("a", 64, models=ALL), max_prompt_tokens=10**6, **policy)
+    read(here, replace(WAITS, waiting=0.0, waiting_adapters=(), **COUNTS), times=2)
+    waiting = here.fill(4, model="med", prompt_tokens=8000)
+    here.advance(1.0)
+    read(here, replace(WAITS, **COUNTS), times=2)
+    return here, waiting
+
+
+def test_whose_adapter_runs_now_the_engine_counts_before_those_that_came_meanwhile() -> None:
+    here, waiting = counting()
+    new = here.fill(4, model="base", prompt_tokens=1000)
+    here.now += 0.01
+    here.observe("a", replace(RUNS, first_tokens=4, prompt_tokens=32_000, output_tokens=0))
+    assert [ticket.prompt_pending for ticket in waiting + new] == [False] * 4 + [True] * 4
+    assert here.ask(model="base", prompt_tokens=1000).prompt_tokens == 1000
+    assert here.ask(model="med", prompt_tokens=8000).prompt_tokens == 8000
+
+
+def test_an_answer_that_came_between_two_pages_is_counted_before_those_that_still_wait() -> None:
+    here, waiting = counting()
+    new = here.ask(model="base", prompt_tokens=1000)
+    here.release(waiting[1], Answer.OK)
+    here.observe("a", replace(WAITS, waiting=3.0, first_tokens=1, prompt_tokens=8000, output_tokens=100))
+    assert [ticket.prompt_pending for ticket in (waiting[0], new)] == [True, True]
+    assert here.ask(model="base", prompt_tokens=1000).prompt_tokens == 1000
+
+
+def test_who_leaves_while_it_waits_for_a_slot_is_never_counted() -> None:
+    here, waiting = counting()
+    for ticket in waiting:
+        here.release(ticket, Answer.UNKNOWN)
+    new = here.ask(model="base", prompt_tokens=1000)
+    here.observe("a", replace(WAITS, waiting=0.0, first_tokens=1, prompt_tokens=1000, output_tokens=0))
+    assert (new.prompt_pending, here.endpoint("a").prefill.tokens) == (False, 0)
+
+
+def test_prompts_whose_adapter_runs_are_under_way_again_and_so_they_are_once_the_page_is_stale() -> None:
+    here, waiting = counting()
+    assert here.endpoint("a").prefill.tokens == 0
+    here.observe("a", replace(RUNS, **COUNTS))
+    assert here.endpoint("a").prefill.tokens == 32_000
+    here, waiting = counting()
+    here.advance(60.0)
+    assert here.endpoint("a").prefill.tokens == sum(ticket.work_tokens for ticket in waiting) == 32_000
+
+
+@pytest.mark.parametrize("probe", [True, False], ids=["its first byte is seen", "the engine counts"])
+def test_to_wait_for_a_slot_is_not_to_write(probe: bool) -> None:
+    """Also where the prompt was predicted to be computed before a page told who waits."""
+    here, waiting = counting(first_byte_probe=probe)
+    read(here, replace(WAITS, **COUNTS), times=20)
+    here.now += 0.5
+    if probe:
+        here.first_token(waiting[0])
+    here.now += 2.0
+    begun_s = 2.0 if probe else 3.5  # nothing tells but the last page on which it waited
+    assert here.endpoint("a").writing_s(waiting[0], here.now) == pytest.approx(begun_s)

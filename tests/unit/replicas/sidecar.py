@@ -44,9 +44,23 @@ class Engine:
 
     name: str
     limit: int
+    adapter: str | None = None  # has the only slot: requests for others wait
     holds: dict[Client, None] = field(default_factory=dict)
     peak: int = 0
     peak_over: int = 0
+
+    def page(self) -> Load:
+        if self.adapter is None:
+            return Load(running=float(len(self.holds)), waiting=0.0)
+        models = [client.request.model for client in self.holds]
+        running, waits = models.count(self.adapter), {model for model in models if model not in (None, self.adapter)}
+        return Load(
+            running=float(running),
+            waiting=float(len(models) - running),
+            adapters=(self.adapter,),
+            waiting_adapters=tuple(str(model) for model in waits),
+            adapter_slots=1,
+        )
 
 
 class Sidecar:
@@ -90,7 +104,7 @@ class Sidecar:
         if reads == self._reads:
             site = self.site
             engine = site.engines[name]
-            load = Load(running=float(len(engine.holds)), waiting=0.0)
+            load = engine.page()
             takes_s = site.random.uniform(0.002, 0.03)
             self.loop.call_at(site.clock.now + takes_s, partial(self._read, name, load, reads))
 

@@ -114,6 +114,7 @@ class Site:
         request_class: str = "",
         tenant: str = "",
         session: str | None = None,
+        model: str | None = None,
     ) -> Client:
         self.clients += 1
         request = Request(
@@ -123,6 +124,7 @@ class Site:
             request_class=request_class,
             tenant=tenant,
             session=session,
+            model=model,
             prompt_tokens=100,
         )
         client = Client(

@@ -179,6 +179,25 @@ def test_a_sidecar_that_is_cut_off_uses_its_part_alone_and_comes_back_by_itself(
     assert here.engines["e0"].peak == 9
 
 
+def test_a_sidecar_whose_requests_wait_for_the_slot_of_an_adapter_comes_back_with_all_of_them():
+    """What it says of their age is no reason to think that they have begun, and none to be sent away."""
+    here = site(engines=1, limit=9)
+    alone = followers(here)[0]
+    here.engines["e0"].adapter = "law"
+    here.send(leader(here).place, model="law", work_s=60.0)
+    for _ in range(5):
+        here.send(alone.place, model="med", work_s=60.0)
+    here.run(3.0, here.check)
+    here.net.cut([alone.place], [one.place for one in here.alive if one is not alone])
+    here.run(SILENCE_S + 6.0, here.check)
+    assert len(here.leaders()) == 2
+    here.net.heal()
+    here.run(15.0, here.check)
+    assert here.is_one_group()
+    assert [len(one.controller.endpoints["e0"].leases) for one in (leader(here), alone)] == [6, 5]
+    assert leader(here).controller.endpoints["e0"].deferred.count == 5
+
+
 @pytest.mark.parametrize("lost", [leader, lambda here: followers(here)[0]], ids=["the leader", "a follower"])
 def test_a_sidecar_that_is_cut_off_from_everything_adds_one_request_to_what_the_others_send(lost):
     """Its Envoy still reaches the engine. The store counts it out, so the others use its part, too."""
