@@ -67,7 +67,7 @@ class Controller(Sharing):
         ticket.pool = pool = lane_of(whole, klass)
         lines.budget(ticket, pool)
         ticket.position = pool.ahead_of(klass.priority)
-        self._tokens.estimate(ticket, pool.longest)
+        self._tokens.estimate(ticket, pool.longest, pool.members)
         lines.number(ticket, pool)
         pool.pace.arrived(klass.priority, now)
         ticket.home = home = placing.home_of(ticket, pool)

@@ -251,6 +251,12 @@ class Endpoint:
         return _KV if not self.kv.fits(ticket) and self.kv.fits(ticket, promised=0) else None
 
     @property
+    def counts_prompts(self) -> bool:
+        """Whether its page tells how many prompts it computed and what they had: a size can be learned from it."""
+        page = self.reading.page
+        return page is not None and page.first_tokens is not None and page.prompt_tokens is not None
+
+    @property
     def prompt_limit(self) -> int:
         """The most prompt tokens that may wait for their first token here."""
         return self._prompt_limit or self.prefill.limit

@@ -15,12 +15,13 @@ from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from extproc.admission.laws import LAWS
-from extproc.admission.transitions import DONE, LEFT
-from extproc.admission.values import UNSIZED
+from extproc.admission.transitions import DONE, LEASED, WAITING
+from extproc.admission.values import UNSIZED, Answer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from extproc.admission.endpoint import Endpoint
     from extproc.admission.laws import TokenLaw
     from extproc.admission.ticket import Ticket
     from extproc.admission.values import Request
@@ -34,6 +35,8 @@ MOST_PACE = 1000.0
 """Tokens per second of one sequence: no median over engines is more."""
 SCALES = 4096
 """Scales remembered; the one that was used longest ago is forgotten first."""
+TRIES = 3
+"""Of a size that no engine has counted: where clients leave, or engines fail, one more may tell."""
 
 
 class _Scale:
@@ -85,13 +88,25 @@ class TokenEstimate:
         law: the constants.
     """
 
-    __slots__ = ("_all", "_answers", "_correction", "_durations", "_mean", "_pace", "_scales", "_tries", "law")
+    __slots__ = (
+        "_all",
+        "_answers",
+        "_correction",
+        "_durations",
+        "_mean",
+        "_pace",
+        "_scales",
+        "_tries",
+        "_trying",
+        "law",
+    )
 
     def __init__(self, law: TokenLaw = LAWS.tokens) -> None:
         """Start at the law's guess, and believe what requests announce."""
         self.law = law
         self._scales: OrderedDict[SizeClass, _Scale] = OrderedDict()
-        self._tries: OrderedDict[SizeClass, Ticket | None] = OrderedDict()  # of sizes that nobody has counted
+        self._tries: OrderedDict[SizeClass, int] = OrderedDict()  # left, of sizes that nobody has counted
+        self._trying: Ticket | None = None  # the last try, unless it was counted
         self._mean = law.answer  # of all answers, by the counters
         self._all = _Mean()  # of all answers, as `tokens_of` sees them
         self._correction = 1.0  # by how much counters and that view differ
@@ -99,8 +114,11 @@ class TokenEstimate:
         self._durations = _Mean()
         self._pace = law.first_pace  # the median of what engines showed
 
-    def estimate(self, ticket: Ticket, longest: int | None) -> None:
-        """Fill in the ticket's token estimates. `longest`: what the model takes; nobody needs more."""
+    def estimate(self, ticket: Ticket, longest: int | None, members: Sequence[Endpoint] = ()) -> None:
+        """Fill in the ticket's token estimates. `longest`: what the model takes; nobody needs more.
+
+        `members`: where it may be tried what a prompt of its size has, if that is in doubt.
+        """
         output = self._output_of(ticket)
         ceiling = ticket.request.max_output_tokens
         if ceiling is not None and ceiling < output:
@@ -108,7 +126,7 @@ class TokenEstimate:
         most = longest or MOST_CONTEXT
         ticket.output_tokens = (output if output < most else most) * ticket.sequences
         prompt = self.prompt_of(ticket, longest)
-        if prompt > self.law.untried and self._is_try(ticket):
+        if prompt > self.law.untried and self._tries and self._is_try(ticket, members):
             prompt = int(self.law.untried)
         ticket.book(prompt)
         ticket.work_tokens = ticket.prompt_tokens
@@ -129,20 +147,39 @@ class TokenEstimate:
         """
         key = _size_class(ticket)
         if ticket.prompt_tokens > self.law.untried and key not in self._scales and key not in self._tries:
-            self._tries[key] = None
+            self._tries[key] = TRIES
             if len(self._tries) > SCALES:
                 self._tries.popitem(last=False)
 
-    def _is_try(self, ticket: Ticket) -> bool:
-        """Tell whether `ticket` is to show what prompts of its size really have: one at a time."""
+    def _is_try(self, ticket: Ticket, members: Sequence[Endpoint]) -> bool:
+        """Tell whether `ticket` is to show what prompts of its size really have: one at a time, whatever the size.
+
+        Only where every engine counts prompts: elsewhere nothing would tell, and a cache be overfilled for nothing.
+        """
+        last = self._trying
+        if last is not None:
+            if last.state is WAITING or last.state is LEASED:
+                return False
+            self._trying, key = None, _size_class(last)
+            if last.state is DONE and key in self._tries:  # one that was served whole would have been counted
+                self._tries[key] = 0 if last.answer is Answer.OK else max(self._tries[key] - 1, 0)
         key = _size_class(ticket)
-        if key not in self._tries:
+        if not self._tries.get(key):
             return False
-        before = self._tries[key]
-        if before is not None and before.state is not DONE and before.state is not LEFT:
+        if not members or not all(endpoint.counts_prompts for endpoint in members if endpoint.available):
+            del self._tries[key]  # until another is refused: nobody looks at all members for each request
             return False
-        self._tries[key] = ticket
+        self._trying = ticket
         return True
+
+    def _end_tries(self, key: SizeClass) -> None:
+        """Note that prompts of this size are known. Who still waits to try it need not."""
+        self._tries.pop(key, None)
+        ticket = self._trying
+        if ticket is not None and ticket.state is WAITING and _size_class(ticket) == key:
+            self._trying = None
+            ticket.book(self.prompt_of(ticket, None if ticket.pool is None else ticket.pool.longest))
+            ticket.work_tokens = ticket.prompt_tokens
 
     def learn_prompts(self, tokens: int, tickets: Sequence[Ticket]) -> None:
         """Follow what an engine counted for the prompts of `tickets`: `tokens` together.
@@ -155,8 +192,8 @@ class TokenEstimate:
                 key = _size_class(ticket)
                 announced[key] = announced.get(key, 0) + ticket.request.prompt_tokens
         scales = {key: self._scale(key) for key in announced}
-        for key in announced:
-            self._tries.pop(key, None)
+        if self._trying is not None and self._trying in tickets:
+            self._trying = None
         expected = sum(scales[key].value * size for key, size in announced.items())
         if expected <= 0.0:
             return
@@ -168,6 +205,7 @@ class TokenEstimate:
             gain = scale.variance * size / spread
             scale.value = min(max(scale.value + gain * (counted - expected), LEAST_SCALE), MOST_SCALE)
             scale.variance = max(scale.variance * (1.0 - gain * size), self.law.sure * scale.value**2)
+            self._end_tries(key)
 
     def tokens_of(self, ticket: Ticket, writing_s: float, pace: float | None, *, learn: bool) -> float:
         """Return about how many tokens an answer had that was written for `writing_s`; `learn` from a whole one.
@@ -237,6 +275,7 @@ class TokenEstimate:
                 scale = self._scale((model, kind, bits))
                 scale.value = min(max(value, LEAST_SCALE), MOST_SCALE)
                 scale.variance = min(max(weight, self.law.sure * scale.value**2), self.law.unsure)
+                self._end_tries((model, kind, bits))
             case _:
                 pass  # a newer version knows more
         self._compare()

@@ -130,7 +130,8 @@ class StepLaw:
         base_drift_s, sequence_drift_s, prompt_drift_s: how far each may move in a second: engines change with their
             load and their settings.
         noise: by how much the equation is off, as a share of the elapsed time.
-        uncounted: prompt tokens that were computed and are counted with the next reading, or were counted late.
+        uncounted: prompt tokens that were computed and are counted with the next reading, or were counted late; more
+            than 0, since two readings may come at one instant.
         memory_s: what is longer ago weighs less than a third in the time per token.
     """
 
@@ -157,7 +158,7 @@ class TokenLaw:
         memory: about so many of the last answers make a mean.
         own: so many answers of its own a model and class must have had to be told from the others by half.
         untried: one prompt at a time, of a kind and size that no engine has counted and that had one refused, is booked
-            as no more tokens.
+            as no more tokens, where all engines count.
         most_step: by how much one reading of prompts may differ from what was expected: one page that lies must not
             move much.
         most_faster: an engine is taken to write at most so many times as fast as the median of all.

@@ -272,7 +272,7 @@ class StepLearningConfig(Section):
     noise: Annotated[float, Field(gt=0.0, le=10.0)] = Field(
         _STEPS.noise, description="Share of the time between two readings that these costs may leave unexplained, ..."
     )
-    uncounted: Annotated[float, Field(ge=0.0, le=1e6)] = Field(
+    uncounted: Count = Field(
         _STEPS.uncounted, description="... and the prompt tokens that a reading may miss, or count late."
     )
     memory: PositiveDuration = Field(
@@ -323,7 +323,7 @@ class TokenLearningConfig(Section):
     untried: Count = Field(
         _TOKENS.untried,
         description="Where a larger prompt was refused for its size, which no server has counted, such are booked as "
-        "so many tokens, one at a time, until one is counted.",
+        "so many tokens, one at a time, until one is counted; only where all servers count prompts.",
     )
     unsure: Annotated[float, Field(gt=0.0, le=100.0)] = Field(
         _TOKENS.unsure,

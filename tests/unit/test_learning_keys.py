@@ -13,11 +13,13 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from pydantic import ValidationError
 
 from extproc.admission.controller import Controller
 from extproc.admission.laws import LAWS
 from extproc.admission.limit import DEFAULT_LAW
 from extproc.admission.load import Load
+from extproc.admission.steps import StepCost
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, Dispatch, EndpointSpec, Reject, Request
 from extproc.config.keys import Config, sections
@@ -129,6 +131,14 @@ STORIES = (
         lengths=(1.0, 0.5),
         config={"classes": [{"name": "std", "budget": "3s"}]},
         seconds=30,
+    ),
+    Story(
+        engines=(("u0", 40, 0.02, "all", 0.0, 1.0, 1e9, 2500),),
+        models="u",
+        arrivals=(1, 3),
+        lengths=(0.5, 0.5),
+        config={"classes": [{"name": "std", "budget": "2s"}]},
+        seconds=14,
     ),
 )
 
@@ -348,3 +358,13 @@ def test_a_story_told_twice_ends_the_same() -> None:
     """Else each key would seem to change it."""
     for number in range(len(STORIES)):
         assert list(told(number, {})) == usual(number)
+
+
+def test_two_readings_at_one_instant_teach_steps_with_the_least_noise_that_may_be_set() -> None:
+    """A division by zero, once: without a time between them, what a reading may miss is all the noise there is."""
+    with pytest.raises(ValidationError, match=r"learning\.steps\.uncounted"):
+        Config.model_validate(setting("learning.steps", {"uncounted": 0}))
+    least = Config.model_validate(setting("learning.steps", {"uncounted": 1, "noise": 1e-9}))
+    steps = StepCost(least.learning.laws().steps)
+    steps.learn(0.0, 0.0, 0.0, 0.0)
+    assert steps.readings == 1

@@ -6,12 +6,21 @@ from typing import Any
 
 import pytest
 
-from extproc.admission.estimate import LEAST_SCALE, MOST_CONTEXT, MOST_OUTPUT, MOST_SCALE, SCALES, TokenEstimate
+from extproc.admission.estimate import (
+    LEAST_SCALE,
+    MOST_CONTEXT,
+    MOST_OUTPUT,
+    MOST_SCALE,
+    SCALES,
+    TRIES,
+    Learnt,
+    TokenEstimate,
+)
 from extproc.admission.laws import LAWS
 from extproc.admission.load import Load
 from extproc.admission.outcome import Outcome
 from extproc.admission.ticket import Ticket
-from extproc.admission.values import UNSIZED, Answer, Request, RequestClass
+from extproc.admission.values import UNSIZED, Answer, EndpointSpec, Request, RequestClass
 
 from .desk import GUESS, Desk, in_use, one
 
@@ -185,14 +194,21 @@ def test_several_sequences_share_their_prompt_and_not_their_answers() -> None:
 BIG: dict[str, Any] = {"kind": "image", "prompt_tokens": 50_000}
 
 
-def refused(*, limit: int = 100) -> Desk:
+IDLE = Load(first_tokens=0, prompt_tokens=0)
+"""A page of an engine that counts prompts: none since the page before."""
+
+
+def refused(*others: EndpointSpec, limit: int = 100, page: Load = IDLE, **also: Any) -> Desk:
     """A desk whose engine is never idle and too small for what an image seems to be: one was refused for that."""
-    desk = Desk(one("a", limit, kv_capacity_tokens=20_000))
-    desk.ask(prompt_tokens=1000)
-    image = desk.ask(**BIG, budget_s=1.0)
-    assert image.prompt_tokens == BIG["prompt_tokens"]
-    desk.advance(1.0)
-    assert desk.outcome(image) is Outcome.BUDGET_EXPIRED
+    desk = Desk(one("a", limit, kv_capacity_tokens=20_000), *others)
+    desk.observe("a", page)
+    for name in desk.core.endpoints:
+        desk.ask(prompt_tokens=1000, allowed=frozenset({name}))
+    for big in (BIG, *([{**BIG, **also}] if also else [])):
+        image = desk.ask(**big, budget_s=1.0)
+        assert image.prompt_tokens == big["prompt_tokens"]
+        desk.advance(1.0)
+        assert desk.outcome(image) is Outcome.BUDGET_EXPIRED
     return desk
 
 
@@ -204,18 +220,72 @@ def test_one_of_a_kind_that_no_engine_has_counted_is_tried_once_its_guessed_size
     assert (first.prompt_tokens, second.prompt_tokens) == (LAWS.tokens.untried, 50_000)
 
 
+@pytest.mark.parametrize("page", [Load(), Load(first_tokens=0), Load(prompt_tokens=0)])
+def test_nothing_is_tried_where_no_engine_would_count_it(page: Load) -> None:
+    """A size may be true: where nothing ever tells, a cache would be overfilled again and again."""
+    desk = refused(page=page)
+    assert desk.ask(**BIG).prompt_tokens == BIG["prompt_tokens"]
+
+
+def test_nothing_is_tried_where_it_might_go_to_an_engine_that_does_not_count() -> None:
+    desk = refused(one("b", 100, kv_capacity_tokens=20_000))
+    assert desk.ask(**BIG).prompt_tokens == BIG["prompt_tokens"]
+
+
+def test_one_is_tried_at_a_time_of_all_sizes_together() -> None:
+    other = {"prompt_tokens": 100_000}
+    desk = refused(**other)
+    first = desk.ask(**BIG)
+    assert first.prompt_tokens == LAWS.tokens.untried
+    assert desk.ask(**{**BIG, **other}).prompt_tokens == other["prompt_tokens"]
+    desk.observe("a", Load(first_tokens=2, prompt_tokens=2000))
+    assert first.prompt_tokens < BIG["prompt_tokens"], "counted"
+    assert desk.ask(**{**BIG, **other}).prompt_tokens == LAWS.tokens.untried
+
+
+def test_a_size_that_was_served_whole_and_not_counted_is_not_tried_again() -> None:
+    desk = refused()
+    desk.release(desk.ask(**BIG), Answer.OK)
+    assert desk.ask(**BIG).prompt_tokens == BIG["prompt_tokens"]
+
+
+def test_a_size_whose_tries_all_fail_is_given_up() -> None:
+    desk = refused()
+    for _ in range(TRIES):
+        first = desk.ask(**BIG)
+        assert first.prompt_tokens == LAWS.tokens.untried
+        desk.release(first, Answer.UNKNOWN)
+    assert desk.ask(**BIG).prompt_tokens == BIG["prompt_tokens"]
+
+
+@pytest.mark.parametrize("ends", ["released", "cancelled", "withdrawn"])
+def test_a_try_that_told_nothing_is_made_again(ends: str) -> None:
+    desk = refused()
+    if ends != "released":
+        desk.fill(2, prompt_tokens=8000)
+    first = desk.ask(**BIG)
+    assert in_use([first]) == [ends == "released"]
+    match ends:
+        case "released":
+            desk.release(first, Answer.UNKNOWN)
+        case "cancelled":
+            desk.cancel(first)
+        case _:
+            desk.withdraw(first)
+    assert desk.ask(**BIG).prompt_tokens == LAWS.tokens.untried
+
+
 @pytest.mark.parametrize("waits", [False, True])
-def test_a_try_that_told_nothing_is_made_again(waits: bool) -> None:
+def test_a_size_that_another_core_knows_is_tried_no_more(waits: bool) -> None:
     desk = refused()
     if waits:
         desk.fill(2, prompt_tokens=8000)
-    first = desk.ask(**BIG)
-    assert in_use([first]) == [not waits]
+        first = desk.ask(**BIG)
+        assert first.prompt_tokens == LAWS.tokens.untried
+    desk.core.believe(Learnt("scale", None, "image", BIG["prompt_tokens"].bit_length(), 1.0, 0.01))
     if waits:
-        desk.cancel(first)
-    else:
-        desk.release(first, Answer.UNKNOWN)
-    assert desk.ask(**BIG).prompt_tokens == LAWS.tokens.untried
+        assert first.prompt_tokens == BIG["prompt_tokens"], "it is not sent as what it is known not to be"
+    assert desk.ask(**BIG).prompt_tokens == BIG["prompt_tokens"]
 
 
 def test_only_the_kind_and_size_that_was_refused_for_its_size_is_tried_and_none_that_was_counted() -> None:
