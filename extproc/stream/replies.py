@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from extproc.admission.values import Decision
     from extproc.stream.reception import Reception
 
+MOST_ID = 128
+"""Characters of the longest request id that a refusal repeats; Envoy's own have 36."""
+
 
 def refusal(
     reception: Reception,
@@ -34,6 +37,12 @@ def refusal(
     grpc_status = _GRPC_STATUSES.get(status, _GRPC_UNKNOWN) if shape is Shape.GRPC else None
     more = reception.dialect.refusal_headers(outcome)
     return wire.refuse(status, outcome.value, body, retry_after_s, wait_s, grpc_status=grpc_status, more=more)
+
+
+def named(request_id: str) -> dict[str, str]:
+    """Return what an error says of its request's id, for who asks `extproc why`; nothing of one that is no token."""
+    is_token = len(request_id) <= MOST_ID and request_id.isascii() and request_id.isprintable()
+    return {"request_id": request_id} if is_token and request_id and " " not in request_id else {}
 
 
 def model_list(reception: Reception, path: str, shape: Shape) -> bytes | None:

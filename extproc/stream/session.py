@@ -25,7 +25,7 @@ from extproc.stream import again, bodies, wire
 from extproc.stream.answer import BODILESS, GRPC_STATUS, judge, judge_trailers
 from extproc.stream.bodies import Kept
 from extproc.stream.dialect import PLAIN
-from extproc.stream.replies import decision_details, model_list, refusal
+from extproc.stream.replies import decision_details, model_list, named, refusal
 from extproc.stream.request import body_bytes
 from extproc.stream.routes import Action, Shape
 from extproc.stream.wire import Kind
@@ -231,7 +231,8 @@ class Session:
             self._drop_body()
             self._is_refused = True
             reception.refused += 1
-            about = {"wait_s": round(decision.wait_s, 3), **decision.ticket.why()}
+            ticket = decision.ticket
+            about = {"wait_s": round(decision.wait_s, 3), **ticket.why(), **named(ticket.request.id)}
             refused = refusal(reception, self._shape, decision.outcome, decision.retry_after_s, wait_s, about)
             self._reply(refused + details)
 

@@ -227,6 +227,15 @@ def test_a_refusal_says_the_wait_that_was_predicted_and_its_budget_alike_in_body
     assert told["waited_for"] == metadata["waited_for"].string_value == "limit"
 
 
+@pytest.mark.parametrize("request_id", ["5c1f-7", "x" * 128, "", "x" * 129, "two words", "\u00e9", "a\r\nb: c"])
+def test_a_refusal_repeats_the_id_to_ask_for_where_it_is_a_token(request_id):
+    room = Room(ONE, classes=(RequestClass("default", 0, 0.0),))
+    room.open()
+    _, replies = room.open(x_request_id=request_id)
+    error = json.loads(replies[0].immediate_response.body)["error"]
+    assert error.get("request_id") == (request_id if request_id in ("5c1f-7", "x" * 128) else None)
+
+
 def test_decisions_for_higher_classes_are_told_first():
     classes = (RequestClass("low", 0, 1.0), RequestClass("high", 5, 60.0))
     room = Room(EndpointSpec("a", max_running_requests=1), classes=classes, shed=False)
