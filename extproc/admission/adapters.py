@@ -45,7 +45,7 @@ class Adapters:
             self._drop(name, endpoint)
 
     def forget(self, endpoint: Endpoint) -> None:
-        """Forget an endpoint that is gone, or another server now. Unknown: no-op."""
+        """Forget an endpoint that is gone. Unknown: no-op."""
         for name in self._by_endpoint.pop(endpoint, ()):
             self._drop(name, endpoint)
 

@@ -190,7 +190,8 @@ class Endpoint:
                 return by
         if self.quota is not None and self.sequences >= self.quota:
             return _PART
-        if self.sequences + self.reserved + self.strangers.count >= self.limit.value:
+        held = self.sequences + self.strangers.count
+        if held and held + self.reserved >= self.limit.value:
             return _LIMIT
         return None if ticket is None else self.lacks(ticket)
 
@@ -228,7 +229,7 @@ class Endpoint:
             return None
         held = self.sequences + self.strangers.count
         if not held:
-            return self._lacks_beside_kept(ticket) if self.reserved else None
+            return self._lacks_beside_kept(ticket) if self.reserved and not self._keeps_too_much else None
         held += self.reserved
         if ticket.sequences > 1:
             if held + ticket.sequences > self.limit.value:
@@ -255,6 +256,11 @@ class Endpoint:
         """Whether its page tells how many prompts it computed and what they had: a size can be learned from it."""
         page = self.reading.page
         return page is not None and page.first_tokens is not None and page.prompt_tokens is not None
+
+    @property
+    def _keeps_too_much(self) -> bool:
+        """Whether its slots or its cache became fewer since room was kept here: that shuts nothing that stands idle."""
+        return self.reserved * KEPT_PARTS > self.limit.value or self.kv.promised > self.kv.share / KEPT_PARTS
 
     @property
     def prompt_limit(self) -> int:

@@ -49,7 +49,10 @@ class Refusing:
         elif request.allowed is not None and not pool.members and not self._may_come(request.model, request.allowed):
             self.turn_away(ticket, Outcome.NONE_ALLOWED)
         elif request.model is None and books.pools.misses_model:
-            self.turn_away(ticket, Outcome.MODEL_MISSING)
+            if self.draining:  # no body is read for its model any more: it may well name one
+                self.turn_away(ticket, Outcome.DRAINING, 1)
+            else:
+                self.turn_away(ticket, Outcome.MODEL_MISSING)
         elif books.policy.enable_queue and books.tenants.is_over(ticket):
             self.turn_away(ticket, Outcome.TENANT_LIMIT, 1)
         else:

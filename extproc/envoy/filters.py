@@ -87,7 +87,7 @@ function prompts_of(text)
   return math.max(most, count)
 end
 function note_prompts(handle)
-  local path = handle:headers():get(":path") or ""
+  local path = (handle:headers():get(":path") or ""):match("^[^?]*")
   local is_text = path:find("/completions", 1, true) and not path:find("/chat/", 1, true)
   if not is_text and not path:find("/embeddings", 1, true) then return end
   local kind = handle:headers():get("content-type") or ""

@@ -116,8 +116,8 @@ class Reception:
 
     def drain(self) -> None:
         """Refuse what waits, for a slot or for its body, and what would have to."""
-        self.reading.end_all()
         self.gate.drain()
+        self.reading.end_all()
 
     def put_cluster(self, endpoint: str, cluster: str) -> None:
         """Note which Envoy cluster an endpoint is, from now on."""

@@ -106,6 +106,7 @@ def class_counts(here) -> dict[str, float]:
      ("/v1/completions", {"prompt": [1, 2, 3]}, 1),
      ("/v1/completions", {"deep": {"prompt": ["a", "b"]}, "stop": ["a", "b"], "prompt": "[\"a\", \"b\"]"}, 1),
      ("/v1/embeddings", {"input": ["a", "b"]}, 2),
+     ("/v1/completions?of=/chat/", {"prompt": ["a", "b"]}, 2),
      ("/v1/completions", {"prompt": ["x"] * 10_000}, 4),
      ("/v1/completions", b'{"prompt": [' + b"[{" * 5000, 1),
      ("/v1/completions", b'{"prompt": ["' + b'\\\\"' * 10_000, 4),
@@ -114,8 +115,8 @@ def class_counts(here) -> dict[str, float]:
      ("/v1/chat/completions", {"n": 3}, 3),
      ("/v1/chat/completions", {"n": 2.0, "best_of": 3}, 3),
      ("/v1/chat/completions", {"n": "4"}, 1)],
-    ids=["strings", "lists of tokens", "tokens", "other fields", "embeddings", "long", "deep", "cut off", "chat",
-         "answers to each of two", "answers", "more answers tried than given", "no number"],
+    ids=["strings", "lists of tokens", "tokens", "other fields", "embeddings", "a query", "long", "deep", "cut off",
+         "chat", "answers to each of two", "answers", "more answers tried than given", "no number"],
 )  # fmt: skip
 def test_a_request_takes_as_many_places_as_it_has_prompts_and_answers_to_each(fields, path, body, places):
     data = body if isinstance(body, bytes) else json.dumps(body).encode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import tracemalloc
 
 import pytest
@@ -201,8 +202,9 @@ def test_the_model_is_read_from_a_body_if_asked_and_a_header_wins_without_a_look
     gateway = Gateway(A, B, models={"a": {"m1"}, "b": {"m2"}}, read_model=True)
     stream = gateway.stream()
     stream.play("> opening", '> request_body {"stream": true, "mod', opening=opening(DUPLEX))
-    stream.play('> request_body el": "m2", "x', f"< pick {B}",
-                '< request_body {"stream": true, "mod', '< request_body el": "m2", "x')  # fmt: skip
+    rest = 'el": "m2", "messages": [{"role": "user", "content": "What is it that looks for me?'
+    stream.play(f"> request_body {rest}", f"< pick {B}",
+                '< request_body {"stream": true, "mod', f"< request_body {rest}")  # fmt: skip
     gateway.stream().play("> opening", f"< pick {A}", opening=opening(DUPLEX, x_model="m1"))
 
 
@@ -355,6 +357,18 @@ def test_a_drain_waits_for_no_body():
     gateway.stream().play("> opening", "< refuse 503", opening=opening(DUPLEX))
 
 
+def test_whose_model_was_not_read_before_a_drain_is_told_of_that_and_not_that_it_named_none():
+    gateway = Gateway(A, B, limit=4, models={"a": {"m"}, "b": {"n"}}, read_model=True)
+    before, asked = gateway.stream(), gateway.stream()
+    before.play("> opening", '> request_body {"messages": "', opening=opening(DUPLEX))
+    asked.play("> opening", "< ask BUFFERED", opening=opening(BUFFERED))
+    gateway.reception.drain()
+    assert list(map(spoken, before.said)) == ["refuse 503"]
+    asked.play('> request_body {"model": "n"}|', f"< pick {B} in body")
+    for modes in (DUPLEX, BUFFERED):
+        gateway.stream().play("> opening", "< refuse 503", opening=opening(modes))
+
+
 def test_a_body_in_one_byte_pieces_is_looked_at_a_few_times_and_never_beyond_where_a_model_may_stand(monkeypatch):
     looked = []
     monkeypatch.setattr(bodies, "model_in", lambda text: looked.append(len(text)))
@@ -367,13 +381,29 @@ def test_a_body_in_one_byte_pieces_is_looked_at_a_few_times_and_never_beyond_whe
     stream.session.receive(message(f"request_body {'x' * (1 << 20)}"))
     assert spoken(stream.said[0]) == f"pick {A}"
     assert max(looked) == bodies.MODEL_WITHIN
-    assert sum(looked) < 8 * bodies.MODEL_WITHIN
+    assert sum(looked) < 1.5 * bodies.MODEL_WITHIN
 
 
-def test_a_text_that_never_ends_is_looked_at_once():
-    """By the regular expression's own steps: it gets no second try from inside of an open text."""
-    assert len(bodies._TOKEN.findall(b'{"' + b'\\"' * 1000)) == 2
-    assert len(bodies._TOKEN.findall(b'{"' + b'\\"' * 1000 + b"\\")) == 2
+@pytest.mark.parametrize(
+    "text",
+    ['{"a":' + "[" * bodies.MODEL_WITHIN, '{"a":[' + "1," * 40_000, '{"a":[' + '"",' * 40_000,
+     '{"a":[' + "[[]" * 40_000,
+     '{"a":{' + '"model":1,' * 10_000, '{"a":[' + '{"model":1},' * 10_000, '"model"' * 10_000, '{"' + '\\"' * 40_000],
+    ids=["deep", "numbers", "texts", "lists", "names deeper down", "names in objects", "names", "no end"],
+)  # fmt: skip
+def test_a_body_is_searched_in_few_calls_whatever_is_in_it(text):
+    calls = []
+    sys.setprofile(lambda _frame, event, _of: calls.append(event))
+    try:
+        bodies.model_in(text[: bodies.MODEL_WITHIN - 7].encode() + b'"model"')
+    finally:
+        sys.setprofile(None)
+    assert len(calls) < 12_000
+
+
+def test_a_model_behind_a_prompt_of_tokens_is_found():
+    text = '{"prompt": [' + "12, " * 16_000 + '7], "model": "m"}'
+    assert bodies.model_in(text.encode()) == "m"
 
 
 def test_a_model_that_is_no_text_in_utf_8_becomes_one():
@@ -386,6 +416,9 @@ def test_a_model_that_is_no_text_in_utf_8_becomes_one():
     [('{"model": "m"}', "m"), ('{"messages": [{"model": "no"}], "model" :"a\\/b", "x', "a/b"), ('{"model": "cut', None),
      ('{"a": "model", "model"', None), ("[]", None), ('{"model": 5, "model": "later"}', None), ("", None),
      ('{"q": "\\"model\\": 1", "model": "m"}', "m"), ("not json", None), ("}}}{{{", None),
+     ('{"model": {"name": "m"}}', None), ('{"model": ["a"]}', None), ('{"model": [], "x": "a"}', None),
+     ('{"model": "model"}', "model"), ('{"x": "model", "model": "m"}', "m"), ('{"model": "a" "b"}', "a"),
+     ('{"a": {"model": "no"}, "b": "}", "c": "\\\\", "model": "m"}', "m"),
      ('{"a": ' + "[" * 5000, None), ('"' + "\\" * 60_001, None)],
 )  # fmt: skip
 def test_only_a_top_level_model_counts_and_strange_bodies_have_none(text, model):

@@ -13,6 +13,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from extproc.admission.controller import Controller
+from extproc.admission.endpoint import KEPT_PARTS
 from extproc.admission.fairness import MAX_TENANTS
 from extproc.admission.guard import GUARD
 from extproc.admission.laws import LAWS
@@ -86,23 +87,28 @@ class Audit:
         self._before: dict[Ticket, tuple[object, int]] = {}  # the queue and the passes of who waited, before the event
 
     def fits(self, books: Books, endpoint: Endpoint, ticket: Ticket) -> bool:
-        count = books.sequences + endpoint.foreign
-        if count >= endpoint.limit.value or (endpoint.quota is not None and books.sequences >= endpoint.quota):
+        count, kept = books.sequences + endpoint.foreign, endpoint.reserved
+        if (count and count + kept >= endpoint.limit.value) or (
+            endpoint.quota is not None and books.sequences >= endpoint.quota
+        ):
             return False
         if endpoint.closed_until is not None and books.leases:  # hot: one at a time
             return False
+        kv, cache = endpoint.kv, inf if endpoint.kv.capacity is None else LAWS.kv.share * endpoint.kv.capacity
+        # What requests share of their prompts is in the cache once.
+        needed = (books.prompts + ticket.prompt_tokens) * kv.real + books.outputs + ticket.output_tokens + kv.excess
         if count == 0:
-            return True
-        if ticket.request.sequences > 1 and count + ticket.request.sequences > endpoint.limit.value:
+            if not kept or KEPT_PARTS * kept > endpoint.limit.value or KEPT_PARTS * kv.promised > cache:
+                return True
+            sequences, limit = ticket.request.sequences, endpoint.limit.value  # what passes a limit alone, passes it
+            return not (limit - kept < sequences <= limit or needed <= cache < needed + kv.promised)
+        if ticket.request.sequences > 1 and count + kept + ticket.request.sequences > endpoint.limit.value:
             return False
         more = books.sequences + ticket.request.sequences
         if endpoint.quota is not None and ticket.request.sequences > 1 and books.sequences and more > endpoint.quota:
             return False
-        kv = endpoint.kv
-        if kv.capacity is not None:  # what requests share of their prompts is in the cache once
-            needed = (books.prompts + ticket.prompt_tokens) * kv.real + books.outputs + ticket.output_tokens
-            if needed + kv.excess > LAWS.kv.share * kv.capacity:
-                return False
+        if needed + kv.promised > cache:
+            return False
         under_way = books.prompt_tokens(endpoint.deferred.adapters)
         if not endpoint.sees_first_tokens or under_way == 0:
             return True
@@ -134,12 +140,24 @@ class Audit:
         self._check_deadline()
         self._check_sizes()
 
+    def kept(self) -> tuple[Counter[str], Counter[str]]:
+        """How many sequences and tokens are kept for leases elsewhere whose gateway may yet come, by endpoint."""
+        slots, tokens = Counter[str](), Counter[str]()
+        for ticket in self.leased:
+            for endpoint in ticket.choices if ticket.kept else ():
+                slots[endpoint.name] += ticket.kept
+                tokens[endpoint.name] += ticket.kept_tokens
+        return slots, tokens
+
     def _check_books(self) -> None:
         require(self.core.endpoints.keys() == self.books.keys(), self.core, self.books.keys())
+        slots, tokens = self.kept()
         for name, books in self.books.items():
             endpoint = self.core.endpoints[name]
             require(list(endpoint.leases) == list(books.leases), endpoint, books)
             require(endpoint.sequences == books.sequences, endpoint.sequences, books.sequences)
+            require(endpoint.reserved == slots[name], endpoint, "keeps", endpoint.reserved, "for", slots[name])
+            require(endpoint.kv.promised == tokens[name], endpoint, endpoint.kv.promised, tokens[name])
             self._check_tokens(endpoint, books)
             require(0 <= endpoint.foreign <= (books.foreign or 0), endpoint.foreign, "foreign,", books.foreign)
             require(endpoint.removed is not books.present, endpoint)
@@ -248,7 +266,9 @@ class Audit:
         books = self.books[endpoint.name]
         if endpoint.quota is not None and books.sequences >= endpoint.quota:
             return False
-        return not self._is_kept_back(books, endpoint) and books.sequences + endpoint.foreign < endpoint.limit.value
+        held = books.sequences + endpoint.foreign
+        is_full = held > 0 and held + endpoint.reserved >= endpoint.limit.value
+        return not self._is_kept_back(books, endpoint) and not is_full
 
     def _check_conservation(self) -> None:
         """No endpoint with room while a request waits that it could take, but for those behind a guarded one."""

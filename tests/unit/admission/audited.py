@@ -50,7 +50,6 @@ class Audited(Audit):
         self._begin()
         books = self.leased.pop(ticket)
         del books.leases[ticket]
-        self._bury(books)
         self._end(self.core.release(ticket, self.now, answer))
 
     def adopt(self, request: Request, name: str, *, begun: bool = False) -> Ticket:
@@ -75,7 +74,6 @@ class Audited(Audit):
             if after is not None:
                 after.leases[ticket] = None
                 self.leased[ticket] = after
-            self._bury(before)
         self._end(self.core.move(ticket, name, self.now))
 
     def disown(self, ticket: Ticket) -> None:
@@ -85,7 +83,6 @@ class Audited(Audit):
         del books.leases[ticket]
         if books.foreign is not None:
             books.foreign += ticket.sequences
-        self._bury(books)
         self._end(self.core.disown(ticket, self.now))
 
     def withdraw(self, ticket: Ticket) -> None:
@@ -130,7 +127,6 @@ class Audited(Audit):
         self._begin()
         if name in self.books:
             self.books[name].present = False
-            self._bury(self.books[name])
         self._end(self.core.remove_endpoints([name], self.now))
 
     def set_up(self, name: str, *, is_up: bool | None) -> None:
@@ -201,6 +197,7 @@ class Audited(Audit):
             self._before = {ticket: (ticket.queue, ticket.passed_over) for ticket in self.waiting}
 
     def _end(self, decisions: list[Decision], offered: Ticket | None = None) -> None:
+        self._bury()
         for decision in decisions:
             ticket = decision.ticket
             require(ticket in self.waiting, "a second outcome, or one that nobody asked for:", decision)
@@ -320,9 +317,13 @@ class Audited(Audit):
         del self.waiting[ticket]
         del self.epochs[ticket]
 
-    def _bury(self, books: Books) -> None:
-        if not books.present and not books.leases:
-            del self.books[books.spec.name]
+    def _bury(self) -> None:
+        """Forget who is gone, holds nothing, and keeps nothing for anybody."""
+        gone = [name for name, books in self.books.items() if not books.present and not books.leases]
+        kept = self.kept()[0] if gone else {}
+        for name in gone:
+            if not kept.get(name):
+                del self.books[name]
 
 
 def _counted(endpoint: Endpoint) -> tuple[object, ...]:

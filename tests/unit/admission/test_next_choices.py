@@ -28,9 +28,9 @@ class Pick:
             self.put(f"e{number}")
             self.core.set_up(f"e{number}", now=0.0, is_up=True)
 
-    def put(self, name: str, limit: int | None = None) -> None:
-        limit = self.limit if limit is None else limit
-        spec = EndpointSpec(name, name, max_running_requests=limit, kv_capacity_tokens=self.cache)
+    def put(self, name: str, limit: int | None = None, cache: int | None = None) -> None:
+        limit, cache = self.limit if limit is None else limit, self.cache if cache is None else cache
+        spec = EndpointSpec(name, name, max_running_requests=limit, kv_capacity_tokens=cache)
         self.core.put_endpoint(spec, self.now)
 
     def ask(self, **request: object) -> Ticket:
@@ -147,6 +147,18 @@ def test_what_fits_in_a_limit_alone_and_not_beside_what_is_kept_waits_for_that_w
     assert waits.state is State.LEASED
 
 
+@pytest.mark.parametrize("fewer", [{"limit": 1}, {"limit": 2}, {"cache": CACHE // 4}])
+def test_what_is_kept_shuts_no_idle_endpoint_whose_limits_fell_below_it(fewer):
+    pick = Pick(2, cache=CACHE)
+    first = pick.ask(home="e0", prompt_tokens=11_000, max_output_tokens=0)
+    assert [one.name for one in first.choices] == ["e1"]
+    pick.put("e1", **fewer)
+    sequences = fewer.get("limit", 1)
+    more = [pick.ask(home="e1", sequences=sequences, prompt_tokens=15_000, max_output_tokens=0) for _ in range(2)]
+    assert [one.state for one in more] == [State.LEASED, State.WAITING]
+    assert more[0].endpoint.name == "e1"
+
+
 def test_while_nothing_is_held_a_full_endpoint_is_a_next_choice_and_nothing_is_kept():
     pick = Pick(2, limit=2, enable_queue=False)
     tickets = [pick.ask() for _ in range(10)]
@@ -241,6 +253,38 @@ def test_wherever_gateways_go_along_their_lists_no_endpoint_ever_runs_more_than_
     for ticket in (*begun, *unsure):
         pick.core.release(ticket, pick.now)
     assert pick.reserved() == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_however_limits_change_nobody_waits_beside_an_idle_endpoint_that_keeps_more_than_it_would_now(seed):
+    """And what may run at one beside another grows no further above a limit that fell."""
+    draw, pick = random.Random(seed), Pick(3, cache=CACHE)
+    open_: list[Ticket] = []
+    before: dict[str, int] = {}
+    kept_too_much = 0
+    for _ in range(3000):
+        pick.now += 0.01
+        event = draw.random()
+        if event < 0.05:
+            pick.put(f"e{draw.randrange(3)}", draw.choice((1, 2, LIMIT, 16)), draw.choice((CACHE, CACHE // 8)))
+            before = {}  # what is there, stays
+        elif event < 0.5 and len(open_) < 30:
+            sequences, size = draw.choice((1, 1, 1, 2)), draw.choice((500, 5_000, 11_000))
+            open_.append(pick.ask(sequences=sequences, prompt_tokens=size, max_output_tokens=0))
+        elif open_:
+            ticket = open_.pop(draw.randrange(len(open_)))
+            if ticket.state is State.LEASED:
+                pick.core.release(ticket, pick.now, Answer.OK)
+            else:
+                pick.core.cancel(ticket, pick.now)
+        for name, endpoint in pick.core.endpoints.items():
+            held = endpoint.sequences + endpoint.reserved
+            assert held <= max(endpoint.limit.value, before.get(name, held)) or len(endpoint.leases) == 1, name
+            before[name] = held
+            kept = 8 * endpoint.reserved > endpoint.limit.value
+            kept_too_much += kept
+            assert endpoint.leases or not kept or not pick.core.waiting, name
+    assert kept_too_much > 20
 
 
 def test_no_full_endpoint_is_a_next_choice_while_another_has_room_however_often_rooms_changed():
