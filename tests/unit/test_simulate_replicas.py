@@ -20,17 +20,21 @@ RATE = 29.0
 SECONDS = FAULT_AT_S + FAULT_S + 20.0
 
 
-def play(name: str) -> World:
-    world = World([Group(PRESETS[PRESET], 4)], contender(name, PRESET, CLASSES), 5)
-    world.run(Workload().demands(RATE, SECONDS, 5), SECONDS)
+SEEDS = (5, 6)
+"""One alone moves by .02 with changes that have nothing to do with it: a fault is one moment of a run."""
+
+
+def play(name: str, seed: int = SEEDS[0]) -> World:
+    world = World([Group(PRESETS[PRESET], 4)], contender(name, PRESET, CLASSES), seed)
+    world.run(Workload().demands(RATE, SECONDS, seed), SECONDS)
     return world
 
 
 @cache
 def dispatched(name: str) -> int:
-    world = play(name)
-    assert all(job.ended is not None for job in world.jobs)
-    return sum(job.first_token is not None for job in world.jobs)
+    jobs = [job for seed in SEEDS for job in play(name, seed).jobs]
+    assert all(job.ended is not None for job in jobs)
+    return sum(job.first_token is not None for job in jobs)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
