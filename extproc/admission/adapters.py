@@ -53,17 +53,6 @@ class Adapters:
         """Return who has the adapter called `model` loaded."""
         return self._by_name.get(model, _NOBODY) if model is not None else _NOBODY
 
-    @staticmethod
-    def are_all_taken(endpoint: Endpoint) -> bool:
-        """Tell whether requests run there with as many adapters as fit: another one has to wait, by the last page."""
-        page = endpoint.reading.page
-        return (
-            page is not None
-            and page.adapters is not None
-            and page.adapter_slots is not None
-            and len(page.adapters) >= page.adapter_slots
-        )
-
     def _drop(self, name: str, endpoint: Endpoint) -> None:
         having = self._by_name[name]
         del having[endpoint]

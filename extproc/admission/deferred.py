@@ -50,7 +50,6 @@ class Deferred:
 
 def _without_a_slot(load: Load) -> frozenset[str]:
     """Return the adapters for which requests wait while others have all slots."""
-    running, slots = load.adapters or (), load.adapter_slots
-    if slots is None or len(running) < slots:
+    if not load.has_all_adapters:
         return frozenset()
-    return frozenset(load.waiting_adapters or ()).difference(running)
+    return frozenset(load.waiting_adapters or ()).difference(load.adapters or ())

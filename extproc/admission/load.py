@@ -47,6 +47,11 @@ class Load:
     waiting_adapters: tuple[str, ...] | None = None
     adapter_slots: int | None = None
 
+    @property
+    def has_all_adapters(self) -> bool:
+        """Whether requests run with as many LoRA adapters as fit: one with another has to wait."""
+        return self.adapters is not None and self.adapter_slots is not None and len(self.adapters) >= self.adapter_slots
+
     def without_counters(self) -> Load:
         """Return what its gauges say alone."""
         return replace(

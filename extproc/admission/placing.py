@@ -119,13 +119,16 @@ class Placing:
         return best
 
     def _having_adapter(self, ticket: Ticket, pool: Pool) -> Endpoint | None:
-        """Return the emptiest endpoint that has its LoRA adapter loaded, room for it, and more to spare."""
-        adapters = self._books.adapters
-        loaded = adapters.having(ticket.request.model)
+        """Return the emptiest endpoint that has its LoRA adapter loaded, room for it, and more to spare.
+
+        Less to spare where the emptiest of all would have it wait for a slot.
+        """
+        loaded = self._books.adapters.having(ticket.request.model)
         if not (loaded and self._books.policy.adapter_affinity):
             return None
         most, emptiest = HALF, pool.emptiest()
-        if emptiest is not None and adapters.are_all_taken(emptiest):
+        page = None if emptiest is None else emptiest.reading.page
+        if emptiest is not None and page is not None and page.has_all_adapters:
             most = max(HALF, TWICE * emptiest.crowding[0])
         spare = (one for one in loaded if one in pool.open and one.crowding[0] < most)
         best = min(spare, key=most_room, default=None)

@@ -115,7 +115,10 @@ class Reception:
         self.kept = Allowance(KEPT_BY_ALL_BYTES)
 
     def drain(self) -> None:
-        """Refuse what waits, for a slot or for its body, and what would have to."""
+        """Refuse what waits, for a slot or for its body, and what would have to.
+
+        Whose body a gateway was asked for whole is decided when it comes: served if there is room, else refused too.
+        """
         self.gate.drain()
         self.reading.end_all()
 

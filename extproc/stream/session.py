@@ -332,15 +332,15 @@ class Session:
         if self._began is None:
             return
         model = kept.model()
-        if model is not None:
-            self._began.fields["model"] = model
         if model is not None or kept.is_read:
-            self.read_no_more()
+            self.read_no_more(model)
 
-    def read_no_more(self) -> None:
-        """Offer a request with what is known of it: its body has told the model, or has had its time."""
+    def read_no_more(self, model: str | None = None) -> None:
+        """Offer a request with what is known of it: its body has told the `model`, or has had its time."""
         began, self._began = self._began, None
         if began is not None:
+            if model is not None:
+                began.fields["model"] = model
             self._reception.reading.spoke(self)
             if self._kept is not None:
                 self._kept.look_no_more()
@@ -348,10 +348,7 @@ class Session:
 
     def _take_whole(self, piece: bytes) -> None:
         """Offer a request whose body was asked for, and came in one piece."""
-        model = bodies.model_in(bodies.text_of(piece, bodies.MODEL_WITHIN))
-        if model is not None and self._began is not None:
-            self._began.fields["model"] = model
-        self.read_no_more()
+        self.read_no_more(bodies.model_in(bodies.text_of(piece, bodies.MODEL_WITHIN)))
 
     def half_closed(self) -> bool:
         """Note that the client says no more; tell whether it still waits for what we say: else the stream is over."""
