@@ -154,7 +154,9 @@ def stage(engine: str, traffic: Traffic, load: int, seeds: tuple[int, ...]) -> S
     natural = max(min(min(by_pace(own, one), by_kv(own, one)) for one in map(_sample, parts)), 1)
     demands: dict[int, list[Demand]]
     if traffic.trace is not None:
-        hour = [one for one in recorded(traffic.trace, classes) if one.prompt + one.output <= own.longest]
+        hour = recorded(traffic.trace, classes)
+        traffic.workload.dress(hour, REFERENCE_SEED)
+        hour = [one for one in hour if one.prompt + one.output <= own.longest]
         full = ENGINES * _finished_per_s(own, hour[:REFERENCE_REQUESTS])
         rate = load / 100 * full
         played = [replace(one, at=one.at * len(hour) / hour[-1].at / rate) for one in hour]

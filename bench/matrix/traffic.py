@@ -158,5 +158,6 @@ def recorded(path: Path, classes: tuple[Klass, ...]) -> list[Demand]:
 
 def with_traces(folder: Path) -> dict[str, Traffic]:
     """Return the traffic with Azure's recorded hours, `azure_conv.csv` and `azure_code.csv`, in place of the fits."""
-    found = {name: folder / f"{name.replace('-', '_')}.csv" for name in ("azure-conv", "azure-code")}
+    conversation, code = folder / "azure_conv.csv", folder / "azure_code.csv"
+    found = dict.fromkeys(("azure-conv", "unstreamed", "conv-images"), conversation) | {"azure-code": code}
     return TRAFFIC | {name: replace(TRAFFIC[name], trace=path) for name, path in found.items()}

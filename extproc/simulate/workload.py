@@ -18,7 +18,7 @@ from extproc.simulate.arrivals import Process, arrivals
 from extproc.stream.request import BYTES_PER_TOKEN, UNKNOWN_PROMPT_TOKENS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 BUDGET_MARGIN_S = 0.4
 """A class may wait in the queue for its TTFT objective less this, which is left to the engine."""
@@ -219,6 +219,12 @@ class Workload:
         """Draw `duration_s` seconds of arrivals, `rate` requests per second in the mean."""
         return _Draw(self, seed).demands(rate, duration_s)
 
+    def dress(self, demands: Iterable[Demand], seed: int) -> None:
+        """Give recorded demands what these have beside times and lengths: images, adapters, answers in one piece."""
+        draw = _Draw(self, seed)
+        for demand in demands:
+            draw.dress(demand)
+
 
 @dataclass(slots=True)
 class _Draw:
@@ -262,7 +268,7 @@ class _Draw:
         demands.sort(key=lambda demand: demand.at)
         for demand in demands:
             for turn in demand.chain():
-                self._dress(turn)
+                self.dress(turn)
         return demands
 
     def _crowds(self, rate: float, known: tuple[Klass, ...], weights: list[float]) -> Iterator[Demand]:
@@ -282,7 +288,7 @@ class _Draw:
                 klass = sizes.choices(known, cum_weights=weights)[0]
                 yield self.one(surge.begin_s + at, klass, sizes.choices(names, cum_weights=tenants)[0])
 
-    def _dress(self, demand: Demand) -> None:
+    def dress(self, demand: Demand) -> None:
         """Give a demand what its class doesn't say."""
         workload, draw = self.workload, self.extras
         demand.model = workload.model

@@ -347,6 +347,20 @@ def test_a_recorded_hour_is_cut_into_parts_that_begin_at_0_and_have_all_of_it(tm
     assert all(0 <= one.at < scene.duration_s for scene in scenes for one in next(iter(scene.demands.values())))
 
 
+def test_a_recorded_hour_has_the_images_and_whole_answers_that_its_traffic_is_about(tmp_path):
+    lines = [f"{at},10,10" for at in range(200)]
+    (tmp_path / "azure_conv.csv").write_text("\n".join(["time,prompt_tokens,output_tokens", *lines]))
+    traffic = shapes.with_traces(tmp_path)
+
+    def played(kind: str) -> list:
+        (demands,) = shapes.stage("a100-8b", traffic[kind], 80, (1,)).demands.values()
+        return demands
+
+    assert {one.prompt for one in played("azure-conv")} == {10}
+    assert 2 <= sum(one.prompt > 1000 and one.estimate > 100_000 for one in played("conv-images")) <= 24
+    assert 40 <= sum(not one.streamed for one in played("unstreamed")) <= 80
+
+
 def shape(ours: float, rival: float, load: int = 120, tokens: float = 90.0) -> dict:
     """A row of shapes.json."""
     shares = [
