@@ -14,12 +14,6 @@ if TYPE_CHECKING:
     from extproc.admission.endpoint import Endpoint
     from extproc.admission.load import Load
 
-HALF = 0.5
-"""Below this pressure an endpoint that has the adapter goes before emptier ones. Loading takes a part of a second,
-once; a full batch slows each token."""
-TWICE = 2.0
-"""Where it would have to wait for a slot elsewhere: one that has it may be so many times as pressed as the emptiest."""
-
 
 class Adapters:
     """Who has which adapter loaded, as far as pages tell."""

@@ -59,7 +59,7 @@ class Books:
     def __init__(self, policy: Policy) -> None:
         """Start without endpoints."""
         self.endpoints: dict[str, Endpoint] = {}
-        self.pools = Pools()
+        self.pools = Pools(policy.laws)
         self.adapters = Adapters()
         self.tenants = Tenants(policy.tenants)
         self.waiting = 0
@@ -75,6 +75,8 @@ class Books:
     def follow(self, policy: Policy) -> None:
         """Replace the rules."""
         self.policy = policy
+        for pool in self.pools:
+            pool.obey(policy.laws)
         self.tenants.follow(policy.tenants)
         self._classes = {klass.name: klass for klass in policy.classes}
 

@@ -17,7 +17,7 @@ from extproc.admission.kv import KvBooks
 from extproc.admission.limit import AdaptiveLimit, FixedLimit
 from extproc.admission.missing import Missing
 from extproc.admission.prefill import Prefill
-from extproc.admission.reading import ARRIVED_S, Foreign, Reading
+from extproc.admission.reading import Foreign, Reading
 from extproc.admission.steps import StepCost
 
 if TYPE_CHECKING:
@@ -118,8 +118,8 @@ class Endpoint:
         self.listed = False  # in its pools' lists of open endpoints
         self.listing = 0  # which of all listings was its last
         self.counted = False  # among its pools' usable ones
-        self.health = Health()
-        self.missing = Missing()
+        self.health = Health(policy.laws.health)
+        self.missing = Missing(policy.laws.health)
         self.removed = False
         self.dispatched = 0
         self.completed = 0  # leases that ended since the mean of output tokens was fed last
@@ -133,7 +133,7 @@ class Endpoint:
         self.alarm = NEVER  # the one alarm that is set for it
         self.quota: int | None = None
         self.reading = Reading()
-        self.strangers = Foreign()
+        self.strangers = Foreign(policy.laws.foreign)
         self.kv = KvBooks(spec.kv_capacity_tokens, policy.laws.kv)
         self.counters = Counters(policy.laws.counters)
         self.steps = StepCost(policy.laws.steps)
@@ -159,6 +159,8 @@ class Endpoint:
         self.kv.law, self.counters.law = policy.laws.kv, policy.laws.counters
         self.steps.law = policy.laws.steps
         self.prefill.obey(policy.laws.prompts)
+        self.health.law = self.missing.law = policy.laws.health
+        self.strangers.law = policy.laws.foreign
         self.look_for_first_tokens(policy)
 
     # ---- room
@@ -391,7 +393,7 @@ class Endpoint:
     def is_at_work(self, now: float) -> bool:
         """Tell whether the engine computes anything, as far as one can tell: a lease that it did not refuse at once."""
         oldest = next(iter(self.leases), None)
-        if oldest is not None and oldest.leased_at + ARRIVED_S <= now:
+        if oldest is not None and oldest.leased_at + self.strangers.law.arrived_s <= now:
             return True
         page = self.reading.page
         return bool(self.foreign) or (page is not None and bool(page.running))

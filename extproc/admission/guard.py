@@ -4,8 +4,8 @@ First fit lets a request past those before it that have no room. Without a bound
 waiting for ever. So:
 
 * Only the first WINDOW of a line are looked at, and only those of them that are passed count it.
-* Who was passed GUARD times becomes a guard: room is kept for it from then on, at one endpoint, and nobody is sent
-  there before it does.
+* Who was passed `passes` times (laws.py) becomes a guard: room is kept for it from then on, at one endpoint, and nobody
+  is sent there before it does.
 * That endpoint is its home; for those in the shared line it is the emptiest open one. It gets emptier while nobody
   else is sent there, so it stays the emptiest until the guard fits, and the other endpoints need not wait.
 * Where several pools wait for an endpoint class, then the tenants' turns there, then arrival tell who goes and who is
@@ -24,6 +24,7 @@ from itertools import islice
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
+from extproc.admission.laws import LAWS
 from extproc.admission.queue import WINDOW
 from extproc.admission.tenants import GUARANTEED
 
@@ -31,12 +32,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from extproc.admission.endpoint import Endpoint
+    from extproc.admission.laws import GuardLaw
     from extproc.admission.pool import Pool
     from extproc.admission.queue import Queue
     from extproc.admission.ticket import Ticket
-
-GUARD = 64
-"""How often a request may be passed over by later ones that fit."""
 
 _place = attrgetter("key")
 most_room = attrgetter("crowding")
@@ -66,12 +65,17 @@ def goes_by_turns(waiting: Sequence[Pool]) -> bool:
 
 
 class Guard:
-    """The guard rule of one pool: of its shared line, and of the lines of those at home at a member."""
+    """The guard rule of one pool: of its shared line, and of the lines of those at home at a member.
 
-    __slots__ = ("_emptiest", "_pool")
+    Attributes:
+        law: the constants.
+    """
 
-    def __init__(self, pool: Pool) -> None:
+    __slots__ = ("_emptiest", "_pool", "law")
+
+    def __init__(self, pool: Pool, law: GuardLaw = LAWS.guard) -> None:
         """Guard the lines of `pool`."""
+        self.law = law
         self._pool = pool
         self._emptiest: Endpoint | None = None  # not looked for since the last change
 
@@ -137,9 +141,9 @@ class Guard:
         lines = [pool.shared, pool.homes[endpoint]] if endpoint in pool.homes else [pool.shared]
         for queue in lines:
             if other is None or other is pool or other.base is not pool.base or pool.base in (pool, other):
-                _pass_over(queue, ticket, endpoint, same_pool=other is pool, by_turns=by_turns)
+                self._pass_over(queue, ticket, endpoint, same_pool=other is pool, by_turns=by_turns)
             elif queue and (queue.first().key[0] < ticket.key[0] or pool.turn < other.turn):
-                _count(queue, queue.first())  # it was this lane's turn, and its first did not fit
+                self._count(queue, queue.first())  # it was this lane's turn, and its first did not fit
 
     def room_changed(self) -> Endpoint | None:
         """Note that a member has more or less room, or none. Return the one whose room was kept until now, if any."""
@@ -160,27 +164,25 @@ class Guard:
             self._emptiest = self._pool.emptiest()
         return self._emptiest is endpoint
 
-
-def _pass_over(queue: Queue, ticket: Ticket, endpoint: Endpoint, *, same_pool: bool, by_turns: bool) -> None:
-    """Count it for those in the window of `queue` who are before `ticket`, which goes to `endpoint`."""
-    place, before = ticket.key, place_at(ticket, endpoint)
-    for key in queue.first_keys():
-        if same_pool and not by_turns:
-            if key >= place:
-                return
-        elif same_pool:
-            if (key[0], turn_at(queue.at(key), endpoint), key) >= (*before[:2], place):
+    def _pass_over(self, queue: Queue, ticket: Ticket, endpoint: Endpoint, *, same_pool: bool, by_turns: bool) -> None:
+        """Count it for those in the window of `queue` who are before `ticket`, which goes to `endpoint`."""
+        place, before = ticket.key, place_at(ticket, endpoint)
+        for key in queue.first_keys():
+            if same_pool and not by_turns:
+                if key >= place:
+                    return
+            elif same_pool:
+                if (key[0], turn_at(queue.at(key), endpoint), key) >= (*before[:2], place):
+                    continue
+            elif place_at(queue.at(key), endpoint) >= before:
                 continue
-        elif place_at(queue.at(key), endpoint) >= before:
-            continue
-        _count(queue, queue.at(key))
+            self._count(queue, queue.at(key))
 
-
-def _count(queue: Queue, ticket: Ticket) -> None:
-    ticket.passed_over += 1
-    if ticket.passed_over == GUARD:
-        ticket.is_guard = True
-        queue.guards += 1
+    def _count(self, queue: Queue, ticket: Ticket) -> None:
+        ticket.passed_over += 1
+        if ticket.passed_over >= self.law.passes and not ticket.is_guard:
+            ticket.is_guard = True
+            queue.guards += 1
 
 
 def _has_guard_after_window(queue: Queue) -> bool:

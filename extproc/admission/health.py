@@ -16,33 +16,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from extproc.admission.held import HeldBy
+from extproc.admission.laws import LAWS
 
 if TYPE_CHECKING:
+    from extproc.admission.laws import HealthLaw
     from extproc.admission.ticket import Ticket
 
-EJECT_AFTER = 5
-"""Refusals in a row that bring an endpoint into doubt: fewer are everyday's bad luck."""
-CHANCE = 1e-5
-"""An endpoint is ejected when its refusals in a row would come to one that is as its peers are by a smaller chance."""
-EJECT_S = 5.0
-"""The first ejection; each one that follows without a good answer between lasts twice as long."""
-EJECT_MAX_S = 60.0
 EJECTED = "ejected after failures"
 """The condition of an endpoint that is out."""
-SATURATED_S = 0.25
-"""How long an endpoint that refused a request as full is left alone."""
-
-FEW = 4
-"""Requests that one is sent at first that nobody has heard of: with the next one a dead endpoint costs EJECT_AFTER."""
-QUIET_S = 3.0
-"""An idle endpoint that showed no sign of life for so long, by an answer or its page, gets a few at first: it may have
-died. Above the default scrape_interval and scrape_timeout together: who has a page that is read is not meant."""
-STEP_S = 0.1
-"""In doubt, a few are sent in a step; when it passes without a refusal, twice as many in the next. A dead endpoint
-shows within 30 ms (Envoy connects again after up to 25 ms); an engine with 64 slots whose answers don't stream, and so
-show nothing for long, is filled in half a second."""
-STEP_MAX_S = 1.0
-"""Each refusal makes the wait for the next try twice as long, at most this: how late the end of an outage is seen."""
 
 
 class Record:
@@ -91,10 +72,10 @@ class _Doubt:
 
     __slots__ = ("allowed", "ends", "has_failed", "sent", "step_s")
 
-    def __init__(self, allowed: int) -> None:
+    def __init__(self, allowed: int, step_s: float) -> None:
         self.allowed = allowed
         self.sent = 0
-        self.step_s = STEP_S
+        self.step_s = step_s
         self.ends: float | None = None  # None: nothing was sent yet
         self.has_failed = False
 
@@ -102,24 +83,24 @@ class _Doubt:
     def is_spent(self) -> bool:
         return self.has_failed or self.sent >= self.allowed
 
-    def send(self, now: float) -> None:
-        self.pass_time(now)
+    def send(self, now: float, law: HealthLaw) -> None:
+        self.pass_time(now, law)
         if self.ends is None:
             self.ends = now + self.step_s
         self.sent += 1
 
-    def fail(self, now: float) -> None:
-        self.pass_time(now)
+    def fail(self, now: float, law: HealthLaw) -> None:
+        self.pass_time(now, law)
         if not self.has_failed:  # those of the same step have nothing to add
             self.has_failed, self.ends = True, now + self.step_s
 
-    def pass_time(self, now: float) -> None:
+    def pass_time(self, now: float, law: HealthLaw) -> None:
         if self.ends is None or now < self.ends:
             return
         if self.has_failed:
-            self.allowed, self.step_s = 1, min(2 * self.step_s, STEP_MAX_S)
+            self.allowed, self.step_s = 1, min(2 * self.step_s, law.step_most_s)
         else:
-            self.allowed, self.step_s = min(2 * self.allowed, 1 << 20), STEP_S
+            self.allowed, self.step_s = min(2 * self.allowed, 1 << 20), law.step_s
         self.sent, self.ends, self.has_failed = 0, None, False
 
 
@@ -135,9 +116,10 @@ class Health:
         ejections: how many followed each other without a good answer between.
         refusals: how many in a row led to the last ejection.
         on_trial: back from an ejection, and no good answer since.
-        is_failing: it refused EJECT_AFTER requests in a row and more, nobody is better, and it is tried now and then.
+        is_failing: it refused `eject_after` requests in a row and more, nobody is better, and it is tried now and then.
         full_until: it refused a request as full, and is left alone till then.
         heard_at: when an answer of it began or ended well last, or its page showed that it makes tokens.
+        law: the constants.
     """
 
     __slots__ = (
@@ -153,12 +135,14 @@ class Health:
         "is_known",
         "is_up",
         "is_well",
+        "law",
         "on_trial",
         "refusals",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, law: HealthLaw = LAWS.health) -> None:
         """Start unknown."""
+        self.law = law
         self.is_asleep = False
         self.reset()
 
@@ -176,7 +160,7 @@ class Health:
         self.heard_at: float | None = None
         self._back_at = 0.0  # requests that were sent before tell nothing of how it is now
         self._streaks: dict[Record, Streak] = {}  # since its last good answer
-        self._doubt: _Doubt | None = _Doubt(FEW)
+        self._doubt: _Doubt | None = _Doubt(self.law.few, self.law.step_s)
 
     # ---- what it allows
 
@@ -243,15 +227,15 @@ class Health:
     def leased(self, now: float) -> None:
         """Note that a request is sent there."""
         if self._doubt is not None:
-            self._doubt.send(now)
+            self._doubt.send(now, self.law)
 
     def wakes(self, now: float, page_at: float | None) -> None:
         """Note that an idle one is sent a request; `page_at`: when its page was read last. Checks speak for it, too."""
         if self._doubt is not None or self.is_up is not None:
             return
         heard_at = self.heard_at if page_at is None or (self.heard_at or page_at) > page_at else page_at
-        if heard_at is not None and now - heard_at > QUIET_S:
-            self._doubt = _Doubt(FEW)
+        if heard_at is not None and now - heard_at > self.law.quiet_s:
+            self._doubt = _Doubt(self.law.few, self.law.step_s)
             self._look()
 
     def answered(self, now: float) -> bool:
@@ -295,34 +279,34 @@ class Health:
                 self._doubt = None
                 self.is_failing = False
             return
-        if has_peers and streak.count >= EJECT_AFTER and share**streak.count <= CHANCE:
+        if has_peers and streak.count >= self.law.eject_after and share**streak.count <= self.law.chance:
             self.ejections += 1
             self.ejected_until = now + self.ejection_s
             self.refusals = streak.count
             self.on_trial = self.is_failing = False
             return
-        if streak.count >= EJECT_AFTER:
+        if streak.count >= self.law.eject_after:
             self.is_failing = True
-            self._doubt = self._doubt or _Doubt(1)
+            self._doubt = self._doubt or _Doubt(1, self.law.step_s)
         if self._doubt is not None:
-            self._doubt.fail(now)
+            self._doubt.fail(now, self.law)
 
     def saturated(self, now: float) -> None:
         """Note that it refused a request as full: it works, and wants to be left alone for a moment."""
-        self.full_until = now + SATURATED_S
+        self.full_until = now + self.law.full_s
         self._look()
 
     @property
     def ejection_s(self) -> float:
         """How long the latest ejection lasts, in seconds."""
-        return min(EJECT_S * 2.0 ** (self.ejections - 1), EJECT_MAX_S)
+        return min(self.law.eject_s * 2.0 ** (self.ejections - 1), self.law.eject_most_s)
 
     def take_back(self, now: float) -> None:
         """End its ejection: it is on trial."""
         self.ejected_until = None
         self.on_trial = True
         self._back_at = now
-        self._doubt = _Doubt(1)
+        self._doubt = _Doubt(1, self.law.step_s)
         self._look()
 
     # ---- time
@@ -344,7 +328,7 @@ class Health:
             self.full_until = None
             self._look()
         if self._doubt is not None:
-            self._doubt.pass_time(now)
+            self._doubt.pass_time(now, self.law)
         if self.ejected_until is not None and now >= self.ejected_until:
             self.take_back(now)
 

@@ -1,7 +1,8 @@
-"""The constants of what is learned of an engine, beside its limit's own (`limit.py`): the config's `learning`.
+"""The constants of what is learned and judged of engines and lines, beside a limit's own (`limit.py`): the config's
+`learning`.
 
 What a change of one is judged by: `python -m bench.matrix --gate`. A bound that keeps a lie or a flood small, a memory
-that must not grow, a grid, exactness given up for time are no laws; docs/tuning.md has what else has no key.
+that must not grow, a grid, exactness given up for time are no laws; docs/tuning.md names them.
 """
 
 from __future__ import annotations
@@ -182,6 +183,109 @@ class TokenLaw:
 
 
 @dataclass(frozen=True, slots=True)
+class PaceLaw:
+    """How fast a line is taken to move, and how sure a refusal by that must be.
+
+    Attributes:
+        memory_s: what is longer ago weighs less than a third ...
+        gaps: ... in a pool that sends so many meanwhile; a slower one remembers for longer.
+        enough: dispatches from a backlog that make a rate worth believing ...
+        enough_slow: ... or so few, in a backlog as long as `memory_s`: large answers leave seldom.
+        least_busy_s: how long the backlog must have lasted: the first moments of a burst say little of what follows.
+        least_share: what higher classes leave to a lower one at the least, as a share of the rate: keeps predictions
+            finite.
+        sure: refuse at once what would wait so many times its budget: a prediction after a burst is off by as much,
+            and what might make it waits its budget out. Goodput at 120% load over 1.0: +0.5 to +1 points, under bursts
+            +2 to +3.
+    """
+
+    memory_s: float = 10.0
+    gaps: float = 16.0
+    enough: float = 8.0
+    enough_slow: float = 3.0
+    least_busy_s: float = 1.0
+    least_share: float = 0.02
+    sure: float = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class GuardLaw:
+    """What a request that fits nowhere has to let pass.
+
+    Attributes:
+        passes: how often it may be passed over by later ones that fit, until room is kept for it.
+    """
+
+    passes: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class HealthLaw:
+    """When an endpoint is doubted or ejected, and how it comes back.
+
+    Attributes:
+        eject_after: refusals in a row that bring an endpoint into doubt: fewer are everyday's bad luck.
+        chance: an endpoint is ejected when its refusals in a row would come to one that is as its peers are by a
+            smaller chance.
+        eject_s, eject_most_s: the first ejection; each one that follows without a good answer between lasts twice as
+            long, up to the latter.
+        full_s: how long an endpoint that refused a request as full is left alone.
+        few: requests that one is sent at first that nobody has heard of: with the next one a dead endpoint costs
+            `eject_after`.
+        quiet_s: an idle endpoint that showed no sign of life for so long, by an answer or its page, gets a few at
+            first: it may have died. Above the default scrape_interval and scrape_timeout together: who has a page that
+            is read is not meant.
+        step_s: in doubt, a few are sent in a step; when it passes without a refusal, twice as many in the next. A dead
+            endpoint shows within 30 ms (Envoy connects again after up to 25 ms); an engine with 64 slots whose answers
+            don't stream, and so show nothing for long, is filled in half a second.
+        step_most_s: each refusal makes the wait for the next try twice as long, at most this: how late the end of an
+            outage is seen.
+    """
+
+    eject_after: int = 5
+    chance: float = 1e-5
+    eject_s: float = 5.0
+    eject_most_s: float = 60.0
+    full_s: float = 0.25
+    few: int = 4
+    quiet_s: float = 3.0
+    step_s: float = 0.1
+    step_most_s: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignLaw:
+    """Whose requests an engine's are.
+
+    Attributes:
+        arrived_s: a lease as old as this has reached its engine.
+        steady_s: foreign requests that don't get fewer for so long are somebody's steady traffic, not answers that run
+            out: from then on fewer of them are counted, since nobody who fills an engine steadily may keep us out of
+            it for ever.
+        alone: share of what an engine holds that must be ours for its counters to say something of our requests.
+    """
+
+    arrived_s: float = 0.1
+    steady_s: float = 30.0
+    alone: float = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLaw:
+    """What a loaded LoRA adapter is worth.
+
+    Attributes:
+        below: under this pressure an endpoint that has the adapter goes before emptier ones. Loading takes a part of a
+            second, once; a full batch slows each token.
+        times: where it would have to wait for a slot elsewhere: one that has it may be so many times as pressed as the
+            emptiest.
+    """
+
+    below: float = 0.5
+    times: float = 2.0
+
+
+@dataclass(frozen=True, slots=True)
 class Laws:
     """All of them."""
 
@@ -191,6 +295,11 @@ class Laws:
     counters: CounterLaw = CounterLaw()
     steps: StepLaw = StepLaw()
     tokens: TokenLaw = TokenLaw()
+    pace: PaceLaw = PaceLaw()
+    guard: GuardLaw = GuardLaw()
+    health: HealthLaw = HealthLaw()
+    foreign: ForeignLaw = ForeignLaw()
+    adapters: AdapterLaw = AdapterLaw()
 
 
 LAWS = Laws()

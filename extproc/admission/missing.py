@@ -7,7 +7,13 @@ the same measure. An endpoint is left out for that model alone, for as long as a
 
 from __future__ import annotations
 
-from extproc.admission.health import CHANCE, EJECT_AFTER, EJECT_MAX_S, EJECT_S, Record, Streak
+from typing import TYPE_CHECKING
+
+from extproc.admission.health import Record, Streak
+from extproc.admission.laws import LAWS
+
+if TYPE_CHECKING:
+    from extproc.admission.laws import HealthLaw
 
 MOST_MODELS = 64
 """Models of an endpoint whose refusals are counted; clients may make up names. The oldest are forgotten first."""
@@ -62,12 +68,14 @@ class Missing:
     Attributes:
         models: those that it is left out for.
         until: when time alone ends the first of them; None: there is none.
+        law: the constants, those of health.
     """
 
-    __slots__ = ("_known", "models", "until")
+    __slots__ = ("_known", "law", "models", "until")
 
-    def __init__(self) -> None:
+    def __init__(self, law: HealthLaw = LAWS.health) -> None:
         """Start with nothing against it."""
+        self.law = law
         self.models: frozenset[str] = frozenset()
         self._known: dict[str, _Model] = {}
         self.until: float | None = None
@@ -94,15 +102,15 @@ class Missing:
         record.refused += 1
         if known.until is not None:
             return False  # it was sent before
-        streak = known.streak
+        law, streak = self.law, known.streak
         streak.count += 1
         others_serve_it = record.served > streak.served
-        if streak.count < EJECT_AFTER or streak.count <= in_a_row or not others_serve_it:
+        if streak.count < law.eject_after or streak.count <= in_a_row or not others_serve_it:
             return False  # too few, the endpoint as a whole, or nobody's
-        if streak.peers_share() ** streak.count > CHANCE:
+        if streak.peers_share() ** streak.count > law.chance:
             return False
         known.ejections += 1
-        known.until = now + min(EJECT_S * 2.0 ** (known.ejections - 1), EJECT_MAX_S)
+        known.until = now + min(law.eject_s * 2.0 ** (known.ejections - 1), law.eject_most_s)
         self._changed()
         return True
 
@@ -122,10 +130,10 @@ class Missing:
         self._changed()
         return True
 
-    @staticmethod
-    def _try_again(known: _Model) -> None:
+    def _try_again(self, known: _Model) -> None:
         known.until = None
-        known.begin(known.record, EJECT_AFTER - 1)  # one more refusal, of what its peers go on to serve, is enough
+        # One more refusal, of what its peers go on to serve, is enough.
+        known.begin(known.record, self.law.eject_after - 1)
 
     def _changed(self) -> None:
         out = {model: known.until for model, known in self._known.items() if known.until is not None}

@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-HORIZON_S = 10.0
-"""What is longer ago than this weighs less than a third ..."""
-HORIZON_GAPS = 16
-"""... in a pool that sends so many meanwhile; a slower one remembers for longer."""
+from extproc.admission.laws import LAWS
 
-ENOUGH = 8
-"""Dispatches from a backlog that make a rate worth believing ..."""
-ENOUGH_SLOW = 3
-"""... or so few, in a backlog as long as HORIZON_S: large answers leave seldom."""
-
-LEAST_BUSY_S = 1.0
-"""... and how long the backlog must have lasted: the first moments of a burst say little of what follows."""
-
-LEAST_SHARE = 0.02
-"""What higher classes leave to a lower one at the least, as a share of the drain rate: keeps predictions finite."""
+if TYPE_CHECKING:
+    from extproc.admission.laws import PaceLaw
 
 
 class Pace:
@@ -26,16 +16,20 @@ class Pace:
 
     The drain rate is measured only while requests wait: an idle pool dispatches as fast as requests arrive, which
     says nothing about what it could do.
+
+    Attributes:
+        law: the constants.
     """
 
-    __slots__ = ("_arrivals", "_busy_s", "_horizon_s", "_marked", "_served")
+    __slots__ = ("_arrivals", "_busy_s", "_horizon_s", "_marked", "_served", "law")
 
-    def __init__(self) -> None:
+    def __init__(self, law: PaceLaw = LAWS.pace) -> None:
         """Start knowing nothing."""
+        self.law = law
         self._arrivals: dict[int, tuple[float, float]] = {}  # priority -> weight of arrivals, at
         self._served = 0.0
         self._busy_s = 0.0
-        self._horizon_s = HORIZON_S
+        self._horizon_s = law.memory_s
         self._marked = 0.0  # up to here busy time is counted
 
     def arrived(self, priority: int, now: float) -> None:
@@ -56,13 +50,16 @@ class Pace:
         kept = math.exp(-elapsed / self._horizon_s)
         self._busy_s = self._busy_s * kept + elapsed
         self._served = self._served * kept + 1.0
-        horizon_s = HORIZON_GAPS * self._busy_s / self._served
-        self._horizon_s = horizon_s if horizon_s > HORIZON_S else HORIZON_S
+        law = self.law
+        horizon_s = law.gaps * self._busy_s / self._served
+        self._horizon_s = horizon_s if horizon_s > law.memory_s else law.memory_s
         self._marked = now
 
     def drain_rate(self) -> float | None:
         """Return dispatches per second out of a backlog; None until enough were seen."""
-        if self._served < (ENOUGH if self._busy_s < HORIZON_S else ENOUGH_SLOW) or self._busy_s < LEAST_BUSY_S:
+        law = self.law
+        enough = law.enough if self._busy_s < law.memory_s else law.enough_slow
+        if self._served < enough or self._busy_s < law.least_busy_s:
             return None
         return self._served / self._busy_s
 
@@ -76,4 +73,4 @@ class Pace:
             for other, (weight, at) in self._arrivals.items()
             if other > priority
         )
-        return (ahead + 1) / max(drain - above, LEAST_SHARE * drain)
+        return (ahead + 1) / max(drain - above, self.law.least_share * drain)

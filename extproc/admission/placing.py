@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from extproc.admission.adapters import HALF, TWICE
 from extproc.admission.books import MANY
 from extproc.admission.guard import goes_by_turns, most_room, seniority
 from extproc.admission.lanes import first_of, served
@@ -124,12 +123,14 @@ class Placing:
         Less to spare where the emptiest of all would have it wait for a slot.
         """
         loaded = self._books.adapters.having(ticket.request.model)
-        if not (loaded and self._books.policy.adapter_affinity):
+        policy = self._books.policy
+        if not (loaded and policy.adapter_affinity):
             return None
-        most, emptiest = HALF, pool.emptiest()
+        law = policy.laws.adapters
+        most, emptiest = law.below, pool.emptiest()
         page = None if emptiest is None else emptiest.reading.page
         if emptiest is not None and page is not None and page.has_all_adapters:
-            most = max(HALF, TWICE * emptiest.crowding[0])
+            most = max(law.below, law.times * emptiest.crowding[0])
         spare = (one for one in loaded if one in pool.open and one.crowding[0] < most)
         best = min(spare, key=most_room, default=None)
         return best if best is not None and best.lacks(ticket) is None and not self._is_kept(best) else None

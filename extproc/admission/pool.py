@@ -11,6 +11,7 @@ from extproc.admission.fairness import Memory
 from extproc.admission.guard import Guard
 from extproc.admission.health import Record
 from extproc.admission.held import HeldBy
+from extproc.admission.laws import LAWS
 from extproc.admission.pace import Pace
 from extproc.admission.queue import Queue
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from extproc.admission.endpoint import Endpoint
     from extproc.admission.fairness import FairShare
+    from extproc.admission.laws import Laws
     from extproc.admission.ticket import Ticket
     from extproc.admission.values import RequestClass
 
@@ -47,6 +49,7 @@ class Pool:
         shares: fairness between tenants, by priority.
         waiting, waiting_total: how many wait in all its lines, by class and together.
         pace: how fast requests leave and arrive.
+        laws: the constants of what is judged of it.
         record: how its requests were answered.
         usual: how long its answers are, by all its engines' counters.
         longest: the longest prompt and answer together that a member takes; None: nobody says.
@@ -66,6 +69,7 @@ class Pool:
         "is_part",
         "is_served",
         "lanes",
+        "laws",
         "longest",
         "members",
         "names",
@@ -83,8 +87,9 @@ class Pool:
         "waiting_total",
     )
 
-    def __init__(self, tenants: Memory | None = None) -> None:
+    def __init__(self, tenants: Memory | None = None, laws: Laws = LAWS) -> None:
         """Make an empty pool; `tenants`: the memory that it has in common with others."""
+        self.laws = laws
         self.tenants = tenants if tenants is not None else Memory()
         self.members: list[Endpoint] = []
         self.names = 0
@@ -97,11 +102,11 @@ class Pool:
         self.closed_last: Endpoint | None = None
         self.shared = Queue()
         self.homes: dict[Endpoint, Queue] = {}
-        self.guard = Guard(self)
+        self.guard = Guard(self, laws.guard)
         self.shares: dict[int, FairShare] = {}
         self.waiting: dict[RequestClass, int] = {}
         self.waiting_total = 0
-        self.pace = Pace()
+        self.pace = Pace(laws.pace)
         self.record = Record()
         self.usual = Usual()
         self.longest: int | None = None
@@ -110,6 +115,11 @@ class Pool:
         self.turn = 0.0
         self.turns: dict[int, float] = {}
         self.is_part = False
+
+    def obey(self, laws: Laws) -> None:
+        """Follow changed constants; what was learned, and who became a guard, stays."""
+        self.laws = laws
+        self.pace.law, self.guard.law = laws.pace, laws.guard
 
     def share(self, priority: int) -> FairShare:
         """Return the tenants' fair shares at `priority`."""
@@ -244,7 +254,7 @@ class Pool:
 
     def part(self, members: Sequence[Endpoint] | None = None) -> Pool:
         """Return a new pool of the same endpoints, or of these `members`, where nobody waits."""
-        part = Pool(self.tenants)
+        part = Pool(self.tenants, self.laws)
         part.longest = self.longest
         if members is None:
             for endpoint in self.members:

@@ -9,12 +9,14 @@ from __future__ import annotations
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from extproc.admission.laws import LAWS
 from extproc.admission.pool import Pool
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Iterator
 
     from extproc.admission.endpoint import Endpoint
+    from extproc.admission.laws import Laws
 
 MOST_SUBSETS = 64
 """Sets of allowed endpoints that are remembered, besides those that somebody waits for."""
@@ -49,9 +51,9 @@ class Pools:
         "subsets",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, laws: Laws = LAWS) -> None:
         """Start without endpoints: all who come wait in one pool."""
-        self.any_model = self.every = Pool()
+        self.any_model = self.every = Pool(laws=laws)
         self.by_model: dict[str, Pool] = {}
         self.any_model.names = 2
         self._listed_by: dict[frozenset[str], Endpoint] = {}  # for each list of models an endpoint that has it
@@ -300,7 +302,7 @@ def _keep(kept: dict[int, Pool], taken: set[Pool], members: int, pool: Pool, pre
     """Return the pool of `members`: the first that was for any of their models, if no other set has it."""
     found = kept.get(members)
     if found is None:
-        found = kept[members] = Pool(pool.tenants) if pool in taken else pool
+        found = kept[members] = Pool(pool.tenants, pool.laws) if pool in taken else pool
         taken.add(found)
         found.members = [present[number] for number in _numbers(members)]
         for endpoint in found.members:

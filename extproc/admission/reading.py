@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from extproc.admission.laws import LAWS
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from extproc.admission.laws import ForeignLaw
     from extproc.admission.load import Load
     from extproc.admission.ticket import Ticket
-
-ARRIVED_S = 0.1
-"""A lease as old as this has reached its engine."""
-FOREIGN_S = 30.0
-"""Foreign requests that don't get fewer for so long are somebody's steady traffic, not answers that run out: from then
-on fewer of them are counted, since nobody who fills an engine steadily may keep us out of it for ever."""
 
 
 class Reading:
@@ -68,12 +65,14 @@ class Foreign:
 
     Attributes:
         count: how many; they take room like leases.
+        law: the constants.
     """
 
-    __slots__ = ("_changed_at", "_met", "count")
+    __slots__ = ("_changed_at", "_met", "count", "law")
 
-    def __init__(self) -> None:
+    def __init__(self, law: ForeignLaw = LAWS.foreign) -> None:
         """Start before the first page."""
+        self.law = law
         self.count = 0
         self._changed_at = 0.0  # when they became fewer last
         self._met = False  # telemetry came at least once
@@ -96,9 +95,9 @@ class Foreign:
             self._met = True
             self.count, self._changed_at = min(max(there - in_flight, 0), most), now
         elif self.count:
-            arrived = sum(ticket.sequences for ticket in leases if ticket.leased_at <= now - ARRIVED_S)
+            arrived = sum(ticket.sequences for ticket in leases if ticket.leased_at <= now - self.law.arrived_s)
             left = min(max(there - arrived, 0), most)
             if left < self.count:
                 self.count, self._changed_at = left, now
-            elif now >= self._changed_at + FOREIGN_S:
+            elif now >= self._changed_at + self.law.steady_s:
                 self.count, self._changed_at = self.count // 2, now

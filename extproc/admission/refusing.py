@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 
 RETRY_AFTER_MAX_S = 60
 _BY_SIZE = (HeldBy.KV, HeldBy.PROMPTS)
-SURE = 2.0
-"""Refuse at once what would wait so many times its budget: a prediction after a burst is off by as much, and what might
-make it waits its budget out. Goodput at 120% load over shedding at 1.0: +0.5 to +1 points, under bursts +2 to +3."""
 
 
 class Refusing:
@@ -115,9 +112,9 @@ class Refusing:
         books.decisions.append(Reject(ticket, outcome, wait_s, max(math.ceil(retry_s), 1)))
 
     def _is_doomed(self, ticket: Ticket, pool: Pool) -> bool:
-        """Predict whether `ticket` would wait longer than its budget."""
+        """Predict whether `ticket` would wait much longer than its budget."""
         now = self._books.now
-        budget_s = SURE * (ticket.wait_until - now)
+        budget_s = pool.pace.law.sure * (ticket.wait_until - now)
         priority = ticket.request_class.priority
         ticket.predicted_s = wait_s = pool.pace.wait_s(ticket.position, priority, now)
         if wait_s is None or wait_s <= budget_s or not pool.usable:

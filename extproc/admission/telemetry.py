@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from extproc.admission.ticket import Ticket
     from extproc.admission.values import Policy
 
-ALONE = 0.8
-"""Share of what an engine holds that must be ours for its counters to say something of our requests."""
-
 
 def follow_page(endpoint: Endpoint, load: Load, now: float, policy: Policy, *, wanted: bool) -> list[Ticket]:
     """Follow a page that was read just now. `wanted`: requests wait that this endpoint could serve.
@@ -120,7 +117,7 @@ def _follow_prompts(endpoint: Endpoint, load: Load, elapsed_s: float, now: float
     ours = min(endpoint.sequences / engine_holds, 1.0) if engine_holds else 1.0  # others may use it too
     if load.cached_tokens is not None and load.prompt_tokens:
         endpoint.prefill.found(load.cached_tokens, load.prompt_tokens)
-    mostly_ours, others = ours >= ALONE, endpoint.strangers.count > 0
+    mostly_ours, others = ours >= endpoint.strangers.law.alone, endpoint.strangers.count > 0
     # Few others are answers that run out: their first tokens came before. Too few counted as ours would add up.
     first_tokens = load.first_tokens * (1.0 if others and mostly_ours else ours)
     alone = mostly_ours or not others

@@ -1,4 +1,7 @@
-"""The constants of what is learned of servers, as keys: of the adaptive limit, and of all else."""
+"""The constants of what is learned of servers, as keys: of the adaptive limit, and of all else.
+
+Those by which servers and lines are judged are in judging.py.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,13 @@ from pydantic import Field
 
 from extproc.admission.laws import LAWS, AnswerLaw, CounterLaw, KvLaw, Laws, PromptLaw, StepLaw, TokenLaw
 from extproc.admission.limit import CEILING, DEFAULT_LAW, LimitLaw
+from extproc.config.judging import (
+    AdapterLearningConfig,
+    ForeignLearningConfig,
+    GuardLearningConfig,
+    HealthLearningConfig,
+    PaceLearningConfig,
+)
 from extproc.config.section import Section
 from extproc.config.types import Percent, PositiveDuration
 
@@ -362,6 +372,11 @@ class LearningConfig(Section):
     counters: CounterLearningConfig = Field(CounterLearningConfig(), description="Of counters that may be wrong.")
     steps: StepLearningConfig = Field(StepLearningConfig(), description="Of what steps cost.")
     tokens: TokenLearningConfig = Field(TokenLearningConfig(), description="Of tokens that requests need.")
+    pace: PaceLearningConfig = Field(PaceLearningConfig(), description="Of how fast lines move.")
+    guard: GuardLearningConfig = Field(GuardLearningConfig(), description="Of requests that are passed over.")
+    health: HealthLearningConfig = Field(HealthLearningConfig(), description="Of servers that refuse requests.")
+    foreign: ForeignLearningConfig = Field(ForeignLearningConfig(), description="Of others' requests.")
+    adapters: AdapterLearningConfig = Field(AdapterLearningConfig(), description="Of loaded LoRA adapters.")
 
     def laws(self) -> Laws:
         """Return them as admission knows them."""
@@ -372,4 +387,9 @@ class LearningConfig(Section):
             self.counters.law(),
             self.steps.law(),
             self.tokens.law(),
+            self.pace.law(),
+            self.guard.law(),
+            self.health.law(),
+            self.foreign.law(),
+            self.adapters.law(),
         )

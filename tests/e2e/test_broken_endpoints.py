@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import pytest
 
-from extproc.admission.health import QUIET_S
+from extproc.admission.laws import LAWS
 
 from .kit.clients import complete_many
 from .kit.processes import free_port, wait_until
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from .kit.stack import Stack
+
+QUIET_S = LAWS.health.quiet_s
 
 PATIENT = [{"name": "default", "budget": "30s"}]
 HEALTH = {"interval": "100ms", "timeout": "300ms"}

@@ -7,12 +7,14 @@ from dataclasses import replace
 import pytest
 
 from extproc.admission.controller import Controller
-from extproc.admission.health import EJECT_AFTER
+from extproc.admission.laws import LAWS
 from extproc.admission.load import Load
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, Dispatch, EndpointSpec, Policy, Request, RequestClass
 from extproc.stream.dry_run import DryRun
 from tests.unit.admission.methods import events_of_the_core
+
+EJECT_AFTER = LAWS.health.eject_after
 
 NAME = "default"
 NEEDED = events_of_the_core()

@@ -59,7 +59,10 @@ ALLOWED = {
     "config/types": {"extproc.durations", "extproc.errors"},
     "config/section": set(),
     "config/kubernetes_api": {"extproc.config.section", "extproc.config.types"},
-    "config/learning": {"extproc.config.section", "extproc.config.types", "extproc.admission"},
+    "config/judging": {"extproc.config.section", "extproc.config.types", "extproc.admission"},
+    "config/learning": {
+        *("extproc.config.section", "extproc.config.types", "extproc.config.judging", "extproc.admission"),
+    },
     "config/endpoints": {
         *(
             "extproc.config.kubernetes_api",

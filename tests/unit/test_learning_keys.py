@@ -1,6 +1,6 @@
 """Each constant of what is learned is a key that reaches the core: another value leads to other decisions and limits.
 
-Three stories are told to the core again and again, event by event, with one key changed each time: who is sent where,
+Some stories are told to the core again and again, event by event, with one key changed each time: who is sent where,
 who is refused, what requests are booked for, what limits the endpoints show. Some of it must not stay as it was. A key
 that nothing reads fails.
 """
@@ -35,7 +35,12 @@ STEP_S = 0.25
 
 @dataclass
 class Engine:
-    """A made-up server: what its page tells, how long its answers take; `silent_s`: from then on its page is short."""
+    """A made-up server: what its page tells, how long its answers take.
+
+    `silent_s`: from then on its page is short. `models`: by their letters, else the first of its name; with
+    `adapter_slots` they are LoRA adapters. `fails`: with what, from when to when. `others`: requests of others that run
+    there at first, the last of which end after so many seconds.
+    """
 
     name: str
     slots: int
@@ -45,6 +50,11 @@ class Engine:
     lies: float = 1.0
     silent_s: float = 1e9
     cache: int = 6000
+    models: str = ""
+    adapter_slots: int = 0
+    fails: tuple[Answer, float, float] | None = None
+    others: tuple[int, float] = (0, 1.0)
+    most: int | None = None
     made: float = 0.0
     began: int = 0
     prompts: int = 0
@@ -55,9 +65,13 @@ class Engine:
         return crowd * (ticket.request.prompt_tokens * 1e-4 + length)
 
     def page(self, endpoint: Endpoint, random: Random, now: float) -> Load | None:
-        held, running = endpoint.sequences, float(min(endpoint.sequences, self.slots))
+        others = max(round(self.others[0] * (1.0 - now / self.others[1])), 0)
+        held, running = endpoint.sequences, float(min(endpoint.sequences, self.slots) + others)
         booked = endpoint.kv.prompts + endpoint.kv.outputs
         gauges = Load(running=running, waiting=float(max(held - self.slots, 0)))
+        if self.adapter_slots:
+            of_leases = dict.fromkeys(str(lease.request.model) for lease in endpoint.leases)
+            gauges = replace(gauges, adapters=tuple(of_leases)[: self.adapter_slots], adapter_slots=self.adapter_slots)
         if self.tells == "nothing":
             return None
         if self.tells == "gauges" or now >= self.silent_s:
@@ -80,24 +94,26 @@ class Engine:
 
 @dataclass(frozen=True)
 class Story:
-    """What happens, and the configuration that it is told to."""
+    """What happens, and the configuration that it is told to; `checked`: health checks say that all are up."""
 
-    engines: tuple[tuple[Any, ...], ...]
+    engines: tuple[Engine, ...]
     models: str
     arrivals: tuple[int, ...]
     lengths: tuple[float, float]
     config: dict[str, Any]
     seconds: int = 40
+    checked: bool = True
+    classes: tuple[str, ...] = ()
 
 
 STORIES = (
     Story(
         engines=(
-            ("m0", 40, 0.02),
-            ("m1", 12, 0.05),
-            ("m2", 40, 0.02, "all", 0.0, 3.5),
-            ("g0", 30, 0.03, "gauges"),
-            ("n0", 8, 0.03, "nothing"),
+            Engine("m0", 40, 0.02),
+            Engine("m1", 12, 0.05),
+            Engine("m2", 40, 0.02, "all", 0.0, 3.5),
+            Engine("g0", 30, 0.03, "gauges"),
+            Engine("n0", 8, 0.03, "nothing"),
         ),
         models="mmmgnn",
         arrivals=(0, 2, 6),
@@ -107,9 +123,9 @@ STORIES = (
     ),
     Story(
         engines=(
-            ("q0", 4, 0.05),
-            ("w0", 300, 0.05, "all", 0.0, 1.0, 1e9, 10**6),
-            ("p0", 60, 0.03, "gauges", 0.1),
+            Engine("q0", 4, 0.05),
+            Engine("w0", 300, 0.05, "all", 0.0, 1.0, 1e9, 10**6),
+            Engine("p0", 60, 0.03, "gauges", 0.1),
         ),
         models="qwwwpp",
         arrivals=(0, 8, 16),
@@ -122,9 +138,9 @@ STORIES = (
     ),
     Story(
         engines=(
-            ("b0", 300, 0.06, "all", 0.0, 1.0, 1e9, 10**6),
-            ("n0", 300, 0.03, "nothing", 0.3),
-            ("s0", 300, 0.03, "all", 0.3, 1.0, 3.0, 10**6),
+            Engine("b0", 300, 0.06, "all", 0.0, 1.0, 1e9, 10**6),
+            Engine("n0", 300, 0.03, "nothing", 0.3),
+            Engine("s0", 300, 0.03, "all", 0.3, 1.0, 3.0, 10**6),
         ),
         models="bbnnss",
         arrivals=(0, 6, 12),
@@ -133,12 +149,41 @@ STORIES = (
         seconds=30,
     ),
     Story(
-        engines=(("u0", 40, 0.02, "all", 0.0, 1.0, 1e9, 2500),),
+        engines=(Engine("u0", 40, 0.02, "all", 0.0, 1.0, 1e9, 2500),),
         models="u",
         arrivals=(1, 3),
         lengths=(0.5, 0.5),
         config={"classes": [{"name": "std", "budget": "2s"}]},
         seconds=14,
+    ),
+    Story(
+        engines=(
+            Engine("f1", 64, 0.02, "nothing"),
+            Engine("f2", 64, 0.02, "nothing"),
+            Engine("f0", 64, 0.02, "nothing", fails=(Answer.ERROR, 8.0, 50.0)),
+            Engine("a0", 64, 0.02, "gauges", fails=(Answer.FAILED, 5.0, 14.0)),
+            Engine("s0", 64, 0.02, "gauges", fails=(Answer.SATURATED, 3.0, 30.0)),
+            Engine("o0", 64, 0.02, others=(12, 20.0)),
+        ),
+        models="ffffffaso",
+        arrivals=(0, 8, 24),
+        lengths=(-0.5, 0.6),
+        config={"classes": [{"name": "std", "budget": "4s"}]},
+        seconds=55,
+        checked=False,
+    ),
+    Story(
+        engines=(
+            Engine("p0", 8, 0.02, cache=10**6, most=8),
+            Engine("l0", 2, 0.02, "gauges", most=1),
+            *(Engine(f"x{n}", 64, 0.02, cache=10**6, models="xyz", adapter_slots=2, most=12) for n in range(3)),
+        ),
+        models="ppppplxxyz",
+        arrivals=(0, 6, 14),
+        lengths=(0.4, 0.6),
+        config={"classes": [{"name": "std", "budget": "8s"}, {"name": "urgent", "priority": 5, "budget": "8s"}]},
+        seconds=60,
+        classes=("std", "urgent", "urgent", "urgent"),
     ),
 )
 
@@ -159,13 +204,16 @@ class Telling:
         self.heard: list[object] = []
         config = Config.model_validate(with_keys({"enable_queue": True, **story.config}, changed))
         self.core = Controller(config.policy())
-        self.engines = {one[0]: Engine(*one) for one in story.engines}
-        for name in self.engines:
-            self.core.put_endpoint(EndpointSpec(name, models=frozenset(name[0])), 0.0)
-            self.core.set_up(name, 0.0, is_up=True)
+        self.engines = {engine.name: replace(engine) for engine in story.engines}
+        for name, engine in self.engines.items():
+            models, most = frozenset(engine.models or name[0]), engine.most
+            self.core.put_endpoint(EndpointSpec(name, models=models, max_running_requests=most), 0.0)
+            if story.checked:
+                self.core.set_up(name, 0.0, is_up=True)
         self.lengths: dict[Ticket, float] = {}
         self.first_bytes: dict[Ticket, float] = {}
         self.ends: dict[Ticket, float] = {}
+        self.failed: dict[Ticket, Answer] = {}
 
     def steps(self) -> Iterator[list[object]]:
         """Tell it; after each step yield what the core decided and showed."""
@@ -177,7 +225,7 @@ class Telling:
                 self.follow(self.core.first_token(ticket, self.now))
             for ticket in self.due(self.ends):
                 if ticket.state is State.LEASED:
-                    self.follow(self.core.release(ticket, self.now, Answer.OK))
+                    self.follow(self.core.release(ticket, self.now, self.failed.pop(ticket, Answer.OK)))
             self.work(looks=step % 4 == 0)
             self.follow(self.core.tick(self.now))
             yield self.heard
@@ -186,7 +234,8 @@ class Telling:
         random = self.random
         for number in range(random.choice(self.story.arrivals)):
             model, prompt = random.choice(self.story.models), random.choice((50, 300, 900, 3000))
-            ticket = Ticket(Request(f"{step}.{number}", self.now, model=model, prompt_tokens=prompt))
+            klass = random.choice(self.story.classes) if self.story.classes else ""
+            ticket = Ticket(Request(f"{step}.{number}", self.now, model, klass, prompt_tokens=prompt))
             self.lengths[ticket] = random.lognormvariate(*self.story.lengths)
             self.follow(self.core.offer(ticket, self.now))
 
@@ -212,6 +261,11 @@ class Telling:
             ticket = decision.ticket
             if isinstance(decision, Dispatch):
                 name = decision.endpoint
+                fails = self.engines[name].fails
+                if fails is not None and fails[1] <= self.now < fails[2]:
+                    self.failed[ticket], self.ends[ticket] = fails[0], self.now
+                    self.heard.append((ticket.request.id, name))
+                    continue
                 took_s = self.engines[name].answers_in(
                     ticket, self.lengths[ticket], self.core.endpoints[name].sequences
                 )
@@ -303,6 +357,29 @@ CHANGED: dict[str, dict[str, Any]] = {
         "sure": 0.2,
         "noise": 1.0,
     },
+    "learning.pace": {
+        "memory": "3s",
+        "gaps": 40,
+        "enough": 20,
+        "enough_slow": 6,
+        "least_busy": "4s",
+        "least_share": 0.5,
+        "sure": 1.0,
+    },
+    "learning.guard": {"passes": 3},
+    "learning.health": {
+        "eject_after": 7,
+        "chance": 0.1,
+        "eject": "2s",
+        "longest_eject": "6s",
+        "full": "1s",
+        "few": 1,
+        "quiet": "20s",
+        "step": "500ms",
+        "longest_step": "3s",
+    },
+    "learning.foreign": {"arrived": "2s", "steady": "1s", "alone": 0.1},
+    "learning.adapters": {"below": 0.9, "times": 10.0},
 }
 """Another value for each key."""
 

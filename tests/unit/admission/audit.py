@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from extproc.admission.controller import Controller
 from extproc.admission.endpoint import KEPT_PARTS
 from extproc.admission.fairness import MAX_TENANTS
-from extproc.admission.guard import GUARD
 from extproc.admission.laws import LAWS
 from extproc.admission.queue import WINDOW
 from extproc.admission.ticket import State, Ticket
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
     from extproc.admission.outcome import Outcome
     from extproc.admission.pool import Pool
     from extproc.admission.values import EndpointSpec, Policy
+
+GUARD = LAWS.guard.passes
 
 
 class BrokenError(AssertionError):

@@ -9,7 +9,7 @@ from math import ceil
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from extproc.admission.guard import GUARD
+from extproc.admission.laws import LAWS
 from extproc.admission.outcome import Outcome
 from extproc.admission.queue import WINDOW
 from extproc.admission.refusing import RETRY_AFTER_MAX_S
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from extproc.admission.load import Load
 
 from .audit import Audit, Books, BrokenError, may_take, require
+
+GUARD = LAWS.guard.passes
 
 TICKS_AT_ONE_TIME = 4
 """More ticks than this at one and the same time mean that `next_deadline` makes no progress."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from extproc.admission.health import SATURATED_S
+from extproc.admission.laws import LAWS
 from extproc.admission.load import Load
 from extproc.admission.ticket import State
 from extproc.admission.values import Answer, EndpointSpec
 
 from .desk import Desk, one
+
+SATURATED_S = LAWS.health.full_s
 
 
 def test_a_saturated_endpoint_is_left_alone_for_a_moment() -> None:

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from extproc.admission import fairness
 from extproc.admission.controller import Controller
 from extproc.admission.fairness import MAX_TENANTS, FairShare, Memory
-from extproc.admission.guard import GUARD
+from extproc.admission.laws import LAWS
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request
 
 from .desk import CLASSES, GUESS, Desk, one
+
+GUARD = LAWS.guard.passes
 
 
 def test_a_tenant_with_six_times_the_requests_does_not_delay_the_others() -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from extproc.admission.guard import GUARD
+from extproc.admission.laws import LAWS
 from extproc.admission.outcome import Outcome
 from extproc.admission.queue import WINDOW
 from extproc.admission.ticket import State
 from extproc.admission.values import EndpointSpec
 
 from .desk import Desk, elephants, in_use, one, shared
+
+GUARD = LAWS.guard.passes
 
 
 def test_a_small_request_passes_a_big_one_that_does_not_fit() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from extproc.admission.laws import LAWS
 from extproc.admission.load import Load
-from extproc.admission.reading import FOREIGN_S
 from extproc.admission.values import EndpointSpec, RequestClass
 
 from .desk import Desk
+
+FOREIGN_S = LAWS.foreign.steady_s
 
 
 def test_what_an_engine_runs_when_first_looked_at_counts_against_its_limit() -> None:

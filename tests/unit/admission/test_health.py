@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from extproc.admission.health import EJECT_AFTER, STEP_MAX_S
+from extproc.admission.laws import LAWS
 from extproc.admission.ticket import State
 from extproc.admission.values import Answer, EndpointSpec
 
 from .ward import CLIENTS_MAYBE, MANY, REFUSALS, Ward
+
+EJECT_AFTER = LAWS.health.eject_after
+STEP_MAX_S = LAWS.health.step_most_s
 
 # ---- one refuses, its peers serve
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from extproc.admission.guard import GUARD
-from extproc.admission.health import EJECT_AFTER
 from extproc.admission.held import HeldBy
+from extproc.admission.laws import LAWS
 from extproc.admission.load import Load
 from extproc.admission.outcome import Outcome
 from extproc.admission.values import Answer, EndpointSpec, Reject
 
 from .desk import Desk, one
+
+GUARD = LAWS.guard.passes
+EJECT_AFTER = LAWS.health.eject_after
 
 
 def held(desk: Desk) -> dict[str, HeldBy]:

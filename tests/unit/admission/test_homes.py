@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from extproc.admission.health import EJECT_AFTER
+from extproc.admission.laws import LAWS
 from extproc.admission.outcome import Outcome
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, Binding
 
 from .desk import Desk, one
+
+EJECT_AFTER = LAWS.health.eject_after
 
 
 def at_home(desk: Desk, home: str = "a") -> tuple[Ticket, Ticket, Ticket]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from extproc.admission.health import EJECT_MAX_S, EJECT_S, STEP_MAX_S
+from extproc.admission.laws import LAWS
 from extproc.admission.missing import MOST_MODELS
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request, RequestClass
 
 from .audited import Audited
+
+EJECT_MAX_S = LAWS.health.eject_most_s
+EJECT_S = LAWS.health.eject_s
+STEP_MAX_S = LAWS.health.step_most_s
 
 BLAMES = (Answer.REFUSED, Answer.ERROR, Answer.EMPTY)
 FEW = 12

@@ -6,7 +6,13 @@ import math
 
 import pytest
 
-from extproc.admission.pace import ENOUGH, HORIZON_S, LEAST_BUSY_S, LEAST_SHARE, Pace
+from extproc.admission.laws import LAWS
+from extproc.admission.pace import Pace
+
+ENOUGH = int(LAWS.pace.enough)
+HORIZON_S = LAWS.pace.memory_s
+LEAST_BUSY_S = LAWS.pace.least_busy_s
+LEAST_SHARE = LAWS.pace.least_share
 
 
 def test_a_pause_takes_weight_from_what_was_learnt_and_leaves_the_rate() -> None:

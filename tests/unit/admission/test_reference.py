@@ -14,13 +14,19 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from extproc.admission.controller import Controller
-from extproc.admission.pace import ENOUGH, ENOUGH_SLOW, HORIZON_GAPS, HORIZON_S, LEAST_BUSY_S
+from extproc.admission.laws import LAWS
 from extproc.admission.refusing import RETRY_AFTER_MAX_S
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Dispatch, EndpointSpec, Policy, Request, RequestClass
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+ENOUGH = int(LAWS.pace.enough)
+ENOUGH_SLOW = LAWS.pace.enough_slow
+HORIZON_GAPS = LAWS.pace.gaps
+HORIZON_S = LAWS.pace.memory_s
+LEAST_BUSY_S = LAWS.pace.least_busy_s
 
 CLASSES = (RequestClass("std", 0, 4.0), RequestClass("int", 1, 2.0), RequestClass("batch", -1, 9.0))
 PRIORITY = {klass.name: klass.priority for klass in CLASSES}

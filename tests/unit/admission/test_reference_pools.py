@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from extproc.admission.controller import Controller
-from extproc.admission.guard import GUARD
 from extproc.admission.laws import LAWS
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Dispatch, EndpointSpec, Policy, Request, RequestClass
 
 if TYPE_CHECKING:
     from extproc.admission.values import Decision
+
+GUARD = LAWS.guard.passes
 
 CLASSES = (RequestClass("std", 0, 4.0), RequestClass("int", 1, 2.0), RequestClass("batch", -1, 9.0))
 BY_NAME = {klass.name: klass for klass in CLASSES}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from extproc.admission.laws import LAWS
 from extproc.admission.outcome import Outcome
-from extproc.admission.pace import HORIZON_S
-from extproc.admission.refusing import RETRY_AFTER_MAX_S, SURE
+from extproc.admission.refusing import RETRY_AFTER_MAX_S
 from extproc.admission.values import Policy
 
 from .desk import CLASSES, STD, Desk, one
+
+HORIZON_S = LAWS.pace.memory_s
+SURE = LAWS.pace.sure
 
 
 def test_a_full_queue_pushes_out_the_last_of_the_lowest_class() -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from extproc.admission.health import SATURATED_S
+from extproc.admission.laws import LAWS
 from extproc.admission.limit import DEFAULT_LAW
 from extproc.admission.load import Load
 from extproc.admission.ticket import State
 from extproc.admission.values import Answer
 
 from .desk import Desk, one
+
+SATURATED_S = LAWS.health.full_s
 
 HOT, COOL = Load(kv_usage=0.97), Load(kv_usage=0.5)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from extproc.admission.health import EJECT_AFTER
+from extproc.admission.laws import LAWS
 from extproc.admission.outcome import Outcome
 from extproc.admission.pools import MOST_SUBSETS, Pools
 from extproc.admission.ticket import State
@@ -12,6 +12,8 @@ from extproc.admission.values import Answer
 from extproc.errors import TransitionError
 
 from .desk import Desk, one
+
+EJECT_AFTER = LAWS.health.eject_after
 
 
 def names(*allowed: str) -> frozenset[str]:

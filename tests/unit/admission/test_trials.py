@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from extproc.admission.health import EJECT_AFTER, EJECT_MAX_S, EJECT_S, FEW, QUIET_S, STEP_S
+from extproc.admission.laws import LAWS
 from extproc.admission.load import Load
 from extproc.admission.values import Answer
 
 from .ward import Ward, out
+
+EJECT_AFTER = LAWS.health.eject_after
+EJECT_MAX_S = LAWS.health.eject_most_s
+EJECT_S = LAWS.health.eject_s
+FEW = LAWS.health.few
+QUIET_S = LAWS.health.quiet_s
+STEP_S = LAWS.health.step_s
 
 
 def test_each_ejection_lasts_longer_up_to_a_bound_and_a_good_answer_forgives() -> None:

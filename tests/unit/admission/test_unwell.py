@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from extproc.admission.health import EJECT_AFTER, SATURATED_S, STEP_MAX_S
 from extproc.admission.held import HeldBy
+from extproc.admission.laws import LAWS
 from extproc.admission.load import Load
 from extproc.admission.outcome import Outcome
 from extproc.admission.ticket import State
 from extproc.admission.values import Answer
 
 from .ward import MANY, Ward, out
+
+EJECT_AFTER = LAWS.health.eject_after
+SATURATED_S = LAWS.health.full_s
+STEP_MAX_S = LAWS.health.step_most_s
 
 # ---- full, loading, asleep
 

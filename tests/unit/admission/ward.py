@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from extproc.admission.health import STEP_S
+from extproc.admission.laws import LAWS
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request, RequestClass
 
 from .audited import Audited
+
+STEP_S = LAWS.health.step_s
 
 REFUSALS = (Answer.FAILED, Answer.ERROR, Answer.REFUSED, Answer.EMPTY, Answer.SATURATED)
 CLIENTS_MAYBE = (Answer.ERROR, Answer.REFUSED, Answer.EMPTY)
