@@ -1,9 +1,10 @@
 """What one request costs the admission core: offer, dispatch and release, with many others waiting; and at scale.
 
-    python -m bench.core [--rounds 3000]
+    python -m bench.core [--rounds 3000] [events]
 
 A round is one request in and one out: `offer` of a new one that has to wait, `release` of a lease, which dispatches
 the best of the waiting ones. Microseconds, median of all rounds; measures the core alone, no I/O, no clock.
+`events` alone: the longest of each kind of event with 50,000 waiting, in milliseconds.
 """
 
 from __future__ import annotations
@@ -12,11 +13,19 @@ import argparse
 import gc
 import statistics
 import time
+from dataclasses import replace
 from random import Random
+from typing import TYPE_CHECKING
 
 from extproc.admission.controller import Controller
+from extproc.admission.load import Load as Telemetry
 from extproc.admission.ticket import Ticket
-from extproc.admission.values import Dispatch, EndpointSpec, Policy, Request, RequestClass
+from extproc.admission.values import Answer, Dispatch, EndpointSpec, Policy, Request, RequestClass
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from extproc.admission.values import Decision
 
 CLASSES = (RequestClass("std", 0, 3600.0), RequestClass("int", 10, 3600.0), RequestClass("batch", -10, 3600.0))
 POLICY = Policy(classes=CLASSES, shed=False, max_queued_requests=10**9)
@@ -78,7 +87,12 @@ class Load:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3000)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("part", nargs="?", choices=["all", "events"], default="all")
+    asked = parser.parse_args()
+    rounds = asked.rounds
+    if asked.part == "events":
+        events(50_000)
+        return
     print(HEAD)
     for waiting in (0, 1_000, 100_000):
         for endpoints in (1, 4):
@@ -111,6 +125,51 @@ def measure(load: Load, waiting: int, endpoints: int, kv: bool, rounds: int) -> 
         f" {statistics.median(releases):>8.1f} {statistics.median(both):>8.1f} {both[rounds * 99 // 100]:>8.1f}"
         f" {max(*offers, *releases):>8.1f}"
     )
+
+
+def events(waiting: int) -> None:
+    """Print the longest of each kind of event while so many wait, in milliseconds."""
+    load = Load(waiting, True, 4)
+    core, worst = load.core, dict[str, float]()
+
+    def take(what: str, event: Callable[..., list[Decision]], *given: object, **more: object) -> None:
+        load.now += 0.001
+        began = time.thread_time_ns()
+        decisions = event(*given, now=load.now, **more)
+        worst[what] = max(worst.get(what, 0.0), (time.thread_time_ns() - began) / 1e6)
+        load.note(decisions)
+
+    gc.collect()
+    gc.freeze()
+    names = list(core.endpoints)
+    specs = [endpoint.spec for endpoint in core.endpoints.values()]
+    for number in range(300):
+        name = names[number % 4]
+        page = Telemetry(running=60.0, waiting=number % 3, kv_usage=0.9, output_tokens=1000.0, prompt_tokens=9000.0)
+        for _ in range(3):
+            take("offer", core.offer, load.request())
+            take("release", core.release, load.held.pop(0), answer=Answer.OK)
+        take("cancel", core.cancel, next(core.waiting_tickets()))
+        take("first token", core.first_token, load.held[-1])
+        take("a page", core.observe, name, page)
+        take("a report", core.report, name, page)
+        take("one of four is down, or up", core.set_up, name, is_up=number % 8 >= 4)
+        take("time passes", core.tick)
+        if number % 10 == 0:
+            take("an endpoint goes", core.remove_endpoints, [name])
+            take("an endpoint comes", core.put_endpoint, specs[number % 4])
+    for is_up in (False, True):
+        for name in names:
+            take("all four are down, or up", core.set_up, name, is_up=is_up)
+    take("other rules", core.set_policy, replace(POLICY, max_prompt_tokens=9000))
+    take("another order of who waits", core.set_policy, replace(POLICY, fair=False))
+    load.now += 4000.0
+    while core.waiting:
+        take("all budgets are over", core.tick)
+    gc.unfreeze()
+    print(f"with {waiting} waiting, the longest, ms:")
+    for what, took_ms in worst.items():
+        print(f"{took_ms:>8.2f}  {what}")
 
 
 def adding(count: int) -> tuple[float, float]:

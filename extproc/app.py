@@ -187,7 +187,7 @@ class App:
         self.file: ConfigFile | None = None
         if path is not None:
             load = partial(load_config, path, environ)
-            self.file = ConfigFile(path, load, self.adopt, self.metrics.config_reloads)
+            self.file = ConfigFile(path, load, self._reload, self.metrics.config_reloads)
         self._following: asyncio.Task[None] | None = None
         self._sending: asyncio.Task[None] | None = None
         self.tls = None if config.tls is None else ServerTls(config.tls)
@@ -293,6 +293,17 @@ class App:
 
     # ---- what changes while it runs
 
+    async def _reload(self, config: Config) -> None:
+        """Take over a changed configuration in one moment, then say what is another. Raises ConfigError."""
+        old = self.config
+        self.adopt(config)
+        told = await asyncio.to_thread(changes, old, self.config)  # milliseconds for some hundred endpoints
+        for line in told[:MOST_CHANGES]:
+            log.info("configuration: %s", line)
+        if len(told) > MOST_CHANGES:
+            log.info("configuration: and %d more changes", len(told) - MOST_CHANGES)
+        log.info("configuration taken over: %d endpoint(s) in the file", len(config.endpoints))
+
     def adopt(self, config: Config) -> None:
         """Take over a changed configuration, as far as that works while running. Raises ConfigError."""
         old = self.config
@@ -330,12 +341,6 @@ class App:
         self.health.configure(config.health_check)
         self.roster.configure(config)
         self.sources.configure(config.sources)
-        told = changes(old, config)
-        for line in told[:MOST_CHANGES]:
-            log.info("configuration: %s", line)
-        if len(told) > MOST_CHANGES:
-            log.info("configuration: and %d more changes", len(told) - MOST_CHANGES)
-        log.info("configuration taken over: %d endpoint(s) in the file", len(config.endpoints))
 
     def _rank(self, priorities: Mapping[str, int]) -> None:
         """Take over what an InferencePool's objectives are worth; what the file lists is known without it."""

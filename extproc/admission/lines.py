@@ -74,13 +74,12 @@ class Lines:
 
     def reorder(self, pool: Pool) -> None:
         """Give those who wait new places: the rules of order changed, or others joined, and tags can't be compared."""
-        for ticket in sorted((ticket for queue in pool.queues() for ticket in queue), key=_arrival):
-            queue = placed(ticket.queue)
-            queue.remove(ticket)
+        for ticket in sorted((ticket for queue in pool.queues() for ticket in queue.unordered()), key=_arrival):
             refund(ticket, pool)
             ticket.charge = None
             self._renumber(ticket, pool)
-            queue.add(ticket)
+        for queue in pool.queues():
+            queue.renew()
         self._books.free(pool.open)
 
     def renew(self, endpoint: Endpoint, tokens: TokenEstimate) -> None:

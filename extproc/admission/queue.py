@@ -71,6 +71,10 @@ class Queue:
         if ticket.is_guard:
             self.guards -= 1
 
+    def renew(self) -> None:
+        """Put everybody at the place of his key: all keys are others now, but for their sequence numbers."""
+        self._line = SortedList(ticket.key for ticket in self._tickets.values())
+
     def first(self) -> Ticket:
         """Return the ticket that goes first. The line must not be empty."""
         return self._tickets[self._line[0][2]]

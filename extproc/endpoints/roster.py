@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from extproc.admission.ticket import State
@@ -38,6 +40,8 @@ LINGER_S = 2.0
 FOUND_S = 30.0
 """The same for clusters that a sidecar before us wrote: sources may take a while to see their endpoints again."""
 TICK_S = 0.05
+TOLD_IN_A_TURN = 20
+"""Endpoints of which those who follow, and the log, are told in one turn of the loop: a millisecond's worth."""
 
 
 @dataclass(slots=True, eq=False)
@@ -89,6 +93,7 @@ class Roster:
         self._problem: str | None = None
         self._doubted = False
         self._refused: set[str] = set()
+        self._untold: deque[Callable[[], None]] = deque()  # what those who follow, and the log, are yet to be told
         self.left_out = 0  # found endpoints that were not taken
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -112,10 +117,12 @@ class Roster:
                     route.known = True
         self._know_models()
         self._reconcile()
+        self._tell(len(self._untold))  # nobody waits yet, and whoever follows begins with all of them
         self._task = self._tasks.keep("roster", "roster", self._keep)
 
     async def stop(self) -> None:
         """Stop following; the clusters file stays."""
+        self._untold.clear()
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -134,8 +141,8 @@ class Roster:
     def configure(self, config: Config) -> None:
         """Take over changed endpoints of the file, and changed common limits."""
         self._config = config
-        self._know_models()
         self.report(FILE, config.endpoints)
+        self._know_models()  # behind it: of names that endpoints list nothing is new any more
 
     def _know_models(self) -> None:
         self._gate.know_models(self._config.models, expects_any=self._config.expects_any)
@@ -172,7 +179,11 @@ class Roster:
         self._refused = refused
 
     def _reconcile(self) -> None:
-        """Do at once what can be done at once; the rest waits for Envoy."""
+        """Do at once what can be done at once; the rest waits for Envoy.
+
+        What decides where requests go changes in this one moment. Who follows is told in the turns that come next.
+        """
+        tells_already = bool(self._untold)
         aims = self._aim()
         wanted = {endpoint.name for endpoint, _ in aims}
         moved = {
@@ -190,6 +201,8 @@ class Roster:
             self._gate.remove_endpoints(gone)
         for name in gone:
             self._displace(name)
+        if self._untold and not tells_already:
+            self._tell(TOLD_IN_A_TURN)
         self._wake.set()
 
     def _aim(self) -> list[tuple[EndpointConfig, EndpointSpec]]:
@@ -225,37 +238,53 @@ class Roster:
     def _place(self, endpoints: list[tuple[EndpointConfig, EndpointSpec]]) -> None:
         """Let requests go to endpoints, as these are now: all in one moment, if any is new or another."""
         news = [one for one in endpoints if self._placed.get(one[0].name) != one]
-        changed = []
         for endpoint, spec in news:
-            before = self._placed.get(endpoint.name)
-            self._tell(endpoint, spec, None if before is None else before[0])
+            placed = self._placed.get(endpoint.name)
+            before = None if placed is None else placed[0]
             self._placed[endpoint.name] = (endpoint, spec)
             self._gone.pop(endpoint.name, None)
-            if before is None or before[1].cluster != spec.cluster:
+            if placed is None or placed[1].cluster != spec.cluster:
                 self._reception.put_cluster(spec.name, spec.cluster)
-            if before is None or before[0] != endpoint:
-                changed.append(endpoint)
+            self._untold.append(partial(self._follow, endpoint, spec.cluster, before, since_start=self._task is None))
         if news:
             self._gate.put_endpoints([spec for _, spec in news])
-        for endpoint in changed:
-            self._put(endpoint)
-
-    def _tell(self, endpoint: EndpointConfig, spec: EndpointSpec, before: EndpointConfig | None) -> None:
-        what = "comes" if before is None else "changes"
-        log.info("endpoint %s at %s %s, Envoy cluster %s", endpoint.name, endpoint.address, what, spec.cluster)
-        by_hand = self._file is None and not self._config.picks  # a gateway is told addresses, and knows them itself
-        if by_hand and self._task is not None and (before is None or before.address != endpoint.address):
-            log.warning(
-                "endpoint %s: Envoy's own cluster %s decides where its requests go, and must be changed by hand: "
-                "envoy_clusters_file is not set",
-                *(endpoint.name, spec.cluster),
-            )
 
     def _displace(self, name: str) -> None:
         del self._placed[name]
+        self._gone[name] = self._gate.now() + LINGER_S
+        self._untold.append(partial(self._unfollow, name))
+
+    # ---- telling who follows
+
+    def _tell(self, most: int) -> None:
+        """Tell up to `most` of what is untold, in the order in which it happened, and come again for the rest."""
+        untold, told = self._untold, 0
+        try:
+            while untold and told < most:
+                told += 1
+                untold.popleft()()
+        finally:
+            if untold:
+                asyncio.get_running_loop().call_soon(self._tell, TOLD_IN_A_TURN)
+
+    def _follow(
+        self, endpoint: EndpointConfig, cluster: str, before: EndpointConfig | None, *, since_start: bool
+    ) -> None:
+        what = "comes" if before is None else "changes"
+        log.info("endpoint %s at %s %s, Envoy cluster %s", endpoint.name, endpoint.address, what, cluster)
+        by_hand = self._file is None and not self._config.picks  # a gateway is told addresses, and knows them itself
+        if by_hand and not since_start and (before is None or before.address != endpoint.address):
+            log.warning(
+                "endpoint %s: Envoy's own cluster %s decides where its requests go, and must be changed by hand: "
+                "envoy_clusters_file is not set",
+                *(endpoint.name, cluster),
+            )
+        if endpoint != before:
+            self._put(endpoint)
+
+    def _unfollow(self, name: str) -> None:
         log.info("endpoint %s goes; what runs there may end", name)
         self._remove(name)
-        self._gone[name] = self._gate.now() + LINGER_S
 
     def _write(self) -> None:
         """Write the clusters file if it would change. Raises OSError."""

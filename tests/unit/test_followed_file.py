@@ -31,7 +31,7 @@ class Followed:
         self.count = {"success": 0, "failure": 0}
         self.file = ConfigFile(path, lambda: load_config(path, {}), self.adopt, self.count)
 
-    def adopt(self, fresh: Config) -> None:
+    async def adopt(self, fresh: Config) -> None:
         if fresh.max_queued_requests == 13:
             raise ConfigError("adopt", ["13 is bad luck"])
         self.adopted.append(fresh)

@@ -160,6 +160,49 @@ def test_endpoints_that_come_and_change_in_one_moment_are_one_event_that_finds_t
     live(story, None, endpoints=[endpoint("a")])
 
 
+def test_of_many_that_change_in_one_moment_those_who_follow_are_told_some_in_each_turn_and_in_order(monkeypatch):
+    """The moment itself is the core's alone: 500 endpoints held up all requests for 26 ms, most of it for logs."""
+    monkeypatch.setattr(roster, "TOLD_IN_A_TURN", 3)
+    log: list[tuple[str, str]] = []
+
+    async def story(here: House) -> None:
+        here.roster._put = lambda one: log.append((one.name, one.address))
+        here.roster._remove = lambda name: log.append((name, "gone"))
+        here.change(endpoints=[endpoint(name, f"10.0.0.{number}:1") for number, name in enumerate("bcdefgh")])
+        assert list(here.placed()) == list("bcdefgh"), "requests go by the new file from this moment on"
+        assert len(log) == 3
+        here.change(endpoints=[endpoint("b", "10.0.0.0:1"), endpoint("c", "10.0.0.9:1")])
+        assert list(here.placed()) == ["b", "c"]
+        assert len(log) == 3, "what came first is told first"
+        for turn in range(2, 6):
+            await asyncio.sleep(0)
+            assert len(log) <= 3 * turn
+        await until(lambda: not here.roster._untold)
+        came = [(name, f"10.0.0.{number}:1") for number, name in enumerate("bcdefgh")]
+        assert log == [*came, ("a", "gone"), ("c", "10.0.0.9:1"), *((name, "gone") for name in "defgh")]
+
+    live(story, None, endpoints=[endpoint("a")])
+
+
+def test_one_who_follows_and_fails_keeps_the_others_from_nothing(monkeypatch):
+    monkeypatch.setattr(roster, "TOLD_IN_A_TURN", 1)
+    told: list[str] = []
+
+    def put(one: EndpointConfig) -> None:
+        told.append(one.name)
+        if one.name == "c":
+            raise ValueError(one.name)
+
+    async def story(here: House) -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: told.append(str(context["exception"])))
+        here.roster._put = put
+        here.change(endpoints=[endpoint(name, f"10.0.0.{number}:1") for number, name in enumerate("abcd")])
+        await until(lambda: not here.roster._untold)
+
+    live(story, None, endpoints=[endpoint("a", "10.0.0.0:1")])
+    assert told == ["b", "c", "c", "d"]
+
+
 def test_an_envoy_that_never_says_a_word_is_not_waited_for_for_ever(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(roster, "GIVE_UP_S", 0.05)
 

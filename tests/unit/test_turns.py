@@ -22,14 +22,20 @@ from extproc.admission.controller import Controller
 from extproc.admission.load import Load
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import EndpointSpec, Policy, Request, RequestClass
+from extproc.app import App
 from extproc.observe.metrics import Metrics
 from extproc.stream.gate import Gate
+from tests.unit.endpoint_lists import config, endpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from extproc.config import Config
+
 ENDPOINTS, WAITING, CLIENTS = 300, 6_000, 20
 MOST_CALLS = 8_000
+MOST_OF_ONE = 66
+"""Of each endpoint that a reload changes, in its moment."""
 MOST_BYTES = 100_000
 """Of JSON or text made in one turn: a millisecond."""
 CLASSES = (RequestClass("default", 0, 600.0), RequestClass("high", 5, 600.0))
@@ -163,3 +169,36 @@ def test_json_is_written_in_short_pieces_that_together_are_it(crowd):
         {"a": []},
         {"a": [1], "b": {}},
     ]
+
+
+def test_no_turn_after_a_reload_that_changes_all_endpoints_is_long_and_the_reload_itself_asks_little_of_each():
+    """In the moment of it are the core and the clusters alone: logs, scrapes, health checks and differences follow."""
+    keys = {"listen": "127.0.0.1:0", "admin": "127.0.0.1:0", "max_running_requests": 1}
+
+    def file(*models: str) -> Config:
+        listed = [endpoint(f"e{one}", f"10.0.0.1:{1000 + one}", models=list(models)) for one in range(ENDPOINTS)]
+        return config(**keys, endpoints=listed)
+
+    before, after = file("sim"), file("sim", "other")
+    loop = asyncio.new_event_loop()
+    app = App(before, loop)
+
+    async def start() -> None:
+        app.roster.start()
+
+    def turn() -> None:
+        loop.call_soon(loop.stop)
+        loop.run_forever()
+        if not app.roster._untold:
+            raise StopIteration
+
+    try:
+        loop.run_until_complete(start())
+        loop.call_soon(app.adopt, after)
+        moment, *later = steps(turn)
+        assert moment < MOST_OF_ONE * ENDPOINTS
+        assert len(later) > 1
+        assert max(later) < MOST_CALLS
+    finally:
+        loop.run_until_complete(app.roster.stop())
+        loop.close()

@@ -15,7 +15,7 @@ from extproc.errors import ConfigError
 from extproc.files import read_regular, signature_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from extproc.config import Config
@@ -33,7 +33,11 @@ class ConfigFile:
     """Reads a configuration file again when it changes."""
 
     def __init__(
-        self, path: Path, load: Callable[[], Config], adopt: Callable[[Config], None], count: dict[str, int]
+        self,
+        path: Path,
+        load: Callable[[], Config],
+        adopt: Callable[[Config], Awaitable[None]],
+        count: dict[str, int],
     ) -> None:
         """Call `load` after each change and `adopt` with what it returned; count "success" and "failure".
 
@@ -77,7 +81,7 @@ class ConfigFile:
             if config == known:
                 self.is_refused = False
                 return
-            self._adopt(config)
+            await self._adopt(config)
         except ConfigError as error:
             failure = error
         except Exception as error:  # whatever it is, the next change must still be read

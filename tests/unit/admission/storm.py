@@ -306,6 +306,7 @@ class Storm:
             stale_after_s=random.choice((0.3, 2.0, 10.0)),
             first_byte_probe=random.random() < 0.3,
             session_memory=random.choice((0, 10, 50)),
+            next_choices=random.choice((0, 0, 1, 3)),
         )
         self.audited.set_policy(self.policy)
 

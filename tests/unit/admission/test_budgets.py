@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from extproc.admission.controller import DUE_AT_ONCE
 from extproc.admission.outcome import Outcome
+from extproc.admission.ticket import Ticket
+from extproc.admission.values import Request
 
 from .desk import BATCH, Desk, one
 
@@ -18,6 +21,24 @@ def test_a_request_is_refused_when_its_budget_is_over_and_not_before() -> None:
     desk.advance(0.001)
     assert desk.outcome(late) is Outcome.BUDGET_EXPIRED
     assert desk.decided[late].wait_s == pytest.approx(2.0)
+
+
+def test_of_many_whose_budgets_end_in_one_moment_some_are_refused_in_each_event_and_none_is_forgotten() -> None:
+    """Ten thousand in one would stop everybody for a tenth of a second."""
+    core = Desk(one(), max_queued_requests=1000).core
+    waiting = [Ticket(Request(str(number), 100.0)) for number in range(1 + 3 * DUE_AT_ONCE + 1)][1:]
+    for ticket in (Ticket(Request("r", 100.0)), *waiting):
+        core.offer(ticket, 100.0)
+    over = waiting[0].wait_until
+    while core.next_deadline() < over:  # their patience with their home's line
+        assert core.tick(over - 0.001) == []
+    refused = []
+    while core.waiting:
+        refused.append(core.tick(over))
+        assert not core.waiting or core.next_deadline() == over, "it is due again at once"
+    assert [len(some) for some in refused] == [DUE_AT_ONCE, DUE_AT_ONCE, DUE_AT_ONCE, 1]
+    assert [one.ticket for some in refused for one in some] == waiting
+    assert core.next_deadline() != over
 
 
 def test_a_request_may_ask_for_a_shorter_wait() -> None:
