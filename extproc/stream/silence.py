@@ -68,7 +68,7 @@ class Silence(Generic[Stream]):
             self._is_watching = True
             self._call_later(self._silent_s, self._look)
         elif not self._is_crowded and len(self._began) > self._most:
-            self._look_again()
+            self._watch_crowd()
 
     def spoke(self, stream: Stream) -> None:
         """Note that it came."""
@@ -103,8 +103,8 @@ class Silence(Generic[Stream]):
         if self._is_watching:
             self._call_later(self._silent_s, self._look)
 
-    def _look_again(self) -> None:
-        """Look at a crowd when it has had its moment, whether any more come or not."""
+    def _watch_crowd(self) -> None:
+        """Have a crowd looked at when it has had its moment, whether any more come or not."""
         self._is_crowded, self._heard_before = True, self._heard
         self._call_later(self._crowded_s, self._thin)
 
@@ -114,7 +114,7 @@ class Silence(Generic[Stream]):
         if not self._is_late(due):
             self._end(self._crowded_s, max(self._most, self._heard - self._heard_before))
         if len(self._began) > self._most:
-            self._look_again()
+            self._watch_crowd()
 
     def _end(self, silent_s: float, most: int) -> None:
         """Give up the streams that have been silent for so long, the oldest first, while there are more than `most`."""
