@@ -8,14 +8,14 @@ count of first tokens corrects the prediction at every reading.
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING
 
+from extproc.admission.first_bytes import FirstBytes
 from extproc.admission.laws import LAWS
 from extproc.admission.ticket import State
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from extproc.admission.laws import PromptLaw
     from extproc.admission.steps import StepCost
@@ -23,33 +23,15 @@ if TYPE_CHECKING:
 
 FRESH_AT_FIRST, LEAST_FRESH = 20_000.0, 0.02
 """The prompt tokens that make up the first belief in no hits; and no fewer than so many are taken to be fresh."""
-BURST_S, LEAST_WORK = 0.005, 256
-"""First bytes so close together come from one step of the engine; less work than this says nothing of the pace."""
 LEAST_TOKEN_S, MOST_TOKEN_S = 1e-6, 0.1
 """No engine is faster, or slower: whatever is seen, the limit stays a number of tokens and a prediction a time."""
 
 
-class Burst:
-    """First bytes that came together: the engine computed their prompts side by side, so that one time is for all.
-
-    Attributes:
-        begun_at: when it began with them.
-        seen_at: when the last of them came.
-        work_tokens: of all their prompts.
-        told: it has taught the pace.
-    """
-
-    __slots__ = ("begun_at", "seen_at", "told", "work_tokens")
-
-    def __init__(self, begun_at: float, seen_at: float) -> None:
-        """Start with none."""
-        self.begun_at, self.seen_at = begun_at, seen_at
-        self.work_tokens = 0
-        self.told = False
-
-
 class Prefill:
     """The prompts of one endpoint's leases that the engine has not computed, oldest first.
+
+    Each stands in one of three places, or in none any more: held back; under way; or computed, as we think, while the
+    engine's count has not told of it. Pending are those in the first two, under way has `tokens` those in the second.
 
     Attributes:
         law: the constants.
@@ -63,20 +45,20 @@ class Prefill:
 
     __slots__ = (
         "_asked",
-        "_burst",
         "_computed",
         "_computed_at",
         "_counts",
+        "_first_bytes",
         "_held_back",
         "_mean",
+        "_number",
         "_part",
-        "_pending",
         "_seen",
-        "_seen_at",
         "_slack",
         "_step_s",
         "_token_s",
         "_uncounted",
+        "_under_way",
         "fresh",
         "law",
         "limit",
@@ -92,10 +74,11 @@ class Prefill:
         self.tokens = self.prompts = self.outputs = 0
         self.probed = False
         self.limit = law.chunks * law.chunk
-        self._pending: dict[Ticket, None] = {}
-        self._held_back: dict[Ticket, None] = {}  # pending too, but the engine won't begin with them soon
+        self._held_back: dict[Ticket, None] = {}  # the engine won't begin with them soon
+        self._under_way: dict[Ticket, int] = {}  # with their numbers; 0: the engine's count has nothing to tell of it
+        self._uncounted: dict[Ticket, int] = {}  # it has yet to tell of these, though they are pending no more
         self._counts = False  # the engine does
-        self._uncounted: deque[Ticket] = deque()  # sent, and not yet in the engine's counter
+        self._number = 0  # of the last prompt sent
         self._part = 0.0  # of a first token: the count is a share where others use the engine too
         self._slack = law.caution
         self.fresh = 1.0
@@ -104,8 +87,7 @@ class Prefill:
         self._mean = 0.0  # of the last prompts' tokens
         self._computed_at = 0.0  # when the last of them will be computed
         self._token_s = law.first_token_s
-        self._burst: Burst | None = None  # the last one
-        self._seen_at = 0.0  # when the last burst of enough work before it was seen
+        self._first_bytes = FirstBytes()
         self._step_s = 0.0  # of a step without prompts
 
     def obey(self, law: PromptLaw) -> None:
@@ -139,10 +121,7 @@ class Prefill:
             self._held_back[ticket] = None
             ticket.computed_at = now
             return
-        self._pending[ticket] = None
-        self.tokens += ticket.work_tokens
-        if self._counts:
-            self._uncounted.append(ticket)
+        self._start(ticket)
         if self._counts or self.probed:
             self._predict(ticket, now)
 
@@ -156,18 +135,18 @@ class Prefill:
         if ticket in self._held_back:
             self._begin([ticket])
         elif ticket.burst is None and not self._counts:
-            self._note_first_byte(ticket, now)  # a late one too: else nothing tells of a prediction that is too short
+            self._first_bytes.note(ticket, now)  # a late one too: else nothing tells of a prediction that is too short
         if not ticket.prompt_pending:
             return
         ticket.computed_at = now
-        self._drop(ticket)
-        while self._pending and not self._counts:
-            oldest = next(iter(self._pending))
+        self._finish(ticket)
+        while self._under_way and not self._counts:
+            oldest = next(iter(self._under_way))
             ahead_s = ticket.leased_at - oldest.leased_at
             if now < oldest.computed_at and ahead_s < self.law.overtaken * (oldest.computed_at - oldest.leased_at):
                 return
             oldest.computed_at = now
-            self._drop(oldest)
+            self._finish(oldest)
 
     def was_computed(self, ticket: Ticket) -> None:
         """Note that the first token of `ticket`, just added, came long ago: no count to come will tell of it.
@@ -176,33 +155,33 @@ class Prefill:
         """
         if ticket in self._held_back:
             return
-        if self._counts:
-            self._uncounted.remove(ticket)
-        self._drop(ticket)
+        self._forget_pending(ticket)
         ticket.computed_at = ticket.leased_at
 
     def over(self, ticket: Ticket, now: float, *, served: bool) -> None:
         """Note that the request is over. Unless it was `served`, a prompt that was not computed never will be."""
         if ticket in self._held_back:
             self._begin([ticket])  # since the last page, if it was served
-        if not served and ticket in self._uncounted:
-            self._uncounted.remove(ticket)
         if ticket.prompt_pending:
-            self._drop(ticket)
+            self._finish(ticket)
         elif ticket.burst is not None and not self._counts:
-            self._learn(ticket, ticket.burst, now)
+            token_s = self._first_bytes.learn(ticket, ticket.burst, now, self._token_s, self.law)
+            if token_s is not None:
+                self._take_pace(token_s)
+        if not served:
+            self._uncounted.pop(ticket, None)
 
     def next_change(self) -> float | None:
         """Return when the oldest prompt will count as computed, if anything tells."""
-        if not self._pending or not (self._counts or self.probed):
+        if not self._under_way or not (self._counts or self.probed):
             return None
-        return next(iter(self._pending)).computed_at
+        return next(iter(self._under_way)).computed_at
 
     def pass_time(self, now: float) -> bool:
         """Take the prompts as computed whose time has come; tell whether there were any."""
         changed = False
         while (due := self.next_change()) is not None and due <= now:
-            self._drop(next(iter(self._pending)))
+            self._finish(next(iter(self._under_way)))
             changed = True
         return changed
 
@@ -218,7 +197,8 @@ class Prefill:
         self._step_s = costs.base_s + costs.sequence_s * running
         token_s = costs.prompt_s + self._step_s / law.chunk
         done = self._count(counted)
-        behind = sum(ticket.work_tokens for ticket in self._uncounted) - self.tokens
+        told = [ticket for ticket, number in self._under_way.items() if not number]
+        behind = _work(self._uncounted) - _work(told)
         if not alone:
             pass
         elif behind > law.tolerance * elapsed_s / token_s + min(self.tokens, law.chunk):
@@ -227,13 +207,12 @@ class Prefill:
             self._slack = max(self._slack * law.calmer, law.caution)
         self._take_pace(self._slack * token_s)
         self._counts = True
-        known = set(self._uncounted)
         if not self.probed:
-            for ticket in [ticket for ticket in self._pending if ticket not in known]:
-                self._drop(ticket)
+            for ticket in told:
+                self._forget_pending(ticket)
         self._computed_at = now
-        for ticket in self._pending:
-            if ticket in known:  # one counted whose first byte did not come may not stream: it is never put off
+        for ticket, number in self._under_way.items():
+            if number:  # one counted whose first byte did not come may not stream: it is never put off
                 self._predict(ticket, now)
         return done
 
@@ -254,12 +233,11 @@ class Prefill:
             ticket.computed_at = now
             if ticket in self._held_back:
                 continue
-            if ticket in self._uncounted:
-                self._uncounted.remove(ticket)
             if ticket.prompt_pending:
-                del self._pending[ticket]
+                del self._under_way[ticket]
                 self.tokens -= ticket.work_tokens
             else:  # predicted, and wrongly so
+                self._uncounted.pop(ticket, None)
                 ticket.prompt_pending = True
                 self.prompts += ticket.prompt_tokens
                 self.outputs += ticket.output_tokens
@@ -273,38 +251,19 @@ class Prefill:
     def forget(self) -> None:
         """Count no more: the counter is silent."""
         self._counts = False
+        self._under_way = dict.fromkeys(self._under_way, 0)
         self._uncounted.clear()
 
-    def _begin(self, tickets: Sequence[Ticket]) -> None:
-        """Note that the engine no longer holds `tickets` back: it counts them before those that came later."""
+    def _begin(self, tickets: Iterable[Ticket]) -> None:
+        """Note that the engine no longer holds `tickets` back."""
         for ticket in tickets:
             del self._held_back[ticket]
-            self._pending[ticket] = None
-            self.tokens += ticket.work_tokens
-        if self._counts:
-            self._uncounted.extendleft(reversed(tickets))
+            self._start(ticket)
 
-    def _note_first_byte(self, ticket: Ticket, now: float) -> None:
-        """Put it in the burst that it came with. One of little work, or of ends alone, is not when others began."""
-        burst, begun_at = self._burst, max(ticket.leased_at, self._seen_at)
-        if burst is None or now - burst.seen_at > BURST_S:
-            if burst is not None and burst.work_tokens >= LEAST_WORK:
-                self._seen_at = burst.seen_at
-                begun_at = max(ticket.leased_at, self._seen_at)
-            burst = self._burst = Burst(begun_at, now)
-        burst.begun_at, burst.seen_at = min(burst.begun_at, begun_at), now
-        burst.work_tokens += ticket.work_tokens
-        ticket.burst = burst
-
-    def _learn(self, ticket: Ticket, burst: Burst, now: float) -> None:
-        """Follow what the burst of an answer that is over took, once; an answer that was not streamed is none of it."""
-        if now - burst.seen_at <= self.law.streamed * (now - ticket.leased_at):
-            burst.work_tokens -= ticket.work_tokens
-        elif burst.work_tokens >= LEAST_WORK and not burst.told:
-            burst.told = True
-            took_s, nudge = burst.seen_at - burst.begun_at, self.law.nudge
-            slower = took_s > self._token_s * burst.work_tokens
-            self._take_pace(self._token_s * (nudge if slower else 1.0 / nudge))
+    def _start(self, ticket: Ticket) -> None:
+        self._number += 1
+        self._under_way[ticket] = self._number if self._counts else 0
+        self.tokens += ticket.work_tokens
 
     def _take_pace(self, token_s: float) -> None:
         self._token_s = min(max(LEAST_TOKEN_S, token_s), MOST_TOKEN_S)
@@ -324,17 +283,40 @@ class Prefill:
 
     def _count(self, counted: float) -> list[Ticket]:
         """Match the count with the prompts sent, oldest first; return those counted."""
-        uncounted = self._uncounted
+        under_way = ((ticket, number) for ticket, number in self._under_way.items() if number)
+        sent = sorted((*self._uncounted.items(), *under_way), key=_sent)
         self._part += counted
         done, self._part = int(self._part), self._part % 1.0
-        for number, ticket in enumerate(uncounted):
+        for place, (ticket, _) in enumerate(sent, 1):
             if ticket.state is State.DONE:  # an answer that is over tells of all prompts sent before it
-                done = max(done, number + 1)
-        return [uncounted.popleft() for _ in range(min(done, len(uncounted)))]
+                done = max(done, place)
+        tickets = [ticket for ticket, _ in sent[:done]]
+        for ticket in tickets:
+            if ticket.prompt_pending:
+                self._under_way[ticket] = 0
+            else:
+                del self._uncounted[ticket]
+        return tickets
 
-    def _drop(self, ticket: Ticket) -> None:
-        del self._pending[ticket]
+    def _finish(self, ticket: Ticket) -> None:
+        """Take a prompt that is under way to be computed; the count may still tell of it."""
+        number = self._forget_pending(ticket)
+        if number:
+            self._uncounted[ticket] = number
+
+    def _forget_pending(self, ticket: Ticket) -> int:
+        """Take a prompt that is under way out of the books; return its number, if the count has yet to tell of it."""
         ticket.prompt_pending = False
         self.tokens -= ticket.work_tokens
         self.prompts -= ticket.prompt_tokens
         self.outputs -= ticket.output_tokens
+        return self._under_way.pop(ticket)
+
+
+def _work(tickets: Iterable[Ticket]) -> int:
+    return sum(ticket.work_tokens for ticket in tickets)
+
+
+def _sent(prompt: tuple[Ticket, int]) -> tuple[float, int]:
+    """Put one that was held back before those that came later; and those of one moment in the order sent."""
+    return prompt[0].leased_at, prompt[1]

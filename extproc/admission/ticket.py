@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
     from extproc.admission.endpoint import Endpoint
     from extproc.admission.fairness import Turns
+    from extproc.admission.first_bytes import Burst
     from extproc.admission.held import HeldBy
     from extproc.admission.pool import Pool
-    from extproc.admission.prefill import Burst
     from extproc.admission.queue import Queue
     from extproc.admission.tenants import Account
     from extproc.admission.values import Decision, Request, RequestClass

@@ -13,10 +13,10 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from extproc.admission.controller import Controller
-from extproc.admission.endpoint import KEPT_PARTS
 from extproc.admission.fairness import MAX_TENANTS
 from extproc.admission.laws import LAWS
 from extproc.admission.queue import WINDOW
+from extproc.admission.room import KEPT_PARTS
 from extproc.admission.ticket import State, Ticket
 
 if TYPE_CHECKING:
@@ -182,6 +182,9 @@ class Audit:
         pending = [ticket for ticket in books.leases if ticket.prompt_pending]
         prompts, outputs = (sum(t.prompt_tokens for t in pending), sum(t.output_tokens for t in pending))
         require((prefill.prompts, prefill.outputs) == (prompts, outputs), prefill.prompts, prefill.outputs)
+        places = (prefill._held_back, prefill._under_way, prefill._uncounted)
+        require(len({*places[0], *places[1], *places[2]}) == sum(map(len, places)), "a prompt in two places", places)
+        require({*places[0], *places[1]} == set(pending), "pending, and in no place", places, pending)
         require(prefill.limit > 0 and 0.0 < prefill.fresh <= 1.0, prefill.limit, prefill.fresh)
         costs = endpoint.steps
         require(all(map(isfinite, (costs.base_s, costs.sequence_s, costs.prompt_s))), "costs of steps:", costs)

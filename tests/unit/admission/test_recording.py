@@ -25,6 +25,7 @@ from extproc.admission.endpoint import Endpoint
 from extproc.admission.estimate import Learnt
 from extproc.admission.frame import Frame
 from extproc.admission.load import Load
+from extproc.admission.room import Room
 from extproc.admission.sessions import Home
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request
@@ -310,7 +311,7 @@ def test_a_file_that_is_no_recording_is_told_with_its_name(tmp_path: Path, capsy
     assert "format 99" in capsys.readouterr().err
 
 
-MADE_OTHERWISE = (Frame, Controller, Endpoint, Ticket)
+MADE_OTHERWISE = (Frame, Controller, Room, Endpoint, Ticket)
 
 
 @pytest.mark.skipif(is_compiled(), reason="read from the source, whose signatures a compiled core does not tell")
