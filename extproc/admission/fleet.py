@@ -86,6 +86,7 @@ class Fleet:
         """Send nothing more to endpoints: their leases run out, those at home there go anywhere."""
         for endpoint in endpoints:
             endpoint.removed = True
+            endpoint.pools = []  # its leases run out: it is nobody's home, and teaches nobody
             self.forget_if_gone(endpoint)
         self.regroup()
 

@@ -233,14 +233,15 @@ class Lines:
             self.set_alarm(ticket, placed(ticket.pool))
 
     def _move(self, ticket: Ticket, pool: Pool) -> None:
-        before = placed(ticket.pool)
-        self.quit(ticket, before, placed(ticket.queue))
+        before, queue, home = placed(ticket.pool), placed(ticket.queue), ticket.home
+        self.quit(ticket, before, queue)
         refund(ticket, before)
         ticket.pool = pool
         if pool is not pool.base and not pool.waiting_total:
             comes(pool, ticket)
         self._renumber(ticket, pool)
-        self.join(ticket, pool, pool.shared)
+        stays = home is not None and queue is not before.shared and pool in home.pools
+        self.join(ticket, pool, pool.queue_of(home) if home is not None and stays else pool.shared)
         if pool.waiting_total == 1:
             pool.pace.backlog_began(self._books.now)
         if before.is_served is not pool.is_served:

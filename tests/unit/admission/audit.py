@@ -166,6 +166,8 @@ class Audit:
             require(endpoint.removed or endpoint.crowding == crowding, endpoint, endpoint.crowding, crowding)
             require(all(ticket.endpoint is endpoint for ticket in books.leases), endpoint, "lent twice")
             require((endpoint.held_by() is None) == self._is_open(endpoint), endpoint, "held by", endpoint.held_by())
+        for endpoint in self.core.endpoints.values():
+            require(not (endpoint.removed and endpoint.pools), endpoint, "is gone, and has pools")
         holds = self.core.holds()
         for endpoint in self.core.endpoints.values():
             waited_for = any(may_take(t, endpoint) and endpoint in t.pool.members for t in self.waiting)

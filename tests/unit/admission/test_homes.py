@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from extproc.admission.laws import LAWS
+from extproc.admission.load import Load
 from extproc.admission.outcome import Outcome
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, Binding
@@ -114,6 +115,55 @@ def test_a_home_outside_the_pool_is_ignored(home: str) -> None:
     desk = Desk(one("a", models=frozenset({"m"})), one("other", models=frozenset({"n"})))
     guest = desk.ask(model="m", home=home)
     assert (desk.where(guest), desk.outcome(guest)) == ("a", Outcome.DISPATCHED)
+
+
+@pytest.mark.parametrize("leases", [0, 1])
+def test_an_endpoint_that_left_is_nobodys_home_while_its_leases_run_out(leases: int) -> None:
+    desk = Desk(one("a"), one("b"))
+    desk.fill(leases, home="a")
+    desk.remove("a")
+    guest = desk.ask(home="a")
+    assert (desk.where(guest), desk.outcome(guest)) == ("b", Outcome.DISPATCHED)
+
+
+def test_a_page_of_an_endpoint_that_left_does_not_say_how_long_a_request_may_be() -> None:
+    desk = Desk(one("a"), one("b"))
+    desk.ask(home="a")
+    for name, context_tokens in (("a", 1000), ("b", 1000)):
+        desk.observe(name, Load(context_tokens=context_tokens))
+    desk.remove("a")
+    desk.observe("a", Load(context_tokens=90_000))
+    assert {pool.longest for pool in desk.core.pools()} == {1000}
+
+
+ONE_MODEL, TWO_MODELS = frozenset({"m"}), frozenset({"m", "n"})
+
+
+def serving_two_models() -> tuple[Desk, dict[str, Ticket]]:
+    """Three full endpoints; once one of them has ONE_MODEL, who waits for the other model waits in a new pool."""
+    desk = Desk(one("a", models=ONE_MODEL))
+    desk.put(*(one(name, models=TWO_MODELS) for name in "abc"))
+    return desk, {name: desk.ask(model="m", home=name) for name in "abc"}
+
+
+def test_a_reload_that_takes_a_model_from_another_endpoint_leaves_who_waits_for_its_home_there() -> None:
+    """Its pool is another one then, and its home serves it as before."""
+    desk, held = serving_two_models()
+    guest = desk.ask("guest", model="n", home="b")
+    desk.put(one("a", models=ONE_MODEL))
+    desk.advance(0.5)
+    desk.release(held["c"])
+    assert desk.where(guest) is None
+    desk.advance(0.5)
+    assert (desk.where(guest), desk.outcome(guest)) == ("c", Outcome.REROUTED)
+
+
+def test_a_reload_that_takes_its_model_from_its_home_lets_a_request_go_anywhere() -> None:
+    desk, held = serving_two_models()
+    guest = desk.ask("guest", model="n", home="a")
+    desk.put(one("a", models=ONE_MODEL))
+    desk.release(held["c"])
+    assert (desk.where(guest), desk.outcome(guest)) == ("c", Outcome.REROUTED)
 
 
 def test_an_endpoint_that_went_and_came_back_is_still_the_home() -> None:
