@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import signal
-from dataclasses import astuple
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -336,7 +335,7 @@ class App:
         self.reception.requests.default_model = config.default_model
         self._rank(self._priorities)
         policy = config.policy()
-        if astuple(policy) != astuple(self.gate.controller.policy):  # else all endpoints are looked at for nothing
+        if policy != self.gate.controller.policy:  # else all endpoints are looked at for nothing
             self.gate.set_policy(policy)
         self.health.configure(config.health_check)
         self.roster.configure(config)

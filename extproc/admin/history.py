@@ -85,8 +85,10 @@ def waiting_by_class(controller: Controller) -> dict[str, int]:
     """Count what waits by class: all of the policy's, and former ones that somebody still waits in."""
     counts = {klass.name: 0 for klass in controller.policy.classes}
     for pool in controller.pools():
-        for klass, count in pool.waiting.items():
-            counts[klass.name] = counts.get(klass.name, 0) + count
+        for queue in pool.queues():
+            for name, count in queue.depth.items():
+                if count:
+                    counts[name] = counts.get(name, 0) + count
     return counts
 
 

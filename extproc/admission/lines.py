@@ -104,7 +104,7 @@ class Lines:
         queue.add(ticket)
         if pool.guard.may_be_pushed_out(queue):
             self._books.free(pool.open)
-        pool.note_waiting(ticket.request_class, 1)
+        pool.note_waiting(ticket.request_class.priority, 1)
         self._books.waiting += 1
 
     def quit(self, ticket: Ticket, pool: Pool, queue: Queue) -> None:
@@ -121,7 +121,7 @@ class Lines:
                 self._books.free({endpoint: None for endpoint in pool.open if endpoint in pool.homes})
         if queue is not pool.shared and not queue and ticket.home is not None:
             del pool.homes[ticket.home]
-        pool.note_waiting(ticket.request_class, -1)
+        pool.note_waiting(ticket.request_class.priority, -1)
         self._books.waiting -= 1
 
     def leave(self, ticket: Ticket) -> None:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from extproc.admission.fairness import FairShare
     from extproc.admission.laws import Laws
     from extproc.admission.ticket import Ticket
-    from extproc.admission.values import RequestClass
 
 
 GLANCE = 8
@@ -47,7 +46,7 @@ class Pool:
         homes: for each member that somebody waits for, the requests at home there.
         guard: how often who waits may be passed over, and room that is kept for who was.
         shares: fairness between tenants, by priority.
-        waiting, waiting_total: how many wait in all its lines, by class and together.
+        waiting, waiting_total: how many wait in all its lines, by priority and together.
         pace: how fast requests leave and arrive.
         laws: the constants of what is judged of it.
         record: how its requests were answered.
@@ -104,7 +103,7 @@ class Pool:
         self.homes: dict[Endpoint, Queue] = {}
         self.guard = Guard(self, laws.guard)
         self.shares: dict[int, FairShare] = {}
-        self.waiting: dict[RequestClass, int] = {}
+        self.waiting: dict[int, int] = {}
         self.waiting_total = 0
         self.pace = Pace(laws.pace)
         self.record = Record()
@@ -135,20 +134,20 @@ class Pool:
             queue = self.homes[home] = Queue()
         return queue
 
-    def note_waiting(self, request_class: RequestClass, change: int) -> None:
-        """Count one more (+1) or one less (-1) of `request_class`."""
-        count = self.waiting.get(request_class, 0) + change
+    def note_waiting(self, priority: int, change: int) -> None:
+        """Count one more (+1) or one less (-1) of `priority`."""
+        count = self.waiting.get(priority, 0) + change
         if count:
-            self.waiting[request_class] = count
+            self.waiting[priority] = count
         else:
-            del self.waiting[request_class]  # the class may be gone from the policy
+            del self.waiting[priority]  # the policy may have no class of it any more
         self.waiting_total += change
 
     def ahead_of(self, priority: int) -> int:
         """Count those waiting with `priority` or more."""
         ahead = 0
-        for klass, count in self.waiting.items():
-            if klass.priority >= priority:
+        for its, count in self.waiting.items():
+            if its >= priority:
                 ahead += count
         return ahead
 

@@ -107,9 +107,9 @@ class Request:
         self.allowed = allowed
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class RequestClass:
-    """A service class. Strict priority between classes: the higher `priority` goes first. Equal only to itself.
+    """A service class. Strict priority between classes: the higher `priority` goes first.
 
     Those of one priority that have a `weight` share what is served as their weights; without one they are one line.
     """

@@ -83,8 +83,8 @@ class Aliases:
         waiting.subtract(waiting)  # 0 for each priority: no line would look like a picker that is gone
         running.subtract(running)
         for one in self._controller.pools():
-            for klass, count in one.waiting.items():
-                waiting[str(klass.priority)] += count
+            for its, count in one.waiting.items():
+                waiting[str(its)] += count
         for endpoint in self._controller.endpoints.values():
             running.update(str(ticket.request_class.priority) for ticket in endpoint.leases)
         asked, ended = Counter[str](), Counter[tuple[str, str]]()

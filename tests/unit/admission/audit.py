@@ -195,8 +195,7 @@ class Audit:
         in_lines = [ticket for queue in pool.queues() for ticket in queue]
         require(len(in_lines) == len(waiting) and set(in_lines) == set(waiting), pool, in_lines, waiting)
         require(pool.waiting_total == len(waiting), pool.waiting_total, len(waiting))
-        counts = {klass: count for klass, count in pool.waiting.items() if count}
-        require(counts == Counter(ticket.request_class for ticket in waiting), pool.waiting)
+        require(pool.waiting == Counter(ticket.request_class.priority for ticket in waiting), pool.waiting)
         for home, queue in pool.homes.items():
             require(len(queue) > 0, "an empty line is kept for", home)
             require(home.available and home in pool.members, "a line for", home, "which is gone")
@@ -351,8 +350,6 @@ class Audit:
         for pool in core.pools():
             require(len(pool.homes) <= len(pool.members), pool.homes)
             require(all(len(share) <= MAX_TENANTS for share in pool.shares.values()), pool.shares)
-            known = set(core.policy.classes) | {t.request_class for t in self.waiting}
-            require(pool.waiting.keys() <= known, "classes of old policies are kept:", pool.waiting)
         changes = len(core._fleet.changes)
         require(changes <= 2 * len(core.endpoints) + 257, "alarms of endpoints:", changes)
 
