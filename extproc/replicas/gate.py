@@ -120,11 +120,7 @@ class SharedGate(Gate):
         if self._left:
             return
         ticket.request_class = self.controller.class_of(ticket.request)  # it may leave before it is decided
-        if (
-            self._replays.are_expected(now)
-            and self.controller.policy.enable_queue
-            and self._replays.gather(ticket, now)
-        ):
+        if now < self._replays.until and self.controller.policy.enable_queue and self._replays.gather(ticket, now):
             return
         self._route(ticket)
 

@@ -33,27 +33,31 @@ UPSTREAM = "upstream.address"
 
 
 class Again:
-    """The requests that were sent off and whose answer has not begun."""
+    """The requests that were sent off and whose answer has not begun.
 
-    __slots__ = ("_address", "_expected", "count")
+    Attributes:
+        is_on: requests do come back.
+        count: how many came back.
+    """
+
+    __slots__ = ("_address", "_expected", "count", "is_on")
 
     def __init__(self, address: str = "") -> None:
         """`address`: of Envoy's listener, through which they come back; "": they don't."""
         self._address = address
+        self.is_on = bool(address)
         self._expected: dict[str, Session] = {}
-        self.count = 0  # how many came back
+        self.count = 0
 
     def __len__(self) -> int:
         """Count the keys that are out."""
         return len(self._expected)
 
     def expect(self, session: Session, tries: int) -> tuple[str, bytes]:
-        """Return a new key for a request that is sent off, and what to append to the answer; "": none is needed.
+        """Return a new key for a request that is sent off, and what to append to the answer.
 
         `tries`: how often it came back before.
         """
-        if not self._address:
-            return "", b""
         key = f"{tries + 1}.{secrets.token_hex(16)}"
         self._expected[key] = session
         return key, wire.again(key)
@@ -68,7 +72,7 @@ class Again:
         What is no key of any sidecar's says nothing: it is a new request.
         """
         key = headers.get(wire.AGAIN)
-        if key is None or not self._address:
+        if key is None or not self.is_on:
             return None, 0
         session = self._expected.pop(key, None)
         self.count += session is not None
@@ -77,4 +81,4 @@ class Again:
 
     def came_back(self, attributes: Mapping[str, str]) -> bool:
         """Tell whether an answer is that of a second try, which another sidecar may have taken."""
-        return bool(self._address) and attributes.get(UPSTREAM) == self._address
+        return self.is_on and attributes.get(UPSTREAM) == self._address

@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 _KINDS = {bodies.REQUEST: Kind.REQUEST_BODY, bodies.RESPONSE: Kind.RESPONSE_BODY}
 
 
-@dataclass(frozen=True, slots=True)
 class Modes:
-    """How one stream's bodies are told, and answered.
+    """How one stream's bodies are told, and answered; not to be changed.
 
     Attributes:
         sends_pieces: messages with bodies are to be answered unread.
@@ -33,28 +32,34 @@ class Modes:
         tells_end: the stream lasts as long as the answer.
         override: what is appended to a pick, to be told less.
         ask: the answer to a request's headers that has its whole body come before the pick; "": it can't be had so.
+        holds_body: pieces of the request come before its headers were answered.
+        tells_body: the request's body comes before the pick, or can: the model may be looked for there.
+        shows_answer: all pieces of the answer come.
     """
 
-    sends_pieces: bool = False
-    echoes: frozenset[int] = frozenset()
-    tells_end: bool = True
-    override: bytes = b""
-    ask: bytes = b""
+    __slots__ = (
+        *("ask", "echoes", "holds_body", "override", "sends_pieces"),
+        *("shows_answer", "tells_body", "tells_end"),
+    )
 
-    @property
-    def tells_body(self) -> bool:
-        """The request's body comes before the pick, or can: the model may be looked for there."""
-        return self.holds_body or not self.tells_end or bool(self.ask)
-
-    @property
-    def holds_body(self) -> bool:
-        """Pieces of the request come before its headers were answered."""
-        return bodies.REQUEST in self.echoes
-
-    @property
-    def shows_answer(self) -> bool:
-        """All pieces of the answer come."""
-        return bodies.RESPONSE in self.echoes
+    def __init__(
+        self,
+        *,
+        sends_pieces: bool = False,
+        echoes: frozenset[int] = frozenset(),
+        tells_end: bool = True,
+        override: bytes = b"",
+        ask: bytes = b"",
+    ) -> None:
+        """Make one that says this. What follows from it is worked out once, and not for each request."""
+        self.sends_pieces = sends_pieces
+        self.echoes = echoes
+        self.tells_end = tells_end
+        self.override = override
+        self.ask = ask
+        self.holds_body = bodies.REQUEST in echoes
+        self.tells_body = self.holds_body or not tells_end or bool(ask)
+        self.shows_answer = bodies.RESPONSE in echoes
 
     def answer(self, kind: int, piece: bytes) -> bytes:
         """Return the answer that lets a piece of a body go on."""

@@ -102,7 +102,7 @@ class Gate:
     def offer(self, ticket: Ticket) -> None:
         """Take a request in. Its decision may be delivered before this returns."""
         now = self._loop.time()
-        if self._replays.are_expected(now) and self.controller.policy.enable_queue:
+        if now < self._replays.until and self.controller.policy.enable_queue:
             ticket.request_class = self.controller.class_of(ticket.request)  # it may leave before it is offered
             if self._replays.gather(ticket, now):
                 return

@@ -9,7 +9,7 @@ from extproc.admission.outcome import Outcome
 from extproc.admission.ticket import Ticket
 from extproc.stream import wire
 from extproc.stream.again import Again
-from extproc.stream.answer import GRPC
+from extproc.stream.answer import is_grpc
 from extproc.stream.bodies import Allowance
 from extproc.stream.dialect import ClusterHeader
 from extproc.stream.request import BINARY_REPORT, REPORT, Requests
@@ -181,10 +181,8 @@ class Reception:
         method = headers.get(":method", "")
         if "upgrade" in headers:  # a WebSocket begins as a GET, and takes tokens for as long as it is open
             method = UPGRADE
-        action, shape = self.routes.find(method, headers.get(":path", ""))
-        if headers.get("content-type", "").startswith(GRPC):
-            shape = Shape.GRPC
-        return action, shape
+        found = self.routes.find(method, headers.get(":path", ""))
+        return (found[0], Shape.GRPC) if is_grpc(headers.get("content-type", "")) else found
 
     def models(self) -> frozenset[str]:
         """Return all models served here, also those that have no endpoint at the moment: a request for one waits.
@@ -207,8 +205,11 @@ class Reception:
         return self.dialect.steer(",".join(self._clusters[name] for name in names))
 
     def reads_body(self, incoming: Incoming, modes: Modes) -> bool:
-        """Tell whether the model is to be looked for in a request's body: nothing else names it, and the body comes."""
-        if not (self.read_model and incoming.has_body) or self.gate.controller.draining:
+        """Tell whether the model is to be looked for in a request's body: nothing else names it, and the body comes.
+
+        Asked where `read_model` is set.
+        """
+        if not incoming.has_body or self.gate.controller.draining:
             return False
         if "model" in incoming.fields or any(incoming.headers.get(name) for name in self.requests.names.model):
             return False
@@ -230,11 +231,14 @@ class Reception:
             )
 
     def take_report(self, ticket: Ticket, headers: Mapping[str, str]) -> None:
-        """Pass on what the headers of an answer say of the load of its endpoint, the one that `ticket` was sent to."""
+        """Pass on what the headers of an answer say of the load of its endpoint, the one that `ticket` was sent to.
+
+        One of the two headers must be there.
+        """
         value = headers.get(REPORT)
-        if value is None and BINARY_REPORT in headers:
+        if value is None:
             value = f"BIN {headers[BINARY_REPORT]}"
-        if value is not None and ticket.endpoint is not None:
+        if ticket.endpoint is not None:
             load = self._read_report(ticket.endpoint.name, value)
             if load is not None:
                 self.gate.report(ticket, load)

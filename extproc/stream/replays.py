@@ -39,35 +39,35 @@ _arrival = attrgetter("request.arrived")
 
 
 class Replays:
-    """What is kept back for a moment after a start. Without a replayed request that is nothing."""
+    """What is kept back for a moment after a start. Without a replayed request that is nothing.
+
+    Attributes:
+        until: a request that comes before may have been replayed to us, or must stand behind one.
+    """
 
     def __init__(self, loop: Loop, ended: Callable[[], None]) -> None:
         """Call `ended` when a gathering is over."""
         self._loop = loop
         self._ended = ended
         self._clock_offset_s: Callable[[], float] = float  # nobody measures it: 0
-        self._began = self._until = 0.0
+        self._began = self.until = 0.0
         self._over = 0.0  # when the gathering under way ends
         self._gathered: dict[Ticket, float] = {}  # and the clocks' offset that was known when each came
 
     def expect(self, clock_offset_s: Callable[[], float]) -> None:
         """Expect replays from now on, for a while; `clock_offset_s`: what stamps of requests are off by."""
         self._began = self._loop.time()
-        self._until = self._began + REPLAYS_S
+        self.until = self._began + REPLAYS_S
         self._clock_offset_s = clock_offset_s
-
-    def are_expected(self, now: float) -> bool:
-        """Tell whether a request that comes at `now` may have been replayed to us, or must stand behind one."""
-        return now < self._until
 
     def gather(self, ticket: Ticket, now: float) -> bool:
         """Keep `ticket` back if requests are being replayed to us; tell whether."""
         arrived = ticket.request.arrived
         if arrived < self._began and now - arrived >= REPLAYED_S:
             if not self._gathered:
-                self._until = min(self._until, now + GATHER_S)
-                self._loop.call_at(min(now + QUIET_S, self._until), self._look)
-            self._over = min(now + QUIET_S, self._until)
+                self.until = min(self.until, now + GATHER_S)
+                self._loop.call_at(min(now + QUIET_S, self.until), self._look)
+            self._over = min(now + QUIET_S, self.until)
         elif not self._gathered:
             return False
         self._gathered[ticket] = self._clock_offset_s()
@@ -79,7 +79,7 @@ class Replays:
 
     def expect_no_more(self) -> None:
         """Keep nothing back from now on."""
-        self._until = 0.0
+        self.until = 0.0
 
     def take(self) -> list[Ticket]:
         """Let go what was kept back, in the order in which it came to Envoy."""

@@ -100,45 +100,31 @@ class Requests:
     def read(self, incoming: Incoming, now: float, endpoints: Mapping[str, str]) -> Request:
         """Read a request that is here at `now`; `endpoints`: by their Envoy clusters. Headers win over fields."""
         names, headers, fields = self.names, incoming.headers, incoming.fields
-        attributes, content_length = incoming.attributes, headers.get("content-length")
+        attributes, path = incoming.attributes, headers.get(":path", "")
         request = Request(
             (attributes.get("request.id") or headers.get("x-request-id", ""))[:MAX_NAME],
             now - self._ages.age_s(attributes.get("request.time")),
         )
-        model, tenant = _first(headers, names.model), _first(headers, names.tenant)
-        session = _first(headers, names.session)
         if fields:
-            model = model or _text(fields.get("model"))
-            # OpenAI splits its old `user` into these two: who is asking, and which requests begin alike.
-            tenant = tenant or _text(fields.get("safety_identifier")) or _text(fields.get("user"))
-            session = session or _text(fields.get("prompt_cache_key"))
-            answers = max(_count(fields.get("n")) or 1, _count(fields.get("best_of")) or 1)
-            request.sequences = min(answers * (_count(fields.get(PROMPTS)) or 1), MAX_SEQUENCES)
-            request.max_output_tokens = _count(fields.get("max_tokens")) or _count(fields.get("max_completion_tokens"))
-        model = model or self.default_model
-        if model:
-            request.model = model[:MAX_NAME]
-        if tenant:
-            request.tenant = tenant[:MAX_NAME]
-        if session:
-            request.session = session[:MAX_NAME]
+            _read_fields(request, fields)
+        request.model = _first(headers, names.model) or request.model or self.default_model
+        request.tenant = _first(headers, names.tenant) or request.tenant
+        request.session = _first(headers, names.session) or request.session
         cluster = headers.get(names.cluster)
         if cluster:
             request.home = endpoints.get(cluster)
-            if request.home is None:
-                self.ignored["cluster"] += 1
+            self.ignored["cluster"] += request.home is None
         request_class = headers.get(names.request_class)
-        if not request_class:
-            objective = _first(headers, names.objective)
-            request_class = self.class_of_objective(objective) if objective else self._class_of(fields)
-        request.request_class = request_class[:MAX_NAME]
-        request.budget_s = self._budget_s(headers)
-        request.prompt_tokens = _prompt_tokens(content_length, has_body=incoming.has_body)
-        if incoming.has_body:
-            request.kind = _kind_of(headers.get("content-type", "")) if content_length is not None else UNSIZED
+        if not request_class and (fields or names.objective):
+            request_class = self._class_of(headers, fields)
+        if request_class:
+            request.request_class = request_class[:MAX_NAME]
+        if names.budget in headers or names.ttl_ms:
+            request.budget_s = self._budget_s(headers)
+        _read_size(request, headers, has_body=incoming.has_body)
         if names.trace:
             request.trace = headers.get(names.trace, "")[:MAX_NAME]
-        request.operation = OPERATIONS.get(headers.get(":path", "").partition("?")[0], "")
+        request.operation = OPERATIONS.get(path) or OPERATIONS.get(path.partition("?")[0], "")
         return request
 
     def _budget_s(self, headers: Mapping[str, str]) -> float | None:
@@ -159,10 +145,14 @@ class Requests:
                     budget_s = ttl_s
         return budget_s
 
-    def _class_of(self, fields: Mapping[str, object]) -> str:
-        """Return the class that a body asks for: by name as OpenAI's service_tier, by number as vLLM's priority."""
-        if not fields:
-            return ""
+    def _class_of(self, headers: Mapping[str, str], fields: Mapping[str, object]) -> str:
+        """Return the class that an objective means, or that a body asks for.
+
+        There by name as OpenAI's service_tier, by number as vLLM's priority.
+        """
+        objective = _first(headers, self.names.objective)
+        if objective:
+            return self.class_of_objective(objective)
         tier = _text(fields.get("service_tier"))
         if tier is not None:
             return tier
@@ -178,18 +168,39 @@ def body_bytes(headers: Mapping[str, str]) -> int:
     return int(length[:12]) if length.isascii() and length.isdigit() else 0
 
 
-def _prompt_tokens(content_length: str | None, *, has_body: bool) -> int:
-    if content_length is not None and content_length.isascii() and content_length.isdigit():
-        tokens = int(content_length[:12]) // BYTES_PER_TOKEN
-        return tokens if tokens < MAX_TOKENS else MAX_TOKENS
-    return UNKNOWN_PROMPT_TOKENS if has_body else 0
+def _read_fields(request: Request, fields: Mapping[str, object]) -> None:
+    """Take over what a request's body says."""
+    request.model = (_text(fields.get("model")) or "")[:MAX_NAME] or None
+    # OpenAI splits its old `user` into these two: who is asking, and which requests begin alike.
+    request.tenant = (_text(fields.get("safety_identifier")) or _text(fields.get("user")) or "")[:MAX_NAME]
+    request.session = (_text(fields.get("prompt_cache_key")) or "")[:MAX_NAME] or None
+    answers = max(_count(fields.get("n")) or 1, _count(fields.get("best_of")) or 1)
+    request.sequences = min(answers * (_count(fields.get(PROMPTS)) or 1), MAX_SEQUENCES)
+    request.max_output_tokens = _count(fields.get("max_tokens")) or _count(fields.get("max_completion_tokens"))
+
+
+def _read_size(request: Request, headers: Mapping[str, str], *, has_body: bool) -> None:
+    """Estimate a prompt by its body's announced size, and note what kind of body it is."""
+    if "content-length" in headers:
+        length = headers["content-length"]
+        if length.isascii() and length.isdigit():
+            tokens = int(length[:12]) // BYTES_PER_TOKEN
+            request.prompt_tokens = tokens if tokens < MAX_TOKENS else MAX_TOKENS
+        elif has_body:
+            request.prompt_tokens = UNKNOWN_PROMPT_TOKENS
+        if has_body:
+            request.kind = _kind_of(headers.get("content-type", ""))
+    elif has_body:
+        request.prompt_tokens, request.kind = UNKNOWN_PROMPT_TOKENS, UNSIZED
 
 
 def _first(headers: Mapping[str, str], names: tuple[str, ...]) -> str | None:
+    """Return the value of the first of `names` that there is, cut to what we keep of a name."""
     for name in names:
-        value = headers.get(name)
-        if value:
-            return value
+        if name in headers:
+            value = headers[name]
+            if value:
+                return value if len(value) <= MAX_NAME else value[:MAX_NAME]
     return None
 
 

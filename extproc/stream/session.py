@@ -26,7 +26,7 @@ from extproc.stream.answer import BODILESS, GRPC_STATUS, judge, judge_trailers
 from extproc.stream.bodies import Kept
 from extproc.stream.dialect import PLAIN
 from extproc.stream.replies import decision_details, model_list, named, refusal
-from extproc.stream.request import body_bytes
+from extproc.stream.request import BINARY_REPORT, REPORT, body_bytes
 from extproc.stream.routes import Action, Shape
 from extproc.stream.wire import Kind
 
@@ -62,6 +62,7 @@ _PASSING, _REFUSED, _ENDED = _State.PASSING, _State.REFUSED, _State.ENDED
 _REQUEST_HEADERS, _RESPONSE_HEADERS = Kind.REQUEST_HEADERS, Kind.RESPONSE_HEADERS
 _QUEUE, _MODELS, _OPENAI = Action.QUEUE, Action.MODELS, Shape.OPENAI
 _OK, _UNKNOWN = Answer.OK, Answer.UNKNOWN
+_GO_ON = wire.go_on(_RESPONSE_HEADERS)
 """For what every request does: to read a member from its class costs Python 3.11 twenty times what a name costs."""
 
 
@@ -154,10 +155,10 @@ class Session:
         self._modes = modes = reception.dialect.modes(incoming)
         headers = incoming.headers
         self._needs_body = incoming.has_body and headers.get(":method") not in BODILESS and "upgrade" not in headers
-        action, self._shape = reception.kind_of(incoming.headers)
+        action, self._shape = reception.kind_of(headers)
         self._action = action
         if action is _MODELS:
-            listed = model_list(reception, incoming.headers.get(":path", ""), self._shape)
+            listed = model_list(reception, headers.get(":path", ""), self._shape)
             if listed is not None:
                 self._state = _REFUSED
                 self._reply(listed)
@@ -167,14 +168,14 @@ class Session:
             self._state = _REFUSED
             self._reply(refusal(reception, self._shape, Outcome.ENDLESS))
             return
-        reads = reception.reads_body(incoming, modes)
+        reads = reception.read_model and reception.reads_body(incoming, modes)
         if reads and modes.ask:
             self._is_asked, self._state, self._began = True, _READING, incoming
             self._reply(modes.ask)
             return
-        if incoming.has_body and (modes.holds_body or reads):
+        if incoming.has_body and (reads or modes.holds_body):
             most_bytes = KEPT_BYTES if self.resets else KEPT_UNTOLD_BYTES
-            coming_bytes = body_bytes(incoming.headers)
+            coming_bytes = body_bytes(headers)
             self._kept = Kept(KEPT_BYTES, most_bytes, reception.kept, text=reads, coming_bytes=coming_bytes)
         if reads:
             self._state, self._began = _READING, incoming
@@ -186,21 +187,15 @@ class Session:
         """Have it decided, which may be before this returns."""
         reception = self._reception
         self._state = _HELD
-        sent_off_by, self._tries = reception.again.back(incoming.headers)
-        self._ticket = reception.ticket_for(incoming, self._decided)
-        if sent_off_by is not None:
-            waited_s, self._refused_by = sent_off_by.give_up()
-            request = self._ticket.request
-            request.arrived = reception.gate.now() - waited_s
-            request.allowed = reception.gate.controller.others(request, self._refused_by)
-        elif self._tries:
-            self._ticket.request.home = None  # no wish: another sidecar wrote it, and who is there took no connection
+        self._ticket = ticket = reception.ticket_for(incoming, self._decided)
+        if wire.AGAIN in incoming.headers:
+            self._go_on_with(ticket, incoming)
         if self._tries > again.MOST:
-            reception.gate.refuse(self._ticket, Outcome.NO_ENDPOINT)
+            reception.gate.refuse(ticket, Outcome.NO_ENDPOINT)
         elif self._action is _QUEUE and self._modes.tells_end:
-            reception.gate.offer(self._ticket)
+            reception.gate.offer(ticket)
         else:
-            reception.gate.send(self._ticket)
+            reception.gate.send(ticket)
 
     def _decided(self, decision: Decision) -> None:
         """Answer Envoy. After `end` there is nobody to answer, and the lease is back already."""
@@ -217,14 +212,13 @@ class Session:
                 reception.running[self._number] = self
                 details += wire.number_metadata(self._number)
             self._wait_s, self._waited_s = wait_s, decision.wait_s
-            self._return_key, more = reception.again.expect(self, self._tries)
-            if self._return_key:
-                self._refused_by |= {decision.endpoint}  # if it comes back
-            details += more
+            if reception.again.is_on:
+                details += self._expect_back(decision)
             self._is_sent = True
             steer = reception.steer(decision.endpoint, decision.ticket.choices)
             self._reply(wire.in_body(steer) + details if self._is_asked else steer + self._modes.override + details)
-            self._reply_kept()
+            if self._kept is not None:
+                self._reply_kept(self._kept)
         elif (overflow := reception.overflow(decision)) is not None:
             self._overflow(decision, *overflow, wait_s)
         else:
@@ -242,59 +236,82 @@ class Session:
         name, counts = decision.ticket.request_class.name, self._reception.overflowed
         counts[name] = counts.get(name, 0) + 1
         self._reply(steer + decision_details(decision, cluster))
-        self._reply_kept()
+        if self._kept is not None:
+            self._reply_kept(self._kept)
 
     def _take_answer(self, incoming: Incoming) -> None:
         """Follow what the head of an answer says."""
+        reception = self._reception
         self._answer = judge(incoming, needs_body=self._needs_body)
-        self._expect_no_more()
-        if self._ticket is not None and self._reception.again.came_back(incoming.attributes):
+        if self._return_key:
+            self._expect_no_more()
+        if reception.again.is_on and self._ticket is not None and reception.again.came_back(incoming.attributes):
             self._answer = Answer.FAILED  # another sidecar took the second try; the server that we chose does nothing
             self._close()
-        if self._ticket is not None:
+        ticket, wait_s = self._ticket, self._wait_s
+        if ticket is not None:
             if incoming.served:
-                self._reception.follow(self._ticket, incoming.served)
+                reception.follow(ticket, incoming.served)
             if self._answer is _OK and self._shown is None and not self._number and self._modes is PLAIN:
-                self._reception.gate.answered(self._ticket)  # as nearly all are: no byte will be shown
+                reception.gate.answered(ticket)  # as nearly all are: no byte will be shown
             else:
                 self._judge_beginning()
-            self._reception.take_report(self._ticket, incoming.headers)
-        wait_s = self._wait_s
-        self._reply(wire.go_on(incoming.kind) if wait_s is None else wire.go_on_timed(wait_s))
+            if REPORT in incoming.headers or BINARY_REPORT in incoming.headers:
+                reception.take_report(ticket, incoming.headers)
+        self._reply(_GO_ON if wait_s is None else wire.go_on_timed(wait_s))
         if not incoming.has_body:
             self._close()
 
     def end(self) -> None:
         """Note that the stream is over, for whatever reason. The lease goes back; the place in the queue is left."""
         if self._state is not _ENDED:
+            reception = self._reception
             if self._state is _NEW:
-                self._reception.silence.ended(self)
-            self._reception.refused -= self._is_refused
+                reception.silence.ended(self)
+            reception.refused -= self._is_refused
             self._state = _ENDED
-            self._reception.streams -= 1
+            reception.streams -= 1
             self._close()
-            self._drop_body()
+            if self._kept is not None or self._began is not None:
+                self._drop_body()
 
     def _close(self) -> None:
-        self._expect_no_more()
-        if self._ticket is not None:
-            if self._shown is None and self._modes.shows_answer and self._answer is Answer.OK:
-                self._answer = Answer.UNKNOWN  # a client that left, or a server that died behind its head: both look so
+        if self._return_key:
+            self._expect_no_more()
+        ticket, reception = self._ticket, self._reception
+        if ticket is not None:
+            if self._shown is None and self._modes.shows_answer and self._answer is _OK:
+                self._answer = _UNKNOWN  # a client that left, or a server that died behind its head: both look so
             # Not so with the probe: its stream often comes after this one's end, and then a whole answer looks so, too.
-            ticket, self._ticket = self._ticket, None
-            ticket.deliver = None  # tickets are remembered for their stories: this stream and its body are not
-            self._forget_number()
-            self._reception.gate.close(ticket, self._answer)
-            finished = self._reception.finished
-            if finished is not None and self._is_sent:
-                finished(ticket, self._answer)
+            self._ticket = ticket.deliver = None  # tickets are remembered for their stories: this stream is not
+            if self._number:
+                self._forget_number()
+            reception.gate.close(ticket, self._answer)
+            if reception.finished is not None and self._is_sent:
+                reception.finished(ticket, self._answer)
 
     # ---- second tries
 
+    def _go_on_with(self, ticket: Ticket, incoming: Incoming) -> None:
+        """Go on where the stream was that sent this request off, if one of ours did."""
+        reception, request = self._reception, ticket.request
+        sent_off_by, self._tries = reception.again.back(incoming.headers)
+        if sent_off_by is not None:
+            waited_s, self._refused_by = sent_off_by.give_up()
+            request.arrived = reception.gate.now() - waited_s
+            request.allowed = reception.gate.controller.others(request, self._refused_by)
+        elif self._tries:
+            request.home = None  # no wish: another sidecar wrote it, and who is there took no connection
+
+    def _expect_back(self, decision: Dispatch) -> bytes:
+        """Return what has the request come back, should its server take no connection."""
+        self._refused_by |= {decision.endpoint}  # if it comes back
+        self._return_key, more = self._reception.again.expect(self, self._tries)
+        return more
+
     def _expect_no_more(self) -> None:
-        if self._return_key:
-            self._reception.again.forget(self._return_key)
-            self._return_key = ""
+        self._reception.again.forget(self._return_key)
+        self._return_key = ""
 
     def give_up(self) -> tuple[float, frozenset[str]]:
         """Note that the server we chose takes no connection, and that the request is here again.
@@ -371,11 +388,10 @@ class Session:
         self._kept.end(wire.go_on(Kind.REQUEST_TRAILERS))
         self._look_for_model(self._kept)
 
-    def _reply_kept(self) -> None:
-        kept, self._kept = self._kept, None
-        if kept is not None:
-            for reply in kept.take():
-                self._reply(reply)
+    def _reply_kept(self, kept: Kept) -> None:
+        self._kept = None
+        for reply in kept.take():
+            self._reply(reply)
 
     def _drop_body(self) -> None:
         if self._began is not None:
@@ -410,7 +426,8 @@ class Session:
         if has_bytes or is_last:
             self._shown = has_bytes
             self._judge_beginning()
-            self._forget_number()
+            if self._number:
+                self._forget_number()
 
     def _judge_beginning(self) -> None:
         """Tell the core of an answer that begins well: by its head, or where bodies are shown to us, by its first byte.
@@ -437,9 +454,8 @@ class Session:
         return self._modes.shows_answer or (self._number != 0 and self._reception.has_shown)
 
     def _forget_number(self) -> None:
-        if self._number:
-            del self._reception.running[self._number]
-            self._number = 0
+        del self._reception.running[self._number]
+        self._number = 0
 
     def _take_last(self, trailers: Incoming) -> None:
         """Follow the trailers of an answer: it is over."""

@@ -203,7 +203,10 @@ class Reader:
             key = header.key
             if key in wanted and key not in headers:
                 value = header.raw_value or header.value
-                headers[key] = value.decode() if value.isascii() else value.decode("utf-8", "replace")
+                try:
+                    headers[key] = value.decode()
+                except UnicodeDecodeError:
+                    headers[key] = value.decode("utf-8", "replace")
 
 
 def _texts(values: pb.Fields, found: dict[str, str]) -> None:
@@ -436,6 +439,8 @@ def decision_metadata(
             fields[key].number_value = number
         _tell(fields, texts)
         return response.SerializeToString()
+    if not wait_ms and not position:
+        return _at_once(texts)
     before, between, after = _around_numbers(texts)
     return before + _DOUBLE.pack(position) + between + _DOUBLE.pack(wait_ms) + after
 
@@ -443,6 +448,13 @@ def decision_metadata(
 _DOUBLE = struct.Struct("<d")
 _POSITION, _WAIT = -1.2345e-300, -5.4321e-300
 """Values that no decision has, to find where the numbers stand."""
+
+
+@lru_cache(maxsize=4096)
+def _at_once(texts: tuple[str, ...]) -> bytes:
+    """Return what is said of a request that did not wait, and found nobody who did."""
+    before, between, after = _around_numbers(texts)
+    return before + _DOUBLE.pack(0.0) + between + _DOUBLE.pack(0.0) + after
 
 
 @lru_cache(maxsize=4096)
