@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from extproc.admission.fairness import OUTPUT_WEIGHT
 from extproc.admission.lanes import correct
-from extproc.admission.lines import placed
 from extproc.admission.missing import Records
 from extproc.admission.tenants import weight_of
 from extproc.admission.values import Answer
@@ -33,13 +32,13 @@ class Answers:
         self._books = books
         self._fleet = fleet
         self._tokens = tokens
-        self._records = Records()
+        self._records: Records | None = None  # as long as nobody refuses, nothing is counted
 
     def began(self, ticket: Ticket) -> None:
         """Note a good answer, long before it ends: a trial need not last as long."""
-        if not ticket.is_answered:
-            endpoint = placed(ticket.endpoint)
-            self._served(ticket, endpoint, _company(placed(ticket.pool), endpoint))
+        endpoint, pool = ticket.endpoint, ticket.pool
+        if not ticket.is_answered and endpoint is not None and pool is not None:
+            self._served(ticket, endpoint, _company(pool, endpoint))
 
     def ended(self, ticket: Ticket, endpoint: Endpoint, pool: Pool, answer: Answer) -> None:
         """Judge a whole answer, and charge what it cost beyond its estimate: how long it was written, at what pace."""
@@ -63,8 +62,9 @@ class Answers:
     def _served(self, ticket: Ticket, endpoint: Endpoint, pool: Pool) -> None:
         ticket.is_answered = True
         pool.record.served += 1
-        self._records.served(ticket.request.model)
-        endpoint.missing.served(ticket.request.model)
+        if self._records is not None:
+            self._records.served(ticket.request.model)
+            endpoint.missing.served(ticket.request.model)
         if endpoint.health.answered(self._books.now):
             self._fleet.changed(endpoint)
 
@@ -83,6 +83,7 @@ class Answers:
         has_peers, model = pool.usable > endpoint.counted, ticket.request.model
         endpoint.health.refused(ticket, pool.record, now, is_own_fault=is_own_fault, has_peers=has_peers)
         if model is not None and has_peers and not is_own_fault and not _is_led_there(ticket, endpoint):
+            self._records = self._records or Records()
             record = self._records.of(model)
             if endpoint.missing.refused(model, record, now, endpoint.health.in_a_row):
                 self._fleet.regroup()

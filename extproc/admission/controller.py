@@ -67,7 +67,8 @@ class Controller(Sharing):
         whole = self._refusing.screened(ticket, self._fleet.pool_of(request))
         if whole is None:
             return self._end()
-        books.tenants.comes(ticket)
+        if books.tenants.are_ruled:
+            books.tenants.comes(ticket)
         ticket.pool = pool = lane_of(whole, klass)
         lines.budget(ticket, pool)
         ticket.position = pool.ahead_of(klass.priority)
@@ -75,14 +76,13 @@ class Controller(Sharing):
         lines.number(ticket, pool)
         pool.pace.arrived(klass.priority, now)
         ticket.home = home = placing.home_of(ticket, pool)
-        if home is not None and not home.available:
+        if home is not None and home.available:
+            lines.patience(ticket)
+        else:
             home = None
-        if home is not None:
-            # At least half of its budget is left for any endpoint: else it would be refused while others have room.
-            ticket.patience_until = now + min(books.policy.patience_s, (ticket.wait_until - now) / 2)
         target = placing.place_for(ticket, pool, home)
         if target is not None:
-            placing.lease(ticket, target)
+            placing.lease(ticket, pool, target)
             return self._end()
         lines.join(ticket, pool, pool.shared if home is None else pool.queue_of(home))
         if ticket.account is not None:
@@ -213,8 +213,12 @@ class Controller(Sharing):
 
     def next_deadline(self) -> float | None:
         """Return when `tick` is due next, never before the last event; None: nothing is due."""
-        due, now = self._fleet.stale_at, self._books.now
-        for at in (self._lines.alarms.next(), self._fleet.changes.next()):
-            if at is not None and (due is None or at < due):
-                due = at
-        return due if due is None or due > now else now
+        due, waits_until, changes_at = self._fleet.stale_at, self._lines.alarms.next(), self._fleet.changes.next()
+        if waits_until is not None and (due is None or waits_until < due):
+            due = waits_until
+        if changes_at is not None and (due is None or changes_at < due):
+            due = changes_at
+        if due is None:
+            return None
+        now = self._books.now
+        return due if due > now else now

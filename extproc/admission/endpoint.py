@@ -148,11 +148,8 @@ class Endpoint(Room):
         """Take `ticket` out of the books. `served`: its answer came whole; `wanted`: requests wait for room here."""
         if served:
             self.health.heard_at = now
-            held, limit = self.held, self.limit
-            why = limit.why
-            limit.learn(now - ticket.leased_at, (ticket.beside + held) / 2, wanted=wanted and held >= limit.value)
-            if limit.why != why:
-                self.limit_since = now
+            if self.limit.blind:
+                self._learn_of(ticket, now, wanted=wanted)
         del self.leases[ticket]
         self.sequences -= ticket.sequences
         self.kv.remove(ticket)
@@ -169,6 +166,14 @@ class Endpoint(Room):
     def has_evicted(self, before: int) -> bool:
         """Tell whether what it cached at the turnover `before` is gone: more came since than the cache holds."""
         return self.kv.capacity is not None and self.kv.turnover - before > self.kv.capacity
+
+    def _learn_of(self, ticket: Ticket, now: float, *, wanted: bool) -> None:
+        """Have a blind limit follow how long an answer took."""
+        limit, held = self.limit, self.held
+        why = limit.why
+        limit.learn(now - ticket.leased_at, (ticket.beside + held) / 2, wanted=wanted and held >= limit.value)
+        if limit.why != why:
+            self.limit_since = now
 
     def rebook(self, ticket: Ticket, prompt_tokens: int) -> None:
         """Correct what a leased `ticket` has booked for its prompt, once the engine has counted it."""

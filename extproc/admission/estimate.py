@@ -31,8 +31,10 @@ MOST_PROMPT, MOST_OUTPUT = 262_144, 32_768
 MOST_CONTEXT = 131_072
 """Tokens that a model takes where nobody says: a size is a claim, and books no more than could be true."""
 LEAST_SCALE, MOST_SCALE = 1 / 1024, 8.0
-MOST_PACE = 1000.0
-"""Tokens per second of one sequence: no median over engines is more."""
+LEAST_CORRECTION = 1 / MOST_SCALE
+LEAST_LASTED_S, MOST_PACE = 1e-3, 1000.0
+"""Answers are taken to last so long in the mean at the least; tokens per second of one sequence: no median over engines
+is more."""
 SCALES = 4096
 """Scales remembered; the one that was used longest ago is forgotten first."""
 TRIES = 3
@@ -110,7 +112,7 @@ class TokenEstimate:
         self._mean = law.answer  # of all answers, by the counters
         self._all = _Mean()  # of all answers, as `tokens_of` sees them
         self._correction = 1.0  # by how much counters and that view differ
-        self._answers: OrderedDict[tuple[str | None, str], _Mean] = OrderedDict()
+        self._answers: dict[tuple[str | None, str], _Mean] = {}
         self._durations = _Mean()
         self._pace = law.first_pace  # the median of what engines showed
 
@@ -134,7 +136,7 @@ class TokenEstimate:
     def prompt_of(self, ticket: Ticket, longest: int | None) -> int:
         """Return how many tokens its prompt has by what is known now."""
         prompt = ticket.request.prompt_tokens
-        scale = self._scales.get(_size_class(ticket)) if prompt else None
+        scale = self._scales.get(_size_class(ticket)) if prompt and self._scales else None
         if scale is not None:
             prompt = int(prompt * scale.value)
         most = longest or MOST_CONTEXT
@@ -215,11 +217,14 @@ class TokenEstimate:
         law = self.law
         self._durations.add(writing_s, law.memory)
         if pace is None:
-            pace = self._mean / max(self._durations.value, 1e-3)
+            lasted_s = self._durations.value
+            pace = self._mean / (lasted_s if lasted_s > LEAST_LASTED_S else LEAST_LASTED_S)
         else:
             self._pace = min(self._pace * (law.nudge if pace > self._pace else 1.0 / law.nudge), MOST_PACE)
             pace = min(pace, self._pace * law.most_faster)
-        seen = min(writing_s * pace * ticket.sequences, float(MOST_OUTPUT))
+        seen = writing_s * pace * ticket.sequences
+        if seen > MOST_OUTPUT:
+            seen = float(MOST_OUTPUT)
         if not learn:
             return seen * self._correction
         self._all.add(seen, law.memory)
@@ -229,7 +234,7 @@ class TokenEstimate:
         if mean is None:
             mean = self._answers[key] = _Mean()
             if len(self._answers) > SCALES:
-                self._answers.popitem(last=False)
+                del self._answers[next(iter(self._answers))]
         mean.add(seen / ticket.sequences, law.memory)
         return seen * self._correction
 
@@ -270,7 +275,7 @@ class TokenEstimate:
                 mean = self._answers.setdefault((model, kind), _Mean())
                 mean.value, mean.count = tokens, min(max(weight, 1.0), self.law.memory)
                 if len(self._answers) > SCALES:
-                    self._answers.popitem(last=False)
+                    del self._answers[next(iter(self._answers))]
             case "scale":
                 scale = self._scale((model, kind, bits))
                 scale.value = min(max(value, LEAST_SCALE), MOST_SCALE)
@@ -282,10 +287,13 @@ class TokenEstimate:
 
     def _compare(self) -> None:
         """Follow a change of what counters say of all answers, or of our own view."""
-        if self._all.value > 0.0:
-            self._correction = min(max(self._mean / self._all.value, 1 / MOST_SCALE), MOST_SCALE)
-        else:
-            self._correction = 1.0
+        seen = self._all.value
+        correction = self._mean / seen if seen > 0.0 else 1.0
+        if correction > MOST_SCALE:
+            correction = MOST_SCALE
+        elif correction < LEAST_CORRECTION:
+            correction = LEAST_CORRECTION
+        self._correction = correction
 
     def _output_of(self, ticket: Ticket) -> int:
         own = self._answers.get((ticket.request.model, ticket.request_class.name))

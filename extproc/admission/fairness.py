@@ -51,12 +51,13 @@ class FairShare:
 
     def tag(self, tenant: str, cost: float) -> float:
         """Charge `cost` tokens to `tenant` and return the place of its request. FIFO within a tenant."""
-        record = self._tenants.get(tenant)
-        if record is None:
-            record = self._tenants[tenant] = _Tenant()
-            self.forget_beyond(self._memory.each)
+        tenants = self._tenants
+        if tenant in tenants:
+            record = tenants[tenant]
+            tenants.move_to_end(tenant)
         else:
-            self._tenants.move_to_end(tenant)
+            record = tenants[tenant] = _Tenant()
+            self.forget_beyond(self._memory.each)
         tag = record.finish if record.finish > self._virtual_time else self._virtual_time
         if record.waiting > 0 and tag < record.last_tag:  # a refund must not let it pass its own earlier requests
             tag = record.last_tag
@@ -72,24 +73,25 @@ class FairShare:
 
     def left(self, tenant: str, refund: float) -> None:
         """Note that a waiting request of `tenant` went without being served, and give back its cost."""
-        record = self._tenants.get(tenant)
-        if record is not None:
-            record.waiting = max(record.waiting - 1, 0)
+        if tenant in self._tenants:
+            record = self._tenants[tenant]
+            if record.waiting:
+                record.waiting -= 1
             record.finish -= refund
 
     def served(self, tenant: str, tag: float) -> None:
         """Note that the request with `tag` was dispatched: nobody is tagged lower from now on."""
         if tag > self._virtual_time:
             self._virtual_time = tag
-        record = self._tenants.get(tenant)
-        if record is not None:
-            record.waiting = max(record.waiting - 1, 0)  # 0: it was forgotten and came back
+        if tenant in self._tenants:
+            record = self._tenants[tenant]
+            if record.waiting:  # else it was forgotten and came back
+                record.waiting -= 1
 
     def correct(self, tenant: str, difference: float) -> None:
         """Charge (or, negative, give back) what a finished request cost beyond its estimate."""
-        record = self._tenants.get(tenant)
-        if record is not None:
-            record.finish += difference
+        if tenant in self._tenants:
+            self._tenants[tenant].finish += difference
 
 
 MAX_TURNS = 1000

@@ -163,7 +163,7 @@ class Fleet:
         """Keep each pool's list of open endpoints true, and who has the most room."""
         self._listings += 1
         endpoint.listing = self._listings
-        endpoint.crowding = (endpoint.pressure, endpoint.picked)
+        endpoint.crowding = (endpoint.pressure(), endpoint.picked)
         endpoint.listed = is_open = endpoint.held_by() is None
         if not is_open and endpoint.held_since is None:
             endpoint.held_since = self._books.now

@@ -166,12 +166,16 @@ class Guard:
 
     def _pass_over(self, queue: Queue, ticket: Ticket, endpoint: Endpoint, *, same_pool: bool, by_turns: bool) -> None:
         """Count it for those in the window of `queue` who are before `ticket`, which goes to `endpoint`."""
-        place, before = ticket.key, place_at(ticket, endpoint)
-        for key in queue.first_keys():
-            if same_pool and not by_turns:
+        place = ticket.key
+        if same_pool and not by_turns:
+            for key in queue.first_keys():
                 if key >= place:
                     return
-            elif same_pool:
+                self._count(queue, queue.at(key))
+            return
+        before = place_at(ticket, endpoint)
+        for key in queue.first_keys():
+            if same_pool:
                 if (key[0], turn_at(queue.at(key), endpoint), key) >= (*before[:2], place):
                     continue
             elif place_at(queue.at(key), endpoint) >= before:

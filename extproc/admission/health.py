@@ -109,6 +109,7 @@ class Health:
 
     Attributes:
         is_well: it may be sent whatever it has room for; else look closer. Asked for several times a request.
+        is_doubted: an answer that begins well is news. Asked for as often.
         is_up: what health checks say; None: nothing.
         is_known: a request was answered well there, or a check passed.
         is_asleep: its page says that it sleeps or is paused.
@@ -131,6 +132,7 @@ class Health:
         "full_until",
         "heard_at",
         "is_asleep",
+        "is_doubted",
         "is_failing",
         "is_known",
         "is_up",
@@ -149,6 +151,7 @@ class Health:
     def reset(self) -> None:
         """Forget everything but what its page says: it is another server now, or nobody checks it any more."""
         self.is_well = False
+        self.is_doubted = True
         self.is_up: bool | None = None
         self.is_known = False
         self.ejected_until: float | None = None
@@ -195,11 +198,6 @@ class Health:
         """How many requests it refused since its last good answer, in the pool where they were most."""
         return max((streak.count for streak in self._streaks.values()), default=0)
 
-    @property
-    def is_doubted(self) -> bool:
-        """Whether an answer that begins well is news."""
-        return self._doubt is not None or bool(self._streaks) or self.on_trial
-
     # ---- what is known of it
 
     def check(self, *, is_up: bool | None) -> None:
@@ -222,6 +220,7 @@ class Health:
             self._look()
 
     def _look(self) -> None:
+        self.is_doubted = self._doubt is not None or bool(self._streaks) or self.on_trial
         self.is_well = self._doubt is None and self.full_until is None and self.is_usable
 
     def leased(self, now: float) -> None:
@@ -240,17 +239,15 @@ class Health:
 
     def answered(self, now: float) -> bool:
         """Note an answer that begins well: whatever was held against it is over. Tell whether anything was."""
-        was_doubted = self.is_doubted
         self.heard_at = now
+        if not self.is_doubted:
+            return False
         self.is_known = True
         self.on_trial = self.is_failing = False
         self.ejections = 0
-        if self._doubt is not None:
-            self._doubt = None
-            self._look()
-        if self._streaks:
-            self._streaks = {}
-        return was_doubted
+        self._doubt, self._streaks = None, {}
+        self._look()
+        return True
 
     def refused(self, ticket: Ticket, record: Record, now: float, *, is_own_fault: bool, has_peers: bool) -> None:
         """Note that `ticket`, of the pool with this `record`, was refused, or not answered at all.

@@ -86,12 +86,13 @@ LONGEST_S = 2.0
 class FixedLimit:
     """A limit that a person chose."""
 
-    __slots__ = ("own", "value", "why")
+    __slots__ = ("blind", "own", "value", "why")
 
     def __init__(self, value: int) -> None:
         """Hold at most `value` requests; at least 1."""
         self.value = self.own = value
         self.why = "fixed"
+        self.blind = False  # nor is it moved by answers
 
     def start_at(self, value: int) -> None:
         """Stay at what was chosen."""

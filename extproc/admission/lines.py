@@ -149,6 +149,7 @@ class Lines:
         self.leave(ticket)
         ticket.state, ticket.charge, ticket.alarm, ticket.home = NEW, None, NEVER, None
         ticket.passed_over, ticket.is_guard = 0, False
+        ticket.tenant = ticket.request.tenant
 
     # ---- changing over
 
@@ -201,6 +202,15 @@ class Lines:
         if request.budget_s is not None and request.budget_s < budget_s:
             budget_s = request.budget_s
         ticket.wait_until = request.arrived + budget_s
+
+    def patience(self, ticket: Ticket) -> None:
+        """Note how long a request that comes may wait for its home.
+
+        At least half of its budget is left for any endpoint: else it would be refused while others have room.
+        """
+        now, patience_s = self._books.now, self._books.policy.patience_s
+        half_s = (ticket.wait_until - now) / 2
+        ticket.patience_until = now + (patience_s if patience_s < half_s else half_s)
 
     def follow_service(self, pool: Pool) -> None:
         """Note that the first endpoint of `pool` is up, or the last one is not: budgets are others then."""

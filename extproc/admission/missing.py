@@ -27,12 +27,12 @@ class Records:
     __slots__ = ("_records",)
 
     def __init__(self) -> None:
-        """Start without any: as long as nobody refuses, nothing is counted."""
+        """Start without any."""
         self._records: dict[str, Record] = {}
 
     def served(self, model: str | None) -> None:
         """Count a good answer."""
-        if self._records and model is not None:
+        if model is not None:
             record = self._records.get(model)
             if record is not None:
                 record.served += 1

@@ -74,7 +74,7 @@ class Placing:
                     books.has_freed_many = has_leased and len(freed) > MANY
                     has_leased = False
                 else:
-                    self.lease(best, endpoint)
+                    self.lease(best, placed(best.pool), endpoint)
                     has_leased = True
             else:
                 ticket = books.next_arrived()
@@ -82,7 +82,7 @@ class Placing:
                     pool = placed(ticket.pool)
                     target = self.place_for(ticket, pool, None if ticket.queue is pool.shared else ticket.home)
                     if target is not None:
-                        self.lease(ticket, target)
+                        self.lease(ticket, pool, target)
 
     def place_for(self, ticket: Ticket, pool: Pool, home: Endpoint | None) -> Endpoint | None:
         """Return the endpoint with the most room among those that `ticket` may take now: `home` alone, or any.
@@ -146,10 +146,10 @@ class Placing:
                 return True
         return False
 
-    def lease(self, ticket: Ticket, endpoint: Endpoint) -> None:
-        """Dispatch: from here on the slot is taken."""
+    def lease(self, ticket: Ticket, pool: Pool, endpoint: Endpoint) -> None:
+        """Dispatch one of `pool`: from here on the slot is taken."""
         books = self._books
-        pool, now, request = placed(ticket.pool), books.now, ticket.request
+        now, request = books.now, ticket.request
         ticket.state = LEASED
         ticket.endpoint = endpoint
         if request.session is not None:
@@ -252,6 +252,8 @@ def _prompt_tokens(ticket: Ticket) -> int:
 def _best_for(endpoint: Endpoint) -> Ticket | None:
     """Return who goes to `endpoint` next: by its pool's order; where pools meet guards first, then by turns."""
     waiting = [pool for pool in endpoint.pools if pool.waiting_total]
+    if len(waiting) == 1:
+        return waiting[0].guard.best_for(endpoint, by_turns=False)[0]
     by_turns = goes_by_turns(waiting)
     found: dict[Pool, Ticket] = {}
     guard = heir = None

@@ -50,7 +50,7 @@ class Refusing:
                 self.turn_away(ticket, Outcome.DRAINING, 1)
             else:
                 self.turn_away(ticket, Outcome.MODEL_MISSING)
-        elif books.policy.enable_queue and books.tenants.is_over(ticket):
+        elif books.tenants.are_ruled and books.policy.enable_queue and books.tenants.is_over(ticket):
             self.turn_away(ticket, Outcome.TENANT_LIMIT, 1)
         else:
             return pool

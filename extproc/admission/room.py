@@ -182,9 +182,8 @@ class Room:
         """The most prompt tokens that may wait for their first token here."""
         return self._prompt_limit or self.prefill.limit
 
-    @property
     def pressure(self) -> float:
-        """How full it is: the fullest of its limits. The least pressed endpoint has the most room."""
+        """Return how full it is: the fullest of its limits. The least pressed endpoint has the most room."""
         held = self.sequences + self.strangers.count
         if not self.enforcing:
             return float(held)

@@ -37,8 +37,7 @@ class Sessions:
 
         Over `capacity` sessions, the one that was seen longest ago is forgotten.
         """
-        known = self._endpoints.get(session)
-        if known is not None and known[3] > at:
+        if session in self._endpoints and self._endpoints[session][3] > at:
             return
         self._endpoints[session] = (endpoint, tokens, endpoint.kv.turnover, at)
         self._endpoints.move_to_end(session)
@@ -47,21 +46,22 @@ class Sessions:
 
     def recall(self, session: str) -> Endpoint | None:
         """Return the endpoint that served `session` last, unless it is gone."""
-        endpoint, _, before, _ = self._endpoints.get(session, _NOWHERE)
-        if endpoint is not None and (endpoint.removed or endpoint.has_evicted(before)):
+        if session not in self._endpoints:
+            return None
+        endpoint, _, before, _ = self._endpoints[session]
+        if endpoint.removed or endpoint.has_evicted(before):
             del self._endpoints[session]
             return None
         return endpoint
 
     def cached(self, session: str, endpoint: Endpoint) -> int:
         """Return how many tokens of `session` are probably in the cache of `endpoint`."""
-        home, tokens, _, _ = self._endpoints.get(session, _NOWHERE)
+        if session not in self._endpoints:
+            return 0
+        home, tokens, _, _ = self._endpoints[session]
         return tokens if home is endpoint else 0
 
     def homes(self, most: int, now: float) -> list[Home]:
         """Return the `most` that were seen last, the last one first."""
         newest = islice(reversed(self._endpoints.items()), most)
         return [Home(session, known[0].name, known[1], max(now - known[3], 0.0)) for session, known in newest]
-
-
-_NOWHERE: tuple[Endpoint | None, int, int, float] = (None, 0, 0, 0.0)

@@ -35,7 +35,8 @@ class Sharing(Administration):
         if endpoint is not None:
             request = ticket.request
             ticket.request_class = books.class_of(request)
-            books.tenants.comes(ticket)
+            if books.tenants.are_ruled:
+                books.tenants.comes(ticket)
             ticket.pool = self._fleet.pool_of(request) or books.pools.every
             self._lines.budget(ticket, ticket.pool)  # for those who are told of it
             self._tokens.estimate(ticket, ticket.pool.longest)

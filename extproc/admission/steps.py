@@ -64,8 +64,7 @@ class StepCost:
     @property
     def pace(self) -> float | None:
         """Return the tokens per second of one sequence in the last seconds; None: not known."""
-        tpot_s = self.tpot_s
-        return None if tpot_s is None else 1.0 / tpot_s
+        return self._tokens / self._running if self._running > 0 and self._tokens > 0 else None
 
     def follow(self, load: Load, before: float | None, elapsed_s: float, fresh: float = 1.0) -> None:
         """Follow a reading, `elapsed_s` after one that had `before` running (None: it did not say).

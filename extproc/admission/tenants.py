@@ -105,13 +105,18 @@ class Account:
 
 
 class Tenants:
-    """The accounts of tenants that have something in flight."""
+    """The accounts of tenants that have something in flight.
 
-    __slots__ = ("accounts", "rules")
+    Attributes:
+        are_ruled: somebody has written rules; else there is nothing to count, and nobody need be asked.
+    """
+
+    __slots__ = ("accounts", "are_ruled", "rules")
 
     def __init__(self, rules: TenantRules) -> None:
         """Follow these rules."""
         self.rules = rules
+        self.are_ruled = rules is not NO_RULES
         self.accounts: dict[str, Account] = {}
 
     def __len__(self) -> int:
@@ -121,12 +126,13 @@ class Tenants:
     def follow(self, rules: TenantRules) -> None:
         """Replace the rules. What is in flight keeps its places."""
         self.rules = rules
+        self.are_ruled = rules is not NO_RULES
         for account in self.accounts.values():
             account.rule = rules.who(account.name)[1]
 
     def in_flight(self) -> dict[str, int]:
         """Count what each named tenant has in flight, and what all others have together, as "*"; no rules: nothing."""
-        if self.rules is NO_RULES:
+        if not self.are_ruled:
             return {}
         counts = dict.fromkeys((*self.rules.named, OTHERS), 0)
         for name, account in self.accounts.items():
@@ -135,8 +141,6 @@ class Tenants:
 
     def is_over(self, ticket: Ticket) -> bool:
         """Tell whether the tenant of a request that comes has all in flight that it may have."""
-        if self.rules is NO_RULES:
-            return False
         name, rule = self.rules.who(ticket.request.tenant)
         if rule.max_in_flight is None:
             return False
@@ -145,9 +149,6 @@ class Tenants:
 
     def comes(self, ticket: Ticket) -> None:
         """Count a request."""
-        if self.rules is NO_RULES:
-            ticket.tenant = ticket.request.tenant  # it may have been taken back, and have counted for another
-            return
         name, rule = self.rules.who(ticket.request.tenant)
         account = self.accounts.get(name)
         if account is None:

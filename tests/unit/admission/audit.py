@@ -162,10 +162,13 @@ class Audit:
             self._check_tokens(endpoint, books)
             require(0 <= endpoint.foreign <= (books.foreign or 0), endpoint.foreign, "foreign,", books.foreign)
             require(endpoint.removed is not books.present, endpoint)
-            crowding = (endpoint.pressure, endpoint.picked)
+            crowding = (endpoint.pressure(), endpoint.picked)
             require(endpoint.removed or endpoint.crowding == crowding, endpoint, endpoint.crowding, crowding)
             require(all(ticket.endpoint is endpoint for ticket in books.leases), endpoint, "lent twice")
             require((endpoint.held_by() is None) == self._is_open(endpoint), endpoint, "held by", endpoint.held_by())
+            health = endpoint.health
+            doubted = health._doubt is not None or bool(health._streaks) or health.on_trial
+            require(health.is_doubted is doubted, endpoint, "doubted:", health.is_doubted)
         for endpoint in self.core.endpoints.values():
             require(not (endpoint.removed and endpoint.pools), endpoint, "is gone, and has pools")
         holds = self.core.holds()
@@ -283,7 +286,7 @@ class Audit:
                 if not pool.waiting_total or endpoint not in pool.members:
                     continue
                 line = [t for t in self.waiting if t.pool is pool and may_take(t, endpoint)]
-                emptiest = min(pool.open, key=lambda e: (e.pressure, e.picked))
+                emptiest = min(pool.open, key=lambda e: (e.pressure(), e.picked))
                 for ticket in sorted(line, key=attrgetter("key"))[:WINDOW]:
                     require(ticket.waited_for is not None, ticket, "waits, and does not say for what")
                     fits = not self.core.policy.enable_queue or self.fits(books, endpoint, ticket)

@@ -172,7 +172,7 @@ def test_who_is_kept_from_one_endpoint_by_a_guard_goes_to_another() -> None:
         desk.release(desk.ask("mouse", home="a"))
     stuck = desk.ask("mouse", home="a")
     assert stuck.state is State.WAITING
-    assert desk.endpoint("a").pressure < desk.endpoint("b").pressure
+    assert desk.endpoint("a").pressure() < desk.endpoint("b").pressure()
     assert desk.where(desk.ask("free")) == "b"
 
 
