@@ -19,6 +19,8 @@ FinishReason = Literal["length", "stop"]
 T = TypeVar("T")
 
 DEFAULT_OUTPUT_TOKENS: Final = 64
+MOST_CHOICES: Final = 1024
+"""Choices of one request, at most: `n` of each prompt of a list."""
 CHARS_PER_TOKEN: Final = 4
 _WORDS: Final = ("wait", "your", "turn", "then", "take", "room", "and", "go")
 _ERROR_TYPES: Final = {
@@ -60,6 +62,15 @@ class Ask:
     session: str | None
     shared_tokens: int = 0
     """So many tokens at the start of the prompt are the same in all requests that tell it."""
+    n: int = 1
+    """How many answers each prompt gets."""
+    prompts: tuple[int, ...] = ()
+    """Tokens of each prompt, where there are several; `prompt_tokens` is their sum."""
+
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        """The tokens of each choice's prompt, by its index: as vLLM, `n` of the first prompt, then of the next."""
+        return tuple(tokens for tokens in self.prompts or (self.prompt_tokens,) for _ in range(self.n))
 
 
 def read_ask(
@@ -75,10 +86,17 @@ def read_ask(
     model = _typed(fields, "model", str, models[0])
     if model not in models and not any_model:
         raise BadRequest(f"The model `{model}` does not exist.", 404, "model")
-    if _typed(fields, "n", int, 1) != 1:
-        raise BadRequest("this engine answers n=1 only", param="n")
-    chars = _chat_chars(fields) if kind == "chat" else _prompt_chars(fields)
-    prompt = _told(headers, fields, "x-sim-prompt-tokens") or max(1, chars // CHARS_PER_TOKEN)
+    n = _typed(fields, "n", int, 1)
+    if n < 1:
+        raise BadRequest(f"n must be at least 1, got {n}.", param="n")
+    chars = [_chat_chars(fields)] if kind == "chat" else _prompt_chars(fields)
+    if n * len(chars) > MOST_CHOICES:
+        raise BadRequest(
+            f"n must be at most {MOST_CHOICES // len(chars)} for {len(chars)} prompts, got {n}.", param="n"
+        )
+    told = _told(headers, fields, "x-sim-prompt-tokens")
+    prompts = tuple(told or max(1, count // CHARS_PER_TOKEN) for count in chars)
+    prompt = max(prompts)
     limit = _max_tokens(fields, kind)
     wanted = _told(headers, fields, "x-sim-output-tokens")
     stops = wanted is not None and (limit is None or wanted < limit)
@@ -96,7 +114,7 @@ def read_ask(
     return Ask(
         kind=kind,
         model=model,
-        prompt_tokens=prompt,
+        prompt_tokens=sum(prompts),
         output_tokens=output,
         finish_reason="stop" if stops else "length",
         stream=stream,
@@ -104,6 +122,8 @@ def read_ask(
         priority=_typed(fields, "priority", int, 0),
         session=headers.get("x-session-id") or _typed(fields, "user", str, "") or None,
         shared_tokens=_told(headers, fields, "x-sim-shared-prompt-tokens") or 0,
+        n=n,
+        prompts=prompts if len(prompts) > 1 else (),
     )
 
 
@@ -160,16 +180,21 @@ def _chat_chars(fields: dict[str, Any]) -> int:
     return chars
 
 
-def _prompt_chars(fields: dict[str, Any]) -> int:
-    match fields.get("prompt"):
+def _prompt_chars(fields: dict[str, Any]) -> list[int]:
+    """The characters of each prompt: a text, tokens, or a list of either."""
+    prompt = fields.get("prompt")
+    many = prompt if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]
+    return [_chars_of(one) for one in many]
+
+
+def _chars_of(prompt: object) -> int:
+    match prompt:
         case str(text):
-            return len(text)
-        case [str(text)]:
             return len(text)
         case [int(), *_] as tokens if all(type(token) is int for token in tokens):
             return len(tokens) * CHARS_PER_TOKEN
         case _:
-            raise BadRequest("`prompt` must be a string, a list of one string, or a list of tokens", param="prompt")
+            raise BadRequest("`prompt` must be a string, a list of tokens, or a list of these", param="prompt")
 
 
 def answer_text(start: int, end: int) -> str:
@@ -191,26 +216,31 @@ class Answer:
         }
         if ask.stream and chat:
             self._meta["object"] = "chat.completion.chunk"
-        # Only words vary between the chunks of a stream, and words need no escaping: cut one chunk at its word.
-        self._head, self._tail = self._event(self._choice("\0", None)).split(rb"\u0000")
+        # Only words vary between the chunks of a choice, and words need no escaping: cut one chunk at its word.
+        self._open = len(ask.sequences)  # choices that are not complete
+        self._cuts = [self._event(index, self._choice("\0", None)).split(rb"\u0000") for index in range(self._open)]
 
     def whole(self) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
         ask, text = self._ask, answer_text(0, self._ask.output_tokens)
-        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": ask.finish_reason}
-        if ask.kind == "chat":
-            choice["message"] = {"role": "assistant", "content": text}
-        else:
-            choice["text"] = text
-        return self._meta | {"choices": [choice], "usage": self._usage()}
+        said = {"message": {"role": "assistant", "content": text}} if ask.kind == "chat" else {"text": text}
+        choices = [
+            {"index": index, "logprobs": None, "finish_reason": ask.finish_reason, **said}
+            for index in range(len(ask.sequences))
+        ]
+        return self._meta | {"choices": choices, "usage": self._usage()}
 
-    def chunk(self, start: int, end: int) -> bytes:
-        """The events for the output tokens from `start` to before `end`, the last of which end the stream."""
+    def chunk(self, start: int, end: int, index: int = 0) -> bytes:
+        """The events for the output tokens of a choice from `start` to before `end`; the last of all end the stream."""
         ask = self._ask
-        first = self._event({"role": "assistant", "content": ""}) if start == 0 and ask.kind == "chat" else b""
+        first = self._event(index, {"role": "assistant", "content": ""}) if start == 0 and ask.kind == "chat" else b""
         if end < ask.output_tokens:
-            return b"".join((first, self._head, answer_text(start, end).encode(), self._tail))
-        last = self._event(self._choice(answer_text(start, end), ask.finish_reason))
+            head, tail = self._cuts[index]
+            return b"".join((first, head, answer_text(start, end).encode(), tail))
+        last = self._event(index, self._choice(answer_text(start, end), ask.finish_reason))
+        self._open -= 1
+        if self._open > 0:
+            return first + last
         usage = b""
         if ask.include_usage:
             usage = b"data: " + json.dumps(self._meta | {"choices": [], "usage": self._usage()}).encode() + b"\n\n"
@@ -221,11 +251,11 @@ class Answer:
             return {"content": text, "finish_reason": reason}
         return {"text": text, "finish_reason": reason}
 
-    def _event(self, parts: dict[str, Any]) -> bytes:
-        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": parts.pop("finish_reason", None)}
+    def _event(self, index: int, parts: dict[str, Any]) -> bytes:
+        choice: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": parts.pop("finish_reason", None)}
         choice |= {"delta": parts} if self._ask.kind == "chat" else parts
         return b"data: " + json.dumps(self._meta | {"choices": [choice]}).encode() + b"\n\n"
 
     def _usage(self) -> dict[str, int]:
-        prompt, output = self._ask.prompt_tokens, self._ask.output_tokens
+        prompt, output = self._ask.prompt_tokens, self._ask.output_tokens * len(self._ask.sequences)
         return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}

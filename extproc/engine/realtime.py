@@ -69,32 +69,42 @@ class Histogram:
         return buckets
 
 
+class Waits:
+    """Whoever waits for the sequences of one request."""
+
+    __slots__ = ("_waiter",)
+
+    def __init__(self) -> None:
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def more(self) -> None:
+        """Wait until any of them got tokens, or ended."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
+
+    def wake(self) -> None:
+        """End that wait, if there is one."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
 class Generation:
-    """One sequence that somebody waits for: `tokens` it has so far, `done` when there will be no more."""
+    """One sequence of a request: `tokens` it has so far, all at once if it does not stream."""
 
-    __slots__ = ("_waiter", "arrived_s", "ask", "done", "first_token_s", "seq_id", "tokens")
+    __slots__ = ("arrived_s", "ask", "first_token_s", "seq_id", "tokens", "waits")
 
-    def __init__(self, seq_id: int, ask: Ask, arrived_s: float) -> None:
+    def __init__(self, seq_id: int, ask: Ask, arrived_s: float, waits: Waits) -> None:
         self.seq_id = seq_id
         self.ask = ask
         self.arrived_s = arrived_s
+        self.waits = waits
         self.first_token_s: float | None = None
         self.tokens = 0
-        self.done = False
-        self._waiter: asyncio.Future[None] | None = None
 
-    async def more_than(self, tokens: int) -> int:
-        """Wait until there are more than `tokens`, and say how many; one that does not stream has all or none."""
-        while self.tokens <= tokens and not self.done:
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        return self.tokens
-
-    def reached(self, tokens: int, *, done: bool = False) -> None:
+    def reached(self, tokens: int) -> None:
         """`tokens` have left the engine by now; wake whoever waits for them."""
-        self.tokens, self.done = tokens, done
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        self.tokens = tokens
+        self.waits.wake()
 
 
 class Drive:
@@ -116,27 +126,34 @@ class Drive:
         self._due_s: float | None = None
         self._timer: asyncio.TimerHandle | None = None
 
-    def submit(self, ask: Ask) -> Generation | Refusal:
-        """Hand a request to the engine now, or return why it does not take it."""
+    def submit(self, ask: Ask) -> list[Generation] | Refusal:
+        """Hand a request to the engine now, a sequence for each of its choices, or return why it takes not all."""
         now = self._now()
         if self.engine.next_step() is None:
             self._looked_s = now
-        self._numbers += 1
-        refusal = self.engine.submit(
-            self._numbers,
-            ask.prompt_tokens,
-            ask.output_tokens,
-            now,
-            ask.priority,
-            ask.session,
-            prefix="shared" if ask.shared_tokens else None,
-            prefix_tokens=ask.shared_tokens,
-        )
+        generations: list[Generation] = []
+        waits = Waits()
+        for prompt_tokens in ask.sequences:
+            self._numbers += 1
+            refusal = self.engine.submit(
+                self._numbers,
+                prompt_tokens,
+                ask.output_tokens,
+                now,
+                ask.priority,
+                ask.session,
+                prefix="shared" if ask.shared_tokens else None,
+                prefix_tokens=ask.shared_tokens,
+            )
+            if refusal is not None:
+                for generation in generations:
+                    self.abort(generation)
+                self._arm()
+                return refusal
+            generation = self._generations[self._numbers] = Generation(self._numbers, ask, now, waits)
+            generations.append(generation)
         self._arm()
-        if refusal is not None:
-            return refusal
-        generation = self._generations[self._numbers] = Generation(self._numbers, ask, now)
-        return generation
+        return generations
 
     def abort(self, generation: Generation) -> None:
         """Nobody waits for it any more: free what it holds. Does nothing after its end."""
@@ -209,4 +226,4 @@ class Drive:
         later_tokens = generation.ask.output_tokens - 1
         if generation.first_token_s is not None and later_tokens:
             self.per_output_token.observe((t - generation.first_token_s) / later_tokens)
-        generation.reached(generation.ask.output_tokens, done=True)
+        generation.reached(generation.ask.output_tokens)

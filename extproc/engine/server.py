@@ -167,34 +167,45 @@ class EngineServer:
         self._arrivals.append(
             {"id": request_id, "class": request.headers.get("x-request-class"), "arrived_s": time.time()}
         )
-        generation = self.drive.submit(ask)
-        if isinstance(generation, Refusal):  # read_ask has refused what is too long
+        generations = self.drive.submit(ask)
+        if isinstance(generations, Refusal):  # read_ask has refused what is too long
             raise BadRequest("The engine's queue is full: max_num_queued reached.", 503)
         try:
             if ask.stream:
-                return await self._stream(request, Answer(ask, request_id), generation)
-            return await self._whole(request, Answer(ask, request_id), generation)
+                return await self._stream(request, Answer(ask, request_id), generations)
+            return await self._whole(request, Answer(ask, request_id), generations)
         finally:
-            self.drive.abort(generation)
+            for generation in generations:
+                self.drive.abort(generation)
 
-    async def _whole(self, request: web.Request, answer: Answer, generation: Generation) -> web.Response:
-        await generation.more_than(0)
+    async def _whole(self, request: web.Request, answer: Answer, generations: list[Generation]) -> web.Response:
+        for generation in generations:
+            while not generation.tokens:
+                await generation.waits.more()
         response = web.json_response(answer.whole())
         load = orca_header(self.drive, request.headers.get("endpoint-load-metrics-format", ""))
         if load is not None:
             response.headers["endpoint-load-metrics"] = load
         return response
 
-    async def _stream(self, request: web.Request, answer: Answer, generation: Generation) -> web.StreamResponse:
+    async def _stream(self, request: web.Request, answer: Answer, generations: list[Generation]) -> web.StreamResponse:
         response = web.StreamResponse()
         response.content_type = "text/event-stream"
         response.charset = "utf-8"
         await response.prepare(request)  # sends the headers now, as vLLM does, long before the first token
-        sent = 0
-        while sent < generation.ask.output_tokens:
-            tokens = await generation.more_than(sent)
-            await response.write(answer.chunk(sent, tokens))
-            sent = tokens
+        sent = [0] * len(generations)
+        left = len(generations) * generations[0].ask.output_tokens
+        while left:
+            chunks = []
+            for index, generation in enumerate(generations):
+                if (tokens := generation.tokens) > sent[index]:
+                    chunks.append(answer.chunk(sent[index], tokens, index))
+                    left -= tokens - sent[index]
+                    sent[index] = tokens
+            if chunks:
+                await response.write(b"".join(chunks))
+            else:
+                await generations[0].waits.more()
         return response
 
     async def _break(self, request: web.Request) -> web.StreamResponse | None:

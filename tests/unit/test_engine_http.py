@@ -74,6 +74,54 @@ def test_a_completion_takes_text_or_tokens(prompt: object) -> None:
     play(scene())
 
 
+@pytest.mark.parametrize(
+    ("prompt", "tokens"), [("hello there", 2), (["hello there", "of an hour"], 4), ([[17, 18], [1]], 3)]
+)
+def test_each_prompt_gets_n_choices_of_their_own_sequences(prompt: object, tokens: int) -> None:
+    async def scene() -> None:
+        body = {"prompt": prompt, "max_tokens": 2, "n": 2}
+        count = 2 * len(prompt) if isinstance(prompt, list) else 2
+        async with engine() as (server, client):
+            _, whole = await ask(client, body, "/v1/completions")
+            assert server.drive.engine.finished_total == count
+            streamed = body | {"stream": True, "stream_options": {"include_usage": True}}
+            async with client.post("/v1/completions", json=streamed) as response:
+                *chunks, usage = await events(response)
+        assert [(one["index"], one["text"]) for one in whole["choices"]] == [(at, "wait your ") for at in range(count)]
+        told = [""] * count
+        for (choice,) in (chunk["choices"] for chunk in chunks):
+            told[choice["index"]] += choice["text"]
+        assert told == ["wait your "] * count
+        assert sum(chunk["choices"][0]["finish_reason"] == "length" for chunk in chunks) == count
+        used = {"prompt_tokens": tokens, "completion_tokens": 2 * count, "total_tokens": tokens + 2 * count}
+        assert whole["usage"] == usage["usage"] == used
+
+    play(scene())
+
+
+def test_choices_of_a_chat_are_messages_and_a_client_that_leaves_ends_them_all() -> None:
+    async def scene() -> None:
+        async with engine() as (server, client):
+            _, whole = await ask(client, CHAT | {"n": 3})
+            assert [one["message"]["content"] for one in whole["choices"]] == ["wait your turn "] * 3
+            leaver = asyncio.create_task(ask(client, ENDLESS | {"n": 3, "stream": True}))
+            await until(lambda: server.drive.engine.running + server.drive.engine.waiting == 3)
+            leaver.cancel()
+            await until(lambda: server.drive.engine.aborted_total == 3)
+
+    play(scene())
+
+
+def test_a_request_of_which_not_all_choices_are_taken_is_refused_and_leaves_none() -> None:
+    async def scene() -> None:
+        async with engine(dataclasses.replace(FAST, max_num_queued=2)) as (server, client):
+            status, _ = await ask(client, CHAT | {"n": 3})
+            assert (status, server.drive.engine.running + server.drive.engine.waiting) == (503, 0)
+            assert (await ask(client, CHAT | {"n": 2}))[0] == 200
+
+    play(scene())
+
+
 def test_no_token_leaves_before_its_step_ends() -> None:
     async def scene() -> None:
         async with engine(dataclasses.replace(FAST, step_base_s=0.02)) as (_, client):
@@ -148,7 +196,8 @@ BAD_CHATS: list[tuple[str, Any]] = [
     ("max_completion_tokens", CHAT | {"max_completion_tokens": "9"}),
     ("stream", CHAT | {"stream": "yes"}),
     ("stream=True", CHAT | {"stream_options": {"include_usage": True}}),
-    ("n=1", CHAT | {"n": 2}),
+    ("n must be at least 1", CHAT | {"n": 0}),
+    ("n must be at most 1024", CHAT | {"n": 100_000}),
     ("priority", CHAT | {"priority": 1.5}),
     ("maximum context length is 8192", CHAT | {"max_tokens": 8191}),
 ]
