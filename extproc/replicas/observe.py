@@ -116,7 +116,7 @@ class Shown:
 
 
 def described(membership: Membership, waiting: int) -> dict[str, Any]:
-    """Return what /queues says of a sidecar among others."""
+    """Return what /queues says of a sidecar among others, by what its gate tells of those who are `waiting`."""
     replica = membership.replica
     picture = replica.picture()
     leading = replica.leading
@@ -131,7 +131,7 @@ def described(membership: Membership, waiting: int) -> dict[str, Any]:
         "group": picture.group,
         "cut_off": picture.role is Role.SEEKING or picture.group < picture.members,
         "refused": replica.refused,
-        "waiting_here": waiting,
+        "waiting_here": waiting - replica.others_waiting,
         "store_age_s": _rounded(picture.store_age_s),
         "leader_age_s": _rounded(picture.leader_age_s),
         "followers": []

@@ -14,9 +14,11 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING
 
+from extproc.admission.transitions import WAITING
 from extproc.replicas.census import Census
 from extproc.replicas.door import Door
 from extproc.replicas.following import Following
+from extproc.replicas.forwarded import Forwarded
 from extproc.replicas.leading import Leading
 from extproc.replicas.meeting import Meeting, rank_of
 from extproc.replicas.messages import (
@@ -168,6 +170,18 @@ class Replica:
         if self.leading is not None:
             held += len(self.leading.gathering or ())
         return held
+
+    @property
+    def others_waiting(self) -> int:
+        """How many requests of others wait in our books."""
+        if self.leading is None:
+            return 0
+        waiting = sum(
+            ticket.state is WAITING
+            for follower in self.leading.followers.values()
+            for ticket in follower.tickets.values()
+        )
+        return waiting + sum(isinstance(ticket, Forwarded) for ticket in self.leading.gathering or ())
 
     @property
     def forwarded(self) -> int:

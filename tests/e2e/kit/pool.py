@@ -226,7 +226,7 @@ class Pool:
 
     def waiting(self) -> int:
         """What waits everywhere, by the leader's books."""
-        return int(self.leader.replicas["waiting_here"])
+        return int(self.leader.sidecar.queues()["waiting_total"])
 
     def peaks(self) -> dict[str, int]:
         """The most requests that each engine ever held at once, by its own count."""

@@ -49,6 +49,20 @@ def test_who_is_cut_off_says_so():
     assert (shown["cut_off"], shown["words"]) == (True, "leads 1 of 3 sidecars")
 
 
+def test_waiting_here_is_what_came_through_a_sidecar_and_waits_on_a_leader_too():
+    here = Site(1)
+    here.run(6.0)
+    for _ in range(24):  # all there is room for
+        here.send("s0", work_s=30.0)
+    here.run(1.0)
+    sent = {"s0": 1, "s1": 2, "s2": 3}
+    for place, count in sent.items():
+        for _ in range(count):
+            here.send(place, work_s=30.0, budget_s=60.0)
+    here.run(1.0)
+    assert {place: seen(sidecar)["waiting_here"] for place, sidecar in here.sidecars.items()} == sent
+
+
 def samples_of(sidecar: Sidecar) -> dict[tuple[str, ...], float]:
     collector = ReplicaMetrics.of(SimpleNamespace(replica=sidecar.replica, store_errors=0))
     return {
