@@ -45,7 +45,7 @@ Each key can be set by an environment variable too, which wins: `EXTPROC_ENABLE_
 Editors complete keys and underline mistakes with the [JSON Schema](config.schema.json) (`extproc schema` prints it) and
 a first line like `# yaml-language-server: $schema=config.schema.json`. It knows each key, not how keys depend on one
 another: `check` does, and with `--output json` it tells a pipeline, as `{"ok": false, "findings": [{"file": ...,
-"severity": "error", "at": "endpoints[0].address", "message": ...}]}`.
+"severity": "error", "at": "endpoints[0].address", "message": ...}]}`; `severity` is `error`, `warning` or `info`.
 
 Everything here is stable, and changes only as [COMPATIBILITY.md](../COMPATIBILITY.md) says, but what is marked
 *experimental*: that may change or go with any release.

@@ -165,7 +165,10 @@ def envoy_filter(bootstrap: dict[str, Any]) -> dict[str, Any]:
     listener = {"filterChain": {"filter": {"name": HTTP_MANAGER}}}
     before_router = {"filterChain": {"filter": {"name": HTTP_MANAGER, "subFilter": {"name": ROUTER}}}}
     virtual_host = {"vhost": {"name": VIRTUAL_HOST}}
-    settings = ("@type", "stream_idle_timeout", "request_timeout", "early_header_mutation_extensions")
+    settings = (
+        *("@type", "stream_idle_timeout", "request_timeout", "always_set_request_id_in_response"),
+        "early_header_mutation_extensions",
+    )
     merged = {"typed_config": {key: manager[key] for key in settings}}
     limit = {"request_body_buffer_limit": host["request_body_buffer_limit"]}
     steered = {"name": "extproc-steered", **host["routes"][0]}
@@ -233,6 +236,16 @@ def envoy_patch_policy(bootstrap: dict[str, Any]) -> dict[str, Any]:
                 "jsonPath": f"{manager}.http_filters[?(@.name == '{name}')]",
                 "path": "/typed_config",
                 "value": _filter(bootstrap, EXT_PROC)["typed_config"],
+            },
+        },
+        {
+            "type": "type.googleapis.com/envoy.config.listener.v3.Listener",
+            "name": f"{NAMESPACE}/extproc/http",
+            "operation": {
+                "op": "add",
+                "jsonPath": manager,
+                "path": "/always_set_request_id_in_response",
+                "value": _manager(bootstrap)["always_set_request_id_in_response"],
             },
         },
         {

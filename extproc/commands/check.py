@@ -36,6 +36,7 @@ def check(file: Path, envoy: Path | None, *, as_json: bool) -> bool:
     try:
         config = _valid(file, envoy)
         findings += [_finding(str(path), "warning", words) for path, words in _warnings(config, file, envoy)]
+        findings += [_finding(str(path), "info", words) for path, words in _as_it_should_be(config, envoy)]
     except ConfigError as error:
         findings += [_finding(error.source, "error", problem) for problem in error.problems]
     ok = all(finding["severity"] != "error" for finding in findings)
@@ -72,6 +73,13 @@ def _good(config: Config, file: Path, envoy: Path | None) -> Iterable[tuple[Path
     if envoy is not None:
         is_whole = config.picks or not could_not_look(config, envoy)
         yield envoy, f"ok: {'fits' if is_whole else 'what could be looked at fits'} {file}"
+    yield from _as_it_should_be(config, envoy)
+
+
+def _as_it_should_be(config: Config, envoy: Path | None) -> Iterable[tuple[Path, str]]:
+    if envoy is not None and config.picks:
+        for words in Gateway(config, envoy).good:
+            yield envoy, words
 
 
 def _warnings(config: Config, file: Path, envoy: Path | None) -> Iterable[tuple[Path, str]]:

@@ -144,7 +144,7 @@ def _parser(command: str | None = None) -> argparse.ArgumentParser:
     top.set_defaults(command=_top)
 
     why = commands.add_parser("why", help="tell what happened to a request, event by event")
-    why.add_argument("id", metavar="ID", help="its x-request-id, as Envoy's access log has it")
+    why.add_argument("id", metavar="ID", help="its x-request-id: a header of its answer, and in Envoy's access log")
     why.add_argument("--admin", default="127.0.0.1:9902", metavar="HOST:PORT", help="the admin port (%(default)s)")
     why.set_defaults(command=_why)
 

@@ -27,7 +27,7 @@ DEFAULT_IDLE_S, DEFAULT_MESSAGE_S, DEFAULT_BREAKER = 300.0, 0.2, 1024
 
 
 class Gateway:
-    """What a dump says: `problems` cut or lose what is held, `notes` say what to expect."""
+    """What a dump says: `problems` cut or lose what is held, `notes` what it costs, and `good` what is as it should be."""
 
     def __init__(self, config: Config, path: Path) -> None:
         """Look at the dump at `path`. Raises ConfigError if it can't be read."""
@@ -62,6 +62,7 @@ class Gateway:
         ]
         self.problems: list[str] = []
         self.notes: list[str] = []
+        self.good: list[str] = []
         if not self._filters:
             self.problems.append("has no envoy.filters.http.ext_proc filter: no picker is asked at all")
         else:
@@ -82,6 +83,8 @@ class Gateway:
         found += [(problem, note) for manager in self._managers for problem, note in self._times(manager)]
         self.problems += dict.fromkeys(text for problem, text in found if problem)
         self.notes += dict.fromkeys(text for problem, text in found if not problem)
+        lean = (route.path for route, how in asked if _body_modes(how) == [NONE, NONE])
+        self.good += dict.fromkeys(f"{path}: lean: two messages a request" for path in lean)
 
     def _asks(self, route: Spot) -> Spot | None:
         """Return how a route asks a picker, the filter's settings with the route's own over them; None: it doesn't."""
@@ -102,7 +105,7 @@ class Gateway:
 
     def _judge(self, route: Spot, how: Spot) -> Iterator[tuple[bool, str]]:
         modes: dict[str, Any] = how.get("processing_mode") or {}
-        bodies = [modes.get(f"{side}_body_mode", NONE) for side in ("request", "response")]
+        bodies = _body_modes(how)
         where = route.path
         yield from self._judge_modes(where, how, bodies)
         if FULL not in bodies:
@@ -144,7 +147,7 @@ class Gateway:
             if how.get("failure_mode_allow"):
                 yield False, f"{where}: failure_mode_allow holds for requests without a body alone: full duplex"
         elif bodies == [NONE, NONE]:
-            yield False, f"{where}: lean: two messages a request"
+            return
         elif how.get("allow_mode_override") and not self._reads_model:
             yield False, f"{where}: {request} until we answer, then lean; a body above the listener's buffer gets 413"
         elif answer == NONE or how.get("allow_mode_override"):
@@ -173,6 +176,12 @@ class Gateway:
                         f"{manager.path}.{key}: {seconds:g}s: held time counts against it, and a budget is {self._longest_s:g}s"
                     ),
                 )
+
+
+def _body_modes(how: Spot) -> list[str]:
+    """Return how the bodies of requests and of answers come."""
+    modes: dict[str, Any] = how.get("processing_mode") or {}
+    return [modes.get(f"{side}_body_mode", NONE) for side in ("request", "response")]
 
 
 def _ways(route: Spot) -> Iterator[Spot]:

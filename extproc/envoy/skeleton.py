@@ -114,6 +114,8 @@ static_resources:
           stat_prefix: ingress
 {self.codec}\
           generate_request_id: true
+          # Every answer tells its x-request-id, refusals too: what `extproc why` and the access log know it by.
+          always_set_request_id_in_response: true
 {self._why("stream_idle_timeout", 10)}\
           stream_idle_timeout: {self.idle}
 {self._why("request_timeout", 10)}\

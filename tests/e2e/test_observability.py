@@ -150,6 +150,7 @@ def test_what_held_a_refused_request_and_its_budget_stand_alike_in_its_body_its_
         assert (told["waited_for"], told["budget_s"]) == ("limit", 0)
     assert error["code"] == "budget_expired"
     assert error["request_id"] == line["request_id"], "so who was refused can be asked for"
+    assert story[1].headers["x-request-id"] == line["request_id"], "and OpenAI's clients show it"
     assert error["wait_s"] == line["wait_s"] == pytest.approx(metadata["wait_ms"] / 1000, abs=0.001)
 
 

@@ -133,9 +133,8 @@ def istio(bootstrap: Document, envoy_filter: Document) -> Document:
     return bootstrap
 
 
-_FILTER_PATH = re.compile(
-    r"\$\.default_filter_chain\.filters\[0\]\.typed_config\.http_filters\[\?\(@\.name == '(.+)'\)\]"
-)
+_MANAGER_PATH = "$.default_filter_chain.filters[0].typed_config"
+_FILTER_PATH = re.compile(re.escape(_MANAGER_PATH) + r"\.http_filters\[\?\(@\.name == '(.+)'\)\]")
 
 
 def envoy_gateway(listener: Document, clusters: list[Document], policy: Document) -> None:
@@ -148,9 +147,13 @@ def envoy_gateway(listener: Document, clusters: list[Document], policy: Document
             clusters.append(copy.deepcopy(operation["value"]))
             continue
         assert patch["name"] == listener["name"]
+        manager = listener["default_filter_chain"]["filters"][0]["typed_config"]
+        if operation["jsonPath"] == _MANAGER_PATH:
+            assert operation["op"] == "add"
+            manager[operation["path"].removeprefix("/")] = copy.deepcopy(operation["value"])
+            continue
         found = _FILTER_PATH.fullmatch(operation["jsonPath"])
         assert found is not None, operation["jsonPath"]
-        manager = listener["default_filter_chain"]["filters"][0]["typed_config"]
         (target,) = [one for one in manager["http_filters"] if one["name"] == found[1]]
         assert (operation["op"], operation["path"]) == ("replace", "/typed_config")
         assert "typed_config" in target
