@@ -57,7 +57,7 @@ test-kubernetes: $(STAMP) $(CRDS)  ## against a real Kubernetes API: watches, ri
 	fi; \
 	EXTPROC_KUBERNETES=$(abspath $(APISERVER)) PATH="$(dir $(GO)):$$PATH" $(BIN)/python -m pytest tests/kubernetes --durations=5
 
-# KEDA's operator: its module has `replace` lines, so it is built where its own go.mod is. 10 minutes of CPU, 3 GB of cache.
+# KEDA's operator and its server of metrics: the module has `replace` lines, so it is built where its own go.mod is. 10 minutes of CPU, 3 GB of cache.
 KEDA := build/kubernetes/keda
 KEDA_MODULE := github.com/kedacore/keda/v2@v2.21.0
 $(KEDA):
@@ -65,9 +65,10 @@ $(KEDA):
 	cd / && $(GO) mod download $(KEDA_MODULE)
 	cp -r "$$($(GO) env GOMODCACHE)/$(KEDA_MODULE)" build/kubernetes/keda-source
 	chmod -R u+w build/kubernetes/keda-source
+	cd build/kubernetes/keda-source && $(GO) build -mod=readonly -ldflags='-s -w' -o $(abspath $@)-adapter ./cmd/adapter
 	cd build/kubernetes/keda-source && $(GO) build -mod=readonly -ldflags='-s -w' -o $(abspath $@) ./cmd/operator
 
-test-keda: $(STAMP) $(APISERVER) $(KEDA)  ## KEDA's own operator scales by our queue, from 0 and back (needs Go; a quarter of an hour the first time, then 1 minute)
+test-keda: $(STAMP) $(APISERVER) $(KEDA)  ## KEDA and Kubernetes' autoscaler count engines by our queue, from 0 and back (needs Go; a quarter of an hour the first time, then 2 minutes)
 	EXTPROC_KUBERNETES=$(abspath $(APISERVER)) EXTPROC_KEDA=$(abspath $(KEDA)) PATH="$(dir $(GO)):$$PATH" \
 		$(BIN)/python -m pytest tests/kubernetes/test_keda.py --durations=3
 

@@ -1,4 +1,5 @@
-// A Kubernetes API server in one process: etcd, kube-apiserver and the controller that makes EndpointSlices.
+// A Kubernetes API server in one process: etcd, kube-apiserver, the controller that makes EndpointSlices, and with
+// -metrics-port the one of HorizontalPodAutoscalers, which asks for external metrics there.
 //
 // It has no node: pods are made and said to be ready by who tests. All it keeps is under -data, so that a second run on
 // the same folder and ports is the same cluster after a restart. It listens on loopback only.
@@ -20,11 +21,18 @@ import (
 	"time"
 
 	"go.etcd.io/etcd/server/v3/embed"
+	"k8s.io/client-go/discovery/cached/memory"
+	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
+	"k8s.io/client-go/restmapper"
+	"k8s.io/client-go/scale"
 	"k8s.io/kubernetes/cmd/kube-apiserver/app"
 	"k8s.io/kubernetes/pkg/controller/endpointslice"
+	"k8s.io/kubernetes/pkg/controller/podautoscaler"
+	"k8s.io/kubernetes/pkg/controller/podautoscaler/metrics"
+	"k8s.io/metrics/pkg/client/external_metrics"
 )
 
 const adminToken = "admin-of-the-tests"
@@ -33,13 +41,14 @@ func main() {
 	data := flag.String("data", "", "the folder that keeps the cluster")
 	port := flag.Int("port", 0, "where the API is served")
 	etcdPort := flag.Int("etcd-port", 0, "where etcd is")
+	metricsPort := flag.Int("metrics-port", 0, "where external metrics are served; 0: nothing is autoscaled")
 	flag.Parse()
 	if *data == "" || *port == 0 || *etcdPort == 0 {
 		log.Fatal("-data, -port and -etcd-port are needed")
 	}
 	store := startEtcd(filepath.Join(*data, "etcd"), *etcdPort)
 	defer store.Close()
-	go followSlices(*port)
+	go runControllers(*port, *metricsPort)
 	command := app.NewAPIServerCommand()
 	command.SetArgs(arguments(*data, *port, *etcdPort))
 	if err := command.ExecuteContext(context.Background()); err != nil {
@@ -106,21 +115,50 @@ func write(path, text string) {
 	}
 }
 
-// followSlices runs the controller that makes the EndpointSlices of services, once the API is there.
-func followSlices(port int) {
-	client := kubernetes.NewForConfigOrDie(&rest.Config{
+// runControllers runs what follows objects of the API, once that is there.
+func runControllers(port, metricsPort int) {
+	config := &rest.Config{
 		Host:            fmt.Sprintf("https://127.0.0.1:%d", port),
 		BearerToken:     adminToken,
 		TLSClientConfig: rest.TLSClientConfig{Insecure: true},
 		QPS:             200, Burst: 400,
-	})
+	}
+	client := kubernetes.NewForConfigOrDie(config)
 	for client.Discovery().RESTClient().Get().AbsPath("/readyz").Do(context.Background()).Error() != nil {
 		time.Sleep(50 * time.Millisecond)
 	}
+	if metricsPort != 0 {
+		go followScalers(config, client, metricsPort)
+	}
+	followSlices(client)
+}
+
+// followSlices runs the controller that makes the EndpointSlices of services.
+func followSlices(client kubernetes.Interface) {
 	shared := informers.NewSharedInformerFactory(client, 0)
 	core := shared.Core().V1()
 	controller := endpointslice.NewController(context.Background(), core.Pods(), core.Services(), core.Nodes(),
 		shared.Discovery().V1().EndpointSlices(), 100, client, 50*time.Millisecond)
+	shared.Start(context.Background().Done())
+	controller.Run(context.Background(), 1)
+}
+
+// followScalers runs the controller of HorizontalPodAutoscalers, as kube-controller-manager does, but each second. It
+// asks whoever serves external metrics by himself: a real cluster's API server would stand between.
+func followScalers(config *rest.Config, client kubernetes.Interface, metricsPort int) {
+	asked := rest.CopyConfig(config)
+	asked.Host = fmt.Sprintf("https://127.0.0.1:%d", metricsPort)
+	mapper := restmapper.NewDeferredDiscoveryRESTMapper(memory.NewMemCacheClient(client.Discovery()))
+	scales, err := scale.NewForConfig(config, mapper, dynamic.LegacyAPIPathResolverFunc,
+		scale.NewDiscoveryScaleKindResolver(client.Discovery()))
+	if err != nil {
+		log.Fatal(err)
+	}
+	external := metrics.NewRESTMetricsClient(nil, nil, external_metrics.NewForConfigOrDie(asked))
+	shared := informers.NewSharedInformerFactory(client, 0)
+	controller := podautoscaler.NewHorizontalController(context.Background(), client.CoreV1(), scales,
+		client.AutoscalingV2(), mapper, external, shared.Autoscaling().V2().HorizontalPodAutoscalers(),
+		shared.Core().V1().Pods(), time.Second, time.Second, 0.1, 0, 0)
 	shared.Start(context.Background().Done())
 	controller.Run(context.Background(), 1)
 }

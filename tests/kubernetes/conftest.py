@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 SERVER = os.environ.get("EXTPROC_KUBERNETES", "")
 OPERATOR = os.environ.get("EXTPROC_KEDA", "")
+ADAPTER = f"{OPERATOR}-adapter"
+"""Its server of metrics, built beside it."""
 collect_ignore_glob = ["test_keda.py"] if SERVER else ["test_*.py"]
 if SERVER and OPERATOR:
     collect_ignore_glob = []
