@@ -24,6 +24,7 @@ from prometheus_client.core import GaugeMetricFamily
 
 from extproc.admission.limit import CEILING, AdaptiveLimit
 from extproc.admission.outcome import Outcome
+from extproc.observe.filling import Filling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -110,6 +111,7 @@ class _Pool:
         "asked",
         "engines",
         "expected",
+        "fillings",
         "known_at",
         "load",
         "marks",
@@ -133,6 +135,7 @@ class _Pool:
         self.asked = [0, 0, 0]
         self.marks: dict[Endpoint, tuple[float, int]] = {}  # what each was expected to have written, and had
         self.most: dict[Endpoint, float] = {}  # sequences that each was seen to run
+        self.fillings: dict[Endpoint, Filling] = {}  # how prompts fill the cache of each
         self.expected, self.written = 0.0, 0
         self.samples: deque[Asked] = deque([Asked(now)])
         self.slot = (now, 0.0, 0.0)  # of the slot under way: its begin, engines x seconds, seconds
@@ -152,9 +155,15 @@ class _Pool:
         """Return where it stands. Of what is being written, half was expected to be there."""
         before, self.marks = self.marks, {}
         most, self.most = self.most, {}
+        fillings, self.fillings = self.fillings, {}
         for one in self.members:
-            running = one.reading.page.running if one.reading.page is not None else None
+            page, kv = one.reading.page, one.kv
+            running = page.running if page is not None else None
             self.most[one] = max(most.get(one, 0.0), running or 0.0)
+            filling = self.fillings[one] = fillings.get(one) or Filling()
+            if kv.capacity is not None and page is not None and page.kv_usage is not None:
+                prompts, outputs = kv.prompts - one.prefill.prompts, kv.outputs - one.prefill.outputs
+                filling.learn(now, kv.capacity, page.kv_usage, prompts, outputs)
             if one.steps.readings >= LEAST_READINGS:
                 mark = self.marks[one] = (one.expected + one.kv.outputs / 2, one.written)
                 expected, written = before.get(one, mark)
@@ -253,7 +262,10 @@ class Capacity:
         requests, prompts = after.requests - before.requests, after.prompts - before.prompts
         outputs = _longer(before, after) * (after.outputs - before.outputs)
         rates = (
-            [(one, _stable_rate(one, requests, prompts, outputs, pool.most[one])) for one in members]
+            [
+                (one, _stable_rate(one, requests, prompts, outputs, pool.most[one], pool.fillings[one]))
+                for one in members
+            ]
             if requests
             else []
         )
@@ -322,7 +334,9 @@ def _longer(before: Asked, after: Asked) -> float:
     return min(max(written / expected, 1.0 / MOST_OFF), MOST_OFF)
 
 
-def _stable_rate(endpoint: Endpoint, requests: int, prompts: int, outputs: float, ran: float) -> float | None:
+def _stable_rate(
+    endpoint: Endpoint, requests: int, prompts: int, outputs: float, ran: float, filling: Filling
+) -> float | None:
     """Return how many requests of this mix per second the endpoint can serve for ever; None: it does not tell.
 
     `ran`: sequences that it was seen to run: what queued below that had no slot too few, but a full cache.
@@ -340,7 +354,8 @@ def _stable_rate(endpoint: Endpoint, requests: int, prompts: int, outputs: float
     else:
         most = min(most, limit.value)
     if kv.capacity is not None:
-        fit = kv.law.share * kv.capacity * requests / max(prompts * kv.real + outputs, 1)
+        once, each = filling.line(kv.capacity)
+        fit = (kv.law.share * kv.capacity - once) * requests / max(prompts * each + outputs, 1)
         most = min(most, fit - 0.5)  # of the next one, which does not fit, half would
     most = max(most, 1.0)
     return most / (steps.base_s + most * with_prompts_s) * requests / outputs

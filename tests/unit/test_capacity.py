@@ -23,6 +23,7 @@ from extproc.admission.values import EndpointSpec, Policy, Request
 from extproc.commands.top import lines
 from extproc.engine.params import PRESETS
 from extproc.observe.capacity import GRACE_S, Capacity, _groups, _name
+from extproc.observe.filling import Filling
 from extproc.simulate.workload import Surge, Workload
 from extproc.simulate.world import saturation
 from tests.unit.admin_room import Room
@@ -60,6 +61,38 @@ def test_prompts_that_begin_alike_are_not_counted_as_computed() -> None:
     demands = mix.demands(0.6 * saturation(A100, 1, mix.demands(10.0, 300.0, 0)), 220.0, 2)
     at, answer = play("a100-8b", 1, mix, demands, 220.0)[-1]
     assert answer.engines == pytest.approx(needed("a100-8b", demands, at - 60.0, at), rel=0.15)
+
+
+@pytest.mark.parametrize(("share", "seed"), [(1.2, 1), (0.6, 3)])
+def test_a_cache_that_a_shared_beginning_fills_by_half_is_known_however_few_run(share: float, seed: int) -> None:
+    """24,000 tokens, of which 3,000 are there once: at 60 % four requests run, which show little of that; at 120 % the
+    engine is under pressure, and what the core books then is a guess on the safe side (1.79 times the truth)."""
+    mix = TRAFFIC["prefix"].workload
+    rate = share * saturation(H100, 1, mix.demands(10.0, 300.0, 0))
+    duration_s = min(600 / rate, 400.0)
+    demands = mix.demands(rate, duration_s, seed)
+    at, answer = play("h100-32b", 1, mix, demands, duration_s)[-1]
+    assert answer.engines == pytest.approx(needed("h100-32b", demands, at - 60.0, at), rel=0.15)
+
+
+def test_a_few_prompts_of_which_more_or_fewer_run_tell_what_is_there_once() -> None:
+    filling = Filling()
+    assert filling.line(24_000) == (0.0, 1.0)
+    for second, running in enumerate((1, 2, 3, 4) * 20):
+        prompts, outputs = running * 4_000, running * 200
+        used = 3_000 + running * 1_000 + outputs // 2
+        filling.learn(float(second), 24_000, used / 24_000, prompts, outputs)
+    once, each = filling.line(24_000)
+    assert (once, each) == (pytest.approx(3_000, rel=0.1), pytest.approx(0.25, rel=0.1))
+
+
+def test_prompts_of_which_always_as_many_run_are_taken_for_unshared_parts_and_what_others_use_is_not_theirs() -> None:
+    steady, crowded = Filling(), Filling()
+    for second in range(80):
+        steady.learn(float(second), 24_000, 0.25, 12_000, 0)
+        crowded.learn(float(second), 24_000, 0.9, 6_000 + 1_000 * (second % 3), 0)
+    assert steady.line(24_000) == (pytest.approx(0, abs=500), pytest.approx(0.5, rel=0.1))
+    assert crowded.line(24_000) == (pytest.approx(0, abs=500), pytest.approx(1.0, rel=0.1))
 
 
 def test_the_peak_of_the_day_is_remembered_when_traffic_is_calm_again() -> None:
