@@ -23,7 +23,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.commit import commit
 from extproc.admission.controller import Controller
 from extproc.admission.load import Load
 from extproc.admission.ticket import Ticket
@@ -33,6 +32,7 @@ from extproc.replicas.links import TcpNetwork
 from extproc.replicas.messages import Member
 from extproc.replicas.picture import Role
 from extproc.replicas.replica import Replica
+from extproc.simulate.studies.commit import commit
 from tests.e2e.kit.processes import free_port
 
 if TYPE_CHECKING:

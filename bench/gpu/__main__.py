@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.proof import load
-from bench.proof.figures import Run, figures, goodput
 from bench.proof.fronts import Front
+from extproc.simulate.studies.figures import Run, figures, goodput
 from extproc.simulate.workload import CLASSES, Workload
 from tests.e2e.kit.processes import Child, free_port
 

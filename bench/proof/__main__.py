@@ -31,19 +31,20 @@ from typing import TYPE_CHECKING, Any
 
 import extproc
 from bench import replicas
-from bench.commit import commit
-from bench.proof import gateways_page, page, peers, peers_page, peers_search, rival, tables, virtual
-from bench.proof.experiments import BY_NAME, EXPERIMENTS, SEVERAL, WITH_PEERS, Cell, Times, cells, pack
-from bench.proof.figures import Run, from_json, to_json
+from bench.proof import gateways_page, page, peers, peers_page, peers_search, rival, tables
 from bench.proof.fronts import HAPROXY
 from bench.proof.stacks import run_round
 from bench.proof.words import collect, summary
+from extproc.simulate.studies import virtual
+from extproc.simulate.studies.commit import commit
+from extproc.simulate.studies.experiments import BY_NAME, EXPERIMENTS, SEVERAL, WITH_PEERS, Cell, Times, cells, pack
+from extproc.simulate.studies.figures import Run, from_json, to_json
 from tests.e2e.kit.envoy import envoy_binary
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from bench.proof.experiments import Experiment
+    from extproc.simulate.studies.experiments import Experiment
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = (71, 72, 73, 74, 75)

@@ -8,20 +8,20 @@ from collections import defaultdict
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from bench.commit import UNKNOWN
 from bench.proof import gateways, words
-from bench.proof.experiments import BY_NAME, SEVERAL
-from bench.proof.figures import goodput, ratio
 from bench.proof.gateways import FAULT_AT_S
 from bench.proof.tables import goodput as with_spread
 from bench.proof.words import by_class, collect, seconds, share, table
+from extproc.simulate.studies.commit import UNKNOWN
+from extproc.simulate.studies.experiments import BY_NAME, SEVERAL
+from extproc.simulate.studies.figures import goodput, ratio
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from bench.proof.figures import Figures, Run
     from bench.proof.words import Key, Row
+    from extproc.simulate.studies.figures import Figures, Run
 
 FILE = "benchmarks/gateways.json"
 """Under docs/: what the front page says of it."""

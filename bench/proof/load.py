@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import uvloop
 
-from bench.proof.figures import Record
+from extproc.simulate.studies.figures import Record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -6,14 +6,14 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from bench.proof import shapes_page
-from bench.proof.experiments import BY_NAME
 from bench.proof.words import SAME, average, pick, plain, share
+from extproc.simulate.studies.experiments import BY_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from bench.proof.figures import Figures
     from bench.proof.words import Key, Row
+    from extproc.simulate.studies.figures import Figures
 
 
 def short(found: dict[Key, Figures], missed: Sequence[str], kinds: Sequence[Row]) -> list[str]:

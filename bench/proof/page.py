@@ -14,19 +14,20 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import TYPE_CHECKING
 
-from bench.proof import gateways_page, losses, peers_page, settings, shapes_page, tables, words
-from bench.proof.experiments import BY_NAME
-from bench.proof.figures import LAG_MAX_S, LAG_P99_S, STEP_LAG_S, ratio
+from bench.proof import gateways_page, losses, peers_page, shapes_page, tables, words
 from bench.proof.pictures import draw
 from bench.proof.words import SAME, average, collect, label, pick, plain, share, table
 from extproc.simulate.contenders import BEST_FIXED
+from extproc.simulate.studies import settings
+from extproc.simulate.studies.experiments import BY_NAME
+from extproc.simulate.studies.figures import LAG_MAX_S, LAG_P99_S, STEP_LAG_S, ratio
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from bench.proof.figures import Figures, Run
     from bench.proof.words import Key, Row
+    from extproc.simulate.studies.figures import Figures, Run
 
 HEAD = """\
 # Does a queue in front help?
@@ -101,7 +102,7 @@ METHOD = """\
 
 TRIED = """\
 Each searched over the whole grid, simulated at 90, 120 and 150 % load on seeds 51 to 53, one setting for all loads; the
-figure is its mean goodput. `python -m bench.proof.settings`; all that was tried: bench/proof/settings.json.
+figure is its mean goodput. `python -m bench.proof.settings`; all that was tried: simulate/studies/settings.json.
 """
 
 

@@ -8,18 +8,18 @@ from collections import defaultdict
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from bench.commit import UNKNOWN
 from bench.proof import peers_search, tables, words
-from bench.proof.figures import ratio
 from bench.proof.peers import PINS
 from bench.proof.words import CLASSES, PEER_LABELS, SAME, by_class, collect, label, seconds, share, table
+from extproc.simulate.studies.commit import UNKNOWN
+from extproc.simulate.studies.figures import ratio
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from bench.proof.figures import Figures, Run
     from bench.proof.words import Row
+    from extproc.simulate.studies.figures import Figures, Run
 
 HEAD = """\
 # Against routers from PyPI

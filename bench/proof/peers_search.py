@@ -25,12 +25,12 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from bench.commit import commit
 from bench.proof import fronts, peers
-from bench.proof.experiments import WITH_PEERS, Cell, Times
-from bench.proof.figures import goodput
-from bench.proof.search import SEEDS
 from bench.proof.stacks import run_round
+from extproc.simulate.studies.commit import commit
+from extproc.simulate.studies.experiments import WITH_PEERS, Cell, Times
+from extproc.simulate.studies.figures import goodput
+from extproc.simulate.studies.search import SEEDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

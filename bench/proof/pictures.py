@@ -6,15 +6,15 @@ import math
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from bench.proof import plots
-from bench.proof.experiments import BY_NAME
 from bench.proof.words import CLASSES, LABELS, average, deviation, pick
+from extproc.simulate import plots
+from extproc.simulate.studies.experiments import BY_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from bench.proof.figures import Figures
     from bench.proof.words import Key, Row
+    from extproc.simulate.studies.figures import Figures
 
 NOT_IN_BARS = ("ramp", "stale")
 

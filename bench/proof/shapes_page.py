@@ -12,9 +12,9 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import TYPE_CHECKING, Any
 
-from bench.commit import UNKNOWN
 from bench.proof import words
-from bench.proof.shapes import SHAPES
+from extproc.simulate.studies.commit import UNKNOWN
+from extproc.simulate.studies.shapes import SHAPES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

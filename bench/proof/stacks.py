@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.proof import load, peers
-from bench.proof.figures import Run
 from bench.proof.fronts import Front, cpu_s, engine_counts, engine_params
+from extproc.simulate.studies.figures import Run
 from tests.e2e.kit.processes import Child, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from bench.proof.experiments import Cell, Times
+    from extproc.simulate.studies.experiments import Cell, Times
     from extproc.simulate.workload import Demand
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from bench.proof.experiments import BY_NAME
 from bench.proof.words import (
     CLASSES,
     LABELS,
@@ -19,12 +18,13 @@ from bench.proof.words import (
     table,
 )
 from bench.proof.words import by_class as classes
+from extproc.simulate.studies.experiments import BY_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from bench.proof.figures import Figures
     from bench.proof.words import Key, Row
+    from extproc.simulate.studies.figures import Figures
 
 NOTES = {
     "slow": "A queue binds nothing to the slow engine before it has room.",

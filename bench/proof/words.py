@@ -8,10 +8,10 @@ from collections import defaultdict
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from bench.commit import UNKNOWN
 from bench.proof import rival
-from bench.proof.experiments import BY_NAME
-from bench.proof.figures import Figures, Run, figures, goodput, waste
+from extproc.simulate.studies.commit import UNKNOWN
+from extproc.simulate.studies.experiments import BY_NAME
+from extproc.simulate.studies.figures import Figures, Run, figures, goodput, waste
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

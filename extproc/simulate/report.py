@@ -12,14 +12,14 @@ from math import isnan
 from statistics import mean, stdev
 from typing import TYPE_CHECKING
 
+from extproc.simulate import plots
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from extproc.simulate.world import Record, Run
 
 NAN = float("nan")
-WIDTH, HEIGHT, TOP, LEFT, GAP = 900, 220, 20, 44, 18
-COLOURS = ("#d95f02", "#7570b3", "#1b9e77", "#e7298a", "#66a61e", "#e6ab02", "#a6761d", "#666666", "#1f78b4", "#b15928")
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +228,7 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; 
 table { border-collapse: collapse; margin: 1em 0; font-size: 13px; }
 td, th { padding: .2em .6em; text-align: right; border-bottom: 1px solid #ddd; }
 td:first-child, th:first-child, td:nth-child(2) { text-align: left; }
-svg { max-width: 100%; height: auto; } figure { margin: 1em 0; } figcaption { color: #555; }
+svg { max-width: 100%; height: auto; margin: 1em 0; }
 @media (prefers-color-scheme: dark) { body { background: #181818; color: #ddd; } td, th { border-color: #444; } }
 """
 
@@ -265,78 +265,18 @@ Simulated engines, calibrated by arithmetic and not on a GPU: read ratios, not a
 
 def _bars(results: Sequence[Figures], load: float, title: str, value: Callable[[Line], float]) -> str:
     """Draw one figure of each class: a group of bars per contender, on a scale from 0."""
-    here = [result for result in results if result.load == load]
-    classes = [line.klass for line in here[0].lines]
-    known = [value(line) for result in here for line in result.lines if not isnan(value(line))]
-    top = max([*known, 1e-9])
-    group = (WIDTH - LEFT) / len(here)
-    bar = (group - GAP) / len(classes)
-    parts = [_axis(top)]
-    for at, result in enumerate(here):
-        x = LEFT + at * group
-        for number, line in enumerate(result.lines):
-            tall = 0.0 if isnan(value(line)) else value(line) / top * HEIGHT
-            label = html.escape(f"{result.contender}, {line.klass}: {value(line):.3g}")
-            parts.append(
-                f'<rect x="{x + number * bar:.1f}" y="{TOP + HEIGHT - tall:.1f}" width="{bar - 2:.1f}" '
-                f'height="{tall:.1f}" fill="{_colour(number)}"><title>{label}</title></rect>'
-            )
-        parts.append(_label(x + (group - GAP) / 2, result.contender[:28]))
-    return _figure(parts, classes, f"{title} at {load:.0%} load")
+    groups = {
+        result.contender[:28]: {line.klass: (value(line), NAN) for line in result.lines}
+        for result in results
+        if result.load == load
+    }
+    known = [height for group in groups.values() for height, _ in group.values() if not isnan(height)]
+    return plots.bars(f"{title} at {load:.0%} load", groups, top=max([*known, 1e-9]))
 
 
 def _curves(results: Sequence[Figures]) -> str:
     """Draw goodput over load: a curve per contender."""
-    loads = sorted({result.load for result in results})
-    names = list(dict.fromkeys(result.contender for result in results))
-    step = (WIDTH - LEFT - 2 * GAP) / (loads[-1] - loads[0])
-    parts = [_axis(1.0)]
-    for number, name in enumerate(names):
-        points = [
-            (LEFT + GAP + (result.load - loads[0]) * step, TOP + HEIGHT * (1 - result.all.goodput), result)
-            for result in sorted(results, key=lambda result: result.load)
-            if result.contender == name
-        ]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in points)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{_colour(number)}" stroke-width="2.5"/>')
-        parts += [
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{_colour(number)}"><title>'
-            f"{html.escape(name)} at {result.load:.0%}: {result.all.goodput:.3f}</title></circle>"
-            for x, y, result in points
-        ]
-    parts += [_label(LEFT + GAP + (load - loads[0]) * step, f"{load:.0%}") for load in loads]
-    return _figure(parts, names, "Goodput over load, all classes")
-
-
-def _axis(top: float) -> str:
-    lines = []
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        y = TOP + HEIGHT * (1 - share)
-        lines.append(
-            f'<line x1="{LEFT}" x2="{WIDTH}" y1="{y:.0f}" y2="{y:.0f}" stroke="currentColor" opacity=".2"/>'
-            f'<text x="{LEFT - 6}" y="{y + 4:.0f}" text-anchor="end" font-size="11" fill="currentColor">'
-            f"{top * share:.3g}</text>"
-        )
-    return "".join(lines)
-
-
-def _label(x: float, text: str) -> str:
-    return (
-        f'<text x="{x:.0f}" y="{TOP + HEIGHT + 18}" text-anchor="middle" font-size="11" fill="currentColor">'
-        f"{html.escape(text)}</text>"
-    )
-
-
-def _colour(number: int) -> str:
-    return COLOURS[number % len(COLOURS)]
-
-
-def _figure(parts: Sequence[str], names: Sequence[str], caption: str) -> str:
-    legend = " ".join(
-        f'<span style="color:{_colour(number)}">&#9632;</span> {html.escape(name)}' for number, name in enumerate(names)
-    )
-    return (
-        f'<figure><svg viewBox="0 0 {WIDTH} {TOP + HEIGHT + 30}" width="{WIDTH}" role="img" '
-        f'aria-label="{html.escape(caption)}">{"".join(parts)}</svg>'
-        f"<figcaption>{html.escape(caption)}: {legend}</figcaption></figure>"
-    )
+    lines: dict[str, list[plots.Point]] = {}
+    for result in sorted(results, key=lambda result: result.load):
+        lines.setdefault(result.contender, []).append((result.load, result.all.goodput, result.spread))
+    return plots.curves("Goodput over load, all classes", lines, x_label="load")

@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from bench.proof import fronts, load, peers, peers_page, peers_search
-from bench.proof.experiments import EXPERIMENTS, WITH_PEERS
-from bench.proof.figures import Record, Run
 from extproc.engine.openai import read_ask
+from extproc.simulate.studies.experiments import EXPERIMENTS, WITH_PEERS
+from extproc.simulate.studies.figures import Record, Run
 from extproc.simulate.workload import BATCH, CLASSES, INTERACTIVE, STANDARD, Demand
 
 ADDRESSES = ("127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3")

@@ -16,16 +16,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bench.proof import load, page, plots, rival, search, settings, shapes, shapes_page, virtual
-from bench.proof.experiments import BY_NAME, EXPERIMENTS, Cell, Experiment, Times, cells, pack
-from bench.proof.figures import Record, Run, figures, from_json, goodput, ratio, streamed, to_json, waste
+from bench.proof import load, page, rival, shapes_page
 from bench.proof.fronts import HAPROXY, balancer_config, haproxy_config, sidecar_config
 from bench.proof.stacks import run_round
 from bench.proof.words import collect, summary
 from extproc.config import parse_config
 from extproc.engine.openai import Answer, read_ask
+from extproc.simulate import plots
 from extproc.simulate.contenders import BEST_FIXED, HAPROXY_QUEUE_S
 from extproc.simulate.fronts import Haproxy, Job
+from extproc.simulate.studies import search, settings, shapes, virtual
+from extproc.simulate.studies.experiments import BY_NAME, EXPERIMENTS, Cell, Experiment, Times, cells, pack
+from extproc.simulate.studies.figures import Record, Run, figures, from_json, goodput, ratio, streamed, to_json, waste
 from extproc.simulate.workload import BATCH, CLASSES, INTERACTIVE, STANDARD, Demand
 from tests.e2e.kit.envoy import validate
 

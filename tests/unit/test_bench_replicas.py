@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 
 from bench.proof import gateways, gateways_page
-from bench.proof.experiments import EXPERIMENTS, SEVERAL, Cell, Times
-from bench.proof.figures import Record, Run
 from bench.proof.fronts import Front
 from bench.proof.stacks import dealt
 from extproc.config import load_config
 from extproc.simulate.replicas import FAULTS
+from extproc.simulate.studies.experiments import EXPERIMENTS, SEVERAL, Cell, Times
+from extproc.simulate.studies.figures import Record, Run
 from extproc.simulate.workload import CLASSES
 
 DEMANDS = Cell(SEVERAL[0], 1.2, 71).demands(Times(0.0, 5.0, 6.0))

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from bench.capacity import needed, play
-from bench.matrix.traffic import TRAFFIC
 from extproc.admin.http import Admin
 from extproc.admission import values
 from extproc.admission.controller import Controller
@@ -24,6 +22,8 @@ from extproc.commands.top import lines
 from extproc.engine.params import PRESETS
 from extproc.observe.capacity import GRACE_S, Capacity, _groups, _name
 from extproc.observe.filling import Filling
+from extproc.simulate.studies.capacity import needed, play
+from extproc.simulate.studies.matrix.traffic import TRAFFIC
 from extproc.simulate.workload import Surge, Workload
 from extproc.simulate.world import saturation
 from tests.unit.admin_room import Room

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from bench.matrix import contest, gate, page
-from bench.matrix.cells import by_kv, by_pace, cell, everything, matching, params, slowness, stage
-from bench.matrix.chosen import chosen, reason
-from bench.matrix.contest import Score, climb, judge
-from bench.matrix.runs import run
-from bench.matrix.traffic import TRAFFIC
 from extproc.config import doubts, load_config
 from extproc.engine.params import PRESETS
+from extproc.simulate.studies.matrix import contest, gate, page
+from extproc.simulate.studies.matrix.cells import by_kv, by_pace, cell, everything, matching, params, slowness, stage
+from extproc.simulate.studies.matrix.chosen import chosen, reason
+from extproc.simulate.studies.matrix.contest import Score, climb, judge
+from extproc.simulate.studies.matrix.runs import run
+from extproc.simulate.studies.matrix.traffic import TRAFFIC
 from extproc.simulate.workload import CLASSES, STANDARD, Demand
 
 ROOT = Path(__file__).parents[2]

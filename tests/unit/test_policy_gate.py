@@ -1,15 +1,15 @@
 """The policy's quality, scored: ours at its defaults in a slice of the matrix, against its rivals at their best.
 
-The rivals' scores and the cells that are known to miss are in `bench/matrix/gate.json`; how to renew them stands in
-`bench/matrix/gate.py`. Simulated, deterministic, about a minute of CPU.
+The rivals' scores and the cells that are known to miss are in `gate.json` of `extproc/simulate/studies/matrix`; how to
+renew them stands in its `gate.py`. Simulated, deterministic, about a minute of CPU.
 """
 
 from __future__ import annotations
 
 import pytest
 
-from bench.matrix import gate
-from bench.matrix.cells import cell
+from extproc.simulate.studies.matrix import gate
+from extproc.simulate.studies.matrix.cells import cell
 
 RECORDS = gate.read()
 

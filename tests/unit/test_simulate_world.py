@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from bench.matrix.traffic import AZURE_CODE, AZURE_CONVERSATION, TRAFFIC
 from extproc.admission.limit import LimitLaw
 from extproc.admission.values import Policy
 from extproc.engine.model import Engine
@@ -17,6 +16,7 @@ from extproc.engine.params import PRESETS
 from extproc.errors import ConfigError
 from extproc.simulate.contenders import NAMES, Core, contender
 from extproc.simulate.fronts import Group
+from extproc.simulate.studies.matrix.traffic import AZURE_CODE, AZURE_CONVERSATION, TRAFFIC
 from extproc.simulate.workload import STANDARD, Demand, Images, Sessions, Surge, Workload
 from extproc.simulate.world import Faults, World
 

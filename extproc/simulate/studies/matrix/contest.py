@@ -20,7 +20,7 @@ from extproc.simulate.world import World
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from bench.matrix.cells import Stage
+    from extproc.simulate.studies.matrix.cells import Stage
     from extproc.simulate.world import Page
 
 SHARES_OF_N = (0.4, 0.6, 0.8, 1.0, 1.3)

@@ -19,11 +19,11 @@ import time
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from bench.matrix import contest, gate, page
-from bench.matrix.cells import everything, matching
-from bench.matrix.chosen import chosen
-from bench.matrix.contest import FIXED, RIVALS
-from bench.matrix.runs import Row, play_gate, run
+from extproc.simulate.studies.matrix import contest, gate, page
+from extproc.simulate.studies.matrix.cells import everything, matching
+from extproc.simulate.studies.matrix.chosen import chosen
+from extproc.simulate.studies.matrix.contest import FIXED, RIVALS
+from extproc.simulate.studies.matrix.runs import Row, play_gate, run
 
 OUT = Path("build/matrix")
 SEEDS = (1, 2)

@@ -11,11 +11,11 @@ from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from bench.proof.experiments import Cell, Experiment, Times
-from bench.proof.figures import Record, Run
 from extproc.engine.params import PRESETS
 from extproc.simulate.contenders import BEST_FIXED, contender
 from extproc.simulate.fronts import Group
+from extproc.simulate.studies.experiments import Cell, Experiment, Times
+from extproc.simulate.studies.figures import Record, Run
 from extproc.simulate.workload import CLASSES, Sessions, Workload
 from extproc.simulate.world import Faults, World
 

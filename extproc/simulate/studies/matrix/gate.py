@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.matrix import contest
-from bench.matrix.cells import Cell, cell, stage
-from bench.matrix.contest import Score, Verdict, judge
-from bench.matrix.traffic import TRAFFIC
+from extproc.simulate.studies.matrix import contest
+from extproc.simulate.studies.matrix.cells import Cell, cell, stage
+from extproc.simulate.studies.matrix.contest import Score, Verdict, judge
+from extproc.simulate.studies.matrix.traffic import TRAFFIC
 
 FILE = Path(__file__).with_name("gate.json")
 FURTHER = FILE.with_name("further.json")

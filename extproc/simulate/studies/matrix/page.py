@@ -6,21 +6,21 @@ from collections import defaultdict
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from bench.matrix import gate
-from bench.matrix.cells import cell
-from bench.matrix.chosen import REASONS, chosen, reason
+from extproc.simulate.studies.matrix import gate
+from extproc.simulate.studies.matrix.cells import cell
+from extproc.simulate.studies.matrix.chosen import REASONS, chosen, reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from bench.matrix.cells import Cell
+    from extproc.simulate.studies.matrix.cells import Cell
 
 Row = dict[str, Any]
 
 INTRODUCTION = """# The policy matrix: engines, pages, traffic and loads beside those of the other pages
 
 Written by `{command}`; seeds {seeds}. Simulated: [simulate.md](simulate.md) says what the engines are and what is left
-out. Do not edit: the next run overwrites it. Which of all 2,148 cells are played, and why: `bench/matrix/chosen.py`.
+out. Do not edit: the next run overwrites it. Which of all 2,148 cells are played, and why: `studies/matrix/chosen.py`.
 
 **{good} of {cells} cells meet all three criteria; in {near} the defaults have at least .97 of the goodput of the best
 rival.** The criteria: goodput at least .97 of the best rival's; up to 80 % load at most 1 % refused where least request
@@ -28,8 +28,8 @@ serves 99 % in time; output tokens per second at least .95 of the most that any 
 
 Rivals, each at the best of its settings for the cell and these seeds: least request; the same with a breaker; HAProxy
 with a queue by class (`maxconn` and `timeout queue`); an engine tuned by hand (priorities, `max_num_seqs`, 503 above
-1.15 times that); ours with a fixed limit. The grid stands in `bench/matrix/contest.py`; how objectives follow the
-engine, in `bench/matrix/cells.py`.
+1.15 times that); ours with a fixed limit. The grid stands in `studies/matrix/contest.py`; how objectives follow the
+engine, in `studies/matrix/cells.py`.
 """
 
 
@@ -83,7 +83,9 @@ def of_records(held: dict[str, gate.Record], played: dict[str, gate.Record]) -> 
     both = held | further
     unplayed = [name for name in chosen() if name not in both]
     text = render(gate.rows(both), gate.SEEDS, "python -m bench.matrix --gate --page", unplayed)
-    when = f"{len(further)} of these cells stand in `bench/matrix/further.json`: {gate.FURTHER_PLAYED}."
+    when = (
+        f"{len(further)} of these cells stand in `extproc/simulate/studies/matrix/further.json`: {gate.FURTHER_PLAYED}."
+    )
     return text.replace("## Cells that miss", f"{when}\n\n## Cells that miss", 1)
 
 

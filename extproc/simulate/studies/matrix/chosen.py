@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-from bench.matrix import gate
-from bench.matrix.traffic import TRAFFIC
+from extproc.simulate.studies.matrix import gate
+from extproc.simulate.studies.matrix.traffic import TRAFFIC
 
 CORNERS = [
     f"step{step}/seqs{seqs}/{kv}/vllm/standing@{load}"

@@ -23,9 +23,9 @@ from itertools import product
 from statistics import mean
 from typing import TYPE_CHECKING, Literal, cast
 
-from bench.matrix.traffic import TRAFFIC, Traffic, recorded
 from extproc.engine.params import A100_8B, PRESETS, EngineParams
 from extproc.simulate.fronts import Group
+from extproc.simulate.studies.matrix.traffic import TRAFFIC, Traffic, recorded
 from extproc.simulate.world import saturation
 
 if TYPE_CHECKING:

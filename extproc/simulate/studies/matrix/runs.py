@@ -9,17 +9,17 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from bench.matrix import contest, gate
-from bench.matrix.cells import cell as named
-from bench.matrix.cells import stage
-from bench.matrix.contest import FIXED, RIVALS, Score, as_row, judge
-from bench.matrix.traffic import TRAFFIC, with_traces
+from extproc.simulate.studies.matrix import contest, gate
+from extproc.simulate.studies.matrix.cells import cell as named
+from extproc.simulate.studies.matrix.cells import stage
+from extproc.simulate.studies.matrix.contest import FIXED, RIVALS, Score, as_row, judge
+from extproc.simulate.studies.matrix.traffic import TRAFFIC, with_traces
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from bench.matrix.cells import Cell
+    from extproc.simulate.studies.matrix.cells import Cell
 
 Row = dict[str, object]
 
