@@ -16,14 +16,18 @@ if TYPE_CHECKING:
 
 
 class Adapters:
-    """Who has which adapter loaded, as far as pages tell."""
+    """Who has which adapter loaded, as far as pages tell.
 
-    __slots__ = ("_by_endpoint", "_by_name")
+    Attributes:
+        by_name: who has it, for each adapter that anybody has.
+    """
+
+    __slots__ = ("_by_endpoint", "by_name")
 
     def __init__(self) -> None:
         """Start without any."""
         self._by_endpoint: dict[Endpoint, dict[str, None]] = {}  # the one that ran last stands last
-        self._by_name: dict[str, dict[Endpoint, None]] = {}
+        self.by_name: dict[str, dict[Endpoint, None]] = {}
 
     def follow(self, endpoint: Endpoint, load: Load) -> None:
         """Follow what a page tells; a page that tells nothing of adapters changes nothing."""
@@ -33,7 +37,7 @@ class Adapters:
         for name in load.adapters:
             loaded.pop(name, None)
             loaded[name] = None
-            self._by_name.setdefault(name, {})[endpoint] = None
+            self.by_name.setdefault(name, {})[endpoint] = None
         for name in list(loaded)[: max(len(loaded) - max(load.adapter_slots or 0, len(load.adapters)), 0)]:
             del loaded[name]
             self._drop(name, endpoint)
@@ -45,13 +49,13 @@ class Adapters:
 
     def having(self, model: str | None) -> dict[Endpoint, None]:
         """Return who has the adapter called `model` loaded."""
-        return self._by_name.get(model, _NOBODY) if model is not None else _NOBODY
+        return self.by_name.get(model, _NOBODY) if model is not None else _NOBODY
 
     def _drop(self, name: str, endpoint: Endpoint) -> None:
-        having = self._by_name[name]
+        having = self.by_name[name]
         del having[endpoint]
         if not having:
-            del self._by_name[name]
+            del self.by_name[name]
 
 
 _NOBODY: dict[Endpoint, None] = {}

@@ -49,7 +49,7 @@ class Answers:
         if not ticket.is_answered and answer is not _UNKNOWN:
             self._judge(answer, ticket, endpoint, _company(pool, endpoint))
         if answer is _OK or answer is _UNKNOWN:
-            writing_s, pace = endpoint.writing_s(ticket, self._books.now), endpoint.steps.pace
+            writing_s, pace = endpoint.writing_s(ticket, self._books.now), endpoint.steps.pace()
             tokens = self._tokens.tokens_of(ticket, writing_s, pace, learn=answer is _OK)
             surplus = OUTPUT_WEIGHT * (tokens - ticket.output_tokens)
             if pool is not pool.base:

@@ -93,9 +93,9 @@ class Guard:
             return self._first_by_turns(endpoint)
         home, shared = self._pool.homes.get(endpoint), self._pool.shared
         if home is None:
-            if not shared:
+            first = shared.peek()
+            if first is None:
                 return None, None
-            first = shared.first()
             if endpoint.lacks(first) is None:
                 return first, None
         cache_room = endpoint.cache_room

@@ -102,7 +102,7 @@ class Lines:
         """Let a request wait in `queue`, a line of its `pool`."""
         ticket.state = WAITING
         queue.add(ticket)
-        if pool.guard.may_be_pushed_out(queue):
+        if queue.guards and pool.guard.may_be_pushed_out(queue):
             self._books.free(pool.open)
         pool.note_waiting(ticket.request_class.priority, 1)
         self._books.waiting += 1

@@ -70,7 +70,7 @@ class Placing:
                 best = _best_for(endpoint) if endpoint.listed else None
                 if best is None:
                     del freed[endpoint]
-                    endpoint.note_room(books.now, waited_for=endpoint.is_waited_for)
+                    endpoint.note_room(books.now, waited_for=endpoint.listed and endpoint.is_waited_for)
                     books.has_freed_many = has_leased and len(freed) > MANY
                     has_leased = False
                 else:
@@ -96,7 +96,7 @@ class Placing:
             return None
         if home is not None:
             return home if home.listed and home.lacks(ticket) is None and not self._is_kept(home) else None
-        best = self._having_adapter(ticket, pool)
+        best = self._having_adapter(ticket, pool) if self._books.adapters.by_name else None
         if best is not None:
             return best
         best = pool.emptiest()

@@ -79,6 +79,10 @@ class Queue:
         """Return the ticket that goes first. The line must not be empty."""
         return self._tickets[self._line[0][2]]
 
+    def peek(self) -> Ticket | None:
+        """Return the ticket that goes first; None: nobody waits."""
+        return self._tickets[self._line[0][2]] if self._tickets else None
+
     def last(self) -> Ticket:
         """Return the ticket that goes last. The line must not be empty."""
         return self._tickets[self._line[-1][2]]

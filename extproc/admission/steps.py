@@ -61,7 +61,6 @@ class StepCost:
         """Return the time per output token of the last seconds, running requests over token rate; None: not known."""
         return self._running / self._tokens if self._running > 0 and self._tokens > 0 else None
 
-    @property
     def pace(self) -> float | None:
         """Return the tokens per second of one sequence in the last seconds; None: not known."""
         return self._tokens / self._running if self._running > 0 and self._tokens > 0 else None

@@ -134,14 +134,10 @@ class Session:
             self._take_piece(data[0], bodies.piece_of(data))
             return
         incoming = self._reception.reader.read(data)
+        state, kind = self._state, incoming.kind
         if incoming.observed:
             self._observe(incoming)
-        else:
-            self._take(incoming)
-
-    def _take(self, incoming: Incoming) -> None:
-        state, kind = self._state, incoming.kind
-        if state is _NEW and kind is _REQUEST_HEADERS:
+        elif state is _NEW and kind is _REQUEST_HEADERS:
             self._begin(incoming)
         elif kind is _RESPONSE_HEADERS and (state is _PASSING or state is _REFUSED):
             self._take_answer(incoming)

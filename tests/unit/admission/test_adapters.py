@@ -67,7 +67,7 @@ def test_a_page_that_names_nothing_changes_nothing_and_an_endpoint_that_is_gone_
     here.remove("b")
     here.release(ticket)
     assert here.where(here.ask(model="law")) == "a"
-    assert not here.core._books.adapters._by_name
+    assert not here.core._books.adapters.by_name
 
 
 def test_an_endpoint_that_does_not_serve_a_model_gets_none_of_it_whatever_its_page_says() -> None:
