@@ -122,9 +122,10 @@ class Pool:
 
     def share(self, priority: int) -> FairShare:
         """Return the tenants' fair shares at `priority`."""
-        if priority not in self.shares:
-            self.shares[priority] = self.tenants.share()
-        return self.shares[priority]
+        share = self.shares.get(priority)
+        if share is None:
+            share = self.shares[priority] = self.tenants.share()
+        return share
 
     def queue_of(self, home: Endpoint) -> Queue:
         """Return the line of those at home at `home`."""

@@ -197,10 +197,9 @@ def _read_size(request: Request, headers: Mapping[str, str], *, has_body: bool) 
 def _first(headers: Mapping[str, str], names: tuple[str, ...]) -> str | None:
     """Return the value of the first of `names` that there is, cut to what we keep of a name."""
     for name in names:
-        if name in headers:
-            value = headers[name]
-            if value:
-                return value if len(value) <= MAX_NAME else value[:MAX_NAME]
+        value = headers.get(name)
+        if value:
+            return value if len(value) <= MAX_NAME else value[:MAX_NAME]
     return None
 
 
