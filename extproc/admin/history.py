@@ -42,6 +42,10 @@ class History:
         self._samples: deque[Sample] = deque(maxlen=SAMPLES + 1)
         self._curves: deque[dict[str, tuple[int, float | None]]] = deque(maxlen=SAMPLES)
 
+    def __len__(self) -> int:
+        """Count the points of the curves."""
+        return len(self._curves)
+
     def sample(self, now: float) -> None:
         """Note the counters, and a point of each class's curves."""
         taken = self._read(now)
