@@ -55,7 +55,7 @@ class Placing:
         Whatever else waits did not fit before this event, and so does not fit now.
         """
         books = self._books
-        freed, arrived, has_leased = books.freed, books.arrived, False
+        freed, arrived, has_leased, missed = books.freed, books.arrived, False, 0
         while freed or arrived:
             if not books.waiting:  # nobody waits: nobody takes room, and endpoints need not be put in order
                 for endpoint in freed:
@@ -71,8 +71,10 @@ class Placing:
                 if best is None:
                     del freed[endpoint]
                     endpoint.note_room(books.now, waited_for=endpoint.listed and endpoint.is_waited_for)
-                    books.has_freed_many = has_leased and len(freed) > MANY
-                    has_leased = False
+                    missed += 1
+                    if has_leased and missed >= MANY:  # after a lease or some others may be hopeless, too
+                        books.has_freed_many = len(freed) > MANY
+                        has_leased, missed = False, 0
                 else:
                     self.lease(best, placed(best.pool), endpoint)
                     has_leased = True
