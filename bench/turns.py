@@ -398,6 +398,35 @@ def measure_reloads(endpoints: int, waiting: int, transport: str) -> None:
             watched.show(f"{endpoints} endpoints, {waiting} wait: {what}", time.monotonic() - began)
 
 
+def measure_reading(endpoints: int) -> None:
+    """Print how late a timer of 2 ms is while a thread reads a file, by Python's own interval and by ours."""
+    from extproc.commands.cli import SWITCH_S
+    from extproc.config import load_config
+
+    async def lateness_ms(path: Path) -> list[float]:
+        late_ms, reading = [], asyncio.ensure_future(asyncio.to_thread(load_config, path, {}))
+        while not reading.done():
+            began = time.perf_counter()
+            await asyncio.sleep(0.002)
+            late_ms.append((time.perf_counter() - began) * 1e3 - 2.0)
+        return sorted(late_ms)
+
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "config.yaml"
+        listed = [
+            {"name": f"e{one}", "address": f"127.0.0.1:{1024 + one}", "models": ["sim"]} for one in range(endpoints)
+        ]
+        path.write_text(json.dumps({"endpoints": listed}))
+        for interval_s in (0.005, SWITCH_S) * 3:
+            sys.setswitchinterval(interval_s)
+            late_ms = asyncio.run(lateness_ms(path))
+            print(
+                f"switching after {interval_s * 1e3:g} ms: late by {late_ms[len(late_ms) // 2]:.2f} ms, at most",
+                end=" ",
+            )
+            print(f"{late_ms[-1]:.2f}, {len(late_ms)} times")
+
+
 def main() -> int:
     """Measure, or be one of the parts."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
@@ -409,7 +438,11 @@ def main() -> int:
     parser.add_argument("--serve", nargs=2, type=Path, metavar=("CONFIG", "REPORT"))
     parser.add_argument("--hold", nargs=4, metavar=("ADDRESS", "COUNT", "RUNNING", "PER_S"))
     parser.add_argument("--reloads", action="store_true", help="how long reloads stop the loop, and nothing else")
+    parser.add_argument("--reading", action="store_true", help="how late all is while a file is read, and nothing else")
     arguments = parser.parse_args()
+    if arguments.reading:
+        measure_reading(arguments.endpoints)
+        return 0
     if arguments.serve is not None:
         return serve(*arguments.serve)
     if arguments.hold is not None:

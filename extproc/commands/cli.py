@@ -187,8 +187,14 @@ def prepare_grpc(transport: str, listen: str) -> None:
         os.environ.setdefault("GRPC_EXPERIMENTS", EXPERIMENTS)
 
 
+SWITCH_S = 0.0005
+"""So long the loop waits, at most, for a thread that runs Python, as the one that reads a changed file. By Python's own
+interval each turn took 5 ms more, for a tenth of a second with 500 endpoints (`python -m bench.turns --reading`)."""
+
+
 def run_loop(main: Coroutine[object, object, int], transport: str) -> int:
     """Run `main` on the loop that `transport` needs, else on uvloop or asyncio's; return its exit code."""
+    sys.setswitchinterval(SWITCH_S)
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     with contextlib.suppress(ImportError):
         loop_factory = import_module("uvloop").new_event_loop

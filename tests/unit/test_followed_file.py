@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from extproc.admission.events import PolicySet
 from extproc.app import App
+from extproc.commands.cli import run_loop
 from extproc.config import Config, load_config
 from extproc.endpoints.discovery import file
 from extproc.endpoints.discovery.file import ConfigFile
@@ -142,6 +144,19 @@ def test_a_fifo_where_the_file_was_is_a_failed_reload_and_what_replaces_it_is_re
         await until(lambda: [one.max_queued_requests for one in here.adopted] == [2])
 
     Followed(path).run(story)
+
+
+def test_a_thread_that_reads_a_file_keeps_the_loop_waiting_for_half_a_millisecond_and_not_for_five():
+    """Python's own interval came with each turn; `python -m bench.turns --reading` shows what requests saw of it."""
+    before = sys.getswitchinterval()
+
+    async def main() -> int:
+        return int(sys.getswitchinterval() * 1e6)
+
+    try:
+        assert run_loop(main(), "asyncio") == 500
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_a_file_that_loses_all_endpoints_is_refused_unless_it_says_so():
