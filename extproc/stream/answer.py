@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from extproc.admission.values import Answer
@@ -12,6 +11,8 @@ if TYPE_CHECKING:
 
 GRPC = "application/grpc"
 GRPC_STATUS = "grpc-status"
+_USUAL = frozenset(("application/json", "text/event-stream"))
+"""What nearly all content types are: to look here costs a fifth of `startswith`."""
 _OK = Answer.OK
 _GRPC = {
     "0": Answer.OK,
@@ -33,10 +34,9 @@ nothing."""
 _NOT_MODIFIED = "304"
 
 
-@lru_cache(maxsize=256)
 def is_grpc(content_type: str) -> bool:
     """Tell whether a message with this content type is gRPC's."""
-    return content_type.startswith(GRPC)  # which costs Python four times what it costs to know it
+    return content_type not in _USUAL and content_type.startswith(GRPC)
 
 
 def judge(incoming: Incoming, *, needs_body: bool = True) -> Answer:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 LIGHT = frozenset(("GET", "HEAD", "OPTIONS", "DELETE"))
 """Methods that ask an inference server for no tokens."""
-REMEMBERED = 1024
-"""Methods with paths whose rule is kept; clients write both, so there must be an end."""
+REMEMBERED, LONGEST = 1024, 256
+"""Methods with paths whose rule is kept, and the most characters of a path; clients write both, so there is an end."""
 
 
 class Action(Enum):
@@ -82,7 +82,8 @@ class Routes:
             found = self._look(method, path.partition("?")[0])
             if len(self._known) >= REMEMBERED:
                 self._known.clear()
-            self._known[key] = found
+            if len(method) + len(path) <= LONGEST:
+                self._known[key] = found
         return found
 
     def _look(self, method: str, path: str) -> tuple[Action, Shape]:
