@@ -12,18 +12,22 @@ import contextlib
 import json
 import sys
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import pytest
 
+from extproc.simulate.studies.matrix.traffic import AZURE_CODE
+
 from .kit.clients import Completion, complete, complete_many
 from .kit.processes import Child, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
+
+    from extproc.simulate.workload import Demand
 
     from .conftest import StackFactory
     from .kit.stack import Stack
@@ -210,3 +214,54 @@ def test_a_model_with_short_answers_is_not_charged_for_the_long_ones_of_another(
             except AssertionError:
                 pytest.fail(f"answers of 20 and 400 tokens are estimated alike after 15 s: {rows(here)}")
         assert short.statuses() | long.statuses() == {200}
+
+
+# ---- Azure's code trace: long prompts, short answers, bursts
+
+TIMES = 2.0
+"""So many times as fast as users, and engines, really are."""
+A100 = ("--preset", "a100-8b", "--speed", str(TIMES))
+FIRST_TOKEN_S, TOKEN_S = 2.0 / TIMES, 0.1 / TIMES
+RATE, DRAWN_S, SEED, BEGINS_S, LASTS_S = 9.0, 300.0, 1, 53.0, 6.0
+"""Six seconds with 110 requests, 205,000 tokens of prompts: a fifth more than two engines can compute meanwhile."""
+
+
+def slice_of_code() -> list[Demand]:
+    """Cut a burst out of traffic like that of Azure's hour of code (studies/matrix/traffic.py), times from 0."""
+    drawn = AZURE_CODE.demands(RATE, DRAWN_S, SEED)
+    return [replace(one, at=(one.at - BEGINS_S) / TIMES) for one in drawn if 0 <= one.at - BEGINS_S < LASTS_S]
+
+
+async def in_time(url: str, demands: Sequence[Demand]) -> float:
+    """Send requests as they came; return the share whose first token, and those after it, came in time."""
+
+    async def one(session: aiohttp.ClientSession, number: int, demand: Demand) -> bool:
+        await asyncio.sleep(demand.at)
+        lengths = {"x-sim-prompt-tokens": str(demand.prompt), "x-sim-output-tokens": str(demand.output)}
+        headers, body = {"content-type": "application/json", **lengths}, chat("code" * demand.estimate)
+        answer = await complete(session, url, number, headers, body)
+        first_s = answer.first_chunk_s
+        if answer.status != 200 or answer.error or first_s is None or first_s > FIRST_TOKEN_S:
+            return False
+        return answer.end_s - first_s <= TOKEN_S * max(demand.output - 1, 1)
+
+    connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=30)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+        met = await asyncio.gather(*(one(session, *numbered) for numbered in enumerate(demands)))
+    return sum(met) / len(met)
+
+
+def test_of_a_burst_of_azures_code_completions_several_times_as_many_come_in_time_as_with_least_request(
+    tmp_path: Path, stack: StackFactory
+) -> None:
+    classes = [{"name": "code", "budget": "800ms"}]
+    with engines(tmp_path / "ours", *A100) as ours, engines(tmp_path / "others", *A100) as others:
+        here = stack(upstreams=(), endpoints=ours, config={**READ_OFTEN, "classes": classes})
+        config = {**READ_OFTEN, "classes": classes, "enable_queue": False}  # each to the engine with the fewest
+        there = stack(upstreams=(), endpoints=others, config=config)
+
+        async def both() -> list[float]:
+            return await asyncio.gather(in_time(here.url, slice_of_code()), in_time(there.url, slice_of_code()))
+
+        queue, least_request = asyncio.run(both())
+    assert queue > max(0.6, 3 * least_request), (queue, least_request)
