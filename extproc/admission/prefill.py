@@ -8,6 +8,7 @@ count of first tokens corrects the prediction at every reading.
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from extproc.admission.first_bytes import FirstBytes
@@ -15,7 +16,7 @@ from extproc.admission.laws import LAWS
 from extproc.admission.ticket import State
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from extproc.admission.laws import PromptLaw
     from extproc.admission.steps import StepCost
@@ -25,6 +26,7 @@ FRESH_AT_FIRST, LEAST_FRESH = 20_000.0, 0.02
 """The prompt tokens that make up the first belief in no hits; and no fewer than so many are taken to be fresh."""
 LEAST_TOKEN_S, MOST_TOKEN_S = 1e-6, 0.1
 """No engine is faster, or slower: whatever is seen, the limit stays a number of tokens and a prediction a time."""
+_number = itemgetter(1)
 
 
 class Prefill:
@@ -45,6 +47,7 @@ class Prefill:
 
     __slots__ = (
         "_asked",
+        "_before",
         "_computed",
         "_computed_at",
         "_counts",
@@ -78,7 +81,7 @@ class Prefill:
         self._under_way: dict[Ticket, int] = {}  # with their numbers; 0: the engine's count has nothing to tell of it
         self._uncounted: dict[Ticket, int] = {}  # it has yet to tell of these, though they are pending no more
         self._counts = False  # the engine does
-        self._number = 0  # of the last prompt sent
+        self._number = self._before = 0  # of the last prompt sent; of the first one: who was held back goes before it
         self._part = 0.0  # of a first token: the count is a share where others use the engine too
         self._slack = law.caution
         self.fresh = 1.0
@@ -121,7 +124,8 @@ class Prefill:
             self._held_back[ticket] = None
             ticket.computed_at = now
             return
-        self._start(ticket)
+        self._number += 1
+        self._start(ticket, self._number)
         if self._counts or self.probed:
             self._predict(ticket, now)
 
@@ -254,15 +258,15 @@ class Prefill:
         self._under_way = dict.fromkeys(self._under_way, 0)
         self._uncounted.clear()
 
-    def _begin(self, tickets: Iterable[Ticket]) -> None:
-        """Note that the engine no longer holds `tickets` back."""
-        for ticket in tickets:
+    def _begin(self, tickets: Sequence[Ticket]) -> None:
+        """Note that the engine no longer holds `tickets` back: it counts them before those that came later."""
+        self._before -= len(tickets)
+        for number, ticket in enumerate(tickets, self._before):
             del self._held_back[ticket]
-            self._start(ticket)
+            self._start(ticket, number)
 
-    def _start(self, ticket: Ticket) -> None:
-        self._number += 1
-        self._under_way[ticket] = self._number if self._counts else 0
+    def _start(self, ticket: Ticket, number: int) -> None:
+        self._under_way[ticket] = number if self._counts else 0
         self.tokens += ticket.work_tokens
 
     def _take_pace(self, token_s: float) -> None:
@@ -284,7 +288,7 @@ class Prefill:
     def _count(self, counted: float) -> list[Ticket]:
         """Match the count with the prompts sent, oldest first; return those counted."""
         under_way = ((ticket, number) for ticket, number in self._under_way.items() if number)
-        sent = sorted((*self._uncounted.items(), *under_way), key=_sent)
+        sent = sorted((*self._uncounted.items(), *under_way), key=_number)
         self._part += counted
         done, self._part = int(self._part), self._part % 1.0
         for place, (ticket, _) in enumerate(sent, 1):
@@ -315,8 +319,3 @@ class Prefill:
 
 def _work(tickets: Iterable[Ticket]) -> int:
     return sum(ticket.work_tokens for ticket in tickets)
-
-
-def _sent(prompt: tuple[Ticket, int]) -> tuple[float, int]:
-    """Put one that was held back before those that came later; and those of one moment in the order sent."""
-    return prompt[0].leased_at, prompt[1]
