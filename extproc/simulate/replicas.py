@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
 from extproc.admission.controller import Controller
@@ -20,16 +19,17 @@ from extproc.replicas.messages import Member
 from extproc.replicas.picture import Role
 from extproc.replicas.replica import Replica
 from extproc.simulate.fronts import Verdict
+from extproc.simulate.network import Clock, End, Loop, dial
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from extproc.admission.load import Load
     from extproc.admission.values import Decision
-    from extproc.replicas.door import Guest
     from extproc.replicas.messages import Link, Message
     from extproc.simulate.contenders import Setting
     from extproc.simulate.fronts import Group, Job
+    from extproc.simulate.network import Timer
 
 FAULTS = ("none", "leader-killed", "leader-hangs", "one-cut-off", "halves", "each-alone", "store-gone")
 FAULT_AT_S = 60.0
@@ -39,102 +39,6 @@ RESTART_S = 3.0
 STORE_S = 1.0
 DELAY_S = 0.001
 """From one sidecar to another."""
-
-
-class _Timer:
-    __slots__ = ("callback",)
-
-    def __init__(self, callback: Callable[[], None]) -> None:
-        self.callback: Callable[[], None] | None = callback
-
-    def cancel(self) -> None:
-        self.callback = None
-
-
-class _Clock:
-    """What is due when, for all sidecars."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self._heap: list[tuple[float, int, _Timer, _Sidecar | None]] = []
-        self._count = 0
-
-    def at(self, when: float, callback: Callable[[], None], owner: _Sidecar | None = None) -> _Timer:
-        timer = _Timer(callback)
-        self._count += 1
-        heappush(self._heap, (max(when, self.now), self._count, timer, owner))
-        return timer
-
-    def advance(self, now: float) -> None:
-        """Let everything happen that is due by `now`."""
-        while self._heap and self._heap[0][0] <= now:
-            self.now, _, timer, owner = heappop(self._heap)
-            if timer.callback is not None:
-                if owner is None:
-                    timer.callback()
-                else:
-                    owner.do(timer.callback)
-        self.now = max(self.now, now)
-
-    def next(self) -> float | None:
-        while self._heap and self._heap[0][2].callback is None:
-            heappop(self._heap)
-        return self._heap[0][0] if self._heap else None
-
-
-class _Loop:
-    """The clock as one sidecar has it."""
-
-    def __init__(self, clock: _Clock, owner: _Sidecar) -> None:
-        self._clock, self._owner = clock, owner
-
-    def time(self) -> float:
-        return self._clock.now
-
-    def call_at(self, when: float, callback: Callable[[], None]) -> _Timer:
-        return self._clock.at(when, callback, self._owner)
-
-    def call_soon(self, callback: Callable[[], None]) -> _Timer:
-        return self._clock.at(self._clock.now, callback, self._owner)
-
-
-class _End:
-    """One side of a stream."""
-
-    def __init__(self, pool: Several, owner: _Sidecar) -> None:
-        self._pool = pool
-        self.owner = owner
-        self.peer: _End
-        self.receive: Callable[[Message], None] = lambda _: None
-        self.closed: Callable[[], None] = lambda: None
-        self.bounced: Callable[[Message], None] = lambda _: None
-        self.is_over = False
-        self.held_back: list[Callable[[], None]] = []
-
-    def send(self, message: Message) -> None:
-        if not self.is_over:
-            self.carry(partial(self.peer.take, message))
-
-    def close(self) -> None:
-        if not self.is_over:
-            self.is_over = True
-            self.carry(self.peer.finish)
-
-    def carry(self, arrive: Callable[[], None]) -> None:
-        if self.held_back or self._pool.is_cut(self.owner, self.peer.owner):
-            self.held_back.append(arrive)
-        else:
-            clock = self._pool.clock
-            clock.at(clock.now + DELAY_S, arrive, self.peer.owner)
-
-    def take(self, message: Message) -> None:
-        if not self.is_over:
-            self.receive(message)
-
-    def finish(self) -> None:
-        if not self.is_over:
-            self.is_over = True
-            self.closed()
 
 
 @dataclass(eq=False)
@@ -156,9 +60,9 @@ class _Sidecar:
         self.is_stopped = False
         self._later: list[Callable[[], None]] = []
         self.tickets: dict[Job, Ticket] = {}
-        self.gate = SharedGate(Controller(pool.setting.policy), _Loop(pool.clock, self))
+        self.gate = SharedGate(Controller(pool.setting.policy), Loop(pool.clock, self))
         me = Member(f"{place}.{life}", str(place), life * 1000 + place)
-        self.replica = Replica(self.gate, me, "simulated", self, _Loop(pool.clock, self))
+        self.replica = Replica(self.gate, me, "simulated", self, Loop(pool.clock, self))
         self.gate.watch()
         for spec in pool.specs:
             self.gate.put_endpoint(spec)
@@ -166,6 +70,9 @@ class _Sidecar:
     def start(self) -> None:
         self._ask_store()
         self.replica.begin(lambda _: None)
+
+    def take(self, timer: Timer) -> None:
+        self.do(timer.run)
 
     def do(self, what: Callable[[], None]) -> None:
         if self.is_stopped:
@@ -186,16 +93,8 @@ class _Sidecar:
         pool.clock.at(pool.clock.now + STORE_S, self._ask_store, self)
 
     def dial(self, address: str, receive: Callable[[Message], None], closed: Callable[[], None]) -> Link:
-        target = self.pool.places[int(address)].sidecar
-        here, there = _End(self.pool, self), _End(self.pool, target)
-        here.peer, there.peer = there, here
-        here.receive, here.closed = receive, closed
+        here, there = dial(self.pool.carry, self, self.pool.places[int(address)].sidecar, receive, closed)
         self.pool.ends += [here, there]
-        if target.is_dead:
-            there.is_over = True
-            there.carry(here.finish)
-        else:
-            here.carry(partial(_accept, there))
         return here
 
     def offer(self, job: Job, request: Request) -> None:
@@ -214,20 +113,15 @@ class _Sidecar:
             self.do(partial(self.gate.close, ticket, answer))
 
 
-def _accept(there: _End) -> None:
-    guest: Guest = there.owner.replica.door.accept(there)
-    there.receive, there.closed = guest.receive, guest.closed
-
-
 class Several:
     """A front of so many sidecars."""
 
     def __init__(self, groups: Sequence[Group], setting: Setting) -> None:
         """Start `setting.replicas` of them before the engines of `groups`."""
         self.setting = setting
-        self.clock = _Clock()
+        self.clock = Clock()
         self.store_is_up = True
-        self.ends: list[_End] = []
+        self.ends: list[End[_Sidecar]] = []
         self._cuts: set[frozenset[int]] = set()
         models = [frozenset(group.models) for group in groups for _ in range(group.engines)]
         self._names = [f"engine-{number}" for number in range(len(models))]
@@ -256,9 +150,13 @@ class Several:
         """Return those that the store lists."""
         return [place.sidecar for place in self.places if not place.sidecar.is_dead and not place.sidecar.is_stopped]
 
-    def is_cut(self, one: _Sidecar, other: _Sidecar) -> bool:
-        """Tell whether nothing gets from one to the other."""
-        return frozenset((one.place, other.place)) in self._cuts
+    def carry(self, end: End[_Sidecar], arrive: Callable[[], None]) -> None:
+        """Bring something to the other end of a stream, unless nothing gets from one of the two to the other."""
+        one, other = end.owner, end.peer.owner
+        if end.queued or frozenset((one.place, other.place)) in self._cuts:
+            end.queued.append(arrive)
+        else:
+            self.clock.at(self.clock.now + DELAY_S, arrive, other)
 
     def decided(self, job: Job, decision: Decision) -> None:
         """Note a decision for the simulation."""
@@ -363,9 +261,7 @@ class Several:
         if leader.sidecar.is_stopped:
             leader.sidecar.resume()
         for end in self.ends:
-            held_back, end.held_back = end.held_back, []
-            for arrive in held_back:
-                end.carry(arrive)
+            end.go_on()
         self.ends.clear()
 
     def _kill(self, place: _Place) -> None:
@@ -373,8 +269,7 @@ class Several:
         dead.is_dead = True
         for end in self.ends:
             if end.owner is dead and not end.is_over:
-                end.is_over = True
-                end.carry(end.peer.finish)
+                end.break_off()
         self.clock.at(self.clock.now + RESTART_S, partial(self._restart, place))
 
     def _restart(self, place: _Place) -> None:

@@ -13,13 +13,14 @@ from extproc.replicas.gate import SharedGate
 from extproc.replicas.messages import LAST, Member
 from extproc.replicas.picture import Role
 from extproc.replicas.replica import Replica
+from extproc.simulate.network import End, Loop, Timer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .site import Site
 
-from .network import Dialer, End, Loop, Timer
+from .network import Dialer
 
 SCRAPE_S = 1.0
 
@@ -72,7 +73,7 @@ class Sidecar:
         self.life = life
         self.is_dead = False
         self.is_stopped = False
-        self.later: list[tuple[End | None, Timer]] = []
+        self.later: list[tuple[End[Sidecar] | None, Timer]] = []
         self.tickets: dict[Client, Ticket] = {}
         self.loop = Loop(site.clock, self)
         self.controller = site.core(site.policy)
@@ -127,10 +128,13 @@ class Sidecar:
 
     def do(self, what: Callable[[], None]) -> None:
         """Have something happen here: at once, or when it goes on."""
+        self.take(Timer(what))
+
+    def take(self, timer: Timer) -> None:
         if self.is_stopped:
-            self.later.append((None, Timer(what)))
+            self.later.append((None, timer))
         elif not self.is_dead:
-            what()
+            timer.run()
 
     def close(self, client: Client, answer: Answer = Answer.UNKNOWN) -> None:
         ticket = self.tickets.pop(client, None)

@@ -16,12 +16,13 @@ from extproc.admission.controller import Controller
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, Policy, Request
 from extproc.replicas.picture import Role
+from extproc.simulate.network import Clock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-from .network import Clock, Net
+from .network import Net
 from .sidecar import Client, Engine, Sidecar, Store
 
 STORE_S = 1.0
@@ -54,7 +55,7 @@ class Site:
     ) -> None:
         self.core = core
         self.random = Random(seed)
-        self.clock = Clock()
+        self.clock = Clock(1000.0)
         self.policy = Policy() if policy is None else policy
         self.net = Net(self)
         self.store = Store(self, store_beat_s)
@@ -100,8 +101,8 @@ class Site:
         later, sidecar.later = sidecar.later, []
         timers_first = self.random.random() < 0.5
         for _, timer in sorted(later, key=lambda one: (one[0] is None) is not timers_first):
-            if timer.callback is not None and not sidecar.is_dead:
-                timer.callback()
+            if not sidecar.is_dead:
+                timer.run()
 
     # ---- requests
 
@@ -195,7 +196,7 @@ class Site:
 
     def run(self, seconds: float, each: Callable[[], None] = lambda: None) -> None:
         end = self.clock.now + seconds
-        while (at := self.clock.next_at()) is not None and at <= end:
+        while (at := self.clock.next()) is not None and at <= end:
             self.clock.step()
             each()
         self.clock.now = max(self.clock.now, end)
@@ -203,7 +204,7 @@ class Site:
     def run_until(self, condition: Callable[[], bool], most_s: float = 30.0) -> None:
         end = self.clock.now + most_s
         while not condition():
-            at = self.clock.next_at()
+            at = self.clock.next()
             require(at is not None and at <= end, "not within", most_s, "s:", list(self.sidecars.values()))
             self.clock.step()
 

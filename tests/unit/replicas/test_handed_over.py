@@ -11,8 +11,8 @@ from extproc.admission.estimate import Learnt
 from extproc.admission.sessions import Home
 from extproc.admission.values import RequestClass
 from extproc.replicas.messages import Remember, Synced
+from extproc.simulate.network import End
 
-from .network import End
 from .test_group import followers, leader, site
 
 if TYPE_CHECKING:
