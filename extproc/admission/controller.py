@@ -179,7 +179,7 @@ class Controller(Sharing):
         picked, pool, served = placed(ticket.endpoint), placed(ticket.pool), self.endpoints.get(name)
         if served is not picked:
             self._answers.ended(ticket, picked, pool, Answer.FAILED)
-            picked.release(ticket, now, served=False, wanted=pool.waiting_total > 0)
+            picked.release(ticket, now, served=False)
             if served is None:
                 ticket.state = DONE
                 self._lines.count_out(ticket)

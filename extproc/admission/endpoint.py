@@ -144,8 +144,8 @@ class Endpoint(Room):
         if begun:
             self.prefill.was_computed(ticket)
 
-    def release(self, ticket: Ticket, now: float, *, served: bool, wanted: bool) -> None:
-        """Take `ticket` out of the books. `served`: its answer came whole; `wanted`: requests wait for room here."""
+    def release(self, ticket: Ticket, now: float, *, served: bool, wanted: bool = False) -> None:
+        """Take `ticket` out of the books. `served`: its answer came whole; `wanted`: others waited then."""
         if served:
             self.health.heard_at = now
             if self.limit.blind:

@@ -47,7 +47,7 @@ class Queue:
         To walk a long line with pauses in which it may change: no list of all is made, that collections of garbage
         would walk, too.
         """
-        keys = self._line if key is None else self._line.irange(key, inclusive=(False, True))
+        keys = self._line if key is None else self._line.islice(self._line.bisect_right(key))
         return [self._tickets[one[2]] for one in islice(keys, most)]
 
     def add(self, ticket: Ticket) -> None:

@@ -110,6 +110,13 @@ def test_a_request_that_takes_no_slot_is_refused_only_where_nobody_could_answer_
     assert passed(desk).outcome is Outcome.NO_ENDPOINT
 
 
+def test_without_a_queue_a_request_that_takes_no_slot_goes_to_a_doubtful_endpoint_rather_than_nowhere() -> None:
+    desk = Desk(one("a"), enable_queue=False)
+    desk.set_up("a", is_up=False)
+    decision = passed(desk)
+    assert (decision.outcome, getattr(decision, "endpoint", None)) == (Outcome.PASSED, "a")
+
+
 def test_before_its_model_is_listed_a_request_goes_nowhere() -> None:
     desk = Desk()
     other = desk.ask(model="another")

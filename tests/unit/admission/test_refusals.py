@@ -106,6 +106,14 @@ def test_retry_after_follows_the_drain_rate_within_bounds() -> None:
     assert desk.retry_after(desk.ask(budget_s=0.0)) == RETRY_AFTER_MAX_S
 
 
+def test_who_names_no_model_is_told_to_come_again_while_draining() -> None:
+    """Bodies are read for a model no more: it may well name one."""
+    desk = Desk(one("a", models=frozenset({"m"})), one("b", models=frozenset({"n"})))
+    desk.drain()
+    request = desk.ask()
+    assert (desk.outcome(request), desk.retry_after(request)) == (Outcome.DRAINING, 1)
+
+
 def test_draining_refuses_all_that_waits_and_all_that_would_have_to() -> None:
     desk = Desk(one("a", 2))
     a, _, waits = desk.fill(3)

@@ -39,6 +39,27 @@ def test_a_page_that_shows_others_requests_tells_a_full_engine_too() -> None:
     assert not ward.is_ejected("a")
 
 
+def test_a_page_that_shows_what_ran_a_moment_ago_tells_a_full_engine_too() -> None:
+    ward = Ward(stale_after_s=1000.0)
+    runs = ward.ask("a")
+    ward.advance(1.0)
+    ward.observe("a", Load(running=1.0))
+    ward.release(runs, Answer.OK)
+    assert ward.core.endpoints["a"].foreign == 0
+    for _ in range(10 * EJECT_AFTER):
+        ward.serve("b")
+        assert ward.answer("a", Answer.SATURATED, 2) == 1
+        ward.advance(SATURATED_S)
+    assert not ward.is_ejected("a")
+
+
+def test_an_engine_works_at_a_request_that_has_had_time_to_arrive() -> None:
+    ward = Ward()
+    endpoint, lease = ward.core.endpoints["a"], ward.ask("a")
+    arrives_at = lease.leased_at + LAWS.foreign.arrived_s
+    assert [endpoint.is_at_work(at) for at in (arrives_at - 0.01, arrives_at)] == [False, True]
+
+
 def test_a_pool_that_loads_is_tried_a_request_at_a_time_until_it_serves() -> None:
     ward = Ward(known=False)
     cost = sum(ward.answer(name, Answer.SATURATED, MANY) for name in "ab")
