@@ -1,11 +1,8 @@
 """A recording of the core's events: a file that anybody can run again, and get the same decisions.
 
 One line of JSON each: first what it is, the version, and the state that the core was in, then each event with what was
-decided on it. Nothing is recorded unless somebody asks, and then so many events at the most. The state is a pickle that
-may name nothing but the core's own classes (docs.python.org/3/library/pickle.html#restricting-globals): who reads a
-stranger's recording runs none of his code.
-
-A compiled core and the source read each other's: what is named is attributes, and never how a class keeps them.
+decided on it. Nothing is recorded unless somebody asks, and then so many events at the most. How the state is packed,
+so that who reads a stranger's recording runs none of his code: `packing.py`.
 
 It holds what requests say of themselves in headers (ids, tenants, models), and no header or body besides; sessions are
 replaced by numbers that nobody can turn back.
@@ -15,41 +12,32 @@ from __future__ import annotations
 
 import ast
 import base64
-import binascii
-import io
 import json
-import pickle
 import secrets
-import zlib
-from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from hashlib import blake2b
-from importlib import import_module
-from inspect import Parameter, signature
-from pathlib import Path
-from types import BuiltinFunctionType, FunctionType, MethodType, UnionType
+from types import UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from extproc import __version__
 from extproc.admission import events
 from extproc.admission.applying import apply
-from extproc.admission.controller import Controller
-from extproc.admission.endpoint import Endpoint
-from extproc.admission.pool import Pool
-from extproc.admission.sessions import Home, Sessions
+from extproc.admission.sessions import Home
 from extproc.admission.tenants import NO_RULES, TenantRules
 from extproc.admission.ticket import State, Ticket
-from extproc.admission.values import Dispatch, EndpointSpec, Policy, Request
+from extproc.admission.values import Dispatch, Request
+from extproc.observe.packing import RecordingError, freeze, is_of_core, source_of, thaw, without_session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from extproc.admission.controller import Controller
     from extproc.admission.events import Event
     from extproc.admission.values import Decision
 
-FORMAT = 9
+FORMAT = 10
 MOST_EVENTS = 200_000
 """Events of one recording: some 40 MB. Then it ends, since only what follows on its beginning can be run again."""
 ABOUT = (
@@ -57,26 +45,9 @@ ABOUT = (
     "packed; `extproc simulate --replay FILE` runs it all again"
 )
 """What a recording begins with, for people: the state is a long word that says nothing to them."""
-MOST_STATE_BYTES = 1 << 28
-_PARTS: dict[str, type] = {kind.__name__: kind for kind in (Ticket, Endpoint, Pool)}
-"""What the parts of the core point to each other by: pickled one by one, so that no chain of them gets too deep."""
-_CORE = "extproc.admission."
-_ATOMS = frozenset({str, int, float, bool, type(None), tuple, list, dict})
-_OTHERS = {
-    (__name__, "_keep"),
-    ("sortedcontainers.sortedlist", "SortedList"),
-    ("collections", "OrderedDict"),
-    ("collections", "deque"),
-    ("builtins", "frozenset"),
-    ("builtins", "set"),
-}
 _KINDS: dict[str, type[Event]] = {
     name: kind for name, kind in vars(events).items() if isinstance(kind, type) and issubclass(kind, events.Event)
 }
-
-
-class RecordingError(ValueError):
-    """A recording can't be read; the message says where and why."""
 
 
 class Recorder:
@@ -91,7 +62,7 @@ class Recorder:
         self._end = ""  # why it ended
         self._lines: list[str] = []
         self._salt = secrets.token_bytes(16)
-        state, self._numbers, self._next = _freeze(core, self._hidden)
+        state, self._numbers, self._next = freeze(core, self._hidden)
         about = f"{ABOUT}; it began with {core.waiting} waiting and {len(core.endpoints)} endpoints"
         head = {"about": about, "extproc": __version__, "format": FORMAT, "state": base64.b64encode(state).decode()}
         self._head = json.dumps(head)
@@ -128,7 +99,7 @@ class Recorder:
     def _plain(self, value: object, line: dict[str, Any]) -> object:
         if isinstance(value, Ticket):
             if value not in self._numbers:
-                line["request"] = _plain(_without_session(value.request, self._hidden))
+                line["request"] = _plain(without_session(value.request, self._hidden))
             return self._number(value)
         if isinstance(value, Home):
             value = value._replace(session=self._hidden(value.session))
@@ -171,7 +142,7 @@ class Recording:
             if head["format"] != FORMAT:
                 raise RecordingError(f"line 1: format {head['format']!r}, this version reads {FORMAT}")
             self.version = str(head["extproc"])
-            self.core, tickets = _thaw(base64.b64decode(head["state"], validate=True))
+            self.core, tickets = thaw(base64.b64decode(head["state"], validate=True))
         except (StopIteration, KeyError, TypeError, ValueError) as error:
             if isinstance(error, RecordingError):
                 raise
@@ -222,10 +193,6 @@ def _words(decision: Decision) -> list[object]:
     return [decision.outcome.value, where, decision.wait_s]
 
 
-def _without_session(request: Request, hidden: Callable[[str], str]) -> Request:
-    return request if request.session is None else replace(request, session=hidden(request.session))
-
-
 # ---- values as JSON
 
 
@@ -256,7 +223,7 @@ def _hints(kind: type) -> dict[str, Any]:
         return _HINTS[kind]
     hints = _HINTS[kind] = {}
     for base in reversed(kind.__mro__):
-        if _is_of_core(base):
+        if is_of_core(base):
             said = {"__module__": base.__module__, "__annotations__": _written(base)}
             hints |= get_type_hints(type(base.__name__, (), said))
     return hints
@@ -264,15 +231,8 @@ def _hints(kind: type) -> dict[str, Any]:
 
 def _written(kind: type) -> dict[str, str]:
     """Return the annotations of a class of the core, as written."""
-    written = [one for one in _source(kind).body if isinstance(one, ast.AnnAssign)]
+    written = [one for one in source_of(kind).body if isinstance(one, ast.AnnAssign)]
     return {ast.unparse(one.target): ast.unparse(one.annotation) for one in written}
-
-
-def _source(kind: type) -> ast.ClassDef:
-    """Return a class of the core as written: its source is beside the machine code."""
-    module = Path(events.__file__).with_name(kind.__module__.removeprefix(_CORE) + ".py")
-    classes = [one for one in ast.parse(module.read_text()).body if isinstance(one, ast.ClassDef)]
-    return next(one for one in classes if one.name == kind.__name__)
 
 
 def _shaped(hint: Any, value: Any) -> Any:  # noqa: C901 - a case for each kind of value
@@ -299,165 +259,3 @@ def _shaped(hint: Any, value: Any) -> Any:  # noqa: C901 - a case for each kind 
     if not isinstance(value, (int, float) if hint is float else hint):
         raise TypeError(f"must be {hint.__name__}, not {value!r}")
     return value
-
-
-# ---- the state of a core
-
-
-class _Freezer(pickle.Pickler):
-    """Pickles the parts of a core one by one, and nothing of its driver.
-
-    Sessions are hidden where they stand, in requests and in their memory: any other string may be equal to one.
-    """
-
-    def __init__(self, file: io.BytesIO, hidden: Callable[[str], str]) -> None:
-        super().__init__(file, protocol=4)
-        self.hidden = hidden
-        self.numbers: dict[object, int] = {}
-        self.todo: list[object] = []
-
-    def persistent_id(self, obj: object) -> tuple[str, int | str] | None:
-        kind = type(obj)
-        if kind in _ATOMS:
-            return None
-        if obj is NO_RULES:
-            return "no rules", 0
-        if obj is _keep:
-            return None
-        if isinstance(obj, tuple(_PARTS.values())):
-            number = self.numbers.get(obj)
-            if number is None:
-                number = self.numbers[obj] = len(self.numbers)
-                self.todo.append(obj)
-            return _part(obj).__name__, number
-        if kind is MethodType or (kind in (BuiltinFunctionType, FunctionType) and not _is_of_core(obj)):
-            return "driver", 0
-        return None
-
-    def reducer_override(self, obj: object) -> Any:
-        kind = type(obj)
-        if not _is_of_core(kind) or isinstance(obj, (Enum, tuple)):
-            return NotImplemented
-        if isinstance(obj, Request):
-            obj = _without_session(obj, self.hidden)
-        if is_dataclass(obj):
-            return kind, tuple([getattr(obj, field.name) for field in fields(obj)])
-        kept = _kept(obj)
-        if isinstance(obj, Sessions):
-            kept["_endpoints"] = OrderedDict({self.hidden(name): known for name, known in kept["_endpoints"].items()})
-        made_of = [kept.get(name, kept.get(f"_{name}")) for name in _needs(kind)]
-        return kind, tuple(made_of), kept, None, None, _keep
-
-
-def _is_of_core(thing: Any) -> bool:
-    return str(thing.__module__).startswith(_CORE)
-
-
-def _kept(obj: object, kind: type | None = None) -> dict[str, Any]:
-    """Return the attributes of an object of the core, of those that `kind` has: it is compiled, or has slots."""
-    kind = kind or type(obj)
-    names = getattr(kind, "__mypyc_attrs__", None) or [
-        name for base in kind.__mro__ for name in vars(base).get("__slots__", ())
-    ]
-    return {name: getattr(obj, name) for name in names if name != "__dict__"}
-
-
-def _keep(obj: object, kept: dict[str, Any]) -> None:
-    """Give an object of the core its attributes back."""
-    if not _is_of_core(type(obj)):
-        raise pickle.UnpicklingError(f"a recording may change nothing of {type(obj).__name__}")
-    for name, value in kept.items():
-        setattr(obj, name, value)
-
-
-_NEEDS: dict[type, list[str]] = {}
-
-
-def _needs(kind: type) -> list[str]:
-    """Return the arguments that a class of the core is made with: it keeps each under this name, or with a `_`."""
-    if kind not in _NEEDS:
-        try:
-            asked = signature(kind).parameters
-            _NEEDS[kind] = [name for name, one in asked.items() if one.default is Parameter.empty]
-        except ValueError:  # compiled, and a default is more than a literal: the source tells
-            (made,) = (one for one in _source(kind).body if isinstance(one, ast.FunctionDef) and one.name == "__init__")
-            usual = made.args.args
-            _NEEDS[kind] = [one.arg for one in usual[1 : len(usual) - len(made.args.defaults)]]
-    return _NEEDS[kind]
-
-
-def _part(obj: object) -> type:
-    """Return the core's class that `obj` is of: its driver may have one of its own below it."""
-    return next(kind for kind in type(obj).__mro__ if _PARTS.get(kind.__name__) is kind)
-
-
-_BLANK: dict[str, Callable[[], object]] = {
-    "Ticket": lambda: Ticket(Request("", 0.0)),
-    "Endpoint": lambda: Endpoint(EndpointSpec(""), Policy()),
-    "Pool": Pool,
-}
-
-
-class _Thawer(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)
-        self.parts: dict[int, Any] = {}
-
-    def persistent_load(self, pid: Any) -> object:
-        name, number = pid
-        if name == "driver":
-            return None
-        if name == "no rules":
-            return NO_RULES
-        if number not in self.parts:
-            self.parts[number] = _BLANK[name]()
-        return self.parts[number]
-
-    def find_class(self, module: str, name: str) -> object:
-        if (module, name) in _OTHERS:
-            return super().find_class(module, name)
-        if module.startswith(_CORE) and name.isidentifier():
-            found = vars(import_module(module)).get(name)
-            if getattr(found, "__module__", None) == module:
-                return found
-        raise pickle.UnpicklingError(f"a recording may not hold {module}.{name}")
-
-
-def _freeze(core: Controller, hidden: Callable[[str], str]) -> tuple[bytes, dict[Ticket, int], int]:
-    """Return the state of `core`, the numbers that tickets have in it, and the next number."""
-    file = io.BytesIO()
-    freezer = _Freezer(file, hidden)
-    freezer.dump({**_kept(core, Controller), "_watchers": []})
-    for part in freezer.todo:  # grows meanwhile
-        freezer.dump((freezer.numbers[part], _kept(part, _part(part))))
-    tickets = {part: number for part, number in freezer.numbers.items() if isinstance(part, Ticket)}
-    return zlib.compress(file.getvalue()), tickets, len(freezer.numbers)
-
-
-def _thaw(state: bytes) -> tuple[Controller, dict[int, Ticket]]:
-    unzipper = zlib.decompressobj()
-    try:
-        plain = unzipper.decompress(state, MOST_STATE_BYTES)
-        if unzipper.unconsumed_tail:
-            raise RecordingError(f"line 1: a state of more than {MOST_STATE_BYTES} bytes")
-        file = io.BytesIO(plain)
-        thawer = _Thawer(file)
-        core = Controller(Policy())
-        _keep(core, thawer.load())
-        while file.tell() < len(plain):
-            number, kept = thawer.load()
-            _keep(thawer.parts[number], kept)
-    except (
-        pickle.UnpicklingError,
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        zlib.error,
-        binascii.Error,
-        AttributeError,
-        EOFError,
-        ImportError,
-    ) as error:
-        raise RecordingError(f"line 1: its state can't be read: {error}") from None
-    return core, {number: part for number, part in thawer.parts.items() if isinstance(part, Ticket)}

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from extproc import __version__
 from extproc.errors import ConfigError
-from extproc.observe.recording import Recording, RecordingError
+from extproc.observe.packing import RecordingError
+from extproc.observe.recording import Recording
 
 if TYPE_CHECKING:
     from collections.abc import Callable

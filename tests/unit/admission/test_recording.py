@@ -31,7 +31,8 @@ from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request
 from extproc.commands.cli import main
 from extproc.errors import TransitionError
-from extproc.observe.recording import FORMAT, Recorder, Recording, RecordingError
+from extproc.observe.packing import RecordingError
+from extproc.observe.recording import FORMAT, Recorder, Recording
 from extproc.pure import is_compiled
 
 from .methods import events_of_the_core
@@ -264,7 +265,7 @@ class Evil:
         b"cextproc.admission.books\nheappush\n(tR.",
         b"cextproc.admission.books\nTYPE_CHECKING\n.",
         b"\x80\x04\x8c\x1aextproc.admission.controller\x8c\x0cState.NEW.sub\x93.",
-        b"cextproc.observe.recording\n_keep\n(cextproc.admission.ticket\nTicket\n}(S'why'\nI1\nutR.",
+        b"cextproc.observe.packing\n_keep\n(cextproc.admission.ticket\nTicket\n}(S'why'\nI1\nutR.",
         b"",
     ],
     ids=["builtin", "another part", "an import of the core", "no class", "dotted", "a class changed", "nothing"],
