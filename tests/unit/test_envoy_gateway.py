@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
+from extproc.commands.check import check
 from extproc.config import parse_config
 from extproc.envoy import picker
 from extproc.envoy.filters import JSON_FIELDS
@@ -86,6 +87,19 @@ def test_the_mode_of_each_route_is_told_and_what_fits_has_no_problem(look, kind,
     assert any(mode in note for note in (found.good if kind == "istio-lean" else found.notes)), found.notes
     assert bool(found.good) is (kind == "istio-lean"), "what is as it should be is no warning"
     assert any("1024 at most" in note for note in found.notes)
+
+
+def test_check_tells_what_is_as_it_should_be_beside_ok_and_to_a_pipeline_as_info(tmp_path, look, capsys):
+    look("istio-lean")
+    file, dump = tmp_path / "sidecar.yaml", tmp_path / "dump.json"
+    file.write_text(CONFIG.removesuffix("}") + ", endpoints: []}")
+    check(file, dump, as_json=False)
+    told = capsys.readouterr()
+    assert "lean: two messages a request" in told.out
+    assert "lean" not in told.err
+    check(file, dump, as_json=True)
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    assert [one["severity"] for one in findings if "lean" in one["message"]] == ["info"]
 
 
 @pytest.mark.parametrize(
