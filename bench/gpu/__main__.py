@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from bench.proof import load
 from bench.proof.fronts import Front
-from extproc.simulate.studies.figures import Run, figures, goodput
+from extproc.simulate.report import goodput
+from extproc.simulate.studies.figures import Run, figures
 from extproc.simulate.workload import CLASSES, Workload
 from tests.e2e.kit.processes import Child, free_port
 

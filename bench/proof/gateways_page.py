@@ -12,9 +12,10 @@ from bench.proof import gateways, words
 from bench.proof.gateways import FAULT_AT_S
 from bench.proof.tables import goodput as with_spread
 from bench.proof.words import by_class, collect, seconds, share, table
+from extproc.simulate.report import goodput
 from extproc.simulate.studies.commit import UNKNOWN
 from extproc.simulate.studies.experiments import BY_NAME, SEVERAL
-from extproc.simulate.studies.figures import goodput, ratio
+from extproc.simulate.studies.figures import ratio
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any
 
 from bench.proof import fronts, peers
 from bench.proof.stacks import run_round
+from extproc.simulate.report import goodput
 from extproc.simulate.studies.commit import commit
 from extproc.simulate.studies.experiments import WITH_PEERS, Cell, Times
-from extproc.simulate.studies.figures import goodput
 from extproc.simulate.studies.search import SEEDS
 
 if TYPE_CHECKING:

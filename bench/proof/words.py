@@ -9,9 +9,10 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from bench.proof import rival
+from extproc.simulate.report import goodput
 from extproc.simulate.studies.commit import UNKNOWN
 from extproc.simulate.studies.experiments import BY_NAME
-from extproc.simulate.studies.figures import Figures, Run, figures, goodput, waste
+from extproc.simulate.studies.figures import Figures, Run, figures, waste
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

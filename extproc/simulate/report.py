@@ -10,14 +10,14 @@ import html
 from dataclasses import dataclass
 from math import isnan
 from statistics import mean, stdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from extproc.simulate import plots
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from extproc.simulate.world import Record, Run
+    from extproc.simulate.world import Run
 
 NAN = float("nan")
 
@@ -83,8 +83,8 @@ def figures(runs: Sequence[Run]) -> Figures:
         load=runs[0].load,
         seeds=len(runs),
         lines=(
-            *(_line(name, [record for record in records if record.klass == name]) for name in runs[0].classes),
-            _line("all", records),
+            *(line(name, [record for record in records if record.klass == name]) for name in runs[0].classes),
+            line("all", records),
         ),
         spread=stdev(each) if len(each) > 1 else NAN,
         tokens_per_s=generated / seconds if seconds else NAN,
@@ -101,7 +101,27 @@ def figures(runs: Sequence[Run]) -> Figures:
     )
 
 
-def goodput(records: Iterable[Record]) -> float:
+class Judged(Protocol):
+    """One request that is over, or was cut off; simulated or real."""
+
+    @property
+    def outcome(self) -> str:
+        """finished, running (when it was cut off), abandoned, failed; anything else is a refusal."""
+
+    @property
+    def met(self) -> bool:
+        """Whether it met both objectives."""
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Until its first token."""
+
+    @property
+    def tpot_s(self) -> float | None:
+        """For each token after that."""
+
+
+def goodput(records: Iterable[Judged]) -> float:
     """Return the share of requests that met both objectives; nan of none."""
     met = [record.met for record in records]
     return sum(met) / len(met) if met else NAN
@@ -120,18 +140,19 @@ def jain(values: Iterable[float]) -> float:
     return sum(shares) ** 2 / (len(shares) * squares) if squares else NAN
 
 
-def _line(klass: str, records: list[Record]) -> Line:
-    arrivals = len(records)
-    refused = sum(r.outcome not in ("finished", "abandoned", "failed") for r in records)
+def line(klass: str, records: Sequence[Judged]) -> Line:
+    """Return the figures of some requests."""
+    count = max(len(records), 1)
+    refused = sum(r.outcome not in ("finished", "running", "abandoned", "failed") for r in records)
     ttft = [record.ttft_s for record in records if record.ttft_s is not None]
     tpot = [record.tpot_s for record in records if record.tpot_s is not None]
     return Line(
         klass=klass,
-        arrivals=arrivals,
+        arrivals=len(records),
         goodput=goodput(records),
-        refused=refused / arrivals,
-        abandoned=sum(r.outcome == "abandoned" for r in records) / arrivals,
-        failed=sum(r.outcome == "failed" for r in records) / arrivals,
+        refused=refused / count,
+        abandoned=sum(r.outcome == "abandoned" for r in records) / count,
+        failed=sum(r.outcome == "failed" for r in records) / count,
         ttft=(percentile(ttft, 0.5), percentile(ttft, 0.95), percentile(ttft, 0.99)),
         tpot=(percentile(tpot, 0.5), percentile(tpot, 0.95), percentile(tpot, 0.99)),
     )

@@ -25,9 +25,10 @@ from extproc.engine.openai import Answer, read_ask
 from extproc.simulate import plots
 from extproc.simulate.contenders import BEST_FIXED, HAPROXY_QUEUE_S
 from extproc.simulate.fronts import Haproxy, Job
+from extproc.simulate.report import goodput
 from extproc.simulate.studies import search, settings, shapes, virtual
 from extproc.simulate.studies.experiments import BY_NAME, EXPERIMENTS, Cell, Experiment, Times, cells, pack
-from extproc.simulate.studies.figures import Record, Run, figures, from_json, goodput, ratio, streamed, to_json, waste
+from extproc.simulate.studies.figures import Record, Run, figures, from_json, ratio, streamed, to_json, waste
 from extproc.simulate.workload import BATCH, CLASSES, INTERACTIVE, STANDARD, Demand
 from tests.e2e.kit.envoy import validate
 

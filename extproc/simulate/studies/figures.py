@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from extproc.simulate.report import NAN, Line, jain, percentile
+from extproc.simulate.report import NAN, Line, goodput, jain, line, percentile
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -52,6 +52,11 @@ class Record:
     end_s: float | None = None
     tpot_s: float | None = None
     met: bool = False
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Return `first_s`, by the name that the simulator has for it."""
+        return self.first_s
 
     def judge(self, klass: Klass) -> None:
         """Set `tpot_s` and `met` from the rest."""
@@ -202,12 +207,6 @@ def streamed(run: Run) -> float:
     return tokens
 
 
-def goodput(records: Iterable[Record]) -> float:
-    """Return the share that met both objectives; nan of none."""
-    met = [record.met for record in records]
-    return sum(met) / len(met) if met else NAN
-
-
 def waste(runs: Iterable[Run]) -> tuple[float, float]:
     """Return which shares of the engines' work were for clients that left, and for answers that missed.
 
@@ -223,27 +222,6 @@ def waste(runs: Iterable[Run]) -> tuple[float, float]:
                 useful, missed = (useful + tokens, missed) if record.met else (useful, missed + tokens)
     work = useful + missed + left
     return (left / work, missed / work) if work else (0.0, 0.0)
-
-
-def line(klass: str, records: Sequence[Record]) -> Line:
-    """Return the figures of some requests."""
-    count = max(len(records), 1)
-    ttft = [record.first_s for record in records if record.first_s is not None]
-    tpot = [record.tpot_s for record in records if record.tpot_s is not None]
-
-    def share(outcome: str) -> float:
-        return sum(record.outcome == outcome for record in records) / count
-
-    return Line(
-        klass=klass,
-        arrivals=len(records),
-        goodput=goodput(records),
-        refused=share("refused"),
-        abandoned=share("abandoned"),
-        failed=share("failed"),
-        ttft=(percentile(ttft, 0.5), percentile(ttft, 0.95), percentile(ttft, 0.99)),
-        tpot=(percentile(tpot, 0.5), percentile(tpot, 0.95), percentile(tpot, 0.99)),
-    )
 
 
 def ratio(one: Figures, other: Figures) -> tuple[float, float]:

@@ -17,9 +17,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from extproc.simulate.report import goodput
 from extproc.simulate.studies import search, virtual
 from extproc.simulate.studies.experiments import BY_NAME, Cell, Times
-from extproc.simulate.studies.figures import goodput
 from extproc.simulate.studies.matrix.cells import by_kv, by_pace, params
 
 FILE = Path(__file__).with_name("settings.json")
