@@ -154,6 +154,7 @@ class Endpoint(Room):
         self.sequences -= ticket.sequences
         self.kv.remove(ticket)
         self.prefill.over(ticket, now, served=served)
+        self.deferred.ended(ticket, served=served)
         if not self.leases and self.reading.page is None and self.reading.report is not None:
             self.kv.compare(None)  # no page, and no answer that could bring better news
             self.closed_until = None

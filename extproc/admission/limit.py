@@ -97,7 +97,7 @@ class FixedLimit:
     def start_at(self, value: int) -> None:
         """Stay at what was chosen."""
 
-    def defer(self, count: int) -> None:
+    def defer(self, count: int, *, anew: bool = False) -> None:
         """Stay at what was chosen."""
 
     def observe(
@@ -167,9 +167,14 @@ class AdaptiveLimit:
         """Go on from where another sidecar's limit was."""
         self._set(float(value))
 
-    def defer(self, count: int) -> None:
-        """Allow `count` requests more: the engine makes so many wait for something else than its batch."""
+    def defer(self, count: int, *, anew: bool = False) -> None:
+        """Allow `count` requests more: the engine makes so many wait for something else than its batch.
+
+        `anew`: that is known from now on. Until then such a queue was taken for one for the batch.
+        """
         self._deferred = count
+        if anew:
+            self.batch, self._tried, self._queued = None, None, 0
         self._set(self._exact)
 
     def observe(

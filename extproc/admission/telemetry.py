@@ -105,7 +105,7 @@ def forget_stale(endpoint: Endpoint, now: float, policy: Policy) -> bool:
 def _set_aside(endpoint: Endpoint, load: Load) -> Load:
     """Take whom the engine defers out of the books and of the page: they say nothing of its batch, nor of its cache."""
     deferred = endpoint.deferred
-    endpoint.limit.defer(deferred.count)
+    endpoint.limit.defer(deferred.count, anew=deferred.is_found)
     return replace(load, waiting=(load.waiting or 0.0) - deferred.count) if deferred.count else load
 
 

@@ -121,6 +121,124 @@ def test_a_limit_that_a_person_chose_stays_whatever_waits() -> None:
     assert here.where(here.ask(model="law")) is None
 
 
+# ---- a page that names no adapters
+
+NAMELESS = Load(running=2.0, waiting=6.0, kv_usage=0.2, tokens_per_s=400.0)
+
+
+def of_two_models(here: Desk, count: int = 8) -> list[Ticket]:
+    """`count` requests for two models in turn, which wait or run at `a`."""
+    return [here.ask(model=("law", "med")[number % 2]) for number in range(count)]
+
+
+def passes_over(here: Desk, load: Load = NAMELESS, *, times: int = 2, models: tuple[str, str] = ("law", "med")) -> None:
+    """So many times the last of eight ends in a second, and two of eight run: nobody before it has begun."""
+    held = [here.ask(model=models[number % 2]) for number in range(8)]
+    here.advance(1.0)
+    here.observe("a", load)
+    for _ in range(times):
+        here.release(held.pop(), Answer.OK)
+        here.advance(1.0)
+        here.observe("a", replace(load, waiting=(load.waiting or 0.0) - 1))
+        held.append(here.ask(model=models[1]))
+        here.advance(1.0)
+        here.observe("a", load)
+
+
+def nameless(most: int | None = 16) -> Desk:
+    here = Desk(one("a", most, models=ALL))
+    here.advance(1.0)
+    return here
+
+
+def test_answers_before_their_turn_show_that_who_waits_is_deferred_where_no_page_names_adapters() -> None:
+    here = nameless(None)
+    passes_over(here)
+    assert here.endpoint("a").deferred.count == 6
+    assert (limit(here).batch, limit(here).value) == (None, limit(here).own + 6)
+
+
+def test_a_batch_that_was_found_in_a_queue_for_slots_is_none() -> None:
+    here = nameless(None)
+    held = of_two_models(here)
+    here.advance(1.0)
+    read(here, NAMELESS, times=4)
+    assert (limit(here).batch, limit(here).value) == (2, 2)
+    for waiting in (5.0, 4.0, 3.0):
+        here.release(held.pop(), Answer.OK)
+        here.advance(1.0)
+        here.observe("a", replace(NAMELESS, waiting=waiting))
+    assert limit(here).batch is None
+    read(here, replace(NAMELESS, waiting=waiting), times=4)
+    assert limit(here).batch is None
+
+
+def test_one_answer_before_its_turn_shows_nothing_and_two_are_forgotten_some_minutes_later() -> None:
+    here = nameless()
+    passes_over(here, times=1)
+    assert here.endpoint("a").deferred.count == 0
+    here = nameless()
+    passes_over(here)
+    read(here, replace(NAMELESS, tokens_per_s=None), times=50)
+    assert here.endpoint("a").deferred.count == 6
+    read(here, replace(NAMELESS, tokens_per_s=None), times=50)
+    assert here.endpoint("a").deferred.count == 0
+
+
+@pytest.mark.parametrize(
+    ("load", "models"),
+    [
+        (NAMELESS, ("law", "law")),
+        (replace(NAMELESS, waiting=7.0), ("law", "med")),
+        (replace(NAMELESS, kv_usage=0.93), ("law", "med")),
+        (replace(NAMELESS, preemptions=1), ("law", "med")),
+    ],
+    ids=["one model", "others' requests are there, too", "a full cache", "some were put back"],
+)
+def test_answers_before_their_turn_show_nothing_where(load: Load, models: tuple[str, str]) -> None:
+    here = nameless()
+    passes_over(here, load, times=4, models=models)
+    assert here.endpoint("a").deferred.count == 0
+
+
+def test_a_last_one_that_waited_and_ends_with_all_others_before_the_next_page_had_its_turn() -> None:
+    here = nameless()
+    for _ in range(4):
+        held = [here.ask(model=model) for model in ("law", "med", "law")]
+        here.advance(1.0)
+        here.observe("a", replace(NAMELESS, running=2.0, waiting=1.0))
+        for ticket in reversed(held):
+            here.release(ticket, Answer.OK)
+        here.advance(1.0)
+        here.observe("a", replace(NAMELESS, running=0.0, waiting=0.0))
+    passes_over(here, times=1)
+    assert here.endpoint("a").deferred.count == 0
+
+
+def test_who_ends_soon_after_all_before_it_have_begun_or_left_had_its_turn() -> None:
+    """An engine that begins with many in a second, as where prompts are short and were waited for."""
+    here = nameless()
+    for _ in range(4):
+        held = of_two_models(here)
+        here.advance(1.0)
+        here.observe("a", NAMELESS)
+        here.release(held[-1], Answer.OK)
+        here.advance(1.0)
+        here.observe("a", replace(NAMELESS, running=7.0, waiting=0.0))
+        for ticket in held[:-1]:
+            here.release(ticket, Answer.OK)
+        here.advance(1.0)
+        here.observe("a", replace(NAMELESS, running=0.0, waiting=0.0))
+    held = of_two_models(here)
+    here.advance(1.0)
+    for _ in range(4):
+        here.observe("a", NAMELESS)
+        here.release(held.pop(), Answer.UNKNOWN)  # its client left
+        held.append(here.ask(model="med"))
+        here.advance(1.0)
+    assert here.endpoint("a").deferred.count == 0
+
+
 # ---- what is learned meanwhile
 
 WAITS = Load(
