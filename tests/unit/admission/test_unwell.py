@@ -18,25 +18,26 @@ STEP_MAX_S = LAWS.health.step_most_s
 # ---- full, loading, asleep
 
 
-def test_a_full_engine_is_slowed_and_nothing_else() -> None:
-    ward = Ward()
-    ward.ask("a")
-    ward.advance(1.0)
+def assert_only_slowed(ward: Ward) -> None:
+    """Whatever "a" refuses as full, it gets a request after a while, and is never left out."""
     for _ in range(10 * EJECT_AFTER):
         ward.serve("b")
         assert ward.answer("a", Answer.SATURATED, 2) == 1
         ward.advance(SATURATED_S)
     assert not ward.is_ejected("a")
+
+
+def test_a_full_engine_is_slowed_and_nothing_else() -> None:
+    ward = Ward()
+    ward.ask("a")
+    ward.advance(1.0)
+    assert_only_slowed(ward)
 
 
 def test_a_page_that_shows_others_requests_tells_a_full_engine_too() -> None:
     ward = Ward(stale_after_s=1000.0)
     ward.observe("a", Load(running=8.0))
-    for _ in range(10 * EJECT_AFTER):
-        ward.serve("b")
-        assert ward.answer("a", Answer.SATURATED, 2) == 1
-        ward.advance(SATURATED_S)
-    assert not ward.is_ejected("a")
+    assert_only_slowed(ward)
 
 
 def test_a_page_that_shows_what_ran_a_moment_ago_tells_a_full_engine_too() -> None:
@@ -46,11 +47,7 @@ def test_a_page_that_shows_what_ran_a_moment_ago_tells_a_full_engine_too() -> No
     ward.observe("a", Load(running=1.0))
     ward.release(runs, Answer.OK)
     assert ward.core.endpoints["a"].foreign == 0
-    for _ in range(10 * EJECT_AFTER):
-        ward.serve("b")
-        assert ward.answer("a", Answer.SATURATED, 2) == 1
-        ward.advance(SATURATED_S)
-    assert not ward.is_ejected("a")
+    assert_only_slowed(ward)
 
 
 def test_an_engine_works_at_a_request_that_has_had_time_to_arrive() -> None:
