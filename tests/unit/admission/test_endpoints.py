@@ -6,7 +6,20 @@ from dataclasses import replace
 
 import pytest
 
-from extproc.admission.laws import AnswerLaw, CounterLaw, KvLaw, Laws, PromptLaw, StepLaw, TokenLaw
+from extproc.admission.laws import (
+    AdapterLaw,
+    AnswerLaw,
+    CounterLaw,
+    ForeignLaw,
+    GuardLaw,
+    HealthLaw,
+    KvLaw,
+    Laws,
+    PaceLaw,
+    PromptLaw,
+    StepLaw,
+    TokenLaw,
+)
 from extproc.admission.limit import AdaptiveLimit
 from extproc.admission.load import Load
 from extproc.admission.ticket import State
@@ -114,7 +127,7 @@ def test_of_endpoints_that_get_room_together_the_emptiest_is_filled_first() -> N
     assert desk.where(waits) == "b"
 
 
-def test_constants_that_are_reloaded_hold_for_endpoints_that_are_there() -> None:
+def test_constants_that_are_reloaded_hold_for_endpoints_and_pools_that_are_there_and_that_come() -> None:
     laws = Laws(
         KvLaw(share=0.5),
         PromptLaw(chunk=5000),
@@ -122,6 +135,11 @@ def test_constants_that_are_reloaded_hold_for_endpoints_that_are_there() -> None
         CounterLaw(far=9.0),
         StepLaw(noise=0.5),
         TokenLaw(own=1.0),
+        PaceLaw(sure=3.0),
+        GuardLaw(passes=3),
+        HealthLaw(eject_after=9),
+        ForeignLaw(steady_s=1.0),
+        AdapterLaw(below=0.1),
     )
     desk = Desk(EndpointSpec("a"))
     desk.set_policy(replace(desk.core.policy, laws=laws))
@@ -129,5 +147,15 @@ def test_constants_that_are_reloaded_hold_for_endpoints_that_are_there() -> None
     limit = endpoint.limit
     assert isinstance(limit, AdaptiveLimit)
     held = (endpoint.kv.law, endpoint.prefill.law, limit.slowdown.law, endpoint.counters.law, endpoint.steps.law)
-    assert Laws(*held, desk.core._tokens.law) == laws
+    health = endpoint.health.law
+    (pool,) = endpoint.pools
+    judged = (pool.pace.law, pool.guard.law, health, endpoint.strangers.law, desk.core.policy.laws.adapters)
+    assert Laws(*held, desk.core._tokens.law, *judged) == laws
+    assert endpoint.missing.law is health
     assert endpoint.prompt_limit == 2 * 5000
+    desk.put(EndpointSpec("b", models=frozenset({"m"})))
+    new = desk.endpoint("b")
+    assert (new.health.law, new.missing.law, new.strangers.law) == (health, health, laws.foreign)
+    desk.put(EndpointSpec("b", models=frozenset({"m", "n"})), EndpointSpec("c", models=frozenset({"n"})))
+    desk.put(EndpointSpec("a", models=frozenset({"m"})))
+    assert {(one.pace.law, one.guard.law) for one in desk.core.pools()} == {(laws.pace, laws.guard)}
