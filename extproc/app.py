@@ -144,9 +144,9 @@ class App:
         observers: list[Observer] = [observer for observer in everybody if observer is not None]
         self.membership: Membership | None = None
         if config.replicas is None:
-            self.gate = Gate(controller, loop, [*observers, self.capacity])
+            self.gate = Gate(controller, loop, observers)
         else:
-            self.gate, self.membership = _among_others(config.replicas, controller, loop, observers, self.capacity)
+            self.gate, self.membership = _among_others(config.replicas, controller, loop, observers)
             self.metrics.add(_replica_metrics(self.membership))
         self._targets: dict[str, Target] = {}
         self._scrapes = True
@@ -453,12 +453,11 @@ def _among_others(
     controller: Controller,
     loop: asyncio.AbstractEventLoop,
     observers: list[Observer],
-    of_all: Observer,
 ) -> tuple[Gate, Membership]:
     from extproc.replicas.gate import SharedGate
     from extproc.replicas.member import Membership
 
-    gate = SharedGate(controller, loop, observers, of_all)
+    gate = SharedGate(controller, loop, observers)
     return gate, Membership(config, gate, loop)
 
 

@@ -73,6 +73,9 @@ class Controller(Sharing):
         lines.budget(ticket, pool)
         ticket.position = pool.ahead_of(klass.priority)
         self._tokens.estimate(ticket, pool.longest, pool.members)
+        pool.asked += 1
+        pool.asked_prompts += ticket.prompt_tokens
+        pool.asked_outputs += ticket.output_tokens
         lines.number(ticket, pool)
         pool.pace.arrived(klass.priority, now)
         ticket.home = home = placing.home_of(ticket, pool)

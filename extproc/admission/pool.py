@@ -47,6 +47,7 @@ class Pool:
         guard: how often who waits may be passed over, and room that is kept for who was.
         shares: fairness between tenants, by priority.
         waiting, waiting_total: how many wait in all its lines, by priority and together.
+        asked, asked_prompts, asked_outputs: requests that came, since the start, and their tokens as estimated then.
         pace: how fast requests leave and arrive.
         laws: the constants of what is judged of it.
         record: how its requests were answered.
@@ -61,6 +62,9 @@ class Pool:
         "_by_cache",
         "_by_room",
         "_turn",
+        "asked",
+        "asked_outputs",
+        "asked_prompts",
         "base",
         "closed_last",
         "guard",
@@ -105,6 +109,7 @@ class Pool:
         self.shares: dict[int, FairShare] = {}
         self.waiting: dict[int, int] = {}
         self.waiting_total = 0
+        self.asked = self.asked_prompts = self.asked_outputs = 0
         self.pace = Pace(laws.pace)
         self.record = Record()
         self.usual = Usual()

@@ -1,9 +1,9 @@
 """Load against what the engines can do: how full a pool is, and how many engines its traffic would need.
 
-Demand is what clients asked for in the last minute, refused requests too: their estimated tokens. What one engine can
-do with that mix follows from what its counters taught (`admission/steps.py`). At its best it runs as many sequences as
-keep the wanted time per token, fit into its KV cache, and into its batch; a step then gives each of them a token and
-computes as many prompt tokens as come with so many answers:
+Demand is what clients asked for in the last minute, as it came, by their estimated tokens: what still waits, and what
+was refused, too. What one engine can do with that mix follows from what its counters taught (`admission/steps.py`). At
+its best it runs as many sequences as keep the wanted time per token, fit into its KV cache, and into its batch; a step
+then gives each of them a token and computes as many prompt tokens as come with so many answers:
 
     step_s = base_s + running x (sequence_s + prompt_s x prompt tokens per output token)
 
@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from prometheus_client.core import GaugeMetricFamily
 
 from extproc.admission.limit import CEILING, AdaptiveLimit
-from extproc.admission.outcome import Outcome
 from extproc.observe.filling import Filling
 
 if TYPE_CHECKING:
@@ -33,13 +32,13 @@ if TYPE_CHECKING:
 
     from extproc.admission.controller import Controller
     from extproc.admission.endpoint import Endpoint
-    from extproc.admission.ticket import Ticket
-    from extproc.admission.values import Decision, EndpointSpec
+    from extproc.admission.pool import Pool as CorePool
+    from extproc.admission.values import EndpointSpec
 
 WINDOW_S: Final = 60.0
 """Now is the mean of so long: shorter is a burst, which is what a queue is for."""
-SLOT_S: Final = 300.0
-"""A peak is the mean of so long: in less no engine starts."""
+PEAK_WINDOWS: Final = 5
+"""A peak is the mean of so many minutes that follow one another: in less no engine starts."""
 DAY_S: Final = 86_400.0
 LEAST_READINGS: Final = 10
 """Readings of its counters after which an engine's costs are taken for known."""
@@ -53,8 +52,6 @@ BELIEF_TOKENS: Final = 1_000.0
 """Estimates are worth as much as so many tokens counted: a few answers alone prove nothing."""
 MOST_NAMED: Final = 3
 """Models that the name of a pool tells."""
-NO_DEMAND: Final = frozenset((Outcome.TENANT_LIMIT, Outcome.DRAINING, Outcome.PASSED))
-"""Decisions on requests that no engine more would serve, or that take no slot."""
 
 
 class Asked(NamedTuple):
@@ -86,22 +83,25 @@ class Answer:
     Attributes:
         load: demand over the stable rate of its endpoints that are up; None: none of them tells what it can do.
         engines: how many such engines the demand would fill, to the brim.
-        peak: the same at the fullest five minutes of the last day, and `peak_ago_s` how long ago these ended.
-        up: how many of its endpoints may be sent requests.
+        peak: the same at the fullest five minutes of the last day; None: five have not passed yet. And `peak_ago_s`
+            how long ago these ended.
+        up: how many of its endpoints may be sent requests, of `known`.
     """
 
     load: float | None
     engines: float
-    peak: float
+    peak: float | None
     peak_ago_s: float
     up: int
+    known: int
 
     @property
     def words(self) -> str:
         """It in words for people."""
         ago = f"{self.peak_ago_s / 3600:.0f} h" if self.peak_ago_s >= 5400 else f"{self.peak_ago_s / 60:.0f} min"
-        peak = f"; at the peak, {ago} ago, {self.peak:.1f}" if self.peak_ago_s >= 60 else ""
-        return f"traffic needs {self.engines:.1f} engines, has {self.up}{peak}"
+        peak = "" if self.peak is None or self.peak_ago_s < 60 else f"; at the peak, {ago} ago, {self.peak:.1f}"
+        has = f"has {self.up}" if self.up == self.known else f"has {self.up} up of {self.known}"
+        return f"traffic needs {self.engines:.1f} engines, {has}{peak}"
 
 
 class _Pool:
@@ -120,10 +120,11 @@ class _Pool:
         "most",
         "name",
         "named",
+        "peaks",
         "samples",
-        "slot",
-        "slots",
         "up",
+        "window",
+        "windows",
         "written",
     )
 
@@ -138,8 +139,9 @@ class _Pool:
         self.fillings: dict[Endpoint, Filling] = {}  # how prompts fill the cache of each
         self.expected, self.written = 0.0, 0
         self.samples: deque[Asked] = deque([Asked(now)])
-        self.slot = (now, 0.0, 0.0)  # of the slot under way: its begin, engines x seconds, seconds
-        self.slots: deque[tuple[float, float]] = deque()  # (end, engines) of those before
+        self.window = (now, 0.0, 0.0)  # of the minute under way: its begin, engines x seconds, seconds
+        self.windows: deque[float] = deque(maxlen=PEAK_WINDOWS)  # engines of the minutes before
+        self.peaks: deque[tuple[float, float]] = deque()  # (end, engines) of five minutes; none before a fuller one
         self.load: float | None = None
         self.engines: float | None = None
         self.known_at = now  # when an engine told last
@@ -174,7 +176,7 @@ class _Pool:
 
 
 class Capacity:
-    """An observer of decisions, and a collector for a Prometheus registry. `sample` is to be called every few seconds.
+    """A collector for a Prometheus registry. `sample` is to be called every few seconds.
 
     Its pools come from the configuration, and their names from models that it or a discovery source names.
     """
@@ -190,28 +192,7 @@ class Capacity:
         self._endpoints: list[tuple[Endpoint, EndpointSpec]] = []
         self._pools: dict[str, _Pool] = {}
         self._pool_of: dict[str, _Pool] = {}  # by endpoint
-
-    # ---- an observer
-
-    def decided(self, decision: Decision) -> None:
-        """Count what was asked for, served or not."""
-        if decision.outcome not in NO_DEMAND:
-            self._count(decision.ticket)
-
-    def cancelled(self, ticket: Ticket, wait_s: float) -> None:
-        """Count a request whose client left while it waited: it was asked for."""
-        del wait_s
-        self._count(ticket)
-
-    def _count(self, ticket: Ticket) -> None:
-        if ticket.pool is None or not ticket.pool.members:
-            return
-        pool = self._pool_of.get(ticket.pool.members[0].name)
-        if pool is not None:
-            asked = pool.asked
-            asked[0] += 1
-            asked[1] += ticket.prompt_tokens
-            asked[2] += ticket.output_tokens
+        self._heard: dict[CorePool, tuple[int, int, int]] = {}  # what each pool of the core was asked for
 
     # ---- time
 
@@ -221,8 +202,19 @@ class Capacity:
         if endpoints != self._endpoints:
             self._endpoints = endpoints
             self._regroup(now)
+        self._hear()
         for pool in self._pools.values():
             self._look(pool, now)
+
+    def _hear(self) -> None:
+        """Add what came since the last look. What comes while nobody serves it is no engine's of these."""
+        before, self._heard = self._heard, {}
+        for lines in self._controller.pools():
+            heard = self._heard[lines] = (lines.asked, lines.asked_prompts, lines.asked_outputs)
+            pool = self._pool_of.get(lines.members[0].name) if lines.members else None
+            if pool is not None:
+                last = before.get(lines, (0, 0, 0))
+                pool.asked = [sum_ + now - then for sum_, now, then in zip(pool.asked, heard, last, strict=True)]
 
     def _regroup(self, now: float) -> None:
         groups = _groups(one for one, _ in self._endpoints)
@@ -285,13 +277,18 @@ class Capacity:
 
     @staticmethod
     def _remember(pool: _Pool, engines: float, now: float, span_s: float) -> None:
-        begin, area, spanned_s = pool.slot
-        pool.slot = begin, area + engines * span_s, spanned_s + span_s
-        if now - begin >= SLOT_S:
-            pool.slots.append((now, pool.slot[1] / max(pool.slot[2], 1e-9)))
-            pool.slot = now, 0.0, 0.0
-        while pool.slots and pool.slots[0][0] < now - DAY_S:
-            pool.slots.popleft()
+        begin, area, spanned_s = pool.window
+        pool.window = begin, area + engines * span_s, spanned_s + span_s
+        if now - begin >= WINDOW_S:
+            pool.windows.append(pool.window[1] / max(pool.window[2], 1e-9))
+            pool.window = now, 0.0, 0.0
+            if len(pool.windows) == PEAK_WINDOWS:
+                mean = sum(pool.windows) / PEAK_WINDOWS
+                while pool.peaks and pool.peaks[-1][1] <= mean:
+                    pool.peaks.pop()
+                pool.peaks.append((now, mean))
+        while pool.peaks and pool.peaks[0][0] < now - DAY_S:
+            pool.peaks.popleft()
 
     # ---- what it found
 
@@ -299,31 +296,33 @@ class Capacity:
         """Return how full each pool is whose engines tell what they can do, by its name."""
         now, found = self._clock(), {}
         for name, pool in self._pools.items() if self._decides() else ():
-            if pool.engines is None or not any(engines for _, engines in (*pool.slots, (now, pool.engines))):
+            end, peak = pool.peaks[0] if pool.peaks else (now, None)
+            if pool.engines is None or not (pool.engines or peak):
                 continue
-            end, peak = max((*pool.slots, (now, pool.engines)), key=lambda slot: slot[1])
-            found[name] = Answer(pool.load, pool.engines, peak, max(now - end, 0.0), pool.up)
+            ago_s = max(now - end, 0.0)
+            found[name] = Answer(pool.load, pool.engines, peak, ago_s, pool.up, len(pool.members))
         return found
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metric families: prometheus_client asks."""
         load = GaugeMetricFamily(
             "extproc_capacity_load_ratio",
-            "What clients asked for in the last minute, over what the endpoints that are up can do without falling "
-            "behind; above 1 no order helps. Absent while no engine's counters tell.",
+            "What clients asked for in the last minute, what waits and was refused too, over what the endpoints that "
+            "are up can do without falling behind; above 1 no order helps. Absent while no engine's counters tell.",
             labels=["pool"],
         )
         engines = GaugeMetricFamily(
             "extproc_engines_needed",
             "How many such engines the demand would fill: of the last minute (now), and of the fullest five minutes "
-            "of the last day (peak). Bursts need more.",
+            "of the last day (peak; absent in the first five). Bursts need more.",
             labels=["pool", "when"],
         )
         for name, answer in self.answers().items():
             if answer.load is not None:
                 load.add_metric([name], answer.load)
             engines.add_metric([name, "now"], answer.engines)
-            engines.add_metric([name, "peak"], answer.peak)
+            if answer.peak is not None:
+                engines.add_metric([name, "peak"], answer.peak)
         yield from (load, engines)
 
 

@@ -74,15 +74,10 @@ class SharedGate(Gate):
 
     replica: Replica
 
-    def __init__(
-        self, controller: Controller, loop: Loop, observers: Iterable[Observer] = (), *of_all: Observer
-    ) -> None:
-        """Drive `controller` on `loop`; a `Replica` made with this gate must begin before requests come.
-
-        `of_all` are told of others' requests that are decided here, too.
-        """
+    def __init__(self, controller: Controller, loop: Loop, observers: Iterable[Observer] = ()) -> None:
+        """Drive `controller` on `loop`; a `Replica` made with this gate must begin before requests come."""
         self._watch = _Watch(loop)
-        super().__init__(controller, self._watch, [*map(_OwnOnly, (*observers, _Homes(self))), *of_all])
+        super().__init__(controller, self._watch, map(_OwnOnly, (*observers, _Homes(self))))
         controller.is_shared = True
 
     def watch(self) -> None:

@@ -25,21 +25,28 @@ from extproc.simulate.fronts import Group
 from extproc.simulate.plan import Plan
 from extproc.simulate.sizing import fewest
 from extproc.simulate.studies.matrix.traffic import TRAFFIC
+from extproc.simulate.workload import Workload
 from extproc.simulate.world import World, saturation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from extproc.admission.load import Load
-    from extproc.admission.values import Decision
-    from extproc.simulate.fronts import Job, Verdict
-    from extproc.simulate.workload import Demand, Workload
+    from extproc.engine.params import EngineParams
+    from extproc.simulate.fronts import Verdict
+    from extproc.simulate.workload import Demand
 
 SHAPES = ("a100-8b", "h100-8b", "h100-32b", "h100x4-70b")
 MIXES = ("standing", "azure-conv", "prefix")
 SEEDS = (1, 2, 3)
 LOADS = (0.6, 0.8, 1.0, 1.2)
 ENGINES = (1, 2)
+LINES = (("a100-8b", 4), ("h100-32b", 4), ("demo", 4))
+"""Engines and their `max_running_requests`, before which a line grows: its clients wait as long as it takes."""
+LINE_LOADS = (1.2, 2.0, 4.0)
+PATIENT = Workload(
+    classes=tuple(replace(klass, ttft_s=3000.0, patience_s=3000.0) for klass in TRAFFIC["standing"].workload.classes)
+)
 RIGHT = 0.15
 SIZED_MIXES = ("standing", "azure-conv")
 SIZED_FOR = (1.6, 3.6)
@@ -63,15 +70,6 @@ class Watched(Core):
         self.capacity.sample(0.0)
         self.said: list[tuple[float, Answer]] = []
 
-    def _verdicts(self, decisions: Sequence[Decision]) -> list[Verdict]:  # type: ignore[override]
-        for decision in decisions:
-            self.capacity.decided(decision)
-        return super()._verdicts(decisions)
-
-    def leave(self, job: Job, now: float) -> list[Verdict]:
-        self.capacity.cancelled(self._tickets[job], 0.0)
-        return super().leave(job, now)
-
     def observe(self, engine: int, load: Load, now: float) -> list[Verdict]:
         verdicts = super().observe(engine, load, now)
         self.now = now
@@ -82,36 +80,46 @@ class Watched(Core):
 
 
 def play(
-    preset: str, engines: int, workload: Workload, demands: Sequence[Demand], duration_s: float
+    preset: str,
+    engines: int,
+    workload: Workload,
+    demands: Sequence[Demand],
+    duration_s: float,
+    limit: int | None = None,
 ) -> list[tuple[float, Answer]]:
-    """Return what the gauge said, and when, until the end of the arrivals."""
+    """Return what the gauge said, and when, until the end of the arrivals. `limit`: `max_running_requests`."""
     groups = [Group(PRESETS[preset], engines)]
-    who = contender("ours", preset, workload.classes)
+    who = contender("ours" if limit is None else f"ours,max_running_requests={limit}", preset, workload.classes)
     world = World(groups, who, 1)
     world.front = front = Watched(groups, who.setting)
     world.run(demands, duration_s)
     return [(at, answer) for at, answer in front.said if at <= duration_s]
 
 
-def needed(preset: str, demands: Sequence[Demand], begin_s: float, end_s: float) -> float:
+def needed(preset: str, demands: Sequence[Demand], begin_s: float, end_s: float, limit: int | None = None) -> float:
     """Return how many engines it takes to make what came between the two, when they always have another request."""
     came = [demand for demand in demands if begin_s < demand.at <= end_s]
-    return len(came) / (end_s - begin_s) / saturation(PRESETS[preset], 1, came * (2000 // len(came) + 1))
+    return len(came) / (end_s - begin_s) / saturation(_limited(preset, limit), 1, came * (2000 // len(came) + 1))
+
+
+def _limited(preset: str, limit: int | None) -> EngineParams:
+    params = PRESETS[preset]
+    return params if limit is None else replace(params, max_num_seqs=min(limit, params.max_num_seqs))
 
 
 @cache
-def most(preset: str, workload: Workload) -> float:
+def most(preset: str, workload: Workload, limit: int | None = None) -> float:
     """Return the requests per second that one engine can do of this mix."""
-    return saturation(PRESETS[preset], 1, replace(workload, process="poisson").demands(10.0, 300.0, 0))
+    return saturation(_limited(preset, limit), 1, replace(workload, process="poisson").demands(10.0, 300.0, 0))
 
 
-def ratio(preset: str, engines: int, workload: Workload, load: float, seed: int) -> float:
+def ratio(preset: str, engines: int, workload: Workload, load: float, seed: int, limit: int | None = None) -> float:
     """Return what the gauge says at the end of a run, over what is right."""
-    rate = load * engines * most(preset, workload)
+    rate = load * engines * most(preset, workload, limit)
     duration_s = min(max(LEAST_S, REQUESTS / rate), MOST_S)
     demands = workload.demands(rate, duration_s, seed)
-    at, answer = play(preset, engines, workload, demands, duration_s)[-1]
-    return answer.engines / needed(preset, demands, at - WINDOW_S, at)
+    at, answer = play(preset, engines, workload, demands, duration_s, limit)[-1]
+    return answer.engines / needed(preset, demands, at - WINDOW_S, at, limit)
 
 
 def write(demands: Sequence[Demand], path: Path) -> None:
@@ -122,7 +130,7 @@ def write(demands: Sequence[Demand], path: Path) -> None:
         rows.writerows((f"{one.at:.3f}", one.prompt, one.output, one.klass.name) for one in demands)
 
 
-def sized(preset: str, workload: Workload, mean: float, folder: Path) -> tuple[int, float, float]:
+def sized(preset: str, workload: Workload, mean: float, folder: Path) -> tuple[int, float, float | None]:
     """Return the fewest engines for a trace of `mean` engines' work; and the gauge's mean and peak."""
     demands = workload.demands(mean * most(preset, workload), TRACE_S, SEEDS[0])
     trace = folder / f"{preset}-{mean}-{len(demands)}.csv"  # a name of its own: a plan's trace is read once
@@ -147,6 +155,15 @@ def main() -> int:
                 cells.append(f"{fmean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
                 wrong += abs(fmean(ratios) - 1.0) > RIGHT
             print(f"{preset:12s}{mix:12s}", *cells, f"  {sum(near)} of {len(near)}", flush=True)
+    print("\nthe same where a line grows: a fixed limit, and clients who wait")
+    print(f"{'shape':12s}{'limit':>6s}      ", *(f"{load:18.0%}" for load in LINE_LOADS))
+    for preset, limit in LINES:
+        cells = []
+        for load in LINE_LOADS:
+            ratios = [ratio(preset, engines, PATIENT, load, seed, limit) for engines in ENGINES for seed in SEEDS]
+            cells.append(f"{fmean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+            wrong += abs(fmean(ratios) - 1.0) > RIGHT
+        print(f"{preset:12s}{limit:6d}      ", *cells, flush=True)
     print(f"\nthe fewest engines for {MEET:.0%} of each class (`simulate --engines auto`), and the gauge before them")
     print(f"{'shape':12s}{'mix':12s}{'work':>6s}{'auto':>6s}{'gauge, mean':>13s}{'peak':>7s}")
     with tempfile.TemporaryDirectory() as folder:
@@ -154,7 +171,7 @@ def main() -> int:
             for mix in SIZED_MIXES:
                 for mean in SIZED_FOR:
                     auto, now, peak = sized(preset, TRAFFIC[mix].workload, mean, Path(folder))
-                    print(f"{preset:12s}{mix:12s}{mean:6.1f}{auto:6d}{now:13.2f}{peak:7.2f}", flush=True)
+                    print(f"{preset:12s}{mix:12s}{mean:6.1f}{auto:6d}{now:13.2f}{peak or 0.0:7.2f}", flush=True)
                     wrong += abs(auto - now) > 1
     return 1 if wrong else 0
 
