@@ -151,6 +151,8 @@ class Fleet:
                 self._spare_the_last(endpoint.pools)
             for pool in endpoint.pools:
                 self._lines.follow_service(pool)
+        elif endpoint.health.ejected_until is not None:  # it was down before: what it serves alone has nobody better
+            self._spare_the_last(endpoint.pools)
         self.list(endpoint)
         self.watch(endpoint)
         if endpoint.listed:

@@ -47,3 +47,21 @@ def test_a_saturated_endpoint_that_was_closed_by_its_cache_stays_closed() -> Non
     desk.release(a, Answer.SATURATED)
     desk.advance(2 * SATURATED_S)
     assert waits.state is State.WAITING
+
+
+def test_an_endpoint_that_is_down_is_not_ejected_where_it_serves_alone_so_that_it_serves_once_it_is_up() -> None:
+    """Found by the storm: its leases of a model that others serve, too, failed after its health check had."""
+    a = EndpointSpec("a", models=frozenset({"all"}), max_running_requests=20)
+    b = EndpointSpec("b", models=frozenset({"all", "own"}), max_running_requests=20)
+    desk = Desk(a, b)
+    tickets = [desk.ask(f"r{number}", model="all") for number in range(40)]
+    for ticket in tickets:
+        if desk.where(ticket) == "a":
+            desk.release(ticket, Answer.OK)
+    desk.set_up("b", is_up=False)
+    for ticket in tickets:
+        if desk.where(ticket) == "b" and ticket.state is State.LEASED:
+            desk.release(ticket, Answer.FAILED)
+    assert desk.core.endpoints["b"].health.ejected_until is None
+    desk.set_up("b", is_up=True)
+    assert desk.where(desk.ask("own", model="own")) == "b"
