@@ -40,6 +40,7 @@ class History:
         self._controller = controller
         self._metrics = metrics
         self._samples: deque[Sample] = deque(maxlen=SAMPLES + 1)
+        self._busy_at: float | None = None  # when requests were last seen to come, to a step
         self._curves: deque[dict[str, tuple[int, float | None]]] = deque(maxlen=SAMPLES)
 
     def __len__(self) -> int:
@@ -54,7 +55,18 @@ class History:
             depth = waiting_by_class(self._controller)
             p95_s = {name: percentile(self._metrics.waits_since(name, before.at), 0.95) for name in depth}
             self._curves.append({name: (waiting, p95_s[name]) for name, waiting in depth.items()})
+            if self._is_busy(taken):
+                self._busy_at = now
         self._samples.append(taken)
+
+    def quiet_s(self, now: float) -> float | None:
+        """Return for how long no request has come, to STEP_S; 0: some do, or wait. None: there was none yet."""
+        if self._samples and self._is_busy(self._read(now)):
+            return 0.0
+        return None if self._busy_at is None else round(now - self._busy_at, 1)
+
+    def _is_busy(self, taken: Sample) -> bool:
+        return self._controller.waiting > 0 or taken.outcomes != self._samples[-1].outcomes
 
     def curves(self, classes: Iterable[str]) -> dict[str, dict[str, list[float | None]]]:
         """Return for each class its waiting requests and its p95 wait in seconds, oldest first, STEP_S apart."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from extproc import __version__
 from extproc.admin.history import STEP_S, History, outcome_totals, waiting_by_class
+from extproc.admission.health import EJECTED
 from extproc.admission.held import HeldBy
 from extproc.admission.outcome import Outcome
 from extproc.admission.ticket import State
@@ -68,7 +69,7 @@ WORDS = {
     Outcome.UNKNOWN_MODEL: "Refused: unknown model",
     Outcome.ENDLESS: "Refused: gateway tells no ends",
     Outcome.DRAINING: "Refused: shutting down",
-    Outcome.CANCELLED: "Client left while it waited",
+    Outcome.CANCELLED: "Given up by client or Envoy",
 }
 """Outcomes for people who have not read the documents."""
 
@@ -169,6 +170,7 @@ class Viewer:
             **self._mode(ready=ready),
             "version": __version__,
             "up_s": round(now - self._began),
+            "quiet_s": self.history.quiet_s(now),
             "patience_s": controller.policy.patience_s,
             "step_s": STEP_S,
             "endpoints": endpoints,
@@ -320,21 +322,10 @@ class Viewer:
 
 
 def _state(endpoint: Endpoint) -> str:
-    """Whether it may be used, in a word."""
+    """Whether it may be used, in a word or two."""
     if endpoint.removed:
         return "removed"
-    health = endpoint.health
-    if health.is_up is False:
-        return "down"
-    if health.ejected_until is not None:
-        return "ejected"
-    if health.is_asleep:
-        return "asleep"
-    if health.on_trial:
-        return "on trial"
-    if health.is_failing:
-        return "failing"
-    return "up" if health.is_known else "unknown"
+    return "ejected" if endpoint.health.condition == EJECTED else endpoint.health.condition
 
 
 def _preferring(controller: Controller) -> dict[str, int]:

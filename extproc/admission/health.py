@@ -338,6 +338,8 @@ class Health:
             return EJECTED
         if self.is_asleep:
             return "asleep"
+        if self.on_trial:
+            return "on trial"
         if self.is_failing:
             return "failing"
         return "up" if self.is_known else "unknown"

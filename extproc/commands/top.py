@@ -41,6 +41,8 @@ MOST_TO = 60
 """Characters of where a request may go."""
 OTHER_COLUMNS = 46
 """What the columns beside it take that are there on every screen."""
+QUIET_S = 10.0
+"""No request for so long is told."""
 UNKNOWN = "unknown"
 """The state of an endpoint that gave no good answer yet: nothing is wrong with it."""
 
@@ -242,6 +244,9 @@ async def _first(admin: str) -> View:
 
 
 def _nobody(admin: str, error: Exception) -> str:
+    if isinstance(error, aiohttp.ServerTimeoutError) and not isinstance(error, aiohttp.ConnectionTimeoutError):
+        why = "a sidecar that hangs, which `kill -9` ends without loss, or another program"
+        return f"{admin} takes connections and does not answer within {SILENT_S:g} s: {why}"
     return f"no sidecar's admin port at {admin}: {plain_words(error)}"
 
 
@@ -256,7 +261,15 @@ def _mode(view: Mapping[str, Any]) -> str:
 
 def _heading(view: Mapping[str, Any]) -> str:
     held = sum(one["in_flight"] for one in view["endpoints"])
-    return f"{_mode(view)}   {view['waiting_total']} waiting, {held} in flight, {_up(view['endpoints'])}"
+    return f"{_mode(view)}   {view['waiting_total']} waiting, {held} in flight, {_up(view['endpoints'])}{_quiet(view)}"
+
+
+def _quiet(view: Mapping[str, Any]) -> str:
+    """Tell that no requests come, which nothing else shows: Envoy may ask elsewhere. An older sidecar doesn't say."""
+    quiet_s = view.get("quiet_s", 0.0)
+    if quiet_s is None:
+        return ", no request yet"
+    return f", last request {_seconds(quiet_s)} ago" if quiet_s >= QUIET_S else ""
 
 
 def _up(endpoints: Sequence[Mapping[str, Any]]) -> str:

@@ -7,10 +7,10 @@ from ipaddress import ip_network
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, SecretStr, WithJsonSchema
+from pydantic import BeforeValidator, Field, PlainSerializer, SecretStr, WithJsonSchema
 from yarl import URL
 
-from extproc.durations import parse_duration
+from extproc.durations import format_duration, parse_duration
 from extproc.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -279,8 +279,9 @@ _NAMED = ({"type": "integer", "minimum": 1, "maximum": MOST_PORT}, {"type": "str
 _HEADER_SHAPE = _matching(r"^[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}$")
 _AT = _matching(r"^[^/?#@\s]+:\d+$")
 
-Duration = Annotated[float, _written(_duration, *_DURATION)]
-PositiveDuration = Annotated[float, _written(_positive_duration, *_DURATION)]
+_WITH_UNIT = PlainSerializer(format_duration)  # what a log says of it
+Duration = Annotated[float, _written(_duration, *_DURATION), _WITH_UNIT]
+PositiveDuration = Annotated[float, _written(_positive_duration, *_DURATION), _WITH_UNIT]
 Percent = Annotated[int, Field(ge=1, le=100)]
 Limit = Annotated[int | None, _written(_limit, *_LIMIT)]
 OwnLimit = Annotated[int | Literal["inherit"] | None, _written(_own_limit, {"const": "inherit"}, *_LIMIT)]

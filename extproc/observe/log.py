@@ -33,6 +33,9 @@ _WELL = (Outcome.DISPATCHED, Outcome.PASSED)
 LINES = 5
 PERIOD_S = 1.0
 LOOK_S = 0.5
+SAME_S = 0.03
+"""Waits that differ by less are the same."""
+MANY_SAME = 10
 MOST_TEXT = 128
 """Characters of a client's text in a line."""
 TEXT = "%(asctime)s %(levelname)s %(name)s %(message)s"
@@ -92,6 +95,7 @@ class QueueLog:
         self._clock = clock
         self._rates: dict[Outcome, _Rate] = {}
         self._states: dict[str, str] = {}
+        self._same_s, self._same = 0.0, 0  # the wait after which the last were given up, and how many they are
 
     def decided(self, decision: Decision) -> None:
         """Write a line for a refusal or a reroute. Everything else is in the metrics."""
@@ -128,7 +132,18 @@ class QueueLog:
         )
 
     def cancelled(self, ticket: Ticket, wait_s: float) -> None:
-        """Write nothing: clients leave all the time."""
+        """Write nothing, as clients leave all the time; but if many do after the same wait, that is a timeout."""
+        if abs(wait_s - self._same_s) > SAME_S:
+            self._same_s, self._same = wait_s, 0
+        self._same += 1
+        if self._same == MANY_SAME and wait_s > 2 * SAME_S:
+            log.warning(
+                "%d waiting requests in a row were given up %.2f s after they came: a timeout of Envoy "
+                "(message_timeout, 0.2 s where none is set; stream_idle_timeout; a route's) or of the clients",
+                MANY_SAME,
+                wait_s,
+                extra={"about": {"wait_s": round(wait_s, 3)}},
+            )
 
     def look(self) -> None:
         """Tell of endpoints that went out or came back since the last look, and of lines left out; call it often."""
@@ -182,6 +197,6 @@ def _reason(ticket: Ticket) -> str:
 
 def _ejection(endpoint: Endpoint) -> str:
     """Say for how long it is out, and why: only the first ejection needs several refusals, then one trial is enough."""
-    count = f"{endpoint.health.refusals} refusals in a row of what its peers serve"
+    count = f"{endpoint.health.refusals} requests in a row failed there, which its peers serve"
     why = count if endpoint.health.ejections == 1 else "a failed trial"
     return f"ejected for {endpoint.health.ejection_s:g}s after {why}"

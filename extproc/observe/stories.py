@@ -5,6 +5,7 @@ Nothing is written down meanwhile: a ticket knows its times and reasons, and the
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
 MOST = 2_000
 """Requests that are remembered; about a kilobyte each."""
+MESSAGE_TIMEOUT_S = 0.2
+"""Envoy's default for ext_proc's message_timeout."""
+LATE_S = 0.03
+"""How much later than a timeout we may hear of it."""
 _ANSWERS = {
     Answer.OK: "its answer came whole",
     Answer.FAILED: "it was not answered: no connection, or cut before it began",
@@ -29,7 +34,7 @@ _ANSWERS = {
     Answer.REFUSED: "the engine refused it (4xx)",
     Answer.EMPTY: "the engine answered success, and not a byte",
     Answer.SATURATED: "the engine refused it as full",
-    Answer.UNKNOWN: "its client left, or nobody saw how it ended",
+    Answer.UNKNOWN: "its client, or Envoy, ended it, or nobody saw how it ended",
 }
 
 
@@ -71,7 +76,7 @@ class Stories:
         if ticket is None:
             return None
         events = _waiting(ticket) if _has_waited(ticket) else []
-        events.append((_decided_at(ticket, at), _end_of_wait(ticket, decision)))
+        events.append((_decided_at(ticket, at), _end_of_wait(ticket, decision, at - ticket.request.arrived)))
         events += _afterwards(ticket)
         return list(_lines(events, ticket, wall_s - now))
 
@@ -132,9 +137,20 @@ def _decided_at(ticket: Ticket, remembered_at: float) -> float:
     return ticket.leased_at if ticket.leased_at > 0.0 else remembered_at
 
 
-def _end_of_wait(ticket: Ticket, decision: Decision | None) -> str:
+def _like_a_timeout(wait_s: float) -> str:
+    """Say what a wait reminds of: nobody tells us who ended a stream, but timeouts are round."""
+    if 0.0 <= wait_s - MESSAGE_TIMEOUT_S <= LATE_S:
+        return ", at 200 ms, Envoy's message_timeout where none is set (`extproc check FILE --envoy BOOTSTRAP`)"
+    whole_s = math.floor(wait_s)
+    if whole_s and wait_s - whole_s <= LATE_S:
+        whose = "of Envoy (message_timeout, stream_idle_timeout, a route's) or the client"
+        return f", at {whole_s} s: a timeout, perhaps, {whose}"
+    return ""
+
+
+def _end_of_wait(ticket: Ticket, decision: Decision | None, wait_s: float) -> str:
     if decision is None:
-        return "its client left while it waited" + _passed(ticket)
+        return f"its client, or Envoy, gave it up while it waited{_like_a_timeout(wait_s)}" + _passed(ticket)
     if not isinstance(decision, Dispatch):
         again = f"; Retry-After {decision.retry_after_s} s" if decision.retry_after_s is not None else ""
         outcome = decision.outcome

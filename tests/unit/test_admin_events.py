@@ -78,6 +78,27 @@ def test_curves_rates_and_percentiles_forget_after_five_minutes():
     assert view["outcomes"][0]["total"] == 5
 
 
+def test_the_view_tells_for_how_long_no_request_has_come():
+    room = Room()
+
+    def quiet_after(seconds: float) -> float | None:
+        room.clock.now += seconds
+        room.admin.viewer.sample()
+        return room.view()["quiet_s"]
+
+    assert quiet_after(STEP_S) is None
+    ticket, *waits = room.offer(2)
+    assert quiet_after(0.0) == 0
+    assert quiet_after(100.0) == 0, "somebody waits"
+    room.gate.close(ticket, Answer.OK)
+    quiet_after(STEP_S)
+    assert quiet_after(14.0) == 14.0
+    room.gate.close(waits[0], Answer.OK)
+    assert quiet_after(6.0) == 20.0, "an answer that ends is no request"
+    room.offer()
+    assert room.view()["quiet_s"] == 0.0
+
+
 def test_every_way_to_leave_the_queue_has_words_for_people_and_the_page_and_top_show_it():
     room = Room()
     for outcome in Outcome:

@@ -22,6 +22,7 @@ ONE = "endpoints: [{name: a, address: 'h:1', max_running_requests: 4, models: [x
         ("", "enable_queue: true", ["enable_queue: false -> true"]),
         ("", "max_running_requests: 8", ["max_running_requests: unset -> 8"]),
         ("", "headers: {model: x-llm}", ["headers.model: [x-model] -> [x-llm]"]),
+        ("", "scrape_interval: 250ms", ["scrape_interval: 1s -> 0.25s"]),
         ("", "health_check: {}", ["health_check: unset -> a mapping"]),
         (ONE, ONE.replace("4", "9"), ["endpoints[a].max_running_requests: 4 -> 9"]),
         (ONE, ONE.replace("[x, y]", "[x]"), ["endpoints[a].models: [x, y] -> [x]"]),
@@ -29,7 +30,7 @@ ONE = "endpoints: [{name: a, address: 'h:1', max_running_requests: 4, models: [x
         (
             "classes: [{name: x}, {name: y, budget: 5s}]",
             "classes: [{name: y, budget: 6s}, {name: x}]",
-            ["classes[y].budget: 5 -> 6", "classes: in another order: y, x"],
+            ["classes[y].budget: 5s -> 6s", "classes: in another order: y, x"],
         ),
         (
             "envoy_clusters_file: /c.yaml\ndiscovery: [{dns: {name: a, port: 1}}]",

@@ -76,6 +76,21 @@ def test_a_flood_of_one_outcome_hides_no_line_of_another(room, caplog):
     assert caplog.records[-1].getMessage().startswith("unknown_model: request other")
 
 
+def test_many_that_are_given_up_after_the_same_wait_are_one_line_and_clients_that_leave_are_none(room, caplog):
+    _, log = room
+    ticket = Ticket(Request("r", 0.0))
+    for wait_s in (*10 * [0.01], *(0.1 * number for number in range(40)), *9 * [0.2]):  # at once; any time; a few
+        log.cancelled(ticket, wait_s)
+    assert not caplog.records
+    for wait_s in (5.001, 5.004) * 20:
+        log.cancelled(ticket, wait_s)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        "10 waiting requests in a row were given up 5.00 s after they came: a timeout"
+    )
+    assert record.levelno == logging.WARNING
+
+
 HOSTILE = "id\r\nERROR forged line \x1b[2J\u202e\\" + "x" * 500
 
 
@@ -140,7 +155,7 @@ def test_an_endpoint_that_goes_and_comes_is_a_line_each(room, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "endpoint a: down (was unknown)",
         "endpoint a: up (was down)",
-        "endpoint a: ejected for 5s after 5 refusals in a row of what its peers serve (was up)",
+        "endpoint a: ejected for 5s after 5 requests in a row failed there, which its peers serve (was up)",
     ]
     assert {record.levelno for record in caplog.records} == {logging.WARNING}
     controller.tick(8.0)
@@ -150,6 +165,6 @@ def test_an_endpoint_that_goes_and_comes_is_a_line_each(room, caplog):
     controller.release(trial, 8.0, Answer.FAILED)
     log.look()
     assert [record.getMessage() for record in caplog.records[3:]] == [
-        "endpoint a: up (was ejected after failures)",
-        "endpoint a: ejected for 10s after a failed trial (was up)",
+        "endpoint a: on trial (was ejected after failures)",
+        "endpoint a: ejected for 10s after a failed trial (was on trial)",
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from extproc.admission.controller import Controller
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request, RequestClass
@@ -76,13 +78,26 @@ def test_a_refusal_tells_its_outcome_and_when_to_try_again() -> None:
     assert told.endswith("; Retry-After 1 s")
 
 
-def test_a_client_that_left_while_it_waited_is_told_as_such() -> None:
+@pytest.mark.parametrize(
+    ("wait_s", "hint"),
+    [
+        (0.201, ", at 200 ms, Envoy's message_timeout where none is set (`extproc check FILE --envoy BOOTSTRAP`)"),
+        (
+            5.01,
+            ", at 5 s: a timeout, perhaps, of Envoy (message_timeout, stream_idle_timeout, a route's) or the client",
+        ),
+        (0.02, ""),
+        (0.199, ""),
+        (1.5, ""),
+    ],
+)
+def test_one_that_was_given_up_while_it_waited_names_both_who_may_have_and_a_timeout_that_fits(wait_s, hint) -> None:
     office = Office()
     *_, ticket = (office.offer(name) for name in ("x", "y", "z"))
-    office.now = 101.0
+    office.now = 100.0 + wait_s
     office.core.cancel(ticket, office.now)
-    office.stories.cancelled(ticket, 1.0)
-    assert office.tell("z")[-1].endswith("its client left while it waited")
+    office.stories.cancelled(ticket, wait_s)
+    assert office.tell("z")[-1].endswith(f"its client, or Envoy, gave it up while it waited{hint}")
 
 
 def test_who_was_never_here_has_no_story_and_only_so_many_are_remembered() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
 from dataclasses import replace
 
 import pytest
 
 from extproc.admission.values import Answer, EndpointSpec
-from extproc.commands.top import line, lines, plain
+from extproc.commands.top import line, lines, plain, top
+from extproc.errors import StartError
 from tests.unit.admin_room import Room
 
 
@@ -143,3 +146,20 @@ def test_in_a_log_the_state_is_one_short_line_that_names_what_is_wrong():
     assert line(room.view()) == "   0s  running  12/8  waiting   3  2 of 3 endpoints up"
     room.gate.controller._books.policy = replace(room.gate.controller.policy, enable_queue=False)
     assert line(room.view()).startswith("   0s  running  12/8  waiting   3  queue off  2 of 3")
+
+
+@pytest.mark.parametrize(
+    ("quiet_s", "end"), [(None, ", no request yet"), (2.0, " up"), (14.0, ", last request 14.0 s ago")]
+)
+def test_top_tells_that_no_requests_come(quiet_s, end):
+    room = Room()
+    assert lines(room.view() | {"quiet_s": quiet_s}, 100, 24)[0].endswith(end)
+
+
+def test_a_sidecar_that_hangs_is_not_told_as_none(monkeypatch):
+    """The kernel takes the connection, and nobody answers."""
+    monkeypatch.setattr("extproc.commands.top.SILENT_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as hung:
+        admin = f"127.0.0.1:{hung.getsockname()[1]}"
+        with pytest.raises(StartError, match=f"^{admin} takes connections and does not answer within .*kill -9"):
+            asyncio.run(top(admin, once=True))
