@@ -184,7 +184,7 @@ class Admin:
     async def _queues(self, request: web.Request) -> web.Response:
         asked = request.query.get("limit", str(WAITING_LISTED))
         if not (asked.isascii() and asked.isdigit() and int(asked[:9]) <= MOST_WAITING):
-            text = f"limit: must be a number from 0 to {MOST_WAITING}: how many waiting requests to list\n"
+            text = f"limit: must be a number from 0 to {MOST_WAITING}: how many requests to list, waiting and running\n"
             return web.Response(status=400, text=text)
         limit = int(asked)
         body = await self._queues_page.page(lambda: self._write_queues(limit), limit)

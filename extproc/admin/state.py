@@ -7,6 +7,7 @@ at every waiting request gives way to the event loop every few hundred.
 from __future__ import annotations
 
 import asyncio
+from heapq import merge
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -96,7 +97,7 @@ class Others(Protocol):
         """Return which of them holds a request; None: we do."""
 
 
-OF_ALL = ("endpoints", "waiting_total", "waiting_by_class", "waiting", "scanned_all", "classes", "capacity")
+OF_ALL = ("endpoints", "waiting_total", "waiting_by_class", "waiting", "running", "scanned_all", "classes", "capacity")
 """What whoever decides knows for all sidecars; the rest is each one's own."""
 
 
@@ -139,7 +140,10 @@ class Viewer:
             self._capacity.sample(now)
 
     async def queues(self, *, ready: bool, limit: int = WAITING_LISTED) -> Values:
-        """Return the state with the first `limit` waiting requests, line by line. Its parts may be some ms apart."""
+        """Return the state with the first `limit` waiting requests, and the `limit` that have run longest.
+
+        Its parts may be some ms apart.
+        """
         controller, now = self._gate.controller, self._gate.now()
         mode = self._mode(ready=ready)
         counted = {
@@ -153,7 +157,14 @@ class Viewer:
             some = [ticket for ticket in first[start : start + ROWS_TURN] if ticket.state is State.WAITING]
             waiting += self._rows(some, now)
             await asyncio.sleep(0)
-        return {**mode, "endpoints": await self._endpoints(now), "waiting": waiting, **counted}
+        running = self._running(limit, now)
+        return {**mode, "endpoints": await self._endpoints(now), "waiting": waiting, "running": running, **counted}
+
+    def _running(self, limit: int, now: float) -> list[Values]:
+        """Describe the `limit` oldest leases: each endpoint's are in order, so no more of them are looked at."""
+        endpoints = self._gate.controller.endpoints.values()
+        oldest = merge(*(list(islice(endpoint.leases, limit)) for endpoint in endpoints), key=_leased_at)
+        return [_running_row(ticket, now) for ticket in islice(oldest, limit)]
 
     async def view(self, *, ready: bool) -> Values:
         """Return what the page and `top` show. Its parts may be some milliseconds apart."""
@@ -364,6 +375,21 @@ def _row(ticket: Ticket, now: float, present: int) -> Values:
         "position": ticket.position,
         "held_by": None if pool is None else pool.held_by(ticket).value,
     }
+
+
+def _running_row(ticket: Ticket, now: float) -> Values:
+    return {
+        "id": _short(ticket.request.id),
+        "class": ticket.request_class.name,
+        "tenant": _short(ticket.request.tenant),
+        "endpoint": "" if ticket.endpoint is None else ticket.endpoint.name,
+        "for_s": round(now - ticket.leased_at, 3),
+        "answered": ticket.is_answered,
+    }
+
+
+def _leased_at(ticket: Ticket) -> float:
+    return ticket.leased_at
 
 
 def _may_go_to(request: Request, queue: str, members: Sequence[Endpoint], present: int) -> str:

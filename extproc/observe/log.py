@@ -133,6 +133,7 @@ class QueueLog:
 
     def cancelled(self, ticket: Ticket, wait_s: float) -> None:
         """Write nothing, as clients leave all the time; but if many do after the same wait, that is a timeout."""
+        del ticket
         if abs(wait_s - self._same_s) > SAME_S:
             self._same_s, self._same = wait_s, 0
         self._same += 1

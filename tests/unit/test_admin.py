@@ -82,6 +82,7 @@ def test_queues_lists_as_many_as_asked_for_up_to_a_bound():
             for query, count in (("", state.WAITING_LISTED), ("?limit=0", 0), ("?limit=3", 3), ("?limit=500", 500)):
                 async with client.get(f"/queues{query}") as answer:
                     page = await answer.json()
+                    assert len(page["running"]) == min(count, 1)
                     assert (len(page["waiting"]), page["waiting_total"]) == (count, 699)
             for wrong in ("501", "-1", "x", "", "٣", "9" * 30):
                 async with client.get("/queues", params={"limit": wrong}) as answer:
@@ -89,6 +90,25 @@ def test_queues_lists_as_many_as_asked_for_up_to_a_bound():
                     assert "limit: must be a number from 0 to 500" in await answer.text()
 
     asyncio.run(ask())
+
+
+def test_queues_lists_those_that_run_the_oldest_first_wherever_they_run():
+    room = Room(endpoints=2, limit=2)
+    tickets = []
+    for number in range(4):
+        tickets += room.offer(1, id=f"r{number}", tenant="acme")
+        room.clock.now += 1
+    listed = asyncio.run(room.admin.snapshot(3))["running"]
+    assert [row["id"] for row in listed] == [f"r{number}" for number in range(3)]
+    assert {row["endpoint"] for row in listed} == {"vllm-0", "vllm-1"}
+    assert listed[0] | {"endpoint": ""} == {
+        "id": "r0",
+        "class": "default",
+        "tenant": "acme",
+        "endpoint": "",
+        "for_s": 4.0,
+        "answered": False,
+    }
 
 
 def test_what_a_client_sent_is_shortened():
