@@ -59,13 +59,15 @@ class Books:
     def outputs(self) -> int:
         return sum(ticket.kv_tokens - ticket.prompt_tokens for ticket in self.leases)
 
-    def prompt_tokens(self, deferred: frozenset[str]) -> int:
+    def prompt_tokens(self, endpoint: Endpoint) -> int:
         """Of those leases whose first token was neither seen nor predicted: when that is, test_prefill.py tells.
 
-        `deferred`: those for these models are not under way.
+        Who waits in the engine for an adapter's slot is not under way: test_deferred.py tells who is taken for it.
         """
         pending = [ticket for ticket in self.leases if ticket.prompt_pending]
-        return sum(ticket.work_tokens for ticket in pending if ticket.request.model not in deferred)
+        adapters, held_back = endpoint.deferred.adapters, endpoint.prefill._held_back
+        begun = (ticket for ticket in pending if ticket.request.model not in adapters and ticket not in held_back)
+        return sum(ticket.work_tokens for ticket in begun)
 
 
 class Audit:
@@ -110,7 +112,7 @@ class Audit:
             return False
         if needed + kv.promised > cache:
             return False
-        under_way = books.prompt_tokens(endpoint.deferred.adapters)
+        under_way = books.prompt_tokens(endpoint)
         if not endpoint.sees_first_tokens or under_way == 0:
             return True
         asked = self.core.policy.max_prompt_tokens
@@ -182,7 +184,7 @@ class Audit:
         kv, prefill = endpoint.kv, endpoint.prefill
         require((kv.prompts, kv.outputs) == (books.prompts, books.outputs), kv.prompts, kv.outputs, books)
         require(0.0 < kv.real <= 1.0 and 0.0 <= kv.trust <= 1.0 and kv.excess >= 0.0, kv.real, kv.trust, kv.excess)
-        under_way = books.prompt_tokens(endpoint.deferred.adapters)
+        under_way = books.prompt_tokens(endpoint)
         require(prefill.tokens == under_way, prefill.tokens, under_way)
         pending = [ticket for ticket in books.leases if ticket.prompt_pending]
         prompts, outputs = (sum(t.prompt_tokens for t in pending), sum(t.output_tokens for t in pending))
