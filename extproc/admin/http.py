@@ -90,7 +90,7 @@ class Admin:
         }
         self._others = others
         self._metrics_page, self._queues_page = Shared(), Shared()
-        self.viewer = Viewer(gate, metrics, file_state, others, capacity)
+        self.viewer = Viewer(gate, metrics, file_state, others, capacity, self._stories)
         self.feed = Feed(self.view)
         self.ready = False
         self.port = 0

@@ -24,6 +24,11 @@ function say(node, text) {
 }
 function mark(node, className, on) { node.classList.toggle(className, on); }
 const number = value => value.toLocaleString("en-US");
+function tenantWords(one) {
+  const cap = "max_in_flight" in one ? ` of ${number(one.max_in_flight)}${one.shared ? " that several share" : ""}` : "";
+  const refused = one.refused ? `, ${number(one.refused)} refused` : "";
+  return `${one.tenant || "no name"} ${number(one.in_flight)}${cap} (${number(one.waiting)} wait${refused})`;
+}
 function seconds(s) {
   if (s === null || s === undefined) return "–";
   if (s < 0.001) return "< 1 ms";
@@ -295,6 +300,9 @@ function draw(view) {
   $("waiting").hidden = !view.waiting.length;
   $("nobody").hidden = view.waiting.length > 0;
   say($("waiting-note"), view.waiting_total > view.waiting.length ? `the first ${view.waiting.length} of ${number(view.waiting_total)}` : "");
+  const busy = view.tenants || [];
+  $("tenants").hidden = !busy.length;
+  say($("tenants"), "Tenants with most in flight: " + busy.map(tenantWords).join("; "));
   say($("limits"), Object.entries(view.limits).map(([name, words]) => `${name}: ${words}`).join("; "));
   say($("patience"), `at most ${setting(view.patience_s)}`);
   say($("build"), `extproc ${view.version}, up for ${seconds(view.up_s)}`);

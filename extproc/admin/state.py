@@ -7,12 +7,14 @@ at every waiting request gives way to the event loop every few hundred.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from heapq import merge
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from extproc import __version__
 from extproc.admin.history import STEP_S, History, outcome_totals, waiting_by_class
+from extproc.admin.tenants import busiest
 from extproc.admission.health import EJECTED
 from extproc.admission.held import HeldBy
 from extproc.admission.outcome import Outcome
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from extproc.admission.values import Request
     from extproc.observe.capacity import Capacity
     from extproc.observe.metrics import Metrics
+    from extproc.observe.stories import Stories
     from extproc.stream.gate import Gate
 
 Values = dict[str, Any]
@@ -97,7 +100,10 @@ class Others(Protocol):
         """Return which of them holds a request; None: we do."""
 
 
-OF_ALL = ("endpoints", "waiting_total", "waiting_by_class", "waiting", "running", "scanned_all", "classes", "capacity")
+OF_ALL = (
+    *("endpoints", "waiting_total", "waiting_by_class", "waiting", "running", "scanned_all"),
+    *("classes", "capacity", "tenants"),
+)
 """What whoever decides knows for all sidecars; the rest is each one's own."""
 
 
@@ -120,9 +126,11 @@ class Viewer:
         file_state: Callable[[], FileState] = FileState,
         others: Others | None = None,
         capacity: Capacity | None = None,
+        stories: Stories | None = None,
     ) -> None:
         """Describe what `gate` drives, `metrics` counted, `file_state` tells of the configuration file, `others` of
-        other sidecars, and `capacity` of the engines that the traffic needs."""
+        other sidecars, `capacity` of the engines that the traffic needs, and `stories` of what was decided last."""
+        self._stories = stories
         self._capacity = capacity
         self._others = others
         self._gate = gate
@@ -157,14 +165,19 @@ class Viewer:
             some = [ticket for ticket in first[start : start + ROWS_TURN] if ticket.state is State.WAITING]
             waiting += self._rows(some, now)
             await asyncio.sleep(0)
-        running = self._running(limit, now)
-        return {**mode, "endpoints": await self._endpoints(now), "waiting": waiting, "running": running, **counted}
+        rest = {"waiting": waiting, "running": self._running(limit, now), "tenants": await self._tenants()}
+        return {**mode, "endpoints": await self._endpoints(now), **rest, **counted}
 
     def _running(self, limit: int, now: float) -> list[Values]:
         """Describe the `limit` oldest leases: each endpoint's are in order, so no more of them are looked at."""
         endpoints = self._gate.controller.endpoints.values()
         oldest = merge(*(list(islice(endpoint.leases, limit)) for endpoint in endpoints), key=_leased_at)
         return [_running_row(ticket, now) for ticket in islice(oldest, limit)]
+
+    async def _tenants(self) -> list[Values]:
+        refused = Counter[str]() if self._stories is None else self._stories.refused_by_tenant()
+        rows = await busiest(self._gate.controller, refused)
+        return [row | {"tenant": _short(row["tenant"])} for row in rows]
 
     async def view(self, *, ready: bool) -> Values:
         """Return what the page and `top` show. Its parts may be some milliseconds apart."""
@@ -202,6 +215,7 @@ class Viewer:
             "rehearsed": _rehearsed(self._metrics),
             "limits": {held.value: held.words for held in HeldBy},
             "capacity": self._full(),
+            "tenants": await self._tenants(),
         }
 
     def _full(self) -> list[Values]:

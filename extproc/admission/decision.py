@@ -6,7 +6,7 @@ A room of its own, and never compiled: a compiled dataclass needs its types when
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from extproc.admission.outcome import Outcome
@@ -30,21 +30,51 @@ class Dispatch:
         self.wait_s = wait_s
 
 
+class Crowd(NamedTuple):
+    """What a tenant had in flight when it was refused one more, and the most that it may have.
+
+    Attributes:
+        is_shared: it is all tenants that are not named, which count as one.
+    """
+
+    in_flight: int
+    most: int
+    is_shared: bool
+
+    @property
+    def words(self) -> str:
+        """It in words for people."""
+        whose = "with all tenants that are not named it has" if self.is_shared else "it has"
+        return f"{whose} {self.in_flight} of {self.most} in flight"
+
+
 @dataclass(slots=True, init=False)
 class Reject:
-    """Refuse it with the outcome's HTTP status. `retry_after_s` is when trying again makes sense, in whole seconds."""
+    """Refuse it with the outcome's HTTP status. `retry_after_s` is when trying again makes sense, in whole seconds.
+
+    `crowd`: of one whose tenant has all in flight that it may.
+    """
 
     ticket: Ticket
     outcome: Outcome
     wait_s: float
     retry_after_s: int | None
+    crowd: Crowd | None
 
-    def __init__(self, ticket: Ticket, outcome: Outcome, wait_s: float, retry_after_s: int | None) -> None:
+    def __init__(
+        self,
+        ticket: Ticket,
+        outcome: Outcome,
+        wait_s: float,
+        retry_after_s: int | None,
+        crowd: Crowd | None = None,
+    ) -> None:
         """Say this."""
         self.ticket = ticket
         self.outcome = outcome
         self.wait_s = wait_s
         self.retry_after_s = retry_after_s
+        self.crowd = crowd
 
 
 Decision = Dispatch | Reject

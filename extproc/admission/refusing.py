@@ -50,8 +50,13 @@ class Refusing:
                 self.turn_away(ticket, Outcome.DRAINING, 1)
             else:
                 self.turn_away(ticket, Outcome.MODEL_MISSING)
-        elif books.tenants.are_ruled and books.policy.enable_queue and books.tenants.is_over(ticket):
-            self.turn_away(ticket, Outcome.TENANT_LIMIT, 1)
+        elif (
+            books.tenants.are_ruled
+            and books.policy.enable_queue
+            and (crowd := books.tenants.crowd_of(ticket)) is not None
+        ):
+            ticket.state = LEFT
+            books.decisions.append(Reject(ticket, Outcome.TENANT_LIMIT, 0.0, 1, crowd))
         else:
             return pool
         return None

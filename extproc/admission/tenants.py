@@ -16,6 +16,8 @@ from collections.abc import Mapping  # noqa: TC003 - a dataclass' field: needed 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from extproc.admission.decision import Crowd
+
 if TYPE_CHECKING:
     from extproc.admission.ticket import Ticket
 
@@ -139,13 +141,16 @@ class Tenants:
             counts[self.rules.label(name)] += account.in_flight
         return counts
 
-    def is_over(self, ticket: Ticket) -> bool:
-        """Tell whether the tenant of a request that comes has all in flight that it may have."""
+    def crowd_of(self, ticket: Ticket) -> Crowd | None:
+        """Return what the tenant of a request that comes has in flight, if that is all that it may have; else None."""
         name, rule = self.rules.who(ticket.request.tenant)
         if rule.max_in_flight is None:
-            return False
+            return None
         account = self.accounts.get(name)
-        return account is not None and account.in_flight >= rule.max_in_flight
+        if account is None or account.in_flight < rule.max_in_flight:
+            return None
+        is_shared = not self.rules.apart and name not in self.rules.named
+        return Crowd(account.in_flight, rule.max_in_flight, is_shared)
 
     def comes(self, ticket: Ticket) -> None:
         """Count a request."""

@@ -67,7 +67,7 @@ def lines(view: Mapping[str, Any], width: int = 80, height: int = 24) -> list[st
     heading, classes, outcomes = (
         [_heading(view), *_capacity(view), *_notices(view)],
         _classes(view, width),
-        _outcomes(view),
+        [*_outcomes(view), *_tenants(view)],
     )
     fixed = len(heading) + len(classes) + len(outcomes)
     endpoints = _endpoints(view, max(height - fixed, 3), width)
@@ -361,6 +361,18 @@ def _outcomes(view: Mapping[str, Any]) -> list[str]:
     if view["dry_run"]:
         rows.append("DRY RUN   " + "  ".join(f"{what} {count}" for what, count in view["rehearsed"].items()))
     return rows
+
+
+def _tenants(view: Mapping[str, Any]) -> list[str]:
+    """Tell in a line which tenants have most in flight or were refused most; an older sidecar doesn't say."""
+    told = []
+    for one in view.get("tenants", ()):
+        cap = f" of {one['max_in_flight']}{' shared' if one['shared'] else ''}" if "max_in_flight" in one else ""
+        refused = f", {one['refused']} refused" if one["refused"] else ""
+        told.append(
+            f"{one['tenant'][:24] or 'no name'} {one['in_flight']}{cap} in flight ({one['waiting']} wait{refused})"
+        )
+    return ["TENANTS   " + "  ".join(told)] if told else []
 
 
 def _waiting(view: Mapping[str, Any], room: int, width: int) -> list[str]:

@@ -29,7 +29,7 @@ def doubts(config: Config, path: Path, environ: Mapping[str, str] = os.environ) 
     data = load_yaml(read_text(path))
     found = [] if data else ["is empty: every key has its default"]
     found += [f"{where}: {value:g} is read as {value:g}s; write the unit" for where, value in _bare(data, Config, "")]
-    return [*found, *_variables(environ), *_endpoints(config)]
+    return [*found, *_variables(environ), *_endpoints(config), *_tenants(config)]
 
 
 def _variables(environ: Mapping[str, str]) -> Iterator[str]:
@@ -65,6 +65,21 @@ def _endpoints(config: Config) -> Iterator[str]:
                 "from how long answers take; set the number of requests that it batches (vLLM: --max-num-seqs), or "
                 "kv_capacity_tokens where its KV cache is full before that"
             )
+
+
+def _tenants(config: Config) -> Iterator[str]:
+    tenants = config.tenants
+    if tenants is None:
+        return
+    if tenants.named and config.tenant_fairness and "count_others" not in tenants.model_fields_set:
+        yield (
+            "tenants.count_others: is not set, so all tenants that are not named share one account, and one of them "
+            'that floods takes the share of all; "apart" gives each its own, where clients can\'t write the header '
+            f'{config.headers.tenant} themselves; "together" says that one is meant'
+        )
+    capped = any(one.max_in_flight is not None for one in (*tenants.named, tenants.others))
+    if capped and not config.enable_queue and not config.dry_run:
+        yield "tenants: max_in_flight holds for nobody while enable_queue is false"
 
 
 def _blind(engine: str, config: Config) -> str | None:

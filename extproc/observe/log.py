@@ -112,19 +112,26 @@ class QueueLog:
             "position": ticket.position,
             **ticket.why(),
         }
+        tenant = printable(ticket.request.tenant)
+        if tenant:
+            about["tenant"] = tenant
         if isinstance(decision, Dispatch):
             what, reason = f"to {decision.endpoint}", ""
             about["endpoint"] = decision.endpoint
         else:
             what = "refused"
             reason = _reason(ticket)
+            if decision.crowd is not None:
+                reason = f": {decision.crowd.words}"
+                about["in_flight"], about["max_in_flight"] = decision.crowd.in_flight, decision.crowd.most
         if ticket.home is not None:
             about["home"] = ticket.home.name
         log.info(
-            "%s: request %s, class %s, %s after %.3f s%s",
+            "%s: request %s, class %s%s, %s after %.3f s%s",
             outcome.value,
             request_id or "without an id",
             ticket.request_class.name,
+            f", tenant {tenant}" if tenant else "",
             what,
             decision.wait_s,
             reason,

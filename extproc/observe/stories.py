@@ -6,13 +6,13 @@ Nothing is written down meanwhile: a ticket knows its times and reasons, and the
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from extproc.admission.outcome import Outcome
 from extproc.admission.ticket import State
-from extproc.admission.values import Answer, Dispatch
+from extproc.admission.values import Answer, Dispatch, Reject
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -62,6 +62,11 @@ class Stories:
         kept.move_to_end(ticket.request.id)
         if len(kept) > MOST:
             kept.popitem(last=False)
+
+    def refused_by_tenant(self) -> Counter[str]:
+        """Count the refusals among the last MOST that were decided, by the tenant that each names."""
+        decided = self._kept.values()
+        return Counter(ticket.request.tenant for ticket, decision, _ in decided if isinstance(decision, Reject))
 
     def tell(self, request_id: str, wall_s: float) -> list[str] | None:
         """Return the story of the last request of this id, a line for each event; None: it is not known.
@@ -154,7 +159,8 @@ def _end_of_wait(ticket: Ticket, decision: Decision | None, wait_s: float) -> st
     if not isinstance(decision, Dispatch):
         again = f"; Retry-After {decision.retry_after_s} s" if decision.retry_after_s is not None else ""
         outcome = decision.outcome
-        return f"refused, {outcome.value} ({outcome.status}): {outcome.message}{again}" + _passed(ticket)
+        crowd = f" ({decision.crowd.words})" if decision.crowd is not None else ""
+        return f"refused, {outcome.value} ({outcome.status}): {outcome.message}{crowd}{again}" + _passed(ticket)
     if decision.outcome is Outcome.PASSED:
         return f"went to {decision.endpoint} at once: it takes no slot"
     home = ticket.home

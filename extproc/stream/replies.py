@@ -14,7 +14,7 @@ from extproc.stream.routes import Shape
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from extproc.admission.values import Decision
+    from extproc.admission.values import Decision, Reject
     from extproc.stream.reception import Reception
 
 MOST_ID = 128
@@ -41,8 +41,23 @@ def refusal(
 
 def named(request_id: str) -> dict[str, str]:
     """Return what an error says of its request's id, for who asks `extproc why`; nothing of one that is no token."""
-    is_token = len(request_id) <= MOST_ID and request_id.isascii() and request_id.isprintable()
-    return {"request_id": request_id} if is_token and request_id and " " not in request_id else {}
+    return {"request_id": request_id} if _is_token(request_id) else {}
+
+
+def _is_token(text: str) -> bool:
+    return 0 < len(text) <= MOST_ID and text.isascii() and text.isprintable() and " " not in text
+
+
+def whose(decision: Reject) -> dict[str, str | int]:
+    """Return what an error says of the tenant at its limit: the caller's own name, as it sent it, and the limit."""
+    crowd, tenant = decision.crowd, decision.ticket.request.tenant
+    if crowd is None:
+        return {}
+    return {
+        **({"tenant": tenant} if _is_token(tenant) else {}),
+        "in_flight": crowd.in_flight,
+        "max_in_flight": crowd.most,
+    }
 
 
 def model_list(reception: Reception, path: str, shape: Shape) -> bytes | None:
@@ -59,10 +74,11 @@ def model_list(reception: Reception, path: str, shape: Shape) -> bytes | None:
 def decision_details(decision: Decision, overflow: str = "") -> bytes:
     """Return what Envoy's access log can say about the decision; `overflow`: the cluster of last resort it went to."""
     ticket = decision.ticket
-    endpoint, numbers = "", None
+    endpoint, numbers, tenant = "", None, ""
     if isinstance(decision, Dispatch):
         endpoint = decision.endpoint
     else:
+        tenant = ticket.request.tenant[:MOST_ID]
         numbers = {name: fact for name, fact in ticket.why().items() if not isinstance(fact, str)}
     texts = (
         decision.outcome._value_,
@@ -73,7 +89,7 @@ def decision_details(decision: Decision, overflow: str = "") -> bytes:
         overflow,
     )
     wait_ms = int(decision.wait_s * 10_000 + 0.5) / 10  # round() costs 2,000 instructions
-    return wire.decision_metadata(texts, wait_ms, ticket.position, numbers)
+    return wire.decision_metadata(texts, wait_ms, ticket.position, numbers, tenant)
 
 
 _OPENAI_TYPES = {400: "invalid_request_error", 404: "invalid_request_error", 429: "rate_limit_error"}

@@ -25,7 +25,7 @@ from extproc.stream import again, bodies, wire
 from extproc.stream.answer import BODILESS, GRPC_STATUS, judge, judge_trailers
 from extproc.stream.bodies import Kept
 from extproc.stream.dialect import PLAIN
-from extproc.stream.replies import decision_details, model_list, named, refusal
+from extproc.stream.replies import decision_details, model_list, named, refusal, whose
 from extproc.stream.request import BINARY_REPORT, REPORT, body_bytes
 from extproc.stream.routes import Action, Shape
 from extproc.stream.wire import Kind
@@ -222,7 +222,7 @@ class Session:
             self._is_refused = True
             reception.refused += 1
             ticket = decision.ticket
-            about = {"wait_s": round(decision.wait_s, 3), **ticket.why(), **named(ticket.request.id)}
+            about = {"wait_s": round(decision.wait_s, 3), **ticket.why(), **whose(decision), **named(ticket.request.id)}
             refused = refusal(reception, self._shape, decision.outcome, decision.retry_after_s, wait_s, about)
             self._reply(refused + details)
 

@@ -425,19 +425,22 @@ def decision_metadata(
     wait_ms: float,
     position: int,
     numbers: Mapping[str, float] | None = None,
+    tenant: str = "",
 ) -> bytes:
     """Encode what the access log can say of a decision, as dynamic metadata: what is TOLD, and the two numbers.
 
     `texts`: one for each name in TOLD; "": it is left out.
-    `numbers`: more of them, which costs a message built anew. To be appended to an answer: protobuf merges
-    concatenated messages.
+    `numbers`: more of them, and `tenant`, any text of a client: each costs a message built anew. To be appended to an
+    answer: protobuf merges concatenated messages.
     """
-    if numbers:
+    if numbers or tenant:
         response = pb.ProcessingResponse()
         fields = response.dynamic_metadata.fields[NAMESPACE].struct_value.fields
-        for key, number in {"position": float(position), "wait_ms": wait_ms, **numbers}.items():
+        for key, number in {"position": float(position), "wait_ms": wait_ms, **(numbers or {})}.items():
             fields[key].number_value = number
         _tell(fields, texts)
+        if tenant:
+            fields["tenant"].string_value = tenant
         return response.SerializeToString()
     if not wait_ms and not position:
         return _at_once(texts)

@@ -106,8 +106,14 @@ def test_a_tenant_over_its_cap_is_refused_and_others_are_held_and_served(stack):
         of_acme = pool.submit(complete_many, here.url, 2, lambda n: of("acme", n))
         wait_until(lambda: told("extproc_tenant_inflight_requests") == {"acme": 2, "*": 0}, 5.0)
         (third,) = complete_many(here.url, 1, lambda _: of("acme", 2))
+        error = json.loads(third.body)["error"]
+        assert [error[key] for key in ("tenant", "in_flight", "max_in_flight")] == ["acme", 2, 2]
         made_up = pool.submit(complete_many, here.url, 5, lambda n: of(f"made-up-{n}", n))
         wait_until(lambda: told("extproc_tenant_limited_total") == {"acme": 1, "*": 2}, 5.0)
+        rows = json.loads(http_get(here.sidecar.admin, "/queues")[1])["tenants"]
+        assert {key: rows[0][key] for key in ("tenant", "in_flight", "max_in_flight", "refused")} == {
+            "tenant": "acme", "in_flight": 2, "max_in_flight": 2, "refused": 1,
+        }  # fmt: skip
         for number in range(5):
             here.upstreams["a"].release(f"acme-{number}")
             here.upstreams["a"].release(f"made-up-{number}-{number}")
@@ -118,6 +124,12 @@ def test_a_tenant_over_its_cap_is_refused_and_others_are_held_and_served(stack):
         "tenant_limit",
         "1",
     )
+    lines = here.envoy.access_log_lines
+
+    def told_refused() -> list[str]:
+        return sorted(line["queue"]["tenant"].partition("-")[0] for line in lines() if line["code"] == 429)
+
+    wait_until(lambda: told_refused() == ["acme", "made", "made"], 15.0)
     here.wait_idle()
     assert told("extproc_tenant_inflight_requests") == {"acme": 0, "*": 0}
     assert "made-up" not in http_get(here.sidecar.admin, "/metrics")[1].decode()

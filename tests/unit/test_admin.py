@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from contextlib import suppress
+from dataclasses import replace
 
 from extproc import tasks
 from extproc.admin import connections, state
 from extproc.admin.http import Admin
 from extproc.admin.state import FileState
 from extproc.admission.load import Load
+from extproc.admission.tenants import TenantRule, TenantRules
 from extproc.admission.values import Policy
 from extproc.commands.top import lines
 from tests.unit.admin_room import CLASSES, Room, event, served, until
@@ -274,3 +276,27 @@ def test_a_bug_in_one_sample_is_told_and_does_not_end_the_sampling(monkeypatch, 
     asyncio.run(main())
     assert kept.restarts == {"admin history": 1}
     assert "admin history failed and begins again" in caplog.text
+
+
+def test_the_view_top_and_queues_name_the_few_tenants_with_most_in_flight_or_refused() -> None:
+    room = Room(limit=2)
+    rules = TenantRules({"acme": TenantRule(max_in_flight=9)}, TenantRule(max_in_flight=12), apart=False)
+    room.gate.set_policy(replace(room.gate.controller.policy, tenants=rules))
+    assert room.view()["tenants"] == []
+    for tenant, count in {"acme": 2, "evil": 14, "a": 1, "b": 1, "c": 1, "d": 1}.items():
+        room.offer(count, id=f"of-{tenant}", tenant=tenant)
+    evil, acme, *rest = room.view()["tenants"]
+    assert evil == {"tenant": "evil", "in_flight": 12, "waiting": 12, "max_in_flight": 12, "shared": True, "refused": 1}
+    assert acme == {"tenant": "acme", "in_flight": 2, "waiting": 0, "max_in_flight": 9, "shared": False, "refused": 0}
+    assert len(rest) == 3, "five are told"
+    assert room.queues()["tenants"] == room.view()["tenants"]
+    (told,) = (line for line in lines(room.view(), 200, 60) if line.startswith("TENANTS"))
+    first = "TENANTS   evil 12 of 12 shared in flight (12 wait, 1 refused)  acme 2 of 9 in flight (0 wait)"
+    assert told.startswith(first)
+
+
+def test_where_no_request_names_a_tenant_none_is_told() -> None:
+    room = Room(limit=2)
+    room.offer(4)
+    assert room.view()["tenants"] == []
+    assert not any(line.startswith("TENANTS") for line in lines(room.view(), 200, 60))

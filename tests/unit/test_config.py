@@ -330,6 +330,29 @@ def test_a_small_number_of_seconds_may_be_a_bare_number():
     assert config({"learning": {"steps": {"sequence": 0.00002}}}).policy().laws.steps.sequence_s == 0.00002
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "tenants: {named: [{name: acme}]}",
+            ["tenants.count_others: is not set"],
+        ),
+        ("tenants: {named: [{name: acme}], count_others: together}", []),
+        ("tenants: {named: [{name: acme}]}\ntenant_fairness: false", []),
+        ("tenants: {others: {guaranteed: 1}}", []),
+        (
+            "tenants: {others: {max_in_flight: 1}}",
+            ["tenants: max_in_flight holds for nobody"],
+        ),
+        ("tenants: {others: {max_in_flight: 1}}\nenable_queue: true", []),
+        ("tenants: {others: {max_in_flight: 1}}\ndry_run: true", []),
+    ],
+)
+def test_tenants_that_share_an_account_unasked_and_caps_without_a_queue_are_doubted(tmp_path, text, words):
+    found = doubtful(tmp_path, f"endpoints: [{{name: a, address: 'h:1'}}]\n{text}")
+    assert [line[: len(start)] for line, start in zip(found, words, strict=True)] == words
+
+
 def test_durations_without_a_unit_are_doubted_where_they_stand(tmp_path):
     text = (
         "endpoints: [{name: a, address: 'h:1'}]\nclasses: [{name: x, budget: 1s}, {name: y, budget: 30}]\n"

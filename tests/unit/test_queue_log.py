@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from extproc.admission.controller import Controller
+from extproc.admission.tenants import TenantRule, TenantRules
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request, RequestClass
 from extproc.observe.log import LINES, JsonLines, QueueLog
@@ -36,6 +37,26 @@ def test_a_refusal_is_a_line_with_request_class_outcome_wait_budget_and_what_hel
     assert [record.getMessage() for record in caplog.records] == [
         "budget_expired: request r-2, class default, refused after 0.000 s of a budget of 0 s, held by limit"
     ]
+
+
+@pytest.mark.parametrize(
+    ("apart", "words"),
+    [(True, "it has 2 of 2 in flight"), (False, "with all tenants that are not named it has 2 of 2 in flight")],
+)
+def test_a_refusal_names_the_tenant_and_at_its_cap_how_many_it_has_of_how_many(caplog, apart, words):
+    caplog.set_level(logging.INFO, "extproc.queue")
+    rules = TenantRules({"acme": TenantRule()}, TenantRule(max_in_flight=2), apart=apart)
+    controller = Controller(Policy(tenants=rules))
+    controller.put_endpoint(EndpointSpec("a", max_running_requests=1), 0.0)
+    log = QueueLog(controller, lambda: 0.0)
+    for name in ("r-1", "r-2", "r-3"):
+        for decision in controller.offer(Ticket(Request(name, 0.0, tenant="evil\n")), 0.0):
+            log.decided(decision)
+    (record,) = caplog.records
+    line = f"tenant_limit: request r-3, class default, tenant evil\\n, refused after 0.000 s: {words}"
+    assert record.getMessage() == line
+    about = {"tenant": "evil\\n", "in_flight": 2, "max_in_flight": 2}
+    assert {key: record.about[key] for key in about} == about
 
 
 def test_many_refusals_are_a_few_lines_and_a_count(room, caplog, now):

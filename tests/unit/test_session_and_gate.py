@@ -7,6 +7,7 @@ import json
 import pytest
 
 from extproc._pb import ext_proc_pb2 as pb
+from extproc.admission.tenants import TenantRule, TenantRules
 from extproc.admission.values import Dispatch, EndpointSpec, RequestClass
 from extproc.errors import ProtocolError
 from extproc.stream.gate import BURST
@@ -225,6 +226,16 @@ def test_a_refusal_says_the_wait_that_was_predicted_and_its_budget_alike_in_body
     assert told["predicted_wait_s"] == metadata["predicted_wait_s"].number_value == pytest.approx(8.0, rel=0.3)
     assert told["budget_s"] == metadata["budget_s"].number_value == 4.0
     assert told["waited_for"] == metadata["waited_for"].string_value == "limit"
+
+
+def test_one_over_its_tenants_cap_is_told_its_own_name_and_the_cap_and_the_access_log_gets_the_name():
+    room = Room(ONE, tenants=TenantRules({"acme": TenantRule(max_in_flight=1)}))
+    room.open(x_tenant_id="acme")
+    _, replies = room.open(x_tenant_id="acme")
+    told = json.loads(replies[0].immediate_response.body)["error"]
+    metadata = replies[0].dynamic_metadata.fields["extproc"].struct_value.fields
+    assert (told["code"], told["tenant"], told["in_flight"], told["max_in_flight"]) == ("tenant_limit", "acme", 1, 1)
+    assert metadata["tenant"].string_value == "acme"
 
 
 @pytest.mark.parametrize("request_id", ["5c1f-7", "x" * 128, "", "x" * 129, "two words", "\u00e9", "a\r\nb: c"])

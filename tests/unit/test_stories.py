@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from extproc.admission.controller import Controller
+from extproc.admission.tenants import TenantRule, TenantRules
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request, RequestClass
 from extproc.observe import stories
@@ -117,3 +118,12 @@ def test_one_that_needs_more_than_there_is_tells_how_many_were_let_past_it() -> 
     office.offer("big", sequences=2)
     office.offer("small", sequences=1)
     assert office.tell("big")[-1].endswith("; 1 that fit were let past it")
+
+
+def test_one_over_its_tenants_cap_tells_what_that_had_in_flight_and_the_last_refusals_are_counted_by_tenant() -> None:
+    office = Office(tenants=TenantRules(default=TenantRule(max_in_flight=3)))
+    for number in range(5):
+        office.offer(f"evil-{number}", tenant="evil")
+    office.offer("nice", tenant="nice")
+    assert "(it has 3 of 3 in flight); Retry-After 1 s" in office.tell("evil-4")[-1]
+    assert office.stories.refused_by_tenant() == {"evil": 2}
