@@ -28,6 +28,7 @@ from extproc.observe.capacity import Capacity
 from extproc.observe.genai import GenAi
 from extproc.observe.log import LOOK_S, QueueLog
 from extproc.observe.metrics import Metrics
+from extproc.observe.paces import Paces
 from extproc.observe.stories import Stories
 from extproc.stream import wire
 from extproc.stream.ages import Ages
@@ -140,6 +141,8 @@ class App:
             controller, loop.time, lambda: self.membership is None or self.membership.replica.decides
         )
         self.metrics.add(self.capacity)
+        self.paces = Paces(controller, lambda: self.membership is None or self.membership.replica.decides)
+        self.metrics.add(self.paces)
         everybody = (self.metrics, self.queue_log, self.stories, self.spans, genai)
         observers: list[Observer] = [observer for observer in everybody if observer is not None]
         self.membership: Membership | None = None
@@ -205,6 +208,7 @@ class App:
             self.stories,
             self.capacity,
             self.tasks,
+            self.paces,
         )
         if self.membership is not None:
             self.membership.answer_with(self.admin.describe)

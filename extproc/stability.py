@@ -42,7 +42,13 @@ KEYS = frozenset(
 """Keys of the configuration, by path as in `adaptive_limit.start`; one stands for all below it."""
 METRICS = frozenset(
     {
-        *("extproc_capacity_", "extproc_engines_needed", "extproc_held_requests", "extproc_limited_by"),
+        *(
+            "extproc_capacity_",
+            "extproc_endpoint_slowness",
+            "extproc_engines_needed",
+            "extproc_held_requests",
+            "extproc_limited_by",
+        ),
         *("extproc_overflowed", "extproc_replica_", "extproc_second_tries", "extproc_tenant_", "extproc_transport"),
         *("gen_ai_", "inference_", "llm_d_epp_"),
     }

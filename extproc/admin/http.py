@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from extproc.admin.state import Others
     from extproc.observe.capacity import Capacity
     from extproc.observe.metrics import Metrics
+    from extproc.observe.paces import Paces
     from extproc.stream.gate import Gate
 
 _FILES = {
@@ -72,10 +73,11 @@ class Admin:
         stories: Stories | None = None,
         capacity: Capacity | None = None,
         tasks: Tasks | None = None,
+        paces: Paces | None = None,
     ) -> None:
         """Prepare to serve at `address`, host:port; `file_state` tells of the configuration file, `others` of other
         sidecars that share our endpoints, if any, `stories` what happened to requests, `capacity` how many engines
-        they need; `tasks` counts how often the sampling began again."""
+        they need, `paces` which of them are slow; `tasks` counts how often the sampling began again."""
         self._address = address
         self._gate = gate
         self._metrics = metrics
@@ -90,7 +92,7 @@ class Admin:
         }
         self._others = others
         self._metrics_page, self._queues_page = Shared(), Shared()
-        self.viewer = Viewer(gate, metrics, file_state, others, capacity, self._stories)
+        self.viewer = Viewer(gate, metrics, file_state, others, capacity, self._stories, paces)
         self.feed = Feed(self.view)
         self.ready = False
         self.port = 0

@@ -21,6 +21,7 @@ from extproc.admission.outcome import Outcome
 from extproc.admission.ticket import State
 from extproc.observe.endpoints import known_signals
 from extproc.observe.metrics import SHARED
+from extproc.observe.paces import SEVERAL, Paces
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -127,10 +128,13 @@ class Viewer:
         others: Others | None = None,
         capacity: Capacity | None = None,
         stories: Stories | None = None,
+        paces: Paces | None = None,
     ) -> None:
         """Describe what `gate` drives, `metrics` counted, `file_state` tells of the configuration file, `others` of
-        other sidecars, `capacity` of the engines that the traffic needs, and `stories` of what was decided last."""
+        other sidecars, `capacity` of the engines that the traffic needs, `paces` of those that are slow, and `stories`
+        of what was decided last."""
         self._stories = stories
+        self._paces = paces if paces is not None else Paces(gate.controller)
         self._capacity = capacity
         self._others = others
         self._gate = gate
@@ -146,6 +150,7 @@ class Viewer:
         self.history.sample(now)
         if self._capacity is not None:
             self._capacity.sample(now)
+        self._paces.sample(now)
 
     async def queues(self, *, ready: bool, limit: int = WAITING_LISTED) -> Values:
         """Return the state with the first `limit` waiting requests, and the `limit` that have run longest.
@@ -292,10 +297,12 @@ class Viewer:
         """Describe all endpoints as they are, some at a time."""
         controller = self._gate.controller
         preferring, holds, rows = _preferring(controller), controller.holds(), []
+        slow = {name: ratio for name, ratio in self._paces.slowness().items() if ratio >= SEVERAL}
         for number, endpoint in enumerate(list(controller.endpoints.values())):
             if number and number % ENDPOINTS_TURN == 0:
                 await asyncio.sleep(0)
-            rows.append(self._endpoint(endpoint, preferring, holds, now, most_models))
+            row = self._endpoint(endpoint, preferring, holds, now, most_models)
+            rows.append(row | {"times_slower": round(slow[endpoint.name], 1)} if endpoint.name in slow else row)
         return rows
 
     def _endpoint(

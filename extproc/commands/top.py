@@ -301,7 +301,7 @@ def _endpoints(view: Mapping[str, Any], room: int, width: int) -> list[str]:
     """Describe the endpoints in at most `room` lines, those in trouble first if not all fit."""
     endpoints = view["endpoints"]
     if len(endpoints) + 1 > room:
-        order = sorted(endpoints, key=lambda one: {UNKNOWN: 1, "up": 2}.get(one["state"], 0))
+        order = sorted(endpoints, key=lambda one: ({UNKNOWN: 1, "up": 2}.get(one["state"], 0), -_slowness(one)))
         endpoints = order[: max(room - 2, 1)]
     table = [("ENDPOINT", "STATE", "HELD BY", "", "IN FLIGHT", "RUNS", "QUEUES", "KV", "AGE", "FIRST", "SENT")]
     for one in endpoints:
@@ -310,6 +310,8 @@ def _endpoints(view: Mapping[str, Any], room: int, width: int) -> list[str]:
         state = state if state in ("up", "held back", "on trial", UNKNOWN) else state.upper()
         if "ejected_for_s" in one and one["state"] == "ejected":
             state += f", back in {math.ceil(one['ejected_for_s'])} s"
+        if "times_slower" in one:
+            state += f", SLOW x{one['times_slower']:.0f}"
         if "left_out_for" in one:
             state += f", not {', '.join(one['left_out_for'])}"
         requests = f"({one['in_flight']} request{'' if one['in_flight'] == 1 else 's'})"
@@ -404,6 +406,11 @@ def _columns(
         )
         for row in table
     ]
+
+
+def _slowness(one: Mapping[str, Any]) -> float:
+    """Tell how many times as slow as its peers an endpoint is, if that is several times; else 0."""
+    return float(one.get("times_slower", 0.0))
 
 
 def _places(one: Mapping[str, Any]) -> int:

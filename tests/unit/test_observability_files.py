@@ -17,6 +17,7 @@ from extproc.admission.controller import Controller
 from extproc.admission.values import Policy
 from extproc.observe.capacity import Capacity
 from extproc.observe.metrics import Metrics
+from extproc.observe.paces import Paces
 from extproc.replicas.observe import ReplicaMetrics
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +35,8 @@ def exported() -> set[str]:
     suffixes = {"counter": ["_total"], "info": ["_info"], "histogram": ["_bucket", "_sum", "_count"]}
     controller = Controller(Policy())
     ours = Metrics(controller, lambda: 0, rehearsed={}).registry.collect()
-    for family in chain(ours, Capacity(controller, float).collect(), ReplicaMetrics().collect()):
+    others = (Capacity(controller, float), Paces(controller), ReplicaMetrics())
+    for family in chain(ours, *(one.collect() for one in others)):
         names |= {family.name + suffix for suffix in suffixes.get(family.type, [""])}
     return names
 

@@ -1,0 +1,125 @@
+"""Which endpoint is much slower than its peers: one that answers well, and late, fails no check and no request.
+
+Each is held against the median of the others that serve the same models. By its time per output token, where pages tell
+of tokens; else by how long its answers take, by our own books: requests in flight x seconds, over answers that ended
+(Little's law). Both are read when somebody looks, or every few seconds: nothing happens on the way of a request.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from prometheus_client.core import GaugeMetricFamily
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from prometheus_client.metrics_core import Metric
+
+    from extproc.admission.controller import Controller
+    from extproc.admission.endpoint import Endpoint
+
+SEVERAL: Final = 3.0
+"""So many times as slow as its peers is told in words: engines of one pool may well differ by less."""
+WINDOW_S: Final = 120.0
+"""How long answers take is a mean of so long."""
+STEP_S: Final = 10.0
+LEAST_ANSWERS: Final = 5
+"""Fewer say nothing: one of them may just be long."""
+
+
+class _Mark(NamedTuple):
+    """Where an endpoint's books stood."""
+
+    at: float
+    held_s: float
+    ended: int
+
+
+class _Book:
+    """Requests x seconds that an endpoint held since the first look, and marks of them in the last minutes."""
+
+    __slots__ = ("at", "held_s", "marks")
+
+    def __init__(self, now: float, ended: int) -> None:
+        self.at, self.held_s = now, 0.0
+        self.marks = deque([_Mark(now, 0.0, ended)])
+
+    def look(self, endpoint: Endpoint, now: float) -> None:
+        self.held_s += len(endpoint.leases) * (now - self.at)
+        self.at = now
+        marks = self.marks
+        if now - marks[-1].at >= STEP_S:
+            marks.append(_Mark(now, self.held_s, _ended(endpoint)))
+        while len(marks) > 1 and marks[1].at <= now - WINDOW_S:
+            marks.popleft()
+
+    def answer_s(self, endpoint: Endpoint) -> float | None:
+        """Return how long answers took; None: too few to tell."""
+        first = self.marks[0]
+        held_s, ended = self.held_s - first.held_s, _ended(endpoint) - first.ended
+        return held_s / ended if held_s and ended >= LEAST_ANSWERS else None
+
+
+class Paces:
+    """A collector for a Prometheus registry. `sample` is to be called every few seconds."""
+
+    def __init__(self, controller: Controller, decides: Callable[[], bool] = lambda: True) -> None:
+        """Compare the endpoints of `controller`. `decides`: it does, and no other sidecar's."""
+        self._controller = controller
+        self._decides = decides
+        self._books: dict[str, _Book] = {}
+
+    def sample(self, now: float) -> None:
+        """Note what each endpoint holds."""
+        before, self._books = self._books, {}
+        for name, endpoint in self._controller.endpoints.items():
+            book = self._books[name] = before.get(name) or _Book(now, _ended(endpoint))
+            book.look(endpoint, now)
+
+    def slowness(self) -> dict[str, float]:
+        """Return how many times as long as its peers' median each endpoint takes; nothing of who has nothing to do."""
+        tokens: dict[frozenset[str], dict[str, float]] = {}
+        answers: dict[frozenset[str], dict[str, float]] = {}
+        for name, endpoint in self._controller.endpoints.items() if self._decides() else ():
+            book, models = self._books.get(name), endpoint.spec.models
+            token_s = endpoint.steps.tpot_s if endpoint.reading.page is not None and endpoint.leases else None
+            if token_s is not None:
+                tokens.setdefault(models, {})[name] = token_s
+            answer_s = None if book is None else book.answer_s(endpoint)
+            if answer_s is not None:
+                answers.setdefault(models, {})[name] = answer_s
+        found: dict[str, float] = {}
+        for of_all in (answers, tokens):  # tokens tell more: they win
+            for of_peers in of_all.values():
+                found.update(_against_others(of_peers))
+        return found
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metric family: prometheus_client asks."""
+        slow = GaugeMetricFamily(
+            "extproc_endpoint_slowness_ratio",
+            "How many times as long an endpoint takes as the median of the others that serve the same models: for an "
+            "output token, or for an answer where no page tells. Absent while it, or all others, have nothing to do.",
+            labels=["endpoint"],
+        )
+        for name, ratio in self.slowness().items():
+            slow.add_metric([name], ratio)
+        yield slow
+
+
+def _ended(endpoint: Endpoint) -> int:
+    return endpoint.dispatched - len(endpoint.leases)
+
+
+def _against_others(times_s: Mapping[str, float]) -> Iterator[tuple[str, float]]:
+    """Return each time over the median of all others; nothing of one that is alone."""
+    order = sorted((time_s, name) for name, time_s in times_s.items())
+    others = len(order) - 1
+    for place, (time_s, name) in enumerate(order if others else ()):
+
+        def other(index: int, place: int = place) -> float:
+            return order[index if index < place else index + 1][0]
+
+        yield name, time_s / ((other((others - 1) // 2) + other(others // 2)) / 2)

@@ -1,0 +1,114 @@
+"""An endpoint that is much slower than its peers is told, by tokens where pages tell of them, else by answers."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from extproc.admin.http import Admin
+from extproc.admission.load import Load
+from extproc.admission.values import Answer, EndpointSpec
+from extproc.commands.top import lines
+from extproc.observe.paces import LEAST_ANSWERS, Paces
+from tests.unit.admin_room import Room
+
+
+class Fleet:
+    """Endpoints of four slots, and who compares them, on a clock that a test moves."""
+
+    def __init__(self, *models: str) -> None:
+        self.room = Room(endpoints=0)
+        self.core = self.room.gate.controller
+        for number, listed in enumerate(models):
+            spec = EndpointSpec(f"vllm-{number}", models=frozenset(listed.split()), max_running_requests=4)
+            self.room.gate.put_endpoint(spec)
+        self.paces = Paces(self.core)
+
+    def tell(self, tokens_per_s: dict[str, float]) -> None:
+        """Have pages say so much while four run, for ten seconds."""
+        for _ in range(10):
+            self.room.clock.now += 1.0
+            for name, rate in tokens_per_s.items():
+                load = Load(4.0, 0.0, 0.2, tokens_per_s=rate, prompt_tokens=100, output_tokens=int(rate))
+                self.core.observe(name, load, self.room.clock.now)
+
+    def answer(self, seconds: float, took_s: dict[str, float], slots: int = 4) -> None:
+        """Keep `slots` requests running at each endpoint, whose answers take so long."""
+        running = {name: [] for name in took_s}
+        for _ in range(int(2 * seconds)):
+            self.room.clock.now += 0.5
+            now = self.room.clock.now
+            for name, tickets in running.items():
+                for ticket in [one for one in tickets if now - one.leased_at >= took_s[name]]:
+                    self.room.gate.close(ticket, Answer.OK)
+                    tickets.remove(ticket)
+                while len(tickets) < slots:
+                    tickets.extend(self.room.offer(1, allowed=frozenset([name])))
+            self.paces.sample(now)
+        for ticket in (ticket for tickets in running.values() for ticket in tickets):
+            self.room.gate.close(ticket)
+
+
+def test_an_engine_whose_tokens_take_ten_times_as_long_is_ten_times_as_slow() -> None:
+    fleet = Fleet("", "", "")
+    fleet.room.offer(12)
+    fleet.tell({"vllm-0": 195.0, "vllm-1": 19.5, "vllm-2": 195.0})
+    found = fleet.paces.slowness()
+    assert found["vllm-1"] == pytest.approx(10.0, rel=0.01)
+    assert found["vllm-0"] == found["vllm-2"] == pytest.approx(1 / 5.5, rel=0.01), "one of its peers is slow"
+    (family,) = fleet.paces.collect()
+    assert {sample.labels["endpoint"]: sample.value for sample in family.samples} == found
+
+
+def test_engines_without_a_page_are_compared_by_how_long_their_answers_take() -> None:
+    fleet = Fleet("", "", "")
+    fleet.answer(200.0, {"vllm-0": 1.0, "vllm-1": 10.0, "vllm-2": 1.0})
+    found = fleet.paces.slowness()
+    assert found["vllm-1"] == pytest.approx(10.0, rel=0.2)
+    fleet.answer(200.0, {"vllm-0": 1.0, "vllm-1": 1.0, "vllm-2": 1.0}, slots=2)
+    assert fleet.paces.slowness()["vllm-1"] == pytest.approx(1.0, rel=0.5), "what was is forgotten"
+
+
+def test_one_long_answer_makes_no_endpoint_slow() -> None:
+    fleet = Fleet("", "")
+    fleet.room.offer(1, allowed=frozenset(["vllm-1"]))
+    fleet.answer(100.0, {"vllm-0": 1.0})
+    assert "vllm-1" not in fleet.paces.slowness()
+    assert LEAST_ANSWERS > 1
+
+
+@pytest.mark.parametrize("models", [("a", "b"), ("a",)])
+def test_who_serves_something_else_or_is_alone_has_no_peers(models: tuple[str, ...]) -> None:
+    fleet = Fleet(*models)
+    for model in models:
+        fleet.room.offer(1, model=model)
+    fleet.tell(dict(zip(fleet.core.endpoints, (195.0, 19.5), strict=False)))
+    assert fleet.paces.slowness() == {}
+
+
+def test_who_has_nothing_to_do_is_no_peer_and_a_follower_tells_nothing() -> None:
+    fleet = Fleet("", "")
+    busy = fleet.room.offer(8)
+    fleet.tell({"vllm-0": 195.0, "vllm-1": 19.5})
+    assert len(fleet.paces.slowness()) == 2
+    fleet.paces._decides = lambda: False
+    assert fleet.paces.slowness() == {}
+    fleet.paces._decides = lambda: True
+    for ticket in busy:
+        if ticket.endpoint is not None and ticket.endpoint.name == "vllm-1":
+            fleet.room.gate.close(ticket, Answer.OK)
+    assert fleet.paces.slowness() == {}
+
+
+def test_top_and_the_view_say_who_is_slow_and_put_it_first_where_not_all_fit() -> None:
+    fleet = Fleet(*[""] * 30)
+    room = fleet.room
+    room.admin = Admin("127.0.0.1:0", room.gate, room.metrics, paces=fleet.paces)
+    room.offer(120)
+    fleet.tell({name: 19.5 if name == "vllm-17" else 195.0 for name in fleet.core.endpoints})
+    view = asyncio.run(room.admin.view())
+    assert [one["name"] for one in view["endpoints"] if "times_slower" in one] == ["vllm-17"]
+    first = next(line for line in lines(view, 120, 24) if line.startswith("vllm-"))
+    assert first.startswith("vllm-17")
+    assert "SLOW x10" in first
