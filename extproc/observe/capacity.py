@@ -85,7 +85,7 @@ class Answer:
         engines: how many such engines the demand would fill, to the brim.
         peak: the same at the fullest five minutes of the last day; None: five have not passed yet. And `peak_ago_s`
             how long ago these ended.
-        up: how many of its endpoints may be sent requests, of `known`.
+        up: how many of its endpoints are up, of `known`; those on trial are not.
     """
 
     load: float | None
@@ -247,7 +247,7 @@ class Capacity:
             samples.popleft()
         before, last = samples[0], samples[-1].at
         samples.append(after)
-        pool.up = sum(one.available for one in members)
+        pool.up = sum(map(_is_up, members))
         elapsed_s = now - before.at
         if elapsed_s <= 0.0:
             return
@@ -324,6 +324,11 @@ class Capacity:
             if answer.peak is not None:
                 engines.add_metric([name, "peak"], answer.peak)
         yield from (load, engines)
+
+
+def _is_up(endpoint: Endpoint) -> bool:
+    """Tell whether it serves: one that is tried with single requests, or fails them, carries no load."""
+    return endpoint.available and not (endpoint.health.on_trial or endpoint.health.is_failing)
 
 
 def _longer(before: Asked, after: Asked) -> float:
