@@ -406,21 +406,23 @@ class App:
         await self.health.stop()
 
     async def drain(self, hurry: asyncio.Event) -> None:
-        """Take no new requests; place or refuse those that wait; let answers run out; all within drain_timeout."""
-        self.admin.ready = False
+        """Leave to a successor what we hold, a second after we are seen to leave; or, without `hand_over`: place or
+        refuse who waits, and let answers run out; all within drain_timeout."""
+        self.admin.ready, self.admin.drains = False, True
         await self.server.refuse_new()
         self.gate.stop_gathering()
         if self.membership is not None:
             self.membership.resign()
-        grace_s = self.config.drain_timeout
+        grace_s, hands_over = self.config.drain_timeout, self.config.hands_over
         deadline = self.gate.now() + grace_s
-        log.info("draining: %d waiting, %d streams, at most %gs", self.gate.waiting, self.reception.streams, grace_s)
+        until = "left to a successor" if hands_over else f"at most {grace_s:g}s"
+        log.info("draining: %d waiting, %d streams, %s", self.gate.waiting, self.reception.streams, until)
         seen = self.gate.now() + min(HEALTH_SEEN_S, grace_s / 2)
         while not hurry.is_set() and self.gate.now() < deadline - min(1.0, grace_s / 4):
-            if self.gate.now() >= seen and (self.gate.waiting == 0 or self.config.hand_over):
+            if self.gate.now() >= seen and (self.gate.waiting == 0 or hands_over):
                 break
             await asyncio.sleep(POLL_S)
-        if self.config.hand_over:
+        if hands_over:
             self.gate.leave()  # Envoy sends again what waits, and lets what runs go on; the successor counts it anew
             await self.server.stop(0)
         else:

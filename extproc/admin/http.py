@@ -19,11 +19,11 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from extproc.admin.connections import IDLE_S, Connections
 from extproc.admin.feed import Feed
 from extproc.admin.history import STEP_S
+from extproc.admin.predecessor import DRAINING, taken_over
 from extproc.admin.shared import Shared
 from extproc.admin.state import MOST_WAITING, WAITING_LISTED, FileState, Viewer, merged
 from extproc.admin.text import written
 from extproc.config import split_address
-from extproc.errors import StartError
 from extproc.observe.recording import Recorder
 from extproc.observe.stories import MOST as MOST_STORIES
 from extproc.observe.stories import Stories
@@ -95,10 +95,11 @@ class Admin:
         self.viewer = Viewer(gate, metrics, file_state, others, capacity, self._stories, paces)
         self.feed = Feed(self.view)
         self.ready = False
+        self.drains = False
         self.port = 0
 
     async def start(self) -> None:
-        """Bind and serve. Raises StartError if the address can't be had."""
+        """Bind and serve, once a predecessor that drains has left. Raises StartError if the address can't be had."""
         host, port = split_address(self._address)
         loop = asyncio.get_running_loop()
         self.connections = Connections(self._speak, loop)
@@ -118,10 +119,7 @@ class Admin:
             app, access_log=None, shutdown_timeout=STOP_S, keepalive_timeout=IDLE_S, handler_cancellation=True
         )
         await self._runner.setup()
-        try:
-            self._server = await loop.create_server(self.connections, host, port)
-        except OSError as error:
-            raise StartError(f"admin: can't bind {self._address}: {error.strerror}") from None
+        self._server = await taken_over(self._address, lambda: loop.create_server(self.connections, host, port))
         self.port = self._server.sockets[0].getsockname()[1]
         self._sampling = self._tasks.keep("admin history", "admin history", self._sample)
 
@@ -181,7 +179,7 @@ class Admin:
     async def _readyz(self, _: web.Request) -> web.Response:
         if self.ready:
             return web.Response(text="ready\n")
-        return web.Response(status=503, text="not ready: starting or draining\n")
+        return web.Response(status=503, text=DRAINING if self.drains else "not ready: starting\n")
 
     async def _queues(self, request: web.Request) -> web.Response:
         asked = request.query.get("limit", str(WAITING_LISTED))

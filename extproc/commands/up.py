@@ -151,6 +151,7 @@ class Up:
         keys = {
             "EXTPROC_LISTEN": f"unix:{directory}/ext_proc{which}.sock",
             "EXTPROC_TLS": "null",
+            "EXTPROC_HAND_OVER": "false",  # our Envoy ends with us: nobody would take over
             "EXTPROC_ADMIN": _next(self._admin, number),
             "EXTPROC_ENVOY_CLUSTERS_FILE": f"{directory}/clusters{which}.yaml",
         }

@@ -254,11 +254,12 @@ class Config(Section):
     drain_timeout: Duration = Field(
         30.0, description="After SIGTERM: how long held requests may still be placed, and then answers may run out."
     )
-    hand_over: bool = Field(
-        False,
-        description="On SIGTERM, leave held requests to another sidecar behind the same Envoy, or to this one "
-        "restarted: exit a second later; Envoy sends them again, and running answers go on. Off: place them, or "
-        "refuse them with 503.",
+    hand_over: bool | None = Field(
+        None,
+        description="On SIGTERM, leave held requests to this sidecar restarted, or to another one behind the same "
+        "Envoy: exit a second later; Envoy sends them again, and running answers go on. Off: place them, or refuse "
+        "them with 503, and exit when answers have run out. Unset: on; off for an endpoint picker, whose gateway "
+        "sends nothing again (docs/adr/0013).",
     )
 
     def policy(self) -> Policy:
@@ -342,6 +343,11 @@ class Config(Section):
     def picks(self) -> bool:
         """We are an endpoint picker: what we write is an address."""
         return self.dialect == "endpoint-picker" or (self.dialect is None and self.inference_pool is not None)
+
+    @property
+    def hands_over(self) -> bool:
+        """What we hold at SIGTERM is left to whoever comes next."""
+        return not self.picks if self.hand_over is None else self.hand_over
 
     @property
     def objectives(self) -> dict[str, str]:

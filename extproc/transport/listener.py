@@ -56,7 +56,8 @@ class Listener:
         try:
             port = add_port(self.address, credentials)
         except RuntimeError as error:
-            raise StartError(f"listen: can't bind {self.address}; is another process using it? ({error})") from None
+            who = "is another process using it, or a sidecar that drains and has another admin port?"
+            raise StartError(f"listen: can't bind {self.address}; {who} ({error})") from None
         finally:
             if umask is not None:
                 os.umask(umask)
@@ -96,7 +97,9 @@ def _lock_socket(path: str) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
-        raise StartError(f"listen: another server holds {path} (its lock is {path}.lock)") from None
+        raise StartError(
+            f"listen: another server holds {path} (its lock is {path}.lock); one that drains frees it at its end"
+        ) from None
     left = Path(path)
     if left.is_socket():
         left.unlink()  # of a server that died: its lock is free

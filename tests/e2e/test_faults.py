@@ -23,7 +23,7 @@ from .kit.clients import complete_many
 from .kit.extproc_raw import RawChannel
 from .kit.processes import http_ok, wait_until
 from .kit.shipped import ROOT, Shipped
-from .kit.stack import Stack
+from .kit.stack import Sidecar, Stack
 from .kit.upstream import SSE_DONE, behave, sse_event
 
 if TYPE_CHECKING:
@@ -202,6 +202,10 @@ class Load:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Let each finish what it asked, and ask no more."""
         self._ending.set()
         for thread in self._threads:
             thread.join(60)
@@ -214,14 +218,37 @@ class Load:
             self.answers += complete_many(url, 1, lambda _, ask=ask: ask, timeout_s=50)
 
 
+def test_the_steps_of_the_upgrade_page_cost_nobody_anything_under_load(tmp_path):
+    """SIGTERM, and the new one started at once, while the old one still has both ports: docs/upgrade.md."""
+    with Shipped(tmp_path, config={"max_running_requests": 2}) as here:
+        old, new = here.sidecar, Sidecar(here.sidecar.config, tmp_path, name="new")
+        with Load(here.url, 12) as load:
+            wait_until(lambda: old.queues()["waiting_total"] > 0, 10, "somebody waits")
+            old.child.signal(signal.SIGTERM)
+            with new:
+                assert old.child.wait_exit(5) == 0
+                seen = len(load.answers)
+                wait_until(lambda: len(load.answers) > seen + 40, 20, "the new one serves")
+                load.end()
+        assert Counter((one.status, one.headers.get("x-extproc-outcome")) for one in load.answers).keys() == {
+            (200, None)
+        }
+        assert all(one.body == ANSWER and not one.error for one in load.answers)
+        reached = here.reached()
+        assert len(reached) == len(set(reached)) == len(load.answers), "each was run once"
+    for one in (old, new):
+        assert "Traceback" not in one.child.output()
+
+
 @pytest.mark.parametrize("clients", [3, 12] if LONG else [12])
 def test_a_drain_under_load_costs_nothing_but_the_documented_503_for_those_it_could_not_place(tmp_path, clients):
-    """One sidecar with 4 slots, SIGTERM, the next one started when it is gone: clients see a pause.
+    """One sidecar with 4 slots that hands nothing over, the next one started when it is gone: clients see a pause.
 
     With more clients than slots somebody always waits, and those who wait when the grace ends are told so.
     """
     grace_s = 10.0 if LONG else 2.0
-    with Shipped(tmp_path, config={"max_running_requests": 2, "drain_timeout": f"{grace_s}s"}) as here:
+    config = {"max_running_requests": 2, "hand_over": False, "drain_timeout": f"{grace_s}s"}
+    with Shipped(tmp_path, config=config) as here:
         sidecar = here.sidecar
         with Load(here.url, clients) as load:
             began = time.monotonic()
@@ -244,7 +271,8 @@ def test_a_drain_under_load_costs_nothing_but_the_documented_503_for_those_it_co
 
 
 def test_a_drain_without_the_time_to_place_all_says_so_with_503_and_lets_answers_run_out(tmp_path):
-    with Shipped(tmp_path, config={"max_running_requests": 2, "drain_timeout": "3s"}) as here:
+    config = {"max_running_requests": 2, "hand_over": False, "drain_timeout": "3s"}
+    with Shipped(tmp_path, config=config) as here:
         with ThreadPoolExecutor(2) as pool:
 
             def answer(number: int) -> dict[str, str]:

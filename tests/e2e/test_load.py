@@ -86,7 +86,7 @@ def test_over_the_longest_queue_the_last_are_refused_by_rule_and_the_others_serv
 def test_thousands_refused_in_one_moment_all_get_their_429(stack):
     """Envoy's flood guard closes a connection on which too many streams end at once; so the gate delivers in bursts."""
     count = 8000 if LONG else 2500
-    here = stack(config={"classes": BUDGET, "max_running_requests": 1})
+    here = stack(config={"classes": BUDGET, "max_running_requests": 1, "hand_over": False})
     with ThreadPoolExecutor(2) as pool:
         blocker = Blocker(pool, here)
         held = pool.submit(complete_many, here.url, count, lambda n: {"x-test-id": f"h-{n}"}, timeout_s=120)

@@ -54,7 +54,7 @@ def test_a_restarted_sidecar_counts_the_answers_that_outlived_it_and_fills_no_en
     tmp_path, engines, end
 ):
     """Their leases died with the first sidecar; what the engines' metrics say they run takes their place."""
-    config = {**CONFIG, "hand_over": True, "drain_timeout": "10s"}
+    config = {**CONFIG, "drain_timeout": "10s"}
     endpoints = {name: {"address": address} for name, address in engines.items()}
     with Stack(tmp_path, upstreams=(), endpoints=endpoints, config=config) as here, ThreadPoolExecutor(2) as pool:
 
@@ -86,7 +86,7 @@ def test_a_restarted_sidecar_counts_the_answers_that_outlived_it_and_fills_no_en
 
 def test_two_sidecars_behind_one_envoy_are_restarted_in_turn_under_load_without_an_error(tmp_path, engines):
     """Each hands over what it holds: Envoy sends it again, to the other one."""
-    config = {**CONFIG, "hand_over": True, "drain_timeout": "10s"}
+    config = {**CONFIG, "drain_timeout": "10s"}
     endpoints = {name: {"address": address} for name, address in engines.items()}
     with contextlib.ExitStack() as running:
         here = running.enter_context(Stack(tmp_path, upstreams=(), endpoints=endpoints, config=config))
