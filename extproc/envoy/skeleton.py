@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from extproc.config import split_address
+from extproc.envoy.local_replies import local_replies
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -128,6 +129,7 @@ static_resources:
               mutations:
               - remove: {removed[0]}
 {access_log(options.access_log, self.log)}\
+{local_replies()}\
           route_config:
             name: main
 {self.before_hosts}\

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from .kit.clients import H1Request, complete_many
+from .kit.clients import Completion, H1Request, complete_many
 from .kit.envoy import give_up_soon
 from .kit.processes import wait_until
 from .kit.shipped import Shipped
@@ -48,7 +50,37 @@ def test_without_a_sidecar_the_fail_closed_file_refuses_and_the_fail_open_file_s
         assert sorted(opened.reached()) == sorted(f"r-{number}" for number in range(10))
         assert {answer.status for answer in refused.result()} == {503}
         assert {answer.headers["x-extproc-outcome"] for answer in refused.result()} == {"unsteered"}
+        assert {cause(answer) for answer in refused.result()} == {("no_sidecar", "UH")}
         assert closed.reached() == []
+
+
+def test_what_envoy_itself_answers_for_a_server_is_an_openai_error_that_says_whose_fault_it_is(tmp_path):
+    with Shipped(tmp_path, config=CONFIG) as here:
+
+        def ask(kind: str, **how: float) -> Completion:
+            (answer,) = complete_many(here.url, 1, lambda _: dict([behave(kind, **how)]))
+            assert answer.headers["content-type"] == "application/json"
+            return answer
+
+        broken = ask("fin", events=0)
+        assert (broken.status, cause(broken)) == (503, ("server_broke_off", "UC"))
+        assert json.loads(broken.body)["error"]["request_id"] == broken.headers["x-request-id"]
+        its_own = complete_many(here.url, 1, lambda _: dict([behave("ok", status=503)]))[0]
+        assert (its_own.status, len(its_own.body)) == (503, 100), "a server's own error is left alone"
+        for upstream in here.upstreams.values():
+            upstream.__exit__()
+        assert cause(ask("ok"))[0] == "server_unreachable"
+        address = next(iter(here.upstreams.values())).address
+        here.sidecar.write_config(endpoints=[{"name": "unknown-to-envoy", "address": address}])
+        here.sidecar.child.signal(signal.SIGHUP)
+        wait_until(lambda: [one["name"] for one in here.sidecar.queues()["endpoints"]] == ["unknown-to-envoy"])
+        assert cause(ask("ok")) == ("no_cluster", "NC")
+
+
+def cause(answer: Completion) -> tuple[str, str]:
+    error = json.loads(answer.body)["error"]
+    assert error.keys() == {"message", "type", "param", "code", "flags", "request_id"}
+    return error["code"], error["flags"]
 
 
 def test_a_request_id_that_is_no_utf8_does_not_let_a_client_past_the_queue(tmp_path):
