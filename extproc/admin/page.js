@@ -306,7 +306,8 @@ function draw(view) {
   say($("tenants"), "Tenants with most in flight: " + busy.map(tenantWords).join("; "));
   say($("limits"), Object.entries(view.limits).map(([name, words]) => `${name}: ${words}`).join("; "));
   say($("patience"), `at most ${setting(view.patience_s)}`);
-  say($("build"), `extproc ${view.version}, up for ${seconds(view.up_s)}`);
+  const quiet = view.quiet_s === null ? ", no request yet" : view.quiet_s >= 10 ? `, last request ${seconds(view.quiet_s)} ago` : "";
+  say($("build"), `extproc ${view.version}, up for ${seconds(view.up_s)}${quiet}`);
 }
 const kind = one => one.status ? "refused" : one.outcome === "cancelled" ? "left" : "sent";
 function figure(name, value, note, bad = false) {
