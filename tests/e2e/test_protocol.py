@@ -191,7 +191,7 @@ def test_reflection_lists_the_services_when_it_is_switched_on(sidecar):
 
 
 def test_readiness_goes_off_and_liveness_stays_while_it_drains(tmp_path):
-    config = {"enable_queue": True, "endpoints": ENDPOINTS, "drain_timeout": "5s"}
+    config = {"enable_queue": True, "endpoints": ENDPOINTS, "hand_over": False, "drain_timeout": "5s"}
     with Sidecar(config, tmp_path) as running, RawChannel(running.listen) as raw, raw.open() as stream:
         stream.send(SIM)
         stream.read()
