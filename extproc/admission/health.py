@@ -296,7 +296,7 @@ class Health:
     @property
     def ejection_s(self) -> float:
         """How long the latest ejection lasts, in seconds."""
-        return min(self.law.eject_s * 2.0 ** (self.ejections - 1), self.law.eject_most_s)
+        return self.law.ejection_s(self.ejections)
 
     def take_back(self, now: float) -> None:
         """End its ejection: it is on trial."""

@@ -219,6 +219,10 @@ class GuardLaw:
     passes: int = 64
 
 
+MOST_DOUBLINGS = 1000
+"""A float holds no power of two above 2 ** 1023. Whoever is tried as often for nothing waits the longest by then."""
+
+
 @dataclass(frozen=True, slots=True)
 class HealthLaw:
     """When an endpoint is doubted or ejected, and how it comes back.
@@ -251,6 +255,10 @@ class HealthLaw:
     quiet_s: float = 3.0
     step_s: float = 0.1
     step_most_s: float = 1.0
+
+    def ejection_s(self, number: int) -> float:
+        """Return how long the `number`th ejection in a row lasts, in seconds."""
+        return min(self.eject_s * 2.0 ** min(number - 1, MOST_DOUBLINGS), self.eject_most_s)
 
 
 @dataclass(frozen=True, slots=True)

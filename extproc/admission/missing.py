@@ -110,7 +110,7 @@ class Missing:
         if streak.peers_share() ** streak.count > law.chance:
             return False
         known.ejections += 1
-        known.until = now + min(law.eject_s * 2.0 ** (known.ejections - 1), law.eject_most_s)
+        known.until = now + law.ejection_s(known.ejections)
         self._changed()
         return True
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from extproc.admission.health import Record
 from extproc.admission.laws import LAWS
-from extproc.admission.missing import MOST_MODELS
+from extproc.admission.missing import MOST_MODELS, Missing
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request, RequestClass
 
@@ -67,6 +68,20 @@ def test_one_that_refuses_one_model_is_left_out_for_that_one_alone(answer: Answe
     assert ward.goes("broken", home="a") == "b"
     assert ward.goes("fine", home="a") == "a"
     assert ward.core.endpoints["a"].condition == "up, left out for broken"
+
+
+def test_one_that_refuses_a_model_for_months_is_left_out_for_it_as_long_as_at_any_time_before() -> None:
+    missing, record, now = Missing(), Record(), 0.0
+    for _ in range(1100):
+        for _ in range(LAWS.health.eject_after):
+            record.served += 100  # by its peers
+            if missing.refused("broken", record, now, 0):
+                break
+        assert missing.models == {"broken"}
+        lasts_s = missing.until - now
+        now = missing.until
+        missing.pass_time(now)
+    assert lasts_s == EJECT_MAX_S
 
 
 def test_two_servers_that_have_a_model_each_get_what_is_theirs_though_nothing_lists_it() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from extproc.admission.laws import LAWS
 from extproc.admission.outcome import Outcome
 from extproc.admission.tenants import OTHERS, TenantRule, TenantRules
 from extproc.admission.values import Answer, Policy
@@ -154,3 +156,14 @@ def test_what_is_in_flight_is_told_of_those_who_are_named_and_of_all_others_toge
     assert desk.core.tenants_in_flight() == {"named": 3, "idle": 0, OTHERS: 2}
     desk.release(next(iter(desk.leased)))
     assert desk.core.tenants_in_flight() == {"named": 2, "idle": 0, OTHERS: 2}
+
+
+def test_an_answer_that_cannot_be_judged_gives_back_its_slot_and_its_tenants_place_all_the_same() -> None:
+    faulty = replace(LAWS, tokens=replace(LAWS.tokens, memory=0.0))  # no config file can say so: a mean of no answers
+    desk = Desk(one(), tenants=TenantRules(default=TenantRule(max_in_flight=2)), laws=faulty)
+    first, second = desk.ask(tenant="t"), desk.ask(tenant="t")
+    with pytest.raises(ZeroDivisionError):
+        desk.release(first, Answer.OK)
+    desk.advance(0.1)
+    assert desk.where(second) == "a", "with the next event"
+    assert desk.outcome(desk.ask(tenant="t")) is None, "it waits: the first one is over, and counts no more"

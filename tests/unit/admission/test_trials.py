@@ -32,6 +32,16 @@ def test_each_ejection_lasts_longer_up_to_a_bound_and_a_good_answer_forgives() -
     assert ward.health("a").ejected_until - ward.now == pytest.approx(EJECT_S)
 
 
+def test_one_that_fails_more_trials_than_a_float_has_powers_of_two_is_left_out_as_long_as_any() -> None:
+    ward = Ward()
+    out(ward)
+    for _ in range(1100):
+        ward.advance(EJECT_MAX_S)
+        assert ward.answer("a", Answer.FAILED) == 1
+    assert ward.health("a").ejections == 1101
+    assert ward.health("a").ejected_until - ward.now == EJECT_MAX_S
+
+
 def test_a_trial_ends_with_the_head_of_its_answer_not_with_its_end() -> None:
     ward = Ward()
     out(ward)
