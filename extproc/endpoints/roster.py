@@ -94,6 +94,7 @@ class Roster:
         self._doubted = False
         self._refused: set[str] = set()
         self._untold: deque[Callable[[], None]] = deque()  # what those who follow, and the log, are yet to be told
+        self._is_telling = False  # they are told now, or in a turn that is to come
         self.left_out = 0  # found endpoints that were not taken
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -182,8 +183,8 @@ class Roster:
         """Do at once what can be done at once; the rest waits for Envoy.
 
         What decides where requests go changes in this one moment. Who follows is told in the turns that come next.
+        What the core can't take over is tried again with the change that follows.
         """
-        tells_already = bool(self._untold)
         aims = self._aim()
         wanted = {endpoint.name for endpoint, _ in aims}
         moved = {
@@ -194,16 +195,18 @@ class Roster:
             and self._placed[endpoint.name][1].cluster != spec.cluster
             and not self._routes[spec.cluster].known
         }
-        # First those who come, so that requests always have somewhere to go.
-        self._place([aim for aim in aims if self._file is None or self._routes[aim[1].cluster].known])
-        gone = [name for name in self._placed if name not in wanted or name in moved]
-        if gone:
-            self._gate.remove_endpoints(gone)
-        for name in gone:
-            self._displace(name)
-        if self._untold and not tells_already:
-            self._tell(TOLD_IN_A_TURN)
-        self._wake.set()
+        try:
+            # First those who come, so that requests always have somewhere to go.
+            self._place([aim for aim in aims if self._file is None or self._routes[aim[1].cluster].known])
+            gone = [name for name in self._placed if name not in wanted or name in moved]
+            if gone:
+                self._gate.remove_endpoints(gone)
+            for name in gone:
+                self._displace(name)
+        finally:
+            self._wake.set()
+            if self._untold and not self._is_telling:
+                self._tell(TOLD_IN_A_TURN)
 
     def _aim(self) -> list[tuple[EndpointConfig, EndpointSpec]]:
         """Return who is wanted, and at which cluster; keep `_routes` in step."""
@@ -240,14 +243,16 @@ class Roster:
         news = [one for one in endpoints if self._placed.get(one[0].name) != one]
         for endpoint, spec in news:
             placed = self._placed.get(endpoint.name)
-            before = None if placed is None else placed[0]
-            self._placed[endpoint.name] = (endpoint, spec)
             self._gone.pop(endpoint.name, None)
             if placed is None or placed[1].cluster != spec.cluster:
                 self._reception.put_cluster(spec.name, spec.cluster)
-            self._untold.append(partial(self._follow, endpoint, spec.cluster, before, since_start=self._task is None))
         if news:
             self._gate.put_endpoints([spec for _, spec in news])
+        for endpoint, spec in news:
+            placed = self._placed.get(endpoint.name)
+            before = None if placed is None else placed[0]
+            self._placed[endpoint.name] = (endpoint, spec)
+            self._untold.append(partial(self._follow, endpoint, spec.cluster, before, since_start=self._task is None))
 
     def _displace(self, name: str) -> None:
         del self._placed[name]
@@ -259,11 +264,13 @@ class Roster:
     def _tell(self, most: int) -> None:
         """Tell up to `most` of what is untold, in the order in which it happened, and come again for the rest."""
         untold, told = self._untold, 0
+        self._is_telling = True  # what follows from telling one joins the others
         try:
             while untold and told < most:
                 told += 1
                 untold.popleft()()
         finally:
+            self._is_telling = bool(untold)
             if untold:
                 asyncio.get_running_loop().call_soon(self._tell, TOLD_IN_A_TURN)
 

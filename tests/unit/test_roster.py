@@ -203,6 +203,25 @@ def test_one_who_follows_and_fails_keeps_the_others_from_nothing(monkeypatch):
     assert told == ["b", "c", "c", "d"]
 
 
+@pytest.mark.parametrize("fails", ["put_endpoints", "remove_endpoints"])
+def test_a_change_that_the_core_cannot_take_over_is_made_with_the_next_one_and_all_who_follow_are_told(
+    fails, monkeypatch
+):
+    async def story(here: House) -> None:
+        def fail(_: object) -> None:
+            raise RuntimeError("a fault, once")
+
+        with monkeypatch.context() as once:
+            once.setattr(here.gate, fails, fail)
+            with pytest.raises(RuntimeError):
+                here.change(endpoints=[endpoint("b", "10.0.0.2:1")])
+        here.change(endpoints=[endpoint("b", "10.0.0.2:1"), endpoint("c", "10.0.0.3:1")])
+        await until(lambda: here.followed == {"b": "10.0.0.2:1", "c": "10.0.0.3:1"})
+        assert list(here.placed()) == ["b", "c"]
+
+    live(story, None, endpoints=[endpoint("a")])
+
+
 def test_an_envoy_that_never_says_a_word_is_not_waited_for_for_ever(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(roster, "GIVE_UP_S", 0.05)
 
