@@ -15,9 +15,10 @@ _AT_ONCE = 4
 
 
 class Sleeper(Protocol):
-    """Somebody who wants to be woken; `alarm` is ours to write."""
+    """Somebody who wants to be woken; both are ours to write: when, and the number of the entry that says so."""
 
     alarm: float
+    alarm_number: int
 
 
 T = TypeVar("T", bound=Sleeper)
@@ -44,7 +45,7 @@ class Alarms(Generic[T]):
         if item.alarm == at:
             return  # it is set: a second entry would live as long
         item.alarm = at
-        self._sequence += 1
+        self._sequence = item.alarm_number = self._sequence + 1
         heappush(self._heap, (at, self._sequence, item))
         if self._old:
             self._move_over()
@@ -81,4 +82,7 @@ class Alarms(Generic[T]):
         return first
 
     def _is_live(self, entry: tuple[float, int, T]) -> bool:
-        return entry[2].alarm == entry[0] and (self._still_waits is None or self._still_waits(entry[2]))
+        item = entry[2]
+        if item.alarm_number != entry[1]:
+            return False  # moved away since, and maybe back: what it stands for is another entry
+        return item.alarm == entry[0] and (self._still_waits is None or self._still_waits(item))

@@ -39,6 +39,7 @@ class Endpoint(Room):
 
     __slots__ = (
         "alarm",
+        "alarm_number",
         "completed",
         "counted",
         "counters",
@@ -79,6 +80,7 @@ class Endpoint(Room):
         self.picked = 0  # when it was picked last, in picks: equal endpoints take turns
         self.crowding = (0.0, 0)  # its pressure and `picked`, kept by the controller: the least has the most room
         self.alarm = NEVER  # the one alarm that is set for it
+        self.alarm_number = 0
         self.counters = Counters(policy.laws.counters)
         self.steps = StepCost(policy.laws.steps)
         self.deferred = Deferred()

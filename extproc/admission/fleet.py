@@ -125,16 +125,16 @@ class Fleet:
         books = self._books
         present = [endpoint for endpoint in books.endpoints.values() if not endpoint.removed]
         before, parted = books.pools.regroup(present, books.lanes)
-        for pool in dict.fromkeys((*before, *books.pools)):
-            if pool.homes:
-                members = set(pool.members)
-                for home in [home for home in pool.homes if home not in members]:
-                    self._lines.evict(pool, home)
         for endpoint in present:
             endpoint.listed = False
             self.changed(endpoint)
         self._spare_the_last(books.pools)
         self._lines.resettle(parted)
+        for pool in dict.fromkeys((*before, *books.pools)):  # who moved has a home where it went, if that serves it
+            if pool.homes:
+                members = set(pool.members)
+                for home in [home for home in pool.homes if home not in members]:
+                    self._lines.evict(pool, home)
         for pool in books.pools:
             self._lines.follow_service(pool)
 

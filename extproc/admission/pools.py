@@ -97,8 +97,11 @@ class Pools:
         return len(self._listed_by) > 1 and not self.any_model.members and not self.expects_any
 
     def know(self, models: Iterable[str]) -> bool:
-        """Note names of models; tell whether any is new."""
-        fresh = [model for model in models if model not in self.by_model]
+        """Note names of models; tell whether any is new.
+
+        Their order decides which model a pool lives on for. It is that of their names: a set's is another in each run.
+        """
+        fresh = sorted({model for model in models if model not in self.by_model})
         for model in fresh:
             self.by_model[model] = self.any_model
         self.any_model.names += len(fresh)
@@ -169,7 +172,7 @@ class Pools:
         self.know(models)
         self._listed_by[models] = endpoint
         serves: dict[Pool, set[str]] = {self.every: set()}
-        for model in models:
+        for model in sorted(models):
             serves.setdefault(self.by_model[model], set()).add(model)
         split: list[Pool] = []
         for pool, its in serves.items():

@@ -158,6 +158,19 @@ def test_a_reload_that_takes_a_model_from_another_endpoint_leaves_who_waits_for_
     assert (desk.where(guest), desk.outcome(guest)) == ("c", Outcome.REROUTED)
 
 
+@pytest.mark.parametrize(("stays", "goes"), [("m", "n"), ("n", "m")])
+def test_a_reload_that_takes_another_model_from_its_home_leaves_who_waits_there(stays: str, goes: str) -> None:
+    """Either model may keep the pool that both had."""
+    both, its = frozenset({stays, goes}), frozenset({stays})
+    desk = Desk(one("a", models=both), one("b", models=both))
+    a, b, guest = (desk.ask(home=home, model=stays) for home in "aba")
+    desk.put(one("a", models=its), one("b", models=both))
+    desk.release(b)
+    assert desk.where(guest) is None, "for its home"
+    desk.release(a)
+    assert (desk.where(guest), desk.outcome(guest)) == ("a", Outcome.DISPATCHED)
+
+
 def test_a_reload_that_takes_its_model_from_its_home_lets_a_request_go_anywhere() -> None:
     desk, held = serving_two_models()
     guest = desk.ask("guest", model="n", home="a")

@@ -32,6 +32,16 @@ def test_a_model_that_no_endpoint_lists_is_unknown() -> None:
     assert (desk.outcome(stranger), desk.retry_after(stranger)) == (Outcome.UNKNOWN_MODEL, None)
 
 
+def test_models_are_known_in_the_order_of_their_names_so_that_every_run_decides_alike() -> None:
+    """A set of names has another order in each process, and the order decides which model keeps a pool."""
+    models = [f"m{number}" for number in range(10, 40)]
+    desk = Desk(one("a", models=frozenset(models[5:15])))
+    desk.put(one("b", models=frozenset(models[:5])))  # joins
+    desk.know_models(*frozenset(models[15:]))
+    known = list(desk.core._books.pools.by_model)
+    assert known == [*models[5:15], *models[:5], *models[15:]]
+
+
 def test_an_unknown_model_stays_unknown_while_a_removed_endpoint_runs_out() -> None:
     desk = Desk(one("a", models=frozenset({"m"})))
     desk.ask(model="m")

@@ -143,6 +143,18 @@ def test_alarms_that_are_set_again_and_again_are_bounded_by_twice_those_who_wait
     assert alarms.next() == 9999.0
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_an_alarm_that_went_and_came_back_is_due_after_those_that_were_set_meanwhile(asked: bool) -> None:
+    """Who asks for the next alarm changes nothing: a recording that runs again asks at other moments."""
+    alarms, first, second = Alarms(), Ticket(Request("first", 0.0)), Ticket(Request("second", 0.0))
+    alarms.set(first, 2.0, 2)
+    alarms.set(first, 9.0, 2)
+    assert not asked or alarms.next() == 9.0
+    alarms.set(second, 2.0, 2)
+    alarms.set(first, 2.0, 2)
+    assert list(alarms.due(2.0)) == [second, first]
+
+
 def test_no_alarm_has_to_look_at_all_others_to_drop_those_that_are_wanted_no_more() -> None:
     looked_at: list[Ticket] = []
     alarms = Alarms(lambda ticket: looked_at.append(ticket) or ticket.state is State.WAITING)
