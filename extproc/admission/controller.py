@@ -34,6 +34,7 @@ from extproc.admission.events import (
 from extproc.admission.lanes import lane_of
 from extproc.admission.lines import placed
 from extproc.admission.outcome import Outcome
+from extproc.admission.placing import DUE_AT_ONCE
 from extproc.admission.sharing import Sharing
 from extproc.admission.transitions import DONE, LEASED, LEFT, WAITING
 from extproc.admission.values import Answer, Dispatch
@@ -43,9 +44,6 @@ if TYPE_CHECKING:
     from extproc.admission.values import Decision
 
 _OK = Answer.OK
-
-DUE_AT_ONCE = 100
-"""Waits that end in one event: a millisecond's worth or two, so that ten thousand that do stop nobody."""
 
 
 class Controller(Sharing):

@@ -56,9 +56,9 @@ class Frame:
         self._books = books = Books(policy)
         self._lines = lines = Lines(books)
         self._fleet = fleet = Fleet(books, lines)
-        self._placing = Placing(books, lines, fleet)
         self._tokens = TokenEstimate(policy.laws.tokens)
         self._refusing = Refusing(books, lines, self._tokens)
+        self._placing = Placing(books, lines, fleet, self._refusing)
         self._answers = Answers(books, fleet, self._tokens)
         self._hearing = Hearing(books, lines, fleet, self._tokens)
         self.endpoints = books.endpoints

@@ -148,7 +148,7 @@ class Lines:
         """End a wait as if it had never begun: the request is new again."""
         self.leave(ticket)
         ticket.state, ticket.charge, ticket.alarm, ticket.home = NEW, None, NEVER, None
-        ticket.passed_over, ticket.is_guard = 0, False
+        ticket.passed_over, ticket.is_guard, ticket.alarm_number = 0, False, 0
         ticket.tenant = ticket.request.tenant
 
     # ---- changing over

@@ -121,7 +121,7 @@ class Ticket:
         self.wait_until = 0.0  # the end of its budget
         self.patience_until = 0.0  # the end of its wait for its home
         self.alarm = 0.0  # the one alarm that is set for it
-        self.alarm_number = 0
+        self.alarm_number = 0  # until it waits
 
     def book(self, prompt_tokens: int) -> None:
         """Take its prompt to have so many tokens."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from extproc.admission.controller import DUE_AT_ONCE
 from extproc.admission.outcome import Outcome
+from extproc.admission.placing import DUE_AT_ONCE
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import Request
 
@@ -39,6 +39,20 @@ def test_of_many_whose_budgets_end_in_one_moment_some_are_refused_in_each_event_
     assert [len(some) for some in refused] == [DUE_AT_ONCE, DUE_AT_ONCE, DUE_AT_ONCE, 1]
     assert [one.ticket for some in refused for one in some] == waiting
     assert core.next_deadline() != over
+
+
+def test_of_many_whose_budgets_are_over_none_gets_the_room_that_opens_in_that_moment() -> None:
+    """Older ones were refused in the same event, since only so many are; who comes after them got the room."""
+    desk = Desk(one("a", 64), max_queued_requests=1000)
+    running = desk.fill(64)
+    late = [desk.ask(f"late{number}") for number in range(DUE_AT_ONCE + 50)]
+    desk.now = late[0].wait_until + 0.01
+    desk.release(running[0])  # before any tick
+    assert not any(desk.where(ticket) for ticket in late)
+    fresh = desk.ask("fresh")
+    desk.advance(0.0)
+    assert {desk.outcome(ticket) for ticket in late} == {Outcome.BUDGET_EXPIRED}
+    assert desk.where(fresh) == "a"
 
 
 def test_a_request_may_ask_for_a_shorter_wait() -> None:
