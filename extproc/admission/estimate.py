@@ -36,7 +36,7 @@ LEAST_LASTED_S, MOST_PACE = 1e-3, 1000.0
 """Answers are taken to last so long in the mean at the least; tokens per second of one sequence: no median over engines
 is more."""
 SCALES = 4096
-"""Scales remembered; the one that was used longest ago is forgotten first."""
+"""Scales remembered, and means of answers; what was learned from longest ago is forgotten first."""
 TRIES = 3
 """Of a size that no engine has counted: where clients leave, or engines fail, one more may tell."""
 
@@ -77,7 +77,7 @@ class Learnt(NamedTuple):
 
 
 MOST_LEARNT = 500
-"""Scales, and means of answers, that another core is told: those that were used last."""
+"""Scales, and means of answers, that another core is told: those that were learned from last."""
 
 SizeClass = tuple[str | None, str, int]
 """A model, a kind of body, and the bits of the announced size."""
@@ -112,7 +112,7 @@ class TokenEstimate:
         self._mean = law.answer  # of all answers, by the counters
         self._all = _Mean()  # of all answers, as `tokens_of` sees them
         self._correction = 1.0  # by how much counters and that view differ
-        self._answers: dict[tuple[str | None, str], _Mean] = {}
+        self._answers: dict[tuple[str | None, str], _Mean] = {}  # asked for each request: a plain one is quicker
         self._durations = _Mean()
         self._pace = law.first_pace  # the median of what engines showed
 
@@ -231,10 +231,8 @@ class TokenEstimate:
         self._compare()
         key = (ticket.request.model, ticket.request_class.name)
         mean = self._answers.get(key)
-        if mean is None:
-            mean = self._answers[key] = _Mean()
-            if len(self._answers) > SCALES:
-                del self._answers[next(iter(self._answers))]
+        if mean is None or len(self._answers) > MOST_LEARNT:
+            mean = self._mean_of(key)
         mean.add(seen / ticket.sequences, law.memory)
         return seen * self._correction
 
@@ -272,10 +270,8 @@ class TokenEstimate:
             case "all":
                 self._all.value, self._all.count = tokens, min(max(weight, 0.0), self.law.memory)
             case "answers":
-                mean = self._answers.setdefault((model, kind), _Mean())
+                mean = self._mean_of((model, kind))
                 mean.value, mean.count = tokens, min(max(weight, 1.0), self.law.memory)
-                if len(self._answers) > SCALES:
-                    del self._answers[next(iter(self._answers))]
             case "scale":
                 scale = self._scale((model, kind, bits))
                 scale.value = min(max(value, LEAST_SCALE), MOST_SCALE)
@@ -301,6 +297,16 @@ class TokenEstimate:
             return int(self._mean)
         weight = own.count / (own.count + self.law.own)
         return int(self._mean + weight * (own.value * self._correction - self._mean))
+
+    def _mean_of(self, key: tuple[str | None, str]) -> _Mean:
+        mean = self._answers.get(key)
+        if mean is None:
+            mean = self._answers[key] = _Mean()
+            if len(self._answers) > SCALES:
+                del self._answers[next(iter(self._answers))]
+        elif len(self._answers) > MOST_LEARNT:  # of fewer all are told, and none is forgotten
+            self._answers[key] = self._answers.pop(key)
+        return mean
 
     def _scale(self, key: SizeClass) -> _Scale:
         scale = self._scales.get(key)

@@ -90,6 +90,10 @@ def read_ask(
     if n < 1:
         raise BadRequest(f"n must be at least 1, got {n}.", param="n")
     chars = [_chat_chars(fields)] if kind == "chat" else _prompt_chars(fields)
+    if len(chars) > MOST_CHOICES:
+        raise BadRequest(
+            f"`prompt` must be a list of at most {MOST_CHOICES} prompts, got {len(chars)}.", param="prompt"
+        )
     if n * len(chars) > MOST_CHOICES:
         raise BadRequest(
             f"n must be at most {MOST_CHOICES // len(chars)} for {len(chars)} prompts, got {n}.", param="n"

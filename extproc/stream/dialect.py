@@ -38,8 +38,14 @@ class Modes:
     """
 
     __slots__ = (
-        *("ask", "echoes", "holds_body", "override", "sends_pieces"),
-        *("shows_answer", "tells_body", "tells_end"),
+        "ask",
+        "echoes",
+        "holds_body",
+        "override",
+        "sends_pieces",
+        "shows_answer",
+        "tells_body",
+        "tells_end",
     )
 
     def __init__(

@@ -82,7 +82,7 @@ def story(here):
         for number in range(2)
     ]
     here._wait(lambda page: sum(one["in_flight"] for one in page["endpoints"]) == 2, 5.0, "both endpoints busy")
-    # A client's x-request-id is not believed by Envoy at the edge: ours comes by the attribute, so it is Envoy's own.
+    # A client's x-request-id is kept: our Envoys take themselves for no edge (no use_remote_address).
     trace = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
     with ThreadPoolExecutor(1) as pool:
         held = pool.submit(complete_many, here.url, 1, lambda _: {**labels("held"), **trace, **timed()})
@@ -149,7 +149,7 @@ def test_what_held_a_refused_request_and_its_budget_stand_alike_in_its_body_its_
     for told in (error, line, metadata):
         assert (told["waited_for"], told["budget_s"]) == ("limit", 0)
     assert error["code"] == "budget_expired"
-    assert error["request_id"] == line["request_id"], "so who was refused can be asked for"
+    assert error["request_id"] == line["request_id"] == labels("refused")["x-request-id"], "so it can be asked for"
     assert story[1].headers["x-request-id"] == line["request_id"], "and OpenAI's clients show it"
     assert error["wait_s"] == line["wait_s"] == pytest.approx(metadata["wait_ms"] / 1000, abs=0.001)
 

@@ -54,6 +54,12 @@ def test_any_body_is_a_valid_request_or_a_bad_one_and_nothing_else(body: bytes, 
     assert status in {200, 400}
 
 
+def test_too_many_prompts_are_told_as_what_they_are_and_not_as_too_many_answers_of_each() -> None:
+    body = json.dumps({"prompt": ["hi"] * 1025}).encode()
+    with pytest.raises(BadRequest, match=r"`prompt` must be a list of at most 1024 prompts, got 1025\."):
+        read_ask("text", body, {}, ("sim",), 100, any_model=True)
+
+
 def test_a_histogram_cumulates_and_counts_weights() -> None:
     histogram = Histogram((1, 2))
     histogram.observe(1.0, 3)

@@ -175,6 +175,19 @@ def test_the_scales_and_means_of_made_up_models_are_bounded() -> None:
     assert (len(estimate._scales), len(estimate._answers)) == (SCALES, SCALES)
 
 
+def test_names_that_clients_make_up_drive_out_no_model_that_answers_all_the_time() -> None:
+    """The means of answers were forgotten by when they were first seen."""
+    estimate, real = TokenEstimate(), Ticket(Request("r", 0.0, model="real"))
+    for number in range(SCALES + 50):
+        made_up = Ticket(Request("r", 0.0, model=f"m{number}"))
+        estimate.tokens_of(made_up, 1.0, 10.0, learn=True)
+        if number % 1000 == 0:
+            estimate.tokens_of(real, 20.0, 10.0, learn=True)
+    assert ("real", real.request_class.name) in estimate._answers
+    assert "real" in [one.model for one in estimate.learnt() if one.what == "answers"]
+    assert len(estimate._answers) == SCALES
+
+
 def test_nobody_needs_more_than_the_model_takes() -> None:
     ticket = Ticket(Request("r", 0.0, prompt_tokens=50_000))
     TokenEstimate().estimate(ticket, 150)
