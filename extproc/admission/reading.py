@@ -19,16 +19,18 @@ class Reading:
 
     Attributes:
         page, page_at: what its metrics page said last, and when.
+        booked: tokens in our books when that came: of prompts that are computed, and of their answers.
         report, report_at: what the headers of an answer said last, where the page said nothing since, and when.
         capacity: the size of the KV cache that a page told; its word lasts.
     """
 
-    __slots__ = ("capacity", "page", "page_at", "report", "report_at")
+    __slots__ = ("booked", "capacity", "page", "page_at", "report", "report_at")
 
     def __init__(self) -> None:
         """Start without a word."""
         self.page: Load | None = None
         self.page_at = 0.0
+        self.booked = (0, 0)
         self.report: Load | None = None
         self.report_at = 0.0
         self.capacity: int | None = None

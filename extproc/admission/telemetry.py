@@ -32,6 +32,8 @@ def follow_page(endpoint: Endpoint, load: Load, now: float, policy: Policy, *, w
     endpoint.size_cache()
     endpoint.deferred.follow(load, endpoint.leases, endpoint.prefill, now)
     counted = _follow_prompts(endpoint, load, elapsed_s, now, policy)
+    kv, prefill = endpoint.kv, endpoint.prefill
+    reading.booked = (kv.prompts - prefill.prompts, kv.outputs - prefill.outputs)
     load = _set_aside(endpoint, load)
     knows_kv, why = endpoint.kv.capacity is not None and load.kv_usage is not None, endpoint.limit.why
     deferred = endpoint.deferred.count
@@ -46,10 +48,9 @@ def follow_page(endpoint: Endpoint, load: Load, now: float, policy: Policy, *, w
     if endpoint.limit.why != why:
         endpoint.limit_since = now
     if load.kv_usage is not None:
-        kv, prefill = endpoint.kv, endpoint.prefill
         kv.judge(load.kv_usage, load.waiting, load.preemptions, elapsed_s, wanted=wanted)
         if endpoint.sees_first_tokens:
-            kv.learn(load.kv_usage, kv.prompts - prefill.prompts, kv.outputs - prefill.outputs, elapsed_s)
+            kv.learn(load.kv_usage, *reading.booked, elapsed_s)
         elif load.waiting == 0:  # nothing tells which prompts are computed: about all, where nobody waits inside
             prompts, outputs = prefill.held_back_tokens()
             kv.learn(load.kv_usage, kv.prompts - prompts, kv.outputs - outputs, elapsed_s)

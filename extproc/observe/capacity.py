@@ -164,8 +164,8 @@ class _Pool:
             self.most[one] = max(most.get(one, 0.0), running or 0.0)
             filling = self.fillings[one] = fillings.get(one) or Filling()
             if kv.capacity is not None and page is not None and page.kv_usage is not None:
-                prompts, outputs = kv.prompts - one.prefill.prompts, kv.outputs - one.prefill.outputs
-                filling.learn(now, kv.capacity, page.kv_usage, prompts, outputs)
+                # The books of that moment: a page may be older than most of what runs now.
+                filling.learn(one.reading.page_at, kv.capacity, page.kv_usage, *one.reading.booked)
             if one.steps.readings >= LEAST_READINGS:
                 mark = self.marks[one] = (one.expected + one.kv.outputs / 2, one.written)
                 expected, written = before.get(one, mark)

@@ -35,8 +35,11 @@ class Filling:
         self._count = self._prompts = self._used = self._squares = self._products = 0.0
 
     def learn(self, now: float, capacity: int, usage: float, prompts: int, outputs: int) -> None:
-        """Follow a reading: `usage` of `capacity` tokens, by `prompts` that are computed, and half of `outputs`."""
-        if prompts <= ENOUGH * capacity:
+        """Follow a reading: `usage` of `capacity` tokens, by `prompts` that are computed, and half of `outputs`.
+
+        The same reading again, of the same moment: no-op.
+        """
+        if prompts <= ENOUGH * capacity or now <= self._at:
             return
         kept = math.exp((self._at - now) / MEMORY_S)
         x = prompts / capacity
