@@ -159,15 +159,15 @@ class Controller(Sharing):
         endpoint, pool = placed(ticket.endpoint), placed(ticket.pool)
         ticket.state, ticket.ended_at, ticket.answer = DONE, now, answer
         endpoint.release(ticket, now, served=answer is _OK, wanted=pool.waiting_total > 0)
-        if ticket.choices:
-            self._fleet.let_go(ticket)
-        if ticket.account is not None:
-            self._lines.count_out(ticket)
-        if endpoint.removed:
-            self._fleet.forget_if_gone(endpoint)
-        try:  # judged last: a fault in that leaves no slot taken and nothing in its tenant's account
+        try:
             self._answers.ended(ticket, endpoint, pool, answer)
-        finally:
+        finally:  # a fault in that leaves no room kept and nothing in its tenant's account
+            if ticket.choices:
+                self._fleet.let_go(ticket)
+            if ticket.account is not None:
+                self._lines.count_out(ticket)
+            if endpoint.removed:
+                self._fleet.forget_if_gone(endpoint)
             self._fleet.changed(endpoint)
         return self._end()
 

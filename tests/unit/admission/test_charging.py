@@ -9,6 +9,7 @@ import pytest
 from extproc.admission.estimate import MOST_OUTPUT
 from extproc.admission.fairness import OUTPUT_WEIGHT
 from extproc.admission.load import Load
+from extproc.admission.tenants import TenantRule, TenantRules
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import Answer, RequestClass
 
@@ -75,6 +76,22 @@ def charged(desk: Desk, ticket: Ticket, answer: Answer) -> float:
     before = record.finish
     desk.release(ticket, answer)
     return ticket.output_tokens + (record.finish - before) / OUTPUT_WEIGHT
+
+
+def beyond_its_estimate(weight: float) -> float:
+    """Return what a tenant of that weight is charged for an answer ten times as long as the one before."""
+    desk = Desk(one("a", 1), classes=PATIENT, tenants=TenantRules({"t": TenantRule(weight=weight)}))
+    for length_s in (1.0, 10.0):
+        ticket = desk.ask(tenant="t")
+        desk.advance(length_s)
+        beyond = charged(desk, ticket, Answer.OK) - ticket.output_tokens
+    return beyond
+
+
+def test_what_an_answer_cost_beyond_its_estimate_counts_by_its_tenants_weight() -> None:
+    alone = beyond_its_estimate(1.0)
+    assert alone > 10.0
+    assert beyond_its_estimate(4.0) == pytest.approx(alone / 4)
 
 
 def test_an_engine_that_is_slow_makes_nobodys_answers_dear() -> None:
