@@ -286,7 +286,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "adaptive_limit": {
         "start": 17,
         "floor": 5,
-        "tpot": "81ms",
+        "tpot": "120ms",
         "step_factor": 9.0,
         "aimed": 0.5,
         "attainable": 3.0,
@@ -327,7 +327,7 @@ CHANGED: dict[str, dict[str, Any]] = {
         "hope": 0.6,
         "long": "3s",
         "most": 3.0,
-        "enough": 7.0,
+        "enough": 12.0,
     },
     "learning.counters": {"far": 4.0, "near": 1.5, "memory": 31.0, "enough": 15.0},
     "learning.steps": {
