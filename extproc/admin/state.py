@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from heapq import merge
-from itertools import islice
+from heapq import nsmallest
+from itertools import chain, islice
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from extproc import __version__
@@ -170,14 +171,18 @@ class Viewer:
             some = [ticket for ticket in first[start : start + ROWS_TURN] if ticket.state is State.WAITING]
             waiting += self._rows(some, now)
             await asyncio.sleep(0)
-        rest = {"waiting": waiting, "running": self._running(limit, now), "tenants": await self._tenants()}
+        running = await self._running(limit, now)
+        rest = {"waiting": waiting, "running": running, "tenants": await self._tenants()}
         return {**mode, "endpoints": await self._endpoints(now), **rest, **counted}
 
-    def _running(self, limit: int, now: float) -> list[Values]:
-        """Describe the `limit` oldest leases: each endpoint's are in order, so no more of them are looked at."""
-        endpoints = self._gate.controller.endpoints.values()
-        oldest = merge(*(list(islice(endpoint.leases, limit)) for endpoint in endpoints), key=_leased_at)
-        return [_running_row(ticket, now) for ticket in islice(oldest, limit)]
+    async def _running(self, limit: int, now: float) -> list[Values]:
+        """Describe the `limit` oldest leases: one moved or adopted is the last of its endpoint, and may be old."""
+        oldest: list[Ticket] = []
+        leases = [ticket for endpoint in self._gate.controller.endpoints.values() for ticket in endpoint.leases]
+        for start in range(0, len(leases), TURN):
+            oldest = nsmallest(limit, chain(oldest, leases[start : start + TURN]), key=attrgetter("leased_at"))
+            await asyncio.sleep(0)
+        return [_running_row(ticket, now) for ticket in oldest if ticket.state is State.LEASED]
 
     async def _tenants(self) -> list[Values]:
         refused = Counter[str]() if self._stories is None else self._stories.refused_by_tenant()
@@ -407,10 +412,6 @@ def _running_row(ticket: Ticket, now: float) -> Values:
         "for_s": round(now - ticket.leased_at, 3),
         "answered": ticket.is_answered,
     }
-
-
-def _leased_at(ticket: Ticket) -> float:
-    return ticket.leased_at
 
 
 def _may_go_to(request: Request, queue: str, members: Sequence[Endpoint], present: int) -> str:

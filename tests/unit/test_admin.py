@@ -13,7 +13,8 @@ from extproc.admin.http import Admin
 from extproc.admin.state import FileState
 from extproc.admission.load import Load
 from extproc.admission.tenants import TenantRule, TenantRules
-from extproc.admission.values import Policy
+from extproc.admission.ticket import Ticket
+from extproc.admission.values import Policy, Request
 from extproc.commands.top import lines
 from tests.unit.admin_room import CLASSES, Room, event, served, until
 
@@ -111,6 +112,20 @@ def test_queues_lists_those_that_run_the_oldest_first_wherever_they_run():
         "for_s": 4.0,
         "answered": False,
     }
+
+
+def test_queues_lists_a_request_that_runs_long_although_it_was_adopted_last():
+    room = Room(endpoints=2, limit=300)
+    room.clock.now = 1000.0
+    room.offer(500)
+    for age_s in (5.0, 600.0, 30.0):
+        ticket = Ticket(Request(f"{age_s:.0f}", room.clock.now - age_s))
+        room.gate.controller.adopt(ticket, "vllm-0", room.clock.now, held_s=age_s)
+    room.clock.now += 1.0
+    listed = asyncio.run(room.admin.snapshot(200))["running"]
+    assert [row["id"] for row in listed[:3]] == ["600", "30", "5"]
+    assert len(listed) == 200
+    assert {row["for_s"] for row in listed[3:]} == {1.0}
 
 
 def test_what_a_client_sent_is_shortened():
