@@ -49,15 +49,15 @@ def _is_token(text: str) -> bool:
 
 
 def whose(decision: Reject) -> dict[str, str | int]:
-    """Return what an error says of the tenant at its limit: the caller's own name, as it sent it, and the limit."""
+    """Return what an error says of the tenant at its limit: the caller's own name, as it sent it, and the limit.
+
+    Of an account that several share there are no numbers: they would tell a client how busy all the others are.
+    """
     crowd, tenant = decision.crowd, decision.ticket.request.tenant
     if crowd is None:
         return {}
-    return {
-        **({"tenant": tenant} if _is_token(tenant) else {}),
-        "in_flight": crowd.in_flight,
-        "max_in_flight": crowd.most,
-    }
+    about: dict[str, str | int] = {"tenant": tenant} if _is_token(tenant) else {}
+    return about if crowd.is_shared else about | {"in_flight": crowd.in_flight, "max_in_flight": crowd.most}
 
 
 def model_list(reception: Reception, path: str, shape: Shape) -> bytes | None:

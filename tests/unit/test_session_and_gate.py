@@ -238,6 +238,16 @@ def test_one_over_its_tenants_cap_is_told_its_own_name_and_the_cap_and_the_acces
     assert metadata["tenant"].string_value == "acme"
 
 
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_refusal_tells_no_client_how_many_requests_others_have_that_share_its_account(apart):
+    room = Room(ONE, tenants=TenantRules({}, TenantRule(max_in_flight=1), apart=apart))
+    room.open(x_tenant_id="stranger" if apart else "other")
+    _, replies = room.open(x_tenant_id="stranger")
+    told = json.loads(replies[0].immediate_response.body)["error"]
+    assert (told["code"], told["tenant"]) == ("tenant_limit", "stranger")
+    assert {"in_flight", "max_in_flight"} & told.keys() == ({"in_flight", "max_in_flight"} if apart else set())
+
+
 @pytest.mark.parametrize("request_id", ["5c1f-7", "x" * 128, "", "x" * 129, "two words", "\u00e9", "a\r\nb: c"])
 def test_a_refusal_repeats_the_id_to_ask_for_where_it_is_a_token(request_id):
     room = Room(ONE, classes=(RequestClass("default", 0, 0.0),))
