@@ -2,7 +2,8 @@
 
 Each is held against the median of the others that serve the same models. By its time per output token, where pages tell
 of tokens; else by how long its answers take, by our own books: requests in flight x seconds, over answers that ended
-(Little's law). Both are read when somebody looks, or every few seconds: nothing happens on the way of a request.
+(Little's law). That one is a hint for people and no metric: one client's long sessions, at home at one of equal
+engines, look the same. Both are read when somebody looks, or every few seconds: nothing happens on the way of a request.
 """
 
 from __future__ import annotations
@@ -80,37 +81,42 @@ class Paces:
 
     def slowness(self) -> dict[str, float]:
         """Return how many times as long as its peers' median each endpoint takes; nothing of who has nothing to do."""
-        tokens: dict[frozenset[str], dict[str, float]] = {}
         answers: dict[frozenset[str], dict[str, float]] = {}
         for name, endpoint in self._controller.endpoints.items() if self._decides() else ():
-            book, models = self._books.get(name), endpoint.spec.models
-            token_s = endpoint.steps.tpot_s if endpoint.reading.page is not None and endpoint.leases else None
-            if token_s is not None:
-                tokens.setdefault(models, {})[name] = token_s
+            book = self._books.get(name)
             answer_s = None if book is None else book.answer_s(endpoint)
             if answer_s is not None:
-                answers.setdefault(models, {})[name] = answer_s
-        found: dict[str, float] = {}
-        for of_all in (answers, tokens):  # tokens tell more: they win
-            for of_peers in of_all.values():
-                found.update(_against_others(of_peers))
-        return found
+                answers.setdefault(endpoint.spec.models, {})[name] = answer_s
+        return _against_peers(answers) | self.by_tokens()  # tokens tell more: they win
+
+    def by_tokens(self) -> dict[str, float]:
+        """Return the same of those whose pages tell of tokens, by their time per token alone."""
+        tokens: dict[frozenset[str], dict[str, float]] = {}
+        for name, endpoint in self._controller.endpoints.items() if self._decides() else ():
+            token_s = endpoint.steps.tpot_s if endpoint.reading.page is not None and endpoint.leases else None
+            if token_s is not None:
+                tokens.setdefault(endpoint.spec.models, {})[name] = token_s
+        return _against_peers(tokens)
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metric family: prometheus_client asks."""
         slow = GaugeMetricFamily(
             "extproc_endpoint_slowness_ratio",
-            "How many times as long an endpoint takes as the median of the others that serve the same models: for an "
-            "output token, or for an answer where no page tells. Absent while it, or all others, have nothing to do.",
+            "How many times as long an output token takes at an endpoint as at the median of the others that serve the "
+            "same models. Absent while it, or all others, have nothing to do, and where its page tells no tokens.",
             labels=["endpoint"],
         )
-        for name, ratio in self.slowness().items():
+        for name, ratio in self.by_tokens().items():
             slow.add_metric([name], ratio)
         yield slow
 
 
 def _ended(endpoint: Endpoint) -> int:
     return endpoint.dispatched - len(endpoint.leases)
+
+
+def _against_peers(by_models: Mapping[frozenset[str], Mapping[str, float]]) -> dict[str, float]:
+    return {name: ratio for of_peers in by_models.values() for name, ratio in _against_others(of_peers)}
 
 
 def _against_others(times_s: Mapping[str, float]) -> Iterator[tuple[str, float]]:

@@ -61,11 +61,13 @@ def test_an_engine_whose_tokens_take_ten_times_as_long_is_ten_times_as_slow() ->
     assert {sample.labels["endpoint"]: sample.value for sample in family.samples} == found
 
 
-def test_engines_without_a_page_are_compared_by_how_long_their_answers_take() -> None:
+def test_engines_without_a_page_are_compared_by_how_long_their_answers_take_for_people_and_for_no_alert() -> None:
     fleet = Fleet("", "", "")
     fleet.answer(200.0, {"vllm-0": 1.0, "vllm-1": 10.0, "vllm-2": 1.0})
     found = fleet.paces.slowness()
     assert found["vllm-1"] == pytest.approx(10.0, rel=0.2)
+    (family,) = fleet.paces.collect()
+    assert family.samples == [], "one client's long answers look the same: that is no alert"
     fleet.answer(200.0, {"vllm-0": 1.0, "vllm-1": 1.0, "vllm-2": 1.0}, slots=2)
     assert fleet.paces.slowness()["vllm-1"] == pytest.approx(1.0, rel=0.5), "what was is forgotten"
 
