@@ -3,7 +3,7 @@
 Each is held against the median of the others that serve the same models. By its time per output token, where pages tell
 of tokens; else by how long its answers take, by our own books: requests in flight x seconds, over answers that ended
 (Little's law). That one is a hint for people and no metric: one client's long sessions, at home at one of equal
-engines, look the same. Both are read when somebody looks, or every few seconds: nothing happens on the way of a request.
+engines, look the same. Both are read when somebody looks, or every few seconds, nothing on the way of a request.
 """
 
 from __future__ import annotations
