@@ -61,7 +61,7 @@ async def _holder(address: str) -> str:
     try:
         async with (
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ASK_S)) as client,
-            client.get(url) as answer,
+            client.get(url, allow_redirects=False) as answer,
         ):
             said = (await answer.content.read(200)).decode(errors="replace")
     except (aiohttp.ClientConnectorError, aiohttp.ServerDisconnectedError, ConnectionError):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -86,7 +87,7 @@ class Roster:
         self._remove = remove
         self._tasks = tasks
         self._seen: dict[str, tuple[EndpointConfig, ...]] = {FILE: tuple(config.endpoints)}
-        self._placed: dict[str, tuple[EndpointConfig, EndpointSpec]] = {}
+        self._placed: dict[str, tuple[EndpointConfig | None, EndpointSpec]] = {}  # None: in doubt, after a fault
         self._routes: dict[str, _Route] = {}
         self._gone: dict[str, float] = {}  # names whose answers are kept a while: a decision may be on its way
         self._written: object = None
@@ -200,7 +201,8 @@ class Roster:
             self._place([aim for aim in aims if self._file is None or self._routes[aim[1].cluster].known])
             gone = [name for name in self._placed if name not in wanted or name in moved]
             if gone:
-                self._gate.remove_endpoints(gone)
+                with self._tried({name: self._placed[name][1] for name in gone}):
+                    self._gate.remove_endpoints(gone)
             for name in gone:
                 self._displace(name)
         finally:
@@ -247,12 +249,23 @@ class Roster:
             if placed is None or placed[1].cluster != spec.cluster:
                 self._reception.put_cluster(spec.name, spec.cluster)
         if news:
-            self._gate.put_endpoints([spec for _, spec in news])
+            with self._tried({spec.name: spec for _, spec in news}):
+                self._gate.put_endpoints([spec for _, spec in news])
         for endpoint, spec in news:
             placed = self._placed.get(endpoint.name)
             before = None if placed is None else placed[0]
             self._placed[endpoint.name] = (endpoint, spec)
             self._untold.append(partial(self._follow, endpoint, spec.cluster, before, since_start=self._task is None))
+
+    @contextmanager
+    def _tried(self, specs: dict[str, EndpointSpec]) -> Iterator[None]:
+        """After a fault it is open whether the core took these over: the next change puts all of them again, or
+        removes them."""
+        try:
+            yield
+        except BaseException:
+            self._placed |= {name: (None, spec) for name, spec in specs.items()}
+            raise
 
     def _displace(self, name: str) -> None:
         del self._placed[name]

@@ -48,7 +48,12 @@ def test_a_port_of_a_sidecar_that_stays_is_an_error_that_says_so(is_ready):
 
 
 @pytest.mark.parametrize(
-    ("says", "holder"), [(b"", "does not answer"), (b"HTTP/1.1 200 OK\r\n\r\nhi", "another program")]
+    ("says", "holder"),
+    [
+        (b"", "does not answer"),
+        (b"HTTP/1.1 200 OK\r\n\r\nhi", "another program"),
+        (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\n\r\n", "another program"),
+    ],
 )
 def test_a_port_of_another_program_or_of_one_that_hangs_is_an_error_that_says_so(says, holder, monkeypatch):
     monkeypatch.setattr("extproc.admin.predecessor.ASK_S", 0.1)

@@ -76,7 +76,7 @@ class House:
             file=ClustersFile(str(path)) if path is not None else None,
             envoy=self.envoy if path is not None else None,
             put=lambda one: self.followed.__setitem__(one.name, one.address),
-            remove=self.followed.__delitem__,
+            remove=lambda name: self.followed.pop(name, None),
             tasks=Tasks(),
         )
 
@@ -220,6 +220,31 @@ def test_a_change_that_the_core_cannot_take_over_is_made_with_the_next_one_and_a
         assert list(here.placed()) == ["b", "c"]
 
     live(story, None, endpoints=[endpoint("a")])
+
+
+@pytest.mark.parametrize(
+    ("fails", "meanwhile", "then"), [("put_endpoints", "ab", "a"), ("remove_endpoints", "a", "ab")]
+)
+def test_a_change_that_the_core_took_over_before_a_fault_is_undone_by_the_next_one(fails, meanwhile, then, monkeypatch):
+    def some(names: str) -> list[dict[str, Any]]:
+        return [endpoint(name, f"10.0.0.{number}:1") for number, name in enumerate(names)]
+
+    async def story(here: House) -> None:
+        take_over = getattr(here.gate, fails)
+
+        def take_over_and_fail(what: object) -> None:
+            take_over(what)
+            raise RuntimeError("a fault, once")
+
+        with monkeypatch.context() as once:
+            once.setattr(here.gate, fails, take_over_and_fail)
+            with pytest.raises(RuntimeError):
+                here.change(endpoints=some(meanwhile))
+        here.change(endpoints=some(then))
+        assert list(here.placed()) == list(then)
+        await until(lambda: list(here.followed) == list(then))
+
+    live(story, None, endpoints=some(then))
 
 
 def test_an_envoy_that_never_says_a_word_is_not_waited_for_for_ever(tmp_path, monkeypatch, caplog):
