@@ -258,8 +258,8 @@ class Config(Section):
         None,
         description="On SIGTERM, leave held requests to this sidecar restarted, or to another one behind the same "
         "Envoy: exit a second later; Envoy sends them again, and running answers go on. Off: place them, or refuse "
-        "them with 503, and exit when answers have run out. Unset: on; off for an endpoint picker, whose gateway "
-        "sends nothing again (docs/adr/0013).",
+        "them with 503, and exit when answers have run out. Unset: on; off with `inference_pool`, whose gateway sends "
+        "nothing again (docs/adr/0013).",
     )
 
     def policy(self) -> Policy:
@@ -346,8 +346,9 @@ class Config(Section):
 
     @property
     def hands_over(self) -> bool:
-        """What we hold at SIGTERM is left to whoever comes next."""
-        return not self.picks if self.hand_over is None else self.hand_over
+        """What we hold at SIGTERM is left to whoever comes next: our bootstraps send it again, a picker's too; the
+        gateway of an InferencePool does not."""
+        return self.inference_pool is None if self.hand_over is None else self.hand_over
 
     @property
     def objectives(self) -> dict[str, str]:

@@ -69,6 +69,20 @@ def test_an_inference_pool_makes_an_endpoint_picker_that_needs_no_clusters_file(
 
 
 @pytest.mark.parametrize(
+    ("keys", "hands_over"),
+    [
+        ({}, True),
+        ({"dialect": "endpoint-picker"}, True),
+        ({"inference_pool": {"name": "vllm"}}, False),
+        ({"inference_pool": {"name": "vllm"}, "hand_over": True}, True),
+        ({"dialect": "endpoint-picker", "hand_over": False}, False),
+    ],
+)
+def test_only_a_gateways_own_envoy_is_not_left_what_waits_at_sigterm_unless_a_key_says_so(keys, hands_over):
+    assert config(**keys).hands_over is hands_over
+
+
+@pytest.mark.parametrize(
     ("name", "priority", "expected"),
     [
         ("batch", 99, "batch"),  # the class of its name, whatever the priority
