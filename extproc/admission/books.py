@@ -1,6 +1,7 @@
 """What the rooms of the core share: the rules, who is there, who waits where, and what the event under way led to.
 
-Nothing is decided here. Between two events nothing is freed, nobody has arrived and no decision is left.
+Nothing is decided here. Between two events no decision is left. Nothing is freed and nobody has arrived then, but where
+a dispatch pass ended early and goes on with a tick.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class Controller(Sharing):
             books.tenants.comes(ticket)
         ticket.pool = pool = lane_of(whole, klass)
         lines.budget(ticket, pool)
-        ticket.position = pool.ahead_of(klass.priority)
+        ticket.position = pool.ahead_of(klass.priority) if pool.waiting_total else 0
         self._tokens.estimate(ticket, pool.longest, pool.members)
         pool.asked += 1
         pool.asked_prompts += ticket.prompt_tokens
@@ -216,7 +216,7 @@ class Controller(Sharing):
 
     def next_deadline(self) -> float | None:
         """Return when `tick` is due next, never before the last event; None: nothing is due."""
-        due, waits_until, changes_at = self._fleet.stale_at, self._lines.alarms.next(), self._fleet.changes.next()
+        due, waits_until, changes_at = self._fleet.due_at, self._lines.alarms.next(), self._fleet.changes.next()
         if waits_until is not None and (due is None or waits_until < due):
             due = waits_until
         if changes_at is not None and (due is None or changes_at < due):

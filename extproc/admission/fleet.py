@@ -27,10 +27,10 @@ class Fleet:
     Attributes:
         is_shared: other sidecars may dispatch to the same endpoints: a new one stays closed until it gets a quota.
         changes: when time alone changes an endpoint's room: closed gates, ejections.
-        stale_at: not before this can any telemetry have become stale; None: there is none.
+        due_at: not before this can any telemetry have become stale, or must a dispatch pass go on; None: there is none.
     """
 
-    __slots__ = ("_books", "_lines", "_listings", "changes", "is_shared", "stale_at")
+    __slots__ = ("_books", "_lines", "_listings", "changes", "due_at", "is_shared")
 
     def __init__(self, books: Books, lines: Lines) -> None:
         """Start without endpoints."""
@@ -39,7 +39,7 @@ class Fleet:
         self._listings = 0
         self.is_shared = False
         self.changes: Alarms[Endpoint] = Alarms()
-        self.stale_at: float | None = None
+        self.due_at: float | None = None
 
     # ---- coming and going
 
@@ -211,12 +211,12 @@ class Fleet:
 
     def heard(self) -> None:
         """Note that telemetry came, which will become stale."""
-        if self.stale_at is None:
-            self.stale_at = self._books.now + self._books.policy.stale_after_s
+        if self.due_at is None:
+            self.due_at = self._books.now + self._books.policy.stale_after_s
 
     def pass_time(self, now: float) -> None:
         """Forget telemetry that has become stale, and open what time alone opens."""
-        if self.stale_at is not None and now >= self.stale_at:
+        if self.due_at is not None and now >= self.due_at:
             self.forget_stale()
         serve_more = False
         for endpoint in self.changes.due(now):
@@ -224,6 +224,10 @@ class Fleet:
             self.changed(endpoint)
         if serve_more:
             self.regroup()
+
+    def go_on(self) -> None:
+        """Have time pass at once: a dispatch pass ended before it was through."""
+        self.due_at = self._books.now
 
     def forget_stale(self) -> None:
         """Ignore what endpoints said of themselves too long ago."""
@@ -233,4 +237,4 @@ class Fleet:
             if telemetry.forget_stale(endpoint, books.now, books.policy):
                 self.changed(endpoint)
             ages += endpoint.reading.told_at
-        self.stale_at = min(ages) + books.policy.stale_after_s if ages else None
+        self.due_at = min(ages) + books.policy.stale_after_s if ages else None

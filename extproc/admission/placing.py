@@ -59,7 +59,7 @@ class Placing:
         Whatever else waits did not fit before this event, and so does not fit now.
 
         Whose turn comes when its budget is over is refused, though its alarm is yet to come: many may be due at once,
-        or the driver late. After DUE_AT_ONCE of them the rest is left to the next event, a tick that is due by now.
+        or the driver late. After DUE_AT_ONCE of them the rest is left to the next event, a tick that is due at once.
         """
         books = self._books
         freed, arrived, has_leased, missed, over = books.freed, books.arrived, False, 0, 0
@@ -88,6 +88,8 @@ class Placing:
                     over += 1
             else:
                 over += self._is_over(books.next_arrived())
+        if freed or arrived:
+            self._fleet.go_on()
 
     def _is_over(self, ticket: Ticket) -> bool:
         """Dispatch one that may go somewhere new, if it can; tell whether it was refused instead."""

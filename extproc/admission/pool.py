@@ -150,8 +150,6 @@ class Pool:
 
     def ahead_of(self, priority: int) -> int:
         """Count those waiting with `priority` or more."""
-        if not self.waiting_total:
-            return 0
         ahead = 0
         for its, count in self.waiting.items():
             if its >= priority:

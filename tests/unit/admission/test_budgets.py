@@ -41,16 +41,20 @@ def test_of_many_whose_budgets_end_in_one_moment_some_are_refused_in_each_event_
     assert core.next_deadline() != over
 
 
-def test_of_many_whose_budgets_are_over_none_gets_the_room_that_opens_in_that_moment() -> None:
-    """Older ones were refused in the same event, since only so many are; who comes after them got the room."""
+@pytest.mark.parametrize("many", [DUE_AT_ONCE - 1, DUE_AT_ONCE, DUE_AT_ONCE + 50, 2 * DUE_AT_ONCE])
+def test_of_many_whose_budgets_are_over_none_gets_the_room_that_opens_in_that_moment(many: int) -> None:
+    """Older ones were refused in the same event, since only so many are; who comes after them gets it, and at once."""
     desk = Desk(one("a", 64), max_queued_requests=1000)
     running = desk.fill(64)
-    late = [desk.ask(f"late{number}") for number in range(DUE_AT_ONCE + 50)]
+    late = [desk.ask(f"late{number}") for number in range(many)]
+    desk.advance(10.0)
+    fresh = desk.ask("fresh")
+    desk.advance(late[0].wait_until - desk.now - 0.01)
     desk.now = late[0].wait_until + 0.01
     desk.release(running[0])  # before any tick
     assert not any(desk.where(ticket) for ticket in late)
-    fresh = desk.ask("fresh")
-    desk.advance(0.0)
+    while (due := desk.core.next_deadline()) is not None and due <= desk.now:
+        desk.advance(0.0)
     assert {desk.outcome(ticket) for ticket in late} == {Outcome.BUDGET_EXPIRED}
     assert desk.where(fresh) == "a"
 

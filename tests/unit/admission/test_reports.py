@@ -143,7 +143,7 @@ def test_reports_become_stale_by_themselves() -> None:
     desk.advance(0.01)
     assert guest.state is State.LEASED
     assert desk.endpoint("a").known is None
-    assert desk.core._fleet.stale_at is None
+    assert desk.core._fleet.due_at is None
 
 
 @pytest.mark.parametrize("last", [HOT, COOL])
