@@ -253,18 +253,30 @@ class Wait(_message.Message):
     def __init__(self, held_by: _Optional[str] = ..., predicted_s: _Optional[float] = ...) -> None: ...
 
 class Turned(_message.Message):
-    __slots__ = ("number", "outcome", "retry_after_s", "position", "wait")
+    __slots__ = ("number", "outcome", "retry_after_s", "position", "wait", "crowd")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     WAIT_FIELD_NUMBER: _ClassVar[int]
+    CROWD_FIELD_NUMBER: _ClassVar[int]
     number: int
     outcome: str
     retry_after_s: int
     position: int
     wait: Wait
-    def __init__(self, number: _Optional[int] = ..., outcome: _Optional[str] = ..., retry_after_s: _Optional[int] = ..., position: _Optional[int] = ..., wait: _Optional[_Union[Wait, _Mapping]] = ...) -> None: ...
+    crowd: Crowd
+    def __init__(self, number: _Optional[int] = ..., outcome: _Optional[str] = ..., retry_after_s: _Optional[int] = ..., position: _Optional[int] = ..., wait: _Optional[_Union[Wait, _Mapping]] = ..., crowd: _Optional[_Union[Crowd, _Mapping]] = ...) -> None: ...
+
+class Crowd(_message.Message):
+    __slots__ = ("in_flight", "most", "is_shared")
+    IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    MOST_FIELD_NUMBER: _ClassVar[int]
+    IS_SHARED_FIELD_NUMBER: _ClassVar[int]
+    in_flight: int
+    most: int
+    is_shared: bool
+    def __init__(self, in_flight: _Optional[int] = ..., most: _Optional[int] = ..., is_shared: _Optional[bool] = ...) -> None: ...
 
 class Ask(_message.Message):
     __slots__ = ("number", "what", "limit")

@@ -141,7 +141,10 @@ class Admin:
     async def view(self) -> dict[str, Any]:
         """Return what the live page and `extproc top` show."""
         own = await self.viewer.view(ready=self.ready)
-        return own if self._others is None else merged(own, await self._others.whole("view", WAITING_LISTED))
+        return own if self._others is None else self._merged(own, await self._others.whole("view", WAITING_LISTED))
+
+    def _merged(self, own: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
+        return merged(own, whole, self.viewer.refused()) if whole else own
 
     async def describe(self, what: str, limit: int) -> dict[str, Any]:
         """Return what we show ourselves, for a sidecar whose requests we decide, too."""
@@ -192,7 +195,7 @@ class Admin:
 
     async def _write_queues(self, limit: int) -> bytes:
         whole = {} if self._others is None else await self._others.whole("queues", limit)
-        return await written(merged(await self.snapshot(limit), whole))
+        return await written(self._merged(await self.snapshot(limit), whole))
 
     async def _story(self, request: web.Request) -> web.Response:
         asked = request.match_info["id"]

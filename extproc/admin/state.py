@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from extproc import __version__
 from extproc.admin.history import STEP_S, History, outcome_totals, waiting_by_class
-from extproc.admin.tenants import busiest
+from extproc.admin.tenants import MOST, busiest
 from extproc.admission.health import EJECTED
 from extproc.admission.held import HeldBy
 from extproc.admission.outcome import Outcome
@@ -104,14 +104,21 @@ class Others(Protocol):
 
 OF_ALL = (
     *("endpoints", "waiting_total", "waiting_by_class", "waiting", "running", "scanned_all"),
-    *("classes", "capacity", "tenants"),
+    *("classes", "capacity"),
 )
-"""What whoever decides knows for all sidecars; the rest is each one's own."""
+"""What whoever decides knows for all sidecars; the rest is each one's own, but of tenants what they have in flight."""
 
 
-def merged(own: Values, whole: Values) -> Values:
-    """Return what one sidecar shows, with what the one told that decides for it, too; `whole` may be empty."""
+def merged(own: Values, whole: Values, refused: Mapping[str, int]) -> Values:
+    """Return what one sidecar shows, with what the one told that decides for it, too; `whole` may be empty.
+
+    `refused`: how many of its own clients' requests were refused of each tenant, which nobody else knows.
+    """
     told = {key: whole[key] for key in OF_ALL if key in own and key in whole}
+    if "tenants" in own and "tenants" in whole:
+        rows = {row["tenant"]: row | {"refused": refused.get(row["tenant"], 0)} for row in whole["tenants"]}
+        rows = {row["tenant"]: row for row in own["tenants"]} | rows
+        told["tenants"] = sorted(rows.values(), key=lambda row: -(row["in_flight"] + row["refused"]))[:MOST]
     leader = whole.get("replicas")
     if own["replicas"] is not None and isinstance(leader, dict):
         told["replicas"] = own["replicas"] | {"followers": leader.get("followers", [])}
@@ -184,9 +191,15 @@ class Viewer:
             await asyncio.sleep(0)
         return [_running_row(ticket, now) for ticket in oldest if ticket.state is State.LEASED]
 
+    def refused(self) -> dict[str, int]:
+        """Count the requests of our own clients that were refused lately, by the tenant as pages name it."""
+        return {_short(tenant): count for tenant, count in self._refused().items()}
+
+    def _refused(self) -> Counter[str]:
+        return Counter() if self._stories is None else self._stories.refused_by_tenant()
+
     async def _tenants(self) -> list[Values]:
-        refused = Counter[str]() if self._stories is None else self._stories.refused_by_tenant()
-        rows = await busiest(self._gate.controller, refused)
+        rows = await busiest(self._gate.controller, self._refused())
         return [row | {"tenant": _short(row["tenant"])} for row in rows]
 
     async def view(self, *, ready: bool) -> Values:

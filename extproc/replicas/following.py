@@ -246,4 +246,4 @@ class Following:
         ticket.position = turned.position
         ticket.waited_for, ticket.predicted_s = turned.wait
         wait_s = max(self._gate.now() - ticket.request.arrived, 0.0)
-        self._gate.carry(Reject(ticket, turned.outcome, wait_s, turned.retry_after_s))
+        self._gate.carry(Reject(ticket, turned.outcome, wait_s, turned.retry_after_s, turned.crowd))

@@ -301,9 +301,9 @@ class Leading:
         match decision:
             case Dispatch(_, outcome, endpoint, _):
                 follower.link.send(Grant(number, outcome, endpoint, ticket.position, home, wait))
-            case Reject(_, outcome, _, retry_after_s):
+            case Reject(_, outcome, _, retry_after_s, crowd):
                 del follower.tickets[number]
-                follower.link.send(Turned(number, outcome, retry_after_s, ticket.position, wait))
+                follower.link.send(Turned(number, outcome, retry_after_s, ticket.position, wait, crowd))
 
     def teach(self) -> None:
         """Tell followers what we have learned of tokens: one of them leads next."""

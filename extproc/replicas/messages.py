@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from extproc.admission.decision import Crowd
     from extproc.admission.estimate import Learnt
     from extproc.admission.held import HeldBy
     from extproc.admission.load import Load
@@ -229,13 +230,14 @@ class Grant(NamedTuple):
 
 
 class Turned(NamedTuple):
-    """Refuse it."""
+    """Refuse it. `crowd`: of one whose tenant has all in flight that it may; a sidecar of before does not tell it."""
 
     number: int
     outcome: Outcome
     retry_after_s: int | None
     position: int
     wait: Wait = Wait()
+    crowd: Crowd | None = None
 
 
 class Status(NamedTuple):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from google.protobuf.message import DecodeError
 
 from extproc._pb import replicas_pb2 as pb
+from extproc.admission.decision import Crowd
 from extproc.admission.estimate import Learnt
 from extproc.admission.held import HeldBy
 from extproc.admission.load import Load
@@ -99,9 +100,11 @@ def _encode(message: m.Message, lists: _Lists) -> pb.Message:  # noqa: C901 - a 
             return pb.Message(first_token=number)
         case m.Cancel(number):
             return pb.Message(cancel=number)
-        case m.Turned(number, outcome, retry_after_s, position, wait):
+        case m.Turned(number, outcome, retry_after_s, position, wait, crowd):
             turned = pb.Turned(number=number, outcome=outcome.value, retry_after_s=retry_after_s, position=position)
             _write_wait(turned.wait, wait)
+            if crowd is not None:
+                turned.crowd.CopyFrom(pb.Crowd(**crowd._asdict()))
             return pb.Message(turned=turned)
         case m.Beat(number):
             return pb.Message(beat=number)
@@ -231,7 +234,9 @@ def _decode(message: pb.Message, lists: list[frozenset[str]]) -> m.Message:  # n
             turned = message.turned
             retry_after_s = turned.retry_after_s if turned.HasField("retry_after_s") else None
             refusal = _refusal(turned.outcome)
-            return m.Turned(turned.number, refusal, retry_after_s, turned.position, _wait_of(turned.wait))
+            said = turned.crowd
+            crowd = Crowd(said.in_flight, said.most, said.is_shared) if turned.HasField("crowd") else None
+            return m.Turned(turned.number, refusal, retry_after_s, turned.position, _wait_of(turned.wait), crowd)
         case "beat":
             return m.Beat(message.beat)
         case "status":

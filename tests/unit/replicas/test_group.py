@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from extproc.admission.values import EndpointSpec, RequestClass
+from extproc.admission.decision import Crowd
+from extproc.admission.tenants import TenantRule, TenantRules
+from extproc.admission.ticket import Ticket
+from extproc.admission.values import EndpointSpec, Policy, Reject, Request, RequestClass
 from extproc.observe.recording import Recorder, Recording
 from extproc.replicas.door import Guest
 from extproc.replicas.messages import VERSION, Asked, Hello, Member, Offer, Purpose
@@ -18,6 +21,8 @@ from .site import Site
 from .storm import storm
 
 if TYPE_CHECKING:
+    from extproc.admission.values import Decision
+
     from .sidecar import Client, Sidecar
 
 CLASSES = (RequestClass("std", 0, 60.0), RequestClass("urgent", 10, 60.0))
@@ -53,6 +58,17 @@ def test_sidecars_that_start_together_become_one_group_led_by_the_one_that_joine
     here.run_until(here.is_one_group, 5.0)
     joined = [one.replica.me.joined for one in here.alive]
     assert leader(here).replica.me.joined == min(joined)
+
+
+def test_a_refusal_that_the_leader_decided_says_at_every_sidecar_how_much_its_tenant_has_in_flight():
+    here = site(policy=Policy(tenants=TenantRules({"acme": TenantRule(max_in_flight=1)})))
+    here.send(leader(here).place, work_s=5.0, tenant="acme")
+    here.run(0.1)
+    decisions: list[Decision] = []
+    for number, one in enumerate(here.alive):
+        one.gate.offer(Ticket(Request(f"r{number}", here.clock.now, tenant="acme"), decisions.append))
+    here.run(0.1)
+    assert [one.crowd for one in decisions if isinstance(one, Reject)] == [Crowd(1, 1, is_shared=False)] * 3
 
 
 def test_the_limit_of_an_engine_holds_over_all_sidecars_and_all_of_it_is_used():

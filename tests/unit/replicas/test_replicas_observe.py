@@ -114,14 +114,26 @@ def test_each_rule_of_the_policy_makes_a_difference():
 def test_a_page_of_one_that_follows_shows_what_the_leader_told_and_its_own_mode():
     own = {"endpoints": [1], "waiting": [], "outcomes": "own", "draining": True, "replicas": {"role": "following"}}
     whole = {"endpoints": [2], "waiting": [3], "outcomes": "its", "draining": False, "replicas": {"followers": ["a"]}}
-    assert merged(own, whole | {"more": 1}) == {
+    assert merged(own, whole | {"more": 1}, {}) == {
         "endpoints": [2],
         "waiting": [3],
         "outcomes": "own",
         "draining": True,
         "replicas": {"role": "following", "followers": ["a"]},
     }
-    assert merged(own, {}) == own
+    assert merged(own, {}, {}) == own
+
+
+def test_a_page_of_one_that_follows_names_the_tenant_that_its_own_clients_are_refused_for():
+    def row(tenant, in_flight, refused):
+        return {"tenant": tenant, "in_flight": in_flight, "waiting": 0, "refused": refused}
+
+    calm = [row(f"calm{number}", 2, 7) for number in range(5)]
+    own = {"replicas": None, "tenants": [row("flooder", 1, 1996), row("calm0", 1, 3)]}
+    listed = merged(own, {"tenants": calm}, {"flooder": 1996, "calm0": 3, "calm4": 1})["tenants"]
+    assert listed[:3] == [row("flooder", 1, 1996), row("calm0", 2, 3), row("calm4", 2, 1)]
+    assert [one["refused"] for one in listed[3:]] == [0, 0], "what the leader refused is on its own page"
+    assert merged(own, {"tenants": [row("flooder", 4, 0)]}, {"flooder": 1996})["tenants"][0] == row("flooder", 4, 1996)
 
 
 def test_the_metrics_tell_the_role_and_the_requests_of_others():

@@ -8,6 +8,7 @@ from random import Random
 import pytest
 
 from extproc._pb import replicas_pb2 as pb
+from extproc.admission.decision import Crowd
 from extproc.admission.estimate import Learnt
 from extproc.admission.held import HeldBy
 from extproc.admission.load import Load
@@ -61,6 +62,7 @@ MESSAGES: list[m.Message] = [
     m.Turned(11, Outcome.QUEUE_FULL, 7, 2, m.Wait(HeldBy.LIMIT, None)),
     *(m.Turned(11, outcome, 7, 2) for outcome in Outcome if outcome.status is not None),
     m.Turned(11, Outcome.UNKNOWN_MODEL, None, 0),
+    m.Turned(11, Outcome.TENANT_LIMIT, 1, 0, m.Wait(), Crowd(0, 9, is_shared=True)),
     m.Status(17, 3, 2, (("a", 64), ("b", 8)), frozenset({"b"})),
 ]
 
