@@ -14,7 +14,7 @@ _CAUSES = (
     ("UH", "no_server_address", "Envoy knows no address of the inference server that the queue chose."),
     ("NC", "no_cluster", "The queue chose an inference server that Envoy's configuration lacks."),
     ("UF", "server_unreachable", "The inference server took no connection."),
-    ("UC, UR, LR, UPE", "server_broke_off", "The inference server ended the connection before it answered."),
+    ("UC, UR, UPE", "server_broke_off", "The inference server ended the connection before it answered."),
     ("UO", "breaker_open", "Envoy's circuit breaker let no more requests through to the inference server."),
     (
         "UT, SI, UMSDR, DT",
@@ -23,14 +23,17 @@ _CAUSES = (
     ),
 )
 """Flags of Envoy's access log (`%RESPONSE_FLAGS%`), what a program reads, what a person reads; the first that fits."""
-_NOBODY_ASKED = (
-    "no_sidecar",
-    "The queue's sidecar did not answer Envoy, and no inference server was asked: they may all be well.",
-)
+_NO_SIDECAR = "no_sidecar"
+_NOBODY_ASKED = "The queue's sidecar did not answer Envoy, and no inference server was asked: they may all be well."
+_NOBODY_LEFT = "The queue's sidecar did not answer Envoy, and Envoy has no inference server that it could ask instead."
+"""Where the fallback is any server (fail open)."""
 
 
-def local_replies() -> str:
-    """Return the key of a connection manager, with the one for what no sidecar decided first."""
+def local_replies(*, fail_open: bool) -> str:
+    """Return the key of a connection manager, with the one for what no sidecar decided first.
+
+    `fail_open`: that went to any server.
+    """
     undecided = (
         "- metadata_filter: {matcher: {filter: " + wire.NAMESPACE + ", path: [{key: outcome}], "
         'value: {string_match: {exact: ""}}}, match_if_key_not_found: true}'
@@ -41,7 +44,7 @@ def local_replies() -> str:
         "      filters:",
         "      - response_flag_filter: {flags: [UH]}",
         f"      {undecided}",
-        _body(*_NOBODY_ASKED),
+        _body(_NO_SIDECAR, _NOBODY_LEFT if fail_open else _NOBODY_ASKED),
     ]
     for flags, code, message in _CAUSES:
         mappers += [f"- filter: {{response_flag_filter: {{flags: [{flags}]}}}}", _body(code, message)]

@@ -129,7 +129,7 @@ static_resources:
               mutations:
               - remove: {removed[0]}
 {access_log(options.access_log, self.log)}\
-{local_replies()}\
+{local_replies(fail_open=options.fail_open)}\
           route_config:
             name: main
 {self.before_hosts}\

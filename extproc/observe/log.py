@@ -36,6 +36,8 @@ LOOK_S = 0.5
 SAME_S = 0.03
 """Waits that differ by less are the same."""
 MANY_SAME = 10
+SAID_AGAIN_S = 10.0
+"""So often, at most, that many were given up after the same wait: what causes it does not change within seconds."""
 MOST_TEXT = 128
 """Characters of a client's text in a line."""
 TEXT = "%(asctime)s %(levelname)s %(name)s %(message)s"
@@ -96,6 +98,7 @@ class QueueLog:
         self._rates: dict[Outcome, _Rate] = {}
         self._states: dict[str, str] = {}
         self._same_s, self._same = 0.0, 0  # the wait after which the last were given up, and how many they are
+        self._said_same_at: float | None = None
 
     def decided(self, decision: Decision) -> None:
         """Write a line for a refusal or a reroute. Everything else is in the metrics."""
@@ -139,15 +142,21 @@ class QueueLog:
         )
 
     def cancelled(self, ticket: Ticket, wait_s: float) -> None:
-        """Write nothing, as clients leave all the time; but if many do after the same wait, that is a timeout."""
+        """Write nothing, as clients leave all the time; but many after the same wait have one cause."""
         del ticket
         if abs(wait_s - self._same_s) > SAME_S:
             self._same_s, self._same = wait_s, 0
         self._same += 1
         if self._same == MANY_SAME and wait_s > 2 * SAME_S:
+            now = self._clock()
+            if self._said_same_at is not None and now - self._said_same_at < SAID_AGAIN_S:
+                self._same = 0  # if it goes on, it is said then
+                return
+            self._said_same_at = now
             log.warning(
-                "%d waiting requests in a row were given up %.2f s after they came: a timeout of Envoy "
-                "(message_timeout, 0.2 s where none is set; stream_idle_timeout; a route's) or of the clients",
+                "%d waiting requests in a row were given up %.2f s after they came: by one client that closed them "
+                "together, or by a timeout of the clients or of Envoy (message_timeout, 0.2 s where none is set; "
+                "stream_idle_timeout; a route's)",
                 MANY_SAME,
                 wait_s,
                 extra={"about": {"wait_s": round(wait_s, 3)}},

@@ -13,7 +13,7 @@ from extproc.admission.controller import Controller
 from extproc.admission.tenants import TenantRule, TenantRules
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request, RequestClass
-from extproc.observe.log import LINES, JsonLines, QueueLog
+from extproc.observe.log import LINES, SAID_AGAIN_S, JsonLines, QueueLog
 
 
 @pytest.fixture
@@ -107,9 +107,34 @@ def test_many_that_are_given_up_after_the_same_wait_are_one_line_and_clients_tha
         log.cancelled(ticket, wait_s)
     (record,) = caplog.records
     assert record.getMessage().startswith(
-        "10 waiting requests in a row were given up 5.00 s after they came: a timeout"
+        "10 waiting requests in a row were given up 5.00 s after they came: by one client that closed them together, "
     )
     assert record.levelno == logging.WARNING
+
+
+def test_tens_of_one_wait_after_tens_of_another_are_no_flood_and_are_named_again_later(caplog):
+    now = [0.0]
+    log = QueueLog(Controller(Policy()), lambda: now[0])
+    ticket = Ticket(Request("r", 0.0))
+    for now[0] in (1.0, 1.0 + SAID_AGAIN_S):
+        for number in range(100):
+            for _ in range(10):
+                log.cancelled(ticket, 1.0 + number % 2)
+    assert len(caplog.records) == 2
+
+
+def test_a_timeout_that_goes_on_is_named_though_it_began_in_the_shadow_of_another_line(caplog):
+    now = [0.0]
+    log = QueueLog(Controller(Policy()), lambda: now[0])
+    ticket = Ticket(Request("r", 0.0))
+    for wait_s in (*10 * [1.0], *15 * [2.0]):
+        log.cancelled(ticket, wait_s)
+    now[0] = SAID_AGAIN_S
+    for _ in range(30):
+        log.cancelled(ticket, 2.0)
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "given up 1.00 s" in first
+    assert "given up 2.00 s" in second
 
 
 HOSTILE = "id\r\nERROR forged line \x1b[2J\u202e\\" + "x" * 500
