@@ -14,6 +14,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from extproc import __version__
+from extproc.admin import walks
 from extproc.admin.history import STEP_S, History, outcome_totals, waiting_by_class
 from extproc.admin.tenants import MOST, busiest
 from extproc.admission.health import EJECTED
@@ -25,7 +26,7 @@ from extproc.observe.metrics import SHARED
 from extproc.observe.paces import SEVERAL, Paces
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 
     from extproc.admission.controller import Controller
     from extproc.admission.endpoint import Endpoint
@@ -46,10 +47,6 @@ MOST_BARS = 120
 """Waiting requests of a class that the view tells apart."""
 ROWS = 40
 """Waiting requests that the view lists by name."""
-MOST_SCANNED = 50_000
-"""Waiting requests that the view looks at; with more, the oldest wait is "at least"."""
-TURN = 500
-"""Tickets looked at in one turn of the event loop."""
 ENDPOINTS_TURN = 50
 """Endpoints described in one turn."""
 ROWS_TURN = 100
@@ -179,16 +176,15 @@ class Viewer:
             waiting += self._rows(some, now)
             await asyncio.sleep(0)
         running = await self._running(limit, now)
-        rest = {"waiting": waiting, "running": running, "tenants": await self._tenants()}
+        tenants = await self._tenants(await _by_tenant(walks.waiting(controller)))
+        rest = {"waiting": waiting, "running": running, "tenants": tenants}
         return {**mode, "endpoints": await self._endpoints(now), **rest, **counted}
 
     async def _running(self, limit: int, now: float) -> list[Values]:
         """Describe the `limit` oldest leases: one moved or adopted is the last of its endpoint, and may be old."""
         oldest: list[Ticket] = []
-        leases = [ticket for endpoint in self._gate.controller.endpoints.values() for ticket in endpoint.leases]
-        for start in range(0, len(leases), TURN):
-            oldest = nsmallest(limit, chain(oldest, leases[start : start + TURN]), key=attrgetter("leased_at"))
-            await asyncio.sleep(0)
+        async for some in walks.leases(self._gate.controller):
+            oldest = nsmallest(limit, chain(oldest, some), key=attrgetter("leased_at"))
         return [_running_row(ticket, now) for ticket in oldest if ticket.state is State.LEASED]
 
     def refused(self) -> dict[str, int]:
@@ -198,14 +194,16 @@ class Viewer:
     def _refused(self) -> Counter[str]:
         return Counter() if self._stories is None else self._stories.refused_by_tenant()
 
-    async def _tenants(self) -> list[Values]:
-        rows = await busiest(self._gate.controller, self._refused())
+    async def _tenants(self, waiting: Counter[str]) -> list[Values]:
+        controller = self._gate.controller
+        running = await _by_tenant(walks.leases(controller))
+        rows = busiest(controller.policy.tenants, waiting, running, self._refused())
         return [row | {"tenant": _short(row["tenant"])} for row in rows]
 
     async def view(self, *, ready: bool) -> Values:
         """Return what the page and `top` show. Its parts may be some milliseconds apart."""
         controller = self._gate.controller
-        by_class, scanned = await self._oldest()
+        by_class, by_tenant, scanned = await self._oldest()
         now, counts = self._gate.now(), waiting_by_class(controller)
         everyone = [ticket for waiting in by_class.values() for ticket in waiting[:ROWS]]
         oldest = self._rows(sorted(everyone, key=_arrival)[:ROWS], now)
@@ -222,7 +220,7 @@ class Viewer:
             "step_s": STEP_S,
             "endpoints": endpoints,
             "waiting_total": sum(counts.values()),
-            "scanned_all": scanned < MOST_SCANNED,
+            "scanned_all": scanned < walks.MOST_SCANNED,
             "classes": classes,
             "waiting": oldest,
             "outcomes": [
@@ -238,31 +236,29 @@ class Viewer:
             "rehearsed": _rehearsed(self._metrics),
             "limits": {held.value: held.words for held in HeldBy},
             "capacity": self._full(),
-            "tenants": await self._tenants(),
+            "tenants": await self._tenants(by_tenant),
         }
 
     def _full(self) -> list[Values]:
         answers = {} if self._capacity is None else self._capacity.answers()
         return [{"pool": pool, "load": answer.load, "words": answer.words} for pool, answer in answers.items()]
 
-    async def _oldest(self) -> tuple[dict[str, list[Ticket]], int]:
-        """Return the oldest of each class that wait, MOST_BARS at most, and how many were looked at, some at a time."""
-        controller, scanned = self._gate.controller, 0
+    async def _oldest(self) -> tuple[dict[str, list[Ticket]], Counter[str], int]:
+        """Walk those who wait, some in a turn: return the oldest of each class, MOST_BARS at most, how many each tenant
+        has, and how many were looked at."""
+        controller, by_tenant = self._gate.controller, Counter[str]()
         by_class: dict[str, list[Ticket]] = {name: [] for name in waiting_by_class(controller)}
-        for queue in [queue for pool in controller.pools() for queue in pool.queues() if queue]:
-            some = queue.behind(None, TURN)
-            while some and scanned < MOST_SCANNED:
-                scanned += len(some)
-                for ticket in some:
-                    by_class.setdefault(ticket.request_class.name, []).append(ticket)
-                for waiting in by_class.values():
-                    waiting.sort(key=_arrival)
-                    del waiting[MOST_BARS:]
-                await asyncio.sleep(0)
-                some = queue.behind(some[-1].key, TURN)
-        return {
+        async for some in walks.waiting(controller):
+            by_tenant.update(ticket.request.tenant for ticket in some)
+            for ticket in some:
+                by_class.setdefault(ticket.request_class.name, []).append(ticket)
+            for waiting in by_class.values():
+                waiting.sort(key=_arrival)
+                del waiting[MOST_BARS:]
+        oldest = {
             name: [ticket for ticket in waiting if ticket.state is State.WAITING] for name, waiting in by_class.items()
-        }, scanned
+        }
+        return oldest, by_tenant, by_tenant.total()
 
     def _rows(self, tickets: Iterable[Ticket], now: float) -> list[Values]:
         present = sum(not endpoint.removed for endpoint in self._gate.controller.endpoints.values())
@@ -439,6 +435,13 @@ def _may_go_to(request: Request, queue: str, members: Sequence[Endpoint], presen
         allowed = "" if request.allowed is None else " that its gateway allows"
         later = f"{len(members) or 'none'} of {present}{model}{allowed}" + (f": {', '.join(names)}" if names else "")
     return later if queue == SHARED or names == [queue] else f"first {queue}, later {later}"
+
+
+async def _by_tenant(walk: AsyncIterator[list[Ticket]]) -> Counter[str]:
+    found = Counter[str]()
+    async for some in walk:
+        found.update(ticket.request.tenant for ticket in some)
+    return found
 
 
 def _arrival(ticket: Ticket) -> float:

@@ -41,12 +41,18 @@ class Queue:
         """Walk the tickets in no order that means anything: a third of the time of walking them in theirs."""
         return self._tickets.values()
 
-    def behind(self, key: Key | None, most: int) -> list[Ticket]:
-        """Return up to `most` tickets that stand behind a place, in order; None: from the front.
+    def pieces(self, most: int) -> Iterator[list[Ticket]]:
+        """Walk the tickets in order, `most` at a time, with pauses in which the line may change.
 
-        To walk a long line with pauses in which it may change: no list of all is made, that collections of garbage
-        would walk, too.
+        No list of all is made, that collections of garbage would walk, too.
         """
+        some = self.behind(None, most)
+        while some:
+            yield some
+            some = self.behind(some[-1].key, most)
+
+    def behind(self, key: Key | None, most: int) -> list[Ticket]:
+        """Return up to `most` tickets that stand behind a place, in order; None: from the front."""
         keys = self._line if key is None else self._line.islice(self._line.bisect_right(key))
         return [self._tickets[one[2]] for one in islice(keys, most)]
 

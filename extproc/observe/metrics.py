@@ -455,14 +455,12 @@ class Metrics:
 def _oldest(arrivals: dict[str, float], lines: Iterable[Queue], now: float) -> Parts:
     """Look at those who wait, some at a time: who comes meanwhile is younger than any of them, who leaves is missed."""
     for queue in lines:
-        some = queue.behind(None, PIECE_TICKETS)
-        while some:
+        for some in queue.pieces(PIECE_TICKETS):
             for ticket in some:
                 name, arrived = ticket.request_class.name, ticket.request.arrived
                 if arrived < arrivals.get(name, now):
                     arrivals[name] = arrived
             yield None
-            some = queue.behind(some[-1].key, PIECE_TICKETS)
     oldest = GaugeMetricFamily(
         "extproc_oldest_waiting_seconds",
         "Age of the request that has waited longest; 0 while none waits.",

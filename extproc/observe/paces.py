@@ -81,22 +81,24 @@ class Paces:
 
     def slowness(self) -> dict[str, float]:
         """Return how many times as long as its peers' median each endpoint takes; nothing of who has nothing to do."""
-        answers: dict[frozenset[str], dict[str, float]] = {}
-        for name, endpoint in self._controller.endpoints.items() if self._decides() else ():
-            book = self._books.get(name)
-            answer_s = None if book is None else book.answer_s(endpoint)
-            if answer_s is not None:
-                answers.setdefault(endpoint.spec.models, {})[name] = answer_s
-        return _against_peers(answers) | self.by_tokens()  # tokens tell more: they win
+        return self._against_peers(self._answer_s) | self.by_tokens()  # tokens tell more: they win
 
     def by_tokens(self) -> dict[str, float]:
         """Return the same of those whose pages tell of tokens, by their time per token alone."""
-        tokens: dict[frozenset[str], dict[str, float]] = {}
+        return self._against_peers(_token_s)
+
+    def _answer_s(self, endpoint: Endpoint) -> float | None:
+        book = self._books.get(endpoint.name)
+        return None if book is None else book.answer_s(endpoint)
+
+    def _against_peers(self, time_s: Callable[[Endpoint], float | None]) -> dict[str, float]:
+        """Hold the `time_s` of each endpoint against that of the others that serve the same models."""
+        times: dict[frozenset[str], dict[str, float]] = {}
         for name, endpoint in self._controller.endpoints.items() if self._decides() else ():
-            token_s = endpoint.steps.tpot_s if endpoint.reading.page is not None and endpoint.leases else None
-            if token_s is not None:
-                tokens.setdefault(endpoint.spec.models, {})[name] = token_s
-        return _against_peers(tokens)
+            its = time_s(endpoint)
+            if its is not None:
+                times.setdefault(endpoint.spec.models, {})[name] = its
+        return {name: ratio for peers in times.values() for name, ratio in _against_others(peers)}
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metric family: prometheus_client asks."""
@@ -115,8 +117,8 @@ def _ended(endpoint: Endpoint) -> int:
     return endpoint.dispatched - len(endpoint.leases)
 
 
-def _against_peers(by_models: Mapping[frozenset[str], Mapping[str, float]]) -> dict[str, float]:
-    return {name: ratio for of_peers in by_models.values() for name, ratio in _against_others(of_peers)}
+def _token_s(endpoint: Endpoint) -> float | None:
+    return endpoint.steps.tpot_s if endpoint.reading.page is not None and endpoint.leases else None
 
 
 def _against_others(times_s: Mapping[str, float]) -> Iterator[tuple[str, float]]:

@@ -104,3 +104,8 @@ def test_a_long_line_is_walked_in_pieces_in_order_though_some_leave_between() ->
     assert line.behind(first[-1].key, 2) == [waiting[4], waiting[6]]
     assert line.behind(waiting[6].key, 10) == waiting[7:]
     assert line.behind(waiting[8].key, 10) == []
+    pieces = line.pieces(3)
+    assert next(pieces) == [waiting[0], waiting[1], waiting[2]]
+    desk.cancel(waiting[2])
+    desk.cancel(waiting[6])
+    assert list(pieces) == [[waiting[4], *waiting[7:]]]
