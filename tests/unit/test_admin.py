@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from extproc import tasks
-from extproc.admin import connections, state
+from extproc.admin import connections, state, walks
 from extproc.admin.http import Admin
 from extproc.admin.state import FileState
 from extproc.admission.load import Load
@@ -126,6 +126,15 @@ def test_queues_lists_a_request_that_runs_long_although_it_was_adopted_last():
     assert [row["id"] for row in listed[:3]] == ["600", "30", "5"]
     assert len(listed) == 200
     assert {row["for_s"] for row in listed[3:]} == {1.0}
+
+
+def test_of_a_line_that_is_too_long_only_the_first_are_looked_at_and_the_view_says_so(monkeypatch):
+    monkeypatch.setattr(walks, "MOST_SCANNED", 1000)
+    room = Room()
+    room.offer(walks.MOST_SCANNED + walks.TURN + 1, tenant="t")  # the first runs
+    view = room.view()
+    assert (view["waiting_total"], view["scanned_all"]) == (1500, False)
+    assert [row["waiting"] for row in view["tenants"]] == [1000]
 
 
 def test_what_a_client_sent_is_shortened():
