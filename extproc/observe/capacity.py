@@ -164,8 +164,9 @@ class _Pool:
             self.most[one] = max(most.get(one, 0.0), running or 0.0)
             filling = self.fillings[one] = fillings.get(one) or Filling()
             if kv.capacity is not None and page is not None and page.kv_usage is not None:
-                # The books of that moment: a page may be older than most of what runs now.
-                filling.learn(one.reading.page_at, kv.capacity, page.kv_usage, *one.reading.booked)
+                prompts, outputs = one.reading.booked  # of that moment: most of what runs now may be younger
+                if prompts > kv.law.enough * kv.capacity:
+                    filling.learn(one.reading.page_at, kv.capacity, page.kv_usage, prompts, outputs)
             if one.steps.readings >= LEAST_READINGS:
                 mark = self.marks[one] = (one.expected + one.kv.outputs / 2, one.written)
                 expected, written = before.get(one, mark)

@@ -20,8 +20,6 @@ DOUBT: Final = 1.0
 """As many readings say that nothing is there once: a line through one point has any slope."""
 LEAST_EACH: Final = 1 / 32
 """No prompt is all shared."""
-ENOUGH: Final = 0.05
-"""Share of the cache that prompts must be booked for before a reading says anything of them."""
 
 
 class Filling:
@@ -37,9 +35,9 @@ class Filling:
     def learn(self, now: float, capacity: int, usage: float, prompts: int, outputs: int) -> None:
         """Follow a reading: `usage` of `capacity` tokens, by `prompts` that are computed, and half of `outputs`.
 
-        The same reading again, of the same moment: no-op.
+        `prompts`: so many that the reading says something of them (`KvLaw.enough`). The same reading again: no-op.
         """
-        if prompts <= ENOUGH * capacity or now <= self._at:
+        if now <= self._at:
             return
         kept = math.exp((self._at - now) / MEMORY_S)
         x = prompts / capacity
