@@ -7,6 +7,7 @@ autoscaler asks KEDA's server itself: a cluster's API server, which would pass t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
@@ -29,7 +30,7 @@ from .conftest import ADAPTER, OPERATOR
 from .test_watches import VLLM
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from .cluster import Cluster
@@ -155,9 +156,25 @@ def put_object(cluster: Cluster, namespace: str, prometheus: str) -> None:
     cluster.do("POST", OBJECTS.format(namespace), scaled)
 
 
-def test_keda_wakes_a_pool_of_none_for_what_waits_and_lets_it_sleep_when_nothing_does(cluster, keda, tmp_path):
-    listen, namespace = local(), cluster.namespace()
+@contextlib.contextmanager
+def scaled(
+    cluster: Cluster, namespace: str, folder: Path, config: Mapping[str, object]
+) -> Iterator[tuple[Sidecar, RawChannel]]:
+    """A pool of none there that is scaled by the queue of a sidecar with this `config`; and a channel to that."""
+    listen = local()
     put_deployment(cluster, namespace)
+    with (
+        Sidecar(config, folder) as sidecar,
+        RawChannel(sidecar.listen) as envoy,
+        scraped(folder, sidecar, listen) as child,
+    ):
+        wait_scraped(child, listen)
+        put_object(cluster, namespace, listen)
+        yield sidecar, envoy
+
+
+def test_keda_wakes_a_pool_of_none_for_what_waits_and_lets_it_sleep_when_nothing_does(cluster, keda, tmp_path):
+    namespace = cluster.namespace()
     config = {
         "enable_queue": True,
         "default_model": "asleep",
@@ -169,13 +186,7 @@ def test_keda_wakes_a_pool_of_none_for_what_waits_and_lets_it_sleep_when_nothing
         conditions = cluster.do("GET", f"{OBJECTS.format(namespace)}/vllm").get("status", {}).get("conditions", [])
         return next((one["status"] for one in conditions if one["type"] == "Active"), None)
 
-    with (
-        Sidecar(config, tmp_path) as sidecar,
-        RawChannel(sidecar.listen) as envoy,
-        scraped(tmp_path, sidecar, listen) as child,
-    ):
-        wait_scraped(child, listen)
-        put_object(cluster, namespace, listen)
+    with scaled(cluster, namespace, tmp_path, config) as (sidecar, envoy):
         wait_until(lambda: keda.work(namespace) == 0.0, 30.0, "nobody waits: 0 work, and not no answer")
         wait_until(lambda: is_active() == "False", 10.0)
         assert replicas(cluster, namespace) == 0
@@ -201,8 +212,7 @@ def test_keda_wakes_a_pool_of_none_for_what_waits_and_lets_it_sleep_when_nothing
 
 def test_kubernetes_own_autoscaler_has_as_many_engines_as_our_queue_wants_and_takes_them_back(cluster, keda, tmp_path):
     """Twelve to an engine: 5 that wait want one, 50 want five, of which our manifest adds two at a time."""
-    listen, namespace = local(), cluster.namespace()
-    put_deployment(cluster, namespace)
+    namespace = cluster.namespace()
     config = {"enable_queue": True, "default_model": "asleep", "no_endpoint_budget": "200s"}
 
     def behave(**rules: object) -> None:
@@ -211,13 +221,7 @@ def test_kubernetes_own_autoscaler_has_as_many_engines_as_our_queue_wants_and_ta
         advanced = {"advanced": {"horizontalPodAutoscalerConfig": {"behavior": now}}}
         cluster.do("PATCH", f"{OBJECTS.format(namespace)}/vllm", {"spec": advanced}, MERGE)
 
-    with (
-        Sidecar(config, tmp_path) as sidecar,
-        RawChannel(sidecar.listen) as envoy,
-        scraped(tmp_path, sidecar, listen) as child,
-    ):
-        wait_scraped(child, listen)
-        put_object(cluster, namespace, listen)
+    with scaled(cluster, namespace, tmp_path, config) as (_, envoy):
         behave()
         wait_until(lambda: keda.told(namespace) == 0.0, 30.0, "nobody waits")
         assert replicas(cluster, namespace) == 0
