@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib
+import itertools
 import multiprocessing
 import statistics
 import time
@@ -20,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from extproc.admission.controller import Controller
 from extproc.admission.values import EndpointSpec, Policy
 from extproc.endpoints.telemetry.engines import ENGINES, engines_for
-from extproc.endpoints.telemetry.page import MOST_BYTES, read_in_slices, read_page
+from extproc.endpoints.telemetry.page import MOST_BYTES, Reader, read_page
 from extproc.endpoints.telemetry.scraper import Scraper
 from extproc.endpoints.telemetry.target import Target
 from extproc.stream.gate import Gate
@@ -35,8 +36,11 @@ LINES = 314
 BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 
 
-def vllm_page() -> bytes:
-    """Make a page like vLLM's: gauges, counters, a long info line, and histograms for the rest."""
+def vllm_page(served: int = 0) -> bytes:
+    """Make a page like vLLM's: gauges, counters, a long info line, and histograms for the rest.
+
+    `served`: requests by which its numbers have gone on.
+    """
     common = 'engine="0",model_name="meta-llama/Llama-3.1-8B-Instruct"'
     lines: list[str] = []
 
@@ -46,7 +50,7 @@ def vllm_page() -> bytes:
     for name, value in (("num_requests_running", 12.0), ("num_requests_waiting", 3.0), ("kv_cache_usage_perc", 0.43)):
         add(f"vllm:{name}", "gauge", value)
     for name in ("prompt_tokens", "generation_tokens", "num_preemptions", "prefix_cache_queries", "prefix_cache_hits"):
-        add(f"vllm:{name}_total", "counter", 123456.0)
+        add(f"vllm:{name}_total", "counter", 95_000.0 + 1_000 * served)
         add(f"vllm:{name}_created", "gauge", 1.784e9)
     sizes = 'block_size="16",num_gpu_blocks="27000",kv_cache_size_tokens="432000"'
     rest = ",".join(f'setting_{number}="None"' for number in range(20))
@@ -55,8 +59,8 @@ def vllm_page() -> bytes:
     while len(lines) < LINES:
         name, number = f"vllm:histogram_{number}_seconds", number + 1
         lines.extend((f"# HELP {name} Histogram.", f"# TYPE {name} histogram"))
-        lines.extend(f'{name}_bucket{{{common},le="{bound}"}} 100.0' for bound in BUCKETS)
-        lines.extend(f"{name}_{part}{{{common}}} 100.0" for part in ("count", "sum"))
+        lines.extend(f'{name}_bucket{{{common},le="{bound}"}} {95.0 + served}' for bound in BUCKETS)
+        lines.extend(f"{name}_{part}{{{common}}} {95.0 + served}" for part in ("count", "sum"))
     return ("\n".join(lines[:LINES]) + "\n").encode()
 
 
@@ -71,12 +75,14 @@ def measure_parse() -> str:
         assert callable(work)
         return min(timeit.repeat(work, number=calls, repeat=5)) / calls * 1e6
 
+    reader = Reader(ENGINES)
     out = [f"page: {len(page)} bytes, {LINES} lines"]
     for name, work, calls in (
         ("prometheus_client, whole page", lambda: list(text_string_to_metric_families(text)), 20),
         ("prometheus_client, wanted lines", lambda: list(text_string_to_metric_families(wanted)), 200),
         ("read_page, engine vllm", lambda: read_page(page, engines_for("vllm")), 200),
         ("read_page, engine auto", lambda: read_page(page, ENGINES), 200),
+        ("the same endpoint's next page, engine auto", lambda: next(reader.read(page), None), 200),
     ):
         out.append(f"{name}: {per_call_us(work, calls):.0f} us")
     labels = ",".join(f'a{number}=""' for number in range(1600))
@@ -95,7 +101,7 @@ def measure_parse() -> str:
 
 
 def _steps_ms(body: bytes) -> list[float]:
-    steps, took = read_in_slices(body, ENGINES), []
+    steps, took = Reader(ENGINES).read(body), []
     while True:
         began = time.thread_time()
         ended = next(steps, "end") == "end"
@@ -107,8 +113,8 @@ def _steps_ms(body: bytes) -> list[float]:
 class _Server(asyncio.Protocol):
     """As cheap as can be: the bench reads the client's CPU."""
 
-    def __init__(self, answer: bytes) -> None:
-        self._answer = answer
+    def __init__(self, answers: list[bytes]) -> None:
+        self._answers = itertools.cycle(answers)
         self._buffer = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -119,19 +125,19 @@ class _Server(asyncio.Protocol):
         while b"\r\n\r\n" in self._buffer:
             self._buffer = self._buffer.partition(b"\r\n\r\n")[2]
             assert isinstance(self._transport, asyncio.WriteTransport)
-            self._transport.write(self._answer)
+            self._transport.write(next(self._answers))
 
 
 def serve_pages(count: int, out: Connection) -> None:
     """Listen on `count` ports, send them through `out`, serve until killed."""
-    page = vllm_page()
-    head = "HTTP/1.1 200 OK\r\ndate: Fri, 07 Aug 2026 10:00:00 GMT\r\nserver: uvicorn\r\n"
-    head += f"content-length: {len(page)}\r\ncontent-type: text/plain; version=0.0.4; charset=utf-8\r\n\r\n"
-    answer = head.encode() + page
+    head = b"HTTP/1.1 200 OK\r\ndate: Fri, 07 Aug 2026 10:00:00 GMT\r\nserver: uvicorn\r\n"
+    head += b"content-type: text/plain; version=0.0.4; charset=utf-8\r\ncontent-length: "
+    pages = (vllm_page(served) for served in range(100))  # numbers go on, and get longer
+    answers = [head + b"%d\r\n\r\n" % len(page) + page for page in pages]
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        servers = [await loop.create_server(lambda: _Server(answer), "127.0.0.1", 0) for _ in range(count)]
+        servers = [await loop.create_server(lambda: _Server(answers), "127.0.0.1", 0) for _ in range(count)]
         out.send([server.sockets[0].getsockname()[1] for server in servers])
         await asyncio.Event().wait()
 

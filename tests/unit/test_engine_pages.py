@@ -9,14 +9,19 @@ import json
 import re
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from extproc.admission.load import Load
 from extproc.endpoints.telemetry.engines import ENGINES, engines_for
 from extproc.endpoints.telemetry.facts import Facts, paths, read_facts
-from extproc.endpoints.telemetry.page import Readings, Reason, read_page
+from extproc.endpoints.telemetry.page import Reader, read_page
 from extproc.endpoints.telemetry.rates import Rates
+from extproc.endpoints.telemetry.readings import Readings, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 PAGES = Path(__file__).parents[1] / "corpus" / "pages"
 
@@ -290,3 +295,43 @@ def test_an_engine_says_how_many_it_runs_at_once_and_how_long_a_context_it_takes
 )
 def test_garbage_in_a_json_page_is_unknown(body):
     assert read_facts(engines_for("vllm")[0], {"/v1/models": body}) == Facts()
+
+
+# ---- one page after the other
+
+
+def changed(body: bytes) -> list[bytes]:
+    """Pages that may follow `body` at one endpoint: other numbers, other lines, another engine, garbage."""
+    lines = body.splitlines(keepends=True)
+    numbers = re.sub(rb"(?m)^([^#].*[ \t])([0-9.]+)$", rb"\g<1>1\2", body)
+    return [
+        numbers,
+        body,
+        re.sub(rb"(?m)^([^#].*[ \t])[0-9.]+$", rb"\1NaN", body),
+        numbers.replace(b"\n", b"\r\n"),
+        re.sub(rb"(?m)^([^#].*[ \t][0-9.]+)$", rb"\1 1718000000000", numbers),
+        *(b"".join(lines[:cut] + lines[cut + 1 :]) for cut in range(len(lines))),
+        *(b"".join([*lines[:cut], lines[cut].replace(b'="', b'="x'), *lines[cut + 1 :]]) for cut in range(len(lines))),
+        body + b"sglang:num_running_reqs 7\nvllm:num_requests_running 7\n",
+        b"".join(reversed(lines)),
+        b"<html>",
+        body.replace(b"{", b"{{"),
+        numbers,
+    ]
+
+
+@pytest.mark.parametrize("name", [*TABLE, *OTHERS])
+def test_what_a_page_means_does_not_depend_on_the_page_before_it(name):
+    own = frozenset({"qwen"})
+    reader = Reader(ENGINES, (), own)
+    for body in changed(page(name)):
+        for following in (body, page(name)):
+            assert ended(reader.read(following)) == read_page(following, ENGINES, (), own)
+
+
+def ended(steps: Iterator[None]) -> Readings | Reason:
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value

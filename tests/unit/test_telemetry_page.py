@@ -8,16 +8,9 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from extproc.endpoints.telemetry.engines import DCGM, ENGINES, engines_for
-from extproc.endpoints.telemetry.page import (
-    MOST_BYTES,
-    MOST_SERIES,
-    MOST_WANTED_BYTES,
-    Readings,
-    Reason,
-    _sample,
-    read_in_slices,
-    read_page,
-)
+from extproc.endpoints.telemetry.lines import sample
+from extproc.endpoints.telemetry.page import MOST_BYTES, MOST_SERIES, MOST_WANTED_BYTES, Reader, read_page
+from extproc.endpoints.telemetry.readings import Readings, Reason
 
 VLLM = """\
 # HELP vllm:num_requests_running Number of requests in model execution batches.
@@ -196,7 +189,7 @@ def hostile() -> dict[str, bytes]:
 @pytest.mark.parametrize("name", hostile())
 def test_a_page_is_read_in_steps_that_let_the_loop_turn(name):
     """`python -m bench.scrape parse` times the steps; here it is only that there are some, and that they end."""
-    steps = sum(1 for _ in read_in_slices(hostile()[name], ENGINES))
+    steps = sum(1 for _ in Reader(ENGINES).read(hostile()[name]))
     assert steps >= LEAST_STEPS[name]
 
 
@@ -218,9 +211,9 @@ def test_a_line_is_read_as_the_prometheus_client_reads_it(name, labels, value):
     if any(character in line for character in "\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"):
         return  # the reference splits lines at these, the format does not
     ((_, their_labels, their_value, *_),) = next(iter(text_string_to_metric_families(line))).samples
-    read = _sample(f"\n{line}".encode())
+    read = sample(f"\n{line}".encode())
     assert read is not None
-    (our_name, our_labels), our_value = read
+    _, (our_name, our_labels), our_value = read
     assert (our_name, dict(our_labels)) == (name, their_labels)
     assert our_value == their_value or (our_value is None and value == "NaN")
 
@@ -253,3 +246,18 @@ def test_whatever_bytes_come_the_answer_is_readings_or_a_reason(body):
     assert isinstance(found, (Readings, Reason))
     if isinstance(found, Readings):
         assert found.running is None or 0 <= found.running <= 1e6
+
+
+_AMONG = st.lists(st.one_of(_PIECES, st.just(b"\nvllm:num_requests_running 1\ntgi_queue_size 2\n")), max_size=8)
+
+
+@given(st.lists(_AMONG.map(b"".join), max_size=6))
+@example([b"lmdeploy:gpu_cache_usage_perc 1", b"lmdeploy:gpu_cache_usage_perc 1\nvllm:lora_requests_info{} 1"])
+@example([b"vllm:num_requests_running 1", b"vllm:num_requests_running 1", b'vllm:num_requests_running{a="1"} 1'])
+def test_whatever_bytes_came_before_a_page_means_what_it_means_alone(bodies):
+    reader = Reader(ENGINES)
+    for body in bodies:
+        steps = reader.read(body)
+        with pytest.raises(StopIteration) as end:
+            next(steps)
+        assert end.value.value == read_page(body, ENGINES)

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from extproc.admission.load import Load
 from extproc.endpoints.telemetry.engines import ENGINES
 from extproc.endpoints.telemetry.orca import parse_orca
-from extproc.endpoints.telemetry.page import Readings, read_page
+from extproc.endpoints.telemetry.page import read_page
 from extproc.endpoints.telemetry.rates import Rates
+from extproc.endpoints.telemetry.readings import Readings
 
 
 def vllm(tokens: str, *, running: float = 4, prompts: float = 0, preemptions: float = 0, engine: int = 0) -> str:

@@ -1,7 +1,7 @@
 """A connection that is asked for one page after the other: HTTP/1.1 as httptools reads it, never more than was allowed.
 
 With aiohttp's client a scrape cost 350 to 400 us where it costs 230 with this (`make bench-scrape`, a busy machine). No
-redirects, deadlines or credentials here: fetch.py has those.
+redirects or credentials here: fetch.py has those.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 import httptools
 
-from extproc.endpoints.telemetry.page import Reason
+from extproc.endpoints.telemetry.readings import Reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,8 +40,18 @@ class Connection(asyncio.Protocol):
     """
 
     __slots__ = (
-        *("_answer", "_body", "_gone", "_has_length", "_is_chunked", "_is_done", "_is_encoded", "_keeps", "_length"),
-        *("_location", "_loop", "_most_bytes", "_parser", "_read_bytes", "_status", "_transport"),
+        *(
+            "_answer",
+            "_body",
+            "_body_bytes",
+            "_gone",
+            "_has_length",
+            "_is_chunked",
+            "_is_done",
+            "_is_encoded",
+            "_keeps",
+        ),
+        *("_late", "_length", "_location", "_loop", "_most_bytes", "_parser", "_read_bytes", "_status", "_transport"),
         *("begun", "is_open", "was_used"),
     )
 
@@ -51,13 +61,17 @@ class Connection(asyncio.Protocol):
         self._gone = gone
         self._transport: asyncio.Transport | None = None
         self._answer: asyncio.Future[Answer | Reason] | None = None
+        self._late: asyncio.TimerHandle | None = None
         self._location: str | None = None
-        self._body = bytearray()
+        self._body: list[bytes] = []
         self._is_encoded = False
         self.is_open = self.was_used = self.begun = False
 
-    def ask(self, request: bytes, most_bytes: int) -> asyncio.Future[Answer | Reason]:
-        """Send a GET; its answer, or why there is none, comes by the future. More than `most_bytes` is none."""
+    def ask(self, request: bytes, most_bytes: int, until: float) -> asyncio.Future[Answer | Reason]:
+        """Send a GET; its answer, or why there is none, comes by the future.
+
+        More than `most_bytes` is none, and what is not whole by `until`, a time of the loop's clock.
+        """
         assert self._transport is not None  # noqa: S101 - who has it got it connected
         assert self._answer is None  # noqa: S101 - one at a time
         self._answer = self._loop.create_future()
@@ -66,6 +80,7 @@ class Connection(asyncio.Protocol):
         self._read_bytes = 0
         self.begun = False
         self._reset()
+        self._late = self._loop.call_at(until, self._end, Reason.TIMEOUT)
         self._transport.write(request)
         return self._answer
 
@@ -94,7 +109,7 @@ class Connection(asyncio.Protocol):
             self._end(Reason.PROTOCOL)
             self.close()  # also where it was a whole answer that something odd came after
             return
-        if self._answer is not None and self._read_bytes - len(self._body) > MOST_HEAD_BYTES:
+        if self._answer is not None and self._read_bytes - self._body_bytes > MOST_HEAD_BYTES:
             self._end(Reason.TOO_BIG if self._status else Reason.PROTOCOL)
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -102,7 +117,7 @@ class Connection(asyncio.Protocol):
         self.is_open = False
         if self._answer is not None:
             is_whole = self._status == 200 and error is None and not (self._has_length or self._is_chunked)
-            self._end(Answer(self._status, None, bytes(self._body)) if is_whole else Reason.PROTOCOL)
+            self._end(Answer(self._status, None, b"".join(self._body)) if is_whole else Reason.PROTOCOL)
         self._gone(self)
 
     # ---- httptools' side
@@ -145,30 +160,34 @@ class Connection(asyncio.Protocol):
         """Keep a piece of the body."""
         if self._answer is None:
             return
-        self._body += data
-        if len(self._body) > self._most_bytes:
+        self._body.append(data)
+        self._body_bytes += len(data)
+        if self._body_bytes > self._most_bytes:
             self._end(Reason.TOO_BIG)
 
     def on_message_complete(self) -> None:
         """Give the answer, unless it was an interim one."""
         if self._status == 200 and self._answer is not None:
             self._is_done = True
-            self._end(Answer(200, None, bytes(self._body)))
+            self._end(Answer(200, None, b"".join(self._body)))
 
     # ---- both
 
     def _reset(self) -> None:
-        self._status = self._length = 0
+        self._status = self._length = self._body_bytes = 0
         self._has_length = self._is_chunked = self._is_encoded = self._keeps = self._is_done = False
         self._location = None
-        self._body = bytearray()
+        self._body = []
 
     def _end(self, answer: Answer | Reason) -> None:
         """Give the answer, once. Only a whole one leaves the connection open."""
         if self._answer is not None:
+            if self._late is not None:
+                self._late.cancel()
             if not self._answer.done():
                 self._answer.set_result(answer)
             self._answer = None
+            self._body = []  # hundreds of idle connections would keep their pages
             self.was_used = True
             if not (self._is_done and self._keeps):
                 self.close()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from extproc.endpoints.access import HOPS, Credentials, onward
 from extproc.endpoints.telemetry.connection import Answer, Connection
-from extproc.endpoints.telemetry.page import Reason
+from extproc.endpoints.telemetry.readings import Reason
 
 if TYPE_CHECKING:
     from yarl import URL
@@ -51,18 +52,7 @@ class Pages:
         except (OSError, ValueError):
             return Reason.CREDENTIALS
         try:
-            async with asyncio.timeout(self._timeout_s):
-                for _ in range(HOPS + 1):
-                    answer = await self._ask(url, headers, tls, most_bytes)
-                    if isinstance(answer, Reason):
-                        return answer
-                    if answer.status == 200:
-                        return answer.body
-                    further = onward(answer.status, answer.location, url)
-                    if further is None:
-                        return Reason.REDIRECT
-                    url = further
-                return Reason.REDIRECT
+            return await self._follow(url, headers, tls, most_bytes)
         except TimeoutError:
             return Reason.TIMEOUT
         except OSError:  # refused, unreachable, name unknown, TLS
@@ -70,20 +60,40 @@ class Pages:
         except ValueError:
             return Reason.PROTOCOL
 
-    async def _ask(
+    async def _follow(
         self, url: URL, headers: dict[str, str] | None, tls: ssl.SSLContext | bool, most_bytes: int
+    ) -> bytes | Reason:
+        """Follow redirects, all within the deadline. Raises what `_ask` does."""
+        until = self._loop.time() + self._timeout_s
+        for _ in range(HOPS + 1):
+            answer = await self._ask(url, headers, tls, most_bytes, until)
+            if isinstance(answer, Reason):
+                return answer
+            if answer.status == 200:
+                return answer.body
+            further = onward(answer.status, answer.location, url)
+            if further is None:
+                return Reason.REDIRECT
+            url = further
+        return Reason.REDIRECT
+
+    async def _ask(
+        self, url: URL, headers: dict[str, str] | None, tls: ssl.SSLContext | bool, most_bytes: int, until: float
     ) -> Answer | Reason:
-        """Return what the server says to one GET. Raises OSError without a connection, ValueError for an odd URL."""
+        """Return what the server says to one GET by `until`.
+
+        Raises OSError without a connection, TimeoutError if that is late, ValueError for an odd URL.
+        """
         if url.host is None or url.port is None:
             raise ValueError(f"{url}: no address")
         context = None if url.scheme != "https" else self._context(tls)
         origin = url.host, url.port, context
-        request = _request(url, headers)
+        request = _request(url, headers) if headers else _plain_request(url)
         while True:
-            connection = self._take(origin) or await self._connect(origin)
+            connection = self._take(origin) or await self._connect(origin, until)
             is_old = connection.was_used
             try:
-                answer = await connection.ask(request, most_bytes)
+                answer = await connection.ask(request, most_bytes, until)
             except BaseException:
                 connection.close()
                 raise
@@ -91,7 +101,7 @@ class Pages:
                 self._idle.setdefault(origin, []).append((self._loop.time(), connection))
                 return answer
             connection.close()  # nobody will know of it any more
-            if not is_old or connection.begun:
+            if not is_old or connection.begun or answer is Reason.TIMEOUT:
                 return answer
             # else closed by the server as it was asked again: a GET may be asked twice
 
@@ -110,10 +120,11 @@ class Pages:
                 return connection
         return None
 
-    async def _connect(self, origin: _Origin) -> Connection:
+    async def _connect(self, origin: _Origin, until: float) -> Connection:
         host, port, context = origin
         connection = Connection(self._loop, self._connections.discard)
-        await self._loop.create_connection(lambda: connection, host, port, ssl=context)
+        async with asyncio.timeout_at(until):
+            await self._loop.create_connection(lambda: connection, host, port, ssl=context)
         self._connections.add(connection)
         return connection
 
@@ -135,9 +146,15 @@ class Pages:
         self._sweep = self._loop.call_later(0 if rest else self._keep_s, self._close_idle, rest)
 
 
-def _request(url: URL, headers: dict[str, str] | None) -> bytes:
+@lru_cache(maxsize=1024)
+def _plain_request(url: URL) -> bytes:
+    """Return a GET without secrets, as most are: made once."""
+    return _request(url, {})
+
+
+def _request(url: URL, headers: dict[str, str]) -> bytes:
     """Return a GET. Raises ValueError for headers that would be two."""
-    fields = _HEADERS | {name.lower(): value for name, value in (headers or {}).items()}
+    fields = _HEADERS | {name.lower(): value for name, value in headers.items()}
     lines = [f"GET {url.raw_path_qs} HTTP/1.1", f"host: {url.host_port_subcomponent}"]
     lines += [f"{name}: {value}" for name, value in fields.items()]
     text = "\r\n".join(lines)

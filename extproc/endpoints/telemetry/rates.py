@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING
 
 from extproc.admission.load import Load
 from extproc.endpoints.telemetry.bounds import MOST_TOKENS, within
+from extproc.endpoints.telemetry.facts import Facts
 
 if TYPE_CHECKING:
-    from extproc.endpoints.telemetry.page import Counter, Readings
+    from extproc.endpoints.telemetry.readings import Counter, Readings
+
+_NO_FACTS = Facts()
 
 
 class Rates:
@@ -22,9 +25,10 @@ class Rates:
         self._before: Readings | None = None
         self._at = 0.0
 
-    def load(self, readings: Readings, now: float, gpu_usage: float | None = None) -> Load:
+    def load(self, readings: Readings, now: float, gpu_usage: float | None = None, facts: Facts = _NO_FACTS) -> Load:
         """Return the load that `readings`, taken at `now` (seconds, monotonic), tell together with those before.
 
+        `gpu_usage`: of its own page. `facts`: what the engine says of itself beside its page.
         The first reading gives no differences, nor does a counter that was reset or whose series changed.
         """
         before, gap_s = self._before, now - self._at
@@ -51,9 +55,9 @@ class Rates:
             prompt_tokens=prompt_tokens,
             output_tokens=output_tokens,
             first_tokens=first_tokens,
-            max_running=readings.max_running,
+            max_running=readings.max_running or facts.max_running,
             cached_tokens=cached_tokens,
-            context_tokens=readings.context_tokens,
+            context_tokens=readings.context_tokens or facts.context_tokens,
             asleep=readings.asleep,
             adapters=readings.adapters,
             waiting_adapters=readings.waiting_adapters,
@@ -63,7 +67,12 @@ class Rates:
 
 def _difference(now: Counter | None, before: Counter | None) -> int | None:
     """Return how much a counter rose over all its series; None if one was reset, came or went."""
-    if now is None or before is None or now.keys() != before.keys():
+    if now is None or before is None or len(now) != len(before):
         return None
-    rises = [value - before[series] for series, value in now.items()]
-    return None if min(rises, default=0.0) < 0 else round(sum(rises))
+    rise = 0.0
+    for series, value in now.items():
+        earlier = before.get(series)
+        if earlier is None or value < earlier:
+            return None
+        rise += value - earlier
+    return round(rise)

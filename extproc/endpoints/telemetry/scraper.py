@@ -22,14 +22,14 @@ from extproc.endpoints.telemetry import facts
 from extproc.endpoints.telemetry.engines import DCGM, engines_for
 from extproc.endpoints.telemetry.fetch import Pages
 from extproc.endpoints.telemetry.orca import parse_orca
-from extproc.endpoints.telemetry.page import MOST_BYTES, Readings, Reason, read_in_slices
+from extproc.endpoints.telemetry.page import MOST_BYTES, Reader
 from extproc.endpoints.telemetry.rates import Rates
+from extproc.endpoints.telemetry.readings import Readings, Reason
 from extproc.endpoints.telemetry.turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from extproc.endpoints.telemetry.engines import Engine
     from extproc.endpoints.telemetry.target import Target
 
 log = logging.getLogger("extproc.telemetry")
@@ -54,14 +54,16 @@ class _Watch:
     """One endpoint: its target, its task and its freshness."""
 
     __slots__ = (
-        *("ask_at", "base", "credentials", "facts", "gpu_url", "is_stale", "last_at"),
-        *("rates", "reported_at", "since", "target", "task", "tried", "url"),
+        *("ask_at", "base", "credentials", "facts", "gpu_reader", "gpu_url", "is_stale", "last_at"),
+        *("rates", "reader", "reported_at", "since", "target", "task", "tried", "url"),
     )
 
     def __init__(self, target: Target, now: float, rates: Rates) -> None:
         self.target = target
         self.url = URL(target.url)  # parsed once: every scrape uses it
         self.gpu_url = None if target.gpu_url is None else URL(target.gpu_url)
+        self.reader = Reader(engines_for(target.engine), (), target.own)
+        self.gpu_reader = Reader((DCGM,), target.gpu_labels)
         self.base = None if target.base is None else URL(target.base)
         self.credentials = Credentials(target.access)
         self.facts = facts.Facts()
@@ -142,6 +144,7 @@ class Scraper:
         if known is not None:
             if replace(known.target, own=target.own) == target:  # the same pages, of which other lines may count
                 known.target = target
+                known.reader = Reader(engines_for(target.engine), (), target.own)
                 return
             self._end(known)
         rates = Rates(_RATE_GAPS * self.interval_s + self.timeout_s)
@@ -227,16 +230,14 @@ class Scraper:
         return max(round(max(due, now + slot_s) / slot_s) * slot_s - now, 0.0)
 
     async def _scrape(self, watch: _Watch) -> None:
-        target, gpu_url = watch.target, watch.gpu_url
-        engines = engines_for(target.engine)
+        gpu_url = watch.gpu_url
         if gpu_url is None:
-            page, gpu = await self._read(watch.url, engines, (), target.own, watch.credentials), None
-        elif target.engine == "none":
-            page, gpu = None, await self._read(gpu_url, (DCGM,), target.gpu_labels)
+            page, gpu = await self._read(watch.url, watch.reader, watch.credentials), None
+        elif watch.target.engine == "none":
+            page, gpu = None, await self._read(gpu_url, watch.gpu_reader)
         else:
             page, gpu = await asyncio.gather(
-                self._read(watch.url, engines, (), target.own, watch.credentials),
-                self._read(gpu_url, (DCGM,), target.gpu_labels),
+                self._read(watch.url, watch.reader, watch.credentials), self._read(gpu_url, watch.gpu_reader)
             )
         gpu_usage = None
         if gpu is not None:
@@ -251,15 +252,7 @@ class Scraper:
             is_due, is_first = self._loop.time() >= watch.ask_at, watch.ask_at == watch.since
             if is_first:  # before anything is decided by the load; later it comes after it
                 await self._ask(watch, page[0].engine)
-            load, known = watch.rates.load(page[0], page[1], gpu_usage), watch.facts
-            self._succeeded(
-                watch,
-                replace(
-                    load,
-                    max_running=load.max_running or known.max_running,
-                    context_tokens=load.context_tokens or known.context_tokens,
-                ),
-            )
+            self._succeeded(watch, watch.rates.load(page[0], page[1], gpu_usage, watch.facts))
             if is_due and not is_first:
                 await self._ask(watch, page[0].engine)
         else:
@@ -313,12 +306,7 @@ class Scraper:
     # ---- one page
 
     async def _read(
-        self,
-        url: URL,
-        engines: tuple[Engine, ...],
-        labels: tuple[tuple[str, str], ...] = (),
-        own: frozenset[str] = frozenset(),
-        credentials: Credentials | None = None,
+        self, url: URL, reader: Reader, credentials: Credentials | None = None
     ) -> tuple[Readings | Reason, float]:
         """Return what a page says, or why it says nothing, and when it came."""
         assert self._pages is not None  # noqa: S101 - tasks run only while there is one
@@ -327,7 +315,7 @@ class Scraper:
         if isinstance(body, Reason):
             return body, now
         await self._reading.one()
-        steps = read_in_slices(body, engines, labels, own)
+        steps = reader.read(body)
         while True:
             try:
                 next(steps)
