@@ -15,7 +15,7 @@ INTERPRETED = {  # tables and values: no line of them runs for a request
     "outcome",  # likewise
 }
 STREAM = (
-    *("again", "ages", "answer", "bodies", "dialect", "gate", "reception"),
+    *("again", "ages", "answer", "bodies", "by_age", "dialect", "gate", "reception"),
     *("replays", "replies", "request", "routes", "session", "silence", "wire"),
 )
 REPLICAS = ("forwarded", "gate", "leading")  # subclasses of what is compiled must be, too

@@ -48,6 +48,8 @@ FRESH_S = 1.2
 """How old the last beat may be that the leader has surely heard. It gives us up after SILENCE_S without one."""
 MOST_ASKED = 32
 """Questions that wait for an answer; an older one is forgotten."""
+TOLD_IN_A_TURN = 200
+"""Waiting requests that a new leader is told of in one turn of the loop: 2 ms, with their way onto the wire."""
 PROMPT_S = 1.0
 """A prompt sent longer ago is taken as computed: nobody tells a sidecar that does not lead."""
 
@@ -88,11 +90,28 @@ class Following:
                 begun = not ticket.prompt_pending or held_s > PROMPT_S
                 link.send(Held(number, asked, endpoint.name, held_s, begun=begun))
         for ticket in sorted(waiting, key=lambda ticket: ticket.request.arrived):
-            self.offer(ticket)
+            self._waiting[self._number(ticket)] = ticket
         self._is_over = False
-        tell_homes(
-            gate, link, lambda: not self._is_over, lambda: link.send(Synced())
-        )  # until then it decides none of ours
+        self._tell_waiting(list(self._waiting))
+
+    def _tell_waiting(self, numbers: list[int]) -> None:
+        """Tell the leader who of ours waits, some in each turn of the loop; then of homes, and that this is all.
+
+        Until it has heard that, it decides none of ours.
+        """
+        if self._is_over:
+            return
+        now = self._gate.now()
+        for number in numbers[:TOLD_IN_A_TURN]:
+            ticket = self._waiting.get(number)
+            if ticket is not None:  # else its client left
+                self.link.send(Offer(number, asked_by(ticket.request, now)))
+        rest = numbers[TOLD_IN_A_TURN:]
+        if rest:
+            self._gate.call_later(0.0, partial(self._tell_waiting, rest))
+        else:
+            link = self.link
+            tell_homes(self._gate, link, lambda: not self._is_over, lambda: link.send(Synced()))
 
     def _number(self, ticket: Ticket) -> int:
         self._last += 1

@@ -117,14 +117,10 @@ class SharedGate(Gate):
         ticket.request_class = self.controller.class_of(ticket.request)  # it may leave before it is decided
         if now < self._replays.until and self.controller.policy.enable_queue and self._replays.gather(ticket, now):
             return
-        self._route(ticket)
+        self._place(ticket)
 
-    def _let_go(self) -> None:
-        """Give what was gathered its place, wherever that is."""
-        for ticket in self._replays.take():
-            self._route(ticket)
-
-    def _route(self, ticket: Ticket) -> None:
+    def _place(self, ticket: Ticket) -> None:
+        """Give a request its place, wherever that is."""
         if self.controller.draining and not self.replica.decides:
             ticket.state = State.LEFT
             self.carry(Reject(ticket, Outcome.DRAINING, 0.0, 1))

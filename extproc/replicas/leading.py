@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from extproc.admission.sessions import Home
@@ -34,6 +33,7 @@ from extproc.replicas.messages import (
 )
 from extproc.replicas.quotas import Quotas
 from extproc.replicas.rules import differing, rules_of
+from extproc.stream.by_age import ByAge
 
 if TYPE_CHECKING:
     from collections.abc import Set
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from extproc.replicas.forwarded import Follower
     from extproc.replicas.gate import SharedGate
     from extproc.replicas.messages import Asked, Member, Message
-
-_arrival = attrgetter("request.arrived")
 
 
 def _seniority(follower: Follower) -> tuple[int, str]:
@@ -59,7 +57,7 @@ class Leading:
         followers: by id.
         quotas: how much of each limit the group may use.
         heir: who would lead next, the oldest of them: it knows where our own clients' sessions are at home.
-        gathering: requests that wait until all followers have told theirs, so that age decides; None: over.
+        gathering: requests that wait until all followers have told theirs, so that age decides; None: all are offered.
     """
 
     def __init__(self, gate: SharedGate, me: Member, census: Census, *, hold_until: float) -> None:
@@ -69,7 +67,8 @@ class Leading:
         self._census = census
         self.followers: dict[str, Follower] = {}
         self.heir: Follower | None = None
-        self.gathering: dict[Ticket, None] | None = {}
+        self.gathering: ByAge | None = ByAge()
+        self._lets_go = False  # they are offered, some in each turn of the loop
         self._sent_away: dict[str, list[str]] = {}  # followers, and what they lacked for too long
         gate.controller.is_shared = True
         self.quotas = Quotas(gate, census, lambda: self.group, hold_until=hold_until)
@@ -188,27 +187,32 @@ class Leading:
     # ---- requests
 
     def gather(self, ticket: Ticket) -> bool:
-        """Keep a request back while followers still tell theirs; tell whether."""
+        """Keep a request back while followers still tell theirs, or older ones are not offered yet; tell whether."""
         if self.gathering is None:
             return False
-        self.gathering[ticket] = None
+        self.gathering.add(ticket)
         return True
 
     def close_gathered(self, ticket: Ticket) -> bool:
         """Forget a request that was kept back; tell whether it was."""
-        if self.gathering is None or ticket not in self.gathering:
-            return False
-        del self.gathering[ticket]
-        return True
+        return self.gathering is not None and self.gathering.discard(ticket)
 
     def stop_gathering(self) -> None:
         """Offer what was kept back, the oldest first."""
-        gathered, self.gathering = self.gathering or {}, None
-        self._offer_all(list(gathered))
+        if not self._lets_go:
+            self._lets_go = True
+            self._let_go()
 
-    def _offer_all(self, tickets: list[Ticket]) -> None:
-        for ticket in sorted(tickets, key=_arrival):
+    def _let_go(self) -> None:
+        self._gate.now()  # if this process was stopped, that ends our leadership now, and not amid them
+        if self.gathering is None:
+            return
+        for ticket in self.gathering.take():
             self._gate.offer_here(ticket)
+        if self.gathering:
+            self._gate.call_later(0.0, self._let_go)
+        else:
+            self.gathering, self._lets_go = None, False
 
     def receive(self, follower: Follower, message: Message) -> None:
         """Take a follower's word."""
@@ -245,8 +249,14 @@ class Leading:
             case Synced():
                 brought, follower.syncing = follower.syncing or [], None
                 self.quotas.follow()
-                here = [ticket for ticket in brought if follower.tickets.get(ticket.number) is ticket]
-                self._offer_all([ticket for ticket in here if not self.gather(ticket)])
+                is_over = self.gathering is None
+                if self.gathering is None:
+                    self.gathering = ByAge()
+                for ticket in brought:
+                    if follower.tickets.get(ticket.number) is ticket:
+                        self.gathering.add(ticket)
+                if is_over:
+                    self.stop_gathering()
 
     def _hear_of(
         self, ticket: Forwarded, message: Release | Cancel | FirstToken | Answered | Moved | Report | Return

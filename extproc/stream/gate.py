@@ -201,11 +201,19 @@ class Gate:
     def stop_gathering(self) -> None:
         """Expect no more replays: what was gathered takes its place in the queue now."""
         self._replays.expect_no_more()
-        self._let_go()
+        for ticket in self._replays.take(len(self._replays)):
+            self._place(ticket)
 
     def _let_go(self) -> None:
+        """Give what was gathered its place, some in each turn of the loop."""
         for ticket in self._replays.take():
-            self._settle(self.controller.offer(ticket, self._loop.time()))
+            self._place(ticket)
+        if self._replays:
+            self._loop.call_soon(self._let_go)
+
+    def _place(self, ticket: Ticket) -> None:
+        """Give a request its place in the queue."""
+        self._settle(self.controller.offer(ticket, self._loop.time()))
 
     def drain(self) -> None:
         """Refuse what waits, and what would have to."""

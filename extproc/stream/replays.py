@@ -7,8 +7,10 @@ what came to Envoy before we began: a request that is old because its upload was
 
 from __future__ import annotations
 
-from operator import attrgetter
+from math import inf
 from typing import TYPE_CHECKING, Protocol
+
+from extproc.stream.by_age import LET_GO_IN_A_TURN, ByAge
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,9 +37,6 @@ class Loop(Protocol):
         """Call once at `when`."""
 
 
-_arrival = attrgetter("request.arrived")
-
-
 class Replays:
     """What is kept back for a moment after a start. Without a replayed request that is nothing.
 
@@ -51,8 +50,10 @@ class Replays:
         self._ended = ended
         self._clock_offset_s: Callable[[], float] = float  # nobody measures it: 0
         self._began = self.until = 0.0
+        self._expected_until = 0.0  # what `until` is again when all that was gathered is let go
         self._over = 0.0  # when the gathering under way ends
-        self._gathered: dict[Ticket, float] = {}  # and the clocks' offset that was known when each came
+        self._gathered = ByAge()
+        self._offsets_s: dict[Ticket, float] = {}  # of the clocks, as known when each came
 
     def expect(self, clock_offset_s: Callable[[], float]) -> None:
         """Expect replays from now on, for a while; `clock_offset_s`: what stamps of requests are off by."""
@@ -70,24 +71,38 @@ class Replays:
             self._over = min(now + QUIET_S, self.until)
         elif not self._gathered:
             return False
-        self._gathered[ticket] = self._clock_offset_s()
+        self._gathered.add(ticket)
+        self._offsets_s[ticket] = self._clock_offset_s()
         return True
 
     def forget(self, ticket: Ticket) -> bool:
         """Drop a request whose client left; tell whether it was kept back."""
-        return self._gathered.pop(ticket, None) is not None
+        self._offsets_s.pop(ticket, None)
+        return self._gathered.discard(ticket)
 
     def expect_no_more(self) -> None:
         """Keep nothing back from now on."""
         self.until = 0.0
 
-    def take(self) -> list[Ticket]:
-        """Let go what was kept back, in the order in which it came to Envoy."""
-        gathered, self._gathered = self._gathered, {}
+    def __len__(self) -> int:
+        """Return how many are kept back."""
+        return len(self._gathered)
+
+    def take(self, most: int = LET_GO_IN_A_TURN) -> list[Ticket]:
+        """Let go up to `most` of what was kept back, in the order in which it came to Envoy.
+
+        As long as some are left, whoever comes joins them.
+        """
         offset_s, now = self._clock_offset_s(), self._loop.time()
-        for ticket, known_s in gathered.items():  # together they may have shown that the clocks differ
+        for ticket, known_s in self._offsets_s.items():  # together they may have shown that the clocks differ
             ticket.request.arrived = min(ticket.request.arrived + offset_s - known_s, now)
-        return sorted(gathered, key=_arrival)
+        self._offsets_s.clear()
+        taken = self._gathered.take(most)
+        if self._gathered and self.until < inf:
+            self._expected_until, self.until = self.until, inf
+        elif not self._gathered and self.until == inf:
+            self.until = self._expected_until
+        return taken
 
     def _look(self) -> None:
         """End the gathering, if no more has come for a while."""

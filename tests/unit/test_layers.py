@@ -20,7 +20,8 @@ ALLOWED = {
     "stream/gate": {"extproc.admission", "extproc.stream.replays"},
     "stream/routes": set(),
     "stream/silence": set(),
-    "stream/replays": {"extproc.admission"},
+    "stream/replays": {"extproc.admission", "extproc.stream.by_age"},
+    "stream/by_age": {"extproc.admission"},
     "stream/wire": {"extproc._pb", "extproc.errors"},
     "stream/bodies": {"extproc._pb", "extproc.errors"},
     "replicas": {

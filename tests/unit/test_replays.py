@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import heapq
+import random
 from typing import TYPE_CHECKING
+
+import pytest
 
 from extproc.admission.controller import Controller
 from extproc.admission.ticket import State, Ticket
-from extproc.admission.values import EndpointSpec, Policy, Request, RequestClass
+from extproc.admission.values import Answer, EndpointSpec, Policy, Request, RequestClass
+from extproc.stream.by_age import LET_GO_IN_A_TURN
 from extproc.stream.gate import Gate
 from extproc.stream.replays import GATHER_S, QUIET_S, REPLAYED_S, REPLAYS_S
 
@@ -40,6 +44,13 @@ class Loop:
             for callback in callbacks:
                 callback()
         self.now = end
+
+    def turn(self, seconds: float) -> None:
+        """Move to what is due first in the next `seconds`, and let only that happen."""
+        if self._timers[0][0] <= self.now + seconds:
+            self.now, _, callbacks = heapq.heappop(self._timers)
+            for callback in callbacks:
+                callback()
 
 
 class Timer:
@@ -77,7 +88,7 @@ class Room:
         for _ in tickets:
             for ticket in tickets:
                 if ticket.state is State.LEASED:
-                    self.gate.close(ticket)
+                    self.gate.close(ticket, Answer.OK)
 
 
 def test_replayed_requests_go_in_the_order_in_which_they_came_to_envoy():
@@ -97,6 +108,41 @@ def test_a_new_request_between_replayed_ones_does_not_pass_them():
     assert room.sent == ["older", "old", "new"]
 
 
+def test_many_are_let_go_some_in_a_turn_and_who_comes_meanwhile_stands_behind_them():
+    room = Room()
+    ages = random.Random(1).sample(range(1000), 2 * LET_GO_IN_A_TURN + 50)
+    tickets = []
+    for age in ages:
+        tickets.append(room.offer(f"r{age}", 9 + room.loop.now + age / 1000))
+        room.loop.advance(0.99 * GATHER_S / len(ages))
+    expected = [f"r{age}" for age in sorted(ages, reverse=True)]
+    room.loop.turn(GATHER_S)
+    assert room.gate.waiting + len(room.sent) == LET_GO_IN_A_TURN
+    tickets.append(room.offer("new"))
+    room.gate.close(tickets.pop(ages.index(min(ages))))
+    assert room.cancelled_ids == [expected.pop()]
+    room.loop.turn(0.0)
+    assert room.gate.waiting + len(room.sent) == 2 * LET_GO_IN_A_TURN
+    room.loop.turn(0.0)
+    assert room.gate.waiting + len(room.sent) == len(tickets)
+    tickets.append(room.offer("late", 9))
+    assert room.gate.waiting + len(room.sent) == len(tickets)
+    room.run_dry(*tickets)
+    assert room.sent == [*expected, "new", "late"]
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2])
+def test_a_drain_before_or_amid_letting_many_go_forgets_nobody(turns):
+    room = Room()
+    tickets = [room.offer(f"r{number}", 3 + number / 1000) for number in range(3 * LET_GO_IN_A_TURN)]
+    for _ in range(turns):
+        room.loop.turn(GATHER_S)
+    room.gate.drain()
+    room.loop.advance(0.0)
+    assert {ticket.state for ticket in tickets} == {State.LEASED, State.LEFT}
+    assert room.offer("late", 3).state is State.LEFT
+
+
 def test_without_a_replayed_request_nothing_is_kept_back():
     room = Room()
     room.offer("new")
@@ -108,6 +154,17 @@ def test_long_after_a_start_an_old_request_is_not_kept_back():
     room.loop.advance(REPLAYS_S)
     room.offer("slow upload", 5)
     assert room.sent == ["slow upload"]
+
+
+def test_replays_that_come_behind_a_pause_are_gathered_too():
+    room = Room()
+    tickets = [room.offer("first", 3)]
+    room.loop.advance(QUIET_S)
+    assert room.sent == ["first"]
+    tickets += [room.offer("younger", 2), room.offer("older", 4)]
+    room.loop.advance(GATHER_S)
+    room.run_dry(*tickets)
+    assert room.sent == ["first", "older", "younger"]
 
 
 def test_requests_are_gathered_once_and_not_again():

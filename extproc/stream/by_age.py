@@ -1,0 +1,57 @@
+"""Requests that are kept back for a moment, and let go by age, some in each turn of the loop."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from extproc.admission.ticket import Ticket
+
+LET_GO_IN_A_TURN = 100
+"""Requests that are let go in one turn of the loop: a millisecond or two of the core. 2,000 at once took 28 ms."""
+
+_arrival = attrgetter("request.arrived")
+
+
+class ByAge:
+    """Requests kept back. Who comes while they are let go stands behind those whose order is found."""
+
+    __slots__ = ("_due", "_kept")
+
+    def __init__(self) -> None:
+        """Begin with nobody."""
+        self._kept: dict[Ticket, None] = {}
+        self._due: list[Ticket] = []  # the oldest last; some may be gone
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._kept)
+
+    def __iter__(self) -> Iterator[Ticket]:
+        """Walk them, in no order."""
+        return iter(self._kept)
+
+    def add(self, ticket: Ticket) -> None:
+        """Keep one back."""
+        self._kept[ticket] = None
+
+    def discard(self, ticket: Ticket) -> bool:
+        """Forget one; tell whether it was there."""
+        if ticket not in self._kept:
+            return False
+        del self._kept[ticket]
+        return True
+
+    def take(self, most: int = LET_GO_IN_A_TURN) -> list[Ticket]:
+        """Let go up to `most`, the oldest first."""
+        taken: list[Ticket] = []
+        while self._kept and len(taken) < most:
+            if not self._due:
+                self._due = sorted(self._kept, key=_arrival, reverse=True)
+            ticket = self._due.pop()
+            if self.discard(ticket):
+                taken.append(ticket)
+        return taken

@@ -1,0 +1,58 @@
+"""No turn of the loop is long when the leader changes, however many wait.
+
+Counted in calls of functions, as tests/unit/test_turns.py does: 8,000 are a millisecond.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from .test_group import leader, site
+from .test_handed_over import killed
+
+if TYPE_CHECKING:
+    from .sidecar import Client
+    from .site import Site
+
+WAITING = 600
+"""At each of three sidecars."""
+MOST_CALLS = 10_000
+
+
+def crowd(here: Site) -> list[Client]:
+    """Have many wait at each sidecar, behind who runs."""
+    for place in here.sidecars:
+        here.send(place, work_s=3.0)
+    here.run(0.1)
+    return [here.send(place, work_s=0.001, budget_s=600.0) for _ in range(WAITING) for place in here.sidecars]
+
+
+def longest_turn(here: Site, seconds: float) -> int:
+    """Return how many calls the longest of all turns made."""
+    longest, end = 0, here.clock.now + seconds
+    before = sys.getprofile()
+    while (at := here.clock.next()) is not None and at <= end:
+        calls = 0
+
+        def count(_frame: object, event: str, _argument: object) -> None:
+            nonlocal calls
+            calls += event in ("call", "c_call")
+
+        sys.setprofile(count)
+        here.clock.step()
+        sys.setprofile(before)
+        longest = max(longest, calls)
+    return longest
+
+
+def test_no_turn_is_long_when_the_leader_is_gone_and_what_all_hold_comes_to_the_next():
+    here = site(engines=3, limit=1)
+    crowd(here)
+    here.run(0.2)
+    killed(here, leader(here))
+    assert longest_turn(here, 2.0) < MOST_CALLS
+    (now,) = here.leaders()
+    assert now.replica.leading is not None
+    assert now.replica.leading.gathering is None
+    assert now.controller.waiting + here.load() >= 2 * WAITING
