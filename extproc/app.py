@@ -118,6 +118,7 @@ class App:
             clock_offset_s=lambda: self.ages.offset_s,
             config_is_refused=lambda: self.file is not None and self.file.is_refused,
             overflowed=lambda: self.reception.overflowed,
+            bad_answers=lambda: self.reception.bad_answers,
             second_tries=lambda: self.reception.again.count,
             left_out=lambda: self.sources.left_out + self.roster.left_out,
             transport="completion_queue" if isinstance(loop, CompletionLoop) else "asyncio",

@@ -25,11 +25,18 @@ ROWS = 25
 """Endpoints whose samples of one family are made in one go: five of each at most, a millisecond."""
 
 
+PIECE_COUNTS = 125
+"""The same, where each has a row of its own."""
+
+
 class Telemetry(Protocol):
     """Who knows how the scraping of endpoints goes."""
 
     def age_s(self, name: str) -> float | None:
         """Return the age of an endpoint's last good reading, in seconds; None: there never was one."""
+
+    def silence(self, name: str) -> str | None:
+        """Return why the last look at an endpoint's page told nothing; None: it told."""
 
     def follows(self, name: str) -> bool:
         """Tell whether an endpoint is scraped at all."""
@@ -178,6 +185,27 @@ def _limits(row: Row) -> Samples:
     yield ("requests",), row.limit
     if row.kv_capacity is not None:
         yield ("kv_tokens",), row.kv_capacity
+
+
+BAD_ANSWERS = (
+    "extproc_bad_answers",
+    (
+        "Requests to which an endpoint gave no good answer: none (failed: no connection, or cut before it began), its "
+        "own 5xx (error), a success without a byte (empty), as full (saturated: 429, 503), 4xx (refused). All others "
+        "of extproc_dispatched_total run, were answered well, or were ended by their client."
+    ),
+    "answer",
+)
+SCRAPE_ERRORS = ("extproc_scrape_errors", "Scrapes, and reports in answers, that told nothing, by why.", "reason")
+
+
+def tally(name: str, text: str, label: str, counts: Sequence[tuple[str, str, int]]) -> Iterator[CounterMetricFamily]:
+    """Make a family of what was counted by endpoint and `label`, some at a time."""
+    for start in range(0, max(len(counts), 1), PIECE_COUNTS):
+        family = CounterMetricFamily(name, text, labels=("endpoint", label))
+        for endpoint, value, count in counts[start : start + PIECE_COUNTS]:
+            family.add_metric((endpoint, value), count)
+        yield family
 
 
 FAMILIES = (

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from extproc.admission.held import HeldBy
     from extproc.admission.queue import Queue
     from extproc.admission.ticket import Ticket
-    from extproc.admission.values import Decision
+    from extproc.admission.values import Answer, Decision
     from extproc.observe.endpoints import Telemetry
 
     Parts = Iterator[Metric | None]
@@ -127,6 +127,7 @@ class Metrics:
         left_out: Callable[[], int] = _none,
         second_tries: Callable[[], int] = _none,
         overflowed: Callable[[], Mapping[str, int]] = _nothing,
+        bad_answers: Callable[[], Mapping[str, Mapping[Answer, int]]] = dict,
         transport: str | None = None,
         rehearsed: Mapping[tuple[str, str], int] | None = None,
         restarts: Mapping[str, int] = MappingProxyType({}),
@@ -138,6 +139,7 @@ class Metrics:
         `streams`: how many ext_proc streams are open; `telemetry`: how the scraping goes; `clock`: the core's;
         `left_out`: found endpoints that were not taken; `second_tries`: requests that came back;
         `overflowed`: those that went to a cluster of last resort, by class;
+        `bad_answers`: how many requests each endpoint gave no good answer, by kind;
         `transport`: what carries gRPC;
         `ignored`: header values of requests that told nothing, by header; `clock_offset_s`: of our wall clock against
         Envoy's; `config_is_refused`: the file is worse than what runs; `rehearsed`: a dry run's counts, by what would
@@ -152,6 +154,7 @@ class Metrics:
         self._left_out = left_out
         self._second_tries = second_tries
         self._overflowed = overflowed
+        self._bad_answers = bad_answers
         self._transport = transport
         self.rehearsed = rehearsed
         self._restarts = restarts
@@ -269,13 +272,19 @@ class Metrics:
         rows: list[endpoints.Row] = []
         decides = self._decides()
         errors = list(self._telemetry.errors()) if self._telemetry is not None else []
+        bad = [
+            (name, kind._value_, count)
+            for name, counts in self._bad_answers().items()
+            for kind, count in counts.items()
+        ]
         return [
             *(iter((family,)) for family in self._request_families()),
             *self._queue_families(now),
             self._read(counted, rows),
             *(family.parts(rows) for family in endpoints.FAMILIES if decides),
             *(family.parts(rows) for family in endpoints.TELEMETRY),
-            _errors(errors),
+            endpoints.tally(*endpoints.BAD_ANSWERS, bad),
+            endpoints.tally(*endpoints.SCRAPE_ERRORS, errors),
             *(iter((family,)) for family in self._other_families()),
         ]
 
@@ -451,6 +460,10 @@ class Metrics:
         """Return the age of an endpoint's last good reading, in seconds; None: there never was one."""
         return self._telemetry.age_s(name) if self._telemetry is not None else None
 
+    def silence(self, name: str) -> str | None:
+        """Return why the last look at an endpoint's page told nothing, in a word; None: it told."""
+        return self._telemetry.silence(name) if self._telemetry is not None else None
+
 
 def _oldest(arrivals: dict[str, float], lines: Iterable[Queue], now: float) -> Parts:
     """Look at those who wait, some at a time: who comes meanwhile is younger than any of them, who leaves is missed."""
@@ -469,18 +482,6 @@ def _oldest(arrivals: dict[str, float], lines: Iterable[Queue], now: float) -> P
     for request_class, arrived in arrivals.items():
         oldest.add_metric([request_class], now - arrived)
     yield oldest
-
-
-def _errors(errors: Sequence[tuple[str, str, int]]) -> Parts:
-    for start in range(0, max(len(errors), 1), PIECE_LINES):
-        family = CounterMetricFamily(
-            "extproc_scrape_errors",
-            "Scrapes, and reports in answers, that told nothing, by why.",
-            labels=["endpoint", "reason"],
-        )
-        for name, reason, count in errors[start : start + PIECE_LINES]:
-            family.add_metric([name, reason], count)
-        yield family
 
 
 class _Page(CollectorRegistry):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from extproc.admission.outcome import Outcome
 from extproc.admission.ticket import Ticket
+from extproc.admission.values import Answer
 from extproc.stream import wire
 from extproc.stream.again import Again
 from extproc.stream.answer import is_grpc
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from extproc.admission.endpoint import Endpoint
     from extproc.admission.load import Load
-    from extproc.admission.values import Answer, Decision
+    from extproc.admission.values import Decision
     from extproc.stream.ages import Ages
     from extproc.stream.dialect import Dialect, Modes
     from extproc.stream.gate import Gate
@@ -37,6 +38,12 @@ OVERFLOWS = frozenset(
     (Outcome.QUEUE_FULL, Outcome.BUDGET_PREDICTED, Outcome.BUDGET_EXPIRED, Outcome.NO_ENDPOINT, Outcome.DRAINING)
 )
 """Refusals for want of room. What the client itself would have to change is refused wherever it is sent."""
+FAILINGS = (Answer.FAILED, Answer.ERROR, Answer.EMPTY)
+"""Bad answers that are an endpoint's own doing: counted from 0, so that Prometheus sees the first one come."""
+NO_CLUSTER = "cluster_not_found"
+"""Envoy's detail of such an answer (StreamInfo::ResponseCodeDetails; flag NC)."""
+SAID_AGAIN_S = 60.0
+"""So often that it is said."""
 MOST_SUBSETS = 1000
 """Lists of allowed addresses that are kept as read."""
 LIST_S = 1.0
@@ -82,6 +89,8 @@ class Reception:
         self.again = Again(second_try)
         self._overflow: dict[str, tuple[str, bytes]] = {}  # class -> cluster of last resort, and how to steer there
         self.overflowed: dict[str, int] = {}  # how many went there, by class
+        self.bad_answers: dict[str, dict[Answer, int]] = {}  # by endpoint, of those that are there
+        self._missed: dict[str, float] = {}  # endpoints whose cluster Envoy lacks, and when that was said
         self.read_model = read_model
         self._reads_fields = bool(fields_namespace)
         self.picks_without_end = picks_without_end
@@ -129,14 +138,37 @@ class Reception:
         self._clusters[endpoint] = cluster
         self._endpoints[cluster] = endpoint
         self._steers[endpoint] = self.dialect.steer(cluster)
+        self.bad_answers.setdefault(endpoint, dict.fromkeys(FAILINGS, 0))
 
     def drop_cluster(self, endpoint: str) -> None:
         """Forget an endpoint that no request can be sent to any more. Unknown: no-op."""
         cluster = self._clusters.pop(endpoint, None)
+        self.bad_answers.pop(endpoint, None)
+        self._missed.pop(endpoint, None)
         if cluster is not None:
             del self._steers[endpoint]
             if self._endpoints.get(cluster) == endpoint:
                 del self._endpoints[cluster]
+
+    def count_bad(self, ticket: Ticket, answer: Answer) -> None:
+        """Count that a request got no good answer. Nobody knows, it is at no endpoint, or that is gone: no-op."""
+        counts = None if ticket.endpoint is None else self.bad_answers.get(ticket.endpoint.name)
+        if counts is not None and answer is not Answer.UNKNOWN:
+            counts[answer] = counts.get(answer, 0) + 1
+
+    def look_at_failure(self, ticket: Ticket, details: str | None) -> None:
+        """Say now and then that Envoy lacks the cluster of an endpoint, if that is why nobody answered."""
+        endpoint, now = ticket.endpoint, self.gate.now()
+        if details != NO_CLUSTER or endpoint is None:
+            return
+        said_at = self._missed.get(endpoint.name)
+        if said_at is None or now - said_at >= SAID_AGAIN_S:
+            self._missed[endpoint.name] = now
+            log.warning(
+                "endpoint %s: Envoy has no cluster %s, so requests sent there get 503: it is in our configuration and "
+                "not in Envoy's (`extproc check FILE --envoy BOOTSTRAP`)",
+                *(endpoint.name, self._clusters.get(endpoint.name, "of its name")),
+            )
 
     def set_overflow(self, clusters: Mapping[str, str]) -> None:
         """Note to which cluster requests of a class go instead of a refusal for want of room, by class."""

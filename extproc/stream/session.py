@@ -61,7 +61,7 @@ _NEW, _READING, _HELD = _State.NEW, _State.READING, _State.HELD
 _PASSING, _REFUSED, _ENDED = _State.PASSING, _State.REFUSED, _State.ENDED
 _REQUEST_HEADERS, _RESPONSE_HEADERS = Kind.REQUEST_HEADERS, Kind.RESPONSE_HEADERS
 _QUEUE, _MODELS, _OPENAI = Action.QUEUE, Action.MODELS, Shape.OPENAI
-_OK, _UNKNOWN = Answer.OK, Answer.UNKNOWN
+_OK, _UNKNOWN, _FAILED = Answer.OK, Answer.UNKNOWN, Answer.FAILED
 _GO_ON = wire.go_on(_RESPONSE_HEADERS)
 """For what every request does: to read a member from its class costs Python 3.11 twenty times what a name costs."""
 
@@ -250,6 +250,8 @@ class Session:
                 reception.follow(ticket, incoming.served)
             if self._answer is _OK and self._shown is None and not self._number and self._modes is PLAIN:
                 reception.gate.answered(ticket)  # as nearly all are: no byte will be shown
+            elif self._answer is _FAILED:
+                reception.look_at_failure(ticket, incoming.attributes.get("response.code_details"))
             else:
                 self._judge_beginning()
             if REPORT in incoming.headers or BINARY_REPORT in incoming.headers:
@@ -282,6 +284,8 @@ class Session:
             self._ticket = ticket.deliver = None  # tickets are remembered for their stories: this stream is not
             if self._number:
                 self._forget_number()
+            if self._answer is not _OK:
+                reception.count_bad(ticket, self._answer)
             reception.gate.close(ticket, self._answer)
             if reception.finished is not None and self._is_sent:
                 reception.finished(ticket, self._answer)

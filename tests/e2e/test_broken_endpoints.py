@@ -106,15 +106,16 @@ def answer(status: int, body: str) -> bytes:
 
 ASLEEP = '# TYPE vllm:engine_sleep_state gauge\nvllm:engine_sleep_state{engine="0",sleep_state="awake"} 0.0\n'
 ROWS = {
-    "A1 404 to all": Canned(answer(404, '{"error": "model not found"}')),
-    "A1 401 to all": Canned(answer(401, "who are you")),
-    "A1 400 to all": Canned(answer(400, "no such model")),
-    "A1 500 to all": Canned(answer(500, "broken")),
-    "A2 loads for ever": Canned(answer(503, '{"error": "Loading model"}')),
-    "A2 429 with nothing running": Canned(answer(429, "full of nothing")),
-    "H3 200 and not a byte": Canned(answer(200, "")),
-    "takes the request and hangs up": Canned(b""),
+    "A1 404 to all": (answer(404, '{"error": "model not found"}'), "refused"),
+    "A1 401 to all": (answer(401, "who are you"), "refused"),
+    "A1 400 to all": (answer(400, "no such model"), "refused"),
+    "A1 500 to all": (answer(500, "broken"), "error"),
+    "A2 loads for ever": (answer(503, '{"error": "Loading model"}'), "saturated"),
+    "A2 429 with nothing running": (answer(429, "full of nothing"), "saturated"),
+    "H3 200 and not a byte": (answer(200, ""), "empty"),
+    "takes the request and hangs up": (b"", "failed"),
 }
+"""What it answers, and what /metrics calls that."""
 
 
 def costs(here: Stack, count: int = 120) -> int:
@@ -126,8 +127,8 @@ def costs(here: Stack, count: int = 120) -> int:
 @pytest.mark.parametrize("checked", [False, True], ids=["no health checks", "passes its health checks"])
 @pytest.mark.parametrize("row", ROWS)
 def test_one_that_refuses_what_its_peer_serves_costs_a_few_requests(stack, row, checked):
-    canned = ROWS[row]
-    with Canned(canned.answer) as bad:
+    canned, kind = ROWS[row]
+    with Canned(canned) as bad:
         config: dict[str, Any] = {"max_running_requests": LIMIT, "classes": PATIENT}
         most = LIMIT + FEW if checked else FEW  # whose checks pass is sent as many as it may run
         if checked:
@@ -137,7 +138,21 @@ def test_one_that_refuses_what_its_peer_serves_costs_a_few_requests(stack, row, 
             wait_until(lambda: here.endpoint("bad")["state"] == "up")
         assert costs(here) <= most
         here.wait_idle()
-        assert here.endpoint("bad")["dispatched"] <= most
+        sent = here.endpoint("bad")["dispatched"]
+        assert sent <= most
+        counts = bad_answers(here)
+        assert counts.pop(("bad", kind)) == sent
+        assert set(counts.values()) <= {0}, "the good one gave none, and no answer is two kinds"
+
+
+def bad_answers(here: Stack) -> dict[tuple[str, str], float]:
+    """What /metrics counts, by endpoint and kind."""
+    found = {}
+    for name, value in here.sidecar.metrics().items():
+        if name.startswith("extproc_bad_answers_total"):
+            _, kind, _, endpoint, _ = name.split('"')
+            found[endpoint, kind] = value
+    return found
 
 
 SHOWN = {

@@ -89,6 +89,7 @@ def test_an_endpoint_that_refuses_connections_is_left_out_and_its_pool_serves_on
     late = complete_many(here.url, 20, lambda n: {"x-test-id": f"l-{n}"})
     assert {answer.status for answer in late} == {200}
     settle(here, 80)
+    assert here.sidecar.metrics()['extproc_bad_answers_total{answer="failed",endpoint="a"}'] == statuses[503]
 
 
 @contextlib.contextmanager

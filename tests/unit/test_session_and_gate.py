@@ -8,7 +8,7 @@ import pytest
 
 from extproc._pb import ext_proc_pb2 as pb
 from extproc.admission.tenants import TenantRule, TenantRules
-from extproc.admission.values import Dispatch, EndpointSpec, RequestClass
+from extproc.admission.values import Answer, Dispatch, EndpointSpec, RequestClass
 from extproc.errors import ProtocolError
 from extproc.stream.gate import BURST
 from extproc.stream.session import Session
@@ -180,6 +180,26 @@ def test_a_grpc_answer_is_judged_by_its_trailers_and_not_by_the_head_before_them
             session.receive(message("response_trailers", grpc_status=status))
         session.end()
     assert (room.gate.controller.endpoints["a"].health.ejected_until is not None) is ejects
+
+
+def test_no_good_answer_is_counted_by_endpoint_and_kind_for_as_long_as_the_endpoint_is_there():
+    room = Room(ONE)
+    zero = {Answer.FAILED: 0, Answer.ERROR: 0, Answer.EMPTY: 0}
+    its_own, envoys = "via_upstream", "upstream_reset"
+    heads = [("503", envoys), *2 * [("500", its_own)], ("404", its_own), ("200", its_own), ("400", "http1.codec_error")]
+    for status, details in heads:
+        session, _ = room.open()
+        session.receive(message("response_headers", {"response.code_details": details}, status=status))
+        session.end()
+    left_early, _ = room.open()
+    left_early.end()
+    told = {"a": zero | {Answer.FAILED: 1, Answer.ERROR: 2, Answer.REFUSED: 1}}
+    assert room.reception.bad_answers == told, "good ones, who left and what Envoy refuses by itself are none"
+    late, _ = room.open()
+    room.reception.drop_cluster("a")
+    late.receive(message("response_headers", {"response.code_details": "via_upstream"}, status="500"))
+    late.end()
+    assert room.reception.bad_answers == {}
 
 
 def test_headers_win_over_fields_of_the_body_and_wrong_types_are_ignored():
