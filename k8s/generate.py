@@ -62,6 +62,8 @@ _PATCH_SAYS = """\
 #   forward_rules, mutation_rules  the sidecar sees all headers, authorization too, and may write any.
 #   max_outbound_control_frames    a thousand answers that end in one moment close the connection: all held are lost.
 #   connection_keepalive           a hung sidecar goes unnoticed until messageTimeout.
+#   local_reply_config             Envoy's own errors are its words ("no healthy upstream"), not ours. What a
+#                                  responseOverride of a BackendTrafficPolicy says is lost with it.
 """
 _LEAN_SAYS = """\
 # Istio sends all bodies to a picker: two messages and one for each piece, and ours must echo each. The route's own
@@ -167,7 +169,7 @@ def envoy_filter(bootstrap: dict[str, Any]) -> dict[str, Any]:
     virtual_host = {"vhost": {"name": VIRTUAL_HOST}}
     settings = (
         *("@type", "stream_idle_timeout", "request_timeout", "always_set_request_id_in_response"),
-        "early_header_mutation_extensions",
+        *("early_header_mutation_extensions", "local_reply_config"),
     )
     merged = {"typed_config": {key: manager[key] for key in settings}}
     limit = {"request_body_buffer_limit": host["request_body_buffer_limit"]}
@@ -238,16 +240,14 @@ def envoy_patch_policy(bootstrap: dict[str, Any]) -> dict[str, Any]:
                 "value": _filter(bootstrap, EXT_PROC)["typed_config"],
             },
         },
-        {
-            "type": "type.googleapis.com/envoy.config.listener.v3.Listener",
-            "name": f"{NAMESPACE}/extproc/http",
-            "operation": {
-                "op": "add",
-                "jsonPath": manager,
-                "path": "/always_set_request_id_in_response",
-                "value": _manager(bootstrap)["always_set_request_id_in_response"],
-            },
-        },
+        *(
+            {
+                "type": "type.googleapis.com/envoy.config.listener.v3.Listener",
+                "name": f"{NAMESPACE}/extproc/http",
+                "operation": {"op": "add", "jsonPath": manager, "path": f"/{key}", "value": _manager(bootstrap)[key]},
+            }
+            for key in ("always_set_request_id_in_response", "local_reply_config")
+        ),
         {
             "type": "type.googleapis.com/envoy.config.cluster.v3.Cluster",
             "name": EXT_PROC_CLUSTER,

@@ -2,6 +2,9 @@
 
 Envoy's own texts point the wrong way: "no healthy upstream" where no sidecar answered and all servers are well. Only
 its answers that bear one of these flags are written anew: never a server's own, nor our refusals, which bear none.
+
+A gRPC client gets no body: Envoy makes it the `grpc-message`, and of the status a gRPC one (UNAVAILABLE, of all of
+these). So such requests have mappers of their own, with a plain sentence: Envoy takes the first mapper that fits.
 """
 
 from __future__ import annotations
@@ -27,6 +30,10 @@ _NO_SIDECAR = "no_sidecar"
 _NOBODY_ASKED = "The queue's sidecar did not answer Envoy, and no inference server was asked: they may all be well."
 _NOBODY_LEFT = "The queue's sidecar did not answer Envoy, and Envoy has no inference server that it could ask instead."
 """Where the fallback is any server (fail open)."""
+_OF_GRPC = (
+    "{header_filter: {header: {name: content-type, string_match: {safe_regex: {regex: 'application/grpc(\\+.*)?'}}}}}"
+)
+"""What Envoy itself takes for gRPC; not gRPC-Web, whose clients read a body."""
 
 
 def local_replies(*, fail_open: bool) -> str:
@@ -35,25 +42,36 @@ def local_replies(*, fail_open: bool) -> str:
     `fail_open`: that went to any server.
     """
     undecided = (
-        "- metadata_filter: {matcher: {filter: " + wire.NAMESPACE + ", path: [{key: outcome}], "
-        'value: {string_match: {exact: ""}}}, match_if_key_not_found: true}'
+        "{metadata_filter: {matcher: {filter: " + wire.NAMESPACE + ", path: [{key: outcome}], "
+        'value: {string_match: {exact: ""}}}, match_if_key_not_found: true}}'
     )
-    mappers = [
-        "- filter:",
-        "    and_filter:",
-        "      filters:",
-        "      - response_flag_filter: {flags: [UH]}",
-        f"      {undecided}",
-        _body(_NO_SIDECAR, _NOBODY_LEFT if fail_open else _NOBODY_ASKED),
+    causes = [
+        ("UH", [undecided], _NO_SIDECAR, _NOBODY_LEFT if fail_open else _NOBODY_ASKED),
+        *((flags, [], code, message) for flags, code, message in _CAUSES),
     ]
-    for flags, code, message in _CAUSES:
-        mappers += [f"- filter: {{response_flag_filter: {{flags: [{flags}]}}}}", _body(code, message)]
+    mappers = []
+    for flags, more, code, message in causes:
+        flag = f"{{response_flag_filter: {{flags: [{flags}]}}}}"
+        mappers += [*_mapper([flag, *more, _OF_GRPC]), _sentence(code, message)]
+        mappers += [*_mapper([flag, *more]), _body(code, message)]
     text = "".join(f"            {line}\n" for line in mappers)
     return f"""\
           # Envoy's own answers say whose fault it is; refusals of the queue, and answers of servers, are left alone.
           local_reply_config:
             mappers:
 {text}"""
+
+
+def _mapper(filters: list[str]) -> list[str]:
+    """Return the lines that say for which answers it is: those that pass all filters."""
+    if len(filters) == 1:
+        return [f"- filter: {filters[0]}"]
+    return ["- filter:", "    and_filter:", "      filters:", *(f"      - {one}" for one in filters)]
+
+
+def _sentence(code: str, message: str) -> str:
+    text = json.dumps(f"{message} ({code}, %RESPONSE_FLAGS%)")
+    return f"  body_format_override: {{text_format_source: {{inline_string: {text}}}}}"
 
 
 def _body(code: str, message: str) -> str:

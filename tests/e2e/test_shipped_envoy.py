@@ -7,6 +7,7 @@ import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import pytest
 
 from .kit.clients import Completion, H1Request, complete_many
@@ -51,6 +52,8 @@ def test_without_a_sidecar_the_fail_closed_file_refuses_and_the_fail_open_file_s
         assert {answer.status for answer in refused.result()} == {503}
         assert {answer.headers["x-extproc-outcome"] for answer in refused.result()} == {"unsteered"}
         assert {cause(answer) for answer in refused.result()} == {("no_sidecar", "UH")}
+        code, message = call(closed.address)
+        assert (code, message[-17:]) == (grpc.StatusCode.UNAVAILABLE, " (no_sidecar, UH)")
         assert closed.reached() == []
 
 
@@ -70,11 +73,26 @@ def test_what_envoy_itself_answers_for_a_server_is_an_openai_error_that_says_who
         for upstream in here.upstreams.values():
             upstream.__exit__()
         assert cause(ask("ok"))[0] == "server_unreachable"
+        sentence = "The inference server took no connection. (server_unreachable, URX,UF)"
+        assert call(here.address) == (grpc.StatusCode.UNAVAILABLE, sentence)
         address = next(iter(here.upstreams.values())).address
         here.sidecar.write_config(endpoints=[{"name": "unknown-to-envoy", "address": address}])
         here.sidecar.child.signal(signal.SIGHUP)
         wait_until(lambda: [one["name"] for one in here.sidecar.queues()["endpoints"]] == ["unknown-to-envoy"])
         assert cause(ask("ok")) == ("no_cluster", "NC")
+        code, message = call(here.address)
+        assert (code, message[-17:]) == (grpc.StatusCode.UNAVAILABLE, " (no_cluster, NC)")
+        told = [line for line in here.sidecar.child.output().splitlines() if "Envoy has no cluster" in line]
+        assert len(told) == 1, "two requests found it out, and the log says it once a minute"
+        assert "endpoint unknown-to-envoy: Envoy has no cluster unknown-to-envoy" in told[0]
+
+
+def call(address: str) -> tuple[grpc.StatusCode, str]:
+    """What a gRPC client reads when its call fails."""
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        with pytest.raises(grpc.RpcError) as failed:
+            channel.unary_unary("/vllm.grpc.engine.VllmEngine/Generate")(b"\0", timeout=30)
+        return failed.value.code(), failed.value.details()
 
 
 def cause(answer: Completion) -> tuple[str, str]:

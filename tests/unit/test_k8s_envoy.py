@@ -103,6 +103,9 @@ def test_an_istio_gateway_with_our_envoyfilter_is_what_check_wants(rendered, tmp
     assert good, said
     assert check_envoy(sidecar_config(documents), path) == []
     assert not [word for word in advice(sidecar_config(documents), path) if "no buffer filter" in word]
+    _answers_as_the_plain_envoy_does(
+        after["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
+    )
 
 
 def test_an_envoy_gateway_with_our_policies_is_what_check_wants(rendered, tmp_path):
@@ -188,6 +191,7 @@ def test_an_envoy_gateway_with_our_policies_is_what_check_wants(rendered, tmp_pa
     good, said = validate(path.read_text(), tmp_path)
     assert good, said
     assert not [word for word in advice(config, path) if "no buffer filter" in word]
+    _answers_as_the_plain_envoy_does(listener["default_filter_chain"]["filters"][0]["typed_config"])
     # `check` knows one way to route (cluster_header) and one to buffer; here: a rule per endpoint, and the listener.
     others = [problem for problem in check_envoy(config, path) if not _said_otherwise(problem)]
     assert others == []
@@ -207,6 +211,13 @@ def test_an_envoy_gateway_with_our_policies_is_what_check_wants(rendered, tmp_pa
     assert backends[rules[-1]["backendRefs"][0]["name"]]["spec"]["endpoints"][0]["fqdn"]["hostname"].endswith(
         ".invalid"
     )
+
+
+def _answers_as_the_plain_envoy_does(manager: Document) -> None:
+    plain = yaml.safe_load((ROOT / "envoy/sidecar.yaml").read_text())
+    (listener,) = plain["static_resources"]["listeners"]
+    its = listener["filter_chains"][0]["filters"][0]["typed_config"]
+    assert manager["local_reply_config"] == its["local_reply_config"]
 
 
 def _said_otherwise(problem: str) -> bool:
