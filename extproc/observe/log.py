@@ -37,7 +37,13 @@ SAME_S = 0.03
 """Waits that differ by less are the same."""
 MANY_SAME = 10
 SAID_AGAIN_S = 10.0
-"""So often, at most, that many were given up after the same wait: what causes it does not change within seconds."""
+"""So often, at most, that a streak of requests given up after the same wait began: causes don't change in seconds."""
+GOES_ON_S = 60.0
+"""So often that it goes on, and how many they are."""
+OVER_S = 15.0
+"""A streak of which there was no more for so long is over."""
+MOST_STREAKS = 3
+"""Streaks that are followed at once: there are so many timeouts, and clients may make up more."""
 MOST_TEXT = 128
 """Characters of a client's text in a line."""
 TEXT = "%(asctime)s %(levelname)s %(name)s %(message)s"
@@ -88,6 +94,17 @@ class _Rate:
         self.left_out = 0
 
 
+class _Streak:
+    """Requests given up after the same wait, of which the log has told: how many until now, and when told last."""
+
+    __slots__ = ("began", "count", "last", "said", "said_at", "wait_s")
+
+    def __init__(self, wait_s: float, count: int, now: float) -> None:
+        self.wait_s = wait_s
+        self.count = self.said = count
+        self.began = self.last = self.said_at = now
+
+
 class QueueLog:
     """An observer of decisions that writes what a person on call wants to read."""
 
@@ -99,6 +116,7 @@ class QueueLog:
         self._states: dict[str, str] = {}
         self._same_s, self._same = 0.0, 0  # the wait after which the last were given up, and how many they are
         self._said_same_at: float | None = None
+        self._streaks: list[_Streak] = []
 
     def decided(self, decision: Decision) -> None:
         """Write a line for a refusal or a reroute. Everything else is in the metrics."""
@@ -144,15 +162,21 @@ class QueueLog:
     def cancelled(self, ticket: Ticket, wait_s: float) -> None:
         """Write nothing, as clients leave all the time; but many after the same wait have one cause."""
         del ticket
+        for streak in self._streaks:
+            if abs(wait_s - streak.wait_s) <= SAME_S:
+                streak.count, streak.last = streak.count + 1, self._clock()
+                return
         if abs(wait_s - self._same_s) > SAME_S:
             self._same_s, self._same = wait_s, 0
         self._same += 1
         if self._same == MANY_SAME and wait_s > 2 * SAME_S:
             now = self._clock()
-            if self._said_same_at is not None and now - self._said_same_at < SAID_AGAIN_S:
-                self._same = 0  # if it goes on, it is said then
+            self._same = 0  # if it goes on, it is said then
+            is_soon = self._said_same_at is not None and now - self._said_same_at < SAID_AGAIN_S
+            if is_soon or len(self._streaks) == MOST_STREAKS:
                 return
             self._said_same_at = now
+            self._streaks.append(_Streak(wait_s, MANY_SAME, now))
             log.warning(
                 "%d waiting requests in a row were given up %.2f s after they came: by one client that closed them "
                 "together, or by a timeout of the clients or of Envoy (message_timeout, 0.2 s where none is set; "
@@ -166,6 +190,7 @@ class QueueLog:
         """Tell of endpoints that went out or came back since the last look, and of lines left out; call it often."""
         for outcome, rate in self._rates.items():
             self._settle(outcome, rate)
+        self._follow_streaks()
         endpoints = self._controller.endpoints
         states = {name: endpoint.condition for name, endpoint in endpoints.items()}
         for name, state in states.items():
@@ -177,6 +202,23 @@ class QueueLog:
                 words = _ejection(endpoints[name]) if state == EJECTED else state
                 log.log(level, "endpoint %s: %s (was %s)", name, words, before, extra={"about": about})
         self._states = states
+
+    def _follow_streaks(self) -> None:
+        """Say now and then that requests are given up still, and once that they are no more."""
+        now = self._clock()
+        for streak in list(self._streaks):
+            about = {"wait_s": round(streak.wait_s, 3), "given_up": streak.count}
+            if now - streak.last >= OVER_S:
+                self._streaks.remove(streak)
+                text = "no more waiting requests are given up %.2f s after they came: %d were, within %.0f s"
+                told: tuple[float, ...] = streak.wait_s, streak.count, max(streak.last - streak.began, 1.0)
+            elif now - streak.said_at >= GOES_ON_S and streak.count > streak.said:
+                text = "waiting requests are given up %.2f s after they came still: %d more in %.0f s"
+                told = streak.wait_s, streak.count - streak.said, now - streak.said_at
+                streak.said, streak.said_at = streak.count, now
+            else:
+                continue
+            log.warning(text, *told, extra={"about": about})
 
     def _may_write(self, outcome: Outcome) -> bool:
         rate = self._rates.get(outcome)

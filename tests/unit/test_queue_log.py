@@ -137,6 +137,27 @@ def test_a_timeout_that_goes_on_is_named_though_it_began_in_the_shadow_of_anothe
     assert "given up 2.00 s" in second
 
 
+def test_a_streak_that_goes_on_is_said_each_minute_and_once_that_it_is_over(caplog):
+    now = [0.0]
+    log = QueueLog(Controller(Policy()), lambda: now[0])
+    ticket = Ticket(Request("r", 0.0))
+    for _ in range(10):
+        log.cancelled(ticket, 0.2)
+    for second in range(1, 300):
+        now[0] = float(second)
+        if second < 130:
+            log.cancelled(ticket, 1.0 + 0.1 * (second % 7))  # others leave at any time
+            log.cancelled(ticket, 0.21)
+        log.look()
+    first, *others = (record.getMessage() for record in caplog.records)
+    assert first.startswith("10 waiting requests in a row were given up 0.20 s after they came")
+    still = "waiting requests are given up 0.20 s after they came still: 60 more in 60 s"
+    assert others == [
+        *2 * [still],
+        "no more waiting requests are given up 0.20 s after they came: 139 were, within 129 s",
+    ]
+
+
 HOSTILE = "id\r\nERROR forged line \x1b[2J\u202e\\" + "x" * 500
 
 
