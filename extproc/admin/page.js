@@ -202,13 +202,15 @@ function fillEndpoint(row, one) {
   say(row.parts.count, `${places(one)}${one.foreign ? ` + ${one.foreign} foreign` : ""} / ${one.limit}${one.adaptive ? " adaptive" : ""}${asked}`);
   const set = one.limit_by_for_s === undefined ? "since the start" : `for ${seconds(one.limit_by_for_s)}`;
   row.parts.count.title = one.adaptive ? `limit set by: ${one.limit_by}, ${set}` : "";
-  const { running, waiting, kv_usage: kv } = one.load;
-  say(row.parts.running, running === undefined ? "–" : number(running));
-  say(row.parts.queued, waiting === undefined ? "–" : number(waiting));
-  say(row.parts.kv, kv === undefined ? "–" : Math.round(100 * kv) + " %");
+  // Of an engine whose page can't be had the last figures are shown until they are stale: with a question mark.
+  const { running, waiting, kv_usage: kv } = one.load, silent = one.telemetry_silent, doubt = silent ? "?" : "";
+  say(row.parts.running, running === undefined ? "–" : number(running) + doubt);
+  say(row.parts.queued, waiting === undefined ? "–" : number(waiting) + doubt);
+  say(row.parts.kv, kv === undefined ? "–" : Math.round(100 * kv) + " %" + doubt);
   const old = one.telemetry_age_s !== undefined && running === undefined && kv === undefined;
-  say(row.parts.age, one.telemetry_age_s === undefined ? "none yet" : seconds(one.telemetry_age_s) + (old ? ", ignored" : ""));
-  mark(row.parts.age, "old", old);
+  const age = one.telemetry_age_s === undefined ? "none yet" : seconds(one.telemetry_age_s) + (old ? ", ignored" : "");
+  say(row.parts.age, age + (silent ? `, ${silent}` : ""));
+  mark(row.parts.age, "old", old || !!silent);
   mark(row.parts.age, "muted", one.telemetry_age_s === undefined);
   say(row.parts.prefer, number(one.waiting));
   mark(row.parts.prefer, "zero", !one.waiting);

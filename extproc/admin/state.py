@@ -364,6 +364,9 @@ class Viewer:
             row["held_for_s"] = round(max(now - endpoint.held_since, 0.0), 1)
         if age_s is not None:
             row["telemetry_age_s"] = round(age_s, 3)
+        silence = self._metrics.silence(endpoint.name)
+        if silence is not None:  # what `load` says is of before
+            row["telemetry_silent"] = silence
         return row
 
 

@@ -316,6 +316,8 @@ def _endpoints(view: Mapping[str, Any], room: int, width: int) -> list[str]:
             state += f", not {', '.join(one['left_out_for'])}"
         requests = f"({one['in_flight']} request{'' if one['in_flight'] == 1 else 's'})"
         flight = f"{_places(one)}/{one['limit']} {requests if 'sequences' in one else 'in flight'}"
+        kv = f"{load['kv_usage']:.0%}" if "kv_usage" in load else "-"
+        figures = (_count(load.get("running")), _count(load.get("waiting")), kv)
         if one["foreign"]:
             flight += f" + {one['foreign']} foreign"
         table.append(
@@ -325,10 +327,8 @@ def _endpoints(view: Mapping[str, Any], room: int, width: int) -> list[str]:
                 _held(one),
                 f"[{_bar(_places(one), one['limit'])}]",
                 flight,
-                _count(load.get("running")),
-                _count(load.get("waiting")),
-                f"{load['kv_usage']:.0%}" if "kv_usage" in load else "-",
-                _seconds(one.get("telemetry_age_s")),
+                *(_doubted(figure, one) for figure in figures),
+                _age(one),
                 str(one["waiting"] or "-"),
                 str(one["dispatched"]),
             )
@@ -442,6 +442,17 @@ def _speaks_unicode() -> bool:
 
 def _count(value: float | None) -> str:
     return "-" if value is None else f"{value:g}"
+
+
+def _doubted(figure: str, endpoint: Mapping[str, Any]) -> str:
+    """Mark what an engine's page said before it could not be had: the figure is shown until it is stale."""
+    return f"{figure}?" if "telemetry_silent" in endpoint and figure != "-" else figure
+
+
+def _age(endpoint: Mapping[str, Any]) -> str:
+    """Tell how old an endpoint's figures are, and why there are no newer ones."""
+    age = _seconds(endpoint.get("telemetry_age_s"))
+    return f"{age} {endpoint['telemetry_silent']}" if "telemetry_silent" in endpoint else age
 
 
 def _held(endpoint: Mapping[str, Any]) -> str:

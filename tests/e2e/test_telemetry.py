@@ -77,6 +77,7 @@ def test_a_sidecar_that_loses_telemetry_serves_by_its_own_books_says_so_and_take
         row = here.endpoint("a")
         assert row["load"] == {}
         assert row["telemetry_age_s"] >= 0.4
+        assert row["telemetry_silent"] == "connect"
         assert here.sidecar.metrics()['extproc_scrape_errors_total{endpoint="a",reason="connect"}'] >= 1
         assert {answer.status for answer in complete_many(here.url, 20, headers)} == {200}
 
@@ -84,6 +85,7 @@ def test_a_sidecar_that_loses_telemetry_serves_by_its_own_books_says_so_and_take
         telemetry.metrics = HOT.replace("0.99", "0.5")
         telemetry.up()
         wait_until(lambda: here.endpoint("a")["load"].get("kv_usage") == 0.5, 3.0)
+        assert "telemetry_silent" not in here.endpoint("a")
         log = here.sidecar.child.output()
         assert log.count("telemetry of a is stale") == 1
         assert log.count("telemetry of a is back") == 1

@@ -203,7 +203,10 @@ def test_telemetry_that_goes_stale_is_said_once_and_once_more_when_it_is_back(ca
             wire.scraper.put(Target("a", pages.url("good")))
             await until(lambda: wire.seen)
             assert caplog.messages == []
+            assert wire.scraper.silence("a") is None
             pages.page = b"<html>"
+            await until(lambda: wire.scraper.silence("a") == "no_metrics")
+            assert caplog.messages == [], "that it told nothing is known before it is stale"
             await until(lambda: caplog.messages)
             errors = wire.errors()["a"]["no_metrics"]
             await until(lambda: wire.errors()["a"]["no_metrics"] > errors + 3)
@@ -213,6 +216,7 @@ def test_telemetry_that_goes_stale_is_said_once_and_once_more_when_it_is_back(ca
             assert len(caplog.messages) == 1
             pages.page = GOOD
             await until(lambda: len(caplog.messages) > 1)
+            assert wire.scraper.silence("a") is None
             scrapes = len(wire.seen)
             await until(lambda: len(wire.seen) > scrapes + 3)
 

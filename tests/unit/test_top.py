@@ -128,6 +128,16 @@ def test_endpoints_that_only_refused_clients_mistakes_are_told_apart_from_those_
     assert line(room.view()).endswith("5 endpoints: 1 up, 3 unknown, 1 out of use")
 
 
+def test_figures_of_an_engine_whose_page_cannot_be_had_bear_a_question_mark_and_the_reason():
+    room = Room()
+    view = room.view()
+    view["endpoints"][0] |= {"load": {"running": 4.0, "kv_usage": 0.78}, "telemetry_age_s": 6.2}
+    assert lines(view, 200, 40)[2].split()[-7:] == ["4", "-", "78%", "6.2", "s", "-", "0"]
+    view["endpoints"][0] |= {"telemetry_silent": "connect"}
+    drawn = lines(view, 200, 40)[2].split()
+    assert drawn[drawn.index("4?") :] == ["4?", "-", "78%?", "6.2", "s", "connect", "-", "0"]
+
+
 def test_top_makes_what_clients_sent_harmless():
     evil = "\x1b]0;owned\x07\x1b[2J\r\n\u202e\u200b界e\u0301"
     room = Room()

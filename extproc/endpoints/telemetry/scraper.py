@@ -55,7 +55,7 @@ class _Watch:
 
     __slots__ = (
         *("ask_at", "base", "credentials", "facts", "gpu_reader", "gpu_url", "is_stale", "last_at"),
-        *("rates", "reader", "reported_at", "since", "target", "task", "tried", "url"),
+        *("rates", "reader", "reported_at", "silent", "since", "target", "task", "tried", "url"),
     )
 
     def __init__(self, target: Target, now: float, rates: Rates) -> None:
@@ -73,6 +73,7 @@ class _Watch:
         self.last_at: float | None = None
         self.reported_at: float | None = None
         self.is_stale = False
+        self.silent: Reason | None = None  # why the last look at its page told nothing
         self.tried = asyncio.Event()  # there was a scrape, good or bad
         self.task: asyncio.Task[None] | None = None
 
@@ -151,6 +152,7 @@ class Scraper:
         watch = self._watches[target.name] = _Watch(target, self._loop.time(), rates)
         if known is not None:
             watch.last_at, watch.since, watch.is_stale = known.last_at, known.since, known.is_stale
+            watch.silent = known.silent
             watch.reported_at = known.reported_at
         if self._pages is not None:
             self._begin(watch)
@@ -183,6 +185,11 @@ class Scraper:
             return None
         at = watch.reported_at if watch.last_at is None else watch.last_at
         return None if at is None else max(self._loop.time() - at, 0.0)
+
+    def silence(self, name: str) -> str | None:
+        """Return why the last look at an endpoint's page told nothing, as errors are counted; None: it told."""
+        watch = self._watches.get(name)
+        return None if watch is None or watch.silent is None else watch.silent.value
 
     def follows(self, name: str) -> bool:
         """Tell whether an endpoint is scraped at all."""
@@ -277,7 +284,7 @@ class Scraper:
         name, now = watch.target.name, self._loop.time()
         if watch.is_stale:
             log.warning("telemetry of %s is back after %.1fs", name, now - self._silent_since(watch))
-        watch.is_stale, watch.last_at = False, now
+        watch.is_stale, watch.last_at, watch.silent = False, now, None
         self._observe(name, load)
 
     def _failed(self, watch: _Watch, reason: Reason, *, alone: bool = True) -> None:
@@ -286,6 +293,8 @@ class Scraper:
         self._count_error(name, reason)
         silent_s = self._loop.time() - self._silent_since(watch)
         log.debug("scraping %s: %s", name, reason)
+        if alone:
+            watch.silent = reason
         if alone and not watch.is_stale and silent_s >= self.stale_after_s:
             watch.is_stale = True
             log.warning(
