@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     from extproc.admission.values import Decision
 
 _OK = Answer.OK
+ASKED_BEFORE_S = 2.0
+"""Who is so old when offered was asked for before: a sidecar that died, or led, had it in its books, or it is a second
+try. What was held there is no demand that comes."""
 
 
 class Controller(Sharing):
@@ -55,7 +58,7 @@ class Controller(Sharing):
 
     __slots__ = ()
 
-    def offer(self, ticket: Ticket, now: float) -> list[Decision]:
+    def offer(self, ticket: Ticket, now: float) -> list[Decision]:  # noqa: C901 - each request pays for a call
         """Take a new request in. It is dispatched or refused at once, or it waits."""
         books, lines, placing = self._begin(now, ticket, "offered"), self._lines, self._placing
         if self._watchers:
@@ -71,9 +74,10 @@ class Controller(Sharing):
         lines.budget(ticket, pool)
         ticket.position = pool.ahead_of(klass.priority) if pool.waiting_total else 0
         self._tokens.estimate(ticket, pool.longest, pool.members)
-        pool.asked += 1
-        pool.asked_prompts += ticket.prompt_tokens
-        pool.asked_outputs += ticket.output_tokens
+        if now - request.arrived < ASKED_BEFORE_S:
+            pool.asked += 1
+            pool.asked_prompts += ticket.prompt_tokens
+            pool.asked_outputs += ticket.output_tokens
         lines.number(ticket, pool)
         pool.pace.arrived(klass.priority, now)
         ticket.home = home = placing.home_of(ticket, pool)

@@ -153,6 +153,13 @@ class _Pool:
         if not self.named or not self.named <= models:
             self.named, self.name = models, _name(models)
 
+    def hear_nothing(self, now: float) -> None:
+        """Begin the minute anew as long as another sidecar is asked: of what it heard, nothing is known here."""
+        self.samples = deque([self.look(now)])
+        self.window = (now, 0.0, 0.0)
+        self.windows.clear()
+        self.engines = self.load = None
+
     def look(self, now: float) -> Asked:
         """Return where it stands. Of what is being written, half was expected to be there."""
         before, self.marks = self.marks, {}
@@ -204,8 +211,12 @@ class Capacity:
             self._endpoints = endpoints
             self._regroup(now)
         self._hear()
+        decides = self._decides()
         for pool in self._pools.values():
-            self._look(pool, now)
+            if decides:
+                self._look(pool, now)
+            else:
+                pool.hear_nothing(now)
 
     def _hear(self) -> None:
         """Add what came since the last look. What comes while nobody serves it is no engine's of these."""

@@ -178,6 +178,34 @@ def test_what_came_while_nobody_served_it_is_not_asked_of_those_who_come_later()
     assert capacity._pools["code"].asked == [0, 0, 0]
 
 
+def test_what_was_asked_of_another_sidecar_before_is_no_demand_of_the_one_that_comes_after_it() -> None:
+    """Envoy sends again what a sidecar held that died, and followers what the last leader did."""
+    controller, capacity = serving("")
+    for arrived in (*50 * [-30.0], -0.5, 1.0, 1.0):  # half a second: it has just begun
+        ticket = Ticket(Request("1", arrived, prompt_tokens=1000))
+        controller.offer(ticket, 1.0)
+        controller.release(ticket, 1.0, values.Answer.OK)
+    capacity.sample(2.0)
+    assert capacity._pools["*"].asked[0] == 3
+
+
+def test_who_begins_to_decide_takes_what_comes_from_then_on_for_the_minute() -> None:
+    """It was a sixth of the truth after ten seconds: the rest of the minute the leader before had been asked."""
+    controller, capacity = serving("")
+    teach(controller, "vllm-0")
+    capacity._decides = lambda: False
+    for second in range(10, 400, 2):
+        capacity.sample(float(second))
+    capacity._decides = lambda: True
+    told = []
+    for second in map(float, range(400, 470)):
+        controller.offer(Ticket(Request("1", second, prompt_tokens=1000)), second)
+        capacity.sample(second)
+        told += [answer.engines for answer in capacity.answers().values()]
+    assert told[10] == pytest.approx(told[-1], rel=0.2)
+    assert not capacity._pools["*"].peaks, "five minutes have not passed: those before were none of its own"
+
+
 def test_those_that_are_out_are_told_beside_those_that_are_up() -> None:
     controller, capacity = serving("", "", "")
     for name in controller.endpoints:
