@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from extproc.config import Config
 
 
+MOST_NAMED = 8
+"""Clusters that are named; who has more knows how they are called."""
+
+
 def check(file: Path, envoy: Path | None, *, as_json: bool) -> bool:
     """Tell what is wrong with `file`, and with the bootstrap `envoy` for it; return whether nothing is.
 
@@ -36,7 +40,7 @@ def check(file: Path, envoy: Path | None, *, as_json: bool) -> bool:
     try:
         config = _valid(file, envoy)
         findings += [_finding(str(path), "warning", words) for path, words in _warnings(config, file, envoy)]
-        findings += [_finding(str(path), "info", words) for path, words in _as_it_should_be(config, envoy)]
+        findings += [_finding(str(path), "info", words) for path, words in _as_it_should_be(config, file, envoy)]
     except ConfigError as error:
         findings += [_finding(error.source, "error", problem) for problem in error.problems]
     ok = all(finding["severity"] != "error" for finding in findings)
@@ -73,10 +77,15 @@ def _good(config: Config, file: Path, envoy: Path | None) -> Iterable[tuple[Path
     if envoy is not None:
         is_whole = config.picks or not could_not_look(config, envoy)
         yield envoy, f"ok: {'fits' if is_whole else 'what could be looked at fits'} {file}"
-    yield from _as_it_should_be(config, envoy)
+    yield from _as_it_should_be(config, file, envoy)
 
 
-def _as_it_should_be(config: Config, envoy: Path | None) -> Iterable[tuple[Path, str]]:
+def _as_it_should_be(config: Config, file: Path, envoy: Path | None) -> Iterable[tuple[Path, str]]:
+    if envoy is None and config.endpoints and not config.picks and config.envoy_clusters_file is None:
+        names = [endpoint.cluster or endpoint.name for endpoint in config.endpoints]
+        more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+        needs = f"Envoy needs a cluster for each endpoint: {', '.join(names[:MOST_NAMED])}{more}"
+        yield file, f"{needs}; `--envoy BOOTSTRAP` looks whether they are there"
     if envoy is not None and config.picks:
         for words in Gateway(config, envoy).good:
             yield envoy, words

@@ -44,6 +44,8 @@ class Gateway:
             raise ConfigError(str(path), wrong)
         self._longest_s = config.longest_budget_s
         self._reads_model = config.picker.read_model
+        self._hands_over = config.hands_over
+        self._says_hand_over = "hand_over is on" + ("" if config.hand_over else ", as it is where it is not set")
         self._clusters = clusters_of(spots) | _dumped_clusters(spots)
         self._managers = [spot for spot in spots if "http_filters" in spot.node]
         self._filters = {
@@ -136,6 +138,27 @@ class Gateway:
             if seconds is not None and 0 < seconds <= self._longest_s:
                 yield True, f"{path}: {seconds:g}s: held time counts against it, and a budget is {self._longest_s:g}s"
         yield from self._breaker(how)
+        if self._hands_over:
+            yield from self._judge_hand_over(how, bodies)
+
+    def _judge_hand_over(self, how: Spot, bodies: list[str]) -> Iterator[tuple[bool, str]]:
+        """Tell what is lost with a picker that leaves at SIGTERM what it holds, and what runs, to the next one."""
+        right = "hand_over: false, and a drain_timeout as long as the longest answer, would be right"
+        path, retry_on = f"{how.path}.grpc_service.retry_policy", how.get("grpc_service", "retry_policy", "retry_on")
+        if "reset" not in str(retry_on):
+            yield (
+                False,
+                (
+                    f"{path}: {self._says_hand_over}, and this Envoy sends nothing again (no retry_on with reset): with each "
+                    f"restart of the picker what waits there fails; {right}"
+                ),
+            )
+        elif FULL in bodies or not how.get("failure_mode_allow"):
+            why = "bodies pass through the picker" if FULL in bodies else "failure_mode_allow is off"
+            yield (
+                False,
+                f"{how.path}: {self._says_hand_over}, and {why}: a restart of the picker cuts what runs; {right}",
+            )
 
     def _judge_modes(self, where: str, how: Spot, bodies: list[str]) -> Iterator[tuple[bool, str]]:
         request, answer = bodies

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from extproc.commands.check import check
 from extproc.config import parse_config
 from extproc.envoy.advice import advice
 from extproc.envoy.check import check_envoy
@@ -358,3 +361,20 @@ def test_each_part_that_a_second_try_needs_is_named_when_it_lacks(tmp_path):
     assert "lacks upstream.address" in without(lambda it: ours(it)["response_attributes"].remove("upstream.address"))
     assert "with priority 1" in without(lambda it: endpoint(it)["load_assignment"]["endpoints"].pop())
     assert "max_retries" in without(lambda it: endpoint(it)["circuit_breakers"]["thresholds"][0].pop("max_retries"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [("", "a, b;"), ("dialect: endpoint-picker", ""), ("envoy_clusters_file: /tmp/clusters.yaml", "")],
+)
+def test_without_a_bootstrap_check_names_the_clusters_that_envoy_must_have_where_nobody_else_brings_them(
+    tmp_path, capsys, keys, named
+):
+    path = tmp_path / "sidecar.yaml"
+    path.write_text(f"endpoints: [{{name: a, address: '10.0.0.1:1'}}, {{name: b, address: '10.0.0.2:1'}}]\n{keys}\n")
+    assert check(path, None, as_json=True)
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    told = [one["message"] for one in findings if "Envoy needs a cluster" in one["message"]]
+    assert [named in message for message in told] == ([True] if named else [])
+    assert check(path, None, as_json=False)
+    assert ("Envoy needs a cluster" in capsys.readouterr().out) is bool(named)

@@ -177,6 +177,34 @@ def test_lean_without_trailers_is_a_stream_that_ends_as_the_answer_begins(look):
     assert any("response_trailer_mode: not SEND" in one for one in look("istio-lean", edit).problems)
 
 
+@pytest.mark.parametrize(
+    ("kind", "retries", "allows", "told"),
+    [("istio-lean", False, True, "sends nothing again"), ("istio-lean", True, False, "failure_mode_allow is off"),
+     ("istio", True, True, "bodies pass through the picker"), ("istio-lean", True, True, "")],
+)  # fmt: skip
+def test_what_a_picker_loses_that_hands_over_to_an_envoy_which_is_not_made_for_that_is_told(
+    look, kind, retries, allows, told
+):
+    def edit(built: dict[str, Any]) -> None:
+        ours = ext_proc_of(built)
+        overrides = route_of(built)["typed_per_filter_config"]["envoy.filters.http.ext_proc"]["overrides"]
+        for one in (ours, overrides):
+            one["failure_mode_allow"] = allows
+            service = one.setdefault("grpc_service", dict(ours["grpc_service"]))
+            service |= {"retry_policy": {"retry_on": "connect-failure,reset"}} if retries else {}
+
+    notes = [note for note in look(kind, edit).notes if "hand_over" in note]
+    assert [told in note for note in notes] == ([True] if told else []), notes
+    off = CONFIG.removesuffix("}") + ", hand_over: false}"
+    assert not any("hand_over" in note for note in look(kind, edit, config=off).notes)
+
+
+def test_the_envoy_that_we_print_loses_nothing_when_its_picker_hands_over(tmp_path):
+    (tmp_path / "own.json").write_text(json.dumps(own("picker: {}")))
+    found = Gateway(parse_config(CONFIG, "test", {}), tmp_path / "own.json")
+    assert not any("hand_over" in note for note in found.notes)
+
+
 # ---- the bootstrap that we print for an Envoy without a control plane
 
 
