@@ -53,7 +53,8 @@ BODY_MODES = tuple(pb.ProcessingMode.BodySendMode.values())
 NO_BODY, FULL_DUPLEX = pb.ProcessingMode.NONE, pb.ProcessingMode.FULL_DUPLEX_STREAMED
 BUFFERED = pb.ProcessingMode.BUFFERED
 
-_ATTRIBUTES = "envoy.filters.http.ext_proc"
+ATTRIBUTES = "envoy.filters.http.ext_proc"
+"""The namespace in which Envoy tells its attributes (`request_attributes`)."""
 _OVERWRITE = pb.HeaderValueOption.HeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
 
 
@@ -180,8 +181,8 @@ class Reader:
             self._read_answer(message, incoming)
         elif name == "response_trailers":
             self._pick(message.response_trailers.trailers, incoming)
-        if _ATTRIBUTES in message.attributes:
-            _texts(message.attributes[_ATTRIBUTES], incoming.attributes)
+        if ATTRIBUTES in message.attributes:
+            _texts(message.attributes[ATTRIBUTES], incoming.attributes)
         return incoming
 
     def _read_shown(self, message: pb.ProcessingRequest, incoming: Incoming) -> None:
