@@ -54,7 +54,7 @@ WAIT_BUCKETS_S = (
 """Narrow where budgets are: a percentile read off them is not twice the truth. The last is the longest budget."""
 BUDGET_BUCKETS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Shares of a request's budget: the same buckets fit a class that may wait 2 s and one that may wait 5 minutes."""
-_PASSED = Outcome.PASSED
+_PASSED, _TENANT_LIMIT = Outcome.PASSED, Outcome.TENANT_LIMIT
 SHARED = "*"
 """The `endpoint` label of requests that any endpoint of their pool may take."""
 PIECE_LINES = 125
@@ -88,7 +88,8 @@ class _Histogram:
         self.total = 0.0
 
     def note(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
+        bounds = self.bounds
+        self.counts[0 if value <= bounds[0] else bisect_left(bounds, value)] += 1  # as most are: none waited
         self.total += value
 
     def cumulative(self) -> list[tuple[str, float]]:
@@ -177,29 +178,30 @@ class Metrics:
 
     def decided(self, decision: Decision) -> None:
         """Count a decision."""
-        ticket = decision.ticket
-        name = ticket.request_class.name
-        self._count(decision.outcome, name)
-        if ticket.request.request_class != name and ticket.request.request_class:
+        ticket, outcome = decision.ticket, decision.outcome
+        name, asked = ticket.request_class.name, ticket.request.request_class
+        self._count(outcome, name)
+        if asked != name and asked:
             self.unknown_classes += 1
-        self._note_held(ticket)
-        if decision.outcome is Outcome.TENANT_LIMIT:
+        if ticket.waited_for is not None:
+            self._note_held(ticket.waited_for, name)
+        if isinstance(decision, Dispatch):
+            if outcome is not _PASSED:
+                self._note_wait(name, decision.wait_s, ticket.wait_until - ticket.request.arrived)
+        elif outcome is _TENANT_LIMIT:
             tenant = self._controller.policy.tenants.label(ticket.request.tenant)
             self.limited[tenant] = self.limited.get(tenant, 0) + 1
-        if isinstance(decision, Dispatch) and decision.outcome is not _PASSED:
-            self._note_wait(name, decision.wait_s, ticket.wait_until - ticket.request.arrived)
 
     def cancelled(self, ticket: Ticket, wait_s: float) -> None:
         """Count a client that left while it waited. Its wait is none that anybody was served after."""
         del wait_s
         self._count(Outcome.CANCELLED, ticket.request_class.name)
-        self._note_held(ticket)
+        if ticket.waited_for is not None:
+            self._note_held(ticket.waited_for, ticket.request_class.name)
 
-    def _note_held(self, ticket: Ticket) -> None:
-        held = ticket.waited_for
-        if held is not None:
-            key = (held, ticket.request_class.name)
-            self.waited_for[key] = self.waited_for.get(key, 0) + 1
+    def _note_held(self, by: HeldBy, request_class: str) -> None:
+        key = (by, request_class)
+        self.waited_for[key] = self.waited_for.get(key, 0) + 1
 
     def _count(self, outcome: Outcome, request_class: str) -> None:
         key = (outcome, request_class)

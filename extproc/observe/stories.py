@@ -6,9 +6,9 @@ Nothing is written down meanwhile: a ticket knows its times and reasons, and the
 from __future__ import annotations
 
 import math
-from collections import Counter, OrderedDict
+from collections import Counter, deque
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from extproc.admission.outcome import Outcome
 from extproc.admission.ticket import State
@@ -38,6 +38,14 @@ _ANSWERS = {
 }
 
 
+class _Refused(NamedTuple):
+    """One that was sent nowhere: refused, or its client left while it waited (no decision), and when."""
+
+    ticket: Ticket
+    decision: Reject | None
+    at: float
+
+
 class Stories:
     """Remembers requests. An observer of the gate."""
 
@@ -45,28 +53,24 @@ class Stories:
         """Tell of the requests of `core`; `clock` returns the core's time, in seconds."""
         self._core = core
         self._clock = clock
-        self._kept: OrderedDict[str, tuple[Ticket, Decision | None, float]] = OrderedDict()
+        self._kept: deque[Dispatch | _Refused] = deque(maxlen=MOST)  # in a line: nothing is looked up for a request
 
     def decided(self, decision: Decision) -> None:
         """Remember a request that was dispatched or refused."""
-        self._keep(decision.ticket, decision)
+        if isinstance(decision, Dispatch):
+            self._kept.append(decision)
+        else:
+            self._kept.append(_Refused(decision.ticket, decision, self._clock()))
 
     def cancelled(self, ticket: Ticket, wait_s: float) -> None:
         """Remember a request whose client left while it waited."""
         del wait_s
-        self._keep(ticket, None)
-
-    def _keep(self, ticket: Ticket, decision: Decision | None) -> None:
-        kept = self._kept
-        kept[ticket.request.id] = ticket, decision, self._clock()
-        kept.move_to_end(ticket.request.id)
-        if len(kept) > MOST:
-            kept.popitem(last=False)
+        self._kept.append(_Refused(ticket, None, self._clock()))
 
     def refused_by_tenant(self) -> Counter[str]:
         """Count the refusals among the last MOST that were decided, by the tenant that each names."""
-        decided = self._kept.values()
-        return Counter(ticket.request.tenant for ticket, decision, _ in decided if isinstance(decision, Reject))
+        refused = (one for one in self._kept if isinstance(one, _Refused) and one.decision is not None)
+        return Counter(one.ticket.request.tenant for one in refused)
 
     def tell(self, request_id: str, wall_s: float) -> list[str] | None:
         """Return the story of the last request of this id, a line for each event; None: it is not known.
@@ -77,11 +81,15 @@ class Stories:
         now = self._clock()
         if found is not None:
             return list(_lines([*_waiting(found), (now, _why_still(found))], found, wall_s - now))
-        ticket, decision, at = self._kept.get(request_id, (None, None, 0.0))
-        if ticket is None:
+        kept = next((one for one in reversed(self._kept) if one.ticket.request.id == request_id), None)
+        if kept is None:
             return None
+        ticket = kept.ticket
         events = _waiting(ticket) if _has_waited(ticket) else []
-        events.append((_decided_at(ticket, at), _end_of_wait(ticket, decision, at - ticket.request.arrived)))
+        if isinstance(kept, Dispatch):
+            events.append((ticket.request.arrived + kept.wait_s, _dispatched(ticket, kept)))
+        else:
+            events.append((kept.at, _refused(ticket, kept.decision, kept.at - ticket.request.arrived)))
         events += _afterwards(ticket)
         return list(_lines(events, ticket, wall_s - now))
 
@@ -138,10 +146,6 @@ def _passed(ticket: Ticket) -> str:
     return f"; {ticket.passed_over} that fit were let past it{guard}"
 
 
-def _decided_at(ticket: Ticket, remembered_at: float) -> float:
-    return ticket.leased_at if ticket.leased_at > 0.0 else remembered_at
-
-
 def _like_a_timeout(wait_s: float) -> str:
     """Say what a wait reminds of: nobody tells us who ended a stream, but timeouts are round."""
     if 0.0 <= wait_s - MESSAGE_TIMEOUT_S <= LATE_S:
@@ -153,14 +157,16 @@ def _like_a_timeout(wait_s: float) -> str:
     return ""
 
 
-def _end_of_wait(ticket: Ticket, decision: Decision | None, wait_s: float) -> str:
+def _refused(ticket: Ticket, decision: Reject | None, wait_s: float) -> str:
     if decision is None:
         return f"its client, or Envoy, gave it up while it waited{_like_a_timeout(wait_s)}" + _passed(ticket)
-    if not isinstance(decision, Dispatch):
-        again = f"; Retry-After {decision.retry_after_s} s" if decision.retry_after_s is not None else ""
-        outcome = decision.outcome
-        crowd = f" ({decision.crowd.words})" if decision.crowd is not None else ""
-        return f"refused, {outcome.value} ({outcome.status}): {outcome.message}{crowd}{again}" + _passed(ticket)
+    again = f"; Retry-After {decision.retry_after_s} s" if decision.retry_after_s is not None else ""
+    outcome = decision.outcome
+    crowd = f" ({decision.crowd.words})" if decision.crowd is not None else ""
+    return f"refused, {outcome.value} ({outcome.status}): {outcome.message}{crowd}{again}" + _passed(ticket)
+
+
+def _dispatched(ticket: Ticket, decision: Dispatch) -> str:
     if decision.outcome is Outcome.PASSED:
         return f"went to {decision.endpoint} at once: it takes no slot"
     home = ticket.home

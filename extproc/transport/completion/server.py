@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -227,7 +226,7 @@ class Stream:
         self._paused = False  # it is not wanted before the next reply
         self._writing = False
         self._watched = False  # core was asked to tell when all is over
-        self._pending: deque[bytes] = deque()
+        self._pending: list[bytes] = []
         self._status: tuple[Any, bytes] | None = None  # what ends the stream, once all else is out
         self._handler: Handler | None = open_handler(self.send)
         if isinstance(self._handler, Session):
@@ -262,27 +261,27 @@ class Stream:
         """Start what can be started: the next reply, with the last one the status or the wait for another message."""
         if self._writing:  # `_written` or `_exchanged` comes back here
             return
-        operations: list[Any] = []
-        then = self._written
         pending = self._pending
-        if pending or self._status is not None:
+        then: Callable[[Any], None] = self._written
+        sends = pending or self._status is not None
+        operations: list[Any] = []
+        if self._asking and len(pending) <= 1 and self._handler is not None:
+            self._asking = False
+            operations.append(cygrpc.ReceiveMessageOperation(0))
+            then = self._exchanged if sends else self._received
+        if sends:
             self._writing = True
             if not self._begun:
                 self._begun = True
                 operations.append(cygrpc.SendInitialMetadataOperation(None, 0))
             if pending:
-                operations.append(cygrpc.SendMessageOperation(pending.popleft(), 0))
+                operations.append(cygrpc.SendMessageOperation(pending.pop(0), 0))
             if self._status is not None and not pending:
-                code, details = self._status
-                self._status = None
-                operations.append(cygrpc.SendStatusFromServerOperation(None, code, details, 0))
+                operations.append(cygrpc.SendStatusFromServerOperation(None, *self._status, 0))
+                self._status, then = None, _nothing  # whether it is out or not: nothing more will be
                 if not self._watched:
                     self._watched = True
                     operations.append(cygrpc.ReceiveCloseOnServerOperation(0))
-        if self._asking and not pending and self._handler is not None:
-            self._asking = False
-            operations.insert(0, cygrpc.ReceiveMessageOperation(0))
-            then = self._exchanged if self._writing else self._received
         if operations:
             self._start(tuple(operations), then)
 
