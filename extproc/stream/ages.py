@@ -27,6 +27,8 @@ RUN_S = 0.25
 """Requests that seem equally old, and come further apart than this, were not held: those would have grown older."""
 STOPPED_S = 5.0
 """Nobody has looked for so long: the process was stopped (SIGSTOP, a frozen machine). After 8 s Envoy hangs up."""
+SAMPLE_S = 0.05
+"""While no age is believed, stamps only tell of Envoy's clock: one in so many seconds is read."""
 REPLAYS_BEGIN_S = 2.0
 """How long after a start the first replayed request comes: Envoy looks for us once a second. They may come in one
 moment, all equally old; if that happens later, it is the clock."""
@@ -49,6 +51,7 @@ class Ages:
         self._expected = self._believed_until = 0.0
         self._offset_s = 0.0
         self._looked_at = monotonic()
+        self._read_at = -SAMPLE_S
         self.woke: Callable[[], None] = lambda: None  # called when this process goes on after it was stopped
         self._old: deque[tuple[float, float]] = deque(
             maxlen=64
@@ -63,9 +66,12 @@ class Ages:
         """Return the age of a request stamped `stamp` (RFC 3339); 0 if it says nothing believable."""
         if not stamp:
             return 0.0
-        wall, monotonic = self._wall(), self._monotonic()
+        monotonic = self._monotonic()
         if monotonic - self._looked_at > STOPPED_S:  # this request came first
             self.look()
+        if self._believed_until <= monotonic < self._read_at + SAMPLE_S:
+            return 0.0
+        self._read_at, wall = monotonic, self._wall()
         try:
             seeming_s = wall - datetime.fromisoformat(stamp).timestamp()
         except (ValueError, OverflowError):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from extproc.durations import format_duration, parse_duration
-from extproc.stream.ages import BELIEVED_S, DOUBT_S, REPLAYS_BEGIN_S, Ages
+from extproc.stream.ages import BELIEVED_S, DOUBT_S, REPLAYS_BEGIN_S, SAMPLE_S, Ages
 
 
 @pytest.mark.parametrize(
@@ -85,6 +85,20 @@ def test_long_after_a_start_no_age_is_believed():
     ages = clocks.ages()
     clocks.advance(BELIEVED_S)
     assert ages.age_s(clocks.stamp(ago_s=4.0)) == 0.0
+
+
+def test_while_no_age_is_believed_few_stamps_are_read_and_as_soon_as_one_is_all_are():
+    clocks = Clocks()
+    ages = clocks.ages()
+    clocks.advance(BELIEVED_S)
+    read: list[float] = []
+    ages._wall = lambda: read.append(clocks.monotonic_s) or clocks.wall_s
+    for _ in range(1000):
+        clocks.advance(0.001)
+        assert ages.age_s(clocks.stamp(ago_s=0.002)) == 0.0
+    assert 10 < len(read) <= 1 / SAMPLE_S + 1
+    ages.expect_replays()
+    assert [ages.age_s(clocks.stamp(ago_s=4.0)) > 0.0 for _ in range(3)] == [True] * 3
 
 
 @pytest.mark.parametrize("looks_first", [True, False])
