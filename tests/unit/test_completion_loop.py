@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from grpc._cython import cygrpc
@@ -49,6 +50,36 @@ def test_timers_threads_sockets_and_signals_work_as_on_any_loop(loop):
         return seen
 
     assert loop.run_until_complete(everything()) == ["thread", "socket"]
+
+
+@pytest.mark.parametrize("puts_off", ["call_soon", "call_later"])
+def test_what_an_event_of_the_queue_puts_off_comes_in_time_though_nothing_else_happens(monkeypatch, puts_off):
+    monkeypatch.setattr(loop_module, "HEARTBEAT_S", 60.0)
+    loop = make_loop()
+    assert loop is not None
+    do = loop.call_soon if puts_off == "call_soon" else partial(loop.call_later, 0.01)
+    began = time.monotonic()
+    loop.call_later(5.0, loop.stop)
+    loop._wait._waker.start_server_batch((), lambda _: do(loop.stop))
+    loop.run_forever()
+    loop.close()
+    assert time.monotonic() - began < 2.5
+
+
+def test_events_that_follow_one_another_without_end_keep_no_timer_from_its_time(loop):
+    left = 100_000
+
+    def again(_: object) -> None:
+        nonlocal left
+        if left:
+            left -= 1
+            loop._wait._waker.start_server_batch((), again)
+
+    again(None)
+    loop.call_later(0.02, loop.stop)
+    loop.run_forever()
+    assert left
+    left = 0
 
 
 def test_an_idle_loop_sleeps(loop):
