@@ -110,7 +110,10 @@ class Administration(Frame):
     # ---- rules
 
     def set_policy(self, policy: Policy, now: float) -> list[Decision]:
-        """Replace the rules. Waiting requests keep the class, the place and the budget they came with."""
+        """Replace the rules. Waiting requests keep the class and the budget they came with.
+
+        If the order is another, they get new places, some in this event, and the rest in ticks that are due at once.
+        """
         books = self._begin(now)
         if self._watchers:
             self._event = PolicySet(now, policy)
@@ -121,12 +124,13 @@ class Administration(Frame):
         if books.lanes != lanes:
             self._fleet.regroup()
         if reorder:
-            for pool in books.pools:
-                self._lines.reorder(pool)
+            self._lines.reorder()
         for endpoint in self.endpoints.values():
             endpoint.apply(policy)
             self._fleet.changed(endpoint)
         self._fleet.forget_stale()
+        if self._lines.misplaced:
+            self._fleet.go_on()
         if not policy.enable_queue:
             self._let_all_go()
         return self._end()

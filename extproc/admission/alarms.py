@@ -6,7 +6,7 @@ from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 NEVER = -1.0
 _SLACK = 256
@@ -15,7 +15,10 @@ _AT_ONCE = 4
 
 
 class Sleeper(Protocol):
-    """Somebody who wants to be woken; both are ours to write: when, and the number of the entry that says so."""
+    """Somebody who wants to be woken: when, and the number of the entry that says so.
+
+    Both are ours to write, but that whoever does not want it any more sets the number to 0.
+    """
 
     alarm: float
     alarm_number: int
@@ -27,14 +30,13 @@ T = TypeVar("T", bound=Sleeper)
 class Alarms(Generic[T]):
     """At most one alarm each. Those that were moved, or are wanted no more, are dropped later, a few at a time."""
 
-    __slots__ = ("_heap", "_old", "_sequence", "_still_waits")
+    __slots__ = ("_heap", "_old", "_sequence")
 
-    def __init__(self, still_waits: Callable[[T], bool] | None = None) -> None:
-        """Start with none; `still_waits` tells whether somebody wants to be woken at all; None: everybody does."""
+    def __init__(self) -> None:
+        """Start with none."""
         self._heap: list[tuple[float, int, T]] = []
         self._old: list[tuple[float, int, T]] = []  # a heap too, with many dead ones, that moves over to the other
         self._sequence = 0
-        self._still_waits = still_waits
 
     def __len__(self) -> int:
         """Count the alarms that are kept, dead ones included."""
@@ -42,7 +44,7 @@ class Alarms(Generic[T]):
 
     def set(self, item: T, at: float, live: int) -> None:
         """Wake `item` at `at` in place of any earlier wish. `live`: how many may be waiting, which bounds the heap."""
-        if item.alarm == at:
+        if item.alarm == at and item.alarm_number:
             return  # it is set: a second entry would live as long
         item.alarm = at
         self._sequence = item.alarm_number = self._sequence + 1
@@ -55,7 +57,7 @@ class Alarms(Generic[T]):
     def _move_over(self) -> None:
         for _ in range(min(_AT_ONCE, len(self._old))):
             entry = self._old.pop()  # the last of a heap: what stays is one
-            if self._is_live(entry):
+            if entry[2].alarm_number == entry[1]:
                 heappush(self._heap, entry)
 
     def next(self) -> float | None:
@@ -68,21 +70,15 @@ class Alarms(Generic[T]):
     def due(self, now: float) -> Iterator[T]:
         """Take out, one by one, those whose alarm has come."""
         while (first := self._first()) is not None and first[0] <= now:
-            first[2].alarm = NEVER  # and so it is live no more
+            first[2].alarm_number = 0
             yield first[2]
 
     def _first(self) -> tuple[float, int, T] | None:
         """Return the first alarm of both heaps."""
         first = None
         for heap in (self._heap, self._old):
-            while heap and not self._is_live(heap[0]):
+            while heap and heap[0][2].alarm_number != heap[0][1]:
                 heappop(heap)
             if heap and (first is None or heap[0] < first):
                 first = heap[0]
         return first
-
-    def _is_live(self, entry: tuple[float, int, T]) -> bool:
-        item = entry[2]
-        if item.alarm_number != entry[1]:
-            return False  # moved away since, and maybe back: what it stands for is another entry
-        return item.alarm == entry[0] and (self._still_waits is None or self._still_waits(item))

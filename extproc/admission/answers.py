@@ -55,9 +55,10 @@ class Answers:
             if pool is not pool.base:
                 correct(pool, ticket, surplus)
             if ticket.charge is not None:
-                pool.share(ticket.request_class.priority).correct(ticket.tenant, surplus / weight_of(ticket))
+                cost = surplus / weight_of(ticket)
+                pool.shares[ticket.request_class.priority].correct(ticket.tenant, cost)
                 if ticket.turns is not None:
-                    ticket.turns.correct(ticket.tenant, surplus / weight_of(ticket))
+                    ticket.turns.correct(ticket.tenant, cost)
 
     def _served(self, ticket: Ticket, endpoint: Endpoint, pool: Pool) -> None:
         ticket.is_answered = True

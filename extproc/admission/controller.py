@@ -216,6 +216,8 @@ class Controller(Sharing):
                 self._lines.go_anywhere(ticket)
                 self._lines.set_alarm(ticket, placed(ticket.pool))
         self._fleet.pass_time(now)
+        if self._lines.misplaced and self._lines.go_on():
+            self._fleet.go_on()
         return self._end()
 
     def next_deadline(self) -> float | None:

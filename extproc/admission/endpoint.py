@@ -246,15 +246,16 @@ class Endpoint(Room):
 
     def next_change(self) -> float | None:
         """Return when time alone changes whether it has room."""
-        soonest, health, missing = self.closed_until, self.health, self.missing
-        at = self.prefill.next_change()
-        if at is not None and (soonest is None or at < soonest):
-            soonest = at
+        soonest, health, prefill = self.closed_until, self.health, self.prefill
+        if prefill.counts or prefill.probed:
+            at = prefill.next_change()
+            if at is not None and (soonest is None or at < soonest):
+                soonest = at
         if not health.is_well:
             at = health.next_change()
             if at is not None and (soonest is None or at < soonest):
                 soonest = at
-        at = missing.until
+        at = self.missing.until
         return at if at is not None and (soonest is None or at < soonest) else soonest
 
     def pass_time(self, now: float) -> bool:

@@ -52,12 +52,12 @@ class FairShare:
     def tag(self, tenant: str, cost: float) -> float:
         """Charge `cost` tokens to `tenant` and return the place of its request. FIFO within a tenant."""
         tenants = self._tenants
-        if tenant in tenants:
-            record = tenants[tenant]
-            tenants.move_to_end(tenant)
-        else:
+        record = tenants.get(tenant)
+        if record is None:
             record = tenants[tenant] = _Tenant()
             self.forget_beyond(self._memory.each)
+        else:
+            tenants.move_to_end(tenant)
         tag = record.finish if record.finish > self._virtual_time else self._virtual_time
         if record.waiting > 0 and tag < record.last_tag:  # a refund must not let it pass its own earlier requests
             tag = record.last_tag
@@ -73,8 +73,8 @@ class FairShare:
 
     def left(self, tenant: str, refund: float) -> None:
         """Note that a waiting request of `tenant` went without being served, and give back its cost."""
-        if tenant in self._tenants:
-            record = self._tenants[tenant]
+        record = self._tenants.get(tenant)
+        if record is not None:
             if record.waiting:
                 record.waiting -= 1
             record.finish -= refund
@@ -83,15 +83,15 @@ class FairShare:
         """Note that the request with `tag` was dispatched: nobody is tagged lower from now on."""
         if tag > self._virtual_time:
             self._virtual_time = tag
-        if tenant in self._tenants:
-            record = self._tenants[tenant]
-            if record.waiting:  # else it was forgotten and came back
-                record.waiting -= 1
+        record = self._tenants.get(tenant)
+        if record is not None and record.waiting:  # else it was forgotten, and maybe came back
+            record.waiting -= 1
 
     def correct(self, tenant: str, difference: float) -> None:
         """Charge (or, negative, give back) what a finished request cost beyond its estimate."""
-        if tenant in self._tenants:
-            self._tenants[tenant].finish += difference
+        record = self._tenants.get(tenant)
+        if record is not None:
+            record.finish += difference
 
 
 MAX_TURNS = 1000

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from extproc.admission import telemetry
-from extproc.admission.alarms import NEVER, Alarms
+from extproc.admission.alarms import Alarms
 from extproc.admission.endpoint import Endpoint
 
 if TYPE_CHECKING:
@@ -153,16 +153,15 @@ class Fleet:
                 self._lines.follow_service(pool)
         elif endpoint.health.ejected_until is not None:  # it was down before: what it serves alone has nobody better
             self._spare_the_last(endpoint.pools)
-        self.list(endpoint)
-        self.watch(endpoint)
+        self.follow(endpoint)
         if endpoint.listed:
             self._books.freed[endpoint] = None
         elif not is_usable:
             for pool in endpoint.pools:
                 self._lines.evict(pool, endpoint)
 
-    def list(self, endpoint: Endpoint) -> None:
-        """Keep each pool's list of open endpoints true, and who has the most room."""
+    def follow(self, endpoint: Endpoint) -> None:
+        """Keep each pool's list of open endpoints true, who has the most room, and when time alone will change that."""
         self._listings += 1
         endpoint.listing = self._listings
         endpoint.crowding = (endpoint.pressure(), endpoint.picked)
@@ -173,12 +172,9 @@ class Fleet:
             kept = pool.list_open(endpoint, is_open=is_open)
             if kept is not None:
                 self._books.freed[kept] = None
-
-    def watch(self, endpoint: Endpoint) -> None:
-        """Follow when time alone will change an endpoint's room."""
         at = endpoint.next_change()
         if at is None:
-            endpoint.alarm = NEVER
+            endpoint.alarm_number = 0
         else:
             self.changes.set(endpoint, at, len(self._books.endpoints))
 
@@ -226,7 +222,7 @@ class Fleet:
             self.regroup()
 
     def go_on(self) -> None:
-        """Have time pass at once: a dispatch pass ended before it was through."""
+        """Have time pass at once: a dispatch pass, or a new order of who waits, is not through."""
         self.due_at = self._books.now
 
     def forget_stale(self) -> None:

@@ -138,10 +138,12 @@ class Guard:
     def passes(self, ticket: Ticket, endpoint: Endpoint, *, by_turns: bool) -> None:
         """Note that `ticket`, of this pool or another, goes to `endpoint` although some before it stay."""
         pool, other = self._pool, ticket.pool
-        lines = [pool.shared, pool.homes[endpoint]] if endpoint in pool.homes else [pool.shared]
-        for queue in lines:
-            if other is None or other is pool or other.base is not pool.base or pool.base in (pool, other):
-                self._pass_over(queue, ticket, endpoint, same_pool=other is pool, by_turns=by_turns)
+        for queue in (pool.shared, pool.homes[endpoint]) if endpoint in pool.homes else (pool.shared,):
+            if other is pool and not by_turns:
+                for one in queue.before(ticket.key):
+                    self._count(queue, one)
+            elif other is None or other is pool or other.base is not pool.base or pool.base in (pool, other):
+                self._pass_over(queue, ticket, endpoint, same_pool=other is pool)
             elif queue and (queue.first().key[0] < ticket.key[0] or pool.turn < other.turn):
                 self._count(queue, queue.first())  # it was this lane's turn, and its first did not fit
 
@@ -164,23 +166,16 @@ class Guard:
             self._emptiest = self._pool.emptiest()
         return self._emptiest is endpoint
 
-    def _pass_over(self, queue: Queue, ticket: Ticket, endpoint: Endpoint, *, same_pool: bool, by_turns: bool) -> None:
-        """Count it for those in the window of `queue` who are before `ticket`, which goes to `endpoint`."""
-        place = ticket.key
-        if same_pool and not by_turns:
-            for key in queue.first_keys():
-                if key >= place:
-                    return
-                self._count(queue, queue.at(key))
-            return
-        before = place_at(ticket, endpoint)
+    def _pass_over(self, queue: Queue, ticket: Ticket, endpoint: Endpoint, *, same_pool: bool) -> None:
+        """Count it for those in the window of `queue` who are before `ticket` by turns at `endpoint`, where it goes."""
+        place, before = ticket.key, place_at(ticket, endpoint)
         for key in queue.first_keys():
             if same_pool:
-                if (key[0], turn_at(queue.at(key), endpoint), key) >= (*before[:2], place):
+                if (key[0], turn_at(queue.tickets[key[2]], endpoint), key) >= (*before[:2], place):
                     continue
-            elif place_at(queue.at(key), endpoint) >= before:
+            elif place_at(queue.tickets[key[2]], endpoint) >= before:
                 continue
-            self._count(queue, queue.at(key))
+            self._count(queue, queue.tickets[key[2]])
 
     def _count(self, queue: Queue, ticket: Ticket) -> None:
         ticket.passed_over += 1

@@ -6,6 +6,7 @@ the dispatch pass then looks at: see `Books.freed` and `Books.arrive`.
 
 from __future__ import annotations
 
+from collections import deque
 from operator import attrgetter
 from typing import TYPE_CHECKING, TypeVar
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from extproc.admission.queue import Queue
     from extproc.admission.ticket import Ticket
 
+RENUMBERED = 250
+"""New places given in one event, when the rules of order changed: a millisecond's worth."""
 SURPRISE = 4.0
 """Who waits is estimated anew where so many times too much was booked: each reading moves all estimates a little."""
 
@@ -39,15 +42,17 @@ class Lines:
 
     Attributes:
         alarms: when each of those who wait must be looked at: its patience, or its budget, ends.
+        misplaced: those who wait at places of earlier rules, as they came; and who came after these, to stay behind.
     """
 
-    __slots__ = ("_books", "_sequence", "alarms")
+    __slots__ = ("_books", "_sequence", "alarms", "misplaced")
 
     def __init__(self, books: Books) -> None:
         """Start with nobody waiting."""
         self._books = books
         self._sequence = 0
-        self.alarms: Alarms[Ticket] = Alarms(_is_waiting)
+        self.alarms: Alarms[Ticket] = Alarms()
+        self.misplaced: deque[Ticket] = deque()
 
     # ---- places in the order
 
@@ -57,6 +62,8 @@ class Lines:
             comes(pool, ticket)
         self._sequence += 1
         ticket.key = (-ticket.request_class.priority, self._tag(ticket, pool), self._sequence)
+        if self.misplaced:
+            self.misplaced.append(ticket)
 
     def _renumber(self, ticket: Ticket, pool: Pool) -> None:
         ticket.key = (ticket.key[0], self._tag(ticket, pool), ticket.key[2])
@@ -72,15 +79,32 @@ class Lines:
             tag = pool.share(ticket.request_class.priority).tag(ticket.tenant, ticket.charge)
         return GUARANTEED if ticket.is_favoured else tag
 
-    def reorder(self, pool: Pool) -> None:
-        """Give those who wait new places: the rules of order changed, or others joined, and tags can't be compared."""
-        for ticket in sorted((ticket for queue in pool.queues() for ticket in queue.unordered()), key=_arrival):
-            refund(ticket, pool)
-            ticket.charge = None
-            self._renumber(ticket, pool)
-        for queue in pool.queues():
-            queue.renew()
-        self._books.free(pool.open)
+    def reorder(self) -> None:
+        """Give all who wait new places, as they came: the rules of order changed, and tags can't be compared.
+
+        RENUMBERED of them now, and of the rest with each `go_on`; till then these stand by their old places.
+        """
+        self.misplaced = deque(_as_they_came(self._books.pools))
+        self.go_on()
+
+    def go_on(self) -> bool:
+        """Give the next of those who wait at old places new ones; tell whether there are more."""
+        misplaced = self.misplaced
+        self._place_anew([misplaced.popleft() for _ in range(min(RENUMBERED, len(misplaced)))])
+        return bool(misplaced)
+
+    def _place_anew(self, tickets: Iterable[Ticket]) -> None:
+        pools: dict[Pool, None] = {}
+        for ticket in tickets:
+            if ticket.state is WAITING:
+                pool, queue = placed(ticket.pool), placed(ticket.queue)
+                queue.remove(ticket)
+                refund(ticket, pool)
+                self._renumber(ticket, pool)
+                queue.add(ticket)
+                pools[pool] = None
+        for pool in pools:
+            self._books.free(pool.open)
 
     def renew(self, endpoint: Endpoint, tokens: TokenEstimate) -> None:
         """Estimate the prompts of those anew who may be next at `endpoint`.
@@ -128,7 +152,7 @@ class Lines:
         """End a wait without a dispatch."""
         pool = placed(ticket.pool)
         self.quit(ticket, pool, placed(ticket.queue))
-        ticket.state = LEFT
+        ticket.state, ticket.alarm_number = LEFT, 0
         refund(ticket, pool)
         self.count_out(ticket)
 
@@ -147,8 +171,8 @@ class Lines:
     def take_back(self, ticket: Ticket) -> None:
         """End a wait as if it had never begun: the request is new again."""
         self.leave(ticket)
-        ticket.state, ticket.charge, ticket.alarm, ticket.home = NEW, None, NEVER, None
-        ticket.passed_over, ticket.is_guard, ticket.alarm_number = 0, False, 0
+        ticket.state, ticket.alarm, ticket.home = NEW, NEVER, None
+        ticket.passed_over, ticket.is_guard = 0, False
         ticket.tenant = ticket.request.tenant
 
     # ---- changing over
@@ -174,15 +198,15 @@ class Lines:
         moving: dict[Ticket, Pool] = {}
         for pool in pools:
             for queue in pool.queues():
-                for ticket in queue.unordered():
+                for ticket in queue.tickets.values():
                     whole = known.find(ticket.request.model, ticket.request.allowed) or known.any_model
                     target = lane_of(whole, ticket.request_class)
                     if target is not pool:
                         moving[ticket] = target
         for ticket in sorted(moving, key=_place):
             self._move(ticket, moving[ticket])
-        for pool in dict.fromkeys(moving.values()):
-            self.reorder(pool)
+        for pool in dict.fromkeys(moving.values()):  # tags of two pools can't be compared
+            self._place_anew(_as_they_came([pool]))
 
     # ---- until when
 
@@ -222,7 +246,7 @@ class Lines:
             if is_served:
                 pool.pace.backlog_began(self._books.now)  # what nobody served says nothing of those who do
             for queue in pool.queues():
-                for ticket in queue.unordered():
+                for ticket in queue.tickets.values():
                     self._budget_anew(ticket, is_served=is_served)
 
     def _budget_anew(self, ticket: Ticket, *, is_served: bool) -> None:
@@ -282,7 +306,8 @@ class Lines:
 def refund(ticket: Ticket, pool: Pool) -> None:
     """Give its tenant back what a request that was not served was charged."""
     if ticket.charge is not None:
-        pool.share(ticket.request_class.priority).left(ticket.tenant, ticket.charge)
+        pool.shares[ticket.request_class.priority].left(ticket.tenant, ticket.charge)
+        ticket.charge = None
 
 
 def placed(part: T | None) -> T:
@@ -295,9 +320,10 @@ def _excess(ticket: Ticket) -> tuple[float, int]:
     return (placed(ticket.pool).waiting_total / (ticket.request_class.weight or 1.0), ticket.key[2])
 
 
-def _is_waiting(ticket: Ticket) -> bool:
-    return ticket.state is WAITING
-
-
-def _arrival(ticket: Ticket) -> int:
-    return ticket.key[2]
+def _as_they_came(pools: Iterable[Pool]) -> Iterable[Ticket]:
+    """Return who waits in `pools`, those first who came first. Numbers are sorted: tickets would take four times it."""
+    waiting: dict[int, Ticket] = {}
+    for pool in pools:
+        for queue in pool.queues():
+            waiting.update(queue.tickets)
+    return [waiting[number] for number in sorted(waiting)]

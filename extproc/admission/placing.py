@@ -105,6 +105,8 @@ class Placing:
             self._refusing.expire(ticket)
             return False
         self.lease(ticket, placed(ticket.pool), endpoint)
+        if not endpoint.listed:  # as after most leases: it is full again
+            self._books.freed.pop(endpoint, None)
         return True
 
     def place_for(self, ticket: Ticket, pool: Pool, home: Endpoint | None) -> Endpoint | None:
@@ -179,19 +181,19 @@ class Placing:
             cached, most = self.sessions.cached(request.session, endpoint), int(CACHED_AT_MOST * ticket.prompt_tokens)
             ticket.work_tokens = ticket.prompt_tokens - (cached if cached < most else most)
         endpoint.lease(ticket, now)
-        self._fleet.watch(endpoint)
         self._picks += 1
         endpoint.picked = self._picks
-        self._fleet.list(endpoint)
+        self._fleet.follow(endpoint)
         if ticket.queue is not None:
             self._lines.quit(ticket, pool, ticket.queue)
+            ticket.alarm_number = 0
             books.tenants.waits_no_more(ticket)
         if books.waiting:
             _goes_before_others(ticket, endpoint)
         if pool is not pool.base:
             served(pool, ticket)
         if ticket.charge is not None:
-            pool.share(ticket.request_class.priority).served(ticket.tenant, ticket.key[1])
+            pool.shares[ticket.request_class.priority].served(ticket.tenant, ticket.key[1])
         if ticket.alarm or pool.waiting_total:
             pool.pace.dispatched(now)
         if request.session is not None:
@@ -209,17 +211,18 @@ class Placing:
 
     def home_of(self, ticket: Ticket, pool: Pool) -> Endpoint | None:
         """Return the endpoint it prefers: the one named upstream, its session's last one, the pool's only one."""
-        request = ticket.request
-        home = self._books.endpoints.get(request.home) if request.home is not None else None
-        if home is not None and pool in home.pools:
-            return home
-        session = request.session if self._books.policy.session_affinity else None
-        home = self.sessions.recall(session) if session is not None else None
-        if home is not None and pool in home.pools:
-            return home
+        request, policy = ticket.request, self._books.policy
+        if request.home is not None:
+            home = self._books.endpoints.get(request.home)
+            if home is not None and pool in home.pools:
+                return home
+        if request.session is not None and policy.session_affinity:
+            home = self.sessions.recall(request.session)
+            if home is not None and pool in home.pools:
+                return home
         if len(pool.members) == 1:
             return pool.members[0]
-        if self._books.policy.binding is _BOUND:
+        if policy.binding is _BOUND:
             up = [endpoint for endpoint in pool.members if endpoint.available]
             return min(up, key=pool.backlog_of, default=None)
         return None
@@ -227,13 +230,12 @@ class Placing:
 
 def _goes_before_others(ticket: Ticket, endpoint: Endpoint) -> None:
     """Note that `ticket` goes to `endpoint` while others wait, maybe for that one too."""
-    waiting = [pool for pool in endpoint.pools if pool.waiting_total]
-    if not waiting:
-        return
+    pools = endpoint.pools
+    waiting = pools if len(pools) == 1 else [pool for pool in pools if pool.waiting_total]
     by_turns = goes_by_turns(waiting)
     for pool in waiting:
         pool.guard.passes(ticket, endpoint, by_turns=by_turns)
-    if ticket.charge is not None and len(endpoint.pools) > 1:
+    if waiting and ticket.charge is not None and len(pools) > 1:
         ticket.turns = turns = endpoint.turns_at(ticket.key[0])
         turns.served(ticket.tenant, ticket.charge)
 
@@ -274,7 +276,8 @@ def _prompt_tokens(ticket: Ticket) -> int:
 
 def _best_for(endpoint: Endpoint) -> Ticket | None:
     """Return who goes to `endpoint` next: by its pool's order; where pools meet guards first, then by turns."""
-    waiting = [pool for pool in endpoint.pools if pool.waiting_total]
+    pools = endpoint.pools
+    waiting = pools if len(pools) == 1 else [pool for pool in pools if pool.waiting_total]
     if len(waiting) == 1:
         return waiting[0].guard.best_for(endpoint, by_turns=False)[0]
     by_turns = goes_by_turns(waiting)

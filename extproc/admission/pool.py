@@ -141,10 +141,8 @@ class Pool:
 
     def note_waiting(self, priority: int, change: int) -> None:
         """Count one more (+1) or one less (-1) of `priority`."""
-        count = self.waiting.get(priority, 0) + change
-        if count:
-            self.waiting[priority] = count
-        else:
+        self.waiting[priority] = count = self.waiting.get(priority, 0) + change
+        if not count:
             del self.waiting[priority]  # the policy may have no class of it any more
         self.waiting_total += change
 

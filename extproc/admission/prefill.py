@@ -39,6 +39,7 @@ class Prefill:
         law: the constants.
         tokens: estimated tokens that have to be computed, of all but those held back.
         prompts, outputs: what all these requests have booked for their whole prompts and answers.
+        counts: the engine tells how many prompts it computed.
         probed: something sees first bytes as they come. An answer that does not stream has its first byte at its end,
             so here too a prompt counts as computed after a while.
         fresh: share of the prompts' tokens that is not found in the prefix cache.
@@ -50,7 +51,6 @@ class Prefill:
         "_before",
         "_computed",
         "_computed_at",
-        "_counts",
         "_first_bytes",
         "_held_back",
         "_mean",
@@ -62,6 +62,7 @@ class Prefill:
         "_token_s",
         "_uncounted",
         "_under_way",
+        "counts",
         "fresh",
         "law",
         "limit",
@@ -80,7 +81,7 @@ class Prefill:
         self._held_back: dict[Ticket, None] = {}  # the engine won't begin with them soon
         self._under_way: dict[Ticket, int] = {}  # with their numbers; 0: the engine's count has nothing to tell of it
         self._uncounted: dict[Ticket, int] = {}  # it has yet to tell of these, though they are pending no more
-        self._counts = False  # the engine does
+        self.counts = False
         self._number = self._before = 0  # of the last prompt sent; of the first one: who was held back goes before it
         self._part = 0.0  # of a first token: the count is a share where others use the engine too
         self._slack = law.caution
@@ -126,7 +127,7 @@ class Prefill:
             return
         self._number += 1
         self._start(ticket, self._number)
-        if self._counts or self.probed:
+        if self.counts or self.probed:
             self._predict(ticket, now)
 
     def computed(self, ticket: Ticket, now: float) -> None:
@@ -138,13 +139,13 @@ class Prefill:
         """
         if ticket in self._held_back:
             self._begin([ticket])
-        elif ticket.burst is None and not self._counts:
+        elif ticket.burst is None and not self.counts:
             self._first_bytes.note(ticket, now)  # a late one too: else nothing tells of a prediction that is too short
         if not ticket.prompt_pending:
             return
         ticket.computed_at = now
         self._finish(ticket)
-        while self._under_way and not self._counts:
+        while self._under_way and not self.counts:
             oldest = next(iter(self._under_way))
             ahead_s = ticket.leased_at - oldest.leased_at
             if now < oldest.computed_at and ahead_s < self.law.overtaken * (oldest.computed_at - oldest.leased_at):
@@ -168,7 +169,7 @@ class Prefill:
             self._begin([ticket])  # since the last page, if it was served
         if ticket.prompt_pending:
             self._finish(ticket)
-        elif ticket.burst is not None and not self._counts:
+        elif ticket.burst is not None and not self.counts:
             token_s = self._first_bytes.learn(ticket, ticket.burst, now, self._token_s, self.law)
             if token_s is not None:
                 self._take_pace(token_s)
@@ -177,9 +178,9 @@ class Prefill:
 
     def next_change(self) -> float | None:
         """Return when the oldest prompt will count as computed, if anything tells."""
-        if not self._under_way or not (self._counts or self.probed):
-            return None
-        return next(iter(self._under_way)).computed_at
+        if self._under_way and (self.counts or self.probed):
+            return next(iter(self._under_way)).computed_at
+        return None
 
     def pass_time(self, now: float) -> bool:
         """Take the prompts as computed whose time has come; tell whether there were any."""
@@ -210,7 +211,7 @@ class Prefill:
         else:
             self._slack = max(self._slack * law.calmer, law.caution)
         self._take_pace(self._slack * token_s)
-        self._counts = True
+        self.counts = True
         if not self.probed:
             for ticket in told:
                 self._forget_pending(ticket)
@@ -230,7 +231,7 @@ class Prefill:
         held_back = dict.fromkeys(ticket for ticket in tickets if ticket.prompt_pending or ticket.burst is None)
         begin = [ticket for ticket in self._held_back if ticket not in held_back]
         self._begin(begin)
-        if self._counts or self.probed:
+        if self.counts or self.probed:
             for ticket in begin:
                 self._predict(ticket, now)
         for ticket in held_back:
@@ -254,7 +255,7 @@ class Prefill:
 
     def forget(self) -> None:
         """Count no more: the counter is silent."""
-        self._counts = False
+        self.counts = False
         self._under_way = dict.fromkeys(self._under_way, 0)
         self._uncounted.clear()
 
@@ -266,7 +267,7 @@ class Prefill:
             self._start(ticket, number)
 
     def _start(self, ticket: Ticket, number: int) -> None:
-        self._under_way[ticket] = number if self._counts else 0
+        self._under_way[ticket] = number if self.counts else 0
         self.tokens += ticket.work_tokens
 
     def _take_pace(self, token_s: float) -> None:
@@ -283,7 +284,7 @@ class Prefill:
         self._computed_at = begins + ticket.work_tokens * self._token_s
         in_progress_s = self._step_s + min(self.tokens, law.chunk) * self._token_s
         due = self._computed_at + in_progress_s / 2
-        ticket.computed_at = due if self._counts else min(now + law.patience * (due - now), now + law.patience_s)
+        ticket.computed_at = due if self.counts else min(now + law.patience * (due - now), now + law.patience_s)
 
     def _count(self, counted: float) -> list[Ticket]:
         """Match the count with the prompts sent, oldest first; return those counted."""

@@ -1,45 +1,55 @@
-"""An ordered line of waiting tickets, and its window. It knows order, and nothing of endpoints' books."""
+"""An ordered line of waiting tickets, and its window. It knows order, and nothing of endpoints' books.
+
+A sorted list in blocks, as that of `sortedcontainers`, and for what is done here at a third of its time: nearly all who
+leave are the first of their line. Places alone stand in it: they compare twice as fast as pairs with a ticket.
+"""
 
 from __future__ import annotations
 
-from itertools import islice
+from bisect import bisect_left, bisect_right, insort
+from itertools import chain, islice, takewhile
 from typing import TYPE_CHECKING
 
-from sortedcontainers import SortedList
-
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from extproc.admission.ticket import Key, Ticket
 
 WINDOW = 32
 """How many requests at the head of a line are looked at for one that fits (group dispatch by first fit)."""
+BLOCK = 256
+"""Places in one block at the most: one that is full becomes two halves."""
 
 
 class Queue:
-    """Tickets in the order of their keys: class, then fairness tag, then arrival. All operations are O(log n)."""
+    """Tickets in the order of their keys: class, then fairness tag, then arrival.
 
-    __slots__ = ("_line", "_tickets", "depth", "guards")
+    Coming and going cost O(log n), but for the blocks' own list, which is 128 times shorter than the line.
+
+    Attributes:
+        tickets: by the sequence number in their key, in no order that means anything.
+        depth: how many there are, by the name of their class.
+        guards: how many keep room for themselves: see guard.py.
+    """
+
+    __slots__ = ("_blocks", "_starts", "depth", "guards", "tickets")
 
     def __init__(self) -> None:
         """Make an empty line."""
-        self._line: SortedList = SortedList()  # keys alone: flat tuples compare twice as fast as pairs with a ticket
-        self._tickets: dict[int, Ticket] = {}  # by the sequence number in the key
-        self.depth: dict[str, int] = {}  # tickets in the line by the name of their class
-        self.guards = 0  # tickets in the line that keep room for themselves: see guard.py
+        self._blocks: list[list[Key]] = [[]]  # in order; none is empty, but the only one
+        self._starts: list[Key] = []  # where each begins but the first: all before stand in earlier ones
+        self.tickets: dict[int, Ticket] = {}
+        self.depth: dict[str, int] = {}
+        self.guards = 0
 
     def __len__(self) -> int:
         """Count the waiting tickets."""
-        return len(self._tickets)
+        return len(self.tickets)
 
     def __iter__(self) -> Iterator[Ticket]:
         """Walk the tickets in order."""
-        tickets = self._tickets
-        return (tickets[key[2]] for key in self._line)
-
-    def unordered(self) -> Iterable[Ticket]:
-        """Walk the tickets in no order that means anything: a third of the time of walking them in theirs."""
-        return self._tickets.values()
+        tickets = self.tickets
+        return (tickets[key[2]] for key in chain.from_iterable(self._blocks))
 
     def pieces(self, most: int) -> Iterator[list[Ticket]]:
         """Walk the tickets in order, `most` at a time, with pauses in which the line may change.
@@ -53,14 +63,25 @@ class Queue:
 
     def behind(self, key: Key | None, most: int) -> list[Ticket]:
         """Return up to `most` tickets that stand behind a place, in order; None: from the front."""
-        keys = self._line if key is None else self._line.islice(self._line.bisect_right(key))
-        return [self._tickets[one[2]] for one in islice(keys, most)]
+        place = skipped = 0
+        if key is not None:
+            place = bisect_right(self._starts, key)
+            skipped = bisect_right(self._blocks[place], key)
+        keys = chain.from_iterable(islice(self._blocks, place, None))
+        return [self.tickets[one[2]] for one in islice(keys, skipped, skipped + most)]
 
     def add(self, ticket: Ticket) -> None:
         """Put `ticket` at the place of its key."""
         key = ticket.key
-        self._line.add(key)
-        self._tickets[key[2]] = ticket
+        place = bisect_right(self._starts, key)
+        block = self._blocks[place]
+        insort(block, key)
+        if len(block) > BLOCK:
+            half = block[BLOCK // 2 :]
+            del block[BLOCK // 2 :]
+            self._blocks.insert(place + 1, half)
+            self._starts.insert(place, half[0])
+        self.tickets[key[2]] = ticket
         ticket.queue = self
         name = ticket.request_class.name
         self.depth[name] = self.depth.get(name, 0) + 1
@@ -69,57 +90,68 @@ class Queue:
 
     def remove(self, ticket: Ticket) -> None:
         """Take `ticket` out, wherever it stands."""
-        key = ticket.key
-        self._line.remove(key)
-        del self._tickets[key[2]]
+        key, place, blocks = ticket.key, 0, self._blocks
+        del self.tickets[key[2]]
+        block = blocks[0]
+        if block[0] == key:
+            del block[0]
+        else:
+            place = bisect_right(self._starts, key)
+            block = blocks[place]
+            del block[bisect_left(block, key)]
+        if not block and self._starts:  # the one before it, or else the next, is now for its places
+            del blocks[place], self._starts[max(place - 1, 0)]
         ticket.queue = None
         self.depth[ticket.request_class.name] -= 1
         if ticket.is_guard:
             self.guards -= 1
 
-    def renew(self) -> None:
-        """Put everybody at the place of his key: all keys are others now, but for their sequence numbers."""
-        self._line = SortedList(ticket.key for ticket in self._tickets.values())
-
     def first(self) -> Ticket:
         """Return the ticket that goes first. The line must not be empty."""
-        return self._tickets[self._line[0][2]]
+        return self.tickets[self._blocks[0][0][2]]
 
     def peek(self) -> Ticket | None:
         """Return the ticket that goes first; None: nobody waits."""
-        return self._tickets[self._line[0][2]] if self._tickets else None
+        first = self._blocks[0]
+        return self.tickets[first[0][2]] if first else None
 
     def last(self) -> Ticket:
         """Return the ticket that goes last. The line must not be empty."""
-        return self._tickets[self._line[-1][2]]
+        return self.tickets[self._blocks[-1][-1][2]]
 
     def window(self) -> Iterator[Ticket]:
         """Walk the first WINDOW tickets in order."""
-        tickets = self._tickets
-        return (tickets[key[2]] for key in islice(self._line, WINDOW))
+        tickets = self.tickets
+        return (tickets[key[2]] for key in self.first_keys())
 
     def in_window(self, ticket: Ticket) -> bool:
         """Tell whether `ticket` is among the first WINDOW, or would be if it stood here."""
-        in_window: bool = len(self._tickets) < WINDOW or ticket.key <= self._line[WINDOW - 1]
-        return in_window
+        return len(self.tickets) < WINDOW or ticket.key <= self._key(WINDOW - 1)
 
     def entrant(self) -> Ticket | None:
         """Return the ticket that came into the window when one before it went; None if nobody did."""
-        return self._tickets[self._line[WINDOW - 1][2]] if len(self._tickets) >= WINDOW else None
+        return self.tickets[self._key(WINDOW - 1)[2]] if len(self.tickets) >= WINDOW else None
 
     def behind_window(self) -> Ticket | None:
         """Return the first ticket behind the window; None if nobody is there."""
-        return self._tickets[self._line[WINDOW][2]] if len(self._line) > WINDOW else None
+        return self.tickets[self._key(WINDOW)[2]] if len(self.tickets) > WINDOW else None
+
+    def _key(self, place: int) -> Key:
+        first = self._blocks[0]
+        return first[place] if place < len(first) else next(islice(chain.from_iterable(self._blocks), place, None))
 
     def first_keys(self) -> Iterator[Key]:
         """Walk the places of the first WINDOW tickets in order."""
-        return islice(self._line, WINDOW)
+        return islice(chain.from_iterable(self._blocks), WINDOW)
 
-    def at(self, key: Key) -> Ticket:
-        """Return the ticket that stands at a place."""
-        return self._tickets[key[2]]
+    def before(self, key: Key) -> list[Ticket]:
+        """Return the tickets of the window that stand before a place, in order."""
+        first = self._blocks[0]
+        if not first or first[0] >= key:  # as for nearly all who leave
+            return []
+        return [self.tickets[one[2]] for one in takewhile(key.__gt__, self.first_keys())]
 
     def rank(self, ticket: Ticket) -> int:
         """Count the tickets before `ticket`."""
-        rank: int = self._line.bisect_left(ticket.key)
-        return rank
+        place = bisect_right(self._starts, ticket.key)
+        return sum(map(len, self._blocks[:place])) + bisect_left(self._blocks[place], ticket.key)

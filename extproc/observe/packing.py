@@ -40,7 +40,6 @@ _CORE = "extproc.admission."
 _ATOMS = frozenset({str, int, float, bool, type(None), tuple, list, dict})
 _OTHERS = {
     (__name__, "_keep"),
-    ("sortedcontainers.sortedlist", "SortedList"),
     ("collections", "OrderedDict"),
     ("collections", "deque"),
     ("builtins", "frozenset"),

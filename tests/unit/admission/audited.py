@@ -333,4 +333,4 @@ def _counted(endpoint: Endpoint) -> tuple[object, ...]:
     reading, prefill, kv, steps = endpoint.reading, endpoint.prefill, endpoint.kv, endpoint.steps
     told = (reading.page, reading.page_at, endpoint.foreign, endpoint.sees_first_tokens, endpoint.produced)
     learned = (kv.real, kv.trust, prefill.fresh, steps.base_s, steps.sequence_s, steps.prompt_s, steps.tpot_s)
-    return (*told, *learned, endpoint.limit, endpoint.limit.value, prefill.limit, prefill._counts)
+    return (*told, *learned, endpoint.limit, endpoint.limit.value, prefill.limit, prefill.counts)

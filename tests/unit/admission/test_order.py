@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from extproc.admission.lines import RENUMBERED
 from extproc.admission.outcome import Outcome
 from extproc.admission.ticket import State
+from extproc.admission.values import Policy
 
-from .desk import STD, Desk, in_use, one, shared
+from .desk import CLASSES, STD, Desk, in_use, one, shared
 
 
 def test_requests_of_one_class_go_in_the_order_they_came() -> None:
@@ -48,6 +50,31 @@ def test_short_prompts_go_first_if_that_is_the_rule() -> None:
     for tokens in (900, 10, 400):
         desk.ask(str(tokens), prompt_tokens=tokens)
     assert desk.serve_one_by_one(first) == ["10", "400", "900"]
+
+
+def test_another_order_of_very_many_who_wait_is_made_in_pieces_by_ticks_that_are_due_at_once() -> None:
+    desk = shared(one())
+    desk.ask("held")
+    sizes = [number * 7 % 401 for number in range(1, 401)]
+    before = {ticket: ticket.key for ticket in [desk.ask(f"{size}", prompt_tokens=size) for size in sizes]}
+    desk.set_policy(Policy(classes=CLASSES, shed=False, short_first=True))
+    changed = [sum(ticket.key != key for ticket, key in before.items())]
+    while desk.core.next_deadline() == desk.now:
+        desk.tick()
+        changed.append(sum(ticket.key != key for ticket, key in before.items()))
+    assert changed == [RENUMBERED, 400]
+    assert [ticket.prompt_tokens for ticket in desk.core.waiting_tickets()] == sorted(sizes)
+
+
+def test_who_comes_while_another_order_is_made_stays_behind_its_tenants_earlier_requests() -> None:
+    desk = shared(one(), fair=False)
+    first = desk.ask("0", tenant="t")
+    for number in range(1, RENUMBERED + 3):
+        desk.ask(f"{number}", tenant="t")
+    desk.set_policy(Policy(classes=CLASSES, shed=False))
+    desk.ask(f"{RENUMBERED + 3}", tenant="t")
+    desk.tick()
+    assert desk.serve_one_by_one(first) == [f"{number}" for number in range(1, RENUMBERED + 4)]
 
 
 def test_requests_that_came_before_all_endpoints_keep_their_order() -> None:

@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from extproc.admission.alarms import Alarms
+from extproc.admission.alarms import NEVER, Alarms
 from extproc.admission.outcome import Outcome
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, Policy, Request, RequestClass
@@ -156,18 +156,30 @@ def test_an_alarm_that_went_and_came_back_is_due_after_those_that_were_set_meanw
 
 
 def test_no_alarm_has_to_look_at_all_others_to_drop_those_that_are_wanted_no_more() -> None:
-    looked_at: list[Ticket] = []
-    alarms = Alarms(lambda ticket: looked_at.append(ticket) or ticket.state is State.WAITING)
-    tickets = [Ticket(Request("r", 0.0)) for _ in range(4000)]
-    for number, ticket in enumerate(tickets):
+    looked_at: list[Sleeper] = []
+
+    class Sleeper:
+        alarm, number = NEVER, 0
+
+        @property
+        def alarm_number(self) -> int:
+            looked_at.append(self)
+            return self.number
+
+        @alarm_number.setter
+        def alarm_number(self, number: int) -> None:
+            self.number = number
+
+    alarms: Alarms[Sleeper] = Alarms()
+    sleepers = [Sleeper() for _ in range(4000)]
+    for number, sleeper in enumerate(sleepers):
         looked_at.clear()
-        ticket.state = State.WAITING
-        alarms.set(ticket, 1.0 + number % 1000, 500)
+        alarms.set(sleeper, 1.0 + number % 1000, 500)
         assert len(looked_at) <= 4
-        tickets[number // 2].state = State.LEFT
+        sleepers[number // 2].alarm_number = 0
     assert len(alarms) <= 2.25 * 2000
-    due = [(ticket.alarm, ticket) for ticket in tickets if ticket.state is State.WAITING]
-    assert list(alarms.due(999.0)) == [ticket for at, ticket in sorted(due, key=lambda one: one[0]) if at <= 999.0]
+    due = [(one.alarm, one) for one in sleepers if one.number]
+    assert list(alarms.due(999.0)) == [one for at, one in sorted(due, key=lambda one: one[0]) if at <= 999.0]
 
 
 def test_who_came_later_than_now_by_another_clock_has_not_waited() -> None:
