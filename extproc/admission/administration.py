@@ -112,7 +112,7 @@ class Administration(Frame):
     def set_policy(self, policy: Policy, now: float) -> list[Decision]:
         """Replace the rules. Waiting requests keep the class and the budget they came with.
 
-        If the order is another, they get new places, some in this event, and the rest in ticks that are due at once.
+        If the order is another, they get new places; of very many some at a time, in ticks that are due at once.
         """
         books = self._begin(now)
         if self._watchers:

@@ -62,6 +62,19 @@ def test_a_tenants_own_requests_stay_in_order_after_a_cheap_answer() -> None:
     assert last.key[1] > 0
 
 
+def test_tenants_go_on_taking_turns_when_an_endpoint_comes_that_serves_a_model_of_theirs() -> None:
+    desk = Desk()
+    for number in range(6):
+        desk.ask(f"many{number}", tenant="many", model="m")
+    for number in range(2):
+        desk.ask(f"few{number}", tenant="few", model="m")
+    desk.put(one("a", models=frozenset({"m"})))
+    (holder,) = desk.leased
+    for _ in range(4):
+        desk.ask("few later", tenant="few", model="m")
+    assert desk.serve_one_by_one(holder)[:4] == ["few0", "many1", "few1", "many2"]
+
+
 def test_a_tenants_own_requests_stay_in_order_when_fairness_is_switched_on_meanwhile() -> None:
     """Found by storm seed 2: untagged requests that left were counted as tagged ones."""
     desk = Desk(one(), fair=False)

@@ -62,7 +62,7 @@ def test_another_order_of_very_many_who_wait_is_made_in_pieces_by_ticks_that_are
     while desk.core.next_deadline() == desk.now:
         desk.tick()
         changed.append(sum(ticket.key != key for ticket, key in before.items()))
-    assert changed == [RENUMBERED, 400]
+    assert changed == [0, RENUMBERED, 400]
     assert [ticket.prompt_tokens for ticket in desk.core.waiting_tickets()] == sorted(sizes)
 
 
@@ -73,7 +73,8 @@ def test_who_comes_while_another_order_is_made_stays_behind_its_tenants_earlier_
         desk.ask(f"{number}", tenant="t")
     desk.set_policy(Policy(classes=CLASSES, shed=False))
     desk.ask(f"{RENUMBERED + 3}", tenant="t")
-    desk.tick()
+    while desk.core.next_deadline() == desk.now:
+        desk.tick()
     assert desk.serve_one_by_one(first) == [f"{number}" for number in range(1, RENUMBERED + 4)]
 
 
