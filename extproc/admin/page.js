@@ -171,7 +171,8 @@ function endpointRow(one) {
   row.parts.condition.append(row.parts.held);
   row.parts.fill = element("i");
   row.parts.count = element("span");
-  cell(row, "flight", "In flight", "held").append(element("div", "meter", element("div", "track", row.parts.fill), row.parts.count));
+  row.parts.oldest = element("span", "tiny");
+  cell(row, "flight", "In flight", "held").append(element("div", "meter", element("div", "track", row.parts.fill), row.parts.count), row.parts.oldest);
   cell(row, "running", "Engine runs", "n");
   cell(row, "queued", "Engine queues", "n");
   cell(row, "kv", "KV cache", "n");
@@ -200,6 +201,7 @@ function fillEndpoint(row, one) {
   // Foreign: what the engine holds that is not from this sidecar; it counts against the limit too.
   const asked = one.sequences === undefined ? "" : ` (${requests(one.in_flight)})`;
   say(row.parts.count, `${places(one)}${one.foreign ? ` + ${one.foreign} foreign` : ""} / ${one.limit}${one.adaptive ? " adaptive" : ""}${asked}`);
+  say(row.parts.oldest, one.oldest_s === undefined ? "" : `oldest ${seconds(one.oldest_s)}`);
   const set = one.limit_by_for_s === undefined ? "since the start" : `for ${seconds(one.limit_by_for_s)}`;
   row.parts.count.title = one.adaptive ? `limit set by: ${one.limit_by}, ${set}` : "";
   // Of an engine whose page can't be had the last figures are shown until they are stale: with a question mark.

@@ -352,6 +352,9 @@ class Viewer:
         }
         if endpoint.sequences != len(endpoint.leases):  # what the limit counts: n, best_of and lists take several
             row["sequences"] = endpoint.sequences
+        first = next(iter(endpoint.leases), None)
+        if first is not None:
+            row["oldest_s"] = round(max(now - first.leased_at, 0.0), 1)
         if len(models) > len(row["models"]):
             row["more_models"] = len(models) - len(row["models"])
         if endpoint.missing.models:

@@ -303,7 +303,9 @@ def _endpoints(view: Mapping[str, Any], room: int, width: int) -> list[str]:
     if len(endpoints) + 1 > room:
         order = sorted(endpoints, key=lambda one: ({UNKNOWN: 1, "up": 2}.get(one["state"], 0), -_slowness(one)))
         endpoints = order[: max(room - 2, 1)]
-    table = [("ENDPOINT", "STATE", "HELD BY", "", "IN FLIGHT", "RUNS", "QUEUES", "KV", "AGE", "FIRST", "SENT")]
+    table = [
+        ("ENDPOINT", "STATE", "HELD BY", "", "IN FLIGHT", "OLDEST", "RUNS", "QUEUES", "KV", "AGE", "FIRST", "SENT")
+    ]
     for one in endpoints:
         load = one["load"]
         state = one["state"] if one["state"] != "up" else "held back" if one["held_back"] else "up"
@@ -327,13 +329,14 @@ def _endpoints(view: Mapping[str, Any], room: int, width: int) -> list[str]:
                 _held(one),
                 f"[{_bar(_places(one), one['limit'])}]",
                 flight,
+                _seconds(one.get("oldest_s")),
                 *(_doubted(figure, one) for figure in figures),
                 _age(one),
                 str(one["waiting"] or "-"),
                 str(one["dispatched"]),
             )
         )
-    rows = _columns(table, width=width, left=(0, 1, 2, 3, 4), spare=(8, 9, 3, 5, 6, 10, 7))
+    rows = _columns(table, width=width, left=(0, 1, 2, 3, 4), spare=(9, 10, 5, 3, 6, 7, 11, 8))
     more = len(view["endpoints"]) - len(endpoints)
     return [*rows, f"and {more} more"] if more else rows
 

@@ -128,6 +128,19 @@ def test_endpoints_that_only_refused_clients_mistakes_are_told_apart_from_those_
     assert line(room.view()).endswith("5 endpoints: 1 up, 3 unknown, 1 out of use")
 
 
+def test_top_and_the_view_tell_how_long_an_endpoint_has_held_its_oldest_request():
+    room = Room(endpoints=2)
+    room.offer(1, arrived=0.0)  # as one that was held: what counts is since when it runs
+    room.clock.now += 75.0
+    room.offer(1)
+    view = room.view()
+    assert [one.get("oldest_s") for one in view["endpoints"]] == [75.0, 0.0]
+    head, first, second = lines(view, 200, 40)[1:4]
+    where = head.index("OLDEST") + len("OLDEST")
+    assert (first[:where].split()[-2:], second[:where].split()[-2:]) == (["75.0", "s"], ["<1", "ms"])
+    assert "oldest_s" not in Room().view()["endpoints"][0]
+
+
 def test_figures_of_an_engine_whose_page_cannot_be_had_bear_a_question_mark_and_the_reason():
     room = Room()
     view = room.view()
