@@ -301,6 +301,7 @@ class App:
         """Take over a changed configuration in one moment, then say what is another. Raises ConfigError."""
         old = self.config
         self.adopt(config)
+        await self.roster.settled()
         told = await asyncio.to_thread(changes, old, self.config)  # milliseconds for some hundred endpoints
         for line in told[:MOST_CHANGES]:
             log.info("configuration: %s", line)

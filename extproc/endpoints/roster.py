@@ -41,6 +41,8 @@ LINGER_S = 2.0
 FOUND_S = 30.0
 """The same for clusters that a sidecar before us wrote: sources may take a while to see their endpoints again."""
 TICK_S = 0.05
+PUT_IN_A_TURN = 40
+"""Endpoints that come, or have another limit, in one turn of the loop: a millisecond or two of the core."""
 TOLD_IN_A_TURN = 20
 """Endpoints of which those who follow, and the log, are told in one turn of the loop: a millisecond's worth."""
 
@@ -94,6 +96,8 @@ class Roster:
         self._problem: str | None = None
         self._doubted = False
         self._refused: set[str] = set()
+        self._pieces: deque[Callable[[], None]] = deque()  # of a change that is carried out, one in a turn of the loop
+        self._knows_models = False  # the core was told of all that the configuration names
         self._untold: deque[Callable[[], None]] = deque()  # what those who follow, and the log, are yet to be told
         self._is_telling = False  # they are told now, or in a turn that is to come
         self.left_out = 0  # found endpoints that were not taken
@@ -119,11 +123,14 @@ class Roster:
                     route.known = True
         self._know_models()
         self._reconcile()
+        while self._pieces:
+            self._pieces.popleft()()
         self._tell(len(self._untold))  # nobody waits yet, and whoever follows begins with all of them
         self._task = self._tasks.keep("roster", "roster", self._keep)
 
     async def stop(self) -> None:
         """Stop following; the clusters file stays."""
+        self._pieces.clear()
         self._untold.clear()
         if self._task is not None:
             self._task.cancel()
@@ -143,10 +150,16 @@ class Roster:
     def configure(self, config: Config) -> None:
         """Take over changed endpoints of the file, and changed common limits."""
         self._config = config
+        self._knows_models = False
         self.report(FILE, config.endpoints)
-        self._know_models()  # behind it: of names that endpoints list nothing is new any more
+
+    async def settled(self) -> None:
+        """Wait until what was reported so far is carried out, as far as Envoy knows it."""
+        while self._pieces:  # noqa: ASYNC110 - one is done in each turn of the loop
+            await asyncio.sleep(0)
 
     def _know_models(self) -> None:
+        self._knows_models = True
         self._gate.know_models(self._config.models, expects_any=self._config.expects_any)
         self._reception.named_models = self._config.models
 
@@ -183,9 +196,12 @@ class Roster:
     def _reconcile(self) -> None:
         """Do at once what can be done at once; the rest waits for Envoy.
 
-        What decides where requests go changes in this one moment. Who follows is told in the turns that come next.
-        What the core can't take over is tried again with the change that follows.
+        A change of few is one moment. Of many, those who come, or have another limit, follow some in each turn of the
+        loop; then, in one moment, those of other models or addresses change and those who are wanted no more go. So
+        requests always have somewhere to go, and a model that moves is served all the time. Who follows is told in
+        turns of its own. What the core can't take over is tried again with the change that follows.
         """
+        self._pieces.clear()  # of a change before this one, which is in it
         aims = self._aim()
         wanted = {endpoint.name for endpoint, _ in aims}
         moved = {
@@ -196,19 +212,54 @@ class Roster:
             and self._placed[endpoint.name][1].cluster != spec.cluster
             and not self._routes[spec.cluster].known
         }
+        known = [aim for aim in aims if self._file is None or self._routes[aim[1].cluster].known]
+        news = [aim for aim in known if self._placed.get(aim[0].name) != aim]
+        gone = [name for name in self._placed if name not in wanted or name in moved]
+        if len(news) <= PUT_IN_A_TURN:
+            self._finish(news, gone)
+            return
+        alone = [aim for aim in news if self._changes_alone(aim)]
+        begins = range(0, len(alone), PUT_IN_A_TURN)
+        self._pieces.extend(partial(self._place, alone[begin : begin + PUT_IN_A_TURN]) for begin in begins)
+        self._pieces.append(partial(self._finish, [aim for aim in news if not self._changes_alone(aim)], gone))
+        if self._task is not None:
+            asyncio.get_running_loop().call_soon(self._go_on)
+
+    def _changes_alone(self, aim: tuple[EndpointConfig, EndpointSpec]) -> bool:
+        """Tell whether nothing hangs on when an endpoint becomes `aim`: it is new, or has another limit."""
+        endpoint, spec = aim
+        placed = self._placed.get(endpoint.name)
+        if placed is None:
+            return True
+        before = placed[1]
+        return placed[0] is not None and (before.models, before.cluster) == (spec.models, spec.cluster)
+
+    def _go_on(self) -> None:
+        """Carry out the next piece of a change of many, and come again for the rest."""
+        if not self._pieces:  # another change took its place
+            return
+        piece = self._pieces.popleft()
+        if self._pieces:
+            asyncio.get_running_loop().call_soon(self._go_on)
         try:
-            # First those who come, so that requests always have somewhere to go.
-            self._place([aim for aim in aims if self._file is None or self._routes[aim[1].cluster].known])
-            gone = [name for name in self._placed if name not in wanted or name in moved]
+            piece()
+        finally:
+            self._tell_soon()
+
+    def _finish(self, news: list[tuple[EndpointConfig, EndpointSpec]], gone: list[str]) -> None:
+        """In one moment, let endpoints be as they are now, and send nothing more to those that are gone."""
+        try:
+            self._place(news)  # first those who come, so that requests always have somewhere to go
             if gone:
                 with self._tried({name: self._placed[name][1] for name in gone}):
                     self._gate.remove_endpoints(gone)
             for name in gone:
                 self._displace(name)
+            if not self._knows_models:
+                self._know_models()  # behind it: of names that endpoints list nothing is new any more
         finally:
             self._wake.set()
-            if self._untold and not self._is_telling:
-                self._tell(TOLD_IN_A_TURN)
+            self._tell_soon()
 
     def _aim(self) -> list[tuple[EndpointConfig, EndpointSpec]]:
         """Return who is wanted, and at which cluster; keep `_routes` in step."""
@@ -240,9 +291,8 @@ class Roster:
         names = [name for name, (_, spec) in self._placed.items() if spec.cluster == cluster and name in endpoints]
         return tuple(ticket for name in names for ticket in endpoints[name].leases)
 
-    def _place(self, endpoints: list[tuple[EndpointConfig, EndpointSpec]]) -> None:
-        """Let requests go to endpoints, as these are now: all in one moment, if any is new or another."""
-        news = [one for one in endpoints if self._placed.get(one[0].name) != one]
+    def _place(self, news: list[tuple[EndpointConfig, EndpointSpec]]) -> None:
+        """Let requests go to endpoints, as these are now: all in one moment."""
         for endpoint, spec in news:
             placed = self._placed.get(endpoint.name)
             self._gone.pop(endpoint.name, None)
@@ -273,6 +323,10 @@ class Roster:
         self._untold.append(partial(self._unfollow, name))
 
     # ---- telling who follows
+
+    def _tell_soon(self) -> None:
+        if self._untold and not self._is_telling:
+            self._tell(TOLD_IN_A_TURN)
 
     def _tell(self, most: int) -> None:
         """Tell up to `most` of what is untold, in the order in which it happened, and come again for the rest."""

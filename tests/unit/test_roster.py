@@ -11,7 +11,7 @@ import yaml
 from extproc.admission.controller import Controller
 from extproc.admission.events import EndpointsPut, Event
 from extproc.admission.ticket import State, Ticket
-from extproc.admission.values import Request
+from extproc.admission.values import Answer, Request
 from extproc.config import EndpointConfig
 from extproc.endpoints import roster
 from extproc.endpoints.roster import Roster
@@ -113,7 +113,8 @@ def live(story: Callable[[House], Any], path: Path | None, **keys: Any) -> None:
         here = House(path, **keys)
         here.roster.start()
         try:
-            await story(here)
+            async with asyncio.timeout(30):
+                await story(here)
         finally:
             await here.roster.stop()
 
@@ -245,6 +246,100 @@ def test_a_change_that_the_core_took_over_before_a_fault_is_undone_by_the_next_o
         await until(lambda: list(here.followed) == list(then))
 
     live(story, None, endpoints=some(then))
+
+
+def rows(names: str, count: int, first: int = 0, **more: Any) -> list[dict[str, Any]]:
+    return [endpoint(f"{names}{n}", f"10.0.{first + 1}.{n}:8000", **more) for n in range(count)]
+
+
+async def seen_in_each_turn(here: House, look: Callable[[], object]) -> list[object]:
+    """What is seen between the pieces of a change of many, from just after it was asked for."""
+    seen = [look()]
+    while here.roster._pieces:
+        await asyncio.sleep(0)
+        seen.append(look())
+    return seen
+
+
+def test_where_many_come_and_many_go_those_who_go_stay_until_all_others_are_there():
+    async def story(here: House) -> None:
+        here.change(endpoints=rows("new", 120, 1))
+        seen = await seen_in_each_turn(here, lambda: set(here.placed()))
+        old, new = {f"old{n}" for n in range(60)}, {f"new{n}" for n in range(120)}
+        assert seen[0] == old
+        assert seen[-1] == new
+        between = seen[1:-1]
+        assert len(between) > 1
+        assert all(old <= names for names in between)
+        assert sorted(between, key=len) == between
+
+    live(story, None, endpoints=rows("old", 60))
+
+
+def test_a_model_that_moves_in_a_change_of_many_is_served_in_every_turn():
+    async def story(here: House) -> None:
+        changed = rows("e", 60, 0, models=["sim"], max_running_requests=2)
+        here.change(
+            endpoints=[*changed, *rows("a", 1, 1, models=["sim"]), *rows("b", 1, 2, models=["sim", "moves", "new"])]
+        )
+
+        def served_by() -> str:
+            ticket = Ticket(Request("r", here.gate.now(), model="moves"))
+            here.gate.offer(ticket)
+            assert ticket.endpoint is not None
+            here.gate.close(ticket, Answer.OK)
+            return ticket.endpoint.name
+
+        seen = await seen_in_each_turn(here, served_by)
+        assert (seen[0], seen[-2], seen[-1]) == ("a0", "a0", "b0")
+        assert here.reception.named_models == {"sim", "moves", "new"}
+        assert len(seen) > 2
+        assert here.gate.controller.endpoints["e59"].limit.value == 2
+
+    lists = [*rows("a", 1, 1, models=["sim", "moves"]), *rows("b", 1, 2, models=["sim"])]
+    live(story, None, endpoints=[*rows("e", 60, 0, models=["sim"]), *lists])
+
+
+def test_a_change_amid_a_change_of_many_takes_its_place():
+    async def story(here: House) -> None:
+        here.change(endpoints=rows("new", 200, 1))
+        await asyncio.sleep(0)
+        assert 0 < sum(name.startswith("new") for name in here.placed()) < 200
+        here.change(endpoints=rows("last", 60, 2))
+        await here.roster.settled()
+        assert set(here.placed()) == {f"last{n}" for n in range(60)}
+        for _ in range(30):
+            await asyncio.sleep(0)
+        assert set(here.placed()) == set(here.followed) == {f"last{n}" for n in range(60)}
+
+    live(story, None, endpoints=rows("old", 3))
+
+
+def test_a_piece_that_the_core_cannot_take_over_keeps_the_others_from_nothing_and_is_made_with_the_next_change(
+    monkeypatch,
+):
+    async def story(here: House) -> None:
+        loop, faults = asyncio.get_running_loop(), []
+        loop.set_exception_handler(lambda _, context: faults.append(context["exception"]))
+        put, calls = Gate.put_endpoints, []
+
+        def fails_once(gate: Gate, specs: Any) -> None:
+            calls.append(specs)
+            if len(calls) == 1:
+                raise RuntimeError("a bug")
+            put(gate, specs)
+
+        monkeypatch.setattr(Gate, "put_endpoints", fails_once)
+        here.change(endpoints=rows("new", 120, 1))
+        await here.roster.settled()
+        await asyncio.sleep(0)
+        assert [str(fault) for fault in faults] == ["a bug"]
+        assert len(here.placed()) == 120 - roster.PUT_IN_A_TURN
+        here.change(endpoints=rows("new", 120, 1))
+        await here.roster.settled()
+        assert len(here.placed()) == 120
+
+    live(story, None, endpoints=rows("old", 3))
 
 
 def test_an_envoy_that_never_says_a_word_is_not_waited_for_for_ever(tmp_path, monkeypatch, caplog):
