@@ -23,6 +23,7 @@ def advice(config: Config, path: Path) -> list[str]:
 
 def _words(view: View) -> Iterator[str]:
     yield from _access_log(view)
+    yield from _own_errors(view)
     yield from _bodies(view)
     yield from _forms(view)
 
@@ -35,6 +36,15 @@ def _access_log(view: View) -> Iterator[str]:
         yield (
             f"{view.manager.path}.access_log: has no queue data, which says why a request waited; "
             f"%DYNAMIC_METADATA({wire.NAMESPACE})% in its format would be right"
+        )
+
+
+def _own_errors(view: View) -> Iterator[str]:
+    if view.manager.get("local_reply_config") is None:
+        yield (
+            f"{view.manager.path}.local_reply_config: there is none: where no sidecar or no server answers, clients "
+            'read Envoy\'s own text ("no healthy upstream"), which is no OpenAI error and says not whose fault it is; '
+            "what `extproc envoy-config` prints would be right"
         )
 
 

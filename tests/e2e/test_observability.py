@@ -317,7 +317,12 @@ def test_a_real_prometheus_scrapes_the_page_and_answers_the_alerts_and_every_pan
         ]
     nothing_happened = {
         *("Passed the queue by", "Rerouted, and clients that left", "What holds the next request"),
-        *("Tokens per second", "Failed scrapes", "Who leads, and with how many"),
+        *(
+            "Tokens per second",
+            "Failed scrapes",
+            "Who leads, and with how many",
+            "No good answers, by endpoint and kind",
+        ),
         *("Requests of others, and where configurations differ", "Age of the leader and of the store"),
         *("Load, of what the engines that are up can do", "Engines that the traffic needs"),  # untold
         *("In flight, by tenant", "Refused over its cap, by tenant", "Pace, against peers"),  # no tenants, and idle

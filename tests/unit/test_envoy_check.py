@@ -85,6 +85,14 @@ def test_forms_whose_model_nothing_reads_are_worth_a_word_and_no_problem(tmp_pat
     assert "no lua filter reads the model of forms" in word
 
 
+def test_an_envoy_that_answers_in_its_own_words_is_worth_a_word_and_no_problem(tmp_path):
+    rendered = Rendered(CONFIG)
+    del rendered.manager["local_reply_config"]
+    assert rendered.check(tmp_path) == []
+    (told,) = advice(CONFIG, rendered.write(tmp_path))
+    assert told.startswith(f"{MANAGER}.local_reply_config: there is none")
+
+
 def test_an_access_log_without_queue_data_is_worth_a_word_and_no_problem(tmp_path):
     rendered = Rendered(CONFIG)
     assert advice(CONFIG, rendered.write(tmp_path)) == []
