@@ -64,11 +64,16 @@ class Observer(Protocol):
 
 
 class Gate:
-    """The core with a clock. Every method is an event of the core; decisions reach tickets by themselves."""
+    """The core with a clock. Every method is an event of the core; decisions reach tickets by themselves.
+
+    Attributes:
+        now: the clock's time, in seconds. A call of the loop's own: every request asks several times.
+    """
 
     def __init__(self, controller: Controller, loop: Loop, observers: Iterable[Observer] = ()) -> None:
         """Drive `controller` on `loop`, and tell `observers`."""
         self.controller = controller
+        self.now: Callable[[], float] = loop.time
         self._loop = loop
         self._observers = tuple(observers)
         self._outbox: list[tuple[int, int, Decision]] = []  # a heap: higher classes are told first
@@ -79,13 +84,9 @@ class Gate:
         self._replays = Replays(loop, self._let_go)
         self._left = False
 
-    def now(self) -> float:
-        """Return the clock's time, in seconds."""
-        return self._loop.time()
-
     def call_later(self, delay_s: float, callback: Callable[[], None]) -> None:
         """Call once, in so many seconds."""
-        self._loop.call_at(self._loop.time() + delay_s, callback)
+        self._loop.call_at(self.now() + delay_s, callback)
 
     @property
     def waiting(self) -> int:
@@ -101,7 +102,7 @@ class Gate:
 
     def offer(self, ticket: Ticket) -> None:
         """Take a request in. Its decision may be delivered before this returns."""
-        now = self._loop.time()
+        now = self.now()
         if now < self._replays.until and self.controller.policy.enable_queue:
             ticket.request_class = self.controller.class_of(ticket.request)  # it may leave before it is offered
             if self._replays.gather(ticket, now):
@@ -110,13 +111,13 @@ class Gate:
 
     def send(self, ticket: Ticket) -> None:
         """Let a request that takes no slot go at once."""
-        self._settle(self.controller.send(ticket, self._loop.time()))
+        self._settle(self.controller.send(ticket, self.now()))
 
     def refuse(self, ticket: Ticket, outcome: Outcome) -> None:
         """Refuse a new request about which the core is not asked."""
         ticket.state = State.LEFT
         ticket.request_class = self.controller.class_of(ticket.request)
-        wait_s = max(self._loop.time() - ticket.request.arrived, 0.0)
+        wait_s = max(self.now() - ticket.request.arrived, 0.0)
         self._settle([Reject(ticket, outcome, wait_s, 1)])
 
     def expect_replays(self, clock_offset_s: Callable[[], float] = float) -> None:
@@ -128,32 +129,32 @@ class Gate:
 
     def first_token(self, ticket: Ticket) -> None:
         """Note that the answer began."""
-        self._settle(self.controller.first_token(ticket, self._loop.time()))
+        self._settle(self.controller.first_token(ticket, self.now()))
 
     def answered(self, ticket: Ticket) -> None:
         """Note that an answer began well."""
         endpoint = ticket.endpoint
         if endpoint is not None:
             is_news = endpoint.health.is_doubted
-            decisions = self.controller.answered(ticket, self._loop.time())
+            decisions = self.controller.answered(ticket, self.now())
             if is_news:  # else nothing follows from it
                 self._settle(decisions)
 
     def move(self, ticket: Ticket, endpoint: str) -> None:
         """Note that another endpoint answers than the one picked; the name of one that we don't know ends the lease."""
         if ticket.state is _LEASED:
-            self._settle(self.controller.move(ticket, endpoint, self._loop.time()))
+            self._settle(self.controller.move(ticket, endpoint, self.now()))
 
     def report(self, ticket: Ticket, load: Load) -> None:
         """Follow what an answer's headers say of its endpoint's load."""
         if ticket.endpoint is not None:
-            self._settle(self.controller.report(ticket.endpoint.name, load, self._loop.time()))
+            self._settle(self.controller.report(ticket.endpoint.name, load, self.now()))
 
     def close(self, ticket: Ticket, answer: Answer = _UNKNOWN) -> None:
         """Note that a request is over, in whatever state it is. To be called exactly once for each offered ticket."""
         if self._left:
             return
-        now = self._loop.time()
+        now = self.now()
         if ticket.state is _LEASED:
             self._settle(self.controller.release(ticket, now, answer))
         elif ticket.state is _WAITING:
@@ -171,19 +172,19 @@ class Gate:
 
     def put_endpoints(self, specs: Iterable[EndpointSpec]) -> None:
         """Add or change endpoints in one moment."""
-        self._settle(self.controller.put_endpoints(specs, self._loop.time()))
+        self._settle(self.controller.put_endpoints(specs, self.now()))
 
     def know_models(self, models: Iterable[str], *, expects_any: bool = False) -> None:
         """Let requests for these models wait, even while nobody serves them; `expects_any`: for any model."""
-        self._settle(self.controller.know_models(models, self._loop.time(), expects_any=expects_any))
+        self._settle(self.controller.know_models(models, self.now(), expects_any=expects_any))
 
     def remove_endpoints(self, names: Iterable[str]) -> None:
         """Send nothing more to endpoints that go in one moment."""
-        self._settle(self.controller.remove_endpoints(names, self._loop.time()))
+        self._settle(self.controller.remove_endpoints(names, self.now()))
 
     def set_up(self, name: str, *, is_up: bool | None) -> None:
         """Follow an endpoint's health checks; None: nothing is known."""
-        self._settle(self.controller.set_up(name, self._loop.time(), is_up=is_up))
+        self._settle(self.controller.set_up(name, self.now(), is_up=is_up))
 
     def heard_at(self, name: str) -> float | None:
         """Return when an endpoint last showed by its answers, or by tokens on its page, that it works."""
@@ -192,11 +193,11 @@ class Gate:
 
     def observe(self, name: str, load: Load) -> None:
         """Follow an endpoint's telemetry."""
-        self._settle(self.controller.observe(name, load, self._loop.time()))
+        self._settle(self.controller.observe(name, load, self.now()))
 
     def set_policy(self, policy: Policy) -> None:
         """Replace the rules."""
-        self._settle(self.controller.set_policy(policy, self._loop.time()))
+        self._settle(self.controller.set_policy(policy, self.now()))
 
     def stop_gathering(self) -> None:
         """Expect no more replays: what was gathered takes its place in the queue now."""
@@ -213,7 +214,7 @@ class Gate:
 
     def _place(self, ticket: Ticket) -> None:
         """Give a request its place in the queue."""
-        self._settle(self.controller.offer(ticket, self._loop.time()))
+        self._settle(self.controller.offer(ticket, self.now()))
 
     def drain(self) -> None:
         """Refuse what waits, and what would have to."""
@@ -222,7 +223,7 @@ class Gate:
 
     def _drain_some(self) -> None:
         """Refuse as many of those who wait as are told in one turn, and come again in the next."""
-        self._settle(self.controller.drain(self._loop.time(), BURST))
+        self._settle(self.controller.drain(self.now(), BURST))
         if self.controller.waiting:
             self._loop.call_soon(self._drain_some)
 
@@ -279,4 +280,4 @@ class Gate:
 
     def _tick(self) -> None:
         self._timer = None
-        self._settle(self.controller.tick(self._loop.time()))
+        self._settle(self.controller.tick(self.now()))
