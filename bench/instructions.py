@@ -128,14 +128,14 @@ def carried() -> Callable[[int], None]:
     from extproc.stream.reception import Reception
     from extproc.stream.request import Headers
     from extproc.stream.session import Session
-    from extproc.transport.completion.server import Stream
+    from extproc.transport.completion.stream import Stream
 
     name = "7a1f6c1e-5b3b-4e0e-9d3d-3d3d3d3d3d3d"
     plain = {"method": "POST", "path": "/v1/chat/completions", "content_type": "application/json"}
     plain |= {"x_model": "sim", "x_tenant_id": "tenant-1", "x_request_class": "interactive"}
     plain |= {"content_length": "1070", "x_request_id": name}  # of others Envoy is asked to say nothing
     came = datetime.now(UTC)
-    told = {"request.id": name, "request.time": came.isoformat()}
+    told = {"request.time": came.isoformat()}
     begun = message("request_headers", told, **plain)
     plain = {"status": "200", "content_type": "application/octet-stream", "content_length": "2"}
     answered = message("response_headers", {"response.code_details": "via_upstream"}, **plain)

@@ -173,7 +173,7 @@ static_resources:
                 request_trailer_mode: SKIP
                 response_trailer_mode: SEND
 {self.mode_override}\
-              request_attributes: [request.time, request.id]
+              request_attributes: [request.time]
               response_attributes: [{self.response_attributes}]
 {self._why("mutation_rules", 14)}\
               mutation_rules:
