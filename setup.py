@@ -19,12 +19,14 @@ STREAM = (
     *("replays", "replies", "request", "routes", "session", "silence", "wire"),
 )
 REPLICAS = ("forwarded", "gate", "leading")  # subclasses of what is compiled must be, too
+TRANSPORT = ("completion/stream",)
 
 
 def modules() -> list[str]:
     """Return the files to compile."""
     core = sorted(path for path in Path("extproc/admission").glob("*.py") if path.stem not in INTERPRETED)
     rest = [f"extproc/stream/{name}.py" for name in STREAM] + [f"extproc/replicas/{name}.py" for name in REPLICAS]
+    rest += [f"extproc/transport/{name}.py" for name in TRANSPORT]
     return [*map(str, core), *rest]
 
 

@@ -15,7 +15,8 @@ import extproc.transport.completion.server
 from extproc.transport.aio import Server as AsyncioServer
 from extproc.transport.aio import _Writer
 from extproc.transport.completion.loop import make_loop
-from extproc.transport.completion.server import Server, Stream
+from extproc.transport.completion.server import Server
+from extproc.transport.completion.stream import Stream
 from extproc.transport.listener import Listener
 
 if TYPE_CHECKING:
