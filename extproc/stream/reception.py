@@ -38,8 +38,8 @@ OVERFLOWS = frozenset(
     (Outcome.QUEUE_FULL, Outcome.BUDGET_PREDICTED, Outcome.BUDGET_EXPIRED, Outcome.NO_ENDPOINT, Outcome.DRAINING)
 )
 """Refusals for want of room. What the client itself would have to change is refused wherever it is sent."""
-FAILINGS = (Answer.FAILED, Answer.ERROR, Answer.EMPTY)
-"""Bad answers that are an endpoint's own doing: counted from 0, so that Prometheus sees the first one come."""
+FAILINGS = (Answer.FAILED, Answer.ERROR)
+"""The usual bad answers that are an endpoint's doing: counted from 0, so that Prometheus sees the first one come."""
 NO_CLUSTER = "cluster_not_found"
 """Envoy's detail of such an answer (StreamInfo::ResponseCodeDetails; flag NC)."""
 SAID_AGAIN_S = 60.0
