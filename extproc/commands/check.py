@@ -95,8 +95,11 @@ def _warnings(config: Config, file: Path, envoy: Path | None) -> Iterable[tuple[
     for doubt in doubts(config, file):
         yield file, doubt
     if envoy is not None:
-        notes = Gateway(config, envoy).notes if config.picks else []
-        for note in notes or [*could_not_look(config, envoy), *advice(config, envoy)]:
+        if config.picks:  # a gateway's Envoy, mostly as a dump: what ours has beside is not for it
+            notes = Gateway(config, envoy).notes
+        else:
+            notes = [*could_not_look(config, envoy), *advice(config, envoy)]
+        for note in notes:
             yield envoy, note
 
 

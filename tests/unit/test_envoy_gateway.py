@@ -214,6 +214,24 @@ def own(keys: str) -> dict[str, Any]:
     return built
 
 
+@pytest.mark.parametrize("dumped", [True, False])
+def test_a_gateway_of_which_there_is_nothing_to_note_is_not_measured_by_what_our_own_envoy_has(
+    look, tmp_path, capsys, dumped
+):
+    def edit(built: dict[str, Any]) -> None:
+        for cluster in built["static_resources"]["clusters"]:
+            cluster["circuit_breakers"] = {"thresholds": [{"max_requests": 100_000}]}
+
+    config = CONFIG.removesuffix("}") + ", hand_over: false, endpoints: []}"
+    assert look("istio-lean", edit, dumped=dumped, config=config).notes == []
+    file = tmp_path / "sidecar.yaml"
+    file.write_text(config)
+    dump = tmp_path / "dump.json"
+    assert check(file, dump, as_json=True)
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    assert {one["severity"] for one in findings if one["file"] == str(dump)} == {"info"}
+
+
 def test_our_own_envoy_reads_the_model_itself_and_sends_no_body_for_it():
     built = own("request_fields: true, picker: {read_model: true}")
     ours = ext_proc_of(built)
