@@ -42,13 +42,14 @@ class Answers:
 
     def ended(self, ticket: Ticket, endpoint: Endpoint, pool: Pool, answer: Answer) -> None:
         """Judge a whole answer, and charge what it cost beyond its estimate: how long it was written, at what pace."""
-        if answer is _OK or answer is _UNKNOWN or ticket.is_answered:
+        is_whole = answer is _OK or answer is _UNKNOWN  # as far as one can tell
+        if is_whole or ticket.is_answered:
             endpoint.completed += ticket.sequences  # a connection that failed at once had no answer
             if not endpoint.counters.doubted:
                 endpoint.expected += ticket.output_tokens
         if not ticket.is_answered and answer is not _UNKNOWN:
             self._judge(answer, ticket, endpoint, _company(pool, endpoint))
-        if answer is _OK or answer is _UNKNOWN:
+        if is_whole:
             writing_s, pace = endpoint.writing_s(ticket, self._books.now), endpoint.steps.pace()
             tokens = self._tokens.tokens_of(ticket, writing_s, pace, learn=answer is _OK)
             surplus = OUTPUT_WEIGHT * (tokens - ticket.output_tokens)

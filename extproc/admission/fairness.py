@@ -21,6 +21,8 @@ OUTPUT_WEIGHT = 2
 
 MAX_TENANTS = 10_000
 """Tenants remembered per pool and priority; the one that asked longest ago is forgotten first, and so starts afresh."""
+TRACKED = 1 / 2
+"""Who asked last is noted once this share of what may be remembered is: till then nobody is near being forgotten."""
 MOST_TENANTS, LEAST_TENANTS = 100_000, 16
 """The most of all pools and priorities together, parted evenly; and the least of each, however many there are."""
 
@@ -56,7 +58,7 @@ class FairShare:
         if record is None:
             record = tenants[tenant] = _Tenant()
             self.forget_beyond(self._memory.each)
-        else:
+        elif len(tenants) > self._memory.each * TRACKED:
             tenants.move_to_end(tenant)
         tag = record.finish if record.finish > self._virtual_time else self._virtual_time
         if record.waiting > 0 and tag < record.last_tag:  # a refund must not let it pass its own earlier requests

@@ -231,11 +231,14 @@ class Placing:
 def _goes_before_others(ticket: Ticket, endpoint: Endpoint) -> None:
     """Note that `ticket` goes to `endpoint` while others wait, maybe for that one too."""
     pools = endpoint.pools
-    waiting = pools if len(pools) == 1 else [pool for pool in pools if pool.waiting_total]
+    if len(pools) == 1:
+        pools[0].guard.passes(ticket, endpoint, by_turns=False)
+        return
+    waiting = [pool for pool in pools if pool.waiting_total]
     by_turns = goes_by_turns(waiting)
     for pool in waiting:
         pool.guard.passes(ticket, endpoint, by_turns=by_turns)
-    if waiting and ticket.charge is not None and len(pools) > 1:
+    if waiting and ticket.charge is not None:
         ticket.turns = turns = endpoint.turns_at(ticket.key[0])
         turns.served(ticket.tenant, ticket.charge)
 

@@ -62,6 +62,15 @@ def test_a_tenants_own_requests_stay_in_order_after_a_cheap_answer() -> None:
     assert last.key[1] > 0
 
 
+def test_of_too_many_tenants_the_one_that_asked_longest_ago_is_forgotten_first() -> None:
+    memory = Memory()
+    memory.each = 10
+    share = FairShare(memory)
+    for tenant in ("a", "b", *"cdefgh", "a", *"ijk"):
+        share.tag(tenant, 100.0)
+    assert list(share._tenants) == [*"cdefgh", "a", *"ijk"]
+
+
 def test_tenants_go_on_taking_turns_when_an_endpoint_comes_that_serves_a_model_of_theirs() -> None:
     desk = Desk()
     for number in range(6):
