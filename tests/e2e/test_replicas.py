@@ -162,6 +162,13 @@ def test_requests_of_all_sidecars_stand_in_one_line_and_the_urgent_go_first(tmp_
         assert [answer.status for answer in (*running.result(), *low.result(), *urgent.result())] == [200] * 7
         wait_until(lambda: len(order) == 2, 5)
         assert order == ["urgent", "low"]
+        wrong = complete_many(first.url, 3, lambda n: {"x-test-id": f"wrong-{n}"}, body=b'{"model": "none"}')
+        assert [answer.status for answer in wrong] == [404] * 3
+        refused = 'extproc_bad_answers_total{answer="refused",endpoint="one"}'
+        wait_until(
+            lambda: [place.sidecar.metrics().get(refused) for place in (first, second, pool.leader)] == [3, None, None],
+            message="who has the client counts what it got",
+        )
 
 
 def test_up_runs_several_sidecars_that_decide_as_one_each_behind_an_envoy_of_its_own(tmp_path):
