@@ -43,6 +43,7 @@ KEYS = frozenset(
 METRICS = frozenset(
     {
         *(
+            "extproc_bad_answers",
             "extproc_capacity_",
             "extproc_endpoint_slowness",
             "extproc_engines_needed",

@@ -151,6 +151,7 @@ def test_check_tells_a_pipeline_where_each_problem_is(tmp_path, capsys):
     path.write_text("endpoints: [{name: a, address: 'h:1'}]\nclasses: [{name: a, budget: 5}]\n")
     assert cli.main(["check", str(path), "--output", "json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    (doubt,) = report["findings"]
+    doubt, clusters = report["findings"]
+    assert (clusters["severity"], clusters["message"][:30]) == ("info", "Envoy needs a cluster for each")
     assert (report["ok"], doubt["file"], doubt["severity"]) == (True, str(path), "warning")
     assert (doubt["at"], doubt["message"]) == ("classes[0].budget", "5 is read as 5s; write the unit")
