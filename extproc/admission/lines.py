@@ -7,6 +7,7 @@ the dispatch pass then looks at: see `Books.freed` and `Books.arrive`.
 from __future__ import annotations
 
 from collections import deque
+from math import inf
 from operator import attrgetter
 from typing import TYPE_CHECKING, TypeVar
 
@@ -42,8 +43,7 @@ class Lines:
 
     Attributes:
         alarms: when each of those who wait must be looked at: its patience, or its budget, ends.
-        misplaced: the numbers of those who wait at places of earlier rules, as they came; and of who came after them,
-            to stay behind.
+        misplaced: the numbers of those who wait at places of earlier rules, as they came; and of who came after them.
     """
 
     __slots__ = ("_books", "_sequence", "_unplaced", "alarms", "misplaced")
@@ -59,14 +59,20 @@ class Lines:
     # ---- places in the order
 
     def number(self, ticket: Ticket, pool: Pool) -> None:
-        """Give a request that comes its place: class, then its tenant's tag, then arrival."""
+        """Give a request that comes its place: class, then its tenant's tag, then arrival.
+
+        While others wait at places of earlier rules it stands behind all of its class till its turn to be placed comes.
+        """
         if pool is not pool.base and not pool.waiting_total:
             comes(pool, ticket)
         self._sequence += 1
-        ticket.key = (-ticket.request_class.priority, self._tag(ticket, pool), self._sequence)
         if self.misplaced:
+            tag = GUARANTEED if ticket.is_favoured else inf
             self.misplaced.append(self._sequence)
             self._unplaced[self._sequence] = ticket
+        else:
+            tag = self._tag(ticket, pool)
+        ticket.key = (-ticket.request_class.priority, tag, self._sequence)
 
     def _renumber(self, ticket: Ticket, pool: Pool) -> None:
         ticket.key = (ticket.key[0], self._tag(ticket, pool), ticket.key[2])
@@ -87,20 +93,34 @@ class Lines:
 
         Of more than RENUMBERED so many with each `go_on`; till then the others stand by their old places.
         """
-        self._unplaced = _waiting_in(self._books.pools)
-        self.misplaced = deque(sorted(self._unplaced))
+        self._unplaced.clear()
+        self._misplace(self._books.pools)
         if len(self.misplaced) <= RENUMBERED:
             self.go_on()
+
+    def _misplace(self, pools: Iterable[Pool]) -> None:
+        """Have all who wait in `pools` placed anew by `go_on`. Tenants begin anew: no earlier place is charged."""
+        pools = list(pools)
+        for pool in pools:
+            for share in pool.shares.values():
+                share.begin_anew()
+        waiting = _waiting_in(pools)
+        for ticket in waiting.values():
+            ticket.charge = None
+        self._unplaced |= waiting
+        self.misplaced = deque(sorted(self._unplaced))
 
     def go_on(self) -> bool:
         """Give the next of those who wait at old places new ones; tell whether there are more."""
         misplaced, unplaced = self.misplaced, self._unplaced
-        self._place_anew([unplaced.pop(misplaced.popleft()) for _ in range(min(RENUMBERED, len(misplaced)))])
+        numbers = [misplaced.popleft() for _ in range(min(RENUMBERED, len(misplaced)))]
+        some = [(unplaced.pop(number), number) for number in numbers]
+        self._place_anew([ticket for ticket, number in some if ticket.state is WAITING and ticket.key[2] == number])
         return bool(misplaced)
 
     def _place_anew(self, tickets: Sequence[Ticket]) -> None:
-        """Give those of `tickets` who wait still new places: all are refunded first, so that nobody pays twice."""
-        waiting = [(ticket, placed(ticket.pool), placed(ticket.queue)) for ticket in tickets if ticket.state is WAITING]
+        """Give `tickets`, who wait, new places: all are refunded first, so that nobody pays twice."""
+        waiting = [(ticket, placed(ticket.pool), placed(ticket.queue)) for ticket in tickets]
         for ticket, pool, queue in waiting:
             queue.remove(ticket)
             refund(ticket, pool)
@@ -209,7 +229,11 @@ class Lines:
                         moving[ticket] = target
         for ticket in sorted(moving, key=_place):
             self._move(ticket, moving[ticket])
-        for pool in dict.fromkeys(moving.values()):  # tags of two pools can't be compared
+        gained = dict.fromkeys(moving.values())  # tags of two pools can't be compared
+        if self.misplaced and gained:
+            self._misplace(gained)
+            return
+        for pool in gained:
             waiting = _waiting_in([pool])
             self._place_anew([waiting[number] for number in sorted(waiting)])
 

@@ -12,10 +12,11 @@ from extproc.admission import fairness
 from extproc.admission.controller import Controller
 from extproc.admission.fairness import MAX_TENANTS, FairShare, Memory
 from extproc.admission.laws import LAWS
+from extproc.admission.lines import RENUMBERED
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request
 
-from .desk import CLASSES, GUESS, Desk, one
+from .desk import CLASSES, GUESS, Desk, one, shared
 
 GUARD = LAWS.guard.passes
 
@@ -99,12 +100,16 @@ def test_a_tenants_own_requests_stay_in_order_when_fairness_is_switched_on_meanw
 
 
 def test_an_untagged_request_gives_its_tenant_no_refund() -> None:
-    desk = Desk(one())
-    desk.ask("0", tenant="t", prompt_tokens=1000)
+    desk = shared(one(), fair=False)
+    desk.ask()
+    desk.ask("tagged", tenant="t")
+    untagged = desk.fill(RENUMBERED, tenant="t")[-1]
+    desk.set_policy(Policy(classes=CLASSES, shed=False))
+    desk.tick()
     share = desk.core._books.pools.any_model.share(0)
     charged = share._tenants["t"].finish
-    desk.set_policy(Policy(classes=CLASSES, shed=False, fair=False))
-    desk.cancel(desk.ask("untagged", tenant="t", prompt_tokens=1000))
+    assert charged > 0
+    desk.cancel(untagged)
     assert share._tenants["t"].finish == charged
 
 

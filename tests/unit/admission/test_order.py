@@ -78,6 +78,58 @@ def test_who_comes_while_another_order_is_made_stays_behind_its_tenants_earlier_
     assert desk.serve_one_by_one(first) == [f"{number}" for number in range(1, RENUMBERED + 4)]
 
 
+def reordered(desk: Desk) -> Desk:
+    while desk.core.next_deadline() == desk.now:
+        desk.tick()
+    return desk
+
+
+@pytest.mark.parametrize("meanwhile", ["an endpoint goes", "another order comes and goes"])
+def test_tenants_take_turns_though_more_happens_while_another_order_of_very_many_is_made(meanwhile: str) -> None:
+    desk = shared(one(models=frozenset({"m", "n"})), fair=meanwhile != "an endpoint goes")
+    first = desk.ask("0", model="n")
+    desk.put(one("b", models=frozenset({"n"})))
+    desk.set_up("b", is_up=False)
+    for number in range(RENUMBERED + 2):
+        desk.ask(f"many{number}", tenant="many", model="n")
+    desk.ask("few0", tenant="few", model="n")
+    if meanwhile == "an endpoint goes":
+        desk.set_policy(Policy(classes=CLASSES, shed=False))
+        desk.remove("b")
+    else:
+        desk.set_policy(Policy(classes=CLASSES, shed=False, short_first=True))
+        desk.tick()
+        desk.set_policy(Policy(classes=CLASSES, shed=False))
+    reordered(desk)
+    for number in range(1, 3):
+        desk.ask(f"few{number}", tenant="few", model="n")
+    assert desk.serve_one_by_one(first)[:5] == ["many0", "few0", "many1", "few1", "many2"]
+
+
+def test_one_that_is_withdrawn_and_offered_again_while_another_order_is_made_is_placed_once() -> None:
+    desk = shared(one(), short_first=True)
+    first = desk.ask("0")
+    waiting = [desk.ask(f"{number}", prompt_tokens=900 - number) for number in range(1, RENUMBERED + 5)]
+    desk.set_policy(Policy(classes=CLASSES, shed=False, fair=False))
+    desk.tick()
+    desk.withdraw(waiting[-2])
+    desk.offer_again(waiting[-2])
+    reordered(desk)
+    behind = [f"{RENUMBERED + 2}", f"{RENUMBERED + 4}", f"{RENUMBERED + 3}"]
+    assert desk.serve_one_by_one(first)[-3:] == behind
+
+
+def test_who_comes_while_another_order_is_made_passes_nobody_who_is_yet_to_get_a_place() -> None:
+    desk = shared(one(), short_first=True)
+    first = desk.ask("0")
+    for number in range(RENUMBERED + 2):
+        desk.ask(f"{number}", prompt_tokens=100 + number)
+    desk.set_policy(Policy(classes=CLASSES, shed=False, fair=False))
+    late = desk.ask("late")
+    assert list(desk.core.waiting_tickets())[-1] is late
+    assert reordered(desk).serve_one_by_one(first)[-1] == "late"
+
+
 def test_requests_that_came_before_all_endpoints_keep_their_order() -> None:
     desk = Desk()
     tickets = [desk.ask(f"{number}", model="m", tenant=f"t{number % 2}") for number in range(6)]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from extproc.admission.laws import LAWS
+from extproc.admission.lines import RENUMBERED
 from extproc.admission.outcome import Outcome
 from extproc.admission.refusing import RETRY_AFTER_MAX_S
-from extproc.admission.values import Policy
+from extproc.admission.values import Policy, RequestClass
 
 from .desk import CLASSES, STD, Desk, one
 
@@ -84,6 +85,20 @@ def test_a_quiet_tenant_is_not_refused_for_the_backlog_of_a_noisy_one() -> None:
     desk.fill(60, tenant="noisy")
     assert desk.outcome(desk.ask(tenant="noisy")) is Outcome.BUDGET_PREDICTED
     assert desk.outcome(desk.ask(tenant="quiet")) is None
+
+
+def test_nobody_is_refused_by_prediction_for_a_place_that_is_yet_to_be_found() -> None:
+    classes = (STD, RequestClass("patient", 0, 9999.0))
+    desk = Desk(one(), shed=True, fair=False, classes=classes)
+    flow(desk, 20.0, 1.0)
+    desk.fill(RENUMBERED + 1, tenant="noisy", request_class="patient")
+    assert desk.outcome(desk.ask(tenant="quiet")) is Outcome.BUDGET_PREDICTED
+    desk.set_policy(Policy(classes=classes, shed=True))
+    quiet = desk.ask(tenant="quiet")
+    assert desk.outcome(quiet) is None
+    while desk.core.next_deadline() == desk.now:
+        desk.tick()
+    assert list(desk.core.waiting_tickets()).index(quiet) < 20
 
 
 def test_nobody_is_refused_by_prediction_while_all_endpoints_are_down() -> None:
