@@ -247,7 +247,13 @@ class Audit:
             whole = pools.find(model)
             its = [other for name, other in self.books.items() if other.present and name in allowed]
             fit = [other for other in its if whole is not None and self._serves(other, whole)]
-            left_out = [other for other in its if model in self.core.endpoints[other.spec.name].missing.models]
+            endpoints = self.core.endpoints
+            left_out = [
+                other
+                for other in its
+                if model in endpoints[other.spec.name].missing.models
+                and (not other.spec.models or model in other.spec.models)  # it may list it no more
+            ]
             return books in (fit or left_out)
         if not models:
             return not books.spec.models

@@ -7,6 +7,7 @@ import pytest
 from extproc.admission.health import Record
 from extproc.admission.laws import LAWS
 from extproc.admission.missing import MOST_MODELS, Missing
+from extproc.admission.outcome import Outcome
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request, RequestClass
 
@@ -197,6 +198,17 @@ def test_a_gateways_choice_of_nobody_else_goes_where_its_model_was_refused_all_t
         ticket = ward.offer(Request("r", ward.now, model="broken", allowed=frozenset(allowed)))
         assert ticket.endpoint.name == where
         ward.release(ticket)
+
+
+def test_one_that_refused_a_model_and_lists_it_no_more_is_nobodys_last_choice_for_it() -> None:
+    ward = Serving(models=frozenset({"fine", "broken"}))
+    ward.refuse()
+    ward.put(EndpointSpec("a", max_running_requests=64, models=frozenset({"fine"})))
+    ward.put(EndpointSpec("c", max_running_requests=64))
+    ticket = ward.offer(Request("r", ward.now, model="broken", allowed=frozenset("a")))
+    assert ticket.endpoint is None
+    assert ward.outcomes[Outcome.NONE_ALLOWED] == 1
+    ward.check()
 
 
 def test_requests_that_wait_for_the_model_go_where_it_is_served() -> None:
