@@ -21,7 +21,7 @@ from extproc.admission.health import EJECTED
 from extproc.admission.held import HeldBy
 from extproc.admission.outcome import Outcome
 from extproc.admission.ticket import State
-from extproc.observe.endpoints import known_signals
+from extproc.observe.endpoints import known_signals, oldest_lease_s
 from extproc.observe.metrics import SHARED
 from extproc.observe.paces import SEVERAL, Paces
 
@@ -352,9 +352,9 @@ class Viewer:
         }
         if endpoint.sequences != len(endpoint.leases):  # what the limit counts: n, best_of and lists take several
             row["sequences"] = endpoint.sequences
-        first = next(iter(endpoint.leases), None)
-        if first is not None:
-            row["oldest_s"] = round(max(now - first.leased_at, 0.0), 1)
+        oldest_s = oldest_lease_s(endpoint, now)
+        if oldest_s is not None:
+            row["oldest_s"] = round(oldest_s, 1)
         if len(models) > len(row["models"]):
             row["more_models"] = len(models) - len(row["models"])
         if endpoint.missing.models:

@@ -68,19 +68,24 @@ class Count(NamedTuple):
     endpoint: Endpoint
     in_flight: int
     sequences: int
-    oldest_lease_s: float
     dispatched: int
 
 
-def counts(controller: Controller, now: float) -> list[Count]:
+def counts(controller: Controller) -> list[Count]:
     """Count what all endpoints hold at this moment."""
-    return [_count(endpoint, now) for endpoint in controller.endpoints.values()]
+    return [
+        Count(endpoint, len(endpoint.leases), endpoint.sequences, endpoint.dispatched)
+        for endpoint in controller.endpoints.values()
+    ]
 
 
-def _count(endpoint: Endpoint, now: float) -> Count:
-    first = next(iter(endpoint.leases), None)
-    oldest_s = 0.0 if first is None else max(now - first.leased_at, 0.0)
-    return Count(endpoint, len(endpoint.leases), endpoint.sequences, oldest_s, endpoint.dispatched)
+def oldest_lease_s(endpoint: Endpoint, now: float) -> float | None:
+    """Return for how long an endpoint has held the request that it holds longest, in seconds; None: it holds none.
+
+    All are looked at: one that was adopted from another sidecar comes last, and may be the oldest.
+    """
+    since = min([ticket.leased_at for ticket in endpoint.leases], default=None)
+    return None if since is None else max(now - since, 0.0)
 
 
 class Row(NamedTuple):
@@ -128,7 +133,7 @@ def _row(
         endpoint.name,
         count.in_flight,
         count.sequences,
-        count.oldest_lease_s,
+        oldest_lease_s(endpoint, now) or 0.0,
         count.dispatched,
         endpoint.limit.value,
         endpoint.kv.capacity,

@@ -59,7 +59,7 @@ SHARED = "*"
 """The `endpoint` label of requests that any endpoint of their pool may take."""
 PIECE_LINES = 125
 """Samples written as text in one turn of the loop: a millisecond."""
-PIECE_ENDPOINTS = 100
+PIECE_ENDPOINTS = 50
 """Endpoints whose state is read in one turn: a millisecond."""
 PIECE_TICKETS = 1000
 """Waiting requests looked at in one turn: half a millisecond."""
@@ -270,7 +270,7 @@ class Metrics:
     def _moment(self) -> list[Parts]:
         """Read all counts; return what reads the rest and makes families of all, each in parts, in this order."""
         now = self._clock()
-        counted = endpoints.counts(self._controller, now)
+        counted = endpoints.counts(self._controller)
         rows: list[endpoints.Row] = []
         decides = self._decides()
         errors = list(self._telemetry.errors()) if self._telemetry is not None else []

@@ -91,6 +91,14 @@ def test_the_oldest_lease_is_counted_from_its_dispatch(desk):
     assert desk.page()[f'extproc_oldest_lease_seconds{{endpoint="{first.endpoint.name}"}}'] == 0
 
 
+def test_a_lease_that_comes_from_another_sidecar_is_as_old_as_it_was_there(desk):
+    first = desk.offer()
+    desk.now += 3
+    adopted = Ticket(Request("adopted", desk.now))
+    desk.controller.adopt(adopted, first.endpoint.name, desk.now, held_s=4000.0)
+    assert desk.page()[f'extproc_oldest_lease_seconds{{endpoint="{first.endpoint.name}"}}'] == 4000
+
+
 def test_what_an_endpoint_holds_is_counted_as_requests_and_as_the_sequences_that_its_limit_counts(desk):
     asked = desk.offer(sequences=3)
     at = f'{{endpoint="{asked.endpoint.name}"}}'

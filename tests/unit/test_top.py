@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from extproc.admission.values import Answer, EndpointSpec
+from extproc.admission.ticket import Ticket
+from extproc.admission.values import Answer, EndpointSpec, Request
 from extproc.commands.top import line, lines, plain, top
 from extproc.errors import StartError
 from tests.unit.admin_room import Room
@@ -138,6 +139,8 @@ def test_top_and_the_view_tell_how_long_an_endpoint_has_held_its_oldest_request(
     head, first, second = lines(view, 200, 40)[1:4]
     where = head.index("OLDEST") + len("OLDEST")
     assert (first[:where].split()[-2:], second[:where].split()[-2:]) == (["75.0", "s"], ["<1", "ms"])
+    room.gate.controller.adopt(Ticket(Request("of another sidecar", 0.0)), "vllm-1", room.clock.now, held_s=90.0)
+    assert room.view()["endpoints"][1]["oldest_s"] == 90.0, "though it came last"
     assert "oldest_s" not in Room().view()["endpoints"][0]
 
 
