@@ -55,6 +55,7 @@ class _Route:
         written: version and time of the write that brought it; None: it waits to be written.
         known: Envoy has it.
         until: None while it is wanted, else when it goes, if its leases are back.
+        leases: of requests that may have been steered there, to an endpoint that is there no more.
     """
 
     address: str
@@ -97,6 +98,7 @@ class Roster:
         self._doubted = False
         self._refused: set[str] = set()
         self._pieces: deque[Callable[[], None]] = deque()  # of a change that is carried out, one in a turn of the loop
+        self._goes_on = False  # with a piece in a turn that is to come
         self._knows_models = False  # the core was told of all that the configuration names
         self._untold: deque[Callable[[], None]] = deque()  # what those who follow, and the log, are yet to be told
         self._is_telling = False  # they are told now, or in a turn that is to come
@@ -198,8 +200,9 @@ class Roster:
 
         A change of few is one moment. Of many, those who come, or have another limit, follow some in each turn of the
         loop; then, in one moment, those of other models or addresses change and those who are wanted no more go. So
-        requests always have somewhere to go, and a model that moves is served all the time. Who follows is told in
-        turns of its own. What the core can't take over is tried again with the change that follows.
+        requests always have somewhere to go, a model that moves is served all the time, and nobody is asked for a model
+        who need name none before or after. Who follows is told in turns of its own. What the core can't take over is
+        tried again with the change that follows.
         """
         self._pieces.clear()  # of a change before this one, which is in it
         aims = self._aim()
@@ -218,31 +221,34 @@ class Roster:
         if len(news) <= PUT_IN_A_TURN:
             self._finish(news, gone)
             return
-        alone = [aim for aim in news if self._changes_alone(aim)]
+        # Where some go, models that nobody lists so come in the moment in which they go.
+        lists = {spec.models for _, spec in (self._placed.values() if gone else news)}
+        alone = [aim for aim in news if self._changes_alone(aim, lists)]
         begins = range(0, len(alone), PUT_IN_A_TURN)
         self._pieces.extend(partial(self._place, alone[begin : begin + PUT_IN_A_TURN]) for begin in begins)
-        self._pieces.append(partial(self._finish, [aim for aim in news if not self._changes_alone(aim)], gone))
-        if self._task is not None:
+        self._pieces.append(partial(self._finish, [aim for aim in news if not self._changes_alone(aim, lists)], gone))
+        if self._task is not None and not self._goes_on:
+            self._goes_on = True
             asyncio.get_running_loop().call_soon(self._go_on)
 
-    def _changes_alone(self, aim: tuple[EndpointConfig, EndpointSpec]) -> bool:
-        """Tell whether nothing hangs on when an endpoint becomes `aim`: it is new, or has another limit."""
+    def _changes_alone(self, aim: tuple[EndpointConfig, EndpointSpec], lists: set[frozenset[str]]) -> bool:
+        """Tell whether nothing hangs on when an endpoint becomes `aim`: it has another limit, or is new, with models
+        as in `lists`."""
         endpoint, spec = aim
         placed = self._placed.get(endpoint.name)
         if placed is None:
-            return True
+            return spec.models in lists
         before = placed[1]
         return placed[0] is not None and (before.models, before.cluster) == (spec.models, spec.cluster)
 
     def _go_on(self) -> None:
         """Carry out the next piece of a change of many, and come again for the rest."""
-        if not self._pieces:  # another change took its place
-            return
-        piece = self._pieces.popleft()
-        if self._pieces:
+        self._goes_on = len(self._pieces) > 1
+        if self._goes_on:
             asyncio.get_running_loop().call_soon(self._go_on)
         try:
-            piece()
+            if self._pieces:  # else a change of few took its place
+                self._pieces.popleft()()
         finally:
             self._tell_soon()
 
@@ -273,23 +279,22 @@ class Roster:
             fitting = [name for name in candidates if name in self._routes and self._at(name) == endpoint.address]
             cluster = fitting[0] if fitting else next(name for name in candidates if name not in self._routes)
             route = self._routes.setdefault(cluster, _Route(endpoint.address))
-            route.until, route.leases = None, ()
+            route.until = None
             used.add(cluster)
             aims.append((endpoint, replace(self._config.spec_of(endpoint), cluster=cluster)))
         for cluster, route in self._routes.items():
             if cluster not in used and route.until is None:
                 route.until = self._gate.now() + LINGER_S
-                route.leases = self._leases_at(cluster)
         return aims
 
     def _at(self, cluster: str) -> str:
         return self._routes[cluster].address
 
-    def _leases_at(self, cluster: str) -> tuple[Ticket, ...]:
-        """Return the leases of requests that may have been steered to `cluster`."""
-        endpoints = self._gate.controller.endpoints
-        names = [name for name, (_, spec) in self._placed.items() if spec.cluster == cluster and name in endpoints]
-        return tuple(ticket for name in names for ticket in endpoints[name].leases)
+    def _leave(self, name: str) -> None:
+        """Have the cluster of an endpoint stay for those who may have been steered there: no more of them will be."""
+        route, endpoint = self._routes.get(self._placed[name][1].cluster), self._gate.controller.endpoints.get(name)
+        if route is not None and endpoint is not None:
+            route.leases = tuple(ticket for ticket in (*route.leases, *endpoint.leases) if ticket.state is State.LEASED)
 
     def _place(self, news: list[tuple[EndpointConfig, EndpointSpec]]) -> None:
         """Let requests go to endpoints, as these are now: all in one moment."""
@@ -297,6 +302,8 @@ class Roster:
             placed = self._placed.get(endpoint.name)
             self._gone.pop(endpoint.name, None)
             if placed is None or placed[1].cluster != spec.cluster:
+                if placed is not None:
+                    self._leave(spec.name)
                 self._reception.put_cluster(spec.name, spec.cluster)
         if news:
             with self._tried({spec.name: spec for _, spec in news}):
@@ -318,6 +325,7 @@ class Roster:
             raise
 
     def _displace(self, name: str) -> None:
+        self._leave(name)
         del self._placed[name]
         self._gone[name] = self._gate.now() + LINGER_S
         self._untold.append(partial(self._unfollow, name))
@@ -382,7 +390,8 @@ class Roster:
             if not self._gone and all(route.known and route.until is None for route in self._routes.values()):
                 await self._wake.wait()
             self._wake.clear()
-            self._forget()
+            if not self._pieces:  # requests may be steered yet to what a change under way takes away
+                self._forget()
             self._write_or_say()
             if await self._ask_envoy():
                 self._reconcile()

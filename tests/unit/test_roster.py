@@ -300,6 +300,65 @@ def test_a_model_that_moves_in_a_change_of_many_is_served_in_every_turn():
     live(story, None, endpoints=[*rows("e", 60, 0, models=["sim"]), *lists])
 
 
+def test_where_many_of_other_models_come_and_many_go_nobody_has_to_name_a_model_meanwhile():
+    async def story(here: House) -> None:
+        def is_sent() -> bool:
+            ticket = Ticket(Request("r", here.gate.now()))
+            here.gate.offer(ticket)
+            here.gate.close(ticket, Answer.OK)
+            return ticket.endpoint is not None
+
+        here.change(endpoints=rows("new", 60, 1, models=["new"]))
+        assert all(await seen_in_each_turn(here, is_sent))
+
+    live(story, None, endpoints=rows("old", 60, models=["old"]))
+
+
+def test_changes_of_many_that_follow_each_other_do_not_make_a_turn_longer():
+    async def story(here: House) -> None:
+        for limit in (2, 3, 4):
+            here.change(endpoints=rows("new", 200, 1, max_running_requests=limit))
+        seen = await seen_in_each_turn(here, lambda: sum(name.startswith("new") for name in here.placed()))
+        assert seen == [*range(0, 201, roster.PUT_IN_A_TURN), 200]
+
+    live(story, None, endpoints=rows("old", 3))
+
+
+def test_a_request_that_is_sent_amid_a_change_of_many_keeps_the_cluster_of_one_who_goes(tmp_path, monkeypatch):
+    monkeypatch.setattr(roster, "LINGER_S", 0.05)
+    many = roster.PUT_IN_A_TURN + 1
+
+    async def story(here: House) -> None:
+        here.change(endpoints=rows("e", many, max_running_requests=2))
+        late = here.ask()
+        assert late.endpoint is not None
+        assert late.endpoint.name == "goes"
+        await here.roster.settled()
+        assert "goes" not in here.placed()
+        await asyncio.sleep(0.1)  # longer than the while
+        assert "goes" in here.file()
+        here.gate.close(late)
+        await until(lambda: "goes" not in here.file())
+
+    live(story, tmp_path / "c.yaml", endpoints=[endpoint("goes"), *rows("e", many)])
+
+
+def test_a_cluster_stays_for_those_who_were_sent_there_by_another_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(roster, "LINGER_S", 0.05)
+
+    async def story(here: House) -> None:
+        running = here.ask()
+        here.change(endpoints=[endpoint("b", cluster="c")])
+        await until(lambda: here.placed() == {"b": "c"})
+        here.change(endpoints=[])
+        await asyncio.sleep(0.1)  # longer than the while
+        assert "c" in here.file()
+        here.gate.close(running)
+        await until(lambda: here.file() == {})
+
+    live(story, tmp_path / "c.yaml", endpoints=[endpoint("a", cluster="c")])
+
+
 def test_a_change_amid_a_change_of_many_takes_its_place():
     async def story(here: House) -> None:
         here.change(endpoints=rows("new", 200, 1))
