@@ -30,11 +30,14 @@ import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.scrape import serve_pages
 from tests.e2e.kit.processes import Child, http_get, http_ok, wait_until
 from tests.e2e.kit.stack import Sidecar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 MOST_MS = 5.0
 """The longest turn that is called good."""
@@ -42,6 +45,24 @@ SHOWN, SHOWN_MS = 12, 0.2
 """Parts of turns that are told: so many, of so long or more."""
 NOISE_PAUSE_S, NOISE_STEPS = 0.01, 8_000
 """The loop beside it: how long it sleeps between two turns, and how much it does in each."""
+
+
+class _Waits:
+    """The loop's completion queue, which tells each wait for an event but the first of a `select`: a turn is over."""
+
+    def __init__(self, queue: Any, over: Callable[[], None]) -> None:
+        self._queue = queue
+        self._over = over
+        self.is_first = True
+
+    def poll(self, deadline: float | None) -> Any:
+        if deadline != 0 and not self.is_first:  # 0: others are due, and come when the queue is empty
+            self._over()
+        self.is_first = False
+        return self._queue.poll(deadline)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._queue, name)
 
 
 class Watch:
@@ -62,17 +83,15 @@ class Watch:
         self._at_collection = self.collecting_ms = 0.0
 
     def watch(self, loop: Any) -> None:
-        """Watch this loop: its looks at files, and each callback."""
+        """Watch this loop: its looks at files, its waits for gRPC, and each callback."""
         look = loop._selector.select
+        waits = _Waits(getattr(loop._selector, "_queue", None), self._over)
+        if hasattr(loop, "queue"):  # a CompletionLoop: gRPC is not imported before it is prepared
+            loop._selector._queue = waits
 
         def select(timeout: float | None = None) -> object:
-            now = time.thread_time()
-            took_ms = (now - self._at) * 1e3
-            self._at = now
-            self.turns_ms.append(took_ms)
-            if took_ms > MOST_MS / 2:
-                self.within.append((took_ms, self.parts))
-            self.parts = {}
+            self._over()
+            waits.is_first = True
             return look(timeout)
 
         loop._selector.select = select
@@ -90,6 +109,15 @@ class Watch:
                 self.longest[name] = max(took_ms, self.longest.get(name, 0.0))
 
         asyncio.Handle._run = timed  # type: ignore[method-assign]
+
+    def _over(self) -> None:
+        now = time.thread_time()
+        took_ms = (now - self._at) * 1e3
+        self._at = now
+        self.turns_ms.append(took_ms)
+        if took_ms > MOST_MS / 2:
+            self.within.append((took_ms, self.parts))
+        self.parts = {}
 
     def _add(self, name: str, took_ms: float) -> None:
         before_ms, times = self.parts.get(name, (0.0, 0))
