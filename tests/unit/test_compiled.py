@@ -24,6 +24,7 @@ TESTS = (
         "replicas",
         "test_admin.py",
         "test_admin_asked.py",
+        "test_completion.py",
         "test_dry_run.py",
         "test_replays.py",
         "test_second_try.py",

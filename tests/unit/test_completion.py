@@ -168,12 +168,22 @@ def test_a_request_takes_four_batches_of_operations(loop, monkeypatch):
     """To read, to answer and read twice, and to end: each costs a turn through gRPC's core."""
     batches: list[list[str]] = []
 
-    def start(stream: Stream, operations: tuple[Any, ...], then: Callable[[Any], None]) -> None:
-        batches.append([type(one).__name__.removesuffix("Operation") for one in operations])
-        assert stream._call.start_server_batch(operations, then) == 0
+    class Told:
+        """A call that notes what is asked of it."""
+
+        def __init__(self, call: Any) -> None:
+            self._call = call
+
+        def start_server_batch(self, operations: tuple[Any, ...], then: Callable[[Any], None]) -> int:
+            batches.append([type(one).__name__.removesuffix("Operation") for one in operations])
+            return int(self._call.start_server_batch(operations, then))
 
     monkeypatch.setattr(extproc.transport.completion.server, "Session", Chatter)
-    monkeypatch.setattr(Stream, "_start", start)
+
+    def make(call: Any, *how: Any, **more: Any) -> Stream:
+        return Stream(Told(call), *how, **more)
+
+    monkeypatch.setattr(extproc.transport.completion.server, "Stream", make)
     with serving(Server, loop) as server:
         talk = Talk(server)
         for reply in (b"to this", b"and that"):
