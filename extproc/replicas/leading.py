@@ -33,7 +33,7 @@ from extproc.replicas.messages import (
 )
 from extproc.replicas.quotas import Quotas
 from extproc.replicas.rules import differing, rules_of
-from extproc.stream.by_age import ByAge
+from extproc.stream.by_age import LET_GO_IN_A_TURN, ByAge
 
 if TYPE_CHECKING:
     from collections.abc import Set
@@ -204,15 +204,18 @@ class Leading:
             self._let_go()
 
     def _let_go(self) -> None:
-        self._gate.now()  # if this process was stopped, that ends our leadership now, and not amid them
-        if self.gathering is None:
-            return
-        for ticket in self.gathering.take():
-            self._gate.offer_here(ticket)
-        if self.gathering:
-            self._gate.call_later(0.0, self._let_go)
-        else:
-            self.gathering, self._lets_go = None, False
+        """Offer the next of them. If this process was stopped, a look at the clock ends our leadership first."""
+        try:
+            for _ in range(LET_GO_IN_A_TURN):
+                self._gate.now()
+                if not self.gathering:
+                    break
+                self._gate.offer_here(self.gathering.pop())
+        finally:
+            if self.gathering:
+                self._gate.call_later(0.0, self._let_go)
+            else:
+                self.gathering, self._lets_go = None, False
 
     def receive(self, follower: Follower, message: Message) -> None:
         """Take a follower's word."""

@@ -202,15 +202,16 @@ class Gate:
     def stop_gathering(self) -> None:
         """Expect no more replays: what was gathered takes its place in the queue now."""
         self._replays.expect_no_more()
-        for ticket in self._replays.take(len(self._replays)):
-            self._place(ticket)
+        self._let_go(len(self._replays))
 
-    def _let_go(self) -> None:
-        """Give what was gathered its place, some in each turn of the loop."""
-        for ticket in self._replays.take():
-            self._place(ticket)
-        if self._replays:
-            self._loop.call_soon(self._let_go)
+    def _let_go(self, most: int | None = None) -> None:
+        """Give what was gathered its place, `most` of it now, or as many as in each turn of the loop that follows."""
+        try:
+            for ticket in self._replays.take(most):
+                self._place(ticket)
+        finally:
+            if self._replays:
+                self._loop.call_soon(self._let_go)
 
     def _place(self, ticket: Ticket) -> None:
         """Give a request its place in the queue."""

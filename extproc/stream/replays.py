@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from extproc.stream.by_age import LET_GO_IN_A_TURN, ByAge
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from extproc.admission.ticket import Ticket
 
@@ -88,21 +88,25 @@ class Replays:
         """Return how many are kept back."""
         return len(self._gathered)
 
-    def take(self, most: int = LET_GO_IN_A_TURN) -> list[Ticket]:
-        """Let go up to `most` of what was kept back, in the order in which it came to Envoy.
+    def take(self, most: int | None = None) -> Iterator[Ticket]:
+        """Let go up to `most` of what was kept back, one by one, in the order in which it came to Envoy.
 
-        As long as some are left, whoever comes joins them.
+        None: as many as are let go in one turn. As long as some are left, whoever comes joins them.
         """
         offset_s, now = self._clock_offset_s(), self._loop.time()
         for ticket, known_s in self._offsets_s.items():  # together they may have shown that the clocks differ
             ticket.request.arrived = min(ticket.request.arrived + offset_s - known_s, now)
         self._offsets_s.clear()
-        taken = self._gathered.take(most)
-        if self._gathered and self.until < inf:
+        if self.until < inf:
             self._expected_until, self.until = self.until, inf
-        elif not self._gathered and self.until == inf:
-            self.until = self._expected_until
-        return taken
+        try:
+            for _ in range(LET_GO_IN_A_TURN if most is None else most):
+                if not self._gathered:
+                    return
+                yield self._gathered.pop()
+        finally:
+            if not self._gathered:
+                self.until = self._expected_until
 
     def _look(self) -> None:
         """End the gathering, if no more has come for a while."""

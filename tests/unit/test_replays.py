@@ -143,6 +143,35 @@ def test_a_drain_before_or_amid_letting_many_go_forgets_nobody(turns):
     assert room.offer("late", 3).state is State.LEFT
 
 
+def test_a_fault_at_one_that_is_let_go_keeps_no_other_back(monkeypatch):
+    room = Room()
+    tickets = [room.offer(f"r{number}", 4 - number / 1000) for number in range(LET_GO_IN_A_TURN + 2)]
+    place = room.gate._place
+
+    def fails_once(ticket: Ticket) -> None:
+        if ticket is tickets[1]:
+            raise RuntimeError("a bug")
+        place(ticket)
+
+    monkeypatch.setattr(room.gate, "_place", fails_once)
+    with pytest.raises(RuntimeError, match="a bug"):
+        room.loop.advance(GATHER_S)
+    room.loop.advance(0.0)
+    tickets.append(room.offer("new"))
+    room.run_dry(*tickets)
+    assert room.sent == ["r0", *(f"r{number}" for number in range(2, LET_GO_IN_A_TURN + 2)), "new"]
+
+
+def test_one_whose_stream_ends_by_what_another_is_told_gets_no_slot():
+    room = Room(slots=2)
+    gone = Ticket(Request("gone", room.loop.now - 3))
+    first = Ticket(Request("first", room.loop.now - 4), lambda _: room.gate.close(gone))
+    for ticket in (gone, first):
+        room.gate.offer(ticket)
+    room.loop.advance(GATHER_S)
+    assert (room.sent, room.cancelled_ids) == (["first"], ["gone"])
+
+
 def test_without_a_replayed_request_nothing_is_kept_back():
     room = Room()
     room.offer("new")

@@ -8,11 +8,19 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+import pytest
+
+from extproc.replicas.replica import STOPPED_S
+
 from .test_group import leader, site
 from .test_handed_over import killed
 
 if TYPE_CHECKING:
-    from .sidecar import Client
+    from collections.abc import Callable
+
+    from extproc.admission.ticket import Ticket
+
+    from .sidecar import Client, Sidecar
     from .site import Site
 
 WAITING = 600
@@ -56,3 +64,50 @@ def test_no_turn_is_long_when_the_leader_is_gone_and_what_all_hold_comes_to_the_
     assert now.replica.leading is not None
     assert now.replica.leading.gathering is None
     assert now.controller.waiting + here.load() >= 2 * WAITING
+
+
+def amid_letting_go(here: Site, then: Callable[[Sidecar], None]) -> None:
+    """Have the next leader do something once, amid those whom it lets go."""
+    killed(here, leader(here))
+    for one in here.alive:
+        offer: Callable[[Ticket], None] = one.gate.offer_here
+        told: list[Ticket] = []
+
+        def offers(ticket: Ticket, one=one, offer=offer, told=told) -> None:
+            offer(ticket)
+            told.append(ticket)
+            if len(told) == 5:
+                then(one)
+
+        one.gate.offer_here = offers
+
+
+def test_who_is_stopped_amid_letting_go_leaves_the_rest_to_whoever_decides_then():
+    here = site(engines=3, limit=1)
+    for place in here.sidecars:
+        for _ in range(20):
+            here.send(place, work_s=0.1, budget_s=60.0)
+
+    def stops(_: Sidecar) -> None:
+        here.clock.now += STOPPED_S + 0.1
+
+    amid_letting_go(here, stops)
+    here.run(30.0, here.check)
+    assert here.outcomes["done"] >= 2 * 20
+    assert all(engine.peak <= 2 for engine in here.engines.values())
+
+
+def test_a_fault_at_one_that_a_new_leader_lets_go_keeps_no_other_back():
+    here = site(engines=3, limit=1)
+    for place in here.sidecars:
+        for _ in range(20):
+            here.send(place, work_s=0.1, budget_s=60.0)
+
+    def fails(_: Sidecar) -> None:
+        raise RuntimeError("a bug")
+
+    amid_letting_go(here, fails)
+    with pytest.raises(RuntimeError, match="a bug"):
+        here.run(30.0)
+    here.run(30.0)
+    assert here.outcomes["done"] >= 2 * 20 - 1
