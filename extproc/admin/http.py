@@ -158,7 +158,8 @@ class Admin:
 
     async def _sample(self) -> None:
         while True:
-            self.viewer.sample()
+            for _ in self.viewer.samples():
+                await asyncio.sleep(0)
             await asyncio.sleep(STEP_S)
 
     async def _file(self, request: web.Request) -> web.Response:

@@ -26,7 +26,7 @@ from extproc.observe.metrics import SHARED
 from extproc.observe.paces import SEVERAL, Paces
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 
     from extproc.admission.controller import Controller
     from extproc.admission.endpoint import Endpoint
@@ -150,12 +150,18 @@ class Viewer:
         self._began = gate.now()
 
     def sample(self) -> None:
-        """Note a moment for the history; to be called each STEP_S."""
-        now = self._gate.now()
-        self.history.sample(now)
+        """Note a moment for the history."""
+        for _ in self.samples():
+            pass
+
+    def samples(self) -> Iterator[None]:
+        """Do so in pieces, some turns of the loop apart; to be taken each STEP_S."""
+        self.history.sample(self._gate.now())
+        yield
         if self._capacity is not None:
-            self._capacity.sample(now)
-        self._paces.sample(now)
+            self._capacity.sample(self._gate.now())
+            yield
+        self._paces.sample(self._gate.now())
 
     async def queues(self, *, ready: bool, limit: int = WAITING_LISTED) -> Values:
         """Return the state with the first `limit` waiting requests, and the `limit` that have run longest.

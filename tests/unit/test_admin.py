@@ -6,6 +6,7 @@ import asyncio
 import json
 from contextlib import suppress
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from extproc import tasks
 from extproc.admin import connections, state, walks
@@ -17,6 +18,9 @@ from extproc.admission.ticket import Ticket
 from extproc.admission.values import Policy, Request
 from extproc.commands.top import lines
 from tests.unit.admin_room import CLASSES, Room, event, served, until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # ---- who may ask
 
@@ -282,16 +286,18 @@ def test_a_connection_that_asks_nothing_is_closed_and_one_that_asks_stays(monkey
 def test_a_bug_in_one_sample_is_told_and_does_not_end_the_sampling(monkeypatch, caplog):
     monkeypatch.setattr(tasks, "RESTART_S", 0.0)
     room = Room()
-    kept, sample, taken = tasks.Tasks(), room.admin.viewer.sample, []
+    kept, taken = tasks.Tasks(), []
     room.admin = Admin("127.0.0.1:0", room.gate, room.metrics, tasks=kept)
 
-    def fail_once() -> None:
+    samples = room.admin.viewer.samples
+
+    def fail_once() -> Iterator[None]:
         taken.append(1)
         if len(taken) == 1:
             raise ZeroDivisionError
-        sample()
+        return samples()
 
-    monkeypatch.setattr(room.admin.viewer, "sample", fail_once)
+    monkeypatch.setattr(room.admin.viewer, "samples", fail_once)
 
     async def main() -> None:
         async with served(room):

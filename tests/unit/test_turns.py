@@ -23,6 +23,7 @@ from extproc.admission.load import Load
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import EndpointSpec, Policy, Request, RequestClass
 from extproc.app import App
+from extproc.observe.capacity import Capacity
 from extproc.observe.metrics import Metrics
 from extproc.stream.gate import Gate
 from tests.unit.endpoint_lists import config, endpoint
@@ -110,6 +111,14 @@ def test_no_turn_of_the_queues_is_long(crowd):
 def test_no_turn_of_the_live_page_is_long(crowd):
     asked = crowd.view()
     assert max(steps(lambda: asked.send(None))) < MOST_CALLS
+
+
+def test_the_history_looks_at_all_endpoints_once_in_a_turn_and_not_for_two_things(crowd):
+    controller, clock = crowd.viewer._gate.controller, Clock().time
+    alone = Admin("127.0.0.1:0", crowd.viewer._gate, crowd._metrics, capacity=Capacity(controller, clock))
+    looks = alone.viewer.samples()
+    history, capacity, paces = steps(lambda: next(looks))
+    assert history < ENDPOINTS < paces < capacity < MOST_CALLS
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/queues"])
