@@ -24,6 +24,7 @@ from extproc.endpoints.telemetry.engines import ENGINES, engines_for
 from extproc.endpoints.telemetry.page import MOST_BYTES, Reader, read_page
 from extproc.endpoints.telemetry.scraper import Scraper
 from extproc.endpoints.telemetry.target import Target
+from extproc.garbage import Garbage
 from extproc.stream.gate import Gate
 
 if TYPE_CHECKING:
@@ -159,6 +160,7 @@ async def measure_scrape(ports: list[int], interval_s: float, seconds: float) ->
         scrapes += 1
         gate.observe(name, load)
 
+    Garbage(lambda: 0, loop).begin()  # as the sidecar has it
     alone, _ = await _watch_loop(3.0)
     await scraper.start(observe)
     await asyncio.sleep(2 * interval_s + 1)

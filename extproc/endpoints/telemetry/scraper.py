@@ -38,10 +38,10 @@ SLOW_S = 5.0
 """Limits follow the engine this late. Simulated, 5 s cost next to nothing (docs/simulate.md); from 15 s on much hung on
 where an adaptive limit started."""
 _JITTER = 0.1
-_SLOTS = 20
+_SLOTS = 10
 """Of an interval, at least. Ten scrapes in a row cost half of ten scrapes apart, since the processor's caches are still
 warm (`python -m bench.scrape scrape`)."""
-_TOGETHER = 8
+_TOGETHER = 20
 """Scrapes in one slot, on average: many more in a row would hold others up (`make bench-turns`)."""
 _ASKED_IN_A_TURN, _READ_IN_A_TURN = 8, 3
 """Pages asked for, a tenth of a millisecond each, and read, a third, in one turn of the loop: after a moment in which
