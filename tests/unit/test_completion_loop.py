@@ -82,6 +82,28 @@ def test_events_that_follow_one_another_without_end_keep_no_timer_from_its_time(
     left = 0
 
 
+@pytest.mark.parametrize("bug", [ValueError, asyncio.CancelledError])
+def test_an_event_that_raises_is_told_to_the_log_and_costs_no_other_event_its_turn(loop, caplog, bug):
+    def broken(_: object) -> None:
+        raise bug
+
+    for tag in (broken, lambda _: loop.call_soon(loop.stop)):
+        loop._wait._waker.start_server_batch((), tag)
+    loop.run_forever()
+    (record,) = caplog.records
+    assert record.exc_info[0] is bug
+
+
+def test_an_interrupt_in_an_event_ends_the_run_and_the_loop_can_run_again(loop):
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    loop._wait._waker.start_server_batch((), interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        loop.run_forever()
+    loop.run_until_complete(asyncio.wait_for(asyncio.to_thread(int), 5))
+
+
 def test_an_idle_loop_sleeps(loop):
     began, cpu = time.monotonic(), time.process_time()
     loop.run_until_complete(asyncio.sleep(0.5))

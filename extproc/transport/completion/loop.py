@@ -147,7 +147,9 @@ class _Selector(selectors.BaseSelector):
                 break
             try:
                 tag(event)
-            except Exception:  # one request's bug must not cost the others
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException:  # as asyncio has it: one request's bug must not cost the others
                 log.exception("an event of a stream could not be dealt with: please report it")
         return self._files.select(0) if self._parked else []
 
