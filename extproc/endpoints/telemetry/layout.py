@@ -192,16 +192,9 @@ class _Page:
         return _NOT_THERE
 
     def products(self, engine: Engine) -> tuple[tuple[Figure, ...], ...]:
-        """Return the products that may be the KV cache's size; none behind one that is it whatever the lines say."""
-        found: list[tuple[Figure, ...]] = []
-        for names in engine.kv_capacity:
-            factors = self._factors(names, engine)
-            if factors:
-                found.append(factors)
-                nothing: Values = [None] * self._lines
-                if all(metric.in_label for metric in names) and _size((factors,), nothing + self.told):
-                    break
-        return tuple(found)
+        """Return the products that may be the KV cache's size, the first that gives one to be believed."""
+        products = (self._factors(names, engine) for names in engine.kv_capacity)
+        return tuple(factors for factors in products if factors)
 
     def _factors(self, names: Names, engine: Engine) -> tuple[Figure, ...]:
         """Return the factors of a product that is made per series: all, in one order of series, or none."""
