@@ -43,6 +43,8 @@ FOUND_S = 30.0
 TICK_S = 0.05
 PUT_IN_A_TURN = 40
 """Endpoints that come, or have another limit, in one turn of the loop: a millisecond or two of the core."""
+LOOKED_AT_AT_ONCE = 100
+"""Endpoints of the file that are looked at in the very turn in which it is taken over: a millisecond."""
 TOLD_IN_A_TURN = 20
 """Endpoints of which those who follow, and the log, are told in one turn of the loop: a millisecond's worth."""
 
@@ -153,7 +155,15 @@ class Roster:
         """Take over changed endpoints of the file, and changed common limits."""
         self._config = config
         self._knows_models = False
-        self.report(FILE, config.endpoints)
+        self._seen[FILE] = tuple(config.endpoints)
+        if self._task is None:
+            return
+        if len(config.endpoints) <= LOOKED_AT_AT_ONCE:
+            self._reconcile()
+            return
+        self._pieces.clear()
+        self._pieces.append(self._reconcile)  # in a turn of its own: the rules of the file were one
+        self._go_on_soon()
 
     async def settled(self) -> None:
         """Wait until what was reported so far is carried out, as far as Envoy knows it."""
@@ -227,9 +237,7 @@ class Roster:
         begins = range(0, len(alone), PUT_IN_A_TURN)
         self._pieces.extend(partial(self._place, alone[begin : begin + PUT_IN_A_TURN]) for begin in begins)
         self._pieces.append(partial(self._finish, [aim for aim in news if not self._changes_alone(aim, lists)], gone))
-        if self._task is not None and not self._goes_on:
-            self._goes_on = True
-            asyncio.get_running_loop().call_soon(self._go_on)
+        self._go_on_soon()
 
     def _changes_alone(self, aim: tuple[EndpointConfig, EndpointSpec], lists: set[frozenset[str]]) -> bool:
         """Tell whether nothing hangs on when an endpoint becomes `aim`: it has another limit, or is new, with models
@@ -240,6 +248,11 @@ class Roster:
             return spec.models in lists
         before = placed[1]
         return placed[0] is not None and (before.models, before.cluster) == (spec.models, spec.cluster)
+
+    def _go_on_soon(self) -> None:
+        if self._task is not None and not self._goes_on:
+            self._goes_on = True
+            asyncio.get_running_loop().call_soon(self._go_on)
 
     def _go_on(self) -> None:
         """Carry out the next piece of a change of many, and come again for the rest."""
