@@ -212,7 +212,7 @@ class QueueLog:
                 self._streaks.remove(streak)
                 text = "no more waiting requests are given up %.2f s after they came: %d were, within %.0f s"
                 told: tuple[float, ...] = streak.wait_s, streak.count, max(streak.last - streak.began, 1.0)
-            elif now - streak.said_at >= GOES_ON_S and streak.count > streak.said:
+            elif now - streak.said_at >= GOES_ON_S:  # there were more: else it is over
                 text = "waiting requests are given up %.2f s after they came still: %d more in %.0f s"
                 told = streak.wait_s, streak.count - streak.said, now - streak.said_at
                 streak.said, streak.said_at = streak.count, now

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from extproc.commands.check import check
+from extproc.commands.check import MOST_NAMED, check
 from extproc.config import parse_config
 from extproc.envoy.advice import advice
 from extproc.envoy.check import check_envoy
@@ -373,16 +373,25 @@ def test_each_part_that_a_second_try_needs_is_named_when_it_lacks(tmp_path):
 
 @pytest.mark.parametrize(
     ("keys", "named"),
-    [("", "a, b;"), ("dialect: endpoint-picker", ""), ("envoy_clusters_file: /tmp/clusters.yaml", "")],
+    [("", "a, in-envoy;"), ("dialect: endpoint-picker", ""), ("envoy_clusters_file: /tmp/clusters.yaml", "")],
 )
 def test_without_a_bootstrap_check_names_the_clusters_that_envoy_must_have_where_nobody_else_brings_them(
     tmp_path, capsys, keys, named
 ):
     path = tmp_path / "sidecar.yaml"
-    path.write_text(f"endpoints: [{{name: a, address: '10.0.0.1:1'}}, {{name: b, address: '10.0.0.2:1'}}]\n{keys}\n")
+    second = "{name: b, address: '10.0.0.2:1'" + (", cluster: in-envoy}" if named else "}")
+    path.write_text(f"endpoints: [{{name: a, address: '10.0.0.1:1'}}, {second}]\n{keys}\n")
     assert check(path, None, as_json=True)
     findings = json.loads(capsys.readouterr().out)["findings"]
     told = [one["message"] for one in findings if "Envoy needs a cluster" in one["message"]]
     assert [named in message for message in told] == ([True] if named else [])
     assert check(path, None, as_json=False)
     assert ("Envoy needs a cluster" in capsys.readouterr().out) is bool(named)
+
+
+def test_of_many_clusters_that_envoy_must_have_check_names_a_few(tmp_path, capsys):
+    path = tmp_path / "sidecar.yaml"
+    many = [f"{{name: e{number}, address: '10.0.0.1:{number + 1}'}}" for number in range(MOST_NAMED + 2)]
+    path.write_text(f"endpoints: [{', '.join(many)}]\n")
+    assert check(path, None, as_json=False)
+    assert f"e{MOST_NAMED - 1} and 2 more; " in capsys.readouterr().out

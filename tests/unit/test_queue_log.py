@@ -13,7 +13,7 @@ from extproc.admission.controller import Controller
 from extproc.admission.tenants import TenantRule, TenantRules
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request, RequestClass
-from extproc.observe.log import LINES, SAID_AGAIN_S, JsonLines, QueueLog
+from extproc.observe.log import LINES, MOST_STREAKS, SAID_AGAIN_S, JsonLines, QueueLog
 
 
 @pytest.fixture
@@ -156,6 +156,19 @@ def test_a_streak_that_goes_on_is_said_each_minute_and_once_that_it_is_over(capl
         *2 * [still],
         "no more waiting requests are given up 0.20 s after they came: 139 were, within 129 s",
     ]
+
+
+def test_clients_that_give_up_in_streaks_of_their_own_have_only_so_many_followed(caplog):
+    now = [0.0]
+    log = QueueLog(Controller(Policy()), lambda: now[0])
+    ticket = Ticket(Request("r", 0.0))
+    for number in range(MOST_STREAKS + 5):
+        now[0] += SAID_AGAIN_S
+        for wait_s in (*10 * [1.0 + number], *(1.0 + before for before in range(number))):  # none is over meanwhile
+            log.cancelled(ticket, wait_s)
+        log.look()
+    began = [record for record in caplog.records if "in a row were given up" in record.getMessage()]
+    assert len(began) == MOST_STREAKS
 
 
 HOSTILE = "id\r\nERROR forged line \x1b[2J\u202e\\" + "x" * 500

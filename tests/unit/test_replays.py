@@ -162,6 +162,17 @@ def test_a_fault_at_one_that_is_let_go_keeps_no_other_back(monkeypatch):
     assert room.sent == ["r0", *(f"r{number}" for number in range(2, LET_GO_IN_A_TURN + 2)), "new"]
 
 
+def test_what_the_clocks_differ_by_is_taken_off_once_though_many_are_let_go_over_turns():
+    room, offsets_s = Room(), [0.0]
+    room.gate.expect_replays(lambda: offsets_s[-1])
+    tickets = [room.offer(f"r{number}", 3 + number / 1000) for number in range(2 * LET_GO_IN_A_TURN + 1)]
+    stamps = [ticket.request.arrived for ticket in tickets]
+    offsets_s.append(0.5)
+    room.loop.advance(GATHER_S)
+    moved_s = {round(ticket.request.arrived - stamp, 6) for ticket, stamp in zip(tickets, stamps, strict=True)}
+    assert moved_s == {0.5}
+
+
 def test_one_whose_stream_ends_by_what_another_is_told_gets_no_slot():
     room = Room(slots=2)
     gone = Ticket(Request("gone", room.loop.now - 3))

@@ -127,3 +127,15 @@ def test_one_over_its_tenants_cap_tells_what_that_had_in_flight_and_the_last_ref
     office.offer("nice", tenant="nice")
     assert "(it has 3 of 3 in flight); Retry-After 1 s" in office.tell("evil-4")[-1]
     assert office.stories.refused_by_tenant() == {"evil": 2}
+    *_, left = (office.offer(name, tenant="nice") for name in ("holds", "leaves"))
+    office.core.cancel(left, office.now)
+    office.stories.cancelled(left, 0.0)
+    assert office.stories.refused_by_tenant() == {"evil": 2}, "who leaves is refused nothing"
+
+
+def test_of_two_requests_of_one_id_the_last_is_told() -> None:
+    office = Office(limit=10)
+    office.offer("same", tenant="before")
+    office.now = 101.0
+    office.offer("same", tenant="after")
+    assert "tenant 'after'" in office.tell("same")[0]

@@ -67,6 +67,21 @@ def test_another_engine_than_the_configured_one_is_no_reading():
     assert read_page(VLLM.encode(), engines_for("none")) is Reason.NO_METRICS
 
 
+def test_what_is_added_to_a_gauge_of_requests_tells_nothing_where_that_gauge_is_missing():
+    also = "sglang:num_decode_transfer_queue_reqs 2\n"
+    assert readings(also).running is None
+    assert readings(also + "sglang:num_running_reqs 3\n").running == 5
+
+
+def test_a_page_with_more_wanted_lines_than_an_engine_has_is_not_kept():
+    """Else each of thousands of endpoints could have us keep 128 KB."""
+    reader = Reader(ENGINES)
+    for count, kept in ((10, 10), (1000, 10)):
+        page = "".join(f'tgi_queue_size{{a="{number}"}} 1\n' for number in range(count)).encode()
+        list(reader.read(page))
+        assert len(reader._lines) == kept
+
+
 def test_gpu_use_is_the_mean_of_the_gpus_whose_labels_match_and_the_profiling_field_comes_first():
     def gpu(page: str, *labels: tuple[str, str]) -> float | Reason | None:
         found = read_page(page.encode(), (DCGM,), labels)

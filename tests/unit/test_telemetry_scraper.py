@@ -12,6 +12,7 @@ from extproc.admission.controller import Controller
 from extproc.admission.load import Load
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import EndpointSpec, Policy, Request
+from extproc.endpoints.telemetry.connection import Connection
 from extproc.endpoints.telemetry.page import MOST_BYTES
 from extproc.endpoints.telemetry.scraper import Scraper
 from extproc.endpoints.telemetry.target import Target
@@ -142,7 +143,9 @@ def test_endpoints_come_change_and_go_while_it_runs():
             wire.scraper.put(Target("a", pages.url("broken")))
             await until(lambda: wire.errors().get("a"))
             wire.scraper.put(Target("a", pages.url("good")))
+            assert wire.scraper.silence("a") == "status", "so it is until its other page was looked at"
             await until(lambda: wire.seen)
+            assert wire.scraper.silence("a") is None
             before = pages.hits["broken"]
             wire.scraper.put(Target("a", pages.url("good")))  # unchanged
             wire.scraper.put(Target("b", pages.url("broken")))
@@ -155,6 +158,28 @@ def test_endpoints_come_change_and_go_while_it_runs():
             assert len(wire.seen) == seen
             assert "a" not in wire.errors()
             assert wire.scraper.age_s("a") is None
+
+    asyncio.run(main())
+
+
+class Nowhere(asyncio.Transport):
+    """Takes everything and sends nothing."""
+
+    def write(self, data: bytes) -> None:
+        pass
+
+
+def test_the_deadline_of_a_page_that_came_is_none_of_the_next_one_on_its_connection():
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        connection = Connection(loop, lambda _: None)
+        connection.connection_made(Nowhere())
+        now = loop.time()
+        first = connection.ask(b"", 100, now)
+        connection.data_received(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nhi")
+        second = connection.ask(b"", 100, now + PATIENCE_S)
+        await asyncio.wait([loop.create_future()], timeout=0)  # whose timer is due after that of the first
+        assert (first.done(), second.done()) == (True, False)
 
     asyncio.run(main())
 

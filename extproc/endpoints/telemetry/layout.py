@@ -340,6 +340,6 @@ def _totals(found: dict[Series, int], splits: tuple[str, ...]) -> dict[Series, i
     rest = {
         series: place
         for series, place in found.items()
-        if series not in totals and tuple(pair for pair in series[1] if pair[0] not in splits) not in bare
+        if tuple(pair for pair in series[1] if pair[0] not in splits) not in bare
     }
     return totals | rest
