@@ -55,6 +55,11 @@ class Pace:
         self._horizon_s = horizon_s if horizon_s > law.memory_s else law.memory_s
         self._marked = now
 
+    def forget_drain(self, now: float) -> None:
+        """Measure anew how fast requests leave: what they left into was a part of what is there now."""
+        self._served = self._busy_s = 0.0
+        self._marked = now
+
     def drain_rate(self) -> float | None:
         """Return dispatches per second out of a backlog; None until enough were seen."""
         law = self.law

@@ -76,6 +76,9 @@ class Sharing(Administration):
             self._event = QuotaSet(now, name, quota)
         endpoint = self.endpoints.get(name)
         if endpoint is not None and endpoint.quota != quota:
+            if endpoint.quota is not None and (quota is None or quota > endpoint.quota):
+                for pool in endpoint.pools:
+                    pool.pace.forget_drain(now)
             endpoint.quota = quota
             self._fleet.changed(endpoint)
         return self._end()

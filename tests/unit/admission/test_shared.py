@@ -6,9 +6,10 @@ import pytest
 
 from extproc.admission.controller import Controller
 from extproc.admission.load import Load
+from extproc.admission.outcome import Outcome
 from extproc.admission.telemetry import follow_page
 from extproc.admission.ticket import State, Ticket
-from extproc.admission.values import Dispatch, EndpointSpec, Policy, Request
+from extproc.admission.values import Dispatch, EndpointSpec, Policy, Reject, Request, RequestClass
 from extproc.errors import TransitionError
 
 
@@ -144,3 +145,23 @@ def test_only_leases_are_disowned_and_only_who_waits_is_withdrawn():
     here.disown(one, 1.0)
     with pytest.raises(TransitionError, match="disowned"):
         here.disown(one, 1.0)
+
+
+@pytest.mark.parametrize("lifted", [2, None])
+def test_a_pace_that_a_part_of_the_limits_taught_refuses_nobody_once_more_of_them_is_ours(lifted: int | None):
+    """Found on call: a sidecar restarted while the store was gone learned the pace of one request at a time, and when
+    the store was back refused what would have been served in seconds: 1945 s were predicted."""
+    here = Controller(Policy(classes=(RequestClass("std", budget_s=900.0),)))
+    here.put_endpoint(EndpointSpec("a", max_running_requests=4), 0.0)
+    here.set_quota("a", 1, 0.0)
+    for number in range(40):
+        here.offer(ticket(str(number)), 0.0)
+    for second in range(1, 21):
+        (running,) = here.endpoints["a"].leases
+        here.release(running, 5.0 * second)
+    crawled, late = (Ticket(Request(id="late", arrived=at, budget_s=30.0)) for at in (100.0, 100.1))
+    (refused,) = here.offer(crawled, 100.0)
+    assert (type(refused), refused.outcome) == (Reject, Outcome.BUDGET_PREDICTED), "while it lasts it is true"
+    here.set_quota("a", lifted, 100.0)
+    assert here.offer(late, 100.1) == []
+    assert late.state is State.WAITING
