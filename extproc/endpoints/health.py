@@ -39,7 +39,7 @@ class SetUp(Protocol):
 
 @dataclass(slots=True)
 class _Patient:
-    """One endpoint. `is_up` None: nothing is known yet, and it gets requests; then one failure is enough."""
+    """One endpoint. `is_up` None: nothing is known yet, and one failure is enough."""
 
     address: str
     is_up: bool | None = None
@@ -98,13 +98,19 @@ class HealthChecks:
             self._begin(name)
 
     def put(self, name: str, address: str) -> None:
-        """Check an endpoint, new or at a new address: nothing is known of it then. Known: no-op."""
+        """Check an endpoint, new or at a new address: nothing is known of it then. Known: no-op.
+
+        One that comes while another is up gets nothing before its first check: it is only a moment, and where nobody
+        listens yet, a few requests would find out what the check does. At a start, or alone, it is better than none.
+        """
         known = self._patients.get(name)
         if known is not None and known.address == address:
             return
         self.remove(name)
         self._patients[name] = _Patient(address)
-        self._set_up(name, is_up=None)
+        is_checked = self._config is not None and self._client is not None
+        has_others = any(one.is_up for one in self._patients.values())
+        self._set_up(name, is_up=False if is_checked and has_others else None)
         self._begin(name)
 
     def remove(self, name: str) -> None:
@@ -139,9 +145,11 @@ class HealthChecks:
                 problem = await _check(client, url, timeout, credentials)
             except TimeoutError:
                 heard_at = self._heard_at(name)
-                if heard_at is not None and heard_at >= since:
-                    continue  # its answers flow: too busy to talk about its health is not ill
                 problem = f"no answer in {config.timeout:g}s"
+                if heard_at is not None and heard_at >= since:  # too busy to talk about its health is not ill
+                    if patient.is_up is not None:
+                        continue
+                    problem = None  # a new one, of which others ask so much
             self._judge(name, patient, config, problem)
 
     def _judge(self, name: str, patient: _Patient, config: HealthCheckConfig, problem: str | None) -> None:

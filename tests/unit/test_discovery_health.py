@@ -127,6 +127,35 @@ def test_an_endpoint_that_never_passed_goes_down_at_its_first_failure(status, wa
     story(tell, unhealthy_threshold=100)
 
 
+def test_one_that_comes_while_another_is_up_gets_nothing_before_its_first_check():
+    """Found on call: a reload that named servers too early sent up to four requests to each, and they got 503."""
+
+    async def main() -> None:
+        verdicts: list[tuple[str, bool | None]] = []
+        config = HealthCheckConfig.model_validate({"interval": "10ms", "timeout": "100ms"})
+        checks = HealthChecks(
+            lambda name, *, is_up: verdicts.append((name, is_up)), config, Tasks(), {"busy": math.inf}.get
+        )
+        checks.put("first", "127.0.0.1:1")
+        await checks.start()
+        try:
+            async with Engine() as engine, Engine() as busy:
+                checks.put("a", engine.address)
+                assert verdicts == [("first", None), ("a", None)], "at a start, or with nobody else, any is better"
+                await until(lambda: ("a", True) in verdicts)
+                del verdicts[:]
+                busy.wait_s = 10.0
+                for name, address in (("b", engine.address), ("gone", "127.0.0.1:1"), ("busy", busy.address)):
+                    checks.put(name, address)
+                assert verdicts == [("b", False), ("gone", False), ("busy", False)]
+                await until(lambda: {("b", True), ("busy", True)} <= set(verdicts[3:]))
+                assert ("gone", True) not in verdicts
+        finally:
+            await checks.stop()
+
+    asyncio.run(main())
+
+
 def test_a_server_that_is_not_there_is_down_and_a_known_endpoint_put_again_stays_so():
     async def tell(ward: Checked, engine: Engine) -> None:
         ward.checks.put("a", "127.0.0.1:1")
