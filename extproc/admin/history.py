@@ -23,6 +23,10 @@ SMOOTHED = 5
 """Steps over which one point of the wait's curve looks back; a single step often sees no request leave."""
 RECENT_STEPS = 30
 """Steps over which a rate is taken: a minute."""
+FAILING_STEPS = 60
+"""Steps over which failed requests of an endpoint are told: two minutes."""
+FAILURES = ("failed", "error", "empty")
+"""Kinds of bad answers that are an engine's doing, not a client's."""
 
 
 class Sample(NamedTuple):
@@ -30,6 +34,7 @@ class Sample(NamedTuple):
 
     at: float
     outcomes: dict[str, int]
+    failures: dict[str, dict[str, int]]  # by endpoint and kind, of those that had any
 
 
 class History:
@@ -93,8 +98,26 @@ class History:
             for outcome, count in self._read(now).outcomes.items()
         }
 
+    def failures(self, now: float) -> dict[str, dict[str, int]]:
+        """Return how many requests each endpoint failed in the last two minutes, by kind; those that failed any."""
+        if not self._samples:
+            return {}
+        before = self._samples[-min(FAILING_STEPS, len(self._samples))].failures
+        found = {}
+        for name, counts in self._read(now).failures.items():
+            then = before.get(name, {})
+            news = {kind: more for kind, n in counts.items() if (more := n - then.get(kind, 0))}
+            if news:
+                found[name] = news if min(news.values()) > 0 else counts  # less than before: its counts began anew
+        return found
+
     def _read(self, now: float) -> Sample:
-        return Sample(now, outcome_totals(self._metrics))
+        failures: dict[str, dict[str, int]] = {
+            name: {str(kind.value): counts[kind] for kind in counts if counts[kind] and kind.value in FAILURES}
+            for name, counts in self._metrics.bad_answers().items()
+            if any(counts.values())
+        }
+        return Sample(now, outcome_totals(self._metrics), failures)
 
 
 def waiting_by_class(controller: Controller) -> dict[str, int]:

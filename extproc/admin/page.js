@@ -27,7 +27,7 @@ const number = value => value.toLocaleString("en-US");
 function tenantWords(one) {
   const cap = "max_in_flight" in one ? ` of ${number(one.max_in_flight)}${one.shared ? " that several share" : ""}` : "";
   const refused = one.refused ? `, ${number(one.refused)} refused` : "";
-  return `${one.tenant || "no name"} ${number(one.in_flight)}${cap} (${number(one.waiting)} wait${refused})`;
+  return `${one.tenant || "no name"} ${number(one.in_flight)}${cap} (${number(one.waiting)} wait, ${number(one.in_flight - one.waiting)} run${refused})`;
 }
 function seconds(s) {
   if (s === null || s === undefined) return "–";
@@ -184,6 +184,8 @@ function endpointRow(one) {
 // What the limit counts: sequences, told where they are not as many as the requests.
 const places = one => one.sequences ?? one.in_flight;
 const requests = n => `${number(n)} request${n === 1 ? "" : "s"}`;
+const FAILURES = { failed: "not answered", error: "answered 5xx", empty: "answered with nothing" };
+const failures = counts => Object.entries(counts).sort((a, b) => b[1] - a[1]).map(([kind, n]) => `${number(n)} ${FAILURES[kind] || kind}`).join(", ");
 function fillEndpoint(row, one) {
   const models = one.models.length ? one.models.join(", ") + (one.more_models ? ` and ${one.more_models} more` : "") : "any model";
   say(row.parts.models, models);
@@ -191,6 +193,7 @@ function fillEndpoint(row, one) {
   if (one.state === "ejected") words += `, back in ${Math.ceil(one.ejected_for_s)} s`;
   if (one.state === "up" && one.held_back) { tone = "warn"; sign = "◆"; words = "up, held back"; }
   if (one.times_slower) { tone = tone === "good" ? "warn" : tone; words += `, ${Math.round(one.times_slower)}× as slow as its peers`; }
+  if (one.failed_lately) { tone = tone === "good" ? "warn" : tone; words += `, ${failures(one.failed_lately)} in 2 min`; }
   if (one.left_out_for) words += `, left out for ${one.left_out_for.join(", ")}`;
   say(row.parts.state, `${sign} ${words}`);
   row.parts.state.className = "state " + tone;
@@ -219,7 +222,7 @@ function fillEndpoint(row, one) {
   say(row.parts.sent, number(one.dispatched));
 }
 const TROUBLE = { down: 0, ejected: 1, failing: 1, "on trial": 2, asleep: 3, unknown: 3 };
-const trouble = one => TROUBLE[one.state] ?? (one.times_slower ? 3 : 4);
+const trouble = one => TROUBLE[one.state] ?? (one.times_slower || one.failed_lately ? 3 : 4);
 
 // ---- outcomes and waiting requests
 
@@ -307,7 +310,7 @@ function draw(view) {
   say($("waiting-note"), view.waiting_total > view.waiting.length ? `the first ${view.waiting.length} of ${number(view.waiting_total)}` : "");
   const busy = view.tenants || [];
   $("tenants").hidden = !busy.length;
-  say($("tenants"), "Tenants with most in flight: " + busy.map(tenantWords).join("; "));
+  say($("tenants"), "Tenants with most waiting and running: " + busy.map(tenantWords).join("; "));
   say($("limits"), Object.entries(view.limits).map(([name, words]) => `${name}: ${words}`).join("; "));
   say($("patience"), `at most ${setting(view.patience_s)}`);
   const quiet = view.quiet_s === null ? ", no request yet" : view.quiet_s >= 10 ? `, last request ${seconds(view.quiet_s)} ago` : "";

@@ -55,6 +55,8 @@ MOST_CHARACTERS = 96
 """Of a text that a client sent; a header may be 60 KiB long."""
 MOST_MODELS = 8
 """Models listed of an endpoint in the view."""
+FEW_FAILED = 2
+"""Requests that an endpoint failed in two minutes from which it is told: one alone may be a connection's blink."""
 MOST_NAMED = 2
 """Endpoints that are named where a request may go to some alone."""
 
@@ -318,11 +320,16 @@ class Viewer:
         controller = self._gate.controller
         preferring, holds, rows = _preferring(controller), controller.holds(), []
         slow = {name: ratio for name, ratio in self._paces.slowness().items() if ratio >= SEVERAL}
+        failures = self.history.failures(now)
         for number, endpoint in enumerate(list(controller.endpoints.values())):
             if number and number % ENDPOINTS_TURN == 0:
                 await asyncio.sleep(0)
             row = self._endpoint(endpoint, preferring, holds, now, most_models)
-            rows.append(row | {"times_slower": round(slow[endpoint.name], 1)} if endpoint.name in slow else row)
+            if endpoint.name in slow:
+                row["times_slower"] = round(slow[endpoint.name], 1)
+            if sum(failures.get(endpoint.name, {}).values()) >= FEW_FAILED:
+                row["failed_lately"] = failures[endpoint.name]
+            rows.append(row)
         return rows
 
     def _endpoint(

@@ -83,6 +83,7 @@ class Answers:
                 return
             is_own_fault = True  # full of nothing: it loads, or is broken
         has_peers, model = pool.usable > endpoint.counted, ticket.request.model
+        endpoint.health.refused_by = answer
         endpoint.health.refused(ticket, pool.record, now, is_own_fault=is_own_fault, has_peers=has_peers)
         if model is not None and has_peers and not is_own_fault and not _is_led_there(ticket, endpoint):
             self._records = self._records or Records()

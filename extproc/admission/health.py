@@ -21,6 +21,7 @@ from extproc.admission.laws import LAWS
 if TYPE_CHECKING:
     from extproc.admission.laws import HealthLaw
     from extproc.admission.ticket import Ticket
+    from extproc.admission.values import Answer
 
 EJECTED = "ejected after failures"
 """The condition of an endpoint that is out."""
@@ -116,6 +117,7 @@ class Health:
         ejected_until: when its ejection ends; None: it is in.
         ejections: how many followed each other without a good answer between.
         refusals: how many in a row led to the last ejection.
+        refused_by: how the latest request that it refused was answered; None: it refused none since its last good one.
         on_trial: back from an ejection, and no good answer since.
         is_failing: it refused `eject_after` requests in a row and more, nobody is better, and it is tried now and then.
         full_until: it refused a request as full, and is left alone till then.
@@ -140,6 +142,7 @@ class Health:
         "law",
         "on_trial",
         "refusals",
+        "refused_by",
     )
 
     def __init__(self, law: HealthLaw = LAWS.health) -> None:
@@ -157,6 +160,7 @@ class Health:
         self.ejected_until: float | None = None
         self.ejections = 0
         self.refusals = 0
+        self.refused_by: Answer | None = None
         self.on_trial = False
         self.is_failing = False
         self.full_until: float | None = None
@@ -245,6 +249,7 @@ class Health:
         self.is_known = True
         self.on_trial = self.is_failing = False
         self.ejections = 0
+        self.refused_by = None
         self._doubt, self._streaks = None, {}
         self._look()
         return True

@@ -43,6 +43,8 @@ OTHER_COLUMNS = 46
 """What the columns beside it take that are there on every screen."""
 QUIET_S = 10.0
 """No request for so long is told."""
+FAILURES = {"failed": "unanswered", "error": "5xx", "empty": "empty"}
+"""How requests fail, by the kinds of extproc_bad_answers_total."""
 UNKNOWN = "unknown"
 """The state of an endpoint that gave no good answer yet: nothing is wrong with it."""
 
@@ -301,7 +303,7 @@ def _endpoints(view: Mapping[str, Any], room: int, width: int) -> list[str]:
     """Describe the endpoints in at most `room` lines, those in trouble first if not all fit."""
     endpoints = view["endpoints"]
     if len(endpoints) + 1 > room:
-        order = sorted(endpoints, key=lambda one: ({UNKNOWN: 1, "up": 2}.get(one["state"], 0), -_slowness(one)))
+        order = sorted(endpoints, key=lambda one: ({UNKNOWN: 1, "up": 2}.get(one["state"], 0), -_fault(one)))
         endpoints = order[: max(room - 2, 1)]
     table = [
         ("ENDPOINT", "STATE", "HELD BY", "", "IN FLIGHT", "OLDEST", "RUNS", "QUEUES", "KV", "AGE", "FIRST", "SENT")
@@ -314,6 +316,8 @@ def _endpoints(view: Mapping[str, Any], room: int, width: int) -> list[str]:
             state += f", back in {math.ceil(one['ejected_for_s'])} s"
         if "times_slower" in one:
             state += f", SLOW x{one['times_slower']:.0f}"
+        if "failed_lately" in one:
+            state += f", FAILED {_failures(one['failed_lately'])}"
         if "left_out_for" in one:
             state += f", not {', '.join(one['left_out_for'])}"
         requests = f"({one['in_flight']} request{'' if one['in_flight'] == 1 else 's'})"
@@ -369,13 +373,14 @@ def _outcomes(view: Mapping[str, Any]) -> list[str]:
 
 
 def _tenants(view: Mapping[str, Any]) -> list[str]:
-    """Tell in a line which tenants have most in flight or were refused most; an older sidecar doesn't say."""
+    """Tell in a line which tenants have most waiting and running, or refused most; an older sidecar doesn't say."""
     told = []
     for one in view.get("tenants", ()):
         cap = f" of {one['max_in_flight']}{' shared' if one['shared'] else ''}" if "max_in_flight" in one else ""
         refused = f", {one['refused']} refused" if one["refused"] else ""
         told.append(
-            f"{one['tenant'][:24] or 'no name'} {one['in_flight']}{cap} in flight ({one['waiting']} wait{refused})"
+            f"{one['tenant'][:24] or 'no name'} {one['in_flight']}{cap} "
+            f"({one['waiting']} wait, {one['in_flight'] - one['waiting']} run{refused})"
         )
     return ["TENANTS   " + "  ".join(told)] if told else []
 
@@ -411,9 +416,14 @@ def _columns(
     ]
 
 
-def _slowness(one: Mapping[str, Any]) -> float:
-    """Tell how many times as slow as its peers an endpoint is, if that is several times; else 0."""
-    return float(one.get("times_slower", 0.0))
+def _failures(counts: Mapping[str, int]) -> str:
+    """Tell how many requests an endpoint failed lately, and how: the most first."""
+    return " + ".join(f"{n} {FAILURES.get(kind, kind)}" for kind, n in sorted(counts.items(), key=lambda one: -one[1]))
+
+
+def _fault(one: Mapping[str, Any]) -> float:
+    """Tell how much is wrong with an endpoint whatever its state: requests that it failed, how slow it is; else 0."""
+    return float(sum(one.get("failed_lately", {}).values()) + one.get("times_slower", 0.0))
 
 
 def _places(one: Mapping[str, Any]) -> int:

@@ -50,6 +50,9 @@ def _named_changes(old: list[dict[str, Any]], new: list[dict[str, Any]], where: 
             yield from _changes(before[name], after[name], f"{where}[{name}]")
     if list(before) != list(after) and before.keys() == after.keys():
         yield f"{where}: in another order: {', '.join(after)}"
+    first, was = next(iter(after), None), next(iter(before), None)
+    if where == "classes" and first != was:
+        yield f"{where}: who names none is of {first} now, and was of {was}"
 
 
 def _are_named(value: object) -> bool:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from extproc.admission.health import EJECTED
 from extproc.admission.outcome import Outcome
-from extproc.admission.values import Dispatch
+from extproc.admission.values import Answer, Dispatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,6 +29,15 @@ if TYPE_CHECKING:
 log = logging.getLogger("extproc.queue")
 
 _AT_WORK = {"up", "unknown"}
+_REFUSING = (EJECTED, "failing")
+REFUSALS = {
+    Answer.FAILED: "no connection, or cut before an answer began",
+    Answer.ERROR: "a 5xx of its own",
+    Answer.REFUSED: "a 4xx",
+    Answer.EMPTY: "success without a byte",
+    Answer.SATURATED: "full, or loading, with nothing running",
+}
+"""How a request was refused, in a few words."""
 _WELL = (Outcome.DISPATCHED, Outcome.PASSED)
 LINES = 5
 PERIOD_S = 1.0
@@ -194,12 +203,15 @@ class QueueLog:
         endpoints = self._controller.endpoints
         states = {name: endpoint.condition for name, endpoint in endpoints.items()}
         for name, state in states.items():
-            before = self._states.get(name)
-            if before is not None and state != before:
+            before = self._states.get(name, "unknown")  # what came and was judged between two looks is told, too
+            if state != before:
                 # That it is back is as loud as that it went: who was told of the one looks for the other.
                 level = logging.INFO if {before, state} <= _AT_WORK else logging.WARNING
                 about = {"endpoint": name, "state": state}
                 words = _ejection(endpoints[name]) if state == EJECTED else state
+                refused_by = endpoints[name].health.refused_by
+                if refused_by is not None and state in _REFUSING:
+                    words += f", the last one: {REFUSALS[refused_by]}"
                 log.log(level, "endpoint %s: %s (was %s)", name, words, before, extra={"about": about})
         self._states = states
 

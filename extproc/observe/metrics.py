@@ -155,7 +155,7 @@ class Metrics:
         self._left_out = left_out
         self._second_tries = second_tries
         self._overflowed = overflowed
-        self._bad_answers = bad_answers
+        self.bad_answers = bad_answers
         self._transport = transport
         self.rehearsed = rehearsed
         self._restarts = restarts
@@ -275,9 +275,7 @@ class Metrics:
         decides = self._decides()
         errors = list(self._telemetry.errors()) if self._telemetry is not None else []
         bad = [
-            (name, kind._value_, count)
-            for name, counts in self._bad_answers().items()
-            for kind, count in counts.items()
+            (name, kind._value_, count) for name, counts in self.bad_answers().items() for kind, count in counts.items()
         ]
         return [
             *(iter((family,)) for family in self._request_families()),

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from extproc import tasks
 from extproc.admin import connections, state, walks
+from extproc.admin.history import FAILING_STEPS, STEP_S
 from extproc.admin.http import Admin
 from extproc.admin.state import FileState
 from extproc.admission.load import Load
 from extproc.admission.tenants import TenantRule, TenantRules
 from extproc.admission.ticket import Ticket
-from extproc.admission.values import Policy, Request
+from extproc.admission.values import Answer, Policy, Request
 from extproc.commands.top import lines
 from tests.unit.admin_room import CLASSES, Room, event, served, until
 
@@ -321,8 +322,36 @@ def test_the_view_top_and_queues_name_the_few_tenants_with_most_in_flight_or_ref
     assert len(rest) == 3, "five are told"
     assert room.queues()["tenants"] == room.view()["tenants"]
     (told,) = (line for line in lines(room.view(), 200, 60) if line.startswith("TENANTS"))
-    first = "TENANTS   evil 12 of 12 shared in flight (12 wait, 2 refused)  acme 2 of 9 in flight (0 wait)"
+    first = "TENANTS   evil 12 of 12 shared (12 wait, 0 run, 2 refused)  acme 2 of 9 (0 wait, 2 run)"
     assert told.startswith(first)
+
+
+def test_an_endpoint_that_serves_some_and_fails_others_is_told_with_how_many_and_how_for_two_minutes() -> None:
+    """Found on call: an engine that answered every third request with 500 stood as `up` beside the good ones."""
+    room = Room(endpoints=2)
+    counts = {Answer.FAILED: 0, Answer.ERROR: 0, Answer.REFUSED: 9}
+    room.metrics.bad_answers = lambda: {"vllm-0": counts, "vllm-1": {Answer.FAILED: 1, Answer.ERROR: 0}}
+    counts[Answer.ERROR], counts[Answer.REFUSED] = 1, 99
+    assert not any("failed_lately" in one for one in room.view()["endpoints"]), "one alone, and clients' mistakes"
+    counts[Answer.ERROR], counts[Answer.FAILED] = 15, 2
+    first, second = room.view()["endpoints"]
+    assert (first["failed_lately"], "failed_lately" in second) == ({"failed": 2, "error": 15}, False)
+    assert room.queues()["endpoints"][0]["failed_lately"] == first["failed_lately"]
+    (told,) = (line for line in lines(room.view(), 200, 60) if line.startswith("vllm-0"))
+    assert "up, FAILED 15 5xx + 2 unanswered" in told
+    for _ in range(FAILING_STEPS):
+        room.clock.now += STEP_S
+        room.admin.viewer.sample()
+    assert not any("failed_lately" in one for one in room.view()["endpoints"]), "what was is forgotten"
+
+
+def test_counts_of_failed_requests_that_begin_anew_are_not_below_none() -> None:
+    room = Room()
+    counts = {Answer.FAILED: 40, Answer.ERROR: 0}
+    room.metrics.bad_answers = lambda: {"vllm-0": counts}
+    room.admin.viewer.sample()
+    counts[Answer.FAILED] = 3  # it was taken out, and put back
+    assert room.view()["endpoints"][0]["failed_lately"] == {"failed": 3}
 
 
 def test_where_no_request_names_a_tenant_none_is_told() -> None:

@@ -30,8 +30,18 @@ ONE = "endpoints: [{name: a, address: 'h:1', max_running_requests: 4, models: [x
         (
             "classes: [{name: x}, {name: y, budget: 5s}]",
             "classes: [{name: y, budget: 6s}, {name: x}]",
-            ["classes[y].budget: 5s -> 6s", "classes: in another order: y, x"],
+            [
+                "classes[y].budget: 5s -> 6s",
+                "classes: in another order: y, x",
+                "classes: who names none is of y now, and was of x",
+            ],
         ),
+        (
+            "classes: [{name: x}, {name: y}]",
+            "classes: [{name: y}]",
+            ["classes: x is gone", "classes: who names none is of y now, and was of x"],
+        ),
+        ("classes: [{name: x}, {name: y}]", "classes: [{name: x}]", ["classes: y is gone"]),
         (
             "envoy_clusters_file: /c.yaml\ndiscovery: [{dns: {name: a, port: 1}}]",
             "envoy_clusters_file: /c.yaml\ndiscovery: [{dns: {name: b, port: 1}}]",
