@@ -14,13 +14,14 @@ GRPC_STATUS = "grpc-status"
 _USUAL = frozenset(("application/json", "text/event-stream"))
 """What nearly all content types are: to look here costs a fifth of `startswith`."""
 _OK = Answer.OK
+_UNAVAILABLE = "14"
 _GRPC = {
     "0": Answer.OK,
     "2": Answer.ERROR,  # UNKNOWN
     "4": Answer.ERROR,  # DEADLINE_EXCEEDED
     "8": Answer.SATURATED,  # RESOURCE_EXHAUSTED
     "13": Answer.ERROR,  # INTERNAL
-    "14": Answer.SATURATED,  # UNAVAILABLE
+    _UNAVAILABLE: Answer.SATURATED,
     "15": Answer.ERROR,  # DATA_LOSS
 }
 """What a gRPC status tells; any other: REFUSED. An error's stands in the head only where a server had sent none yet."""
@@ -48,8 +49,8 @@ def judge(incoming: Incoming, *, needs_body: bool = True) -> Answer:
     headers = incoming.headers
     status = headers.get(":status", "")
     details = incoming.attributes.get("response.code_details")
-    if details is not None and details != "via_upstream":  # Envoy's own: a client's mistake says nothing of the engine
-        return Answer.FAILED if status.startswith("5") else Answer.UNKNOWN
+    if details is not None and details != "via_upstream":
+        return _judge_envoys(status, headers.get(GRPC_STATUS), details)
     if status != "200":  # as nearly all are
         answer = _judge_status(status, is_told=details is not None)
         if answer is not _OK:
@@ -61,6 +62,19 @@ def judge(incoming: Incoming, *, needs_body: bool = True) -> Answer:
     if is_grpc(headers.get("content-type", "")):
         return Answer.UNKNOWN  # its trailers tell
     return _OK
+
+
+def _judge_envoys(status: str, grpc_status: str | None, details: str) -> Answer:
+    """Judge an answer of Envoy's own: a client's mistake says nothing of the engine.
+
+    A gRPC client's has status 200, and instead of 502, 503 and 504, but also of a limiter's 429, UNAVAILABLE (Envoy,
+    source/common/grpc/status.cc; what the limiters call theirs is in its docs of response code details).
+    """
+    if grpc_status is None:
+        failed = status.startswith("5")
+    else:
+        failed = grpc_status == _UNAVAILABLE and "rate_limited" not in details
+    return Answer.FAILED if failed else Answer.UNKNOWN
 
 
 def _judge_status(status: str, *, is_told: bool) -> Answer:

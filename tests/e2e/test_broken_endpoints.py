@@ -375,6 +375,20 @@ def test_a_grpc_engine_that_refuses_all_in_its_trailers_costs_a_few_calls(stack,
         assert codes[grpc.StatusCode.OK] == good.served == 60 - bad.served
 
 
+def test_a_dead_grpc_engine_costs_a_few_calls_though_envoys_errors_for_them_have_status_200(stack):
+    good = Calls(grpc.StatusCode.OK)
+    with grpc_engine(good) as first:
+        endpoints = {"good": {"address": first}, "bad": {"address": f"127.0.0.1:{free_port()}"}}
+        config = {"max_running_requests": LIMIT, "classes": PATIENT, "scrape_interval": "0s"}
+        here = stack(protocol="h2", upstreams=(), endpoints=endpoints, config=config)
+        with grpc.insecure_channel(here.address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+            call = channel.unary_unary("/vllm.grpc.engine.VllmEngine/Generate")
+            codes = Counter(one.code() for one in [call.future(b"a prompt", timeout=20) for _ in range(60)])
+        assert 0 < codes[grpc.StatusCode.UNAVAILABLE] <= FEW
+        assert codes[grpc.StatusCode.OK] == good.served == 60 - codes[grpc.StatusCode.UNAVAILABLE]
+        assert bad_answers(here)["bad", "failed"] == codes[grpc.StatusCode.UNAVAILABLE]
+
+
 def test_one_that_lacks_a_single_model_costs_a_few_requests_and_keeps_the_others(stack):
     here = stack(upstreams=("good", "bad"), config={"max_running_requests": LIMIT, "classes": PATIENT})
     lacks = dict([behave("ok", status=404, at="bad")])

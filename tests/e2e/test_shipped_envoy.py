@@ -75,6 +75,8 @@ def test_what_envoy_itself_answers_for_a_server_is_an_openai_error_that_says_who
         assert cause(ask("ok"))[0] == "server_unreachable"
         sentence = "The inference server took no connection. (server_unreachable, URX,UF)"
         assert call(here.address) == (grpc.StatusCode.UNAVAILABLE, sentence)
+        failed = [f'extproc_bad_answers_total{{answer="failed",endpoint="{name}"}}' for name in here.upstreams]
+        wait_until(lambda: sum(here.sidecar.metrics()[name] for name in failed) == 3, message="gRPC's with it")
         address = next(iter(here.upstreams.values())).address
         here.sidecar.write_config(endpoints=[{"name": "unknown-to-envoy", "address": address}])
         here.sidecar.child.signal(signal.SIGHUP)
@@ -103,7 +105,7 @@ def cause(answer: Completion) -> tuple[str, str]:
 
 
 def test_a_request_id_that_is_no_utf8_does_not_let_a_client_past_the_queue(tmp_path):
-    """It is the attribute request.id; as a protobuf string it would not parse, and fail-open would let it through."""
+    """As a string of protobuf's it would not parse, and fail-open would let it through."""
     with Shipped(tmp_path, "fail-open.yaml", config=CONFIG) as here, ThreadPoolExecutor(1) as pool:
         running = pool.submit(
             complete_many, here.url, 2, lambda n: {"x-test-id": f"b-{n}", **dict([behave(hold="head")])}

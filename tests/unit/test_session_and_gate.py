@@ -166,6 +166,25 @@ def test_what_an_endpoint_refuses_counts_against_it_and_what_envoy_refuses_by_it
 
 
 @pytest.mark.parametrize(
+    ("grpc_status", "details", "ejects"),
+    [("14", "upstream_reset_before_response_started{connection_failure}", True), ("14", NO_CLUSTER, True),
+     ("14", "local_rate_limited", False), ("14", "request_rate_limited", False), ("7", "rbac_access_denied", False),
+     ("13", "http2.invalid.header.field", False)],
+)  # fmt: skip
+def test_a_dead_engine_is_left_out_though_envoys_error_for_a_grpc_client_has_status_200(grpc_status, details, ejects):
+    room = Room(EndpointSpec("a", max_running_requests=1), EndpointSpec("b", max_running_requests=100))
+    for _ in range(100):
+        room.clock.advance(0.3)
+        session, _ = room.open(content_type="application/grpc")
+        at_a = room.in_flight("a") == 1
+        told = {"response.code_details": details if at_a else "via_upstream"}
+        head = {"status": "200", "content_type": "application/grpc", "grpc_status": grpc_status if at_a else "0"}
+        session.receive(message("response_headers", told, **head))
+        session.end()
+    assert (room.gate.controller.endpoints["a"].health.ejected_until is not None) is ejects
+
+
+@pytest.mark.parametrize(
     ("grpc_status", "ejects"),
     [("0", False), ("14", True), ("13", True), ("8", True), ("3", True), ("77", True), (None, False)],
 )
