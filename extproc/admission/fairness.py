@@ -71,7 +71,6 @@ class FairShare:
     def begin_anew(self) -> None:
         """Forget what everybody was promised: places are given by other rules from now on."""
         self._tenants.clear()
-        self._virtual_time = 0.0
 
     def forget_beyond(self, most: int) -> None:
         """Forget those that asked longest ago, down to `most`."""

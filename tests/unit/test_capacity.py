@@ -206,6 +206,16 @@ def test_who_begins_to_decide_takes_what_comes_from_then_on_for_the_minute() -> 
     assert not capacity._pools["*"].peaks, "five minutes have not passed: those before were none of its own"
 
 
+def test_minutes_of_an_earlier_time_of_deciding_count_in_no_later_peak() -> None:
+    controller, capacity = serving("")
+    teach(controller, "vllm-0")
+    for second in range(10, 400):
+        capacity._decides = lambda at=second: at != 250
+        controller.offer(Ticket(Request("1", float(second), prompt_tokens=1000)), float(second))
+        capacity.sample(float(second))
+    assert not capacity._pools["*"].peaks
+
+
 def test_those_that_are_out_are_told_beside_those_that_are_up() -> None:
     controller, capacity = serving("", "", "")
     for name in controller.endpoints:

@@ -301,7 +301,7 @@ def test_a_request_that_came_to_envoy_after_our_start_is_no_replay_however_slow_
 def test_requests_that_only_a_clock_made_old_get_their_time_back_when_they_are_let_go():
     room, offsets = Room(slots=1), [0.0]
     room.gate.expect_replays(lambda: offsets[-1])
-    tickets = [room.offer(f"r{number}", 6.0 + number / 100) for number in range(3)]
+    tickets = [room.offer(f"r{number}", 6.0 + number / 1000) for number in range(LET_GO_IN_A_TURN + 3)]
     offsets.append(6.0)
     room.loop.advance(GATHER_S)
     ages = [room.loop.now - GATHER_S - ticket.request.arrived for ticket in tickets]

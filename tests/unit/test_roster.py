@@ -353,6 +353,24 @@ def test_a_request_that_is_sent_amid_a_change_of_many_keeps_the_cluster_of_one_w
     live(story, tmp_path / "c.yaml", endpoints=[endpoint("goes"), *rows("e", many)])
 
 
+def test_no_cluster_is_dropped_amid_a_change_of_many_while_requests_may_be_sent_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(roster, "LINGER_S", 0.0)
+    monkeypatch.setattr(roster, "TICK_S", 0.0)
+    many = roster.PUT_IN_A_TURN + 1
+
+    async def story(here: House) -> None:
+        running = here.ask()
+        here.change(endpoints=[endpoint("goes", "10.0.9.2:8000"), *rows("e", many)])
+        await asyncio.sleep(0)  # from now on it looks at each turn for what may be dropped
+        here.change(endpoints=rows("e", many, max_running_requests=2))
+        look = lambda: set(here.placed().values()) <= here.roster._routes.keys()  # noqa: E731
+        assert all(await seen_in_each_turn(here, look))
+        here.gate.close(running)
+
+    first = [endpoint("first", "10.0.9.1:8000"), endpoint("goes", "10.0.9.2:8000")]
+    live(story, tmp_path / "c.yaml", endpoints=[*first, *rows("e", many)])
+
+
 def test_a_cluster_stays_for_those_who_were_sent_there_by_another_name(tmp_path, monkeypatch):
     monkeypatch.setattr(roster, "LINGER_S", 0.05)
 

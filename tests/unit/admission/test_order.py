@@ -6,6 +6,7 @@ import pytest
 
 from extproc.admission.lines import RENUMBERED
 from extproc.admission.outcome import Outcome
+from extproc.admission.tenants import TenantRule, TenantRules
 from extproc.admission.ticket import State
 from extproc.admission.values import Policy
 
@@ -128,6 +129,16 @@ def test_who_comes_while_another_order_is_made_passes_nobody_who_is_yet_to_get_a
     late = desk.ask("late")
     assert list(desk.core.waiting_tickets())[-1] is late
     assert reordered(desk).serve_one_by_one(first)[-1] == "late"
+
+
+def test_who_is_guaranteed_to_its_tenant_goes_first_also_while_another_order_is_made() -> None:
+    rules = TenantRules({"vip": TenantRule(guaranteed=1)})
+    desk = shared(one(), short_first=True, tenants=rules)
+    desk.fill(RENUMBERED + 2)
+    desk.set_policy(Policy(classes=CLASSES, shed=False, tenants=rules))
+    vip = desk.ask("vip", tenant="vip")
+    assert next(desk.core.waiting_tickets()) is vip
+    assert next(reordered(desk).core.waiting_tickets()) is vip
 
 
 def test_requests_that_came_before_all_endpoints_keep_their_order() -> None:

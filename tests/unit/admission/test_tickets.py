@@ -155,6 +155,18 @@ def test_an_alarm_that_went_and_came_back_is_due_after_those_that_were_set_meanw
     assert list(alarms.due(2.0)) == [second, first]
 
 
+def test_an_alarm_that_was_called_off_can_be_set_for_the_same_moment_again() -> None:
+    alarms: Alarms[Ticket] = Alarms()
+    ticket = Ticket(Request("r", 0.0))
+    alarms.set(ticket, 1.0, 1)
+    ticket.alarm_number = 0
+    assert alarms.next() is None
+    alarms.set(ticket, 1.0, 1)
+    assert list(alarms.due(1.0)) == [ticket]
+    alarms.set(ticket, 1.0, 1)
+    assert list(alarms.due(1.0)) == [ticket]
+
+
 def test_no_alarm_has_to_look_at_all_others_to_drop_those_that_are_wanted_no_more() -> None:
     looked_at: list[Sleeper] = []
 

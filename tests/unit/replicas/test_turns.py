@@ -12,7 +12,7 @@ import pytest
 
 from extproc.replicas.replica import STOPPED_S
 
-from .test_group import leader, site
+from .test_group import followers, leader, site
 from .test_handed_over import killed
 
 if TYPE_CHECKING:
@@ -111,3 +111,40 @@ def test_a_fault_at_one_that_a_new_leader_lets_go_keeps_no_other_back():
         here.run(30.0)
     here.run(30.0)
     assert here.outcomes["done"] >= 2 * 20 - 1
+
+
+def test_clients_that_leave_at_any_moment_of_a_hand_over_are_forgotten_and_leave_no_slot_taken():
+    here = site(engines=3, limit=1)
+    waiting = crowd(here)
+    killed(here, leader(here))
+    here.run_until(lambda: bool(here.leaders()))
+    leaving = [client for client in waiting if not here.sidecars[client.place].is_dead]
+
+    def some_leave() -> None:
+        for client in (*leaving[:2], *leaving[-2:]):  # one whom the leader was told of, and one whom it was not
+            if client in here.open and not client.running:
+                here.hang_up(client)
+        del leaving[:2], leaving[-2:]
+
+    here.run(2.0, some_leave)
+    assert here.outcomes["gone"] > WAITING
+    here.run(10.0)
+    here.check()
+    assert all(one.controller.waiting == 0 for one in here.alive)
+
+
+def test_what_one_brings_who_comes_late_is_offered_though_another_is_missing():
+    here = site(engines=1, limit=1)
+    late, missing = followers(here)
+    here.store.is_up = False  # it would forget who is missing
+    killed(here, missing)
+    here.send(leader(here).place, work_s=3.0)
+    here.run(0.1)
+    here.net.cut([late.place], [leader(here).place])
+    here.run(2.5)
+    here.send(late.place, work_s=0.1, budget_s=60.0)
+    here.net.heal()
+    here.run(10.0)
+    here.send(leader(here).place, work_s=0.1, budget_s=60.0)
+    here.run(20.0)
+    assert here.outcomes == {"done": 3}
