@@ -25,15 +25,22 @@ he may be alive where neither we nor the store see him."""
 
 
 class Census:
-    """The members of a pool, as the store and streams tell."""
+    """The members of a pool, as the store and streams tell.
+
+    Attributes:
+        beat_s: how often the store is asked.
+        members: by id.
+        answered_at: when the store answered last.
+        vanished_at: when somebody was counted out who had not said goodbye.
+    """
 
     def __init__(self, beat_s: float = 1.0) -> None:
         """Know nobody. The store is asked every `beat_s`."""
-        self._beat_s = beat_s
+        self.beat_s = beat_s
         self.members: dict[str, Member] = {}
-        self.answered_at: float | None = None  # when the store answered last
+        self.answered_at: float | None = None
         self._asked_at: float | None = None  # when that was asked for, and with it was said that we live
-        self.vanished_at: float | None = None  # when somebody was counted out who had not said goodbye
+        self.vanished_at: float | None = None
         self._missing: dict[str, float] = {}  # since when
         self._left: set[str] = set()
 
@@ -88,7 +95,7 @@ class Census:
 
     def is_cut_off(self, now: float) -> bool:
         """Tell whether the store has been silent for so long that, if it is so to us alone, others count us out."""
-        return self._asked_at is None or now > self._asked_at + SILENT_BEATS * self._beat_s
+        return self._asked_at is None or now > self._asked_at + SILENT_BEATS * self.beat_s
 
     def others(self, me: str) -> list[Member]:
         """Return all but `me`, the oldest first."""

@@ -23,6 +23,9 @@ READ_S = 0.6
 """A reading that comes later than this after a group formed was begun after it formed: scrapes last half a second."""
 UNREAD_S = 2.5
 """An endpoint that has shown nothing so long after its group formed has no page, or none that can be had."""
+BACK_BEATS = 2.25
+"""Who was nobody stays so for so many of the store's beats. The others count us in when they ask the store next, one
+beat after we have at the latest, and one may fail; until then they use our part."""
 UNKNOWN_S = 10.0
 """How long an endpoint stays unused because a follower's Envoy does not know it yet."""
 
@@ -41,6 +44,7 @@ class Quotas:
         self._unread = set(endpoints)
         self._caps = {name: endpoint.limit.value for name, endpoint in endpoints.items()}
         self._read_at: dict[str, float] = {}
+        self._nobody_at: dict[str, float] = {}  # when we saw neither an endpoint's page nor anybody else, last
         self._lacking: dict[str, float] = {}  # endpoints that not every follower knows, since when
         for endpoint in endpoints.values():
             endpoint.meet_again()
@@ -51,13 +55,15 @@ class Quotas:
         name = endpoint.name
         if name in self._lacking and self._gate.now() < self._lacking[name] + UNKNOWN_S:
             return 0
+        most = 1 if self._is_apart(name) else None
         if name in self._unread:
-            return self._refill.get(name, 0)
+            refill = self._refill.get(name, 0)
+            return refill if most is None else min(refill, most)
         if part >= 1.0:
             self._caps[name] = endpoint.limit.value
             return None
-        if self._is_blind(name) and self._is_nobody():
-            return 1
+        if most is not None:
+            return most
         # A limit may only fall while others share it: each group would let its own grow for what all send together.
         cap = self._caps[name] = min(self._caps.get(name, endpoint.limit.value), endpoint.limit.value)
         return max(1, math.floor(cap * part + 1e-9))
@@ -74,6 +80,14 @@ class Quotas:
     def _is_nobody(self) -> bool:
         """Tell whether we may be alone in a corner where nobody sees us: others have the whole limit for themselves."""
         return len(self._group()) == 1 and self._census.is_cut_off(self._gate.now())
+
+    def _is_apart(self, name: str) -> bool:
+        """Tell whether an endpoint is anybody's but ours: we are nobody, or were and the others may not know better."""
+        now = self._gate.now()
+        if self._is_blind(name) and self._is_nobody():
+            self._nobody_at[name] = now
+        at = self._nobody_at.get(name)
+        return at is not None and len(self._group()) == 1 and now <= at + BACK_BEATS * self._census.beat_s
 
     def follow(self) -> None:
         """Follow a change of the group, of who is alive, or of time."""

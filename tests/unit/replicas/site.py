@@ -68,6 +68,7 @@ class Site:
         self.open: dict[Client, None] = {}
         self.sidecars: dict[str, Sidecar] = {}
         self.lives = 0
+        self._broken: BrokenError | None = None
         for n in range(sidecars):
             self.start(f"s{n}")
 
@@ -148,7 +149,7 @@ class Site:
 
     def dispatch(self, client: Client, name: str) -> None:
         client.dispatches += 1
-        require(client.dispatches == 1, "dispatched twice:", client.number)
+        self.demand(client.dispatches == 1, "dispatched twice:", client.number)
         engine = self.engines[name]
         engine.holds[client] = None
         client.running = True
@@ -167,6 +168,17 @@ class Site:
         self.open.pop(client, None)
 
     # ---- invariants
+
+    def demand(self, holds: bool, *what: object) -> None:
+        """Require it of what a gate has us do: it would take what we raise for an observer's fault, and go on."""
+        if not holds and self._broken is None:
+            self._broken = BrokenError(" ".join(map(str, what)))
+
+    def step(self) -> None:
+        """Have the next thing happen."""
+        self.clock.step()
+        if self._broken is not None:
+            raise self._broken
 
     def check_engine(self, engine: Engine) -> None:
         """For a subclass or a test: the truth about an engine has changed."""
@@ -197,7 +209,7 @@ class Site:
     def run(self, seconds: float, each: Callable[[], None] = lambda: None) -> None:
         end = self.clock.now + seconds
         while (at := self.clock.next()) is not None and at <= end:
-            self.clock.step()
+            self.step()
             each()
         self.clock.now = max(self.clock.now, end)
 
@@ -206,7 +218,7 @@ class Site:
         while not condition():
             at = self.clock.next()
             require(at is not None and at <= end, "not within", most_s, "s:", list(self.sidecars.values()))
-            self.clock.step()
+            self.step()
 
     # ---- what a test asks
 

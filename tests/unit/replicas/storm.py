@@ -37,7 +37,9 @@ class Storm(Site):
         self.calm_from = self.clock.now + CALM_S + LONGEST_S
         self.faults: dict[str, int] = {}
         self.worst_over = 0
-        self.rate = 20.0
+        self.full = engines * limit / 32
+        """How many times the traffic that fills engines of 32 slots in all fills these."""
+        self.rate = 20.0 * self.full
         self._undo: list[Callable[[], None]] = []
 
     # ---- traffic
@@ -86,6 +88,7 @@ class Storm(Site):
                 ("store gone", self._lose_store),
                 ("store empty", self.store.restart_empty),
                 ("store not seen by one", lambda: self.store.cut.add(one)),
+                ("cut off from everything", lambda: self._corner(one)),
                 ("slow network", self._slow),
                 ("resign", lambda: self._resign(one)),
                 ("rate", self._other_rate),
@@ -104,6 +107,7 @@ class Storm(Site):
         self.net.delay_s = (0.0002, 0.002)
         self.store.is_up, self.store.delay_s = True, 0.002
         self.store.cut.clear()
+        self.blind.clear()
         for place, sidecar in list(self.sidecars.items()):
             if sidecar.is_dead:
                 self.start(place)
@@ -156,11 +160,17 @@ class Storm(Site):
     def _lose_store(self) -> None:
         self.store.is_up = False
 
+    def _corner(self, place: str) -> None:
+        """From the others, the store and the engines' pages; its Envoy reaches the engines."""
+        self.net.cut([place], list(self.sidecars))
+        self.store.cut.add(place)
+        self.blind.add(place)
+
     def _slow(self) -> None:
         self.net.delay_s = self.random.choice(((0.005, 0.05), (0.05, 0.4), (0.2, 1.0), (0.5, 3.0)))
 
     def _other_rate(self) -> None:
-        self.rate = self.random.choice((5.0, 15.0, 22.0, 40.0))
+        self.rate = self.full * self.random.choice((5.0, 15.0, 22.0, 40.0))
 
     # ---- promises
 
@@ -173,7 +183,7 @@ class Storm(Site):
         over = len(engine.holds) - engine.limit
         self.worst_over = max(self.worst_over, over)
         bound = 0 if self.is_calm else len(self.sidecars)
-        require(
+        self.demand(
             over <= bound,
             "over the limit by",
             over,
@@ -209,15 +219,21 @@ class Storm(Site):
 
 
 def storm(
-    seed: int, events: int, *, check_every: int = 100, progress: Callable[[Storm], None] = lambda _: None
+    seed: int,
+    events: int,
+    *,
+    check_every: int = 100,
+    sidecars: int = 5,
+    limit: int = 8,
+    progress: Callable[[Storm], None] = lambda _: None,
 ) -> Storm:
     """Let `events` events happen."""
-    here = Storm(seed)
+    here = Storm(seed, sidecars=sidecars, limit=limit)
     here.rain()
     here.clock.at(here.clock.now + 5.0, here.blow)
     number = 0
     while here.clock.events < events:
-        here.clock.step()
+        here.step()
         number += 1
         if number % check_every == 0:
             here.check_all()
@@ -232,6 +248,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--events", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--check-every", type=int, default=100)
+    parser.add_argument("--sidecars", type=int, default=5)
+    parser.add_argument("--limit", type=int, default=8, help="of each of the 4 engines; parts above 1 show with more")
     asked = parser.parse_args(arguments)
     began = time.monotonic()
 
@@ -242,7 +260,14 @@ def main(arguments: list[str] | None = None) -> int:
         )
 
     try:
-        here = storm(asked.seed, asked.events, check_every=asked.check_every, progress=progress)
+        here = storm(
+            asked.seed,
+            asked.events,
+            check_every=asked.check_every,
+            sidecars=asked.sidecars,
+            limit=asked.limit,
+            progress=progress,
+        )
     except BrokenError as error:
         print(f"BROKEN, seed {asked.seed}: {error}", file=sys.stderr)
         return 1

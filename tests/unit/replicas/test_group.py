@@ -233,6 +233,67 @@ def test_a_sidecar_that_is_cut_off_from_everything_adds_one_request_to_what_the_
     assert here.engines["e0"].peak <= 12 + 1
 
 
+@pytest.mark.parametrize("first", ["the store", "the pages", "the others"])
+def test_a_sidecar_that_was_cut_off_from_everything_takes_its_part_when_the_others_have_counted_it_in(first):
+    """They use the whole limit until they have asked the store again, and its own cables come back one by one."""
+    here = site(engines=1, limit=12)
+    corner = followers(here)[0].place
+    rest = sorted(set(here.sidecars) - {corner})
+
+    def run(seconds: float) -> None:
+        for _ in range(round(seconds / 0.2)):
+            here.run(0.2)
+            for place in 2 * list(here.sidecars):
+                here.send(place, work_s=0.5, budget_s=60.0)
+
+    here.net.cut([corner], rest)
+    here.store.cut.add(corner)
+    here.blind.add(corner)
+    run(12.0)
+    assert leader_of_most(here).replica.picture().members == 2
+    back = {"the store": here.store.cut.clear, "the pages": here.blind.clear, "the others": here.net.heal}
+    back.pop(first)()
+    run(0.0 if first == "the others" else 1.2)
+    assert here.engines["e0"].peak <= 12 + 1
+    for cable in back.values():
+        cable()
+    run(10.0)
+    assert here.is_one_group()
+    assert here.engines["e0"].peak <= 12 + 1
+
+
+def test_who_was_cut_off_from_everything_and_sees_the_store_again_has_its_part_soon_though_no_page_can_be_had():
+    here = site(engines=1, limit=12)
+    corner = followers(here)[0].place
+    here.net.cut([corner], set(here.sidecars) - {corner})
+    here.store.cut.add(corner)
+    here.blind.add(corner)
+    here.run(12.0)
+    books = here.sidecars[corner].controller.endpoints["e0"]
+    assert books.quota == 1
+    here.store.cut.clear()
+    here.run(1.5)
+    assert books.quota == 1
+    here.run(3.0)
+    assert books.quota == 4
+
+
+def test_who_is_cut_off_from_everything_refills_what_it_held_no_longer_than_the_others_count_it_in():
+    """It began to lead late, so that it would still wait for a first page when they use its part."""
+    here = site(engines=1, limit=12)
+    fill(here, work_s=60.0)
+    corner = followers(here)[0].place
+    here.net.cut([corner], set(here.sidecars) - {corner})
+    here.store.cut.add(corner)
+    here.blind.add(corner)
+    books = here.sidecars[corner].controller.endpoints["e0"]
+    here.run_until(lambda: here.sidecars[corner].replica.role is Role.LEADING)
+    here.run_until(lambda: here.sidecars[corner].replica.census.is_cut_off(here.clock.now))
+    here.run(0.3)
+    assert books.sequences > 1
+    assert books.quota == 1
+
+
 def test_a_beat_that_the_store_misses_changes_nothing_for_a_sidecar_alone_with_engines_that_show_nothing():
     """It has its part as long as the store is only slow: with Leases answers are 2 s apart, 4 s when one fails."""
     here = site(sidecars=2, engines=1, limit=12, store_beat_s=2.0)
