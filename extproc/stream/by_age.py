@@ -31,6 +31,10 @@ class ByAge:
         """Return how many there are."""
         return len(self._kept)
 
+    def __bool__(self) -> bool:
+        """Tell whether there are any. Compiled, what may also be None is true without it."""
+        return bool(self._kept)
+
     def __iter__(self) -> Iterator[Ticket]:
         """Walk them, in no order."""
         return iter(self._kept)

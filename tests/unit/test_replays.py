@@ -18,6 +18,8 @@ from extproc.stream.replays import GATHER_S, QUIET_S, REPLAYED_S, REPLAYS_S
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from extproc.admission.values import Decision
+
 
 class Loop:
     """A loop whose time stands still until the test moves it."""
@@ -146,20 +148,20 @@ def test_a_drain_before_or_amid_letting_many_go_forgets_nobody(turns):
 def test_a_fault_at_one_that_is_let_go_keeps_no_other_back(monkeypatch):
     room = Room()
     tickets = [room.offer(f"r{number}", 4 - number / 1000) for number in range(LET_GO_IN_A_TURN + 2)]
-    place = room.gate._place
+    told = room.decided
 
-    def fails_once(ticket: Ticket) -> None:
-        if ticket is tickets[1]:
+    def fails_once(decision: Decision) -> None:
+        told(decision)
+        if decision.ticket is tickets[0]:
             raise RuntimeError("a bug")
-        place(ticket)
 
-    monkeypatch.setattr(room.gate, "_place", fails_once)
+    monkeypatch.setattr(room, "decided", fails_once)
     with pytest.raises(RuntimeError, match="a bug"):
         room.loop.advance(GATHER_S)
     room.loop.advance(0.0)
     tickets.append(room.offer("new"))
     room.run_dry(*tickets)
-    assert room.sent == ["r0", *(f"r{number}" for number in range(2, LET_GO_IN_A_TURN + 2)), "new"]
+    assert room.sent == [*(f"r{number}" for number in range(LET_GO_IN_A_TURN + 2)), "new"]
 
 
 def test_what_the_clocks_differ_by_is_taken_off_once_though_many_are_let_go_over_turns():
