@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from extproc.admission.fairness import OUTPUT_WEIGHT
 from extproc.admission.lanes import correct
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from extproc.admission.ticket import Ticket
 
 
-_OK, _UNKNOWN = Answer.OK, Answer.UNKNOWN
+_OK: Final = Answer.OK
+_UNKNOWN: Final = Answer.UNKNOWN
 
 
 class Answers:

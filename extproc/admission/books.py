@@ -7,7 +7,7 @@ a dispatch pass ended early and goes on with a tick.
 from __future__ import annotations
 
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from extproc.admission.adapters import Adapters
 from extproc.admission.pools import Pools
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from extproc.admission.values import Decision, Policy, Request, RequestClass
 
 
-MANY = 8
+MANY: Final = 8
 """Endpoints that are looked at one by one, each with those at the head of its lines."""
 
 

@@ -19,7 +19,7 @@ The rooms, each with what it may change: `transitions.py` what a request can bec
 from __future__ import annotations
 
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from extproc.admission.events import (
     Answered,
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from extproc.admission.ticket import Ticket
     from extproc.admission.values import Decision
 
-_OK = Answer.OK
-ASKED_BEFORE_S = 2.0
+_OK: Final = Answer.OK
+ASKED_BEFORE_S: Final = 2.0
 """Who is so old when offered was asked for before: a sidecar that died, or led, had it in its books, or it is a second
 try. What was held there is no demand that comes."""
 

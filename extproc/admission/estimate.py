@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from extproc.admission.laws import LAWS
 from extproc.admission.transitions import DONE, LEASED, WAITING
@@ -26,13 +26,16 @@ if TYPE_CHECKING:
     from extproc.admission.ticket import Ticket
     from extproc.admission.values import Request
 
-MOST_PROMPT, MOST_OUTPUT = 262_144, 32_768
+MOST_PROMPT: Final = 262_144
+MOST_OUTPUT: Final = 32_768
 """What a page says of one prompt or answer above this is not believed."""
-MOST_CONTEXT = 131_072
+MOST_CONTEXT: Final = 131_072
 """Tokens that a model takes where nobody says: a size is a claim, and books no more than could be true."""
-LEAST_SCALE, MOST_SCALE = 1 / 1024, 8.0
-LEAST_CORRECTION = 1 / MOST_SCALE
-LEAST_LASTED_S, MOST_PACE = 1e-3, 1000.0
+LEAST_SCALE: Final = 1 / 1024
+MOST_SCALE: Final = 8.0
+LEAST_CORRECTION: Final = 1 / MOST_SCALE
+LEAST_LASTED_S: Final = 1e-3
+MOST_PACE: Final = 1000.0
 """Answers are taken to last so long in the mean at the least; tokens per second of one sequence: no median over engines
 is more."""
 SCALES = 4096
@@ -76,7 +79,7 @@ class Learnt(NamedTuple):
     weight: float
 
 
-MOST_LEARNT = 500
+MOST_LEARNT: Final = 500
 """Scales, and means of answers, that another core is told: those that were learned from last."""
 
 SizeClass = tuple[str | None, str, int]

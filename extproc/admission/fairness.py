@@ -11,17 +11,17 @@ from __future__ import annotations
 from collections import OrderedDict
 from heapq import nlargest
 from operator import itemgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-OUTPUT_WEIGHT = 2
+OUTPUT_WEIGHT: Final = 2
 """Tokens of output cost twice those of input."""
 
 MAX_TENANTS = 10_000
 """Tenants remembered per pool and priority; the one that asked longest ago is forgotten first, and so starts afresh."""
-TRACKED = 1 / 2
+TRACKED: Final = 1 / 2
 """Who asked last is noted once this share of what may be remembered is: till then nobody is near being forgotten."""
 MOST_TENANTS, LEAST_TENANTS = 100_000, 16
 """The most of all pools and priorities together, parted evenly; and the least of each, however many there are."""

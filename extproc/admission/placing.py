@@ -6,7 +6,7 @@ that may go there, and no limit is exceeded.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from extproc.admission.books import MANY
 from extproc.admission.guard import goes_by_turns, most_room, seniority
@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from extproc.admission.refusing import Refusing
     from extproc.admission.ticket import Ticket
 
-_DISPATCHED, _REROUTED, _BOUND = Outcome.DISPATCHED, Outcome.REROUTED, Binding.BOUND
+_DISPATCHED: Final = Outcome.DISPATCHED
+_REROUTED: Final = Outcome.REROUTED
+_BOUND: Final = Binding.BOUND
 
-DUE_AT_ONCE = 100
+DUE_AT_ONCE: Final = 100
 """Waits that end in one event: a millisecond's worth or two, so that ten thousand that do stop nobody."""
-CACHED_AT_MOST = 7 / 8
+CACHED_AT_MOST: Final = 7 / 8
 """Share of a prompt that is taken as cached at its session's home: the guess may be wrong."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from heapq import heapify, heappop, heappush
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from extproc.admission.counters import Usual
 from extproc.admission.fairness import Memory
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 GLANCE = 8
 """Endpoints that are looked at for a next choice."""
-SLACK = 64
+SLACK: Final = 64
 """Entries out of date that a heap may have beside as many as there are true ones."""
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from itertools import chain, islice, takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from extproc.admission.ticket import Key, Ticket
 
-WINDOW = 32
+WINDOW: Final = 32
 """How many requests at the head of a line are looked at for one that fits (group dispatch by first fit)."""
 BLOCK = 256
 """Places in one block at the most: one that is full becomes two halves."""

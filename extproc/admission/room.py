@@ -6,7 +6,7 @@ What changes it stands in `endpoint.py`: leases, time, what the endpoint says of
 from __future__ import annotations
 
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from extproc.admission.health import Health
 from extproc.admission.held import HeldBy
@@ -23,10 +23,14 @@ if TYPE_CHECKING:
 
 KEPT_PARTS = 8
 """Of an endpoint's slots, and of its cache, one in so many at most is kept for requests that are leased elsewhere."""
-CLOSED = 1e6
+CLOSED: Final = 1e6
 """The pressure of an endpoint whose telemetry says that it is full: all others go before it."""
-_DOWN, _HOT, _PART, _LIMIT = HeldBy.DOWN, HeldBy.HOT, HeldBy.PART, HeldBy.LIMIT
-_KV, _PROMPTS = HeldBy.KV, HeldBy.PROMPTS
+_DOWN: Final = HeldBy.DOWN
+_HOT: Final = HeldBy.HOT
+_PART: Final = HeldBy.PART
+_LIMIT: Final = HeldBy.LIMIT
+_KV: Final = HeldBy.KV
+_PROMPTS: Final = HeldBy.PROMPTS
 """Bound once: a member looked up on its Enum costs four times a global, and these are asked for in every dispatch."""
 
 

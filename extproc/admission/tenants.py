@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping  # noqa: TC003 - a dataclass' field: needed when a recording is read, and compiled
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from extproc.admission.decision import Crowd
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 OTHERS = "*"
 """All tenants that are not named, where figures are told."""
-GUARANTEED = -1.0
+GUARANTEED: Final = -1.0
 """The tag of a request that is guaranteed to its tenant: before all others of its class."""
 
 

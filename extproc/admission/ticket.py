@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from extproc.admission.transitions import NEW, State
 from extproc.admission.values import DEFAULT_CLASS, Answer
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Key", "State", "Ticket"]  # those who handle tickets ask for their state
 
-UNKNOWN = Answer.UNKNOWN
+UNKNOWN: Final = Answer.UNKNOWN
 
 Key = tuple[int, float, int]
 """A place in the order: -priority, tag, sequence number."""

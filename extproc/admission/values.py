@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Final
 
 from extproc.admission.decision import Decision, Dispatch, Reject
 from extproc.admission.laws import LAWS, Laws
@@ -27,9 +28,11 @@ __all__ = [
     "RequestClass",
 ]
 
-UNSIZED = "unsized"
+UNSIZED: Final = "unsized"
 """The kind of a body whose size nobody announced ..."""
-JSON, FORM, OTHER = "", "form", "other"
+JSON: Final = ""
+FORM: Final = "form"
+OTHER: Final = "other"
 """... and of others: text, and what may stand in it as base64; files as they are; anything else."""
 
 
@@ -120,7 +123,7 @@ class RequestClass:
     weight: float | None = None
 
 
-DEFAULT_CLASS = RequestClass()
+DEFAULT_CLASS: Final = RequestClass()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-JUMP_S = 1.0
-DOUBT_S = 30.0
+JUMP_S: Final = 1.0
+DOUBT_S: Final = 30.0
 """How long after a jump of our clock stamps may come from the time before it."""
 BELIEVED_S = 12.0
 """How long after a start ages are believed: replays come within 10 s, and wait a second to be put in order."""
@@ -25,9 +25,9 @@ FRESH_S = 0.05
 """Requests that nobody held come within so many seconds of each other's age: Envoy needs milliseconds to show one."""
 RUN_S = 0.25
 """Requests that seem equally old, and come further apart than this, were not held: those would have grown older."""
-STOPPED_S = 5.0
+STOPPED_S: Final = 5.0
 """Nobody has looked for so long: the process was stopped (SIGSTOP, a frozen machine). After 8 s Envoy hangs up."""
-SAMPLE_S = 0.05
+SAMPLE_S: Final = 0.05
 """While no age is believed, stamps only tell of Envoy's clock: one in so many seconds is read."""
 REPLAYS_BEGIN_S = 2.0
 """How long after a start the first replayed request comes: Envoy looks for us once a second. They may come in one

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from extproc.admission.values import Answer
 
 if TYPE_CHECKING:
     from extproc.stream.wire import Incoming
 
-GRPC = "application/grpc"
-GRPC_STATUS = "grpc-status"
-_USUAL = frozenset(("application/json", "text/event-stream"))
+GRPC: Final = "application/grpc"
+GRPC_STATUS: Final = "grpc-status"
+_USUAL: Final = frozenset(("application/json", "text/event-stream"))
 """What nearly all content types are: to look here costs a fifth of `startswith`."""
-_OK = Answer.OK
-_UNAVAILABLE = "14"
+_OK: Final = Answer.OK
+_UNAVAILABLE: Final = "14"
 _GRPC = {
     "0": Answer.OK,
     "2": Answer.ERROR,  # UNKNOWN
@@ -27,7 +27,7 @@ _GRPC = {
 """What a gRPC status tells; any other: REFUSED. An error's stands in the head only where a server had sent none yet."""
 
 
-BODILESS = frozenset(("HEAD", "OPTIONS", "DELETE"))
+BODILESS: Final = frozenset(("HEAD", "OPTIONS", "DELETE"))
 """Methods whose answers need no body: HEAD's never has one (RFC 9110, 9.3.2), and the others' often have none. Whoever
 asks by another one, in a body, wants something: nothing, be it called 204, is no service. Whether that is wrong, its
 peers tell. A POST without a body asks for no completion (vLLM's /sleep, /wake_up, /reset_prefix_cache): it may get

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from extproc.admission.outcome import Outcome
 from extproc.stream import bodies, wire
@@ -72,7 +72,7 @@ class Modes:
         return bodies.echo(kind, piece) if kind in self.echoes else wire.go_on(_KINDS[kind])
 
 
-PLAIN = Modes()
+PLAIN: Final = Modes()
 
 
 class Dialect(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from extproc.admission.ticket import State
 from extproc.admission.values import Answer, Reject
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("extproc.gate")
 
-_LEASED, _WAITING, _UNKNOWN = State.LEASED, State.WAITING, Answer.UNKNOWN
+_LEASED: Final = State.LEASED
+_WAITING: Final = State.WAITING
+_UNKNOWN: Final = Answer.UNKNOWN
 
 BURST = 40
 """Decisions delivered per turn of the loop: two or three milliseconds' worth. And Envoy resets each stream that ends:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from extproc.admission.outcome import Outcome
 from extproc.admission.ticket import Ticket
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("extproc.session")
 
-UPGRADE = "UPGRADE"
+UPGRADE: Final = "UPGRADE"
 """Stands for the method of requests that ask for another protocol, in the table of routes."""
 OVERFLOWS = frozenset(
     (Outcome.QUEUE_FULL, Outcome.BUDGET_PREDICTED, Outcome.BUDGET_EXPIRED, Outcome.NO_ENDPOINT, Outcome.DRAINING)

@@ -6,7 +6,7 @@ Nothing that a client wrote is believed further than the config goes: odd values
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from extproc.admission.values import FORM, JSON, OTHER, UNSIZED, Request
 from extproc.durations import parse_duration
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from extproc.stream.ages import Ages
     from extproc.stream.wire import Incoming
 
-BYTES_PER_TOKEN = 4
+BYTES_PER_TOKEN: Final = 4
 """English prose in common tokenizers. Ordering by it did as well in simulation as ordering by the true lengths."""
-UNKNOWN_PROMPT_TOKENS = 512
+UNKNOWN_PROMPT_TOKENS: Final = 512
 """For a body that comes without a content-length."""
-MAX_TOKENS = 1_000_000
+MAX_TOKENS: Final = 1_000_000
 MAX_SEQUENCES = 128
 """Answers to one prompt, at most: what OpenAI's API allows as `n`."""
-MAX_NAME = 256
+MAX_NAME: Final = 256
 """Characters of a client's name for something that we keep."""
 WHAT = (":method", ":path", "upgrade", "content-type")
 """Headers that tell what kind of request it is."""
-OPERATIONS = {
+OPERATIONS: Final = {
     "/v1/chat/completions": "chat",
     "/v1/messages": "chat",
     "/v1/responses": "chat",
@@ -38,7 +38,8 @@ OPERATIONS = {
     "/v1/embeddings": "embeddings",
 }
 """What a path asks for, by OpenTelemetry's conventions for generative AI (`gen_ai.operation.name`)."""
-REPORT, BINARY_REPORT = "endpoint-load-metrics", "endpoint-load-metrics-bin"
+REPORT: Final = "endpoint-load-metrics"
+BINARY_REPORT: Final = "endpoint-load-metrics-bin"
 """Response headers in which an endpoint may tell its load (ORCA): with its form in front; base64 of a protobuf."""
 
 

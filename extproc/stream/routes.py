@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 LIGHT = frozenset(("GET", "HEAD", "OPTIONS", "DELETE"))
 """Methods that ask an inference server for no tokens."""
-REMEMBERED, LONGEST = 1024, 256
+REMEMBERED: Final = 1024
+LONGEST: Final = 256
 """Methods with paths whose rule is kept, and the most characters of a path; clients write both, so there is an end."""
 
 

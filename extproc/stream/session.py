@@ -16,7 +16,7 @@ bodies that come before the decision are kept, a few of them: `paused` then asks
 from __future__ import annotations
 
 from enum import Enum, auto
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from extproc.admission.outcome import Outcome
 from extproc.admission.values import Answer, Dispatch
@@ -40,12 +40,12 @@ if TYPE_CHECKING:
     from extproc.stream.wire import Incoming
 
 
-KEPT_BYTES = 16 << 10
+KEPT_BYTES: Final = 16 << 10
 """Of a held request's body: what is taken in; the rest stays where it is, and Envoy buffers it. Most are smaller, and
 then the gateway's own end of a stream is seen at once."""
-KEPT_UNTOLD_BYTES = 8 << 20
+KEPT_UNTOLD_BYTES: Final = 8 << 20
 """The same where a client that leaves is told by the end of its messages alone, which an unread body would hide."""
-NOBODY = frozenset[str]()
+NOBODY: Final = frozenset[str]()
 
 
 class _State(Enum):
@@ -57,12 +57,21 @@ class _State(Enum):
     ENDED = auto()
 
 
-_NEW, _READING, _HELD = _State.NEW, _State.READING, _State.HELD
-_PASSING, _REFUSED, _ENDED = _State.PASSING, _State.REFUSED, _State.ENDED
-_REQUEST_HEADERS, _RESPONSE_HEADERS = Kind.REQUEST_HEADERS, Kind.RESPONSE_HEADERS
-_QUEUE, _MODELS, _OPENAI = Action.QUEUE, Action.MODELS, Shape.OPENAI
-_OK, _UNKNOWN, _FAILED = Answer.OK, Answer.UNKNOWN, Answer.FAILED
-_GO_ON = wire.go_on(_RESPONSE_HEADERS)
+_NEW: Final = _State.NEW
+_READING: Final = _State.READING
+_HELD: Final = _State.HELD
+_PASSING: Final = _State.PASSING
+_REFUSED: Final = _State.REFUSED
+_ENDED: Final = _State.ENDED
+_REQUEST_HEADERS: Final = Kind.REQUEST_HEADERS
+_RESPONSE_HEADERS: Final = Kind.RESPONSE_HEADERS
+_QUEUE: Final = Action.QUEUE
+_MODELS: Final = Action.MODELS
+_OPENAI: Final = Shape.OPENAI
+_OK: Final = Answer.OK
+_UNKNOWN: Final = Answer.UNKNOWN
+_FAILED: Final = Answer.FAILED
+_GO_ON: Final = wire.go_on(_RESPONSE_HEADERS)
 """For what every request does: to read a member from its class costs Python 3.11 twenty times what a name costs."""
 
 

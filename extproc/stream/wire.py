@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from enum import Enum
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from google.protobuf import wrappers_pb2
 from google.protobuf.message import DecodeError
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
 METHOD = "Process"
-NAMESPACE = "extproc"
+NAMESPACE: Final = "extproc"
 """The dynamic metadata namespace that our decisions go to."""
 FIELDS_NAMESPACE = "extproc_request"
 """The namespace in which Envoy's json_to_metadata filter puts the fields of a request's body."""
@@ -40,7 +40,7 @@ REFUSAL_HEADERS = ("content-type", "retry-after", "x-extproc-outcome")
 
 SERVER_TIMING = "server-timing"
 
-AGAIN = "x-extproc-again"
+AGAIN: Final = "x-extproc-again"
 """Carries the key of a second try (again.py) to Envoy, and from there back to us."""
 
 PICK_HEADER = "x-gateway-destination-endpoint"
@@ -53,7 +53,7 @@ BODY_MODES = tuple(pb.ProcessingMode.BodySendMode.values())
 NO_BODY, FULL_DUPLEX = pb.ProcessingMode.NONE, pb.ProcessingMode.FULL_DUPLEX_STREAMED
 BUFFERED = pb.ProcessingMode.BUFFERED
 
-ATTRIBUTES = "envoy.filters.http.ext_proc"
+ATTRIBUTES: Final = "envoy.filters.http.ext_proc"
 """The namespace in which Envoy tells its attributes (`request_attributes`)."""
 _OVERWRITE = pb.HeaderValueOption.HeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
 
@@ -77,13 +77,13 @@ class Kind(Enum):
     RESPONSE_TRAILERS = "response_trailers"
 
 
-_KINDS = {kind.value: kind for kind in Kind}
-_RESPONSE_HEADERS = Kind.RESPONSE_HEADERS
+_KINDS: Final = {kind.value: kind for kind in Kind}
+_RESPONSE_HEADERS: Final = Kind.RESPONSE_HEADERS
 
-REPEATED = 256
+REPEATED: Final = 256
 """Messages with response headers that are kept as read, so long as they are short: most of an engine's answers begin
 with the very same ones."""
-SHORT = 512
+SHORT: Final = 512
 
 
 class Incoming:
@@ -148,10 +148,12 @@ class Reader:
 
     def read(self, data: bytes) -> Incoming:
         """Parse one message. Raises ProtocolError if it is none, or one that says nothing."""
+        if len(data) > SHORT:  # to look a long one up costs more than it is worth
+            return self._parse(data)
         incoming = self._repeated.get(data)
         if incoming is None:
             incoming = self._parse(data)
-            if incoming.kind is _RESPONSE_HEADERS and len(data) <= SHORT:
+            if incoming.kind is _RESPONSE_HEADERS:
                 if len(self._repeated) >= REPEATED:
                     self._repeated.clear()
                 self._repeated[data] = incoming
@@ -449,7 +451,7 @@ def decision_metadata(
     return before + _DOUBLE.pack(position) + between + _DOUBLE.pack(wait_ms) + after
 
 
-_DOUBLE = struct.Struct("<d")
+_DOUBLE: Final = struct.Struct("<d")
 _POSITION, _WAIT = -1.2345e-300, -5.4321e-300
 """Values that no decision has, to find where the numbers stand."""
 
