@@ -10,7 +10,6 @@ from setuptools import setup
 COMPILER = "mypy==2.4.1"
 """Machine code is of the version that the tests ran with. pip gets it for the build; nothing needs it later."""
 INTERPRETED = {  # tables and values: no line of them runs for a request
-    "decision",  # says why itself
     "held",  # an Enum whose members are made by __new__
     "outcome",  # likewise
 }
@@ -20,13 +19,14 @@ STREAM = (
 )
 REPLICAS = ("forwarded", "gate", "leading")  # subclasses of what is compiled must be, too
 TRANSPORT = ("completion/stream",)
+OBSERVE = ("log", "metrics", "stories", "waits")  # are told of every decision
 
 
 def modules() -> list[str]:
     """Return the files to compile."""
     core = sorted(path for path in Path("extproc/admission").glob("*.py") if path.stem not in INTERPRETED)
     rest = [f"extproc/stream/{name}.py" for name in STREAM] + [f"extproc/replicas/{name}.py" for name in REPLICAS]
-    rest += [f"extproc/transport/{name}.py" for name in TRANSPORT]
+    rest += [f"extproc/transport/{name}.py" for name in TRANSPORT] + [f"extproc/observe/{name}.py" for name in OBSERVE]
     return [*map(str, core), *rest]
 
 

@@ -1,11 +1,10 @@
 """What comes out of admission: a request goes to an endpoint, or is refused. Others import these from `values`.
 
-A room of its own, and never compiled: a compiled dataclass needs its types when it is made, a ticket comes later.
+No dataclasses: a compiled one needs its types when it is made, and a ticket comes later.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -13,14 +12,10 @@ if TYPE_CHECKING:
     from extproc.admission.ticket import Ticket
 
 
-@dataclass(slots=True, init=False)
 class Dispatch:
     """Let it go to `endpoint`; `outcome` is DISPATCHED or REROUTED. The lease exists from this moment."""
 
-    ticket: Ticket
-    outcome: Outcome
-    endpoint: str
-    wait_s: float
+    __slots__ = ("endpoint", "outcome", "ticket", "wait_s")
 
     def __init__(self, ticket: Ticket, outcome: Outcome, endpoint: str, wait_s: float) -> None:
         """Say this."""
@@ -48,18 +43,13 @@ class Crowd(NamedTuple):
         return f"{whose} {self.in_flight} of {self.most} in flight"
 
 
-@dataclass(slots=True, init=False)
 class Reject:
     """Refuse it with the outcome's HTTP status. `retry_after_s` is when trying again makes sense, in whole seconds.
 
     `crowd`: of one whose tenant has all in flight that it may.
     """
 
-    ticket: Ticket
-    outcome: Outcome
-    wait_s: float
-    retry_after_s: int | None
-    crowd: Crowd | None
+    __slots__ = ("crowd", "outcome", "retry_after_s", "ticket", "wait_s")
 
     def __init__(
         self,

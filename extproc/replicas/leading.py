@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from extproc.admission.sessions import Home
 from extproc.admission.ticket import State, Ticket
-from extproc.admission.values import Answer, Dispatch, Reject
+from extproc.admission.values import Answer, Dispatch
 from extproc.replicas.forwarded import Forwarded, request_of
 from extproc.replicas.homes import tell_homes
 from extproc.replicas.messages import (
@@ -311,12 +311,12 @@ class Leading:
             return  # he is gone, or his client is
         home = ticket.home.name if ticket.home is not None else None
         wait = Wait(ticket.waited_for, ticket.predicted_s)
-        match decision:
-            case Dispatch(_, outcome, endpoint, _):
-                follower.link.send(Grant(number, outcome, endpoint, ticket.position, home, wait))
-            case Reject(_, outcome, _, retry_after_s, crowd):
-                del follower.tickets[number]
-                follower.link.send(Turned(number, outcome, retry_after_s, ticket.position, wait, crowd))
+        outcome, position = decision.outcome, ticket.position
+        if isinstance(decision, Dispatch):
+            follower.link.send(Grant(number, outcome, decision.endpoint, position, home, wait))
+        else:
+            del follower.tickets[number]
+            follower.link.send(Turned(number, outcome, decision.retry_after_s, position, wait, decision.crowd))
 
     def teach(self) -> None:
         """Tell followers what we have learned of tokens: one of them leads next."""
