@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from grpc._cython import cygrpc
 
@@ -16,7 +16,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("extproc.server")
 
-_OK = (cygrpc.StatusCode.ok, b"")
+_RECEIVE: Final = cygrpc.ReceiveMessageOperation
+_SEND: Final = cygrpc.SendMessageOperation
+_HEADERS: Final = cygrpc.SendInitialMetadataOperation(None, 0)
+_OVER: Final = cygrpc.ReceiveCloseOnServerOperation(0)
+_OK: Final = cygrpc.SendStatusFromServerOperation(None, cygrpc.StatusCode.ok, b"", 0)
+"""Three that say the same for every call, and are asked nothing when they are done: these serve all calls."""
+
+
+def _failed(code: Any, why: bytes) -> Any:
+    return cygrpc.SendStatusFromServerOperation(None, code, why, 0)
 
 
 class Handler(Protocol):
@@ -87,7 +96,7 @@ class Stream:
         self._writing = False
         self._watched = False  # core was asked to tell when all is over
         self._pending: list[bytes] = []
-        self._status: tuple[Any, bytes] | None = None  # what ends the stream, once all else is out
+        self._status: Any = None  # what ends the stream, once all else is out
         self._handler: Handler | None = open_handler(self.send)
         if isinstance(self._handler, Session):
             self._handler.hang_up = self._hang_up
@@ -115,7 +124,7 @@ class Stream:
         """Be told when the stream is over."""
         if not self._watched:
             self._watched = True
-            self._start((cygrpc.ReceiveCloseOnServerOperation(0),), self._closed)
+            self._start((_OVER,), self._closed)
 
     def _go_on(self) -> None:
         """Start what can be started: the next reply, with the last one the status or the wait for another message."""
@@ -127,21 +136,21 @@ class Stream:
         operations: list[Any] = []
         if self._asking and len(pending) <= 1 and self._handler is not None:
             self._asking = False
-            operations.append(cygrpc.ReceiveMessageOperation(0))
+            operations.append(_RECEIVE(0))
             then = self._exchanged if sends else self._received
         if sends:
             self._writing = True
             if not self._begun:
                 self._begun = True
-                operations.append(cygrpc.SendInitialMetadataOperation(None, 0))
+                operations.append(_HEADERS)
             if pending:
-                operations.append(cygrpc.SendMessageOperation(pending.pop(0), 0))
+                operations.append(_SEND(pending.pop(0), 0))
             if self._status is not None and not pending:
-                operations.append(cygrpc.SendStatusFromServerOperation(None, *self._status, 0))
+                operations.append(self._status)
                 self._status, then = None, _nothing  # whether it is out or not: nothing more will be
                 if not self._watched:
                     self._watched = True
-                    operations.append(cygrpc.ReceiveCloseOnServerOperation(0))
+                    operations.append(_OVER)
         if operations:
             self._start(tuple(operations), then)
 
@@ -167,12 +176,12 @@ class Stream:
                 if not self._asking:
                     self._watch()
         except ProtocolError as error:
-            self._end((cygrpc.StatusCode.invalid_argument, str(error).encode()))
+            self._end(_failed(cygrpc.StatusCode.invalid_argument, str(error).encode()))
         except StatusError as error:
-            self._end((error.code, str(error).encode()))
+            self._end(_failed(error.code, str(error).encode()))
         except Exception:  # one stream's bug must not cost the others
             log.exception("a message could not be dealt with: please report it")
-            self._end((cygrpc.StatusCode.internal, b"a bug in the sidecar; its log has more"))
+            self._end(_failed(cygrpc.StatusCode.internal, b"a bug in the sidecar; its log has more"))
         finally:
             self._receiving = False
             self._go_on()
@@ -191,8 +200,8 @@ class Stream:
             return
         self._go_on()
 
-    def _end(self, status: tuple[Any, bytes] | None) -> None:
-        """Tell the handler, once, that it is over, and the client if it is still there to hear a status."""
+    def _end(self, status: Any) -> None:
+        """Tell the handler, once, that it is over, and the client if it is still there to hear a `status`."""
         handler, self._handler = self._handler, None
         if handler is None:
             return
@@ -204,7 +213,7 @@ class Stream:
                 self._go_on()
 
     def _hang_up(self) -> None:
-        self._end((cygrpc.StatusCode.deadline_exceeded, b"a stream begins with the headers of a request"))
+        self._end(_failed(cygrpc.StatusCode.deadline_exceeded, b"a stream begins with the headers of a request"))
 
     def _closed(self, _: Any) -> None:
         """All is over, from either side; mostly we know already, but not of a reset."""
@@ -214,9 +223,9 @@ class Stream:
 
 def refuse(call: Any) -> None:
     """End a call of a method that we don't have."""
-    status = cygrpc.SendStatusFromServerOperation(None, cygrpc.StatusCode.unimplemented, b"Method not found!", 0)
-    call.start_server_batch((cygrpc.ReceiveCloseOnServerOperation(0),), _nothing)
-    call.start_server_batch((cygrpc.SendInitialMetadataOperation(None, 0), status), _nothing)
+    status = _failed(cygrpc.StatusCode.unimplemented, b"Method not found!")
+    call.start_server_batch((_OVER,), _nothing)
+    call.start_server_batch((_HEADERS, status), _nothing)
 
 
 def _nothing(_: Any) -> None:
