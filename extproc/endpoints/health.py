@@ -101,7 +101,8 @@ class HealthChecks:
         """Check an endpoint, new or at a new address: nothing is known of it then. Known: no-op.
 
         One that comes while another is up gets nothing before its first check: it is only a moment, and where nobody
-        listens yet, a few requests would find out what the check does. At a start, or alone, it is better than none.
+        listens yet, a few requests would find out what the check does. At a start, or alone, it is better than none; so
+        it is once the last of those others goes, as where all servers are replaced, or is down.
         """
         known = self._patients.get(name)
         if known is not None and known.address == address:
@@ -109,8 +110,7 @@ class HealthChecks:
         self.remove(name)
         self._patients[name] = _Patient(address)
         is_checked = self._config is not None and self._client is not None
-        has_others = any(one.is_up for one in self._patients.values())
-        self._set_up(name, is_up=False if is_checked and has_others else None)
+        self._set_up(name, is_up=False if is_checked and self._knows_one_up() else None)
         self._begin(name)
 
     def remove(self, name: str) -> None:
@@ -118,6 +118,18 @@ class HealthChecks:
         patient = self._patients.pop(name, None)
         if patient is not None and patient.task is not None:
             patient.task.cancel()
+        if patient is not None and patient.is_up:
+            self._spare_unknown()
+
+    def _knows_one_up(self) -> bool:
+        return any(one.is_up for one in self._patients.values())
+
+    def _spare_unknown(self) -> None:
+        """Let those who wait for their first check get requests, if nobody is known to be up any more."""
+        if not self._knows_one_up():
+            for name, patient in self._patients.items():
+                if patient.is_up is None:
+                    self._set_up(name, is_up=None)
 
     def _begin(self, name: str) -> None:
         patient = self._patients[name]
@@ -168,6 +180,8 @@ class HealthChecks:
             log.info("endpoint %s is up again", name)
         patient.is_up, patient.streak = passed, 0
         self._set_up(name, is_up=passed)
+        if not passed:
+            self._spare_unknown()
 
 
 async def _check(

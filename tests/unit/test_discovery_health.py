@@ -156,6 +156,32 @@ def test_one_that_comes_while_another_is_up_gets_nothing_before_its_first_check(
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("how", ["goes", "is down"])
+def test_new_ones_get_requests_before_their_first_check_once_nobody_else_is_up(how):
+    """All servers replaced in one reload: the new ones were down, and so was everything, till a check passed."""
+
+    async def main() -> None:
+        verdicts: list[tuple[str, bool | None]] = []
+        config = HealthCheckConfig.model_validate({"interval": "10ms", "unhealthy_threshold": 1})
+        checks = HealthChecks(lambda name, *, is_up: verdicts.append((name, is_up)), config, Tasks(), lambda _: None)
+        async with Engine() as engine:
+            await checks.start()
+            try:
+                checks.put("old", engine.address)
+                await until(lambda: ("old", True) in verdicts)
+                checks.put("new", engine.address)
+                assert verdicts[-1] == ("new", False)
+                if how == "goes":
+                    checks.remove("old")
+                else:
+                    checks._judge("old", checks._patients["old"], config, "status 500")
+                assert verdicts[-1] == ("new", None)
+            finally:
+                await checks.stop()
+
+    asyncio.run(main())
+
+
 def test_a_server_that_is_not_there_is_down_and_a_known_endpoint_put_again_stays_so():
     async def tell(ward: Checked, engine: Engine) -> None:
         ward.checks.put("a", "127.0.0.1:1")
