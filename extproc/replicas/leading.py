@@ -71,7 +71,7 @@ class Leading:
         self._lets_go = False  # they are offered, some in each turn of the loop
         self._sent_away: dict[str, list[str]] = {}  # followers, and what they lacked for too long
         gate.controller.is_shared = True
-        self.quotas = Quotas(gate, census, lambda: self.group, hold_until=hold_until)
+        self.quotas = Quotas(gate, census, self._told, hold_until=hold_until)
 
     # ---- the group
 
@@ -79,6 +79,10 @@ class Leading:
     def group(self) -> Set[str]:
         """Who decides here: our followers and we."""
         return self.followers.keys() | {self._me.id}
+
+    def _told(self) -> Set[str]:
+        """Return of whom we know all that they hold: the part of who still tells is his own."""
+        return {name for name, follower in self.followers.items() if follower.syncing is None} | {self._me.id}
 
     def add(self, follower: Follower) -> None:
         """Take somebody in, who tells next what he holds."""

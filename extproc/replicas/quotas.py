@@ -34,7 +34,10 @@ class Quotas:
     """What a group may hold at each endpoint; the core is told whenever that changes."""
 
     def __init__(self, gate: SharedGate, census: Census, group: Callable[[], Set[str]], *, hold_until: float) -> None:
-        """Begin with what we hold ourselves. Until `hold_until` those whom we lost may not have noticed."""
+        """Begin with what we hold ourselves. Until `hold_until` those whom we lost may not have noticed.
+
+        `group`: we, and whoever follows us and has told what he holds.
+        """
         self._gate = gate
         self._census = census
         self._group = group
@@ -87,7 +90,7 @@ class Quotas:
         if self._is_blind(name) and self._is_nobody():
             self._nobody_at[name] = now
         at = self._nobody_at.get(name)
-        return at is not None and len(self._group()) == 1 and now <= at + BACK_BEATS * self._census.beat_s
+        return at is not None and now <= at + BACK_BEATS * self._census.beat_s
 
     def follow(self) -> None:
         """Follow a change of the group, of who is alive, or of time."""

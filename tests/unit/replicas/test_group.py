@@ -17,8 +17,8 @@ from extproc.replicas.messages import VERSION, Asked, Hello, Member, Offer, Purp
 from extproc.replicas.picture import Role
 from extproc.replicas.replica import SILENCE_S
 
-from .site import Site
-from .storm import storm
+from .site import BrokenError, Site
+from .storm import Storm, storm
 
 if TYPE_CHECKING:
     from extproc.admission.values import Decision
@@ -278,6 +278,47 @@ def test_who_was_cut_off_from_everything_and_sees_the_store_again_has_its_part_s
     assert books.quota == 4
 
 
+def test_who_was_nobody_sends_no_more_to_an_engine_because_somebody_follows_it_before_all_know_of_it():
+    """The third sidecar has half of the limit, as the second had: both have counted the first one out."""
+    here = site(engines=1, limit=12)
+    corner = leader(here).place
+    rest = sorted(set(here.sidecars) - {corner})
+    here.net.cut(here.sidecars, here.sidecars)
+    here.store.cut.add(corner)
+    here.blind.add(corner)
+    here.run(12.0)
+    for place in here.sidecars:
+        for _ in range(12):
+            here.send(place, work_s=60.0, budget_s=60.0)
+    here.run(3.0)
+    assert here.engines["e0"].peak == 6 + 6 + 1
+    here.net.cuts.discard(frozenset((corner, rest[0])))
+    here.run_until(lambda: len(here.leaders()) == 2)
+    here.store.cut.clear()
+    here.run(2.0)
+    assert here.engines["e0"].peak == 6 + 6 + 1
+
+
+def test_what_a_new_follower_holds_counts_before_its_part_does():
+    """Its leader sees no page, so it knows of that only when it is told."""
+    here = site(sidecars=2, engines=1, limit=12)
+    first, second = leader(here), followers(here)[0]
+    here.net.cut([first.place], [second.place])
+    here.blind.add(first.place)
+    here.run(8.0)
+    for place in (first.place, second.place):
+        for _ in range(12):
+            here.send(place, work_s=20.0, budget_s=60.0)
+    here.run(1.0)
+    assert here.load() == 6 + 6
+    here.net.heal()
+    here.run_until(here.is_one_group)
+    here.run(3.0)
+    assert here.engines["e0"].peak == 12
+    here.run(20.0)
+    assert here.load() == 12
+
+
 def test_who_is_cut_off_from_everything_refills_what_it_held_no_longer_than_the_others_count_it_in():
     """It began to lead late, so that it would still wait for a first page when they use its part."""
     here = site(engines=1, limit=12)
@@ -525,8 +566,17 @@ def leader_of_most(here: Site) -> Sidecar:
     return max(here.leaders(), key=lambda one: one.replica.picture().group)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_a_storm_of_faults_breaks_no_promise(seed):
+@pytest.mark.parametrize(("seed", "sidecars", "limit"), [(1, 5, 8), (2, 5, 8), (3, 3, 24)])
+def test_a_storm_of_faults_breaks_no_promise(seed, sidecars, limit):
     """A slice of `make storm-replicas`."""
-    here = storm(seed, 60_000)
+    here = storm(seed, 60_000, sidecars=sidecars, limit=limit)
     assert here.outcomes["done"] > 1000
+
+
+def test_a_storm_sees_an_engine_above_its_limit_though_a_gate_takes_what_is_raised_there_for_an_observers_fault():
+    here = Storm(1, sidecars=1, engines=1, limit=2)
+    here.run(6.0)
+    here.engines["e0"].limit = -2
+    here.send("s0", work_s=1.0)
+    with pytest.raises(BrokenError, match="over the limit by 3 at e0"):
+        here.run(1.0)
