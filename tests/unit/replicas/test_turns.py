@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from extproc.admission.events import Offered
 from extproc.replicas.replica import STOPPED_S
 
 from .test_group import followers, leader, site
 from .test_handed_over import killed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from extproc.admission.ticket import Ticket
+    from extproc.admission.events import Event
+    from extproc.admission.values import Decision
 
     from .sidecar import Client, Sidecar
     from .site import Site
@@ -70,16 +72,15 @@ def amid_letting_go(here: Site, then: Callable[[Sidecar], None]) -> None:
     """Have the next leader do something once, amid those whom it lets go."""
     killed(here, leader(here))
     for one in here.alive:
-        offer: Callable[[Ticket], None] = one.gate.offer_here
-        told: list[Ticket] = []
+        offered: list[Event] = []
 
-        def offers(ticket: Ticket, one=one, offer=offer, told=told) -> None:
-            offer(ticket)
-            told.append(ticket)
-            if len(told) == 5:
-                then(one)
+        def watch(event: Event, _: Sequence[Decision], one=one, offered=offered) -> None:
+            if isinstance(event, Offered):
+                offered.append(event)
+                if len(offered) == 5:
+                    then(one)
 
-        one.gate.offer_here = offers
+        one.controller.watch(watch)
 
 
 def test_who_is_stopped_amid_letting_go_leaves_the_rest_to_whoever_decides_then():
