@@ -79,7 +79,7 @@ class Controller(Sharing):
             pool.asked_prompts += ticket.prompt_tokens
             pool.asked_outputs += ticket.output_tokens
         lines.number(ticket, pool)
-        pool.pace.arrived(klass.priority, now)
+        pool.pace.arrived(klass.priority, now, request.arrived)
         ticket.home = home = placing.home_of(ticket, pool)
         if home is not None and home.available:
             lines.patience(ticket)

@@ -32,10 +32,11 @@ class Pace:
         self._horizon_s = law.memory_s
         self._marked = 0.0  # up to here busy time is counted
 
-    def arrived(self, priority: int, now: float) -> None:
-        """Count an arrival."""
+    def arrived(self, priority: int, now: float, came: float) -> None:
+        """Count an arrival, as of when it came: what Envoy held while no sidecar was there comes all at once."""
         weight, at = self._arrivals.get(priority, (0.0, now))
-        self._arrivals[priority] = (weight * math.exp((at - now) / self._horizon_s) + 1.0, now)
+        one = 1.0 if came >= now else math.exp((came - now) / self._horizon_s)
+        self._arrivals[priority] = (weight * math.exp((at - now) / self._horizon_s) + one, now)
 
     def backlog_began(self, now: float) -> None:
         """Note that the first request began to wait. What an earlier backlog taught loses weight, not its rate."""

@@ -66,14 +66,14 @@ def test_the_predicted_wait_is_that_of_the_last_in_a_line_that_higher_classes_sl
     now, rate = LEAST_BUSY_S, ENOUGH / LEAST_BUSY_S
     assert pace.wait_s(5, 0, now) == pytest.approx(6 / rate)
     for _ in range(20):
-        pace.arrived(5, now)
+        pace.arrived(5, now, now)
     above = 20 / HORIZON_S
     assert pace.wait_s(5, 5, now) == pytest.approx(6 / rate)
     assert pace.wait_s(5, 0, now) == pytest.approx(6 / (rate - above))
     assert pace.wait_s(5, 0, now + HORIZON_S) == pytest.approx(6 / (rate - above / math.e))
     for _ in range(20):
-        pace.arrived(5, now + HORIZON_S)
+        pace.arrived(5, now + HORIZON_S, now + HORIZON_S)
     assert pace.wait_s(5, 0, now + HORIZON_S) == pytest.approx(6 / (rate - above / math.e - above))
     for _ in range(200):
-        pace.arrived(5, now + HORIZON_S)
+        pace.arrived(5, now + HORIZON_S, now + HORIZON_S)
     assert pace.wait_s(5, 0, now + HORIZON_S) == pytest.approx(6 / (LEAST_SHARE * rate)), "a little is always left"

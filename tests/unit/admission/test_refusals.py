@@ -63,6 +63,18 @@ def test_the_prediction_counts_the_arrivals_of_higher_classes() -> None:
     assert [calm.outcome(guests[0]), stormy.outcome(guests[1])] == [None, Outcome.BUDGET_PREDICTED]
 
 
+def test_what_was_held_while_no_sidecar_was_there_came_when_it_came_and_not_all_at_once() -> None:
+    """Found on call: after 15 s without a sidecar what Envoy had held was taken for a rush that would go on: lower
+    classes, with budgets of minutes, were refused at once for a predicted quarter of an hour."""
+    desk = Desk(one(), shed=True)
+    flow(desk, 20.0, 10.0, "batch")
+    for number in range(100):
+        desk.ask(arrived=desk.now - number / 5)
+    guest = desk.ask(request_class="batch", budget_s=15.0)
+    assert desk.outcome(guest) is None
+    assert guest.predicted_s == pytest.approx(100 / (10.0 - 5.0), rel=0.3)
+
+
 def test_the_first_burst_of_an_idle_system_is_not_refused() -> None:
     desk = Desk(one(), shed=True)
     assert {desk.outcome(ticket) for ticket in desk.fill(500)} == {Outcome.DISPATCHED, None}
