@@ -135,6 +135,7 @@ class EndpointSpec:
         models: model names it serves; empty = any.
         max_running_requests: the most requests at once; None: adaptive.
         kv_capacity_tokens: size of its KV cache; None: what telemetry says, and no limit while that is unknown.
+        awaits_check: a new one is down until its health check says otherwise.
     """
 
     name: str
@@ -142,6 +143,7 @@ class EndpointSpec:
     models: frozenset[str] = frozenset()
     max_running_requests: int | None = None
     kv_capacity_tokens: int | None = None
+    awaits_check: bool = False
 
 
 class Binding(Enum):

@@ -22,7 +22,7 @@ from extproc.envoy.clusters import GIVE_UP_S, SETTLE_S
 from extproc.errors import StartError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from extproc.admission.ticket import Ticket
     from extproc.admission.values import EndpointSpec
@@ -320,12 +320,27 @@ class Roster:
                 self._reception.put_cluster(spec.name, spec.cluster)
         if news:
             with self._tried({spec.name: spec for _, spec in news}):
-                self._gate.put_endpoints([spec for _, spec in news])
+                self._gate.put_endpoints(self._begun(spec for _, spec in news))
         for endpoint, spec in news:
             placed = self._placed.get(endpoint.name)
             before = None if placed is None else placed[0]
             self._placed[endpoint.name] = (endpoint, spec)
             self._untold.append(partial(self._follow, endpoint, spec.cluster, before, since_start=self._task is None))
+
+    def _begun(self, specs: Iterable[EndpointSpec]) -> list[EndpointSpec]:
+        """Return `specs`, of which those that come while others are up wait for their first health check.
+
+        It comes in a moment, from who follows; until then they would be sent requests that it may show to be lost. At
+        a start, or alone, any endpoint is better than none.
+        """
+        known = self._gate.controller.endpoints
+        if (
+            self._task is None
+            or self._config.health_check is None
+            or not any(one.health.is_up for one in known.values())
+        ):
+            return list(specs)
+        return [spec if spec.name in known else replace(spec, awaits_check=True) for spec in specs]
 
     @contextmanager
     def _tried(self, specs: dict[str, EndpointSpec]) -> Iterator[None]:

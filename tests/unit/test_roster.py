@@ -578,6 +578,26 @@ def test_a_changed_limit_reaches_waiting_requests(tmp_path):
     live(story, tmp_path / "c.yaml", endpoints=[endpoint("a")])
 
 
+def test_one_that_comes_while_another_is_up_gets_nothing_before_its_first_health_check():
+    """Found on call: what waited went to a new endpoint in the moment in which it came, and nobody listened there."""
+
+    async def story(house: House) -> None:
+        house.gate.set_up("a", is_up=True)
+        first, waits = house.ask(), house.ask()
+        house.change(endpoints=[endpoint("a"), endpoint("b", "10.0.0.2:1")])
+        assert (first.state, waits.state) == (State.LEASED, State.WAITING)
+        assert house.gate.controller.endpoints["b"].condition == "down"
+        house.gate.set_up("b", is_up=True)
+        await until(lambda: waits.state is State.LEASED)
+        house.gate.set_up("a", is_up=False)
+        house.gate.set_up("b", is_up=False)
+        late = house.ask()
+        house.change(endpoints=[endpoint("a"), endpoint("b", "10.0.0.2:1"), endpoint("c", "10.0.0.3:1")])
+        await until(lambda: late.state is State.LEASED)  # alone, it is better than none
+
+    live(story, None, endpoints=[endpoint("a")], health_check={})
+
+
 def test_a_thousand_endpoints_found_at_once_are_placed_within_seconds(tmp_path):
     """It took 28 s, all of them without a turn of the loop, when each of them made the core put all others in order."""
 
