@@ -181,6 +181,9 @@ def _afterwards(ticket: Ticket) -> list[tuple[float, str]]:
         events.append((ticket.burst.seen_at, "its first token was seen"))
     if ticket.state is State.LEASED:
         began = "its answer has begun well" if ticket.is_answered else "no answer was seen yet"
+        endpoint = ticket.endpoint
+        if endpoint is not None and not endpoint.health.is_usable:  # what runs there is waited for all the same
+            began += f"; {endpoint.name} is {endpoint.condition} now"
         events.append(
             (ticket.burst.seen_at if ticket.burst is not None else ticket.leased_at, f"holds its slot: {began}")
         )

@@ -68,6 +68,17 @@ def test_a_request_that_waited_tells_why_where_it_went_and_how_it_ended() -> Non
     ]
 
 
+def test_one_that_runs_where_nobody_is_sent_any_more_tells_so() -> None:
+    """Found on call: of a request at an engine that hung, and was down by its checks, it said only `no answer yet`."""
+    office = Office()
+    runs = office.offer("runs")
+    assert runs.endpoint is not None
+    name = runs.endpoint.name
+    assert office.tell("runs")[-1].endswith("holds its slot: no answer was seen yet")
+    office.core.set_up(name, office.now, is_up=False)
+    assert office.tell("runs")[-1].endswith(f"holds its slot: no answer was seen yet; {name} is down now")
+
+
 def test_a_refusal_tells_its_outcome_and_when_to_try_again() -> None:
     office = Office(enable_queue=True)
     for name in ("x", "y", "z"):
