@@ -30,14 +30,11 @@ import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bench.scrape import serve_pages
 from tests.e2e.kit.processes import Child, http_get, http_ok, wait_until
 from tests.e2e.kit.stack import Sidecar
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 MOST_MS = 5.0
 """The longest turn that is called good."""
@@ -48,18 +45,31 @@ NOISE_PAUSE_S, NOISE_STEPS = 0.01, 8_000
 
 
 class _Waits:
-    """The loop's completion queue, which tells each wait for an event but the first of a `select`: a turn is over."""
+    """The loop's completion queue. An event is dealt with from one wait to the next, or to the end of a `select`.
 
-    def __init__(self, queue: Any, over: Callable[[], None]) -> None:
+    Each wait but the first of a `select` tells that a turn is over.
+    """
+
+    def __init__(self, queue: Any, watch: Watch) -> None:
         self._queue = queue
-        self._over = over
+        self._watch = watch
+        self._tag: Any = None
         self.is_first = True
 
     def poll(self, deadline: float | None) -> Any:
+        self.dealt()
         if deadline != 0 and not self.is_first:  # 0: others are due, and come when the queue is empty
-            self._over()
+            self._watch.over()
         self.is_first = False
-        return self._queue.poll(deadline)
+        event = self._queue.poll(deadline)
+        self._tag, self._began = event.tag, self._watch.began()
+        return event
+
+    def dealt(self) -> None:
+        """Note that the event that came last is dealt with."""
+        if self._tag is not None:
+            self._watch.ran(getattr(self._tag, "__qualname__", "a file's wake-up"), self._began)
+            self._tag = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._queue, name)
@@ -83,34 +93,46 @@ class Watch:
         self._at_collection = self.collecting_ms = 0.0
 
     def watch(self, loop: Any) -> None:
-        """Watch this loop: its looks at files, its waits for gRPC, and each callback."""
+        """Watch this loop: its looks at files, gRPC's events, and each callback."""
         look = loop._selector.select
-        waits = _Waits(getattr(loop._selector, "_queue", None), self._over)
+        waits = _Waits(getattr(loop._selector, "_queue", None), self)
         if hasattr(loop, "queue"):  # a CompletionLoop: gRPC is not imported before it is prepared
             loop._selector._queue = waits
 
         def select(timeout: float | None = None) -> object:
-            self._over()
+            self.over()
             waits.is_first = True
-            return look(timeout)
+            found = look(timeout)
+            waits.dealt()
+            return found
 
         loop._selector.select = select
         run = asyncio.Handle._run
 
         def timed(handle: asyncio.Handle) -> None:
-            began, self.collecting_ms = time.thread_time(), 0.0
+            began = self.began()
             run(handle)
-            took_ms = (time.thread_time() - began) * 1e3
-            if took_ms > SHOWN_MS:
-                name = _name(handle)
-                self._add(name, took_ms)
-                if self.collecting_ms > SHOWN_MS:
-                    self._add("garbage", self.collecting_ms)
-                self.longest[name] = max(took_ms, self.longest.get(name, 0.0))
+            self.ran(handle, began)
 
         asyncio.Handle._run = timed  # type: ignore[method-assign]
 
-    def _over(self) -> None:
+    def began(self) -> float:
+        """Return when a part of a turn begins."""
+        self.collecting_ms = 0.0
+        return time.thread_time()
+
+    def ran(self, what: asyncio.Handle | str, began: float) -> None:
+        """Note a part of a turn that is over: a callback, or a gRPC event."""
+        took_ms = (time.thread_time() - began) * 1e3
+        if took_ms > SHOWN_MS:
+            name = what if isinstance(what, str) else _name(what)
+            self._add(name, took_ms)
+            if self.collecting_ms > SHOWN_MS:
+                self._add("garbage", self.collecting_ms)
+            self.longest[name] = max(took_ms, self.longest.get(name, 0.0))
+
+    def over(self) -> None:
+        """Note that a turn is over."""
         now = time.thread_time()
         took_ms = (now - self._at) * 1e3
         self._at = now
