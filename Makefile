@@ -164,8 +164,9 @@ storm: $(STAMP)    ## 3 million random events against the core, with its invaria
 	EXTPROC_LONG=1 $(BIN)/python -m pytest tests/unit/admission/test_simulation.py tests/unit/admission/test_properties.py
 	$(BIN)/python -m tests.unit.admission.storm --events 3000000 --seed 1
 
-storm-replicas: $(STAMP)  ## 1 million events of sidecars under faults at random times, on virtual time (half a minute)
+storm-replicas: $(STAMP)  ## 2 million events of sidecars under faults at random times, on virtual time (a minute)
 	$(BIN)/python -m tests.unit.replicas.storm --events 1000000 --seed 1
+	$(BIN)/python -m tests.unit.replicas.storm --events 1000000 --seed 3 --sidecars 3 --limit 24
 
 # The page docs/benchmarks.md; raw runs in build/bench. HAProxy is a contender where it is installed: apt-get install haproxy.
 bench: $(STAMP)    ## what a queue in front is worth, real Envoy against HAProxy and others (27 minutes, a machine at rest)

@@ -47,7 +47,7 @@ class Quotas:
         self._unread = set(endpoints)
         self._caps = {name: endpoint.limit.value for name, endpoint in endpoints.items()}
         self._read_at: dict[str, float] = {}
-        self._nobody_at: dict[str, float] = {}  # when we saw neither an endpoint's page nor anybody else, last
+        self._nobody_at: dict[str, float] = {}  # when nobody knew of us last, or saw us, nor we an endpoint's page
         self._lacking: dict[str, float] = {}  # endpoints that not every follower knows, since when
         for endpoint in endpoints.values():
             endpoint.meet_again()
@@ -85,9 +85,9 @@ class Quotas:
         return len(self._group()) == 1 and self._census.is_cut_off(self._gate.now())
 
     def _is_apart(self, name: str) -> bool:
-        """Tell whether an endpoint is anybody's but ours: we are nobody, or were and the others may not know better."""
+        """Tell whether an endpoint is anybody's but ours: nobody knows of us, or we can't tell if they do by now."""
         now = self._gate.now()
-        if self._is_blind(name) and self._is_nobody():
+        if self._census.answered_at is None or (self._is_blind(name) and self._is_nobody()):
             self._nobody_at[name] = now
         at = self._nobody_at.get(name)
         return at is not None and now <= at + BACK_BEATS * self._census.beat_s

@@ -299,6 +299,25 @@ def test_who_was_nobody_sends_no_more_to_an_engine_because_somebody_follows_it_b
     assert here.engines["e0"].peak == 6 + 6 + 1
 
 
+def test_who_reaches_the_store_at_last_has_its_part_when_the_others_have_counted_it_in():
+    """It sees the engine's page, which may be older than what the others have sent since."""
+    here = site(engines=1, limit=12)
+    here.store.is_up = False
+    here.kill("s2")
+    here.net.cut(["s2"], ["s0", "s1"])
+    late = here.start("s2")
+    here.run(8.0)
+    books = late.controller.endpoints["e0"]
+    assert books.quota == 1
+    here.store.is_up = True
+    here.run_until(lambda: late.replica.census.answered_at is not None)
+    here.run(1.2)
+    assert books.quota == 1
+    here.run(4.0)
+    assert books.quota is not None
+    assert books.quota >= 4
+
+
 def test_what_a_new_follower_holds_counts_before_its_part_does():
     """Its leader sees no page, so it knows of that only when it is told."""
     here = site(sidecars=2, engines=1, limit=12)
