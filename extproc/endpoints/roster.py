@@ -100,6 +100,7 @@ class Roster:
         self._doubted = False
         self._refused: set[str] = set()
         self._pieces: deque[Callable[[], None]] = deque()  # of a change that is carried out, one in a turn of the loop
+        self._one_stays_up = False  # of those that are known to be, through the change under way
         self._goes_on = False  # with a piece in a turn that is to come
         self._knows_models = False  # the core was told of all that the configuration names
         self._untold: deque[Callable[[], None]] = deque()  # what those who follow, and the log, are yet to be told
@@ -225,6 +226,8 @@ class Roster:
             and self._placed[endpoint.name][1].cluster != spec.cluster
             and not self._routes[spec.cluster].known
         }
+        up = (name for name, one in self._gate.controller.endpoints.items() if one.health.is_up and not one.removed)
+        self._one_stays_up = any(name in wanted and name not in moved for name in up)
         known = [aim for aim in aims if self._file is None or self._routes[aim[1].cluster].known]
         news = [aim for aim in known if self._placed.get(aim[0].name) != aim]
         gone = [name for name in self._placed if name not in wanted or name in moved]
@@ -328,18 +331,14 @@ class Roster:
             self._untold.append(partial(self._follow, endpoint, spec.cluster, before, since_start=self._task is None))
 
     def _begun(self, specs: Iterable[EndpointSpec]) -> list[EndpointSpec]:
-        """Return `specs`, of which those that come while others are up wait for their first health check.
+        """Return `specs`, of which those that come beside others that stay up wait for their first check.
 
         It comes in a moment, from who follows; until then they would be sent requests that it may show to be lost. At
-        a start, or alone, any endpoint is better than none.
+        a start, alone, or where all are replaced, any endpoint is better than none.
         """
-        known = self._gate.controller.endpoints
-        if (
-            self._task is None
-            or self._config.health_check is None
-            or not any(one.health.is_up for one in known.values())
-        ):
+        if self._task is None or self._config.health_check is None or not self._one_stays_up:
             return list(specs)
+        known = self._gate.controller.endpoints
         return [spec if spec.name in known else replace(spec, awaits_check=True) for spec in specs]
 
     @contextmanager
