@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from extproc.admission.controller import Controller
 from extproc.admission.load import Load as Telemetry
+from extproc.admission.tenants import TenantRule, TenantRules
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import Answer, Dispatch, EndpointSpec, Policy, Request, RequestClass
 
@@ -127,20 +128,56 @@ def measure(load: Load, waiting: int, endpoints: int, kv: bool, rounds: int) -> 
     )
 
 
+class Longest:
+    """The longest of each kind of event that happened to a load, in milliseconds."""
+
+    def __init__(self, load: Load) -> None:
+        self.load = load
+        self.worst: dict[str, float] = {}
+        gc.collect()
+        gc.freeze()
+
+    def take(self, what: str, event: Callable[..., list[Decision]], *given: object, **more: object) -> None:
+        """Let an event happen."""
+        self.load.now += 0.001
+        began = time.thread_time_ns()
+        decisions = event(*given, now=self.load.now, **more)
+        took_ms = (time.thread_time_ns() - began) / 1e6
+        self.worst[what] = max(self.worst.get(what, 0.0), took_ms)
+        self.load.note(decisions)
+
+    def settle(self, what: str) -> None:
+        """Tick while ticks are due at once, as a driver does."""
+        core = self.load.core
+        while (due := core.next_deadline()) is not None and due <= self.load.now:
+            self.take(f"{what}: a tick of those that follow", core.tick)
+
+    def all_at_once(self, what: str, event: Callable[..., list[Decision]], *given: object, **more: object) -> None:
+        """Let an event happen that touches all who wait, and what follows."""
+        self.take(what, event, *given, **more)
+        self.settle(what)
+
+    def show(self) -> None:
+        gc.unfreeze()
+        for what, took_ms in self.worst.items():
+            print(f"{took_ms:>8.2f}  {what}")
+
+
 def events(waiting: int) -> None:
     """Print the longest of each kind of event while so many wait, in milliseconds."""
+    print(f"with {waiting} waiting, the longest, ms:")
+    for part in (_events_of_four, _events_of_pools, _events_of_homes):
+        longest = part(waiting)
+        longest.show()
+        del longest
+        gc.collect()
+
+
+def _events_of_four(waiting: int) -> Longest:
+    """Four endpoints that serve everything: what happens each second, other rules, and the end of all budgets."""
     load = Load(waiting, True, 4)
-    core, worst = load.core, dict[str, float]()
-
-    def take(what: str, event: Callable[..., list[Decision]], *given: object, **more: object) -> None:
-        load.now += 0.001
-        began = time.thread_time_ns()
-        decisions = event(*given, now=load.now, **more)
-        worst[what] = max(worst.get(what, 0.0), (time.thread_time_ns() - began) / 1e6)
-        load.note(decisions)
-
-    gc.collect()
-    gc.freeze()
+    core, longest = load.core, Longest(load)
+    take = longest.take
     names = list(core.endpoints)
     specs = [endpoint.spec for endpoint in core.endpoints.values()]
     for number in range(300):
@@ -162,14 +199,51 @@ def events(waiting: int) -> None:
         for name in names:
             take("all four are down, or up", core.set_up, name, is_up=is_up)
     take("other rules", core.set_policy, replace(POLICY, max_prompt_tokens=9000))
-    take("another order of who waits", core.set_policy, replace(POLICY, fair=False))
+    rules = TenantRules(default=TenantRule(None, 3))
+    longest.all_at_once("rules of tenants", core.set_policy, replace(POLICY, tenants=rules))
+    weighted = tuple(replace(klass, weight=2.0) for klass in CLASSES)
+    longest.all_at_once("classes get weights", core.set_policy, replace(POLICY, classes=weighted))
+    longest.all_at_once("another order of who waits", core.set_policy, replace(POLICY, fair=False))
+    take("another order, and again amid it", core.set_policy, POLICY)
+    take("another order, and again amid it", core.tick)
+    longest.all_at_once("another order, and again amid it", core.set_policy, replace(POLICY, short_first=True))
     load.now += 4000.0
     while core.waiting:
         take("all budgets are over", core.tick)
-    gc.unfreeze()
-    print(f"with {waiting} waiting, the longest, ms:")
-    for what, took_ms in worst.items():
-        print(f"{took_ms:>8.2f}  {what}")
+    return longest
+
+
+def _events_of_pools(waiting: int) -> Longest:
+    """Two endpoints that serve four models: pools split and join."""
+    load = Load(waiting, False, 2, models=4)
+    core, longest = load.core, Longest(load)
+    some = EndpointSpec("some", "", frozenset(load.models[:2]), LIMIT)
+    all_but_one = EndpointSpec("endpoint-0", "", frozenset(load.models[1:]), LIMIT)
+    longest.all_at_once("an endpoint comes that serves some models", core.put_endpoint, some)
+    longest.all_at_once("it goes", core.remove_endpoints, ["some"])
+    longest.all_at_once("a model is listed no more", core.put_endpoint, all_but_one)
+    longest.all_at_once("it is listed again", core.put_endpoint, replace(all_but_one, models=frozenset(load.models)))
+    load.note(core.offer(Ticket(replace(load.request().request, allowed=frozenset({"endpoint-1"}))), load.now))
+    longest.all_at_once("an endpoint comes where gateways choose", core.put_endpoint, some)
+    longest.all_at_once("it goes where gateways choose", core.remove_endpoints, ["some"])
+    longest.all_at_once("all endpoints go", core.remove_endpoints, ["endpoint-0", "endpoint-1"])
+    while core.waiting:
+        longest.take("an end, a hundred at a time", core.drain, most=100)
+    return longest
+
+
+def _events_of_homes(waiting: int) -> Longest:
+    """One endpoint, where everybody is at home, with a budget of its own for a wait while it is down."""
+    load = Load(waiting, False, 1)
+    core, longest = load.core, Longest(load)
+    policy = replace(POLICY, no_endpoint_budget_s=3700.0)
+    longest.take("other rules", core.set_policy, policy)
+    for _ in range(2):
+        longest.all_at_once("the only endpoint is down", core.set_up, "endpoint-0", is_up=False)
+        longest.all_at_once("the only endpoint is up", core.set_up, "endpoint-0", is_up=True)
+    longest.all_at_once("the only endpoint goes", core.remove_endpoints, ["endpoint-0"])
+    longest.all_at_once("the queue is switched off", core.set_policy, replace(policy, enable_queue=False))
+    return longest
 
 
 def adding(count: int) -> tuple[float, float]:

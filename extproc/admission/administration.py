@@ -124,13 +124,11 @@ class Administration(Frame):
         if books.lanes != lanes:
             self._fleet.regroup()
         if reorder:
-            self._lines.reorder()
+            self._settling.reorder()
         for endpoint in self.endpoints.values():
             endpoint.apply(policy)
             self._fleet.changed(endpoint)
         self._fleet.forget_stale()
-        if self._lines.misplaced:
-            self._fleet.go_on()
         if not policy.enable_queue:
             self._let_all_go()
         return self._end()
@@ -151,6 +149,9 @@ class Administration(Frame):
     def _let_all_go(self) -> None:
         """Empty all lines because the queue was switched off: nothing is held any more."""
         books = self._books
+        while self._settling.go_on():
+            pass
+        books.settles = False
         for ticket in list(books.waiting_tickets()):
             self._lines.go_anywhere(ticket)
             books.arrive(ticket)

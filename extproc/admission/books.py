@@ -39,6 +39,7 @@ class Books:
         freed: endpoints that may have room they did not have before this event.
         has_freed_many: more of them than the pass should look at one by one.
         decisions: what the event led to so far.
+        settles: the event is to settle some of those whose lines were given up: see settling.py.
     """
 
     __slots__ = (
@@ -53,6 +54,7 @@ class Books:
         "now",
         "policy",
         "pools",
+        "settles",
         "tenants",
         "waiting",
     )
@@ -70,6 +72,7 @@ class Books:
         self.arrived: list[tuple[Key, int, Ticket]] = []  # a heap: tickets that may go where they could not before
         self._arrivals = 0
         self.decisions: list[Decision] = []
+        self.settles = False
         self.policy = policy
         self._classes = {klass.name: klass for klass in policy.classes}
 

@@ -89,7 +89,10 @@ class Controller(Sharing):
         if target is not None:
             placing.lease(ticket, pool, target)
             return self._end()
-        lines.join(ticket, pool, pool.shared if home is None else pool.queue_of(home))
+        if lines.left:
+            lines.join(ticket, pool, lines.behind(ticket, pool, home))
+        else:
+            lines.join(ticket, pool, pool.shared if home is None else pool.queue_of(home))
         if ticket.account is not None:
             books.tenants.waits(ticket)
         if books.freed:
@@ -210,18 +213,20 @@ class Controller(Sharing):
         if self._watchers:
             self._event = Ticked(now)
         for ticket in islice(self._lines.alarms.due(now), DUE_AT_ONCE):
+            self._settling.wake(ticket)
             if now >= ticket.wait_until:
                 self._refusing.expire(ticket)
             else:
                 self._lines.go_anywhere(ticket)
                 self._lines.set_alarm(ticket, placed(ticket.pool))
         self._fleet.pass_time(now)
-        if self._lines.misplaced and self._lines.go_on():
-            self._fleet.go_on()
+        self._books.settles = bool(self._lines.left)
         return self._end()
 
     def next_deadline(self) -> float | None:
         """Return when `tick` is due next, never before the last event; None: nothing is due."""
+        if self._lines.left:
+            return self._books.now
         due, waits_until, changes_at = self._fleet.due_at, self._lines.alarms.next(), self._fleet.changes.next()
         if waits_until is not None and (due is None or waits_until < due):
             due = waits_until

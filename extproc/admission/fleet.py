@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from extproc.admission.books import Books
-    from extproc.admission.lines import Lines
     from extproc.admission.pool import Pool
+    from extproc.admission.settling import Settling
     from extproc.admission.ticket import Ticket
     from extproc.admission.values import EndpointSpec, Request
 
@@ -30,12 +30,12 @@ class Fleet:
         due_at: not before this can any telemetry have become stale, or must a dispatch pass go on; None: there is none.
     """
 
-    __slots__ = ("_books", "_lines", "_listings", "changes", "due_at", "is_shared")
+    __slots__ = ("_books", "_listings", "_settling", "changes", "due_at", "is_shared")
 
-    def __init__(self, books: Books, lines: Lines) -> None:
+    def __init__(self, books: Books, settling: Settling) -> None:
         """Start without endpoints."""
         self._books = books
-        self._lines = lines
+        self._settling = settling
         self._listings = 0
         self.is_shared = False
         self.changes: Alarms[Endpoint] = Alarms()
@@ -81,7 +81,7 @@ class Fleet:
             return False
         self.changed(endpoint)
         self._spare_the_last(endpoint.pools)
-        self._lines.resettle(split)
+        self._settling.resettle(split)
         return True
 
     def remove(self, endpoints: Iterable[Endpoint]) -> None:
@@ -131,14 +131,15 @@ class Fleet:
             endpoint.listed = False
             self.changed(endpoint)
         self._spare_the_last(books.pools)
-        self._lines.resettle(parted)
+        self._settling.resettle(parted)
         for pool in dict.fromkeys((*before, *books.pools)):  # who moved has a home where it went, if that serves it
             if pool.homes:
                 members = set(pool.members)
                 for home in [home for home in pool.homes if home not in members]:
-                    self._lines.evict(pool, home)
+                    self._settling.evict(pool, home)
         for pool in books.pools:
-            self._lines.follow_service(pool)
+            self._settling.follow_service(pool)
+        self._settling.run()
 
     # ---- changes of room
 
@@ -152,7 +153,7 @@ class Fleet:
             if not is_usable:
                 self._spare_the_last(endpoint.pools)
             for pool in endpoint.pools:
-                self._lines.follow_service(pool)
+                self._settling.follow_service(pool)
         elif endpoint.health.ejected_until is not None:  # it was down before: what it serves alone has nobody better
             self._spare_the_last(endpoint.pools)
         self.follow(endpoint)
@@ -160,7 +161,7 @@ class Fleet:
             self._books.freed[endpoint] = None
         elif not is_usable:
             for pool in endpoint.pools:
-                self._lines.evict(pool, endpoint)
+                self._settling.evict(pool, endpoint)
 
     def follow(self, endpoint: Endpoint) -> None:
         """Keep each pool's list of open endpoints true, who has the most room, and when time alone will change that."""

@@ -15,6 +15,7 @@ from extproc.admission.hearing import Hearing
 from extproc.admission.lines import Lines
 from extproc.admission.placing import Placing
 from extproc.admission.refusing import Refusing
+from extproc.admission.settling import Settling
 from extproc.admission.transitions import MUST_BE
 from extproc.admission.views import holds, others
 from extproc.errors import TransitionError
@@ -46,6 +47,7 @@ class Frame:
         "_lines",
         "_placing",
         "_refusing",
+        "_settling",
         "_tokens",
         "_watchers",
         "endpoints",
@@ -55,7 +57,8 @@ class Frame:
         """Start without endpoints; `put_endpoint` brings them."""
         self._books = books = Books(policy)
         self._lines = lines = Lines(books)
-        self._fleet = fleet = Fleet(books, lines)
+        self._settling = Settling(books, lines)
+        self._fleet = fleet = Fleet(books, self._settling)
         self._tokens = TokenEstimate(policy.laws.tokens)
         self._refusing = Refusing(books, lines, self._tokens)
         self._placing = Placing(books, lines, fleet, self._refusing)
@@ -152,6 +155,8 @@ class Frame:
     def _end(self) -> list[Decision]:
         """End an event: run the dispatch pass and return all decisions that the event led to."""
         books = self._books
+        if books.settles:
+            self._settling.run()
         if books.freed or books.arrived:
             self._placing.run()
         decisions, books.decisions = books.decisions, []

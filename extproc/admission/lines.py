@@ -7,35 +7,48 @@ the dispatch pass then looks at: see `Books.freed` and `Books.arrive`.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass, field
 from math import inf
-from operator import attrgetter
 from typing import TYPE_CHECKING, TypeVar
 
 from extproc.admission.alarms import NEVER, Alarms
 from extproc.admission.fairness import OUTPUT_WEIGHT
 from extproc.admission.guard import seniority
-from extproc.admission.lanes import comes, lane_of
-from extproc.admission.queue import WINDOW
+from extproc.admission.lanes import comes
+from extproc.admission.queue import WINDOW, Queue
 from extproc.admission.tenants import GUARANTEED, weight_of
 from extproc.admission.transitions import LEFT, NEW, WAITING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
     from extproc.admission.books import Books
     from extproc.admission.endpoint import Endpoint
     from extproc.admission.estimate import TokenEstimate
     from extproc.admission.pool import Pool
-    from extproc.admission.queue import Queue
     from extproc.admission.ticket import Ticket
 
-RENUMBERED = 250
-"""New places given in one event, when the rules of order changed: a millisecond's worth."""
 SURPRISE = 4.0
 """Who waits is estimated anew where so many times too much was booked: each reading moves all estimates a little."""
 
 T = TypeVar("T")
-_place = attrgetter("key")
+
+
+@dataclass(slots=True)
+class Left:
+    """A line that was given up: see settling.py.
+
+    Attributes:
+        pool: whose it was.
+        at_home: of those at home at one endpoint, not the shared one.
+        renumbers: who stands there gets a new place in the order.
+        is_charged: their tenants were charged for the old ones.
+        numbers: of those who stood there when `Settling` last looked, as they came.
+    """
+
+    pool: Pool
+    at_home: bool
+    renumbers: bool = False
+    is_charged: bool = True
+    numbers: deque[int] = field(default_factory=deque)
 
 
 class Lines:
@@ -43,39 +56,41 @@ class Lines:
 
     Attributes:
         alarms: when each of those who wait must be looked at: its patience, or its budget, ends.
-        misplaced: the numbers of those who wait at places of earlier rules, as they came; and of who came after them.
+        left: lines that were given up: who stands there is yet to be settled. The next one first.
+        are_more_left: of those lines, some were given up since `Settling` looked at who stands there.
+        renumbered: pools whose places are given in the order of arrival since the last change, till all are settled.
     """
 
-    __slots__ = ("_books", "_sequence", "_unplaced", "alarms", "misplaced")
+    __slots__ = ("_books", "_sequence", "alarms", "are_more_left", "left", "renumbered")
 
     def __init__(self, books: Books) -> None:
         """Start with nobody waiting."""
         self._books = books
         self._sequence = 0
         self.alarms: Alarms[Ticket] = Alarms()
-        self.misplaced: deque[int] = deque()
-        self._unplaced: dict[int, Ticket] = {}  # the tickets: numbers alone are sorted in a quarter of the time
+        self.left: dict[Queue, Left] = {}
+        self.are_more_left = False
+        self.renumbered: dict[Pool, None] = {}
 
     # ---- places in the order
 
     def number(self, ticket: Ticket, pool: Pool) -> None:
         """Give a request that comes its place: class, then its tenant's tag, then arrival.
 
-        While others wait at places of earlier rules it stands behind all of its class till its turn to be placed comes.
+        While others in its pool are yet to get new ones it stands behind all of its class: see `behind`.
         """
         if pool is not pool.base and not pool.waiting_total:
             comes(pool, ticket)
         self._sequence += 1
-        if self.misplaced:
-            tag = GUARANTEED if ticket.is_favoured else inf
-            self.misplaced.append(self._sequence)
-            self._unplaced[self._sequence] = ticket
-        else:
-            tag = self._tag(ticket, pool)
+        tag = inf if self.left and self._is_renumbered(pool) and not ticket.is_favoured else self._tag(ticket, pool)
         ticket.key = (-ticket.request_class.priority, tag, self._sequence)
 
-    def _renumber(self, ticket: Ticket, pool: Pool) -> None:
+    def renumber(self, ticket: Ticket, pool: Pool) -> None:
+        """Give one who waits another place."""
         ticket.key = (ticket.key[0], self._tag(ticket, pool), ticket.key[2])
+
+    def _is_renumbered(self, pool: Pool) -> bool:
+        return pool in self.renumbered or any(self.left[queue].renumbers for queue in pool.left)
 
     def _tag(self, ticket: Ticket, pool: Pool) -> float:
         """Return the request's place inside its class."""
@@ -87,48 +102,6 @@ class Lines:
             ticket.charge = (ticket.prompt_tokens + OUTPUT_WEIGHT * ticket.output_tokens) / weight_of(ticket)
             tag = pool.share(ticket.request_class.priority).tag(ticket.tenant, ticket.charge)
         return GUARANTEED if ticket.is_favoured else tag
-
-    def reorder(self) -> None:
-        """Give all who wait new places, as they came: the rules of order changed, and tags can't be compared.
-
-        Of more than RENUMBERED so many with each `go_on`; till then the others stand by their old places.
-        """
-        self._unplaced.clear()
-        self._misplace(self._books.pools)
-        if len(self.misplaced) <= RENUMBERED:
-            self.go_on()
-
-    def _misplace(self, pools: Iterable[Pool]) -> None:
-        """Have all who wait in `pools` placed anew by `go_on`. Tenants begin anew: no earlier place is charged."""
-        pools = list(pools)
-        for pool in pools:
-            for share in pool.shares.values():
-                share.begin_anew()
-        waiting = _waiting_in(pools)
-        for ticket in waiting.values():
-            ticket.charge = None
-        self._unplaced |= waiting
-        self.misplaced = deque(sorted(self._unplaced))
-
-    def go_on(self) -> bool:
-        """Give the next of those who wait at old places new ones; tell whether there are more."""
-        misplaced, unplaced = self.misplaced, self._unplaced
-        numbers = [misplaced.popleft() for _ in range(min(RENUMBERED, len(misplaced)))]
-        some = [(unplaced.pop(number), number) for number in numbers]
-        self._place_anew([ticket for ticket, number in some if ticket.state is WAITING and ticket.key[2] == number])
-        return bool(misplaced)
-
-    def _place_anew(self, tickets: Sequence[Ticket]) -> None:
-        """Give `tickets`, who wait, new places: all are refunded first, so that nobody pays twice."""
-        waiting = [(ticket, placed(ticket.pool), placed(ticket.queue)) for ticket in tickets]
-        for ticket, pool, queue in waiting:
-            queue.remove(ticket)
-            refund(ticket, pool)
-        for ticket, pool, queue in waiting:
-            self._renumber(ticket, pool)
-            queue.add(ticket)
-        for pool in dict.fromkeys(pool for _, pool, _ in waiting):
-            self._books.free(pool.open)
 
     def renew(self, endpoint: Endpoint, tokens: TokenEstimate) -> None:
         """Estimate the prompts of those anew who may be next at `endpoint`.
@@ -159,7 +132,9 @@ class Lines:
         """Take a ticket out of its line, and note who may go somewhere now because of that."""
         shifts = pool.open and pool.waiting_total > WINDOW and queue.in_window(ticket)
         queue.remove(ticket)
-        if ticket.is_guard:
+        if queue.is_left:
+            self._leave_left(ticket, pool, queue)
+        elif ticket.is_guard:
             self._books.free(pool.open)
         elif shifts:
             entrant = queue.entrant()
@@ -167,7 +142,7 @@ class Lines:
                 self._books.arrive(entrant)
             if pool.homes:  # an endpoint looks at its home's line and the shared one as one: others may have moved up
                 self._books.free({endpoint: None for endpoint in pool.open if endpoint in pool.homes})
-        if queue is not pool.shared and not queue and ticket.home is not None:
+        if queue is not pool.shared and not queue and not queue.is_left and ticket.home is not None:
             del pool.homes[ticket.home]
         pool.note_waiting(ticket.request_class.priority, -1)
         self._books.waiting -= 1
@@ -204,43 +179,52 @@ class Lines:
     def go_anywhere(self, ticket: Ticket) -> None:
         """Move a request from its home's line to the shared one; its place in the order stays."""
         pool, queue = placed(ticket.pool), placed(ticket.queue)
-        if queue is not pool.shared:
+        if queue is not pool.shared and not queue.is_left:
             self.quit(ticket, pool, queue)
             self.join(ticket, pool, pool.shared)
             self._books.free(pool.open)
 
-    def evict(self, pool: Pool, home: Endpoint) -> None:
-        """Let those at home at an endpoint that is gone go anywhere."""
-        queue = pool.homes.get(home)
-        for ticket in list(queue or ()):
-            self.go_anywhere(ticket)
-            self.set_alarm(ticket, pool)
+    def give_up(self, queue: Queue, pool: Pool, *, at_home: bool) -> None:
+        """Have those in a line of `pool` settled anew: see settling.py."""
+        queue.is_left = True
+        pool.left.append(queue)
+        self.left[queue] = Left(pool, at_home)
+        self.are_more_left = self._books.settles = True
 
-    def resettle(self, pools: Iterable[Pool]) -> None:
-        """Move who waits in `pools` to the pool that serves its model now."""
-        known = self._books.pools
-        moving: dict[Ticket, Pool] = {}
-        for pool in pools:
-            for queue in pool.queues():
-                for ticket in queue.tickets.values():
-                    whole = known.find(ticket.request.model, ticket.request.allowed) or known.any_model
-                    target = lane_of(whole, ticket.request_class)
-                    if target is not pool:
-                        moving[ticket] = target
-        for ticket in sorted(moving, key=_place):
-            self._move(ticket, moving[ticket])
-        gained = dict.fromkeys(moving.values())  # tags of two pools can't be compared
-        if self.misplaced and gained:
-            self._misplace(gained)
-            return
-        for pool in gained:
-            waiting = _waiting_in([pool])
-            self._place_anew([waiting[number] for number in sorted(waiting)])
+    def behind(self, ticket: Ticket, pool: Pool, home: Endpoint | None) -> Queue:
+        """Return the line for one that comes while others of its pool are yet to be settled.
+
+        If these get new places, it stands with them, and gets its own when they have theirs.
+        """
+        if ticket.key[1] != inf:
+            return pool.shared if home is None else pool.queue_of(home)
+        at_home = home is not None
+        for queue in pool.left:
+            line = self.left[queue]
+            if line.renumbers and line.at_home is at_home:
+                return queue
+        queue = Queue()
+        self.give_up(queue, pool, at_home=at_home)
+        self.left[queue].renumbers = True
+        return queue
+
+    def leave_left(self, ticket: Ticket, pool: Pool, queue: Queue) -> None:
+        """Take a ticket out of a line that was given up."""
+        queue.remove(ticket)
+        self._leave_left(ticket, pool, queue)
+
+    def _leave_left(self, ticket: Ticket, pool: Pool, queue: Queue) -> None:
+        if not self.left[queue].is_charged:
+            ticket.charge = None
+        if not queue:
+            pool.left.remove(queue)
+            del self.left[queue]
 
     # ---- until when
 
     def budget(self, ticket: Ticket, pool: Pool) -> None:
         """Note how long a request that comes may wait: its own budget or its class's, longer while nobody serves it."""
+        ticket.is_served = pool.is_served
         request, budget_s, age_s = (
             ticket.request,
             ticket.request_class.budget_s,
@@ -265,57 +249,10 @@ class Lines:
         half_s = (ticket.wait_until - now) / 2
         ticket.patience_until = now + (patience_s if patience_s < half_s else half_s)
 
-    def follow_service(self, pool: Pool) -> None:
-        """Note that the first endpoint of `pool` is up, or the last one is not: budgets are others then."""
-        is_served = pool.usable > 0
-        if is_served is pool.is_served:
-            return
-        pool.is_served = is_served
-        if pool.waiting_total:
-            if is_served:
-                pool.pace.backlog_began(self._books.now)  # what nobody served says nothing of those who do
-            for queue in pool.queues():
-                for ticket in queue.tickets.values():
-                    self._budget_anew(ticket, is_served=is_served)
-
-    def _budget_anew(self, ticket: Ticket, *, is_served: bool) -> None:
-        """Change the budget of one who waits: its class's begins when there is somebody to wait for."""
-        alone_s = self._books.policy.no_endpoint_budget_s
-        if alone_s is None:
-            return
-        request = ticket.request
-        most = request.arrived + alone_s
-        if is_served:
-            until = min(self._books.now, most) + ticket.request_class.budget_s
-        else:
-            until = max(ticket.wait_until, most)
-        if request.budget_s is not None:
-            until = min(until, request.arrived + request.budget_s)
-        if until != ticket.wait_until:
-            ticket.wait_until = until
-            self.set_alarm(ticket, placed(ticket.pool))
-
-    def _move(self, ticket: Ticket, pool: Pool) -> None:
-        before, queue, home = placed(ticket.pool), placed(ticket.queue), ticket.home
-        self.quit(ticket, before, queue)
-        refund(ticket, before)
-        ticket.pool = pool
-        if pool is not pool.base and not pool.waiting_total:
-            comes(pool, ticket)
-        self._renumber(ticket, pool)
-        stays = home is not None and queue is not before.shared and pool in home.pools
-        self.join(ticket, pool, pool.queue_of(home) if home is not None and stays else pool.shared)
-        if pool.waiting_total == 1:
-            pool.pace.backlog_began(self._books.now)
-        if before.is_served is not pool.is_served:
-            self._budget_anew(ticket, is_served=pool.is_served)
-        self.set_alarm(ticket, pool)
-        self._books.free(pool.open)
-
     def set_alarm(self, ticket: Ticket, pool: Pool) -> None:
         """Have one who waits in `pool` looked at when its patience or its budget ends."""
         at = ticket.wait_until
-        if ticket.queue is not pool.shared:
+        if ticket.queue is not pool.shared and not placed(ticket.queue).is_left:
             at = min(at, ticket.patience_until)
         self.alarms.set(ticket, at, self._books.waiting)
 
@@ -347,12 +284,3 @@ def placed(part: T | None) -> T:
 
 def _excess(ticket: Ticket) -> tuple[float, int]:
     return (placed(ticket.pool).waiting_total / (ticket.request_class.weight or 1.0), ticket.key[2])
-
-
-def _waiting_in(pools: Iterable[Pool]) -> dict[int, Ticket]:
-    """Return who waits in `pools`, by number."""
-    waiting: dict[int, Ticket] = {}
-    for pool in pools:
-        for queue in pool.queues():
-            waiting.update(queue.tickets)
-    return waiting

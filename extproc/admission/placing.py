@@ -95,7 +95,7 @@ class Placing:
 
     def _is_over(self, ticket: Ticket) -> bool:
         """Dispatch one that may go somewhere new, if it can; tell whether it was refused instead."""
-        if ticket.state is not WAITING:
+        if ticket.state is not WAITING or placed(ticket.queue).is_left:
             return False
         pool = placed(ticket.pool)
         target = self.place_for(ticket, pool, None if ticket.queue is pool.shared else ticket.home)

@@ -44,6 +44,7 @@ class Pool:
             waits for.
         shared: requests that any member may take.
         homes: for each member that somebody waits for, the requests at home there.
+        left: its lines that were given up, see settling.py.
         guard: how often who waits may be passed over, and room that is kept for who was.
         shares: fairness between tenants, by priority.
         waiting, waiting_total: how many wait in all its lines, by priority and together.
@@ -73,6 +74,7 @@ class Pool:
         "is_served",
         "lanes",
         "laws",
+        "left",
         "longest",
         "members",
         "names",
@@ -105,6 +107,7 @@ class Pool:
         self.closed_last: Endpoint | None = None
         self.shared = Queue()
         self.homes: dict[Endpoint, Queue] = {}
+        self.left: list[Queue] = []
         self.guard = Guard(self, laws.guard)
         self.shares: dict[int, FairShare] = {}
         self.waiting: dict[int, int] = {}
@@ -296,3 +299,4 @@ class Pool:
         """Walk all its lines."""
         yield self.shared
         yield from self.homes.values()
+        yield from self.left

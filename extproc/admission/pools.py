@@ -43,6 +43,7 @@ class Pools:
         "_all",
         "_expected_any",
         "_is_whole",
+        "_left",
         "_listed_by",
         "any_model",
         "by_model",
@@ -62,11 +63,18 @@ class Pools:
         self._expected_any = False  # likewise, when pools were grouped last
         self.subsets: dict[tuple[str | None, frozenset[str]], Pool] = {}
         self._all: tuple[Pool, ...] = (self.any_model,)
+        self._left: list[Pool] = []  # of no models any more: who waits there is yet to be settled
 
     def __iter__(self) -> Iterator[Pool]:
         """Walk them, each once, and the lanes of their weighted classes."""
         for pool in self._all:
             yield from pool.with_lanes()
+        yield from self._left
+
+    def forget_left(self) -> None:
+        """Forget pools that are for no models, and where nobody waits any more."""
+        if self._left:
+            self._left = [pool for pool in self._left if pool.waiting_total]
 
     def find(self, model: str | None, allowed: frozenset[str] | None = None) -> Pool | None:
         """Return the pool that serves `model`. An endpoint that lists models gets only requests for those.
@@ -150,7 +158,8 @@ class Pools:
                 return
 
     def _keep_shares(self) -> None:
-        self.every.tenants.keep(share for pool in self for share in pool.shares.values())
+        here = (one for pool in self._all for one in pool.with_lanes())
+        self.every.tenants.keep(share for pool in here for share in pool.shares.values())
 
     def join(self, endpoint: Endpoint) -> list[Pool] | None:
         """Follow an endpoint that is new. Return the pools that were split: who waits there may have to move.
@@ -236,6 +245,8 @@ class Pools:
         self.every = _keep(kept, taken, (1 << len(present)) - 1, self.every, present)
         self._keep_subsets(kept, taken, present)
         self._all = tuple(kept.values())
+        here = {one for pool in self._all for one in pool.with_lanes()}
+        self._left = [pool for pool in before if pool.waiting_total and pool not in here]
         for pool in self._all:
             for name, lane in list(pool.lanes.items()):
                 if name in lanes or lane.waiting_total:

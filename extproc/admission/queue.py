@@ -30,9 +30,10 @@ class Queue:
         tickets: by the sequence number in their key, in no order that means anything.
         depth: how many there are, by the name of their class.
         guards: how many keep room for themselves: see guard.py.
+        is_left: it was given up: who stands here is settled anew, and till then nobody is sent anywhere.
     """
 
-    __slots__ = ("_blocks", "_starts", "depth", "guards", "tickets")
+    __slots__ = ("_blocks", "_starts", "depth", "guards", "is_left", "tickets")
 
     def __init__(self) -> None:
         """Make an empty line."""
@@ -41,6 +42,7 @@ class Queue:
         self.tickets: dict[int, Ticket] = {}
         self.depth: dict[str, int] = {}
         self.guards = 0
+        self.is_left = False
 
     def __len__(self) -> int:
         """Count the waiting tickets."""

@@ -122,7 +122,7 @@ class Refusing:
         budget_s = pool.pace.law.sure * (ticket.wait_until - now)
         priority = ticket.request_class.priority
         ticket.predicted_s = wait_s = pool.pace.wait_s(ticket.position, priority, now)
-        if wait_s is None or wait_s <= budget_s or not pool.usable or self._lines.misplaced:  # its place is yet to come
+        if wait_s is None or wait_s <= budget_s or not pool.usable or self._lines.left:  # its place is yet to come
             return False
         # `position` counts a noisy tenant's whole backlog; fairness may put this one before it. Now look closely.
         ahead = sum(queue.rank(ticket) for queue in pool.queues())

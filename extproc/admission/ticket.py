@@ -57,6 +57,7 @@ class Ticket:
         "is_answered",
         "is_favoured",
         "is_guard",
+        "is_served",
         "kept",
         "kept_tokens",
         "key",
@@ -119,6 +120,7 @@ class Ticket:
         self.account: Account | None = None  # of that tenant, while it waits or runs
         self.is_favoured = False  # guaranteed to its tenant
         self.wait_until = 0.0  # the end of its budget
+        self.is_served = False  # somebody was up to serve it when that was last counted
         self.patience_until = 0.0  # the end of its wait for its home
         self.alarm = 0.0  # the one alarm that is set for it
         self.alarm_number = 0  # until it waits

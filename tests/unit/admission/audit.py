@@ -219,6 +219,8 @@ class Audit:
         require(pool.is_served is bool(usable), pool, "is served:", pool.is_served, usable)
         pools = self.core._books.pools
         for ticket in waiting:
+            if ticket.queue.is_left:
+                continue
             due = pools.find(ticket.request.model, ticket.request.allowed) or pools.any_model
             require(pool.base is due, ticket, "waits in", pool.members, "and not in", due.members)
             is_old = self.epochs[ticket] != self.epoch
@@ -235,7 +237,10 @@ class Audit:
         return ticket.request.arrived + min(most_s, own_s) + 1e-6
 
     def _serves(self, books: Books, pool: Pool) -> bool:
-        pools, pool = self.core._books.pools, pool.base
+        pools = self.core._books.pools
+        if pool in pools._left:  # of no models: who waits there is yet to be settled
+            return False
+        pool = pool.base
         if pool is pools.every:
             return True
         if pool is pools.any_model:
@@ -324,7 +329,7 @@ class Audit:
             require(bool(its), name, "has an empty account")
         last: dict[tuple[object, ...], tuple[int, float, int]] = {}
         for ticket in sorted(self.waiting, key=lambda t: t.key[2]):
-            if self.core.policy.short_first or self.epochs[ticket] != self.epoch:
+            if self.core.policy.short_first or self.epochs[ticket] != self.epoch or ticket.queue.is_left:
                 continue
             group = (ticket.pool, ticket.request_class.priority, ticket.request.tenant)
             require(last.get(group, ticket.key) <= ticket.key, ticket, "goes before its tenant's earlier request")
@@ -333,7 +338,10 @@ class Audit:
     def _check_deadline(self) -> None:
         due = self.core.next_deadline()
         wanted = [ticket.wait_until for ticket in self.waiting]
-        wanted += [t.patience_until for t in self.waiting if t.pool is not None and t.queue is not t.pool.shared]
+        settled = [t for t in self.waiting if t.queue is not None and not t.queue.is_left]
+        wanted += [t.patience_until for t in settled if t.pool is not None and t.queue is not t.pool.shared]
+        if len(settled) < len(self.waiting):
+            wanted.append(self.now)
         for endpoint in self.core.endpoints.values():
             times = (
                 endpoint.closed_until,
@@ -377,4 +385,6 @@ class Audit:
 
 def may_take(ticket: Ticket, endpoint: Endpoint) -> bool:
     assert ticket.pool is not None
+    if ticket.queue is not None and ticket.queue.is_left:
+        return False
     return ticket.queue is ticket.pool.shared or ticket.home is endpoint

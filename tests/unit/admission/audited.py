@@ -181,7 +181,8 @@ class Audited(Audit):
 
     def _settle(self) -> None:
         self.tick()
-        for _ in range(TICKS_AT_ONE_TIME):
+        unsettled = sum(ticket.queue is not None and ticket.queue.is_left for ticket in self.waiting)
+        for _ in range(TICKS_AT_ONE_TIME + unsettled):
             due = self.core.next_deadline()
             if due is None or due > self.now:
                 break

@@ -12,7 +12,7 @@ from extproc.admission import fairness
 from extproc.admission.controller import Controller
 from extproc.admission.fairness import MAX_TENANTS, FairShare, Memory
 from extproc.admission.laws import LAWS
-from extproc.admission.lines import RENUMBERED
+from extproc.admission.settling import PIECE
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request
 
@@ -103,9 +103,8 @@ def test_an_untagged_request_gives_its_tenant_no_refund() -> None:
     desk = shared(one(), fair=False)
     desk.ask()
     desk.ask("tagged", tenant="t")
-    untagged = desk.fill(RENUMBERED, tenant="t")[-1]
+    untagged = desk.fill(PIECE, tenant="t")[-1]
     desk.set_policy(Policy(classes=CLASSES, shed=False))
-    desk.tick()
     share = desk.core._books.pools.any_model.share(0)
     charged = share._tenants["t"].finish
     assert charged > 0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from extproc.admission.lines import RENUMBERED
 from extproc.admission.outcome import Outcome
+from extproc.admission.settling import PIECE
 from extproc.admission.tenants import TenantRule, TenantRules
 from extproc.admission.ticket import State
 from extproc.admission.values import Policy
@@ -63,20 +63,20 @@ def test_another_order_of_very_many_who_wait_is_made_in_pieces_by_ticks_that_are
     while desk.core.next_deadline() == desk.now:
         desk.tick()
         changed.append(sum(ticket.key != key for ticket, key in before.items()))
-    assert changed == [0, RENUMBERED, 400]
+    assert changed == [PIECE, 400]
     assert [ticket.prompt_tokens for ticket in desk.core.waiting_tickets()] == sorted(sizes)
 
 
 def test_who_comes_while_another_order_is_made_stays_behind_its_tenants_earlier_requests() -> None:
     desk = shared(one(), fair=False)
     first = desk.ask("0", tenant="t")
-    for number in range(1, RENUMBERED + 3):
+    for number in range(1, PIECE + 3):
         desk.ask(f"{number}", tenant="t")
     desk.set_policy(Policy(classes=CLASSES, shed=False))
-    desk.ask(f"{RENUMBERED + 3}", tenant="t")
+    desk.ask(f"{PIECE + 3}", tenant="t")
     while desk.core.next_deadline() == desk.now:
         desk.tick()
-    assert desk.serve_one_by_one(first) == [f"{number}" for number in range(1, RENUMBERED + 4)]
+    assert desk.serve_one_by_one(first) == [f"{number}" for number in range(1, PIECE + 4)]
 
 
 def reordered(desk: Desk) -> Desk:
@@ -91,7 +91,7 @@ def test_tenants_take_turns_though_more_happens_while_another_order_of_very_many
     first = desk.ask("0", model="n")
     desk.put(one("b", models=frozenset({"n"})))
     desk.set_up("b", is_up=False)
-    for number in range(RENUMBERED + 2):
+    for number in range(PIECE + 2):
         desk.ask(f"many{number}", tenant="many", model="n")
     desk.ask("few0", tenant="few", model="n")
     if meanwhile == "an endpoint goes":
@@ -110,20 +110,20 @@ def test_tenants_take_turns_though_more_happens_while_another_order_of_very_many
 def test_one_that_is_withdrawn_and_offered_again_while_another_order_is_made_is_placed_once() -> None:
     desk = shared(one(), short_first=True)
     first = desk.ask("0")
-    waiting = [desk.ask(f"{number}", prompt_tokens=900 - number) for number in range(1, RENUMBERED + 5)]
+    waiting = [desk.ask(f"{number}", prompt_tokens=900 - number) for number in range(1, PIECE + 5)]
     desk.set_policy(Policy(classes=CLASSES, shed=False, fair=False))
     desk.tick()
     desk.withdraw(waiting[-2])
     desk.offer_again(waiting[-2])
     reordered(desk)
-    behind = [f"{RENUMBERED + 2}", f"{RENUMBERED + 4}", f"{RENUMBERED + 3}"]
+    behind = [f"{PIECE + 2}", f"{PIECE + 4}", f"{PIECE + 3}"]
     assert desk.serve_one_by_one(first)[-3:] == behind
 
 
 def test_who_comes_while_another_order_is_made_passes_nobody_who_is_yet_to_get_a_place() -> None:
     desk = shared(one(), short_first=True)
     first = desk.ask("0")
-    for number in range(RENUMBERED + 2):
+    for number in range(PIECE + 2):
         desk.ask(f"{number}", prompt_tokens=100 + number)
     desk.set_policy(Policy(classes=CLASSES, shed=False, fair=False))
     late = desk.ask("late")
@@ -134,7 +134,7 @@ def test_who_comes_while_another_order_is_made_passes_nobody_who_is_yet_to_get_a
 def test_who_is_guaranteed_to_its_tenant_goes_first_also_while_another_order_is_made() -> None:
     rules = TenantRules({"vip": TenantRule(guaranteed=1)})
     desk = shared(one(), short_first=True, tenants=rules)
-    desk.fill(RENUMBERED + 2)
+    desk.fill(PIECE + 2)
     desk.set_policy(Policy(classes=CLASSES, shed=False, tenants=rules))
     vip = desk.ask("vip", tenant="vip")
     assert next(desk.core.waiting_tickets()) is vip

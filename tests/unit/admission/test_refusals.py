@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from extproc.admission.laws import LAWS
-from extproc.admission.lines import RENUMBERED
 from extproc.admission.outcome import Outcome
 from extproc.admission.refusing import RETRY_AFTER_MAX_S
+from extproc.admission.settling import PIECE
 from extproc.admission.values import Policy, RequestClass
 
 from .desk import CLASSES, STD, Desk, one
@@ -103,7 +103,7 @@ def test_nobody_is_refused_by_prediction_for_a_place_that_is_yet_to_be_found() -
     classes = (STD, RequestClass("patient", 0, 9999.0))
     desk = Desk(one(), shed=True, fair=False, classes=classes)
     flow(desk, 20.0, 1.0)
-    desk.fill(RENUMBERED + 1, tenant="noisy", request_class="patient")
+    desk.fill(PIECE + 1, tenant="noisy", request_class="patient")
     assert desk.outcome(desk.ask(tenant="quiet")) is Outcome.BUDGET_PREDICTED
     desk.set_policy(Policy(classes=classes, shed=True))
     quiet = desk.ask(tenant="quiet")

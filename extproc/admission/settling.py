@@ -1,0 +1,229 @@
+"""What touches all who wait: another order, pools that split or join, an endpoint that is gone, the first that is up.
+
+No event may take as long as all of them do. So the lines that it touches are given up whole, and who stands there is
+settled anew: in the pool that serves its model now, in its home's line or the shared one, at the place that the rules
+give it, with its budget. A piece of them at once, which is all of them unless they are very many; the rest in ticks
+that are due at once. They are settled as they came, so that a tenant's requests stay in the order of their arrival.
+
+Till its turn comes nobody is sent anywhere from a line that was given up; who waits there is counted, may leave, and
+is refused when its budget is over, as anywhere.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from heapq import merge
+from itertools import islice, repeat
+from typing import TYPE_CHECKING
+
+from extproc.admission.lanes import comes, lane_of
+from extproc.admission.lines import placed, refund
+from extproc.admission.queue import Queue
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from extproc.admission.books import Books
+    from extproc.admission.endpoint import Endpoint
+    from extproc.admission.lines import Left, Lines
+    from extproc.admission.pool import Pool
+    from extproc.admission.ticket import Ticket
+
+PIECE = 250
+"""How many are settled in one event: two milliseconds' worth."""
+
+
+class Settling:
+    """Those who are yet to be settled: see `Lines.left`."""
+
+    __slots__ = ("_books", "_lines")
+
+    def __init__(self, books: Books, lines: Lines) -> None:
+        """Settle who waits in `lines`."""
+        self._books = books
+        self._lines = lines
+
+    # ---- what touches many
+
+    def reorder(self) -> None:
+        """Follow other rules of order: all who wait get new places, and tenants begin anew."""
+        self._lines.renumbered.clear()
+        self._renumber(self._books.pools, begin_anew=True)
+
+    def resettle(self, pools: Iterable[Pool]) -> None:
+        """Follow a change of pools: who waits in these may belong to another now."""
+        self._lines.renumbered.clear()
+        for pool in pools:
+            self._give_up(pool)
+
+    def evict(self, pool: Pool, home: Endpoint) -> None:
+        """Follow an endpoint that is gone: who is at home there may go anywhere."""
+        queue = pool.homes.pop(home, None)
+        if queue is not None:
+            self._lines.renumbered.clear()
+            self._lines.give_up(queue, pool, at_home=True)
+
+    def follow_service(self, pool: Pool) -> None:
+        """Note that the first endpoint of `pool` is up, or the last one is not: budgets are others then."""
+        is_served = pool.usable > 0
+        if is_served is not pool.is_served:
+            pool.is_served = is_served
+            if pool.waiting_total:
+                if is_served:
+                    pool.pace.backlog_began(self._books.now)  # what nobody served says nothing of those who do
+                self._lines.renumbered.clear()
+                self._give_up(pool)
+
+    def _renumber(self, pools: Iterable[Pool], *, begin_anew: bool) -> None:
+        """Have who waits in `pools` get a new place; if tenants `begin_anew`, no earlier place is charged."""
+        for pool in pools:
+            self._give_up(pool)
+            for queue in pool.left:
+                line = self._lines.left[queue]
+                line.renumbers = True
+                line.is_charged &= not begin_anew
+            if begin_anew:
+                for share in pool.shares.values():
+                    share.begin_anew()
+            self._lines.renumbered[pool] = None
+            self._lines.are_more_left = True
+
+    def _give_up(self, pool: Pool) -> None:
+        """Give all lines of `pool` up."""
+        for home, queue in list(pool.homes.items()):
+            self._lines.give_up(queue, pool, at_home=True)
+            del pool.homes[home]
+        if pool.shared:
+            self._lines.give_up(pool.shared, pool, at_home=False)
+            pool.shared = Queue()
+
+    # ---- piece by piece
+
+    def run(self) -> None:
+        """Settle a piece if lines were given up in this event, or a tick is for that."""
+        if self._books.settles:
+            self._books.settles = False
+            self.go_on()
+
+    def go_on(self) -> bool:
+        """Settle the next piece; tell whether there is more."""
+        left, renumbered = self._lines.left, self._lines.renumbered
+        piece = self._next()
+        while True:
+            targets = {ticket: self._pool_of(ticket) for ticket in piece}
+            gaining = {
+                pool: None
+                for ticket, pool in targets.items()
+                if pool is not ticket.pool and pool.waiting_total and pool not in renumbered
+            }
+            if not gaining:
+                break
+            # Tags of two pools can't be compared. If all get new places in one piece, they are refunded first.
+            there = [queue for pool in gaining for queue in pool.queues() if not queue.is_left]
+            self._renumber(gaining, begin_anew=sum(map(len, (*left, *there))) > PIECE)
+            piece = self._next()
+        renumbered.update({pool: None for ticket, pool in targets.items() if pool is not ticket.pool})
+        self._settle(piece, targets)
+        if not left:
+            renumbered.clear()
+        self._books.pools.forget_left()
+        return bool(left)
+
+    def wake(self, ticket: Ticket) -> None:
+        """Give one that is yet to be settled its budget before the old one ends it; settle it if that is over, too."""
+        if placed(ticket.queue).is_left:
+            pool = self._pool_of(ticket)
+            if ticket.is_served is not pool.is_served:
+                self._budget_anew(ticket, is_served=pool.is_served)
+            if self._books.now >= ticket.wait_until:
+                self._settle([ticket], {ticket: pool})
+
+    def _next(self) -> list[Ticket]:
+        """Return who is settled next, as they came."""
+        lines = self._lines
+        piece = [] if lines.are_more_left else self._some()
+        if not piece:
+            lines.are_more_left = False
+            for queue, line in lines.left.items():
+                line.numbers = deque(sorted(queue.tickets))
+            piece = self._some()
+        return piece
+
+    def _some(self) -> list[Ticket]:
+        left = self._lines.left
+        piece: list[Ticket] = []
+        while not piece:
+            firsts = [zip(islice(line.numbers, PIECE), repeat(queue)) for queue, line in left.items()]
+            some = list(islice(merge(*firsts), PIECE))
+            for number, queue in some:
+                left[queue].numbers.popleft()
+                if number in queue.tickets:  # it has not left
+                    piece.append(queue.tickets[number])
+            if not some:
+                break
+        return piece
+
+    def _pool_of(self, ticket: Ticket) -> Pool:
+        pools, request = self._books.pools, ticket.request
+        return lane_of(pools.find(request.model, request.allowed) or pools.any_model, ticket.request_class)
+
+    def _settle(self, piece: list[Ticket], targets: dict[Ticket, Pool]) -> None:
+        """Have those of a piece join the lines they belong to, as they came."""
+        lines = self._lines
+        leaving: list[tuple[Ticket, Left]] = []
+        for ticket in sorted(piece, key=_number):
+            pool, queue = placed(ticket.pool), placed(ticket.queue)
+            line = lines.left[queue]
+            lines.leave_left(ticket, pool, queue)
+            if line.renumbers or targets[ticket] is not pool:
+                refund(ticket, pool)  # all first, so that nobody pays twice
+            leaving.append((ticket, line))
+        for ticket, line in leaving:
+            pool = targets[ticket]
+            if pool is not line.pool:
+                self._move(ticket, line.pool, pool)
+            if pool is not line.pool or line.renumbers:
+                lines.renumber(ticket, pool)
+            self._line_of(ticket, pool, line).add(ticket)
+            if ticket.is_served is not pool.is_served:
+                self._budget_anew(ticket, is_served=pool.is_served)
+            lines.set_alarm(ticket, pool)
+        for pool in dict.fromkeys(targets.values()):
+            self._books.free(pool.open)
+
+    def _move(self, ticket: Ticket, before: Pool, pool: Pool) -> None:
+        """Count one who waits in another pool."""
+        before.note_waiting(ticket.request_class.priority, -1)
+        if pool is not pool.base and not pool.waiting_total:
+            comes(pool, ticket)
+        pool.note_waiting(ticket.request_class.priority, 1)
+        if pool.waiting_total == 1:
+            pool.pace.backlog_began(self._books.now)
+        ticket.pool = pool
+
+    def _line_of(self, ticket: Ticket, pool: Pool, line: Left) -> Queue:
+        """Return its home's line for one who stood in such a one and may still wait for it; else the shared one."""
+        home = ticket.home
+        if not line.at_home or home is None or ticket.patience_until <= self._books.now:
+            return pool.shared
+        return pool.queue_of(home) if home.available and pool in home.pools else pool.shared
+
+    def _budget_anew(self, ticket: Ticket, *, is_served: bool) -> None:
+        """Change the budget of one who waits: its class's begins when there is somebody to wait for."""
+        ticket.is_served = is_served
+        alone_s = self._books.policy.no_endpoint_budget_s
+        if alone_s is None:
+            return
+        request = ticket.request
+        most = request.arrived + alone_s
+        if is_served:
+            until = min(self._books.now, most) + ticket.request_class.budget_s
+        else:
+            until = max(ticket.wait_until, most)
+        if request.budget_s is not None:
+            until = min(until, request.arrived + request.budget_s)
+        ticket.wait_until = until
+
+
+def _number(ticket: Ticket) -> int:
+    return ticket.key[2]

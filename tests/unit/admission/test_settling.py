@@ -1,0 +1,77 @@
+"""What touches all who wait, settled some at a time: three here, where it is 250. Each event is audited."""
+
+from __future__ import annotations
+
+import pytest
+
+from extproc.admission import settling
+from extproc.admission.outcome import Outcome
+
+from .desk import Desk, in_use, one
+from .storm import Storm
+
+BOTH, SECOND = frozenset({"m", "n"}), frozenset({"n"})
+
+
+@pytest.fixture(autouse=True)
+def _three_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settling, "PIECE", 3)
+
+
+def unsettled(desk: Desk) -> int:
+    return sum(ticket.queue.is_left for ticket in desk.waiting if ticket.queue is not None)
+
+
+def settle(desk: Desk) -> None:
+    while desk.core.next_deadline() == desk.now:
+        before = unsettled(desk)
+        desk.tick()
+        assert 0 <= before - unsettled(desk) <= settling.PIECE
+
+
+def eight_of_two_models(desk: Desk) -> None:
+    desk.ask("held", model="m")
+    for number in range(1, 9):
+        desk.ask(f"{number}", model="mn"[number % 2], tenant=f"t{number % 3}")
+
+
+def test_a_pool_that_splits_is_settled_some_at_a_time_and_everybody_waits_for_who_serves_its_model() -> None:
+    desk = Desk(one(models=BOTH), patience_s=0.0)
+    eight_of_two_models(desk)
+    desk.put(one("b", limit=9, models=SECOND))
+    assert unsettled(desk)
+    settle(desk)
+    assert desk.order == ["held", "1", "3", "5", "7"]
+    assert [ticket.request.model for ticket in desk.waiting] == ["m"] * 4
+
+
+def test_pools_that_join_before_all_are_settled_lose_nobody_and_keep_the_order_of_arrival() -> None:
+    desk = Desk(one(models=BOTH), fair=False)
+    eight_of_two_models(desk)
+    desk.put(one("b", models=SECOND), one("c", models=SECOND))
+    desk.set_up("b", is_up=False)
+    desk.set_up("c", is_up=False)
+    desk.tick()
+    desk.remove("b")
+    desk.remove("c")
+    assert unsettled(desk)
+    settle(desk)
+    (held,) = desk.leased
+    assert desk.serve_one_by_one(held) == [f"{number}" for number in range(1, 9)]
+
+
+def test_who_waited_for_the_first_endpoint_gets_its_budget_before_the_old_one_is_over() -> None:
+    desk = Desk(one(), no_endpoint_budget_s=300.0)
+    desk.set_up("a", is_up=False)
+    tickets = [desk.ask(f"{number}", "urgent") for number in range(6)]
+    desk.advance(299.9)
+    desk.set_up("a", is_up=True)
+    assert unsettled(desk) == 3
+    desk.advance(0.2, late=True)
+    assert in_use(tickets) == [True] + [False] * 5
+    assert Outcome.BUDGET_EXPIRED not in map(desk.outcome, tickets)
+
+
+@pytest.mark.parametrize("seed", [4, 21])
+def test_a_storm_whose_lines_are_settled_three_at_a_time_breaks_no_invariant(seed: int) -> None:
+    Storm(seed, check_every=20).run(3000)
