@@ -446,7 +446,8 @@ class Metrics:
         depths: dict[tuple[str, str], int] = {(SHARED, name): 0 for name in classes}
         lines: list[Queue] = []
         for pool in self._controller.pools():
-            for home, queue in ((SHARED, pool.shared), *((home.name, queue) for home, queue in pool.homes.items())):
+            homes = ((home.name, queue) for home, queue in pool.homes.items())
+            for home, queue in ((SHARED, pool.shared), *homes, *((SHARED, queue) for queue in pool.left)):
                 for request_class, count in queue.depth.items():
                     key = (home, request_class)
                     depths[key] = depths.get(key, 0) + count
