@@ -323,7 +323,12 @@ def test_up_says_which_servers_it_cannot_reach_and_when_one_fails_and_is_back(tm
                 pass
             return re.search(line, up.output()) is not None
 
-        wait_until(lambda: told(rf"WARNING extproc.queue endpoint 127.0.0.1:{port}: failing \(was "), message="failing")
+        wait_until(
+            lambda: told(
+                rf"WARNING extproc.queue endpoint 127.0.0.1:{port}: failing, the last one: no connection.* \(was "
+            ),
+            message="failing",
+        )
         with Child([*EXTPROC, "engine", "--port", str(port)], tmp_path / "engine.log") as engine:
             engine.wait_line("listening on")
             line = rf"WARNING extproc.queue endpoint 127.0.0.1:{port}: up \(was failing"
