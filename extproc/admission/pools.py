@@ -115,12 +115,19 @@ class Pools:
         self.any_model.names += len(fresh)
         return bool(fresh)
 
-    def know_subset(self, model: str | None, allowed: frozenset[str]) -> None:
-        """Note a set of allowed endpoints, of those that serve `model`. A new one costs nobody else's pool anything."""
+    def know_subset(self, model: str | None, allowed: frozenset[str], *, is_awaited: bool = False) -> None:
+        """Note a set of allowed endpoints, of those that serve `model`. A new one costs nobody else's pool anything.
+
+        `is_awaited`: one waits already that may go to no others, whoever serves its model, and it is not the only one
+        that is about to stand in the line of such a set: no other set is forgotten.
+        """
         key, whole = self._subset_key(model, allowed), self.find(model)
+        if whole is None and is_awaited:
+            whole = self.any_model
         if whole is None or key in self.subsets:
             return
-        self._forget_subsets()
+        if not is_awaited:
+            self._forget_subsets()
         members = self._allowed(key, whole)
         near = members[0].pools if members else (self.every, self.any_model)
         pool = next((pool.base for pool in near if pool.base.members == members), None)

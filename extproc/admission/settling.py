@@ -165,6 +165,8 @@ class Settling:
 
     def _pool_of(self, ticket: Ticket) -> Pool:
         pools, request = self._books.pools, ticket.request
+        if request.allowed is not None:  # nobody stood in the line of its set: it may be forgotten
+            pools.know_subset(request.model, request.allowed, is_awaited=True)
         return lane_of(pools.find(request.model, request.allowed) or pools.any_model, ticket.request_class)
 
     def _settle(self, piece: list[Ticket], targets: dict[Ticket, Pool]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from extproc.admission import settling
+from extproc.admission import pools, settling
 from extproc.admission.outcome import Outcome
 
 from .desk import Desk, in_use, one
@@ -70,6 +70,28 @@ def test_who_waited_for_the_first_endpoint_gets_its_budget_before_the_old_one_is
     desk.advance(0.2, late=True)
     assert in_use(tickets) == [True] + [False] * 5
     assert Outcome.BUDGET_EXPIRED not in map(desk.outcome, tickets)
+
+
+def test_who_may_go_to_some_endpoints_alone_goes_to_no_other_though_its_set_was_forgotten_before_its_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pools, "MOST_SUBSETS", 2)
+    desk = Desk(one("a"), one("b"))
+    held = desk.ask("held a", home="a")
+    desk.ask("held b", home="b")
+    tickets = [desk.ask(f"{number}", allowed=frozenset("ab")) for number in range(6)]
+    desk.put(one("c"))  # they were all that there are: those who may go there alone get a pool of their own
+    for ticket in tickets[:3]:
+        desk.cancel(ticket)
+    for allowed in ("a", "b", "c", "ac", "bc"):
+        ticket = desk.ask(allowed, allowed=frozenset(allowed))
+        if ticket in desk.waiting:
+            desk.cancel(ticket)
+    desk.put(one("d", limit=9))
+    settle(desk)
+    assert desk.order == ["held a", "held b", "c"]
+    desk.release(held)
+    assert desk.order == ["held a", "held b", "c", "3"]
 
 
 @pytest.mark.parametrize("seed", [4, 21])
