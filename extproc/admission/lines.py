@@ -6,6 +6,7 @@ the dispatch pass then looks at: see `Books.freed` and `Books.arrive`.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from dataclasses import dataclass, field
 from math import inf
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from extproc.admission.endpoint import Endpoint
     from extproc.admission.estimate import TokenEstimate
     from extproc.admission.pool import Pool
-    from extproc.admission.ticket import Ticket
+    from extproc.admission.ticket import Key, Ticket
 
 SURPRISE = 4.0
 """Who waits is estimated anew where so many times too much was booked: each reading moves all estimates a little."""
@@ -39,16 +40,19 @@ class Left:
     Attributes:
         pool: whose it was.
         at_home: of those at home at one endpoint, not the shared one.
+        may_move: who stands there may belong to another pool.
         renumbers: who stands there gets a new place in the order.
         is_charged: their tenants were charged for the old ones.
-        numbers: of those who stood there when `Settling` last looked, as they came.
+        turns: of those who stood there when `Settling` last looked, and who came since, in order: by their places if
+            they keep these, else by class and arrival.
     """
 
     pool: Pool
     at_home: bool
+    may_move: bool = False
     renumbers: bool = False
     is_charged: bool = True
-    numbers: deque[int] = field(default_factory=deque)
+    turns: deque[Key] = field(default_factory=deque)
 
 
 class Lines:
@@ -202,10 +206,13 @@ class Lines:
         for queue in pool.left:
             line = self.left[queue]
             if line.renumbers and line.at_home is at_home:
-                return queue
-        queue = Queue()
-        self.give_up(queue, pool, at_home=at_home)
-        self.left[queue].renumbers = True
+                break
+        else:
+            queue = Queue()
+            self.give_up(queue, pool, at_home=at_home)
+            line = self.left[queue]
+            line.renumbers = True
+        insort(line.turns, ticket.key)
         return queue
 
     def leave_left(self, ticket: Ticket, pool: Pool, queue: Queue) -> None:

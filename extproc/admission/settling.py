@@ -3,7 +3,11 @@
 No event may take as long as all of them do. So the lines that it touches are given up whole, and who stands there is
 settled anew: in the pool that serves its model now, in its home's line or the shared one, at the place that the rules
 give it, with its budget. A piece of them at once, which is all of them unless they are very many; the rest in ticks
-that are due at once. They are settled as they came, so that a tenant's requests stay in the order of their arrival.
+that are due at once.
+
+The highest class goes first: an endpoint that comes up may be full after the first piece. Those of a class are settled
+in the order of their places; if they get new ones, as they came, so that a tenant's requests stay in the order of their
+arrival.
 
 Till its turn comes nobody is sent anywhere from a line that was given up; who waits there is counted, may leave, and
 is refused when its budget is over, as anywhere.
@@ -14,6 +18,7 @@ from __future__ import annotations
 from collections import deque
 from heapq import merge
 from itertools import islice, repeat
+from math import inf
 from typing import TYPE_CHECKING
 
 from extproc.admission.lanes import comes, lane_of
@@ -27,7 +32,7 @@ if TYPE_CHECKING:
     from extproc.admission.endpoint import Endpoint
     from extproc.admission.lines import Left, Lines
     from extproc.admission.pool import Pool
-    from extproc.admission.ticket import Ticket
+    from extproc.admission.ticket import Key, Ticket
 
 PIECE = 250
 """How many are settled in one event: two milliseconds' worth."""
@@ -55,6 +60,9 @@ class Settling:
         self._lines.renumbered.clear()
         for pool in pools:
             self._give_up(pool)
+            for queue in pool.left:
+                self._lines.left[queue].may_move = True
+                self._lines.are_more_left = True
 
     def evict(self, pool: Pool, home: Endpoint) -> None:
         """Follow an endpoint that is gone: who is at home there may go anywhere."""
@@ -139,13 +147,13 @@ class Settling:
                 self._settle([ticket], {ticket: pool})
 
     def _next(self) -> list[Ticket]:
-        """Return who is settled next, as they came."""
+        """Return who is settled next."""
         lines = self._lines
         piece = [] if lines.are_more_left else self._some()
         if not piece:
             lines.are_more_left = False
             for queue, line in lines.left.items():
-                line.numbers = deque(sorted(queue.tickets))
+                line.turns = deque(_turns(queue, by_arrival=line.renumbers or line.may_move))
             piece = self._some()
         return piece
 
@@ -153,10 +161,10 @@ class Settling:
         left = self._lines.left
         piece: list[Ticket] = []
         while not piece:
-            firsts = [zip(islice(line.numbers, PIECE), repeat(queue)) for queue, line in left.items()]
+            firsts = [zip(islice(line.turns, PIECE), repeat(queue)) for queue, line in left.items()]
             some = list(islice(merge(*firsts), PIECE))
-            for number, queue in some:
-                left[queue].numbers.popleft()
+            for (_, _, number), queue in some:
+                left[queue].turns.popleft()
                 if number in queue.tickets:  # it has not left
                     piece.append(queue.tickets[number])
             if not some:
@@ -225,6 +233,13 @@ class Settling:
         if request.budget_s is not None:
             until = min(until, request.arrived + request.budget_s)
         ticket.wait_until = until
+
+
+def _turns(queue: Queue, *, by_arrival: bool) -> list[Key]:
+    """Return the order in which those of a line are settled: by places, or by class and arrival."""
+    if by_arrival:
+        return sorted([(ticket.key[0], inf, number) for number, ticket in queue.tickets.items()])
+    return [ticket.key for ticket in queue]
 
 
 def _number(ticket: Ticket) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from extproc.admission import pools, settling
@@ -70,6 +72,33 @@ def test_who_waited_for_the_first_endpoint_gets_its_budget_before_the_old_one_is
     desk.advance(0.2, late=True)
     assert in_use(tickets) == [True] + [False] * 5
     assert Outcome.BUDGET_EXPIRED not in map(desk.outcome, tickets)
+
+
+def test_the_first_endpoint_that_is_up_serves_the_highest_class_first_whoever_came_before() -> None:
+    desk = Desk(one(limit=2), no_endpoint_budget_s=300.0)
+    desk.set_up("a", is_up=False)
+    for number in range(7):
+        desk.ask(f"{number}", tenant="many")
+    desk.ask("another's", tenant="one")
+    desk.ask("urgent", "urgent")
+    desk.set_up("a", is_up=True)
+    settle(desk)
+    assert desk.order == ["urgent", "0"]
+    desk.release(next(iter(desk.leased)))
+    assert desk.order[2:] == ["another's"]
+
+
+def test_of_those_who_come_while_all_get_new_places_the_highest_class_is_settled_first() -> None:
+    desk = Desk(one(), patience_s=0.0)
+    held = desk.ask("held")
+    for number in range(12):
+        desk.ask(f"{number}")
+    desk.set_policy(replace(desk.core.policy, fair=False))
+    desk.ask("urgent", "urgent")
+    desk.tick()
+    desk.release(held)
+    assert unsettled(desk)
+    assert desk.order == ["held", "urgent"]
 
 
 def test_who_may_go_to_some_endpoints_alone_goes_to_no_other_though_its_set_was_forgotten_before_its_turn(
