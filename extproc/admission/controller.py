@@ -163,7 +163,8 @@ class Controller(Sharing):
         self._begin(now, ticket, "released")
         if self._watchers:
             self._event = Released(now, ticket, answer)
-        endpoint, pool = placed(ticket.endpoint), placed(ticket.pool)
+        endpoint, pool = ticket.endpoint, ticket.pool
+        assert endpoint is not None and pool is not None  # noqa: PT018, S101 - a lease has both
         ticket.state, ticket.ended_at, ticket.answer = DONE, now, answer
         endpoint.release(ticket, now, served=answer is _OK, wanted=pool.waiting_total > 0)
         try:

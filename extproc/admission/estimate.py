@@ -64,7 +64,8 @@ class _Mean:
     def add(self, value: float, memory: float) -> None:
         """Follow a value; about the last `memory` of them count."""
         if self.count != memory:  # as it soon is: what every answer does
-            self.count = min(self.count + 1.0, memory)
+            grown = self.count + 1.0
+            self.count = grown if grown < memory else memory
         self.value += (value - self.value) / self.count
 
 
