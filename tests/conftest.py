@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 # How fast inputs are made says how busy the machine is, and nothing about what is tested.
 settings.register_profile("busy-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy-machine")
+
+# A shell's job in the background ignores SIGINT, and so does every process that it starts: tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TOOL_MISSING = "tool missing: "
 LONGEST = (

@@ -20,7 +20,7 @@ import pytest
 from extproc.admission.laws import LAWS
 
 from .kit.clients import complete_many
-from .kit.processes import free_port, wait_until
+from .kit.processes import free_port, take_turns, wait_until
 from .kit.upstream import behave
 
 if TYPE_CHECKING:
@@ -68,10 +68,12 @@ class Canned:
 
     async def _end(self) -> None:
         self._server.close()
+        await take_turns()
         others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+        await take_turns()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, TimeoutError, asyncio.CancelledError):

@@ -15,7 +15,7 @@ import trustme
 from aiohttp import web
 
 from .kit.clients import complete_many
-from .kit.processes import free_port, wait_until
+from .kit.processes import free_port, take_turns, wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,12 +54,14 @@ class Guarded:
     async def _close(self) -> None:
         """Cut what is open: TLS that is closed in order waits for the other side, longer than the loop lives."""
         assert self._runner.server is not None
+        for site in self._runner.sites:
+            await site.stop()
+        await take_turns()
         for protocol in self._runner.server.connections:
             if protocol.transport is not None:
                 protocol.transport.abort()
         await self._runner.cleanup()
-        for _ in range(3):
-            await asyncio.sleep(0)
+        await take_turns()
 
     async def _listen(self) -> None:
         app = web.Application()

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from extproc.endpoints.discovery import watch
 
-from .processes import free_port, wait_until
+from .processes import free_port, take_turns, wait_until
 
 if TYPE_CHECKING:
     import ssl
@@ -248,6 +248,7 @@ class KubeApi:
         if self._site is not None:
             await self._site.stop()
             self._site = None
+            await take_turns()
         self._abort()
 
     def _abort(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import os
@@ -24,6 +25,12 @@ _POLL_S = 0.01
 _MOST_WORKERS = 8
 _worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _MOST_WORKERS
 _given_ports: set[int] = set()
+
+
+async def take_turns() -> None:
+    """Let what was accepted a moment ago come to its handler: a loop that ends before leaves its socket open."""
+    for _ in range(5):
+        await asyncio.sleep(0)
 
 
 def wait_until(condition: Callable[[], T | None], timeout_s: float = 5.0, message: str = "") -> T:

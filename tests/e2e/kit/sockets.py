@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from aiohttp import WSMsgType, web
 
+from .processes import take_turns
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -43,6 +45,8 @@ def echo_server() -> Iterator[str]:
         host, port = runner.addresses[0]
         ready.set_result(f"{host}:{port}")
         await stop.wait()
+        await site.stop()
+        await take_turns()
         await runner.cleanup()
 
     thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
