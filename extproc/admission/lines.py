@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from dataclasses import dataclass, field
 from math import inf
 from typing import TYPE_CHECKING, TypeVar
 
@@ -33,7 +32,6 @@ SURPRISE = 4.0
 T = TypeVar("T")
 
 
-@dataclass(slots=True)
 class Left:
     """A line that was given up: see settling.py.
 
@@ -47,12 +45,16 @@ class Left:
             they keep these, else by class and arrival.
     """
 
-    pool: Pool
-    at_home: bool
-    may_move: bool = False
-    renumbers: bool = False
-    is_charged: bool = True
-    turns: deque[Key] = field(default_factory=deque)
+    __slots__ = ("at_home", "is_charged", "may_move", "pool", "renumbers", "turns")
+
+    def __init__(self, pool: Pool, *, at_home: bool) -> None:
+        """Give a line up. (No dataclass: compiled, it would look for `Pool` before that is there, and crash.)"""
+        self.pool = pool
+        self.at_home = at_home
+        self.may_move = False
+        self.renumbers = False
+        self.is_charged = True
+        self.turns: deque[Key] = deque()
 
 
 class Lines:
@@ -192,7 +194,7 @@ class Lines:
         """Have those in a line of `pool` settled anew: see settling.py."""
         queue.is_left = True
         pool.left.append(queue)
-        self.left[queue] = Left(pool, at_home)
+        self.left[queue] = Left(pool, at_home=at_home)
         self.are_more_left = self._books.settles = True
 
     def behind(self, ticket: Ticket, pool: Pool, home: Endpoint | None) -> Queue:

@@ -64,6 +64,29 @@ def test_nobody_who_is_interpreted_is_a_subclass_of_who_is_compiled(compiled_mod
         assert not [base for base in bases if came_from.get(base) in compiled], file
 
 
+def test_no_compiled_dataclass_has_a_field_of_a_compiled_class_that_is_imported_for_types_alone(compiled_modules):
+    """Compiled, the class is looked for when its module begins, and if it is not there yet the process crashes."""
+    compiled = {path.removesuffix(".py").replace("/", ".") for path in compiled_modules}
+    for path in compiled_modules:
+        tree = ast.parse((ROOT / path).read_text())
+        for_types = {
+            name.name
+            for block in tree.body
+            if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+            for node in block.body
+            if isinstance(node, ast.ImportFrom) and node.module in compiled
+            for name in node.names
+        }
+        fields = {
+            ast.unparse(line.annotation)
+            for node in tree.body
+            if isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(one) for one in node.decorator_list)
+            for line in node.body
+            if isinstance(line, ast.AnnAssign)
+        }
+        assert not fields & for_types, path
+
+
 def test_a_copy_to_work_on_is_pure():
     assert not is_compiled() or "site-packages" in str(extproc.__file__)
 
