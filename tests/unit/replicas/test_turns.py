@@ -68,6 +68,15 @@ def test_no_turn_is_long_when_the_leader_is_gone_and_what_all_hold_comes_to_the_
     assert now.controller.waiting + here.load() >= 2 * WAITING
 
 
+def twenty_at_each() -> Site:
+    """Return a group at three engines of one slot, each sidecar with twenty clients."""
+    here = site(engines=3, limit=1)
+    for place in here.sidecars:
+        for _ in range(20):
+            here.send(place, work_s=0.1, budget_s=60.0)
+    return here
+
+
 def amid_letting_go(here: Site, then: Callable[[Sidecar], None]) -> None:
     """Have the next leader do something once, amid those whom it lets go."""
     killed(here, leader(here))
@@ -84,10 +93,7 @@ def amid_letting_go(here: Site, then: Callable[[Sidecar], None]) -> None:
 
 
 def test_who_is_stopped_amid_letting_go_leaves_the_rest_to_whoever_decides_then():
-    here = site(engines=3, limit=1)
-    for place in here.sidecars:
-        for _ in range(20):
-            here.send(place, work_s=0.1, budget_s=60.0)
+    here = twenty_at_each()
 
     def stops(_: Sidecar) -> None:
         here.clock.now += STOPPED_S + 0.1
@@ -99,10 +105,7 @@ def test_who_is_stopped_amid_letting_go_leaves_the_rest_to_whoever_decides_then(
 
 
 def test_a_fault_at_one_that_a_new_leader_lets_go_keeps_no_other_back():
-    here = site(engines=3, limit=1)
-    for place in here.sidecars:
-        for _ in range(20):
-            here.send(place, work_s=0.1, budget_s=60.0)
+    here = twenty_at_each()
 
     def fails(_: Sidecar) -> None:
         raise RuntimeError("a bug")
