@@ -62,11 +62,11 @@ class Quotas:
         if name in self._unread:
             refill = self._refill.get(name, 0)
             return refill if most is None else min(refill, most)
+        if most is not None:  # a store that has just come back may list us alone: our part looks like all of it
+            return most
         if part >= 1.0:
             self._caps[name] = endpoint.limit.value
             return None
-        if most is not None:
-            return most
         # A limit may only fall while others share it: each group would let its own grow for what all send together.
         cap = self._caps[name] = min(self._caps.get(name, endpoint.limit.value), endpoint.limit.value)
         return max(1, math.floor(cap * part + 1e-9))

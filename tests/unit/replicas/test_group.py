@@ -299,8 +299,12 @@ def test_who_was_nobody_sends_no_more_to_an_engine_because_somebody_follows_it_b
     assert here.engines["e0"].peak == 6 + 6 + 1
 
 
-def test_who_reaches_the_store_at_last_has_its_part_when_the_others_have_counted_it_in():
-    """It sees the engine's page, which may be older than what the others have sent since."""
+@pytest.mark.parametrize("first", ["the others", "itself"])
+def test_who_reaches_the_store_at_last_has_its_part_when_the_others_have_counted_it_in(first):
+    """It sees the engine's page, which may be older than what the others have sent since.
+
+    And the store may have forgotten the others, so that it lists who asks first alone.
+    """
     here = site(engines=1, limit=12)
     here.store.is_up = False
     here.kill("s2")
@@ -310,9 +314,13 @@ def test_who_reaches_the_store_at_last_has_its_part_when_the_others_have_counted
     books = late.controller.endpoints["e0"]
     assert books.quota == 1
     here.store.is_up = True
+    here.store.cut.update(["s0", "s1"] if first == "itself" else ())
     here.run_until(lambda: late.replica.census.answered_at is not None)
-    here.run(1.2)
-    assert books.quota == 1
+    assert late.replica.picture().members == (1 if first == "itself" else 3)
+    here.store.cut.clear()
+    quotas: set[int | None] = set()
+    here.run(1.2, lambda: quotas.add(books.quota))
+    assert quotas == {1}
     here.run(4.0)
     assert books.quota is not None
     assert books.quota >= 4
