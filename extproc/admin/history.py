@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from extproc.observe.waits import WINDOW_S, percentile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from extproc.admission.controller import Controller
+    from extproc.admission.values import Answer
     from extproc.observe.metrics import Metrics
 
 STEP_S = 2.0
@@ -40,10 +41,19 @@ class Sample(NamedTuple):
 class History:
     """What the admin page shows of the past."""
 
-    def __init__(self, controller: Controller, metrics: Metrics) -> None:
-        """Remember nothing yet; `sample` is to be called each STEP_S."""
+    def __init__(
+        self,
+        controller: Controller,
+        metrics: Metrics,
+        bad_elsewhere: Callable[[], Mapping[str, Mapping[Answer, int]]] = dict,
+    ) -> None:
+        """Remember nothing yet; `sample` is to be called each STEP_S.
+
+        `bad_elsewhere`: what endpoints gave the clients of sidecars for which we decide, as `Metrics.bad_answers`.
+        """
         self._controller = controller
         self._metrics = metrics
+        self._bad_elsewhere = bad_elsewhere
         self._samples: deque[Sample] = deque(maxlen=SAMPLES + 1)
         self._busy_at: float | None = None  # when requests were last seen to come, to a step
         self._curves: deque[dict[str, tuple[int, float | None]]] = deque(maxlen=SAMPLES)
@@ -112,11 +122,13 @@ class History:
         return found
 
     def _read(self, now: float) -> Sample:
-        failures: dict[str, dict[str, int]] = {
-            name: {str(kind.value): counts[kind] for kind in counts if counts[kind] and kind.value in FAILURES}
-            for name, counts in self._metrics.bad_answers().items()
-            if any(counts.values())
-        }
+        failures: dict[str, dict[str, int]] = {}
+        for counted in (self._metrics.bad_answers(), self._bad_elsewhere()):
+            for name, counts in counted.items():
+                for kind, count in counts.items():
+                    if count and kind.value in FAILURES:
+                        of_one = failures.setdefault(name, {})
+                        of_one[kind.value] = of_one.get(kind.value, 0) + count
         return Sample(now, outcome_totals(self._metrics), failures)
 
 

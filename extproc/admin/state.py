@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from extproc.admission.controller import Controller
     from extproc.admission.endpoint import Endpoint
     from extproc.admission.ticket import Ticket
-    from extproc.admission.values import Request
+    from extproc.admission.values import Answer, Request
     from extproc.observe.capacity import Capacity
     from extproc.observe.metrics import Metrics
     from extproc.observe.stories import Stories
@@ -100,6 +100,9 @@ class Others(Protocol):
     def whose(self, ticket: Ticket) -> str | None:
         """Return which of them holds a request; None: we do."""
 
+    def bad_answers(self) -> Mapping[str, Mapping[Answer, int]]:
+        """Return how many requests of theirs each endpoint gave no good answer while we decided, by kind."""
+
 
 OF_ALL = (
     *("endpoints", "waiting_total", "waiting_by_class", "waiting", "running", "scanned_all"),
@@ -147,7 +150,7 @@ class Viewer:
         self._gate = gate
         self._file_state = file_state
         self._metrics = metrics
-        self.history = History(gate.controller, metrics)
+        self.history = History(gate.controller, metrics, dict if others is None else others.bad_answers)
         self.sample()  # counts from the first second are news
         self._began = gate.now()
 

@@ -176,7 +176,10 @@ class SharedGate(Gate):
 
     def remove_endpoints(self, names: Iterable[str]) -> None:
         """Send nothing more to endpoints that go in one moment."""
-        super().remove_endpoints(names)
+        gone = tuple(names)
+        super().remove_endpoints(gone)
+        for name in gone:
+            self.replica.bad_answers.pop(name, None)
         self._tell_names()
 
     def _tell_names(self) -> None:

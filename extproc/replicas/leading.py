@@ -272,6 +272,7 @@ class Leading:
         match message:
             case Release(number, answer):
                 del tickets[number]
+                gate.replica.count_bad(ticket, answer)
                 self._close(ticket, answer)
             case Cancel(number):
                 del tickets[number]

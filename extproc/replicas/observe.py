@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
     from extproc.admission.ticket import Ticket
+    from extproc.admission.values import Answer
     from extproc.replicas.member import Membership
     from extproc.stream.gate import Gate
 
@@ -113,6 +114,10 @@ class Shown:
     def whose(self, ticket: Ticket) -> str | None:
         """Return the sidecar that forwarded a request."""
         return ticket.follower.member.id if isinstance(ticket, Forwarded) else None
+
+    def bad_answers(self) -> Mapping[str, Mapping[Answer, int]]:
+        """Return how many requests of other sidecars each endpoint gave no good answer while we led, by kind."""
+        return self._membership.replica.bad_answers
 
 
 def described(membership: Membership, waiting: int) -> dict[str, Any]:

@@ -11,10 +11,12 @@ Leaders look for others once a second, and the smaller group joins the bigger on
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING
 
 from extproc.admission.transitions import WAITING
+from extproc.admission.values import Answer
 from extproc.replicas.census import Census
 from extproc.replicas.door import Door
 from extproc.replicas.following import Following
@@ -45,7 +47,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from extproc.admission.ticket import Ticket
-    from extproc.admission.values import Answer
     from extproc.replicas.forwarded import Follower
     from extproc.replicas.gate import SharedGate
     from extproc.replicas.messages import Ask, Message, Network
@@ -76,6 +77,7 @@ class Replica:
         door: who comes to us.
         tell: answers a follower who asks what we show, by a call of the second argument.
         turns: how often it began to lead, follow, seek.
+        bad_answers: how many requests of others each endpoint gave no good answer while we led, by kind.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Replica:
         self.leading: Leading | None = None
         self.following: Following | None = None
         self.turns = dict.fromkeys(Role, 0)
+        self.bad_answers: dict[str, Counter[Answer]] = {}
         self.refused: str | None = None  # why the leader would not have us
         self._gate = gate
         self.pool = pool
@@ -219,6 +222,12 @@ class Replica:
             None if answered_at is None else now - answered_at,
             None if following is None else now - following.heard_at,
         )
+
+    def count_bad(self, ticket: Forwarded, answer: Answer) -> None:
+        """Count how a request of another sidecar ended, unless well or nobody knows; each counts its own besides."""
+        endpoint = ticket.endpoint
+        if endpoint is not None and not endpoint.removed and answer not in (Answer.OK, Answer.UNKNOWN):
+            self.bad_answers.setdefault(endpoint.name, Counter())[answer] += 1
 
     # ---- our own requests
 

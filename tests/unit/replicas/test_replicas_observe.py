@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from extproc.admin.http import Admin
 from extproc.admin.state import merged
 from extproc.admission.controller import Controller
 from extproc.admission.laws import KvLaw, Laws
 from extproc.admission.limit import LimitLaw
 from extproc.admission.tenants import TenantRules
-from extproc.admission.values import Binding, EndpointSpec, Policy, RequestClass
+from extproc.admission.values import Answer, Binding, EndpointSpec, Policy, RequestClass
 from extproc.commands.top import lines
-from extproc.replicas.observe import ReplicaMetrics, described
+from extproc.observe.metrics import Metrics
+from extproc.replicas.observe import ReplicaMetrics, Shown, described
 from extproc.replicas.picture import Role
 from extproc.replicas.rules import differing, rules_of
 
@@ -61,6 +64,40 @@ def test_waiting_here_is_what_came_through_a_sidecar_and_waits_on_a_leader_too()
             here.send(place, work_s=30.0, budget_s=60.0)
     here.run(1.0)
     assert {place: seen(sidecar)["waiting_here"] for place, sidecar in here.sidecars.items()} == sent
+
+
+def admin_of(sidecar: Sidecar) -> Admin:
+    async def nobody_leads_us(*_: object) -> dict[str, Any]:
+        return {}
+
+    membership = SimpleNamespace(replica=sidecar.replica, store_errors=0, ask_leader=nobody_leads_us)
+    metrics = Metrics(sidecar.controller, lambda: 0, clock=sidecar.loop.time)
+    return Admin("127.0.0.1:0", sidecar.gate, metrics, others=Shown(membership, sidecar.gate))
+
+
+def failed_lately(admin: Admin) -> dict[str, dict[str, int]]:
+    rows = asyncio.run(admin.view())["endpoints"]
+    return {row["name"]: row["failed_lately"] for row in rows if "failed_lately" in row}
+
+
+def test_what_an_endpoint_failed_lately_is_told_by_who_leads_for_the_clients_of_all():
+    """A follower's page shows the leader's endpoints: what its own clients met stood nowhere."""
+    here = Site(1, engines=1, limit=8)
+    here.run(6.0)
+    (leader,) = here.leaders()
+    admin = admin_of(leader)
+    for place, answer in (("s1", Answer.ERROR), ("s1", Answer.REFUSED), ("s2", Answer.ERROR), ("s2", Answer.FAILED)):
+        client = here.send(place, work_s=30.0)
+        here.run(0.1)
+        here.sidecars[place].close(client, answer)
+    here.run(0.1)
+    assert failed_lately(admin) == {"e0": {"error": 2, "failed": 1}}
+    for one in here.alive:
+        one.gate.remove_endpoints(["e0"])
+    here.run(10.0)
+    for one in here.alive:
+        one.gate.put_endpoint(EndpointSpec("e0", max_running_requests=8))
+    assert failed_lately(admin) == {}, "another server of that name"
 
 
 def samples_of(sidecar: Sidecar) -> dict[tuple[str, ...], float]:
