@@ -385,8 +385,6 @@ class Replica:
         self._on_loss()
         hold_until = 0.0 if clean else following.heard_at + SILENCE_S
         first = [successor] if successor is not None else [] if silent or clean else [leader]
-        if clean and successor is None:
-            self.census.left(leader.id)
         if successor is not None and successor.id == self.me.id:
             self._lost = None
             self._hold_until = 0.0

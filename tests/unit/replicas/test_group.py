@@ -164,6 +164,20 @@ def test_a_leader_that_was_stopped_sends_nothing_when_it_goes_on_until_it_has_fo
     assert here.is_one_group()
 
 
+def test_a_leader_that_was_stopped_for_a_moment_is_counted_on_by_who_followed_it():
+    """It lets its followers go when it wakes, which is no goodbye: each would have half of the limit, and it a third."""
+    here = site(engines=1, limit=12)
+    woken = leader(here)
+    here.stop(woken.place)
+    here.run(1.5)
+    here.resume(woken.place)
+    here.run(6.0)
+    assert here.is_one_group()
+    here.net.cut(here.sidecars, here.sidecars)
+    here.run(8.0)
+    assert [one.controller.endpoints["e0"].quota for one in here.alive] == [4, 4, 4]
+
+
 def test_what_runs_for_a_sidecar_that_died_keeps_its_place_at_the_engine():
     here = site(engines=1, limit=4)
     dead = followers(here)[0]
