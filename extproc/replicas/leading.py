@@ -99,6 +99,9 @@ class Leading:
         self._look_at_heir()
         if clean:
             self._census.left(follower.member.id)
+        for ticket in follower.tickets.values():
+            if ticket.state is State.LEASED and ticket.endpoint is not None:
+                self.quotas.hold_less(ticket.endpoint.name, ticket.sequences)
         self.quotas.follow()
         self._forget(follower)
         self.look_at_names()
@@ -126,8 +129,7 @@ class Leading:
             if ticket.state is State.WAITING:
                 gate.do(partial(controller.withdraw, ticket))
         for ticket in tickets.values():
-            if ticket.state is State.LEASED and ticket.endpoint is not None:
-                self.quotas.hold_less(ticket.endpoint.name, ticket.sequences)
+            if ticket.state is State.LEASED:
                 gate.do(partial(controller.disown, ticket))
 
     def end(self, successor: Member | None) -> list[Ticket]:

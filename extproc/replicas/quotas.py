@@ -122,7 +122,13 @@ class Quotas:
         self._refill[name] = self._refill.get(name, 0) + sequences
 
     def hold_less(self, name: str, sequences: int) -> None:
-        """Have it no more refill what somebody held who is gone."""
+        """Have it no more refill what somebody held who is gone. Until an endpoint's first page nothing shows it."""
+        endpoint = self._gate.controller.endpoints.get(name)
+        if endpoint is not None and endpoint.reading.page is None:
+            if name not in self._unread:
+                self._unread.add(name)
+                self._refill[name] = endpoint.sequences
+            self._fresh_from = max(self._fresh_from, self._gate.now() + READ_S)
         self._refill[name] = max(self._refill.get(name, 0) - sequences, 0)
 
     # ---- readings

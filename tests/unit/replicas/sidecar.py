@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from extproc.admission.load import Load
 from extproc.admission.ticket import Ticket
-from extproc.admission.values import Answer, Decision, Dispatch, EndpointSpec, Request
+from extproc.admission.values import Answer, Decision, Dispatch, Request
 from extproc.replicas.gate import SharedGate
 from extproc.replicas.messages import LAST, Member
 from extproc.replicas.picture import Role
@@ -76,6 +76,7 @@ class Sidecar:
         self.later: list[tuple[End[Sidecar] | None, Timer]] = []
         self.tickets: dict[Client, Ticket] = {}
         self.loop = Loop(site.clock, self)
+        self._policy = site.policy
         self.controller = site.core(site.policy)
         self.gate = SharedGate(self.controller, self.loop)
         me = Member(f"{place}.{life}", place, LAST - 1)
@@ -86,11 +87,20 @@ class Sidecar:
         self.losses = 0
 
     def start(self) -> None:
-        for engine in self.site.engines.values():
-            self.gate.put_endpoint(EndpointSpec(engine.name, max_running_requests=engine.limit))
-            self.gate.set_up(engine.name, is_up=True)
+        self.load()
         self._ask_store()
         self.replica.begin(self._turned, self._lost_one)
+
+    def load(self) -> None:
+        """Follow the configuration as it is now, and what health checks say."""
+        site, gate = self.site, self.gate
+        if self._policy is not site.policy:
+            self._policy = site.policy
+            gate.set_policy(site.policy)
+        gate.remove_endpoints(set(self.controller.endpoints) - set(site.specs))
+        gate.put_endpoints(site.specs.values())
+        for name in site.specs:
+            gate.set_up(name, is_up=name not in site.down)
 
     def _turned(self, role: Role) -> None:
         self._reads += 1

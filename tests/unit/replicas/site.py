@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from extproc.admission.controller import Controller
 from extproc.admission.ticket import State, Ticket
-from extproc.admission.values import Answer, Policy, Request
+from extproc.admission.values import Answer, EndpointSpec, Policy, Request
 from extproc.replicas.picture import Role
 from extproc.simulate.network import Clock
 
@@ -63,6 +63,8 @@ class Site:
         self.work_s = work_s
         self.budget_s = budget_s
         self.engines = {f"e{n}": Engine(f"e{n}", limit) for n in range(engines)}
+        self.specs = {name: EndpointSpec(name, max_running_requests=limit) for name in self.engines}  # as configured
+        self.down: set[str] = set()  # by the health checks of all
         self.clients = 0
         self.outcomes: Counter[str] = Counter()
         self.open: dict[Client, None] = {}

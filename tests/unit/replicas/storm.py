@@ -14,7 +14,12 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING
+
+from extproc.admission import settling
+from extproc.admission.values import EndpointSpec, Policy, RequestClass
 
 from .site import BrokenError, Site, require
 
@@ -29,11 +34,22 @@ LONGEST_S = 6.0
 """The longest answer in a storm: what ran at a fault is over by then."""
 
 
-class Storm(Site):
-    """A site with bad weather."""
+PIECE = 7
+"""How many of those who wait are settled in one event, where files change: they are some hundred."""
+MODELS = tuple(map(frozenset, ("", "", "m", "n", "mn")))
+"""What an engine may serve; nothing: any model."""
+CLASSES = (RequestClass("std", 0, 60.0), RequestClass("urgent", 10, 60.0))
+POLICIES = (Policy(classes=CLASSES), Policy(classes=CLASSES, fair=False), Policy(classes=CLASSES, short_first=True))
 
-    def __init__(self, seed: int, *, sidecars: int = 5, engines: int = 4, limit: int = 8) -> None:
+
+class Storm(Site):
+    """A site with bad weather; with `reloads`, files change, too: order, engines, models, and what is up."""
+
+    def __init__(
+        self, seed: int, *, sidecars: int = 5, engines: int = 4, limit: int = 8, reloads: bool = False
+    ) -> None:
         super().__init__(seed, sidecars=sidecars, engines=engines, limit=limit, budget_s=15.0)
+        self.reloads = reloads
         self.calm_from = self.clock.now + CALM_S + LONGEST_S
         self.faults: dict[str, int] = {}
         self.worst_over = 0
@@ -53,6 +69,8 @@ class Storm(Site):
             work_s=min(random.expovariate(1 / 1.5), LONGEST_S),
             budget_s=random.choice((0.0, 2.0, 15.0)),
             tenant=random.choice("abc"),
+            request_class=random.choice(CLASSES).name if self.reloads else "",
+            model=random.choice("mn") if self.reloads else None,
         )
         if random.random() < 0.1:
             self.clock.at(self.clock.now + random.expovariate(1.0), lambda: self.hang_up(client))
@@ -61,6 +79,31 @@ class Storm(Site):
     def hang_up(self, client: Client) -> None:
         if client in self.open and not client.running:
             super().hang_up(client)
+
+    # ---- files that are loaded anew, and health checks
+
+    def reload(self) -> None:
+        """Change the file, or what is up; each sidecar follows within a second. Plan the next."""
+        if not self.reloads:
+            return
+        random, specs = self.random, self.specs
+        name = random.choice(list(self.engines))
+        what = random.choice(("order", "goes", "models", "down", "up"))
+        if what == "order":
+            self.policy = random.choice(POLICIES)
+        elif what == "goes" and len(specs) > 1:
+            specs.pop(name, None)
+        elif what == "down":
+            self.down.add(name)
+        elif what == "up":
+            self.down.clear()
+        else:  # it serves others, or comes
+            models = random.choice(MODELS)
+            specs[name] = EndpointSpec(name, models=models, max_running_requests=self.engines[name].limit)
+        self.faults[what] = self.faults.get(what, 0) + 1
+        for one in self.sidecars.values():
+            self.clock.at(self.clock.now + random.random(), partial(one.do, one.load))
+        self.clock.at(self.clock.now + random.expovariate(0.3), self.reload)
 
     # ---- faults
 
@@ -206,6 +249,10 @@ class Storm(Site):
     def finish(self) -> None:
         """Let it clear up: everything ends, and no book holds anything."""
         self.rate = 1e-9
+        self.reloads = False
+        self.down.clear()
+        for sidecar in self.sidecars.values():
+            sidecar.do(sidecar.load)
         self._undo.append(lambda: None)
         self.mend()
         self.blow = self.mend  # type: ignore[method-assign]
@@ -225,21 +272,29 @@ def storm(
     check_every: int = 100,
     sidecars: int = 5,
     limit: int = 8,
+    reloads: bool = False,
     progress: Callable[[Storm], None] = lambda _: None,
 ) -> Storm:
-    """Let `events` events happen."""
-    here = Storm(seed, sidecars=sidecars, limit=limit)
+    """Let `events` events happen; with `reloads` who waits is settled in small pieces, and all else comes between."""
+    here = Storm(seed, sidecars=sidecars, limit=limit, reloads=reloads)
     here.rain()
     here.clock.at(here.clock.now + 5.0, here.blow)
-    number = 0
-    while here.clock.events < events:
-        here.step()
-        number += 1
-        if number % check_every == 0:
-            here.check_all()
-        if number % 50_000 == 0:
-            progress(here)
-    here.finish()
+    all_at_once = settling.PIECE
+    if reloads:
+        here.reload()
+        settling.PIECE = PIECE
+    try:
+        for number in count(1):
+            if here.clock.events >= events:
+                break
+            here.step()
+            if number % check_every == 0:
+                here.check_all()
+            if number % 50_000 == 0:
+                progress(here)
+        here.finish()
+    finally:
+        settling.PIECE = all_at_once
     return here
 
 
@@ -250,6 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check-every", type=int, default=100)
     parser.add_argument("--sidecars", type=int, default=5)
     parser.add_argument("--limit", type=int, default=8, help="of each of the 4 engines; parts above 1 show with more")
+    parser.add_argument("--reloads", action="store_true", help="with other orders, engines and models, too")
     asked = parser.parse_args(arguments)
     began = time.monotonic()
 
@@ -266,6 +322,7 @@ def main(arguments: list[str] | None = None) -> int:
             check_every=asked.check_every,
             sidecars=asked.sidecars,
             limit=asked.limit,
+            reloads=asked.reloads,
             progress=progress,
         )
     except BrokenError as error:

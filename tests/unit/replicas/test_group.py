@@ -165,7 +165,7 @@ def test_a_leader_that_was_stopped_sends_nothing_when_it_goes_on_until_it_has_fo
 
 
 def test_a_leader_that_was_stopped_for_a_moment_is_counted_on_by_who_followed_it():
-    """It lets its followers go when it wakes, which is no goodbye: each would have half of the limit, and it a third."""
+    """It lets its followers go when it wakes, which is no goodbye: each would have half of a limit, and it a third."""
     here = site(engines=1, limit=12)
     woken = leader(here)
     here.stop(woken.place)
@@ -189,6 +189,31 @@ def test_what_runs_for_a_sidecar_that_died_keeps_its_place_at_the_engine():
         here.send(leader(here).place, work_s=2.0)
     here.run(15.0, here.check)
     assert here.engines["e0"].peak == 4
+
+
+@pytest.mark.parametrize("has_page", [True, False])
+def test_what_runs_for_a_sidecar_that_died_keeps_its_place_until_the_first_page_of_an_engine_that_has_just_come(
+    has_page,
+):
+    here = site(engines=1, limit=4)
+    if not has_page:
+        here.blind.update(here.sidecars)
+    for one in here.alive:
+        one.gate.remove_endpoints(["e0"])
+    here.run(0.1)
+    for one in here.alive:
+        one.load()
+    dead = followers(here)[0]
+    for _ in range(3):
+        here.send(dead.place, work_s=20.0)
+    here.run(0.1)
+    here.kill(dead.place)
+    for _ in range(10):
+        here.send(leader(here).place, work_s=2.0, budget_s=60.0)
+    here.run(3.0, here.check)
+    assert here.engines["e0"].peak == 4
+    here.run(15.0, here.check)
+    assert here.engines["e0"].peak == (4 if has_page else 4 + 3), "nothing ever tells what runs there"
 
 
 def test_a_sidecar_that_is_cut_off_uses_its_part_alone_and_comes_back_by_itself():
@@ -607,10 +632,12 @@ def leader_of_most(here: Site) -> Sidecar:
     return max(here.leaders(), key=lambda one: one.replica.picture().group)
 
 
-@pytest.mark.parametrize(("seed", "sidecars", "limit"), [(1, 5, 8), (2, 5, 8), (3, 3, 24)])
-def test_a_storm_of_faults_breaks_no_promise(seed, sidecars, limit):
+@pytest.mark.parametrize(
+    ("seed", "sidecars", "limit", "reloads"), [(1, 5, 8, False), (2, 5, 8, True), (3, 3, 24, False), (29, 3, 24, True)]
+)
+def test_a_storm_of_faults_breaks_no_promise(seed, sidecars, limit, reloads):
     """A slice of `make storm-replicas`."""
-    here = storm(seed, 60_000, sidecars=sidecars, limit=limit)
+    here = storm(seed, 60_000, sidecars=sidecars, limit=limit, reloads=reloads)
     assert here.outcomes["done"] > 1000
 
 
