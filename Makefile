@@ -164,9 +164,10 @@ storm: $(STAMP)    ## 3 million random events against the core, with its invaria
 	EXTPROC_LONG=1 $(BIN)/python -m pytest tests/unit/admission/test_simulation.py tests/unit/admission/test_properties.py
 	$(BIN)/python -m tests.unit.admission.storm --events 3000000 --seed 1
 
-storm-replicas: $(STAMP)  ## 2 million events of sidecars under faults at random times, on virtual time (a minute)
+storm-replicas: $(STAMP)  ## 3 million events of sidecars under faults at random times, on virtual time (two minutes)
 	$(BIN)/python -m tests.unit.replicas.storm --events 1000000 --seed 1
 	$(BIN)/python -m tests.unit.replicas.storm --events 1000000 --seed 3 --sidecars 3 --limit 24
+	$(BIN)/python -m tests.unit.replicas.storm --events 1000000 --seed 5 --sidecars 3 --limit 24 --reloads
 
 # The page docs/benchmarks.md; raw runs in build/bench. HAProxy is a contender where it is installed: apt-get install haproxy.
 bench: $(STAMP)    ## what a queue in front is worth, real Envoy against HAProxy and others (27 minutes, a machine at rest)
