@@ -46,10 +46,12 @@ GRACE_S: Final = 120.0
 """So long what was found last stands while no engine tells: a new one's first readings take a while."""
 LEAST_SEQUENCE_S: Final = 1e-6
 """No sequence is for nothing, whatever counters made of a small model's steps."""
-MOST_OFF: Final = 2.0
-"""What counters say of a minute's answers is at most so many times what was estimated, or that part of it."""
-BELIEF_TOKENS: Final = 1_000.0
-"""Estimates are worth as much as so many tokens counted: a few answers alone prove nothing."""
+MOST_LONGER: Final = 4.0
+MOST_SHORTER: Final = 16.0
+"""A minute's answers are taken for so many times as long as estimated at most, or that part of it: the first estimates
+after a start are a guess. What others had an engine write is counted, too, so the first is not larger."""
+BELIEF_ANSWERS: Final = 2.0
+"""Estimates are worth as much as so many answers counted: one alone proves nothing."""
 MOST_NAMED: Final = 3
 """Models that the name of a pool tells."""
 
@@ -174,7 +176,7 @@ class _Pool:
                 prompts, outputs = one.reading.booked  # of that moment: most of what runs now may be younger
                 if prompts > kv.law.enough * kv.capacity:
                     filling.learn(one.reading.page_at, kv.capacity, page.kv_usage, prompts, outputs)
-            if one.steps.readings >= LEAST_READINGS:
+            if one.written:  # its counters tell: from the first token on, long before its costs are known
                 mark = self.marks[one] = (one.expected + one.kv.outputs / 2, one.written)
                 expected, written = before.get(one, mark)
                 self.expected += mark[0] - expected
@@ -345,9 +347,13 @@ def _is_up(endpoint: Endpoint) -> bool:
 
 def _longer(before: Asked, after: Asked) -> float:
     """Return how many times as long as estimated the answers between the two were."""
-    expected = max(after.expected - before.expected, 0.0) + BELIEF_TOKENS
-    written = after.written - before.written + BELIEF_TOKENS
-    return min(max(written / expected, 1.0 / MOST_OFF), MOST_OFF)
+    requests, outputs = after.requests - before.requests, after.outputs - before.outputs
+    if not requests or not outputs:
+        return 1.0
+    belief = BELIEF_ANSWERS * outputs / requests
+    expected = max(after.expected - before.expected, 0.0) + belief
+    written = after.written - before.written + belief
+    return min(max(written / expected, 1.0 / MOST_SHORTER), MOST_LONGER)
 
 
 def _stable_rate(

@@ -24,7 +24,7 @@ from extproc.observe.capacity import GRACE_S, Capacity, _groups, _name
 from extproc.observe.filling import Filling
 from extproc.simulate.studies.capacity import PATIENT, most, needed, play
 from extproc.simulate.studies.matrix.traffic import TRAFFIC
-from extproc.simulate.workload import Surge, Workload
+from extproc.simulate.workload import Lengths, Surge, Workload
 from extproc.simulate.world import saturation
 from tests.unit.admin_room import Room
 
@@ -45,6 +45,20 @@ def test_the_load_is_that_of_engines_whose_most_is_known(preset: str, share: flo
     _, answer = play(preset, engines, MIX, demands, duration_s)[-1]
     assert answer.engines == pytest.approx(needed(preset, demands, duration_s - 60.0, duration_s), rel=0.15)
     assert answer.load == pytest.approx(answer.engines / engines)
+
+
+@pytest.mark.parametrize(("median", "since_s"), [(8, 0.0), (600, 18.0)])
+def test_the_first_minute_knows_how_long_answers_are_as_soon_as_engines_counted_some(
+    median: int, since_s: float
+) -> None:
+    """It said up to 2.3 times the truth, and .5 after 18 s: the guess of 200 tokens was corrected by two at most, and only by what was
+    counted after the costs of a step were known."""
+    mix = Workload(classes=tuple(replace(one, output=Lengths(median, 0.5)) for one in PATIENT.classes))
+    demands = mix.demands(0.8 * 2 * most("h100-32b", mix), 40.0, 1)
+    said = [(at, answer.engines) for at, answer in play("h100-32b", 2, mix, demands, 40.0) if since_s <= at <= 25.0]
+    assert len(said) > 5
+    ratios = [engines / needed("h100-32b", demands, 0.0, at) for at, engines in said[::4]]
+    assert all(0.75 < ratio < 1.5 for ratio in ratios), ratios
 
 
 @pytest.mark.parametrize(("engines", "seed"), [(1, 3), (2, 3)])
