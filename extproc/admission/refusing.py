@@ -82,6 +82,8 @@ class Refusing:
         elif not policy.enable_queue:
             self.refuse(ticket, Outcome.NO_ENDPOINT)
         elif books.now >= ticket.wait_until:
+            if ticket.wait_until > ticket.request.arrived:
+                ticket.waited_for = None  # it came too late: it did not wait here, whatever has no room now
             self.expire(ticket)
         elif policy.shed and self._is_doomed(ticket, pool):
             self.refuse(ticket, Outcome.BUDGET_PREDICTED)

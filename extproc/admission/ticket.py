@@ -36,7 +36,7 @@ class Ticket:
         state: see `transitions.py`.
         is_guard: it was passed over so often that room is kept for it.
         position: how many waited in its pool, of its class or above, when it came.
-        waited_for: what held it when it joined the line; None: it did not wait.
+        waited_for: what held it when it joined the line; None: it did not wait, or its budget was over when it came.
         predicted_s: how long it would wait, as predicted then; None: nobody could say.
     """
 

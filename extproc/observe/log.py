@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from extproc.admission.controller import Controller
     from extproc.admission.endpoint import Endpoint
     from extproc.admission.ticket import Ticket
-    from extproc.admission.values import Decision
+    from extproc.admission.values import Decision, Reject
 
 log = logging.getLogger("extproc.queue")
 
@@ -39,6 +39,8 @@ REFUSALS = {
 }
 """How a request was refused, in a few words."""
 _WELL = (Outcome.DISPATCHED, Outcome.PASSED)
+_EXPIRED = (Outcome.BUDGET_EXPIRED, Outcome.NO_ENDPOINT)
+CAME_LATE = "Envoy held it for a sidecar that is gone"
 LINES = 5
 PERIOD_S = 1.0
 LOOK_S = 0.5
@@ -151,6 +153,8 @@ class QueueLog:
         else:
             what = "refused"
             reason = _reason(ticket)
+            if came_late(decision):
+                reason += f", over when it came: {CAME_LATE}"
             if decision.crowd is not None:
                 reason = f": {decision.crowd.words}"
                 about["in_flight"], about["max_in_flight"] = decision.crowd.in_flight, decision.crowd.most
@@ -253,6 +257,13 @@ class QueueLog:
             text = "%s: and %d more such lines in the last %.0f s"
             log.info(text, outcome.value, rate.left_out, now - rate.since, extra={"about": about})
         rate.since, rate.written, rate.left_out = now, 0, 0
+
+
+def came_late(decision: Reject) -> bool:
+    """Tell whether a refused request's budget was over when it came: it did not wait here."""
+    ticket = decision.ticket
+    expired = decision.outcome in _EXPIRED and ticket.waited_for is None and ticket.pool is not None
+    return expired and ticket.request.arrived < ticket.wait_until <= ticket.request.arrived + decision.wait_s
 
 
 def _reason(ticket: Ticket) -> str:

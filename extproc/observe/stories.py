@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from extproc.admission.outcome import Outcome
 from extproc.admission.ticket import State
 from extproc.admission.values import Answer, Dispatch, Reject
+from extproc.observe.log import CAME_LATE, came_late
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -163,7 +164,8 @@ def _refused(ticket: Ticket, decision: Reject | None, wait_s: float) -> str:
     again = f"; Retry-After {decision.retry_after_s} s" if decision.retry_after_s is not None else ""
     outcome = decision.outcome
     crowd = f" ({decision.crowd.words})" if decision.crowd is not None else ""
-    return f"refused, {outcome.value} ({outcome.status}): {outcome.message}{crowd}{again}" + _passed(ticket)
+    late = f" (its time was over when it came: {CAME_LATE})" if came_late(decision) else ""
+    return f"refused, {outcome.value} ({outcome.status}): {outcome.message}{crowd}{late}{again}" + _passed(ticket)
 
 
 def _dispatched(ticket: Ticket, decision: Dispatch) -> str:

@@ -7,6 +7,7 @@ what came to Envoy before we began: a request that is old because its upload was
 
 from __future__ import annotations
 
+import logging
 from math import inf
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from extproc.admission.ticket import Ticket
+
+log = logging.getLogger("extproc.queue")
 
 REPLAYS_S = 10.0
 """How long after a start requests may come that Envoy held for a sidecar that died: it looks for us once a second."""
@@ -54,6 +57,7 @@ class Replays:
         self._over = 0.0  # when the gathering under way ends
         self._gathered = ByAge()
         self._offsets_s: dict[Ticket, float] = {}  # of the clocks, as known when each came
+        self._came_back, self._oldest_s = 0, 0.0  # how many were sent again, and the age of the oldest
 
     def expect(self, clock_offset_s: Callable[[], float]) -> None:
         """Expect replays from now on, for a while; `clock_offset_s`: what stamps of requests are off by."""
@@ -69,6 +73,7 @@ class Replays:
                 self.until = min(self.until, now + GATHER_S)
                 self._loop.call_at(min(now + QUIET_S, self.until), self._look)
             self._over = min(now + QUIET_S, self.until)
+            self._came_back, self._oldest_s = self._came_back + 1, max(self._oldest_s, now - arrived)
         elif not self._gathered:
             return False
         self._gathered.add(ticket)
@@ -107,6 +112,14 @@ class Replays:
         finally:
             if not self._gathered:
                 self.until = self._expected_until
+                self._tell()
+
+    def _tell(self) -> None:
+        """Say how many came back, if any did."""
+        if self._came_back:
+            text = "%d request(s) came back from Envoy, held for a sidecar that is gone; the oldest was %.1f s old"
+            log.info(text, self._came_back, self._oldest_s, extra={"about": {"came_back": self._came_back}})
+            self._came_back, self._oldest_s = 0, 0.0
 
     def _look(self) -> None:
         """End the gathering, if no more has come for a while."""

@@ -51,8 +51,8 @@ def test_the_load_is_that_of_engines_whose_most_is_known(preset: str, share: flo
 def test_the_first_minute_knows_how_long_answers_are_as_soon_as_engines_counted_some(
     median: int, since_s: float
 ) -> None:
-    """It said up to 2.3 times the truth, and .5 after 18 s: the guess of 200 tokens was corrected by two at most, and only by what was
-    counted after the costs of a step were known."""
+    """It said up to 2.3 times the truth, and .5 after 18 s: the guess of 200 tokens was corrected by two at most, and
+    only by what was counted after the costs of a step were known."""
     mix = Workload(classes=tuple(replace(one, output=Lengths(median, 0.5)) for one in PATIENT.classes))
     demands = mix.demands(0.8 * 2 * most("h100-32b", mix), 40.0, 1)
     said = [(at, answer.engines) for at, answer in play("h100-32b", 2, mix, demands, 40.0) if since_s <= at <= 25.0]

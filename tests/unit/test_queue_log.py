@@ -39,6 +39,23 @@ def test_a_refusal_is_a_line_with_request_class_outcome_wait_budget_and_what_hel
     ]
 
 
+def test_one_that_came_back_too_late_is_not_said_to_have_been_held_by_anything_here(caplog):
+    """It read `refused after 13.000 s of a budget of 10 s, held by limit`, half a second after a restart."""
+    caplog.set_level(logging.INFO, "extproc.queue")
+    controller = Controller(Policy(classes=(RequestClass("default", 0, 10.0),)))
+    controller.put_endpoint(EndpointSpec("a", max_running_requests=1), 0.0)
+    log = QueueLog(controller, lambda: 0.0)
+    for name, arrived in (("r-1", 0.0), ("r-2", -13.0)):
+        for decision in controller.offer(Ticket(Request(name, arrived)), 0.0):
+            log.decided(decision)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "budget_expired: request r-2, class default, refused after 13.000 s of a budget of 10 s, over when it came: "
+        "Envoy held it for a sidecar that is gone"
+    )
+    assert "waited_for" not in record.about
+
+
 @pytest.mark.parametrize(
     ("apart", "words"),
     [(True, "it has 2 of 2 in flight"), (False, "with all tenants that are not named it has 2 of 2 in flight")],

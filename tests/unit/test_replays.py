@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import logging
 import random
 from typing import TYPE_CHECKING
 
@@ -100,6 +101,27 @@ def test_replayed_requests_go_in_the_order_in_which_they_came_to_envoy():
     room.loop.advance(GATHER_S)
     room.run_dry(*tickets)
     assert room.sent == ["r5", "r4", "r3", "r2"]
+
+
+def test_the_log_says_once_how_many_came_back_and_how_old_the_oldest_is(caplog):
+    caplog.set_level(logging.INFO, "extproc.queue")
+    room = Room()
+    for number in range(2 * LET_GO_IN_A_TURN + 9):
+        room.offer(f"r{number}", 3 + number / 1000)
+    room.offer("new")
+    room.gate.close(room.offer("left", 4))
+    room.loop.advance(2 * REPLAYS_S)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["210 request(s) came back from Envoy, held for a sidecar that is gone; the oldest was 4.0 s old"]
+
+
+def test_without_a_replayed_request_the_log_says_nothing(caplog):
+    caplog.set_level(logging.INFO, "extproc.queue")
+    room = Room()
+    room.offer("new")
+    room.loop.advance(2 * REPLAYS_S)
+    room.gate.drain()
+    assert not caplog.records
 
 
 def test_a_new_request_between_replayed_ones_does_not_pass_them():

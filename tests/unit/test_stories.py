@@ -90,6 +90,17 @@ def test_a_refusal_tells_its_outcome_and_when_to_try_again() -> None:
     assert told.endswith("; Retry-After 1 s")
 
 
+def test_one_that_came_back_too_late_tells_so_and_not_that_it_waited() -> None:
+    office = Office(enable_queue=True)
+    for name in ("x", "y"):
+        office.offer(name)
+    ticket = Ticket(Request("late", office.now - 13.0))
+    office.note(office.core.offer(ticket, office.now))
+    told = office.tell("late")
+    assert len(told) == 2
+    assert "(its time was over when it came: Envoy held it for a sidecar that is gone); Retry-After 1 s" in told[1]
+
+
 @pytest.mark.parametrize(
     ("wait_s", "hint"),
     [
