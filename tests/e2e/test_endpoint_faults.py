@@ -284,6 +284,31 @@ def test_a_flapping_endpoint_strands_nobody(stack):
     settle(here, count + 20)
 
 
+@pytest.mark.parametrize("protocol", ["h1", "h2"])
+def test_envoy_counts_the_answers_that_a_server_breaks_off_and_not_those_whose_client_leaves(stack, protocol):
+    """Behind the head of an answer Envoy tells ext_proc nothing of how it ends: ExtprocAnswersCut asks Envoy itself."""
+    here = stack(upstreams=("a",), protocol=protocol, config={"max_running_requests": 4})
+
+    def cut() -> int:
+        names = ("upstream_cx_destroy_remote_with_active_rq", "upstream_rq_rx_reset")
+        return sum(here.front.envoy.stats("cluster.a.")[f"cluster.a.{name}"] for name in names)
+
+    leaves = [("x-test-id", "leaves"), behave("sse", events=50, gap_s=0.1)]
+    with H1Request(here.front.address, headers=leaves, body=b"{}") as request:
+        assert request.send().read_chunk()
+    here.wait_idle(10)
+    assert cut() == 0
+    answers = complete_many(
+        here.url, 6, lambda n: {"x-test-id": f"c-{n}", **dict([behave("rst", events=3, gap_s=0.05)])}
+    )
+    assert {one.status for one in answers} == {200}
+    assert not whole(answers)
+    assert cut() == 6
+    line = here.front.envoy.wait_access_log(lambda entry: entry["code"] == 200 and entry["flags"] not in ("-", "DC"))
+    assert line["flags"] in ("UPE", "UR", "UC")
+    settle(here, 7)
+
+
 @pytest.mark.parametrize("how", ["rst", "fin"])
 def test_answers_that_break_off_end_once_and_give_their_slots_back(stack, how):
     here = stack(upstreams=("a",), config={"max_running_requests": 4})
