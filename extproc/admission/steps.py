@@ -51,10 +51,9 @@ class StepCost:
         self.worked = False
         self._running = 0.0  # running requests x seconds, weighted by age
         self._tokens = 0.0  # output tokens, weighted alike
-        self._spread = [
-            [off * off if row == column else 0.0 for column in range(3)]
-            for row, off in enumerate((law.base_off_s, law.sequence_off_s, law.prompt_off_s))
-        ]
+        # How far off the three may be, squared, and how they go together: base x base, base x sequence, and so on.
+        offs = law.base_off_s, law.sequence_off_s, law.prompt_off_s
+        self._spread = (offs[0] * offs[0], 0.0, 0.0, offs[1] * offs[1], 0.0, offs[2] * offs[2])
 
     @property
     def tpot_s(self) -> float | None:
@@ -90,19 +89,27 @@ class StepCost:
 
     def learn(self, elapsed_s: float, steps: float, output_tokens: float, prompt_tokens: float) -> None:
         """Follow `elapsed_s` in which the engine was busy from end to end, and what it did in them."""
-        law, spread, did = self.law, self._spread, (steps, output_tokens, prompt_tokens)
-        for row, drift in enumerate((law.base_drift_s, law.sequence_drift_s, law.prompt_drift_s)):
-            spread[row][row] += drift * drift * elapsed_s
-        shared = [sum(value * part for value, part in zip(line, did, strict=True)) for line in spread]
+        law = self.law
+        bb, bs, bp, ss, sp, pp = self._spread
+        bb += law.base_drift_s * law.base_drift_s * elapsed_s
+        ss += law.sequence_drift_s * law.sequence_drift_s * elapsed_s
+        pp += law.prompt_drift_s * law.prompt_drift_s * elapsed_s
+        base = bb * steps + bs * output_tokens + bp * prompt_tokens
+        sequence = bs * steps + ss * output_tokens + sp * prompt_tokens
+        prompt = bp * steps + sp * output_tokens + pp * prompt_tokens
         noise = (law.noise * elapsed_s) ** 2 + (law.uncounted * self.prompt_s) ** 2
-        total = sum(value * part for value, part in zip(shared, did, strict=True)) + noise
-        costs = (self.base_s, self.sequence_s, self.prompt_s)
-        missing = elapsed_s - sum(cost * part for cost, part in zip(costs, did, strict=True))
-        self.base_s, self.sequence_s, self.prompt_s = (
-            max(cost + value / total * missing, least) for cost, value, least in zip(costs, shared, LEAST, strict=True)
+        total = base * steps + sequence * output_tokens + prompt * prompt_tokens + noise
+        explained_s = self.base_s * steps + self.sequence_s * output_tokens + self.prompt_s * prompt_tokens
+        missing_s = elapsed_s - explained_s
+        self.base_s = max(self.base_s + base / total * missing_s, LEAST[0])
+        self.sequence_s = max(self.sequence_s + sequence / total * missing_s, LEAST[1])
+        self.prompt_s = max(self.prompt_s + prompt / total * missing_s, LEAST[2])
+        self._spread = (
+            bb - base * base / total,
+            bs - base * sequence / total,
+            bp - base * prompt / total,
+            ss - sequence * sequence / total,
+            sp - sequence * prompt / total,
+            pp - prompt * prompt / total,
         )
-        self._spread = [
-            [value - shared[row] * shared[column] / total for column, value in enumerate(line)]
-            for row, line in enumerate(spread)
-        ]
         self.readings += 1

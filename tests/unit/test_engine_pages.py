@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from extproc.endpoints.telemetry.engines import ENGINES, engines_for
 from extproc.endpoints.telemetry.facts import Facts, paths, read_facts
 from extproc.endpoints.telemetry.page import Reader, read_page
 from extproc.endpoints.telemetry.rates import Rates
-from extproc.endpoints.telemetry.readings import Readings, Reason
+from extproc.endpoints.telemetry.readings import Counter, Readings, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -152,9 +152,10 @@ def load(body: bytes, engine: str) -> tuple[str, Load]:
     """Return whose page it is, and its load, all counters having been 0 a second before."""
     now = read_page(body, engines_for(engine))
     assert isinstance(now, Readings), now
-    series = {field.name: value for field in fields(now) if isinstance(value := getattr(now, field.name), dict)}
+    counters = {name: value for name, value in now._asdict().items() if isinstance(value, Counter)}
     rates = Rates(10.0)
-    rates.load(replace(now, **{name: dict.fromkeys(value, 0.0) for name, value in series.items()}), 0.0)
+    zeros = {name: Counter(one.series, [0.0] * len(one.series)) for name, one in counters.items()}
+    rates.load(now._replace(**zeros), 0.0)
     return now.engine, rates.load(now, 1.0)
 
 

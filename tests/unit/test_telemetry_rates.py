@@ -66,6 +66,13 @@ def test_an_engine_rank_that_comes_or_goes_gives_no_difference():
     assert rates.load(read(vllm("1030")), 103.0).output_tokens == 10
 
 
+def test_two_engine_ranks_that_change_places_on_the_page_give_the_same_difference():
+    rates, ranks = Rates(10.0), [vllm("1000"), vllm("5000", engine=1)]
+    rates.load(read("".join(ranks)), 100.0)
+    ranks = [vllm("5001", engine=1), vllm("1010")]
+    assert rates.load(read("".join(ranks)), 101.0).output_tokens == 11
+
+
 def test_a_nan_between_two_readings_makes_both_differences_unknown():
     rates = Rates(10.0)
     rates.load(read(vllm("1000")), 100.0)

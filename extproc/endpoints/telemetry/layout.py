@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from extproc.endpoints.telemetry.bounds import MOST_COUNTED, MOST_REQUESTS, MOST_TOKENS, share, whole, within
 from extproc.endpoints.telemetry.lines import Pairs, Series, number
 from extproc.endpoints.telemetry.readings import Counter, Readings, Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from extproc.endpoints.telemetry.engines import Engine, Metric, Names
 
@@ -43,9 +43,7 @@ class Figure:
         """Return the value of each series; of several views one that isn't believed makes it unknown."""
         found: Values = []
         for places in self.places:
-            value = values[places[0]]
-            if len(places) > 1:
-                value = _greatest([values[place] for place in places])
+            value = values[places[0]] if len(places) == 1 else _greatest([values[place] for place in places])
             found.append(None if value is None else value * self.scale)
         return found
 
@@ -60,7 +58,7 @@ class Figure:
 
     def total(self, values: Values, most: float) -> float | None:
         """Return the sum; unknown if one is."""
-        known = self.known(values, most) if self.places else None
+        known = self.known(values, most)
         return within(sum(known), most) if known else None
 
     def shares(self, values: Values) -> list[float]:
@@ -71,8 +69,8 @@ class Figure:
 
     def counter(self, values: Values) -> Counter | None:
         """Return a counter's series; unknown if one is."""
-        known = self.known(values, MOST_COUNTED) if self.places else None
-        return dict(zip(self.series, known, strict=True)) if known else None
+        known = self.known(values, MOST_COUNTED)
+        return Counter(self.series, known) if known else None
 
 
 def _greatest(values: Values) -> float | None:
@@ -83,54 +81,73 @@ def _greatest(values: Values) -> float | None:
 _NOT_THERE = Figure((), ())
 
 
+def _requests(figure: Figure, values: Values) -> float | None:
+    return figure.total(values, MOST_REQUESTS)
+
+
+def _tokens(figure: Figure, values: Values) -> float | None:
+    return figure.total(values, MOST_TOKENS)
+
+
+def _most_requests(figure: Figure, values: Values) -> int | None:
+    return whole(figure.total(values, MOST_REQUESTS), MOST_REQUESTS)
+
+
+def _longest(figure: Figure, values: Values) -> int | None:
+    return whole(max(figure.known(values, MOST_TOKENS), default=None), MOST_TOKENS)
+
+
+def _fullest(figure: Figure, values: Values) -> float | None:
+    return max(figure.shares(values), default=None)
+
+
+def _mean(figure: Figure, values: Values) -> float | None:
+    shares = figure.shares(values)
+    return sum(shares) / len(shares) if shares else None
+
+
+def _asleep(figure: Figure, values: Values) -> bool | None:
+    awake = figure.shares(values)
+    return min(awake) < 1.0 if awake else None
+
+
+_COUNTERS = ("preemptions", "prompt_tokens", "cached_tokens", "first_tokens", "output_tokens", "decoded_tokens")
+_READ: dict[str, Callable[[Figure, Values], object]] = {
+    "running": _requests,
+    "waiting": _requests,
+    "asleep": _asleep,
+    "kv_usage": _fullest,
+    "gpu_usage": _mean,
+    "tokens_per_s": _tokens,
+    "max_running": _most_requests,
+    "context_tokens": _longest,
+    **dict.fromkeys(_COUNTERS, Figure.counter),
+}
+_SAME_NAME = tuple(_READ)[3:]
+"""Figures that an engine's table calls as `Readings` does."""
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What the lines of a page mean. `told`: what labels say, behind the values of the lines."""
+    """What the lines of a page mean.
+
+    Attributes:
+        told: what labels say, behind the values of the lines.
+        figures: those that are there, by their names in `Readings`, and how each is read.
+    """
 
     engine: Engine
     told: tuple[float | None, ...]
-    running: Figure
-    waiting: Figure
-    kv_usage: Figure
-    gpu_usage: Figure
+    figures: tuple[tuple[str, Figure, Callable[[Figure, Values], object]], ...]
     kv_capacity: tuple[tuple[Figure, ...], ...]
-    tokens_per_s: Figure
-    max_running: Figure
-    context_tokens: Figure
-    awake: Figure
-    preemptions: Figure
-    prompt_tokens: Figure
-    cached_tokens: Figure
-    first_tokens: Figure
-    output_tokens: Figure
-    decoded_tokens: Figure
 
     def readings(self, values: Values, newest: Series | None) -> Readings:
         """Return what a page says by the `values` of its lines. `newest`: the newest line that tells of adapters."""
         values.extend(self.told)
-        gpu_shares, awake = self.gpu_usage.shares(values), self.awake.shares(values)
-        adapters, waiting_adapters, adapter_slots = _adapters(self.engine.adapters, newest)
-        return Readings(
-            engine=self.engine.name,
-            running=self.running.total(values, MOST_REQUESTS),
-            waiting=self.waiting.total(values, MOST_REQUESTS),
-            kv_usage=max(self.kv_usage.shares(values), default=None),
-            gpu_usage=sum(gpu_shares) / len(gpu_shares) if gpu_shares else None,
-            kv_capacity_tokens=_size(self.kv_capacity, values),
-            tokens_per_s=self.tokens_per_s.total(values, MOST_TOKENS),
-            max_running=whole(self.max_running.total(values, MOST_REQUESTS), MOST_REQUESTS),
-            context_tokens=whole(max(self.context_tokens.known(values, MOST_TOKENS), default=None), MOST_TOKENS),
-            asleep=min(awake) < 1.0 if awake else None,
-            adapters=adapters,
-            waiting_adapters=waiting_adapters,
-            adapter_slots=adapter_slots,
-            preemptions=self.preemptions.counter(values),
-            prompt_tokens=self.prompt_tokens.counter(values),
-            cached_tokens=self.cached_tokens.counter(values),
-            first_tokens=self.first_tokens.counter(values),
-            output_tokens=self.output_tokens.counter(values),
-            decoded_tokens=self.decoded_tokens.counter(values),
-        )
+        found: dict[str, Any] = {name: read(figure, values) for name, figure, read in self.figures}
+        if newest is not None:
+            found |= _adapters(self.engine.adapters, newest)
+        return Readings(self.engine.name, kv_capacity_tokens=_size(self.kv_capacity, values), **found)
 
 
 def layout_of(
@@ -150,25 +167,15 @@ def layout_of(
     if isinstance(engine, Reason):
         return engine
     first = page.first
-    return Layout(
-        engine=engine,
-        running=_together(first(engine.running, engine), [first(names, engine) for names in engine.also_running]),
-        waiting=_together(first(engine.waiting, engine), [first(names, engine) for names in engine.also_waiting]),
-        kv_usage=first(engine.kv_usage, engine),
-        gpu_usage=first(engine.gpu_usage, engine),
-        kv_capacity=page.products(engine),
-        tokens_per_s=first(engine.tokens_per_s, engine),
-        max_running=first(engine.max_running, engine),
-        context_tokens=first(engine.context_tokens, engine),
-        awake=first(engine.awake, engine),
-        preemptions=first(engine.preemptions, engine),
-        prompt_tokens=first(engine.prompt_tokens, engine),
-        cached_tokens=first(engine.cached_tokens, engine),
-        first_tokens=first(engine.first_tokens, engine),
-        output_tokens=first(engine.output_tokens, engine),
-        decoded_tokens=first(engine.decoded_tokens, engine),
-        told=tuple(page.told),
-    )
+    figures = {
+        "running": _together(first(engine.running, engine), [first(names, engine) for names in engine.also_running]),
+        "waiting": _together(first(engine.waiting, engine), [first(names, engine) for names in engine.also_waiting]),
+        "asleep": first(engine.awake, engine),
+        **{name: first(getattr(engine, name), engine) for name in _SAME_NAME},
+    }
+    there = tuple((name, figure, _READ[name]) for name, figure in figures.items() if figure.places)
+    kv_capacity = page.products(engine)
+    return Layout(engine, tuple(page.told), there, kv_capacity)  # these found what labels tell
 
 
 class _Page:
@@ -261,20 +268,17 @@ def _size(alternatives: tuple[tuple[Figure, ...], ...], values: Values) -> int |
     return None
 
 
-def _adapters(names: Names, newest: Series | None) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None, int | None]:
-    """Return the adapters that run, those that wait, and how many fit, by the `newest` line that tells of them.
-
-    None: nothing is told.
-    """
-    if newest is None or all(newest[0] != metric.name for metric in names):
-        return None, None, None
+def _adapters(names: Names, newest: Series) -> dict[str, object]:
+    """Return the adapters that run, those that wait, and how many fit, by the `newest` line that tells of them."""
+    if all(newest[0] != metric.name for metric in names):
+        return {}
     told = dict(newest[1])
     waiting = told.get("waiting_lora_adapters")
-    return (
-        _listed(told.get("running_lora_adapters", "")),
-        None if waiting is None else _listed(waiting),
-        whole(number(told.get("max_lora", "")), MOST_ADAPTERS),
-    )
+    return {
+        "adapters": _listed(told.get("running_lora_adapters", "")),
+        "waiting_adapters": None if waiting is None else _listed(waiting),
+        "adapter_slots": whole(number(told.get("max_lora", "")), MOST_ADAPTERS),
+    }
 
 
 def _listed(names: str) -> tuple[str, ...]:

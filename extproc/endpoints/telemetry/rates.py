@@ -67,12 +67,17 @@ class Rates:
 
 def _difference(now: Counter | None, before: Counter | None) -> int | None:
     """Return how much a counter rose over all its series; None if one was reset, came or went."""
-    if now is None or before is None or len(now) != len(before):
+    if now is None or before is None:
         return None
-    rise = 0.0
-    for series, value in now.items():
-        earlier = before.get(series)
-        if earlier is None or value < earlier:
+    earlier = before.values
+    if now.series is not before.series:  # lines of another page: in another order, or of others
+        then = dict(zip(*before, strict=True))
+        if then.keys() != set(now.series):
             return None
-        rise += value - earlier
+        earlier = [then[series] for series in now.series]
+    rise = 0.0
+    for value, least in zip(now.values, earlier, strict=True):
+        if value < least:
+            return None
+        rise += value - least
     return round(rise)

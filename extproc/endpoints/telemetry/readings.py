@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING, NamedTuple
 
-from extproc.endpoints.telemetry.lines import Series
+if TYPE_CHECKING:
+    from extproc.endpoints.telemetry.lines import Series
 
 
 class Reason(StrEnum):
@@ -27,12 +28,14 @@ class Reason(StrEnum):
     INTERNAL = "internal"  # a bug of ours; the log has the traceback
 
 
-Counter = dict[Series, float]
-"""A counter's series; told apart, because one that was reset must not hide behind the others."""
+class Counter(NamedTuple):
+    """A counter's series and their values; told apart, because one that was reset must not hide behind the others."""
+
+    series: tuple[Series, ...]
+    values: list[float]
 
 
-@dataclass(frozen=True, slots=True)
-class Readings:
+class Readings(NamedTuple):
     """What one page says. None is unknown; so is a counter that is None."""
 
     engine: str
