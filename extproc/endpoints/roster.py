@@ -102,6 +102,7 @@ class Roster:
         self._pieces: deque[Callable[[], None]] = deque()  # of a change that is carried out, one in a turn of the loop
         self._one_stays_up = False  # of those that are known to be, through the change under way
         self._goes_on = False  # with a piece in a turn that is to come
+        self._fault: Exception | None = None  # what one of these could not be carried out for
         self._knows_models = False  # the core was told of all that the configuration names
         self._untold: deque[Callable[[], None]] = deque()  # what those who follow, and the log, are yet to be told
         self._is_telling = False  # they are told now, or in a turn that is to come
@@ -155,6 +156,7 @@ class Roster:
     def configure(self, config: Config) -> None:
         """Take over changed endpoints of the file, and changed common limits."""
         self._config = config
+        self._fault = None
         self._knows_models = False
         self._seen[FILE] = tuple(config.endpoints)
         if self._task is None:
@@ -167,9 +169,14 @@ class Roster:
         self._go_on_soon()
 
     async def settled(self) -> None:
-        """Wait until what was reported so far is carried out, as far as Envoy knows it."""
-        while self._pieces:  # noqa: ASYNC110 - one is done in each turn of the loop
+        """Wait until what was reported so far is carried out, as far as Envoy knows it, and who follows was told.
+
+        Raises what a part of it failed for, the first if several did; the other parts are carried out.
+        """
+        while self._pieces or self._untold:  # noqa: ASYNC110 - some is done in each turn of the loop
             await asyncio.sleep(0)
+        if self._fault is not None:
+            raise self._fault
 
     def _know_models(self) -> None:
         self._knows_models = True
@@ -265,8 +272,16 @@ class Roster:
         try:
             if self._pieces:  # else a change of few took its place
                 self._pieces.popleft()()
+        except Exception as fault:
+            self._note(fault)
+            raise
         finally:
             self._tell_soon()
+
+    def _note(self, fault: Exception) -> None:
+        """Keep what went wrong in a turn in which nobody waits for it: it is told to who waits for all."""
+        if self._fault is None:
+            self._fault = fault
 
     def _finish(self, news: list[tuple[EndpointConfig, EndpointSpec]], gone: list[str]) -> None:
         """In one moment, let endpoints be as they are now, and send nothing more to those that are gone."""
@@ -371,6 +386,9 @@ class Roster:
             while untold and told < most:
                 told += 1
                 untold.popleft()()
+        except Exception as fault:
+            self._note(fault)
+            raise
         finally:
             self._is_telling = bool(untold)
             if untold:
