@@ -70,8 +70,8 @@ HEALTH_SEEN_S = 1.0
 FIRST_SEEN_S = 5.0
 """How long a start waits for sources to see their endpoints; a model nobody has listed yet would get 404."""
 
-MOST_CHANGES = 50
-"""Lines of what a reload changed."""
+MOST_CHANGES = 20
+"""Lines of what a reload changed; more are at level debug."""
 
 CHANGEABLE = frozenset(
     (
@@ -303,8 +303,8 @@ class App:
         self.adopt(config)
         await self.roster.settled()
         told = await asyncio.to_thread(changes, old, self.config)  # milliseconds for some hundred endpoints
-        for line in told[:MOST_CHANGES]:
-            log.info("configuration: %s", line)
+        for number, line in enumerate(told):
+            log.log(logging.INFO if number < MOST_CHANGES else logging.DEBUG, "configuration: %s", line)
         if len(told) > MOST_CHANGES:
             log.info("configuration: and %d more changes", len(told) - MOST_CHANGES)
         log.info("configuration taken over: %d endpoint(s) in the file", len(config.endpoints))
@@ -388,11 +388,11 @@ class App:
             else:
                 self.scraper.remove(name)
 
-    def _follow(self, endpoint: EndpointConfig) -> None:
+    def _follow(self, endpoint: EndpointConfig, waits: bool) -> None:
         target = self._targets[endpoint.name] = target_of(endpoint)
         if self._scrapes:
             self.scraper.put(target)
-        self.health.put(endpoint.name, endpoint.address)
+        self.health.put(endpoint.name, endpoint.address, waits=waits)
 
     def _unfollow(self, name: str) -> None:
         self._targets.pop(name, None)

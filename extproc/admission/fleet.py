@@ -56,12 +56,12 @@ class Fleet:
             if endpoint is None:
                 endpoint = books.endpoints[spec.name] = Endpoint(spec, books.policy)
                 endpoint.quota = 0 if self.is_shared else None
-                if spec.awaits_check:
-                    endpoint.health.check(is_up=False)
             else:
                 regroups |= endpoint.removed or (bool(endpoint.pools) and endpoint.spec.models != spec.models)
                 endpoint.respec(spec, books.policy)
                 endpoint.removed = False
+            if spec.awaits_check:
+                endpoint.health.check(is_up=False)
             met[endpoint] = None
         if not regroups:
             regroups = not all(self._followed(endpoint) for endpoint in met)

@@ -135,7 +135,7 @@ class EndpointSpec:
         models: model names it serves; empty = any.
         max_running_requests: the most requests at once; None: adaptive.
         kv_capacity_tokens: size of its KV cache; None: what telemetry says, and no limit while that is unknown.
-        awaits_check: a new one is down until its health check says otherwise.
+        awaits_check: nothing is known of it, and it is down until its health check says otherwise.
     """
 
     name: str

@@ -66,6 +66,7 @@ class HealthChecks:
         self._tasks = tasks
         self._heard_at = heard_at
         self._patients: dict[str, _Patient] = {}
+        self._up: set[str] = set()  # of them, those that are known to be
         self._client: aiohttp.ClientSession | None = None
 
     async def start(self) -> None:
@@ -90,6 +91,8 @@ class HealthChecks:
         if config == self._config:
             return
         self._config = config
+        if config is None:
+            self._up.clear()
         for name, patient in self._patients.items():
             patient.streak = 0
             if config is None:
@@ -97,20 +100,19 @@ class HealthChecks:
                 self._set_up(name, is_up=None)
             self._begin(name)
 
-    def put(self, name: str, address: str) -> None:
+    def put(self, name: str, address: str, *, waits: bool = False) -> None:
         """Check an endpoint, new or at a new address: nothing is known of it then. Known: no-op.
 
-        One that comes while another is up gets nothing before its first check: it is only a moment, and where nobody
-        listens yet, a few requests would find out what the check does. At a start, or alone, it is better than none; so
-        it is once the last of those others goes, as where all servers are replaced, or is down.
+        `waits`: it gets nothing before its first check. It is only a moment, and where nobody listens yet, a few
+        requests would find out what the check does. Once nobody is up any more it waits no longer.
         """
         known = self._patients.get(name)
         if known is not None and known.address == address:
             return
         self.remove(name)
         self._patients[name] = _Patient(address)
-        is_checked = self._config is not None and self._client is not None
-        self._set_up(name, is_up=False if is_checked and self._knows_one_up() else None)
+        waits = waits and self._config is not None and bool(self._up)
+        self._set_up(name, is_up=False if waits else None)
         self._begin(name)
 
     def remove(self, name: str) -> None:
@@ -118,15 +120,13 @@ class HealthChecks:
         patient = self._patients.pop(name, None)
         if patient is not None and patient.task is not None:
             patient.task.cancel()
-        if patient is not None and patient.is_up:
+        if name in self._up:
+            self._up.discard(name)
             self._spare_unknown()
-
-    def _knows_one_up(self) -> bool:
-        return any(one.is_up for one in self._patients.values())
 
     def _spare_unknown(self) -> None:
         """Let those who wait for their first check get requests, if nobody is known to be up any more."""
-        if not self._knows_one_up():
+        if not self._up:
             for name, patient in self._patients.items():
                 if patient.is_up is None:
                     self._set_up(name, is_up=None)
@@ -180,7 +180,10 @@ class HealthChecks:
             log.info("endpoint %s is up again", name)
         patient.is_up, patient.streak = passed, 0
         self._set_up(name, is_up=passed)
-        if not passed:
+        if passed:
+            self._up.add(name)
+        elif name in self._up:
+            self._up.discard(name)
             self._spare_unknown()
 
 

@@ -22,7 +22,7 @@ from extproc.envoy.clusters import GIVE_UP_S, SETTLE_S
 from extproc.errors import StartError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from extproc.admission.ticket import Ticket
     from extproc.admission.values import EndpointSpec
@@ -47,6 +47,9 @@ LOOKED_AT_AT_ONCE = 100
 """Endpoints of the file that are looked at in the very turn in which it is taken over: a millisecond."""
 TOLD_IN_A_TURN = 20
 """Endpoints of which those who follow, and the log, are told in one turn of the loop: a millisecond's worth."""
+LOGGED_EACH = 10
+"""Endpoints that change in one moment and have a line each in the log; of more there is one line, and theirs are at
+level debug."""
 
 
 @dataclass(slots=True, eq=False)
@@ -78,11 +81,14 @@ class Roster:
         *,
         file: ClustersFile | None,
         envoy: EnvoyAdmin | None,
-        put: Callable[[EndpointConfig], None],
+        put: Callable[[EndpointConfig, bool], None],
         remove: Callable[[str], None],
         tasks: Tasks,
     ) -> None:
-        """Tell `gate` and `reception`; `put` and `remove` follow the endpoints that requests may be sent to."""
+        """Tell `gate` and `reception`; `put` and `remove` follow the endpoints that requests may be sent to.
+
+        `put` is told, too, whether one gets nothing before its first health check.
+        """
         self._gate = gate
         self._reception = reception
         self._config = config
@@ -105,6 +111,7 @@ class Roster:
         self._fault: Exception | None = None  # what one of these could not be carried out for
         self._knows_models = False  # the core was told of all that the configuration names
         self._untold: deque[Callable[[], None]] = deque()  # what those who follow, and the log, are yet to be told
+        self._level = logging.INFO  # of their lines in the log
         self._is_telling = False  # they are told now, or in a turn that is to come
         self.left_out = 0  # found endpoints that were not taken
         self._wake = asyncio.Event()
@@ -233,11 +240,13 @@ class Roster:
             and self._placed[endpoint.name][1].cluster != spec.cluster
             and not self._routes[spec.cluster].known
         }
+        stay = {endpoint.name for endpoint, _ in aims if not self._comes(endpoint)}
         up = (name for name, one in self._gate.controller.endpoints.items() if one.health.is_up and not one.removed)
-        self._one_stays_up = any(name in wanted and name not in moved for name in up)
+        self._one_stays_up = not stay.isdisjoint(up)
         known = [aim for aim in aims if self._file is None or self._routes[aim[1].cluster].known]
         news = [aim for aim in known if self._placed.get(aim[0].name) != aim]
         gone = [name for name in self._placed if name not in wanted or name in moved]
+        self._announce(news, gone)
         if len(news) <= PUT_IN_A_TURN:
             self._finish(news, gone)
             return
@@ -248,6 +257,27 @@ class Roster:
         self._pieces.extend(partial(self._place, alone[begin : begin + PUT_IN_A_TURN]) for begin in begins)
         self._pieces.append(partial(self._finish, [aim for aim in news if not self._changes_alone(aim, lists)], gone))
         self._go_on_soon()
+
+    def _announce(self, news: list[tuple[EndpointConfig, EndpointSpec]], gone: list[str]) -> None:
+        """Log what a change of many is in one line, and what is to be done by hand."""
+        come = [endpoint.name for endpoint, _ in news if endpoint.name not in self._placed]
+        self._level = logging.INFO if len(news) + len(gone) <= LOGGED_EACH else logging.DEBUG
+        if self._level == logging.DEBUG:
+            log.info(
+                "endpoints: %d come, %d change, %d go: %s",
+                len(come),
+                len(news) - len(come),
+                len(gone),
+                _few(come + gone),
+            )
+        by_hand = [spec.cluster for endpoint, spec in news if self._comes(endpoint)]
+        # A gateway is told addresses, and knows them itself; at a start Envoy's own file has what ours has.
+        if by_hand and self._task is not None and self._file is None and not self._config.picks:
+            log.warning(
+                "Envoy's own cluster %s decides where requests go, and must be changed by hand: envoy_clusters_file is "
+                "not set",
+                _few(by_hand),
+            )
 
     def _changes_alone(self, aim: tuple[EndpointConfig, EndpointSpec], lists: set[frozenset[str]]) -> bool:
         """Tell whether nothing hangs on when an endpoint becomes `aim`: it has another limit, or is new, with models
@@ -336,25 +366,33 @@ class Roster:
                 if placed is not None:
                     self._leave(spec.name)
                 self._reception.put_cluster(spec.name, spec.cluster)
+        waits = {endpoint.name for endpoint, _ in news if self._waits_for_check(endpoint)}
         if news:
             with self._tried({spec.name: spec for _, spec in news}):
-                self._gate.put_endpoints(self._begun(spec for _, spec in news))
+                self._gate.put_endpoints([replace(spec, awaits_check=spec.name in waits) for _, spec in news])
         for endpoint, spec in news:
             placed = self._placed.get(endpoint.name)
             before = None if placed is None else placed[0]
             self._placed[endpoint.name] = (endpoint, spec)
-            self._untold.append(partial(self._follow, endpoint, spec.cluster, before, since_start=self._task is None))
+            follow = partial(self._follow, endpoint, spec.cluster, before, self._level)
+            self._untold.append(partial(follow, waits=endpoint.name in waits))
 
-    def _begun(self, specs: Iterable[EndpointSpec]) -> list[EndpointSpec]:
-        """Return `specs`, of which those that come beside others that stay up wait for their first check.
+    def _waits_for_check(self, endpoint: EndpointConfig) -> bool:
+        """Tell whether `endpoint` comes, and gets nothing before its first check: beside others that stay up.
 
-        It comes in a moment, from who follows; until then they would be sent requests that it may show to be lost. At
-        a start, alone, or where all are replaced, any endpoint is better than none.
+        It comes in a moment, from who follows; until then it would be sent requests that it may show to be lost. At a
+        start, alone, or where all are replaced, any endpoint is better than none.
         """
-        if self._task is None or self._config.health_check is None or not self._one_stays_up:
-            return list(specs)
-        known = self._gate.controller.endpoints
-        return [spec if spec.name in known else replace(spec, awaits_check=True) for spec in specs]
+        is_checked = self._task is not None and self._config.health_check is not None
+        return is_checked and self._one_stays_up and self._comes(endpoint)
+
+    def _comes(self, endpoint: EndpointConfig) -> bool:
+        """Tell whether nothing is known yet of what runs there: it is new, or at another address."""
+        before, _ = self._placed.get(endpoint.name, (None, None))
+        if before is not None:
+            return before.address != endpoint.address
+        there = self._gate.controller.endpoints.get(endpoint.name)  # also of one in doubt
+        return there is None or there.removed
 
     @contextmanager
     def _tried(self, specs: dict[str, EndpointSpec]) -> Iterator[None]:
@@ -370,7 +408,7 @@ class Roster:
         self._leave(name)
         del self._placed[name]
         self._gone[name] = self._gate.now() + LINGER_S
-        self._untold.append(partial(self._unfollow, name))
+        self._untold.append(partial(self._unfollow, name, self._level))
 
     # ---- telling who follows
 
@@ -395,22 +433,15 @@ class Roster:
                 asyncio.get_running_loop().call_soon(self._tell, TOLD_IN_A_TURN)
 
     def _follow(
-        self, endpoint: EndpointConfig, cluster: str, before: EndpointConfig | None, *, since_start: bool
+        self, endpoint: EndpointConfig, cluster: str, before: EndpointConfig | None, level: int, *, waits: bool
     ) -> None:
         what = "comes" if before is None else "changes"
-        log.info("endpoint %s at %s %s, Envoy cluster %s", endpoint.name, endpoint.address, what, cluster)
-        by_hand = self._file is None and not self._config.picks  # a gateway is told addresses, and knows them itself
-        if by_hand and not since_start and (before is None or before.address != endpoint.address):
-            log.warning(
-                "endpoint %s: Envoy's own cluster %s decides where its requests go, and must be changed by hand: "
-                "envoy_clusters_file is not set",
-                *(endpoint.name, cluster),
-            )
+        log.log(level, "endpoint %s at %s %s, Envoy cluster %s", endpoint.name, endpoint.address, what, cluster)
         if endpoint != before:
-            self._put(endpoint)
+            self._put(endpoint, waits)
 
-    def _unfollow(self, name: str) -> None:
-        log.info("endpoint %s goes; what runs there may end", name)
+    def _unfollow(self, name: str, level: int) -> None:
+        log.log(level, "endpoint %s goes; what runs there may end", name)
         self._remove(name)
 
     def _write(self) -> None:
@@ -488,3 +519,9 @@ class Roster:
                 self._reception.drop_cluster(name)
             else:
                 self._gone[name] = now + LINGER_S
+
+
+def _few(names: list[str]) -> str:
+    """Name some of `names`."""
+    more = len(names) - LOGGED_EACH
+    return ", ".join(names[:LOGGED_EACH]) + (f" and {more} more" if more > 0 else "")

@@ -13,6 +13,7 @@ from extproc import tasks
 from extproc.config import HealthCheckConfig
 from extproc.endpoints.health import HealthChecks
 from extproc.tasks import Tasks
+from tests.e2e.kit.processes import take_turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +38,11 @@ class Engine:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        for site in self._runner.sites:
+            await site.stop()
+        await take_turns()
         await self._runner.cleanup()
+        await take_turns()
 
     async def _health(self, _: web.Request) -> web.Response:
         self.seen += 1
@@ -137,21 +142,21 @@ def test_one_that_comes_while_another_is_up_gets_nothing_before_its_first_check(
             lambda name, *, is_up: verdicts.append((name, is_up)), config, Tasks(), {"busy": math.inf}.get
         )
         checks.put("first", "127.0.0.1:1")
-        await checks.start()
-        try:
-            async with Engine() as engine, Engine() as busy:
-                checks.put("a", engine.address)
+        async with Engine() as engine, Engine() as busy:
+            await checks.start()
+            try:
+                checks.put("a", engine.address, waits=True)
                 assert verdicts == [("first", None), ("a", None)], "at a start, or with nobody else, any is better"
                 await until(lambda: ("a", True) in verdicts)
                 del verdicts[:]
                 busy.wait_s = 10.0
                 for name, address in (("b", engine.address), ("gone", "127.0.0.1:1"), ("busy", busy.address)):
-                    checks.put(name, address)
+                    checks.put(name, address, waits=True)
                 assert verdicts == [("b", False), ("gone", False), ("busy", False)]
                 await until(lambda: {("b", True), ("busy", True)} <= set(verdicts[3:]))
                 assert ("gone", True) not in verdicts
-        finally:
-            await checks.stop()
+            finally:
+                await checks.stop()
 
     asyncio.run(main())
 
@@ -169,7 +174,7 @@ def test_new_ones_get_requests_before_their_first_check_once_nobody_else_is_up(h
             try:
                 checks.put("old", engine.address)
                 await until(lambda: ("old", True) in verdicts)
-                checks.put("new", engine.address)
+                checks.put("new", engine.address, waits=True)
                 assert verdicts[-1] == ("new", False)
                 if how == "goes":
                     checks.remove("old")

@@ -12,8 +12,9 @@ from extproc.admission.controller import Controller
 from extproc.admission.events import EndpointsPut, Event
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, Request
-from extproc.config import EndpointConfig
+from extproc.config import EndpointConfig, HealthCheckConfig
 from extproc.endpoints import roster
+from extproc.endpoints.health import HealthChecks
 from extproc.endpoints.roster import Roster
 from extproc.envoy import clusters
 from extproc.envoy.clusters import ClustersFile
@@ -75,7 +76,7 @@ class House:
             *(self.gate, self.reception, self.config),
             file=ClustersFile(str(path)) if path is not None else None,
             envoy=self.envoy if path is not None else None,
-            put=lambda one: self.followed.__setitem__(one.name, one.address),
+            put=lambda one, _: self.followed.__setitem__(one.name, one.address),
             remove=lambda name: self.followed.pop(name, None),
             tasks=Tasks(),
         )
@@ -167,7 +168,7 @@ def test_of_many_that_change_in_one_moment_those_who_follow_are_told_some_in_eac
     log: list[tuple[str, str]] = []
 
     async def story(here: House) -> None:
-        here.roster._put = lambda one: log.append((one.name, one.address))
+        here.roster._put = lambda one, _: log.append((one.name, one.address))
         here.roster._remove = lambda name: log.append((name, "gone"))
         here.change(endpoints=[endpoint(name, f"10.0.0.{number}:1") for number, name in enumerate("bcdefgh")])
         assert list(here.placed()) == list("bcdefgh"), "requests go by the new file from this moment on"
@@ -189,7 +190,7 @@ def test_one_who_follows_and_fails_keeps_the_others_from_nothing(monkeypatch):
     monkeypatch.setattr(roster, "TOLD_IN_A_TURN", 1)
     told: list[str] = []
 
-    def put(one: EndpointConfig) -> None:
+    def put(one: EndpointConfig, _: bool) -> None:
         told.append(one.name)
         if one.name == "c":
             raise ValueError(one.name)
@@ -566,7 +567,24 @@ def test_without_a_clusters_file_changes_work_at_once_and_say_what_envoy_must_kn
         assert here.placed() == {}
 
     live(story, None, endpoints=[endpoint("a")])
-    assert "endpoint b: Envoy's own cluster b decides where its requests go" in caplog.text
+    assert "Envoy's own cluster b decides where requests go" in caplog.text
+
+
+@pytest.mark.parametrize("count", [roster.LOGGED_EACH, 300])
+def test_a_change_of_many_is_one_line_in_the_log_and_its_endpoints_are_named_at_level_debug(count, caplog):
+    async def story(here: House) -> None:
+        with caplog.at_level("DEBUG", "extproc.discovery"):
+            here.change(endpoints=rows("new", count, 10))
+            await here.roster.settled()
+
+    live(story, None, endpoints=[])
+    lines = [(record.levelname, record.message) for record in caplog.records if record.name == "extproc.discovery"]
+    each = [level for level, text in lines if ": Envoy cluster" not in text and "Envoy cluster new" in text]
+    assert each == ["INFO" if count == roster.LOGGED_EACH else "DEBUG"] * count
+    more = "" if count == roster.LOGGED_EACH else f" and {count - roster.LOGGED_EACH} more"
+    others = [text for level, text in lines if level != "DEBUG" and ", Envoy cluster" not in text]
+    assert [text for text in others if "by hand" in text and more in text] == others[-1:]
+    assert len(others) == (1 if count == roster.LOGGED_EACH else 2)
 
 
 def test_a_changed_limit_reaches_waiting_requests(tmp_path):
@@ -597,6 +615,53 @@ def test_one_that_comes_while_another_is_up_gets_nothing_before_its_first_health
         await until(lambda: late.state is State.LEASED)
 
     live(story, None, endpoints=[endpoint("a")], health_check={})
+
+
+def test_where_all_are_replaced_there_is_an_endpoint_to_go_to_in_every_turn_until_all_are_told():
+    """The health checks were told of the new ones before they heard that the old ones went, and kept all down."""
+
+    async def story(house: House) -> None:
+        how = HealthCheckConfig.model_validate({"interval": "10s"})
+        checks = HealthChecks(house.gate.set_up, how, Tasks(), house.gate.heard_at)
+        house.roster._put = lambda one, waits: checks.put(one.name, one.address, waits=waits)
+        house.roster._remove = checks.remove
+        await checks.start()
+        try:
+            house.roster.configure(
+                house.config.model_copy(update={"endpoints": config(endpoints=rows("old", 30)).endpoints})
+            )
+            await house.roster.settled()
+            for name, patient in checks._patients.items():
+                checks._judge(name, patient, how, None)
+            house.change(endpoints=rows("new", 30, 100))
+            turns = 0
+            while house.roster._untold:
+                turns += 1
+                assert any(one.available for one in house.gate.controller.endpoints.values())
+                await asyncio.sleep(0)
+            assert turns > 1
+        finally:
+            await checks.stop()
+
+    live(story, None, endpoints=[endpoint("a")], health_check={"interval": "10s"})
+
+
+def test_one_that_moves_or_comes_back_beside_others_gets_nothing_before_its_first_check_either():
+    async def story(house: House) -> None:
+        for name in "ab":
+            house.gate.set_up(name, is_up=True)
+        for _ in range(2):
+            house.ask()
+        core = house.gate.controller.endpoints
+        house.change(endpoints=[endpoint("a"), endpoint("b", "10.0.0.9:1")])
+        assert [core[name].condition for name in "ab"] == ["up", "down"]
+        house.change(endpoints=[endpoint("b", "10.0.0.9:1")])
+        house.gate.set_up("b", is_up=True)
+        assert core["a"].removed, "its request still runs"
+        house.change(endpoints=[endpoint("a"), endpoint("b", "10.0.0.9:1")])
+        assert [core[name].condition for name in "ab"] == ["down", "up"]
+
+    live(story, None, endpoints=[endpoint("a"), endpoint("b", "10.0.0.2:1")], health_check={})
 
 
 def test_a_thousand_endpoints_found_at_once_are_placed_within_seconds(tmp_path):

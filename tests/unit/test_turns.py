@@ -24,6 +24,8 @@ from extproc.admission.load import Load
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import EndpointSpec, Policy, Request, RequestClass
 from extproc.app import App
+from extproc.config import HealthCheckConfig
+from extproc.endpoints.health import HealthChecks
 from extproc.endpoints.telemetry.engines import ENGINES
 from extproc.endpoints.telemetry.page import Reader
 from extproc.endpoints.telemetry.rates import Rates
@@ -31,6 +33,7 @@ from extproc.endpoints.telemetry.readings import Readings
 from extproc.observe.capacity import Capacity
 from extproc.observe.metrics import Metrics
 from extproc.stream.gate import Gate
+from extproc.tasks import Tasks
 from tests.unit.endpoint_lists import config, endpoint
 
 if TYPE_CHECKING:
@@ -171,6 +174,25 @@ def test_who_asks_while_a_page_is_made_gets_one_that_was_begun_later_also_if_its
         assert [await shared.page(make) for _ in range(2)] == [b"3", b"4"]
 
     asyncio.run(play())
+
+
+def test_to_check_one_endpoint_more_costs_the_same_however_many_are_checked():
+    async def play() -> list[int]:
+        how = HealthCheckConfig.model_validate({"interval": "10s"})
+        checks, costs = HealthChecks(lambda _name, **_: None, how, Tasks(), lambda _: None), []
+        await checks.start()
+        for number in range(ENDPOINTS):
+
+            def step(number: int = number) -> None:
+                checks.put(f"e{number}", f"10.0.0.1:{number}")
+                raise StopIteration
+
+            costs.append(next(steps(step)))
+        await checks.stop()
+        return costs
+
+    costs = asyncio.run(play())
+    assert costs[-1] <= costs[1]
 
 
 def test_a_page_like_vllms_is_read_and_followed_in_few_calls():
