@@ -299,7 +299,12 @@ class Readers(threading.Thread):
         threading.Thread(target=self._events, daemon=True).start()
         while not self.over.wait(1.0):
             for path in ("/metrics", "/queues"):
-                status, body = http_get(self.admin, path, 10)
+                try:
+                    status, body = http_get(self.admin, path, 10)
+                except OSError:
+                    if self.over.is_set():  # and the sidecar ends
+                        return
+                    raise
                 assert status == 200, path
                 self.sizes[path] = len(body)
             self.asked += 1

@@ -42,6 +42,7 @@ from extproc.transport.completion import server_on
 from extproc.transport.completion.loop import CompletionLoop
 from extproc.transport.listener import Listener, SocketRights
 from extproc.transport.tls import ServerTls
+from extproc.turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -99,6 +100,7 @@ class App:
         """Build all parts of a sidecar that will run on `loop`; `path`: the file to follow, `environ` wins over it."""
         self.config = config
         self.tasks = Tasks()
+        self.turns = Turns()
         dry_run = DryRun(config.policy()) if config.dry_run else None
         controller = Controller(config.policy())
         if dry_run is not None:
@@ -108,6 +110,7 @@ class App:
             timeout_s=config.scrape_timeout,
             stale_after_s=config.telemetry_stale_after,
             loop=loop,
+            turns=self.turns,
         )
         self.metrics = Metrics(
             controller,
@@ -210,10 +213,11 @@ class App:
             self.capacity,
             self.tasks,
             self.paces,
+            self.turns,
         )
         if self.membership is not None:
             self.membership.answer_with(self.admin.describe)
-        self.garbage = Garbage(lambda: self.reception.streams, loop)
+        self.garbage = Garbage(lambda: self.reception.streams, loop, self.turns.soon)
         self._known_bugs: set[str] = set()
 
     async def start(self) -> None:

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
-from extproc.admin.text import written
+from extproc.admin.text import PIECE_BYTES, written
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+    from extproc.turns import Turns
 
 log = logging.getLogger("extproc.admin")
 
@@ -33,9 +35,10 @@ class Feed:
     A slow subscriber misses views, it never delays the others: there is one latest view and no queue.
     """
 
-    def __init__(self, view: Callable[[], Awaitable[dict[str, Any]]]) -> None:
-        """Call `view` once a second while there are subscribers."""
+    def __init__(self, view: Callable[[], Awaitable[dict[str, Any]]], turns: Turns) -> None:
+        """Call `view` once a second while there are subscribers; write and send what it returns in `turns`."""
         self._view = view
+        self._turns = turns
         self._latest = b""
         self._news: set[asyncio.Event] = set()
         self._ticking: asyncio.Task[None] | None = None
@@ -66,8 +69,11 @@ class Feed:
                 news.clear()
                 if self._closed or not self._latest:
                     return response
+                latest = self._latest
                 async with asyncio.timeout(WRITE_S):
-                    await response.write(self._latest)
+                    for start in range(0, len(latest), PIECE_BYTES):
+                        await self._turns.take()
+                        await response.write(latest[start : start + PIECE_BYTES])
         except TimeoutError:
             if request.transport is not None:
                 request.transport.abort()
@@ -89,7 +95,7 @@ class Feed:
         try:
             while self._news:
                 view = await self._view()
-                self._latest = b"".join((b"data: ", await written(view), b"\n\n"))
+                self._latest = b"".join((b"data: ", await written(view, self._turns), b"\n\n"))
                 for news in list(self._news):
                     news.set()
                     await asyncio.sleep(GAP_S)

@@ -22,12 +22,13 @@ from extproc.admin.history import STEP_S
 from extproc.admin.predecessor import DRAINING, taken_over
 from extproc.admin.shared import Shared
 from extproc.admin.state import MOST_WAITING, WAITING_LISTED, FileState, Viewer, merged
-from extproc.admin.text import written
+from extproc.admin.text import PIECE_BYTES, written
 from extproc.config import split_address
 from extproc.observe.recording import Recorder
 from extproc.observe.stories import MOST as MOST_STORIES
 from extproc.observe.stories import Stories
 from extproc.tasks import Tasks
+from extproc.turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,14 +75,17 @@ class Admin:
         capacity: Capacity | None = None,
         tasks: Tasks | None = None,
         paces: Paces | None = None,
+        turns: Turns | None = None,
     ) -> None:
         """Prepare to serve at `address`, host:port; `file_state` tells of the configuration file, `others` of other
         sidecars that share our endpoints, if any, `stories` what happened to requests, `capacity` how many engines
-        they need, `paces` which of them are slow; `tasks` counts how often the sampling began again."""
+        they need, `paces` which of them are slow; `tasks` counts how often the sampling began again; what takes long
+        is done in `turns`."""
         self._address = address
         self._gate = gate
         self._metrics = metrics
         self._stories = stories if stories is not None else Stories(gate.controller, gate.now)
+        self._turns = turns = Turns() if turns is None else turns
         self._records = False
         self._runner: web.AppRunner | None = None
         self._server: asyncio.Server | None = None
@@ -92,8 +96,8 @@ class Admin:
         }
         self._others = others
         self._metrics_page, self._queues_page = Shared(), Shared()
-        self.viewer = Viewer(gate, metrics, file_state, others, capacity, self._stories, paces)
-        self.feed = Feed(self.view)
+        self.viewer = Viewer(gate, metrics, file_state, others, capacity, self._stories, paces, turns=turns)
+        self.feed = Feed(self.view, turns)
         self.ready = False
         self.drains = False
         self.port = 0
@@ -158,24 +162,33 @@ class Admin:
 
     async def _sample(self) -> None:
         while True:
-            for _ in self.viewer.samples():
-                await asyncio.sleep(0)
+            async for _ in self._turns.each(self.viewer.samples()):
+                pass
             await asyncio.sleep(STEP_S)
 
     async def _file(self, request: web.Request) -> web.Response:
         body, kind = self._files[request.path]
         return web.Response(body=body, content_type=kind, charset="utf-8")
 
-    async def _prometheus(self, _: web.Request) -> web.Response:
+    async def _prometheus(self, request: web.Request) -> web.StreamResponse:
         body = await self._metrics_page.page(self._write_metrics)
-        return web.Response(body=body, headers={"content-type": CONTENT_TYPE_LATEST})
+        return await self._answer(request, body, CONTENT_TYPE_LATEST)
+
+    async def _answer(self, request: web.Request, body: bytes, content_type: str) -> web.StreamResponse:
+        """Answer with a page that may be long, sent in turns of the loop."""
+        if request.method == "HEAD" or len(body) <= PIECE_BYTES:
+            return web.Response(body=body, headers={"content-type": content_type})
+        response = web.StreamResponse(headers={"content-type": content_type})
+        response.content_length = len(body)
+        await response.prepare(request)
+        for start in range(0, len(body), PIECE_BYTES):
+            await self._turns.take()
+            await response.write(body[start : start + PIECE_BYTES])
+        await response.write_eof()
+        return response
 
     async def _write_metrics(self) -> bytes:
-        pieces = []
-        for piece in self._metrics.pieces():
-            pieces.append(piece)
-            await asyncio.sleep(0)  # a long page must not keep a request waiting
-        return b"".join(pieces)
+        return b"".join([piece async for piece in self._turns.each(self._metrics.pieces())])
 
     async def _healthz(self, _: web.Request) -> web.Response:
         return web.Response(text="ok\n")
@@ -185,18 +198,18 @@ class Admin:
             return web.Response(text="ready\n")
         return web.Response(status=503, text=DRAINING if self.drains else "not ready: starting\n")
 
-    async def _queues(self, request: web.Request) -> web.Response:
+    async def _queues(self, request: web.Request) -> web.StreamResponse:
         asked = request.query.get("limit", str(WAITING_LISTED))
         if not (asked.isascii() and asked.isdigit() and int(asked[:9]) <= MOST_WAITING):
             text = f"limit: must be a number from 0 to {MOST_WAITING}: how many requests to list, waiting and running\n"
             return web.Response(status=400, text=text)
         limit = int(asked)
         body = await self._queues_page.page(lambda: self._write_queues(limit), limit)
-        return web.Response(body=body, content_type="application/json", charset="utf-8")
+        return await self._answer(request, body, "application/json; charset=utf-8")
 
     async def _write_queues(self, limit: int) -> bytes:
         whole = {} if self._others is None else await self._others.whole("queues", limit)
-        return await written(self._merged(await self.snapshot(limit), whole))
+        return await written(self._merged(await self.snapshot(limit), whole), self._turns)
 
     async def _story(self, request: web.Request) -> web.Response:
         asked = request.match_info["id"]

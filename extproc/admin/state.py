@@ -6,7 +6,6 @@ at every waiting request gives way to the event loop every few hundred.
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from heapq import nsmallest
 from itertools import chain, islice
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from extproc.observe.metrics import Metrics
     from extproc.observe.stories import Stories
     from extproc.stream.gate import Gate
+    from extproc.turns import Turns
 
 Values = dict[str, Any]
 
@@ -139,11 +139,14 @@ class Viewer:
         capacity: Capacity | None = None,
         stories: Stories | None = None,
         paces: Paces | None = None,
+        *,
+        turns: Turns,
     ) -> None:
         """Describe what `gate` drives, `metrics` counted, `file_state` tells of the configuration file, `others` of
         other sidecars, `capacity` of the engines that the traffic needs, `paces` of those that are slow, and `stories`
-        of what was decided last."""
+        of what was decided last; some of it in each of the `turns` that we are given."""
         self._stories = stories
+        self._turns = turns
         self._paces = paces if paces is not None else Paces(gate.controller)
         self._capacity = capacity
         self._others = others
@@ -164,8 +167,8 @@ class Viewer:
         self.history.sample(self._gate.now())
         yield
         if self._capacity is not None:
-            self._capacity.sample(self._gate.now())
-            yield
+            for _ in self._capacity.samples(self._gate.now()):
+                yield
         self._paces.sample(self._gate.now())
 
     async def queues(self, *, ready: bool, limit: int = WAITING_LISTED) -> Values:
@@ -173,6 +176,7 @@ class Viewer:
 
         Its parts may be some ms apart.
         """
+        await self._turns.take()
         controller, now = self._gate.controller, self._gate.now()
         mode = self._mode(ready=ready)
         counted = {
@@ -183,18 +187,18 @@ class Viewer:
         waiting: list[Values] = []
         first = list(islice(controller.waiting_tickets(), limit))
         for start in range(0, len(first), ROWS_TURN):
+            await self._turns.take()
             some = [ticket for ticket in first[start : start + ROWS_TURN] if ticket.state is State.WAITING]
             waiting += self._rows(some, now)
-            await asyncio.sleep(0)
         running = await self._running(limit, now)
-        tenants = await self._tenants(await _by_tenant(walks.waiting(controller)))
+        tenants = await self._tenants(await _by_tenant(walks.waiting(controller, self._turns)))
         rest = {"waiting": waiting, "running": running, "tenants": tenants}
         return {**mode, "endpoints": await self._endpoints(now), **rest, **counted}
 
     async def _running(self, limit: int, now: float) -> list[Values]:
         """Describe the `limit` oldest leases: one moved or adopted is the last of its endpoint, and may be old."""
         oldest: list[Ticket] = []
-        async for some in walks.leases(self._gate.controller):
+        async for some in walks.leases(self._gate.controller, self._turns):
             oldest = nsmallest(limit, chain(oldest, some), key=attrgetter("leased_at"))
         return [_running_row(ticket, now) for ticket in oldest if ticket.state is State.LEASED]
 
@@ -207,7 +211,8 @@ class Viewer:
 
     async def _tenants(self, waiting: Counter[str]) -> list[Values]:
         controller = self._gate.controller
-        running = await _by_tenant(walks.leases(controller))
+        running = await _by_tenant(walks.leases(controller, self._turns))
+        await self._turns.take()
         rows = busiest(controller.policy.tenants, waiting, running, self._refused())
         return [row | {"tenant": _short(row["tenant"])} for row in rows]
 
@@ -259,13 +264,14 @@ class Viewer:
         has, and how many were looked at."""
         controller, by_tenant = self._gate.controller, Counter[str]()
         by_class: dict[str, list[Ticket]] = {name: [] for name in waiting_by_class(controller)}
-        async for some in walks.waiting(controller):
+        async for some in walks.waiting(controller, self._turns):
             by_tenant.update(ticket.request.tenant for ticket in some)
             for ticket in some:
                 by_class.setdefault(ticket.request_class.name, []).append(ticket)
             for waiting in by_class.values():
                 waiting.sort(key=_arrival)
                 del waiting[MOST_BARS:]
+        await self._turns.take()
         oldest = {
             name: [ticket for ticket in waiting if ticket.state is State.WAITING] for name, waiting in by_class.items()
         }
@@ -300,7 +306,7 @@ class Viewer:
             klass = known.get(name) or (waiting[0].request_class if waiting else None)
             if klass is None:  # a former class, and those who waited in it have just left
                 continue
-            await asyncio.sleep(0)  # thousands of waits are sorted
+            await self._turns.take()  # thousands of waits are sorted
             p50_s, p95_s = self.history.percentiles(name, now)
             classes.append(
                 {
@@ -321,12 +327,14 @@ class Viewer:
     async def _endpoints(self, now: float, most_models: int | None = None) -> list[Values]:
         """Describe all endpoints as they are, some at a time."""
         controller = self._gate.controller
+        await self._turns.take()
         preferring, holds, rows = _preferring(controller), controller.holds(), []
+        await self._turns.take()
         slow = {name: ratio for name, ratio in self._paces.slowness().items() if ratio >= SEVERAL}
         failures = self.history.failures(now)
         for number, endpoint in enumerate(list(controller.endpoints.values())):
-            if number and number % ENDPOINTS_TURN == 0:
-                await asyncio.sleep(0)
+            if number % ENDPOINTS_TURN == 0:
+                await self._turns.take()
             row = self._endpoint(endpoint, preferring, holds, now, most_models)
             if endpoint.name in slow:
                 row["times_slower"] = round(slow[endpoint.name], 1)

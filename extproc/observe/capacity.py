@@ -26,7 +26,7 @@ from extproc.admission.limit import CEILING, AdaptiveLimit
 from extproc.observe.filling import Filling
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Generator, Iterable, Iterator
 
     from prometheus_client.metrics_core import Metric
 
@@ -52,6 +52,8 @@ MOST_SHORTER: Final = 16.0
 after a start are a guess. What others had an engine write is counted, too, so the first is not larger."""
 BELIEF_ANSWERS: Final = 2.0
 """Estimates are worth as much as so many answers counted: one alone proves nothing."""
+LOOKED_AT: Final = 50
+"""Endpoints that are looked at in one turn of the event loop: less than a millisecond."""
 MOST_NAMED: Final = 3
 """Models that the name of a pool tells."""
 
@@ -155,33 +157,36 @@ class _Pool:
         if not self.named or not self.named <= models:
             self.named, self.name = models, _name(models)
 
-    def hear_nothing(self, now: float) -> None:
+    def hear_nothing(self, now: float) -> Iterator[None]:
         """Begin the minute anew as long as another sidecar is asked: of what it heard, nothing is known here."""
-        self.samples = deque([self.look(now)])
+        self.samples = deque([(yield from self.look(now))])
         self.window = (now, 0.0, 0.0)
         self.windows.clear()
         self.engines = self.load = None
 
-    def look(self, now: float) -> Asked:
-        """Return where it stands. Of what is being written, half was expected to be there."""
+    def look(self, now: float) -> Generator[None, None, Asked]:
+        """Return where it stands, and yield where a loop may turn. Of what is being written, half was expected to be
+        there."""
+        requests, prompts, outputs = self.asked
         before, self.marks = self.marks, {}
         most, self.most = self.most, {}
         fillings, self.fillings = self.fillings, {}
-        for one in self.members:
+        for number, one in enumerate(self.members):
+            if number % LOOKED_AT == 0:
+                yield
             page, kv = one.reading.page, one.kv
             running = page.running if page is not None else None
             self.most[one] = max(most.get(one, 0.0), running or 0.0)
             filling = self.fillings[one] = fillings.get(one) or Filling()
             if kv.capacity is not None and page is not None and page.kv_usage is not None:
-                prompts, outputs = one.reading.booked  # of that moment: most of what runs now may be younger
-                if prompts > kv.law.enough * kv.capacity:
-                    filling.learn(one.reading.page_at, kv.capacity, page.kv_usage, prompts, outputs)
+                booked = one.reading.booked  # of that moment: most of what runs now may be younger
+                if booked[0] > kv.law.enough * kv.capacity:
+                    filling.learn(one.reading.page_at, kv.capacity, page.kv_usage, *booked)
             if one.written:  # its counters tell: from the first token on, long before its costs are known
                 mark = self.marks[one] = (one.expected + one.kv.outputs / 2, one.written)
                 expected, written = before.get(one, mark)
                 self.expected += mark[0] - expected
                 self.written += mark[1] - written
-        requests, prompts, outputs = self.asked
         return Asked(now, requests, prompts, outputs, self.expected, self.written)
 
 
@@ -208,17 +213,19 @@ class Capacity:
 
     def sample(self, now: float) -> None:
         """Look how full each pool is now."""
+        for _ in self.samples(now):
+            pass
+
+    def samples(self, now: float) -> Iterator[None]:
+        """Do so some endpoints at a time, in turns of the loop."""
         endpoints = [(one, one.spec) for one in self._controller.endpoints.values() if not one.removed]
         if endpoints != self._endpoints:
             self._endpoints = endpoints
             self._regroup(now)
         self._hear()
         decides = self._decides()
-        for pool in self._pools.values():
-            if decides:
-                self._look(pool, now)
-            else:
-                pool.hear_nothing(now)
+        for pool in list(self._pools.values()):
+            yield from self._look(pool, now) if decides else pool.hear_nothing(now)
 
     def _hear(self) -> None:
         """Add what came since the last look. What comes while nobody serves it is no engine's of these."""
@@ -255,8 +262,8 @@ class Capacity:
                 taken.add(pool)
         return found
 
-    def _look(self, pool: _Pool, now: float) -> None:
-        members, samples, after = pool.members, pool.samples, pool.look(now)
+    def _look(self, pool: _Pool, now: float) -> Iterator[None]:
+        members, samples, after = pool.members, pool.samples, (yield from pool.look(now))
         while len(samples) > 1 and samples[1].at <= now - WINDOW_S:
             samples.popleft()
         before, last = samples[0], samples[-1].at
@@ -267,17 +274,15 @@ class Capacity:
             return
         requests, prompts = after.requests - before.requests, after.prompts - before.prompts
         outputs = _longer(before, after) * (after.outputs - before.outputs)
-        rates = (
-            [
-                (one, _stable_rate(one, requests, prompts, outputs, pool.most[one], pool.fillings[one]))
-                for one in members
-            ]
-            if requests
-            else []
-        )
-        known = [(one, rate) for one, rate in rates if rate is not None]
+        known = []
+        for number, one in enumerate(members if requests else ()):
+            if number % LOOKED_AT == 0:
+                yield
+            rate = _stable_rate(one, requests, prompts, outputs, pool.most[one], pool.fillings[one])
+            if rate is not None:
+                known.append(rate)
         if known:
-            engine = sum(rate for _, rate in known) / len(known)
+            engine = sum(known) / len(known)
             pool.engines = requests / elapsed_s / engine
             pool.load = pool.engines / pool.up if pool.up else None
         elif not requests:

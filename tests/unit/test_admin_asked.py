@@ -6,7 +6,9 @@ import asyncio
 import json
 
 import pytest
+from aiohttp import web
 
+from extproc.admin import http
 from extproc.admin.http import Admin
 from extproc.commands.cli import main
 from extproc.observe.recording import Recording
@@ -45,6 +47,35 @@ def test_who_asks_for_an_unknown_id_is_sent_to_the_other_sidecars_where_there_ar
         async with served(room) as client, client.get("/debug/requests/nobody") as response:
             assert response.status == 404
             assert ("Another sidecar may have taken it in" in await response.text()) == shares
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/queues"])
+def test_a_long_page_is_sent_in_pieces_and_is_whole(path, monkeypatch):
+    """A megabyte that was sent in one turn kept everybody waiting for four milliseconds."""
+    sent: list[int] = []
+    write = web.StreamResponse.write
+
+    async def note(response: web.StreamResponse, piece: bytes) -> None:
+        sent.append(len(piece))
+        await write(response, piece)
+
+    monkeypatch.setattr(http, "PIECE_BYTES", 500)
+    monkeypatch.setattr(web.StreamResponse, "write", note)
+
+    async def scenario() -> None:
+        room = Room()
+        room.offer(30)
+        async with served(room) as client:
+            async with client.get(path) as response:
+                body, kind = await response.read(), response.headers["content-type"]
+            assert (response.status, len(body)) == (200, int(response.headers["content-length"]))
+            async with client.head(path) as response:
+                assert (response.headers["content-type"], await response.read()) == (kind, b"")
+        assert body.endswith(b"}" if path == "/queues" else b"\n")
+        assert sum(sent) == len(body)
+        assert max(sent) == 500
 
     asyncio.run(scenario())
 

@@ -13,6 +13,7 @@ from extproc.admission.outcome import Outcome
 from extproc.admission.values import Answer
 from extproc.commands.top import lines
 from extproc.observe.waits import MOST, Waits, percentile
+from extproc.turns import Turns
 from tests.unit.admin_room import Room, event, served, until
 
 # ---- history
@@ -124,7 +125,7 @@ def test_a_view_is_made_once_a_tick_for_all_and_never_while_nobody_looks(monkeyp
             made += 1
             return {"number": made}
 
-        room.admin.feed = Feed(view)
+        room.admin.feed = Feed(view, Turns())
         async with served(room) as client:
             assert made == 0
             streams = [await client.get("/events") for _ in range(5)]
@@ -175,7 +176,7 @@ def test_a_subscriber_that_reads_nothing_is_dropped_and_delays_nobody(monkeypatc
         async def view():
             return {"filler": "x" * 500_000}
 
-        room.admin.feed = Feed(view)
+        room.admin.feed = Feed(view, Turns())
         async with served(room) as client:
             _, stuck = await asyncio.open_connection("127.0.0.1", room.admin.port, limit=1024)
             stuck.write(b"GET /events HTTP/1.1\r\nhost: localhost\r\n\r\n")

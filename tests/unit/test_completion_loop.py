@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +17,7 @@ import pytest
 from grpc._cython import cygrpc
 
 from extproc.transport.completion import loop as loop_module
-from extproc.transport.completion.loop import make_loop
+from extproc.transport.completion.loop import FILES, make_loop
 from tests.unit.completion_stage import loop
 
 __all__ = ["loop"]  # a fixture
@@ -50,6 +52,43 @@ def test_timers_threads_sockets_and_signals_work_as_on_any_loop(loop):
         return seen
 
     assert loop.run_until_complete(everything()) == ["thread", "socket"]
+
+
+def test_of_many_files_that_have_something_to_tell_some_are_dealt_with_in_each_turn_and_none_that_is_gone(loop):
+    """After a moment without a processor the pages of 150 engines had come: to take them in took ten milliseconds."""
+    pairs = [socket.socketpair() for _ in range(5 * FILES)]
+    seen: list[int] = []
+    turns: list[int] = []
+
+    def came(number: int) -> None:
+        seen.append(number)
+        loop.remove_reader(pairs[number][0])
+        if number in gone:
+            loop.stop()
+        elif len(seen) == 1:  # the last one goes, and another takes its place
+            last = pairs[-1][0]
+            loop.remove_reader(last)
+            loop.add_reader(last, came, -1)
+
+    def turn() -> None:
+        turns.append(len(seen))
+        if len(seen) < len(pairs):
+            loop.call_soon(turn)
+        else:
+            loop.stop()
+
+    gone = {len(pairs) - 1}
+    for number, (ours, theirs) in enumerate(pairs):
+        theirs.send(b"x")
+        loop.add_reader(ours, came, number)
+    loop.call_soon(turn)
+    loop.call_later(5.0, loop.stop)
+    loop.run_forever()
+    for pair in pairs:
+        for one in pair:
+            one.close()
+    assert sorted(seen) == [-1, *range(len(pairs) - 1)], "each once, the last one as what it is now"
+    assert max(later - before for before, later in itertools.pairwise(turns)) <= FILES
 
 
 @pytest.mark.parametrize("puts_off", ["call_soon", "call_later"])

@@ -100,6 +100,24 @@ def test_what_is_new_is_looked_through_by_the_clock_where_as_much_is_freed_as_ma
         assert len(gc.get_objects(0)) < 1_000
 
 
+def test_what_is_new_is_looked_through_in_a_turn_of_its_own():
+    before, later = gc.get_threshold(), []
+    sidecar = Sidecar()
+    sidecar.garbage = Garbage(lambda: 0, sidecar, later.append)
+    try:
+        sidecar.timers.clear()
+        sidecar.garbage.begin()
+        kept = [[] for _ in range(500)]
+        sidecar.pass_time(NEW_S)
+        assert len(gc.get_objects(0)) >= len(kept)
+        (look,) = later
+        look()
+        assert len(gc.get_objects(0)) < len(kept)
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
+
+
 def test_python_does_none_by_itself_any_more(sidecar):
     left = old_cycle()
     kept = [[] for _ in range(200_000)]

@@ -35,10 +35,11 @@ ALLOWED = {
     "endpoints/access": {"extproc.files"},
     "endpoints/telemetry": {
         *("extproc.endpoints.telemetry", "extproc.endpoints.access", "extproc.admission", "extproc.errors"),
+        "extproc.turns",
     },
     "endpoints": {
         *("extproc.endpoints", "extproc.config", "extproc.envoy", "extproc.errors", "extproc.tasks"),
-        *("extproc.admission", "extproc.stream", "extproc.files", "extproc.kubernetes"),
+        *("extproc.admission", "extproc.stream", "extproc.files", "extproc.kubernetes", "extproc.turns"),
     },
     "admin": {
         *(
@@ -50,6 +51,7 @@ ALLOWED = {
             "extproc.errors",
             "extproc.pure",
             "extproc.tasks",
+            "extproc.turns",
         ),
         "extproc",
     },

@@ -25,7 +25,7 @@ from extproc.endpoints.telemetry.orca import parse_orca
 from extproc.endpoints.telemetry.page import MOST_BYTES, Reader
 from extproc.endpoints.telemetry.rates import Rates
 from extproc.endpoints.telemetry.readings import Readings, Reason
-from extproc.endpoints.telemetry.turns import Turns
+from extproc.turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -43,9 +43,9 @@ _SLOTS = 10
 warm (`python -m bench.scrape scrape`)."""
 _TOGETHER = 20
 """Scrapes in one slot, on average: many more in a row would hold others up (`make bench-turns`)."""
-_ASKED_IN_A_TURN, _READ_IN_A_TURN = 8, 3
-"""Pages asked for, a tenth of a millisecond each, and read, a third, in one turn of the loop: after a moment in which
-this process had no processor, hundreds are due or have come."""
+_ASKED, _READ = 1, 3
+"""Shares of a turn of the loop that it takes to ask for a page, and to read one: after a moment in which this process
+had no processor, hundreds are due or have come."""
 _RATE_GAPS = 3.5
 """Intervals over which a token rate still means something: one or two failed scrapes lie between."""
 
@@ -88,8 +88,12 @@ class Scraper:
         timeout_s: float,
         stale_after_s: float,
         loop: asyncio.AbstractEventLoop,
+        turns: Turns | None = None,
     ) -> None:
-        """Prepare; `interval_s` 0 means that nothing is ever scraped. `put` may come before `start`."""
+        """Prepare; `interval_s` 0 means that nothing is ever scraped. `put` may come before `start`.
+
+        `turns`: who shares turns of `loop` with this.
+        """
         self.interval_s = interval_s
         self.timeout_s = timeout_s
         self.stale_after_s = stale_after_s
@@ -99,7 +103,7 @@ class Scraper:
         self._watches: dict[str, _Watch] = {}
         self._errors: dict[str, dict[Reason, int]] = {}
         self._pages: Pages | None = None
-        self._asking, self._reading = Turns(loop, _ASKED_IN_A_TURN), Turns(loop, _READ_IN_A_TURN)
+        self._turns = Turns() if turns is None else turns
 
     async def start(self, observe: Callable[[str, Load], None]) -> None:
         """Begin to scrape, if there is an interval, and call `observe(name, load)` with each reading."""
@@ -216,7 +220,7 @@ class Scraper:
     async def _run(self, watch: _Watch) -> None:
         """Scrape until cancelled. The second scrape comes at a random time, so that endpoints spread out."""
         spread = 0.5
-        await self._asking.one()
+        await self._turns.take(_ASKED)
         while True:
             began = self._loop.time()
             try:
@@ -228,7 +232,7 @@ class Scraper:
             pause_s = self.interval_s * self._random.uniform(1 - spread, 1 + spread)
             spread = _JITTER
             await asyncio.sleep(self._pause_s(began + pause_s))
-            await self._asking.one()
+            await self._turns.take(_ASKED)
 
     def _pause_s(self, due: float) -> float:
         """Return how long to sleep until about `due`: those due in the same slot go together, while caches are warm."""
@@ -323,7 +327,7 @@ class Scraper:
         now = self._loop.time()
         if isinstance(body, Reason):
             return body, now
-        await self._reading.one()
+        await self._turns.take(_READ)
         steps = reader.read(body)
         while True:
             try:
@@ -331,4 +335,4 @@ class Scraper:
             except StopIteration as end:
                 result: Readings | Reason = end.value
                 return result, now
-            await self._reading.one()
+            await self._turns.take(_READ)

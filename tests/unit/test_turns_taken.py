@@ -1,21 +1,21 @@
-"""Pages that are due, or have come, in one moment are dealt with some at a time."""
+"""What no request waits for shares the turns of the loop, in the order in which it asks."""
 
 from __future__ import annotations
 
 import asyncio
 
-from extproc.endpoints.telemetry.turns import Turns
+from extproc.turns import ALL, Turns
 
-MOST = 3
+THIRD = ALL // 3
 
 
 def turns_of(tasks: int, cancelled: frozenset[int] = frozenset()) -> list[list[int]]:
     """Let `tasks` come in one moment; return which went on in each turn of the loop."""
     loop = asyncio.new_event_loop()
-    turns, seen = Turns(loop, MOST), [[]]
+    turns, seen = Turns(), [[]]
 
     async def go_on(number: int) -> None:
-        await turns.one()
+        await turns.take(THIRD)
         seen[-1].append(number)
 
     try:
