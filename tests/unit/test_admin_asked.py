@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from types import SimpleNamespace
 
 import pytest
 from aiohttp import web
@@ -42,7 +43,8 @@ def test_the_story_of_a_request_is_a_page_and_a_command(capsys):
 def test_who_asks_for_an_unknown_id_is_sent_to_the_other_sidecars_where_there_are_any(shares):
     async def scenario() -> None:
         room = Room()
-        others = Shown(None, room.gate) if shares else None
+        replica = SimpleNamespace(bad_answers={})
+        others = Shown(SimpleNamespace(replica=replica), room.gate) if shares else None
         room.admin = Admin("127.0.0.1:0", room.gate, room.metrics, others=others)
         async with served(room) as client, client.get("/debug/requests/nobody") as response:
             assert response.status == 404
