@@ -48,6 +48,7 @@ and its request is run for nobody. Costs up to this much memory per held request
     "buffer": """\
 A request waits, and takes a slot, when all of it is here: a body that stalls costs nobody a slot. Above the
 size the answer is 413.""",
+    "skip_envoy_headers": "Without x-envoy-internal and x-forwarded-for, which tell us nothing and cost us both CPU.",
     "retry_policy": "Held requests are sent again to a restarted or second sidecar: a crash costs no client an error.",
     "failure_mode_allow": """\
 true: answers that run survive a sidecar's death. New requests then take the second route.""",

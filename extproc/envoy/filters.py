@@ -144,7 +144,7 @@ def first_byte_probe(config: Config) -> str:
             typed_config:
               "@type": type.googleapis.com/envoy.extensions.filters.http.ext_proc.v3.ExternalProcessor
               stat_prefix: probe
-              grpc_service: {{envoy_grpc: {{cluster_name: {EXT_PROC_CLUSTER}}}, timeout: 0s}}
+              grpc_service: {{envoy_grpc: {{cluster_name: {EXT_PROC_CLUSTER}, skip_envoy_headers: true}}, timeout: 0s}}
               observability_mode: true
               failure_mode_allow: true
               allow_content_length_header: true

@@ -152,7 +152,8 @@ static_resources:
             typed_config:
               "@type": {FILTERS}ext_proc.v3.ExternalProcessor
               grpc_service:
-                envoy_grpc: {{cluster_name: {EXT_PROC_CLUSTER}}}
+{self._why("skip_envoy_headers", 16)}\
+                envoy_grpc: {{cluster_name: {EXT_PROC_CLUSTER}, skip_envoy_headers: true}}
                 timeout: 0s
 {self._why("retry_policy", 16)}\
                 retry_policy:

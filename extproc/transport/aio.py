@@ -42,7 +42,8 @@ BODY_OPTIONS = (
 )
 """Beside OPTIONS, for gateways that send us bodies."""
 RESETS = ("x-envoy-internal", "true")
-"""What Envoy alone says when it opens a stream. It resets the stream when the client leaves."""
+"""What Envoy alone says when it opens a stream. It resets the stream when the client leaves. Asked where bodies come:
+the bootstraps that we render send none, and leave this out (`skip_envoy_headers`)."""
 RESET_S = 0.25
 """How long to wait for the reset that follows Envoy's end of a stream: a handler that returns before it costs 134 bytes
 for good, one that is cancelled nothing (`make soak`; grpc/grpc#43360)."""

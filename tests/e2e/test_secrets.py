@@ -78,6 +78,8 @@ def test_credentials_of_requests_and_answers_are_never_sent_to_the_sidecar(tmp_p
             for header in part.headers.headers
         }
         assert keys <= READ | {":status", "endpoint-load-metrics", "endpoint-load-metrics-bin"}
+        opened = {name for name, _ in recorder.metadata}
+        assert not opened & {"x-envoy-internal", "x-forwarded-for"}, "Envoy's own, which nobody reads"
 
 
 @pytest.fixture
