@@ -93,6 +93,24 @@ def test_who_is_silent_for_three_seconds_of_the_servers_clock_is_gone(empty):
     run(check)
 
 
+def test_who_lives_is_seen_and_who_died_is_not_though_the_servers_clock_went_back(empty):
+    """Or another server took over, whose clock is behind: who died would count until that time comes again."""
+
+    async def check() -> None:
+        one = store(empty)
+        await one.beat(member("dead"))
+        await one.beat(member("a"))
+        key = "{extproc:default}:alive"
+        for name in ("dead", "a"):
+            cli(empty, "ZADD", key, str(float(cli(empty, "ZSCORE", key, name)) + 60_000), name)
+        assert await one.beat(member("a", 2)) == [member("a", 2)]
+        assert {each.id for each in await one.beat(member("late"))} == {"a", "late"}
+        assert {each.id: each.joined for each in await one.beat(member("dead", 1))} == {"a": 2, "late": 3, "dead": 1}
+        await one.close()
+
+    run(check)
+
+
 def test_who_leaves_is_listed_without_an_address_for_a_while(empty):
     async def check() -> None:
         one, two = store(empty), store(empty)

@@ -1,5 +1,7 @@
 """Valkey or Redis: one script a second per sidecar. Ages go by the server's clock alone, so that nobody's own matters.
 
+A clock that goes back forgets who spoke before it did: who lives is known again after a second, as where it was empty.
+
 Three keys in one hash slot, so that it works in a cluster: who said when that he lives, what he said, and a counter.
 They are gone an hour after the last sidecar. A server that was restarted empty knows everybody again after a second;
 each brings the place in the order of joining that it had.
@@ -43,10 +45,14 @@ if not known or joined > 0 then
   redis.call('HSET', KEYS[2], ARGV[1], string.format('%d', joined) .. ' ' .. ARGV[2])
 end
 redis.call('ZADD', KEYS[1], now, ARGV[1])
-for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - tonumber(ARGV[4]))) do
-  redis.call('ZREM', KEYS[1], id)
-  redis.call('HDEL', KEYS[2], id)
+local function forget(from, to)
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], from, to)) do
+    redis.call('ZREM', KEYS[1], id)
+    redis.call('HDEL', KEYS[2], id)
+  end
 end
+forget('-inf', now - tonumber(ARGV[4]))
+forget('(' .. now, '+inf')
 for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, 3600) end
 return redis.call('HGETALL', KEYS[2])
 """
