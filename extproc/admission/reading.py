@@ -88,18 +88,22 @@ class Foreign:
         self._met = False
 
     def follow(self, load: Load, leases: Iterable[Ticket], in_flight: int, most: int, now: float) -> None:
-        """Count them when telemetry comes first, at most `most`; after that they can only become fewer."""
+        """Count them when telemetry comes first, at most `most`; after that they can only become fewer.
+
+        Those who were known before we look as at the first are fewer only if nothing of ours is on its way.
+        """
         if load.running is None:
             self.count = 0
             return
         there = int(load.running + (load.waiting or 0.0))
+        count = 0
+        if self.count:
+            arrived = sum(ticket.sequences for ticket in leases if ticket.leased_at <= now - self.law.arrived_s)
+            count = min(max(there - arrived, 0), most, self.count)
+            if count == self.count and now >= self._changed_at + self.law.steady_s:
+                count //= 2
         if not self._met:
             self._met = True
-            self.count, self._changed_at = min(max(there - in_flight, 0), most), now
-        elif self.count:
-            arrived = sum(ticket.sequences for ticket in leases if ticket.leased_at <= now - self.law.arrived_s)
-            left = min(max(there - arrived, 0), most)
-            if left < self.count:
-                self.count, self._changed_at = left, now
-            elif now >= self._changed_at + self.law.steady_s:
-                self.count, self._changed_at = self.count // 2, now
+            count = max(count, min(max(there - in_flight, 0), most))
+        if count != self.count:
+            self.count, self._changed_at = count, now

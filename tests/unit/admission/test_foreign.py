@@ -48,6 +48,20 @@ def test_later_telemetry_never_finds_new_foreign_requests() -> None:
     assert all(desk.where(ticket) == "a" for ticket in desk.fill(4))
 
 
+def test_a_new_look_at_who_else_is_there_forgets_nobody_for_ours_that_are_on_their_way() -> None:
+    """Found by the storm of sidecars: a page between grants and their arrival took those for a dead one's."""
+    desk = Desk(EndpointSpec("a", max_running_requests=8))
+    desk.observe("a", Load(running=3))
+    desk.fill(4)  # not there yet
+    desk.endpoint("a").meet_again()
+    desk.observe("a", Load(running=3))
+    assert desk.endpoint("a").foreign == 3
+    desk.advance(1.0)
+    desk.endpoint("a").meet_again()
+    desk.observe("a", Load(running=5))
+    assert desk.endpoint("a").foreign == 1
+
+
 def test_steady_traffic_of_others_does_not_keep_us_out_for_ever() -> None:
     desk = Desk(EndpointSpec("a", max_running_requests=4), classes=(RequestClass("std", 0, 600.0),))
     desk.observe("a", Load(running=4))
