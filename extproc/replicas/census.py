@@ -31,7 +31,6 @@ class Census:
         beat_s: how often the store is asked.
         members: by id.
         answered_at: when the store answered last.
-        vanished_at: when somebody was counted out who had not said goodbye.
     """
 
     def __init__(self, beat_s: float = 1.0) -> None:
@@ -40,7 +39,7 @@ class Census:
         self.members: dict[str, Member] = {}
         self.answered_at: float | None = None
         self._asked_at: float | None = None  # when that was asked for, and with it was said that we live
-        self.vanished_at: float | None = None
+        self._vanished: dict[str, float] = {}  # counted out without a goodbye, until when he may be alive unseen
         self._missing: dict[str, float] = {}  # since when
         self._left: set[str] = set()
 
@@ -60,9 +59,10 @@ class Census:
                 self._missing.pop(name, None)
             elif name in self._left or now - self._missing.setdefault(name, now) >= GONE_S:
                 if name not in self._left:
-                    self.vanished_at = now
+                    self._vanished[name] = now + WARY_S
                 self._forget(name)
         self._left &= seen.keys()
+        self._vanished = {name: until for name, until in self._vanished.items() if now < until and name not in seen}
 
     def met(self, member: Member) -> None:
         """Count somebody in who opened a stream to us."""
@@ -79,10 +79,14 @@ class Census:
         self._missing.pop(name, None)
 
     def count(self, group: Set[str]) -> int | None:
-        """Return how many there are, those in `group` surely; None: the store has not told yet."""
+        """Return how many there are, those in `group` surely; None: the store has not told yet.
+
+        To a group that is not all of them also those count who vanished: they may be alive in another part.
+        """
         if self.answered_at is None:
             return None
-        return len(self.members.keys() - self._left | group)
+        known = self.members.keys() - self._left | group
+        return len(known if known == group else known | self._vanished.keys())
 
     def part(self, group: Set[str]) -> float:
         """Return the part of each limit that `group` may use, 0..1; 0: the store has not told yet."""
@@ -91,7 +95,7 @@ class Census:
 
     def is_wary(self, now: float) -> bool:
         """Tell whether somebody may be alive whom nobody sees."""
-        return self.vanished_at is not None and now < self.vanished_at + WARY_S
+        return any(now < until for until in self._vanished.values())
 
     def is_cut_off(self, now: float) -> bool:
         """Tell whether the store has been silent for so long that, if it is so to us alone, others count us out."""

@@ -2,8 +2,9 @@
 
 A group of M of N sidecars holds at most M/N of each limit, and never more than an engine's own figures leave free, so
 groups that don't know of each other stay within the limit together. A group that has just formed grows only once those
-who were left behind have noticed, and a reading from after that has told what runs. Who reaches nobody, neither the
-store nor an engine's figures, sends that engine one request at a time: by now others may use all of it.
+who were left behind have noticed, and a reading from after that has told what runs. A new endpoint waits for its first
+reading: others may have known it before. Who reaches neither the store, nor all others, nor an engine's figures sends
+that engine one request at a time for each sidecar of the group: by now others may use all of it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 READ_S = 0.6
 """A reading that comes later than this after a group formed was begun after it formed: scrapes last half a second."""
 UNREAD_S = 2.5
-"""An endpoint that has shown nothing so long after its group formed has no page, or none that can be had."""
+"""An endpoint that has shown nothing so long after its group formed, or it came, has no page, or none to be had."""
 BACK_BEATS = 2.25
 """Who was nobody stays so for so many of the store's beats. The others count us in when they ask the store next, one
 beat after we have at the latest, and one may fail; until then they use our part."""
@@ -44,7 +45,8 @@ class Quotas:
         self._fresh_from = max(hold_until, gate.now() + READ_S)
         endpoints = gate.controller.endpoints
         self._refill = {name: endpoint.sequences for name, endpoint in endpoints.items()}
-        self._unread = set(endpoints)
+        self._unread = dict.fromkeys(endpoints, self._fresh_from + UNREAD_S)  # until when at most
+        self._known = set(endpoints)
         self._caps = {name: endpoint.limit.value for name, endpoint in endpoints.items()}
         self._read_at: dict[str, float] = {}
         self._nobody_at: dict[str, float] = {}  # when nobody knew of us last, or saw us, nor we an endpoint's page
@@ -58,7 +60,7 @@ class Quotas:
         name = endpoint.name
         if name in self._lacking and self._gate.now() < self._lacking[name] + UNKNOWN_S:
             return 0
-        most = 1 if self._is_apart(name) else None
+        most = len(self._group()) if self._is_apart(name) else None
         if name in self._unread:
             refill = self._refill.get(name, 0)
             return refill if most is None else min(refill, most)
@@ -81,8 +83,9 @@ class Quotas:
         return self._gate.now() > self._read_at.get(name, -math.inf) + lately_s
 
     def _is_nobody(self) -> bool:
-        """Tell whether we may be alone in a corner where nobody sees us: others have the whole limit for themselves."""
-        return len(self._group()) == 1 and self._census.is_cut_off(self._gate.now())
+        """Tell whether we may be in a corner where nobody sees us: others have the whole limit for themselves."""
+        in_a_corner = len(self._group()) == 1 or self._part() < 1.0
+        return in_a_corner and self._census.is_cut_off(self._gate.now())
 
     def _is_apart(self, name: str) -> bool:
         """Tell whether an endpoint is anybody's but ours: nobody knows of us, or we can't tell if they do by now."""
@@ -94,8 +97,11 @@ class Quotas:
 
     def follow(self) -> None:
         """Follow a change of the group, of who is alive, or of time."""
-        part = self._part()
-        for endpoint in list(self._gate.controller.endpoints.values()):
+        part, endpoints = self._part(), self._gate.controller.endpoints
+        for name in endpoints.keys() - self._known:
+            self._refill[name], self._unread[name] = 0, self._gate.now() + UNREAD_S
+        self._known = set(endpoints)
+        for endpoint in list(endpoints.values()):
             self._limit(endpoint, part)
 
     def follow_one(self, name: str) -> None:
@@ -111,8 +117,9 @@ class Quotas:
 
     def turn(self) -> None:
         """Follow the passing of time."""
-        if self._unread and self._gate.now() >= self._fresh_from + UNREAD_S:
-            self._unread.clear()
+        if self._unread:
+            now = self._gate.now()
+            self._unread = {name: until for name, until in self._unread.items() if now < until}
         self.follow()
 
     # ---- what the group brings along, and loses
@@ -122,13 +129,7 @@ class Quotas:
         self._refill[name] = self._refill.get(name, 0) + sequences
 
     def hold_less(self, name: str, sequences: int) -> None:
-        """Have it no more refill what somebody held who is gone. Until an endpoint's first page nothing shows it."""
-        endpoint = self._gate.controller.endpoints.get(name)
-        if endpoint is not None and endpoint.reading.page is None:
-            if name not in self._unread:
-                self._unread.add(name)
-                self._refill[name] = endpoint.sequences
-            self._fresh_from = max(self._fresh_from, self._gate.now() + READ_S)
+        """Have it no more refill what somebody held who is gone."""
         self._refill[name] = max(self._refill.get(name, 0) - sequences, 0)
 
     # ---- readings
@@ -145,7 +146,7 @@ class Quotas:
         """Follow what a reading changed."""
         self._read_at[name] = self._gate.now()
         if self._gate.now() >= self._fresh_from:
-            self._unread.discard(name)
+            self._unread.pop(name, None)
         self.follow_one(name)
 
     # ---- endpoints that not everybody knows

@@ -21,8 +21,20 @@ def test_a_sidecar_that_the_store_leaves_out_for_a_moment_still_counts():
     census.heard([ONE, TWO, THREE], 0.0)
     census.heard([ONE], 1.0)
     census.heard([ONE], 1.0 + GONE_S - 0.1)
-    assert census.part({"a"}) == 1 / 3
+    assert census.part({"a", "b"}) == 2 / 3
     census.heard([ONE, TWO], 4.1)
+    assert census.part({"a", "b"}) == 1.0
+
+
+def test_to_a_part_of_them_who_vanished_counts_on_as_he_may_be_alive_in_another_part():
+    """Two of three that see the store had half of a limit each, and the third, which nobody saw, a third."""
+    census = Census()
+    census.heard([ONE, TWO, THREE], 0.0)
+    census.heard([ONE, TWO], 1.0)
+    census.heard([ONE, TWO], 5.0)
+    assert census.part({"a"}) == 1 / 3
+    assert census.part({"a", "b"}) == 1.0
+    census.heard([ONE, TWO], 6.0 + WARY_S)
     assert census.part({"a"}) == 1 / 2
 
 
