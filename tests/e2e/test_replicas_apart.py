@@ -85,8 +85,32 @@ def the_leader_from_everything(pool: Pool, machines: Machines) -> None:
     wait_until(lambda: [place.replicas["role"] for place in rest].count("leading") == 1, 15, "another leads")
 
 
+def both_followers_from_the_rest(pool: Pool, machines: Machines, *more: str) -> None:
+    """They reach each other, and the engines; neither the leader nor the store sees them."""
+    leader = number_of(pool, "leading")
+    followers = [number for number in range(3) if number != leader]
+    machines.cut(leader, *(machines.addresses[number] for number in followers))
+    for number in followers:
+        machines.cut(number, machines.store, machines.addresses[leader], *more)
+    group = [pool.places[number] for number in followers]
+    wait_until(lambda: [place.replicas["group"] for place in group] == [2, 2], 15, "they are a group")
+    assert {place.replicas["members"] for place in group} == {3}
+    wait_until(lambda: pool.places[leader].replicas["members"] == 1, 15, "the other one counts them out")
+
+
+def both_followers_from_everything(pool: Pool, machines: Machines) -> None:
+    """From the engines' pages, too: their Envoys still reach the engines."""
+    both_followers_from_the_rest(pool, machines, machines.engines)
+
+
 CUTS = [a_follower_from_the_leader]
-LONG_CUTS = [the_leader_from_the_store, a_follower_from_everything, the_leader_from_everything]
+LONG_CUTS = [
+    the_leader_from_the_store,
+    a_follower_from_everything,
+    the_leader_from_everything,
+    both_followers_from_the_rest,
+    both_followers_from_everything,
+]
 
 
 @pytest.mark.parametrize("cut", CUTS + (LONG_CUTS if LONG else []), ids=lambda cut: cut.__name__)
