@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-NEVER = -1.0
-_SLACK = 256
-_AT_ONCE = 4
-"""Old entries that each new alarm looks at: no event has to look at all."""
+NEVER: Final = -1.0
+_SLACK: Final = 240
+_EVERY: Final = 16
+_AT_ONCE: Final = 64
+"""Each 16th new alarm looks at 64 old entries: no event has to look at all."""
 
 
 class Sleeper(Protocol):
@@ -50,13 +51,15 @@ class Alarms(Generic[T]):
         self._sequence = item.alarm_number = self._sequence + 1
         heappush(self._heap, (at, self._sequence, item))
         if self._old:
-            self._move_over()
+            if not self._sequence % _EVERY:
+                self._move_over()
         elif len(self._heap) >= 2 * live + _SLACK:
             self._old, self._heap = self._heap, []
 
     def _move_over(self) -> None:
-        for _ in range(min(_AT_ONCE, len(self._old))):
-            entry = self._old.pop()  # the last of a heap: what stays is one
+        some = self._old[-_AT_ONCE:]
+        del self._old[-_AT_ONCE:]  # the last of a heap: what stays is one
+        for entry in some:
             if entry[2].alarm_number == entry[1]:
                 heappush(self._heap, entry)
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Final
 from extproc.admission.fairness import OUTPUT_WEIGHT
 from extproc.admission.lanes import correct
 from extproc.admission.missing import Records
-from extproc.admission.tenants import weight_of
 from extproc.admission.values import Answer
 
 if TYPE_CHECKING:
@@ -51,13 +50,13 @@ class Answers:
         if not ticket.is_answered and answer is not _UNKNOWN:
             self._judge(answer, ticket, endpoint, _company(pool, endpoint))
         if is_whole:
-            writing_s, pace = endpoint.writing_s(ticket, self._books.now), endpoint.steps.pace()
+            writing_s, pace = endpoint.writing_s(ticket, self._books.now), endpoint.steps.pace
             tokens = self._tokens.tokens_of(ticket, writing_s, pace, learn=answer is _OK)
             surplus = OUTPUT_WEIGHT * (tokens - ticket.output_tokens)
             if pool is not pool.base:
                 correct(pool, ticket, surplus)
             if ticket.charge is not None:
-                cost = surplus / weight_of(ticket)
+                cost = surplus if ticket.account is None else surplus / ticket.account.rule.weight
                 pool.shares[ticket.request_class.priority].correct(ticket.tenant, cost)
                 if ticket.turns is not None:
                     ticket.turns.correct(ticket.tenant, cost)

@@ -70,7 +70,7 @@ class Controller(Sharing):
             return self._end()
         if books.tenants.are_ruled:
             books.tenants.comes(ticket)
-        ticket.pool = pool = lane_of(whole, klass)
+        ticket.pool = pool = whole if klass.weight is None else lane_of(whole, klass)
         lines.budget(ticket, pool)
         ticket.position = pool.ahead_of(klass.priority) if pool.waiting_total else 0
         self._tokens.estimate(ticket, pool.longest, pool.members)

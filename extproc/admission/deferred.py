@@ -35,16 +35,17 @@ class Deferred:
         adapters: for whose slots they wait.
         count: how many sequences they are.
         is_found: whether the last page was the first to show it though it names no adapters.
+        turns: of those who waited, if they go in turn: how many begin until it has.
     """
 
-    __slots__ = ("_early", "_ended", "_held", "_passed", "_turns", "_waiting", "adapters", "count", "is_found")
+    __slots__ = ("_early", "_ended", "_held", "_passed", "_waiting", "adapters", "count", "is_found", "turns")
 
     def __init__(self) -> None:
         """Start with none."""
         self.adapters: frozenset[str] = frozenset()
         self.count = 0
         self.is_found = False
-        self._turns: dict[Ticket, int] = {}  # of those who waited if they go in turn: how many begin until it has
+        self.turns: dict[Ticket, int] = {}
         self._early: list[int] = []  # turns of those that ended since
         self._held = self._waiting = self._ended = 0  # sequences: at the last page, and since
         self._passed = 0.0
@@ -60,23 +61,22 @@ class Deferred:
         self.count = min(sum(ticket.sequences for ticket in held_back), int(load.waiting or 0))
 
     def ended(self, ticket: Ticket, *, served: bool) -> None:
-        """Note that a request is over; if it was `served` whole, its turn should have come."""
-        if self._turns:
-            turn = self._turns.get(ticket)
-            if served and turn is not None:
-                self._early.append(turn)
-            self._ended += ticket.sequences
+        """Note that a request is over, while there are turns; if it was `served` whole, its own should have come."""
+        turn = self.turns.get(ticket)
+        if served and turn is not None:
+            self._early.append(turn)
+        self._ended += ticket.sequences
 
     def forget(self, prefill: Prefill, now: float) -> None:
         """Note that telemetry has become stale: nobody is deferred, as far as one can tell."""
         self.adapters, self.count = frozenset(), 0
-        self._turns, self._early = {}, []
+        self.turns, self._early = {}, []
         prefill.hold_back((), now)
 
     def _by_turns(self, load: Load, leases: Collection[Ticket]) -> list[Ticket]:
         """Look whether answers came before their turn since the last page; return who waits if that is how it is."""
         waiting, running = int(load.waiting or 0.0), load.running
-        held = sum(ticket.sequences for ticket in leases) if waiting or self._turns else 0
+        held = sum(ticket.sequences for ticket in leases) if waiting or self.turns else 0
         before = self._passed
         ours = running is not None and running + waiting <= held
         if self._early and ours and not load.preemptions and (load.kv_usage or 0.0) < FULL:
@@ -84,15 +84,15 @@ class Deferred:
             self._passed += sum(turn > begun for turn in self._early)
         self._passed = KEPT * min(self._passed, MOST)
         self.is_found = self._passed > 1.0 >= before
-        self._turns, self._early = {}, []
+        self.turns, self._early = {}, []
         self._held, self._waiting, self._ended = held, waiting, 0
         if waiting and len({ticket.request.model for ticket in leases}) > 1:
             turn = -int(running or 0.0)
             for ticket in leases:
                 turn += ticket.sequences
                 if turn > 0:
-                    self._turns[ticket] = turn
-        return list(self._turns) if self._passed > 1.0 else []
+                    self.turns[ticket] = turn
+        return list(self.turns) if self._passed > 1.0 else []
 
 
 def _without_a_slot(load: Load) -> frozenset[str]:

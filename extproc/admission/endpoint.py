@@ -78,7 +78,7 @@ class Endpoint(Room):
         self.held_since: float | None = None
         self.limit_since: float | None = None
         self.picked = 0  # when it was picked last, in picks: equal endpoints take turns
-        self.crowding = (0.0, 0)  # its pressure and `picked`, kept by the controller: the least has the most room
+        self.crowding = (0.0, 0)  # its pressure and `picked` when it was listed last: the least has the most room
         self.alarm = NEVER  # the one alarm that is set for it
         self.alarm_number = 0
         self.counters = Counters(policy.laws.counters)
@@ -156,7 +156,8 @@ class Endpoint(Room):
         self.sequences -= ticket.sequences
         self.kv.remove(ticket)
         self.prefill.over(ticket, now, served=served)
-        self.deferred.ended(ticket, served=served)
+        if self.deferred.turns:
+            self.deferred.ended(ticket, served=served)
         if not self.leases and self.reading.page is None and self.reading.report is not None:
             self.kv.compare(None)  # no page, and no answer that could bring better news
             self.closed_until = None
@@ -180,11 +181,8 @@ class Endpoint(Room):
 
     def rebook(self, ticket: Ticket, prompt_tokens: int) -> None:
         """Correct what a leased `ticket` has booked for its prompt, once the engine has counted it."""
-        change = prompt_tokens - ticket.prompt_tokens
+        self.kv.prompts += prompt_tokens - ticket.prompt_tokens
         ticket.book(prompt_tokens)
-        self.kv.prompts += change
-        if ticket.prompt_pending:
-            self.prefill.prompts += change
 
     def disown(self, ticket: Ticket, now: float) -> None:
         """Take `ticket` out of the books, although its engine may still run it: from now on telemetry counts it."""

@@ -132,7 +132,7 @@ class TokenEstimate:
         most = longest or MOST_CONTEXT
         ticket.output_tokens = (output if output < most else most) * ticket.sequences
         prompt = self.prompt_of(ticket, longest)
-        if prompt > self.law.untried and self._tries and self._is_try(ticket, members):
+        if self._tries and prompt > self.law.untried and self._is_try(ticket, members):
             prompt = int(self.law.untried)
         ticket.book(prompt)
         ticket.work_tokens = ticket.prompt_tokens

@@ -165,14 +165,15 @@ class Fleet:
 
     def follow(self, endpoint: Endpoint) -> None:
         """Keep each pool's list of open endpoints true, who has the most room, and when time alone will change that."""
-        self._listings += 1
-        endpoint.listing = self._listings
-        endpoint.crowding = (endpoint.pressure(), endpoint.picked)
-        endpoint.listed = is_open = endpoint.held_by() is None
-        if not is_open and endpoint.held_since is None:
+        endpoint.listed = endpoint.held_by() is None
+        if endpoint.listed:
+            self._listings += 1
+            endpoint.listing = self._listings
+            endpoint.crowding = (endpoint.pressure(), endpoint.picked)
+        elif endpoint.held_since is None:
             endpoint.held_since = self._books.now
         for pool in endpoint.pools:
-            kept = pool.list_open(endpoint, is_open=is_open)
+            kept = pool.list_open(endpoint)
             if kept is not None:
                 self._books.freed[kept] = None
         at = endpoint.next_change()

@@ -69,28 +69,27 @@ class Guard:
 
     Attributes:
         law: the constants.
+        emptiest: the open member with the most room; None: not looked for since the last change of room.
     """
 
-    __slots__ = ("_emptiest", "_pool", "law")
+    __slots__ = ("_pool", "emptiest", "law")
 
     def __init__(self, pool: Pool, law: GuardLaw = LAWS.guard) -> None:
         """Guard the lines of `pool`."""
         self.law = law
         self._pool = pool
-        self._emptiest: Endpoint | None = None  # not looked for since the last change
+        self.emptiest: Endpoint | None = None
 
     def keeps(self, endpoint: Endpoint) -> bool:
         """Tell whether a guard keeps the room of `endpoint` for itself."""
         home = self._pool.homes.get(endpoint)
         return (home is not None and home.guards > 0) or (self._pool.shared.guards > 0 and self._is_emptiest(endpoint))
 
-    def best_for(self, endpoint: Endpoint, *, by_turns: bool) -> tuple[Ticket | None, Ticket | None]:
-        """Return the first ticket that fits `endpoint`, an open one, and the guard that was met, if one was.
+    def best_for(self, endpoint: Endpoint) -> tuple[Ticket | None, Ticket | None]:
+        """Return the first ticket in order that fits `endpoint`, an open one, and the guard that was met, if one was.
 
-        First in order, or `by_turns` there: then a guard that fits is the first of its class. WINDOW are looked at.
+        WINDOW are looked at.
         """
-        if by_turns:
-            return self._first_by_turns(endpoint)
         home, shared = self._pool.homes.get(endpoint), self._pool.shared
         if home is None:
             first = shared.peek()
@@ -119,8 +118,8 @@ class Guard:
         home, shared = self._pool.homes.get(endpoint), self._pool.shared
         return shared.window() if home is None else islice(merge(home.window(), shared.window(), key=_place), WINDOW)
 
-    def _first_by_turns(self, endpoint: Endpoint) -> tuple[Ticket | None, Ticket | None]:
-        """Return of the highest class that fits who goes first: a guard, or else the one whose turn is the least."""
+    def best_by_turns(self, endpoint: Endpoint) -> tuple[Ticket | None, Ticket | None]:
+        """Return the same by turns there: of the highest class that fits a guard, or else whose turn is the least."""
         best, its_turn, cache_room = None, 0.0, endpoint.cache_room
         for ticket in self._line_for(endpoint):
             if best is not None and ticket.key[0] != best.key[0]:
@@ -135,26 +134,35 @@ class Guard:
                 return best, ticket
         return best, None
 
-    def passes(self, ticket: Ticket, endpoint: Endpoint, *, by_turns: bool) -> None:
-        """Note that `ticket`, of this pool or another, goes to `endpoint` although some before it stay."""
+    def passes(self, ticket: Ticket, endpoint: Endpoint) -> None:
+        """Note that `ticket`, of this pool, goes to `endpoint` although some stay that are before it in order."""
+        home, shared = self._pool.homes.get(endpoint), self._pool.shared
+        for one in shared.before(ticket.key):
+            self._count(shared, one)
+        if home is not None:
+            for one in home.before(ticket.key):
+                self._count(home, one)
+
+    def passes_where_pools_meet(self, ticket: Ticket, endpoint: Endpoint, *, by_turns: bool) -> None:
+        """Note the same of `ticket`, of this pool or another, at an endpoint of several."""
         pool, other = self._pool, ticket.pool
+        if other is pool and not by_turns:
+            self.passes(ticket, endpoint)
+            return
         for queue in (pool.shared, pool.homes[endpoint]) if endpoint in pool.homes else (pool.shared,):
-            if other is pool and not by_turns:
-                for one in queue.before(ticket.key):
-                    self._count(queue, one)
-            elif other is None or other is pool or other.base is not pool.base or pool.base in (pool, other):
+            if other is None or other is pool or other.base is not pool.base or pool.base in (pool, other):
                 self._pass_over(queue, ticket, endpoint, same_pool=other is pool)
             elif queue and (queue.first().key[0] < ticket.key[0] or pool.turn < other.turn):
                 self._count(queue, queue.first())  # it was this lane's turn, and its first did not fit
 
     def room_changed(self) -> Endpoint | None:
         """Note that a member has more or less room, or none. Return the one whose room was kept until now, if any."""
-        kept, self._emptiest = self._emptiest, None
+        kept, self.emptiest = self.emptiest, None
         return kept if self._pool.shared.guards else None
 
     def forget_endpoints(self) -> None:
         """Start over: the members are about to change."""
-        self._emptiest = None
+        self.emptiest = None
 
     def may_be_pushed_out(self, queue: Queue) -> bool:
         """Tell whether somebody who joined `queue` may have pushed a guard out of the window: it keeps no room then."""
@@ -162,9 +170,9 @@ class Guard:
 
     def _is_emptiest(self, endpoint: Endpoint) -> bool:
         """Tell whether no other open endpoint has more room."""
-        if self._emptiest is None:
-            self._emptiest = self._pool.emptiest()
-        return self._emptiest is endpoint
+        if self.emptiest is None:
+            self.emptiest = self._pool.emptiest()
+        return self.emptiest is endpoint
 
     def _pass_over(self, queue: Queue, ticket: Ticket, endpoint: Endpoint, *, same_pool: bool) -> None:
         """Count it for those in the window of `queue` who are before `ticket` by turns at `endpoint`, where it goes."""

@@ -16,7 +16,7 @@ from extproc.admission.fairness import OUTPUT_WEIGHT
 from extproc.admission.guard import seniority
 from extproc.admission.lanes import comes
 from extproc.admission.queue import WINDOW, Queue
-from extproc.admission.tenants import GUARANTEED, weight_of
+from extproc.admission.tenants import GUARANTEED
 from extproc.admission.transitions import LEFT, NEW, WAITING
 
 if TYPE_CHECKING:
@@ -105,7 +105,8 @@ class Lines:
         if policy.short_first:
             tag = float(ticket.prompt_tokens)
         elif policy.fair:
-            ticket.charge = (ticket.prompt_tokens + OUTPUT_WEIGHT * ticket.output_tokens) / weight_of(ticket)
+            weight = 1.0 if ticket.account is None else ticket.account.rule.weight
+            ticket.charge = (ticket.prompt_tokens + OUTPUT_WEIGHT * ticket.output_tokens) / weight
             tag = pool.share(ticket.request_class.priority).tag(ticket.tenant, ticket.charge)
         return GUARANTEED if ticket.is_favoured else tag
 

@@ -49,10 +49,10 @@ class Pace:
         """Note that a waiting request went to an endpoint."""
         elapsed = now - self._marked if now > self._marked else 0.0
         kept = math.exp(-elapsed / self._horizon_s)
-        self._busy_s = self._busy_s * kept + elapsed
-        self._served = self._served * kept + 1.0
+        self._busy_s = busy_s = self._busy_s * kept + elapsed
+        self._served = served = self._served * kept + 1.0
         law = self.law
-        horizon_s = law.gaps * self._busy_s / self._served
+        horizon_s = law.gaps * busy_s / served
         self._horizon_s = horizon_s if horizon_s > law.memory_s else law.memory_s
         self._marked = now
 

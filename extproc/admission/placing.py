@@ -141,7 +141,8 @@ class Placing:
             ):
                 best = endpoint
         if best is None and not enable_queue:
-            best = min(pool.present(), key=most_room, default=None)  # nothing is held: better a doubtful endpoint
+            doubtful = pool.present()  # nothing is held: better one of these
+            best = min(doubtful, key=lambda one: (one.pressure(), one.picked), default=None)
         return best
 
     def _having_adapter(self, ticket: Ticket, pool: Pool) -> Endpoint | None:
@@ -189,14 +190,15 @@ class Placing:
         if ticket.queue is not None:
             self._lines.quit(ticket, pool, ticket.queue)
             ticket.alarm_number = 0
-            books.tenants.waits_no_more(ticket)
+            if ticket.account is not None:
+                ticket.account.drop(ticket)
         if books.waiting:
             _goes_before_others(ticket, endpoint)
         if pool is not pool.base:
             served(pool, ticket)
         if ticket.charge is not None:
             pool.shares[ticket.request_class.priority].served(ticket.tenant, ticket.key[1])
-        if ticket.alarm or pool.waiting_total:
+        if pool.waiting_total or ticket.alarm:
             pool.pace.dispatched(now)
         if request.session is not None:
             self.remember(request.session, ticket, endpoint)
@@ -234,12 +236,12 @@ def _goes_before_others(ticket: Ticket, endpoint: Endpoint) -> None:
     """Note that `ticket` goes to `endpoint` while others wait, maybe for that one too."""
     pools = endpoint.pools
     if len(pools) == 1:
-        pools[0].guard.passes(ticket, endpoint, by_turns=False)
+        pools[0].guard.passes(ticket, endpoint)
         return
     waiting = [pool for pool in pools if pool.waiting_total]
     by_turns = goes_by_turns(waiting)
     for pool in waiting:
-        pool.guard.passes(ticket, endpoint, by_turns=by_turns)
+        pool.guard.passes_where_pools_meet(ticket, endpoint, by_turns=by_turns)
     if waiting and ticket.charge is not None:
         ticket.turns = turns = endpoint.turns_at(ticket.key[0])
         turns.served(ticket.tenant, ticket.charge)
@@ -284,12 +286,12 @@ def _best_for(endpoint: Endpoint) -> Ticket | None:
     pools = endpoint.pools
     waiting = pools if len(pools) == 1 else [pool for pool in pools if pool.waiting_total]
     if len(waiting) == 1:
-        return waiting[0].guard.best_for(endpoint, by_turns=False)[0]
+        return waiting[0].guard.best_for(endpoint)[0]
     by_turns = goes_by_turns(waiting)
     found: dict[Pool, Ticket] = {}
     guard = heir = None
     for pool in waiting:
-        ticket, its_guard = pool.guard.best_for(endpoint, by_turns=by_turns)
+        ticket, its_guard = pool.guard.best_by_turns(endpoint) if by_turns else pool.guard.best_for(endpoint)
         if ticket is not None:
             found[pool] = ticket
         if its_guard is not None and (guard is None or seniority(its_guard) < seniority(guard)):

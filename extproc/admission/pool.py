@@ -163,7 +163,10 @@ class Pool:
 
     def held_by(self, ticket: Ticket) -> HeldBy:
         """Return what keeps `ticket` waiting here, in one look: at its home, or at one open or lately open member."""
-        endpoint = ticket.home if ticket.queue is not self.shared else next(iter(self.open), self.closed_last)
+        if ticket.queue is not self.shared:
+            endpoint = ticket.home
+        else:
+            endpoint = next(iter(self.open)) if self.open else self.closed_last
         if endpoint is None:
             endpoint = next(iter(self.members), None)
         if endpoint is None:
@@ -185,9 +188,9 @@ class Pool:
         home = self.homes.get(endpoint)
         return (endpoint.held + (len(home) if home is not None else 0)) / endpoint.limit.value
 
-    def list_open(self, endpoint: Endpoint, *, is_open: bool) -> Endpoint | None:
+    def list_open(self, endpoint: Endpoint) -> Endpoint | None:
         """Follow a change of an endpoint's room. Return the one whose room was kept until now, if there is one."""
-        if is_open:
+        if endpoint.listed:
             self.open[endpoint] = None
             heappush(self._by_room, (endpoint.crowding, endpoint.listing, endpoint))
             if len(self._by_room) > 2 * len(self.open) + SLACK:
@@ -197,14 +200,14 @@ class Pool:
                 heappush(self._by_cache, (-endpoint.cache_room, endpoint.listing, endpoint))
                 if len(self._by_cache) > 2 * len(self.open) + SLACK:
                     self._by_cache = None
-        elif endpoint.available:
+        elif endpoint.counted:
             if self.open.pop(endpoint, self) is not self:
                 self.closed_last = endpoint
         else:
             self.open.pop(endpoint, None)
             if self.closed_last is endpoint:
                 self.closed_last = next((other for other in self.members if other.available), None)
-        return self.guard.room_changed()
+        return None if self.guard.emptiest is None else self.guard.room_changed()
 
     def emptiest(self) -> Endpoint | None:
         """Return the open member with the most room; of equal ones the one that was picked longest ago."""
@@ -272,7 +275,7 @@ class Pool:
             part.enter(endpoint)
             part.usable += endpoint.counted
             if endpoint.listed:
-                part.list_open(endpoint, is_open=True)
+                part.list_open(endpoint)
         part.is_served = part.usable > 0
         return part
 

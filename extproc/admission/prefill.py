@@ -16,7 +16,7 @@ from extproc.admission.laws import LAWS
 from extproc.admission.ticket import State
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from extproc.admission.laws import PromptLaw
     from extproc.admission.steps import StepCost
@@ -38,7 +38,6 @@ class Prefill:
     Attributes:
         law: the constants.
         tokens: estimated tokens that have to be computed, of all but those held back.
-        prompts, outputs: what all these requests have booked for their whole prompts and answers.
         counts: the engine tells how many prompts it computed.
         probed: something sees first bytes as they come. An answer that does not stream has its first byte at its end,
             so here too a prompt counts as computed after a while.
@@ -66,23 +65,23 @@ class Prefill:
         "fresh",
         "law",
         "limit",
-        "outputs",
         "probed",
-        "prompts",
         "tokens",
     )
 
     def __init__(self, law: PromptLaw = LAWS.prompts) -> None:
         """Start idle."""
         self.law = law
-        self.tokens = self.prompts = self.outputs = 0
+        self.tokens = 0
         self.probed = False
         self.limit = law.chunks * law.chunk
         self._held_back: dict[Ticket, None] = {}  # the engine won't begin with them soon
         self._under_way: dict[Ticket, int] = {}  # with their numbers; 0: the engine's count has nothing to tell of it
         self._uncounted: dict[Ticket, int] = {}  # it has yet to tell of these, though they are pending no more
         self.counts = False
-        self._number = self._before = 0  # of the last prompt sent; of the first one: who was held back goes before it
+        self._number = self._before = (
+            0  # of the last prompt it will tell of; of the first: who was held back goes before
+        )
         self._part = 0.0  # of a first token: the count is a share where others use the engine too
         self._slack = law.caution
         self.fresh = 1.0
@@ -119,14 +118,14 @@ class Prefill:
         if self._seen != self.law.lengths:
             self._seen = min(self._seen + 1.0, self.law.lengths)
         self._mean += (ticket.work_tokens - self._mean) / self._seen
-        self.prompts += ticket.prompt_tokens
-        self.outputs += ticket.output_tokens
         if held_back:
             self._held_back[ticket] = None
             ticket.computed_at = now
             return
-        self._number += 1
-        self._start(ticket, self._number)
+        if self.counts:
+            self._number += 1
+        self._under_way[ticket] = self._number if self.counts else 0
+        self.tokens += ticket.work_tokens
         if self.counts or self.probed:
             self._predict(ticket, now)
 
@@ -160,7 +159,8 @@ class Prefill:
         """
         if ticket in self._held_back:
             return
-        self._forget_pending(ticket)
+        self._finish(ticket)
+        self._uncounted.pop(ticket, None)
         ticket.computed_at = ticket.leased_at
 
     def over(self, ticket: Ticket, now: float, *, served: bool) -> None:
@@ -173,7 +173,7 @@ class Prefill:
             token_s = self._first_bytes.learn(ticket, ticket.burst, now, self._token_s, self.law)
             if token_s is not None:
                 self._take_pace(token_s)
-        if not served:
+        if self.counts and not served:
             self._uncounted.pop(ticket, None)
 
     def next_change(self) -> float | None:
@@ -214,7 +214,7 @@ class Prefill:
         self.counts = True
         if not self.probed:
             for ticket in told:
-                self._forget_pending(ticket)
+                self._finish(ticket)
         self._computed_at = now
         for ticket, number in self._under_way.items():
             if number:  # one counted whose first byte did not come may not stream: it is never put off
@@ -244,14 +244,15 @@ class Prefill:
             else:  # predicted, and wrongly so
                 self._uncounted.pop(ticket, None)
                 ticket.prompt_pending = True
-                self.prompts += ticket.prompt_tokens
-                self.outputs += ticket.output_tokens
         self._held_back = held_back
 
     def held_back_tokens(self) -> tuple[int, int]:
         """Return what those held back have booked for their prompts, and for their answers."""
-        held_back = self._held_back
-        return sum(ticket.prompt_tokens for ticket in held_back), sum(ticket.output_tokens for ticket in held_back)
+        return _booked(self._held_back)
+
+    def pending_tokens(self) -> tuple[int, int]:
+        """Return the same of all whose prompts are pending."""
+        return _booked([*self._held_back, *self._under_way])
 
     def forget(self) -> None:
         """Count no more: the counter is silent."""
@@ -264,11 +265,8 @@ class Prefill:
         self._before -= len(tickets)
         for number, ticket in enumerate(tickets, self._before):
             del self._held_back[ticket]
-            self._start(ticket, number)
-
-    def _start(self, ticket: Ticket, number: int) -> None:
-        self._under_way[ticket] = number if self.counts else 0
-        self.tokens += ticket.work_tokens
+            self._under_way[ticket] = number if self.counts else 0
+            self.tokens += ticket.work_tokens
 
     def _take_pace(self, token_s: float) -> None:
         self._token_s = min(max(LEAST_TOKEN_S, token_s), MOST_TOKEN_S)
@@ -305,17 +303,15 @@ class Prefill:
 
     def _finish(self, ticket: Ticket) -> None:
         """Take a prompt that is under way to be computed; the count may still tell of it."""
-        number = self._forget_pending(ticket)
+        ticket.prompt_pending = False
+        self.tokens -= ticket.work_tokens
+        number = self._under_way.pop(ticket)
         if number:
             self._uncounted[ticket] = number
 
-    def _forget_pending(self, ticket: Ticket) -> int:
-        """Take a prompt that is under way out of the books; return its number, if the count has yet to tell of it."""
-        ticket.prompt_pending = False
-        self.tokens -= ticket.work_tokens
-        self.prompts -= ticket.prompt_tokens
-        self.outputs -= ticket.output_tokens
-        return self._under_way.pop(ticket)
+
+def _booked(tickets: Collection[Ticket]) -> tuple[int, int]:
+    return sum(ticket.prompt_tokens for ticket in tickets), sum(ticket.output_tokens for ticket in tickets)
 
 
 def _work(tickets: Iterable[Ticket]) -> int:

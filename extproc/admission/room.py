@@ -149,9 +149,8 @@ class Room:
         held = self.sequences + self.strangers.count
         if not held:
             return self._lacks_beside_kept(ticket) if self.reserved and not self._keeps_too_much else None
-        held += self.reserved
         if ticket.sequences > 1:
-            if held + ticket.sequences > self.limit.value:
+            if held + self.reserved + ticket.sequences > self.limit.value:
                 return _LIMIT
             if self.quota is not None and self.sequences and self.sequences + ticket.sequences > self.quota:
                 return _PART

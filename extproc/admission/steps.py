@@ -39,9 +39,21 @@ class StepCost:
         prompt_s: seconds that each prompt token adds.
         readings: how many were followed; before the first the costs are a guess.
         worked: whether the engine made tokens in the last reading.
+        pace: tokens per second of one sequence in the last seconds; None: not known.
     """
 
-    __slots__ = ("_running", "_spread", "_tokens", "base_s", "law", "prompt_s", "readings", "sequence_s", "worked")
+    __slots__ = (
+        "_running",
+        "_spread",
+        "_tokens",
+        "base_s",
+        "law",
+        "pace",
+        "prompt_s",
+        "readings",
+        "sequence_s",
+        "worked",
+    )
 
     def __init__(self, law: StepLaw = LAWS.steps) -> None:
         """Start with the law's guess."""
@@ -49,6 +61,7 @@ class StepCost:
         self.base_s, self.sequence_s, self.prompt_s = law.base_s, law.sequence_s, law.prompt_s
         self.readings = 0
         self.worked = False
+        self.pace: float | None = None
         self._running = 0.0  # running requests x seconds, weighted by age
         self._tokens = 0.0  # output tokens, weighted alike
         # How far off the three may be, squared, and how they go together: base x base, base x sequence, and so on.
@@ -59,10 +72,6 @@ class StepCost:
     def tpot_s(self) -> float | None:
         """Return the time per output token of the last seconds, running requests over token rate; None: not known."""
         return self._running / self._tokens if self._running > 0 and self._tokens > 0 else None
-
-    def pace(self) -> float | None:
-        """Return the tokens per second of one sequence in the last seconds; None: not known."""
-        return self._tokens / self._running if self._running > 0 and self._tokens > 0 else None
 
     def follow(self, load: Load, before: float | None, elapsed_s: float, fresh: float = 1.0) -> None:
         """Follow a reading, `elapsed_s` after one that had `before` running (None: it did not say).
@@ -82,6 +91,7 @@ class StepCost:
         kept = math.exp(-elapsed_s / self.law.memory_s)
         self._running = self._running * kept + running * elapsed_s
         self._tokens = self._tokens * kept + rate * elapsed_s
+        self.pace = self._tokens / self._running if self._running > 0 and self._tokens > 0 else None
         if before:  # busy from end to end
             tokens = rate * elapsed_s
             prompts = (load.prompt_tokens or 0) * fresh

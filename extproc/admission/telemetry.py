@@ -33,7 +33,8 @@ def follow_page(endpoint: Endpoint, load: Load, now: float, policy: Policy, *, w
     endpoint.deferred.follow(load, endpoint.leases, endpoint.prefill, now)
     counted = _follow_prompts(endpoint, load, elapsed_s, now, policy)
     kv, prefill = endpoint.kv, endpoint.prefill
-    reading.booked = (kv.prompts - prefill.prompts, kv.outputs - prefill.outputs)
+    prompts, outputs = prefill.pending_tokens()
+    reading.booked = (kv.prompts - prompts, kv.outputs - outputs)
     load = _set_aside(endpoint, load)
     knows_kv, why = endpoint.kv.capacity is not None and load.kv_usage is not None, endpoint.limit.why
     deferred = endpoint.deferred.count

@@ -170,11 +170,6 @@ class Tenants:
         if account is not None and account.rule.guaranteed and not ticket.is_favoured:
             account.add(ticket)
 
-    def waits_no_more(self, ticket: Ticket) -> None:
-        """Note that a request left its line, to run or for good."""
-        if ticket.account is not None:
-            ticket.account.drop(ticket)
-
     def goes(self, ticket: Ticket) -> Ticket | None:
         """Note that a request is over. Return one of its tenant's that is guaranteed from now on, and waits."""
         account, ticket.account = ticket.account, None
@@ -194,8 +189,3 @@ class Tenants:
             account.favoured += 1
             following.is_favoured = True
         return following
-
-
-def weight_of(ticket: Ticket) -> float:
-    """Return the weight of its tenant's fair share."""
-    return 1.0 if ticket.account is None else ticket.account.rule.weight

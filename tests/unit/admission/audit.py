@@ -165,7 +165,7 @@ class Audit:
             require(0 <= endpoint.foreign <= (books.foreign or 0), endpoint.foreign, "foreign,", books.foreign)
             require(endpoint.removed is not books.present, endpoint)
             crowding = (endpoint.pressure(), endpoint.picked)
-            require(endpoint.removed or endpoint.crowding == crowding, endpoint, endpoint.crowding, crowding)
+            require(not endpoint.listed or endpoint.crowding == crowding, endpoint, endpoint.crowding, crowding)
             require(all(ticket.endpoint is endpoint for ticket in books.leases), endpoint, "lent twice")
             require((endpoint.held_by() is None) == self._is_open(endpoint), endpoint, "held by", endpoint.held_by())
             health = endpoint.health
@@ -187,8 +187,6 @@ class Audit:
         under_way = books.prompt_tokens(endpoint)
         require(prefill.tokens == under_way, prefill.tokens, under_way)
         pending = [ticket for ticket in books.leases if ticket.prompt_pending]
-        prompts, outputs = (sum(t.prompt_tokens for t in pending), sum(t.output_tokens for t in pending))
-        require((prefill.prompts, prefill.outputs) == (prompts, outputs), prefill.prompts, prefill.outputs)
         places = (prefill._held_back, prefill._under_way, prefill._uncounted)
         require(len({*places[0], *places[1], *places[2]}) == sum(map(len, places)), "a prompt in two places", places)
         require({*places[0], *places[1]} == set(pending), "pending, and in no place", places, pending)

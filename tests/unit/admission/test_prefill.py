@@ -19,7 +19,7 @@ def test_nothing_is_predicted_before_the_engines_count_was_seen() -> None:
     assert prefill.next_change() is None
     assert not prefill.pass_time(1e9)
     prefill.over(ticket, 1.0, served=True)
-    assert (prefill.tokens, prefill.prompts, ticket.prompt_pending) == (0, 0, False)
+    assert (prefill.tokens, prefill.pending_tokens(), ticket.prompt_pending) == (0, (0, 0), False)
 
 
 def test_prompts_are_predicted_one_after_the_other_at_the_engines_costs() -> None:
@@ -225,10 +225,11 @@ def test_of_a_prompt_only_what_the_prefix_cache_probably_lacks_is_work() -> None
         prefill.found(7500, 10_000)
     assert prefill.fresh == pytest.approx(0.25, rel=0.02)
     ticket = sent(prefill, 0.0, 1000)
-    assert (ticket.work_tokens, prefill.tokens, prefill.prompts) == (prefill.work_of(ticket), ticket.work_tokens, 1000)
+    assert (ticket.work_tokens, prefill.tokens) == (prefill.work_of(ticket), ticket.work_tokens)
+    assert prefill.pending_tokens() == (1000, 0)
     assert ticket.work_tokens == pytest.approx(250, abs=6)
     prefill.over(ticket, 1.0, served=True)
-    assert (prefill.tokens, prefill.prompts) == (0, 0)
+    assert (prefill.tokens, prefill.pending_tokens()) == (0, (0, 0))
 
 
 def test_a_session_that_has_more_cached_than_the_mean_keeps_that() -> None:

@@ -71,10 +71,10 @@ def test_what_the_prefix_cache_held_is_not_counted_as_computed() -> None:
 
 def test_the_time_per_token_is_running_requests_over_their_tokens_of_the_last_seconds() -> None:
     costs = StepCost()
-    assert (costs.tpot_s, costs.pace()) == (None, None)
+    assert (costs.tpot_s, costs.pace) == (None, None)
     costs.follow(Load(running=10.0, tokens_per_s=200.0), None, 1.0)
     assert costs.tpot_s == pytest.approx(0.05)
-    assert costs.pace() == pytest.approx(20.0)
+    assert costs.pace == pytest.approx(20.0)
     for _ in range(30):
         costs.follow(Load(running=10.0, tokens_per_s=100.0), None, 1.0)
     assert costs.tpot_s == pytest.approx(0.1, rel=0.01)

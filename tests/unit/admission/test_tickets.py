@@ -187,7 +187,7 @@ def test_no_alarm_has_to_look_at_all_others_to_drop_those_that_are_wanted_no_mor
     for number, sleeper in enumerate(sleepers):
         looked_at.clear()
         alarms.set(sleeper, 1.0 + number % 1000, 500)
-        assert len(looked_at) <= 4
+        assert len(looked_at) <= 64
         sleepers[number // 2].alarm_number = 0
     assert len(alarms) <= 2.25 * 2000
     due = [(one.alarm, one) for one in sleepers if one.number]
