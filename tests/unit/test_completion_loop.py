@@ -16,6 +16,7 @@ from functools import partial
 import pytest
 from grpc._cython import cygrpc
 
+from extproc.commands.cli import EXPERIMENTS
 from extproc.transport.completion import loop as loop_module
 from extproc.transport.completion.loop import FILES, make_loop
 from tests.unit.completion_stage import loop
@@ -189,6 +190,14 @@ def test_the_self_test_is_silent(capfd):
         assert made is not None
         made.close()
     assert capfd.readouterr() == ("", "")
+
+
+def test_grpc_knows_the_names_of_what_is_switched():
+    """Else it goes on without, and a request costs a third more."""
+    code = "from extproc.transport.completion.loop import make_loop; make_loop().close()"
+    environment = {**os.environ, "GRPC_EXPERIMENTS": EXPERIMENTS}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 def test_reading_a_configuration_imports_no_grpc():
