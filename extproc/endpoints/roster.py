@@ -172,7 +172,7 @@ class Roster:
             self._reconcile()
             return
         self._pieces.clear()
-        self._pieces.append(self._reconcile)  # in a turn of its own: the rules of the file were one
+        self._pieces.append(self._look)  # in a turn of its own: the rules of the file were one
         self._go_on_soon()
 
     async def settled(self) -> None:
@@ -184,6 +184,11 @@ class Roster:
             await asyncio.sleep(0)
         if self._fault is not None:
             raise self._fault
+
+    def _know_anew(self) -> None:
+        """Tell the core what the configuration names, behind its endpoints: of names that these list nothing is new."""
+        if not self._knows_models:
+            self._know_models()
 
     def _know_models(self) -> None:
         self._knows_models = True
@@ -220,7 +225,15 @@ class Roster:
         self.left_out += len(refused - self._refused)
         self._refused = refused
 
+    def _look(self) -> None:
+        """Look at who is wanted, and in the next turn at what that changes."""
+        self._pieces.append(partial(self._carry_out, self._aim()))
+        self._go_on_soon()
+
     def _reconcile(self) -> None:
+        self._carry_out(self._aim())
+
+    def _carry_out(self, aims: list[tuple[EndpointConfig, EndpointSpec]]) -> None:
         """Do at once what can be done at once; the rest waits for Envoy.
 
         A change of few is one moment. Of many, those who come, or have another limit, follow some in each turn of the
@@ -230,7 +243,6 @@ class Roster:
         tried again with the change that follows.
         """
         self._pieces.clear()  # of a change before this one, which is in it
-        aims = self._aim()
         wanted = {endpoint.name for endpoint, _ in aims}
         moved = {
             endpoint.name
@@ -249,6 +261,7 @@ class Roster:
         self._announce(news, gone)
         if len(news) <= PUT_IN_A_TURN:
             self._finish(news, gone)
+            self._know_anew()
             return
         # Where some go, models that nobody lists so come in the moment in which they go.
         lists = {spec.models for _, spec in (self._placed.values() if gone else news)}
@@ -256,6 +269,7 @@ class Roster:
         begins = range(0, len(alone), PUT_IN_A_TURN)
         self._pieces.extend(partial(self._place, alone[begin : begin + PUT_IN_A_TURN]) for begin in begins)
         self._pieces.append(partial(self._finish, [aim for aim in news if not self._changes_alone(aim, lists)], gone))
+        self._pieces.append(self._know_anew)
         self._go_on_soon()
 
     def _announce(self, news: list[tuple[EndpointConfig, EndpointSpec]], gone: list[str]) -> None:
@@ -322,8 +336,6 @@ class Roster:
                     self._gate.remove_endpoints(gone)
             for name in gone:
                 self._displace(name)
-            if not self._knows_models:
-                self._know_models()  # behind it: of names that endpoints list nothing is new any more
         finally:
             self._wake.set()
             self._tell_soon()
@@ -366,10 +378,13 @@ class Roster:
                 if placed is not None:
                     self._leave(spec.name)
                 self._reception.put_cluster(spec.name, spec.cluster)
-        waits = {endpoint.name for endpoint, _ in news if self._waits_for_check(endpoint)}
+        waits = self._wait_for_check(news)
         if news:
             with self._tried({spec.name: spec for _, spec in news}):
-                self._gate.put_endpoints([replace(spec, awaits_check=spec.name in waits) for _, spec in news])
+                specs = [spec for _, spec in news]
+                self._gate.put_endpoints(
+                    [replace(spec, awaits_check=True) if spec.name in waits else spec for spec in specs]
+                )
         for endpoint, spec in news:
             placed = self._placed.get(endpoint.name)
             before = None if placed is None else placed[0]
@@ -377,14 +392,15 @@ class Roster:
             follow = partial(self._follow, endpoint, spec.cluster, before, self._level)
             self._untold.append(partial(follow, waits=endpoint.name in waits))
 
-    def _waits_for_check(self, endpoint: EndpointConfig) -> bool:
-        """Tell whether `endpoint` comes, and gets nothing before its first check: beside others that stay up.
+    def _wait_for_check(self, news: list[tuple[EndpointConfig, EndpointSpec]]) -> set[str]:
+        """Return which of `news` come, and get nothing before their first check: beside others that stay up.
 
-        It comes in a moment, from who follows; until then it would be sent requests that it may show to be lost. At a
-        start, alone, or where all are replaced, any endpoint is better than none.
+        It comes in a moment, from who follows; until then they would be sent requests that it may show to be lost. At
+        a start, alone, or where all are replaced, any endpoint is better than none.
         """
-        is_checked = self._task is not None and self._config.health_check is not None
-        return is_checked and self._one_stays_up and self._comes(endpoint)
+        if self._task is None or self._config.health_check is None or not self._one_stays_up:
+            return set()
+        return {endpoint.name for endpoint, _ in news if self._comes(endpoint)}
 
     def _comes(self, endpoint: EndpointConfig) -> bool:
         """Tell whether nothing is known yet of what runs there: it is new, or at another address."""
@@ -413,8 +429,14 @@ class Roster:
     # ---- telling who follows
 
     def _tell_soon(self) -> None:
-        if self._untold and not self._is_telling:
+        """Tell what is untold once a change is carried out: few at once, many in turns of their own."""
+        if self._is_telling or self._pieces or self._task is None:
+            return
+        if len(self._untold) <= TOLD_IN_A_TURN:
             self._tell(TOLD_IN_A_TURN)
+        else:
+            self._is_telling = True
+            asyncio.get_running_loop().call_soon(self._tell, TOLD_IN_A_TURN)
 
     def _tell(self, most: int) -> None:
         """Tell up to `most` of what is untold, in the order in which it happened, and come again for the rest."""

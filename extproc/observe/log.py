@@ -55,6 +55,8 @@ OVER_S = 15.0
 """A streak of which there was no more for so long is over."""
 MOST_STREAKS = 3
 """Streaks that are followed at once: there are so many timeouts, and clients may make up more."""
+MOST_NAMED = 10
+"""Endpoints that became the same between two looks and have a line each; more have one, and theirs at level debug."""
 MOST_TEXT = 128
 """Characters of a client's text in a line."""
 TEXT = "%(asctime)s %(levelname)s %(name)s %(message)s"
@@ -206,18 +208,35 @@ class QueueLog:
         self._follow_streaks()
         endpoints = self._controller.endpoints
         states = {name: endpoint.condition for name, endpoint in endpoints.items()}
+        changed: dict[tuple[str, str], list[str]] = {}
         for name, state in states.items():
             before = self._states.get(name, "unknown")  # what came and was judged between two looks is told, too
             if state != before:
-                # That it is back is as loud as that it went: who was told of the one looks for the other.
-                level = logging.INFO if {before, state} <= _AT_WORK else logging.WARNING
-                about = {"endpoint": name, "state": state}
-                words = _ejection(endpoints[name]) if state == EJECTED else state
-                refused_by = endpoints[name].health.refused_by
-                if refused_by is not None and state in _REFUSING:
-                    words += f", the last one: {REFUSALS[refused_by]}"
-                log.log(level, "endpoint %s: %s (was %s)", name, words, before, extra={"about": about})
+                changed.setdefault((before, state), []).append(name)
         self._states = states
+        for (before, state), names in changed.items():
+            # That it is back is as loud as that it went: who was told of the one looks for the other.
+            level = logging.INFO if {before, state} <= _AT_WORK else logging.WARNING
+            if len(names) > MOST_NAMED:
+                some = ", ".join(names[:MOST_NAMED])
+                more, about = len(names) - MOST_NAMED, {"endpoints": len(names), "state": state}
+                log.log(
+                    *(level, "%d endpoints: %s (were %s): %s and %d more", len(names), state, before, some, more),
+                    extra={"about": about},
+                )
+                level = logging.DEBUG
+            if log.isEnabledFor(level):
+                for name in names:
+                    self._tell_of(endpoints[name], before, state, level)
+
+    @staticmethod
+    def _tell_of(endpoint: Endpoint, before: str, state: str, level: int) -> None:
+        words = _ejection(endpoint) if state == EJECTED else state
+        refused_by = endpoint.health.refused_by
+        if refused_by is not None and state in _REFUSING:
+            words += f", the last one: {REFUSALS[refused_by]}"
+        about = {"endpoint": endpoint.name, "state": state}
+        log.log(level, "endpoint %s: %s (was %s)", endpoint.name, words, before, extra={"about": about})
 
     def _follow_streaks(self) -> None:
         """Say now and then that requests are given up still, and once that they are no more."""

@@ -172,11 +172,11 @@ def test_of_many_that_change_in_one_moment_those_who_follow_are_told_some_in_eac
         here.roster._remove = lambda name: log.append((name, "gone"))
         here.change(endpoints=[endpoint(name, f"10.0.0.{number}:1") for number, name in enumerate("bcdefgh")])
         assert list(here.placed()) == list("bcdefgh"), "requests go by the new file from this moment on"
-        assert len(log) == 3
+        assert not log
         here.change(endpoints=[endpoint("b", "10.0.0.0:1"), endpoint("c", "10.0.0.9:1")])
         assert list(here.placed()) == ["b", "c"]
-        assert len(log) == 3, "what came first is told first"
-        for turn in range(2, 6):
+        assert not log, "what came first is told first"
+        for turn in range(1, 6):
             await asyncio.sleep(0)
             assert len(log) <= 3 * turn
         await until(lambda: not here.roster._untold)
@@ -270,7 +270,7 @@ def test_where_many_come_and_many_go_those_who_go_stay_until_all_others_are_ther
         old, new = {f"old{n}" for n in range(60)}, {f"new{n}" for n in range(120)}
         assert seen[0] == old
         assert seen[-1] == new
-        between = seen[1:-1]
+        between = [names for names in seen if names not in (old, new)]
         assert len(between) > 1
         assert all(old <= names for names in between)
         assert sorted(between, key=len) == between
@@ -293,7 +293,7 @@ def test_a_model_that_moves_in_a_change_of_many_is_served_in_every_turn():
             return ticket.endpoint.name
 
         seen = await seen_in_each_turn(here, served_by)
-        assert (seen[0], seen[-2], seen[-1]) == ("a0", "a0", "b0")
+        assert (seen[0], seen[-3], seen[-2]) == ("a0", "a0", "b0"), "then it is told what the file names"
         assert here.reception.named_models == {"sim", "moves", "new"}
         assert len(seen) > 2
         assert here.gate.controller.endpoints["e59"].limit.value == 2
@@ -331,7 +331,7 @@ def test_changes_of_many_that_follow_each_other_do_not_make_a_turn_longer():
         for limit in (2, 3, 4):
             here.change(endpoints=rows("new", 200, 1, max_running_requests=limit))
         seen = await seen_in_each_turn(here, lambda: sum(name.startswith("new") for name in here.placed()))
-        assert seen == [0, *range(0, 201, roster.PUT_IN_A_TURN), 200]
+        assert seen == [0, 0, *range(0, 201, roster.PUT_IN_A_TURN), 200, 200]
 
     live(story, None, endpoints=rows("old", 3))
 
