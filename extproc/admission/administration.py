@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -117,17 +118,18 @@ class Administration(Frame):
         books = self._begin(now)
         if self._watchers:
             self._event = PolicySet(now, policy)
-        reorder = (policy.fair, policy.short_first) != (books.policy.fair, books.policy.short_first)
-        lanes = books.lanes
+        old, lanes = books.policy, books.lanes
+        reorder = (policy.fair, policy.short_first) != (old.fair, old.short_first)
         books.follow(policy)
         self._tokens.law = policy.laws.tokens
         if books.lanes != lanes:
             self._fleet.regroup()
         if reorder:
             self._settling.reorder()
-        for endpoint in self.endpoints.values():
-            endpoint.apply(policy)
-            self._fleet.changed(endpoint)
+        if policy != replace(old, fair=policy.fair, short_first=policy.short_first):  # else endpoints are as before
+            for endpoint in self.endpoints.values():
+                endpoint.apply(policy)
+                self._fleet.changed(endpoint)
         self._fleet.forget_stale()
         if not policy.enable_queue:
             self._let_all_go()

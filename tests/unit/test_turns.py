@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 ENDPOINTS, WAITING, CLIENTS = 300, 6_000, 20
 MOST_CALLS = 8_000
-MOST_OF_ONE = 66
+MOST_OF_ONE = 33
 """Of each endpoint that a reload changes, in its moment."""
 MOST_BYTES = 100_000
 """Of JSON or text made in one turn: a millisecond."""
@@ -250,8 +250,9 @@ def listed(*models: str, count: int = ENDPOINTS, **more: object) -> Config:
 @pytest.mark.parametrize(
     ("before", "after", "most_of_the_longest"),
     [
-        pytest.param(listed("sim"), listed("sim", max_running_requests=2), MOST_CALLS, id="other limits"),
-        pytest.param(listed("sim", count=3), listed("sim"), MOST_CALLS, id="all but three come"),
+        pytest.param(listed("sim"), listed("sim", tenant_fairness=False), MOST_CALLS / 2, id="another order"),
+        pytest.param(listed("sim"), listed("sim", max_running_requests=2), 5_000, id="other limits"),
+        pytest.param(listed("sim", count=3), listed("sim"), 5_000, id="all but three come"),
         pytest.param(listed("sim"), listed("sim", count=3), MOST_OF_ONE * ENDPOINTS, id="all but three go"),
         pytest.param(listed("sim"), listed("sim", "other"), MOST_OF_ONE * ENDPOINTS, id="other models"),
     ],
@@ -277,7 +278,7 @@ def test_a_reload_of_all_endpoints_has_no_long_turn_but_the_one_in_which_models_
         loop.call_soon(app.adopt, after)
         *others, longest = sorted(steps(turn))
         assert len(others) > 1
-        assert others[-1] < MOST_CALLS
+        assert others[-1] < 5_000
         assert longest < most_of_the_longest
         assert {name for name, one in app.gate.controller.endpoints.items() if not one.removed} == {
             one.name for one in after.endpoints
