@@ -30,14 +30,14 @@ _EXACT_PATH = re.compile(r"/[^\s?#*]*")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 FUSED = "fuse_filters"
-"""What of gRPC's is switched on under the completion queue: what each call passes on its way, the limit of a message's
-length, HTTP's headers, compression, is then one filter and not four, and does the same. A ninth of what gRPC costs
-(docs/adr/0006). A gRPC that doesn't know a name says so in its log, and goes on."""
+"""What of gRPC's is switched on: what each call passes on its way, the limit of a message's length, HTTP's headers,
+compression, is then one filter and not four, and does the same. A ninth of what gRPC costs (docs/adr/0006).
+A gRPC that doesn't know a name says so in its log, and goes on."""
 EXPERIMENTS = f"{FUSED},-event_engine_listener"
-"""With a unix socket something is switched off besides: it is then read and written by the thread that waits on the
-queue, ours, and not by threads of gRPC's own that hand over to it. A fifth of a request's CPU (docs/adr/0006). Not over
-TCP: there those sockets miss a reset that comes right behind data, and the leases of that connection would never come
-back (tests/e2e/test_transport_attack.py)."""
+"""Under the completion queue and a unix socket something is switched off besides: it is then read and written by the
+thread that waits on the queue, ours, and not by threads of gRPC's own that hand over to it. A fifth of a request's CPU
+(docs/adr/0006). Not over TCP: there those sockets miss a reset that comes right behind data, and the leases of that
+connection would never come back (tests/e2e/test_transport_attack.py)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -186,8 +186,8 @@ def _limit(text: str) -> int:
 def prepare_grpc(transport: str, listen: str) -> None:
     """Set what gRPC reads when it is imported: to be called before. What the user set stays."""
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # children are new programs; grpc warns of them otherwise
-    if transport == "completion_queue":
-        os.environ.setdefault("GRPC_EXPERIMENTS", EXPERIMENTS if listen.startswith("unix:") else FUSED)
+    in_our_thread = transport == "completion_queue" and listen.startswith("unix:")
+    os.environ.setdefault("GRPC_EXPERIMENTS", EXPERIMENTS if in_our_thread else FUSED)
 
 
 SWITCH_S = 0.0005
