@@ -45,6 +45,7 @@ METRICS = frozenset(
         *(
             "extproc_bad_answers",
             "extproc_capacity_",
+            "extproc_endpoint_silent",
             "extproc_endpoint_slowness",
             "extproc_engines_needed",
             "extproc_held_requests",

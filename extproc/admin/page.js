@@ -192,6 +192,7 @@ function fillEndpoint(row, one) {
   let [tone, sign] = STATES[one.state] || ["", "?"], words = one.state;
   if (one.state === "ejected") words += `, back in ${Math.ceil(one.ejected_for_s)} s`;
   if (one.state === "up" && one.held_back) { tone = "warn"; sign = "◆"; words = "up, held back"; }
+  if (one.no_token_for_s) { tone = tone === "good" ? "warn" : tone; words += `, no token for ${Math.round(one.no_token_for_s)} s`; }
   if (one.times_slower) { tone = tone === "good" ? "warn" : tone; words += `, ${Math.round(one.times_slower)}× as slow as its peers`; }
   if (one.failed_lately) { tone = tone === "good" ? "warn" : tone; words += `, ${failures(one.failed_lately)} in 2 min`; }
   if (one.left_out_for) words += `, left out for ${one.left_out_for.join(", ")}`;
@@ -222,7 +223,7 @@ function fillEndpoint(row, one) {
   say(row.parts.sent, number(one.dispatched));
 }
 const TROUBLE = { down: 0, ejected: 1, failing: 1, "on trial": 2, asleep: 3, unknown: 3 };
-const trouble = one => TROUBLE[one.state] ?? (one.times_slower || one.failed_lately ? 3 : 4);
+const trouble = one => TROUBLE[one.state] ?? (one.times_slower || one.no_token_for_s || one.failed_lately ? 3 : 4);
 
 // ---- outcomes and waiting requests
 

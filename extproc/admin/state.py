@@ -22,7 +22,7 @@ from extproc.admission.outcome import Outcome
 from extproc.admission.ticket import State
 from extproc.observe.endpoints import known_signals, oldest_lease_s
 from extproc.observe.metrics import SHARED
-from extproc.observe.paces import SEVERAL, Paces
+from extproc.observe.paces import SEVERAL, SILENT_S, Paces
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
@@ -331,13 +331,15 @@ class Viewer:
         preferring, holds, rows = _preferring(controller), controller.holds(), []
         await self._turns.take()
         slow = {name: ratio for name, ratio in self._paces.slowness().items() if ratio >= SEVERAL}
-        failures = self.history.failures(now)
+        silent, failures = self._paces.silent(), self.history.failures(now)
         for number, endpoint in enumerate(list(controller.endpoints.values())):
             if number % ENDPOINTS_TURN == 0:
                 await self._turns.take()
             row = self._endpoint(endpoint, preferring, holds, now, most_models)
             if endpoint.name in slow:
                 row["times_slower"] = round(slow[endpoint.name], 1)
+            if silent.get(endpoint.name, 0.0) >= SILENT_S:
+                row["no_token_for_s"] = round(silent[endpoint.name], 1)
             if sum(failures.get(endpoint.name, {}).values()) >= FEW_FAILED:
                 row["failed_lately"] = failures[endpoint.name]
             rows.append(row)

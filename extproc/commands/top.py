@@ -316,6 +316,8 @@ def _endpoints(view: Mapping[str, Any], room: int, width: int) -> list[str]:
             state += f", back in {math.ceil(one['ejected_for_s'])} s"
         if "times_slower" in one:
             state += f", SLOW x{one['times_slower']:.0f}"
+        if "no_token_for_s" in one:
+            state += f", NO TOKEN FOR {one['no_token_for_s']:.0f} s"
         if "failed_lately" in one:
             state += f", FAILED {_failures(one['failed_lately'])}"
         if "left_out_for" in one:
@@ -423,7 +425,7 @@ def _failures(counts: Mapping[str, int]) -> str:
 
 def _fault(one: Mapping[str, Any]) -> float:
     """Tell how much is wrong with an endpoint whatever its state: requests that it failed, how slow it is; else 0."""
-    return float(sum(one.get("failed_lately", {}).values()) + one.get("times_slower", 0.0))
+    return float(sum(one.get("failed_lately", {}).values()) + one.get("times_slower", 0.0) + one.get("no_token_for_s", 0.0))
 
 
 def _places(one: Mapping[str, Any]) -> int:

@@ -4,6 +4,8 @@ Each is held against the median of the others that serve the same models. By its
 of tokens; else by how long its answers take, by our own books: requests in flight x seconds, over answers that ended
 (Little's law). That one is a hint for people and no metric: one client's long sessions, at home at one of equal
 engines, look the same. Both are read when somebody looks, or every few seconds, nothing on the way of a request.
+
+One that hangs is not slow: it takes requests, passes its checks, and writes nothing. That is told apart.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ SEVERAL: Final = 3.0
 WINDOW_S: Final = 120.0
 """How long answers take is a mean of so long."""
 STEP_S: Final = 10.0
+SILENT_S: Final = 30.0
+"""Who runs requests and writes no token for so long is told to people: a long prompt alone takes some seconds."""
 LEAST_ANSWERS: Final = 5
 """Fewer say nothing: one of them may just be long."""
 
@@ -39,17 +43,23 @@ class _Mark(NamedTuple):
 
 
 class _Book:
-    """Requests x seconds that an endpoint held since the first look, and marks of them in the last minutes."""
+    """Requests x seconds that an endpoint held since the first look, and marks of them in the last minutes.
 
-    __slots__ = ("at", "held_s", "marks")
+    Beside them the tokens that it was seen to have written, and when it last wrote, or had nothing to write.
+    """
+
+    __slots__ = ("at", "held_s", "marks", "written", "wrote_at")
 
     def __init__(self, now: float, ended: int) -> None:
         self.at, self.held_s = now, 0.0
+        self.written, self.wrote_at = 0, now
         self.marks = deque([_Mark(now, 0.0, ended)])
 
     def look(self, endpoint: Endpoint, now: float) -> None:
         self.held_s += len(endpoint.leases) * (now - self.at)
         self.at = now
+        if endpoint.written != self.written or not endpoint.leases:
+            self.written, self.wrote_at = endpoint.written, now
         marks = self.marks
         if now - marks[-1].at >= STEP_S:
             marks.append(_Mark(now, self.held_s, _ended(endpoint)))
@@ -81,11 +91,23 @@ class Paces:
 
     def slowness(self) -> dict[str, float]:
         """Return how many times as long as its peers' median each endpoint takes; nothing of who has nothing to do."""
-        return self._against_peers(self._answer_s) | self.by_tokens()  # tokens tell more: they win
+        slow = self._against_peers(self._answer_s) | self.by_tokens()  # tokens tell more: they win
+        silent = self.silent()
+        return {name: ratio for name, ratio in slow.items() if silent.get(name, 0.0) < SILENT_S}
 
     def by_tokens(self) -> dict[str, float]:
         """Return the same of those whose pages tell of tokens, by their time per token alone."""
         return self._against_peers(_token_s)
+
+    def silent(self) -> dict[str, float]:
+        """Return for how long each endpoint that runs requests has written no token, as its page tells, in seconds."""
+        found = {}
+        for name, endpoint in self._controller.endpoints.items() if self._decides() else ():
+            book = self._books.get(name)
+            tells = endpoint.written and endpoint.reading.page is not None and not endpoint.counters.doubted
+            if book is not None and endpoint.leases and tells:
+                found[name] = book.at - book.wrote_at
+        return found
 
     def _answer_s(self, endpoint: Endpoint) -> float | None:
         book = self._books.get(endpoint.name)
@@ -101,7 +123,7 @@ class Paces:
         return {name: ratio for peers in times.values() for name, ratio in _against_others(peers)}
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the metric family: prometheus_client asks."""
+        """Yield the metric families: prometheus_client asks."""
         slow = GaugeMetricFamily(
             "extproc_endpoint_slowness_ratio",
             "How many times as long an output token takes at an endpoint as at the median of the others that serve the "
@@ -110,7 +132,15 @@ class Paces:
         )
         for name, ratio in self.by_tokens().items():
             slow.add_metric([name], ratio)
-        yield slow
+        silent = GaugeMetricFamily(
+            "extproc_endpoint_silent_seconds",
+            "For how long an endpoint that runs requests has written no token: one that hangs may pass its checks. Absent "
+            "while it runs none, and where its page tells no tokens.",
+            labels=["endpoint"],
+        )
+        for name, silent_s in self.silent().items():
+            silent.add_metric([name], silent_s)
+        yield from (slow, silent)
 
 
 def _ended(endpoint: Endpoint) -> int:

@@ -10,7 +10,7 @@ from extproc.admin.http import Admin
 from extproc.admission.load import Load
 from extproc.admission.values import Answer, EndpointSpec
 from extproc.commands.top import lines
-from extproc.observe.paces import LEAST_ANSWERS, Paces
+from extproc.observe.paces import LEAST_ANSWERS, SILENT_S, Paces
 from tests.unit.admin_room import Room
 
 
@@ -57,8 +57,51 @@ def test_an_engine_whose_tokens_take_ten_times_as_long_is_ten_times_as_slow() ->
     found = fleet.paces.slowness()
     assert found["vllm-1"] == pytest.approx(10.0, rel=0.01)
     assert found["vllm-0"] == found["vllm-2"] == pytest.approx(1 / 5.5, rel=0.01), "one of its peers is slow"
-    (family,) = fleet.paces.collect()
+    family, _ = fleet.paces.collect()
     assert {sample.labels["endpoint"]: sample.value for sample in family.samples} == found
+
+
+def test_one_that_hangs_behind_its_heads_is_told_as_silent_and_not_as_slow() -> None:
+    """It read SLOW x42, and no alert fired before an hour: its checks passed, and its page had no pace to compare."""
+    fleet = Fleet("", "", "")
+    fleet.room.admin = Admin("127.0.0.1:0", fleet.room.gate, fleet.room.metrics, paces=fleet.paces)
+    fleet.room.offer(12)
+    for _ in range(3):
+        fleet.tell({"vllm-0": 195.0, "vllm-1": 195.0, "vllm-2": 195.0})
+        fleet.paces.sample(fleet.room.clock.now)
+    assert set(fleet.paces.silent().values()) == {0.0}
+    for second in range(1, 91):
+        fleet.room.clock.now += 1.0
+        for name in fleet.core.endpoints:
+            rate = 0.0 if name == "vllm-1" else 195.0
+            load = Load(4.0, 0.0, 0.2, tokens_per_s=rate, prompt_tokens=0, output_tokens=int(rate))
+            fleet.core.observe(name, load, fleet.room.clock.now)
+        fleet.paces.sample(fleet.room.clock.now)
+        view = asyncio.run(fleet.room.admin.view())
+        words = next(line for line in lines(view, 120, 24) if line.startswith("vllm-1"))
+        assert ("NO TOKEN FOR" in words) == (second >= SILENT_S)
+    silent = {sample.labels["endpoint"]: sample.value for sample in [*fleet.paces.collect()][1].samples}
+    assert silent == {"vllm-0": 0.0, "vllm-1": 90.0, "vllm-2": 0.0}
+    assert "vllm-1" not in fleet.paces.slowness()
+    assert "NO TOKEN FOR 90 s" in words
+    assert "SLOW" not in words
+
+
+def test_who_is_idle_or_tells_no_tokens_is_not_silent() -> None:
+    fleet = Fleet("", "")
+    fleet.room.offer(2)
+    fleet.tell({"vllm-0": 195.0})
+    fleet.paces.sample(fleet.room.clock.now)
+    assert set(fleet.paces.silent()) == {"vllm-0"}
+    fleet.room.clock.now += 100.0
+    for ticket in [*fleet.core.endpoints["vllm-0"].leases]:
+        fleet.room.gate.close(ticket, Answer.OK)
+    fleet.paces.sample(fleet.room.clock.now)
+    assert fleet.paces.silent() == {}
+    fleet.room.clock.now += 100.0
+    fleet.paces.sample(fleet.room.clock.now)
+    fleet.room.offer(1, allowed=frozenset(["vllm-0"]))
+    assert fleet.paces.silent() == {"vllm-0": 0.0}, "it was idle before"
 
 
 def test_engines_without_a_page_are_compared_by_how_long_their_answers_take_for_people_and_for_no_alert() -> None:
@@ -66,7 +109,7 @@ def test_engines_without_a_page_are_compared_by_how_long_their_answers_take_for_
     fleet.answer(200.0, {"vllm-0": 1.0, "vllm-1": 10.0, "vllm-2": 1.0})
     found = fleet.paces.slowness()
     assert found["vllm-1"] == pytest.approx(10.0, rel=0.2)
-    (family,) = fleet.paces.collect()
+    family, _ = fleet.paces.collect()
     assert family.samples == [], "one client's long answers look the same: that is no alert"
     fleet.answer(200.0, {"vllm-0": 1.0, "vllm-1": 1.0, "vllm-2": 1.0}, slots=2)
     assert fleet.paces.slowness()["vllm-1"] == pytest.approx(1.0, rel=0.5), "what was is forgotten"
