@@ -379,6 +379,7 @@ class App:
     def _woke(self) -> None:
         if self.admin.ready:
             log.warning("this process did nothing for some seconds: expecting that Envoy sends again what it held")
+            self.gate.wake()
             self._expect_replays()
 
     def _turned(self, role: Role) -> None:

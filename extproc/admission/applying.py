@@ -27,6 +27,7 @@ from extproc.admission.events import (
     Sent,
     Ticked,
     Withdrawn,
+    Woken,
 )
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ def apply(core: Controller, event: Event) -> list[Decision]:  # noqa: C901 - one
             return core.set_quota(event.name, event.quota, event.at)
         case Ticked():
             return core.tick(event.at)
+        case Woken():
+            return core.wake(event.at)
         case PolicySet():
             return core.set_policy(event.policy, event.at)
         case Drained():

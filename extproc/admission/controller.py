@@ -30,6 +30,7 @@ from extproc.admission.events import (
     Released,
     Sent,
     Ticked,
+    Woken,
 )
 from extproc.admission.lanes import lane_of
 from extproc.admission.lines import placed
@@ -222,6 +223,15 @@ class Controller(Sharing):
                 self._lines.set_alarm(ticket, placed(ticket.pool))
         self._fleet.pass_time(now)
         self._books.settles = bool(self._lines.left)
+        return self._end()
+
+    def wake(self, now: float) -> list[Decision]:
+        """Note that the process was stopped until now: how fast requests left meanwhile says nothing of the engines."""
+        self._begin(now)
+        if self._watchers:
+            self._event = Woken(now)
+        for pool in self.pools():
+            pool.pace.forget_drain(now)
         return self._end()
 
     def next_deadline(self) -> float | None:

@@ -164,6 +164,12 @@ class Ticked(Event):
     __slots__ = ()
 
 
+class Woken(Event):
+    """The process goes on after it was stopped."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
 class PolicySet(Event):
     """The rules are others now."""

@@ -424,8 +424,9 @@ def _failures(counts: Mapping[str, int]) -> str:
 
 
 def _fault(one: Mapping[str, Any]) -> float:
-    """Tell how much is wrong with an endpoint whatever its state: requests that it failed, how slow it is; else 0."""
-    return float(sum(one.get("failed_lately", {}).values()) + one.get("times_slower", 0.0) + one.get("no_token_for_s", 0.0))
+    """Tell how much is wrong with an endpoint whatever its state: what it failed, how slow or silent it is; else 0."""
+    failed = sum(one.get("failed_lately", {}).values())
+    return float(failed + one.get("times_slower", 0.0) + one.get("no_token_for_s", 0.0))
 
 
 def _places(one: Mapping[str, Any]) -> int:

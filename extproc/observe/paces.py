@@ -134,8 +134,8 @@ class Paces:
             slow.add_metric([name], ratio)
         silent = GaugeMetricFamily(
             "extproc_endpoint_silent_seconds",
-            "For how long an endpoint that runs requests has written no token: one that hangs may pass its checks. Absent "
-            "while it runs none, and where its page tells no tokens.",
+            "For how long an endpoint that runs requests has written no token: one that hangs may pass its checks. "
+            "Absent while it runs none, and where its page tells no tokens.",
             labels=["endpoint"],
         )
         for name, silent_s in self.silent().items():

@@ -129,6 +129,10 @@ class Gate:
         """
         self._replays.expect(clock_offset_s)
 
+    def wake(self) -> None:
+        """Note that this process was stopped for a while."""
+        self._settle(self.controller.wake(self.now()))
+
     def first_token(self, ticket: Ticket) -> None:
         """Note that the answer began."""
         self._settle(self.controller.first_token(ticket, self.now()))

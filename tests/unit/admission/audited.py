@@ -166,6 +166,10 @@ class Audited(Audit):
         self._end(self.core.drain(self.now))
         require(not self.waiting, "waiting after a drain:", self.waiting)
 
+    def wake(self) -> None:
+        self._begin()
+        self._end(self.core.wake(self.now))
+
     def tick(self) -> None:
         self._begin()
         self._end(self.core.tick(self.now))

@@ -40,6 +40,7 @@ EVENTS = [
     events.QuotaSet(AT, "a", 0),
     events.QuotaSet(AT, "a", None),
     events.Ticked(AT),
+    events.Woken(AT),
     events.PolicySet(AT, Policy(patience_s=7.0)),
     events.Drained(AT, 1),
     events.Drained(AT, None),

@@ -51,6 +51,23 @@ def test_who_would_wait_past_its_budget_is_refused_at_once() -> None:
     assert refused[surely + 10 :] == [Outcome.BUDGET_PREDICTED] * 10
 
 
+def test_nobody_is_refused_for_a_minute_in_which_the_process_was_stopped() -> None:
+    """All was frozen for 60 s, as a machine that is moved: 693 of the 720 that came meanwhile were refused at once."""
+    desk = Desk(one(), shed=True)
+    flow(desk, 20.0, 5.0)
+    desk.fill(20, request_class="batch")
+    desk.advance(50.0, late=True)
+    desk.release(next(iter(desk.leased)))
+    desk.wake()
+    assert {desk.outcome(ticket) for ticket in [desk.ask() for _ in range(100)]} == {None}
+    for _ in range(30):
+        desk.advance(0.2)
+        desk.release(next(iter(desk.leased)))
+    refused = [desk.outcome(ticket) for ticket in [desk.ask() for _ in range(400)]]
+    assert refused[100] is None
+    assert refused[-1] is Outcome.BUDGET_PREDICTED, "it was learnt anew"
+
+
 def test_the_prediction_counts_the_arrivals_of_higher_classes() -> None:
     calm, stormy = Desk(one(), shed=True), Desk(one(), shed=True)
     for desk in (calm, stormy):
