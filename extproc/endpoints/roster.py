@@ -106,7 +106,8 @@ class Roster:
         self._doubted = False
         self._refused: set[str] = set()
         self._pieces: deque[Callable[[], None]] = deque()  # of a change that is carried out, one in a turn of the loop
-        self._one_stays_up = False  # of those that are known to be, through the change under way
+        # Models of those that are up, and stay so through the change under way; and whether one of them serves any.
+        self._served, self._serves_any = frozenset[str](), False
         self._goes_on = False  # with a piece in a turn that is to come
         self._fault: Exception | None = None  # what one of these could not be carried out for
         self._knows_models = False  # the core was told of all that the configuration names
@@ -252,9 +253,9 @@ class Roster:
             and self._placed[endpoint.name][1].cluster != spec.cluster
             and not self._routes[spec.cluster].known
         }
-        stay = {endpoint.name for endpoint, _ in aims if not self._comes(endpoint)}
-        up = (name for name, one in self._gate.controller.endpoints.items() if one.health.is_up and not one.removed)
-        self._one_stays_up = not stay.isdisjoint(up)
+        up = {name for name, one in self._gate.controller.endpoints.items() if one.health.is_up and not one.removed}
+        stay_up = {spec.models for endpoint, spec in aims if endpoint.name in up and not self._comes(endpoint)}
+        self._served, self._serves_any = frozenset[str]().union(*stay_up), frozenset() in stay_up
         known = [aim for aim in aims if self._file is None or self._routes[aim[1].cluster].known]
         news = [aim for aim in known if self._placed.get(aim[0].name) != aim]
         gone = [name for name in self._placed if name not in wanted or name in moved]
@@ -393,14 +394,18 @@ class Roster:
             self._untold.append(partial(follow, waits=endpoint.name in waits))
 
     def _wait_for_check(self, news: list[tuple[EndpointConfig, EndpointSpec]]) -> set[str]:
-        """Return which of `news` come, and get nothing before their first check: beside others that stay up.
+        """Return which of `news` come, and get nothing before their first check: who stays up serves their models.
 
         It comes in a moment, from who follows; until then they would be sent requests that it may show to be lost. At
-        a start, alone, or where all are replaced, any endpoint is better than none.
+        a start, alone for a model, or where all are replaced, any endpoint is better than none.
         """
-        if self._task is None or self._config.health_check is None or not self._one_stays_up:
+        if self._task is None or self._config.health_check is None:
             return set()
-        return {endpoint.name for endpoint, _ in news if self._comes(endpoint)}
+        return {spec.name for one, spec in news if self._is_served(spec.models) and self._comes(one)}
+
+    def _is_served(self, models: frozenset[str]) -> bool:
+        """Tell whether those that stay up serve all of `models`; none: whatever is asked for."""
+        return self._serves_any or (bool(models) and models <= self._served)
 
     def _comes(self, endpoint: EndpointConfig) -> bool:
         """Tell whether nothing is known yet of what runs there: it is new, or at another address."""

@@ -617,6 +617,30 @@ def test_one_that_comes_while_another_is_up_gets_nothing_before_its_first_health
     live(story, None, endpoints=[endpoint("a")], health_check={})
 
 
+@pytest.mark.parametrize(
+    ("stays", "comes", "condition"),
+    [
+        ("chat", "code", "unknown"),  # nobody serves it yet: what asked for it waited for the check, or was refused
+        ("chat", "chat code", "unknown"),
+        ("chat code", "code", "down"),
+        ("", "code", "down"),
+        ("chat", "", "unknown"),
+    ],
+)
+def test_one_that_is_alone_for_a_model_need_not_wait_for_its_first_health_check(stays, comes, condition):
+    async def story(house: House) -> None:
+        house.gate.set_up("a", is_up=True)
+        house.change(
+            endpoints=[
+                endpoint("a", models=stays.split()),
+                endpoint("b", "10.0.0.2:1", models=comes.split()),
+            ]
+        )
+        assert house.gate.controller.endpoints["b"].condition == condition
+
+    live(story, None, endpoints=[endpoint("a", models=stays.split())], health_check={})
+
+
 def test_where_all_are_replaced_there_is_an_endpoint_to_go_to_in_every_turn_until_all_are_told():
     """The health checks were told of the new ones before they heard that the old ones went, and kept all down."""
 
