@@ -207,6 +207,7 @@ def serve(config_path: Path, report: Path) -> int:
 
         loop.add_signal_handler(signal.SIGUSR1, tell)
         await App(config, loop, config_path).run()
+        tell()  # what its end took
         return 0
 
     return run_loop(life(), config.transport)
@@ -322,8 +323,8 @@ class Readers(threading.Thread):
 class Watched:
     """A sidecar whose loop is watched, and servers with pages behind it."""
 
-    def __init__(self, endpoints: int, transport: str, running: contextlib.ExitStack) -> None:
-        """Start them; `running` ends them."""
+    def __init__(self, endpoints: int, transport: str, running: contextlib.ExitStack, **changes: Any) -> None:
+        """Start them, with changed keys; `running` ends them."""
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         pages = context.Process(target=serve_pages, args=(endpoints, theirs), daemon=True)
@@ -347,18 +348,20 @@ class Watched:
             "drain_timeout": "200ms",
             "classes": [{"name": "default", "budget": "600s"}, {"name": "interactive", "priority": 10}],
             "endpoints": self.endpoints,
+            **changes,
         }
+        self.limit = int(config["max_running_requests"])
         self.sidecar = sidecar = Sidecar(config, self.directory)
         sidecar.write_config()
         sidecar.child.argv = [sys.executable, "-m", "bench.turns", "--serve", str(sidecar.path), str(self._report)]
         self._child = running.enter_context(sidecar.child)
         self._child.wait_ready(lambda: http_ok(sidecar.admin, "/readyz"), timeout_s=60, what="/readyz")
-        self.seen()  # what starting takes keeps nobody waiting
+        self.starting = self.seen()
 
     def fill(self, waiting: int, per_s: float) -> None:
         """Hold requests until so many wait; from then on so many come and go each second."""
         argv = [sys.executable, "-m", "bench.turns", "--hold", self.sidecar.listen]
-        argv += [str(waiting), str(len(self.endpoints)), str(per_s)]
+        argv += [str(waiting), str(self.limit * len(self.endpoints)), str(per_s)]
         client = self._running.enter_context(Child(argv, self.directory / "client.log", name="client"))
         client.wait_line("held", timeout_s=300)
         while self.sidecar.queues()["waiting_total"] < waiting:
@@ -372,9 +375,14 @@ class Watched:
         self._child.signal(signal.SIGHUP)
         wait_until(lambda: self.sidecar.metrics()[name] > before, 60)
 
-    def seen(self) -> dict[str, Any]:
-        """Return what was seen since this was asked last."""
-        self._child.signal(signal.SIGUSR1)
+    def end(self) -> None:
+        """Send SIGTERM; what is seen next is what its end took."""
+        self._child.signal(signal.SIGTERM)
+
+    def seen(self, *, ends: bool = False) -> dict[str, Any]:
+        """Return what was seen since this was asked last, or when it has ended."""
+        if not ends:
+            self._child.signal(signal.SIGUSR1)
         self._lines += 1
         told = wait_until(
             lambda: (self._report.read_text() if self._report.exists() else "").splitlines()[self._lines - 1 :], 60
@@ -382,9 +390,9 @@ class Watched:
         found: dict[str, Any] = json.loads(told[0])
         return found
 
-    def show(self, what: str, seconds: float) -> dict[str, Any]:
-        """Print what was seen in the last `seconds`, and return it."""
-        told = self.seen()
+    def show(self, what: str, seconds: float, told: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Print what was seen in the last `seconds`, or `told`, and return it."""
+        told = self.seen() if told is None else told
         longest = ", ".join(f"{turn:.1f}" for turn in told["longest_ms"])
         full = ", ".join(f"{took:.1f}" for took in told["full"]) or "none"
         share = 100 * told["cpu_s"] / seconds
@@ -453,6 +461,23 @@ def measure_reloads(endpoints: int, waiting: int, transport: str) -> None:
             watched.show(f"{endpoints} endpoints, {waiting} wait: {what}", time.monotonic() - began)
 
 
+def measure_ends(endpoints: int, waiting: int, transport: str) -> None:
+    """Print the longest turns of a start, and of an end."""
+    for hand_over in (True, False):  # who waits is left to a successor, or refused
+        with contextlib.ExitStack() as running:
+            began = time.monotonic()
+            changes = {"max_running_requests": 2, "drain_timeout": "5s", "hand_over": hand_over}
+            watched = Watched(endpoints, transport, running, **changes)
+            watched.show(f"a start with {endpoints} endpoints", time.monotonic() - began, watched.starting)
+            watched.fill(waiting, 1.0)
+            watched.seen()
+            began = time.monotonic()
+            watched.end()
+            told = watched.seen(ends=True)
+            what = f"an end with {waiting} waiting and {2 * endpoints} running, {'left' if hand_over else 'refused'}"
+            watched.show(what, time.monotonic() - began, told)
+
+
 def measure_reading(endpoints: int) -> None:
     """Print how late a timer of 2 ms is while a thread reads a file, by Python's own interval and by ours."""
     from extproc.commands.cli import SWITCH_S
@@ -493,6 +518,7 @@ def main() -> int:
     parser.add_argument("--serve", nargs=2, type=Path, metavar=("CONFIG", "REPORT"))
     parser.add_argument("--hold", nargs=4, metavar=("ADDRESS", "COUNT", "RUNNING", "PER_S"))
     parser.add_argument("--reloads", action="store_true", help="how long reloads stop the loop, and nothing else")
+    parser.add_argument("--ends", action="store_true", help="the turns of a start and of an end, and nothing else")
     parser.add_argument("--reading", action="store_true", help="how late all is while a file is read, and nothing else")
     arguments = parser.parse_args()
     if arguments.reading:
@@ -506,6 +532,9 @@ def main() -> int:
         return 0
     if arguments.reloads:
         measure_reloads(arguments.endpoints, arguments.waiting, arguments.transport)
+        return 0
+    if arguments.ends:
+        measure_ends(arguments.endpoints, arguments.waiting, arguments.transport)
         return 0
     good = measure(arguments.endpoints, arguments.waiting, arguments.seconds, arguments.per_s, arguments.transport)
     return 0 if good else 1

@@ -29,8 +29,8 @@ _LEASED: Final = State.LEASED
 _WAITING: Final = State.WAITING
 _UNKNOWN: Final = Answer.UNKNOWN
 
-BURST = 40
-"""Decisions delivered per turn of the loop: two or three milliseconds' worth. And Envoy resets each stream that ends:
+BURST = 20
+"""Decisions delivered per turn of the loop: a millisecond or two. And Envoy resets each stream that ends:
 more than 1,000 resets at once look to its HTTP/2 flood guard like an attack (max_outbound_control_frames), and it
 closes the whole connection."""
 
