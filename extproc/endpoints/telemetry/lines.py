@@ -37,9 +37,8 @@ def number_behind(line: bytes, head: bytes) -> float | None:
 
     Also None where more than a number stands there, or one that isn't believed: `sample` tells.
     """
-    if not line.startswith(head) or not _NUMBER.fullmatch(line, len(head)):
-        return None
-    return within(float(line[len(head) :]), MOST_COUNTED)
+    text = line.removeprefix(head)
+    return within(float(text), MOST_COUNTED) if _NUMBER.fullmatch(text) else None
 
 
 def sample(line: bytes) -> tuple[bytes, Series, float | None] | None:

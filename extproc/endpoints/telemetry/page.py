@@ -42,6 +42,18 @@ class _Page:
     values: Values = field(default_factory=list)
     is_large: bool = False
 
+    def read(self, line: bytes, before: _Line | None) -> bool:
+        """Read a line; False if it is no sample. If it begins as the one `before`, it is read by its number alone."""
+        value = None if before is None else number_behind(line, before[0])
+        if before is None or value is None:
+            read = sample(line)
+            if read is None:
+                return False
+            before, value = read[:2], read[2]
+        self.lines.append(before)
+        self.values.append(value)
+        return True
+
 
 class Reader:
     """Reads the pages of one endpoint, one after the other."""
@@ -81,47 +93,32 @@ class Reader:
 
     def _collect(self, text: bytes, page: _Page) -> Generator[None, None, Reason | None]:
         """Read all wanted lines of `text`, which begins with a newline, into `page`."""
-        find, newest = finder(self._engines).findall, page.newest
-        size_bytes = slice_bytes = start = 0
+        find, newest, known = finder(self._engines).findall, page.newest, self._lines
+        size_bytes = slice_bytes = start = place = 0
         while start < len(text):
             end = text.find(b"\n", start + SEARCH_BYTES)
             end = len(text) if end < 0 else end
             for line in find(text, start, end):
-                slice_bytes += len(line)
+                line_bytes = len(line)
+                slice_bytes += line_bytes
                 if slice_bytes > SLICE_BYTES:
                     slice_bytes, page.is_large = 0, True
                     yield
                 if line.startswith(newest.names):
                     newest.note(line)
                     continue
-                size_bytes += len(line)
-                if len(page.lines) == MOST_SERIES:
+                size_bytes += line_bytes
+                if place == MOST_SERIES:
                     return Reason.TOO_MANY_SERIES
                 if size_bytes > MOST_WANTED_BYTES:
                     return Reason.TOO_BIG
-                if not self._read(line, page):
+                if not page.read(line, known[place] if place < len(known) else None):
                     return Reason.MALFORMED
+                place += 1
             start = end
             if start < len(text):
                 yield
         return None
-
-    def _read(self, line: bytes, page: _Page) -> bool:
-        """Read a line; False if it is no sample. One that begins as on the page before is read by its number alone."""
-        place = len(page.lines)
-        if place < len(self._lines):
-            before = self._lines[place]
-            value = number_behind(line, before[0])
-            if value is not None:
-                page.lines.append(before)
-                page.values.append(value)
-                return True
-        read = sample(line)
-        if read is None:
-            return False
-        page.lines.append(read[:2])
-        page.values.append(read[2])
-        return True
 
     def _layout_of(self, page: _Page, adapters: Series | None) -> Layout | Reason:
         """Return what lines mean: what those of the page before did, if they are the same."""
