@@ -84,8 +84,7 @@ class Quotas:
 
     def _is_nobody(self) -> bool:
         """Tell whether we may be in a corner where nobody sees us: others have the whole limit for themselves."""
-        in_a_corner = len(self._group()) == 1 or self._part() < 1.0
-        return in_a_corner and self._census.is_cut_off(self._gate.now())
+        return self._part() < 1.0 and self._census.is_cut_off(self._gate.now())
 
     def _is_apart(self, name: str) -> bool:
         """Tell whether an endpoint is anybody's but ours: nobody knows of us, or we can't tell if they do by now."""

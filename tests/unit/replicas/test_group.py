@@ -537,6 +537,22 @@ def test_a_store_that_goes_away_and_comes_back_empty_changes_nothing():
     assert here.engines["e0"].peak == 9
 
 
+def test_one_that_is_all_there_is_goes_on_where_the_store_goes_away_and_no_engine_has_a_page():
+    here = Site(1, engines=1, limit=8)
+    here.blind.update(here.sidecars)
+    here.run(8.0)
+    for one in followers(here):
+        one.gate.leave()  # they say goodbye
+        here.kill(one.place)
+    here.run(8.0)
+    here.store.is_up = False
+    here.run(10.0)
+    for _ in range(20):
+        here.send(leader(here).place, work_s=2.0)
+    here.run(1.0)
+    assert here.load() == 8
+
+
 def test_whoever_is_gone_all_others_know_it_at_once_and_expect_what_its_envoy_held():
     here = site()
     gone = followers(here)[0]
