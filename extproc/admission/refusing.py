@@ -83,7 +83,7 @@ class Refusing:
             self.refuse(ticket, Outcome.NO_ENDPOINT)
         elif books.now >= ticket.wait_until:
             if ticket.wait_until > ticket.request.arrived:
-                ticket.waited_for = None  # it came too late: it did not wait here, whatever has no room now
+                ticket.waited_for = None  # it came too late: whatever has no room now did not hold it
             self.expire(ticket)
         elif policy.shed and self._is_doomed(ticket, pool):
             self.refuse(ticket, Outcome.BUDGET_PREDICTED)

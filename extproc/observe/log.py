@@ -40,7 +40,7 @@ REFUSALS = {
 """How a request was refused, in a few words."""
 _WELL = (Outcome.DISPATCHED, Outcome.PASSED)
 _EXPIRED = (Outcome.BUDGET_EXPIRED, Outcome.NO_ENDPOINT)
-CAME_LATE = "Envoy held it for a sidecar that is gone"
+CAME_LATE = "over before anybody could decide: a sidecar that held it, or was to decide, is gone or was stopped"
 LINES = 5
 PERIOD_S = 1.0
 LOOK_S = 0.5
@@ -156,7 +156,7 @@ class QueueLog:
             what = "refused"
             reason = _reason(ticket)
             if came_late(decision):
-                reason += f", over when it came: {CAME_LATE}"
+                reason += f", {CAME_LATE}"
             if decision.crowd is not None:
                 reason = f": {decision.crowd.words}"
                 about["in_flight"], about["max_in_flight"] = decision.crowd.in_flight, decision.crowd.most
@@ -279,7 +279,7 @@ class QueueLog:
 
 
 def came_late(decision: Reject) -> bool:
-    """Tell whether a refused request's budget was over when it came: it did not wait here."""
+    """Tell whether a refused request's budget was over when our core heard of it: it did not wait in its lines."""
     ticket = decision.ticket
     expired = decision.outcome in _EXPIRED and ticket.waited_for is None and ticket.pool is not None
     return expired and ticket.request.arrived < ticket.wait_until <= ticket.request.arrived + decision.wait_s

@@ -164,7 +164,7 @@ def _refused(ticket: Ticket, decision: Reject | None, wait_s: float) -> str:
     again = f"; Retry-After {decision.retry_after_s} s" if decision.retry_after_s is not None else ""
     outcome = decision.outcome
     crowd = f" ({decision.crowd.words})" if decision.crowd is not None else ""
-    late = f" (its time was over when it came: {CAME_LATE})" if came_late(decision) else ""
+    late = f" (its time was {CAME_LATE})" if came_late(decision) else ""
     return f"refused, {outcome.value} ({outcome.status}): {outcome.message}{crowd}{late}{again}" + _passed(ticket)
 
 

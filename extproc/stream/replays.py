@@ -57,7 +57,7 @@ class Replays:
         self._over = 0.0  # when the gathering under way ends
         self._gathered = ByAge()
         self._offsets_s: dict[Ticket, float] = {}  # of the clocks, as known when each came
-        self._came_back, self._oldest_s = 0, 0.0  # how many were sent again, and the age of the oldest
+        self._came_back, self._oldest_s = 0, -inf  # how many were sent again, and the age of the oldest by its stamp
 
     def expect(self, clock_offset_s: Callable[[], float]) -> None:
         """Expect replays from now on, for a while; `clock_offset_s`: what stamps of requests are off by."""
@@ -73,7 +73,8 @@ class Replays:
                 self.until = min(self.until, now + GATHER_S)
                 self._loop.call_at(min(now + QUIET_S, self.until), self._look)
             self._over = min(now + QUIET_S, self.until)
-            self._came_back, self._oldest_s = self._came_back + 1, max(self._oldest_s, now - arrived)
+            self._came_back += 1
+            self._oldest_s = max(self._oldest_s, now - arrived + self._clock_offset_s())
         elif not self._gathered:
             return False
         self._gathered.add(ticket)
@@ -117,15 +118,20 @@ class Replays:
     def _tell(self) -> None:
         """Say how many came back, if any did."""
         if self._came_back:
-            text = "%d request(s) came back from Envoy, held for a sidecar that is gone; the oldest was %.1f s old"
-            log.info(text, self._came_back, self._oldest_s, extra={"about": {"came_back": self._came_back}})
-            self._came_back, self._oldest_s = 0, 0.0
+            log.info(
+                "%d request(s) came back from Envoy, held for a sidecar that is gone or was stopped; "
+                "the oldest was %.1f s old",
+                self._came_back,
+                max(self._oldest_s - self._clock_offset_s(), 0.0),
+                extra={"about": {"came_back": self._came_back}},
+            )
+            self._came_back, self._oldest_s = 0, -inf
 
     def _look(self) -> None:
         """End the gathering, if no more has come for a while."""
         if not self._gathered:
-            return
-        if self._loop.time() >= self._over:
+            self._tell()  # all have left
+        elif self._loop.time() >= self._over:
             self._ended()
         else:
             self._loop.call_at(self._over, self._look)

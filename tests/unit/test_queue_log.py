@@ -50,8 +50,8 @@ def test_one_that_came_back_too_late_is_not_said_to_have_been_held_by_anything_h
             log.decided(decision)
     (record,) = caplog.records
     assert record.getMessage() == (
-        "budget_expired: request r-2, class default, refused after 13.000 s of a budget of 10 s, over when it came: "
-        "Envoy held it for a sidecar that is gone"
+        "budget_expired: request r-2, class default, refused after 13.000 s of a budget of 10 s, over before "
+        "anybody could decide: a sidecar that held it, or was to decide, is gone or was stopped"
     )
     assert "waited_for" not in record.about
 

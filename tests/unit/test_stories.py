@@ -9,6 +9,7 @@ from extproc.admission.tenants import TenantRule, TenantRules
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request, RequestClass
 from extproc.observe import stories
+from extproc.observe.log import CAME_LATE
 from extproc.observe.stories import Stories
 
 WALL_S = 1_700_000_000.0  # 22:13:20 UTC, at 100 s of the core's time
@@ -98,7 +99,7 @@ def test_one_that_came_back_too_late_tells_so_and_not_that_it_waited() -> None:
     office.note(office.core.offer(ticket, office.now))
     told = office.tell("late")
     assert len(told) == 2
-    assert "(its time was over when it came: Envoy held it for a sidecar that is gone); Retry-After 1 s" in told[1]
+    assert f"(its time was {CAME_LATE}); Retry-After 1 s" in told[1]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,6 +12,7 @@ from extproc.admission.decision import Crowd
 from extproc.admission.tenants import TenantRule, TenantRules
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import EndpointSpec, Policy, Reject, Request, RequestClass
+from extproc.observe.log import CAME_LATE, QueueLog
 from extproc.observe.recording import Recorder, Recording
 from extproc.replicas.door import Guest
 from extproc.replicas.messages import VERSION, Asked, Hello, Member, Offer, Purpose
@@ -145,6 +147,22 @@ def test_a_leader_that_is_lost_takes_no_other_sidecars_request_with_it_and_the_o
     assert [one.number for one in order] == [one.number for one in waiting]
     assert {one.dispatches for one in waiting} == {1}
     assert here.engines["e0"].peak == 4
+
+
+def test_who_leads_next_does_not_say_that_envoy_held_what_waited_with_itself_for_a_leader(caplog):
+    caplog.set_level(logging.INFO, "extproc.queue")
+    here = site(engines=1, limit=2)
+    fill(here, 8.0)
+    heir = min(followers(here), key=lambda one: one.replica.me.joined)
+    log = QueueLog(heir.controller, heir.loop.time)
+    heir.gate._observers = (*heir.gate._observers, log)
+    here.send(heir.place, budget_s=1.5)
+    here.run(0.2)
+    here.stop(leader(here).place)
+    here.run(5.0)
+    (record,) = (record for record in caplog.records if record.name == "extproc.queue")
+    assert record.getMessage().endswith(f"of a budget of 1.5 s, {CAME_LATE}")
+    assert "Envoy" not in record.getMessage()
 
 
 def test_a_leader_that_was_stopped_sends_nothing_when_it_goes_on_until_it_has_found_the_others():
