@@ -182,7 +182,9 @@ class _Pool:
                 booked = one.reading.booked  # of that moment: most of what runs now may be younger
                 if booked[0] > kv.law.enough * kv.capacity:
                     filling.learn(one.reading.page_at, kv.capacity, page.kv_usage, *booked)
-            if one.written:  # its counters tell: from the first token on, long before its costs are known
+            # Its counters tell from the first token on, long before its costs are known. But nobody here expected what
+            # it writes for a sidecar before us.
+            if one.written and not one.foreign:
                 mark = self.marks[one] = (one.expected + one.kv.outputs / 2, one.written)
                 expected, written = before.get(one, mark)
                 self.expected += mark[0] - expected
