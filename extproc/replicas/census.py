@@ -39,7 +39,8 @@ class Census:
         self.members: dict[str, Member] = {}
         self.answered_at: float | None = None
         self._asked_at: float | None = None  # when that was asked for, and with it was said that we live
-        self._vanished: dict[str, float] = {}  # counted out without a goodbye, until when he may be alive unseen
+        # Who was counted out without a goodbye: where he was, and until when he may be alive unseen.
+        self._vanished: dict[str, tuple[str, float]] = {}
         self._missing: dict[str, float] = {}  # since when
         self._left: set[str] = set()
 
@@ -59,10 +60,10 @@ class Census:
                 self._missing.pop(name, None)
             elif name in self._left or now - self._missing.setdefault(name, now) >= GONE_S:
                 if name not in self._left:
-                    self._vanished[name] = now + WARY_S
+                    self._vanished[name] = self.members[name].address, now + WARY_S
                 self._forget(name)
         self._left &= seen.keys()
-        self._vanished = {name: until for name, until in self._vanished.items() if now < until and name not in seen}
+        self._vanished = {name: one for name, one in self._vanished.items() if now < one[1] and name not in seen}
 
     def met(self, member: Member) -> None:
         """Count somebody in who opened a stream to us."""
@@ -81,12 +82,16 @@ class Census:
     def count(self, group: Set[str]) -> int | None:
         """Return how many there are, those in `group` surely; None: the store has not told yet.
 
-        To a group that is not all of them also those count who vanished: they may be alive in another part.
+        To a group that is not all of them also those count who vanished: they may be alive in another part. Each place
+        counts once, and not if somebody else is there: who dies again and again has another name in each life.
         """
         if self.answered_at is None:
             return None
         known = self.members.keys() - self._left | group
-        return len(known if known == group else known | self._vanished.keys())
+        if known == group:
+            return len(known)
+        places = {address for name, (address, _) in self._vanished.items() if name not in known}
+        return len(known) + len(places - {member.address for member in self.members.values()})
 
     def part(self, group: Set[str]) -> float:
         """Return the part of each limit that `group` may use, 0..1; 0: the store has not told yet."""
@@ -95,7 +100,7 @@ class Census:
 
     def is_wary(self, now: float) -> bool:
         """Tell whether somebody may be alive whom nobody sees."""
-        return any(now < until for until in self._vanished.values())
+        return any(now < until for _, until in self._vanished.values())
 
     def is_cut_off(self, now: float) -> bool:
         """Tell whether the store has been silent for so long that, if it is so to us alone, others count us out."""

@@ -38,6 +38,20 @@ def test_to_a_part_of_them_who_vanished_counts_on_as_he_may_be_alive_in_another_
     assert census.part({"a"}) == 1 / 2
 
 
+def test_one_that_dies_again_and_again_counts_once():
+    """Each of its lives has a name of its own: after ten, two of three that see each other had 2/13 of each limit."""
+    census = Census()
+    for number in range(10):
+        life = Member(f"c{number}", "c:1", 3 + number)
+        census.heard([ONE, TWO, life], 10.0 * number)
+        census.heard([ONE, TWO], 10.0 * number + 4.0)
+        census.heard([ONE, TWO], 10.0 * number + 8.0)
+    assert census.part({"a"}) == 1 / 3
+    census.heard([ONE, TWO, Member("c", "c:1", 20)], 100.0)
+    assert census.part({"a", "b"}) == 2 / 3
+    assert census.is_wary(100.0)
+
+
 def test_a_sidecar_that_connects_counts_before_the_store_has_told_of_it():
     census = Census()
     census.heard([ONE], 0.0)
