@@ -230,7 +230,7 @@ class Leading:
         match message:
             case Beat(number):
                 follower.heard = number
-            case Offer(number, asked):
+            case Offer(number, asked) if number not in follower.tickets:  # of two nobody would end the first
                 ticket = self._ticket(follower, number, asked, now)
                 if follower.syncing is not None:
                     follower.syncing.append(ticket)
@@ -251,7 +251,7 @@ class Leading:
     def _take_over(self, follower: Follower, message: Held | Remember | Synced, now: float) -> None:
         """Take what a new follower brings along."""
         match message:
-            case Held(number, asked, endpoint, held_s, begun):
+            case Held(number, asked, endpoint, held_s, begun) if number not in follower.tickets:
                 self._adopt(self._ticket(follower, number, asked, now), endpoint, held_s, begun=begun)
             case Remember(home):
                 self._gate.controller.believe_home(home, now)

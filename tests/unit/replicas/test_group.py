@@ -15,7 +15,7 @@ from extproc.admission.values import EndpointSpec, Policy, Reject, Request, Requ
 from extproc.observe.log import CAME_LATE, QueueLog
 from extproc.observe.recording import Recorder, Recording
 from extproc.replicas.door import Guest
-from extproc.replicas.messages import VERSION, Asked, Hello, Member, Offer, Purpose
+from extproc.replicas.messages import VERSION, Asked, Held, Hello, Member, Offer, Purpose
 from extproc.replicas.picture import Role
 from extproc.replicas.replica import SILENCE_S
 
@@ -195,6 +195,21 @@ def test_a_leader_that_was_stopped_for_a_moment_is_counted_on_by_who_followed_it
     here.net.cut(here.sidecars, here.sidecars)
     here.run(8.0)
     assert [one.controller.endpoints["e0"].quota for one in here.alive] == [4, 4, 4]
+
+
+def test_a_number_that_a_follower_gives_twice_holds_no_slot_for_ever():
+    here = site(engines=1, limit=4)
+    (leads,), one = here.leaders(), followers(here)[0]
+    leading = leads.replica.leading
+    assert leading is not None
+    follower = leading.followers[one.replica.me.id]
+    for message in (Held(90, Asked("a", 0.0), "e0", 1.0, False), Offer(91, Asked("b", 0.0))):
+        leading.receive(follower, message)
+        leading.receive(follower, message)
+    assert len(leads.controller.endpoints["e0"].leases) == 2
+    here.kill(one.place)
+    here.run(1.0, here.check)
+    assert not leads.controller.endpoints["e0"].leases
 
 
 def test_what_runs_for_a_sidecar_that_died_keeps_its_place_at_the_engine():
