@@ -41,7 +41,7 @@ LINGER_S = 2.0
 FOUND_S = 30.0
 """The same for clusters that a sidecar before us wrote: sources may take a while to see their endpoints again."""
 TICK_S = 0.05
-PUT_IN_A_TURN = 40
+PUT_IN_A_TURN = 25
 """Endpoints that come, or have another limit, in one turn of the loop: a millisecond or two of the core."""
 LOOKED_AT_AT_ONCE = 100
 """Endpoints of the file that are looked at in the very turn in which it is taken over: a millisecond."""
