@@ -51,6 +51,8 @@ class Hearing:
                 endpoint.written += believed.output_tokens
                 endpoint.health.heard_at = books.now
             self._count_answers(endpoint)
+        else:  # a first page, or the first behind a reset: nobody counted what the answers had that ended until now
+            endpoint.produced = endpoint.completed = 0
         self._fleet.heard()
         self._fleet.changed(endpoint)
 

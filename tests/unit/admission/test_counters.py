@@ -12,7 +12,7 @@ from extproc.admission.limit import AdaptiveLimit
 from extproc.admission.load import Load
 from extproc.admission.values import Answer, EndpointSpec
 
-from .desk import Desk
+from .desk import GUESS, Desk
 
 
 def serve(desk: Desk, rounds: int, **tokens: int) -> None:
@@ -45,6 +45,21 @@ def test_an_engine_whose_counters_are_far_from_its_peers_is_not_believed(lie: in
     assert limit.blind, "its answers' times make its limit"
     assert limit.value >= limit.law.floor
     assert 100 < desk.ask().output_tokens < 600, "what it taught before is bounded"
+
+
+def test_answers_that_ended_while_no_page_was_read_are_not_held_against_the_first_counts() -> None:
+    """Who has followed another sidecar has answers, and pages only when it leads: it took them for four times as short
+    as they were, believed no engine's counters for a minute, and forgot what steps cost."""
+    desk = Desk(*(EndpointSpec(name) for name in "ab"))
+    for _ in range(100):
+        for ticket in desk.fill(6):
+            desk.release(ticket, Answer.OK)
+    for name in "ab":
+        desk.observe(name, Load(running=0.0, waiting=0.0))
+    serve(desk, 20, a=GUESS, b=GUESS)
+    assert doubted(desk) == set()
+    assert desk.endpoint("a").steps.readings > 0
+    assert desk.ask().output_tokens == pytest.approx(GUESS, rel=0.1)
 
 
 def test_what_counters_taught_of_steps_goes_when_they_are_doubted_and_not_before() -> None:
