@@ -132,7 +132,7 @@ class Administration(Frame):
                 self._fleet.changed(endpoint)
         self._fleet.forget_stale()
         if not policy.enable_queue:
-            self._let_all_go()
+            self._settling.let_all_go()
         return self._end()
 
     def drain(self, now: float, most: int | None = None) -> list[Decision]:
@@ -147,16 +147,3 @@ class Administration(Frame):
         for ticket in list(islice(books.waiting_tickets(), most)):
             self._refusing.refuse(ticket, Outcome.DRAINING)
         return self._end()
-
-    def _let_all_go(self) -> None:
-        """Empty all lines because the queue was switched off: nothing is held any more."""
-        books = self._books
-        while self._settling.go_on():
-            pass
-        books.settles = False
-        for ticket in list(books.waiting_tickets()):
-            self._lines.go_anywhere(ticket)
-            books.arrive(ticket)
-        self._placing.run()
-        for ticket in list(books.waiting_tickets()):
-            self._refusing.refuse(ticket, Outcome.NO_ENDPOINT)

@@ -13,6 +13,8 @@ _SLACK: Final = 240
 _EVERY: Final = 16
 _AT_ONCE: Final = 64
 """Each 16th new alarm looks at 64 old entries: no event has to look at all."""
+_DEAD_AT_ONCE: Final = 16
+"""Dead ones that are dropped before the first alarm: of those that all went unused, some in each event."""
 
 
 class Sleeper(Protocol):
@@ -56,6 +58,14 @@ class Alarms(Generic[T]):
         elif len(self._heap) >= 2 * live + _SLACK:
             self._old, self._heap = self._heap, []
 
+    def one_went(self, live: int) -> None:
+        """Note that one is wanted no more, and `live` may wait: of the dead some are dropped if they are the most."""
+        if self._old:
+            if not live % _EVERY:
+                self._move_over()
+        elif len(self._heap) >= 2 * live + _SLACK:
+            self._old, self._heap = self._heap, []
+
     def _move_over(self) -> None:
         some = self._old[-_AT_ONCE:]
         del self._old[-_AT_ONCE:]  # the last of a heap: what stays is one
@@ -64,7 +74,7 @@ class Alarms(Generic[T]):
                 heappush(self._heap, entry)
 
     def next(self) -> float | None:
-        """Return when the next alarm is due."""
+        """Return when the next alarm is due. Behind many dead ones: when the first of these was."""
         if not self._heap and not self._old:
             return None
         first = self._first()
@@ -73,15 +83,26 @@ class Alarms(Generic[T]):
     def due(self, now: float) -> Iterator[T]:
         """Take out, one by one, those whose alarm has come."""
         while (first := self._first()) is not None and first[0] <= now:
-            first[2].alarm_number = 0
-            yield first[2]
+            if first[2].alarm_number == first[1]:
+                first[2].alarm_number = 0
+                yield first[2]
 
     def _first(self) -> tuple[float, int, T] | None:
-        """Return the first alarm of both heaps."""
+        """Return the first alarm of both heaps; a dead one, if many of them are before it."""
         first = None
         for heap in (self._heap, self._old):
-            while heap and heap[0][2].alarm_number != heap[0][1]:
+            if heap and heap[0][2].alarm_number != heap[0][1]:
                 heappop(heap)
+                if heap and heap[0][2].alarm_number != heap[0][1]:
+                    _drop_dead(heap)
             if heap and (first is None or heap[0] < first):
                 first = heap[0]
         return first
+
+
+def _drop_dead(heap: list[tuple[float, int, T]]) -> None:
+    """Drop those before the first that is wanted; of many some."""
+    for _ in range(_DEAD_AT_ONCE):
+        if not heap or heap[0][2].alarm_number == heap[0][1]:
+            return
+        heappop(heap)

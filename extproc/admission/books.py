@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from extproc.admission.adapters import Adapters
 from extproc.admission.pools import Pools
 from extproc.admission.tenants import Tenants
+from extproc.admission.transitions import WAITING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -112,3 +113,10 @@ class Books:
     def next_arrived(self) -> Ticket:
         """Take out the ticket that is to be looked at first. There must be one."""
         return heappop(self.arrived)[2]
+
+    def forget_gone(self, most: int) -> None:
+        """Drop up to `most` of those who are to be looked at first and wait no more."""
+        arrived = self.arrived
+        while arrived and most and arrived[0][2].state is not WAITING:
+            heappop(arrived)
+            most -= 1

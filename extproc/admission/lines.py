@@ -153,6 +153,7 @@ class Lines:
             del pool.homes[ticket.home]
         pool.note_waiting(ticket.request_class.priority, -1)
         self._books.waiting -= 1
+        self.alarms.one_went(self._books.waiting)
 
     def leave(self, ticket: Ticket) -> None:
         """End a wait without a dispatch."""

@@ -82,6 +82,11 @@ class Settling:
                 self._lines.renumbered.clear()
                 self._give_up(pool)
 
+    def let_all_go(self) -> None:
+        """Follow the queue that is switched off: who waits goes somewhere, or is refused."""
+        for pool in self._books.pools:
+            self._give_up(pool)
+
     def _renumber(self, pools: Iterable[Pool], *, begin_anew: bool) -> None:
         """Have who waits in `pools` get a new place; if tenants `begin_anew`, no earlier place is charged."""
         for pool in pools:
@@ -198,6 +203,8 @@ class Settling:
             if ticket.is_served is not pool.is_served:
                 self._budget_anew(ticket, is_served=pool.is_served)
             lines.set_alarm(ticket, pool)
+            if not self._books.policy.enable_queue:
+                self._books.arrive(ticket)
         for pool in dict.fromkeys(targets.values()):
             self._books.free(pool.open)
 

@@ -313,7 +313,8 @@ class Audit:
                 guarded = first_guard is not None and first_guard < (ticket.key[0], ticket.key[2])
                 require(guarded or self._goes_on(), ticket, "waits, and fits", endpoint)
         for ticket in self.waiting:
-            require(self.core.policy.enable_queue, ticket, "is held although the queue is off")
+            is_to_go = ticket.queue is not None and ticket.queue.is_left
+            require(self.core.policy.enable_queue or is_to_go, ticket, "is held although the queue is off")
 
     def _check_tenants(self) -> None:
         """First come, first served for each tenant in its class, whatever left in between. Accounts are true."""

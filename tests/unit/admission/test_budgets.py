@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 
 from extproc.admission.outcome import Outcome
 from extproc.admission.placing import DUE_AT_ONCE
-from extproc.admission.ticket import Ticket
+from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Request
 
 from .desk import BATCH, Desk, one
@@ -39,6 +41,24 @@ def test_of_many_whose_budgets_end_in_one_moment_some_are_refused_in_each_event_
     assert [len(some) for some in refused] == [DUE_AT_ONCE, DUE_AT_ONCE, DUE_AT_ONCE, 1]
     assert [one.ticket for some in refused for one in some] == waiting
     assert core.next_deadline() != over
+
+
+def test_who_is_gone_before_it_is_looked_at_is_kept_nowhere_while_very_many_budgets_end() -> None:
+    core = Desk(
+        one("a", 64, kv_capacity_tokens=64_000), max_queued_requests=5000, short_first=True, patience_s=0.0
+    ).core
+    sizes = Random(1)
+    waiting = [Ticket(Request(str(n), 100.0, prompt_tokens=sizes.randrange(100, 9000))) for n in range(3000)]
+    for ticket in waiting:
+        core.offer(ticket, 100.0)
+    held = [ticket for ticket in waiting if ticket.state is State.LEASED]
+    over = max(ticket.wait_until for ticket in waiting)
+    while core.waiting:
+        refused = core.release(held.pop(), over) if held else core.tick(over)
+        assert len(refused) <= 2 * DUE_AT_ONCE
+        assert len(core._books.arrived) <= 2 * DUE_AT_ONCE
+        assert len(core._lines.alarms) <= 2 * core.waiting + 400
+    assert not core._books.arrived
 
 
 @pytest.mark.parametrize("many", [DUE_AT_ONCE - 1, DUE_AT_ONCE, DUE_AT_ONCE + 50, 2 * DUE_AT_ONCE])

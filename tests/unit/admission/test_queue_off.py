@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from extproc.admission import settling
 from extproc.admission.outcome import Outcome
+from extproc.admission.placing import DUE_AT_ONCE
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import Dispatch, Policy, Request
 
 from .desk import CLASSES, Desk, in_use, one
+
+if TYPE_CHECKING:
+    import pytest
 
 
 def test_without_a_queue_the_endpoint_with_the_fewest_in_flight_takes_each_request() -> None:
@@ -51,6 +58,34 @@ def test_switching_the_queue_off_refuses_those_for_whom_there_is_no_endpoint() -
     tickets = desk.fill(3)
     desk.set_policy(Policy(classes=CLASSES, enable_queue=False))
     assert {desk.outcome(ticket) for ticket in tickets} == {Outcome.NO_ENDPOINT}
+
+
+def test_of_many_for_whom_there_is_no_endpoint_some_are_refused_in_each_event_once_the_queue_is_off() -> None:
+    core = Desk(max_queued_requests=1000).core
+    waiting = [Ticket(Request(str(number), 100.0)) for number in range(600)]
+    for ticket in waiting:
+        core.offer(ticket, 100.0)
+    refused = [core.set_policy(Policy(classes=CLASSES, enable_queue=False), 100.0)]
+    while core.waiting:
+        assert core.next_deadline() == 100.0
+        refused.append(core.tick(100.0))
+        assert 0 < len(refused[-1]) <= DUE_AT_ONCE
+    assert [one.ticket for some in refused for one in some] == waiting
+    assert {one.outcome for some in refused for one in some} == {Outcome.NO_ENDPOINT}
+
+
+def test_those_who_are_yet_to_go_when_the_queue_is_on_again_wait_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settling, "PIECE", 3)
+    desk = Desk(one("a", 4))
+    held, waiting = desk.fill(4), desk.fill(8)
+    desk.set_policy(Policy(classes=CLASSES, enable_queue=False))
+    assert in_use(waiting) == [True] * 3 + [False] * 5
+    desk.set_policy(Policy(classes=CLASSES))
+    desk.advance(0.0)
+    assert in_use(waiting) == [True] * 3 + [False] * 5
+    for ticket in (*held, *waiting[:3]):
+        desk.release(ticket)
+    assert in_use(waiting[3:]) == [True] * 4 + [False]
 
 
 def test_without_a_queue_the_emptiest_of_the_doubtful_endpoints_is_chosen() -> None:
