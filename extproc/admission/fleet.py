@@ -81,7 +81,8 @@ class Fleet:
             return False
         self.changed(endpoint)
         self._spare_the_last(endpoint.pools)
-        self._settling.resettle(split)
+        if split:
+            self._settling.resettle(split)
         return True
 
     def remove(self, endpoints: Iterable[Endpoint]) -> None:

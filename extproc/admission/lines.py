@@ -6,8 +6,6 @@ the dispatch pass then looks at: see `Books.freed` and `Books.arrive`.
 
 from __future__ import annotations
 
-from bisect import insort
-from collections import deque
 from math import inf
 from typing import TYPE_CHECKING, TypeVar
 
@@ -20,6 +18,8 @@ from extproc.admission.tenants import GUARANTEED
 from extproc.admission.transitions import LEFT, NEW, WAITING
 
 if TYPE_CHECKING:
+    from collections import deque
+
     from extproc.admission.books import Books
     from extproc.admission.endpoint import Endpoint
     from extproc.admission.estimate import TokenEstimate
@@ -41,11 +41,12 @@ class Left:
         may_move: who stands there may belong to another pool.
         renumbers: who stands there gets a new place in the order.
         is_charged: their tenants were charged for the old ones.
-        turns: of those who stood there when `Settling` last looked, and who came since, in order: by their places if
-            they keep these, else by class and arrival.
+        is_new: all came since, and stand as they came.
+        looked_to: up to there it is known whose turn is when; None: nothing of it is.
+        is_looked_at: it is known of all.
     """
 
-    __slots__ = ("at_home", "is_charged", "may_move", "pool", "renumbers", "turns")
+    __slots__ = ("at_home", "is_charged", "is_looked_at", "is_new", "looked_to", "may_move", "pool", "renumbers")
 
     def __init__(self, pool: Pool, *, at_home: bool) -> None:
         """Give a line up. (No dataclass: compiled, it would look for `Pool` before that is there, and crash.)"""
@@ -54,7 +55,14 @@ class Left:
         self.may_move = False
         self.renumbers = False
         self.is_charged = True
-        self.turns: deque[Key] = deque()
+        self.is_new = False
+        self.looked_to: Key | None = None
+        self.is_looked_at = False
+
+    @property
+    def is_in_order(self) -> bool:
+        """Whether those who stand there are settled as they stand."""
+        return not self.may_move and (self.is_new or not self.renumbers)
 
 
 class Lines:
@@ -62,12 +70,12 @@ class Lines:
 
     Attributes:
         alarms: when each of those who wait must be looked at: its patience, or its budget, ends.
-        left: lines that were given up: who stands there is yet to be settled. The next one first.
-        are_more_left: of those lines, some were given up since `Settling` looked at who stands there.
+        left: lines that were given up: who stands there is yet to be settled.
+        turns: of those who stand there, by the pool where each is to wait, some by class and arrival: see `Settling`.
         renumbered: pools whose places are given in the order of arrival since the last change, till all are settled.
     """
 
-    __slots__ = ("_books", "_sequence", "alarms", "are_more_left", "left", "renumbered")
+    __slots__ = ("_books", "_sequence", "alarms", "left", "renumbered", "turns")
 
     def __init__(self, books: Books) -> None:
         """Start with nobody waiting."""
@@ -75,7 +83,7 @@ class Lines:
         self._sequence = 0
         self.alarms: Alarms[Ticket] = Alarms()
         self.left: dict[Queue, Left] = {}
-        self.are_more_left = False
+        self.turns: dict[Pool, list[tuple[Queue, deque[Key]]]] = {}
         self.renumbered: dict[Pool, None] = {}
 
     # ---- places in the order
@@ -168,7 +176,10 @@ class Lines:
         following = self._books.tenants.goes(ticket)
         if following is not None:
             pool, queue = placed(following.pool), placed(following.queue)
-            queue.remove(following)
+            if queue.is_left:
+                queue = self._apart(following, pool, queue)
+            else:
+                queue.remove(following)
             following.key = (following.key[0], GUARANTEED, following.key[2])
             queue.add(following)
             if pool.guard.may_be_pushed_out(queue):
@@ -197,7 +208,7 @@ class Lines:
         queue.is_left = True
         pool.left.append(queue)
         self.left[queue] = Left(pool, at_home=at_home)
-        self.are_more_left = self._books.settles = True
+        self._books.settles = True
 
     def behind(self, ticket: Ticket, pool: Pool, home: Endpoint | None) -> Queue:
         """Return the line for one that comes while others of its pool are yet to be settled.
@@ -209,15 +220,20 @@ class Lines:
         at_home = home is not None
         for queue in pool.left:
             line = self.left[queue]
-            if line.renumbers and line.at_home is at_home:
-                break
-        else:
-            queue = Queue()
-            self.give_up(queue, pool, at_home=at_home)
-            line = self.left[queue]
-            line.renumbers = True
-        insort(line.turns, ticket.key)
+            if line.is_new and not line.may_move and line.at_home is at_home:
+                return queue
+        queue = Queue()
+        self.give_up(queue, pool, at_home=at_home)
+        self.left[queue].is_new = self.left[queue].renumbers = True
         return queue
+
+    def _apart(self, ticket: Ticket, pool: Pool, queue: Queue) -> Queue:
+        """Take one out of a line that was given up; return a line for it alone, where it is looked at again."""
+        line, apart = self.left[queue], Queue()
+        self.give_up(apart, pool, at_home=line.at_home)
+        self.left[apart].may_move, self.left[apart].renumbers = line.may_move, line.renumbers
+        self.leave_left(ticket, pool, queue)
+        return apart
 
     def leave_left(self, ticket: Ticket, pool: Pool, queue: Queue) -> None:
         """Take a ticket out of a line that was given up."""
@@ -230,6 +246,10 @@ class Lines:
         if not queue:
             pool.left.remove(queue)
             del self.left[queue]
+            if not self.left:  # the last one
+                self.turns.clear()
+                self.renumbered.clear()
+                self._books.pools.keeps_subsets = False
 
     # ---- until when
 

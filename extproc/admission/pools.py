@@ -36,6 +36,7 @@ class Pools:
         every: all endpoints: for requests without a model where every endpoint lists its own.
         by_model: the pool of each model that was ever named, also while nobody serves it.
         expects_any: somebody who lists no models may come, and so serve whatever is asked for.
+        keeps_subsets: some who wait are yet to be settled: none of the pools that they may belong to is forgotten.
         subsets: the pool of those that serve a model and that a request allows, for each two that were named lately.
     """
 
@@ -49,6 +50,7 @@ class Pools:
         "by_model",
         "every",
         "expects_any",
+        "keeps_subsets",
         "subsets",
     )
 
@@ -62,6 +64,7 @@ class Pools:
         self.expects_any = False
         self._expected_any = False  # likewise, when pools were grouped last
         self.subsets: dict[tuple[str | None, frozenset[str]], Pool] = {}
+        self.keeps_subsets = False
         self._all: tuple[Pool, ...] = (self.any_model,)
         self._left: list[Pool] = []  # of no models any more: who waits there is yet to be settled
 
@@ -126,7 +129,7 @@ class Pools:
             whole = self.any_model
         if whole is None or key in self.subsets:
             return
-        if not is_awaited:
+        if not is_awaited and not self.keeps_subsets:
             self._forget_subsets()
         members = self._allowed(key, whole)
         near = members[0].pools if members else (self.every, self.any_model)
@@ -286,10 +289,6 @@ class Pools:
         """Follow the endpoints with the pools of those that requests allow; one that is all who serve has no own."""
         wholes = set(kept)
         bits = {endpoint: 1 << number for number, endpoint in enumerate(present)}
-        for pool in tuple(self.subsets.values()):  # a model has a name now, or none any more: they wait on all the same
-            for ticket in (ticket for one in pool.with_lanes() for queue in one.queues() for ticket in queue):
-                if ticket.request.allowed is not None:
-                    self.subsets.setdefault(self._subset_key(ticket.request.model, ticket.request.allowed), pool)
         for key, pool in self.subsets.items():
             number = sum(bits[one] for one in self._allowed(key, self.find(key[0])))
             self.subsets[key] = part = _keep(kept, taken, number, pool, present)

@@ -65,12 +65,15 @@ class Queue:
 
     def behind(self, key: Key | None, most: int) -> list[Ticket]:
         """Return up to `most` tickets that stand behind a place, in order; None: from the front."""
-        place = skipped = 0
-        if key is not None:
-            place = bisect_right(self._starts, key)
-            skipped = bisect_right(self._blocks[place], key)
+        return [self.tickets[one[2]] for one in islice(self.keys_behind(key), most)]
+
+    def keys_behind(self, key: Key | None = None) -> Iterator[Key]:
+        """Walk the places behind one, in order; None: from the front."""
+        if key is None:
+            return chain.from_iterable(self._blocks)
+        place = bisect_right(self._starts, key)
         keys = chain.from_iterable(islice(self._blocks, place, None))
-        return [self.tickets[one[2]] for one in islice(keys, skipped, skipped + most)]
+        return islice(keys, bisect_right(self._blocks[place], key), None)
 
     def add(self, ticket: Ticket) -> None:
         """Put `ticket` at the place of its key."""

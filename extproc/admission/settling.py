@@ -6,8 +6,9 @@ give it, with its budget. A piece of them at once, which is all of them unless t
 that are due at once.
 
 The highest class goes first: an endpoint that comes up may be full after the first piece. Those of a class are settled
-in the order of their places; if they get new ones, as they came, so that a tenant's requests stay in the order of their
-arrival.
+in the order of their places. Who may belong elsewhere, or gets a new place, is settled as it came, so that a tenant's
+requests stay in the order of their arrival; for that all of these are looked at before, many at once. Pools take turns,
+so that nobody waits for a place where there is room until those of a long line have theirs.
 
 Till its turn comes nobody is sent anywhere from a line that was given up; who waits there is counted, may leave, and
 is refused when its budget is over, as anywhere.
@@ -19,6 +20,7 @@ from collections import deque
 from heapq import merge
 from itertools import islice, repeat
 from math import inf
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from extproc.admission.lanes import comes, lane_of
@@ -36,6 +38,10 @@ if TYPE_CHECKING:
 
 PIECE = 250
 """How many are settled in one event: two milliseconds' worth."""
+LOOKS = 3
+"""So many times a piece are looked at in one event."""
+GOING = 3
+"""Who is dispatched costs so many times as much: a part of a piece while all are let go."""
 
 
 class Settling:
@@ -57,18 +63,20 @@ class Settling:
 
     def resettle(self, pools: Iterable[Pool]) -> None:
         """Follow a change of pools: who waits in these may belong to another now."""
+        left = self._lines.left
         self._lines.renumbered.clear()
+        self._lines.turns.clear()
+        for line in left.values():  # where these belong is to be found out again
+            line.looked_to, line.is_looked_at = None, False
         for pool in pools:
             self._give_up(pool)
             for queue in pool.left:
-                self._lines.left[queue].may_move = True
-                self._lines.are_more_left = True
+                left[queue].may_move = self._books.pools.keeps_subsets = True
 
     def evict(self, pool: Pool, home: Endpoint) -> None:
         """Follow an endpoint that is gone: who is at home there may go anywhere."""
         queue = pool.homes.pop(home, None)
         if queue is not None:
-            self._lines.renumbered.clear()
             self._lines.give_up(queue, pool, at_home=True)
 
     def follow_service(self, pool: Pool) -> None:
@@ -79,7 +87,6 @@ class Settling:
             if pool.waiting_total:
                 if is_served:
                     pool.pace.backlog_began(self._books.now)  # what nobody served says nothing of those who do
-                self._lines.renumbered.clear()
                 self._give_up(pool)
 
     def let_all_go(self) -> None:
@@ -98,8 +105,8 @@ class Settling:
             if begin_anew:
                 for share in pool.shares.values():
                     share.begin_anew()
-            self._lines.renumbered[pool] = None
-            self._lines.are_more_left = True
+            if pool.left:
+                self._lines.renumbered[pool] = None
 
     def _give_up(self, pool: Pool) -> None:
         """Give all lines of `pool` up."""
@@ -116,31 +123,13 @@ class Settling:
         """Settle a piece if lines were given up in this event, or a tick is for that."""
         if self._books.settles:
             self._books.settles = False
-            self.go_on()
+            self._go_on()
 
-    def go_on(self) -> bool:
-        """Settle the next piece; tell whether there is more."""
-        left, renumbered = self._lines.left, self._lines.renumbered
-        piece = self._next()
-        while True:
-            targets = {ticket: self._pool_of(ticket) for ticket in piece}
-            gaining = {
-                pool: None
-                for ticket, pool in targets.items()
-                if pool is not ticket.pool and pool.waiting_total and pool not in renumbered
-            }
-            if not gaining:
-                break
-            # Tags of two pools can't be compared. If all get new places in one piece, they are refunded first.
-            there = [queue for pool in gaining for queue in pool.queues() if not queue.is_left]
-            self._renumber(gaining, begin_anew=sum(map(len, (*left, *there))) > PIECE)
-            piece = self._next()
-        renumbered.update({pool: None for ticket, pool in targets.items() if pool is not ticket.pool})
-        self._settle(piece, targets)
-        if not left:
-            renumbered.clear()
+    def _go_on(self) -> None:
+        """Look at some of those who are to be settled as they came, or, once all are, settle the next piece."""
+        if self._look():
+            self._settle(self._next())
         self._books.pools.forget_left()
-        return bool(left)
 
     def wake(self, ticket: Ticket) -> None:
         """Give one that is yet to be settled its budget before the old one ends it; settle it if that is over, too."""
@@ -149,44 +138,93 @@ class Settling:
             if ticket.is_served is not pool.is_served:
                 self._budget_anew(ticket, is_served=pool.is_served)
             if self._books.now >= ticket.wait_until:
-                self._settle([ticket], {ticket: pool})
+                self._settle({ticket: pool})
 
-    def _next(self) -> list[Ticket]:
-        """Return who is settled next."""
-        lines = self._lines
-        piece = [] if lines.are_more_left else self._some()
-        if not piece:
-            lines.are_more_left = False
-            for queue, line in lines.left.items():
-                line.turns = deque(_turns(queue, by_arrival=line.renumbers or line.may_move))
-            piece = self._some()
-        return piece
-
-    def _some(self) -> list[Ticket]:
-        left = self._lines.left
-        piece: list[Ticket] = []
-        while not piece:
-            firsts = [zip(islice(line.turns, PIECE), repeat(queue)) for queue, line in left.items()]
-            some = list(islice(merge(*firsts), PIECE))
-            for (_, _, number), queue in some:
-                left[queue].turns.popleft()
-                if number in queue.tickets:  # it has not left
-                    piece.append(queue.tickets[number])
-            if not some:
+    def _look(self) -> bool:
+        """Find out whose turn is when, of some where that is not known; tell whether it is of all."""
+        lines, most = self._lines, LOOKS * PIECE
+        while unknown := [(queue, line) for queue, line in lines.left.items() if not line.is_in_order]:
+            unknown = [(queue, line) for queue, line in unknown if not line.is_looked_at]
+            for queue, line in unknown:
+                if most <= 0:
+                    return False
+                most -= self._look_at(queue, line, most)
+            if not unknown and not self._meet():
                 break
+        return True
+
+    def _look_at(self, queue: Queue, line: Left, most: int) -> int:
+        """Look at up to `most` more who stand in a line; return how many there were."""
+        keys = list(islice(queue.keys_behind(line.looked_to), most))
+        found: dict[Pool, list[Key]] = {}
+        for key in keys:
+            pool = self._pool_of(queue.tickets[key[2]]) if line.may_move else line.pool
+            found.setdefault(pool, []).append((key[0], inf, key[2]))
+        for pool, its in found.items():
+            self._lines.turns.setdefault(pool, []).append((queue, deque(sorted(its))))
+        if len(keys) < most:
+            line.is_looked_at = True
+        else:
+            line.looked_to = keys[-1]
+        return len(keys)
+
+    def _meet(self) -> bool:
+        """Have who waits where others come to get new places, too; tell whether there is anybody.
+
+        Tags of two pools can't be compared. If all get new places in one piece, they are refunded first.
+        """
+        lines = self._lines
+        left, renumbered = lines.left, lines.renumbered
+        gaining = [
+            pool
+            for pool, runs in lines.turns.items()
+            if pool not in renumbered and any(queue in left and left[queue].pool is not pool for queue, _ in runs)
+        ]
+        met = [pool for pool in gaining if pool.waiting_total]
+        there = [queue for pool in met for queue in pool.queues() if not queue.is_left]
+        self._renumber(met, begin_anew=sum(map(len, (*left, *there))) > PIECE)
+        renumbered.update(dict.fromkeys(gaining))
+        return bool(met)
+
+    def _next(self) -> dict[Ticket, Pool]:
+        """Return who is settled next, and where each is to wait: of each pool the first ones."""
+        lines = self._lines
+        left, turns = lines.left, lines.turns
+        sources: dict[Pool, list[tuple[Queue, deque[Key] | None]]] = {pool: [*runs] for pool, runs in turns.items()}
+        for queue, line in left.items():
+            if line.is_in_order:
+                sources.setdefault(line.pool, []).append((queue, None))
+        most = PIECE if self._books.policy.enable_queue else max(PIECE // GOING, 1)
+        each = most if sum(map(len, left)) <= most else max(most // len(sources), 1)
+        piece: dict[Ticket, Pool] = {}
+        for pool, its in islice(sources.items(), most):
+            firsts = [
+                zip(islice(queue.keys_behind() if run is None else run, each), repeat((queue, run)))
+                for queue, run in its
+            ]
+            for (_, _, number), (queue, run) in list(islice(merge(*firsts, key=_place), each)):
+                if run is not None:
+                    run.popleft()
+                if number in queue.tickets:  # it has not left
+                    piece[queue.tickets[number]] = pool
+            runs = turns.pop(pool, ())
+            if rest := [(queue, run) for queue, run in runs if run]:
+                turns[pool] = rest  # the others first, next time
         return piece
 
     def _pool_of(self, ticket: Ticket) -> Pool:
         pools, request = self._books.pools, ticket.request
-        if request.allowed is not None:  # nobody stood in the line of its set: it may be forgotten
+        pool = pools.find(request.model, request.allowed)
+        if pool is None and request.allowed is not None:  # nobody stood in the line of its set: it may be forgotten
             pools.know_subset(request.model, request.allowed, is_awaited=True)
-        return lane_of(pools.find(request.model, request.allowed) or pools.any_model, ticket.request_class)
+            pool = pools.find(request.model, request.allowed)
+        return lane_of(pool or pools.any_model, ticket.request_class)
 
-    def _settle(self, piece: list[Ticket], targets: dict[Ticket, Pool]) -> None:
-        """Have those of a piece join the lines they belong to, as they came."""
+    def _settle(self, targets: dict[Ticket, Pool]) -> None:
+        """Have some join lines of the pools they belong to, as they came."""
         lines = self._lines
         leaving: list[tuple[Ticket, Left]] = []
-        for ticket in sorted(piece, key=_number):
+        for ticket in sorted(targets, key=_number):
             pool, queue = placed(ticket.pool), placed(ticket.queue)
             line = lines.left[queue]
             lines.leave_left(ticket, pool, queue)
@@ -242,11 +280,7 @@ class Settling:
         ticket.wait_until = until
 
 
-def _turns(queue: Queue, *, by_arrival: bool) -> list[Key]:
-    """Return the order in which those of a line are settled: by places, or by class and arrival."""
-    if by_arrival:
-        return sorted([(ticket.key[0], inf, number) for number, ticket in queue.tickets.items()])
-    return [ticket.key for ticket in queue]
+_place = itemgetter(0)
 
 
 def _number(ticket: Ticket) -> int:

@@ -75,7 +75,7 @@ def test_of_many_for_whom_there_is_no_endpoint_some_are_refused_in_each_event_on
 
 
 def test_those_who_are_yet_to_go_when_the_queue_is_on_again_wait_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settling, "PIECE", 3)
+    monkeypatch.setattr(settling, "PIECE", 9)
     desk = Desk(one("a", 4))
     held, waiting = desk.fill(4), desk.fill(8)
     desk.set_policy(Policy(classes=CLASSES, enable_queue=False))

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from extproc.admission import settling
 from extproc.admission.controller import Controller
 from extproc.admission.endpoint import Endpoint
 from extproc.admission.pools import Pools
 from extproc.admission.ticket import Ticket
-from extproc.admission.values import Dispatch, EndpointSpec, Policy, Request
+from extproc.admission.values import Dispatch, EndpointSpec, Policy, Request, RequestClass
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -231,6 +232,44 @@ def test_an_endpoint_that_goes_costs_those_nothing_who_wait_on_where_they_were()
         return lines_of(lambda: core.remove_endpoints(["e2"], 2.0))
 
     assert leaving(1000) < 1.2 * leaving(40)
+
+
+CHANGES: dict[str, Callable[[Controller], object]] = {
+    "a pool splits": lambda core: core.put_endpoint(EndpointSpec("new", models=frozenset({"m"})), 2.0),
+    "an endpoint goes that some may go to alone": lambda core: core.remove_endpoints(["e1"], 2.0),
+    "all endpoints go": lambda core: core.remove_endpoints([f"e{number}" for number in range(3)], 2.0),
+    "the last one is down": lambda core: core.set_up("e0", 2.0, is_up=False),
+    "another order": lambda core: core.set_policy(Policy(shed=False, fair=False), 2.0),
+    "the shortest first": lambda core: core.set_policy(Policy(shed=False, short_first=True), 2.0),
+    "weights": lambda core: core.set_policy(Policy(classes=(RequestClass("d", weight=2.0),), shed=False), 2.0),
+    "the queue is off": lambda core: core.set_policy(Policy(enable_queue=False), 2.0),
+    "a drain": lambda core: core.drain(2.0, 40),
+    "a model is known": lambda core: core.know_models(["another"], 2.0),
+    "time passes": lambda core: core.tick(2.0),
+    "all budgets end": lambda core: core.tick(5000.0),
+}
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+@pytest.mark.parametrize("what", CHANGES)
+def test_no_event_costs_more_the_more_wait(what: str, chosen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`chosen`: gateways choose, so that each may go to two endpoints alone."""
+    monkeypatch.setattr(settling, "PIECE", 50)
+
+    def cost(waiting: int) -> int:
+        core = core_of(3, lambda _: ["m", "other"])
+        for name in ("e1", "e2"):
+            core.set_up(name, 0.5, is_up=False)
+        for number in range(4 + waiting):
+            allowed = frozenset({"e0", f"e{1 + number % 2}"}) if chosen else None
+            core.offer(Ticket(Request("", 1.0, model=("m", "other")[number % 2], allowed=allowed)), 1.0)
+        assert core.waiting == waiting
+        worst = lines_of(lambda: CHANGES[what](core))
+        for _ in range(25):
+            worst = max(worst, lines_of(lambda: core.tick(2.0)))
+        return worst
+
+    assert cost(3000) < 1.2 * cost(1000) + 200
 
 
 def test_names_of_models_that_come_and_go_leave_no_pools() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from extproc.admission import pools, settling
 from extproc.admission.outcome import Outcome
+from extproc.admission.tenants import TenantRule, TenantRules
 
 from .desk import Desk, in_use, one
 from .storm import Storm
@@ -18,6 +19,7 @@ BOTH, SECOND = frozenset({"m", "n"}), frozenset({"n"})
 @pytest.fixture(autouse=True)
 def _three_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settling, "PIECE", 3)
+    monkeypatch.setattr(settling, "LOOKS", 2)
 
 
 def unsettled(desk: Desk) -> int:
@@ -121,6 +123,55 @@ def test_who_may_go_to_some_endpoints_alone_goes_to_no_other_though_its_set_was_
     assert desk.order == ["held a", "held b", "c"]
     desk.release(held)
     assert desk.order == ["held a", "held b", "c", "3"]
+
+
+def test_who_waits_where_there_is_room_is_settled_before_all_of_a_long_line_are() -> None:
+    desk = Desk(one(models=BOTH), patience_s=0.0)
+    desk.ask("held", model="m")
+    for number in range(60):
+        desk.ask(f"{number}", "urgent", model="m")
+    desk.ask("last", "batch", model="n")
+    desk.put(one("b", models=SECOND))
+    for _ in range(61 // 6 + 1):  # they are looked at, some at a time
+        desk.tick()
+    assert desk.order == ["held", "last"]
+    assert unsettled(desk) > 50
+
+
+def test_a_small_pool_that_is_touched_together_with_a_large_one_is_settled_with_its_first_piece() -> None:
+    desk = Desk(one("a", models=BOTH), one("b", models=SECOND), no_endpoint_budget_s=300.0)
+    for name in "ab":
+        desk.set_up(name, is_up=False)
+    for number in range(60):
+        desk.ask(f"{number}", "urgent", model="m")
+    desk.ask("last", "batch", model="n")
+    desk.set_up("a", is_up=True)
+    desk.set_up("b", is_up=True)
+    assert desk.order == ["0", "last"]
+    assert unsettled(desk) > 50
+
+
+def test_who_gets_its_guarantee_while_its_line_is_looked_at_is_settled_too() -> None:
+    rules = TenantRules(default=TenantRule(None, 1))
+    desk = Desk(one(models=BOTH), patience_s=0.0, tenants=rules)
+    held = desk.ask("held", model="m", tenant="t")
+    for number in range(12):
+        desk.ask(f"{number}", model="m", tenant=f"other{number}")
+    for number in range(3):
+        desk.ask(f"t{number}", model="m", tenant="t")
+    desk.put(one("b", models=SECOND))
+    desk.release(held)  # t0 is guaranteed from now on, and would stand before all who were looked at
+    settle(desk)
+    assert unsettled(desk) == 0
+    assert len(desk.waiting) == 14
+
+
+@pytest.mark.parametrize("seed", [200, 202])
+def test_a_storm_whose_lines_are_looked_at_two_at_a_time_breaks_no_invariant(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settling, "PIECE", 1)
+    Storm(seed, check_every=20).run(5000)
 
 
 @pytest.mark.parametrize("seed", [4, 21])
