@@ -35,8 +35,8 @@ def test_without_a_queue_and_without_endpoints_a_request_is_refused() -> None:
 
 def test_switching_the_queue_off_lets_all_go_at_once() -> None:
     desk = Desk(one("a"), one("b"))
-    tickets = desk.fill(100)
-    tickets += [desk.ask(home="a") for _ in range(50)]
+    tickets = desk.fill(50)
+    tickets += [desk.ask(home="a") for _ in range(25)]
     desk.set_policy(Policy(classes=CLASSES, enable_queue=False))
     assert all(in_use(tickets))
     assert desk.order[:2] == ["filler0", "filler1"]
@@ -45,7 +45,7 @@ def test_switching_the_queue_off_lets_all_go_at_once() -> None:
 def test_switching_the_queue_off_lets_all_go_though_every_endpoint_is_down() -> None:
     desk = Desk(one("a"))
     desk.set_up("a", is_up=False)
-    tickets = [Ticket(Request(str(number), desk.now)) for number in range(100)]
+    tickets = [Ticket(Request(str(number), desk.now)) for number in range(75)]
     for ticket in tickets:
         desk.core.offer(ticket, desk.now)
     decisions = desk.core.set_policy(Policy(enable_queue=False), desk.now)
