@@ -16,7 +16,7 @@ from functools import partial
 import pytest
 from grpc._cython import cygrpc
 
-from extproc.commands.cli import EXPERIMENTS
+from extproc.commands import cli
 from extproc.transport.completion import loop as loop_module
 from extproc.transport.completion.loop import FILES, make_loop
 from tests.unit.completion_stage import loop
@@ -192,12 +192,51 @@ def test_the_self_test_is_silent(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def under_experiments(code: str) -> str:
+    """Run `code` in a process of its own, with what is switched of gRPC's; return what it says."""
+    environment = {**os.environ, "GRPC_EXPERIMENTS": cli.experiments("completion_queue", "unix:")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=60
+    )
+    return done.stdout + done.stderr
+
+
 def test_grpc_knows_the_names_of_what_is_switched():
     """Else it goes on without, and a request costs a third more."""
-    code = "from extproc.transport.completion.loop import make_loop; make_loop().close()"
-    environment = {**os.environ, "GRPC_EXPERIMENTS": EXPERIMENTS}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stderr == ""
+    assert under_experiments("from extproc.transport.completion.loop import make_loop; make_loop().close()") == ""
+
+
+LIMITED = """
+from concurrent.futures import ThreadPoolExecutor
+import grpc
+
+server = grpc.server(ThreadPoolExecutor(1), options=[("grpc.max_receive_message_length", 1000)])
+length = grpc.unary_unary_rpc_method_handler(lambda data, _: b"%d" % len(data))
+server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("probe", {"Length": length}),))
+port = server.add_insecure_port("127.0.0.1:0")
+server.start()
+with grpc.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.enable_http_proxy", 0)]) as channel:
+    for size in (1000, 5000):
+        for compression in (grpc.Compression.NoCompression, grpc.Compression.Gzip):
+            try:
+                said = channel.unary_unary("/probe/Length")(bytes(size), compression=compression, timeout=10).decode()
+            except grpc.RpcError as error:
+                said = error.code().name
+            print(said)
+server.stop(0).wait()
+"""
+
+
+def test_no_message_is_longer_than_the_limit_compressed_or_not():
+    """With fused filters one that came compressed was as long as it liked in grpcio 1.82 and 1.83."""
+    said = under_experiments(LIMITED).split()
+    assert said == ["1000", "1000", "RESOURCE_EXHAUSTED", "RESOURCE_EXHAUSTED"]
+
+
+@pytest.mark.parametrize(("version", "fused"), [("1.82.0", False), ("1.83.9", False), ("1.84.0rc1", True)])
+def test_filters_are_fused_where_the_limit_of_a_message_holds_with_it(monkeypatch, version, fused):
+    monkeypatch.setattr(cli.metadata, "version", {"grpcio": version}.__getitem__)
+    assert (cli.FUSED in cli.experiments("asyncio", "127.0.0.1:0").split(",")) is fused
 
 
 def test_reading_a_configuration_imports_no_grpc():
