@@ -45,7 +45,8 @@ class _Mark(NamedTuple):
 class _Book:
     """Requests x seconds that an endpoint held since the first look, and marks of them in the last minutes.
 
-    Beside them the tokens that it was seen to have written, and when it last wrote, or had nothing to write.
+    Beside them the tokens that it was seen to have written, and when it last wrote, had nothing to write, or told
+    nothing.
     """
 
     __slots__ = ("at", "held_s", "marks", "written", "wrote_at")
@@ -58,7 +59,7 @@ class _Book:
     def look(self, endpoint: Endpoint, now: float) -> None:
         self.held_s += len(endpoint.leases) * (now - self.at)
         self.at = now
-        if endpoint.written != self.written or not endpoint.leases:
+        if endpoint.written != self.written or not endpoint.leases or not _tells(endpoint):
             self.written, self.wrote_at = endpoint.written, now
         marks = self.marks
         if now - marks[-1].at >= STEP_S:
@@ -104,8 +105,7 @@ class Paces:
         found = {}
         for name, endpoint in self._controller.endpoints.items() if self._decides() else ():
             book = self._books.get(name)
-            tells = endpoint.written and endpoint.reading.page is not None and not endpoint.counters.doubted
-            if book is not None and endpoint.leases and tells:
+            if book is not None and endpoint.leases and _tells(endpoint):
                 found[name] = book.at - book.wrote_at
         return found
 
@@ -141,6 +141,11 @@ class Paces:
         for name, silent_s in self.silent().items():
             silent.add_metric([name], silent_s)
         yield from (slow, silent)
+
+
+def _tells(endpoint: Endpoint) -> bool:
+    """Tell whether its page says what it writes, as far as it is had, and believed."""
+    return bool(endpoint.written) and endpoint.reading.page is not None and not endpoint.counters.doubted
 
 
 def _ended(endpoint: Endpoint) -> int:

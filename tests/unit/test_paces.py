@@ -104,6 +104,22 @@ def test_who_is_idle_or_tells_no_tokens_is_not_silent() -> None:
     assert fleet.paces.silent() == {"vllm-0": 0.0}, "it was idle before"
 
 
+def test_one_whose_page_could_not_be_read_was_not_silent_meanwhile() -> None:
+    """Or was read by another sidecar, which led: the alert asks for nothing but one reading above a minute."""
+    fleet = Fleet("")
+    fleet.room.offer(2)
+    fleet.tell({"vllm-0": 195.0})
+    for _ in range(100):
+        fleet.room.clock.now += 1.0
+        fleet.core.tick(fleet.room.clock.now)
+        fleet.paces.sample(fleet.room.clock.now)
+    fleet.core.observe("vllm-0", Load(4.0, 0.0), fleet.room.clock.now)  # a first page tells no differences
+    assert fleet.paces.silent() == {"vllm-0": 0.0}
+    fleet.room.clock.now += 1.0
+    fleet.paces.sample(fleet.room.clock.now)
+    assert fleet.paces.silent() == {"vllm-0": 1.0}
+
+
 def test_engines_without_a_page_are_compared_by_how_long_their_answers_take_for_people_and_for_no_alert() -> None:
     fleet = Fleet("", "", "")
     fleet.answer(200.0, {"vllm-0": 1.0, "vllm-1": 10.0, "vllm-2": 1.0})
