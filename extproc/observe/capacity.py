@@ -160,6 +160,7 @@ class _Pool:
     def hear_nothing(self, now: float) -> Iterator[None]:
         """Begin the minute anew as long as another sidecar is asked: of what it heard, nothing is known here."""
         self.samples = deque([(yield from self.look(now))])
+        self.marks.clear()  # what followers will bring along was begun elsewhere
         self.window = (now, 0.0, 0.0)
         self.windows.clear()
         self.engines = self.load = None

@@ -229,6 +229,22 @@ def test_what_was_asked_of_another_sidecar_before_is_no_demand_of_the_one_that_c
     assert capacity._pools["*"].asked[0] == 3
 
 
+def test_what_followers_bring_along_is_not_expected_to_have_been_written_in_the_first_minute() -> None:
+    """Who led before has an engine's counts, and took half of each answer for written when it led again."""
+    controller, capacity = serving("")
+    controller.observe("vllm-0", Load(0.0, 0.0), 0.5)
+    teach(controller, "vllm-0")
+    capacity.sample(9.0)
+    capacity._decides = lambda: False
+    capacity.sample(10.0)
+    for _ in range(100):
+        controller.adopt(Ticket(Request("1", 11.0, prompt_tokens=1000)), "vllm-0", 11.0)
+    capacity._decides = lambda: True
+    capacity.sample(12.0)
+    capacity.sample(14.0)
+    assert {sample.expected for sample in capacity._pools["*"].samples} == {0.0}
+
+
 def test_who_begins_to_decide_takes_what_comes_from_then_on_for_the_minute() -> None:
     """It was a sixth of the truth after ten seconds: the rest of the minute the leader before had been asked."""
     controller, capacity = serving("")
