@@ -59,7 +59,7 @@ class _Book:
     def look(self, endpoint: Endpoint, now: float) -> None:
         self.held_s += len(endpoint.leases) * (now - self.at)
         self.at = now
-        if endpoint.written != self.written or not endpoint.leases or not _tells(endpoint):
+        if endpoint.written != self.written or not endpoint.leases or _token_rate(endpoint) != 0.0:
             self.written, self.wrote_at = endpoint.written, now
         marks = self.marks
         if now - marks[-1].at >= STEP_S:
@@ -105,7 +105,7 @@ class Paces:
         found = {}
         for name, endpoint in self._controller.endpoints.items() if self._decides() else ():
             book = self._books.get(name)
-            if book is not None and endpoint.leases and _tells(endpoint):
+            if book is not None and endpoint.leases and _token_rate(endpoint) is not None:
                 found[name] = book.at - book.wrote_at
         return found
 
@@ -135,7 +135,7 @@ class Paces:
         silent = GaugeMetricFamily(
             "extproc_endpoint_silent_seconds",
             "For how long an endpoint that runs requests has written no token: one that hangs may pass its checks. "
-            "Absent while it runs none, and where its page tells no tokens.",
+            "Absent while it runs none, and where its page does not tell how many it writes a second.",
             labels=["endpoint"],
         )
         for name, silent_s in self.silent().items():
@@ -143,9 +143,10 @@ class Paces:
         yield from (slow, silent)
 
 
-def _tells(endpoint: Endpoint) -> bool:
-    """Tell whether its page says what it writes, as far as it is had, and believed."""
-    return bool(endpoint.written) and endpoint.reading.page is not None and not endpoint.counters.doubted
+def _token_rate(endpoint: Endpoint) -> float | None:
+    """Return how many tokens a second it writes by its page; None: it does not tell, or only when an answer ends."""
+    page = endpoint.reading.page
+    return None if page is None else page.tokens_per_s
 
 
 def _ended(endpoint: Endpoint) -> int:

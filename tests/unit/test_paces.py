@@ -113,11 +113,26 @@ def test_one_whose_page_could_not_be_read_was_not_silent_meanwhile() -> None:
         fleet.room.clock.now += 1.0
         fleet.core.tick(fleet.room.clock.now)
         fleet.paces.sample(fleet.room.clock.now)
-    fleet.core.observe("vllm-0", Load(4.0, 0.0), fleet.room.clock.now)  # a first page tells no differences
+    for tokens_per_s in (None, 0.0):  # a first page tells no differences
+        assert fleet.paces.silent() == {}
+        load = Load(4.0, 0.0, tokens_per_s=tokens_per_s, output_tokens=None if tokens_per_s is None else 0)
+        fleet.core.observe("vllm-0", load, fleet.room.clock.now)
     assert fleet.paces.silent() == {"vllm-0": 0.0}
     fleet.room.clock.now += 1.0
     fleet.paces.sample(fleet.room.clock.now)
     assert fleet.paces.silent() == {"vllm-0": 1.0}
+
+
+def test_an_engine_that_counts_an_answers_tokens_when_it_ends_is_not_called_silent_while_it_writes() -> None:
+    """As TGI and llama.cpp do: one answer of two minutes was an alert."""
+    fleet = Fleet("")
+    fleet.room.offer(1)
+    for second in range(120):
+        fleet.room.clock.now += 1.0
+        load = Load(1.0, 0.0, output_tokens=0 if second else 500)
+        fleet.core.observe("vllm-0", load, fleet.room.clock.now)
+        fleet.paces.sample(fleet.room.clock.now)
+        assert fleet.paces.silent() == {}
 
 
 def test_engines_without_a_page_are_compared_by_how_long_their_answers_take_for_people_and_for_no_alert() -> None:
