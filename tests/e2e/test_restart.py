@@ -64,7 +64,7 @@ def test_a_restarted_sidecar_counts_the_answers_that_outlived_it_and_fills_no_en
 
             return pool.submit(complete_many, here.url, 2 * LIMIT, headers, body=body(max_tokens), timeout_s=90)
 
-        running = send("running", 250)  # some seconds: longer than a restart takes
+        running = send("running", 400)  # ten seconds: longer than a restart takes on a busy machine
         for name in engines:
             here.wait_in_flight(name, LIMIT)
         held = send("held", 20)
@@ -73,8 +73,7 @@ def test_a_restarted_sidecar_counts_the_answers_that_outlived_it_and_fills_no_en
         here.sidecar.child.wait_exit()
         here.sidecar.child.stop()
         here.sidecar.start()
-        page = here.sidecar.queues()
-        assert sum(endpoint["foreign"] for endpoint in page["endpoints"]) > 0
+        wait_until(lambda: sum(endpoint["foreign"] for endpoint in here.sidecar.queues()["endpoints"]) > 0, 2)
         answers = running.result() + held.result()
         assert Counter(answer.status for answer in answers) == {200: 4 * LIMIT}
         assert not [answer.error for answer in answers if answer.error]
