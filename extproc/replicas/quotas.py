@@ -3,8 +3,9 @@
 A group of M of N sidecars holds at most M/N of each limit, and never more than an engine's own figures leave free, so
 groups that don't know of each other stay within the limit together. A group that has just formed grows only once those
 who were left behind have noticed, and a reading from after that has told what runs. A new endpoint waits for its first
-reading: others may have known it before. Who reaches neither the store, nor all others, nor an engine's figures sends
-that engine one request at a time for each sidecar of the group: by now others may use all of it.
+reading: others may have known it before. Who reaches neither the store nor all others may have been counted out: others
+use all of each limit. From one reading to the next such a group sends an engine at most one request for each sidecar of
+it more than it held; and no more than that in all if it can't read the engine's figures.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Quotas:
         self._refill = {name: endpoint.sequences for name, endpoint in endpoints.items()}
         self._unread = dict.fromkeys(endpoints, self._fresh_from + UNREAD_S)  # until when at most
         self._known = set(endpoints)
+        self._held: dict[str, int] = {}  # the least that we held since the last reading, while others may not see us
         self._caps = {name: endpoint.limit.value for name, endpoint in endpoints.items()}
         self._read_at: dict[str, float] = {}
         self._nobody_at: dict[str, float] = {}  # when nobody knew of us last, or saw us, nor we an endpoint's page
@@ -60,18 +62,28 @@ class Quotas:
         name = endpoint.name
         if name in self._lacking and self._gate.now() < self._lacking[name] + UNKNOWN_S:
             return 0
-        most = len(self._group()) if self._is_apart(name) else None
+        most = self._most(endpoint)
         if name in self._unread:
-            refill = self._refill.get(name, 0)
-            return refill if most is None else min(refill, most)
-        if most is not None:  # a store that has just come back may list us alone: our part looks like all of it
-            return most
-        if part >= 1.0:
+            ours: int | None = self._refill.get(name, 0)
+        elif part >= 1.0:  # or so it looks: a store that has just come back may list us alone
             self._caps[name] = endpoint.limit.value
-            return None
-        # A limit may only fall while others share it: each group would let its own grow for what all send together.
-        cap = self._caps[name] = min(self._caps.get(name, endpoint.limit.value), endpoint.limit.value)
-        return max(1, math.floor(cap * part + 1e-9))
+            ours = None
+        else:
+            # A limit may only fall while others share it: each group would let its own grow for what all send together.
+            cap = self._caps[name] = min(self._caps.get(name, endpoint.limit.value), endpoint.limit.value)
+            ours = max(1, math.floor(cap * part + 1e-9))
+        return ours if most is None else most if ours is None else min(ours, most)
+
+    def _most(self, endpoint: Endpoint) -> int | None:
+        """Return the most that a group may hold that others may not see; None: they do."""
+        name, each = endpoint.name, len(self._group())
+        if self._is_apart(name):
+            return each
+        if self._part() < 1.0 and self._census.is_cut_off(self._gate.now()):
+            held = self._held[name] = min(self._held.get(name, endpoint.sequences), endpoint.sequences)
+            return held + each
+        self._held.pop(name, None)
+        return None
 
     def _part(self) -> float:
         """Return the part of each limit that is the group's."""
@@ -144,6 +156,7 @@ class Quotas:
     def after_reading(self, name: str) -> None:
         """Follow what a reading changed."""
         self._read_at[name] = self._gate.now()
+        self._held.pop(name, None)
         if self._gate.now() >= self._fresh_from:
             self._unread.pop(name, None)
         self.follow_one(name)

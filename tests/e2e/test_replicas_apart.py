@@ -133,7 +133,9 @@ def test_with_a_cable_cut_and_clocks_apart_each_request_is_answered_once_and_non
         sent = 3 * (2 * LIMIT // 3) + HELD + 3 * LATE
         assert Counter(answer.status for answer in answers) == {200: sent}
         assert not [answer.error for answer in answers if answer.error]
-        assert max(longest_stuck_s(batch) for batch in by_place) < STUCK_S
+        # Who sees nothing at all sends two at a time, and before that waits for what it had sent to end.
+        slow = 3 if cut is both_followers_from_everything else 1
+        assert max(longest_stuck_s(batch) for batch in by_place) < slow * STUCK_S
         pool.wait_one_group()
         wait_until(lambda: pool.in_flight() == 0 and pool.waiting() == 0, 5, "all books empty")
         assert pool.served() == sent, "none twice"

@@ -523,11 +523,30 @@ def test_requests_of_a_sidecar_that_nobody_sees_any_more_are_found_in_the_engine
     assert leader_of_most(here).replica.picture().members == 2
     for _ in range(3):
         here.send(unseen.place, work_s=30.0)
-    here.run(2.0)
+    here.run(4.0)  # one more from each reading to the next
     for _ in range(20):
         here.send(leader_of_most(here).place, work_s=3.0)
     here.run(20.0, here.check)
     assert here.engines["e0"].peak == 9
+
+
+def test_a_group_that_may_not_be_seen_any_more_sends_an_engine_one_more_for_each_sidecar_of_it_at_a_time():
+    """Neither the store nor the third sidecar sees two, which it may count out: both sides have a burst at once."""
+    here = site(engines=1, limit=12)
+    here.net.cut(["s1", "s2"], ["s0"])
+    here.store.cut.update(["s1", "s2"])
+    here.run(15.0)
+    assert here.sidecars["s0"].controller.endpoints["e0"].quota is None
+    for place in 12 * list(here.sidecars):
+        here.send(place, work_s=10.0, budget_s=60.0)
+    here.run(1.5)
+    assert here.engines["e0"].peak <= 12 + 2
+    here.run(40.0)
+    assert here.engines["e0"].peak <= 12 + 2
+    for place in 12 * ["s1", "s2"]:
+        here.send(place, work_s=30.0, budget_s=60.0)
+    here.run(6.0)
+    assert here.load() == 8, "their part in the end"
 
 
 def test_an_endpoint_that_is_new_stays_closed_until_it_is_known_how_much_of_it_is_ours():
