@@ -327,7 +327,16 @@ class Replica:
         rules = rules_of(self._gate.controller)
         return Hello(VERSION, self.pool, self.me, purpose, followers, self.epoch, self._names(), rules)
 
+    def _looks_anew(self) -> bool:
+        """Notice now, and not amid taking on a role, that this process was stopped; tell whether we look anew."""
+        seeking = self._seeking
+        self.look()
+        return self._seeking is not seeking
+
     def _follow(self, leader: Member, epoch: int, call: Call) -> None:
+        if self._looks_anew():
+            call.close()
+            return
         self._seeking = None
         self.epoch = max(self.epoch, epoch)
         self.refused = None
@@ -343,6 +352,8 @@ class Replica:
         self.door.answer_parked()
 
     def _lead(self) -> None:
+        if self._looks_anew():
+            return
         now = self._loop.time()
         self._seeking = None
         self.epoch += 1

@@ -20,7 +20,7 @@ from extproc.replicas.picture import Role
 from extproc.replicas.replica import SILENCE_S
 
 from .sidecar import Client
-from .site import BrokenError, Site
+from .site import BrokenError, Site, require
 from .storm import Storm, storm
 
 if TYPE_CHECKING:
@@ -181,6 +181,27 @@ def test_a_leader_that_was_stopped_sends_nothing_when_it_goes_on_until_it_has_fo
     here.run(60.0, here.check)
     assert here.engines["e0"].peak == 4
     assert here.is_one_group()
+
+
+@pytest.mark.parametrize("first", [0.0, 0.9], ids=["timers", "network"])
+def test_who_was_stopped_while_it_looked_for_a_leader_does_not_lead_and_follow_at_once(first):
+    """It notices amid beginning to lead, looks for others anew, and follows who answers: its own core went on."""
+    here = site(engines=1, limit=4)
+    one = followers(here)[-1]  # it asks the older one first
+    here.net.cut([one.place], here.sidecars)
+    here.run_until(lambda: one.replica.role is Role.SEEKING)
+    here.run(0.3)  # what is due next is to give up the one who does not answer
+    here.stop(one.place)
+    here.run(4.0)
+    for place in 3 * list(here.sidecars):
+        here.send(place, work_s=10.0, budget_s=60.0)
+    here.run(1.0)
+    here.net.heal()
+    here.random.random = lambda: first  # type: ignore[method-assign]
+    here.resume(one.place)
+    here.run(3.0, lambda: require(one.replica.leading is None or one.replica.following is None, "both"))
+    assert here.is_one_group()
+    assert here.engines["e0"].peak == 4
 
 
 def test_a_leader_that_was_stopped_for_a_moment_is_counted_on_by_who_followed_it():
