@@ -71,11 +71,12 @@ class Lines:
     Attributes:
         alarms: when each of those who wait must be looked at: its patience, or its budget, ends.
         left: lines that were given up: who stands there is yet to be settled.
+        left_since: since when there are any, or were last.
         turns: of those who stand there, by the pool where each is to wait, some by class and arrival: see `Settling`.
         renumbered: pools whose places are given in the order of arrival since the last change, till all are settled.
     """
 
-    __slots__ = ("_books", "_sequence", "alarms", "left", "renumbered", "turns")
+    __slots__ = ("_books", "_sequence", "alarms", "left", "left_since", "renumbered", "turns")
 
     def __init__(self, books: Books) -> None:
         """Start with nobody waiting."""
@@ -83,6 +84,7 @@ class Lines:
         self._sequence = 0
         self.alarms: Alarms[Ticket] = Alarms()
         self.left: dict[Queue, Left] = {}
+        self.left_since = 0.0
         self.turns: dict[Pool, list[tuple[Queue, deque[Key]]]] = {}
         self.renumbered: dict[Pool, None] = {}
 
@@ -205,6 +207,8 @@ class Lines:
 
     def give_up(self, queue: Queue, pool: Pool, *, at_home: bool) -> None:
         """Have those in a line of `pool` settled anew: see settling.py."""
+        if not self.left:
+            self.left_since = self._books.now
         queue.is_left = True
         pool.left.append(queue)
         self.left[queue] = Left(pool, at_home=at_home)

@@ -40,6 +40,8 @@ PIECE = 250
 """How many are settled in one event: two milliseconds' worth."""
 LOOKS = 3
 """So many times a piece are looked at in one event."""
+LOOKED_S = 1.0
+"""For so long; then all at once. A change of pools begins it anew: where these follow each other it would never end."""
 GOING = 3
 """Who is dispatched costs so many times as much: a part of a piece while all are let go."""
 
@@ -142,7 +144,8 @@ class Settling:
 
     def _look(self) -> bool:
         """Find out whose turn is when, of some where that is not known; tell whether it is of all."""
-        lines, most = self._lines, LOOKS * PIECE
+        books, lines = self._books, self._lines
+        most = LOOKS * PIECE if books.now < lines.left_since + LOOKED_S else books.waiting + 1  # all of them
         while unknown := [(queue, line) for queue, line in lines.left.items() if not line.is_in_order]:
             unknown = [(queue, line) for queue, line in unknown if not line.is_looked_at]
             for queue, line in unknown:

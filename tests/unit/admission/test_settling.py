@@ -179,3 +179,24 @@ def test_a_storm_whose_lines_are_looked_at_two_at_a_time_breaks_no_invariant(
 @pytest.mark.parametrize("seed", [4, 21])
 def test_a_storm_whose_lines_are_settled_three_at_a_time_breaks_no_invariant(seed: int) -> None:
     Storm(seed, check_every=20).run(3000)
+
+
+def test_changes_that_follow_each_other_before_all_are_looked_at_keep_nobody_waiting_for_ever() -> None:
+    desk = Desk(one("a"), one("b"))
+    held = desk.ask("held", allowed=frozenset("a"))
+    desk.fill(2 * settling.LOOKS * settling.PIECE, allowed=frozenset("a"))
+    desk.put(one("c"))
+    desk.release(held)
+    went = []
+    for number in range(30):
+        desk.now += 0.1
+        if number % 2:
+            desk.put(one("c"))
+        else:
+            desk.remove("c")
+        desk.tick()
+        for ticket in list(desk.leased):
+            desk.release(ticket)
+        went.append(desk.order[1:])
+    assert went[8] == []
+    assert went[-1] == [f"filler{number}" for number in range(12)]
