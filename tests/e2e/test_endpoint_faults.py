@@ -288,9 +288,9 @@ def test_a_flapping_endpoint_strands_nobody(stack):
 def test_envoy_counts_the_answers_that_a_server_breaks_off_and_not_those_whose_client_leaves(stack, protocol):
     """Behind the head of an answer Envoy tells ext_proc nothing of how it ends: ExtprocAnswersCut asks Envoy itself."""
     here = stack(upstreams=("a",), protocol=protocol, config={"max_running_requests": 4})
+    names = ("upstream_cx_destroy_remote_with_active_rq", "upstream_rq_rx_reset")
 
     def cut() -> int:
-        names = ("upstream_cx_destroy_remote_with_active_rq", "upstream_rq_rx_reset")
         return sum(here.front.envoy.stats("cluster.a.")[f"cluster.a.{name}"] for name in names)
 
     leaves = [("x-test-id", "leaves"), behave("sse", events=50, gap_s=0.1)]
@@ -304,6 +304,9 @@ def test_envoy_counts_the_answers_that_a_server_breaks_off_and_not_those_whose_c
     assert {one.status for one in answers} == {200}
     assert not whole(answers)
     assert cut() == 6
+    page = here.front.envoy.get("/stats/prometheus?usedonly")  # as our PodMonitor asks
+    told = [name for name in names if f'envoy_cluster_{name}{{envoy_cluster_name="a"}}' in page]
+    assert told == [names[protocol == "h2"]], "the alert goes by one of the two: the other is not there"
     line = here.front.envoy.wait_access_log(lambda entry: entry["code"] == 200 and entry["flags"] not in ("-", "DC"))
     assert line["flags"] in ("UPE", "UR", "UC")
     settle(here, 7)
