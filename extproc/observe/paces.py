@@ -144,9 +144,10 @@ class Paces:
 
 
 def _token_rate(endpoint: Endpoint) -> float | None:
-    """Return how many tokens a second it writes by its page; None: it does not tell, or only when an answer ends."""
+    """Return how many tokens a second it writes by its page; None: it does not tell, or only when an answer ends, or
+    never wrote any, as one that makes embeddings."""
     page = endpoint.reading.page
-    return None if page is None else page.tokens_per_s
+    return page.tokens_per_s if page is not None and endpoint.written else None
 
 
 def _ended(endpoint: Endpoint) -> int:

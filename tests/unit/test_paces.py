@@ -123,13 +123,16 @@ def test_one_whose_page_could_not_be_read_was_not_silent_meanwhile() -> None:
     assert fleet.paces.silent() == {"vllm-0": 1.0}
 
 
-def test_an_engine_that_counts_an_answers_tokens_when_it_ends_is_not_called_silent_while_it_writes() -> None:
+@pytest.mark.parametrize(("tokens_per_s", "tokens"), [(None, 500), (0.0, 0)], ids=["counts at the end", "embeddings"])
+def test_an_engine_that_counts_an_answers_tokens_when_it_ends_or_has_none_is_not_called_silent_while_it_works(
+    tokens_per_s: float | None, tokens: int
+) -> None:
     """As TGI and llama.cpp do: one answer of two minutes was an alert."""
     fleet = Fleet("")
     fleet.room.offer(1)
     for second in range(120):
         fleet.room.clock.now += 1.0
-        load = Load(1.0, 0.0, output_tokens=0 if second else 500)
+        load = Load(1.0, 0.0, tokens_per_s=tokens_per_s, output_tokens=0 if second else tokens)
         fleet.core.observe("vllm-0", load, fleet.room.clock.now)
         fleet.paces.sample(fleet.room.clock.now)
         assert fleet.paces.silent() == {}
