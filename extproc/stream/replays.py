@@ -119,7 +119,7 @@ class Replays:
         """Say how many came back, if any did."""
         if self._came_back:
             log.info(
-                "%d request(s) came back from Envoy, held for a sidecar that is gone or was stopped; "
+                "%d request(s) came back, held for a sidecar that is gone or was stopped, or were slow to upload; "
                 "the oldest was %.1f s old",
                 self._came_back,
                 max(self._oldest_s - self._clock_offset_s(), 0.0),

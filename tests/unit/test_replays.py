@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from extproc.admission.values import Decision
 
 
-CAME_BACK = "request(s) came back from Envoy, held for a sidecar that is gone or was stopped; the oldest was"
+CAME_BACK = (
+    "request(s) came back, held for a sidecar that is gone or was stopped, or were slow to upload; the oldest was"
+)
 
 
 class Loop:
