@@ -86,6 +86,7 @@ class Lines:
         self.left: dict[Queue, Left] = {}
         self.left_since = 0.0
         self.turns: dict[Pool, list[tuple[Queue, deque[Key]]]] = {}
+        books.pools.awaited = self.turns
         self.renumbered: dict[Pool, None] = {}
 
     # ---- places in the order
@@ -253,7 +254,6 @@ class Lines:
             if not self.left:  # the last one
                 self.turns.clear()
                 self.renumbered.clear()
-                self._books.pools.keeps_subsets = False
 
     # ---- until when
 

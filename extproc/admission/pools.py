@@ -36,7 +36,7 @@ class Pools:
         every: all endpoints: for requests without a model where every endpoint lists its own.
         by_model: the pool of each model that was ever named, also while nobody serves it.
         expects_any: somebody who lists no models may come, and so serve whatever is asked for.
-        keeps_subsets: some who wait are yet to be settled: none of the pools that they may belong to is forgotten.
+        awaited: pools to which some who wait are about to move: see settling.py.
         subsets: the pool of those that serve a model and that a request allows, for each two that were named lately.
     """
 
@@ -47,10 +47,10 @@ class Pools:
         "_left",
         "_listed_by",
         "any_model",
+        "awaited",
         "by_model",
         "every",
         "expects_any",
-        "keeps_subsets",
         "subsets",
     )
 
@@ -64,7 +64,7 @@ class Pools:
         self.expects_any = False
         self._expected_any = False  # likewise, when pools were grouped last
         self.subsets: dict[tuple[str | None, frozenset[str]], Pool] = {}
-        self.keeps_subsets = False
+        self.awaited: Container[Pool] = ()
         self._all: tuple[Pool, ...] = (self.any_model,)
         self._left: list[Pool] = []  # of no models any more: who waits there is yet to be settled
 
@@ -129,7 +129,7 @@ class Pools:
             whole = self.any_model
         if whole is None or key in self.subsets:
             return
-        if not is_awaited and not self.keeps_subsets:
+        if not is_awaited:
             self._forget_subsets()
         members = self._allowed(key, whole)
         near = members[0].pools if members else (self.every, self.any_model)
@@ -156,7 +156,7 @@ class Pools:
         """Make room for one more among those that are remembered, of which nobody waits for most."""
         for key in list(islice(self.subsets, LOOKED_AT if len(self.subsets) >= MOST_SUBSETS else 0)):
             pool = self.subsets.pop(key)
-            if any(one.waiting_total for one in pool.with_lanes()):
+            if any(one.waiting_total or one in self.awaited for one in pool.with_lanes()):
                 self.subsets[key] = pool  # looked at again when all others were
                 continue
             if pool.is_part and pool not in self.subsets.values():

@@ -73,7 +73,7 @@ class Settling:
         for pool in pools:
             self._give_up(pool)
             for queue in pool.left:
-                left[queue].may_move = self._books.pools.keeps_subsets = True
+                left[queue].may_move = True
 
     def evict(self, pool: Pool, home: Endpoint) -> None:
         """Follow an endpoint that is gone: who is at home there may go anywhere."""

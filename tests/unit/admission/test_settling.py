@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 
@@ -200,3 +201,14 @@ def test_changes_that_follow_each_other_before_all_are_looked_at_keep_nobody_wai
         went.append(desk.order[1:])
     assert went[8] == []
     assert went[-1] == [f"filler{number}" for number in range(12)]
+
+
+def test_ever_new_subsets_are_forgotten_while_some_are_yet_to_be_settled_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pools, "MOST_SUBSETS", 4)
+    desk = Desk(one("a"), *(one(name, limit=99) for name in "bcdefg"))
+    waiting = desk.fill(99, allowed=frozenset("a"))[1:]
+    desk.put(one("h", models=frozenset("m")))
+    for pair in combinations("bcdefg", 2):
+        assert desk.where(desk.ask(allowed=frozenset(pair))) in pair
+    assert unsettled(desk) == len(waiting)
+    assert len(desk.core._books.pools.subsets) <= 5
