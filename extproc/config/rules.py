@@ -139,8 +139,31 @@ def _canonical(address: str) -> str:
         return f"{host.lower()} {port}"
 
 
-def _check_ports(config: Config) -> list[str]:
+def _check_own_addresses(config: Config) -> list[str]:
+    """Check that no two of our servers would bind one port: a start would end there."""
+    own = [("listen", config.listen), ("admin", config.admin)]
+    if config.replicas is not None:
+        own.append(("replicas.listen", config.replicas.listen))
     problems = []
+    for index, (key, address) in enumerate(own):
+        for other, taken in own[:index]:
+            if _would_meet(address, taken):
+                problems.append(f"{key}: {address!r} is taken by {other}; each needs a port of its own")
+    return problems
+
+
+def _would_meet(one: str, other: str) -> bool:
+    """Tell whether one of two can't be bound once the other is."""
+    if one.startswith("unix:") or other.startswith("unix:"):
+        return one == other
+    (host, port), (other_host, other_port) = split_address(one), split_address(other)
+    is_one_family = (":" in host) is (":" in other_host)
+    anywhere = is_one_family and not {host, other_host}.isdisjoint(("0.0.0.0", "::"))
+    return port == other_port and (anywhere or _canonical(one) == _canonical(other))
+
+
+def _check_ports(config: Config) -> list[str]:
+    problems = _check_own_addresses(config)
     if config.tls is None and not config.allow_insecure_listen and not _is_local(config.listen):
         problems.append(
             f"listen: {config.listen!r} can be reached from other machines in plain text; set tls, use loopback or a "

@@ -40,6 +40,35 @@ def test_the_defaults_are_those_of_the_contract():
     assert names.session == ("x-session-id", "x-session-affinity")
 
 
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({"admin": "127.0.0.1:50051"}, "admin: '127.0.0.1:50051' is taken by listen"),
+        ({"admin": "0.0.0.0:50051", "allow_remote_admin": True}, "admin: '0.0.0.0:50051' is taken by listen"),
+        ({"listen": "[::1]:9902", "admin": "[0::1]:9902"}, "admin: '[0::1]:9902' is taken by listen"),
+        (
+            {"replicas": {"listen": "127.0.0.1:9902", "valkey": {"url": "valkey://h:6379"}}},
+            "replicas.listen: '127.0.0.1:9902' is taken by admin",
+        ),
+    ],
+)
+def test_two_servers_of_ours_at_one_port_are_a_mistake(keys, problem):
+    assert problems(keys) == [f"{problem}; each needs a port of its own"]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"admin": "127.0.0.2:50051"},
+        {"admin": "[::1]:50051"},
+        {"listen": "0.0.0.0:9000", "allow_insecure_listen": True, "admin": "[::1]:9000"},
+        {"listen": "unix:/run/extproc.sock"},
+    ],
+)
+def test_one_port_at_two_addresses_is_two(keys):
+    config(keys)
+
+
 def test_an_empty_file_is_the_defaults(tmp_path):
     path = tmp_path / "empty.yaml"
     path.write_text("")
