@@ -312,8 +312,9 @@ class Audit:
             for ticket in fitting:
                 guarded = first_guard is not None and first_guard < (ticket.key[0], ticket.key[2])
                 require(guarded or self._goes_on(), ticket, "waits, and fits", endpoint)
+        has_its_turn = {ticket for _, _, ticket in self.core._books.arrived} if self._goes_on() else set()
         for ticket in self.waiting:
-            is_to_go = ticket.queue is not None and ticket.queue.is_left
+            is_to_go = (ticket.queue is not None and ticket.queue.is_left) or ticket in has_its_turn
             require(self.core.policy.enable_queue or is_to_go, ticket, "is held although the queue is off")
 
     def _check_tenants(self) -> None:
