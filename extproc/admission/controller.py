@@ -168,6 +168,8 @@ class Controller(Sharing):
         assert endpoint is not None and pool is not None  # noqa: PT018, S101 - a lease has both
         ticket.state, ticket.ended_at, ticket.answer = DONE, now, answer
         endpoint.release(ticket, now, served=answer is _OK, wanted=pool.waiting_total > 0)
+        if answer is _OK and pool.waiting_total and endpoint.held >= 1.5 * endpoint.limit.value:
+            pool.pace.dispatched(now)  # far above a lowered limit: one was served, and nobody takes its place
         try:
             self._answers.ended(ticket, endpoint, pool, answer)
         finally:  # a fault in that leaves no room kept and nothing in its tenant's account

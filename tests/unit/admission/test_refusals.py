@@ -8,7 +8,7 @@ from extproc.admission.laws import LAWS
 from extproc.admission.outcome import Outcome
 from extproc.admission.refusing import RETRY_AFTER_MAX_S
 from extproc.admission.settling import PIECE
-from extproc.admission.values import Policy, RequestClass
+from extproc.admission.values import Answer, Policy, RequestClass
 
 from .desk import CLASSES, STD, Desk, one
 
@@ -49,6 +49,20 @@ def test_who_would_wait_past_its_budget_is_refused_at_once() -> None:
     refused = [desk.outcome(ticket) for ticket in [desk.ask() for _ in range(surely + 20)]]
     assert refused[: surely - 5] == [None] * (surely - 5)
     assert refused[surely + 10 :] == [Outcome.BUDGET_PREDICTED] * 10
+
+
+def test_nobody_is_refused_for_the_time_in_which_an_endpoint_is_above_its_lowered_limit() -> None:
+    """A sidecar that starts again gives engines of 4 slots 16 each first: 10 of 192 were refused, some for 1268 s."""
+    desk = Desk(one(limit=16), shed=True)
+    desk.fill(16 + 12 + 40)
+    for _ in range(12):
+        desk.advance(1.0)
+        desk.release(next(iter(desk.leased)), Answer.OK)
+    desk.put(one(limit=4))
+    for _ in range(13):  # one a second goes on being served, and after twelve of them one is sent
+        desk.advance(1.0)
+        desk.release(next(iter(desk.leased)), Answer.OK)
+    assert desk.outcome(desk.ask()) is None  # 40 are before it, and its budget is 30 s, of which it may wait twice
 
 
 def test_nobody_is_refused_for_a_minute_in_which_the_process_was_stopped() -> None:
