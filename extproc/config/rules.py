@@ -159,7 +159,7 @@ def _would_meet(one: str, other: str) -> bool:
     (host, port), (other_host, other_port) = split_address(one), split_address(other)
     is_one_family = (":" in host) is (":" in other_host)
     anywhere = is_one_family and not {host, other_host}.isdisjoint(("0.0.0.0", "::"))
-    return port == other_port and (anywhere or _canonical(one) == _canonical(other))
+    return port == other_port != 0 and (anywhere or _canonical(one) == _canonical(other))  # 0: any that is free
 
 
 def _check_ports(config: Config) -> list[str]:

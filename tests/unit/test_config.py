@@ -63,6 +63,7 @@ def test_two_servers_of_ours_at_one_port_are_a_mistake(keys, problem):
         {"admin": "[::1]:50051"},
         {"listen": "0.0.0.0:9000", "allow_insecure_listen": True, "admin": "[::1]:9000"},
         {"listen": "unix:/run/extproc.sock"},
+        {"listen": "127.0.0.1:0", "admin": "127.0.0.1:0"},  # each gets one that is free
     ],
 )
 def test_one_port_at_two_addresses_is_two(keys):
