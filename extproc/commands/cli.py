@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import sys
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,13 +29,8 @@ INTERRUPTED = 130
 _EXACT_PATH = re.compile(r"/[^\s?#*]*")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
-FUSED = "fuse_filters"
-"""What of gRPC's is switched on: what each call passes on its way, the limit of a message's length, HTTP's headers,
-compression, is then one filter and not four, and does the same. A ninth of what gRPC costs (docs/adr/0006)."""
-FUSED_SINCE = (1, 84)
-"""In grpcio before, a message that was sent compressed then became as long as it liked."""
 IN_OUR_THREAD = "-event_engine_listener"
-"""Under the completion queue and a unix socket something is switched off besides: it is then read and written by the
+"""Under the completion queue and a unix socket this is switched off: it is then read and written by the
 thread that waits on the queue, ours, and not by threads of gRPC's own that hand over to it. A fifth of a request's CPU
 (docs/adr/0006). Not over TCP: there those sockets miss a reset that comes right behind data, and the leases of that
 connection would never come back (tests/e2e/test_transport_attack.py)."""
@@ -191,15 +186,8 @@ def prepare_grpc(transport: str, listen: str) -> None:
 
 
 def experiments(transport: str, listen: str) -> str:
-    """Return which of gRPC's experiments are switched; a gRPC that doesn't know a name says so in its log."""
-    try:
-        grpcio = tuple(map(int, metadata.version("grpcio").split(".")[:2]))
-    except metadata.PackageNotFoundError:  # it came in some other way than pip's
-        grpcio = (0, 0)
-    switched = [FUSED] if grpcio >= FUSED_SINCE else []
-    if transport == "completion_queue" and listen.startswith("unix:"):
-        switched.append(IN_OUR_THREAD)
-    return ",".join(switched)
+    """Return what is switched of gRPC's; a gRPC that doesn't know a name says so in its log."""
+    return IN_OUR_THREAD if transport == "completion_queue" and listen.startswith("unix:") else ""
 
 
 SWITCH_S = 0.0005

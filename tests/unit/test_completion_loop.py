@@ -233,12 +233,6 @@ def test_no_message_is_longer_than_the_limit_compressed_or_not():
     assert said == ["1000", "1000", "RESOURCE_EXHAUSTED", "RESOURCE_EXHAUSTED"]
 
 
-@pytest.mark.parametrize(("version", "fused"), [("1.82.0", False), ("1.83.9", False), ("1.84.0rc1", True)])
-def test_filters_are_fused_where_the_limit_of_a_message_holds_with_it(monkeypatch, version, fused):
-    monkeypatch.setattr(cli.metadata, "version", {"grpcio": version}.__getitem__)
-    assert (cli.FUSED in cli.experiments("asyncio", "127.0.0.1:0").split(",")) is fused
-
-
 def test_reading_a_configuration_imports_no_grpc():
     """What `prepare_grpc` sets for the transport that the configuration names, gRPC reads when it is imported."""
     code = "import sys, extproc.config, extproc.commands.cli; sys.exit('grpc' in sys.modules)"
