@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
-from extproc.admin.text import PIECE_BYTES, written
+from extproc.admin.text import send, written
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -69,11 +69,8 @@ class Feed:
                 news.clear()
                 if self._closed or not self._latest:
                     return response
-                latest = self._latest
                 async with asyncio.timeout(WRITE_S):
-                    for start in range(0, len(latest), PIECE_BYTES):
-                        await self._turns.take()
-                        await response.write(latest[start : start + PIECE_BYTES])
+                    await send(response, self._latest, self._turns)
         except TimeoutError:
             if request.transport is not None:
                 request.transport.abort()

@@ -22,7 +22,7 @@ from extproc.admin.history import STEP_S
 from extproc.admin.predecessor import DRAINING, taken_over
 from extproc.admin.shared import Shared
 from extproc.admin.state import MOST_WAITING, WAITING_LISTED, FileState, Viewer, merged
-from extproc.admin.text import PIECE_BYTES, written
+from extproc.admin.text import PIECE_BYTES, send, written
 from extproc.config import split_address
 from extproc.observe.recording import Recorder
 from extproc.observe.stories import MOST as MOST_STORIES
@@ -181,9 +181,7 @@ class Admin:
         response = web.StreamResponse(headers={"content-type": content_type})
         response.content_length = len(body)
         await response.prepare(request)
-        for start in range(0, len(body), PIECE_BYTES):
-            await self._turns.take()
-            await response.write(body[start : start + PIECE_BYTES])
+        await send(response, body, self._turns)
         await response.write_eof()
         return response
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from aiohttp import web
+
     from extproc.turns import Turns
 
 ROWS = 100
@@ -30,6 +32,13 @@ def pieces(values: Mapping[str, Any]) -> Iterator[bytes]:
         else:
             yield f"{head}{_json(value)}".encode()
     yield b"}" if values else b"{}"
+
+
+async def send(response: web.StreamResponse, body: bytes, turns: Turns) -> None:
+    """Send a page that may be long, each piece in a turn of its own."""
+    for start in range(0, len(body), PIECE_BYTES):
+        await turns.take()
+        await response.write(body[start : start + PIECE_BYTES])
 
 
 async def written(values: Mapping[str, Any], turns: Turns) -> bytes:

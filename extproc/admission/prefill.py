@@ -79,9 +79,8 @@ class Prefill:
         self._under_way: dict[Ticket, int] = {}  # with their numbers; 0: the engine's count has nothing to tell of it
         self._uncounted: dict[Ticket, int] = {}  # it has yet to tell of these, though they are pending no more
         self.counts = False
-        self._number = self._before = (
-            0  # of the last prompt it will tell of; of the first: who was held back goes before
-        )
+        self._number = 0  # of the last prompt it will tell of
+        self._before = 0  # of the first one: who was held back goes before it
         self._part = 0.0  # of a first token: the count is a share where others use the engine too
         self._slack = law.caution
         self.fresh = 1.0

@@ -29,11 +29,12 @@ INTERRUPTED = 130
 _EXACT_PATH = re.compile(r"/[^\s?#*]*")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
-IN_OUR_THREAD = "-event_engine_listener"
-"""Under the completion queue and a unix socket this is switched off: it is then read and written by the
+EXPERIMENTS = "-event_engine_listener"
+"""What of gRPC's is switched off under the completion queue and a unix socket: it is then read and written by the
 thread that waits on the queue, ours, and not by threads of gRPC's own that hand over to it. A fifth of a request's CPU
 (docs/adr/0006). Not over TCP: there those sockets miss a reset that comes right behind data, and the leases of that
-connection would never come back (tests/e2e/test_transport_attack.py)."""
+connection would never come back (tests/e2e/test_transport_attack.py).
+A gRPC that doesn't know the name says so in its log, and goes on."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -182,12 +183,8 @@ def _limit(text: str) -> int:
 def prepare_grpc(transport: str, listen: str) -> None:
     """Set what gRPC reads when it is imported: to be called before. What the user set stays."""
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # children are new programs; grpc warns of them otherwise
-    os.environ.setdefault("GRPC_EXPERIMENTS", experiments(transport, listen))
-
-
-def experiments(transport: str, listen: str) -> str:
-    """Return what is switched of gRPC's; a gRPC that doesn't know a name says so in its log."""
-    return IN_OUR_THREAD if transport == "completion_queue" and listen.startswith("unix:") else ""
+    if transport == "completion_queue" and listen.startswith("unix:"):
+        os.environ.setdefault("GRPC_EXPERIMENTS", EXPERIMENTS)
 
 
 SWITCH_S = 0.0005

@@ -194,7 +194,7 @@ def test_the_self_test_is_silent(capfd):
 
 def under_experiments(code: str) -> str:
     """Run `code` in a process of its own, with what is switched of gRPC's; return what it says."""
-    environment = {**os.environ, "GRPC_EXPERIMENTS": cli.experiments("completion_queue", "unix:")}
+    environment = {**os.environ, "GRPC_EXPERIMENTS": cli.EXPERIMENTS}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=60
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from extproc.admission.laws import LAWS
@@ -14,6 +15,7 @@ from .audited import Audited
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from extproc.admission.controller import Controller
     from extproc.admission.endpoint import Endpoint
     from extproc.admission.outcome import Outcome
 
@@ -104,3 +106,14 @@ def elephants(desk: Desk, count: int = 1) -> list[Ticket]:
 
 def slow(seconds_per_token: float, **load: Any) -> Load:
     return Load(running=10.0, tokens_per_s=10.0 / seconds_per_token, **load)
+
+
+def let_all_go(core: Controller, now: float, *, at_once: int) -> list[Decision]:
+    """Switch the queue of a core off: after the first event some go in each, `at_once` at most; return how all went."""
+    went = core.set_policy(replace(core.policy, enable_queue=False), now)
+    while core.waiting:
+        assert core.next_deadline() == now
+        some = core.tick(now)
+        assert 0 < len(some) <= at_once
+        went += some
+    return went

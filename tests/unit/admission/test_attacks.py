@@ -8,6 +8,8 @@ from extproc.admission.settling import PIECE
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request, RequestClass
 
+from .desk import let_all_go
+
 CLASSES = (RequestClass("default", 0, 100.0),)
 
 
@@ -58,12 +60,8 @@ def test_ten_thousand_that_wait_are_let_go_in_order_and_no_event_lets_all_of_the
     core = room(EndpointSpec("a", max_running_requests=1), max_queued_requests=20_000)
     tickets = [offer(core, tenant=f"t{number % 7}") for number in range(10_001)]
     waiting = sorted(tickets[1:], key=lambda ticket: ticket.key)
-    went = [core.set_policy(Policy(classes=CLASSES, enable_queue=False), 1.0)]
-    while core.waiting:
-        assert core.next_deadline() == 1.0
-        went.append(core.tick(1.0))
-        assert 0 < len(went[-1]) <= PIECE
-    assert [decision.ticket for decisions in went for decision in decisions] == waiting
+    went = let_all_go(core, 1.0, at_once=PIECE)
+    assert [decision.ticket for decision in went] == waiting
 
 
 def test_without_an_engine_that_counts_prompts_the_announced_tokens_are_believed():

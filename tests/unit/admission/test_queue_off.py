@@ -10,7 +10,7 @@ from extproc.admission.placing import DUE_AT_ONCE
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import Dispatch, Policy, Request
 
-from .desk import CLASSES, Desk, in_use, one
+from .desk import CLASSES, Desk, in_use, let_all_go, one
 
 if TYPE_CHECKING:
     import pytest
@@ -65,13 +65,9 @@ def test_of_many_for_whom_there_is_no_endpoint_some_are_refused_in_each_event_on
     waiting = [Ticket(Request(str(number), 100.0)) for number in range(600)]
     for ticket in waiting:
         core.offer(ticket, 100.0)
-    refused = [core.set_policy(Policy(classes=CLASSES, enable_queue=False), 100.0)]
-    while core.waiting:
-        assert core.next_deadline() == 100.0
-        refused.append(core.tick(100.0))
-        assert 0 < len(refused[-1]) <= DUE_AT_ONCE
-    assert [one.ticket for some in refused for one in some] == waiting
-    assert {one.outcome for some in refused for one in some} == {Outcome.NO_ENDPOINT}
+    refused = let_all_go(core, 100.0, at_once=DUE_AT_ONCE)
+    assert [one.ticket for one in refused] == waiting
+    assert {one.outcome for one in refused} == {Outcome.NO_ENDPOINT}
 
 
 def test_those_who_are_yet_to_go_when_the_queue_is_on_again_wait_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
