@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from aiohttp import web
 
-from extproc.admin import http
+from extproc.admin import http, text
 from extproc.admin.http import Admin
 from extproc.commands.cli import main
 from extproc.observe.recording import Recording
@@ -57,18 +57,28 @@ def test_who_asks_for_an_unknown_id_is_sent_to_the_other_sidecars_where_there_ar
 def test_a_long_page_is_sent_in_pieces_and_is_whole(path, monkeypatch):
     """A megabyte that was sent in one turn kept everybody waiting for four milliseconds."""
     sent: list[int] = []
+    turns: list[int] = []
     write = web.StreamResponse.write
+    turn = 0
+
+    def count_turns() -> None:
+        nonlocal turn
+        turn += 1
+        asyncio.get_running_loop().call_soon(count_turns)
 
     async def note(response: web.StreamResponse, piece: bytes) -> None:
         sent.append(len(piece))
+        turns.append(turn)
         await write(response, piece)
 
-    monkeypatch.setattr(http, "PIECE_BYTES", 500)
+    for module in (http, text):
+        monkeypatch.setattr(module, "PIECE_BYTES", 500)
     monkeypatch.setattr(web.StreamResponse, "write", note)
 
     async def scenario() -> None:
         room = Room()
         room.offer(30)
+        count_turns()
         async with served(room) as client:
             async with client.get(path) as response:
                 body, kind = await response.read(), response.headers["content-type"]
@@ -78,6 +88,7 @@ def test_a_long_page_is_sent_in_pieces_and_is_whole(path, monkeypatch):
         assert body.endswith(b"}" if path == "/queues" else b"\n")
         assert sum(sent) == len(body)
         assert max(sent) == 500
+        assert len(set(turns)) == len(turns), "each in a turn of its own"
 
     asyncio.run(scenario())
 
