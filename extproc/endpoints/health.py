@@ -71,8 +71,11 @@ class HealthChecks:
 
     async def start(self) -> None:
         """Begin to check."""
-        # A connection of its own for each check: one that is kept alive would not see that nobody listens any more.
-        self._client = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
+        # A connection of its own for each check: one that is kept alive would not see that nobody listens any more. No
+        # cookies: servers whose names end alike would get those of one of them, and refuse checks with too many.
+        self._client = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, force_close=True), cookie_jar=aiohttp.DummyCookieJar()
+        )
         for name in self._patients:
             self._begin(name)
 

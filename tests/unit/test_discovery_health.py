@@ -27,6 +27,8 @@ class Engine:
         self.wait_s = 0.0
         self.seen = 0
         self.address = ""
+        self.sets: dict[str, str] = {}  # headers of its answers
+        self.cookies: list[str | None] = []  # that it was sent
 
     async def __aenter__(self) -> Engine:
         app = web.Application()
@@ -44,10 +46,11 @@ class Engine:
         await self._runner.cleanup()
         await take_turns()
 
-    async def _health(self, _: web.Request) -> web.Response:
+    async def _health(self, request: web.Request) -> web.Response:
         self.seen += 1
+        self.cookies.append(request.headers.get("cookie"))
         await asyncio.sleep(self.wait_s)
-        headers = {"location": "/elsewhere"} if self.status == 302 else {}
+        headers = {"location": "/elsewhere"} if self.status == 302 else self.sets
         return web.Response(status=self.status, headers=headers)
 
     async def checks(self, more: int) -> None:
@@ -242,6 +245,25 @@ def test_a_check_that_fails_in_words_counts_whatever_flows(status):
         await until(lambda: ward.verdicts == [None, False])
 
     story(tell)
+
+
+def test_what_one_server_has_its_checks_remember_is_told_to_no_other_one():
+    """Cookies know no ports, and one may set them for all names that end alike: enough of them, and others refuse."""
+
+    async def main() -> None:
+        checked = Checked()
+        checked.checks = HealthChecks(lambda _name, *, is_up: None, checked.config, checked.tasks, lambda _: None)
+        async with Engine() as one, Engine() as other:
+            one.sets = {"set-cookie": f"a={'x' * 4000}; Path=/"}
+            for name, engine in (("one", one), ("other", other)):
+                checked.checks.put(name, engine.address.replace("127.0.0.1", "localhost"))
+            await checked.checks.start()
+            await one.checks(2)
+            await other.checks(2)
+            await checked.checks.stop()
+            assert set(one.cookies + other.cookies) == {None}
+
+    asyncio.run(main())
 
 
 def test_a_bug_ends_no_health_check_and_is_counted(monkeypatch, caplog):
