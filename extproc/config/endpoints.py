@@ -81,6 +81,11 @@ class _Found(Section):
     metrics_token_file: FilePath | None = Field(None, description="As of `endpoints[]`, for each found.")
     metrics_ca_file: FilePath | None = Field(None, description="As of `endpoints[]`, for each found.")
 
+    @property
+    def place(self) -> dict[str, object]:
+        """What decides which endpoints are found: all but what is said of each, and how often it is looked."""
+        return self.model_dump(exclude={*_Found.model_fields, "interval"})
+
     def endpoint(self, name: str, address: str) -> EndpointConfig:
         """Return a found endpoint as if the file had listed it."""
         return EndpointConfig(

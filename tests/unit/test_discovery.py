@@ -244,6 +244,12 @@ def found(**keys: Any) -> Any:
     return config(envoy_clusters_file="/c.yaml", discovery=[{"dns": {"name": "x", "port": 1, **keys}}]).sources[0]
 
 
+def of_service(port: int, **keys: Any) -> Any:
+    """A source in Kubernetes: several may look at one Service."""
+    item = {"kubernetes": {"service": "x", "port": port, **keys}}
+    return config(envoy_clusters_file="/c.yaml", discovery=[item]).sources[0]
+
+
 def test_a_changed_source_keeps_what_was_seen_until_it_sees_something_and_a_removed_one_takes_it_away(scripted):
     async def main() -> None:
         reports: list[Any] = []
@@ -251,12 +257,57 @@ def test_a_changed_source_keeps_what_was_seen_until_it_sees_something_and_a_remo
         sources.configure([found()])
         sources.configure([found()])
         await until(lambda: len(scripted) == 1 and scripted[0].report)
-        scripted[0].report([1])
-        sources.configure([found(max_running_requests=3)])
+        scripted[0].report([found().endpoint("a", "10.0.0.1:1")])
+        sources.configure([found(port=None, ports=[1], family="any")])
         await until(lambda: len(scripted) == 2 and scripted[1].report)
-        assert reports == [("dns x:1", [1])]
+        assert reports == [("dns x:1", [found().endpoint("a", "10.0.0.1:1")])]
         sources.configure([])
-        assert reports == [("dns x:1", [1]), ("dns x:1", None)]
+        assert reports[1:] == [("dns x:1", None)]
+        await sources.stop()
+
+    asyncio.run(main())
+
+
+def test_what_is_said_of_all_that_a_source_finds_holds_at_once_though_it_sees_nothing_any_more(scripted):
+    """An API server that is away for an hour kept a lowered limit out for an hour."""
+
+    async def main() -> None:
+        reports: list[Any] = []
+        sources = Sources(lambda _, seen: reports.append(seen))
+        sources.configure([found(max_running_requests=8)])
+        sources.configure([found(max_running_requests=7)])
+        assert reports == []  # nothing was seen yet, which is not to see that nothing is there
+        await until(lambda: scripted[-1].report)
+        scripted[-1].report([found(max_running_requests=7).endpoint("a", "10.0.0.1:1")])
+        sources.configure([found(max_running_requests=4, models=["m"], interval="9s")])
+        one = reports[-1][0]
+        assert (one.name, one.address, one.max_running_requests, one.models) == ("a", "10.0.0.1:1", 4, ["m"])
+        await sources.stop()
+
+    asyncio.run(main())
+
+
+def test_of_two_sources_at_one_service_each_keeps_its_own_when_the_other_goes_or_changes(scripted):
+    """The second took over what the first had seen, ports that the file names no more, and lost its own."""
+
+    async def main() -> None:
+        seen: dict[str, Any] = {}
+
+        def report(name: str, endpoints: Any) -> None:
+            seen[name] = endpoints
+
+        def addresses() -> list[str]:
+            return [one.address for endpoints in seen.values() for one in endpoints or ()]
+
+        sources = Sources(report)
+        sources.configure([of_service(1), of_service(2)])
+        await until(lambda: len(scripted) == 2 and all(one.report for one in scripted))
+        for one in scripted:
+            one.report([one.config.endpoint(f"a-{one.config.port}", f"10.0.0.1:{one.config.port}")])
+        sources.configure([of_service(2, models=["m"])])
+        assert addresses() == ["10.0.0.1:2"]
+        sources.configure([of_service(3), of_service(2)])
+        assert addresses() == ["10.0.0.1:2"]
         await sources.stop()
 
     asyncio.run(main())

@@ -250,9 +250,12 @@ def test_a_check_that_fails_in_words_counts_whatever_flows(status):
 def test_what_one_server_has_its_checks_remember_is_told_to_no_other_one():
     """Cookies know no ports, and one may set them for all names that end alike: enough of them, and others refuse."""
 
+    def set_up(name: str, *, is_up: bool | None) -> None:
+        del name, is_up
+
     async def main() -> None:
         checked = Checked()
-        checked.checks = HealthChecks(lambda _name, *, is_up: None, checked.config, checked.tasks, lambda _: None)
+        checked.checks = HealthChecks(set_up, checked.config, checked.tasks, lambda _: None)
         async with Engine() as one, Engine() as other:
             one.sets = {"set-cookie": f"a={'x' * 4000}; Path=/"}
             for name, engine in (("one", one), ("other", other)):

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import random
+from operator import eq
 from typing import TYPE_CHECKING, Protocol
 
 from extproc.config import DnsConfig, KubernetesConfig
@@ -49,18 +50,16 @@ class Sources:
         self.left_out = 0
         """Items seen that make no endpoint."""
         self._running: dict[str, tuple[SourceConfig, asyncio.Task[None]]] = {}
+        self._seen: dict[str, Sequence[EndpointConfig]] = {}
         self._first: dict[str, asyncio.Event] = {}
 
     def configure(self, wanted: Sequence[SourceConfig]) -> None:
-        """Run these sources. A changed one keeps what was seen until it has seen something itself."""
-        named: dict[str, SourceConfig] = {}
-        for config in wanted:
-            name = _name_of(config)
-            while name in named:
-                name += "+"
-            named[name] = config
+        """Run these sources. A changed one keeps what was seen until it has seen something itself: with what is said of
+        it now, if it looks where it did, since that may take until an API server is back."""
+        named = self._named(wanted)
         for name in [name for name in self._running if name not in named]:
             self._running.pop(name)[1].cancel()
+            self._seen.pop(name, None)
             self._report(name, None)
         for name, config in named.items():
             known = self._running.get(name)
@@ -68,11 +67,36 @@ class Sources:
                 continue
             if known is not None:
                 known[1].cancel()
+                if name in self._seen and _looks_alike(known[0], config):
+                    self._see(name, [config.endpoint(one.name, one.address) for one in self._seen[name]])
             first = self._first.setdefault(name, asyncio.Event())
             task = asyncio.get_running_loop().create_task(
                 self._run(name, _source_of(config, self._leave_out, self._rank), first), name=name
             )
             self._running[name] = (config, task)
+
+    def _named(self, wanted: Sequence[SourceConfig]) -> dict[str, SourceConfig]:
+        """Name each. One that runs already, or looks where one does, has the name of that one: what another saw, which
+        may be gone from the file, is never taken for what it sees."""
+        named: dict[str, SourceConfig] = {}
+        rest = list(wanted)
+        for is_it in (eq, _looks_alike):
+            for config in tuple(rest):
+                alike = [name for name, (known, _) in self._running.items() if is_it(known, config)]
+                name = next((name for name in alike if name not in named), None)
+                if name is not None:
+                    named[name] = config
+                    rest.remove(config)
+        for config in rest:
+            name = _name_of(config)
+            while name in named:
+                name += "+"
+            named[name] = config
+        return named
+
+    def _see(self, name: str, endpoints: Sequence[EndpointConfig]) -> None:
+        self._seen[name] = endpoints
+        self._report(name, endpoints)
 
     def _leave_out(self, number: int) -> None:
         self.left_out += number
@@ -99,7 +123,7 @@ class Sources:
         def report(endpoints: Sequence[EndpointConfig]) -> None:
             if len(endpoints) > MOST:
                 log.error("%s: sees %d endpoints; only the first %d are used", name, len(endpoints), MOST)
-            self._report(name, endpoints[:MOST])
+            self._see(name, endpoints[:MOST])
             first.set()
 
         while True:
@@ -108,6 +132,11 @@ class Sources:
             except Exception:  # a bug in here must not end discovery for ever
                 log.exception("%s: failed; starting again", name)
             await asyncio.sleep(RESTART_S * random.uniform(0.5, 1.5))  # noqa: S311 - spreads load, hides nothing
+
+
+def _looks_alike(one: SourceConfig, other: SourceConfig) -> bool:
+    """Tell whether two find the same endpoints, whatever they say of them."""
+    return type(one) is type(other) and one.place == other.place
 
 
 def _source_of(
