@@ -15,7 +15,7 @@ class Batch(_message.Message):
     def __init__(self, messages: _Optional[_Iterable[_Union[Message, _Mapping]]] = ..., allowed: _Optional[_Iterable[_Union[Allowed, _Mapping]]] = ...) -> None: ...
 
 class Message(_message.Message):
-    __slots__ = ("hello", "leave", "welcome", "redirect", "met", "refuse", "held", "offer", "synced", "names", "beat", "cancel", "release", "first_token", "answered", "report", "return_", "grant", "turned", "status", "remember", "learned", "ask", "told", "moved")
+    __slots__ = ("hello", "leave", "welcome", "redirect", "met", "refuse", "held", "offer", "synced", "names", "cancel", "release", "first_token", "answered", "report", "return_", "grant", "turned", "status", "remember", "learned", "ask", "told", "moved", "beat")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     LEAVE_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
@@ -26,7 +26,6 @@ class Message(_message.Message):
     OFFER_FIELD_NUMBER: _ClassVar[int]
     SYNCED_FIELD_NUMBER: _ClassVar[int]
     NAMES_FIELD_NUMBER: _ClassVar[int]
-    BEAT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +40,7 @@ class Message(_message.Message):
     ASK_FIELD_NUMBER: _ClassVar[int]
     TOLD_FIELD_NUMBER: _ClassVar[int]
     MOVED_FIELD_NUMBER: _ClassVar[int]
+    BEAT_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     leave: Leave
     welcome: Welcome
@@ -51,7 +51,6 @@ class Message(_message.Message):
     offer: Offer
     synced: bool
     names: Names
-    beat: int
     cancel: int
     release: Release
     first_token: int
@@ -66,7 +65,8 @@ class Message(_message.Message):
     ask: Ask
     told: Told
     moved: Moved
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., redirect: _Optional[_Union[Member, _Mapping]] = ..., met: _Optional[_Union[Met, _Mapping]] = ..., refuse: _Optional[str] = ..., held: _Optional[_Union[Held, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., synced: _Optional[bool] = ..., names: _Optional[_Union[Names, _Mapping]] = ..., beat: _Optional[int] = ..., cancel: _Optional[int] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., first_token: _Optional[int] = ..., answered: _Optional[int] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., return_: _Optional[int] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., turned: _Optional[_Union[Turned, _Mapping]] = ..., status: _Optional[_Union[Status, _Mapping]] = ..., remember: _Optional[_Union[Home, _Mapping]] = ..., learned: _Optional[_Union[Learnt, _Mapping]] = ..., ask: _Optional[_Union[Ask, _Mapping]] = ..., told: _Optional[_Union[Told, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ...) -> None: ...
+    beat: Beat
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., redirect: _Optional[_Union[Member, _Mapping]] = ..., met: _Optional[_Union[Met, _Mapping]] = ..., refuse: _Optional[str] = ..., held: _Optional[_Union[Held, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., synced: _Optional[bool] = ..., names: _Optional[_Union[Names, _Mapping]] = ..., cancel: _Optional[int] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., first_token: _Optional[int] = ..., answered: _Optional[int] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., return_: _Optional[int] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., turned: _Optional[_Union[Turned, _Mapping]] = ..., status: _Optional[_Union[Status, _Mapping]] = ..., remember: _Optional[_Union[Home, _Mapping]] = ..., learned: _Optional[_Union[Learnt, _Mapping]] = ..., ask: _Optional[_Union[Ask, _Mapping]] = ..., told: _Optional[_Union[Told, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ...) -> None: ...
 
 class Member(_message.Message):
     __slots__ = ("id", "address", "joined")
@@ -129,6 +129,14 @@ class Names(_message.Message):
     names: _containers.RepeatedScalarFieldContainer[str]
     rules: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, names: _Optional[_Iterable[str]] = ..., rules: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Beat(_message.Message):
+    __slots__ = ("number", "seen")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    SEEN_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    seen: int
+    def __init__(self, number: _Optional[int] = ..., seen: _Optional[int] = ...) -> None: ...
 
 class Asked(_message.Message):
     __slots__ = ("id", "age_s", "model", "request_class", "tenant", "session", "home", "budget_s", "prompt_tokens", "max_output_tokens", "sequences", "kind", "allowed")
@@ -333,15 +341,17 @@ class Limit(_message.Message):
     def __init__(self, endpoint: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
 
 class Status(_message.Message):
-    __slots__ = ("heard", "members", "group", "limits", "doubted")
+    __slots__ = ("heard", "members", "group", "limits", "doubted", "number")
     HEARD_FIELD_NUMBER: _ClassVar[int]
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     DOUBTED_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     heard: int
     members: int
     group: int
     limits: _containers.RepeatedCompositeFieldContainer[Limit]
     doubted: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, heard: _Optional[int] = ..., members: _Optional[int] = ..., group: _Optional[int] = ..., limits: _Optional[_Iterable[_Union[Limit, _Mapping]]] = ..., doubted: _Optional[_Iterable[str]] = ...) -> None: ...
+    number: int
+    def __init__(self, heard: _Optional[int] = ..., members: _Optional[int] = ..., group: _Optional[int] = ..., limits: _Optional[_Iterable[_Union[Limit, _Mapping]]] = ..., doubted: _Optional[_Iterable[str]] = ..., number: _Optional[int] = ...) -> None: ...

@@ -88,14 +88,18 @@ class Administration(Frame):
             self._fleet.changed(endpoint)
         return self._end()
 
-    def observe(self, name: str, load: Load, now: float) -> list[Decision]:
-        """Follow an endpoint's telemetry. Unknown: no-op."""
+    def observe(self, name: str, load: Load, now: float, unsent: int = 0) -> list[Decision]:
+        """Follow an endpoint's telemetry. Unknown: no-op.
+
+        `unsent`: of the sequences leased long enough ago to have arrived, how many may not be sent: another sidecar
+        holds their requests, and has not shown yet that it was told.
+        """
         self._begin(now)
         if self._watchers:
-            self._event = Observed(now, name, load)
+            self._event = Observed(now, name, load, unsent)
         endpoint = self.endpoints.get(name)
         if endpoint is not None:
-            self._hearing.page(endpoint, load)
+            self._hearing.page(endpoint, load, unsent)
         return self._end()
 
     def report(self, name: str, load: Load, now: float) -> list[Decision]:

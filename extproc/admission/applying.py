@@ -68,7 +68,7 @@ def apply(core: Controller, event: Event) -> list[Decision]:  # noqa: C901 - one
         case HealthChecked():
             return core.set_up(event.name, event.at, is_up=event.is_up)
         case Observed():
-            return core.observe(event.name, event.load, event.at)
+            return core.observe(event.name, event.load, event.at, event.unsent)
         case Reported():
             return core.report(event.name, event.load, event.at)
         case QuotaSet():

@@ -142,6 +142,7 @@ class Observed(OfEndpoint):
     """An endpoint's page was read."""
 
     load: Load
+    unsent: int = 0
 
 
 @dataclass(frozen=True, slots=True)

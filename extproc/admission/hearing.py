@@ -33,12 +33,13 @@ class Hearing:
         self._fleet = fleet
         self._tokens = tokens
 
-    def page(self, endpoint: Endpoint, load: Load) -> None:
-        """Follow a page that was read just now."""
+    def page(self, endpoint: Endpoint, load: Load, unsent: int = 0) -> None:
+        """Follow a page that was read just now; see `Controller.observe`."""
         books = self._books
         believed = load.without_counters() if endpoint.counters.doubted else load
         books.adapters.follow(endpoint, load)
-        counted = telemetry.follow_page(endpoint, believed, books.now, books.policy, wanted=endpoint.is_waited_for)
+        wanted = endpoint.is_waited_for
+        counted = telemetry.follow_page(endpoint, believed, books.now, books.policy, wanted=wanted, unsent=unsent)
         if counted and load.prompt_tokens:
             self._tokens.learn_prompts(load.prompt_tokens, counted)
             self._book_anew(endpoint, counted)

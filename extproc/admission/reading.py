@@ -87,8 +87,12 @@ class Foreign:
         """Look at the next page as at the first."""
         self._met = False
 
-    def follow(self, load: Load, leases: Iterable[Ticket], in_flight: int, most: int, now: float) -> None:
+    def follow(
+        self, load: Load, leases: Iterable[Ticket], in_flight: int, most: int, now: float, unsent: int = 0
+    ) -> None:
         """Count them when telemetry comes first, at most `most`; after that they can only become fewer.
+
+        `unsent`: of the leases as old as `arrived_s`, how many may not have been sent for all that.
 
         Those who were known before we look as at the first are fewer only if nothing of ours is on its way.
         """
@@ -99,7 +103,7 @@ class Foreign:
         count = 0
         if self.count:
             arrived = sum(ticket.sequences for ticket in leases if ticket.leased_at <= now - self.law.arrived_s)
-            count = min(max(there - arrived, 0), most, self.count)
+            count = min(max(there - arrived + unsent, 0), most, self.count)
             if count == self.count and now >= self._changed_at + self.law.steady_s:
                 count //= 2
         if not self._met:

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from extproc.admission.values import Policy
 
 
-def follow_page(endpoint: Endpoint, load: Load, now: float, policy: Policy, *, wanted: bool) -> list[Ticket]:
+def follow_page(
+    endpoint: Endpoint, load: Load, now: float, policy: Policy, *, wanted: bool, unsent: int = 0
+) -> list[Ticket]:
     """Follow a page that was read just now. `wanted`: requests wait that this endpoint could serve.
 
     Return the leases whose prompts the engine counted since the reading before, if it counts them and few others.
@@ -25,7 +27,7 @@ def follow_page(endpoint: Endpoint, load: Load, now: float, policy: Policy, *, w
     reading = endpoint.reading
     before, full = reading.page, endpoint.held >= endpoint.limit.value
     elapsed_s = 1.0 if before is None else now - reading.page_at
-    endpoint.strangers.follow(load, endpoint.leases, endpoint.sequences, endpoint.limit.value, now)
+    endpoint.strangers.follow(load, endpoint.leases, endpoint.sequences, endpoint.limit.value, now, unsent)
     endpoint.steps.follow(load, None if before is None else before.running, elapsed_s, endpoint.prefill.fresh)
     reading.take_page(load, now)
     endpoint.health.sleep(is_asleep=load.asleep is True)

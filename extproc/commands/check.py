@@ -12,6 +12,7 @@ from extproc.envoy.check import check_envoy, could_not_look
 from extproc.envoy.gateway import Gateway
 from extproc.errors import ConfigError
 from extproc.transport import tls
+from extproc.words import some_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -83,8 +84,7 @@ def _good(config: Config, file: Path, envoy: Path | None) -> Iterable[tuple[Path
 def _as_it_should_be(config: Config, file: Path, envoy: Path | None) -> Iterable[tuple[Path, str]]:
     if envoy is None and config.endpoints and not config.picks and config.envoy_clusters_file is None:
         names = [endpoint.cluster or endpoint.name for endpoint in config.endpoints]
-        more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-        needs = f"Envoy needs a cluster for each endpoint: {', '.join(names[:MOST_NAMED])}{more}"
+        needs = f"Envoy needs a cluster for each endpoint: {some_of(names, MOST_NAMED)}"
         yield file, f"{needs}; `--envoy BOOTSTRAP` looks whether they are there"
     if envoy is not None and config.picks:
         for words in Gateway(config, envoy).good:

@@ -20,6 +20,7 @@ from extproc.config.types import is_ours
 from extproc.endpoints.names import may_be_found
 from extproc.envoy.clusters import GIVE_UP_S, SETTLE_S
 from extproc.errors import StartError
+from extproc.words import some_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -283,7 +284,7 @@ class Roster:
                 len(come),
                 len(news) - len(come),
                 len(gone),
-                _few(come + gone),
+                some_of(come + gone, LOGGED_EACH),
             )
         by_hand = [spec.cluster for endpoint, spec in news if self._comes(endpoint)]
         # A gateway is told addresses, and knows them itself; at a start Envoy's own file has what ours has.
@@ -291,7 +292,7 @@ class Roster:
             log.warning(
                 "Envoy's own cluster %s decides where requests go, and must be changed by hand: envoy_clusters_file is "
                 "not set",
-                _few(by_hand),
+                some_of(by_hand, LOGGED_EACH),
             )
 
     def _changes_alone(self, aim: tuple[EndpointConfig, EndpointSpec], lists: set[frozenset[str]]) -> bool:
@@ -546,9 +547,3 @@ class Roster:
                 self._reception.drop_cluster(name)
             else:
                 self._gone[name] = now + LINGER_S
-
-
-def _few(names: list[str]) -> str:
-    """Name some of `names`."""
-    more = len(names) - LOGGED_EACH
-    return ", ".join(names[:LOGGED_EACH]) + (f" and {more} more" if more > 0 else "")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from extproc.admission.health import EJECTED
 from extproc.admission.outcome import Outcome
 from extproc.admission.values import Answer, Dispatch
+from extproc.words import some_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -218,11 +219,9 @@ class QueueLog:
             # That it is back is as loud as that it went: who was told of the one looks for the other.
             level = logging.INFO if {before, state} <= _AT_WORK else logging.WARNING
             if len(names) > MOST_NAMED:
-                some = ", ".join(names[:MOST_NAMED])
-                more, about = len(names) - MOST_NAMED, {"endpoints": len(names), "state": state}
                 log.log(
-                    *(level, "%d endpoints: %s (were %s): %s and %d more", len(names), state, before, some, more),
-                    extra={"about": about},
+                    *(level, "%d endpoints: %s (were %s): %s", len(names), state, before, some_of(names, MOST_NAMED)),
+                    extra={"about": {"endpoints": len(names), "state": state}},
                 )
                 level = logging.DEBUG
             if log.isEnabledFor(level):

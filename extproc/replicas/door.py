@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,8 +11,6 @@ from extproc.replicas.messages import VERSION, Ask, Hello, Leave, Met, Purpose, 
 if TYPE_CHECKING:
     from extproc.replicas.messages import Link, Message
     from extproc.replicas.replica import Replica
-
-log = logging.getLogger("extproc.replicas")
 
 
 class Guest:
@@ -96,6 +93,9 @@ class Door:
 
     def _answer(self, guest: Guest, hello: Hello) -> None:
         host = self._host
+        if hello.member.id == host.me.id:  # it is we: the store still lists our life before, at our address
+            guest.link.close()
+            return
         refusal = self._refusal_of(hello)
         if refusal is not None:
             _send_away(guest, refusal)
@@ -119,6 +119,8 @@ class Door:
             return f"its protocol is version {hello.version}, ours {VERSION}"
         if hello.pool != self._host.pool:
             return f"its pool is {hello.pool!r}, ours {self._host.pool!r}"
+        if hello.purpose is None:
+            return "it says hello for a purpose that we don't know"
         return None
 
     def _take_in(self, guest: Guest, hello: Hello) -> None:
@@ -135,12 +137,14 @@ class Door:
         guest.follower = Follower(hello.member, guest.link, hello.names, host.now(), hello.rules)
         guest.link.send(Welcome(host.me, host.epoch))
         leading.add(guest.follower)
-        guest.link.send(leading.status(guest.follower))
+        leading.tell_status(guest.follower)
         differs = leading.differs(guest.follower)
         if differs:
-            log.warning("%s follows, with another configuration than ours, which counts: %s", hello.member.id, differs)
+            host.log.warning(
+                "%s follows, with another configuration than ours, which counts: %s", hello.member, differs
+            )
         else:
-            log.info("%s follows", hello.member.id)
+            host.log.info("%s follows", hello.member)
 
 
 def _reply(guest: Guest, number: int, text: str) -> None:

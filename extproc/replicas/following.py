@@ -76,6 +76,7 @@ class Following:
         self._waiting: dict[int, Ticket] = {}
         self._last = 0
         self._beat = 0
+        self._seen = 0  # the last status that came when no grant was in doubt
         self._beats: deque[tuple[int, float]] = deque()
         self._confirmed_at = call.asked_at  # its welcome may be old: it came when this process was stopped
         self._doubtful: list[Grant] = []
@@ -205,7 +206,7 @@ class Following:
         """Tell the leader that we live."""
         self._beat += 1
         self._beats.append((self._beat, self._gate.now()))
-        self.link.send(Beat(self._beat))
+        self.link.send(Beat(self._beat, self._seen))
 
     def take_status(self, status: Status) -> None:
         """Follow the leader's word, and look again at grants that were in doubt."""
@@ -215,6 +216,8 @@ class Following:
         doubtful, self._doubtful = self._doubtful, []
         for grant in doubtful:
             self.take_grant(grant)
+        if not self._doubtful:
+            self._seen = status.number
         for name, value in status.limits:
             endpoint = self._gate.controller.endpoints.get(name)
             if endpoint is not None:

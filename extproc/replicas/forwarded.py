@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from math import inf
 from typing import TYPE_CHECKING
 
 from extproc.admission.ticket import Ticket
@@ -15,16 +17,23 @@ if TYPE_CHECKING:
     from extproc.replicas.messages import Link, Member
 
 
+MOST_SHOWN = 16
+"""Beats of a follower that are kept: four seconds of them."""
+BROUGHT = -1
+"""What a new follower holds it was granted before any status of ours."""
+
+
 class Forwarded(Ticket):
     """A follower's request in the leader's core."""
 
-    __slots__ = ("follower", "number")
+    __slots__ = ("follower", "number", "told")
 
     def __init__(self, follower: Follower, number: int, request: Request, deliver: Callable[[Decision], None]) -> None:
         """Stand in for request `number` of `follower`."""
         super().__init__(request, deliver)
         self.follower = follower
         self.number = number
+        self.told: float = inf  # the status before its grant; none is later than that of one that is not on its way yet
 
 
 class Follower:
@@ -33,12 +42,13 @@ class Follower:
     Attributes:
         tickets: its requests by its own numbers.
         heard: its last beat; `heard_at`: when it came.
+        told: the last status that it was sent.
         names: endpoints that its Envoy knows.
         rules: marks of its configuration.
         syncing: what it brought along, until it has told all; None after.
     """
 
-    __slots__ = ("heard", "heard_at", "link", "member", "names", "rules", "syncing", "tickets")
+    __slots__ = ("_shown", "heard", "heard_at", "link", "member", "names", "rules", "syncing", "tickets", "told")
 
     def __init__(
         self, member: Member, link: Link, names: frozenset[str], now: float, rules: frozenset[str] = frozenset()
@@ -52,6 +62,17 @@ class Follower:
         self.heard = 0
         self.heard_at = now
         self.syncing: list[Forwarded] | None = []
+        self.told = 0
+        self._shown: deque[tuple[float, int]] = deque([(-inf, 0)], maxlen=MOST_SHOWN)
+
+    def shows(self, seen: int, now: float) -> None:
+        """Note that it has acted upon the status `seen`, and upon all that was sent before."""
+        if self._shown[-1][1] < seen <= self.told:
+            self._shown.append((now, seen))
+
+    def has_acted(self, ticket: Forwarded, at: float) -> bool:
+        """Tell whether it has shown by `at` that it knows what became of `ticket`."""
+        return any(when <= at and ticket.told < seen for when, seen in self._shown)
 
 
 def request_of(asked: Asked, now: float) -> Request:

@@ -105,7 +105,10 @@ class SharedGate(Gate):
 
     def close_here(self, ticket: Ticket, answer: Answer) -> None:
         """End a request in our own core."""
+        endpoint, leading = ticket.endpoint, self.replica.leading
         super().close(ticket, answer)
+        if leading is not None and endpoint is not None:
+            leading.quotas.released(endpoint.name)
 
     # ---- as any gate
 
@@ -136,7 +139,7 @@ class SharedGate(Gate):
         if waited:
             self._tell_cancelled(ticket, now)
         else:
-            super().close(ticket, answer)
+            self.close_here(ticket, answer)
 
     def first_token(self, ticket: Ticket) -> None:
         """Note that the answer began."""
@@ -190,10 +193,10 @@ class SharedGate(Gate):
     def observe(self, name: str, load: Load) -> None:
         """Follow an endpoint's telemetry, if we lead: who follows goes by the leader's decisions."""
         self.now()
-        leading = self.replica.leading
-        if leading is not None:
+        leading, endpoint = self.replica.leading, self.controller.endpoints.get(name)
+        if leading is not None and endpoint is not None:
             leading.quotas.before_reading(name)
-            super().observe(name, load)
+            self.do(lambda now: self.controller.observe(name, load, now, leading.unsent(endpoint, now)))
             leading.quotas.after_reading(name)
 
     def _drain_some(self) -> None:

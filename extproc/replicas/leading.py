@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from extproc.admission.sessions import Home
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, Dispatch
-from extproc.replicas.forwarded import Forwarded, request_of
+from extproc.replicas.forwarded import BROUGHT, Forwarded, request_of
 from extproc.replicas.homes import tell_homes
 from extproc.replicas.messages import (
     Answered,
@@ -34,10 +34,12 @@ from extproc.replicas.messages import (
 from extproc.replicas.quotas import Quotas
 from extproc.replicas.rules import differing, rules_of
 from extproc.stream.by_age import LET_GO_IN_A_TURN, ByAge
+from extproc.words import some_of
 
 if TYPE_CHECKING:
     from collections.abc import Set
 
+    from extproc.admission.endpoint import Endpoint
     from extproc.admission.values import Decision
     from extproc.replicas.census import Census
     from extproc.replicas.forwarded import Follower
@@ -69,6 +71,7 @@ class Leading:
         self.heir: Follower | None = None
         self.gathering: ByAge | None = ByAge()
         self._lets_go = False  # they are offered, some in each turn of the loop
+        self._disowned: list[tuple[float, Endpoint, int]] = []  # lately: when, where, how many sequences
         self._sent_away: dict[str, list[str]] = {}  # followers, and what they lacked for too long
         gate.controller.is_shared = True
         self.quotas = Quotas(gate, census, self._told, hold_until=hold_until)
@@ -129,7 +132,8 @@ class Leading:
             if ticket.state is State.WAITING:
                 gate.do(partial(controller.withdraw, ticket))
         for ticket in tickets.values():
-            if ticket.state is State.LEASED:
+            if ticket.state is State.LEASED and ticket.endpoint is not None:
+                self._disowned.append((gate.now(), ticket.endpoint, ticket.sequences))
                 gate.do(partial(controller.disown, ticket))
 
     def end(self, successor: Member | None) -> list[Ticket]:
@@ -175,7 +179,7 @@ class Leading:
         if not missing:
             self._sent_away.pop(name, None)
             return None
-        return f"we use endpoint(s) that it does not know: {', '.join(missing[:5])}"
+        return f"we use endpoint(s) that it does not know: {some_of(missing, 5)}"
 
     def send_away(self, follower: Follower) -> str:
         """Lose a follower whose endpoints differ, until they don't; return why."""
@@ -228,8 +232,9 @@ class Leading:
         now = self._gate.now()
         follower.heard_at = now
         match message:
-            case Beat(number):
+            case Beat(number, seen):
                 follower.heard = number
+                follower.shows(seen, now)
             case Offer(number, asked) if number not in follower.tickets:  # of two nobody would end the first
                 ticket = self._ticket(follower, number, asked, now)
                 if follower.syncing is not None:
@@ -302,6 +307,7 @@ class Leading:
         controller = self._gate.controller
         self._gate.do(partial(controller.adopt, ticket, name, held_s=held_s, begun=begun))
         if ticket.state is State.LEASED:
+            ticket.told = BROUGHT
             self.quotas.hold_more(name, ticket.sequences)
         else:
             del ticket.follower.tickets[ticket.number]
@@ -320,6 +326,7 @@ class Leading:
         wait = Wait(ticket.waited_for, ticket.predicted_s)
         outcome, position = decision.outcome, ticket.position
         if isinstance(decision, Dispatch):
+            ticket.told = follower.told
             follower.link.send(Grant(number, outcome, decision.endpoint, position, home, wait))
         else:
             del follower.tickets[number]
@@ -332,13 +339,35 @@ class Leading:
             for lesson in lessons:
                 follower.link.send(lesson)
 
-    def status(self, follower: Follower) -> Status:
-        """Return what a follower is to know."""
+    def tell_status(self, follower: Follower) -> None:
+        """Tell a follower that we hear it, and what it is to know."""
         endpoints = self._gate.controller.endpoints.values()
-        return Status(
+        follower.told += 1
+        status = Status(
             follower.heard,
             self._census.count(self.group) or 0,
             len(self.group),
             tuple((endpoint.name, endpoint.limit.value) for endpoint in endpoints),
             frozenset(endpoint.name for endpoint in endpoints if endpoint.health.is_doubted),
+            follower.told,
+        )
+        follower.link.send(status)
+
+    def unsent(self, endpoint: Endpoint, now: float) -> int:
+        """Return how much of what followers were granted there long enough ago to have arrived may not be there yet.
+
+        A grant takes as long as the network does, or as its follower stands still; that it has acted its beats show.
+        And what one sent just before it died is on its way. It matters where others' requests are told from ours.
+        """
+        if not endpoint.foreign:
+            return 0
+        arrived = now - endpoint.strangers.law.arrived_s
+        self._disowned = [one for one in self._disowned if one[0] > arrived]
+        on_its_way = sum(sequences for _, there, sequences in self._disowned if there is endpoint)
+        return on_its_way + sum(
+            ticket.sequences
+            for ticket in endpoint.leases
+            if isinstance(ticket, Forwarded)
+            and ticket.leased_at <= arrived
+            and not ticket.follower.has_acted(ticket, arrived)
         )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 from extproc.config import split_address
 from extproc.errors import ProtocolError, StartError
+from extproc.replicas.log import SidecarLog, log
 from extproc.replicas.wire import LENGTH_BYTES, MOST_BYTES, frames, read
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from extproc.replicas.door import Door, Guest
     from extproc.replicas.messages import Message
 
-log = logging.getLogger("extproc.replicas")
+Log = logging.Logger | SidecarLog
 
 MOST_UNSENT_BYTES = 64 << 20
 """Who takes in nothing while so much waits for him is cut off; 10,000 waiting requests are about 2 MiB."""
@@ -35,13 +36,15 @@ HELLO_S = 5.0
 class TcpLink(asyncio.Protocol):
     """One side of a stream."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Wait for a connection; what is sent before is sent then."""
+    def __init__(self, loop: asyncio.AbstractEventLoop, written: Log, peer: str = "") -> None:
+        """Wait for a connection, which leads to `peer`; what is sent before is sent then."""
+        self._log = written
+        self._peer = peer
         self.receive: Callable[[Message], None] = lambda _: None
         self.closed: Callable[[], None] = lambda: None
         self.bounced: Callable[[Message], None] = lambda _: None
         self._has_bounced = False
-        self.spoke = False  # a frame came
+        self.spoke = False  # a message came
         self._loop = loop
         self._transport: asyncio.Transport | None = None
         self._unsent: list[Message] = []
@@ -72,6 +75,9 @@ class TcpLink(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin."""
+        if not self._peer:
+            host, port = (transport.get_extra_info("peername") or ("?", "?"))[:2]
+            self._peer = f"a guest from {host}:{port}"
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is one, but does not say so
         connected = transport.get_extra_info("socket")
         if connected is not None:
@@ -86,11 +92,11 @@ class TcpLink(asyncio.Protocol):
         self._buffer += data
         try:
             while not self._is_over and (frame := self._next_frame()) is not None:
-                self.spoke = True
                 for message in read(frame):
+                    self.spoke = True
                     self.receive(message)
         except ProtocolError as error:
-            log.warning("a stream between sidecars ends: %s", error)
+            self._log.warning("the stream with %s ends: %s", self._peer, error)
             self._abort()
 
     def _next_frame(self) -> bytes | None:
@@ -129,14 +135,14 @@ class TcpLink(asyncio.Protocol):
         for message, why in bounced:
             self._bounce(message, why)
         if transport.get_write_buffer_size() > MOST_UNSENT_BYTES:
-            log.warning("a stream between sidecars ends: %d bytes wait for the other side", MOST_UNSENT_BYTES)
+            self._log.warning("the stream with %s ends: %d bytes wait there to be read", self._peer, MOST_UNSENT_BYTES)
             self._abort()
 
     def _bounce(self, message: Message, why: str) -> None:
         """Give back what can't be sent; the rest must not suffer."""
         if not self._has_bounced:
             self._has_bounced = True
-            log.error("a message to another sidecar (%s) can't be sent: %s", type(message).__name__, why)
+            self._log.error("a message to %s (%s) can't be sent: %s", self._peer, type(message).__name__, why)
         self.bounced(message)
 
     def _abort(self) -> None:
@@ -155,13 +161,18 @@ class TcpNetwork:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
+        written: Log = log,
         *,
         client_tls: Callable[[], ssl.SSLContext] | None = None,
         server_tls: ssl.SSLContext | None = None,
         server_name: str | None = None,
     ) -> None:
-        """Use mutual TLS if there are contexts; others must show a certificate for `server_name`."""
+        """Use mutual TLS if there are contexts; others must show a certificate for `server_name`.
+
+        `written`: the log, as who we are.
+        """
         self._loop = loop
+        self._log = written
         self._client_tls = client_tls
         self._server_tls = server_tls
         self._server_name = server_name
@@ -171,7 +182,7 @@ class TcpNetwork:
 
     def dial(self, address: str, receive: Callable[[Message], None], closed: Callable[[], None]) -> TcpLink:
         """Open a stream to `address`."""
-        link = TcpLink(self._loop)
+        link = TcpLink(self._loop, self._log, f"the sidecar at {address}")
         link.receive, link.closed = receive, closed
         task = self._loop.create_task(self._connect(link, address), name=f"to sidecar {address}")
         self._tasks.add(task)
@@ -186,7 +197,7 @@ class TcpNetwork:
             async with asyncio.timeout(HELLO_S):
                 await self._loop.create_connection(lambda: link, host, port, ssl=tls, server_hostname=name)
         except (OSError, ValueError, TimeoutError) as error:
-            log.debug("no stream to sidecar %s: %s", address, error)
+            self._log.debug("no stream to the sidecar at %s: %s", address, error)
             link.fail()
 
     async def listen(self, address: str, door: Door) -> None:
@@ -200,7 +211,8 @@ class TcpNetwork:
             raise StartError(f"replicas.listen: can't listen at {address}: {error.strerror}") from None
 
     def _guest(self, door: Door) -> TcpLink:
-        link = _Accepted(self._loop, door, self._guests, self._server_name if self._server_tls else None)
+        name = self._server_name if self._server_tls else None
+        link = _Accepted(self._loop, self._log, door, self._guests, name)
         self._loop.call_later(HELLO_S, link.hurry)
         return link
 
@@ -218,8 +230,10 @@ class TcpNetwork:
 class _Accepted(TcpLink):
     """A stream that somebody opened to us."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, door: Door, guests: set[TcpLink], name: str | None) -> None:
-        super().__init__(loop)
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, written: Log, door: Door, guests: set[TcpLink], name: str | None
+    ) -> None:
+        super().__init__(loop, written)
         self._door = door
         self._guests = guests
         self._name = name
@@ -244,9 +258,7 @@ class _Accepted(TcpLink):
         shown = transport.get_extra_info("peercert") or {}
         names = [value for kind, value in shown.get("subjectAltName", ()) if kind == "DNS"]
         if self._name not in names:
-            log.warning(
-                "a stream between sidecars is refused: its certificate is for %s, not for %s", names, self._name
-            )
+            self._log.warning("%s is refused: its certificate is for %s, not for %s", self._peer, names, self._name)
         return self._name in names
 
     def hurry(self) -> None:

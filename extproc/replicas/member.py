@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import secrets
 import socket
 from typing import TYPE_CHECKING, Any
 
 from extproc.replicas.links import TcpNetwork
+from extproc.replicas.log import SidecarLog
 from extproc.replicas.messages import LAST, Member
 from extproc.replicas.picture import Role
 from extproc.replicas.replica import Replica
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from extproc.config import ReplicasConfig
     from extproc.replicas.gate import SharedGate
     from extproc.replicas.messages import Ask
-
-log = logging.getLogger("extproc.replicas")
 
 SETTLE_S = 4.0
 """How long a start waits until it is clear who leads; requests that come before would wait as long."""
@@ -49,15 +47,16 @@ class Membership:
         self._loop = loop
         self._store = store_of(config)
         tls = MutualTls(config.tls) if config.tls is not None else None
+        # A name for this life alone: whoever comes back after a restart holds nothing of what it held before.
+        name = f"{socket.gethostname()[:MOST_HOST]}-{secrets.token_hex(3)}"
+        me = Member(name, config.reached_at, LAST - 1)
         self._network = TcpNetwork(
             loop,
+            SidecarLog(me),
             client_tls=None if tls is None else tls.client,
             server_tls=None if tls is None else tls.server,
             server_name=None if tls is None else tls.server_name,
         )
-        # A name for this life alone: whoever comes back after a restart holds nothing of what it held before.
-        name = f"{socket.gethostname()[:MOST_HOST]}-{secrets.token_hex(3)}"
-        me = Member(name, config.reached_at, LAST - 1)
         beat_s = self._store.beat_s
         self.replica = Replica(gate, me, config.pool, self._network, loop, store_beat_s=beat_s)
         gate.watch()
@@ -140,6 +139,7 @@ class Membership:
             await asyncio.sleep(max(self._store.beat_s - (self._loop.time() - began), 0.1))
 
     async def _ask_store(self) -> None:
+        log = self.replica.log
         try:
             asked_at = self._loop.time()
             self.replica.store_says(await self._store.beat(self.replica.me), asked_at)
@@ -153,7 +153,7 @@ class Membership:
             if problem != self._problem:
                 log.exception("the store of replicas could not be asked: please report it")
         if problem is not None and self._problem is None:
-            log.warning("replicas: the store does not answer, nothing changes meanwhile: %s", problem)
+            log.warning("the store does not answer, nothing changes meanwhile: %s", problem)
         elif problem is None and self._problem is not None:
-            log.info("replicas: the store answers again")
+            log.info("the store answers again")
         self._problem = problem

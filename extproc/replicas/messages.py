@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from extproc.admission.sessions import Home
     from extproc.admission.values import Answer
 
-VERSION = 2
-"""Of the protocol. Sidecars of different versions don't follow each other; each group uses its part alone."""
+VERSION = 3
+"""Of the protocol. Sidecars of different versions don't follow each other; each group uses its part alone.
+
+Within a version a sidecar reads a word that it does not know as none (`wire.py`); what must not be needs another one.
+"""
 
 
 class Member(NamedTuple):
@@ -26,6 +29,10 @@ class Member(NamedTuple):
     id: str
     address: str
     joined: int
+
+    def __str__(self) -> str:
+        """Return who it is, for people."""
+        return f"{self.id} at {self.address}"
 
 
 LAST = 1 << 62
@@ -63,13 +70,14 @@ class Purpose(Enum):
 class Hello(NamedTuple):
     """The first word of whoever opens a stream.
 
-    `names`: the endpoints that its Envoy can be sent to; `rules`: marks of its configuration (`rules.py`).
+    `names`: the endpoints that its Envoy can be sent to; `rules`: marks of its configuration (`rules.py`). `purpose`:
+    None for one that we don't know.
     """
 
     version: int
     pool: str
     member: Member
-    purpose: Purpose
+    purpose: Purpose | None
     followers: int
     epoch: int
     names: frozenset[str]
@@ -150,9 +158,10 @@ class Names(NamedTuple):
 
 
 class Beat(NamedTuple):
-    """I live. Counts up."""
+    """I live. Counts up. `seen`: the last status that I have acted upon, and upon each grant before it."""
 
     number: int
+    seen: int = 0
 
 
 class Cancel(NamedTuple):
@@ -248,6 +257,7 @@ class Status(NamedTuple):
         group: how many of them are in its group, itself included.
         limits: of endpoints, for who leads next: an adaptive limit need not start over.
         doubted: endpoints of which an answer that begins well is news.
+        number: counts up.
     """
 
     heard: int
@@ -255,6 +265,7 @@ class Status(NamedTuple):
     group: int
     limits: tuple[tuple[str, int], ...] = ()
     doubted: frozenset[str] = frozenset()
+    number: int = 0
 
 
 class Told(NamedTuple):

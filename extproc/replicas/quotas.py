@@ -143,6 +143,11 @@ class Quotas:
         """Have it no more refill what somebody held who is gone."""
         self._refill[name] = max(self._refill.get(name, 0) - sequences, 0)
 
+    def released(self, name: str) -> None:
+        """Follow, where that counts, that we hold less."""
+        if name in self._held:
+            self.follow_one(name)
+
     # ---- readings
 
     def before_reading(self, name: str) -> None:

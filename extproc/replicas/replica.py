@@ -22,6 +22,7 @@ from extproc.replicas.door import Door
 from extproc.replicas.following import Following
 from extproc.replicas.forwarded import Forwarded
 from extproc.replicas.leading import Leading
+from extproc.replicas.log import SidecarLog
 from extproc.replicas.meeting import Meeting, rank_of
 from extproc.replicas.messages import (
     LAST,
@@ -42,6 +43,7 @@ from extproc.replicas.messages import (
 from extproc.replicas.picture import Picture, Role
 from extproc.replicas.rules import rules_of
 from extproc.replicas.seeking import Outcome, Seeking
+from extproc.words import some_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -52,8 +54,6 @@ if TYPE_CHECKING:
     from extproc.replicas.messages import Ask, Message, Network
     from extproc.replicas.seeking import Call
     from extproc.stream.gate import Loop, Timer
-
-log = logging.getLogger("extproc.replicas")
 
 BEAT_S = 0.25
 TEACH_S = 5.0
@@ -66,6 +66,8 @@ GATHER_S = 1.0
 """The longest that a new leader waits for others to tell what they hold, so that age decides who goes first."""
 REFUSED_S = 5.0
 """How long somebody who refused us is left alone."""
+MOST_NAMED = 10
+"""Sidecars that one line of the log names."""
 
 
 class Replica:
@@ -77,6 +79,7 @@ class Replica:
         door: who comes to us.
         tell: answers a follower who asks what we show, by a call of the second argument.
         turns: how often it began to lead, follow, seek.
+        log: what is written of it.
         bad_answers: how many requests of others each endpoint gave no good answer while we led, by kind.
     """
 
@@ -85,6 +88,7 @@ class Replica:
     ) -> None:
         """Belong to the sidecars of `pool` as `me`; `begin` starts it. The store is asked every `store_beat_s`."""
         self.me = me
+        self.log = SidecarLog(me)
         self.census = Census(store_beat_s)
         self.role = Role.SEEKING
         self.leading: Leading | None = None
@@ -320,7 +324,7 @@ class Replica:
         """Note that somebody would not have us, and leave him alone for a while."""
         self.refused = why
         self._refusals[member.id] = self._loop.time() + REFUSED_S
-        log.warning("%s does not have us: %s", member.id, why)
+        self.log.warning("%s does not have us: %s", member, why)
 
     def _hello(self, purpose: Purpose) -> Hello:
         followers = len(self.leading.followers) if self.leading is not None else 0
@@ -348,7 +352,7 @@ class Replica:
         call.ended = partial(self._lose_leader, silent=False)
         self.names_changed()  # they may have, since we said hello
         self._become(Role.FOLLOWING)
-        log.info("following %s, epoch %d", leader.id, epoch)
+        self.log.info("following %s, epoch %d", leader, epoch)
         self.door.answer_parked()
 
     def _lead(self) -> None:
@@ -364,7 +368,9 @@ class Replica:
         for ticket in waiting:
             self.leading.gather(ticket)
         self._become(Role.LEADING)
-        log.info("leading, epoch %d, %d other sidecar(s) known", self.epoch, len(self.census.others(self.me.id)))
+        others = [str(member) for member in self.census.others(self.me.id)]
+        known = some_of(others, MOST_NAMED) or "none"
+        self.log.info("leading, epoch %d; other sidecars that are known: %s", self.epoch, known)
         self._ends_gathering = self._loop.call_at(now + GATHER_S, partial(self._stop_gathering, self.leading))
         self.door.answer_parked()
         self.look_whether_all_came()
@@ -392,7 +398,8 @@ class Replica:
         self._waiting |= following.end()
         leader = following.leader
         level = logging.INFO if clean else logging.WARNING
-        log.log(level, "the leader %s %s", leader.id, "hands over" if clean else "is silent" if silent else "is gone")
+        what = "hands over" if clean else "is silent" if silent else "is gone"
+        self.log.log(level, "the leader %s %s", leader, what)
         self._on_loss()
         hold_until = 0.0 if clean else following.heard_at + SILENCE_S
         first = [successor] if successor is not None else [] if silent or clean else [leader]
@@ -409,7 +416,7 @@ class Replica:
         leading = self.leading
         if leading is None:
             return
-        log.info("leading no more: following %s", successor.id)
+        self.log.info("leading no more: following %s", successor)
         leading.teach()
         self._waiting |= dict.fromkeys(leading.end(successor))
         self.leading = None
@@ -423,7 +430,7 @@ class Replica:
         leading.drop(follower, clean=clean)
         self._on_loss()
         for other in leading.followers.values():
-            other.link.send(leading.status(other))
+            leading.tell_status(other)
 
     # ---- whom we follow
 
@@ -479,7 +486,7 @@ class Replica:
             self._was_stopped(now, stopped_s)
 
     def _was_stopped(self, now: float, stopped_s: float) -> None:
-        log.warning("this process did nothing for %.1f s; others may have gone on without it", stopped_s)
+        self.log.warning("this process did nothing for %.1f s; others may have gone on without it", stopped_s)
         if self.following is not None:
             following, self.following = self.following, None
             self._waiting |= following.end()
@@ -505,17 +512,17 @@ class Replica:
     def _beat_as_leader(self, leading: Leading, now: float) -> None:
         for follower in list(leading.followers.values()):
             if now - follower.heard_at > SILENCE_S:
-                log.warning("%s is silent: leading without it", follower.member.id)
+                self.log.warning("%s is silent: leading without it", follower.member)
                 follower.link.close()
                 self.lose_follower(follower, clean=False)
             else:
-                follower.link.send(leading.status(follower))
+                leading.tell_status(follower)
         if now - self._taught_at >= TEACH_S:
             self._taught_at = now
             leading.teach()
         for follower in leading.turn():
             why = leading.send_away(follower)
-            log.warning("%s is sent away, and decides alone: %s", follower.member.id, why)
+            self.log.warning("%s is sent away, and decides alone: %s", follower.member, why)
             follower.link.send(Refuse(why))
             follower.link.close()
         if self._meeting is not None and not self._leaving:

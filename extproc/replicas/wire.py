@@ -1,4 +1,8 @@
-"""Messages to bytes and back. Whatever bytes come, what comes out is messages or a ProtocolError, nothing else."""
+"""Messages to bytes and back. Whatever bytes come, what comes out is messages or a ProtocolError, nothing else.
+
+A sidecar of the same VERSION that is older or newer may use words that we don't know: kinds of messages, outcomes, what
+an answer was. These are read as what says least, and end no stream.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +35,8 @@ MOST_AGE_S = 86_400.0
 MOST_SEQUENCES = 1 << 16
 _OUTCOMES = {outcome.value: outcome for outcome in Outcome}
 _HELD = {held.value: held for held in HeldBy}
+_ANSWERS = {answer.value: answer for answer in Answer}
+_PURPOSES = {purpose.value: purpose for purpose in m.Purpose}
 
 
 # ---- out
@@ -106,11 +112,11 @@ def _encode(message: m.Message, lists: _Lists) -> pb.Message:  # noqa: C901 - a 
             if crowd is not None:
                 turned.crowd.CopyFrom(pb.Crowd(**crowd._asdict()))
             return pb.Message(turned=turned)
-        case m.Beat(number):
-            return pb.Message(beat=number)
-        case m.Status(heard, members, group, limits, doubted):
+        case m.Beat(number, seen):
+            return pb.Message(beat=pb.Beat(number=number, seen=seen))
+        case m.Status(heard, members, group, limits, doubted, number):
             pairs = [pb.Limit(endpoint=name, value=value) for name, value in limits]
-            status = pb.Status(heard=heard, members=members, group=group, limits=pairs, doubted=doubted)
+            status = pb.Status(heard=heard, members=members, group=group, limits=pairs, doubted=doubted, number=number)
             return pb.Message(status=status)
         case m.Answered(number):
             return pb.Message(answered=number)
@@ -140,7 +146,7 @@ def _encode(message: m.Message, lists: _Lists) -> pb.Message:  # noqa: C901 - a 
                 version=version,
                 pool=pool,
                 member=_member(member),
-                purpose=purpose.value,
+                purpose=None if purpose is None else purpose.value,
                 followers=followers,
                 epoch=epoch,
                 names=names,
@@ -209,12 +215,14 @@ def read(frame: bytes) -> list[m.Message]:
     try:
         batch = pb.Batch.FromString(frame)
         lists = [frozenset(name[:MOST_NAME] for name in allowed.names) for allowed in batch.allowed]
-        return [_decode(message, lists) for message in batch.messages]
-    except (DecodeError, ValueError, KeyError, IndexError) as error:
+        messages = (_decode(message, lists) for message in batch.messages)
+        return [message for message in messages if message is not None]
+    except (DecodeError, ValueError, IndexError) as error:
         raise ProtocolError(f"no batch of replicas: {type(error).__name__}: {error}") from None
 
 
-def _decode(message: pb.Message, lists: list[frozenset[str]]) -> m.Message:  # noqa: C901 - a table
+def _decode(message: pb.Message, lists: list[frozenset[str]]) -> m.Message | None:  # noqa: C901 - a table
+    """Return a message; None for a kind that we don't know."""
     kind = message.WhichOneof("kind")
     match kind:
         case "offer":
@@ -222,10 +230,10 @@ def _decode(message: pb.Message, lists: list[frozenset[str]]) -> m.Message:  # n
         case "grant":
             grant = message.grant
             home = grant.home if grant.HasField("home") else None
-            outcome = _OUTCOMES[grant.outcome]
+            outcome = _OUTCOMES.get(grant.outcome, Outcome.DISPATCHED)
             return m.Grant(grant.number, outcome, grant.endpoint, grant.position, home, _wait_of(grant.wait))
         case "release":
-            return m.Release(message.release.number, Answer(message.release.answer))
+            return m.Release(message.release.number, _ANSWERS.get(message.release.answer, Answer.UNKNOWN))
         case "first_token":
             return m.FirstToken(message.first_token)
         case "cancel":
@@ -238,11 +246,12 @@ def _decode(message: pb.Message, lists: list[frozenset[str]]) -> m.Message:  # n
             crowd = Crowd(said.in_flight, said.most, said.is_shared) if turned.HasField("crowd") else None
             return m.Turned(turned.number, refusal, retry_after_s, turned.position, _wait_of(turned.wait), crowd)
         case "beat":
-            return m.Beat(message.beat)
+            return m.Beat(message.beat.number, message.beat.seen)
         case "status":
             status = message.status
             limits = tuple((limit.endpoint, limit.value) for limit in status.limits)
-            return m.Status(status.heard, status.members, status.group, limits, frozenset(status.doubted))
+            doubted = frozenset(status.doubted)
+            return m.Status(status.heard, status.members, status.group, limits, doubted, status.number)
         case "answered":
             return m.Answered(message.answered)
         case "moved":
@@ -276,7 +285,7 @@ def _decode(message: pb.Message, lists: list[frozenset[str]]) -> m.Message:  # n
                 hello.version,
                 hello.pool,
                 _member_of(hello.member),
-                m.Purpose(hello.purpose),
+                _PURPOSES.get(hello.purpose),
                 hello.followers,
                 hello.epoch,
                 frozenset(hello.names),
@@ -294,11 +303,12 @@ def _decode(message: pb.Message, lists: list[frozenset[str]]) -> m.Message:  # n
         case "refuse":
             return m.Refuse(message.refuse[:MOST_NAME])
         case _:
-            raise ValueError("a message of a kind that this version does not know")
+            return None
 
 
 def _refusal(name: str) -> Outcome:
-    outcome = _OUTCOMES[name]
+    """Return why a request is refused. It must be, else it would wait for ever: for a reason unknown to us, too."""
+    outcome = _OUTCOMES.get(name, Outcome.NO_ENDPOINT)
     if outcome.status is None:
         raise ValueError(f"{name} is no refusal")
     return outcome
@@ -336,7 +346,7 @@ def _asked_of(asked: pb.Asked, lists: list[frozenset[str]]) -> m.Asked:
 
 
 def _wait_of(wait: pb.Wait) -> m.Wait:
-    held_by = _HELD[wait.held_by] if wait.HasField("held_by") else None
+    held_by = _HELD.get(wait.held_by) if wait.HasField("held_by") else None
     return m.Wait(held_by, _seconds(wait.predicted_s) if wait.HasField("predicted_s") else None)
 
 

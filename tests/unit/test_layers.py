@@ -26,7 +26,7 @@ ALLOWED = {
     "stream/bodies": {"extproc._pb", "extproc.errors"},
     "replicas": {
         *("extproc.replicas", "extproc.stream", "extproc.admission", "extproc.config", "extproc.errors"),
-        *("extproc.transport.tls", "extproc.kubernetes", "extproc._pb"),
+        *("extproc.transport.tls", "extproc.kubernetes", "extproc._pb", "extproc.words"),
     },
     "transport": {"extproc.transport", "extproc.stream", "extproc.config", "extproc.errors"},
     "transport/completion": {"extproc.transport", "extproc.stream", "extproc.errors"},
@@ -40,6 +40,7 @@ ALLOWED = {
     "endpoints": {
         *("extproc.endpoints", "extproc.config", "extproc.envoy", "extproc.errors", "extproc.tasks"),
         *("extproc.admission", "extproc.stream", "extproc.files", "extproc.kubernetes", "extproc.turns"),
+        "extproc.words",
     },
     "admin": {
         *(
@@ -88,7 +89,8 @@ ALLOWED = {
         *("extproc.envoy", "extproc.config", "extproc.stream", "extproc.durations", "extproc.files", "extproc.errors"),
         *("extproc.endpoints.names", "extproc.admission.limit"),
     },
-    "observe": {"extproc.observe", "extproc.admission", "extproc.endpoints.telemetry", "extproc"},
+    "observe": {"extproc.observe", "extproc.admission", "extproc.endpoints.telemetry", "extproc.words", "extproc"},
+    "words": set(),
 }
 PURE_ROOMS_OF_REPLICAS = ("census", "following", "gate", "leading", "messages", "replica", "wire")
 FORBIDDEN_OUTSIDE = {

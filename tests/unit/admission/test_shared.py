@@ -43,6 +43,19 @@ def test_an_adopted_lease_is_as_old_as_it_was_elsewhere():
     assert old.leased_at == 70.0
 
 
+def test_of_what_was_leased_long_ago_what_may_not_be_sent_is_not_taken_for_a_dead_sidecars():
+    here = core(limit=4)
+    here.observe("a", Load(running=0.0), 0.5)
+    here.adopt(lost := ticket("lost"), "a", 1.0)
+    here.disown(lost, 1.0)
+    for number in range(2):
+        here.offer(ticket(str(number)), 1.0)
+    here.observe("a", Load(running=2.0), 2.0, unsent=1)
+    assert here.endpoints["a"].foreign == 1
+    here.observe("a", Load(running=2.0), 3.0)
+    assert here.endpoints["a"].foreign == 0
+
+
 def test_a_lease_at_an_endpoint_that_is_not_known_here_is_not_adopted():
     here = core()
     stranger = ticket()

@@ -7,8 +7,6 @@ After each event what it touched is checked, and now and then everything. What i
 * All reachable, and all that ran at the last fault over: no engine ever holds more than its limit.
 * At any other time: at most one request per sidecar above it. A group of M of N uses M/N of a limit and at least one
   slot, and where parts were rounded or what was sent is not seen yet, that is what can come on top.
-* While grants take long, on a slow network or to a sidecar that is stopped: the part of one sidecar more. What one that
-  died left running is taken for grants that are on their way.
 """
 
 from __future__ import annotations
@@ -18,11 +16,9 @@ import sys
 import time
 from functools import partial
 from itertools import count
-from math import inf
 from typing import TYPE_CHECKING
 
 from extproc.admission import settling
-from extproc.admission.laws import LAWS
 from extproc.admission.values import EndpointSpec, Policy, RequestClass
 
 from .site import BrokenError, Site, require
@@ -57,7 +53,6 @@ class Storm(Site):
         self.calm_from = self.clock.now + CALM_S + LONGEST_S
         self.faults: dict[str, int] = {}
         self.worst_over = 0
-        self.late_until = 0.0  # when the last answer is over that ran while grants took long
         self.full = engines * limit / 32
         """How many times the traffic that fills engines of 32 slots in all fills these."""
         self.rate = 20.0 * self.full
@@ -162,7 +157,6 @@ class Storm(Site):
             elif sidecar.is_stopped:
                 self.resume(place)
         self.calm_from = self.clock.now + CALM_S + LONGEST_S
-        self.late_until = min(self.late_until, self.clock.now + LONGEST_S)
 
     def _leader(self) -> str | None:
         leaders = self.leaders()
@@ -181,7 +175,6 @@ class Storm(Site):
         sidecar = self.sidecars[place]
         if not sidecar.is_dead and not sidecar.is_stopped and len(self.alive) > 1:
             self.stop(place)
-            self.late_until = inf
             wakes = self.random.choice((0.3, 1.5, 2.5, 10.0))
             self.clock.at(self.clock.now + wakes, lambda: self._wake(sidecar.place, sidecar.life))
 
@@ -190,7 +183,6 @@ class Storm(Site):
         if sidecar.life == life and sidecar.is_stopped:
             self.resume(place)
             if not self._undo:
-                self.late_until = self.clock.now + LONGEST_S
                 self.calm_from = self.clock.now + CALM_S + LONGEST_S
 
     def _resign(self, place: str) -> None:
@@ -219,8 +211,6 @@ class Storm(Site):
 
     def _slow(self) -> None:
         self.net.delay_s = self.random.choice(((0.005, 0.05), (0.05, 0.4), (0.2, 1.0), (0.5, 3.0)))
-        if self.net.delay_s[1] > LAWS.foreign.arrived_s:
-            self.late_until = inf
 
     def _other_rate(self) -> None:
         self.rate = self.full * self.random.choice((5.0, 15.0, 22.0, 40.0))
@@ -235,8 +225,7 @@ class Storm(Site):
         super().check_engine(engine)
         over = len(engine.holds) - engine.limit
         self.worst_over = max(self.worst_over, over)
-        late = engine.limit // len(self.sidecars) if self.clock.now < self.late_until else 0
-        bound = 0 if self.is_calm else len(self.sidecars) + late
+        bound = 0 if self.is_calm else len(self.sidecars)
         self.demand(
             over <= bound,
             "over the limit by",

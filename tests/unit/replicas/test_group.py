@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import gc
 import logging
+import re
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from extproc.admission.decision import Crowd
+from extproc.admission.load import Load
 from extproc.admission.tenants import TenantRule, TenantRules
 from extproc.admission.ticket import Ticket
-from extproc.admission.values import EndpointSpec, Policy, Reject, Request, RequestClass
+from extproc.admission.values import Answer, EndpointSpec, Policy, Reject, Request, RequestClass
 from extproc.observe.log import CAME_LATE, QueueLog
 from extproc.observe.recording import Recorder, Recording
 from extproc.replicas.door import Guest
-from extproc.replicas.messages import VERSION, Asked, Held, Hello, Member, Offer, Purpose
+from extproc.replicas.messages import VERSION, Asked, Held, Hello, Member, Offer, Purpose, Refuse
 from extproc.replicas.picture import Role
 from extproc.replicas.replica import SILENCE_S
 
@@ -244,6 +247,46 @@ def test_what_runs_for_a_sidecar_that_died_keeps_its_place_at_the_engine():
         here.send(leader(here).place, work_s=2.0)
     here.run(15.0, here.check)
     assert here.engines["e0"].peak == 4
+
+
+@pytest.mark.parametrize("slow", ["the network", "who asks"])
+def test_a_grant_that_is_on_its_way_is_not_taken_for_what_a_dead_sidecar_left_running(slow):
+    """What its leader granted long ago is at the engine only if the sidecar that asked shows that it acted."""
+    here = site(engines=1, limit=12)
+    dead, late = followers(here)
+    for _ in range(6):
+        here.send(dead.place, work_s=30.0)
+    here.run(0.1)
+    here.kill(dead.place)
+    if slow == "the network":
+        here.net.delay_s = (0.4, 0.4)
+    here.run(3.0)
+    for _ in range(60):
+        here.send(late.place, work_s=0.5, budget_s=60.0)
+    if slow == "who asks":
+        here.run(0.0001)
+        here.stop(late.place)
+        here.run(1.1)
+        here.resume(late.place)
+    here.run(20.0, here.check)
+    assert here.engines["e0"].peak == 12
+    assert here.outcomes["done"] == 60
+
+
+def test_a_page_of_just_before_a_sidecar_died_does_not_forget_what_it_sent_last():
+    here = site(engines=1, limit=12)
+    dead = followers(here)[0]
+    here.run_until(lambda: 0.5 < here.clock.now % 1.0 < 0.6)
+    for _ in range(6):
+        here.send(dead.place, work_s=30.0)
+    here.run(0.02)
+    here.kill(dead.place)
+    here.run(0.02)
+    books = leader(here).controller.endpoints["e0"]
+    leader(here).gate.observe("e0", Load(running=0.0, waiting=0.0))
+    assert books.foreign == 6
+    here.run(5.0)
+    assert books.foreign == 6
 
 
 @pytest.mark.parametrize("has_page", [True, False])
@@ -570,6 +613,24 @@ def test_a_group_that_may_not_be_seen_any_more_sends_an_engine_one_more_for_each
     assert here.load() == 8, "their part in the end"
 
 
+def test_what_a_group_that_may_not_be_seen_holds_less_for_a_moment_it_does_not_send_again_at_once():
+    """Found by the storm: its engine was shut, all that it held there ended, and three came when it was open again."""
+    here = site(engines=1, limit=12)
+    corner = followers(here)[0]
+    here.net.cut([corner.place], set(here.sidecars) - {corner.place})
+    here.store.cut.add(corner.place)
+    here.run(10.0)
+    held = [here.send(corner.place, work_s=60.0, budget_s=60.0) for _ in range(8)]
+    here.run(6.0)
+    assert here.load() == 4
+    corner.gate.set_up("e0", is_up=False)
+    for client in held[:4]:
+        here.engines["e0"].holds.pop(client)
+        corner.close(client, Answer.OK)
+    corner.gate.set_up("e0", is_up=True)
+    assert here.load() == 1
+
+
 def test_an_endpoint_that_is_new_stays_closed_until_it_is_known_how_much_of_it_is_ours():
     here = Site(1, sidecars=1, engines=2, limit=8)
     here.store.is_up = False
@@ -710,6 +771,41 @@ def test_an_endpoint_that_is_gone_everywhere_may_finish_its_answers_without_anyb
     assert [dict(one.replica.turns) for one in here.alive] == turns
 
 
+@pytest.mark.parametrize(
+    ("hello", "why"),
+    [
+        (Hello(VERSION + 1, "pool", Member("x", "s1", 9), None, 0, 1, frozenset()), "version"),
+        (Hello(VERSION, "pool", Member("x", "s1", 9), None, 0, 1, frozenset()), "purpose"),
+        (Hello(VERSION, "lake", Member("x", "s1", 9), Purpose.FOLLOW, 0, 1, frozenset()), "pool"),
+    ],
+)
+def test_who_comes_for_what_we_dont_know_is_told_why_he_is_sent_away(hello, why):
+    here = site(engines=1)
+    heard: list[Any] = []
+    here.sidecars["s1"].replica._network.dial(leader(here).place, heard.append, lambda: None).send(hello)
+    here.run(0.1)
+    (said,) = heard
+    assert isinstance(said, Refuse)
+    assert why in said.why
+
+
+def test_who_comes_back_at_the_same_address_does_not_wait_for_itself_nor_follow_itself(caplog):
+    """The store still lists its life before, there: what it says to that one it says to itself."""
+    caplog.set_level(logging.INFO, "extproc.replicas")
+    here = site(sidecars=2)
+    gone = followers(here)[0]
+    here.kill(gone.place)
+    again = here.start(gone.place)
+    here.run_until(lambda: again.replica.role is Role.FOLLOWING and gone.replica.me.id in again.replica.census.members)
+    here.kill(leader(here).place)
+    at = here.clock.now
+    here.run_until(lambda: again.replica.role is Role.LEADING)
+    assert here.clock.now - at < 0.1
+    here.run(8.0)
+    me = again.replica.me
+    assert f"{me}: {me} follows" not in caplog.messages
+
+
 def test_a_leader_that_many_have_asked_keeps_nothing_of_them():
     here = site(engines=1)
     before = gc_count(Guest)
@@ -738,6 +834,21 @@ def test_a_storm_of_faults_breaks_no_promise(seed, sidecars, limit, reloads):
     """A slice of `make storm-replicas`."""
     here = storm(seed, 60_000, sidecars=sidecars, limit=limit, reloads=reloads)
     assert here.outcomes["done"] > 1000
+
+
+def test_every_line_of_the_log_says_who_writes_it_and_whom_it_is_about_with_their_addresses(caplog):
+    """Who is on call reads the logs of three sidecars side by side."""
+    caplog.set_level(logging.INFO, "extproc.replicas")
+    storm(1, 20_000, sidecars=3, limit=24, reloads=True)
+    lines = [record for record in caplog.records if record.name == "extproc.replicas"]
+    whom = Counter[str]()
+    for record in lines:
+        said = re.fullmatch(r"(s\d\.\d+) at (s\d): (.*)", record.getMessage())
+        assert said is not None
+        assert record.about == {"sidecar": said[1], "sidecar_address": said[2]}
+        assert not re.search(r"s\d\.\d+\b(?! at s\d)", said[3])
+        whom[re.sub(r"s\d\.\d+ at s\d", "X", said[3]).split(",")[0]] += 1
+    assert {"X follows", "following X", "the leader X is gone", "X is silent: leading without it"} <= whom.keys()
 
 
 def test_a_storm_sees_an_engine_above_its_limit_though_a_gate_takes_what_is_raised_there_for_an_observers_fault():

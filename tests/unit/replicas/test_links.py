@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import re
 import socket
 import struct
 
 import pytest
 import uvloop
 
+from extproc.replicas import links
 from extproc.replicas import messages as m
 from extproc.replicas.links import TcpNetwork
-from extproc.replicas.wire import MOST_BYTES, frames
+from extproc.replicas.log import SidecarLog
+from extproc.replicas.wire import MOST_BYTES, frames, read
 
 HELLO = m.Hello(1, "pool", m.Member("one", "127.0.0.1:1", 1), m.Purpose.FOLLOW, 0, 1, frozenset())
 
@@ -48,7 +52,7 @@ async def until(condition) -> None:
 
 
 async def opened(door: Door) -> tuple[TcpNetwork, str]:
-    network = TcpNetwork(asyncio.get_running_loop())
+    network = TcpNetwork(asyncio.get_running_loop(), SidecarLog(m.Member("me", "here:1", 1)))
     address = f"127.0.0.1:{free_port()}"
     await network.listen(address, door)
     return network, address
@@ -98,7 +102,7 @@ def test_what_cant_be_sent_is_given_back_and_told_once_and_what_was_said_with_it
 
     asyncio.run(run())
     (record,) = caplog.records
-    assert "(Offer) can't be sent" in record.message
+    assert re.search(r"a message to the sidecar at 127.0.0.1:\d+ \(Offer\) can't be sent", record.message)
 
 
 def test_a_sidecar_that_is_not_there_is_told_as_an_end():
@@ -122,7 +126,7 @@ def test_a_sidecar_that_is_not_there_is_told_as_an_end():
     ],
     ids=["http", "too long", "nonsense"],
 )
-def test_a_strangers_bytes_end_his_stream_and_reach_nobody(data):
+def test_a_strangers_bytes_end_his_stream_and_reach_nobody_and_the_log_says_from_where_they_came(data, caplog):
     async def run() -> None:
         door = Door()
         network, address = await opened(door)
@@ -134,6 +138,29 @@ def test_a_strangers_bytes_end_his_stream_and_reach_nobody(data):
                 assert await reader.read() == b""
             except ConnectionResetError:
                 pass
+        assert door.said == []
+        (line,) = caplog.messages
+        assert f"me at here:1: the stream with a guest from {writer.get_extra_info('sockname')[0]}" in line
+        writer.close()
+        await network.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("frame", [b"", b"\x0a\x05\xfa\x06\x02hi"], ids=["nothing", "a kind that we don't know"])
+def test_a_stranger_who_says_only_what_we_leave_out_is_ended_as_one_who_says_nothing(frame, monkeypatch):
+    monkeypatch.setattr(links, "HELLO_S", 0.1)
+    assert read(frame) == []
+
+    async def run() -> None:
+        door = Door()
+        network, address = await opened(door)
+        host, _, port = address.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(struct.pack(">I", len(frame)) + frame)
+        async with asyncio.timeout(5):
+            with contextlib.suppress(ConnectionResetError):
+                assert await reader.read() == b""
         assert door.said == []
         writer.close()
         await network.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -46,7 +47,7 @@ MESSAGES: list[m.Message] = [
     m.Names(frozenset({"a"}), frozenset({"classes=01234567"})),
     m.Ask(3, "queues", 200),
     m.Told(3, '{"waiting_total": 0}'),
-    m.Beat(17),
+    m.Beat(17, 16),
     m.Cancel(4),
     *(m.Release(5, answer) for answer in Answer),
     m.FirstToken(6),
@@ -63,7 +64,7 @@ MESSAGES: list[m.Message] = [
     *(m.Turned(11, outcome, 7, 2) for outcome in Outcome if outcome.status is not None),
     m.Turned(11, Outcome.UNKNOWN_MODEL, None, 0),
     m.Turned(11, Outcome.TENANT_LIMIT, 1, 0, m.Wait(), Crowd(0, 9, is_shared=True)),
-    m.Status(17, 3, 2, (("a", 64), ("b", 8)), frozenset({"b"})),
+    m.Status(17, 3, 2, (("a", 64), ("b", 8)), frozenset({"b"}), 18),
 ]
 
 
@@ -178,3 +179,69 @@ def test_an_age_below_nothing_or_beyond_a_day_is_cut():
 def test_a_refusal_by_an_outcome_that_is_none_is_refused():
     with pytest.raises(ProtocolError, match="is no refusal"):
         unframed(frames([m.Turned(1, Outcome.DISPATCHED, None, 0)]))
+
+
+def framed(*messages: pb.Message) -> bytes:
+    return pb.Batch(messages=messages).SerializeToString()
+
+
+HELLO = pb.Hello(version=m.VERSION, pool="p", member=pb.Member(id="a", address="b:1"), purpose=77)
+NEWER = {
+    "what became of a request": (
+        pb.Message(grant=pb.Grant(number=1, outcome="teleported", endpoint="a")),
+        m.Grant(1, Outcome.DISPATCHED, "a", 0, None),
+    ),
+    "what held it": (
+        pb.Message(grant=pb.Grant(number=1, outcome="rerouted", endpoint="a", wait=pb.Wait(held_by="moon"))),
+        m.Grant(1, Outcome.REROUTED, "a", 0, None),
+    ),
+    "why it is refused": (
+        pb.Message(turned=pb.Turned(number=1, outcome="too_pink", wait=pb.Wait(held_by="moon", predicted_s=2.0))),
+        m.Turned(1, Outcome.NO_ENDPOINT, None, 0, m.Wait(None, 2.0)),
+    ),
+    "what its answer was": (
+        pb.Message(release=pb.Release(number=1, answer="lukewarm")),
+        m.Release(1, Answer.UNKNOWN),
+    ),
+    "why somebody comes": (
+        pb.Message(hello=HELLO),
+        m.Hello(m.VERSION, "p", m.Member("a", "b:1", 0), None, 0, 0, frozenset()),
+    ),
+}
+
+
+@pytest.mark.parametrize(("sent", "read_as"), NEWER.values(), ids=NEWER)
+def test_a_word_of_an_older_or_newer_sidecar_that_we_dont_know_is_read_as_what_says_least(sent, read_as):
+    assert read(framed(sent)) == [read_as]
+
+
+def test_a_message_of_a_kind_that_we_dont_know_is_left_out_and_those_around_it_are_read():
+    unknown = pb.Message.FromString(b"\xfa\x06\x02hi")  # field 111, of bytes
+    more = pb.Message(beat=pb.Beat(number=2))
+    more.MergeFromString(b"\xfa\x06\x02hi")  # a field more in a kind that we know
+    assert read(framed(pb.Message(beat=pb.Beat(number=1)), unknown, more)) == [m.Beat(1), m.Beat(2)]
+
+
+def test_no_word_of_any_field_ends_a_stream():
+    """Each text and small number of each message, set to what no version has said yet."""
+    tried = 0
+    for message in MESSAGES:
+        batch = pb.Batch.FromString(frames([message])[LENGTH_BYTES:])
+        for part, field in texts(batch.messages[0]):
+            before = getattr(part, field.name)
+            setattr(part, field.name, "word of 2031" if field.type == field.TYPE_STRING else 77)
+            read(batch.SerializeToString())
+            setattr(part, field.name, before)
+            tried += 1
+    assert tried > 60
+
+
+def texts(message: Any) -> list[tuple[Any, Any]]:
+    found = []
+    for field, value in message.ListFields():
+        if field.type == field.TYPE_MESSAGE:
+            for part in value if field.is_repeated else [value]:
+                found += texts(part)
+        elif not field.is_repeated and field.name != "allowed" and field.type in (field.TYPE_STRING, field.TYPE_UINT32):
+            found.append((message, field))
+    return found
