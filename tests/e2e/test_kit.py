@@ -400,6 +400,16 @@ def test_a_polite_client_reports_an_answer_that_was_cut(plain: Plain) -> None:
 # loops
 
 
+def test_clients_whose_time_is_over_leave_no_connection_behind_to_a_server_that_reads_no_more():
+    with socket.create_server(("127.0.0.1", 0)) as listener, warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", ResourceWarning)
+        url = "http://{}:{}/".format(*listener.getsockname())
+        (answer,) = complete_many(url, 1, lambda _: {}, body=bytes(30_000_000), timeout_s=0.5)
+        gc.collect()
+    assert "TimeoutError" in answer.error
+    assert not warned
+
+
 def test_a_loop_does_not_end_before_a_tls_connection_that_it_closed():
     ca = trustme.CA()
     here = ca.issue_cert("127.0.0.1")

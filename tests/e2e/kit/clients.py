@@ -25,6 +25,7 @@ import h2.exceptions
 import h2.settings
 
 from .http1 import Body, Headers, header, parse_head, render_head
+from .loops import cut
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -457,6 +458,8 @@ def complete_many(
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-            return await asyncio.gather(*(one(session, number) for number in range(count)))
+            answers = await asyncio.gather(*(one(session, number) for number in range(count)))
+        await cut()
+        return answers
 
     return asyncio.run(all_of_them())

@@ -21,6 +21,14 @@ def run(story: Coroutine[Any, Any, None]) -> None:
             let_close(runner.get_loop())
 
 
+async def cut() -> None:
+    """End this loop's connections that are closed but for what their other side does not take: it may never do."""
+    for transport in list(asyncio.get_running_loop()._transports.values()):
+        if transport.is_closing():
+            transport.abort()
+    await asyncio.sleep(0)
+
+
 def let_close(loop: asyncio.AbstractEventLoop) -> None:
     """Run `loop` until its connections are closed; one that takes longer than GOODBYE_S stays, and is warned of."""
     last = time.monotonic() + GOODBYE_S
