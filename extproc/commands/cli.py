@@ -109,7 +109,7 @@ def _parser(command: str | None = None) -> argparse.ArgumentParser:
     envoy.add_argument(
         "--fail-open",
         action="store_true",
-        help="while no sidecar answers, send requests to any endpoint (default: 503)",
+        help="while no sidecar answers, send requests to any endpoint that lists their model (default: 503)",
     )
     envoy.add_argument(
         "--sidecar",
@@ -274,7 +274,7 @@ def _require_none(source: str, problems: list[str]) -> None:
 
 def _envoy_config(arguments: argparse.Namespace) -> int:
     from extproc.config import cross_check, load_config, require_address
-    from extproc.envoy import picker
+    from extproc.envoy import fallback, picker
     from extproc.envoy.bootstrap import render
     from extproc.envoy.sidecar_tls import render_secrets
     from extproc.envoy.skeleton import EnvoyOptions
@@ -301,6 +301,8 @@ def _envoy_config(arguments: argparse.Namespace) -> int:
         unqueued=tuple(dict.fromkeys(arguments.unqueued)),
     )
     bootstrap = picker.render(config, options) if config.picks else render(config, options)
+    if options.fail_open and not config.picks and (doubt := fallback.any_server(config)) is not None:
+        print(f"{arguments.config}: warning: {doubt}", file=sys.stderr)
     if arguments.secrets is not None:
         try:
             for name, text in render_secrets(config).items():

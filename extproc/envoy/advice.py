@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from extproc.envoy import fallback
 from extproc.envoy.check import read_bootstrap
-from extproc.envoy.view import views
+from extproc.envoy.upstreams import ANY_CLUSTER
+from extproc.envoy.view import hosts_of, parse, same, targets, views
 from extproc.stream import wire
 
 if TYPE_CHECKING:
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from extproc.config import Config
-    from extproc.envoy.view import View
+    from extproc.envoy.view import Spot, View
 
 
 def advice(config: Config, path: Path) -> list[str]:
@@ -26,6 +28,7 @@ def _words(view: View) -> Iterator[str]:
     yield from _own_errors(view)
     yield from _bodies(view)
     yield from _forms(view)
+    yield from _any_server(view)
 
 
 def _access_log(view: View) -> Iterator[str]:
@@ -69,12 +72,46 @@ def _bodies(view: View) -> Iterator[str]:
 
 def _forms(view: View) -> Iterator[str]:
     """Say which models stay unknown. What reads them may be anything that writes metadata: so no problem."""
-    if view.config.request_fields and "filters.http.lua." not in _types(view)[1]:
+    if view.config.request_fields and "filters.http.lua." not in _types(view)[0]:
         yield (
             f"{view.manager.path}.http_filters: request_fields is on, and no lua filter reads the model of forms "
             "(audio/transcriptions): they get 400 where endpoints list models; what `extproc envoy-config` prints "
             "would be right"
         )
+
+
+def _any_server(view: View) -> Iterator[str]:
+    """Say where what no sidecar steered goes to servers of which some lack its model."""
+    header, models = view.config.headers.cluster, view.config.headers.model
+    for host in view.hosts:
+        for route in host.each("routes"):
+            matched = {one.get("name"): "string_match" in one.node for one in route.each("match", "headers")}
+            if matched.get(header) or any(name in matched for name in models):
+                break  # models are told apart, here
+            if header not in matched and route.get("match", "path") is None:
+                yield from (f"{route.path}: {words}" for name in targets(route) if (words := _mixed(view, name)))
+
+
+def _mixed(view: View, name: str) -> str | None:
+    cluster = view.clusters.get(name)
+    if cluster is None:
+        return fallback.any_server(view.config) if name == ANY_CLUSTER else None
+    if len(_models_at(view, cluster)) < 2:
+        return None
+    return (
+        f"while no sidecar answers, requests go to any server of {name}, and these list different models: one that "
+        "lacks a request's answers 404, which clients take for good; the route and the filter that `extproc "
+        "envoy-config --fail-open` prints would be right"
+    )
+
+
+def _models_at(view: View, cluster: Spot) -> set[frozenset[str]]:
+    hosts = hosts_of(cluster) or []
+    return {
+        frozenset(one.models)
+        for one in view.config.endpoints
+        if any(same(host, parse(one.address)) is True for host in hosts)
+    }
 
 
 def _dynamic_metadata(log: str) -> str:

@@ -11,6 +11,7 @@ import json
 from typing import TYPE_CHECKING
 
 from extproc.durations import format_duration
+from extproc.envoy import fallback
 from extproc.envoy.filters import FORMS, JSON_FIELDS, PROBE, first_byte_probe, request_fields
 from extproc.envoy.sidecar_tls import sidecar_tls
 from extproc.envoy.skeleton import (
@@ -93,6 +94,7 @@ def render(config: Config, options: EnvoyOptions) -> str:
         routes=_routes(header, config, options),
         filters=request_fields(config),
         filters_behind=f"""\
+{fallback.steering(config) if options.fail_open else ""}\
 {first_byte_probe(config)}\
           - name: envoy.filters.http.set_metadata
             typed_config:
@@ -126,7 +128,17 @@ def _clusters(config: Config, options: EnvoyOptions) -> str:
     in_file, protocol = config.envoy_clusters_file is not None, options.upstream_protocol
     clusters = []
     if _unsteered_to(config, options) != ANY_CLUSTER:
-        clusters.append(unsteered_cluster(addresses, config, options))
+        clusters.append(unsteered_cluster(fallback.others(config), config, options))
+        clusters += [
+            any_cluster(
+                one.cluster,
+                [*one.addresses],
+                config.health_check,
+                options.upstream_protocol,
+                config.upstream_idle_timeout,
+            )
+            for one in (fallback.by_model(config) if options.fail_open else ())
+        ]
     if options.unqueued and not options.fail_open and not in_file:
         clusters.append(
             any_cluster(ANY_CLUSTER, addresses, config.health_check, protocol, config.upstream_idle_timeout)
@@ -145,8 +157,14 @@ def _routes(header: str, config: Config, options: EnvoyOptions) -> str:
     """Return the routes; `header` is the one that we steer by, as YAML writes it."""
     unsteered = _unsteered_to(config, options)
     any_endpoint = unsteered if options.fail_open else ANY_CLUSTER
+    outcome = f"""\
+                response_headers_to_add:
+                # Only what came past our filter, as the last filter notes: not what Envoy itself refused before (413).
+                - {{header: {{key: x-extproc-outcome, value: "{_UNSTEERED}"}}}}
+"""
     return f"""\
 {_unqueued_routes(any_endpoint, config, options)}\
+{fallback.route(config, outcome) if options.fail_open else ""}\
               # Steered: reached only after the sidecar has set the header and cleared the route cache.
               - match:
                   prefix: /
@@ -160,14 +178,12 @@ def _routes(header: str, config: Config, options: EnvoyOptions) -> str:
                     retry_on: "connect-failure,refused-stream,reset-before-request"
                     num_retries: 1
 {_second_priority(config)}                request_headers_to_remove: [{header}]
-{_upgrade_route(config, unsteered)}              # Not steered: no sidecar answered. {_unsteered_comment(options)}
+{_upgrade_route(config, unsteered)}\
+              # Not steered: no sidecar answered. {_unsteered_comment(config, options)}
               # It must be a route, not a direct_response: with that, the buffer limit above does not hold.
               - match: {{prefix: /}}
                 route: {{cluster: {unsteered}, timeout: 0s}}
-                response_headers_to_add:
-                # Only what came past our filter, as the last filter notes: not what Envoy itself refused before (413).
-                - {{header: {{key: x-extproc-outcome, value: "{_UNSTEERED}"}}}}
-"""
+{outcome}"""
 
 
 def _other_host(sidecars: tuple[str, ...]) -> str:
@@ -233,7 +249,9 @@ def _upgrade_route(config: Config, cluster: str) -> str:
 """
 
 
-def _unsteered_comment(options: EnvoyOptions) -> str:
+def _unsteered_comment(config: Config, options: EnvoyOptions) -> str:
+    if options.fail_open and fallback.by_model(config):
+        return "Fail open: what names no model of a server here."
     if options.fail_open:
         return "Fail open: any endpoint takes it, up to their circuit breaker."
     return "Fail closed: the cluster is empty, so 503."

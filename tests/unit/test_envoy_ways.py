@@ -8,6 +8,7 @@ import pytest
 
 from extproc.commands import cli
 from extproc.config import Config, parse_config
+from extproc.envoy.advice import advice
 from extproc.envoy.check import check_envoy, could_not_look
 from extproc.envoy.skeleton import EnvoyOptions
 from extproc.errors import ConfigError
@@ -69,6 +70,11 @@ class Bootstrap(Rendered):
         self.clusters[cluster]["load_assignment"]["endpoints"] = [{"lb_endpoints": found}]
 
 
+MODELS = """
+endpoints:
+- {name: a, address: '127.0.0.1:8001', models: [llama, qwen]}
+- {name: b, address: '127.0.0.1:8002', models: [qwen]}
+"""
 DISCOVERY = "discovery: [{dns: {name: h, port: 80}}]\nenvoy_clusters_file: /run/clusters.yaml"
 TLS = (
     "listen: 0.0.0.0:50051\n"
@@ -77,6 +83,8 @@ TLS = (
 RENDERED = {
     "plain": (TEXT, {}),
     "fail open": (TEXT, {"fail_open": True}),
+    "fail open, by model": (MODELS, {"fail_open": True}),
+    "fail open, by model in the body": (f"request_fields: true\n{MODELS}", {"fail_open": True}),
     "two sidecars, neither where this one listens": (TEXT, {"sidecars": ("127.0.0.1:7001", "127.0.0.1:7002")}),
     "h2": (TEXT, {"upstream_protocol": "h2"}),
     "by unix socket": (f"listen: unix:/run/s\n{TEXT}", {}),
@@ -438,3 +446,18 @@ def test_an_unqueued_path_must_be_exact(tmp_path, capsys, path):
     said = capsys.readouterr()
     assert said.out == ""
     assert f"--unqueued: must be an exact path without a query, like /health, not {path!r}" in said.err
+
+
+def test_a_last_route_to_any_server_is_named_where_servers_list_different_models(tmp_path):
+    """`check` said that such a bootstrap fits; of 12 requests 5 got a server's 404."""
+    config = parse_config(MODELS, "file", {})
+    any_server = "requests go to any server of unsteered, and these list different models"
+
+    def told(bootstrap: Bootstrap) -> list[str]:
+        return [word for word in advice(config, bootstrap.write(tmp_path)) if any_server in word]
+
+    assert told(Bootstrap(config, EnvoyOptions(fail_open=True))) == []
+    assert told(Bootstrap(config)) == []
+    alike = Bootstrap(parse_config(MODELS.replace("llama, ", ""), "file", {}), EnvoyOptions(fail_open=True))
+    assert len(told(alike)) == 1
+    assert told(alike)[0].startswith(f"{HOST}.routes[1]: while no sidecar answers")
