@@ -29,6 +29,7 @@ class Endpoint(Room):
         name: its name.
         missing: the models that it is left out for.
         deferred: how many of its requests wait there for the slot of an adapter.
+        dispatched, answered: requests that were sent there since the start, and those of them that were answered well.
         counters: whether its counters are believed.
         steps: what the engine's steps cost, by its counters.
         held_since: since when whatever came free here was taken at once, or suited nobody; None: there is room.
@@ -40,6 +41,7 @@ class Endpoint(Room):
     __slots__ = (
         "alarm",
         "alarm_number",
+        "answered",
         "completed",
         "counted",
         "counters",
@@ -71,7 +73,7 @@ class Endpoint(Room):
         self.listing = 0  # which of all listings was its last
         self.counted = False  # among its pools' usable ones
         self.missing = Missing(policy.laws.health)
-        self.dispatched = 0
+        self.dispatched = self.answered = 0
         self.completed = 0  # leases that ended since the mean of output tokens was fed last
         self.produced = 0  # output tokens that telemetry reported since then
         self.expected = self.written = 0
@@ -149,6 +151,7 @@ class Endpoint(Room):
     def release(self, ticket: Ticket, now: float, *, served: bool, wanted: bool = False) -> None:
         """Take `ticket` out of the books. `served`: its answer came whole; `wanted`: others waited then."""
         if served:
+            self.answered += 1
             self.health.heard_at = now
             if self.limit.blind:
                 self._learn_of(ticket, now, wanted=wanted)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from prometheus_client.core import GaugeMetricFamily
 
 from extproc.admission.limit import CEILING, AdaptiveLimit
+from extproc.observe.endpoints import serves
 from extproc.observe.filling import Filling
 
 if TYPE_CHECKING:
@@ -271,7 +272,7 @@ class Capacity:
             samples.popleft()
         before, last = samples[0], samples[-1].at
         samples.append(after)
-        pool.up = sum(map(_is_up, members))
+        pool.up = sum(map(serves, members))
         elapsed_s = now - before.at
         if elapsed_s <= 0.0:
             return
@@ -346,11 +347,6 @@ class Capacity:
             if answer.peak is not None:
                 engines.add_metric([name, "peak"], answer.peak)
         yield from (load, engines)
-
-
-def _is_up(endpoint: Endpoint) -> bool:
-    """Tell whether it serves: one that is tried with single requests, or fails them, carries no load."""
-    return endpoint.available and not (endpoint.health.on_trial or endpoint.health.is_failing)
 
 
 def _longer(before: Asked, after: Asked) -> float:

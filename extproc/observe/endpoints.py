@@ -45,6 +45,11 @@ class Telemetry(Protocol):
         """Walk endpoint, reason and number of failed scrapes."""
 
 
+def serves(endpoint: Endpoint) -> bool:
+    """Tell whether it serves: one that is tried with single requests, or fails them, carries no load."""
+    return endpoint.available and not (endpoint.health.on_trial or endpoint.health.is_failing)
+
+
 def known_signals(load: Load | None) -> dict[str, float]:
     """Return the gauges of a load that are known; an unknown one is absent, never 0."""
     if load is None:

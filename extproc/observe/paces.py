@@ -1,8 +1,8 @@
 """Which endpoint is much slower than its peers: one that answers well, and late, fails no check and no request.
 
 Each is held against the median of the others that serve the same models. By its time per output token, where pages tell
-of tokens; else by how long its answers take, by our own books: requests in flight x seconds, over answers that ended
-(Little's law). That one is a hint for people and no metric: one client's long sessions, at home at one of equal
+of tokens; else by how long its answers take, by our own books: requests in flight x seconds, over answers that came
+whole (Little's law). That one is a hint for people and no metric: one client's long sessions, at home at one of equal
 engines, look the same. Both are read when somebody looks, or every few seconds, nothing on the way of a request.
 
 One that hangs is not slow: it takes requests, passes its checks, and writes nothing. That is told apart.
@@ -14,6 +14,8 @@ from collections import deque
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from prometheus_client.core import GaugeMetricFamily
+
+from extproc.observe.endpoints import serves
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -39,7 +41,7 @@ class _Mark(NamedTuple):
 
     at: float
     held_s: float
-    ended: int
+    answered: int
 
 
 class _Book:
@@ -51,27 +53,27 @@ class _Book:
 
     __slots__ = ("at", "held_s", "marks", "written", "wrote_at")
 
-    def __init__(self, now: float, ended: int) -> None:
+    def __init__(self, now: float, answered: int) -> None:
         self.at, self.held_s = now, 0.0
         self.written, self.wrote_at = 0, now
-        self.marks = deque([_Mark(now, 0.0, ended)])
+        self.marks = deque([_Mark(now, 0.0, answered)])
 
     def look(self, endpoint: Endpoint, now: float) -> None:
         self.held_s += len(endpoint.leases) * (now - self.at)
         self.at = now
-        if endpoint.written != self.written or not endpoint.leases or _token_rate(endpoint) != 0.0:
+        if endpoint.written != self.written or not endpoint.leases or not _shows_no_life(endpoint):
             self.written, self.wrote_at = endpoint.written, now
         marks = self.marks
         if now - marks[-1].at >= STEP_S:
-            marks.append(_Mark(now, self.held_s, _ended(endpoint)))
+            marks.append(_Mark(now, self.held_s, endpoint.answered))
         while len(marks) > 1 and marks[1].at <= now - WINDOW_S:
             marks.popleft()
 
     def answer_s(self, endpoint: Endpoint) -> float | None:
         """Return how long answers took; None: too few to tell."""
         first = self.marks[0]
-        held_s, ended = self.held_s - first.held_s, _ended(endpoint) - first.ended
-        return held_s / ended if held_s and ended >= LEAST_ANSWERS else None
+        held_s, answered = self.held_s - first.held_s, endpoint.answered - first.answered
+        return held_s / answered if held_s and answered >= LEAST_ANSWERS else None
 
 
 class Paces:
@@ -87,7 +89,7 @@ class Paces:
         """Note what each endpoint holds."""
         before, self._books = self._books, {}
         for name, endpoint in self._controller.endpoints.items():
-            book = self._books[name] = before.get(name) or _Book(now, _ended(endpoint))
+            book = self._books[name] = before.get(name) or _Book(now, endpoint.answered)
             book.look(endpoint, now)
 
     def slowness(self) -> dict[str, float]:
@@ -101,11 +103,15 @@ class Paces:
         return self._against_peers(_token_s)
 
     def silent(self) -> dict[str, float]:
-        """Return for how long each endpoint that runs requests has written no token, as its page tells, in seconds."""
+        """Return for how long each endpoint that runs requests has written no token, as its page tells, in seconds.
+
+        Or has shown no life at all, where it is down and its page can't be read: a dead server has ended what
+        it ran, and one that hangs has not.
+        """
         found = {}
         for name, endpoint in self._controller.endpoints.items() if self._decides() else ():
             book = self._books.get(name)
-            if book is not None and endpoint.leases and _token_rate(endpoint) is not None:
+            if book is not None and endpoint.leases and _tells(endpoint):
                 found[name] = book.at - book.wrote_at
         return found
 
@@ -117,7 +123,7 @@ class Paces:
         """Hold the `time_s` of each endpoint against that of the others that serve the same models."""
         times: dict[frozenset[str], dict[str, float]] = {}
         for name, endpoint in self._controller.endpoints.items() if self._decides() else ():
-            its = time_s(endpoint)
+            its = time_s(endpoint) if serves(endpoint) else None
             if its is not None:
                 times.setdefault(endpoint.spec.models, {})[name] = its
         return {name: ratio for peers in times.values() for name, ratio in _against_others(peers)}
@@ -134,8 +140,9 @@ class Paces:
             slow.add_metric([name], ratio)
         silent = GaugeMetricFamily(
             "extproc_endpoint_silent_seconds",
-            "For how long an endpoint that runs requests has written no token: one that hangs may pass its checks. "
-            "Absent while it runs none, and where its page does not tell how many it writes a second.",
+            "For how long an endpoint that runs requests has written no token: one that hangs may pass its checks. Of "
+            "one that is down and whose page can't be read: for how long it has shown no life. Absent while it runs "
+            "none, and where its page does not tell how many it writes a second.",
             labels=["endpoint"],
         )
         for name, silent_s in self.silent().items():
@@ -150,8 +157,18 @@ def _token_rate(endpoint: Endpoint) -> float | None:
     return page.tokens_per_s if page is not None and endpoint.written else None
 
 
-def _ended(endpoint: Endpoint) -> int:
-    return endpoint.dispatched - len(endpoint.leases)
+def _is_lost(endpoint: Endpoint) -> bool:
+    """Tell whether it is down and nothing can be read of it."""
+    return endpoint.reading.page is None and endpoint.health.is_up is False
+
+
+def _tells(endpoint: Endpoint) -> bool:
+    """Tell whether one that writes nothing shows it."""
+    return _token_rate(endpoint) is not None or _is_lost(endpoint)
+
+
+def _shows_no_life(endpoint: Endpoint) -> bool:
+    return _token_rate(endpoint) == 0.0 or _is_lost(endpoint)
 
 
 def _token_s(endpoint: Endpoint) -> float | None:

@@ -39,6 +39,12 @@ _ANSWERS = {
 }
 
 
+_HANGS = (
+    ". What a dead server runs ends at once: so this one hangs, or can't be reached. Kill its process, and the clients "
+    "of all that it runs get their error; else they wait on, as long as Envoy's stream_idle_timeout"
+)
+
+
 class _Refused(NamedTuple):
     """One that was sent nowhere: refused, or its client left while it waited (no decision), and when."""
 
@@ -186,6 +192,8 @@ def _afterwards(ticket: Ticket) -> list[tuple[float, str]]:
         endpoint = ticket.endpoint
         if endpoint is not None and not endpoint.health.is_usable:  # what runs there is waited for all the same
             began += f"; {endpoint.name} is {endpoint.condition} now"
+            if endpoint.health.is_up is False:
+                began += _HANGS
         events.append(
             (ticket.burst.seen_at if ticket.burst is not None else ticket.leased_at, f"holds its slot: {began}")
         )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
+import sys
 import threading
 import time
 from collections import Counter
@@ -15,7 +17,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from .kit.clients import H1Request, complete_many
-from .kit.processes import free_port, wait_until
+from .kit.commands import extproc
+from .kit.processes import Child, free_port, wait_until
 from .kit.stack import local
 from .kit.upstream import SSE_DONE, behave
 
@@ -321,3 +324,35 @@ def test_answers_that_break_off_end_once_and_give_their_slots_back(stack, how):
     assert not whole(answers)
     assert {one.status for one in answers} <= {200, 502, 503}
     settle(here, 40)
+
+
+def test_an_engine_that_is_frozen_with_its_pages_is_said_to_hang(stack, tmp_path):
+    """It was `DOWN, 4/4` and no more: no alert could fire, and no word said that its clients wait till it is killed."""
+    engine = [sys.executable, "-m", "extproc", "engine", "--max-num-seqs", "2", "--port", "0"]
+    with contextlib.ExitStack() as running:
+        engines = [running.enter_context(Child(engine, tmp_path / f"{n}.log", name=n)) for n in ("one", "two")]
+        addresses = [one.wait_line(r" listening on http://(\S+)").group(1) for one in engines]
+        here = stack(
+            upstreams=(),
+            endpoints={name: {"address": at} for name, at in zip(("a", "b"), addresses, strict=True)},
+            config={"max_running_requests": 2, "health_check": CHECK, "telemetry_stale_after": "500ms",
+                    "scrape_interval": "100ms"},
+        )  # fmt: skip
+        body = b'{"model": "sim", "stream": true, "max_tokens": 4000, "messages": [{"role": "user", "content": "hi"}]}'
+        kind = ("content-type", "application/json")
+        for number in range(4):
+            headers = [kind, ("x-request-id", f"r{number}")]
+            running.enter_context(H1Request(here.address, headers=headers, body=body)).send()
+        here.wait_in_flight("b", 2)
+        wait_until(lambda: here.endpoint("b")["load"].get("tokens_per_s"), message="it writes")
+        engines[1].signal(signal.SIGSTOP)
+        silent = 'extproc_endpoint_silent_seconds{endpoint="b"}'
+        wait_until(lambda: here.sidecar.metrics().get(silent, 0.0) > 3.0, 15.0, "it is told as silent")
+        assert here.endpoint("b")["state"] == "down"
+        assert here.sidecar.metrics()['extproc_endpoint_silent_seconds{endpoint="a"}'] == 0.0
+        (held,) = [one["id"] for one in here.sidecar.queues()["running"] if one["endpoint"] == "b"][:1]
+        told = extproc("why", held, "--admin", here.sidecar.admin).stdout
+        assert "b is down now. What a dead server runs ends at once: so this one hangs" in told
+        engines[1].signal(signal.SIGKILL)
+        here.wait_in_flight("b", 0)
+        assert silent not in here.sidecar.metrics()

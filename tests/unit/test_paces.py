@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -191,3 +192,48 @@ def test_top_and_the_view_say_who_is_slow_and_put_it_first_where_not_all_fit() -
     first = next(line for line in lines(view, 120, 24) if line.startswith("vllm-"))
     assert first.startswith("vllm-17")
     assert "SLOW x10" in first
+
+
+def test_one_that_is_killed_leaves_no_survivor_that_is_called_slow() -> None:
+    """It read SLOW x4, and the runbook said to take it out: its dead peer's refused connections were quick answers."""
+    fleet = Fleet("", "")
+    fleet.room.gate.controller.set_policy(replace(fleet.core.policy, enable_queue=False), fleet.room.clock.now)
+    for name in fleet.core.endpoints:
+        fleet.room.gate.set_up(name, is_up=True)
+    fleet.answer(200.0, {"vllm-0": 2.0, "vllm-1": 2.0})
+    for _ in range(600):
+        fleet.room.clock.now += 0.02
+        for ticket in fleet.room.offer(1, allowed=frozenset(["vllm-1"])):
+            if ticket.endpoint is not None:
+                fleet.room.gate.close(ticket, Answer.FAILED)
+    fleet.paces.sample(fleet.room.clock.now)
+    assert fleet.core.endpoints["vllm-1"].dispatched > 120 + LEAST_ANSWERS
+    assert fleet.paces.slowness().get("vllm-0", 1.0) == pytest.approx(1.0, rel=0.3), "refusals are no answers"
+    fleet.room.gate.set_up("vllm-1", is_up=False)
+    assert fleet.paces.slowness() == {}, "it is alone"
+
+
+def test_one_that_hangs_with_its_page_and_is_down_for_that_is_told_as_silent() -> None:
+    """`top` said DOWN and four in flight, and no alert could fire: its page was stale, so nothing was told of it."""
+    fleet = Fleet("", "")
+    for name in fleet.core.endpoints:
+        fleet.room.gate.set_up(name, is_up=True)
+    fleet.room.offer(8)
+    fleet.tell({"vllm-0": 195.0, "vllm-1": 195.0})
+    fleet.paces.sample(fleet.room.clock.now)
+    fleet.room.gate.set_up("vllm-1", is_up=False)
+    for _ in range(100):
+        fleet.room.clock.now += 1.0
+        load = Load(4.0, 0.0, 0.2, tokens_per_s=195.0, prompt_tokens=0, output_tokens=195)
+        fleet.core.observe("vllm-0", load, fleet.room.clock.now)
+        fleet.core.tick(fleet.room.clock.now)
+        fleet.paces.sample(fleet.room.clock.now)
+    found = fleet.paces.silent()
+    assert found["vllm-0"] == 0.0
+    assert found["vllm-1"] == pytest.approx(100.0 - fleet.core.policy.stale_after_s, abs=2.0)
+    fleet.room.admin = Admin("127.0.0.1:0", fleet.room.gate, fleet.room.metrics, paces=fleet.paces)
+    view = asyncio.run(fleet.room.admin.view())
+    assert any(line.startswith("vllm-1") and "DOWN, NO TOKEN FOR" in line for line in lines(view, 120, 24))
+    for ticket in [*fleet.core.endpoints["vllm-1"].leases]:
+        fleet.room.gate.close(ticket, Answer.FAILED)
+    assert "vllm-1" not in fleet.paces.silent(), "it was killed: what it ran is over"
