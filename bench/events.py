@@ -222,6 +222,23 @@ def of_pools(waiting: int) -> Longest:
     return longest
 
 
+def of_own_models(waiting: int) -> Longest:
+    """Four endpoints that serve 500 models; then one comes for each model, 25 in one moment, as a reload has it."""
+    load = Load(waiting, False, 4, models=500)
+    core, longest = load.core, Longest(load)
+    own = [EndpointSpec(f"own-{model}", "", frozenset({model}), LIMIT) for model in load.models]
+    for first in range(0, len(own), 25):
+        some = own[first : first + 25]
+        longest.take("500 models: 25 come that serve one each", core.put_endpoints, some)
+        for spec in some:
+            longest.take("500 models: one of these is up", core.set_up, spec.name, is_up=True)
+        longest.take("500 models: a tick amid that", core.tick)
+    longest.settle("500 models: a tick amid that")
+    for spec in own[:100]:
+        longest.all_at_once("500 models: one goes that serves one", core.remove_endpoints, [spec.name])
+    return longest
+
+
 def of_homes(waiting: int) -> Longest:
     """One endpoint, where everybody is at home, with a budget of its own for a wait while it is down."""
     load = Load(waiting, False, 1)
@@ -318,6 +335,7 @@ PARTS = {
     "leave": of_clients_that_leave,
     "budgets": of_budgets_that_end,
     "pools": of_pools,
+    "own_models": of_own_models,
     "homes": of_homes,
     "picked": of_picked,
     "many": of_many,

@@ -167,12 +167,16 @@ class Memory:
     def share(self) -> FairShare:
         """Return a new share. The others may have to forget some of their tenants."""
         share = FairShare(self)
-        self.keep([*self._shares, share])
+        self._shares.append(share)
+        self._part_shares()
         return share
 
     def keep(self, shares: Iterable[FairShare]) -> None:
         """Go on with these alone: the pools of others are gone."""
         self._shares = list(shares)
+        self._part_shares()
+
+    def _part_shares(self) -> None:
         each = min(_part(len(self._shares)), MAX_TENANTS)
         if each < self.each:
             for share in self._shares:
@@ -182,12 +186,16 @@ class Memory:
     def turns(self) -> Turns:
         """Return new turns. The others may have to forget some of their tenants."""
         turns = Turns(self)
-        self.keep_turns([*self._turns, turns])
+        self._turns.append(turns)
+        self._part_turns()
         return turns
 
     def keep_turns(self, turns: Iterable[Turns]) -> None:
         """Go on with these alone: the endpoints of others are gone."""
         self._turns = list(turns)
+        self._part_turns()
+
+    def _part_turns(self) -> None:
         each = min(_part(len(self._turns)), MAX_TURNS)
         if each < self.each_turns:
             for one in self._turns:
@@ -196,4 +204,5 @@ class Memory:
 
 
 def _part(count: int) -> int:
-    return max(MOST_TENANTS // max(count, 1), LEAST_TENANTS)
+    """Return the part of each of `count`. It is halved now and then, and not less with each: all look at it then."""
+    return max(MOST_TENANTS >> max(count - 1, 0).bit_length(), LEAST_TENANTS)

@@ -6,6 +6,7 @@ the dispatch pass then looks at: see `Books.freed` and `Books.arrive`.
 
 from __future__ import annotations
 
+from heapq import heappush
 from math import inf
 from typing import TYPE_CHECKING, TypeVar
 
@@ -18,8 +19,6 @@ from extproc.admission.tenants import GUARANTEED
 from extproc.admission.transitions import LEFT, NEW, WAITING
 
 if TYPE_CHECKING:
-    from collections import deque
-
     from extproc.admission.books import Books
     from extproc.admission.endpoint import Endpoint
     from extproc.admission.estimate import TokenEstimate
@@ -65,6 +64,29 @@ class Left:
         return not self.may_move and (self.is_new or not self.renumbers)
 
 
+class Looked:
+    """Those who are to wait in one pool, of lines that were given up and are settled by class and arrival.
+
+    Attributes:
+        heap: each one's class and number, its own in this heap, and the line where it stands, or stood.
+        queues: these lines.
+    """
+
+    __slots__ = ("_count", "heap", "queues")
+
+    def __init__(self) -> None:
+        """Start with nobody."""
+        self.heap: list[tuple[int, int, int, Queue]] = []
+        self.queues: dict[Queue, None] = {}
+        self._count = 0
+
+    def add(self, key: Key, queue: Queue) -> None:
+        """Note one that stands in `queue`; it may have been noted where it stood before."""
+        self._count += 1
+        heappush(self.heap, (key[0], key[2], self._count, queue))
+        self.queues[queue] = None
+
+
 class Lines:
     """Who waits where, and until when.
 
@@ -72,7 +94,7 @@ class Lines:
         alarms: when each of those who wait must be looked at: its patience, or its budget, ends.
         left: lines that were given up: who stands there is yet to be settled.
         left_since: since when there are any, or were last.
-        turns: of those who stand there, by the pool where each is to wait, some by class and arrival: see `Settling`.
+        turns: of those who stand there, by the pool where each is to wait: see `Looked`.
         renumbered: pools whose places are given in the order of arrival since the last change, till all are settled.
     """
 
@@ -85,7 +107,7 @@ class Lines:
         self.alarms: Alarms[Ticket] = Alarms()
         self.left: dict[Queue, Left] = {}
         self.left_since = 0.0
-        self.turns: dict[Pool, list[tuple[Queue, deque[Key]]]] = {}
+        self.turns: dict[Pool, Looked] = {}
         books.pools.awaited = self.turns
         self.renumbered: dict[Pool, None] = {}
 

@@ -16,32 +16,31 @@ is refused when its budget is over, as anywhere.
 
 from __future__ import annotations
 
-from collections import deque
-from heapq import merge
+from heapq import heappop, merge
 from itertools import islice, repeat
 from math import inf
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from extproc.admission.lanes import comes, lane_of
-from extproc.admission.lines import placed, refund
+from extproc.admission.lines import Looked, placed, refund
 from extproc.admission.queue import Queue
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from extproc.admission.books import Books
     from extproc.admission.endpoint import Endpoint
     from extproc.admission.lines import Left, Lines
     from extproc.admission.pool import Pool
-    from extproc.admission.ticket import Key, Ticket
+    from extproc.admission.ticket import Ticket
 
 PIECE = 250
 """How many are settled in one event: two milliseconds' worth."""
 LOOKS = 3
 """So many times a piece are looked at in one event."""
 LOOKED_S = 1.0
-"""For so long; then all at once. A change of pools begins it anew: where these follow each other it would never end."""
+"""For so long; then twice as many, and so on. A change of pools begins it anew, and many in a row must let it end."""
 GOING = 3
 """Who is dispatched costs so many times as much: a part of a piece while all are let go."""
 
@@ -145,7 +144,7 @@ class Settling:
     def _look(self) -> bool:
         """Find out whose turn is when, of some where that is not known; tell whether it is of all."""
         books, lines = self._books, self._lines
-        most = LOOKS * PIECE if books.now < lines.left_since + LOOKED_S else books.waiting + 1  # all of them
+        most = LOOKS * PIECE * (1 + int((books.now - lines.left_since) / LOOKED_S))
         while unknown := [(queue, line) for queue, line in lines.left.items() if not line.is_in_order]:
             unknown = [(queue, line) for queue, line in unknown if not line.is_looked_at]
             for queue, line in unknown:
@@ -158,13 +157,13 @@ class Settling:
 
     def _look_at(self, queue: Queue, line: Left, most: int) -> int:
         """Look at up to `most` more who stand in a line; return how many there were."""
-        keys = list(islice(queue.keys_behind(line.looked_to), most))
-        found: dict[Pool, list[Key]] = {}
+        keys, turns = list(islice(queue.keys_behind(line.looked_to), most)), self._lines.turns
         for key in keys:
             pool = self._pool_of(queue.tickets[key[2]]) if line.may_move else line.pool
-            found.setdefault(pool, []).append((key[0], inf, key[2]))
-        for pool, its in found.items():
-            self._lines.turns.setdefault(pool, []).append((queue, deque(sorted(its))))
+            looked = turns.get(pool)
+            if looked is None:
+                looked = turns[pool] = Looked()
+            looked.add(key, queue)
         if len(keys) < most:
             line.is_looked_at = True
         else:
@@ -180,8 +179,8 @@ class Settling:
         left, renumbered = lines.left, lines.renumbered
         gaining = [
             pool
-            for pool, runs in lines.turns.items()
-            if pool not in renumbered and any(queue in left and left[queue].pool is not pool for queue, _ in runs)
+            for pool, looked in lines.turns.items()
+            if pool not in renumbered and any(queue in left and left[queue].pool is not pool for queue in looked.queues)
         ]
         met = [pool for pool in gaining if pool.waiting_total]
         there = [queue for pool in met for queue in pool.queues() if not queue.is_left]
@@ -193,26 +192,19 @@ class Settling:
         """Return who is settled next, and where each is to wait: of each pool the first ones."""
         lines = self._lines
         left, turns = lines.left, lines.turns
-        sources: dict[Pool, list[tuple[Queue, deque[Key] | None]]] = {pool: [*runs] for pool, runs in turns.items()}
+        in_order: dict[Pool, list[Queue]] = {pool: [] for pool in turns}
         for queue, line in left.items():
             if line.is_in_order:
-                sources.setdefault(line.pool, []).append((queue, None))
+                in_order.setdefault(line.pool, []).append(queue)
         most = PIECE if self._books.policy.enable_queue else max(PIECE // GOING, 1)
-        each = most if sum(map(len, left)) <= most else max(most // len(sources), 1)
+        each = most if sum(map(len, left)) <= most else max(most // len(in_order), 1)
         piece: dict[Ticket, Pool] = {}
-        for pool, its in islice(sources.items(), most):
-            firsts = [
-                zip(islice(queue.keys_behind() if run is None else run, each), repeat((queue, run)))
-                for queue, run in its
-            ]
-            for (_, _, number), (queue, run) in list(islice(merge(*firsts, key=_place), each)):
-                if run is not None:
-                    run.popleft()
-                if number in queue.tickets:  # it has not left
-                    piece[queue.tickets[number]] = pool
-            runs = turns.pop(pool, ())
-            if rest := [(queue, run) for queue, run in runs if run]:
-                turns[pool] = rest  # the others first, next time
+        for pool, queues in islice(in_order.items(), most):
+            looked = turns.pop(pool, None)
+            for ticket in _firsts(queues, [] if looked is None else looked.heap, each):
+                piece[ticket] = pool
+            if looked is not None and looked.heap:
+                turns[pool] = looked  # the others first, next time
         return piece
 
     def _pool_of(self, ticket: Ticket) -> Pool:
@@ -281,6 +273,22 @@ class Settling:
         if request.budget_s is not None:
             until = min(until, request.arrived + request.budget_s)
         ticket.wait_until = until
+
+
+def _firsts(queues: list[Queue], heap: list[tuple[int, int, int, Queue]], most: int) -> Iterator[Ticket]:
+    """Walk the first of those who stand in order in `queues`, and take those out of `heap` that are before them."""
+    stand = merge(*(zip(islice(queue.keys_behind(), most), repeat(queue)) for queue in queues), key=_place)
+    upcoming = next(stand, None)
+    for _ in range(most):
+        if heap and (upcoming is None or (heap[0][0], inf, heap[0][1]) < upcoming[0]):
+            _, number, _, queue = heappop(heap)
+        elif upcoming is not None:
+            (_, _, number), queue = upcoming
+            upcoming = next(stand, None)
+        else:
+            return
+        if number in queue.tickets:  # it has not left
+            yield queue.tickets[number]
 
 
 _place = itemgetter(0)

@@ -11,6 +11,7 @@ import pytest
 from extproc.admission import settling
 from extproc.admission.controller import Controller
 from extproc.admission.endpoint import Endpoint
+from extproc.admission.fairness import Memory
 from extproc.admission.pools import Pools
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import Dispatch, EndpointSpec, Policy, Request, RequestClass
@@ -241,6 +242,9 @@ CHANGES: dict[str, Callable[[Controller], object]] = {
     "the last one is down": lambda core: core.set_up("e0", 2.0, is_up=False),
     "another order": lambda core: core.set_policy(Policy(shed=False, fair=False), 2.0),
     "the shortest first": lambda core: core.set_policy(Policy(shed=False, short_first=True), 2.0),
+    "another order for the third time in a second": lambda core: [
+        core.set_policy(Policy(shed=False, fair=bool(number % 2)), 1.0 + number / 2) for number in range(3)
+    ],
     "weights": lambda core: core.set_policy(Policy(classes=(RequestClass("d", weight=2.0),), shed=False), 2.0),
     "the queue is off": lambda core: core.set_policy(Policy(enable_queue=False), 2.0),
     "a drain": lambda core: core.drain(2.0, 40),
@@ -270,6 +274,32 @@ def test_no_event_costs_more_the_more_wait(what: str, chosen: bool, monkeypatch:
         return worst
 
     assert cost(3000) < 1.2 * cost(1000) + 200
+
+
+def test_a_tick_that_settles_some_of_many_pools_costs_no_more_the_more_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look at some of them left a run for each pool, and all runs of all pools were merged with each tick."""
+    monkeypatch.setattr(settling, "PIECE", 20)
+    models = [f"m{number}" for number in range(20)]
+
+    def cost(waiting: int) -> int:
+        core = core_of(1, lambda _: models)
+        for number in range(4 + waiting):
+            core.offer(Ticket(Request("", 1.0, model=models[number % 20])), 1.0)
+        core.put_endpoints([EndpointSpec(f"own{model}", "", frozenset({model}), 1) for model in models], 2.0)
+        worst = 0
+        while core.next_deadline() == 2.0:
+            worst = max(worst, lines_of(lambda: core.tick(2.0)))
+        return worst
+
+    assert cost(3000) < 1.2 * cost(1000)
+
+
+def test_twice_as_many_pools_that_get_shares_of_their_own_cost_twice_as_much() -> None:
+    def shares(count: int) -> int:
+        memory = Memory()
+        return lines_of(lambda: [memory.share() for _ in range(count)])
+
+    assert shares(300) < 2.3 * shares(150)
 
 
 def test_names_of_models_that_come_and_go_leave_no_pools() -> None:

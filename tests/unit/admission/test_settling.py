@@ -189,7 +189,7 @@ def test_changes_that_follow_each_other_before_all_are_looked_at_keep_nobody_wai
     desk.put(one("c"))
     desk.release(held)
     went = []
-    for number in range(30):
+    for number in range(40):
         desk.now += 0.1
         if number % 2:
             desk.put(one("c"))
