@@ -9,7 +9,7 @@ from extproc.replicas.messages import LAST, Met, Redirect, Refuse
 from extproc.replicas.seeking import Call
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from extproc.replicas.messages import Hello, Member, Message, Network
     from extproc.replicas.replica import Replica
@@ -44,8 +44,8 @@ class Meeting:
             self._call.close()
         self._call = None
 
-    def turn(self, strangers: Sequence[Member], hello: Hello) -> None:
-        """Say `hello` to the next one of `strangers`, if it is time to."""
+    def turn(self, strangers: Sequence[Member], hello: Callable[[], Hello]) -> None:
+        """Say hello to the next one of `strangers`, if it is time to."""
         now = self._host.now()
         if now - self._asked_at < MEET_S:
             return
@@ -56,7 +56,7 @@ class Meeting:
         target = self._next or strangers[self._asked % len(strangers)]
         self._next = None
         self.end()
-        self._call = Call(self._network, target, hello, now, partial(self._hear, target), lambda: None)
+        self._call = Call(self._network, target, hello(), now, partial(self._hear, target), lambda: None)
 
     def _hear(self, other: Member, message: Message) -> None:
         host = self._host

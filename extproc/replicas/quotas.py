@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Set
@@ -30,6 +30,21 @@ BACK_BEATS = 2.25
 beat after we have at the latest, and one may fail; until then they use our part."""
 UNKNOWN_S = 10.0
 """How long an endpoint stays unused because a follower's Envoy does not know it yet."""
+
+
+class _Moment(NamedTuple):
+    """What counts for all endpoints alike.
+
+    Attributes:
+        part: of each limit that is the group's.
+        sidecars: of the group.
+        is_nobody: we may be in a corner where nobody sees us: others have the whole limit for themselves.
+    """
+
+    now: float
+    part: float
+    sidecars: int
+    is_nobody: bool
 
 
 class Quotas:
@@ -57,72 +72,68 @@ class Quotas:
             endpoint.meet_again()
         self.follow()
 
-    def _quota(self, endpoint: Endpoint, part: float) -> int | None:
+    def _moment(self) -> _Moment:
+        now, group = self._gate.now(), self._group()
+        part = self._census.part(group)
+        return _Moment(now, part, len(group), part < 1.0 and self._census.is_cut_off(now))
+
+    def _quota(self, endpoint: Endpoint, moment: _Moment) -> int | None:
         """Return the most sequences that the group may hold at an endpoint; None: its limit alone decides."""
-        name = endpoint.name
-        if name in self._lacking and self._gate.now() < self._lacking[name] + UNKNOWN_S:
+        name, value = endpoint.name, endpoint.limit.value
+        if name in self._lacking and moment.now < self._lacking[name] + UNKNOWN_S:
             return 0
-        most = self._most(endpoint)
+        most = self._most(endpoint, moment)
         if name in self._unread:
             ours: int | None = self._refill.get(name, 0)
-        elif part >= 1.0:  # or so it looks: a store that has just come back may list us alone
-            self._caps[name] = endpoint.limit.value
+        elif moment.part >= 1.0:  # or so it looks: a store that has just come back may list us alone
+            self._caps[name] = value
             ours = None
         else:
             # A limit may only fall while others share it: each group would let its own grow for what all send together.
-            cap = self._caps[name] = min(self._caps.get(name, endpoint.limit.value), endpoint.limit.value)
-            ours = max(1, math.floor(cap * part + 1e-9))
+            cap = self._caps[name] = min(self._caps.get(name, value), value)
+            ours = max(1, math.floor(cap * moment.part + 1e-9))
         return ours if most is None else most if ours is None else min(ours, most)
 
-    def _most(self, endpoint: Endpoint) -> int | None:
+    def _most(self, endpoint: Endpoint, moment: _Moment) -> int | None:
         """Return the most that a group may hold that others may not see; None: they do."""
-        name, each = endpoint.name, len(self._group())
-        if self._is_apart(name):
-            return each
-        if self._part() < 1.0 and self._census.is_cut_off(self._gate.now()):
+        name = endpoint.name
+        if self._is_apart(name, moment):
+            return moment.sidecars
+        if moment.is_nobody:
             held = self._held[name] = min(self._held.get(name, endpoint.sequences), endpoint.sequences)
-            return held + each
+            return held + moment.sidecars
         self._held.pop(name, None)
         return None
 
-    def _part(self) -> float:
-        """Return the part of each limit that is the group's."""
-        return self._census.part(self._group())
-
-    def _is_blind(self, name: str) -> bool:
+    def _is_blind(self, name: str, now: float) -> bool:
         """Tell whether an endpoint's page can't be had, before what it said last is forgotten as stale."""
         lately_s = self._gate.controller.policy.stale_after_s / 2
-        return self._gate.now() > self._read_at.get(name, -math.inf) + lately_s
+        return now > self._read_at.get(name, -math.inf) + lately_s
 
-    def _is_nobody(self) -> bool:
-        """Tell whether we may be in a corner where nobody sees us: others have the whole limit for themselves."""
-        return self._part() < 1.0 and self._census.is_cut_off(self._gate.now())
-
-    def _is_apart(self, name: str) -> bool:
+    def _is_apart(self, name: str, moment: _Moment) -> bool:
         """Tell whether an endpoint is anybody's but ours: nobody knows of us, or we can't tell if they do by now."""
-        now = self._gate.now()
-        if self._census.answered_at is None or (self._is_blind(name) and self._is_nobody()):
-            self._nobody_at[name] = now
+        if self._census.answered_at is None or (moment.is_nobody and self._is_blind(name, moment.now)):
+            self._nobody_at[name] = moment.now
         at = self._nobody_at.get(name)
-        return at is not None and now <= at + BACK_BEATS * self._census.beat_s
+        return at is not None and moment.now <= at + BACK_BEATS * self._census.beat_s
 
     def follow(self) -> None:
         """Follow a change of the group, of who is alive, or of time."""
-        part, endpoints = self._part(), self._gate.controller.endpoints
+        moment, endpoints = self._moment(), self._gate.controller.endpoints
         for name in endpoints.keys() - self._known:
-            self._refill[name], self._unread[name] = 0, self._gate.now() + UNREAD_S
+            self._refill[name], self._unread[name] = 0, moment.now + UNREAD_S
         self._known = set(endpoints)
         for endpoint in list(endpoints.values()):
-            self._limit(endpoint, part)
+            self._limit(endpoint, moment)
 
     def follow_one(self, name: str) -> None:
         """Follow a change of one endpoint."""
         endpoint = self._gate.controller.endpoints.get(name)
         if endpoint is not None:
-            self._limit(endpoint, self._part())
+            self._limit(endpoint, self._moment())
 
-    def _limit(self, endpoint: Endpoint, part: float) -> None:
-        quota, name = self._quota(endpoint, part), endpoint.name
+    def _limit(self, endpoint: Endpoint, moment: _Moment) -> None:
+        quota, name = self._quota(endpoint, moment), endpoint.name
         if quota != endpoint.quota:
             self._gate.do(partial(self._gate.controller.set_quota, name, quota))
 
@@ -154,7 +165,7 @@ class Quotas:
         """Have the next reading count others' requests, if there may be others."""
         endpoint = self._gate.controller.endpoints.get(name)
         if endpoint is not None and (
-            name in self._unread or self._part() < 1.0 or self._census.is_wary(self._gate.now())
+            name in self._unread or self._census.part(self._group()) < 1.0 or self._census.is_wary(self._gate.now())
         ):
             endpoint.meet_again()
 

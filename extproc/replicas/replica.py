@@ -526,4 +526,4 @@ class Replica:
             follower.link.send(Refuse(why))
             follower.link.close()
         if self._meeting is not None and not self._leaving:
-            self._meeting.turn(self._strangers(leading), self._hello(Purpose.MEET))
+            self._meeting.turn(self._strangers(leading), partial(self._hello, Purpose.MEET))

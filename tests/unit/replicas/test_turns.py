@@ -68,6 +68,12 @@ def test_no_turn_is_long_when_the_leader_is_gone_and_what_all_hold_comes_to_the_
     assert now.controller.waiting + here.load() >= 2 * WAITING
 
 
+def test_no_turn_of_a_group_at_rest_is_long_however_many_endpoints_there_are():
+    """Each beat of the leader looked at the whole configuration, and for each endpoint at the whole group."""
+    few, many = (longest_turn(site(engines=engines, limit=1), 2.0) for engines in (100, 300))
+    assert (many - few) / 200 < 12
+
+
 def twenty_at_each() -> Site:
     """Return a group at three engines of one slot, each sidecar with twenty clients."""
     here = site(engines=3, limit=1)
