@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from extproc.admission.outcome import Outcome
@@ -53,6 +54,8 @@ TOLD_IN_A_TURN = 200
 PROMPT_S = 1.0
 """A prompt sent longer ago is taken as computed: nobody tells a sidecar that does not lead."""
 
+_arrival = attrgetter("request.arrived")
+
 
 class Following:
     """Our requests under one leader, from its welcome until we leave or lose it.
@@ -90,8 +93,10 @@ class Following:
                 asked, held_s = asked_by(ticket.request, now), now - ticket.leased_at
                 begun = not ticket.prompt_pending or held_s > PROMPT_S
                 link.send(Held(number, asked, endpoint.name, held_s, begun=begun))
-        for ticket in sorted(waiting, key=lambda ticket: ticket.request.arrived):
-            self._waiting[self._number(ticket)] = ticket
+        oldest_first = sorted(waiting, key=_arrival)
+        self._waiting.update(enumerate(oldest_first, self._last + 1))
+        self._numbers.update(zip(oldest_first, self._waiting, strict=True))
+        self._last += len(oldest_first)
         self._is_over = False
         self._tell_waiting(list(self._waiting))
 

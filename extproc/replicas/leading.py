@@ -1,7 +1,12 @@
-"""What a leader keeps: its followers, what they forward, and who of them would lead next."""
+"""What a leader keeps: its followers, what they forward, and who of them would lead next.
+
+However many wait, no turn of the loop is long: whoever goes, or we ourselves when we lead no more, who waits is taken
+out of our core some in each turn, and what runs elsewhere is left to the engines' figures after that.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -37,7 +42,7 @@ from extproc.stream.by_age import LET_GO_IN_A_TURN, ByAge
 from extproc.words import some_of
 
 if TYPE_CHECKING:
-    from collections.abc import Set
+    from collections.abc import Callable, Iterable, Set
 
     from extproc.admission.endpoint import Endpoint
     from extproc.admission.values import Decision
@@ -72,6 +77,11 @@ class Leading:
         self.gathering: ByAge | None = ByAge()
         self._lets_go = False  # they are offered, some in each turn of the loop
         self._disowned: list[tuple[float, Endpoint, int]] = []  # lately: when, where, how many sequences
+        self._going: deque[Ticket] = deque()  # who is to be taken out of our core
+        self._running: deque[Forwarded] = deque()  # those of them that run
+        self._takes_out = False  # some in each turn of the loop
+        self._give_back: Callable[[Ticket], None] = lambda _: None  # one of ours is taken out: we lead no more
+        self._is_empty: Callable[[], None] = lambda: None  # all of them are out
         self._sent_away: dict[str, list[str]] = {}  # followers, and what they lacked for too long
         gate.controller.is_shared = True
         self.quotas = Quotas(gate, census, self._told, hold_until=hold_until)
@@ -107,6 +117,7 @@ class Leading:
                 self.quotas.hold_less(ticket.endpoint.name, ticket.sequences)
         self.quotas.follow()
         self._forget(follower)
+        self._take_out()
         self.look_at_names()
 
     def _look_at_heir(self) -> None:
@@ -125,35 +136,79 @@ class Leading:
             self.heir.link.send(Remember(Home(session, endpoint.name, ticket.kv_tokens, 0.0)))
 
     def _forget(self, follower: Follower) -> None:
-        gate, controller = self._gate, self._gate.controller
-        tickets, follower.tickets, follower.syncing = follower.tickets, {}, None
-        for ticket in tickets.values():
-            self.close_gathered(ticket)
-            if ticket.state is State.WAITING:
-                gate.do(partial(controller.withdraw, ticket))
-        for ticket in tickets.values():
-            if ticket.state is State.LEASED and ticket.endpoint is not None:
-                self._disowned.append((gate.now(), ticket.endpoint, ticket.sequences))
-                gate.do(partial(controller.disown, ticket))
+        """Have nothing of a follower's in our books; `_take_out` is yet to begin."""
+        self._going.extend(follower.tickets.values())
+        follower.tickets, follower.syncing = {}, None
 
-    def end(self, successor: Member | None) -> list[Ticket]:
-        """Stop leading: tell followers, forget what is theirs, and return our own requests that wait."""
-        gate, controller = self._gate, self._gate.controller
-        gate.stop_gathering()
-        for name in list(controller.endpoints):
-            gate.do(partial(controller.set_quota, name, 0))
+    def end(self, successor: Member | None, give_back: Callable[[Ticket], None], is_over: Callable[[], None]) -> None:
+        """Stop leading: tell followers, and have our core decide nothing more.
+
+        `give_back` gets each of our own requests that waits; `is_over` is called when nobody waits in our core.
+        """
+        self._give_back = give_back
+        self._is_empty = partial(self._take_ours_out, is_over)
+        self._gate.stop_gathering()
+        self.quotas.close()
+        gathered, self.gathering = self.gathering or (), None
+        for ticket in gathered:
+            if not isinstance(ticket, Forwarded):
+                give_back(ticket)
         for follower in list(self.followers.values()):
             follower.link.send(Leave(successor))
             follower.link.close()
             self._forget(follower)
         self.followers.clear()
         self.heir = None
-        own = list(controller.waiting_tickets())
-        for ticket in own:
-            gate.do(partial(controller.withdraw, ticket))
-        own += self.gathering or ()
-        self.gathering = None
-        return own
+        self._take_out()
+
+    def _take_ours_out(self, is_over: Callable[[], None]) -> None:
+        """Take our own requests out, now that nobody else's wait."""
+        self._is_empty = is_over
+        for pool in self._gate.controller.pools():
+            for queue in pool.queues():
+                self._going.extend(queue.tickets.values())
+        self._take_out()
+
+    def _take_out(self) -> None:
+        """Begin to take out who is to go, or go on."""
+        if not self._takes_out:
+            self._takes_out = True
+            self._take_some_out()
+
+    def _take_some_out(self) -> None:
+        """Take out as many as are let go in one turn, and the others in the next ones."""
+        try:
+            for _ in range(LET_GO_IN_A_TURN):
+                if self._going:
+                    self._take_one_out(self._going.popleft())
+                elif self._running:  # now nobody is left who would take the room
+                    self._disown(self._running.popleft())
+                else:
+                    break
+        finally:
+            if self._going or self._running:
+                self._gate.call_later(0.0, self._take_some_out)
+            else:
+                self._takes_out = False
+                self._is_empty()
+
+    def _disown(self, ticket: Forwarded) -> None:
+        gate, endpoint = self._gate, ticket.endpoint
+        if ticket.state is State.LEASED and endpoint is not None:
+            self._disowned.append((gate.now(), endpoint, ticket.sequences))
+            gate.do(partial(gate.controller.disown, ticket))
+            self.quotas.released(endpoint.name)
+
+    def _take_one_out(self, ticket: Ticket) -> None:
+        if ticket.state is State.WAITING:
+            self._gate.do(partial(self._gate.controller.withdraw, ticket))
+            if not isinstance(ticket, Forwarded):
+                self._give_back(ticket)
+        elif isinstance(ticket, Forwarded):
+            if ticket.state is State.LEASED:
+                self._running.append(ticket)
+            else:
+                self.close_gathered(ticket)
 
     # ---- endpoints and rules
 
@@ -195,6 +250,11 @@ class Leading:
         return [follower for follower in self.followers.values() if late - follower.names]
 
     # ---- requests
+
+    def gather_all(self, tickets: Iterable[Ticket]) -> None:
+        """Keep back who waited for somebody to lead; nobody is offered yet."""
+        if self.gathering is not None:
+            self.gathering.add_all(tickets)
 
     def gather(self, ticket: Ticket) -> bool:
         """Keep a request back while followers still tell theirs, or older ones are not offered yet; tell whether."""
@@ -238,7 +298,7 @@ class Leading:
             case Offer(number, asked) if number not in follower.tickets:  # of two nobody would end the first
                 ticket = self._ticket(follower, number, asked, now)
                 if follower.syncing is not None:
-                    follower.syncing.append(ticket)
+                    follower.syncing[ticket] = None
                 elif not self.gather(ticket):
                     self._gate.offer_here(ticket)
             case Held() | Remember() | Synced():
@@ -261,14 +321,12 @@ class Leading:
             case Remember(home):
                 self._gate.controller.believe_home(home, now)
             case Synced():
-                brought, follower.syncing = follower.syncing or [], None
+                brought, follower.syncing = follower.syncing or {}, None
                 self.quotas.follow()
                 is_over = self.gathering is None
                 if self.gathering is None:
                     self.gathering = ByAge()
-                for ticket in brought:
-                    if follower.tickets.get(ticket.number) is ticket:
-                        self.gathering.add(ticket)
+                self.gathering.add_all(brought)
                 if is_over:
                     self.stop_gathering()
 
@@ -313,6 +371,8 @@ class Leading:
             del ticket.follower.tickets[ticket.number]
 
     def _close(self, ticket: Forwarded, answer: Answer) -> None:
+        if ticket.follower.syncing is not None:
+            ticket.follower.syncing.pop(ticket, None)
         if not self.close_gathered(ticket):
             self._gate.close_here(ticket, answer)
 
@@ -320,8 +380,10 @@ class Leading:
         ticket = decision.ticket
         assert isinstance(ticket, Forwarded)  # noqa: S101 - it is theirs that we deliver
         follower, number = ticket.follower, ticket.number
-        if follower.tickets.get(number) is not ticket:
-            return  # he is gone, or his client is
+        if follower.tickets.get(number) is not ticket:  # he is gone, or his client is
+            if ticket.state is State.LEASED:
+                self._gate.call_later(0.0, partial(self._end_untold, ticket))
+            return
         home = ticket.home.name if ticket.home is not None else None
         wait = Wait(ticket.waited_for, ticket.predicted_s)
         outcome, position = decision.outcome, ticket.position
@@ -331,6 +393,11 @@ class Leading:
         else:
             del follower.tickets[number]
             follower.link.send(Turned(number, outcome, decision.retry_after_s, position, wait, decision.crowd))
+
+    def _end_untold(self, ticket: Forwarded) -> None:
+        """End a lease that nobody was told of, as its follower is gone: nothing was sent to the engine."""
+        if ticket.state is State.LEASED:
+            self._gate.close_here(ticket, Answer.UNKNOWN)
 
     def teach(self) -> None:
         """Tell followers what we have learned of tokens: one of them leads next."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Set
 
     from extproc.admission.endpoint import Endpoint
+    from extproc.admission.values import Decision
     from extproc.replicas.census import Census
     from extproc.replicas.gate import SharedGate
 
@@ -68,6 +69,7 @@ class Quotas:
         self._read_at: dict[str, float] = {}
         self._nobody_at: dict[str, float] = {}  # when nobody knew of us last, or saw us, nor we an endpoint's page
         self._lacking: dict[str, float] = {}  # endpoints that not every follower knows, since when
+        self._is_over = False
         for endpoint in endpoints.values():
             endpoint.meet_again()
         self.follow()
@@ -135,7 +137,17 @@ class Quotas:
     def _limit(self, endpoint: Endpoint, moment: _Moment) -> None:
         quota, name = self._quota(endpoint, moment), endpoint.name
         if quota != endpoint.quota:
-            self._gate.do(partial(self._gate.controller.set_quota, name, quota))
+            self._gate.do(partial(self._set, name, quota))
+
+    def _set(self, name: str, quota: int | None, now: float) -> list[Decision]:
+        """Tell the core, unless the look at the clock has just ended our leadership: this process was stopped."""
+        return [] if self._is_over else self._gate.controller.set_quota(name, quota, now)
+
+    def close(self) -> None:
+        """Have the core send nothing to anybody: the group has ended."""
+        self._is_over = True
+        for name in list(self._gate.controller.endpoints):
+            self._gate.do(partial(self._gate.controller.set_quota, name, 0))
 
     def turn(self) -> None:
         """Follow the passing of time."""

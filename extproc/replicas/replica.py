@@ -107,6 +107,7 @@ class Replica:
         self._lost: str | None = None  # the leader that we lost last
         self._refusals: dict[str, float] = {}
         self._seeking: Seeking | None = None
+        self._ending: Leading | None = None  # we lead no more, and some still wait in our core: nobody is asked yet
         self._meeting: Meeting | None = None
         self._taught_at = 0.0
         self.door = Door(self)
@@ -308,7 +309,8 @@ class Replica:
             avoid,
             Outcome(self._follow, self.was_refused, self._lead),
         )
-        self._seeking.next()
+        if self._ending is None:
+            self._seeking.begin()
 
     def _stop_looking(self) -> None:
         if self._seeking is not None:
@@ -365,8 +367,7 @@ class Replica:
         self._hold_until = 0.0
         self._meeting = Meeting(self, self._network)
         waiting, self._waiting = self._waiting, {}
-        for ticket in waiting:
-            self.leading.gather(ticket)
+        self.leading.gather_all(waiting)
         self._become(Role.LEADING)
         others = [str(member) for member in self.census.others(self.me.id)]
         known = some_of(others, MOST_NAMED) or "none"
@@ -418,9 +419,21 @@ class Replica:
             return
         self.log.info("leading no more: following %s", successor)
         leading.teach()
-        self._waiting |= dict.fromkeys(leading.end(successor))
-        self.leading = None
+        self._end_leading(leading, successor)
         self._seek([successor], hold_until=0.0)
+
+    def _end_leading(self, leading: Leading, successor: Member | None) -> None:
+        self.leading, self._ending = None, leading
+        leading.end(successor, self._hold, self._has_ended)
+
+    def _hold(self, ticket: Ticket) -> None:
+        self._waiting[ticket] = None
+
+    def _has_ended(self) -> None:
+        """Look for a leader, now that nobody waits in our core: who waits in two may be sent twice."""
+        self._ending = None
+        if self._seeking is not None:
+            self._seeking.begin()
 
     def lose_follower(self, follower: Follower, *, clean: bool) -> None:
         """Lead without somebody who is gone, and tell the others at once; `clean`: he said goodbye."""
@@ -491,8 +504,7 @@ class Replica:
             following, self.following = self.following, None
             self._waiting |= following.end()
         elif self.leading is not None:
-            self._waiting |= dict.fromkeys(self.leading.end(None))
-            self.leading = None
+            self._end_leading(self.leading, None)
         self._seek([], hold_until=now + SILENCE_S, everybody=True)
 
     def _beat(self) -> None:

@@ -84,9 +84,14 @@ class Seeking:
         self._candidates = deque(candidates)
         self._lost = lost
         self._tell = tell
-        self._until = loop.time() + SEEK_S
+        self._until = 0.0
         self._call: Call | None = None
         self._timer: Timer | None = None
+
+    def begin(self) -> None:
+        """Ask the first one."""
+        self._until = self._loop.time() + SEEK_S
+        self.next()
 
     def next(self) -> None:
         """Ask the next one; after the last, or when it has taken too long, nobody leads us."""

@@ -6,7 +6,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from extproc.admission.ticket import Ticket
 
@@ -42,6 +42,10 @@ class ByAge:
     def add(self, ticket: Ticket) -> None:
         """Keep one back."""
         self._kept[ticket] = None
+
+    def add_all(self, tickets: Iterable[Ticket]) -> None:
+        """Keep many back in one moment."""
+        self._kept.update(dict.fromkeys(tickets))
 
     def discard(self, ticket: Ticket) -> bool:
         """Forget one; tell whether it was there."""

@@ -75,7 +75,7 @@ class Sidecar:
         self.is_stopped = False
         self.later: list[tuple[End[Sidecar] | None, Timer]] = []
         self.tickets: dict[Client, Ticket] = {}
-        self.loop = Loop(site.clock, self)
+        self.loop = _Loop(site, self)
         self._policy = site.policy
         self.controller = site.core(site.policy)
         self.gate = SharedGate(self.controller, self.loop)
@@ -165,6 +165,20 @@ class Sidecar:
         picture = self.replica.picture()
         group = f"{picture.group}/{picture.members}"
         return f"<{self.place}.{self.life} {state} {group} waiting={self.gate.waiting} {self.controller}>"
+
+
+class _Loop(Loop):
+    """Its loop, with other work: what is left for the next turn comes a little later, and others' events before it."""
+
+    def __init__(self, site: Site, owner: Sidecar) -> None:
+        super().__init__(site.clock, owner)
+        self._site = site
+
+    def call_at(self, when: float, callback: Callable[[], None]) -> Timer:
+        site = self._site
+        if site.turn_s and when <= site.clock.now:
+            when = site.clock.now + site.random.uniform(0.0, site.turn_s)
+        return super().call_at(when, callback)
 
 
 class Store:

@@ -60,6 +60,7 @@ class Site:
         self.net = Net(self)
         self.store = Store(self, store_beat_s)
         self.blind: set[str] = set()  # places from which no engine's page can be had
+        self.turn_s = 0.0  # how long a turn of a loop may take
         self.work_s = work_s
         self.budget_s = budget_s
         self.engines = {f"e{n}": Engine(f"e{n}", limit) for n in range(engines)}
@@ -204,7 +205,12 @@ class Site:
             if leading is not None:
                 for follower in leading.followers.values():
                     theirs += sum(ticket.state is State.LEASED for ticket in follower.tickets.values())
-            require(len(leased) == len(own) + theirs, "leaked leases at", sidecar, len(leased), len(own), theirs)
+            going = 0
+            for one in (leading, sidecar.replica._ending):
+                if one is not None:  # of sidecars that are gone
+                    going += sum(ticket.state is State.LEASED for ticket in {*one._going, *one._running} - own)
+            held = len(own) + theirs + going
+            require(len(leased) == held, "leaked leases at", sidecar, len(leased), len(own), theirs, going)
 
     # ---- time
 

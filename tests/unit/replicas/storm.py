@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from extproc.admission import settling
 from extproc.admission.values import EndpointSpec, Policy, RequestClass
+from extproc.replicas import leading
 
 from .site import BrokenError, Site, require
 
@@ -36,6 +37,10 @@ LONGEST_S = 6.0
 
 PIECE = 7
 """How many of those who wait are settled in one event, where files change: they are some hundred."""
+LET_GO = 3
+"""Likewise, how many a leader lets go, or takes out of its core, in one turn of its loop."""
+TURN_S = 0.02
+"""How long a turn may take there: others' events come between."""
 MODELS = tuple(map(frozenset, ("", "", "m", "n", "mn")))
 """What an engine may serve; nothing: any model."""
 CLASSES = (RequestClass("std", 0, 60.0), RequestClass("urgent", 10, 60.0))
@@ -275,14 +280,15 @@ def storm(
     reloads: bool = False,
     progress: Callable[[Storm], None] = lambda _: None,
 ) -> Storm:
-    """Let `events` events happen; with `reloads` who waits is settled in small pieces, and all else comes between."""
+    """Let `events` events happen; with `reloads` what is done in pieces is in small ones, and others come between."""
     here = Storm(seed, sidecars=sidecars, limit=limit, reloads=reloads)
     here.rain()
     here.clock.at(here.clock.now + 5.0, here.blow)
-    all_at_once = settling.PIECE
+    all_at_once = settling.PIECE, leading.LET_GO_IN_A_TURN
     if reloads:
         here.reload()
-        settling.PIECE = PIECE
+        here.turn_s = TURN_S
+        settling.PIECE, leading.LET_GO_IN_A_TURN = PIECE, LET_GO
     try:
         for number in count(1):
             if here.clock.events >= events:
@@ -294,7 +300,7 @@ def storm(
                 progress(here)
         here.finish()
     finally:
-        settling.PIECE = all_at_once
+        settling.PIECE, leading.LET_GO_IN_A_TURN = all_at_once
     return here
 
 

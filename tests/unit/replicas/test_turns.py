@@ -11,8 +11,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from extproc.admission.events import Offered
+from extproc.admission.values import EndpointSpec, Policy, RequestClass
+from extproc.replicas import leading
+from extproc.replicas.picture import Role
 from extproc.replicas.replica import STOPPED_S
 
+from .storm import POLICIES
 from .test_group import followers, leader, site
 from .test_handed_over import killed
 
@@ -30,12 +34,12 @@ WAITING = 600
 MOST_CALLS = 10_000
 
 
-def crowd(here: Site) -> list[Client]:
+def crowd(here: Site, each: int = WAITING) -> list[Client]:
     """Have many wait at each sidecar, behind who runs."""
     for place in here.sidecars:
         here.send(place, work_s=3.0)
     here.run(0.1)
-    return [here.send(place, work_s=0.001, budget_s=600.0) for _ in range(WAITING) for place in here.sidecars]
+    return [here.send(place, work_s=0.001, budget_s=600.0) for _ in range(each) for place in here.sidecars]
 
 
 def longest_turn(here: Site, seconds: float) -> int:
@@ -68,10 +72,106 @@ def test_no_turn_is_long_when_the_leader_is_gone_and_what_all_hold_comes_to_the_
     assert now.controller.waiting + here.load() >= 2 * WAITING
 
 
+@pytest.mark.parametrize("how", ["resigns", "was stopped", "loses a follower", "loses one who says goodbye"])
+def test_no_turn_is_long_when_a_leader_leads_no_more_or_a_follower_goes(how):
+    here = site(engines=3, limit=1)
+    crowd(here)
+    here.run(0.2)
+    old, gone = leader(here), followers(here)[0]
+    act: Callable[[], object] = {
+        "resigns": old.replica.resign,
+        "was stopped": lambda: old.replica._was_stopped(here.clock.now, STOPPED_S),
+        "loses a follower": lambda: here.kill(gone.place),
+        "loses one who says goodbye": lambda: (gone.gate.leave(), here.kill(gone.place)),
+    }[how]
+    here.clock.at(here.clock.now, act)
+    assert longest_turn(here, 2.0) < MOST_CALLS
+    for one in here.alive:
+        assert one.gate.waiting >= WAITING - 10
+    here.run(1.0, here.check)
+
+
 def test_no_turn_of_a_group_at_rest_is_long_however_many_endpoints_there_are():
     """Each beat of the leader looked at the whole configuration, and for each endpoint at the whole group."""
     few, many = (longest_turn(site(engines=engines, limit=1), 2.0) for engines in (100, 300))
     assert (many - few) / 200 < 12
+
+
+def test_while_a_leader_gives_back_who_waits_it_asks_nobody_to_lead_and_sends_nobody_anywhere(monkeypatch):
+    """Who waits in two cores may be sent twice. Others come and leave, what runs ends, endpoints and rules change."""
+    monkeypatch.setattr(leading, "LET_GO_IN_A_TURN", 7)
+    here = site(engines=3, limit=1)
+    crowd(here, 100)
+    here.turn_s = 0.01
+    here.run(2.8)
+    old, random = leader(here), here.random
+    ran = [client for client in here.open if client.running]
+    old.replica.resign()
+    turns = 0
+    while old.controller.waiting:
+        turns += 1
+        assert old.replica.role is Role.SEEKING
+        assert old.replica._seeking is not None
+        assert old.replica._seeking._call is None
+        assert not any(client.dispatches for client in old.tickets if client not in ran)
+        here.send(old.place, work_s=0.001, budget_s=600.0)
+        here.hang_up(random.choice([client for client in old.tickets if not client.dispatches]))
+        old.gate.set_up(random.choice(list(here.engines)), is_up=random.random() < 0.5)
+        old.gate.put_endpoint(EndpointSpec(f"new{turns}", max_running_requests=9))
+        old.gate.set_up(f"new{turns}", is_up=True)
+        old.gate.set_policy(random.choice(POLICIES))
+        here.step()
+    assert turns > 300 / 7
+    assert not any(client.running for client in ran)
+    for number in range(1, turns + 1):
+        old.gate.remove_endpoints([f"new{number}"])
+    for name in here.engines:
+        old.gate.set_up(name, is_up=True)
+    here.run(30.0, here.check)
+    assert not here.open
+    assert all(engine.peak == 1 for engine in here.engines.values())
+
+
+def test_a_leader_that_was_stopped_amid_giving_out_parts_opens_nothing_to_those_who_wait_still(monkeypatch):
+    here = site(engines=3, limit=1)
+    crowd(here)
+    here.run(0.1)
+    old = leader(here)
+    quotas = old.replica.leading.quotas
+
+    def of_one(*_: object) -> int:
+        here.clock.now += STOPPED_S + 0.1
+        return 99
+
+    monkeypatch.setattr(quotas, "_quota", of_one)
+    quotas.follow()
+    assert old.replica.role is Role.SEEKING
+    assert old.controller.waiting
+    assert [endpoint.quota for endpoint in old.controller.endpoints.values()] == [0, 0, 0]
+
+
+def test_room_that_was_given_to_a_follower_while_it_is_forgotten_is_free_at_once(monkeypatch):
+    """Its requests are forgotten some in each turn, and the urgent ones among the last may have their turn before."""
+    monkeypatch.setattr(leading, "LET_GO_IN_A_TURN", 2)
+    here = site(engines=1, limit=4, policy=Policy(classes=(RequestClass("std"), RequestClass("urgent", 10))))
+    here.blind.update(here.sidecars)  # no page says that the room is free
+    lead, gone = leader(here), followers(here)[0]
+    for _ in range(4):
+        here.send(lead.place, work_s=0.3, budget_s=600.0)
+    here.run(0.1)
+    for number in range(200):
+        here.send(gone.place, budget_s=600.0, request_class="urgent" if number > 100 else "std")
+    here.run(0.1)
+    here.turn_s = 0.01
+    here.kill(gone.place)
+    own = [here.send(lead.place, work_s=0.1, budget_s=600.0) for _ in range(8)]
+    given = [0]
+    end_untold = lead.replica.leading._end_untold
+    monkeypatch.setattr(lead.replica.leading, "_end_untold", lambda ticket: (given.append(1), end_untold(ticket)))
+    here.run(3.0, here.check)
+    assert sum(given)
+    assert all(client.dispatches == 1 for client in own)
+    assert lead.controller.endpoints["e0"].held == 0
 
 
 def twenty_at_each() -> Site:
