@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 import yaml
 
+from extproc.config.types import is_ours, split_address
 from extproc.endpoints.names import address_of
 from extproc.envoy.upstreams import render_clusters
 from extproc.files import read_regular
@@ -60,7 +61,7 @@ class ClustersFile:
                 for endpoint in resource["load_assignment"]["endpoints"][0]["lb_endpoints"]
                 if resource.get("lb_policy") is None
             ]
-            return {_word(name): address_of(_word(host["address"]), _port(host["port_value"])) for name, host in hosts}
+            return dict(_route(name, host) for name, host in hosts)
         except FileNotFoundError:
             return None
         except (OSError, *_NOT_OURS) as error:
@@ -85,6 +86,16 @@ class ClustersFile:
             os.fchmod(number, mode)
         fresh.replace(self._path)
         return self._version
+
+
+def _route(name: object, host: Mapping[str, object]) -> tuple[str, str]:
+    """Return a cluster and its address, as the roster names clusters. Raises what `_NOT_OURS` lists."""
+    cluster, address = _word(name), address_of(_word(host["address"]), _port(host["port_value"]))
+    split_address(address)
+    own, at, of = cluster.partition("@")
+    if (of != address) if at else is_ours(own):
+        raise ValueError(f"{cluster!r:.100} is no cluster of {address}")
+    return cluster, address
 
 
 def _word(value: object) -> str:

@@ -196,6 +196,9 @@ resources: [{name: %s, load_assignment: {endpoints: [{lb_endpoints: [{endpoint: 
         CLUSTER % ("a", "many"),
         CLUSTER % ("[a]", "1"),
         CLUSTER % ("a", "70000"),
+        (CLUSTER % ("a", "1")).replace(" h,", " a b,"),
+        CLUSTER % ("a@10.0.0.1:1", "1"),
+        CLUSTER % ("extproc_queue", "1"),
         "!!int abc",
     ],
 )
