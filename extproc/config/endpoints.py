@@ -9,14 +9,17 @@ from pydantic import Field
 from extproc.config.kubernetes_api import KubernetesApi
 from extproc.config.section import Section
 from extproc.config.types import (
-    Address,
     FilePath,
+    HostName,
+    Label,
+    ModelName,
     Name,
     NamedPort,
     OwnLimit,
     Port,
     PositiveDuration,
     SecretHeaders,
+    Server,
     SlicePort,
     Threshold,
     Url,
@@ -39,8 +42,8 @@ class EndpointConfig(Section):
 
     name: Name = Field(description="Its name: in metrics, logs, `/queues`.")
     cluster: Name | None = Field(None, description="The Envoy cluster that leads to it. Default: `name`.")
-    address: Address = Field(description="host:port of the server.")
-    models: Annotated[list[str], Field(max_length=1000)] = Field(
+    address: Server = Field(description="host:port of the server.")
+    models: Annotated[list[ModelName], Field(max_length=1000)] = Field(
         [], description="Model names it serves; it gets only requests for those. Empty: any."
     )
     max_running_requests: OwnLimit = Field(
@@ -71,7 +74,9 @@ class EndpointConfig(Section):
 class _Found(Section):
     """What is said of all endpoints that one source finds."""
 
-    models: Annotated[list[str], Field(max_length=1000)] = Field([], description="As of `endpoints[]`, for each found.")
+    models: Annotated[list[ModelName], Field(max_length=1000)] = Field(
+        [], description="As of `endpoints[]`, for each found."
+    )
     max_running_requests: OwnLimit = Field("inherit", description="As of `endpoints[]`, for each found.")
     kv_capacity_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None, description="As of `endpoints[]`, for each found."
@@ -104,7 +109,7 @@ class _Found(Section):
 class DnsConfig(_Found):
     """Every address of a name is an endpoint, called `address:port`. A failed lookup changes nothing."""
 
-    name: Annotated[str, Field(min_length=1, max_length=253)] = Field(description="The name to look up.")
+    name: HostName = Field(description="The name to look up.")
     port: Port | None = Field(None, description="The servers' port. Either this or `ports`.")
     ports: Annotated[list[Port], Field(min_length=1, max_length=64)] | None = Field(
         None, description="Several: one endpoint for each address and port, as of a data parallel server."
@@ -123,8 +128,10 @@ class KubernetesConfig(KubernetesApi, _Found):
     Needs the right to list and watch `endpointslices` of `discovery.k8s.io`, in its namespace.
     """
 
-    service: str | None = Field(None, description="The service's name. Either this or `selector`.")
-    selector: str | None = Field(None, description="A label selector of EndpointSlices, like `app=vllm`.")
+    service: Label | None = Field(None, description="The service's name. Either this or `selector`.")
+    selector: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="A label selector of EndpointSlices, like `app=vllm`."
+    )
     port: SlicePort = Field(
         None, description="Number, or the name of the slices' port. Default: the only or first one."
     )

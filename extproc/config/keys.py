@@ -40,6 +40,7 @@ from extproc.config.types import (
     Network,
     Percent,
     PositiveDuration,
+    Server,
     SocketMode,
 )
 from extproc.stream.dialect import Told
@@ -106,11 +107,11 @@ class Config(Section):
         description="We write the endpoints' Envoy clusters there, and `envoy-config` makes Envoy follow it. Unset: "
         "the bootstrap lists them, and a new endpoint needs a new bootstrap.",
     )
-    envoy_admin: Address | None = Field(
+    envoy_admin: Server | None = Field(
         None,
         description="Envoy's admin interface: tells when Envoy knows a new cluster. Unset: we give it a second.",
     )
-    second_try: Address | None = Field(
+    second_try: Server | None = Field(
         None,
         description="Envoy's own listener as Envoy reaches it, IP:port: a request whose server takes no connection "
         "comes back through it, waits on and goes to another server. Unset: it fails with 503. Render Envoy's "

@@ -41,8 +41,8 @@ def parse_config(text: str, source: str, environ: Mapping[str, str] = os.environ
     """Validate the YAML `text`, called `source` in messages. Raises ConfigError with all problems."""
     try:
         data = load_yaml(text)
-    except _YAML_ERRORS as error:
-        raise ConfigError(source, ["is no valid YAML: " + _one_line(error)]) from None
+    except YAML_ERRORS as error:
+        raise ConfigError(source, ["is no valid YAML: " + one_line(error)]) from None
     if data is None:
         data = {}
     if not isinstance(data, dict):
@@ -62,11 +62,12 @@ def parse_config(text: str, source: str, environ: Mapping[str, str] = os.environ
     return config
 
 
-_YAML_ERRORS = (yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError)
+YAML_ERRORS = (yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError)
 """What PyYAML raises: also its own constructors' errors, for a date like 2024-13-45, `!!int abc`, or deep nesting."""
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Return what an error says, for a line of a message."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
@@ -103,7 +104,7 @@ def _overlay_environment(data: dict[str, Any], environ: Mapping[str, str]) -> li
             continue
         try:
             value = yaml.safe_load(environ[variable])
-        except _YAML_ERRORS:
+        except YAML_ERRORS:
             problems.append(f"{'.'.join(path)}: environment variable {variable} is no valid YAML")
             continue
         target = data
@@ -116,7 +117,7 @@ def _overlay_environment(data: dict[str, Any], environ: Mapping[str, str]) -> li
 
 
 def load_yaml(text: str) -> Any:
-    """Return what the YAML `text` says. Raises what _YAML_ERRORS lists."""
+    """Return what the YAML `text` says. Raises what YAML_ERRORS lists."""
     return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader that also refuses duplicate keys
 
 

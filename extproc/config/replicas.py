@@ -12,6 +12,7 @@ from extproc.config.types import (
     Address,
     FilePath,
     PoolName,
+    Server,
     StoreUrl,
 )
 
@@ -49,7 +50,7 @@ class ReplicasConfig(Section):
 
     pool: PoolName = Field("default", description="Sidecars of one pool share their endpoints; one pool per config.")
     listen: Address = Field("127.0.0.1:50061", description="Where other sidecars reach us: host:port.")
-    advertise: Address | None = Field(
+    advertise: Server | None = Field(
         None, description="The host:port that others are told. Default: `listen`. In a pod: its IP."
     )
     valkey: ValkeyConfig | None = Field(

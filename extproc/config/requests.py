@@ -9,7 +9,6 @@ from pydantic import Field
 from extproc.admission.tenants import TenantRule, TenantRules
 from extproc.config.section import Section
 from extproc.config.types import (
-    Address,
     Duration,
     HeaderName,
     HeaderNames,
@@ -17,6 +16,7 @@ from extproc.config.types import (
     Name,
     PositiveDuration,
     RoutePath,
+    Server,
 )
 
 SERVER_MARGIN_S = 0.4
@@ -27,7 +27,7 @@ class OverflowConfig(Section):
     """A cluster of last resort: another region, a provider. No limit counts what goes there."""
 
     name: Name = Field(description="The Envoy cluster's name.")
-    address: Address | None = Field(
+    address: Server | None = Field(
         None,
         description="host:port, plain HTTP: `envoy-config` renders the cluster. Unset: your Envoy has it, with TLS, "
         "keys and host names as it needs them.",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -27,6 +28,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}", re.ASCII)
 _ROUTE = re.compile(r"/[!-)+->@-~]*\*?")
 _METHOD = re.compile(r"[A-Z]{1,32}")
 _POOL = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
+_FOUR_NUMBERS = re.compile(r"\d+(\.\d+){3}", re.ASCII)
+_STRANGE = re.compile(r"[\s/@?#]")
 _HOST = re.compile(r"[A-Za-z0-9._:%-]{1,253}", re.ASCII)
 _HEADER = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]{1,64}", re.ASCII)
 
@@ -98,6 +101,19 @@ def _address(value: object) -> str:
     raise ValueError(f"must be {_ADDRESS}, not {shown(value)}")
 
 
+def _server(value: object) -> str:
+    address = _address(value)
+    if split_address(address)[1] == 0:
+        raise ValueError(f"must have a port from 1 to {MOST_PORT}, not 0: {address!r}")
+    return address
+
+
+def _host_name(value: object) -> str:
+    if isinstance(value, str) and 1 <= len(value) <= 253 and not _STRANGE.search(value) and _is_host(value):
+        return value
+    raise ValueError(f"must be a name that can be looked up, like vllm.llm.svc, without a port, not {shown(value)}")
+
+
 def _listen(value: object) -> str:
     if isinstance(value, str) and value.startswith("unix:/"):
         length = len(value.removeprefix("unix:").encode())
@@ -109,12 +125,15 @@ def _listen(value: object) -> str:
 
 def _url(value: object) -> str:
     if isinstance(value, str):
-        try:
+        is_url = False
+        with contextlib.suppress(ValueError):
             url = URL(value)
-            if url.scheme in ("http", "https") and url.host and (url.explicit_port is None or url.explicit_port > 0):
-                return value
-        except ValueError:
-            pass
+            port = url.explicit_port
+            is_url = url.scheme in ("http", "https") and bool(url.host) and (port is None or port > 0)
+        if is_url and (url.user is not None or url.password is not None):
+            raise ValueError("must have no user and no password in it: nothing keeps a URL out of the log")
+        if is_url:
+            return value
     raise ValueError(f"must be a URL like http://10.0.0.7:8000/metrics, not {shown(value)}")
 
 
@@ -217,7 +236,11 @@ def is_ours(cluster: str) -> bool:
 
 
 def _slice_port(value: object) -> int | str | None:
-    if value is None or (isinstance(value, str) and value) or (type(value) is int and 1 <= value <= 65535):
+    if value is None or (type(value) is int and 1 <= value <= MOST_PORT):
+        return value
+    if isinstance(value, str) and value.strip().isdigit():
+        raise ValueError(f"must be a port's number without quotes, or its name, which has a letter, not {shown(value)}")
+    if isinstance(value, str) and value:
         return value
     raise ValueError(f"must be a port's number or name, not {shown(value)}")
 
@@ -246,7 +269,18 @@ def split_address(address: str) -> tuple[str, int]:
     strange = parts.path or parts.query or parts.fragment or parts.username is not None
     if not host or port is None or strange or not _HOST.fullmatch(host):
         raise ValueError(f"must be {_ADDRESS}, not {address!r}")
+    if not _is_host(host):
+        raise ValueError(f"must have an IP address, or a name that can be looked up: {host!r} is neither")
     return host, port
+
+
+def _is_host(host: str) -> bool:
+    """Tell whether this is an IP address, or a name as DNS has them; 10.0.0.256 and a..b are neither."""
+    with contextlib.suppress(ValueError):
+        if ":" in host or _FOUR_NUMBERS.fullmatch(host):
+            return bool(ip_address(host))
+        return bool(host.encode("idna"))
+    return False
 
 
 def require_address(flag: str, address: str) -> tuple[str, int]:
@@ -289,6 +323,10 @@ Name = Annotated[str, _written(_name, _matching(r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,
 HeaderName = Annotated[str, _written(_header, _HEADER_SHAPE)]
 HeaderNames = Annotated[list[str], _written(_headers, _HEADER_SHAPE, {"type": "array", "items": _HEADER_SHAPE})]
 Address = Annotated[str, _written(_address, _AT)]
+Server = Annotated[str, _written(_server, _AT)]
+HostName = Annotated[str, _written(_host_name, {"type": "string", "minLength": 1, "maxLength": 253})]
+ModelName = Annotated[str, Field(min_length=1, max_length=256)]
+Label = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 Listen = Annotated[str, _written(_listen, _AT, _matching("^unix:/"))]
 Url = Annotated[str, _written(_url, _matching("^[Hh][Tt][Tt][Pp][Ss]?://."))]
 StoreUrl = Annotated[SecretStr, _written(_store_url, _matching("^((valkeys?|rediss?)://.|unix:)"))]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from extproc.envoy import fallback
 from extproc.envoy.check import read_bootstrap
 from extproc.envoy.upstreams import ANY_CLUSTER
-from extproc.envoy.view import hosts_of, parse, same, targets, views
+from extproc.envoy.view import hosts_of, parse, same, targets, told_if_misshapen, views
 from extproc.stream import wire
 
 if TYPE_CHECKING:
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 def advice(config: Config, path: Path) -> list[str]:
     """Return what is missing in the bootstrap at `path`. Raises ConfigError if it can't be read."""
-    return list(dict.fromkeys(line for view in views(config, read_bootstrap(path)) for line in _words(view)))
+    spots = read_bootstrap(path)
+    with told_if_misshapen(path):
+        return list(dict.fromkeys(line for view in views(config, spots) for line in _words(view)))
 
 
 def _words(view: View) -> Iterator[str]:

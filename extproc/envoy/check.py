@@ -6,22 +6,18 @@ does was measured; `extproc envoy-config` prints a bootstrap that passes.
 
 from __future__ import annotations
 
-import contextlib
 import re
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 from extproc.durations import parse_duration
 from extproc.envoy import cluster_rules, ways
 from extproc.envoy.skeleton import IDLE_S, MARGIN_S
-from extproc.envoy.view import Spot, View, read_numbers, views, walk, what_else
+from extproc.envoy.view import Spot, View, read_numbers, read_parts, told_if_misshapen, views, what_else
 from extproc.errors import ConfigError
-from extproc.files import read_text
 from extproc.stream import wire
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from extproc.config import Config
@@ -38,6 +34,8 @@ DEFAULT_BACK_OFF_S = 1.0
 """The first back-off of a gRPC service's retry_policy; a route's is 25 ms."""
 FEW_RETRIES = 10
 """Ten last some 4 s with the rendered back-off (2.5 to 5.5 s measured)."""
+MOST_COUNTED = 100_000
+"""Retries whose waits are added up: who wants no end to them writes the greatest number that Envoy takes."""
 RESTART_S = 3.0
 """How long a sidecar may be away while it is restarted."""
 
@@ -51,7 +49,7 @@ _NO_FILTER = (
 def check_envoy(config: Config, path: Path) -> list[str]:
     """Return what in the bootstrap at `path` does not fit `config`. Raises ConfigError if it can't be read."""
     spots = read_bootstrap(path)
-    with _no_bootstrap(path):
+    with told_if_misshapen(path):
         found = list(views(config, spots))
         if not found and not any("lds_config" in spot.node for spot in spots):
             return [_NO_FILTER]
@@ -62,26 +60,13 @@ def check_envoy(config: Config, path: Path) -> list[str]:
 def could_not_look(config: Config, path: Path) -> list[str]:
     """Return what of the bootstrap at `path` no rule could judge. Raises ConfigError if it can't be read."""
     spots = read_bootstrap(path)
-    with _no_bootstrap(path):
+    with told_if_misshapen(path):
         return list(dict.fromkeys(ways.unseen(config, spots)))
-
-
-@contextlib.contextmanager
-def _no_bootstrap(path: Path) -> Generator[None, None, None]:
-    """Say it of a file that has text where Envoy wants a map, and the like: Envoy would not take it either."""
-    try:
-        yield
-    except (AttributeError, KeyError, TypeError) as error:
-        problem = f"is not shaped like an Envoy bootstrap: `envoy --mode validate -c {path}` says where"
-        raise ConfigError(str(path), [problem]) from error
 
 
 def read_bootstrap(path: Path) -> list[Spot]:
     """Return all parts of the bootstrap at `path`. Raises ConfigError if it can't be read."""
-    try:
-        data = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise ConfigError(str(path), ["is no valid YAML: " + " ".join(str(error).split())]) from None
+    data, spots = read_parts(path)
     reason = what_else(data)
     if reason is None and isinstance(data, list):
         reason = "it is a list"
@@ -89,7 +74,6 @@ def read_bootstrap(path: Path) -> list[Spot]:
         reason = "it has neither static_resources nor dynamic_resources"
     if reason is not None:
         raise ConfigError(str(path), [f"is no Envoy bootstrap: {reason}; `extproc envoy-config` prints one"])
-    spots = list(walk(data))
     problems = read_numbers(spots)
     if problems:
         raise ConfigError(str(path), problems)
@@ -242,7 +226,8 @@ def _replays(path: str, retry: dict[str, Any] | None) -> Iterator[str]:
     back_off = Spot("", retry.get("retry_back_off") or {})
     interval_s = back_off.seconds("base_interval", DEFAULT_BACK_OFF_S)
     longest_s = back_off.seconds("max_interval", 10 * interval_s)
-    patience_s = sum(min(interval_s * 2.0 ** min(number, 30), longest_s) / 2 for number in range(tries))
+    counted = range(min(tries, MOST_COUNTED))
+    patience_s = sum(min(interval_s * 2.0 ** min(number, 30), longest_s) / 2 for number in counted)
     if patience_s < RESTART_S:
         yield (
             f"{path}.retry_back_off: {tries} retries are used up after some {patience_s:.1g}s, before a restarted sidecar "

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from extproc.envoy.view import EXT_PROC, Spot, clusters_of, read_numbers, targets, walk, what_else
+from extproc.envoy.view import (
+    EXT_PROC,
+    Spot,
+    clusters_of,
+    read_numbers,
+    read_parts,
+    targets,
+    told_if_misshapen,
+    what_else,
+)
 from extproc.errors import ConfigError
-from extproc.files import read_text
 from extproc.stream.wire import PICK_HEADER
 
 if TYPE_CHECKING:
@@ -31,14 +37,10 @@ class Gateway:
 
     def __init__(self, config: Config, path: Path) -> None:
         """Look at the dump at `path`. Raises ConfigError if it can't be read."""
-        try:
-            data = yaml.safe_load(read_text(path))
-        except yaml.YAMLError as error:
-            raise ConfigError(str(path), ["is no JSON or YAML: " + " ".join(str(error).split())]) from None
+        data, spots = read_parts(path)
         reason = what_else(data)
         if reason is not None:
             raise ConfigError(str(path), [f"is neither a config dump nor an Envoy bootstrap: {reason}"])
-        spots = list(walk(data))
         wrong = read_numbers(spots)
         if wrong:
             raise ConfigError(str(path), wrong)
@@ -46,29 +48,30 @@ class Gateway:
         self._reads_model = config.picker.read_model
         self._hands_over = config.hands_over
         self._says_hand_over = "hand_over is on" + ("" if config.hand_over else ", as it is where it is not set")
-        self._clusters = clusters_of(spots) | _dumped_clusters(spots)
-        self._managers = [spot for spot in spots if "http_filters" in spot.node]
-        self._filters = {
-            str(listed.get("name")): Spot(f"{listed.path}.typed_config", listed.get("typed_config") or {})
-            for manager in self._managers
-            for listed in manager.each("http_filters")
-            if listed.get("typed_config", "@type") == EXT_PROC
-        }
-        self._routes = [
-            way
-            for spot in spots
-            if "virtual_hosts" in spot.node
-            for host in spot.each("virtual_hosts")
-            for route in host.each("routes")
-            for way in _ways(route)
-        ]
         self.problems: list[str] = []
         self.notes: list[str] = []
         self.good: list[str] = []
-        if not self._filters:
-            self.problems.append("has no envoy.filters.http.ext_proc filter: no picker is asked at all")
-        else:
-            self._look()
+        with told_if_misshapen(path):
+            self._clusters = clusters_of(spots) | _dumped_clusters(spots)
+            self._managers = [spot for spot in spots if "http_filters" in spot.node]
+            self._filters = {
+                str(listed.get("name")): Spot(f"{listed.path}.typed_config", listed.get("typed_config") or {})
+                for manager in self._managers
+                for listed in manager.each("http_filters")
+                if listed.get("typed_config", "@type") == EXT_PROC
+            }
+            self._routes = [
+                way
+                for spot in spots
+                if "virtual_hosts" in spot.node
+                for host in spot.each("virtual_hosts")
+                for route in host.each("routes")
+                for way in _ways(route)
+            ]
+            if not self._filters:
+                self.problems.append("has no envoy.filters.http.ext_proc filter: no picker is asked at all")
+            else:
+                self._look()
 
     def _look(self) -> None:
         asked = [(route, how) for route in self._routes if (how := self._asks(route)) is not None]

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from extproc.config import Config, split_address
+from extproc.config.read import YAML_ERRORS, one_line
 from extproc.config.types import shown
 from extproc.durations import parse_duration
 from extproc.envoy.upstreams import ANY_CLUSTER
+from extproc.errors import ConfigError
+from extproc.files import read_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Generator, Iterator, Mapping
+    from pathlib import Path
 
 EXT_PROC = "type.googleapis.com/envoy.extensions.filters.http.ext_proc.v3.ExternalProcessor"
 DYNAMIC = {"rds": "RDS", "scoped_routes": "SRDS"}
@@ -96,6 +103,25 @@ def walk(node: Any, where: str = "") -> Iterator[Spot]:
     elif isinstance(node, list):
         for index, value in enumerate(node):
             yield from walk(value, f"{where}[{index}]")
+
+
+def read_parts(path: Path) -> tuple[Any, list[Spot]]:
+    """Return what the YAML or JSON at `path` says, and all its parts. Raises ConfigError if it is neither."""
+    try:
+        data = yaml.safe_load(read_text(path))
+        return data, list(walk(data))  # one that is a part of itself has no end
+    except YAML_ERRORS as error:
+        raise ConfigError(str(path), ["is no valid YAML: " + one_line(error)]) from None
+
+
+@contextlib.contextmanager
+def told_if_misshapen(path: Path) -> Generator[None, None, None]:
+    """Say it of a file that has text where Envoy wants a map, and the like: Envoy would not take it either."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError) as error:
+        problem = f"is not shaped like an Envoy bootstrap: `envoy --mode validate -c {path}` says where"
+        raise ConfigError(str(path), [problem]) from error
 
 
 def read_numbers(spots: list[Spot]) -> list[str]:

@@ -144,6 +144,9 @@ def test_what_stands_in_for_a_broken_value_is_no_problem_that_anybody_is_told_of
     assert caught.value.problems == said
 
 
+DISCOVERY = "envoy_clusters_file: /a.yaml\ndiscovery: [{%s}]"
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -167,7 +170,23 @@ def test_what_stands_in_for_a_broken_value_is_no_problem_that_anybody_is_told_of
             "endpoints: [{name: a, address: 'h:1', models: [" + "a, " * 1001 + "]}]",
             "may have 1000 items at most, not 1001",
         ),
-        ("envoy_clusters_file: /a.yaml\ndiscovery: [{dns: {name: '', port: 1}}]", "dns.name: must not be empty"),
+        ("endpoints: [{name: a, address: 'h:0'}]", "must have a port from 1 to 65535, not 0"),
+        ("second_try: 127.0.0.1:0", "must have a port from 1 to 65535, not 0"),
+        ("endpoints: [{name: a, address: '10.0.0.256:1'}]", "'10.0.0.256' is neither"),
+        ("endpoints: [{name: a, address: 'vllm..svc:1'}]", "'vllm..svc' is neither"),
+        (DISCOVERY % "dns: {name: '', port: 1}", "dns.name: must be a name that can be looked up"),
+        (DISCOVERY % "dns: {name: vllm..svc, port: 1}", "without a port, not 'vllm..svc'"),
+        (DISCOVERY % "dns: {name: 'vllm:1', port: 1}", "without a port, not 'vllm:1'"),
+        (DISCOVERY % "kubernetes: {service: ''}", "kubernetes.service: must match ^[a-z0-9]"),
+        (DISCOVERY % "kubernetes: {service: vllm.llm.svc}", "kubernetes.service: must match ^[a-z0-9]"),
+        (DISCOVERY % "kubernetes: {selector: ''}", "kubernetes.selector: must not be empty"),
+        (DISCOVERY % "kubernetes: {service: a, namespace: a/b}", "kubernetes.namespace: must match ^[a-z0-9]"),
+        (DISCOVERY % "kubernetes: {service: a, port: '8000'}", "must be a port's number without quotes"),
+        ("endpoints: [{name: a, address: 'h:1', models: ['']}]", "endpoints[0].models[0]: must not be empty"),
+        (
+            "endpoints: [{name: a, address: 'h:1', metrics_url: 'http://u:s3cret@h/m'}]",
+            "metrics_url: must have no user and no password in it: nothing keeps a URL out of the log",
+        ),
         ("endpoints: [{name: a, address: 'h:1', models: [3]}]", "endpoints[0].models[0]: must be text, not 3"),
         (
             "classes: [{name: a, weight: 4}, {name: b}]",
@@ -210,7 +229,15 @@ def test_one_wrong_thing_is_named(text, words):
     with pytest.raises(ConfigError) as caught:
         parse_config(text, "file", {})
     assert words in str(caught.value)
+    assert "s3cret" not in str(caught.value)
     assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["vllm", "vllm.llm.svc.cluster.local.", "a_b", "10.0.0.1", "fd00::1", "müller.example"]
+)
+def test_any_name_that_could_be_looked_up_is_one(name):
+    parse_config(DISCOVERY % f"dns: {{name: '{name}', port: 1}}", "file", {})
 
 
 def test_a_missing_or_binary_file_is_one_clear_problem(tmp_path):

@@ -9,7 +9,8 @@ import pytest
 from extproc.commands.check import MOST_NAMED, check
 from extproc.config import parse_config
 from extproc.envoy.advice import advice
-from extproc.envoy.check import check_envoy
+from extproc.envoy.check import check_envoy, could_not_look
+from extproc.envoy.gateway import Gateway
 from extproc.envoy.skeleton import EnvoyOptions
 from extproc.errors import ConfigError
 from tests.unit.envoy_bootstrap import HOST, MANAGER, OURS, Rendered
@@ -316,15 +317,39 @@ def test_a_field_that_is_no_number_is_named_and_one_that_envoy_reads_as_one_is_r
     ]
 
 
-def test_a_bootstrap_without_our_filter_and_one_that_is_no_yaml_are_named(tmp_path):
+@pytest.mark.parametrize(
+    "text", ["a: [", "a: 2024-13-45", "static_resources: &a [*a]", "a: " + "[" * 3000, "a: !!int x", "? [a]\n: 3"]
+)
+def test_a_bootstrap_or_dump_that_is_no_yaml_is_named(tmp_path, text):
+    path = tmp_path / "other.yaml"
+    path.write_text(text)
+    for look in (check_envoy, could_not_look, advice, Gateway):
+        with pytest.raises(ConfigError, match="no valid YAML"):
+            look(CONFIG, path)
+
+
+def test_a_part_of_another_shape_is_named_as_that_whoever_looks(tmp_path):
+    bootstrap = Bootstrap()
+    bootstrap.filter["processing_mode"] = 5
+    bootstrap.manager["http_filters"][0]["typed_config"] = 1.5
+    path = bootstrap.write(tmp_path)
+    for look in (check_envoy, could_not_look, advice, Gateway):
+        with pytest.raises(ConfigError, match="is not shaped like an Envoy bootstrap"):
+            look(CONFIG, path)
+
+
+def test_retries_without_end_are_not_counted_to_their_end(tmp_path):
+    bootstrap = Bootstrap()
+    bootstrap.filter["grpc_service"]["retry_policy"].update(num_retries=4_294_967_295)
+    assert bootstrap.check(tmp_path) == []
+
+
+def test_a_bootstrap_without_our_filter_is_named(tmp_path):
     path = tmp_path / "other.yaml"
     path.write_text("static_resources: {}")
     (problem,) = check_envoy(CONFIG, path)
     assert "has no envoy.filters.http.ext_proc filter" in problem
     assert problem.endswith("; more is looked at once it is there")
-    path.write_text("a: [")
-    with pytest.raises(ConfigError, match="no valid YAML"):
-        check_envoy(CONFIG, path)
     with pytest.raises(ConfigError, match="can't be read"):
         check_envoy(CONFIG, tmp_path / "none.yaml")
 

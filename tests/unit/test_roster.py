@@ -251,7 +251,7 @@ def test_a_change_that_the_core_took_over_before_a_fault_is_undone_by_the_next_o
 
 
 def rows(names: str, count: int, first: int = 0, **more: Any) -> list[dict[str, Any]]:
-    return [endpoint(f"{names}{n}", f"10.0.{first + 1}.{n}:8000", **more) for n in range(count)]
+    return [endpoint(f"{names}{n}", f"10.{first + 1}.{n // 250}.{n % 250}:8000", **more) for n in range(count)]
 
 
 async def seen_in_each_turn(here: House, look: Callable[[], object]) -> list[object]:
