@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from extproc.admin.connections import IDLE_S, Connections
@@ -54,6 +56,7 @@ _HEADERS = {
     "x-content-type-options": "nosniff",
     "cache-control": "no-store",
 }
+MOST_DIGITS = 9
 MOST_RECORDED_S = 600
 MOST_WAITING_RECORDED = 10_000
 """Requests that wait when a recording begins: all are copied at once, half a second in which nobody is answered."""
@@ -120,7 +123,12 @@ class Admin:
         app.router.add_get("/debug/requests/{id}", self._story)
         app.router.add_get("/debug/recording", self._recording, allow_head=False)
         self._runner = web.AppRunner(
-            app, access_log=None, shutdown_timeout=STOP_S, keepalive_timeout=IDLE_S, handler_cancellation=True
+            app,
+            logger=_log,
+            access_log=None,
+            shutdown_timeout=STOP_S,
+            keepalive_timeout=IDLE_S,
+            handler_cancellation=True,
         )
         await self._runner.setup()
         self._server = await taken_over(self._address, lambda: loop.create_server(self.connections, host, port))
@@ -197,11 +205,10 @@ class Admin:
         return web.Response(status=503, text=DRAINING if self.drains else "not ready: starting\n")
 
     async def _queues(self, request: web.Request) -> web.StreamResponse:
-        asked = request.query.get("limit", str(WAITING_LISTED))
-        if not (asked.isascii() and asked.isdigit() and int(asked[:9]) <= MOST_WAITING):
+        limit = _number(request.query.get("limit", str(WAITING_LISTED)), 0, MOST_WAITING)
+        if limit is None:
             text = f"limit: must be a number from 0 to {MOST_WAITING}: how many requests to list, waiting and running\n"
             return web.Response(status=400, text=text)
-        limit = int(asked)
         body = await self._queues_page.page(lambda: self._write_queues(limit), limit)
         return await self._answer(request, body, "application/json; charset=utf-8")
 
@@ -220,8 +227,8 @@ class Admin:
         return web.Response(text="\n".join([*lines, ""]))
 
     async def _recording(self, request: web.Request) -> web.Response:
-        asked = request.query.get("seconds", "30")
-        if not (asked.isascii() and asked.isdigit() and 1 <= int(asked[:9]) <= MOST_RECORDED_S):
+        seconds = _number(request.query.get("seconds", "30"), 1, MOST_RECORDED_S)
+        if seconds is None:
             text = f"seconds: must be a number from 1 to {MOST_RECORDED_S}: how long to record\n"
             return web.Response(status=400, text=text)
         if self._records:
@@ -235,11 +242,29 @@ class Admin:
         self._records = True
         try:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(full.wait(), int(asked))
+                await asyncio.wait_for(full.wait(), seconds)
         finally:
             core.unwatch(recorder.happened)
             self._records = False
         return web.Response(text=recorder.text(), content_type="application/x-ndjson")
+
+
+def _number(asked: str, least: int, most: int) -> int | None:
+    """Return the whole number that somebody asked for; None: it is none, or not within these bounds."""
+    number = int(asked) if asked.isascii() and asked.isdigit() and len(asked) <= MOST_DIGITS else -1
+    return number if least <= number <= most else None
+
+
+class _Spoken(logging.Filter):
+    """Keeps out of the log what is no HTTP: whoever scans ports, or takes ours for another, would fill it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Tell whether a line is about something else."""
+        return record.exc_info is None or not isinstance(record.exc_info[1], HttpProcessingError)
+
+
+_log = logging.getLogger("extproc.admin.http")
+_log.addFilter(_Spoken())
 
 
 @web.middleware

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from http.client import HTTPConnection, HTTPException
 from urllib.parse import quote
@@ -17,7 +18,7 @@ def why(request_id: str, admin: str) -> bool:
     """Print the story of a request; tell whether it is known. Raises StartError when nobody answers at `admin`."""
     connection = HTTPConnection(admin, timeout=WAIT_S)
     try:
-        connection.request("GET", f"/debug/requests/{quote(request_id, safe='')}")
+        connection.request("GET", f"/debug/requests/{quote(os.fsencode(request_id), safe='')}")
         response = connection.getresponse()
         text = response.read(MOST_BYTES).decode(errors="replace")
     except (OSError, HTTPException) as error:

@@ -81,6 +81,28 @@ def test_everything_is_read_only_and_carries_a_strict_policy():
 # ---- what is shown
 
 
+def test_what_is_no_http_is_answered_and_fills_no_log_and_a_bug_of_ours_is_told(monkeypatch, caplog):
+    async def scenario() -> None:
+        async with served(room) as client:
+            for said in (
+                b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+                b"GET / HTTP/1.1\r\nhost\r\n\r\n",
+                b"\x16\x03\x01\x00\x05\r\n\r\n",
+            ):
+                reader, writer = await asyncio.open_connection("127.0.0.1", room.admin.port)
+                writer.write(said)
+                assert (await reader.read(12)).startswith(b"HTTP/1.0 400")
+                writer.close()
+            assert caplog.text == ""
+            monkeypatch.setattr(room.admin, "snapshot", None)
+            async with client.get("/queues") as answer:
+                assert answer.status == 500
+            assert "Error handling request" in caplog.text
+
+    room = Room()
+    asyncio.run(scenario())
+
+
 def test_queues_lists_as_many_as_asked_for_up_to_a_bound():
     room = Room()
     room.offer(700)
@@ -92,7 +114,7 @@ def test_queues_lists_as_many_as_asked_for_up_to_a_bound():
                     page = await answer.json()
                     assert len(page["running"]) == min(count, 1)
                     assert (len(page["waiting"]), page["waiting_total"]) == (count, 699)
-            for wrong in ("501", "-1", "x", "", "٣", "9" * 30):
+            for wrong in ("501", "-1", "x", "", "٣", "9" * 30, "0" * 9 + "900", "0" * 5000):
                 async with client.get("/queues", params={"limit": wrong}) as answer:
                     assert answer.status == 400, wrong
                     assert "limit: must be a number from 0 to 500" in await answer.text()

@@ -34,6 +34,8 @@ def test_the_story_of_a_request_is_a_page_and_a_command(capsys):
             assert "dispatched to vllm-0" in capsys.readouterr().out
             assert await asyncio.to_thread(main, ["why", "nobody", "--admin", admin]) == 1
             assert "No request 'nobody'" in capsys.readouterr().err
+            assert await asyncio.to_thread(main, ["why", "\udcff", "--admin", admin]) == 1  # as a shell's b"\xff" comes
+            assert "No request" in capsys.readouterr().err
         assert await asyncio.to_thread(main, ["why", "id-0", "--admin", admin]) == 3
 
     asyncio.run(scenario())
@@ -106,7 +108,7 @@ def test_a_recording_is_made_on_demand_one_at_a_time_and_runs_again():
             room.gate.close(first)
             async with await asked as response:
                 lines = (await response.text()).splitlines()
-            for seconds in ("0", "601", "x", "-1"):
+            for seconds in ("0", "601", "x", "-1", "0" * 8 + "12"):
                 async with client.get(f"/debug/recording?seconds={seconds}") as response:
                     assert response.status == 400
         assert not controller._watchers
