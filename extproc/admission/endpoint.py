@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from extproc.admission.alarms import NEVER
 from extproc.admission.counters import Counters
 from extproc.admission.deferred import Deferred
+from extproc.admission.held import HeldBy
 from extproc.admission.limit import AdaptiveLimit
 from extproc.admission.missing import Missing
 from extproc.admission.room import Room, limit_of
@@ -42,6 +43,7 @@ class Endpoint(Room):
         "alarm",
         "alarm_number",
         "answered",
+        "closed_by",
         "completed",
         "counted",
         "counters",
@@ -51,7 +53,6 @@ class Endpoint(Room):
         "expected",
         "held_since",
         "limit_since",
-        "listed",
         "listing",
         "missing",
         "name",
@@ -69,8 +70,8 @@ class Endpoint(Room):
         self.name = spec.name
         self.spec = spec
         self.turns: dict[int, Turns] = {}  # by priority; where requests of several pools have met
-        self.listed = False  # in its pools' lists of open endpoints
-        self.listing = 0  # which of all listings was its last
+        self.closed_by: HeldBy | None = HeldBy.DOWN  # `held_by()` when that was asked last; None: it has room
+        self.listing = 0  # which of all listings put it on its pools' lists of open endpoints; 0: it is on none
         self.counted = False  # among its pools' usable ones
         self.missing = Missing(policy.laws.health)
         self.dispatched = self.answered = 0
@@ -80,7 +81,7 @@ class Endpoint(Room):
         self.held_since: float | None = None
         self.limit_since: float | None = None
         self.picked = 0  # when it was picked last, in picks: equal endpoints take turns
-        self.crowding = (0.0, 0)  # its pressure and `picked` when it was listed last: the least has the most room
+        self.crowding = (0.0, 0)  # its pressure and `picked` when that was asked last: the least has the most room
         self.alarm = NEVER  # the one alarm that is set for it
         self.alarm_number = 0
         self.counters = Counters(policy.laws.counters)
@@ -110,13 +111,6 @@ class Endpoint(Room):
         self.look_for_first_tokens(policy)
 
     # ---- who waits
-
-    def note_room(self, now: float, *, waited_for: bool) -> None:
-        """Note that nobody takes the room that came free here, if any did. `waited_for`: it suits nobody who waits."""
-        if not self.listed or waited_for:
-            self.held_since = now if self.held_since is None else self.held_since
-        else:
-            self.held_since = None
 
     def turns_at(self, priority: int) -> Turns:
         """Return the tenants' turns here at `priority`, a key's."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from extproc.admission import telemetry
 from extproc.admission.alarms import Alarms
 from extproc.admission.endpoint import Endpoint
+from extproc.admission.held import HeldBy
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -129,7 +130,7 @@ class Fleet:
         present = [endpoint for endpoint in books.endpoints.values() if not endpoint.removed]
         before, parted = books.pools.regroup(present, books.lanes)
         for endpoint in present:
-            endpoint.listed = False
+            endpoint.closed_by, endpoint.listing = HeldBy.DOWN, 0
             self.changed(endpoint)
         self._spare_the_last(books.pools)
         self._settling.resettle(parted)
@@ -145,7 +146,10 @@ class Fleet:
     # ---- changes of room
 
     def changed(self, endpoint: Endpoint) -> None:
-        """Follow whatever changed an endpoint's room."""
+        """Follow whatever changed an endpoint's room.
+
+        Room where others wait most often goes to one of them at once: it is listed if the pass leaves it.
+        """
         is_usable = endpoint.available
         if is_usable is not endpoint.counted:
             endpoint.counted = is_usable
@@ -157,8 +161,11 @@ class Fleet:
                 self._settling.follow_service(pool)
         elif endpoint.health.ejected_until is not None:  # it was down before: what it serves alone has nobody better
             self._spare_the_last(endpoint.pools)
-        self.follow(endpoint)
-        if endpoint.listed:
+        if self._books.waiting and not endpoint.listing and endpoint.held_by() is None:
+            endpoint.closed_by, endpoint.crowding = None, (endpoint.pressure(), endpoint.picked)
+        else:
+            self.follow(endpoint)
+        if endpoint.closed_by is None:
             self._books.freed[endpoint] = None
         elif not is_usable:
             for pool in endpoint.pools:
@@ -166,15 +173,18 @@ class Fleet:
 
     def follow(self, endpoint: Endpoint) -> None:
         """Keep each pool's list of open endpoints true, who has the most room, and when time alone will change that."""
-        endpoint.listed = endpoint.held_by() is None
-        if endpoint.listed:
+        was_open = endpoint.closed_by is None
+        endpoint.closed_by = closed_by = endpoint.held_by()
+        if closed_by is None:
             self._listings += 1
             endpoint.listing = self._listings
             endpoint.crowding = (endpoint.pressure(), endpoint.picked)
-        elif endpoint.held_since is None:
-            endpoint.held_since = self._books.now
+        else:
+            endpoint.listing = 0
+            if endpoint.held_since is None:
+                endpoint.held_since = self._books.now
         for pool in endpoint.pools:
-            kept = pool.list_open(endpoint)
+            kept = pool.list_open(endpoint) if closed_by is None else pool.close(endpoint, was_open)
             if kept is not None:
                 self._books.freed[kept] = None
         at = endpoint.next_change()
@@ -182,6 +192,15 @@ class Fleet:
             endpoint.alarm_number = 0
         else:
             self.changes.set(endpoint, at, len(self._books.endpoints))
+
+    def leave(self, endpoint: Endpoint, waited_for: bool) -> None:
+        """Note that nobody takes what room an endpoint has. `waited_for`: if any, it suits nobody who waits."""
+        if endpoint.closed_by is None and not endpoint.listing:
+            self.follow(endpoint)
+        if not waited_for and endpoint.closed_by is None:
+            endpoint.held_since = None
+        elif endpoint.held_since is None:
+            endpoint.held_since = self._books.now
 
     def _spare_the_last(self, pools: Iterable[Pool]) -> None:
         """End the ejections in pools that nobody is left to serve: they were made because others did."""
@@ -227,8 +246,11 @@ class Fleet:
             self.regroup()
 
     def go_on(self) -> None:
-        """Have time pass at once: a dispatch pass, or a new order of who waits, is not through."""
+        """Have time pass at once: a dispatch pass is not through."""
         self.due_at = self._books.now
+        for endpoint in list(self._books.freed):
+            if endpoint.closed_by is None and not endpoint.listing:
+                self.follow(endpoint)
 
     def forget_stale(self) -> None:
         """Ignore what endpoints said of themselves too long ago."""

@@ -169,10 +169,11 @@ class Guard:
         return queue.guards > 0 and (bool(self._pool.homes) or _has_guard_after_window(queue))
 
     def _is_emptiest(self, endpoint: Endpoint) -> bool:
-        """Tell whether no other open endpoint has more room."""
+        """Tell whether no other open endpoint has more room. It may be one that is not listed yet."""
         if self.emptiest is None:
             self.emptiest = self._pool.emptiest()
-        return self.emptiest is endpoint
+        emptiest = self.emptiest
+        return emptiest is None or emptiest is endpoint or endpoint.crowding < emptiest.crowding
 
     def _pass_over(self, queue: Queue, ticket: Ticket, endpoint: Endpoint, *, same_pool: bool) -> None:
         """Count it for those in the window of `queue` who are before `ticket` by turns at `endpoint`, where it goes."""

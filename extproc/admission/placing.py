@@ -68,18 +68,18 @@ class Placing:
         while (freed or arrived) and over < DUE_AT_ONCE:
             if not books.waiting:  # nobody waits: nobody takes room, and endpoints need not be put in order
                 for endpoint in freed:
-                    endpoint.note_room(books.now, waited_for=False)
+                    self._fleet.leave(endpoint, False)
                 freed.clear()
                 arrived.clear()
             elif books.has_freed_many:
                 books.has_freed_many = False
-                _drop_hopeless(freed, books.now)
+                self._leave_hopeless()
             elif freed:
                 endpoint = min(freed, key=most_room) if len(freed) > 1 else next(iter(freed))
-                best = _best_for(endpoint) if endpoint.listed else None
+                best = _best_for(endpoint) if endpoint.closed_by is None else None
                 if best is None:
                     del freed[endpoint]
-                    endpoint.note_room(books.now, waited_for=endpoint.listed and endpoint.is_waited_for)
+                    self._fleet.leave(endpoint, endpoint.is_waited_for)
                     missed += 1
                     if has_leased and missed >= MANY:  # after a lease or some others may be hopeless, too
                         books.has_freed_many = len(freed) > MANY
@@ -93,6 +93,22 @@ class Placing:
         if freed or arrived:
             books.forget_gone(2 * DUE_AT_ONCE)  # as many as ever come in one event: else they would add up
             self._fleet.go_on()
+
+    def _leave_hopeless(self) -> None:
+        """Leave those of many endpoints that have no room for anybody at the head of their lines."""
+        freed = self._books.freed
+        least: dict[Pool, list[Ticket]] = {}
+        for endpoint in list(freed):
+            for pool in endpoint.pools:
+                if not pool.waiting_total:
+                    continue
+                if pool not in least:
+                    least[pool] = _undemanding(pool)
+                if endpoint in pool.homes or any(endpoint.lacks(ticket) is None for ticket in least[pool]):
+                    break
+            else:
+                del freed[endpoint]
+                self._fleet.leave(endpoint, endpoint.is_waited_for)
 
     def _is_over(self, ticket: Ticket) -> bool:
         """Dispatch one that may go somewhere new, if it can; tell whether it was refused instead."""
@@ -111,7 +127,7 @@ class Placing:
             self._refusing.expire(ticket)
             return False
         self.lease(ticket, placed(ticket.pool), endpoint)
-        if not endpoint.listed:  # as after most leases: it is full again
+        if endpoint.closed_by is not None:  # as after most leases: it is full again
             self._books.freed.pop(endpoint, None)
         return True
 
@@ -126,7 +142,7 @@ class Placing:
         if enable_queue and not (pool.open and (queue is None or queue.in_window(ticket))):
             return None
         if home is not None:
-            return home if home.listed and home.lacks(ticket) is None and not self._is_kept(home) else None
+            return home if home.closed_by is None and home.lacks(ticket) is None and not self._is_kept(home) else None
         best = self._having_adapter(ticket, pool) if self._books.adapters.by_name else None
         if best is not None:
             return best
@@ -249,22 +265,6 @@ def _goes_before_others(ticket: Ticket, endpoint: Endpoint) -> None:
     if waiting and ticket.charge is not None:
         ticket.turns = turns = endpoint.turns_at(ticket.key[0])
         turns.served(ticket.tenant, ticket.charge)
-
-
-def _drop_hopeless(freed: dict[Endpoint, None], now: float) -> None:
-    """Leave out those of many endpoints that have no room for anybody at the head of their lines."""
-    least: dict[Pool, list[Ticket]] = {}
-    for endpoint in list(freed):
-        for pool in endpoint.pools:
-            if not pool.waiting_total:
-                continue
-            if pool not in least:
-                least[pool] = _undemanding(pool)
-            if endpoint in pool.homes or any(endpoint.lacks(ticket) is None for ticket in least[pool]):
-                break
-        else:
-            endpoint.note_room(now, waited_for=endpoint.is_waited_for)
-            del freed[endpoint]
 
 
 def _undemanding(pool: Pool) -> list[Ticket]:

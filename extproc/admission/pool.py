@@ -39,7 +39,7 @@ class Pool:
         usable: how many of them may be sent requests at all. The controller keeps it.
         is_served: whether there were any, when budgets were last looked at: see `Lines.follow_service`.
         open: those of them that have room for some request; a full one costs nothing. The controller keeps it, by
-            `list_open`.
+            `list_open` and `close`. Whose room the pass is yet to hand out may be missing.
         closed_last: of the members that may be used, the one whose room ended last: what it lacks is what the line
             waits for.
         shared: requests that any member may take.
@@ -171,7 +171,7 @@ class Pool:
             endpoint = next(iter(self.members), None)
         if endpoint is None:
             return HeldBy.DOWN
-        return endpoint.held_by(ticket) or HeldBy.GUARD
+        return endpoint.closed_by or endpoint.lacks(ticket) or HeldBy.GUARD
 
     def next_in_turn(self, *, doubtful: bool) -> Endpoint | None:
         """Return an available member, each in its turn; if there is none and `doubtful`, one that is not."""
@@ -189,31 +189,34 @@ class Pool:
         return (endpoint.held + (len(home) if home is not None else 0)) / endpoint.limit.value
 
     def list_open(self, endpoint: Endpoint) -> Endpoint | None:
-        """Follow a change of an endpoint's room. Return the one whose room was kept until now, if there is one."""
-        if endpoint.listed:
-            self.open[endpoint] = None
-            heappush(self._by_room, (endpoint.crowding, endpoint.listing, endpoint))
-            if len(self._by_room) > 2 * len(self.open) + SLACK:
-                self._by_room = [entry for entry in self._by_room if self._is_true(entry)]
-                heapify(self._by_room)
-            if self._by_cache is not None:
-                heappush(self._by_cache, (-endpoint.cache_room, endpoint.listing, endpoint))
-                if len(self._by_cache) > 2 * len(self.open) + SLACK:
-                    self._by_cache = None
-        elif endpoint.counted:
-            if self.open.pop(endpoint, self) is not self:
-                self.closed_last = endpoint
-        else:
-            self.open.pop(endpoint, None)
+        """Note how much room an endpoint has. Return the one whose room was kept until now, if there is one."""
+        self.open[endpoint] = None
+        heappush(self._by_room, (endpoint.crowding, endpoint.listing, endpoint))
+        if len(self._by_room) > 2 * len(self.open) + SLACK:
+            self._by_room = [entry for entry in self._by_room if _is_true(entry)]
+            heapify(self._by_room)
+        if self._by_cache is not None:
+            heappush(self._by_cache, (-endpoint.cache_room, endpoint.listing, endpoint))
+            if len(self._by_cache) > 2 * len(self.open) + SLACK:
+                self._by_cache = None
+        return None if self.guard.emptiest is None else self.guard.room_changed()
+
+    def close(self, endpoint: Endpoint, was_open: bool) -> Endpoint | None:
+        """Note that an endpoint has no room, and whether it had any. Return the same."""
+        if not endpoint.counted:
             if self.closed_last is endpoint:
                 self.closed_last = next((other for other in self.members if other.available), None)
-        return None if self.guard.emptiest is None else self.guard.room_changed()
+        elif was_open:
+            self.closed_last = endpoint
+        if self.open.pop(endpoint, self) is self or self.guard.emptiest is None:
+            return None
+        return self.guard.room_changed()
 
     def emptiest(self) -> Endpoint | None:
         """Return the open member with the most room; of equal ones the one that was picked longest ago."""
         by_room = self._by_room
         while by_room:
-            if self._is_true(by_room[0]):
+            if _is_true(by_room[0]):
                 return by_room[0][2]
             heappop(by_room)
         return None
@@ -224,7 +227,7 @@ class Pool:
         A glance at a few of them, however many there are. The heap's first are near the emptiest; where these entries
         are out of date, others of the open ones are known to have room as well.
         """
-        roomy = dict.fromkeys(entry[2] for entry in self._by_room[:GLANCE] if self._is_true(entry))
+        roomy = dict.fromkeys(entry[2] for entry in self._by_room[:GLANCE] if _is_true(entry))
         roomy.update(dict.fromkeys(islice(self.open, GLANCE)))
         found = [one for one in roomy if one is not picked and one.spares_for(ticket)]
         return sorted(found, key=lambda one: one.crowding)[:most]
@@ -244,12 +247,9 @@ class Pool:
         return most is not None and -most[0] >= ticket.kv_tokens
 
     def _roomiest(self, by_cache: list[tuple[float, int, Endpoint]]) -> tuple[float, int, Endpoint] | None:
-        while by_cache and not self._is_true(by_cache[0]):
+        while by_cache and not _is_true(by_cache[0]):
             heappop(by_cache)
         return by_cache[0] if by_cache else None
-
-    def _is_true(self, entry: tuple[object, int, Endpoint]) -> bool:
-        return entry[2].listing == entry[1] and entry[2] in self.open
 
     def enter(self, endpoint: Endpoint) -> None:
         """Let an endpoint in."""
@@ -274,7 +274,7 @@ class Pool:
         for endpoint in members:
             part.enter(endpoint)
             part.usable += endpoint.counted
-            if endpoint.listed:
+            if endpoint.listing:
                 part.list_open(endpoint)
         part.is_served = part.usable > 0
         return part
@@ -303,3 +303,7 @@ class Pool:
         yield self.shared
         yield from self.homes.values()
         yield from self.left
+
+
+def _is_true(entry: tuple[object, int, Endpoint]) -> bool:
+    return entry[2].listing == entry[1]

@@ -165,7 +165,11 @@ class Audit:
             require(0 <= endpoint.foreign <= (books.foreign or 0), endpoint.foreign, "foreign,", books.foreign)
             require(endpoint.removed is not books.present, endpoint)
             crowding = (endpoint.pressure(), endpoint.picked)
-            require(not endpoint.listed or endpoint.crowding == crowding, endpoint, endpoint.crowding, crowding)
+            is_closed = endpoint.closed_by is not None
+            require(is_closed or endpoint.crowding == crowding, endpoint, endpoint.crowding, crowding)
+            if not endpoint.removed:
+                require(endpoint.closed_by is endpoint.held_by(), endpoint, endpoint.closed_by, endpoint.held_by())
+                require(is_closed is (endpoint.listing == 0), endpoint, endpoint.closed_by, "listed:", endpoint.listing)
             require(all(ticket.endpoint is endpoint for ticket in books.leases), endpoint, "lent twice")
             require((endpoint.held_by() is None) == self._is_open(endpoint), endpoint, "held by", endpoint.held_by())
             health = endpoint.health
@@ -227,6 +231,8 @@ class Audit:
         require(usable or not ejected or pool.base.is_part, pool, "has ejected ones alone:", pool.members)
         is_open = {endpoint.name for endpoint in pool.members if self._is_open(endpoint)}
         require({endpoint.name for endpoint in pool.open} == is_open, pool, list(pool.open), is_open)
+        emptiest = min(pool.open, key=lambda one: (one.crowding, one.listing), default=None)
+        require(pool.emptiest() is emptiest, pool, "takes for the emptiest", pool.emptiest(), "and not", emptiest)
 
     def _latest(self, ticket: Ticket) -> float:
         """The latest end of a wait: its class's budget after that for nobody being there, within the client's own."""

@@ -104,6 +104,19 @@ def test_when_another_endpoint_becomes_the_emptiest_the_room_kept_until_then_is_
     assert [desk.where(ticket) for ticket in waiting] == ["b", None]
 
 
+def test_one_that_was_full_and_is_the_emptiest_now_keeps_its_room_and_the_other_no_more() -> None:
+    desk = Desk(one("a", 2, kv_capacity_tokens=10_000), one("b", 1000, kv_capacity_tokens=10_000))
+    _, leaving = (desk.ask("held", home="a", prompt_tokens=tokens) for tokens in (3500, 10))
+    desk.ask("held", home="b", prompt_tokens=6000)
+    elephant = desk.ask("elephant", prompt_tokens=7000)
+    for _ in range(GUARD):
+        desk.release(desk.ask("mouse"))
+    mouse = desk.ask("mouse", prompt_tokens=2000)
+    assert mouse.state is State.WAITING  # b keeps its room
+    desk.release(leaving)  # now a does, though the elephant does not fit yet
+    assert [desk.where(ticket) for ticket in (elephant, mouse)] == [None, "b"]
+
+
 @pytest.mark.parametrize("models", ["xy", "yx"], ids=" then ".join)
 def test_of_guards_of_two_models_the_senior_goes_first(models: str) -> None:
     both = frozenset(models)

@@ -313,7 +313,7 @@ class Both:
                 endpoint = self.core.endpoints[name]
                 assert [t.request.id for t in endpoint.leases] == [held.request.id for held in server.holds]
                 assert endpoint.sequences == server.sequences
-                assert endpoint.crowding == server.crowding or not endpoint.listed
+                assert endpoint.crowding == server.crowding or endpoint.closed_by is not None
             else:
                 assert not server.holds
 
