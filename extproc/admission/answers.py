@@ -55,9 +55,9 @@ class Answers:
             surplus = OUTPUT_WEIGHT * (tokens - ticket.output_tokens)
             if pool is not pool.base:
                 correct(pool, ticket, surplus)
-            if ticket.charge is not None:
+            if ticket.flow is not None:
                 cost = surplus if ticket.account is None else surplus / ticket.account.rule.weight
-                pool.shares[ticket.request_class.priority].correct(ticket.tenant, cost)
+                ticket.flow.correct(cost)
                 if ticket.turns is not None:
                     ticket.turns.correct(ticket.tenant, cost)
 

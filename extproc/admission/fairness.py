@@ -27,46 +27,77 @@ MOST_TENANTS, LEAST_TENANTS = 100_000, 16
 """The most of all pools and priorities together, parted evenly; and the least of each, however many there are."""
 
 
-class _Tenant:
-    __slots__ = ("finish", "last_tag", "waiting")
+class Flow:
+    """What one tenant sends to one pool at one priority. Its requests know it: nobody looks for it again.
 
-    def __init__(self) -> None:
-        self.finish = 0.0  # the tokens promised to it so far
-        self.last_tag = 0.0
+    Attributes:
+        finish: the tokens promised to it so far.
+        tag: of its last request: where that stands.
+        waiting: how many of its requests wait.
+    """
+
+    __slots__ = ("_share", "finish", "tag", "waiting")
+
+    def __init__(self, share: FairShare) -> None:
+        """Start with nothing promised."""
+        self._share = share
+        self.finish = 0.0
+        self.tag = 0.0
         self.waiting = 0
+
+    def served(self, tag: float) -> None:
+        """Note that the request with `tag` was dispatched: nobody is tagged lower from now on."""
+        if tag > self._share.virtual_time:
+            self._share.virtual_time = tag
+        if self.waiting:
+            self.waiting -= 1
+
+    def left(self, refund: float) -> None:
+        """Note that a waiting request went without being served, and give back its cost."""
+        if self.waiting:
+            self.waiting -= 1
+        self.finish -= refund
+
+    def correct(self, difference: float) -> None:
+        """Charge (or, negative, give back) what a finished request cost beyond its estimate."""
+        self.finish += difference
 
 
 class FairShare:
-    """The tags of one pool and one priority."""
+    """The tags of one pool and one priority.
 
-    __slots__ = ("_memory", "_tenants", "_virtual_time")
+    Attributes:
+        virtual_time: the tag that was served last.
+    """
+
+    __slots__ = ("_memory", "_tenants", "virtual_time")
 
     def __init__(self, memory: Memory | None = None) -> None:
         """Start with every tenant at zero; `memory` says how many to remember."""
         self._memory = memory if memory is not None else Memory()
-        self._tenants: OrderedDict[str, _Tenant] = OrderedDict()
-        self._virtual_time = 0.0
+        self._tenants: OrderedDict[str, Flow] = OrderedDict()
+        self.virtual_time = 0.0
 
     def __len__(self) -> int:
         """Count the tenants that are remembered."""
         return len(self._tenants)
 
-    def tag(self, tenant: str, cost: float) -> float:
-        """Charge `cost` tokens to `tenant` and return the place of its request. FIFO within a tenant."""
+    def charge(self, tenant: str, cost: float) -> Flow:
+        """Charge `cost` tokens to `tenant`; return its flow with the tag of its request. FIFO within a tenant."""
         tenants = self._tenants
-        record = tenants.get(tenant)
-        if record is None:
-            record = tenants[tenant] = _Tenant()
+        flow = tenants.get(tenant)
+        if flow is None:
+            flow = tenants[tenant] = Flow(self)
             self.forget_beyond(self._memory.each)
         elif len(tenants) > self._memory.each * TRACKED:
             tenants.move_to_end(tenant)
-        tag = record.finish if record.finish > self._virtual_time else self._virtual_time
-        if record.waiting > 0 and tag < record.last_tag:  # a refund must not let it pass its own earlier requests
-            tag = record.last_tag
-        record.last_tag = tag
-        record.finish = tag + cost
-        record.waiting += 1
-        return tag
+        tag = flow.finish if flow.finish > self.virtual_time else self.virtual_time
+        if flow.waiting > 0 and tag < flow.tag:  # a refund must not let it pass its own earlier requests
+            tag = flow.tag
+        flow.tag = tag
+        flow.finish = tag + cost
+        flow.waiting += 1
+        return flow
 
     def begin_anew(self) -> None:
         """Forget what everybody was promised: places are given by other rules from now on."""
@@ -76,28 +107,6 @@ class FairShare:
         """Forget those that asked longest ago, down to `most`."""
         while len(self._tenants) > most:
             self._tenants.popitem(last=False)
-
-    def left(self, tenant: str, refund: float) -> None:
-        """Note that a waiting request of `tenant` went without being served, and give back its cost."""
-        record = self._tenants.get(tenant)
-        if record is not None:
-            if record.waiting:
-                record.waiting -= 1
-            record.finish -= refund
-
-    def served(self, tenant: str, tag: float) -> None:
-        """Note that the request with `tag` was dispatched: nobody is tagged lower from now on."""
-        if tag > self._virtual_time:
-            self._virtual_time = tag
-        record = self._tenants.get(tenant)
-        if record is not None and record.waiting:  # else it was forgotten, and maybe came back
-            record.waiting -= 1
-
-    def correct(self, tenant: str, difference: float) -> None:
-        """Charge (or, negative, give back) what a finished request cost beyond its estimate."""
-        record = self._tenants.get(tenant)
-        if record is not None:
-            record.finish += difference
 
 
 MAX_TURNS = 1000

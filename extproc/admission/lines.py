@@ -140,7 +140,8 @@ class Lines:
         elif policy.fair:
             weight = 1.0 if ticket.account is None else ticket.account.rule.weight
             ticket.charge = (ticket.prompt_tokens + OUTPUT_WEIGHT * ticket.output_tokens) / weight
-            tag = pool.share(ticket.request_class.priority).tag(ticket.tenant, ticket.charge)
+            ticket.flow = flow = pool.share(ticket.request_class.priority).charge(ticket.tenant, ticket.charge)
+            tag = flow.tag
         return GUARANTEED if ticket.is_favoured else tag
 
     def renew(self, endpoint: Endpoint, tokens: TokenEstimate) -> None:
@@ -193,7 +194,7 @@ class Lines:
         pool = placed(ticket.pool)
         self.quit(ticket, pool, placed(ticket.queue))
         ticket.state, ticket.alarm_number = LEFT, 0
-        refund(ticket, pool)
+        refund(ticket)
         self.count_out(ticket)
 
     def count_out(self, ticket: Ticket) -> None:
@@ -269,7 +270,7 @@ class Lines:
 
     def _leave_left(self, ticket: Ticket, pool: Pool, queue: Queue) -> None:
         if not self.left[queue].is_charged:
-            ticket.charge = None
+            ticket.charge = ticket.flow = None
         if not queue:
             pool.left.remove(queue)
             del self.left[queue]
@@ -282,13 +283,10 @@ class Lines:
     def budget(self, ticket: Ticket, pool: Pool) -> None:
         """Note how long a request that comes may wait: its own budget or its class's, longer while nobody serves it."""
         ticket.is_served = pool.is_served
-        request, budget_s, age_s = (
-            ticket.request,
-            ticket.request_class.budget_s,
-            self._books.now - ticket.request.arrived,
-        )
+        request, budget_s = ticket.request, ticket.request_class.budget_s
         alone_s = self._books.policy.no_endpoint_budget_s
         if alone_s is not None:
+            age_s = self._books.now - request.arrived
             if not pool.is_served:
                 budget_s = max(budget_s, alone_s)
             elif age_s > budget_s:  # Envoy sends it again to a new sidecar: it waited for an endpoint that is here now
@@ -326,11 +324,11 @@ class Lines:
         return max((one for one in lasts if one.key[0] == last.key[0]), key=_excess)
 
 
-def refund(ticket: Ticket, pool: Pool) -> None:
+def refund(ticket: Ticket) -> None:
     """Give its tenant back what a request that was not served was charged."""
-    if ticket.charge is not None:
-        pool.shares[ticket.request_class.priority].left(ticket.tenant, ticket.charge)
-        ticket.charge = None
+    if ticket.charge is not None and ticket.flow is not None:
+        ticket.flow.left(ticket.charge)
+        ticket.charge = ticket.flow = None
 
 
 def placed(part: T | None) -> T:

@@ -216,8 +216,8 @@ class Placing:
             _goes_before_others(ticket, endpoint)
         if pool is not pool.base:
             served(pool, ticket)
-        if ticket.charge is not None:
-            pool.shares[ticket.request_class.priority].served(ticket.tenant, ticket.key[1])
+        if ticket.flow is not None:
+            ticket.flow.served(ticket.key[1])
         if pool.waiting_total or ticket.alarm:
             pool.pace.dispatched(now)
         if request.session is not None:

@@ -224,7 +224,7 @@ class Settling:
             line = lines.left[queue]
             lines.leave_left(ticket, pool, queue)
             if line.renumbers or targets[ticket] is not pool:
-                refund(ticket, pool)  # all first, so that nobody pays twice
+                refund(ticket)  # all first, so that nobody pays twice
             leaving.append((ticket, line))
         for ticket, line in leaving:
             pool = targets[ticket]

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from extproc.admission.endpoint import Endpoint
-    from extproc.admission.fairness import Turns
+    from extproc.admission.fairness import Flow, Turns
     from extproc.admission.first_bytes import Burst
     from extproc.admission.held import HeldBy
     from extproc.admission.pool import Pool
@@ -53,6 +53,7 @@ class Ticket:
         "deliver",
         "ended_at",
         "endpoint",
+        "flow",
         "home",
         "is_answered",
         "is_favoured",
@@ -108,6 +109,7 @@ class Ticket:
         self.work_tokens = 0  # of its prompt, what the engine has to compute: without what is cached there
         self.output_tokens = 0  # estimate
         self.charge: float | None = None  # what its tenant was charged for it; None while nobody counts
+        self.flow: Flow | None = None  # to which it was charged
         self.turns: Turns | None = None  # those that charged it too, at the endpoint it was sent to while others waited
         self.kv_tokens = 0  # estimate of the KV cache it will need: prompt and answer
         self.beside = 0  # how many its endpoint held when it was sent there

@@ -68,7 +68,7 @@ def test_of_too_many_tenants_the_one_that_asked_longest_ago_is_forgotten_first()
     memory.each = 10
     share = FairShare(memory)
     for tenant in ("a", "b", *"cdefgh", "a", *"ijk"):
-        share.tag(tenant, 100.0)
+        share.charge(tenant, 100.0)
     assert list(share._tenants) == [*"cdefgh", "a", *"ijk"]
 
 
@@ -142,22 +142,21 @@ def test_the_same_shares_apply_when_answers_turn_out_longer(end: Answer) -> None
 def test_tenants_are_forgotten_before_they_fill_the_memory() -> None:
     share = FairShare()
     for number in range(MAX_TENANTS + 10):
-        share.tag(f"t{number}", 1.0)
-        share.served(f"t{number}", 0.0)
+        share.charge(f"t{number}", 1.0).served(0.0)
     assert len(share) == MAX_TENANTS
 
 
 def test_a_tenant_that_was_forgotten_while_it_waited_does_no_harm() -> None:
     share = FairShare()
-    share.tag("t", 1.0)
+    before = share.charge("t", 1.0)
     for number in range(MAX_TENANTS):
-        share.tag(f"t{number}", 1.0)
-    share.served("t", 0.0)
-    share.left("t", 1.0)
-    share.tag("t", 1.0)
-    share.served("t", 0.0)
-    share.served("t", 0.0)
-    assert share._tenants["t"].waiting == 0
+        share.charge(f"t{number}", 1.0)
+    again = share.charge("t", 1.0)
+    before.left(1.0)
+    before.served(0.0)
+    before.correct(100.0)
+    assert share._tenants["t"] is again
+    assert (again.waiting, again.finish, before.waiting) == (1, 1.0, 0)
 
 
 def test_a_request_that_left_costs_its_tenant_nothing() -> None:
@@ -216,19 +215,20 @@ def test_a_tenant_with_nothing_waiting_is_not_held_to_the_place_of_a_request_tha
 
 def test_a_tenant_with_something_waiting_is_held_to_its_order() -> None:
     share = FairShare()
-    first, *_, last = [share.tag("t", 100.0) for _ in range(2)]
-    share.served("t", first)
-    share.correct("t", -150.0)
-    assert share.tag("t", 100.0) >= last
+    flow = share.charge("t", 100.0)
+    first, last = flow.tag, share.charge("t", 100.0).tag
+    flow.served(first)
+    flow.correct(-150.0)
+    assert share.charge("t", 100.0).tag >= last
 
 
 def test_the_tenant_that_asked_longest_ago_is_forgotten_first() -> None:
     share = FairShare()
     for number in range(MAX_TENANTS):
-        share.tag(f"t{number}", 100.0)
-    share.tag("t0", 100.0)
-    share.tag("newcomer", 100.0)
-    assert [share.tag(name, 1.0) for name in ("t0", "newcomer", "t1")] == [200.0, 100.0, 0.0]
+        share.charge(f"t{number}", 100.0)
+    share.charge("t0", 100.0)
+    share.charge("newcomer", 100.0)
+    assert [share.charge(name, 1.0).tag for name in ("t0", "newcomer", "t1")] == [200.0, 100.0, 0.0]
 
 
 def test_a_token_of_output_costs_twice_one_of_input() -> None:
