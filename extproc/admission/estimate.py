@@ -125,8 +125,11 @@ class TokenEstimate:
 
         `members`: where it may be tried what a prompt of its size has, if that is in doubt.
         """
-        output = self._output_of(ticket)
-        ceiling = ticket.request.max_output_tokens
+        request, answer = ticket.request, self._mean
+        own = self._answers.get((request.model, ticket.request_class.name))
+        if own is not None:
+            answer += own.count / (own.count + self.law.own) * (own.value * self._correction - answer)
+        output, ceiling = int(answer), request.max_output_tokens
         if ceiling is not None and ceiling < output:
             output = ceiling
         most = longest or MOST_CONTEXT
@@ -294,13 +297,6 @@ class TokenEstimate:
         elif correction < LEAST_CORRECTION:
             correction = LEAST_CORRECTION
         self._correction = correction
-
-    def _output_of(self, ticket: Ticket) -> int:
-        own = self._answers.get((ticket.request.model, ticket.request_class.name))
-        if own is None:
-            return int(self._mean)
-        weight = own.count / (own.count + self.law.own)
-        return int(self._mean + weight * (own.value * self._correction - self._mean))
 
     def _mean_of(self, key: tuple[str | None, str]) -> _Mean:
         mean = self._answers.get(key)

@@ -194,7 +194,7 @@ class Placing:
                 return True
         return False
 
-    def lease(self, ticket: Ticket, pool: Pool, endpoint: Endpoint) -> None:
+    def lease(self, ticket: Ticket, pool: Pool, endpoint: Endpoint) -> None:  # noqa: C901 - each request pays for a call
         """Dispatch one of `pool`: from here on the slot is taken."""
         books = self._books
         now, request = books.now, ticket.request
@@ -213,7 +213,10 @@ class Placing:
             if ticket.account is not None:
                 ticket.account.drop(ticket)
         if books.waiting:
-            _goes_before_others(ticket, endpoint)
+            if len(endpoint.pools) == 1:
+                pool.guard.passes(ticket, endpoint)
+            else:
+                _goes_where_pools_meet(ticket, endpoint)
         if pool is not pool.base:
             served(pool, ticket)
         if ticket.flow is not None:
@@ -252,13 +255,9 @@ class Placing:
         return None
 
 
-def _goes_before_others(ticket: Ticket, endpoint: Endpoint) -> None:
-    """Note that `ticket` goes to `endpoint` while others wait, maybe for that one too."""
-    pools = endpoint.pools
-    if len(pools) == 1:
-        pools[0].guard.passes(ticket, endpoint)
-        return
-    waiting = [pool for pool in pools if pool.waiting_total]
+def _goes_where_pools_meet(ticket: Ticket, endpoint: Endpoint) -> None:
+    """Note that `ticket` goes to `endpoint` while others wait, maybe in several pools for that one."""
+    waiting = [pool for pool in endpoint.pools if pool.waiting_total]
     by_turns = goes_by_turns(waiting)
     for pool in waiting:
         pool.guard.passes_where_pools_meet(ticket, endpoint, by_turns=by_turns)

@@ -115,7 +115,8 @@ class Prefill:
         ticket.prompt_pending = True
         ticket.work_tokens = self.work_of(ticket)
         if self._seen != self.law.lengths:
-            self._seen = min(self._seen + 1.0, self.law.lengths)
+            seen = self._seen + 1.0
+            self._seen = seen if seen < self.law.lengths else self.law.lengths
         self._mean += (ticket.work_tokens - self._mean) / self._seen
         if held_back:
             self._held_back[ticket] = None
