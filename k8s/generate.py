@@ -16,6 +16,7 @@ import yaml
 from extproc.config import load_config
 from extproc.envoy.bootstrap import render
 from extproc.envoy.skeleton import EXT_PROC_CLUSTER, EnvoyOptions
+from extproc.envoy.upstreams import ANY_CLUSTER, UNSTEERED_CLUSTER
 
 if TYPE_CHECKING:
     from extproc.config import Config
@@ -163,7 +164,8 @@ def envoy_filter(bootstrap: dict[str, Any]) -> dict[str, Any]:
     """Return Istio's way to say it: parts of a bootstrap, and where in Istio's own they belong."""
     manager = _manager(bootstrap)
     host = manager["route_config"]["virtual_hosts"][0]
-    clusters = [one for one in bootstrap["static_resources"]["clusters"] if one["name"] != "unsteered"]
+    elsewhere = (UNSTEERED_CLUSTER, ANY_CLUSTER)  # for routes that Istio has in their place
+    clusters = [one for one in bootstrap["static_resources"]["clusters"] if one["name"] not in elsewhere]
     listener = {"filterChain": {"filter": {"name": HTTP_MANAGER}}}
     before_router = {"filterChain": {"filter": {"name": HTTP_MANAGER, "subFilter": {"name": ROUTER}}}}
     virtual_host = {"vhost": {"name": VIRTUAL_HOST}}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from extproc.envoy import fallback
 from extproc.envoy.check import read_bootstrap
 from extproc.envoy.upstreams import ANY_CLUSTER
-from extproc.envoy.view import hosts_of, parse, same, targets, told_if_misshapen, views
+from extproc.envoy.view import dormant, hosts_of, parse, same, targets, told_if_misshapen, views
 from extproc.stream import wire
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _any_server(view: View) -> Iterator[str]:
             matched = {one.get("name"): "string_match" in one.node for one in route.each("match", "headers")}
             if matched.get(header) or any(name in matched for name in models):
                 break  # models are told apart, here
-            if header not in matched and route.get("match", "path") is None:
+            if header not in matched and route.get("match", "path") is None and not dormant(route):
                 yield from (f"{route.path}: {words}" for name in targets(route) if (words := _mixed(view, name)))
 
 

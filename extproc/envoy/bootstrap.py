@@ -34,6 +34,12 @@ if TYPE_CHECKING:
     from extproc.config import Config
     from extproc.envoy.skeleton import EnvoyOptions
 
+BYPASS = "extproc.bypass"
+"""Envoy's runtime key: how many in a hundred requests go past the queue."""
+_RUNTIME = """\
+# Keys that POST /runtime_modify sets at the admin port, until Envoy ends: the route that is a bypass asks for one.
+layered_runtime: {layers: [{name: admin, admin_layer: {}}]}
+"""
 _UNSTEERED = f"%DYNAMIC_METADATA({wire.UNSTEERED_NAMESPACE}:outcome)%"
 _WHY = {
     "stream_idle_timeout": """\
@@ -108,12 +114,12 @@ def render(config: Config, options: EnvoyOptions) -> str:
         received=", ".join(_received(config)),
         forwarded=wire.FIELDS_NAMESPACE if config.request_fields else "",
         clusters=queue + _clusters(config, options),
-        after_admin=_dynamic(config) + "\n",
+        after_admin=_RUNTIME + _dynamic(config) + "\n",
         codec="          codec_type: AUTO\n",
         retries=_other_host(sidecars),
         mode_override="              allow_mode_override: false\n",
         manager=_upgrades(config),
-        before_hosts=_late_cluster(config, options),
+        before_hosts=_late_cluster(config),
     ).render()
 
 
@@ -139,10 +145,6 @@ def _clusters(config: Config, options: EnvoyOptions) -> str:
             )
             for one in (fallback.by_model(config) if options.fail_open else ())
         ]
-    if options.unqueued and not options.fail_open and not in_file:
-        clusters.append(
-            any_cluster(ANY_CLUSTER, addresses, config.health_check, protocol, config.upstream_idle_timeout)
-        )
     if not in_file:
         clusters += [endpoint_cluster(cluster, address, protocol, config) for cluster, address in endpoints]
     clusters += [
@@ -150,6 +152,10 @@ def _clusters(config: Config, options: EnvoyOptions) -> str:
         for one in config.overflow_clusters
         if one.address is not None
     ]
+    if not options.fail_open and not in_file:
+        clusters.append(
+            any_cluster(ANY_CLUSTER, addresses, config.health_check, protocol, config.upstream_idle_timeout)
+        )
     return "".join(clusters)
 
 
@@ -179,6 +185,7 @@ def _routes(header: str, config: Config, options: EnvoyOptions) -> str:
                     num_retries: 1
 {_second_priority(config)}                request_headers_to_remove: [{header}]
 {_upgrade_route(config, unsteered)}\
+{_bypass_route(any_endpoint, config, outcome)}\
               # Not steered: no sidecar answered. {_unsteered_comment(config, options)}
               # It must be a route, not a direct_response: with that, the buffer limit above does not hold.
               - match: {{prefix: /}}
@@ -260,14 +267,12 @@ def _unsteered_comment(config: Config, options: EnvoyOptions) -> str:
 def _unqueued_routes(cluster: str, config: Config, options: EnvoyOptions) -> str:
     if not options.unqueued:
         return ""
-    names = ["envoy.filters.http.ext_proc", *([PROBE] if config.first_byte_probe else [])]
-    off = f'{{"@type": {FILTERS}ext_proc.v3.ExtProcPerRoute, disabled: true}}'
     routes = "".join(
         f"""\
               - match: {{path: {json.dumps(path)}}}
                 route: {{cluster: {cluster}}}
                 typed_per_filter_config:
-{lines(18, [f"{name}: {off}" for name in names])}"""
+{_past_ours(config)}"""
         for path in options.unqueued
     )
     return f"""\
@@ -276,8 +281,31 @@ def _unqueued_routes(cluster: str, config: Config, options: EnvoyOptions) -> str
 {routes}"""
 
 
-def _late_cluster(config: Config, options: EnvoyOptions) -> str:
-    if config.envoy_clusters_file is None or not (options.fail_open or options.unqueued):
+def _bypass_route(cluster: str, config: Config, outcome: str) -> str:
+    return f"""\
+              # Past the queue, in a hurry and without a restart: POST /runtime_modify?{BYPASS}=100 to the admin port
+              # above, and =0 for back. What is held by then goes where the sidecar sends it.
+              - match:
+                  prefix: /
+                  runtime_fraction: {{default_value: {{numerator: 0}}, runtime_key: {BYPASS}}}
+                route:
+                  cluster: {cluster}
+                  timeout: 0s
+                  retry_policy: {{retry_on: "connect-failure,refused-stream,reset-before-request", num_retries: 2}}
+                typed_per_filter_config:
+{_past_ours(config)}\
+{outcome}"""
+
+
+def _past_ours(config: Config) -> str:
+    """Return the setting of a route whose requests no sidecar is asked about."""
+    names = ["envoy.filters.http.ext_proc", *([PROBE] if config.first_byte_probe else [])]
+    off = f'{{"@type": {FILTERS}ext_proc.v3.ExtProcPerRoute, disabled: true}}'
+    return lines(18, [f"{name}: {off}" for name in names])
+
+
+def _late_cluster(config: Config) -> str:
+    if config.envoy_clusters_file is None:
         return ""
     return """\
             # The cluster of requests that nobody steered comes with the clusters file, after the listener was read.

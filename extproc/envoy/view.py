@@ -255,3 +255,9 @@ def targets(route: Spot) -> list[str]:
         *(one.get("name") for one in route.each("route", "weighted_clusters", "clusters")),
     ]
     return [str(name) for name in names if name is not None]
+
+
+def dormant(route: Spot) -> bool:
+    """Tell whether a route takes nothing until somebody says so at Envoy's admin port, like our bypass."""
+    fraction = route.get("match", "runtime_fraction") or {}
+    return bool(fraction.get("runtime_key")) and not (fraction.get("default_value") or {}).get("numerator")

@@ -15,6 +15,7 @@ from extproc.envoy.view import (
     Spot,
     View,
     clusters_of,
+    dormant,
     engine_clusters,
     hosts_of,
     is_local,
@@ -72,7 +73,7 @@ def switched_off(view: View) -> Iterator[str]:
         on_arrival = [route for route in routes if not _needs(route, header)]
         for route in routes:
             place = _off(view, host, route)
-            if place is None or place in said:
+            if place is None or place in said or dormant(route):
                 continue
             exact = route.get("match", "path") is not None
             past = not exact and bool(engines & set(targets(route)))

@@ -31,7 +31,7 @@ class Rendered:
         self.manager = self.resources["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
         self.host = self.manager["route_config"]["virtual_hosts"][0]
         self.routes = self.host["routes"]
-        self.steered, self.unsteered = self.routes[-2:]
+        self.steered, self.bypass, self.unsteered = self.routes[-3:]
 
     def write(self, tmp_path: Path) -> Path:
         path = tmp_path / "envoy.yaml"

@@ -131,7 +131,7 @@ SPOILT = {
     ),
     "a short idle_timeout of the route": (
         lambda b: b.unsteered["route"].update(idle_timeout="5s"),
-        f"{HOST}.routes[1].route.idle_timeout: 5s is not above",
+        f"{HOST}.routes[2].route.idle_timeout: 5s is not above",
     ),
     "a request_timeout": (lambda b: b.manager.update(request_timeout="60s"), f"{MANAGER}.request_timeout:"),
     "a max_stream_duration": (
@@ -140,7 +140,7 @@ SPOILT = {
     ),
     "a max_stream_duration of the route": (
         lambda b: b.unsteered["route"].update(max_stream_duration={"max_stream_duration": "9s"}),
-        f"{HOST}.routes[1].route.max_stream_duration:",
+        f"{HOST}.routes[2].route.max_stream_duration:",
     ),
     "the default route timeout": (lambda b: b.steered["route"].pop("timeout"), f"{HOST}.routes[0].route.timeout: 15s"),
     "no trailers, so no end of the answer": (
@@ -213,7 +213,7 @@ SPOILT = {
     ),
     "a direct_response to hold on": (
         lambda b: (b.unsteered.pop("route"), b.unsteered.update(direct_response={"status": 503})),
-        f"{HOST}.routes[1].direct_response:",
+        f"{HOST}.routes[2].direct_response:",
     ),
     "the default body limit": (
         lambda b: b.host.pop("request_body_buffer_limit"),

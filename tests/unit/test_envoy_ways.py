@@ -144,11 +144,11 @@ SPOILT = {
     ),
     "a steered route narrower than the one after it": (
         lambda b: b.steered["match"].update(prefix="/v1/"),
-        f"{HOST}.routes[1]: a held request goes to unsteered and not",
+        f"{HOST}.routes[2]: a held request goes to unsteered and not",
     ),
     "a steered route with a condition more than the one after it": (
         lambda b: b.steered["match"]["headers"].append({"name": "x-model", "present_match": True}),
-        f"{HOST}.routes[1]: a held request goes to unsteered and not",
+        f"{HOST}.routes[2]: a held request goes to unsteered and not",
     ),
     "a virtual host without the steered route": (
         lambda b: b.another_host("a"),
@@ -186,7 +186,7 @@ SPOILT = {
     "no sidecar": (lambda b: b.move("extproc_queue"), "static_resources.clusters[0].load_assignment: no host"),
     "off where requests arrive": (
         lambda b: b.unsteered.update(typed_per_filter_config=OFF),
-        f"{HOST}.routes[1].typed_per_filter_config[{FILTER}].disabled: switches the filter off where requests of the steered",
+        f"{HOST}.routes[2].typed_per_filter_config[{FILTER}].disabled: switches the filter off where requests of the steered",
     ),
     "off for the virtual host": (
         lambda b: b.host.update(typed_per_filter_config=OFF),
@@ -198,7 +198,7 @@ SPOILT = {
     ),
     "off by a wrapped setting": (
         lambda b: b.unsteered.update(typed_per_filter_config={FILTER: {"config": OFF[FILTER]}}),
-        f"{HOST}.routes[1].typed_per_filter_config[{FILTER}].disabled: switches the filter off",
+        f"{HOST}.routes[2].typed_per_filter_config[{FILTER}].disabled: switches the filter off",
     ),
     "off in the list of filters": (
         lambda b: b.manager["http_filters"][OURS].update(disabled=True),
@@ -207,6 +207,14 @@ SPOILT = {
     "off for a prefix that leads to an engine": (
         lambda b: b.first({"prefix": "/v1/"}, typed_per_filter_config=OFF),
         f"{HOST}.routes[0].typed_per_filter_config[{FILTER}].disabled: switches the filter off where requests of engines",
+    ),
+    "a bypass that takes some without a word": (
+        lambda b: b.bypass["match"]["runtime_fraction"]["default_value"].update(numerator=5),
+        f"{HOST}.routes[1].typed_per_filter_config[{FILTER}].disabled: switches the filter off where requests of engines",
+    ),
+    "a bypass that nobody can switch off": (
+        lambda b: b.bypass["match"].pop("runtime_fraction"),
+        f"{HOST}.routes[1].typed_per_filter_config[{FILTER}].disabled: switches the filter off where requests of engines",
     ),
     "off for a virtual host, where engines' requests and others arrive": (
         lambda b: (b.host.update(typed_per_filter_config=OFF), b.first({"prefix": "/v1/"})),
@@ -460,4 +468,4 @@ def test_a_last_route_to_any_server_is_named_where_servers_list_different_models
     assert told(Bootstrap(config)) == []
     alike = Bootstrap(parse_config(MODELS.replace("llama, ", ""), "file", {}), EnvoyOptions(fail_open=True))
     assert len(told(alike)) == 1
-    assert told(alike)[0].startswith(f"{HOST}.routes[1]: while no sidecar answers")
+    assert told(alike)[0].startswith(f"{HOST}.routes[2]: while no sidecar answers")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +105,12 @@ class Envoy:
         if status != 200:
             raise AssertionError(f"Envoy admin {path}: {status} {body[:200]!r}")
         return body.decode()
+
+    def set_runtime(self, key: str, value: int) -> None:
+        """Set a key of Envoy's runtime."""
+        url = f"http://{self.admin}/runtime_modify?{key}={value}"
+        with urllib.request.urlopen(url, data=b"", timeout=5) as answer:
+            assert answer.read() == b"OK\n"
 
     def stats(self, prefix: str) -> dict[str, int]:
         """Counters and gauges whose name begins with `prefix` (histograms are left out)."""
