@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 OURS = Contender("sidecar", None, "completion_queue")
 MOST_BYTES = 1.0
 """Of each served request, kept. Nothing is: what is seen are caches and free lists, which are bounded."""
-MOST_HELD_KIB = 19.5
+MOST_HELD_KIB = 15.5
 
 
 class Watch:

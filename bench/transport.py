@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from extproc.commands.cli import EXPERIMENTS
+from extproc.commands.cli import experiments
 from tests.e2e.kit.envoy import Envoy
 from tests.e2e.kit.processes import Child, run, tcp_open, wait_until
 from tests.e2e.kit.stack import Sidecar, local
@@ -116,12 +116,13 @@ class Contender:
 def contenders(compiled: str | None = None) -> list[Contender]:
     """Return all, in the order of the table; `compiled`: a Python that has a compiled wheel installed."""
     noop = [sys.executable, "-m", "bench.noop"]
+    switched = experiments("completion_queue", "unix:")
     return [
         Contender("Envoy alone"),
         Contender("native no-op", [str(NATIVE)]),
         Contender("no-op, grpc.aio + protobuf objects", noop, "protobuf"),
         Contender("no-op, asyncio", noop, "asyncio"),
-        Contender("no-op, completion_queue", ["env", f"GRPC_EXPERIMENTS={EXPERIMENTS}", *noop], "completion_queue"),
+        Contender("no-op, completion_queue", ["env", f"GRPC_EXPERIMENTS={switched}", *noop], "completion_queue"),
         Contender("sidecar, asyncio without uvloop", None, "asyncio", uvloop=False),
         Contender("sidecar, asyncio", None, "asyncio"),
         Contender("sidecar, completion_queue over TCP", None, "completion_queue", listen="tcp"),

@@ -194,7 +194,7 @@ def test_the_self_test_is_silent(capfd):
 
 def under_experiments(code: str) -> str:
     """Run `code` in a process of its own, with what is switched of gRPC's; return what it says."""
-    environment = {**os.environ, "GRPC_EXPERIMENTS": cli.EXPERIMENTS}
+    environment = {**os.environ, "GRPC_EXPERIMENTS": cli.experiments("completion_queue", "unix:")}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=60
     )
@@ -231,6 +231,12 @@ def test_no_message_is_longer_than_the_limit_compressed_or_not():
     """With fused filters one that came compressed was as long as it liked in grpcio 1.82 and 1.83."""
     said = under_experiments(LIMITED).split()
     assert said == ["1000", "1000", "RESOURCE_EXHAUSTED", "RESOURCE_EXHAUSTED"]
+
+
+@pytest.mark.parametrize(("version", "fused"), [("1.82.0", False), ("1.83.9", False), ("1.84.0rc1", True)])
+def test_filters_are_fused_where_the_limit_of_a_message_holds_with_it(monkeypatch, version, fused):
+    monkeypatch.setattr(cli.metadata, "version", {"grpcio": version}.__getitem__)
+    assert (cli.FUSED in cli.experiments("asyncio", "127.0.0.1:0").split(",")) is fused
 
 
 def test_reading_a_configuration_imports_no_grpc():

@@ -46,8 +46,8 @@ def beside_envoy() -> str:
 class Sidecar:
     """`extproc serve` with this config, ready when `with` is entered. `listen` and `admin` are added if missing.
 
-    `listen` is a unix socket; over TCP gRPC works differently (`extproc.cli.EXPERIMENTS`): with TLS, as shipped, and in
-    tests that say so.
+    `listen` is a unix socket; over TCP gRPC works differently (`extproc.commands.cli.IN_OUR_THREAD`): with TLS, as
+    shipped, and in tests that say so.
     """
 
     def __init__(
