@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Set
@@ -24,6 +24,14 @@ WARY_S = 600.0
 he may be alive where neither we nor the store see him."""
 
 
+class Vanished(NamedTuple):
+    """Who was counted out without a goodbye: where he was, his part of limits, and until when he may live unseen."""
+
+    address: str
+    part: float
+    until: float
+
+
 class Census:
     """The members of a pool, as the store and streams tell.
 
@@ -39,8 +47,7 @@ class Census:
         self.members: dict[str, Member] = {}
         self.answered_at: float | None = None
         self._asked_at: float | None = None  # when that was asked for, and with it was said that we live
-        # Who was counted out without a goodbye: where he was, and until when he may be alive unseen.
-        self._vanished: dict[str, tuple[str, float]] = {}
+        self._vanished: dict[str, Vanished] = {}  # who was counted out without a goodbye
         self._missing: dict[str, float] = {}  # since when
         self._left: set[str] = set()
 
@@ -55,15 +62,16 @@ class Census:
             else:
                 self.left(member.id)
         self.members.update(seen)
+        everybody = len(self.members) + len(self._places(self.members.keys()))
         for name in list(self.members):
             if name in seen:
                 self._missing.pop(name, None)
             elif name in self._left or now - self._missing.setdefault(name, now) >= GONE_S:
                 if name not in self._left:
-                    self._vanished[name] = self.members[name].address, now + WARY_S
+                    self._vanished[name] = Vanished(self.members[name].address, 1 / everybody, now + WARY_S)
                 self._forget(name)
         self._left &= seen.keys()
-        self._vanished = {name: one for name, one in self._vanished.items() if now < one[1] and name not in seen}
+        self._vanished = {name: one for name, one in self._vanished.items() if now < one.until and name not in seen}
 
     def met(self, member: Member) -> None:
         """Count somebody in who opened a stream to us."""
@@ -88,10 +96,18 @@ class Census:
         if self.answered_at is None:
             return None
         known = self.members.keys() - self._left | group
-        if known == group:
-            return len(known)
-        places = {address for name, (address, _) in self._vanished.items() if name not in known}
-        return len(known) + len(places - {member.address for member in self.members.values()})
+        return len(known) if known == group else len(known) + len(self._places(known))
+
+    def _places(self, known: Set[str]) -> dict[str, Vanished]:
+        """Return who vanished by his place, if nobody else is there; none of `known`."""
+        taken = {member.address for member in self.members.values()}
+        return {
+            one.address: one for name, one in self._vanished.items() if name not in known and one.address not in taken
+        }
+
+    def kept(self, now: float) -> float:
+        """Return which part of each limit those may use who vanished, to a group that is all others."""
+        return sum(one.part for one in self._places(self.members.keys()).values() if now < one.until)
 
     def part(self, group: Set[str]) -> float:
         """Return the part of each limit that `group` may use, 0..1; 0: the store has not told yet."""
@@ -100,7 +116,11 @@ class Census:
 
     def is_wary(self, now: float) -> bool:
         """Tell whether somebody may be alive whom nobody sees."""
-        return any(now < until for _, until in self._vanished.values())
+        return any(now < one.until for one in self._vanished.values())
+
+    def are_wary(self, now: float) -> bool:
+        """Tell whether others who have counted us out expect still that we are alive."""
+        return self._asked_at is not None and now < self._asked_at + WARY_S
 
     def is_cut_off(self, now: float) -> bool:
         """Tell whether the store has been silent for so long that, if it is so to us alone, others count us out."""

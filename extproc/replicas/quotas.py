@@ -3,9 +3,12 @@
 A group of M of N sidecars holds at most M/N of each limit, and never more than an engine's own figures leave free, so
 groups that don't know of each other stay within the limit together. A group that has just formed grows only once those
 who were left behind have noticed, and a reading from after that has told what runs. A new endpoint waits for its first
-reading: others may have known it before. Who reaches neither the store nor all others may have been counted out: others
-use all of each limit. From one reading to the next such a group sends an engine at most one request for each sidecar of
-it more than it held; and no more than that in all if it can't read the engine's figures.
+reading: others may have known it before.
+
+Who reaches neither the store nor all others may have been counted out: others take his part, in steps from one reading
+to the next. Such a group takes at once as much of its part as an engine's figures show that others leave of theirs;
+beyond that only one request for each sidecar of it more than it held, and no more than that in all if it can't read
+the figures.
 """
 
 from __future__ import annotations
@@ -33,19 +36,30 @@ UNKNOWN_S = 10.0
 """How long an endpoint stays unused because a follower's Envoy does not know it yet."""
 
 
+STEPS = 3
+"""In so many readings those who are left take the part of one who vanished. He may see two of these late, and what is
+on its way later still: so much of his part must be left."""
+
+
+def _part_of(limit: int, part: float) -> int:
+    return max(1, math.floor(limit * part + 1e-9))
+
+
 class _Moment(NamedTuple):
     """What counts for all endpoints alike.
 
     Attributes:
         part: of each limit that is the group's.
         sidecars: of the group.
-        is_nobody: we may be in a corner where nobody sees us: others have the whole limit for themselves.
+        is_nobody: we may be in a corner where nobody sees us: others have the whole limit for themselves, in steps.
+        kept: the part of who vanished and may be alive unseen, if all others are in the group.
     """
 
     now: float
     part: float
     sidecars: int
     is_nobody: bool
+    kept: float
 
 
 class Quotas:
@@ -64,7 +78,8 @@ class Quotas:
         self._refill = {name: endpoint.sequences for name, endpoint in endpoints.items()}
         self._unread = dict.fromkeys(endpoints, self._fresh_from + UNREAD_S)  # until when at most
         self._known = set(endpoints)
-        self._held: dict[str, int] = {}  # the least that we held since the last reading, while others may not see us
+        self._held: dict[str, int] = {}  # the least that we held since the last reading, where that counts
+        self._there: dict[str, int] = {}  # what an engine ran at the last reading, ours and others'
         self._caps = {name: endpoint.limit.value for name, endpoint in endpoints.items()}
         self._read_at: dict[str, float] = {}
         self._nobody_at: dict[str, float] = {}  # when nobody knew of us last, or saw us, nor we an endpoint's page
@@ -77,7 +92,8 @@ class Quotas:
     def _moment(self) -> _Moment:
         now, group = self._gate.now(), self._group()
         part = self._census.part(group)
-        return _Moment(now, part, len(group), part < 1.0 and self._census.is_cut_off(now))
+        is_nobody = part < 1.0 and self._census.is_cut_off(now)
+        return _Moment(now, part, len(group), is_nobody, self._census.kept(now))
 
     def _quota(self, endpoint: Endpoint, moment: _Moment) -> int | None:
         """Return the most sequences that the group may hold at an endpoint; None: its limit alone decides."""
@@ -89,23 +105,48 @@ class Quotas:
             ours: int | None = self._refill.get(name, 0)
         elif moment.part >= 1.0:  # or so it looks: a store that has just come back may list us alone
             self._caps[name] = value
-            ours = None
+            ours = self._beside_who_vanished(endpoint, moment)
         else:
             # A limit may only fall while others share it: each group would let its own grow for what all send together.
             cap = self._caps[name] = min(self._caps.get(name, value), value)
-            ours = max(1, math.floor(cap * moment.part + 1e-9))
+            ours = _part_of(cap, moment.part)
         return ours if most is None else most if ours is None else min(ours, most)
 
     def _most(self, endpoint: Endpoint, moment: _Moment) -> int | None:
-        """Return the most that a group may hold that others may not see; None: they do."""
-        name = endpoint.name
+        """Return the most that a group may hold that others may not see; None: they do.
+
+        It takes at once as much of its part as the figures show that they leave of theirs: who leaves some has none of
+        ours. More it takes in steps, as they see its requests in the figures.
+        """
+        name, value = endpoint.name, endpoint.limit.value
         if self._is_apart(name, moment):
             return moment.sidecars
-        if moment.is_nobody:
-            held = self._held[name] = min(self._held.get(name, endpoint.sequences), endpoint.sequences)
-            return held + moment.sidecars
-        self._held.pop(name, None)
-        return None
+        if not moment.is_nobody:
+            return None
+        most = self._least(endpoint) + moment.sidecars
+        if name in self._there and self._census.are_wary(moment.now):
+            cap = min(self._caps.get(name, value), value)
+            ours = _part_of(cap, moment.part)
+            theirs = max(cap - ours, 1)
+            most += max(theirs - self._there[name], 0) * max(ours, theirs) // theirs
+        return most
+
+    def _beside_who_vanished(self, endpoint: Endpoint, moment: _Moment) -> int | None:
+        """Return the most that all others may hold while somebody may be alive whom nobody sees; None: nobody is.
+
+        They take his part in steps: he sees by the figures what they leave of their own, and takes that at once.
+        """
+        name, limit = endpoint.name, endpoint.limit.value
+        if not moment.kept or name not in self._there:  # without figures he sends next to nothing
+            return None
+        ours = _part_of(limit, 1.0 - moment.kept)
+        step = max((limit - ours) // STEPS, 1)
+        return max(ours, min(self._least(endpoint), self._there[name]) + step)
+
+    def _least(self, endpoint: Endpoint) -> int:
+        """Return the least that we held since the last reading."""
+        held = self._held[endpoint.name] = min(self._held.get(endpoint.name, endpoint.sequences), endpoint.sequences)
+        return held
 
     def _is_blind(self, name: str, now: float) -> bool:
         """Tell whether an endpoint's page can't be had, before what it said last is forgotten as stale."""
@@ -185,6 +226,10 @@ class Quotas:
         """Follow what a reading changed."""
         self._read_at[name] = self._gate.now()
         self._held.pop(name, None)
+        endpoint = self._gate.controller.endpoints.get(name)
+        page = None if endpoint is None else endpoint.reading.page
+        if page is not None and page.running is not None:
+            self._there[name] = int(page.running + (page.waiting or 0.0))
         if self._gate.now() >= self._fresh_from:
             self._unread.pop(name, None)
         self.follow_one(name)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from extproc.simulate.fronts import Group, Job
     from extproc.simulate.network import Timer
 
-FAULTS = ("none", "leader-killed", "leader-hangs", "one-cut-off", "halves", "each-alone", "store-gone")
+FAULTS = ("none", "leader-killed", "leader-hangs", "one-cut-off", "one-unseen", "halves", "each-alone", "store-gone")
 FAULT_AT_S = 60.0
 FAULT_S = 20.0
 RESTART_S = 3.0
@@ -88,7 +88,7 @@ class _Sidecar:
 
     def _ask_store(self) -> None:
         pool = self.pool
-        if pool.store_is_up:
+        if pool.store_is_up and self.place not in pool.unseen:
             self.replica.store_says([one.replica.me for one in pool.in_store()])
         pool.clock.at(pool.clock.now + STORE_S, self._ask_store, self)
 
@@ -121,6 +121,7 @@ class Several:
         self.setting = setting
         self.clock = Clock()
         self.store_is_up = True
+        self.unseen: set[int] = set()  # by the store
         self.ends: list[End[_Sidecar]] = []
         self._cuts: set[frozenset[int]] = set()
         models = [frozenset(group.models) for group in groups for _ in range(group.engines)]
@@ -148,7 +149,8 @@ class Several:
 
     def in_store(self) -> list[_Sidecar]:
         """Return those that the store lists."""
-        return [place.sidecar for place in self.places if not place.sidecar.is_dead and not place.sidecar.is_stopped]
+        seen = [place.sidecar for place in self.places if place.number not in self.unseen]
+        return [sidecar for sidecar in seen if not sidecar.is_dead and not sidecar.is_stopped]
 
     def carry(self, end: End[_Sidecar], arrive: Callable[[], None]) -> None:
         """Bring something to the other end of a stream, unless nothing gets from one of the two to the other."""
@@ -244,8 +246,10 @@ class Several:
                 return
             case "leader-hangs":
                 leader.sidecar.is_stopped = True
-            case "one-cut-off":
+            case "one-cut-off" | "one-unseen":
                 self._cuts = {frozenset((numbers[-1], other)) for other in numbers[:-1]}
+                if self.setting.replicas_fault == "one-unseen":
+                    self.unseen.add(numbers[-1])
             case "halves":
                 half = len(numbers) // 2
                 self._cuts = {frozenset((one, other)) for one in numbers[:half] for other in numbers[half:]}
@@ -257,6 +261,7 @@ class Several:
 
     def _mend(self, leader: _Place) -> None:
         self._cuts.clear()
+        self.unseen.clear()
         self.store_is_up = True
         if leader.sidecar.is_stopped:
             leader.sidecar.resume()

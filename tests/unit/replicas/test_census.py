@@ -78,6 +78,32 @@ def test_who_vanished_without_a_word_may_be_alive_unseen_for_a_long_time():
     assert not census.is_wary(5.0 + WARY_S + 1)
 
 
+def test_who_vanished_keeps_the_part_that_it_had_whoever_joins_until_it_may_be_alive_no_more_or_is_back():
+    census = Census()
+    census.heard([ONE, TWO, THREE], 0.0)
+    census.heard([ONE, TWO], 1.0)
+    assert census.kept(1.0) == 0.0
+    census.heard([ONE, TWO], 5.0)
+    assert census.kept(5.0) == 1 / 3
+    census.heard([ONE, TWO, Member("d", "d:1", 4)], 6.0)
+    assert census.kept(6.0) == 1 / 3, "it does not know of the fourth"
+    assert census.kept(6.0 + WARY_S) == 0.0
+    census.heard([ONE, TWO, Member("e", THREE.address, 5)], 7.0)
+    assert census.kept(7.0) == 0.0, "another life of it"
+
+
+def test_who_is_cut_off_does_not_count_on_it_for_longer_than_others_expect_that_it_lives():
+    mine, theirs = Census(), Census()
+    mine.heard([ONE, TWO], 0.0)
+    theirs.heard([ONE, TWO], 0.0)
+    theirs.heard([ONE], 1.0)
+    theirs.heard([ONE], 1.0 + GONE_S)
+    at = WARY_S - 1.0
+    assert (mine.are_wary(at), theirs.kept(at)) == (True, 1 / 2)
+    assert not mine.are_wary(WARY_S + 1.0)
+    assert theirs.kept(WARY_S + 1.0) == 1 / 2
+
+
 over_stores = pytest.mark.parametrize("store", [lease, valkey], ids=["lease", "valkey"])
 
 

@@ -600,7 +600,7 @@ def test_a_group_that_may_not_be_seen_any_more_sends_an_engine_one_more_for_each
     here.net.cut(["s1", "s2"], ["s0"])
     here.store.cut.update(["s1", "s2"])
     here.run(15.0)
-    assert here.sidecars["s0"].controller.endpoints["e0"].quota is None
+    assert here.sidecars["s0"].replica.picture().members == 1
     for place in 12 * list(here.sidecars):
         here.send(place, work_s=10.0, budget_s=60.0)
     here.run(1.5)
@@ -620,15 +620,65 @@ def test_what_a_group_that_may_not_be_seen_holds_less_for_a_moment_it_does_not_s
     here.net.cut([corner.place], set(here.sidecars) - {corner.place})
     here.store.cut.add(corner.place)
     here.run(10.0)
+    for _ in range(8):
+        here.send(leader_of_most(here).place, work_s=60.0)
+    here.run(2.0)
     held = [here.send(corner.place, work_s=60.0, budget_s=60.0) for _ in range(8)]
     here.run(6.0)
-    assert here.load() == 4
+    assert here.load() == 8 + 4
     corner.gate.set_up("e0", is_up=False)
     for client in held[:4]:
         here.engines["e0"].holds.pop(client)
         corner.close(client, Answer.OK)
     corner.gate.set_up("e0", is_up=True)
-    assert here.load() == 1
+    assert here.load() == 8 + 1
+
+
+@pytest.mark.parametrize("lost", ["by itself", "with the store", "the store of all"])
+def test_who_may_not_be_seen_any_more_fills_its_part_of_an_idle_engine_at_once(lost):
+    """The others do not take that at once: those with a budget of nothing were refused at engines that stood idle."""
+    here = site(engines=1, limit=24)
+    corner = followers(here)[0]
+    rest = sorted(set(here.sidecars) - {corner.place})
+    here.net.cut([corner.place], rest)
+    if lost == "with the store":
+        here.store.cut.update(rest)
+    elif lost == "by itself":
+        here.store.cut.add(corner.place)
+    else:
+        here.store.is_up = False
+    here.run(15.0)
+    both = (corner.place, rest[0])
+    asked = [[here.send(place, work_s=30.0, budget_s=0.0) for _ in range(24)] for place in both]
+    here.run(0.1)
+    assert [sum(one.dispatches for one in clients) for clients in asked] == [8, 16]
+    here.run(20.0)
+    assert here.engines["e0"].peak == 24
+
+
+def test_those_who_are_left_take_the_part_of_one_who_vanished_in_a_few_readings_and_all_when_it_is_surely_gone():
+    here = site(engines=1, limit=24)
+    here.kill(followers(here)[0].place)
+    here.run(12.0)
+    assert leader(here).replica.picture().members == 2
+    for _ in range(40):
+        here.send(leader(here).place, work_s=700.0, budget_s=60.0)
+    here.run(0.1)
+    assert here.load() == 16
+    here.run(4.5)
+    assert here.load() == 24
+    here.run(600.0)
+    assert leader(here).controller.endpoints["e0"].quota is None
+
+
+def test_a_sidecar_that_died_and_is_back_at_its_place_leaves_no_part_behind():
+    here = site(engines=1, limit=24)
+    place = followers(here)[0].place
+    here.kill(place)
+    here.run(1.0)
+    here.start(place)
+    here.run(12.0)
+    fill(here, work_s=1.0)
 
 
 def test_an_endpoint_that_is_new_stays_closed_until_it_is_known_how_much_of_it_is_ours():
