@@ -24,7 +24,14 @@ from extproc.envoy.skeleton import (
     sidecar_address,
     sidecar_cluster,
 )
-from extproc.envoy.upstreams import ANY_CLUSTER, UNSTEERED_CLUSTER, any_cluster, endpoint_cluster, unsteered_cluster
+from extproc.envoy.upstreams import (
+    ANY_CLUSTER,
+    UNQUEUED_CLUSTER,
+    UNSTEERED_CLUSTER,
+    any_cluster,
+    endpoint_cluster,
+    unsteered_cluster,
+)
 from extproc.stream import wire
 from extproc.stream.again import UPSTREAM
 
@@ -152,10 +159,11 @@ def _clusters(config: Config, options: EnvoyOptions) -> str:
         for one in config.overflow_clusters
         if one.address is not None
     ]
-    if not options.fail_open and not in_file:
-        clusters.append(
-            any_cluster(ANY_CLUSTER, addresses, config.health_check, protocol, config.upstream_idle_timeout)
-        )
+    at_once = (*(() if options.fail_open else (ANY_CLUSTER,)), *((UNQUEUED_CLUSTER,) if options.unqueued else ()))
+    clusters += [
+        any_cluster(name, addresses, config.health_check, protocol, config.upstream_idle_timeout)
+        for name in (() if in_file else at_once)
+    ]
     return "".join(clusters)
 
 
@@ -169,7 +177,7 @@ def _routes(header: str, config: Config, options: EnvoyOptions) -> str:
                 - {{header: {{key: x-extproc-outcome, value: "{_UNSTEERED}"}}}}
 """
     return f"""\
-{_unqueued_routes(any_endpoint, config, options)}\
+{_unqueued_routes(config, options)}\
 {fallback.route(config, outcome) if options.fail_open else ""}\
               # Steered: reached only after the sidecar has set the header and cleared the route cache.
               - match:
@@ -264,13 +272,13 @@ def _unsteered_comment(config: Config, options: EnvoyOptions) -> str:
     return "Fail closed: the cluster is empty, so 503."
 
 
-def _unqueued_routes(cluster: str, config: Config, options: EnvoyOptions) -> str:
+def _unqueued_routes(config: Config, options: EnvoyOptions) -> str:
     if not options.unqueued:
         return ""
     routes = "".join(
         f"""\
               - match: {{path: {json.dumps(path)}}}
-                route: {{cluster: {cluster}}}
+                route: {{cluster: {UNQUEUED_CLUSTER}}}
                 typed_per_filter_config:
 {_past_ours(config)}"""
         for path in options.unqueued

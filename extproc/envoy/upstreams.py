@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 UNSTEERED_CLUSTER = "unsteered"
 ANY_CLUSTER = "extproc_any_endpoint"
-"""In a clusters file: all endpoints at once, for requests that no sidecar steered."""
+"""All endpoints at once, for requests that no sidecar steered: behind the bypass, and in a clusters file."""
+UNQUEUED_CLUSTER = "extproc_unqueued"
+"""The same, for paths that go past the queue as they should: no alert counts them as unsteered."""
 
 
 def render_clusters(routes: Mapping[str, str], addresses: Iterable[str], version: int, config: Config) -> str:
@@ -26,11 +28,11 @@ def render_clusters(routes: Mapping[str, str], addresses: Iterable[str], version
     clusters = [
         endpoint_cluster(cluster, address, config.upstream_protocol, config) for cluster, address in routes.items()
     ]
-    clusters.append(
-        any_cluster(
-            ANY_CLUSTER, sorted(addresses), config.health_check, config.upstream_protocol, config.upstream_idle_timeout
-        )
-    )
+    hosts, protocol = sorted(addresses), config.upstream_protocol
+    clusters += [
+        any_cluster(name, hosts, config.health_check, protocol, config.upstream_idle_timeout)
+        for name in (ANY_CLUSTER, UNQUEUED_CLUSTER)
+    ]
     kind = '    "@type": type.googleapis.com/envoy.config.cluster.v3.Cluster\n'
     named = (cluster.partition("\n") for cluster in clusters)
     return f"""\

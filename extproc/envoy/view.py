@@ -13,7 +13,7 @@ from extproc.config import Config, split_address
 from extproc.config.read import YAML_ERRORS, one_line
 from extproc.config.types import shown
 from extproc.durations import parse_duration
-from extproc.envoy.upstreams import ANY_CLUSTER
+from extproc.envoy.upstreams import ANY_CLUSTER, UNQUEUED_CLUSTER
 from extproc.errors import ConfigError
 from extproc.files import read_text
 
@@ -245,7 +245,11 @@ def engine_clusters(config: Config, clusters: Mapping[str, Spot]) -> set[str]:
         for name, cluster in clusters.items()
         if any(same(host, address) for host in hosts_of(cluster) or [] for address in addresses)
     }
-    return by_address | {endpoint.cluster or endpoint.name for endpoint in config.endpoints} | {ANY_CLUSTER}
+    return (
+        by_address
+        | {endpoint.cluster or endpoint.name for endpoint in config.endpoints}
+        | {ANY_CLUSTER, UNQUEUED_CLUSTER}
+    )
 
 
 def targets(route: Spot) -> list[str]:

@@ -422,26 +422,26 @@ def test_a_file_that_no_envoy_would_take_is_one_problem_and_no_traceback(tmp_pat
 
 
 UNQUEUED = {
-    "": (TEXT, False, "extproc_any_endpoint", True),
-    "fail open": (TEXT, True, "unsteered", False),
-    "discovery": (DISCOVERY, False, "extproc_any_endpoint", False),
-    "discovery, fail open": (DISCOVERY, True, "extproc_any_endpoint", False),
+    "": (TEXT, False, True),
+    "fail open": (TEXT, True, True),
+    "discovery": (DISCOVERY, False, False),
+    "discovery, fail open": (DISCOVERY, True, False),
 }
 
 
 @pytest.mark.parametrize("name", UNQUEUED)
 def test_an_unqueued_path_has_a_cluster_to_go_to_and_no_filter_of_ours(name):
-    text, fail_open, cluster, rendered = UNQUEUED[name]
+    text, fail_open, rendered = UNQUEUED[name]
     config = parse_config(f"first_byte_probe: true\n{text}", "file", {})
     bootstrap = Bootstrap(config, EnvoyOptions(fail_open=fail_open, unqueued=("/health",)))
     route = bootstrap.routes[0]
-    assert (route["match"], route["route"]) == ({"path": "/health"}, {"cluster": cluster})
+    assert (route["match"], route["route"]) == ({"path": "/health"}, {"cluster": "extproc_unqueued"})
     ours = {FILTER, "first-byte-probe"}
     assert ours < {one["name"] for one in bootstrap.manager["http_filters"]}
     assert {name: setting["disabled"] for name, setting in route["typed_per_filter_config"].items()} == dict.fromkeys(
         ours, True
     )
-    assert ("extproc_any_endpoint" in bootstrap.clusters) is rendered
+    assert ("extproc_unqueued" in bootstrap.clusters) is rendered
     late = bootstrap.manager["route_config"].get("validate_clusters") is False
     assert late is (config.envoy_clusters_file is not None)  # else Envoy does not start: the cluster comes later
 
