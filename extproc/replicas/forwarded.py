@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MOST_SHOWN = 16
 """Beats of a follower that are kept: four seconds of them."""
-BROUGHT = -1
+BROUGHT = -1.0
 """What a new follower holds it was granted before any status of ours."""
 
 

@@ -388,7 +388,7 @@ class Leading:
         wait = Wait(ticket.waited_for, ticket.predicted_s)
         outcome, position = decision.outcome, ticket.position
         if isinstance(decision, Dispatch):
-            ticket.told = follower.told
+            ticket.told = float(follower.told)
             follower.link.send(Grant(number, outcome, decision.endpoint, position, home, wait))
         else:
             del follower.tickets[number]
