@@ -25,6 +25,7 @@ from extproc.observe.capacity import Capacity
 from extproc.observe.genai import GenAi
 from extproc.observe.metrics import Metrics
 from extproc.observe.paces import Paces
+from extproc.observe.served import Served
 from extproc.replicas.observe import ReplicaMetrics
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def _metrics() -> str:
     controller = Controller(Policy())
     ours = Metrics(controller, lambda: 0, rehearsed={})
     aliases, full = Aliases(controller, ours, ""), Capacity(controller, float)
-    collectors = (ours, full, Paces(controller), aliases, GenAi(float, bool), ReplicaMetrics())
+    collectors = (ours, full, Paces(controller), Served(controller), aliases, GenAi(float, bool), ReplicaMetrics())
     for family in chain.from_iterable(one.collect() for one in collectors):
         suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
         labels = ", ".join(f"`{label}`" for label in getattr(family, "_labelnames", ()))

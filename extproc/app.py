@@ -29,6 +29,7 @@ from extproc.observe.genai import GenAi
 from extproc.observe.log import LOOK_S, QueueLog
 from extproc.observe.metrics import Metrics
 from extproc.observe.paces import Paces
+from extproc.observe.served import Served
 from extproc.observe.stories import Stories
 from extproc.stream import wire
 from extproc.stream.ages import Ages
@@ -147,6 +148,9 @@ class App:
         self.metrics.add(self.capacity)
         self.paces = Paces(controller, lambda: self.membership is None or self.membership.replica.decides)
         self.metrics.add(self.paces)
+        served = Served(controller, lambda: self.membership is None or self.membership.replica.decides)
+        self.metrics.add(served)
+        self.queue_log.follow(served)
         everybody = (self.metrics, self.queue_log, self.stories, self.spans, genai)
         observers: list[Observer] = [observer for observer in everybody if observer is not None]
         self.membership: Membership | None = None
@@ -214,6 +218,7 @@ class App:
             self.tasks,
             self.paces,
             self.turns,
+            served,
         )
         if self.membership is not None:
             self.membership.answer_with(self.admin.describe)

@@ -50,6 +50,7 @@ METRICS = frozenset(
             "extproc_engines_needed",
             "extproc_held_requests",
             "extproc_limited_by",
+            "extproc_pool_",
         ),
         *("extproc_overflowed", "extproc_replica_", "extproc_second_tries", "extproc_tenant_", "extproc_transport"),
         *("gen_ai_", "inference_", "llm_d_epp_"),

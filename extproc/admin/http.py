@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from extproc.observe.capacity import Capacity
     from extproc.observe.metrics import Metrics
     from extproc.observe.paces import Paces
+    from extproc.observe.served import Served
     from extproc.stream.gate import Gate
 
 _FILES = {
@@ -79,11 +80,12 @@ class Admin:
         tasks: Tasks | None = None,
         paces: Paces | None = None,
         turns: Turns | None = None,
+        served: Served | None = None,
     ) -> None:
         """Prepare to serve at `address`, host:port; `file_state` tells of the configuration file, `others` of other
         sidecars that share our endpoints, if any, `stories` what happened to requests, `capacity` how many engines
-        they need, `paces` which of them are slow; `tasks` counts how often the sampling began again; what takes long
-        is done in `turns`."""
+        they need, `paces` which of them are slow, `served` which models have none; `tasks` counts how often the
+        sampling began again; what takes long is done in `turns`."""
         self._address = address
         self._gate = gate
         self._metrics = metrics
@@ -99,7 +101,7 @@ class Admin:
         }
         self._others = others
         self._metrics_page, self._queues_page = Shared(), Shared()
-        self.viewer = Viewer(gate, metrics, file_state, others, capacity, self._stories, paces, turns=turns)
+        self.viewer = Viewer(gate, metrics, file_state, others, capacity, self._stories, paces, served, turns=turns)
         self.feed = Feed(self.view, turns)
         self.ready = False
         self.drains = False

@@ -298,7 +298,9 @@ function draw(view) {
   say($("rehearsed"), "The queue, were it on, would have: " + (rehearsed.map(([what, n]) => `${what} ${number(n)}`).join(", ") || "seen nothing yet"));
   const many = view.endpoints.length > 12;
   const endpoints = many ? [...view.endpoints].sort((a, b) => trouble(a) - trouble(b)) : view.endpoints;
-  const full = (view.capacity || []).slice(0, 3).map(one => (view.capacity.length > 1 ? one.pool + ": " : "") + one.words);
+  const several = Math.max(view.pools || 1, (view.capacity || []).length) > 1;
+  const full = (view.pools_down || []).slice(0, 3).map(one => `${several ? (one.pool === "*" ? "any model" : one.pool) + ": " : ""}no endpoint up, of ${one.endpoints}; ${one.waiting} wait`);
+  full.push(...(view.capacity || []).slice(0, 3).map(one => (several ? one.pool + ": " : "") + one.words));
   const notes = many ? ["those in trouble first", ...full] : view.endpoints.length ? full : ["none yet"];
   say($("endpoints-note"), notes.join(" · "));
   rows($("endpoints").tBodies[0], endpoints, one => one.name, endpointRow, fillEndpoint);

@@ -23,6 +23,7 @@ from extproc.admission.ticket import State
 from extproc.observe.endpoints import known_signals, oldest_lease_s
 from extproc.observe.metrics import SHARED
 from extproc.observe.paces import SEVERAL, SILENT_S, Paces
+from extproc.observe.served import Served
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
@@ -106,7 +107,7 @@ class Others(Protocol):
 
 OF_ALL = (
     *("endpoints", "waiting_total", "waiting_by_class", "waiting", "running", "scanned_all"),
-    *("classes", "capacity"),
+    *("classes", "capacity", "pools", "pools_down"),
 )
 """What whoever decides knows for all sidecars; the rest is each one's own, but of tenants what they have in flight."""
 
@@ -139,15 +140,17 @@ class Viewer:
         capacity: Capacity | None = None,
         stories: Stories | None = None,
         paces: Paces | None = None,
+        served: Served | None = None,
         *,
         turns: Turns,
     ) -> None:
         """Describe what `gate` drives, `metrics` counted, `file_state` tells of the configuration file, `others` of
-        other sidecars, `capacity` of the engines that the traffic needs, `paces` of those that are slow, and `stories`
-        of what was decided last; some of it in each of the `turns` that we are given."""
+        other sidecars, `capacity` of the engines that the traffic needs, `paces` of those that are slow, `served` of
+        models without any, and `stories` of what was decided last; some in each of the `turns` that we are given."""
         self._stories = stories
         self._turns = turns
         self._paces = paces if paces is not None else Paces(gate.controller)
+        self._served = served if served is not None else Served(gate.controller)
         self._capacity = capacity
         self._others = others
         self._gate = gate
@@ -193,7 +196,7 @@ class Viewer:
         running = await self._running(limit, now)
         tenants = await self._tenants(await _by_tenant(walks.waiting(controller, self._turns)))
         rest = {"waiting": waiting, "running": running, "tenants": tenants}
-        return {**mode, "endpoints": await self._endpoints(now), **rest, **counted}
+        return {**mode, "endpoints": await self._endpoints(now), **self._pools(), **rest, **counted}
 
     async def _running(self, limit: int, now: float) -> list[Values]:
         """Describe the `limit` oldest leases: one moved or adopted is the last of its endpoint, and may be old."""
@@ -252,12 +255,23 @@ class Viewer:
             "rehearsed": _rehearsed(self._metrics),
             "limits": {held.value: held.words for held in HeldBy},
             "capacity": self._full(),
+            **self._pools(),
             "tenants": await self._tenants(by_tenant),
         }
 
     def _full(self) -> list[Values]:
         answers = {} if self._capacity is None else self._capacity.answers()
         return [{"pool": pool, "load": answer.load, "words": answer.words} for pool, answer in answers.items()]
+
+    def _pools(self) -> Values:
+        """Tell how many pools there are, by who serves which models, and which of them nobody serves now."""
+        groups = self._served.groups()
+        down = [group for group in groups if not group.is_served][:MOST_MODELS]
+        rows = [
+            {"pool": _short(one.name), "endpoints": len(one.members), "waiting": self._served.waiting(one)}
+            for one in down
+        ]
+        return {"pools": len(groups), "pools_down": rows}
 
     async def _oldest(self) -> tuple[dict[str, list[Ticket]], Counter[str], int]:
         """Walk those who wait, some in a turn: return the oldest of each class, MOST_BARS at most, how many each tenant
@@ -445,8 +459,10 @@ def _row(ticket: Ticket, now: float, present: int) -> Values:
 
 
 def _running_row(ticket: Ticket, now: float) -> Values:
+    model = ticket.request.model
     return {
         "id": _short(ticket.request.id),
+        "model": None if model is None else _short(model),
         "class": ticket.request_class.name,
         "tenant": _short(ticket.request.tenant),
         "endpoint": "" if ticket.endpoint is None else ticket.endpoint.name,

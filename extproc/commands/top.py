@@ -67,7 +67,7 @@ def lines(view: Mapping[str, Any], width: int = 80, height: int = 24) -> list[st
     What is wrong goes before what is well where there are too many endpoints; waiting requests get the lines left over.
     """
     heading, classes, outcomes = (
-        [_heading(view), *_capacity(view), *_notices(view)],
+        [_heading(view), *_unserved(view), *_capacity(view), *_notices(view)],
         _classes(view, width),
         [*_outcomes(view), *_tenants(view)],
     )
@@ -286,7 +286,17 @@ def _up(endpoints: Sequence[Mapping[str, Any]]) -> str:
 def _capacity(view: Mapping[str, Any]) -> list[str]:
     """Tell how many engines the traffic needs, of the fullest pools; an older sidecar doesn't say."""
     pools = sorted(view.get("capacity", ()), key=lambda one: -(one["load"] or 0.0))[:MOST_POOLS]
-    return [one["words"] if len(view["capacity"]) == 1 else f"{one['pool']}: {one['words']}" for one in pools]
+    is_alone = max(len(pools), view.get("pools", 1)) == 1
+    return [one["words"] if is_alone else f"{one['pool']}: {one['words']}" for one in pools]
+
+
+def _unserved(view: Mapping[str, Any]) -> list[str]:
+    """Tell which models nobody serves now, and who waits for them; an older sidecar doesn't say."""
+    told = []
+    for one in view.get("pools_down", ())[:MOST_POOLS]:
+        who = "" if view["pools"] == 1 else "any model: " if one["pool"] == "*" else f"{one['pool']}: "
+        told.append(f"{who}NO ENDPOINT UP, of {one['endpoints']}; {one['waiting']} wait")
+    return told
 
 
 def _notices(view: Mapping[str, Any]) -> list[str]:
@@ -484,7 +494,7 @@ def _seconds(value_s: float | None) -> str:
         return "<1 ms"
     if value_s < 1:
         return f"{1000 * value_s:.0f} ms"
-    return f"{value_s:.1f} s" if value_s < 100 else f"{value_s / 60:.0f} min"
+    return f"{value_s:.1f} s" if value_s < 100 else f"{value_s:.0f} s" if value_s < 600 else f"{value_s / 60:.0f} min"
 
 
 def _cut(text: str, width: int) -> str:

@@ -15,7 +15,6 @@ are corrected by what the counters said of that minute's answers.
 
 from __future__ import annotations
 
-import json
 from collections import Counter, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -25,6 +24,7 @@ from prometheus_client.core import GaugeMetricFamily
 from extproc.admission.limit import CEILING, AdaptiveLimit
 from extproc.observe.endpoints import serves
 from extproc.observe.filling import Filling
+from extproc.observe.served import name_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
@@ -55,8 +55,6 @@ BELIEF_ANSWERS: Final = 2.0
 """Estimates are worth as much as so many answers counted: one alone proves nothing."""
 LOOKED_AT: Final = 50
 """Endpoints that are looked at in one turn of the event loop: less than a millisecond."""
-MOST_NAMED: Final = 3
-"""Models that the name of a pool tells."""
 
 
 class Asked(NamedTuple):
@@ -156,7 +154,7 @@ class _Pool:
         """Serve `models` by `members` now. The name stays while it is true: an adapter more makes no new series."""
         self.models, self.members = models, members
         if not self.named or not self.named <= models:
-            self.named, self.name = models, _name(models)
+            self.named, self.name = models, name_of(models)
 
     def hear_nothing(self, now: float) -> Iterator[None]:
         """Begin the minute anew as long as another sidecar is asked: of what it heard, nothing is known here."""
@@ -402,10 +400,3 @@ def _groups(endpoints: Iterable[Endpoint]) -> list[_Group]:
                     serving[model] = largest
                 largest.models.update(group.models)
     return list({id(group): group for group in serving.values()}.values())
-
-
-def _name(models: set[str]) -> str:
-    """Return a name that no other group has: a model whose own name looks like a list stands in quotes."""
-    names = [json.dumps(model) if "," in model or '"' in model else model for model in sorted(models)]
-    more = len(names) - MOST_NAMED
-    return ",".join(names[:MOST_NAMED]) + (f",+{more}" if more > 0 else "")

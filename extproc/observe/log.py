@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from extproc.admission.endpoint import Endpoint
     from extproc.admission.ticket import Ticket
     from extproc.admission.values import Decision, Reject
+    from extproc.observe.served import Served
 
 log = logging.getLogger("extproc.queue")
 
@@ -131,6 +132,12 @@ class QueueLog:
         self._same_s, self._same = 0.0, 0  # the wait after which the last were given up, and how many they are
         self._said_same_at: float | None = None
         self._streaks: list[_Streak] = []
+        self._served: Served | None = None
+        self._unserved: dict[str, bool] = {}  # of each pool, whether nobody served it at the last look
+
+    def follow(self, served: Served) -> None:
+        """Tell of models that nobody serves any more, and of their first server, too."""
+        self._served = served
 
     def decided(self, decision: Decision) -> None:
         """Write a line for a refusal or a reroute. Everything else is in the metrics."""
@@ -147,6 +154,9 @@ class QueueLog:
             "position": ticket.position,
             **ticket.why(),
         }
+        model = printable(ticket.request.model or "")
+        if model:
+            about["model"] = model
         tenant = printable(ticket.request.tenant)
         if tenant:
             about["tenant"] = tenant
@@ -155,7 +165,7 @@ class QueueLog:
             about["endpoint"] = decision.endpoint
         else:
             what = "refused"
-            reason = _reason(ticket)
+            reason = _reason(ticket, is_dead=outcome is Outcome.NO_ENDPOINT)
             if came_late(decision):
                 reason += f", {CAME_LATE}"
             if decision.crowd is not None:
@@ -164,10 +174,11 @@ class QueueLog:
         if ticket.home is not None:
             about["home"] = ticket.home.name
         log.info(
-            "%s: request %s, class %s%s, %s after %.3f s%s",
+            "%s: request %s, class %s%s%s, %s after %.3f s%s",
             outcome.value,
             request_id or "without an id",
             ticket.request_class.name,
+            f", model {model}" if model else "",
             f", tenant {tenant}" if tenant else "",
             what,
             decision.wait_s,
@@ -228,6 +239,25 @@ class QueueLog:
                 for name in names:
                     self._tell_of(endpoints[name], before, state, level)
 
+        self._look_at_pools()
+
+    def _look_at_pools(self) -> None:
+        """Say once that the last endpoint of a model went, and once that one is back."""
+        if self._served is None:
+            return
+        before, self._unserved = self._unserved, {}
+        for group in self._served.groups():
+            down = self._unserved[group.name] = not group.is_served
+            if down is before.get(group.name, down):
+                continue
+            waiting = self._served.waiting(group)
+            about = {"pool": group.name, "endpoints": len(group.members), "waiting": waiting}
+            if down:
+                text, level = "no endpoint left for %s, of %d: %d wait", logging.WARNING
+            else:
+                text, level = "an endpoint for %s is up again, of %d: %d wait", logging.INFO
+            log.log(level, text, group.words, len(group.members), waiting, extra={"about": about})
+
     @staticmethod
     def _tell_of(endpoint: Endpoint, before: str, state: str, level: int) -> None:
         words = _ejection(endpoint) if state == EJECTED else state
@@ -284,14 +314,15 @@ def came_late(decision: Reject) -> bool:
     return expired and ticket.request.arrived < ticket.wait_until <= ticket.request.arrived + decision.wait_s
 
 
-def _reason(ticket: Ticket) -> str:
+def _reason(ticket: Ticket, *, is_dead: bool) -> str:
     """Say what a refused request waited for, or would have, and how long it might."""
     why = ticket.why()
     parts = [f"of a budget of {why['budget_s']:g} s"] if "budget_s" in why else []
     if "predicted_wait_s" in why:
         parts.append(f"predicted {why['predicted_wait_s']:g} s")
     if ticket.waited_for is not None:
-        parts.append(f"held by {ticket.waited_for.value}")
+        held = f"held by {ticket.waited_for.value}"
+        parts.append(f"{held} when it came, and no endpoint for it is up now" if is_dead else held)
     return (" " if parts else "") + ", ".join(parts)
 
 

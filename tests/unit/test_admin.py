@@ -133,6 +133,7 @@ def test_queues_lists_those_that_run_the_oldest_first_wherever_they_run():
     assert {row["endpoint"] for row in listed} == {"vllm-0", "vllm-1"}
     assert listed[0] | {"endpoint": ""} == {
         "id": "r0",
+        "model": None,
         "class": "default",
         "tenant": "acme",
         "endpoint": "",

@@ -20,8 +20,9 @@ from extproc.admission.ticket import Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request
 from extproc.commands.top import lines
 from extproc.engine.params import PRESETS
-from extproc.observe.capacity import GRACE_S, Capacity, _groups, _name
+from extproc.observe.capacity import GRACE_S, Capacity, _groups
 from extproc.observe.filling import Filling
+from extproc.observe.served import name_of
 from extproc.simulate.studies.capacity import PATIENT, most, needed, play
 from extproc.simulate.studies.matrix.traffic import TRAFFIC
 from extproc.simulate.workload import Lengths, Surge, Workload
@@ -396,7 +397,7 @@ def test_sequences_that_seem_to_cost_nothing_and_empty_prompts_have_a_figure(req
 
 @pytest.mark.parametrize(("one", "two"), [({"a,b"}, {"a", "b"}), ({'"a', 'b"'}, {"a,b"}), ({"a"}, {'"a"'})])
 def test_no_two_pools_have_one_name(one: set[str], two: set[str]) -> None:
-    assert _name(one) != _name(two)
+    assert name_of(one) != name_of(two)
 
 
 @pytest.mark.parametrize(
@@ -496,7 +497,7 @@ def test_top_and_the_page_say_it_in_a_line_and_name_pools_where_there_are_severa
     capacity.sample(room.clock.now + 10.0)
     (told,) = room.view()["capacity"]
     assert (told["pool"], told["words"]) == ("chat", "traffic needs 0.0 engines, has 1")
-    assert told["words"] in lines(room.view())
+    assert f"chat: {told['words']}" in lines(room.view()), "there is a pool of any model, too"
     two = {
         **room.view(),
         "capacity": [told, {"pool": "code", "load": 0.9, "words": "traffic needs 1.8 engines, has 2"}],

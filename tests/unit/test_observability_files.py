@@ -18,6 +18,7 @@ from extproc.admission.values import Policy
 from extproc.observe.capacity import Capacity
 from extproc.observe.metrics import Metrics
 from extproc.observe.paces import Paces
+from extproc.observe.served import Served
 from extproc.replicas.observe import ReplicaMetrics
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +36,7 @@ def exported() -> set[str]:
     suffixes = {"counter": ["_total"], "info": ["_info"], "histogram": ["_bucket", "_sum", "_count"]}
     controller = Controller(Policy())
     ours = Metrics(controller, lambda: 0, rehearsed={}).registry.collect()
-    others = (Capacity(controller, float), Paces(controller), ReplicaMetrics())
+    others = (Capacity(controller, float), Paces(controller), Served(controller), ReplicaMetrics())
     for family in chain(ours, *(one.collect() for one in others)):
         names |= {family.name + suffix for suffix in suffixes.get(family.type, [""])}
     return names
