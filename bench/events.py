@@ -13,14 +13,16 @@ import argparse
 import gc
 import time
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from bench.core import CLASSES, LIMIT, POLICY, Load
 from extproc.admission.load import Load as Telemetry
 from extproc.admission.tenants import TenantRule, TenantRules
 from extproc.admission.ticket import Ticket
-from extproc.admission.values import Answer, EndpointSpec
+from extproc.admission.values import Answer, EndpointSpec, Policy, RequestClass
 from extproc.stream.dry_run import DryRun
+from tests.unit.replicas.site import Site
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -126,6 +128,7 @@ def of_rules(waiting: int) -> Longest:
     longest.all_at_once("models that the configuration names", core.know_models, [f"new-{n}" for n in range(1000)])
     longest.all_at_once("any model is expected", core.know_models, [], expects_any=True)
     for fair in (True, False, True):
+        load.now += 0.4  # the third comes when who waits is looked at for .8 s
         longest.take("another order amid another", core.set_policy, replace(POLICY, fair=fair))
         for _ in range(5):
             longest.take("another order amid another", core.tick)
@@ -239,6 +242,31 @@ def of_own_models(waiting: int) -> Longest:
     return longest
 
 
+def of_leaders(waiting: int) -> Longest:
+    """Three sidecars in one group, a third of all who wait at each: a follower dies, and the leader resigns.
+
+    The longest callback of a sidecar's loop, on virtual time: see tests/unit/replicas/site.py.
+    """
+    longest = Longest(Load(0, False, 1))
+    for what in ("a follower of two dies", "a leader of two resigns"):
+        policy = Policy(classes=(RequestClass("std", 0, 3600.0),), shed=False, max_queued_requests=10**9)
+        site = Site(1, engines=4, limit=LIMIT, policy=policy)
+        site.run(6.0)
+        for number in range(4 * LIMIT + waiting):
+            site.send(f"s{number % 3}", work_s=3000.0, budget_s=3600.0)
+        site.run(1.0)
+        (leader,) = site.leaders()
+        follower = next(one for one in site.alive if one is not leader)
+        act = partial(site.kill, follower.place) if "dies" in what else leader.replica.resign
+        site.clock.at(site.clock.now, act)
+        end = site.clock.now + 3.0
+        while (at := site.clock.next()) is not None and at <= end:
+            began = time.thread_time_ns()
+            site.step()
+            longest.worst[what] = max(longest.worst.get(what, 0.0), (time.thread_time_ns() - began) / 1e6)
+    return longest
+
+
 def of_homes(waiting: int) -> Longest:
     """One endpoint, where everybody is at home, with a budget of its own for a wait while it is down."""
     load = Load(waiting, False, 1)
@@ -336,6 +364,7 @@ PARTS = {
     "budgets": of_budgets_that_end,
     "pools": of_pools,
     "own_models": of_own_models,
+    "leaders": of_leaders,
     "homes": of_homes,
     "picked": of_picked,
     "many": of_many,

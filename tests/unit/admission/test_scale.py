@@ -294,6 +294,21 @@ def test_a_tick_that_settles_some_of_many_pools_costs_no_more_the_more_wait(monk
     assert cost(3000) < 1.2 * cost(1000)
 
 
+def test_an_event_that_sends_those_whom_it_settles_costs_hardly_more_than_one_that_finds_no_room() -> None:
+    def cost(limit: int) -> int:
+        core = core_of(1, limit=limit)
+        core.set_up("e0", 0.5, is_up=False)
+        for _ in range(1000):
+            core.offer(Ticket(Request("", 1.0)), 1.0)
+        worst = lines_of(lambda: core.set_up("e0", 1.0, is_up=True))
+        while core.next_deadline() == 1.0:
+            worst = max(worst, lines_of(lambda: core.tick(1.0)))
+        assert core.waiting == 1000 - limit
+        return worst
+
+    assert cost(1000) < 1.6 * cost(1)
+
+
 def test_twice_as_many_pools_that_get_shares_of_their_own_cost_twice_as_much() -> None:
     def shares(count: int) -> int:
         memory = Memory()

@@ -21,6 +21,7 @@ BOTH, SECOND = frozenset({"m", "n"}), frozenset({"n"})
 def _three_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settling, "PIECE", 3)
     monkeypatch.setattr(settling, "LOOKS", 2)
+    monkeypatch.setattr(settling, "GOING", 1)
 
 
 def unsettled(desk: Desk) -> int:
