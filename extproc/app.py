@@ -353,8 +353,10 @@ class App:
         if policy != self.gate.controller.policy:  # else all endpoints are looked at for nothing
             self.gate.set_policy(policy)
         self.health.configure(config.health_check)
-        self.roster.configure(config)
-        self.sources.configure(config.sources)
+        try:
+            self.roster.configure(config)
+        finally:  # what the core can't take over for a fault of ours is tried again with the next change: of these, too
+            self.sources.configure(config.sources)
 
     def _rank(self, priorities: Mapping[str, int]) -> None:
         """Take over what an InferencePool's objectives are worth; what the file lists is known without it."""

@@ -184,7 +184,10 @@ function endpointRow(one) {
 // What the limit counts: sequences, told where they are not as many as the requests.
 const places = one => one.sequences ?? one.in_flight;
 const requests = n => `${number(n)} request${n === 1 ? "" : "s"}`;
-const FAILURES = { failed: "not answered", error: "answered 5xx", empty: "answered with nothing" };
+const FAILURES = {
+  failed: "not answered", error: "answered 5xx", empty: "answered with nothing", no_cluster: "without a cluster in Envoy",
+  no_server_address: "without an address in Envoy", breaker_open: "not let through by Envoy", timeout: "ended by a timeout of Envoy",
+};
 const failures = counts => Object.entries(counts).sort((a, b) => b[1] - a[1]).map(([kind, n]) => `${number(n)} ${FAILURES[kind] || kind}`).join(", ");
 function fillEndpoint(row, one) {
   const models = one.models.length ? one.models.join(", ") + (one.more_models ? ` and ${one.more_models} more` : "") : "any model";
@@ -196,7 +199,9 @@ function fillEndpoint(row, one) {
   if (one.times_slower) { tone = tone === "good" ? "warn" : tone; words += `, ${Math.round(one.times_slower)}× as slow as its peers`; }
   if (one.failed_lately) { tone = tone === "good" ? "warn" : tone; words += `, ${failures(one.failed_lately)} in 2 min`; }
   if (one.left_out_for) words += `, left out for ${one.left_out_for.join(", ")}`;
+  if (one.refusal) words += ` (${one.refusal.answer})`;
   say(row.parts.state, `${sign} ${words}`);
+  row.parts.state.title = one.refusal ? one.refusal.what : "";
   row.parts.state.className = "state " + tone;
   const since = one.held_for_s === undefined ? "" : ` for ${seconds(one.held_for_s)}`;
   say(row.parts.held, one.held_by ? `held by ${one.held_by}${since}` : "");

@@ -19,6 +19,7 @@ from extproc.admin.tenants import MOST, busiest
 from extproc.admission.health import EJECTED
 from extproc.admission.held import HeldBy
 from extproc.admission.outcome import Outcome
+from extproc.admission.refusals import words_of
 from extproc.admission.ticket import State
 from extproc.observe.endpoints import known_signals, oldest_lease_s
 from extproc.observe.metrics import SHARED
@@ -56,6 +57,8 @@ MOST_CHARACTERS = 96
 """Of a text that a client sent; a header may be 60 KiB long."""
 MOST_MODELS = 8
 """Models listed of an endpoint in the view."""
+REFUSING = ("ejected", "failing", "on trial")
+"""States that an endpoint's refusals brought it to."""
 FEW_FAILED = 2
 """Requests that an endpoint failed in two minutes from which it is told: one alone may be a connection's blink."""
 MOST_NAMED = 2
@@ -399,6 +402,7 @@ class Viewer:
             row["more_models"] = len(models) - len(row["models"])
         if endpoint.missing.models:
             row["left_out_for"] = sorted(endpoint.missing.models)[:MOST_MODELS]
+        row |= _refusal(endpoint, row["state"])
         if endpoint.health.ejected_until is not None:
             row["ejected_for_s"] = round(max(endpoint.health.ejected_until - now, 0.0), 1)
         if endpoint.limit_since is not None:
@@ -411,6 +415,14 @@ class Viewer:
         if silence is not None:  # what `load` says is of before
             row["telemetry_silent"] = silence
         return row
+
+
+def _refusal(endpoint: Endpoint, state: str) -> Values:
+    """What brought an endpoint to its `state`, if its refusals did: the latest, and what would be right."""
+    refused_by = endpoint.health.refused_by
+    if refused_by is None or state not in REFUSING:
+        return {}
+    return {"refusal": {"answer": refused_by.value, "what": words_of(refused_by, endpoint.spec)}}
 
 
 def _state(endpoint: Endpoint) -> str:

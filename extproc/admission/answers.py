@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 _OK: Final = Answer.OK
 _UNKNOWN: Final = Answer.UNKNOWN
+_CERTAIN: Final = (Answer.NO_CLUSTER, Answer.NO_ADDRESS)
+"""Envoy's own word that no request gets there."""
+_FULL: Final = (Answer.SATURATED, Answer.BREAKER)
 
 
 class Answers:
@@ -76,16 +79,25 @@ class Answers:
             self._served(ticket, endpoint, pool)
             return
         now = self._books.now
-        is_own_fault = answer is Answer.FAILED
-        if answer is Answer.SATURATED:
+        is_certain = answer in _CERTAIN
+        is_own_fault = is_certain or answer is Answer.FAILED
+        if answer is Answer.BREAKER and endpoint.sequences:
+            endpoint.health.met_breaker(now, endpoint.sequences)
+            return
+        if answer in _FULL:
             endpoint.health.saturated(now)
             if endpoint.is_at_work(now):
                 return
             is_own_fault = True  # full of nothing: it loads, or is broken
         has_peers, model = pool.usable > endpoint.counted, ticket.request.model
-        endpoint.health.refused_by = answer
-        endpoint.health.refused(ticket, pool.record, now, is_own_fault=is_own_fault, has_peers=has_peers)
-        if model is not None and has_peers and not is_own_fault and not _is_led_there(ticket, endpoint):
+        if answer is Answer.TIMEOUT and not has_peers:
+            return  # a long answer or a server that hangs: with nobody to compare it with, nobody can tell
+        health = endpoint.health
+        health.refused_by = answer
+        health.refused(ticket, pool.record, now, is_own_fault=is_own_fault, has_peers=has_peers, is_certain=is_certain)
+        if is_own_fault or answer is Answer.TIMEOUT:
+            return
+        if model is not None and has_peers and not _is_led_there(ticket, endpoint):
             self._records = self._records or Records()
             record = self._records.of(model)
             if endpoint.missing.refused(model, record, now, endpoint.health.in_a_row):

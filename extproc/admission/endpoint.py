@@ -130,7 +130,7 @@ class Endpoint(Room):
         if len(self.leases) == 1:
             self.health.wakes(now, None if self.reading.page is None else self.reading.page_at)
         if not self.health.is_well:
-            self.health.leased(now)
+            self.health.leased(now, self.sequences)
         self.kv.add(ticket)
         self.prefill.add(ticket, now, held_back=ticket.request.model in self.deferred.adapters)
         self.dispatched += 1
@@ -258,7 +258,10 @@ class Endpoint(Room):
         self.prefill.pass_time(now)
         if self.closed_until is not None and now >= self.closed_until:
             self.closed_until = None
-        self.health.pass_time(now)
+        health = self.health
+        health.pass_time(now)
+        if health.breaker is not None and health.breaker.most >= self.limit.value:
+            health.forget_breaker()
         return self.missing.pass_time(now)
 
     @property

@@ -13,7 +13,7 @@ all share put nobody out. Who is unknown, in doubt or on trial is sent a few req
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from extproc.admission.held import HeldBy
 from extproc.admission.laws import LAWS
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from extproc.admission.ticket import Ticket
     from extproc.admission.values import Answer
 
+BREAKER_S: Final = 1.0
+"""So late one more is tried than a breaker of Envoy's let through, at first: each that it does not costs a request."""
+BREAKER_MOST_S: Final = 30.0
 EJECTED = "ejected after failures"
 """The condition of an endpoint that is out."""
 
@@ -105,6 +108,40 @@ class _Doubt:
         self.sent, self.ends, self.has_failed = 0, None, False
 
 
+class Breaker:
+    """A circuit breaker of Envoy's, below our limit: how many at once it let through. One more is tried now and then.
+
+    Attributes:
+        most: so many.
+        is_reached: so many were sent since: else one more would tell nothing.
+        until: one more is tried then.
+    """
+
+    __slots__ = ("_is_raised", "_wait_s", "is_reached", "most", "until")
+
+    def __init__(self) -> None:
+        """Begin; `refused` follows."""
+        self.most = 0
+        self.until = 0.0
+        self.is_reached = self._is_raised = False
+        self._wait_s = BREAKER_S
+
+    def refused(self, held: int, now: float) -> None:
+        """Note that it let one not through, and `held` others."""
+        if self._is_raised:
+            self._wait_s = min(2 * self._wait_s, BREAKER_MOST_S)
+        self.most, self.until = held, now + self._wait_s
+        self.is_reached = self._is_raised = False
+
+    def pass_time(self, now: float) -> None:
+        """Allow one more, if it is time; sooner where the last one more was let through."""
+        if self.is_reached and now >= self.until:
+            if self._is_raised:
+                self._wait_s = max(self._wait_s / 2, BREAKER_S / 8)
+            self.most, self.until = self.most + 1, now + self._wait_s
+            self.is_reached, self._is_raised = False, True
+
+
 class Health:
     """One endpoint's health.
 
@@ -121,6 +158,7 @@ class Health:
         on_trial: back from an ejection, and no good answer since.
         is_failing: it refused `eject_after` requests in a row and more, nobody is better, and it is tried now and then.
         full_until: it refused a request as full, and is left alone till then.
+        breaker: of Envoy's, that let a request not through; None: none was met.
         heard_at: when an answer of it began or ended well last, or its page showed that it makes tokens.
         law: the constants.
     """
@@ -129,6 +167,7 @@ class Health:
         "_back_at",
         "_doubt",
         "_streaks",
+        "breaker",
         "ejected_until",
         "ejections",
         "full_until",
@@ -164,6 +203,7 @@ class Health:
         self.on_trial = False
         self.is_failing = False
         self.full_until: float | None = None
+        self.breaker: Breaker | None = None
         self.heard_at: float | None = None
         self._back_at = 0.0  # requests that were sent before tell nothing of how it is now
         self._streaks: dict[Record, Streak] = {}  # since its last good answer
@@ -210,10 +250,10 @@ class Health:
         if is_up is None:
             self.reset()
             return
-        self.is_up = is_up
+        was_down, self.is_up = self.is_up is False, is_up
         if is_up and not self.is_known:
             self.is_known = True
-            if not self._streaks and not self.on_trial:
+            if not self._streaks and not self.on_trial and not was_down:
                 self._doubt = None
         self._look()
 
@@ -225,10 +265,12 @@ class Health:
 
     def _look(self) -> None:
         self.is_doubted = self._doubt is not None or bool(self._streaks) or self.on_trial
-        self.is_well = self._doubt is None and self.full_until is None and self.is_usable
+        self.is_well = self._doubt is None and self.full_until is None and self.breaker is None and self.is_usable
 
-    def leased(self, now: float) -> None:
-        """Note that a request is sent there."""
+    def leased(self, now: float, held: int) -> None:
+        """Note that a request is sent there, which holds so many with it."""
+        if self.breaker is not None and held >= self.breaker.most:
+            self.breaker.is_reached = True
         if self._doubt is not None:
             self._doubt.send(now, self.law)
 
@@ -254,17 +296,27 @@ class Health:
         self._look()
         return True
 
-    def refused(self, ticket: Ticket, record: Record, now: float, *, is_own_fault: bool, has_peers: bool) -> None:
+    def refused(
+        self,
+        ticket: Ticket,
+        record: Record,
+        now: float,
+        *,
+        is_own_fault: bool,
+        has_peers: bool,
+        is_certain: bool = False,
+    ) -> None:
         """Note that `ticket`, of the pool with this `record`, was refused, or not answered at all.
 
-        `is_own_fault`: the request can't be to blame; `has_peers`: the pool has others that may be sent requests.
+        `is_own_fault`: the request can't be to blame; `has_peers`: the pool has others that may be sent requests;
+        `is_certain`: the next one would fare the same, so one is enough.
         The last one of a pool stays; where requests may be to blame and nobody can compare, nothing is held against it.
         """
         if self.ejected_until is None and ticket.leased_at >= self._back_at:
-            self._refused(record, now, is_own_fault=is_own_fault, has_peers=has_peers)
+            self._refused(record, now, is_own_fault=is_own_fault, has_peers=has_peers, is_certain=is_certain)
             self._look()
 
-    def _refused(self, record: Record, now: float, *, is_own_fault: bool, has_peers: bool) -> None:
+    def _refused(self, record: Record, now: float, *, is_own_fault: bool, has_peers: bool, is_certain: bool) -> None:
         if not has_peers and not is_own_fault:
             self.is_known = True  # it speaks
             self.is_failing = False
@@ -281,13 +333,14 @@ class Health:
                 self._doubt = None
                 self.is_failing = False
             return
-        if has_peers and streak.count >= self.law.eject_after and share**streak.count <= self.law.chance:
+        is_seen = is_certain or streak.count >= self.law.eject_after
+        if has_peers and is_seen and (is_certain or share**streak.count <= self.law.chance):
             self.ejections += 1
             self.ejected_until = now + self.ejection_s
             self.refusals = streak.count
             self.on_trial = self.is_failing = False
             return
-        if streak.count >= self.law.eject_after:
+        if is_seen:
             self.is_failing = True
             self._doubt = self._doubt or _Doubt(1, self.law.step_s)
         if self._doubt is not None:
@@ -296,6 +349,18 @@ class Health:
     def saturated(self, now: float) -> None:
         """Note that it refused a request as full: it works, and wants to be left alone for a moment."""
         self.full_until = now + self.law.full_s
+        self._look()
+
+    def met_breaker(self, now: float, held: int) -> None:
+        """Note that Envoy let a request not through while it had let `held` others: no more than these, for a while."""
+        if self.breaker is None:
+            self.breaker = Breaker()
+        self.breaker.refused(held, now)
+        self._look()
+
+    def forget_breaker(self) -> None:
+        """Note that as many are let through as it may run."""
+        self.breaker = None
         self._look()
 
     @property
@@ -318,6 +383,9 @@ class Health:
         soonest = self.full_until
         if self.ejected_until is not None and (soonest is None or self.ejected_until < soonest):
             soonest = self.ejected_until
+        breaker = self.breaker
+        if breaker is not None and breaker.is_reached and (soonest is None or breaker.until < soonest):
+            soonest = breaker.until
         if self._doubt is not None and self._doubt.is_spent:
             ends = self._doubt.ends
             if ends is not None and (soonest is None or ends < soonest):
@@ -329,6 +397,8 @@ class Health:
         if self.full_until is not None and now >= self.full_until:
             self.full_until = None
             self._look()
+        if self.breaker is not None:
+            self.breaker.pass_time(now)
         if self._doubt is not None:
             self._doubt.pass_time(now, self.law)
         if self.ejected_until is not None and now >= self.ejected_until:

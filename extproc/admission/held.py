@@ -26,7 +26,7 @@ class HeldBy(Enum):
     DOWN = ("down", "health checks say that it is down")
     EJECTED = ("ejected", "it refused what its peers serve, and is left out for a while")
     ASLEEP = ("asleep", "the engine says that it sleeps or is paused")
-    REFUSED = ("refused", "the engine has just refused a request as full")
+    REFUSED = ("refused", "the engine, or a circuit breaker of Envoy before it, has just refused a request as full")
     TRIAL = ("trial", "a few requests at a time show whether it works")
     HOT = ("hot", "its telemetry is over max_gpu_perc or gpu_utilization_perc")
     PART = ("part", "the rest of its limit is for sidecars that can't be reached")

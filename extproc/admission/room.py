@@ -29,6 +29,7 @@ _DOWN: Final = HeldBy.DOWN
 _HOT: Final = HeldBy.HOT
 _PART: Final = HeldBy.PART
 _LIMIT: Final = HeldBy.LIMIT
+_REFUSED: Final = HeldBy.REFUSED
 _KV: Final = HeldBy.KV
 _PROMPTS: Final = HeldBy.PROMPTS
 """Bound once: a member looked up on its Enum costs four times a global, and these are asked for in every dispatch."""
@@ -119,6 +120,8 @@ class Room:
             by = health.held_back_by
             if by is not None:
                 return by
+            if health.breaker is not None and self.sequences >= health.breaker.most:
+                return _REFUSED
         if self.quota is not None and self.sequences >= self.quota:
             return _PART
         held = self.sequences + self.strangers.count

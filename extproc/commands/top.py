@@ -43,7 +43,8 @@ OTHER_COLUMNS = 46
 """What the columns beside it take that are there on every screen."""
 QUIET_S = 10.0
 """No request for so long is told."""
-FAILURES = {"failed": "unanswered", "error": "5xx", "empty": "empty"}
+FAILURES = {"failed": "unanswered", "error": "5xx"}
+"""Kinds of bad answers, where a shorter word says it."""
 """How requests fail, by the kinds of extproc_bad_answers_total."""
 UNKNOWN = "unknown"
 """The state of an endpoint that gave no good answer yet: nothing is wrong with it."""
@@ -324,6 +325,8 @@ def _endpoints(view: Mapping[str, Any], room: int, width: int) -> list[str]:
         state = state if state in ("up", "held back", "on trial", UNKNOWN) else state.upper()
         if "ejected_for_s" in one and one["state"] == "ejected":
             state += f", back in {math.ceil(one['ejected_for_s'])} s"
+        if "refusal" in one:
+            state += f" ({one['refusal']['answer']})"
         if "times_slower" in one:
             state += f", SLOW x{one['times_slower']:.0f}"
         if "no_token_for_s" in one:

@@ -376,9 +376,12 @@ class Roster:
         for endpoint, spec in news:
             placed = self._placed.get(endpoint.name)
             self._gone.pop(endpoint.name, None)
-            if placed is None or placed[1].cluster != spec.cluster:
-                if placed is not None:
-                    self._leave(spec.name)
+            is_elsewhere = placed is not None and placed[1].cluster != spec.cluster
+            if is_elsewhere:
+                self._leave(spec.name)
+            if (
+                placed is None or is_elsewhere or self._comes(endpoint)
+            ):  # what it failed at another address is no news of this one
                 self._reception.put_cluster(spec.name, spec.cluster)
         waits = self._wait_for_check(news)
         if news:

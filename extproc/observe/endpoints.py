@@ -201,8 +201,9 @@ BAD_ANSWERS = (
     "extproc_bad_answers",
     (
         "Requests to which an endpoint gave no good answer: none (failed: no connection, or cut before it began), its "
-        "own 5xx (error), a success without a byte (empty), as full (saturated: 429, 503), 4xx (refused). All others "
-        "of extproc_dispatched_total run, were answered well, or were ended by their client."
+        "own 5xx (error), a success without a byte (empty), as full (saturated: 429, 503), 4xx (refused); or Envoy in "
+        "its place (no_cluster, no_server_address, breaker_open, timeout). All others of "
+        "extproc_dispatched_total run, were answered well, or were ended by their client."
     ),
     "answer",
 )

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from extproc.admission.health import EJECTED
 from extproc.admission.outcome import Outcome
-from extproc.admission.values import Answer, Dispatch
+from extproc.admission.refusals import words_of
+from extproc.admission.values import Dispatch
 from extproc.words import some_of
 
 if TYPE_CHECKING:
@@ -32,14 +33,6 @@ log = logging.getLogger("extproc.queue")
 
 _AT_WORK = {"up", "unknown"}
 _REFUSING = (EJECTED, "failing")
-REFUSALS = {
-    Answer.FAILED: "no connection, or cut before an answer began",
-    Answer.ERROR: "a 5xx of its own",
-    Answer.REFUSED: "a 4xx",
-    Answer.EMPTY: "success without a byte",
-    Answer.SATURATED: "full, or loading, with nothing running",
-}
-"""How a request was refused, in a few words."""
 _WELL = (Outcome.DISPATCHED, Outcome.PASSED)
 _EXPIRED = (Outcome.BUDGET_EXPIRED, Outcome.NO_ENDPOINT)
 CAME_LATE = "over before anybody could decide: a sidecar that held it, or was to decide, is gone or was stopped"
@@ -263,7 +256,7 @@ class QueueLog:
         words = _ejection(endpoint) if state == EJECTED else state
         refused_by = endpoint.health.refused_by
         if refused_by is not None and state in _REFUSING:
-            words += f", the last one: {REFUSALS[refused_by]}"
+            words += f", the last one ({refused_by.value}): {words_of(refused_by, endpoint.spec)}"
         about = {"endpoint": endpoint.name, "state": state}
         log.log(level, "endpoint %s: %s (was %s)", endpoint.name, words, before, extra={"about": about})
 
@@ -329,5 +322,7 @@ def _reason(ticket: Ticket, *, is_dead: bool) -> str:
 def _ejection(endpoint: Endpoint) -> str:
     """Say for how long it is out, and why: only the first ejection needs several refusals, then one trial is enough."""
     count = f"{endpoint.health.refusals} requests in a row failed there, which its peers serve"
+    if endpoint.health.refusals == 1:
+        count = "one request that failed there as the next one would"
     why = count if endpoint.health.ejections == 1 else "a failed trial"
     return f"ejected for {endpoint.health.ejection_s:g}s after {why}"

@@ -11,8 +11,9 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, NamedTuple
 
 from extproc.admission.outcome import Outcome
+from extproc.admission.refusals import words_of
 from extproc.admission.ticket import State
-from extproc.admission.values import Answer, Dispatch, Reject
+from extproc.admission.values import Answer, Dispatch, EndpointSpec, Reject
 from extproc.observe.log import CAME_LATE, came_late
 
 if TYPE_CHECKING:
@@ -30,13 +31,9 @@ LATE_S = 0.03
 """How much later than a timeout we may hear of it."""
 _ANSWERS = {
     Answer.OK: "its answer came whole",
-    Answer.FAILED: "it was not answered: no connection, or cut before it began",
-    Answer.ERROR: "the engine answered with an error of its own (5xx)",
-    Answer.REFUSED: "the engine refused it (4xx)",
-    Answer.EMPTY: "the engine answered success, and not a byte",
-    Answer.SATURATED: "the engine refused it as full",
     Answer.UNKNOWN: "its client, or Envoy, ended it, or nobody saw how it ended",
 }
+"""What else became of it is told as the log tells it."""
 
 
 _HANGS = (
@@ -164,6 +161,12 @@ def _like_a_timeout(wait_s: float) -> str:
     return ""
 
 
+def _refusal(ticket: Ticket) -> str:
+    """Say how it was answered that got no good answer."""
+    spec = EndpointSpec("") if ticket.endpoint is None else ticket.endpoint.spec
+    return f"it got no good answer ({ticket.answer.value}): {words_of(ticket.answer, spec)}"
+
+
 def _refused(ticket: Ticket, decision: Reject | None, wait_s: float) -> str:
     if decision is None:
         return f"its client, or Envoy, gave it up while it waited{_like_a_timeout(wait_s)}" + _passed(ticket)
@@ -199,7 +202,7 @@ def _afterwards(ticket: Ticket) -> list[tuple[float, str]]:
         )
     elif ticket.state is State.DONE and ticket.ended_at > 0.0:
         held_s = ticket.ended_at - ticket.leased_at
-        end = _ANSWERS[ticket.answer]
+        end = _ANSWERS.get(ticket.answer) or _refusal(ticket)
         if ticket.is_answered and ticket.answer is Answer.UNKNOWN:
             end = "its answer had begun well; how it ended nobody saw"
         events.append((ticket.ended_at, f"gave its slot back after {held_s:.3f} s: {end}"))

@@ -14,6 +14,24 @@ GRPC_STATUS: Final = "grpc-status"
 _USUAL: Final = frozenset(("application/json", "text/event-stream"))
 """What nearly all content types are: to look here costs a fifth of `startswith`."""
 _OK: Final = Answer.OK
+_RESET: Final = "upstream_reset"
+_BY_ENVOY: Final = {
+    "cluster_not_found": Answer.NO_CLUSTER,
+    "no_healthy_upstream": Answer.NO_ADDRESS,
+    "upstream_reset_before_response_started{overflow}": Answer.BREAKER,
+    "maintenance_mode": Answer.BREAKER,
+    "drop_overload": Answer.BREAKER,
+    "unconditional_drop_overload": Answer.BREAKER,
+    "response_timeout": Answer.TIMEOUT,
+    "upstream_per_try_timeout": Answer.TIMEOUT,
+    "upstream_per_try_idle_timeout": Answer.TIMEOUT,
+    "upstream_max_stream_duration_reached": Answer.TIMEOUT,
+    "stream_idle_timeout": Answer.TIMEOUT,
+    "max_duration_timeout": Answer.TIMEOUT,
+}
+"""What Envoy's details of an answer of its own tell of the server; what begins with _RESET and is not here: FAILED.
+All others, as of filters, limiters and direct responses, tell nothing: the server was not asked. Each was had from
+Envoy 1.40: tests/e2e/test_envoys_own_answers.py."""
 _UNAVAILABLE: Final = "14"
 _GRPC = {
     "0": Answer.OK,
@@ -50,7 +68,10 @@ def judge(incoming: Incoming, *, needs_body: bool = True) -> Answer:
     status = headers.get(":status", "")
     details = incoming.attributes.get("response.code_details")
     if details is not None and details != "via_upstream":
-        return _judge_envoys(status, headers.get(GRPC_STATUS), details)
+        found = _BY_ENVOY.get(details)
+        if found is not None:
+            return found
+        return Answer.FAILED if details.startswith(_RESET) else Answer.UNKNOWN
     if status != "200":  # as nearly all are
         answer = _judge_status(status, is_told=details is not None)
         if answer is not _OK:
@@ -62,19 +83,6 @@ def judge(incoming: Incoming, *, needs_body: bool = True) -> Answer:
     if is_grpc(headers.get("content-type", "")):
         return Answer.UNKNOWN  # its trailers tell
     return _OK
-
-
-def _judge_envoys(status: str, grpc_status: str | None, details: str) -> Answer:
-    """Judge an answer of Envoy's own: a client's mistake says nothing of the engine.
-
-    A gRPC client's has status 200, and instead of 502, 503 and 504, but also of a limiter's 429, UNAVAILABLE (Envoy,
-    source/common/grpc/status.cc; what the limiters call theirs is in its docs of response code details).
-    """
-    if grpc_status is None:
-        failed = status.startswith("5")
-    else:
-        failed = grpc_status == _UNAVAILABLE and "rate_limited" not in details
-    return Answer.FAILED if failed else Answer.UNKNOWN
 
 
 def _judge_status(status: str, *, is_told: bool) -> Answer:

@@ -98,7 +98,8 @@ class Gate:
     @property
     def undelivered(self) -> int:
         """How many decisions wait for their turn to be told, or to be made by a drain."""
-        return len(self._outbox) + (self.controller.waiting if self.controller.draining else 0)
+        to_refuse = self.controller.waiting + len(self._replays) if self.controller.draining else 0
+        return len(self._outbox) + to_refuse
 
     # ---- requests
 
@@ -206,14 +207,14 @@ class Gate:
         self._settle(self.controller.set_policy(policy, self.now()))
 
     def stop_gathering(self) -> None:
-        """Expect no more replays: what was gathered takes its place in the queue now."""
+        """Expect no more replays: what was gathered takes its place in the queue from now on."""
         self._replays.expect_no_more()
-        self._let_go(len(self._replays))
+        self._let_go()
 
-    def _let_go(self, most: int | None = None) -> None:
-        """Give what was gathered its place, `most` of it now, or as many as in each turn of the loop that follows."""
+    def _let_go(self) -> None:
+        """Give what was gathered its place, some of it now, and as much in each turn of the loop that follows."""
         try:
-            for ticket in self._replays.take(most):
+            for ticket in self._replays.take():
                 self._place(ticket)
         finally:
             if self._replays:

@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Final
 
 from extproc.admission.outcome import Outcome
+from extproc.admission.refusals import OF_ENVOY, words_of
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import Answer
 from extproc.stream import wire
@@ -40,8 +41,6 @@ OVERFLOWS = frozenset(
 """Refusals for want of room. What the client itself would have to change is refused wherever it is sent."""
 FAILINGS = (Answer.FAILED, Answer.ERROR)
 """The usual bad answers that are an endpoint's doing: counted from 0, so that Prometheus sees the first one come."""
-NO_CLUSTER = "cluster_not_found"
-"""Envoy's detail of such an answer (StreamInfo::ResponseCodeDetails; flag NC)."""
 SAID_AGAIN_S = 60.0
 """So often that it is said."""
 MOST_SUBSETS = 1000
@@ -90,7 +89,7 @@ class Reception:
         self._overflow: dict[str, tuple[str, bytes]] = {}  # class -> cluster of last resort, and how to steer there
         self.overflowed: dict[str, int] = {}  # how many went there, by class
         self.bad_answers: dict[str, dict[Answer, int]] = {}  # by endpoint, of those that are there
-        self._missed: dict[str, float] = {}  # endpoints whose cluster Envoy lacks, and when that was said
+        self._said: dict[tuple[str, Answer], float] = {}  # what Envoy did to requests of an endpoint, and when told
         self.read_model = read_model
         self._reads_fields = bool(fields_namespace)
         self.picks_without_end = picks_without_end
@@ -144,7 +143,8 @@ class Reception:
         """Forget an endpoint that no request can be sent to any more. Unknown: no-op."""
         cluster = self._clusters.pop(endpoint, None)
         self.bad_answers.pop(endpoint, None)
-        self._missed.pop(endpoint, None)
+        for answer in OF_ENVOY:
+            self._said.pop((endpoint, answer), None)
         if cluster is not None:
             del self._steers[endpoint]
             if self._endpoints.get(cluster) == endpoint:
@@ -156,19 +156,15 @@ class Reception:
         if counts is not None and answer is not Answer.UNKNOWN:
             counts[answer] = counts.get(answer, 0) + 1
 
-    def look_at_failure(self, ticket: Ticket, details: str | None) -> None:
-        """Say now and then that Envoy lacks the cluster of an endpoint, if that is why nobody answered."""
+    def look_at_failure(self, ticket: Ticket, answer: Answer) -> None:
+        """Say now and then what Envoy's configuration may be to blame for, if it is for this `answer`."""
         endpoint, now = ticket.endpoint, self.gate.now()
-        if details != NO_CLUSTER or endpoint is None:
+        if endpoint is None or answer not in OF_ENVOY or endpoint.name not in self._clusters:
             return
-        said_at = self._missed.get(endpoint.name)
+        said_at = self._said.get((endpoint.name, answer))
         if said_at is None or now - said_at >= SAID_AGAIN_S:
-            self._missed[endpoint.name] = now
-            log.warning(
-                "endpoint %s: Envoy has no cluster %s, so requests sent there get 503: it is in our configuration and "
-                "not in Envoy's (`extproc check FILE --envoy BOOTSTRAP`)",
-                *(endpoint.name, self._clusters.get(endpoint.name, "of its name")),
-            )
+            self._said[endpoint.name, answer] = now
+            log.warning("endpoint %s: %s: %s", endpoint.name, answer.value, words_of(answer, endpoint.spec))
 
     def set_overflow(self, clusters: Mapping[str, str]) -> None:
         """Note to which cluster requests of a class go instead of a refusal for want of room, by class."""

@@ -94,10 +94,10 @@ class Replays:
         """Return how many are kept back."""
         return len(self._gathered)
 
-    def take(self, most: int | None = None) -> Iterator[Ticket]:
-        """Let go up to `most` of what was kept back, one by one, in the order in which it came to Envoy.
+    def take(self) -> Iterator[Ticket]:
+        """Let go as many as are in one turn of what was kept back, one by one, in the order in which it came to Envoy.
 
-        None: as many as are let go in one turn. As long as some are left, whoever comes joins them.
+        As long as some are left, whoever comes joins them.
         """
         offset_s, now = self._clock_offset_s(), self._loop.time()
         for ticket, known_s in self._offsets_s.items():  # together they may have shown that the clocks differ
@@ -106,7 +106,7 @@ class Replays:
         if self.until < inf:
             self._expected_until, self.until = self.until, inf
         try:
-            for _ in range(LET_GO_IN_A_TURN if most is None else most):
+            for _ in range(LET_GO_IN_A_TURN):
                 if not self._gathered:
                     return
                 yield self._gathered.pop()

@@ -70,7 +70,6 @@ _MODELS: Final = Action.MODELS
 _OPENAI: Final = Shape.OPENAI
 _OK: Final = Answer.OK
 _UNKNOWN: Final = Answer.UNKNOWN
-_FAILED: Final = Answer.FAILED
 _GO_ON: Final = wire.go_on(_RESPONSE_HEADERS)
 """For what every request does: to read a member from its class costs Python 3.11 twenty times what a name costs."""
 
@@ -259,10 +258,9 @@ class Session:
                 reception.follow(ticket, incoming.served)
             if self._answer is _OK and self._shown is None and not self._number and self._modes is PLAIN:
                 reception.gate.answered(ticket)  # as nearly all are: no byte will be shown
-            elif self._answer is _FAILED:
-                reception.look_at_failure(ticket, incoming.attributes.get("response.code_details"))
             else:
                 self._judge_beginning()
+                reception.look_at_failure(ticket, self._answer)
             if REPORT in incoming.headers or BINARY_REPORT in incoming.headers:
                 reception.take_report(ticket, incoming.headers)
         self._reply(_GO_ON if wait_s is None else wire.go_on_timed(wait_s))

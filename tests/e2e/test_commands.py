@@ -325,7 +325,7 @@ def test_up_says_which_servers_it_cannot_reach_and_when_one_fails_and_is_back(tm
 
         wait_until(
             lambda: told(
-                rf"WARNING extproc.queue endpoint 127.0.0.1:{port}: failing, the last one: no connection.* \(was "
+                rf"WARNING extproc.queue endpoint 127.0.0.1:{port}: failing, the last one \(failed\): no .* \(was "
             ),
             message="failing",
         )

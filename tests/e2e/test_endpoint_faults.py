@@ -86,13 +86,15 @@ def test_an_endpoint_that_refuses_connections_is_left_out_and_its_pool_serves_on
     here = stack(upstreams=("a", "b"), config={"max_running_requests": 4})
     here.upstreams["a"].down()
     answers = complete_many(here.url, 60, lambda n: {"x-test-id": f"f-{n}"}, gap_s=0.01)
-    statuses = Counter(answer.status for answer in answers)
-    assert statuses[200] + statuses[503] == 60
-    assert statuses[503] <= 12  # five failures in a row, and those that were under way, eject it
     late = complete_many(here.url, 20, lambda n: {"x-test-id": f"l-{n}"})
-    assert {answer.status for answer in late} == {200}
+    statuses = Counter(answer.status for answer in (*answers, *late))
+    assert statuses[200] + statuses[503] == 80
     settle(here, 80)
+    assert here.endpoint("a")["dispatched"] == statuses[503], "what was sent there is lost, and nothing else"
     assert here.sidecar.metrics()['extproc_bad_answers_total{answer="failed",endpoint="a"}'] == statuses[503]
+    # Five failures in a row, and those that were under way, eject it; then a trial each 5 s and more.
+    assert 1 <= statuses[503] <= 20
+    assert not here.endpoint("a")["up"]
 
 
 @contextlib.contextmanager

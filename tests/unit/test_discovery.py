@@ -134,6 +134,24 @@ def test_a_sidecar_puts_an_objective_that_its_file_lists_into_that_class_and_fol
     assert asyncio.run(main()) == ["batch", "batch", "standard", "batch"]
 
 
+def test_a_fault_of_ours_at_the_endpoints_of_a_reload_keeps_none_of_its_sources_back(monkeypatch):
+    async def main() -> list[object]:
+        app = App(config(listen="127.0.0.1:0", admin="127.0.0.1:0"), asyncio.get_running_loop())
+        told: list[object] = []
+        monkeypatch.setattr(app.sources, "configure", told.append)
+
+        def fails(_: Config) -> None:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(app.roster, "configure", fails)
+        with pytest.raises(ZeroDivisionError):
+            app.adopt(config(listen="127.0.0.1:0", admin="127.0.0.1:0", default_model="m"))
+        assert app.reception.requests.default_model == "m"
+        return told
+
+    assert len(asyncio.run(main())) == 1
+
+
 @pytest.mark.parametrize(
     ("first", "second", "said"),
     [

@@ -244,13 +244,13 @@ def test_an_endpoint_that_goes_and_comes_is_a_line_each(room, caplog):
     log.look()
     controller.set_up("a", 2.0, is_up=True)
     log.look()
-    for name in ("a", *12 * "b", *4 * "a"):
-        ticket = Ticket(Request("r", 2.0, home=name))
+    for name in ("ok", "a", *12 * "b", *4 * "a"):
+        ticket = Ticket(Request("r", 2.0, home="a" if name == "ok" else name))
         controller.offer(ticket, 2.0)
         controller.release(ticket, 2.0, Answer.FAILED if name == "a" else Answer.OK)
     log.look()
     first, *rest = caplog.records
-    how = "the last one: no connection, or cut before an answer began"
+    how = "the last one (failed): no connection, or cut before an answer began"
     assert (first.getMessage(), first.levelno) == ("endpoint b: up (was unknown)", logging.INFO), "between two looks"
     assert [record.getMessage() for record in rest] == [
         "endpoint a: down (was unknown)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import logging
 import random
 from typing import TYPE_CHECKING
@@ -33,6 +34,7 @@ class Loop:
     def __init__(self) -> None:
         self.now = 50.0
         self._timers: list[tuple[float, int, list[Callable[[], None]]]] = []
+        self._numbers = itertools.count()
 
     def time(self) -> float:
         return self.now
@@ -42,7 +44,7 @@ class Loop:
 
     def call_at(self, when: float, callback: Callable[[], None]) -> Timer:
         timer = Timer([callback])
-        heapq.heappush(self._timers, (when, len(self._timers), timer.callbacks))
+        heapq.heappush(self._timers, (when, next(self._numbers), timer.callbacks))
         return timer
 
     def advance(self, seconds: float) -> None:
@@ -190,6 +192,15 @@ def test_a_drain_before_or_amid_letting_many_go_forgets_nobody(turns):
     room.loop.advance(0.0)
     assert {ticket.state for ticket in tickets} == {State.LEASED, State.LEFT}
     assert room.offer("late", 3).state is State.LEFT
+
+
+def test_a_sidecar_that_is_told_to_end_while_it_gathers_many_lets_them_go_some_in_a_turn():
+    room = Room(1000)
+    tickets = [room.offer(f"r{number}", 3 + number / 1000) for number in range(3 * LET_GO_IN_A_TURN)]
+    room.gate.stop_gathering()
+    assert room.gate.waiting + len(room.sent) == LET_GO_IN_A_TURN
+    room.loop.advance(0.0)
+    assert room.gate.waiting + len(room.sent) == len(tickets)
 
 
 def test_a_fault_at_one_that_is_let_go_keeps_no_other_back(monkeypatch):

@@ -733,3 +733,17 @@ def test_envoys_word_counts_only_when_nothing_warms_up(monkeypatch):
         assert await clusters.EnvoyAdmin(address).version() is None
 
     asyncio.run(main())
+
+
+def test_what_an_endpoint_failed_at_its_old_address_is_not_counted_against_the_new_one():
+    """Also where Envoy's own file says which address its cluster has."""
+
+    async def story(here: House) -> None:
+        here.reception.bad_answers["a"][Answer.FAILED] += 40
+        here.change(endpoints=[endpoint("a", max_running_requests=3)])
+        assert here.reception.bad_answers["a"][Answer.FAILED] == 40, "the same server"
+        here.change(endpoints=[endpoint("a", "10.0.0.9:8000", max_running_requests=3)])
+        assert here.reception.bad_answers["a"][Answer.FAILED] == 0
+        assert here.reception.steer("a")
+
+    live(story, None, endpoints=[endpoint("a")])

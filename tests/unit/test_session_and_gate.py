@@ -11,7 +11,6 @@ from extproc.admission.tenants import TenantRule, TenantRules
 from extproc.admission.values import Answer, Dispatch, EndpointSpec, RequestClass
 from extproc.errors import ProtocolError
 from extproc.stream.gate import BURST
-from extproc.stream.reception import NO_CLUSTER, SAID_AGAIN_S
 from extproc.stream.session import Session
 from tests.unit.gate_room import ONE, Room, cluster, message
 
@@ -167,7 +166,7 @@ def test_what_an_endpoint_refuses_counts_against_it_and_what_envoy_refuses_by_it
 
 @pytest.mark.parametrize(
     ("grpc_status", "details", "ejects"),
-    [("14", "upstream_reset_before_response_started{connection_failure}", True), ("14", NO_CLUSTER, True),
+    [("14", "upstream_reset_before_response_started{connection_failure}", True), ("14", "cluster_not_found", True),
      ("14", "local_rate_limited", False), ("14", "request_rate_limited", False), ("7", "rbac_access_denied", False),
      ("13", "http2.invalid.header.field", False)],
 )  # fmt: skip
@@ -200,24 +199,6 @@ def test_a_grpc_answer_is_judged_by_its_trailers_and_not_by_the_head_before_them
             session.receive(message("response_trailers", grpc_status=status))
         session.end()
     assert (room.gate.controller.endpoints["a"].health.ejected_until is not None) is ejects
-
-
-def test_that_envoy_lacks_a_cluster_is_said_once_a_minute_and_anew_of_an_endpoint_that_came_again(caplog):
-    room = Room(ONE)
-
-    def told() -> int:
-        caplog.clear()
-        session, _ = room.open()
-        session.receive(message("response_headers", {"response.code_details": NO_CLUSTER}, status="503"))
-        session.end()
-        return sum("Envoy has no cluster cluster-a" in record.getMessage() for record in caplog.records)
-
-    assert [told(), told()] == [1, 0]
-    room.clock.now += SAID_AGAIN_S
-    assert told() == 1
-    room.reception.drop_cluster("a")
-    room.reception.put_cluster("a", "cluster-a")
-    assert told() == 1
 
 
 def test_no_good_answer_is_counted_by_endpoint_and_kind_for_as_long_as_the_endpoint_is_there():

@@ -125,6 +125,8 @@ class Audit:
         health = endpoint.health
         if endpoint.closed_until is not None and books.leases:  # hot: one at a time
             return True
+        if health.breaker is not None and books.sequences >= health.breaker.most:
+            return True
         return health.held_back_by is not None
 
     def check(self) -> None:
@@ -353,6 +355,9 @@ class Audit:
                 endpoint.closed_until,
                 endpoint.health.full_until,
                 endpoint.health.ejected_until,
+                endpoint.health.breaker.until
+                if endpoint.health.breaker is not None and endpoint.health.breaker.is_reached
+                else None,
                 endpoint.health._doubt.ends if endpoint.health._doubt and endpoint.health._doubt.is_spent else None,
                 endpoint.prefill.next_change(),
             )

@@ -41,6 +41,10 @@ PROMPTS = (0, 10, 100, 500, 2000, 9000)
 HERD = (*(10, 20, 40) * 10, 2600)  # an elephant among mice: what the guard is for
 
 
+MIXED = (10, *5 * (1,), *4 * (0.4,), 3)
+"""How often each kind of `Answer` comes, as they stand there."""
+
+
 @dataclass
 class Weather:
     """How often what happens; changes now and then, so that floods, droughts and churn all come by."""
@@ -53,7 +57,7 @@ class Weather:
     prompts: tuple[int, ...] = PROMPTS
     budgets: tuple[float | None, ...] = (None, None, None, 0.0, 0.3, 5.0, 1e9)
     share: float = 0.0
-    answers: tuple[int, ...] = (10, 1, 1, 1, 1, 1, 3)  # how often each kind of `Answer`, as they stand there
+    answers: tuple[float, ...] = MIXED
     sick: str = ""  # an endpoint that answers everything by `sickness`
     sickness: Answer = Answer.FAILED
 
@@ -107,9 +111,7 @@ class Storm:
             churn=pick((0.0, 0.05, 0.05, 0.3)),
             step_s=pick((0.001, 0.02, 0.02, 0.2)),
             share=pick((0.0, 0.0, 0.1, 0.5)),
-            answers=pick(
-                ((10, 1, 1, 1, 1, 1, 3), (10, 1, 1, 1, 1, 1, 3), (0, 1, 0, 0, 0, 0, 0), (0, 1, 1, 1, 1, 1, 1))
-            ),
+            answers=pick((MIXED, MIXED, (0, 1, *9 * (0,)), (0, *10 * (1,)))),
             sick=pick(("", *NAMES[:2])),
             sickness=pick(tuple(Answer)),
         )

@@ -187,3 +187,13 @@ def test_a_lone_one_that_refuses_is_known_to_speak() -> None:
 def test_with_the_queue_off_an_unknown_one_holds_nobody() -> None:
     ward = Ward("a", known=False, enable_queue=False)
     assert len(ward.burst("a", 100)) == 100
+
+
+def test_one_that_was_down_before_its_first_passed_check_gets_a_few_at_first() -> None:
+    """As one that comes beside others is: a check goes straight there, requests go through Envoy, which may lack it."""
+    ward = Ward(known=False)
+    ward.set_up("a", is_up=False)
+    ward.set_up("a", is_up=True)
+    ward.set_up("b", is_up=True)
+    assert len(ward.burst("a")) == LAWS.health.few
+    assert len(ward.burst("b")) == 64

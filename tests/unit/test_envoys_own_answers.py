@@ -1,0 +1,195 @@
+"""Answers that Envoy itself gives in a server's place: what each says of the server, and what follows for it."""
+
+from __future__ import annotations
+
+import pytest
+
+from extproc.admission.values import Answer, EndpointSpec
+from extproc.stream.reception import SAID_AGAIN_S
+from tests.unit.gate_room import Room, message
+
+RESET = "upstream_reset_before_response_started"
+KINDS = {
+    "cluster_not_found": Answer.NO_CLUSTER,
+    "no_healthy_upstream": Answer.NO_ADDRESS,
+    f"{RESET}{{remote_connection_failure|delayed_connect_error:_Connection_refused}}": Answer.FAILED,
+    f"{RESET}{{local_connection_failure|failed_to_bind_to_192.0.2.1:0:_Cannot_assign}}": Answer.FAILED,
+    f"{RESET}{{connection_timeout}}": Answer.FAILED,
+    f"{RESET}{{connection_termination}}": Answer.FAILED,
+    f"{RESET}{{protocol_error}}": Answer.FAILED,
+    f"{RESET}{{overflow}}": Answer.BREAKER,
+    "maintenance_mode": Answer.BREAKER,
+    "drop_overload": Answer.BREAKER,
+    "unconditional_drop_overload": Answer.BREAKER,
+    "response_timeout": Answer.TIMEOUT,
+    "upstream_per_try_timeout": Answer.TIMEOUT,
+    "upstream_per_try_idle_timeout": Answer.TIMEOUT,
+    "upstream_max_stream_duration_reached": Answer.TIMEOUT,
+    "stream_idle_timeout": Answer.TIMEOUT,
+    "max_duration_timeout": Answer.TIMEOUT,
+}
+OF_OTHERS = ("direct_response", "fault_filter_abort", "ext_authz_error", "local_rate_limited", "lua_response")
+
+
+class Two(Room):
+    """Endpoint a, whose answers the test says, beside b, which serves."""
+
+    def __init__(self, *, limit: int = 8) -> None:
+        super().__init__(*(EndpointSpec(name, f"cluster-{name}", max_running_requests=limit) for name in "ab"))
+        for name in "ab":
+            self.gate.set_up(name, is_up=True)
+        self.serve("a")
+        self.serve("b", 20)
+
+    def ask(self, name: str, count: int):
+        """Send so many to one endpoint at once; returns the streams that went there."""
+        streams = []
+        for _ in range(count):
+            before = self.in_flight(name)
+            session, _ = self.open(x_upstream_cluster=f"cluster-{name}")
+            if self.in_flight(name) > before:
+                streams.append(session)
+            else:
+                session.end()
+        return streams
+
+    def serve(self, name: str, count: int = 1) -> None:
+        for _ in range(count):
+            (session,) = self.ask(name, 1)
+            session.receive(message("response_headers", {"response.code_details": "via_upstream"}, status="200"))
+            session.end()
+
+    def refuse(self, details: str, count: int = 1) -> int:
+        """Ask a for so many at once, and have Envoy answer each of them so; returns how many went there."""
+        streams = self.ask("a", count)
+        for session in streams:
+            session.receive(message("response_headers", {"response.code_details": details}, status="503"))
+            session.end()
+        return len(streams)
+
+    @property
+    def health(self):
+        return self.gate.controller.endpoints["a"].health
+
+
+@pytest.mark.parametrize(("details", "kind"), KINDS.items(), ids=str)
+def test_what_envoy_says_of_a_server_is_counted_by_its_name(details, kind):
+    room = Two()
+    assert room.refuse(details) == 1
+    counts = {kind: count for kind, count in room.reception.bad_answers["a"].items() if count}
+    assert counts == {kind: 1}
+
+
+@pytest.mark.parametrize("details", OF_OTHERS)
+def test_what_a_filter_or_a_route_answers_by_itself_tells_nothing_of_a_server_that_was_not_asked(details):
+    room = Two()
+    for _ in range(40):
+        room.serve("b")
+        assert room.refuse(details) == 1
+    assert sum(room.reception.bad_answers["a"].values()) == 0
+    assert room.health.condition == "up"
+
+
+@pytest.mark.parametrize("details", ["cluster_not_found", "no_healthy_upstream"])
+def test_one_word_of_envoy_that_no_request_gets_there_closes_an_endpoint(details):
+    room = Two()
+    assert room.refuse(details) == 1
+    assert room.health.ejected_until is not None
+    assert room.health.refused_by is KINDS[details]
+    assert room.refuse(details, 5) == 0
+
+
+def test_an_endpoint_that_envoy_lacks_and_that_is_alone_is_tried_a_request_at_a_time():
+    room = Two()
+    room.gate.set_up("b", is_up=False)
+    assert room.refuse("cluster_not_found") == 1
+    assert room.health.condition == "failing"
+    assert room.refuse("cluster_not_found", 5) == 0
+    room.clock.advance(1.5)
+    assert room.refuse("cluster_not_found", 5) == 1
+
+
+def test_a_breaker_below_our_limit_slows_a_good_server_and_never_puts_it_out():
+    """Eight are sent there in one moment, and Envoy lets two of them through, again and again."""
+    room = Two()
+    for _ in range(20):
+        room.clock.advance(1.0)
+        streams = room.ask("a", 8)
+        for session in streams[2:]:
+            session.receive(
+                message("response_headers", {"response.code_details": f"{RESET}{{overflow}}"}, status="503")
+            )
+            session.end()
+        assert room.refuse(f"{RESET}{{overflow}}") == 0, "left alone for a moment"
+        for session in streams[:2]:
+            session.receive(message("response_headers", {"response.code_details": "via_upstream"}, status="200"))
+            session.end()
+        room.serve("b", 8)
+        assert room.health.condition == "up"
+
+
+def test_a_breaker_that_lets_nothing_through_is_a_refusal_as_any():
+    room = Two()
+    for _ in range(40):
+        room.clock.advance(1.0)
+        room.serve("b")
+        room.refuse(f"{RESET}{{overflow}}", 8)
+    assert room.health.condition == "ejected after failures"
+    assert room.health.refused_by is Answer.BREAKER
+
+
+def test_a_server_that_is_alone_is_not_held_back_for_envoys_timeouts_and_one_whose_peers_are_in_time_is_left_out():
+    room = Two()
+    room.gate.set_up("b", is_up=False)
+    for _ in range(40):
+        assert room.refuse("response_timeout", 8) == 8
+    assert room.health.condition == "up"
+    room.gate.set_up("b", is_up=True)
+    for _ in range(40):
+        room.clock.advance(1.0)
+        room.serve("b")
+        room.refuse("response_timeout")
+    assert room.health.condition == "ejected after failures"
+    assert room.health.refused_by is Answer.TIMEOUT
+
+
+def test_a_timeout_of_envoys_turns_no_single_model_off():
+    room = Two()
+    for _ in range(12):
+        room.serve("b")
+        session, _ = room.open(x_model="m")
+        assert room.in_flight("a") == 1 or room.in_flight("b") == 1
+        details = "response_timeout" if room.in_flight("a") else "via_upstream"
+        session.receive(message("response_headers", {"response.code_details": details}, status="504"))
+        session.end()
+    assert not room.gate.controller.endpoints["a"].missing.models
+
+
+@pytest.mark.parametrize(
+    ("details", "says"),
+    [
+        ("cluster_not_found", "endpoint a: no_cluster: Envoy has no cluster cluster-a: add it"),
+        ("no_healthy_upstream", "endpoint a: no_server_address: Envoy has no address for cluster cluster-a"),
+        (f"{RESET}{{overflow}}", "endpoint a: breaker_open: Envoy lets no more through to cluster cluster-a"),
+        ("response_timeout", "endpoint a: timeout: a timeout of Envoy's ended it"),
+    ],
+)
+def test_what_envoys_configuration_is_to_blame_for_is_said_once_a_minute_and_anew_of_one_that_came_again(
+    details, says, caplog
+):
+    room = Two()
+
+    def told() -> int:
+        caplog.clear()
+        session, _ = room.open(x_upstream_cluster="cluster-a")
+        ticket = session._ticket
+        room.reception.look_at_failure(ticket, KINDS[details])
+        session.end()
+        return sum(record.getMessage().startswith(says) for record in caplog.records)
+
+    assert [told(), told()] == [1, 0]
+    room.clock.now += SAID_AGAIN_S
+    assert told() == 1
+    room.reception.drop_cluster("a")
+    room.reception.put_cluster("a", "cluster-a")
+    assert told() == 1
