@@ -192,11 +192,9 @@ class PaceLaw:
         enough: dispatches from a backlog that make a rate worth believing ...
         enough_slow: ... or so few, in a backlog as long as `memory_s`: large answers leave seldom.
         least_busy_s: how long the backlog must have lasted: the first moments of a burst say little of what follows.
-        least_share: what higher classes leave to a lower one at the least, as a share of the rate: keeps predictions
-            finite.
         sure: refuse at once what would wait so many times its budget: a prediction after a burst is off by as much,
             and what might make it waits its budget out. Goodput at 120% load over 1.0: +0.5 to +1 points, under bursts
-            +2 to +3.
+            +2 to +3. Higher classes are taken to make a wait so many times as long at the most.
     """
 
     memory_s: float = 10.0
@@ -204,7 +202,6 @@ class PaceLaw:
     enough: float = 8.0
     enough_slow: float = 3.0
     least_busy_s: float = 1.0
-    least_share: float = 0.02
     sure: float = 2.0
 
 

@@ -21,7 +21,7 @@ class Pace:
         law: the constants.
     """
 
-    __slots__ = ("_arrivals", "_busy_s", "_horizon_s", "_marked", "_served", "law")
+    __slots__ = ("_arrivals", "_busy_s", "_horizon_s", "_marked", "_served", "_was_silent", "law")
 
     def __init__(self, law: PaceLaw = LAWS.pace) -> None:
         """Start knowing nothing."""
@@ -31,6 +31,7 @@ class Pace:
         self._busy_s = 0.0
         self._horizon_s = law.memory_s
         self._marked = 0.0  # up to here busy time is counted
+        self._was_silent = False  # what went last did so after more than a horizon
 
     def arrived(self, priority: int, now: float, came: float) -> None:
         """Count an arrival, as of when it came: what Envoy held while no sidecar was there comes all at once."""
@@ -46,8 +47,16 @@ class Pace:
         self._marked = now
 
     def dispatched(self, now: float) -> None:
-        """Note that a waiting request went to an endpoint."""
+        """Note that a waiting request went to an endpoint.
+
+        A silence of more than a horizon is no pace: an engine stood still, and goes on as before. Two in a row are one.
+        """
         elapsed = now - self._marked if now > self._marked else 0.0
+        if elapsed > self._horizon_s and not self._was_silent:
+            self.backlog_began(now)
+            elapsed, self._was_silent = 0.0, True
+        else:
+            self._was_silent = False
         kept = math.exp(-elapsed / self._horizon_s)
         self._busy_s = busy_s = self._busy_s * kept + elapsed
         self._served = served = self._served * kept + 1.0
@@ -70,7 +79,11 @@ class Pace:
         return self._served / self._busy_s
 
     def wait_s(self, ahead: int, priority: int, now: float) -> float | None:
-        """Predict the wait of a request with `priority` that finds `ahead` others before it; None: can't tell."""
+        """Predict the wait of a request with `priority` that finds `ahead` others before it; None: can't tell.
+
+        Higher classes make it `sure` times as long at the most: a burst or an outage of seconds foretells no ten
+        minutes, and who would be in time if nobody came before it any more is not refused for those who may come.
+        """
         drain = self.drain_rate()
         if drain is None:
             return None
@@ -79,4 +92,4 @@ class Pace:
             for other, (weight, at) in self._arrivals.items()
             if other > priority
         )
-        return (ahead + 1) / max(drain - above, self.law.least_share * drain)
+        return (ahead + 1) / max(drain - above, drain / self.law.sure)

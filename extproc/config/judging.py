@@ -33,11 +33,10 @@ class PaceLearningConfig(Section):
         int(_PACE.enough_slow), description="... or so few, where the line has lasted as long as `memory`, ..."
     )
     least_busy: PositiveDuration = Field(_PACE.least_busy_s, description="... and the line has lasted for this long.")
-    least_share: Share = Field(
-        _PACE.least_share, description="What higher classes are taken to leave to lower ones at the least."
-    )
     sure: Annotated[float, Field(ge=1.0, le=100.0)] = Field(
-        _PACE.sure, description="With `shed`, what would wait more than so many times its budget is refused at once."
+        _PACE.sure,
+        description="With `shed`, what would wait more than so many times its budget is refused at once. Higher "
+        "classes are taken to make a wait so many times as long at the most.",
     )
 
     def law(self) -> PaceLaw:
@@ -48,7 +47,6 @@ class PaceLearningConfig(Section):
             enough=float(self.enough),
             enough_slow=float(min(self.enough_slow, self.enough)),
             least_busy_s=self.least_busy,
-            least_share=self.least_share,
             sure=self.sure,
         )
 

@@ -363,7 +363,6 @@ CHANGED: dict[str, dict[str, Any]] = {
         "enough": 20,
         "enough_slow": 6,
         "least_busy": "4s",
-        "least_share": 0.5,
         "sure": 1.0,
     },
     "learning.guard": {"passes": 3},

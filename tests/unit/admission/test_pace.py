@@ -12,7 +12,7 @@ from extproc.admission.pace import Pace
 ENOUGH = int(LAWS.pace.enough)
 HORIZON_S = LAWS.pace.memory_s
 LEAST_BUSY_S = LAWS.pace.least_busy_s
-LEAST_SHARE = LAWS.pace.least_share
+SURE = LAWS.pace.sure
 
 
 def test_a_pause_takes_weight_from_what_was_learnt_and_leaves_the_rate() -> None:
@@ -76,4 +76,17 @@ def test_the_predicted_wait_is_that_of_the_last_in_a_line_that_higher_classes_sl
     assert pace.wait_s(5, 0, now + HORIZON_S) == pytest.approx(6 / (rate - above / math.e - above))
     for _ in range(200):
         pace.arrived(5, now + HORIZON_S, now + HORIZON_S)
-    assert pace.wait_s(5, 0, now + HORIZON_S) == pytest.approx(6 / (LEAST_SHARE * rate)), "a little is always left"
+    assert pace.wait_s(5, 0, now + HORIZON_S) == pytest.approx(SURE * 6 / rate), "it is no longer than that"
+
+
+def test_one_long_silence_is_no_pace_and_two_are() -> None:
+    pace = Pace()
+    for number in range(1, 101):
+        pace.dispatched(number / 10)
+    pace.dispatched(10.0 + 3 * HORIZON_S)
+    for number in range(1, 11):
+        pace.dispatched(10.0 + 3 * HORIZON_S + number / 10)
+    assert pace.drain_rate() == pytest.approx(10.0, rel=0.1), "it stood still, and goes on as before"
+    for number in range(1, 11):
+        pace.dispatched(11.0 + 3 * HORIZON_S * (number + 1))
+    assert pace.drain_rate() == pytest.approx(1 / (3 * HORIZON_S), rel=0.1), "it is that slow now"

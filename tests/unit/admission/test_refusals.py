@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 from extproc.admission.laws import LAWS
@@ -10,7 +12,10 @@ from extproc.admission.refusing import RETRY_AFTER_MAX_S
 from extproc.admission.settling import PIECE
 from extproc.admission.values import Answer, Policy, RequestClass
 
-from .desk import CLASSES, STD, Desk, one
+from .desk import CLASSES, STD, URGENT, Desk, one
+
+if TYPE_CHECKING:
+    from extproc.admission.ticket import Ticket
 
 HORIZON_S = LAWS.pace.memory_s
 SURE = LAWS.pace.sure
@@ -89,7 +94,7 @@ def test_the_prediction_counts_the_arrivals_of_higher_classes() -> None:
     for _ in range(9 * int(HORIZON_S)):
         stormy.cancel(stormy.ask(request_class="urgent"))
     for desk in (calm, stormy):
-        desk.fill(100, request_class="batch", budget_s=60.0)
+        desk.fill(200, request_class="batch", budget_s=60.0)
     guests = [desk.ask(request_class="batch", budget_s=15.0) for desk in (calm, stormy)]
     assert [calm.outcome(guests[0]), stormy.outcome(guests[1])] == [None, Outcome.BUDGET_PREDICTED]
 
@@ -228,3 +233,80 @@ def test_a_pool_of_one_answer_in_ten_seconds_refuses_in_advance_and_says_when_to
     refused = [ticket for ticket in hopeless if desk.outcome(ticket) is Outcome.BUDGET_PREDICTED]
     assert len(refused) >= 15
     assert min(desk.retry_after(ticket) or 0 for ticket in refused) >= 10
+
+
+PATIENT = (URGENT, RequestClass("batch", -10, 300.0))
+
+
+def serve(desk: Desk, seconds: float, served: int, **arrivals: int) -> None:
+    """Let time pass; in a second so many answers end, those that were sent first, and so many of each class come."""
+    done: dict[str, int] = {}
+    for tenth in range(1, round(10 * seconds) + 1):
+        for request_class, rate in {**arrivals, "served": served}.items():
+            due = rate * tenth // 10 - done.get(request_class, 0)
+            done[request_class] = done.get(request_class, 0) + due
+            for _ in range(due):
+                if request_class != "served":
+                    desk.ask(request_class=request_class)
+                elif desk.leased:
+                    desk.release(next(iter(desk.leased)), Answer.OK)
+        desk.advance(0.1)
+
+
+def is_batch(ticket: Ticket) -> bool:
+    return ticket.request_class.name == "batch"
+
+
+def test_a_patient_class_is_not_refused_for_fifteen_seconds_with_half_of_the_endpoints() -> None:
+    """Those above it took all that was left, and were taken to go on for ten minutes: "predicted 603 s" of 300."""
+    desk = Desk(one("a", 5), one("b", 5), shed=True, classes=PATIENT)
+    serve(desk, 60.0, 10, urgent=5, batch=5)
+    desk.set_up("b", is_up=False)
+    for ticket in [ticket for ticket in desk.leased if ticket.endpoint is desk.endpoint("b")]:
+        desk.release(ticket, Answer.FAILED)
+    serve(desk, 15.0, 5, urgent=5, batch=5)
+    last = desk.ask(request_class="batch")
+    assert desk.outcome(last) is None
+    desk.set_up("b", is_up=True)
+    serve(desk, 30.0, 10, urgent=5)
+    assert desk.outcome(last) is Outcome.DISPATCHED
+    assert Outcome.BUDGET_PREDICTED not in {desk.outcome(ticket) for ticket in desk.decided if is_batch(ticket)}
+
+
+def test_a_patient_class_is_not_refused_for_a_burst_of_those_above_it() -> None:
+    desk = Desk(one(limit=3), shed=True, classes=PATIENT)
+    serve(desk, 20.0, 3, urgent=1, batch=2)
+    serve(desk, 30.0, 3, urgent=9, batch=2)
+    last = desk.ask(request_class="batch")
+    assert desk.outcome(last) is None
+    serve(desk, 60.0, 3, urgent=1)
+    assert desk.outcome(last) is Outcome.DISPATCHED
+    assert Outcome.BUDGET_PREDICTED not in {desk.outcome(ticket) for ticket in desk.decided if is_batch(ticket)}
+
+
+def test_who_would_be_late_even_if_nobody_came_before_it_is_refused_at_once() -> None:
+    desk = Desk(one(limit=3), shed=True, classes=PATIENT)
+    serve(desk, 30.0, 3, urgent=4, batch=3)
+    ahead_s = (len(desk.waiting) + 1) / 3
+    asked = [desk.ask(request_class="batch", budget_s=share * ahead_s) for share in (1.1, 0.9)]
+    assert [desk.outcome(ticket) for ticket in asked] == [None, Outcome.BUDGET_PREDICTED]
+
+
+@pytest.mark.parametrize("before_s", [0.0, 30.0], ids=["nobody had waited before", "some had"])
+def test_a_silence_of_an_engine_says_nothing_of_its_pace(before_s: float) -> None:
+    """An engine of 12 answers a second stood still for 20 s: one in ten of those that came then was refused at once."""
+    desk = Desk(one(limit=3), shed=True, classes=(RequestClass("batch", -10, 100.0),))
+    serve(desk, before_s, 3, batch=4)
+    serve(desk, 20.0, 0, batch=5)
+    serve(desk, 20.0, 3, batch=2)
+    assert Outcome.BUDGET_PREDICTED not in {decision.outcome for decision in desk.decided.values()}
+
+
+def test_an_engine_that_slows_down_for_good_is_known_after_a_few_answers() -> None:
+    desk = Desk(one(limit=1), shed=True, classes=PATIENT)
+    serve(desk, 30.0, 10, batch=11)
+    for _ in range(8):
+        desk.advance(25.0)
+        desk.release(next(iter(desk.leased)), Answer.OK)
+    desk.fill(20, request_class="batch", budget_s=9999.0)
+    assert desk.outcome(desk.ask(request_class="batch")) is Outcome.BUDGET_PREDICTED
