@@ -13,6 +13,7 @@ import socket
 import sys
 import tempfile
 from importlib import import_module
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -22,7 +23,7 @@ import yaml
 
 from extproc.app import App
 from extproc.commands.demo import Demo
-from extproc.config import Config, load_config, parse_config, require_address
+from extproc.config import Config, load_config, parse_config, require_address, split_address
 from extproc.envoy.bootstrap import render
 from extproc.envoy.skeleton import EnvoyOptions
 from extproc.errors import ConfigError, StartError, plain_words
@@ -158,6 +159,9 @@ class Up:
         if self._store:
             reached_at = self._reached_at[number]
             keys["EXTPROC_REPLICAS"] = yaml.safe_dump({"listen": reached_at, "valkey": {"url": self._store}})
+        again = _as_envoy_reaches_it(_next(self._http, number))
+        if self._config_file is None and again is not None:
+            keys["EXTPROC_SECOND_TRY"] = again  # who finds out that a server died goes to another one
         return keys
 
     def _configure(self, urls: list[str] | None, own: dict[str, str]) -> Config:
@@ -343,6 +347,18 @@ def _next(address: str, number: int) -> str:
     """Return the address `number` ports further on."""
     host, _, port = address.rpartition(":")
     return f"{host}:{int(port) + number}" if number else address
+
+
+def _as_envoy_reaches_it(listener: str) -> str | None:
+    """Return the address of Envoy's listener as Envoy itself reaches it; None: it is a name, and can't be compared."""
+    host, port = split_address(listener)
+    try:
+        ip = ip_address(host)
+    except ValueError:
+        return None
+    if ip.is_unspecified:
+        return f"127.0.0.1:{port}" if ip.version == 4 else f"[::1]:{port}"
+    return f"[{host}]:{port}" if ip.version == 6 else f"{host}:{port}"
 
 
 def _free_port() -> int:

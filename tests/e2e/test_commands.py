@@ -13,6 +13,7 @@ import subprocess
 import sys
 import termios
 import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,9 @@ from extproc.commands.up import _endpoint_of
 from extproc.config import parse_config
 
 from .kit import commands
+from .kit.clients import complete_many
 from .kit.envoy import validate
-from .kit.processes import Child, free_port, http_ok, run, wait_until
+from .kit.processes import Child, free_port, http_get, http_ok, run, wait_until
 from .kit.stack import local
 
 EXTPROC = [sys.executable, "-m", "extproc"]
@@ -338,6 +340,31 @@ def test_up_says_which_servers_it_cannot_reach_and_when_one_fails_and_is_back(tm
 def states(admin: str) -> list[str]:
     with urllib.request.urlopen(f"http://{admin}/queues", timeout=5) as answer:
         return [endpoint["state"] for endpoint in json.load(answer)["endpoints"]]
+
+
+def test_up_loses_no_request_to_a_server_that_was_just_killed(tmp_path):
+    """Those that found it out got 503, where plain Envoy with a usual retry policy asks another one."""
+    http, admin = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
+    with ExitStack() as running:
+        engine = [*EXTPROC, "engine", "--port", "0"]
+        engines = [running.enter_context(Child(engine, tmp_path / f"{n}.log", name=n)) for n in ("one", "two")]
+        urls = [one.wait_line(r"listening on (http://\S+)").group(1) for one in engines]
+        command = [*EXTPROC, "up", "--endpoint", *urls, "--limit", "8", "--http", http, "--admin", admin]
+        with Child(command, tmp_path / "up.log", env={"TMPDIR": str(tmp_path)}) as up:
+            up.wait_line(r"curl -N ")
+
+            def send() -> set[int]:
+                body = b'{"model": "sim", "max_tokens": 2, "messages": [{"role": "user", "content": "hi"}]}'
+                headers = {"content-type": "application/json"}
+                url = f"http://{http}/v1/chat/completions"
+                return {one.status for one in complete_many(url, 16, lambda _: headers, body=body)}
+
+            assert send() == {200}
+            engines[1].signal(signal.SIGKILL)
+            engines[1].wait_exit()
+            assert send() == {200}
+            (counted,) = re.findall(r"^extproc_second_tries_total (\S+)", http_get(admin, "/metrics")[1].decode(), re.M)
+            assert float(counted) > 0
 
 
 def test_up_ends_with_code_3_when_envoy_dies(tmp_path):
