@@ -101,14 +101,15 @@ class Refusing:
     def refuse(self, ticket: Ticket, outcome: Outcome) -> None:
         """End a wait by a refusal, with the time that those before it will take as Retry-After.
 
-        Where nobody is up, with what is left of the time that one is given to come.
+        Where nobody is up, with what is left of the time that one is given to come; else as long as this one waited for
+        nobody: sooner, it would only wait as long again.
         """
         books, pool = self._books, placed(ticket.pool)
         wait_s = max(books.now - ticket.request.arrived, 0.0)
         alone_s = books.policy.no_endpoint_budget_s
-        if outcome is Outcome.NO_ENDPOINT and alone_s is not None and not pool.usable:
-            left_s = alone_s - wait_s
-            retry_s = left_s if left_s > 0.0 else min(alone_s, RETRY_AFTER_MAX_S)
+        if outcome is Outcome.NO_ENDPOINT and not pool.usable:
+            left_s = 0.0 if alone_s is None else alone_s - wait_s
+            retry_s = left_s if left_s > 0.0 else min(wait_s if alone_s is None else alone_s, RETRY_AFTER_MAX_S)
         else:
             drain = pool.pace.drain_rate()
             ahead = pool.ahead_of(ticket.request_class.priority)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from extproc.admission.outcome import Outcome
+from extproc.admission.values import RequestClass
 
 from .desk import CLASSES, Desk, one
 
@@ -113,7 +114,7 @@ def test_with_no_budget_of_its_own_a_wait_for_an_endpoint_is_a_wait() -> None:
     alone = desk.ask("r", "urgent", model="m")
     desk.advance(2.0)
     assert desk.outcome(alone) is Outcome.NO_ENDPOINT
-    assert desk.retry_after(alone) == 1
+    assert desk.retry_after(alone) == 2
 
 
 # ---- which models
@@ -151,3 +152,14 @@ def test_the_wait_that_a_client_allows_ends_when_it_said_whenever_somebody_comes
     assert desk.outcome(waits) is None
     desk.advance(0.1)
     assert desk.outcome(waits) is Outcome.BUDGET_EXPIRED
+
+
+@pytest.mark.parametrize(("waits_s", "retry_after_s"), [(0.0, 1), (10.0, 10), (300.0, 60)])
+def test_one_that_waited_for_nobody_is_told_to_come_back_after_as_long_again(waits_s, retry_after_s) -> None:
+    """It was told to come back after a second, to wait ten more for a server that was dead."""
+    desk = Desk(one(), classes=(RequestClass("std", 0, 300.0),))
+    desk.set_up("a", is_up=False)
+    waits = desk.ask(budget_s=waits_s)
+    desk.advance(waits_s)
+    assert desk.outcome(waits) is Outcome.NO_ENDPOINT
+    assert desk.retry_after(waits) == retry_after_s

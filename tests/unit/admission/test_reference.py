@@ -130,7 +130,9 @@ class Reference:
         waiter.alarm = self.alarms
 
     def try_again_after(self, waiter: Waiter) -> int:
-        """The time that those take who go before it, and it: its class and those above."""
+        """What those take who go before it, and it: its class and those above; nobody is up: as long as it waited."""
+        if len(self.down) == len(LIMITS):
+            return max(math.ceil(min(self.now - waiter.arrived, RETRY_AFTER_MAX_S)), 1)
         rate, ahead = self.drain.rate(), sum(one.rank[0] <= waiter.rank[0] for one in self.waiting)
         return 1 if rate is None else max(math.ceil(min(ahead / rate, RETRY_AFTER_MAX_S)), 1)
 
