@@ -40,7 +40,8 @@ Written from the code by `make reference`; `make test` checks that it is current
 
 ## Configuration
 
-YAML. Unknown keys are errors; `extproc check FILE` names all mistakes at once. Durations are like `10s`, `250ms`, `2m`.
+YAML. Unknown keys are errors; `extproc check FILE` names all mistakes at once. Durations are like `10s`, `250ms`, `2m`;
+a bare number is seconds, with a warning.
 Each key can be set by an environment variable too, which wins: `EXTPROC_ENABLE_QUEUE=true`,
 `EXTPROC_HEADERS__MODEL=x-llm`, and as YAML `EXTPROC_ENDPOINTS='[{name: a, address: "10.0.0.7:8000"}]'`.
 
@@ -107,7 +108,7 @@ def _outcomes() -> str:
     rows = [
         "## Outcomes\n\nHow a request leaves the queue: label of metrics, `x-extproc-outcome` of refusals, `outcome`",
         "in Envoy's dynamic metadata (namespace `extproc`, with `endpoint`, `home`, `class`, `wait_ms`, `position`,",
-        "`waited_for`).\n",
+        '`waited_for`). `model_missing` names your header, and with `request_fields` the body\'s "model", too.\n',
         "| outcome | HTTP | the client reads |",
         "| --- | --- | --- |",
     ]

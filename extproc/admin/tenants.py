@@ -22,7 +22,8 @@ def busiest(
 ) -> list[dict[str, Any]]:
     """Return the tenants with most requests of these, a few; none where no request names one.
 
-    `max_in_flight`: of a tenant that has a cap; those that are not named may share it.
+    `in_flight`: what waits and what runs, as its cap counts; `max_in_flight`: of a tenant that has a cap; those that
+    are not named may share it.
     """
     all_of_it = waiting + running + refused
     if not any(all_of_it):
@@ -30,7 +31,8 @@ def busiest(
     rows = []
     for name, _ in all_of_it.most_common(MOST):
         account, rule = rules.who(name)
-        row: dict[str, Any] = {"tenant": name, "in_flight": waiting[name] + running[name], "waiting": waiting[name]}
+        counts = {"waiting": waiting[name], "running": running[name]}
+        row: dict[str, Any] = {"tenant": name, "in_flight": waiting[name] + running[name], **counts}
         if rule.max_in_flight is not None:
             row |= {"max_in_flight": rule.max_in_flight, "shared": account != name}
         rows.append(row | {"refused": refused[name]})

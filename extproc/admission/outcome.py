@@ -41,7 +41,7 @@ class Outcome(Enum):
     MODEL_MISSING = (
         "model_missing",
         400,
-        "Several models are served here: name one in a header (by default x-model) or, where it is read, in the body.",
+        "Several models are served here: name the one meant in a header (x-model).",
     )
     UNKNOWN_MODEL = ("unknown_model", 404, "No inference server serves this model.")
     NONE_ALLOWED = ("none_allowed", 503, "None of the inference servers that the gateway allows is available.")

@@ -340,8 +340,24 @@ def test_the_view_top_and_queues_name_the_few_tenants_with_most_in_flight_or_ref
     for tenant, count in {"acme": 2, "evil": 14, "a": 1, "b": 1, "c": 1, "d": 1}.items():
         room.offer(count, id=f"of-{tenant}", tenant=tenant)
     evil, acme, *rest = room.view()["tenants"]
-    assert evil == {"tenant": "evil", "in_flight": 12, "waiting": 12, "max_in_flight": 12, "shared": True, "refused": 2}
-    assert acme == {"tenant": "acme", "in_flight": 2, "waiting": 0, "max_in_flight": 9, "shared": False, "refused": 0}
+    assert evil == {
+        "tenant": "evil",
+        "in_flight": 12,
+        "waiting": 12,
+        "running": 0,
+        "max_in_flight": 12,
+        "shared": True,
+        "refused": 2,
+    }
+    assert acme == {
+        "tenant": "acme",
+        "in_flight": 2,
+        "waiting": 0,
+        "running": 2,
+        "max_in_flight": 9,
+        "shared": False,
+        "refused": 0,
+    }
     assert len(rest) == 3, "five are told"
     assert room.queues()["tenants"] == room.view()["tenants"]
     (told,) = (line for line in lines(room.view(), 200, 60) if line.startswith("TENANTS"))

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from extproc._pb import ext_proc_pb2 as pb
+from extproc.admission.outcome import Outcome
 from extproc.admission.tenants import TenantRule, TenantRules
 from extproc.admission.values import Answer, Dispatch, EndpointSpec, RequestClass
 from extproc.errors import ProtocolError
@@ -309,3 +310,10 @@ def test_decisions_for_higher_classes_are_told_first():
     first.end()
     room.clock.turn()
     assert cluster(high[0]) == "a"
+
+
+def test_the_reference_says_what_a_client_reads_that_names_no_model():
+    """It had another text, of its own."""
+    assert Room().reception.how_to_name_a_model == Outcome.MODEL_MISSING.message
+    in_body = Room(fields="extproc_request").reception.how_to_name_a_model
+    assert in_body == Outcome.MODEL_MISSING.message.replace("in a header", 'in the body\'s "model", or in a header')
