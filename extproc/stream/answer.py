@@ -69,6 +69,8 @@ def judge(incoming: Incoming, *, needs_body: bool = True) -> Answer:
     details = incoming.attributes.get("response.code_details")
     if details is not None and details != "via_upstream":
         found = _BY_ENVOY.get(details)
+        if found is Answer.TIMEOUT and _is_upload_late(status, headers.get(GRPC_STATUS)):
+            return Answer.UNKNOWN
         if found is not None:
             return found
         return Answer.FAILED if details.startswith(_RESET) else Answer.UNKNOWN
@@ -83,6 +85,14 @@ def judge(incoming: Incoming, *, needs_body: bool = True) -> Answer:
     if is_grpc(headers.get("content-type", "")):
         return Answer.UNKNOWN  # its trailers tell
     return _OK
+
+
+def _is_upload_late(status: str, grpc_status: str | None) -> bool:
+    """Tell whether Envoy still waited for the rest of a request: the client was late, and no server.
+
+    Envoy's code for that is 408 and not 504 (maybeRequestTimeoutCode); of gRPC it is UNKNOWN and not UNAVAILABLE.
+    """
+    return status == "408" or (grpc_status is not None and grpc_status != _UNAVAILABLE)
 
 
 def _judge_status(status: str, *, is_told: bool) -> Answer:

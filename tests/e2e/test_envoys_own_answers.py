@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -308,3 +309,26 @@ def test_a_breaker_of_envoys_below_our_limit_puts_no_good_server_out(stack):
     assert max(lost[1:]) <= 4, "and one more now and then"
     assert counted(here, "a") == ["breaker_open"]
     assert "endpoint a: breaker_open: Envoy lets no more through to cluster a" in here.sidecar.child.output()
+
+
+def test_a_client_whose_upload_stalls_is_told_from_a_server_that_hangs(stack):
+    """Without the buffer filter, as an Envoy of one's own may be, it holds a slot: Envoy's words are the same."""
+
+    def edit(bootstrap: dict[str, Any]) -> None:
+        timing(idle_timeout="0.3s")("a")(bootstrap)
+        filters = manager(bootstrap)["http_filters"]
+        filters[:] = [one for one in filters if one["name"] != "envoy.filters.http.buffer"]
+
+    with deaf() as address:
+        config = {"max_running_requests": 4, "classes": PATIENT, "scrape_interval": "0s"}
+        here = stack(upstreams=(), endpoints={"a": {"address": address, "models": ["a"]}}, config=config, edit=edit)
+        host, _, port = here.url.removeprefix("http://").partition("/")[0].partition(":")
+        with socket.create_connection((host, int(port))) as client:
+            head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nx-model: a\r\nx-request-id: late\r\n"
+            client.sendall(f"{head}content-length: 9\r\n\r\nhalf".encode())
+            client.settimeout(10)
+            assert client.recv(100).startswith(b"HTTP/1.1 408 ")
+        entry = here.envoy.wait_access_log(lambda line: line["request_id"] == "late")
+        assert entry["details"] == "stream_idle_timeout"
+        here.wait_idle(10)
+        assert counted(here, "a") == []

@@ -153,6 +153,20 @@ def test_a_server_that_is_alone_is_not_held_back_for_envoys_timeouts_and_one_who
     assert room.health.refused_by is Answer.TIMEOUT
 
 
+@pytest.mark.parametrize("late", [{"status": "408"}, {"status": "200", "grpc_status": "2"}])
+@pytest.mark.parametrize("details", ["stream_idle_timeout", "max_duration_timeout"])
+def test_a_client_that_is_late_with_its_request_is_no_fault_of_the_server(details, late):
+    """Envoy waited for the rest of a body: five such uploads in a row put a good engine out."""
+    room = Two()
+    for _ in range(10):
+        room.serve("b")
+        (session,) = room.ask("a", 1)
+        session.receive(message("response_headers", {"response.code_details": details}, **late))
+        session.end()
+    assert sum(room.reception.bad_answers["a"].values()) == 0
+    assert room.health.condition == "up"
+
+
 def test_a_timeout_of_envoys_turns_no_single_model_off():
     room = Two()
     for _ in range(12):
