@@ -5,15 +5,16 @@ groups that don't know of each other stay within the limit together. A group tha
 who were left behind have noticed, and a reading from after that has told what runs. A new endpoint waits for its first
 reading: others may have known it before.
 
-Who reaches neither the store nor all others may have been counted out: others take his part, in steps from one reading
-to the next. Such a group takes at once as much of its part as an engine's figures show that others leave of theirs;
-beyond that only one request for each sidecar of it more than it held, and no more than that in all if it can't read
-the figures.
+Who reaches neither the store nor all others may have been counted out: others take his part, in steps that he has the
+time to see in an engine's figures. Such a group takes at once as much of its part as these show that others leave of
+the least that may be theirs; beyond that only one request for each sidecar of it more than it held, and no more than
+that in all if it can't read the figures.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -34,11 +35,12 @@ BACK_BEATS = 2.25
 beat after we have at the latest, and one may fail; until then they use our part."""
 UNKNOWN_S = 10.0
 """How long an endpoint stays unused because a follower's Envoy does not know it yet."""
-
-
-STEPS = 3
-"""In so many readings those who are left take the part of one who vanished. He may see two of these late, and what is
-on its way later still: so much of his part must be left."""
+FRESH_S = 1.5
+"""Who may have been counted out takes his part at once by figures that were read so lately alone."""
+SEEN_S = 2.5
+"""What was sent so long ago he sees in these: a scrape lasts half a second, a request's way as long."""
+STEP = 1 / 2
+"""Of one sidecar's part: those who are left hold so much more than he has seen, and he may take one more than that."""
 
 
 def _part_of(limit: int, part: float) -> int:
@@ -79,6 +81,7 @@ class Quotas:
         self._unread = dict.fromkeys(endpoints, self._fresh_from + UNREAD_S)  # until when at most
         self._known = set(endpoints)
         self._held: dict[str, int] = {}  # the least that we held since the last reading, where that counts
+        self._before: dict[str, deque[tuple[float, int]]] = {}  # the same of earlier readings of the last SEEN_S
         self._there: dict[str, int] = {}  # what an engine ran at the last reading, ours and others'
         self._caps = {name: endpoint.limit.value for name, endpoint in endpoints.items()}
         self._read_at: dict[str, float] = {}
@@ -110,13 +113,15 @@ class Quotas:
             # A limit may only fall while others share it: each group would let its own grow for what all send together.
             cap = self._caps[name] = min(self._caps.get(name, value), value)
             ours = _part_of(cap, moment.part)
+            self._before.pop(name, None)
         return ours if most is None else most if ours is None else min(ours, most)
 
     def _most(self, endpoint: Endpoint, moment: _Moment) -> int | None:
         """Return the most that a group may hold that others may not see; None: they do.
 
-        It takes at once as much of its part as the figures show that they leave of theirs: who leaves some has none of
-        ours. More it takes in steps, as they see its requests in the figures.
+        At once it takes, for each of its sidecars, what the figures show that others leave of one sidecar's part: none
+        of them holds more than its own then, however many they have counted out. More it takes in steps, as they see
+        its requests in the figures.
         """
         name, value = endpoint.name, endpoint.limit.value
         if self._is_apart(name, moment):
@@ -124,24 +129,33 @@ class Quotas:
         if not moment.is_nobody:
             return None
         most = self._least(endpoint) + moment.sidecars
-        if name in self._there and self._census.are_wary(moment.now):
-            cap = min(self._caps.get(name, value), value)
-            ours = _part_of(cap, moment.part)
-            theirs = max(cap - ours, 1)
-            most += max(theirs - self._there[name], 0) * max(ours, theirs) // theirs
+        if self._there_lately(name, moment.now) and self._census.are_wary(moment.now):
+            one = _part_of(min(self._caps.get(name, value), value), moment.part / moment.sidecars)
+            most += moment.sidecars * max(one - self._there[name], 0)
         return most
+
+    def _there_lately(self, name: str, now: float) -> bool:
+        return name in self._there and now <= self._read_at[name] + FRESH_S
 
     def _beside_who_vanished(self, endpoint: Endpoint, moment: _Moment) -> int | None:
         """Return the most that all others may hold while somebody may be alive whom nobody sees; None: nobody is.
 
         They take his part in steps: he sees by the figures what they leave of their own, and takes that at once.
         """
-        name, limit = endpoint.name, endpoint.limit.value
+        name = endpoint.name
         if not moment.kept or name not in self._there:  # without figures he sends next to nothing
+            self._before.pop(name, None)
             return None
-        ours = _part_of(limit, 1.0 - moment.kept)
-        step = max((limit - ours) // STEPS, 1)
-        return max(ours, min(self._least(endpoint), self._there[name]) + step)
+        ours = _part_of(endpoint.limit.value, 1.0 - moment.kept)
+        step = max(int(ours / moment.sidecars * STEP), 1)
+        return max(ours, min(self._least_seen(endpoint, moment.now), self._there[name]) + step)
+
+    def _least_seen(self, endpoint: Endpoint, now: float) -> int:
+        """Return the least that we held in the last SEEN_S."""
+        before = self._before.setdefault(endpoint.name, deque([(now, 0)]))  # as if nothing: we did not look
+        while before and before[0][0] < now - SEEN_S:
+            before.popleft()
+        return min((self._least(endpoint), *(least for _, least in before)))
 
     def _least(self, endpoint: Endpoint) -> int:
         """Return the least that we held since the last reading."""
@@ -225,7 +239,11 @@ class Quotas:
     def after_reading(self, name: str) -> None:
         """Follow what a reading changed."""
         self._read_at[name] = self._gate.now()
-        self._held.pop(name, None)
+        held = self._held.pop(name, None)
+        if held is None:
+            self._before.pop(name, None)
+        elif name in self._before:
+            self._before[name].append((self._read_at[name], held))
         endpoint = self._gate.controller.endpoints.get(name)
         page = None if endpoint is None else endpoint.reading.page
         if page is not None and page.running is not None:

@@ -177,7 +177,7 @@ def test_a_leader_that_was_stopped_sends_nothing_when_it_goes_on_until_it_has_fo
         here.send(followers(here)[0].place, work_s=5.0)
     here.run(0.05)
     here.stop(lost.place)
-    here.run(8.0)
+    here.run(14.0)
     assert here.load() == 4  # the others have filled the engine
     here.resume(lost.place)
     assert here.load() == 4
@@ -656,7 +656,7 @@ def test_who_may_not_be_seen_any_more_fills_its_part_of_an_idle_engine_at_once(l
     assert here.engines["e0"].peak == 24
 
 
-def test_those_who_are_left_take_the_part_of_one_who_vanished_in_a_few_readings_and_all_when_it_is_surely_gone():
+def test_those_who_are_left_take_the_part_of_one_who_vanished_in_two_steps_and_all_when_it_is_surely_gone():
     here = site(engines=1, limit=24)
     here.kill(followers(here)[0].place)
     here.run(12.0)
@@ -665,10 +665,38 @@ def test_those_who_are_left_take_the_part_of_one_who_vanished_in_a_few_readings_
         here.send(leader(here).place, work_s=700.0, budget_s=60.0)
     here.run(0.1)
     assert here.load() == 16
-    here.run(4.5)
+    here.run(7.5)
     assert here.load() == 24
     here.run(600.0)
     assert leader(here).controller.endpoints["e0"].quota is None
+
+
+@pytest.mark.parametrize(("unseen", "dead"), [(1, 0), (1, 1), (2, 0)])
+@pytest.mark.parametrize("held", [0, 1 / 3, 1 / 2])
+def test_who_takes_the_part_of_others_and_they_themselves_stay_within_a_limit_whenever_each_has_a_burst(
+    unseen, dead, held
+):
+    """One sees the engine as it was before the rest filled it, and the rest as it was before that one's burst."""
+    here = site(engines=1, limit=96, sidecars=2 + unseen + dead)
+    gone = [one.place for one in followers(here)[: unseen + dead]]
+    corners, rest = gone[:unseen], sorted(set(here.sidecars) - set(gone))
+    for place in corners:
+        here.net.cut([place], set(here.sidecars) - {place})
+        here.store.cut.add(place)
+    for place in gone[unseen:]:
+        here.kill(place)
+    here.run(15.0)
+    for _ in range(int(96 * held)):
+        here.send(rest[0], work_s=60.0)
+    here.run(5.0)
+    read_at = [here.sidecars[place].replica.leading.quotas._read_at for place in corners]
+    before = [dict(one) for one in read_at]
+    here.run_until(lambda: all(one != was for one, was in zip(read_at, before, strict=True)))
+    for burst, then_s in ((rest[:1], 0.97), (corners, 10.0)):
+        for place in 96 * burst:
+            here.send(place, work_s=60.0, budget_s=60.0)
+        here.run(then_s)
+    assert 94 <= here.engines["e0"].peak <= 96 + unseen
 
 
 def test_a_sidecar_that_died_and_is_back_at_its_place_leaves_no_part_behind():
@@ -890,6 +918,14 @@ def test_every_line_of_the_log_says_who_writes_it_and_whom_it_is_about_with_thei
     """Who is on call reads the logs of three sidecars side by side."""
     caplog.set_level(logging.INFO, "extproc.replicas")
     storm(1, 20_000, sidecars=3, limit=24, reloads=True)
+    here = site()
+    lost = leader(here)
+    here.net.cut([lost.place], [one.place for one in followers(here)])
+    here.run(3.0)
+    here.net.heal()
+    here.run_until(here.is_one_group)
+    here.kill(leader(here).place)
+    here.run(3.0)
     lines = [record for record in caplog.records if record.name == "extproc.replicas"]
     whom = Counter[str]()
     for record in lines:
