@@ -47,7 +47,7 @@ class Left:
 
     __slots__ = ("at_home", "is_charged", "is_looked_at", "is_new", "looked_to", "may_move", "pool", "renumbers")
 
-    def __init__(self, pool: Pool, *, at_home: bool) -> None:
+    def __init__(self, pool: Pool, at_home: bool) -> None:
         """Give a line up. (No dataclass: compiled, it would look for `Pool` before that is there, and crash.)"""
         self.pool = pool
         self.at_home = at_home
@@ -235,7 +235,7 @@ class Lines:
             self.left_since = self._books.now
         queue.is_left = True
         pool.left.append(queue)
-        self.left[queue] = Left(pool, at_home=at_home)
+        self.left[queue] = Left(pool, at_home)
         self._books.settles = True
 
     def behind(self, ticket: Ticket, pool: Pool, home: Endpoint | None) -> Queue:

@@ -324,5 +324,7 @@ def test_what_a_class_of_the_core_is_made_with_it_keeps_under_that_name() -> Non
                 continue
             kept = [*getattr(kind, "__slots__", ()), *getattr(kind, "__mypyc_attrs__", ())]
             if kept and kind not in MADE_OTHERWISE and not is_dataclass(kind):
-                needs = [name for name, one in signature(kind).parameters.items() if one.default is Parameter.empty]
+                asked = signature(kind).parameters
+                needs = [name for name, one in asked.items() if one.default is Parameter.empty]
+                assert [name for name in needs if asked[name].kind is Parameter.KEYWORD_ONLY] == [], kind
                 assert [name for name in needs if name not in kept and f"_{name}" not in kept] == [], kind
