@@ -28,6 +28,7 @@ KINDS = {
     "stream_idle_timeout": Answer.TIMEOUT,
     "max_duration_timeout": Answer.TIMEOUT,
 }
+GOOD = "via_upstream"
 OF_OTHERS = ("direct_response", "fault_filter_abort", "ext_authz_error", "local_rate_limited", "lua_response")
 
 
@@ -97,6 +98,80 @@ def test_one_word_of_envoy_that_no_request_gets_there_closes_an_endpoint(details
     assert room.health.ejected_until is not None
     assert room.health.refused_by is KINDS[details]
     assert room.refuse(details, 5) == 0
+
+
+WORDS_OF_ALL = ["cluster_not_found", "no_healthy_upstream", f"{RESET}{{connection_timeout}}"]
+
+
+class Fleet(Room):
+    """Four endpoints that were all up."""
+
+    def __init__(self) -> None:
+        super().__init__(*(EndpointSpec(name, f"cluster-{name}", max_running_requests=8) for name in "abcd"))
+
+    def ask(self, details: str) -> str | None:
+        """Send one request, and have it answered so; returns where it went."""
+        session, _ = self.open()
+        ticket = session._ticket
+        went = None if ticket is None or ticket.endpoint is None else ticket.endpoint.name
+        if went is not None:
+            session.receive(
+                message(
+                    "response_headers", {"response.code_details": details}, status="200" if details == GOOD else "503"
+                )
+            )
+        session.end()
+        return went
+
+    @property
+    def conditions(self) -> list[str]:
+        return [one.health.condition for one in self.gate.controller.endpoints.values()]
+
+
+@pytest.mark.parametrize("details", WORDS_OF_ALL)
+def test_an_outage_that_all_share_is_over_for_all_as_soon_as_it_is_over(details):
+    """It put all but one out: they came back up to 60 s later."""
+    room = Fleet()
+    for _ in range(600):
+        room.clock.advance(0.1)
+        for _ in range(8):
+            room.ask(details)
+    assert "ejected after failures" not in room.conditions
+    for _ in range(15):
+        room.clock.advance(0.1)
+        for _ in range(8):
+            room.ask(GOOD)
+    assert room.conditions == ["up"] * 4
+
+
+@pytest.mark.parametrize("details", WORDS_OF_ALL)
+def test_one_envoy_of_two_that_lacks_all_endpoints_takes_one_at_a_time_from_the_other(details):
+    room, out = Fleet(), 0
+    for number in range(400):
+        room.clock.advance(0.05)
+        room.ask(GOOD if number % 2 else details)
+        out += room.conditions.count("ejected after failures")
+    assert out <= 400, "one of four at a time at the most"
+
+
+def test_of_two_endpoints_that_envoy_lacks_both_are_closed_after_a_few():
+    room, lost = Fleet(), dict.fromkeys("abcd", 0)
+    for _ in range(600):
+        room.clock.advance(0.1)
+        for _ in range(8):
+            session, _ = room.open()
+            name = session._ticket.endpoint.name
+            details = "cluster_not_found" if name in "ab" else GOOD
+            lost[name] += details != GOOD
+            session.receive(
+                message(
+                    "response_headers", {"response.code_details": details}, status="200" if details == GOOD else "503"
+                )
+            )
+            session.end()
+    assert room.conditions[2:] == ["up", "up"]
+    assert max(lost.values()) <= 12, "five each, and their trials"
+    assert set(room.conditions[:2]) <= {"ejected after failures", "on trial"}
 
 
 def test_an_endpoint_that_envoy_lacks_and_that_is_alone_is_tried_a_request_at_a_time():
