@@ -80,11 +80,14 @@ def route(config: Config, answer: str) -> str:
         return ""
     header = json.dumps(config.headers.cluster)
     return f"""\
-              # Steered by its model alone, failing open: no sidecar answered.
+              # Steered by its model alone, failing open: no sidecar answered, or none was asked (the bypass).
               - match:
                   prefix: /
                   headers: [{{name: {header}, string_match: {{prefix: {CLUSTER}}}}}]
-                route: {{cluster_header: {header}, timeout: 0s}}
+                route:
+                  cluster_header: {header}
+                  timeout: 0s
+                  retry_policy: {{retry_on: "connect-failure,refused-stream,reset-before-request", num_retries: 2}}
                 request_headers_to_remove: [{header}]
 {answer}"""
 

@@ -469,3 +469,11 @@ def test_a_last_route_to_any_server_is_named_where_servers_list_different_models
     alike = Bootstrap(parse_config(MODELS.replace("llama, ", ""), "file", {}), EnvoyOptions(fail_open=True))
     assert len(told(alike)) == 1
     assert told(alike)[0].startswith(f"{HOST}.routes[2]: while no sidecar answers")
+
+
+def test_who_is_chosen_by_model_alone_and_takes_no_connection_is_left_for_another(tmp_path):
+    """As docs/on-call.md says of the bypass, which leads there where servers list different models."""
+    bootstrap = Bootstrap(parse_config(MODELS, "file", {}), EnvoyOptions(fail_open=True))
+    (by_model,) = (one for one in bootstrap.routes if "extproc_unsteered_" in str(one["match"]))
+    assert by_model["route"].get("retry_policy") == bootstrap.bypass["route"]["retry_policy"]
+    assert bootstrap.check(tmp_path) == []
