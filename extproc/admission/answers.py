@@ -22,6 +22,8 @@ _OK: Final = Answer.OK
 _UNKNOWN: Final = Answer.UNKNOWN
 _CERTAIN: Final = (Answer.NO_CLUSTER, Answer.NO_ADDRESS)
 """Envoy's own word that no request gets there."""
+_OWN_FAULTS: Final = (Answer.FAILED, Answer.DROPPED, *_CERTAIN)
+"""The request can't be to blame."""
 _FULL: Final = (Answer.SATURATED, Answer.BREAKER)
 
 
@@ -79,7 +81,7 @@ class Answers:
             self._served(ticket, endpoint, pool)
             return
         now = self._books.now
-        is_own_fault = answer is Answer.FAILED or answer in _CERTAIN
+        is_own_fault = answer in _OWN_FAULTS
         if answer is Answer.BREAKER and endpoint.sequences:
             endpoint.health.met_breaker(now, endpoint.sequences)
             return

@@ -25,14 +25,15 @@ _WORDS: Final = {
     ),
     Answer.BREAKER: (
         "Envoy lets no more through to cluster {cluster}: its circuit breaker (max_requests, max_pending_requests, "
-        "max_connections) must be above our limit, and maintenance_mode and drop_overloads off"
+        "max_connections) must be above our limit"
     ),
+    Answer.DROPPED: "Envoy drops requests to cluster {cluster}: maintenance_mode and drop_overloads must be off",
     Answer.TIMEOUT: (
         "a timeout of Envoy's ended it before an answer began: the server hangs, or Envoy's timeouts (of the route, a "
         "try, a stream) are shorter than an answer, or its wait with us, may take"
     ),
 }
-OF_ENVOY: Final = (Answer.NO_CLUSTER, Answer.NO_ADDRESS, Answer.BREAKER, Answer.TIMEOUT)
+OF_ENVOY: Final = (Answer.NO_CLUSTER, Answer.NO_ADDRESS, Answer.BREAKER, Answer.DROPPED, Answer.TIMEOUT)
 """Those that Envoy's configuration may be to blame for."""
 
 

@@ -164,7 +164,8 @@ class Answer(Enum):
     SATURATED = "saturated"  # the engine refused it as full, or as not ready yet
     NO_CLUSTER = "no_cluster"  # Envoy has no cluster of its name, so no request gets there
     NO_ADDRESS = "no_server_address"  # Envoy has one, and no address in it that it would send to
-    BREAKER = "breaker_open"  # Envoy let no more through to it: its circuit breaker, or its operator
+    BREAKER = "breaker_open"  # Envoy let no more through to it: its circuit breaker
+    DROPPED = "dropped"  # Envoy let it not through, however many run: its operator wants none, or fewer
     TIMEOUT = "timeout"  # Envoy ended it before an answer began
     UNKNOWN = "unknown"  # the client left, or nobody saw
 

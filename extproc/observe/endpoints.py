@@ -202,7 +202,7 @@ BAD_ANSWERS = (
     (
         "Requests to which an endpoint gave no good answer: none (failed: no connection, or cut before it began), its "
         "own 5xx (error), a success without a byte (empty), as full (saturated: 429, 503), 4xx (refused); or Envoy in "
-        "its place (no_cluster, no_server_address, breaker_open, timeout). All others of "
+        "its place (no_cluster, no_server_address, breaker_open, dropped, timeout). All others of "
         "extproc_dispatched_total run, were answered well, or were ended by their client."
     ),
     "answer",

@@ -18,9 +18,9 @@ KINDS = {
     f"{RESET}{{connection_termination}}": Answer.FAILED,
     f"{RESET}{{protocol_error}}": Answer.FAILED,
     f"{RESET}{{overflow}}": Answer.BREAKER,
-    "maintenance_mode": Answer.BREAKER,
-    "drop_overload": Answer.BREAKER,
-    "unconditional_drop_overload": Answer.BREAKER,
+    "maintenance_mode": Answer.DROPPED,
+    "drop_overload": Answer.DROPPED,
+    "unconditional_drop_overload": Answer.DROPPED,
     "response_timeout": Answer.TIMEOUT,
     "upstream_per_try_timeout": Answer.TIMEOUT,
     "upstream_per_try_idle_timeout": Answer.TIMEOUT,
@@ -201,6 +201,33 @@ def test_a_breaker_below_our_limit_slows_a_good_server_and_never_puts_it_out():
             session.end()
         room.serve("b", 8)
         assert room.health.condition == "up"
+
+
+@pytest.mark.parametrize("details", ["maintenance_mode", "drop_overload"])
+def test_a_share_that_envoy_drops_teaches_no_number_that_could_run(details):
+    """A tenth was dropped of each, and taken for breakers they were lowered to one request at a time."""
+    room = Two()
+    for number in range(100):
+        streams = room.ask("a", 8)
+        assert len(streams) == 8
+        if number % 2:
+            dropped = streams.pop()
+            dropped.receive(message("response_headers", {"response.code_details": details}, status="503"))
+            dropped.end()
+        for session in streams:
+            session.receive(message("response_headers", {"response.code_details": GOOD}, status="200"))
+            session.end()
+    assert room.health.condition == "up"
+
+
+@pytest.mark.parametrize("details", ["maintenance_mode", "unconditional_drop_overload"])
+def test_one_of_which_envoy_drops_all_is_left_out_as_a_dead_one(details):
+    room = Two()
+    for _ in range(5):
+        room.serve("b", 20)
+        room.refuse(details)
+    assert room.health.condition == "ejected after failures"
+    assert room.health.refused_by is Answer.DROPPED
 
 
 def test_a_breaker_that_lets_nothing_through_is_a_refusal_as_any():
