@@ -21,7 +21,7 @@ class Pace:
         law: the constants.
     """
 
-    __slots__ = ("_arrivals", "_busy_s", "_horizon_s", "_marked", "_served", "_was_silent", "law")
+    __slots__ = ("_arrivals", "_busy_s", "_horizon_s", "_marked", "_served", "_silent_until", "law")
 
     def __init__(self, law: PaceLaw = LAWS.pace) -> None:
         """Start knowing nothing."""
@@ -31,7 +31,7 @@ class Pace:
         self._busy_s = 0.0
         self._horizon_s = law.memory_s
         self._marked = 0.0  # up to here busy time is counted
-        self._was_silent = False  # what went last did so after more than a horizon
+        self._silent_until = -math.inf  # when the last silence of more than a horizon ended
 
     def arrived(self, priority: int, now: float, came: float) -> None:
         """Count an arrival, as of when it came: what Envoy held while no sidecar was there comes all at once."""
@@ -49,14 +49,16 @@ class Pace:
     def dispatched(self, now: float) -> None:
         """Note that a waiting request went to an endpoint.
 
-        A silence of more than a horizon is no pace: an engine stood still, and goes on as before. Two in a row are one.
+        A silence of more than a horizon is no pace: an engine stood still, and goes on as before. Two are one, with no
+        more between them than the second lasts: answers that began together end together, and then none for as long.
         """
         elapsed = now - self._marked if now > self._marked else 0.0
-        if elapsed > self._horizon_s and not self._was_silent:
-            self.backlog_began(now)
-            elapsed, self._was_silent = 0.0, True
-        else:
-            self._was_silent = False
+        if elapsed > self._horizon_s:
+            is_pace = self._marked - self._silent_until <= elapsed
+            self._silent_until = now
+            if not is_pace:
+                self.backlog_began(now)
+                elapsed = 0.0
         kept = math.exp(-elapsed / self._horizon_s)
         self._busy_s = busy_s = self._busy_s * kept + elapsed
         self._served = served = self._served * kept + 1.0

@@ -90,3 +90,13 @@ def test_one_long_silence_is_no_pace_and_two_are() -> None:
     for number in range(1, 11):
         pace.dispatched(11.0 + 3 * HORIZON_S * (number + 1))
     assert pace.drain_rate() == pytest.approx(1 / (3 * HORIZON_S), rel=0.1), "it is that slow now"
+
+
+@pytest.mark.parametrize("gap_s", [11.0, 20.0, 60.0])
+def test_answers_that_begin_together_and_end_together_are_a_pace_however_long_they_take(gap_s) -> None:
+    """Of one length, as a batch's: eight end at once, and then none for longer than the memory, for ever."""
+    pace = Pace()
+    for gang in range(1, 4):
+        for number in range(8):
+            pace.dispatched(gang * gap_s + number / 100)
+    assert pace.drain_rate() == pytest.approx(8 / gap_s, rel=0.15)
