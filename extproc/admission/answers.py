@@ -95,7 +95,7 @@ class Answers:
             return  # a long answer or a server that hangs: with nobody to compare it with, nobody can tell
         health = endpoint.health
         health.refused_by = answer
-        is_certain = answer in _CERTAIN and self._is_only_one(endpoint, pool)
+        is_certain = answer in _CERTAIN and _is_only_one(endpoint, pool)
         health.refused(ticket, pool.record, now, is_own_fault=is_own_fault, has_peers=has_peers, is_certain=is_certain)
         if is_own_fault or answer is Answer.TIMEOUT:
             return
@@ -105,19 +105,14 @@ class Answers:
             if endpoint.missing.refused(model, record, now, endpoint.health.in_a_row):
                 self._fleet.regroup()
 
-    def _is_only_one(self, endpoint: Endpoint, pool: Pool) -> bool:
-        """Tell whether Envoy says of no other that requests don't get there; bring back whom its one word closed.
 
-        It may lack all: one Envoy of several whose file is old, or its name service is away. Closed one by one all but
-        the last would be lost to the others, and to all when that is over. So peers must serve meanwhile.
-        """
-        others = [one for one in pool.members if one is not endpoint and one.health.refused_by in _CERTAIN]
-        for one in others:
-            health = one.health
-            if health.ejected_until is not None and health.refusals < health.law.eject_after:
-                health.take_back(self._books.now)
-                self._fleet.changed(one)
-        return not others
+def _is_only_one(endpoint: Endpoint, pool: Pool) -> bool:
+    """Tell whether Envoy says of no other that requests don't get there.
+
+    It may lack all: one Envoy of several whose file is old, or its name service is away. Closed one by one all but the
+    last would be lost to the others, and to all when that is over. So peers must serve meanwhile.
+    """
+    return not any(one.health.refused_by in _CERTAIN for one in pool.members if one is not endpoint)
 
 
 def _is_led_there(ticket: Ticket, endpoint: Endpoint) -> bool:
