@@ -131,7 +131,7 @@ class Breaker:
         if self._is_raised:
             self._wait_s = min(2 * self._wait_s, BREAKER_MOST_S)
         self.most, self.until = held, now + self._wait_s
-        self.is_reached = self._is_raised = False
+        self.is_reached, self._is_raised = True, False  # these run
 
     def pass_time(self, now: float) -> None:
         """Allow one more, if it is time; sooner where the last one more was let through."""

@@ -203,6 +203,20 @@ def test_a_breaker_below_our_limit_slows_a_good_server_and_never_puts_it_out():
         assert room.health.condition == "up"
 
 
+def test_a_number_that_a_breaker_taught_grows_while_long_answers_run():
+    """It waited for one of them to end: one answer of ten minutes, and the engine had one request at a time as long."""
+    room = Two()
+    streams = room.ask("a", 8)
+    for session in streams[1:]:
+        session.receive(message("response_headers", {"response.code_details": f"{RESET}{{overflow}}"}, status="503"))
+        session.end()
+    for _ in range(20):
+        room.clock.advance(1.0)
+        room.ask("a", 8)
+    assert room.in_flight("a") == 8
+    assert room.health.breaker is None
+
+
 @pytest.mark.parametrize("details", ["maintenance_mode", "drop_overload"])
 def test_a_share_that_envoy_drops_teaches_no_number_that_could_run(details):
     """A tenth was dropped of each, and taken for breakers they were lowered to one request at a time."""
