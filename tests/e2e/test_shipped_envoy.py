@@ -85,9 +85,10 @@ def test_what_envoy_itself_answers_for_a_server_is_an_openai_error_that_says_who
         code, message = call(here.address)
         assert (code, message[-17:]) == (grpc.StatusCode.UNAVAILABLE, " (no_cluster, NC)")
         wait_until(lambda: "Envoy has no cluster" in here.sidecar.child.output())
-        told = [line for line in here.sidecar.child.output().splitlines() if "Envoy has no cluster" in line]
+        said = here.sidecar.child.output().splitlines()
+        told = [line for line in said if "extproc.session" in line and "Envoy has no cluster" in line]
         assert len(told) == 1, "two requests found it out, and the log says it once a minute"
-        assert "endpoint unknown-to-envoy: Envoy has no cluster unknown-to-envoy" in told[0]
+        assert "endpoint unknown-to-envoy: no_cluster: Envoy has no cluster unknown-to-envoy" in told[0]
 
 
 def call(address: str) -> tuple[grpc.StatusCode, str]:
