@@ -20,6 +20,7 @@ import pytest
 from extproc.admission.laws import LAWS
 
 from .kit.clients import complete_many
+from .kit.loops import close, sever
 from .kit.processes import free_port, take_turns, wait_until
 from .kit.upstream import behave
 
@@ -67,12 +68,12 @@ class Canned:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, backlog=1024)
 
     async def _end(self) -> None:
-        self._server.close()
-        await take_turns()
+        await close(self._server)
         others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+        await sever()
         await take_turns()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

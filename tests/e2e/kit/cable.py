@@ -7,6 +7,7 @@ import threading
 
 from extproc.config import split_address
 
+from .loops import close, sever
 from .processes import free_port
 
 
@@ -51,11 +52,12 @@ class Cable:
         server = await asyncio.start_server(self._connect, host, port)
         self._started.set()
         await self._stop.wait()
-        server.close()
+        await close(server)
         tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await sever()
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await self._whole.wait()

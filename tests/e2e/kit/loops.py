@@ -29,6 +29,22 @@ async def cut() -> None:
     await asyncio.sleep(0)
 
 
+async def close(server: asyncio.Server) -> None:
+    """Accept no more, and let what was accepted come to be: asyncio drops it, open, if its server is closed."""
+    for listening in server.sockets:
+        asyncio.get_running_loop().remove_reader(listening.fileno())
+    for _ in range(3):
+        await asyncio.sleep(0)
+    server.close()
+
+
+async def sever() -> None:
+    """End all of this loop's connections, of tasks too that were cancelled before their first step."""
+    for transport in list(asyncio.get_running_loop()._transports.values()):
+        transport.abort()
+    await asyncio.sleep(0)
+
+
 def let_close(loop: asyncio.AbstractEventLoop) -> None:
     """Run `loop` until its connections are closed; one that takes longer than GOODBYE_S stays, and is warned of."""
     last = time.monotonic() + GOODBYE_S

@@ -15,6 +15,7 @@ import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .http1 import Headers, header
+from .loops import close
 from .processes import free_port, wait_until
 from .upstream_wire import Connection
 
@@ -245,12 +246,7 @@ class Upstream:
     async def _shut(self) -> None:
         self.is_shut = True
         if self._server is not None:
-            # Accept no more, and let what was accepted come to be: asyncio drops it, open, if its server is closed.
-            for listening in self._server.sockets:
-                asyncio.get_running_loop().remove_reader(listening.fileno())
-            for _ in range(3):
-                await asyncio.sleep(0)
-            self._server.close()
+            await close(self._server)
             self._server = None
         ending = list(self.connections)
         for connection in ending:
