@@ -143,13 +143,7 @@ def _clusters(config: Config, options: EnvoyOptions) -> str:
     if _unsteered_to(config, options) != ANY_CLUSTER:
         clusters.append(unsteered_cluster(fallback.others(config), config, options))
         clusters += [
-            any_cluster(
-                one.cluster,
-                [*one.addresses],
-                config.health_check,
-                options.upstream_protocol,
-                config.upstream_idle_timeout,
-            )
+            any_cluster(one.cluster, one.addresses, protocol, config)
             for one in (fallback.by_model(config) if options.fail_open else ())
         ]
     if not in_file:
@@ -160,10 +154,7 @@ def _clusters(config: Config, options: EnvoyOptions) -> str:
         if one.address is not None
     ]
     at_once = (*(() if options.fail_open else (ANY_CLUSTER,)), *((UNQUEUED_CLUSTER,) if options.unqueued else ()))
-    clusters += [
-        any_cluster(name, addresses, config.health_check, protocol, config.upstream_idle_timeout)
-        for name in (() if in_file else at_once)
-    ]
+    clusters += [any_cluster(name, addresses, protocol, config) for name in (() if in_file else at_once)]
     return "".join(clusters)
 
 
@@ -299,7 +290,7 @@ def _bypass_route(cluster: str, config: Config, outcome: str) -> str:
                 route:
                   cluster: {cluster}
                   timeout: 0s
-                  retry_policy: {{retry_on: "connect-failure,refused-stream,reset-before-request", num_retries: 2}}
+                  retry_policy: {fallback.ELSEWHERE}
                 typed_per_filter_config:
 {_past_ours(config)}\
 {outcome}"""

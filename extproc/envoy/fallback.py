@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, NamedTuple
 
-from extproc.envoy.skeleton import FILTERS, lines
+from extproc.envoy.filters import lua_filter
 from extproc.stream import wire
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 CLUSTER = "extproc_unsteered_"
 """How such clusters are called; a number follows."""
 FILTER = "extproc-fallback"
+ELSEWHERE = '{retry_on: "connect-failure,refused-stream,reset-before-request", num_retries: 2}'
+"""A retry policy: of what no server has begun to read, another one is asked."""
 
 
 class Serving(NamedTuple):
@@ -87,7 +89,7 @@ def route(config: Config, answer: str) -> str:
                 route:
                   cluster_header: {header}
                   timeout: 0s
-                  retry_policy: {{retry_on: "connect-failure,refused-stream,reset-before-request", num_retries: 2}}
+                  retry_policy: {ELSEWHERE}
                 request_headers_to_remove: [{header}]
 {answer}"""
 
@@ -122,12 +124,7 @@ def steering(config: Config) -> str:
     return f"""\
           # Failing open: what no sidecar steered goes to a server that has its model. Any other would answer 404, which
           # clients take for good.
-          - name: {FILTER}
-            typed_config:
-              "@type": {FILTERS}lua.v3.Lua
-              default_source_code:
-                inline_string: |
-{lines(18, source.splitlines())}"""
+{lua_filter(FILTER, source)}"""
 
 
 def _lua(text: str) -> str:

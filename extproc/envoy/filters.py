@@ -19,6 +19,17 @@ _FIELDS = (
 )
 
 
+def lua_filter(name: str, source: str) -> str:
+    """Return a filter that runs `source`."""
+    return f"""\
+          - name: {name}
+            typed_config:
+              "@type": {FILTERS}lua.v3.Lua
+              default_source_code:
+                inline_string: |
+{lines(18, source.splitlines())}"""
+
+
 def request_fields(config: Config) -> str:
     """Return the filters that read bodies, before ours; "": none is wanted."""
     if not config.request_fields:
@@ -30,12 +41,7 @@ def request_fields(config: Config) -> str:
     ]
     return f"""\
           # The model of a form, as for audio/transcriptions; how many prompts a list has: the filter below drops lists.
-          - name: {FORMS}
-            typed_config:
-              "@type": {FILTERS}lua.v3.Lua
-              default_source_code:
-                inline_string: |
-{lines(18, (_PROMPTS + _FORM_MODEL).splitlines())}\
+{lua_filter(FORMS, _PROMPTS + _FORM_MODEL)}\
           # Reads fields of the JSON body; a compressed one it can't.
           # Its response rules, and the sse_to_metadata filter, are left alone: in 1.40 one engine event crashes Envoy.
           - name: {JSON_FIELDS}

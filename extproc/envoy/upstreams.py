@@ -11,7 +11,7 @@ from extproc.durations import format_duration
 from extproc.envoy.skeleton import lines, socket_address
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from extproc.config import Config, HealthCheckConfig
     from extproc.envoy.skeleton import EnvoyOptions
@@ -28,11 +28,8 @@ def render_clusters(routes: Mapping[str, str], addresses: Iterable[str], version
     clusters = [
         endpoint_cluster(cluster, address, config.upstream_protocol, config) for cluster, address in routes.items()
     ]
-    hosts, protocol = sorted(addresses), config.upstream_protocol
-    clusters += [
-        any_cluster(name, hosts, config.health_check, protocol, config.upstream_idle_timeout)
-        for name in (ANY_CLUSTER, UNQUEUED_CLUSTER)
-    ]
+    hosts = sorted(addresses)
+    clusters += [any_cluster(name, hosts, config.upstream_protocol, config) for name in (ANY_CLUSTER, UNQUEUED_CLUSTER)]
     kind = '    "@type": type.googleapis.com/envoy.config.cluster.v3.Cluster\n'
     named = (cluster.partition("\n") for cluster in clusters)
     return f"""\
@@ -45,9 +42,7 @@ resources:
 def unsteered_cluster(addresses: list[str], config: Config, options: EnvoyOptions) -> str:
     """Return the cluster of requests that no sidecar steered: empty, so that they get 503, unless it fails open."""
     if options.fail_open:
-        return any_cluster(
-            UNSTEERED_CLUSTER, addresses, config.health_check, options.upstream_protocol, config.upstream_idle_timeout
-        )
+        return any_cluster(UNSTEERED_CLUSTER, addresses, options.upstream_protocol, config)
     return f"""\
   - name: {UNSTEERED_CLUSTER}
     type: STATIC
@@ -56,7 +51,7 @@ def unsteered_cluster(addresses: list[str], config: Config, options: EnvoyOption
 """
 
 
-def any_cluster(name: str, addresses: list[str], health: HealthCheckConfig | None, protocol: str, idle_s: float) -> str:
+def any_cluster(name: str, addresses: Sequence[str], protocol: str, config: Config) -> str:
     """Return the cluster that takes what nobody steered. It alone has health checks of Envoy's own.
 
     An endpoint's cluster has one host, and the sidecar chooses it: if Envoy thought it down, it would panic and send
@@ -74,8 +69,8 @@ def any_cluster(name: str, addresses: list[str], health: HealthCheckConfig | Non
 {lines(8, [f"- {_lb_endpoint(address)}" for address in addresses])}\
     # Its own breaker: without a queue, what the engines can't take is refused here.
     circuit_breakers: {{thresholds: [{{max_connections: 1000, max_requests: {64 * max(len(addresses), 1)}}}]}}
-{_health(health, protocol)}\
-{_protocol(protocol, idle_s)}"""
+{_health(config.health_check, protocol)}\
+{_protocol(protocol, config.upstream_idle_timeout)}"""
 
 
 def _health(health: HealthCheckConfig | None, protocol: str) -> str:

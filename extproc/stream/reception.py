@@ -158,9 +158,10 @@ class Reception:
 
     def look_at_failure(self, ticket: Ticket, answer: Answer) -> None:
         """Say now and then what Envoy's configuration may be to blame for, if it is for this `answer`."""
-        endpoint, now = ticket.endpoint, self.gate.now()
-        if endpoint is None or answer not in OF_ENVOY or endpoint.name not in self._clusters:
+        endpoint = ticket.endpoint
+        if answer not in OF_ENVOY or endpoint is None or endpoint.name not in self._clusters:
             return
+        now = self.gate.now()
         said_at = self._said.get((endpoint.name, answer))
         if said_at is None or now - said_at >= SAID_AGAIN_S:
             self._said[endpoint.name, answer] = now
