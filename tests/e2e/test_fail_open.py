@@ -82,6 +82,6 @@ def test_a_request_without_a_model_goes_to_the_default_one_if_there_is_one(stack
     bootstrap = envoy_config("--config", here.sidecar.path, "--fail-open", "--http", http, "--envoy-admin", local())
     here.sidecar.child.stop()
     with Envoy(give_up_soon(bootstrap), tmp_path, name="open"):
-        answers = complete_many(f"http://{http}/v1/chat/completions", 8, lambda n: {"x-test-id": f"r{n}"})
+        answers = complete_many(f"http://{http}/v1/chat/completions", 40, lambda n: {"x-test-id": f"r{n}"})
     assert {answer.status for answer in answers} == {200}
     assert bool(here.upstreams["a"].records()) is (default is None)

@@ -217,6 +217,24 @@ def test_a_number_that_a_breaker_taught_grows_while_long_answers_run():
     assert room.health.breaker is None
 
 
+def test_a_breaker_that_stays_costs_less_and_less():
+    """One more than it lets through is tried after 1 s, 2 s, 4 s, at most 30: two minutes of that lose few."""
+    room, lost = Two(), 0
+    for _ in range(120):
+        room.clock.advance(1.0)
+        streams = room.ask("a", 8)
+        for session in streams[2:]:
+            session.receive(
+                message("response_headers", {"response.code_details": f"{RESET}{{overflow}}"}, status="503")
+            )
+            session.end()
+            lost += 1
+        for session in streams[:2]:
+            session.receive(message("response_headers", {"response.code_details": GOOD}, status="200"))
+            session.end()
+    assert 6 < lost <= 16, lost
+
+
 @pytest.mark.parametrize("details", ["maintenance_mode", "drop_overload"])
 def test_a_share_that_envoy_drops_teaches_no_number_that_could_run(details):
     """A tenth was dropped of each, and taken for breakers they were lowered to one request at a time."""
