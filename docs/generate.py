@@ -121,7 +121,7 @@ def _metrics() -> str:
     """Describe what /metrics has, from the collectors themselves, in a dry run so that its metrics are there too."""
     rows = [
         "## Metrics\n\nAt `/metrics` of the admin port. Labels come from the configuration, never from clients.",
-        "On Linux `process_*` too: CPU, memory, file descriptors. [observability.md](observability.md) has alerts.\n",
+        "On Linux `process_*` too: CPU, memory, file descriptors. The alerts: [runbook.md](runbook.md).\n",
         "| metric | type | labels | meaning | stability |",
         "| --- | --- | --- | --- | --- |",
     ]

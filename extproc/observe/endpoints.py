@@ -294,7 +294,8 @@ TELEMETRY = (
     _one("extproc_telemetry_age_seconds", "Age of an endpoint's last good reading.", lambda row: row.age_s),
     _one(
         "extproc_telemetry_stale",
-        "1 while a scraped endpoint has told nothing for telemetry_stale_after: it goes by our own books.",
+        "1 while a scraped endpoint has told nothing for telemetry_stale_after, or nothing yet: it goes by our own "
+        "books.",
         lambda row: row.is_stale,
     ),
 )

@@ -71,8 +71,18 @@ def test_an_alert_asks_for_what_is_exported_and_leads_to_its_runbook(rule):
 
 
 def test_the_runbook_has_no_alert_that_is_gone():
-    headings = re.findall(r"^### (Extproc\w+)$", (ROOT / "docs/observability.md").read_text(), re.MULTILINE)
+    headings = re.findall(r"^### (Extproc\w+)$", (ROOT / "docs/runbook.md").read_text(), re.MULTILINE)
     assert sorted(headings) == sorted(rule["alert"] for rule in RULES)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
+def test_a_runbook_says_what_clients_notice_a_command_that_shows_it_and_what_to_do(rule):
+    _, _, rest = (ROOT / "docs/runbook.md").read_text().partition(f"### {rule['alert']}\n")
+    section, _, _ = rest.partition("\n##")
+    points = re.findall(r"^- \*\*(\w+)\*\*: (.+(?:\n  .+)*)", section, re.MULTILINE)
+    assert [point for point, _ in points] == ["Clients", "See", "Do"]
+    see = dict(points)["See"]
+    assert re.search(r"`(extproc|curl|for|kubectl) [^`]+`|\blogs?\b", see), see
 
 
 def test_alerts_are_valid_and_fire_where_they_should_and_nowhere_else(promtool):
