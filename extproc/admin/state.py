@@ -386,7 +386,7 @@ class Viewer:
             "adaptive": endpoint.spec.max_running_requests is None,
             "held_back": endpoint.closed_until is not None or endpoint.health.held_back_by is not None,
             "held_by": None if held is None else held.value,
-            "kv_tokens": int(endpoint.kv.tokens),
+            "kv_tokens": _kv_tokens(endpoint),
             "kv_capacity_tokens": endpoint.kv.capacity,
             "waiting": preferring.get(endpoint.name, 0),
             "dispatched": endpoint.dispatched,
@@ -423,6 +423,12 @@ def _refusal(endpoint: Endpoint, state: str) -> Values:
     if refused_by is None or state not in REFUSING:
         return {}
     return {"refusal": {"answer": refused_by.value, "what": words_of(refused_by, endpoint.spec)}}
+
+
+def _kv_tokens(endpoint: Endpoint) -> int:
+    if endpoint.keeps_tokens:
+        return int(endpoint.kv.tokens)
+    return sum(ticket.kv_tokens for ticket in endpoint.leases)
 
 
 def _state(endpoint: Endpoint) -> str:

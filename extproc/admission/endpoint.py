@@ -33,6 +33,7 @@ class Endpoint(Room):
         dispatched, answered: requests that were sent there since the start, and those of them that were answered well.
         counters: whether its counters are believed.
         steps: what the engine's steps cost, by its counters.
+        keeps_tokens: whether `kv` and `prefill` are kept: where nothing tells of its cache or of prompts nobody asks.
         held_since: since when whatever came free here was taken at once, or suited nobody; None: there is room.
         limit_since: since when its limit has been set by what it says; None: since the start.
         expected, written: tokens of all its answers, as estimated for those that ended and as its counters, while they
@@ -52,6 +53,7 @@ class Endpoint(Room):
         "dispatched",
         "expected",
         "held_since",
+        "keeps_tokens",
         "limit_since",
         "listing",
         "missing",
@@ -87,6 +89,8 @@ class Endpoint(Room):
         self.counters = Counters(policy.laws.counters)
         self.steps = StepCost(policy.laws.steps)
         self.deferred = Deferred()
+        self.keeps_tokens = False
+        self.size_cache()
         self.apply(policy)
 
     def respec(self, spec: EndpointSpec, policy: Policy) -> None:
@@ -131,8 +135,11 @@ class Endpoint(Room):
             self.health.wakes(now, None if self.reading.page is None else self.reading.page_at)
         if not self.health.is_well:
             self.health.leased(now, self.sequences)
-        self.kv.add(ticket)
-        self.prefill.add(ticket, now, held_back=ticket.request.model in self.deferred.adapters)
+        if self.keeps_tokens:
+            self.kv.add(ticket)
+            self.prefill.add(ticket, now, held_back=ticket.request.model in self.deferred.adapters)
+        else:
+            ticket.prompt_pending = True
         self.dispatched += 1
 
     def adopt(self, ticket: Ticket, now: float, held_s: float, *, begun: bool) -> None:
@@ -140,6 +147,7 @@ class Endpoint(Room):
         self.lease(ticket, now)
         ticket.leased_at = now - held_s
         if begun:
+            self.keep_tokens()
             self.prefill.was_computed(ticket)
 
     def release(self, ticket: Ticket, now: float, *, served: bool, wanted: bool = False) -> None:
@@ -151,8 +159,9 @@ class Endpoint(Room):
                 self._learn_of(ticket, now, wanted=wanted)
         del self.leases[ticket]
         self.sequences -= ticket.sequences
-        self.kv.remove(ticket)
-        self.prefill.over(ticket, now, served=served)
+        if self.keeps_tokens:
+            self.kv.remove(ticket)
+            self.prefill.over(ticket, now, served=served)
         if self.deferred.turns:
             self.deferred.ended(ticket, served=served)
         if not self.leases and self.reading.page is None and self.reading.report is not None:
@@ -185,8 +194,9 @@ class Endpoint(Room):
         """Take `ticket` out of the books, although its engine may still run it: from now on telemetry counts it."""
         del self.leases[ticket]
         self.sequences -= ticket.sequences
-        self.kv.remove(ticket)
-        self.prefill.over(ticket, now, served=False)
+        if self.keeps_tokens:
+            self.kv.remove(ticket)
+            self.prefill.over(ticket, now, served=False)
         page = self.reading.page
         if page is not None and page.running is not None:  # else nothing would ever tell that it is over
             self.strangers.add(ticket.sequences, self.limit.value, now)
@@ -197,6 +207,7 @@ class Endpoint(Room):
 
     def first_token(self, ticket: Ticket, now: float) -> None:
         """Note that the engine has computed the prompt of `ticket`."""
+        self.keep_tokens()
         self.prefill.computed(ticket, now)
 
     @staticmethod
@@ -215,6 +226,14 @@ class Endpoint(Room):
 
     # ---- what the endpoint says of itself
 
+    def keep_tokens(self) -> None:
+        """Keep books of tokens from now on, of what runs already, too."""
+        if not self.keeps_tokens:
+            self.keeps_tokens = True
+            for ticket in self.leases:
+                self.kv.add(ticket)
+                self.prefill.add(ticket, ticket.leased_at)
+
     @property
     def foreign(self) -> int:
         """How many requests it runs that were sent before we knew it."""
@@ -230,10 +249,14 @@ class Endpoint(Room):
         report = self.reading.report
         reported = report.kv_capacity_tokens if report is not None else None
         self.kv.capacity = self.spec.kv_capacity_tokens or self.reading.capacity or reported or None
+        if self.kv.capacity is not None:
+            self.keep_tokens()
 
     def look_for_first_tokens(self, policy: Policy) -> None:
         """Note whether the policy or its page lets us see when first tokens come."""
         page = self.reading.page
+        if policy.first_byte_probe:
+            self.keep_tokens()
         self.prefill.probed = policy.first_byte_probe
         self.sees_first_tokens = policy.first_byte_probe or (page is not None and page.first_tokens is not None)
 

@@ -150,7 +150,7 @@ class Fleet:
 
         Room where others wait most often goes to one of them at once: it is listed if the pass leaves it.
         """
-        is_usable = endpoint.available
+        is_usable = endpoint.health.shut_by is None and not endpoint.removed  # `available`, without a call
         if is_usable is not endpoint.counted:
             endpoint.counted = is_usable
             for pool in endpoint.pools:

@@ -92,7 +92,7 @@ class Guard:
         """
         home, shared = self._pool.homes.get(endpoint), self._pool.shared
         if home is None:
-            first = shared.peek()
+            first = shared.head
             if first is None:
                 return None, None
             if endpoint.lacks(first) is None:
@@ -137,11 +137,10 @@ class Guard:
     def passes(self, ticket: Ticket, endpoint: Endpoint) -> None:
         """Note that `ticket`, of this pool, goes to `endpoint` although some stay that are before it in order."""
         home, shared = self._pool.homes.get(endpoint), self._pool.shared
-        for one in shared.before(ticket.key):
-            self._count(shared, one)
-        if home is not None:
-            for one in home.before(ticket.key):
-                self._count(home, one)
+        for queue in (shared,) if home is None else (shared, home):
+            if queue.head is not None and queue.head.key < ticket.key:  # nearly all who go are first
+                for one in queue.before(ticket.key):
+                    self._count(queue, one)
 
     def passes_where_pools_meet(self, ticket: Ticket, endpoint: Endpoint, *, by_turns: bool) -> None:
         """Note the same of `ticket`, of this pool or another, at an endpoint of several."""
@@ -152,8 +151,8 @@ class Guard:
         for queue in (pool.shared, pool.homes[endpoint]) if endpoint in pool.homes else (pool.shared,):
             if other is None or other is pool or other.base is not pool.base or pool.base in (pool, other):
                 self._pass_over(queue, ticket, endpoint, same_pool=other is pool)
-            elif queue and (queue.first().key[0] < ticket.key[0] or pool.turn < other.turn):
-                self._count(queue, queue.first())  # it was this lane's turn, and its first did not fit
+            elif queue.head is not None and (queue.head.key[0] < ticket.key[0] or pool.turn < other.turn):
+                self._count(queue, queue.head)  # it was this lane's turn, and its first did not fit
 
     def room_changed(self) -> Endpoint | None:
         """Note that a member has more or less room, or none. Return the one whose room was kept until now, if any."""

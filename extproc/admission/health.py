@@ -147,6 +147,7 @@ class Health:
 
     Attributes:
         is_well: it may be sent whatever it has room for; else look closer. Asked for several times a request.
+        shut_by: what keeps everything from it; None: it is usable.
         is_doubted: an answer that begins well is news. Asked for as often.
         is_up: what health checks say; None: nothing.
         is_known: a request was answered well there, or a check passed.
@@ -182,6 +183,7 @@ class Health:
         "on_trial",
         "refusals",
         "refused_by",
+        "shut_by",
     )
 
     def __init__(self, law: HealthLaw = LAWS.health) -> None:
@@ -192,8 +194,6 @@ class Health:
 
     def reset(self) -> None:
         """Forget everything but what its page says: it is another server now, or nobody checks it any more."""
-        self.is_well = False
-        self.is_doubted = True
         self.is_up: bool | None = None
         self.is_known = False
         self.ejected_until: float | None = None
@@ -208,22 +208,9 @@ class Health:
         self._back_at = 0.0  # requests that were sent before tell nothing of how it is now
         self._streaks: dict[Record, Streak] = {}  # since its last good answer
         self._doubt: _Doubt | None = _Doubt(self.law.few, self.law.step_s)
+        self._look()
 
     # ---- what it allows
-
-    @property
-    def is_usable(self) -> bool:
-        """Whether it may be sent anything at all."""
-        return self.ejected_until is None and self.is_up is not False and not self.is_asleep
-
-    @property
-    def shut_by(self) -> HeldBy | None:
-        """What makes it unusable; None: it is usable."""
-        if self.is_usable:
-            return None
-        if self.is_up is False:
-            return HeldBy.DOWN
-        return HeldBy.ASLEEP if self.ejected_until is None else HeldBy.EJECTED
 
     @property
     def held_back_by(self) -> HeldBy | None:
@@ -265,7 +252,15 @@ class Health:
 
     def _look(self) -> None:
         self.is_doubted = self._doubt is not None or bool(self._streaks) or self.on_trial
-        self.is_well = self._doubt is None and self.full_until is None and self.breaker is None and self.is_usable
+        self.shut_by = self._shut_by()
+        self.is_well = self._doubt is None and self.full_until is None and self.breaker is None and self.shut_by is None
+
+    def _shut_by(self) -> HeldBy | None:
+        if self.is_up is False:
+            return HeldBy.DOWN
+        if self.ejected_until is not None:
+            return HeldBy.EJECTED
+        return HeldBy.ASLEEP if self.is_asleep else None
 
     def leased(self, now: float, held: int) -> None:
         """Note that a request is sent there, which holds so many with it."""

@@ -28,18 +28,20 @@ class Queue:
 
     Attributes:
         tickets: by the sequence number in their key, in no order that means anything.
+        head: the one that goes first; None: nobody waits.
         depth: how many there are, by the name of their class.
         guards: how many keep room for themselves: see guard.py.
         is_left: it was given up: who stands here is settled anew, and till then nobody is sent anywhere.
     """
 
-    __slots__ = ("_blocks", "_starts", "depth", "guards", "is_left", "tickets")
+    __slots__ = ("_blocks", "_starts", "depth", "guards", "head", "is_left", "tickets")
 
     def __init__(self) -> None:
         """Make an empty line."""
         self._blocks: list[list[Key]] = [[]]  # in order; none is empty, but the only one
         self._starts: list[Key] = []  # where each begins but the first: all before stand in earlier ones
         self.tickets: dict[int, Ticket] = {}
+        self.head: Ticket | None = None
         self.depth: dict[str, int] = {}
         self.guards = 0
         self.is_left = False
@@ -87,6 +89,8 @@ class Queue:
             self._blocks.insert(place + 1, half)
             self._starts.insert(place, half[0])
         self.tickets[key[2]] = ticket
+        if not place and block[0] is key:
+            self.head = ticket
         ticket.queue = self
         name = ticket.request_class.name
         self.depth[name] = self.depth.get(name, 0) + 1
@@ -97,8 +101,8 @@ class Queue:
         """Take `ticket` out, wherever it stands."""
         key, place, blocks = ticket.key, 0, self._blocks
         del self.tickets[key[2]]
-        block = blocks[0]
-        if block[0] == key:
+        if ticket is self.head:
+            block = blocks[0]
             del block[0]
         else:
             place = bisect_right(self._starts, key)
@@ -106,19 +110,13 @@ class Queue:
             del block[bisect_left(block, key)]
         if not block and self._starts:  # the one before it, or else the next, is now for its places
             del blocks[place], self._starts[max(place - 1, 0)]
+        if ticket is self.head:
+            first = blocks[0]
+            self.head = self.tickets[first[0][2]] if first else None
         ticket.queue = None
         self.depth[ticket.request_class.name] -= 1
         if ticket.is_guard:
             self.guards -= 1
-
-    def first(self) -> Ticket:
-        """Return the ticket that goes first. The line must not be empty."""
-        return self.tickets[self._blocks[0][0][2]]
-
-    def peek(self) -> Ticket | None:
-        """Return the ticket that goes first; None: nobody waits."""
-        first = self._blocks[0]
-        return self.tickets[first[0][2]] if first else None
 
     def last(self) -> Ticket:
         """Return the ticket that goes last. The line must not be empty."""
@@ -151,9 +149,6 @@ class Queue:
 
     def before(self, key: Key) -> list[Ticket]:
         """Return the tickets of the window that stand before a place, in order."""
-        first = self._blocks[0]
-        if not first or first[0] >= key:  # as for nearly all who leave
-            return []
         return [self.tickets[one[2]] for one in takewhile(key.__gt__, self.first_keys())]
 
     def rank(self, ticket: Ticket) -> int:

@@ -98,8 +98,7 @@ class Room:
     @property
     def available(self) -> bool:
         """Whether it may be sent anything at all."""
-        health = self.health
-        return not self.removed and (health.is_well or health.is_usable)
+        return self.health.shut_by is None and not self.removed
 
     @property
     def is_open(self) -> bool:
@@ -109,14 +108,13 @@ class Room:
     def held_by(self, ticket: Ticket | None = None) -> HeldBy | None:
         """Return what keeps `ticket` from being dispatched here, None for one that needs no tokens; None: nothing."""
         health = self.health
-        is_well = health.is_well
-        if self.removed or not (is_well or health.is_usable):
+        if health.shut_by is not None or self.removed:
             return health.shut_by or _DOWN
         if not self.enforcing:
             return None
         if self.closed_until is not None and self.leases:  # one at a time: the figure may be wrong, or never change
             return _HOT
-        if not is_well:
+        if not health.is_well:
             by = health.held_back_by
             if by is not None:
                 return by

@@ -24,6 +24,7 @@ def follow_page(
 
     Return the leases whose prompts the engine counted since the reading before, if it counts them and few others.
     """
+    endpoint.keep_tokens()
     reading = endpoint.reading
     before, full = reading.page, endpoint.held >= endpoint.limit.value
     elapsed_s = 1.0 if before is None else now - reading.page_at

@@ -22,11 +22,11 @@ def holds(books: Books) -> dict[Endpoint, HeldBy]:
     """
     found: dict[Endpoint, HeldBy | None] = {}
     firsts = [
-        (queue.first(), pool, home)
+        (queue.head, pool, home)
         for pool in books.pools
         if pool.waiting_total
         for home, queue in ((None, pool.shared), *pool.homes.items())
-        if queue
+        if queue.head is not None
     ]
     for ticket, pool, home in sorted(firsts, key=lambda line: seniority(line[0])):
         if len(found) == len(books.endpoints):

@@ -193,7 +193,7 @@ def _afterwards(ticket: Ticket) -> list[tuple[float, str]]:
     if ticket.state is State.LEASED:
         began = "its answer has begun well" if ticket.is_answered else "no answer was seen yet"
         endpoint = ticket.endpoint
-        if endpoint is not None and not endpoint.health.is_usable:  # what runs there is waited for all the same
+        if endpoint is not None and endpoint.health.shut_by is not None:  # what runs there is waited for all the same
             began += f"; {endpoint.name} is {endpoint.condition} now"
             if endpoint.health.is_up is False:
                 began += _HANGS

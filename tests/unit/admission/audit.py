@@ -188,6 +188,12 @@ class Audit:
 
     def _check_tokens(self, endpoint: Endpoint, books: Books) -> None:
         kv, prefill = endpoint.kv, endpoint.prefill
+        if not endpoint.keeps_tokens:
+            asks = (kv.capacity, endpoint.reading.page, prefill.probed or None)
+            require(asks == (None, None, None), endpoint, "keeps no tokens, and is asked for some:", asks)
+            require((kv.prompts, kv.outputs, prefill.tokens) == (0, 0, 0), endpoint, "has some of its tokens")
+            require(all(ticket.prompt_pending for ticket in books.leases), endpoint, "has computed what nobody saw")
+            return
         require((kv.prompts, kv.outputs) == (books.prompts, books.outputs), kv.prompts, kv.outputs, books)
         require(0.0 < kv.real <= 1.0 and 0.0 <= kv.trust <= 1.0 and kv.excess >= 0.0, kv.real, kv.trust, kv.excess)
         under_way = books.prompt_tokens(endpoint)

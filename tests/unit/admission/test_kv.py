@@ -24,6 +24,25 @@ def test_what_the_engine_uses_beyond_our_estimate_counts_too() -> None:
     assert in_use(desk.fill(2, prompt_tokens=800)) == [True, False]
 
 
+@pytest.mark.parametrize("how", ["page", "report", "reload"])
+def test_what_runs_when_the_size_of_the_cache_is_told_is_in_its_books(how: str) -> None:
+    desk = Desk(one("a", 100))
+    running = desk.fill(3, prompt_tokens=800)
+    match how:
+        case "page":
+            desk.observe("a", Load(kv_capacity_tokens=4000))
+        case "report":
+            desk.report("a", Load(kv_capacity_tokens=4000))
+        case "reload":
+            desk.put(one("a", 100, kv_capacity_tokens=4000))
+    assert desk.endpoint("a").kv.tokens == 3 * (800 + GUESS)
+    waiting = desk.ask(prompt_tokens=800)
+    assert waiting.state is State.WAITING
+    desk.release(running[0])
+    assert waiting.state is State.LEASED
+    assert desk.endpoint("a").kv.tokens == 3 * (800 + GUESS)
+
+
 def test_an_idle_endpoint_takes_any_one_request_however_big() -> None:
     desk = Desk(one("a", 100, kv_capacity_tokens=1000))
     giant, next_one = desk.fill(2, prompt_tokens=50_000)

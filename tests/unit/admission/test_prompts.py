@@ -77,6 +77,25 @@ def test_the_prompt_limit_works_from_the_reload_that_brings_a_probe() -> None:
     assert sum(in_use(desk.fill(5, prompt_tokens=3000))) == 1
 
 
+@pytest.mark.parametrize("how", ["page", "reload", "first token", "adopted"])
+def test_prompts_that_were_sent_before_anything_told_of_them_are_under_way(how: str) -> None:
+    desk = Desk(one("a", 100))
+    first, *others = desk.fill(4, prompt_tokens=3000)
+    match how:
+        case "page":
+            desk.observe("a", Load(first_tokens=0, running=4.0))
+        case "reload":
+            desk.set_policy(Policy(classes=CLASSES, shed=False, first_byte_probe=True))
+        case "first token":
+            desk.first_token(first)
+            assert not first.prompt_pending
+        case "adopted":
+            began = desk.adopt(Request("b", desk.now, prompt_tokens=3000), "a", begun=True)
+            assert not began.prompt_pending
+    pending = [ticket for ticket in (first, *others) if ticket.prompt_pending]
+    assert desk.endpoint("a").prefill.tokens == sum(ticket.work_tokens for ticket in pending)
+
+
 def test_a_first_token_of_a_finished_request_is_ignored() -> None:
     desk = Desk(one("a", 1), first_byte_probe=True)
     ticket = desk.ask(prompt_tokens=10)

@@ -21,7 +21,7 @@ def ticket(number: int, random: Random) -> Ticket:
 def assert_line(queue: Queue, waiting: list[Ticket]) -> None:
     waiting.sort(key=lambda one: one.key)
     assert list(queue) == waiting
-    assert (len(queue), queue.peek()) == (len(waiting), waiting[0] if waiting else None)
+    assert (len(queue), queue.head) == (len(waiting), waiting[0] if waiting else None)
     assert list(queue.window()) == waiting[:WINDOW]
     assert queue.entrant() is (waiting[WINDOW - 1] if len(waiting) >= WINDOW else None)
     assert queue.behind_window() is (waiting[WINDOW] if len(waiting) > WINDOW else None)
@@ -32,7 +32,7 @@ def assert_line(queue: Queue, waiting: list[Ticket]) -> None:
         assert queue.before(one.key) == waiting[: min(place, WINDOW)]
     assert list(chain.from_iterable(queue.pieces(100))) == waiting
     if waiting:
-        assert (queue.first(), queue.last()) == (waiting[0], waiting[-1])
+        assert queue.last() is waiting[-1]
 
 
 @pytest.mark.parametrize("leaves", ["the first", "the last", "anybody"])
