@@ -62,7 +62,7 @@ class Answers:
                 correct(pool, ticket, surplus)
             if ticket.flow is not None:
                 cost = surplus if ticket.account is None else surplus / ticket.account.rule.weight
-                ticket.flow.correct(cost)
+                ticket.flow.finish += cost
                 if ticket.turns is not None:
                     ticket.turns.correct(ticket.tenant, cost)
 

@@ -66,7 +66,7 @@ class Controller(Sharing):
             self._event = Offered(now, ticket)
         request = ticket.request
         ticket.request_class = klass = books.class_of(request)
-        whole = self._refusing.screened(ticket, self._fleet.pool_of(request))
+        whole = self._refusing.screened(ticket)
         if whole is None:
             return self._end()
         if books.tenants.are_ruled:
@@ -88,7 +88,7 @@ class Controller(Sharing):
             home = None
         target = placing.place_for(ticket, pool, home)
         if target is not None:
-            placing.lease(ticket, pool, target)
+            placing.lease(ticket, target)
             return self._end()
         if lines.left:
             lines.join(ticket, pool, lines.behind(ticket, pool, home))
@@ -167,7 +167,7 @@ class Controller(Sharing):
         endpoint, pool = ticket.endpoint, ticket.pool
         assert endpoint is not None and pool is not None  # noqa: PT018, S101 - a lease has both
         ticket.state, ticket.ended_at, ticket.answer = DONE, now, answer
-        endpoint.release(ticket, now, served=answer is _OK, wanted=pool.waiting_total > 0)
+        endpoint.release(ticket, now, answer is _OK, pool.waiting_total > 0)
         if answer is _OK and pool.waiting_total and endpoint.held >= 1.5 * endpoint.limit.value:
             pool.pace.dispatched(now)  # far above a lowered limit: one was served, and nobody takes its place
         try:

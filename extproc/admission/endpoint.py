@@ -150,7 +150,7 @@ class Endpoint(Room):
             self.keep_tokens()
             self.prefill.was_computed(ticket)
 
-    def release(self, ticket: Ticket, now: float, *, served: bool, wanted: bool = False) -> None:
+    def release(self, ticket: Ticket, now: float, served: bool, wanted: bool = False) -> None:
         """Take `ticket` out of the books. `served`: its answer came whole; `wanted`: others waited then."""
         if served:
             self.answered += 1

@@ -133,12 +133,12 @@ class TokenEstimate:
         if ceiling is not None and ceiling < output:
             output = ceiling
         most = longest or MOST_CONTEXT
-        ticket.output_tokens = (output if output < most else most) * ticket.sequences
+        ticket.output_tokens = output = (output if output < most else most) * ticket.sequences
         prompt = self.prompt_of(ticket, longest)
         if self._tries and prompt > self.law.untried and self._is_try(ticket, members):
             prompt = int(self.law.untried)
-        ticket.book(prompt)
-        ticket.work_tokens = ticket.prompt_tokens
+        ticket.prompt_tokens = ticket.work_tokens = prompt
+        ticket.kv_tokens = prompt + output
 
     def prompt_of(self, ticket: Ticket, longest: int | None) -> int:
         """Return how many tokens its prompt has by what is known now."""

@@ -31,7 +31,7 @@ class Flow:
     """What one tenant sends to one pool at one priority. Its requests know it: nobody looks for it again.
 
     Attributes:
-        finish: the tokens promised to it so far.
+        finish: the tokens promised to it so far. What a finished request cost beyond its estimate comes to it.
         tag: of its last request: where that stands.
         waiting: how many of its requests wait.
     """
@@ -57,10 +57,6 @@ class Flow:
         if self.waiting:
             self.waiting -= 1
         self.finish -= refund
-
-    def correct(self, difference: float) -> None:
-        """Charge (or, negative, give back) what a finished request cost beyond its estimate."""
-        self.finish += difference
 
 
 class FairShare:

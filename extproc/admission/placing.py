@@ -126,7 +126,7 @@ class Placing:
         if ticket.wait_until <= self._books.now and ticket.alarm_number:
             self._refusing.expire(ticket)
             return False
-        self.lease(ticket, placed(ticket.pool), endpoint)
+        self.lease(ticket, endpoint)
         if endpoint.closed_by is not None:  # as after most leases: it is full again
             self._books.freed.pop(endpoint, None)
         return True
@@ -194,9 +194,10 @@ class Placing:
                 return True
         return False
 
-    def lease(self, ticket: Ticket, pool: Pool, endpoint: Endpoint) -> None:  # noqa: C901 - each request pays for a call
-        """Dispatch one of `pool`: from here on the slot is taken."""
-        books = self._books
+    def lease(self, ticket: Ticket, endpoint: Endpoint) -> None:  # noqa: C901 - each request pays for a call
+        """Dispatch one: from here on the slot is taken."""
+        books, pool = self._books, ticket.pool
+        assert pool is not None  # noqa: S101 - as of all who were offered
         now, request = books.now, ticket.request
         ticket.state = LEASED
         ticket.endpoint = endpoint

@@ -38,9 +38,12 @@ class Refusing:
         self._tokens = tokens
         self.draining = False
 
-    def screened(self, ticket: Ticket, pool: Pool | None) -> Pool | None:
+    def screened(self, ticket: Ticket) -> Pool | None:
         """Return the pool of a new request; None: it can neither be served nor wait, whatever room there is."""
         books, request = self._books, ticket.request
+        if request.allowed is not None:
+            books.pools.know_subset(request.model, request.allowed)
+        pool = books.pools.find(request.model, request.allowed)
         if pool is None:
             self.turn_away(ticket, Outcome.UNKNOWN_MODEL)
         elif request.allowed is not None and not pool.members and not self._may_come(request.model, request.allowed):

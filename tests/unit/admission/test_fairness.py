@@ -154,7 +154,7 @@ def test_a_tenant_that_was_forgotten_while_it_waited_does_no_harm() -> None:
     again = share.charge("t", 1.0)
     before.left(1.0)
     before.served(0.0)
-    before.correct(100.0)
+    before.finish += 100.0
     assert share._tenants["t"] is again
     assert (again.waiting, again.finish, before.waiting) == (1, 1.0, 0)
 
@@ -218,7 +218,7 @@ def test_a_tenant_with_something_waiting_is_held_to_its_order() -> None:
     flow = share.charge("t", 100.0)
     first, last = flow.tag, share.charge("t", 100.0).tag
     flow.served(first)
-    flow.correct(-150.0)
+    flow.finish -= 150.0
     assert share.charge("t", 100.0).tag >= last
 
 
