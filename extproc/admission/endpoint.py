@@ -127,12 +127,12 @@ class Endpoint(Room):
 
     def lease(self, ticket: Ticket, now: float) -> None:
         """Put `ticket` in the books."""
+        if not self.leases:
+            self.health.wakes(now, None if self.reading.page is None else self.reading.page_at)
         self.leases[ticket] = None
         self.sequences += ticket.sequences
         ticket.leased_at = now
         ticket.beside = self.sequences + self.strangers.count
-        if len(self.leases) == 1:
-            self.health.wakes(now, None if self.reading.page is None else self.reading.page_at)
         if not self.health.is_well:
             self.health.leased(now, self.sequences)
         if self.keeps_tokens:

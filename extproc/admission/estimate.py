@@ -134,7 +134,9 @@ class TokenEstimate:
             output = ceiling
         most = longest or MOST_CONTEXT
         ticket.output_tokens = output = (output if output < most else most) * ticket.sequences
-        prompt = self.prompt_of(ticket, longest)
+        prompt = self._scaled(ticket) if self._scales else request.prompt_tokens
+        if prompt > most:
+            prompt = most
         if self._tries and prompt > self.law.untried and self._is_try(ticket, members):
             prompt = int(self.law.untried)
         ticket.prompt_tokens = ticket.work_tokens = prompt
@@ -142,12 +144,13 @@ class TokenEstimate:
 
     def prompt_of(self, ticket: Ticket, longest: int | None) -> int:
         """Return how many tokens its prompt has by what is known now."""
-        prompt = ticket.request.prompt_tokens
-        scale = self._scales.get(_size_class(ticket)) if prompt and self._scales else None
-        if scale is not None:
-            prompt = int(prompt * scale.value)
-        most = longest or MOST_CONTEXT
+        prompt, most = self._scaled(ticket), longest or MOST_CONTEXT
         return prompt if prompt < most else most
+
+    def _scaled(self, ticket: Ticket) -> int:
+        prompt = ticket.request.prompt_tokens
+        scale = self._scales.get(_size_class(ticket)) if prompt else None
+        return prompt if scale is None else int(prompt * scale.value)
 
     def doubt(self, ticket: Ticket) -> None:
         """Note that the guess of its prompt had `ticket` refused. If no engine has counted any such, one is tried.

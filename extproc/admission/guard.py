@@ -90,7 +90,8 @@ class Guard:
 
         WINDOW are looked at.
         """
-        home, shared = self._pool.homes.get(endpoint), self._pool.shared
+        homes, shared = self._pool.homes, self._pool.shared
+        home = homes.get(endpoint) if homes else None
         if home is None:
             first = shared.head
             if first is None:
@@ -136,11 +137,13 @@ class Guard:
 
     def passes(self, ticket: Ticket, endpoint: Endpoint) -> None:
         """Note that `ticket`, of this pool, goes to `endpoint` although some stay that are before it in order."""
-        home, shared = self._pool.homes.get(endpoint), self._pool.shared
-        for queue in (shared,) if home is None else (shared, home):
-            if queue.head is not None and queue.head.key < ticket.key:  # nearly all who go are first
-                for one in queue.before(ticket.key):
-                    self._count(queue, one)
+        homes, shared = self._pool.homes, self._pool.shared
+        if shared.head is not None and shared.head.key < ticket.key:  # nearly all who go are the first of all
+            for one in shared.before(ticket.key):
+                self._count(shared, one)
+        if endpoint in homes:
+            for one in homes[endpoint].before(ticket.key):
+                self._count(homes[endpoint], one)
 
     def passes_where_pools_meet(self, ticket: Ticket, endpoint: Endpoint, *, by_turns: bool) -> None:
         """Note the same of `ticket`, of this pool or another, at an endpoint of several."""
@@ -176,14 +179,14 @@ class Guard:
 
     def _pass_over(self, queue: Queue, ticket: Ticket, endpoint: Endpoint, *, same_pool: bool) -> None:
         """Count it for those in the window of `queue` who are before `ticket` by turns at `endpoint`, where it goes."""
-        place, before = ticket.key, place_at(ticket, endpoint)
-        for key in queue.first_keys():
+        before = place_at(ticket, endpoint)
+        for one in queue.window():
             if same_pool:
-                if (key[0], turn_at(queue.tickets[key[2]], endpoint), key) >= (*before[:2], place):
+                if (one.key[0], turn_at(one, endpoint), one.key) >= (*before[:2], ticket.key):
                     continue
-            elif place_at(queue.tickets[key[2]], endpoint) >= before:
+            elif place_at(one, endpoint) >= before:
                 continue
-            self._count(queue, queue.tickets[key[2]])
+            self._count(queue, one)
 
     def _count(self, queue: Queue, ticket: Ticket) -> None:
         ticket.passed_over += 1

@@ -68,7 +68,7 @@ class Looked:
     """Those who are to wait in one pool, of lines that were given up and are settled by class and arrival.
 
     Attributes:
-        heap: each one's class and number, its own in this heap, and the line where it stands, or stood.
+        heap: each one's class and number, a number in this heap, and the line where it stands, or stood.
         queues: these lines.
     """
 
@@ -76,14 +76,14 @@ class Looked:
 
     def __init__(self) -> None:
         """Start with nobody."""
-        self.heap: list[tuple[int, int, int, Queue]] = []
+        self.heap: list[tuple[int, int, int, Ticket, Queue]] = []
         self.queues: dict[Queue, None] = {}
         self._count = 0
 
-    def add(self, key: Key, queue: Queue) -> None:
+    def add(self, ticket: Ticket, queue: Queue) -> None:
         """Note one that stands in `queue`; it may have been noted where it stood before."""
         self._count += 1
-        heappush(self.heap, (key[0], key[2], self._count, queue))
+        heappush(self.heap, (ticket.key[0], ticket.key[2], self._count, ticket, queue))
         self.queues[queue] = None
 
 

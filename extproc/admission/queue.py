@@ -1,13 +1,14 @@
 """An ordered line of waiting tickets, and its window. It knows order, and nothing of endpoints' books.
 
 A sorted list in blocks, as that of `sortedcontainers`, and for what is done here at a third of its time: nearly all who
-leave are the first of their line. Places alone stand in it: they compare twice as fast as pairs with a ticket.
+leave are the first of their line.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from itertools import chain, islice, takewhile
+from operator import itemgetter
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 WINDOW: Final = 32
 """How many requests at the head of a line are looked at for one that fits (group dispatch by first fit)."""
+Entry = tuple[int, float, int, "Ticket"]
+"""A key, and whose it is: no two are alike, so tickets are never compared."""
 BLOCK = 256
 """Places in one block at the most: one that is full becomes two halves."""
 
@@ -27,20 +30,19 @@ class Queue:
     Coming and going cost O(log n), but for the blocks' own list, which is 128 times shorter than the line.
 
     Attributes:
-        tickets: by the sequence number in their key, in no order that means anything.
         head: the one that goes first; None: nobody waits.
         depth: how many there are, by the name of their class.
         guards: how many keep room for themselves: see guard.py.
         is_left: it was given up: who stands here is settled anew, and till then nobody is sent anywhere.
     """
 
-    __slots__ = ("_blocks", "_starts", "depth", "guards", "head", "is_left", "tickets")
+    __slots__ = ("_blocks", "_count", "_starts", "depth", "guards", "head", "is_left")
 
     def __init__(self) -> None:
         """Make an empty line."""
-        self._blocks: list[list[Key]] = [[]]  # in order; none is empty, but the only one
+        self._blocks: list[list[Entry]] = [[]]  # in order; none is empty, but the only one
         self._starts: list[Key] = []  # where each begins but the first: all before stand in earlier ones
-        self.tickets: dict[int, Ticket] = {}
+        self._count = 0
         self.head: Ticket | None = None
         self.depth: dict[str, int] = {}
         self.guards = 0
@@ -48,12 +50,11 @@ class Queue:
 
     def __len__(self) -> int:
         """Count the waiting tickets."""
-        return len(self.tickets)
+        return self._count
 
     def __iter__(self) -> Iterator[Ticket]:
         """Walk the tickets in order."""
-        tickets = self.tickets
-        return (tickets[key[2]] for key in chain.from_iterable(self._blocks))
+        return map(_ticket, chain.from_iterable(self._blocks))
 
     def pieces(self, most: int) -> Iterator[list[Ticket]]:
         """Walk the tickets in order, `most` at a time, with pauses in which the line may change.
@@ -67,30 +68,27 @@ class Queue:
 
     def behind(self, key: Key | None, most: int) -> list[Ticket]:
         """Return up to `most` tickets that stand behind a place, in order; None: from the front."""
-        return [self.tickets[one[2]] for one in islice(self.keys_behind(key), most)]
-
-    def keys_behind(self, key: Key | None = None) -> Iterator[Key]:
-        """Walk the places behind one, in order; None: from the front."""
         if key is None:
-            return chain.from_iterable(self._blocks)
+            return list(islice(self, most))
         place = bisect_right(self._starts, key)
-        keys = chain.from_iterable(islice(self._blocks, place, None))
-        return islice(keys, bisect_right(self._blocks[place], key), None)
+        entries = chain.from_iterable(islice(self._blocks, place, None))
+        first = bisect_left(self._blocks[place], (key[0], key[1], key[2] + 1))
+        return list(map(_ticket, islice(entries, first, first + most)))
 
     def add(self, ticket: Ticket) -> None:
         """Put `ticket` at the place of its key."""
         key = ticket.key
         place = bisect_right(self._starts, key)
         block = self._blocks[place]
-        insort(block, key)
+        insort(block, (key[0], key[1], key[2], ticket))
         if len(block) > BLOCK:
             half = block[BLOCK // 2 :]
             del block[BLOCK // 2 :]
             self._blocks.insert(place + 1, half)
-            self._starts.insert(place, half[0])
-        self.tickets[key[2]] = ticket
-        if not place and block[0] is key:
+            self._starts.insert(place, half[0][:3])
+        if not place and block[0][3] is ticket:
             self.head = ticket
+        self._count += 1
         ticket.queue = self
         name = ticket.request_class.name
         self.depth[name] = self.depth.get(name, 0) + 1
@@ -98,21 +96,27 @@ class Queue:
             self.guards += 1
 
     def remove(self, ticket: Ticket) -> None:
-        """Take `ticket` out, wherever it stands."""
-        key, place, blocks = ticket.key, 0, self._blocks
-        del self.tickets[key[2]]
+        """Take `ticket` out, wherever it stands.
+
+        Raises:
+            KeyError: it does not stand here.
+        """
+        place, blocks = 0, self._blocks
         if ticket is self.head:
             block = blocks[0]
             del block[0]
         else:
-            place = bisect_right(self._starts, key)
+            place = bisect_right(self._starts, ticket.key)
             block = blocks[place]
-            del block[bisect_left(block, key)]
+            at = bisect_left(block, ticket.key)
+            if at == len(block) or block[at][3] is not ticket:
+                raise KeyError(ticket)
+            del block[at]
         if not block and self._starts:  # the one before it, or else the next, is now for its places
             del blocks[place], self._starts[max(place - 1, 0)]
-        if ticket is self.head:
-            first = blocks[0]
-            self.head = self.tickets[first[0][2]] if first else None
+        first = blocks[0]
+        self.head = first[0][3] if first else None
+        self._count -= 1
         ticket.queue = None
         self.depth[ticket.request_class.name] -= 1
         if ticket.is_guard:
@@ -120,38 +124,36 @@ class Queue:
 
     def last(self) -> Ticket:
         """Return the ticket that goes last. The line must not be empty."""
-        return self.tickets[self._blocks[-1][-1][2]]
+        return self._blocks[-1][-1][3]
 
     def window(self) -> Iterator[Ticket]:
         """Walk the first WINDOW tickets in order."""
-        tickets = self.tickets
-        return (tickets[key[2]] for key in self.first_keys())
+        return map(_ticket, islice(chain.from_iterable(self._blocks), WINDOW))
 
     def in_window(self, ticket: Ticket) -> bool:
         """Tell whether `ticket` is among the first WINDOW, or would be if it stood here."""
-        return len(self.tickets) < WINDOW or ticket.key <= self._key(WINDOW - 1)
+        return self._count < WINDOW or ticket.key <= self._at(WINDOW - 1).key
 
     def entrant(self) -> Ticket | None:
         """Return the ticket that came into the window when one before it went; None if nobody did."""
-        return self.tickets[self._key(WINDOW - 1)[2]] if len(self.tickets) >= WINDOW else None
+        return self._at(WINDOW - 1) if self._count >= WINDOW else None
 
     def behind_window(self) -> Ticket | None:
         """Return the first ticket behind the window; None if nobody is there."""
-        return self.tickets[self._key(WINDOW)[2]] if len(self.tickets) > WINDOW else None
+        return self._at(WINDOW) if self._count > WINDOW else None
 
-    def _key(self, place: int) -> Key:
+    def _at(self, place: int) -> Ticket:
         first = self._blocks[0]
-        return first[place] if place < len(first) else next(islice(chain.from_iterable(self._blocks), place, None))
-
-    def first_keys(self) -> Iterator[Key]:
-        """Walk the places of the first WINDOW tickets in order."""
-        return islice(chain.from_iterable(self._blocks), WINDOW)
+        return first[place][3] if place < len(first) else next(islice(self, place, None))
 
     def before(self, key: Key) -> list[Ticket]:
         """Return the tickets of the window that stand before a place, in order."""
-        return [self.tickets[one[2]] for one in takewhile(key.__gt__, self.first_keys())]
+        return list(takewhile(lambda one: one.key < key, self.window()))
 
     def rank(self, ticket: Ticket) -> int:
         """Count the tickets before `ticket`."""
         place = bisect_right(self._starts, ticket.key)
         return sum(map(len, self._blocks[:place])) + bisect_left(self._blocks[place], ticket.key)
+
+
+_ticket = itemgetter(3)

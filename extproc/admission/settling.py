@@ -17,9 +17,9 @@ is refused when its budget is over, as anywhere.
 from __future__ import annotations
 
 from heapq import heappop, merge
-from itertools import islice, repeat
+from itertools import islice
 from math import inf
-from operator import itemgetter
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from extproc.admission.lanes import comes, lane_of
@@ -159,18 +159,18 @@ class Settling:
 
     def _look_at(self, queue: Queue, line: Left, most: int) -> int:
         """Look at up to `most` more who stand in a line; return how many there were."""
-        keys, turns = list(islice(queue.keys_behind(line.looked_to), most)), self._lines.turns
-        for key in keys:
-            pool = self._pool_of(queue.tickets[key[2]]) if line.may_move else line.pool
+        tickets, turns = queue.behind(line.looked_to, most), self._lines.turns
+        for ticket in tickets:
+            pool = self._pool_of(ticket) if line.may_move else line.pool
             looked = turns.get(pool)
             if looked is None:
                 looked = turns[pool] = Looked()
-            looked.add(key, queue)
-        if len(keys) < most:
+            looked.add(ticket, queue)
+        if len(tickets) < most:
             line.is_looked_at = True
         else:
-            line.looked_to = keys[-1]
-        return len(keys)
+            line.looked_to = tickets[-1].key
+        return len(tickets)
 
     def _meet(self) -> bool:
         """Have who waits where others come to get new places, too; tell whether there is anybody.
@@ -284,23 +284,23 @@ class Settling:
         ticket.wait_until = until
 
 
-def _firsts(queues: list[Queue], heap: list[tuple[int, int, int, Queue]], most: int) -> Iterator[Ticket]:
+def _firsts(queues: list[Queue], heap: list[tuple[int, int, int, Ticket, Queue]], most: int) -> Iterator[Ticket]:
     """Walk the first of those who stand in order in `queues`, and take those out of `heap` that are before them."""
-    stand = merge(*(zip(islice(queue.keys_behind(), most), repeat(queue)) for queue in queues), key=_place)
+    stand = merge(*queues, key=_place)
     upcoming = next(stand, None)
     for _ in range(most):
-        if heap and (upcoming is None or (heap[0][0], inf, heap[0][1]) < upcoming[0]):
-            _, number, _, queue = heappop(heap)
+        if heap and (upcoming is None or (heap[0][0], inf, heap[0][1]) < upcoming.key):
+            _, _, _, ticket, queue = heappop(heap)
+            if ticket.queue is queue:  # it has not left
+                yield ticket
         elif upcoming is not None:
-            (_, _, number), queue = upcoming
+            yield upcoming
             upcoming = next(stand, None)
         else:
             return
-        if number in queue.tickets:  # it has not left
-            yield queue.tickets[number]
 
 
-_place = itemgetter(0)
+_place = attrgetter("key")
 
 
 def _number(ticket: Ticket) -> int:

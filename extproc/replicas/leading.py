@@ -166,7 +166,7 @@ class Leading:
         self._is_empty = is_over
         for pool in self._gate.controller.pools():
             for queue in pool.queues():
-                self._going.extend(queue.tickets.values())
+                self._going.extend(queue)
         self._take_out()
 
     def _take_out(self) -> None:
