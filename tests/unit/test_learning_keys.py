@@ -67,7 +67,7 @@ class Engine:
     def page(self, endpoint: Endpoint, random: Random, now: float) -> Load | None:
         others = max(round(self.others[0] * (1.0 - now / self.others[1])), 0)
         held, running = endpoint.sequences, float(min(endpoint.sequences, self.slots) + others)
-        booked = endpoint.kv.prompts + endpoint.kv.outputs
+        booked = sum(lease.kv_tokens for lease in endpoint.leases)  # before its first page nobody else books them
         gauges = Load(running=running, waiting=float(max(held - self.slots, 0)))
         if self.adapter_slots:
             of_leases = dict.fromkeys(str(lease.request.model) for lease in endpoint.leases)
