@@ -19,6 +19,10 @@ It must be so before others count us out, who then use our part. They do that wh
 store's ALIVE_S and GONE_S together: 3 + 3 s with Valkey, 6 + 3 s with Leases. We count from when we began to say it,
 which is no later, however long the answer took. 3.25 beats are 3.25 s of 1 s, and 6.5 s of 2 s; quotas follow within
 0.25 s, and a process that did nothing for up to 1.2 s does not notice: 4.7 s < 6 s, and 7.95 s < 9 s."""
+KNOWN_ANSWERS = 8
+"""Who came is known to everybody that still counts once the store has answered us so many times more: who said that he
+lives just before, and nothing since, is listed for three beats, missed in the fourth answer, and counted out GONE_S,
+four beats at the most, after that."""
 WARY_S = 600.0
 """How long after somebody vanished without a word his requests are looked for in the engines' figures at every reading:
 he may be alive where neither we nor the store see him."""
@@ -49,6 +53,8 @@ class Census:
         self._asked_at: float | None = None  # when that was asked for, and with it was said that we live
         self._vanished: dict[str, Vanished] = {}  # who was counted out without a goodbye
         self._missing: dict[str, float] = {}  # since when
+        self._answers = 0
+        self._new_until: dict[str, int] = {}  # of each place: so many answers; until then not all may know of it
         self._left: set[str] = set()
 
     def heard(self, members: Iterable[Member], now: float, asked_at: float | None = None) -> None:
@@ -61,22 +67,40 @@ class Census:
                 seen[member.id] = member
             else:
                 self.left(member.id)
+        self._answers += 1
         self.members.update(seen)
-        everybody = len(self.members) + len(self._places(self.members.keys()))
-        for name in list(self.members):
+        places = {member.address: self._answers + KNOWN_ANSWERS for member in self.members.values()}
+        self._new_until = {place: self._new_until.get(place, until) for place, until in places.items()}
+        gone = set()
+        for name in self.members:
             if name in seen:
                 self._missing.pop(name, None)
             elif name in self._left or now - self._missing.setdefault(name, now) >= GONE_S:
-                if name not in self._left:
-                    self._vanished[name] = Vanished(self.members[name].address, 1 / everybody, now + WARY_S)
-                self._forget(name)
+                gone.add(name)
+        self._let_go(gone, now)
         self._left &= seen.keys()
         self._vanished = {name: one for name, one in self._vanished.items() if now < one.until and name not in seen}
+
+    def _let_go(self, gone: Set[str], now: float) -> None:
+        """Count out who is gone. Who did so without a goodbye keeps the part that he may think is his.
+
+        He may know of nobody who came after he was seen last: of the others each has as much as he.
+        """
+        known = {name for name in self.members if self._is_known(name)}
+        if known <= gone:  # those who stay have all just come: that the others live unseen is least likely
+            known = set(self.members)
+        rest = 1.0 - self.kept(now)
+        for name in gone:
+            if name not in self._left:
+                part = rest / len(known | {name})
+                self._vanished[name] = Vanished(self.members[name].address, part, now + WARY_S)
+            self._forget(name)
 
     def met(self, member: Member) -> None:
         """Count somebody in who opened a stream to us."""
         self._left.discard(member.id)
         self.members[member.id] = member
+        self._new_until.setdefault(member.address, self._answers + 1 + KNOWN_ANSWERS)
 
     def left(self, name: str) -> None:
         """Count somebody out who said goodbye; the store may still list him for a moment."""
@@ -87,32 +111,35 @@ class Census:
         self.members.pop(name, None)
         self._missing.pop(name, None)
 
+    def _is_known(self, name: str) -> bool:
+        """Tell whether everybody who counts knows of somebody at his place."""
+        member = self.members.get(name)
+        return member is not None and self._answers >= self._new_until[member.address]
+
     def count(self, group: Set[str]) -> int | None:
-        """Return how many there are, those in `group` surely; None: the store has not told yet.
-
-        To a group that is not all of them also those count who vanished: they may be alive in another part. Each place
-        counts once, and not if somebody else is there: who dies again and again has another name in each life.
-        """
-        if self.answered_at is None:
-            return None
-        known = self.members.keys() - self._left | group
-        return len(known) if known == group else len(known) + len(self._places(known))
-
-    def _places(self, known: Set[str]) -> dict[str, Vanished]:
-        """Return who vanished by his place, if nobody else is there; none of `known`."""
-        taken = {member.address for member in self.members.values()}
-        return {
-            one.address: one for name, one in self._vanished.items() if name not in known and one.address not in taken
-        }
+        """Return how many there are, those in `group` surely; None: the store has not told yet."""
+        return None if self.answered_at is None else len(self.members.keys() - self._left | group)
 
     def kept(self, now: float) -> float:
-        """Return which part of each limit those may use who vanished, to a group that is all others."""
-        return sum(one.part for one in self._places(self.members.keys()).values() if now < one.until)
+        """Return which part of each limit those may use who vanished: all others share the rest.
+
+        Each place counts once, and not if somebody else is there: who dies again and again has another name each time.
+        """
+        taken = {member.address for member in self.members.values()}
+        parts = {one.address: one.part for one in self._vanished.values() if now < one.until}
+        return sum(part for address, part in parts.items() if address not in taken)
 
     def part(self, group: Set[str]) -> float:
-        """Return the part of each limit that `group` may use, 0..1; 0: the store has not told yet."""
-        count = self.count(group)
-        return 0.0 if count is None else len(group) / count
+        """Return the part of that rest that `group` may use, 0..1; 0: the store has not told yet.
+
+        Somebody outside may not know yet of who has just come. So that one adds nothing to its own group, if there are
+        others, and counts at once among the others of another group.
+        """
+        if self.answered_at is None:
+            return 0.0
+        others = len(self.members.keys() - self._left - group)
+        ours = sum(map(self._is_known, group))
+        return ours / (ours + others) if others else 1.0
 
     def is_wary(self, now: float) -> bool:
         """Tell whether somebody may be alive whom nobody sees."""

@@ -1,9 +1,9 @@
 """How much of each limit a group of sidecars may use, from when the group forms until it ends.
 
 A group of M of N sidecars holds at most M/N of each limit, and never more than an engine's own figures leave free, so
-groups that don't know of each other stay within the limit together. A group that has just formed grows only once those
-who were left behind have noticed, and a reading from after that has told what runs. A new endpoint waits for its first
-reading: others may have known it before.
+groups that don't know of each other stay within the limit together; whom each counts the census tells. A group that has
+just formed grows only once those who were left behind have noticed, and a reading from after that has told what runs. A
+new endpoint waits for its first reading: others may have known it before.
 
 Who reaches neither the store nor all others may have been counted out: others take his part, in steps that he has the
 time to see in an engine's figures. Such a group takes at once as much of its part as these show that others leave of
@@ -52,16 +52,18 @@ class _Moment(NamedTuple):
 
     Attributes:
         part: of each limit that is the group's.
+        is_all: nobody else is seen.
         sidecars: of the group.
         is_nobody: we may be in a corner where nobody sees us: others have the whole limit for themselves, in steps.
-        kept: the part of who vanished and may be alive unseen, if all others are in the group.
+        is_beside: somebody vanished who may be alive unseen, and has a part.
     """
 
     now: float
     part: float
+    is_all: bool
     sidecars: int
     is_nobody: bool
-    kept: float
+    is_beside: bool
 
 
 class Quotas:
@@ -94,9 +96,9 @@ class Quotas:
 
     def _moment(self) -> _Moment:
         now, group = self._gate.now(), self._group()
-        part = self._census.part(group)
+        part, kept = self._census.part(group), self._census.kept(now)
         is_nobody = part < 1.0 and self._census.is_cut_off(now)
-        return _Moment(now, part, len(group), is_nobody, self._census.kept(now))
+        return _Moment(now, part * (1.0 - kept), part >= 1.0, len(group), is_nobody, kept > 0.0)
 
     def _quota(self, endpoint: Endpoint, moment: _Moment) -> int | None:
         """Return the most sequences that the group may hold at an endpoint; None: its limit alone decides."""
@@ -106,7 +108,7 @@ class Quotas:
         most = self._most(endpoint, moment)
         if name in self._unread:
             ours: int | None = self._refill.get(name, 0)
-        elif moment.part >= 1.0:  # or so it looks: a store that has just come back may list us alone
+        elif moment.is_all:  # or so it looks: a store that has just come back may list us alone
             self._caps[name] = value
             ours = self._beside_who_vanished(endpoint, moment)
         else:
@@ -143,10 +145,10 @@ class Quotas:
         They take his part in steps: he sees by the figures what they leave of their own, and takes that at once.
         """
         name = endpoint.name
-        if not moment.kept or name not in self._there:  # without figures he sends next to nothing
+        if not moment.is_beside or name not in self._there:  # without figures he sends next to nothing
             self._before.pop(name, None)
             return None
-        ours = _part_of(endpoint.limit.value, 1.0 - moment.kept)
+        ours = _part_of(endpoint.limit.value, moment.part)
         step = max(int(ours / moment.sidecars * STEP), 1)
         return max(ours, min(self._least_seen(endpoint, moment.now), self._there[name]) + step)
 

@@ -37,7 +37,7 @@ CLASSES = (RequestClass("std", 0, 60.0), RequestClass("urgent", 10, 60.0))
 def site(**more: Any) -> Site:
     """Three sidecars in one group, that has looked at its engines."""
     here = Site(1, **more)
-    here.run(6.0)
+    here.run(10.0)  # each knows that all know of each
     assert here.is_one_group()
     return here
 
@@ -252,7 +252,8 @@ def test_what_runs_for_a_sidecar_that_died_keeps_its_place_at_the_engine():
 @pytest.mark.parametrize("slow", ["the network", "who asks"])
 def test_a_grant_that_is_on_its_way_is_not_taken_for_what_a_dead_sidecar_left_running(slow):
     """What its leader granted long ago is at the engine only if the sidecar that asked shows that it acted."""
-    here = site(engines=1, limit=12)
+    here = Site(1, engines=1, limit=12)
+    here.run(6.0)
     dead, late = followers(here)
     for _ in range(6):
         here.send(dead.place, work_s=30.0)
@@ -467,7 +468,7 @@ def test_who_reaches_the_store_at_last_has_its_part_when_the_others_have_counted
     quotas: set[int | None] = set()
     here.run(1.2, lambda: quotas.add(books.quota))
     assert quotas == {1}
-    here.run(4.0)
+    here.run(10.0)
     assert books.quota is not None
     assert books.quota >= 4
 
@@ -697,6 +698,41 @@ def test_who_takes_the_part_of_others_and_they_themselves_stay_within_a_limit_wh
             here.send(place, work_s=60.0, budget_s=60.0)
         here.run(then_s)
     assert 94 <= here.engines["e0"].peak <= 96 + unseen
+
+
+@pytest.mark.parametrize("first", ["the rest", "who is cut off"])
+@pytest.mark.parametrize("after_s", [1.0, 3.0, 6.0, 9.0])
+def test_somebody_who_joins_while_another_is_cut_off_takes_nothing_of_what_that_one_may_hold(first, after_s):
+    """It fills its third of the limit, and does not know that there are four: 104 were at an engine of 96."""
+    here = site(engines=1, limit=96)
+    corner = followers(here)[0].place
+    rest = [*sorted(set(here.sidecars) - {corner}), "s3"]
+    here.net.cut([corner], rest)
+    here.store.cut.add(corner)
+    here.run(3.0)
+    here.start("s3")
+    here.run(after_s)
+    bursts = (rest, [corner]) if first == "the rest" else ([corner], rest)
+    for places in bursts:
+        for place in 96 * places:
+            here.send(place, work_s=60.0, budget_s=60.0)
+        here.run(0.05)
+    here.run(20.0)
+    assert here.load() <= here.engines["e0"].peak <= 96 + 1
+    assert here.load() >= 95
+
+
+def test_who_joins_while_another_is_cut_off_from_the_group_alone_adds_its_part_once_that_one_must_know():
+    here = site(engines=1, limit=96)
+    corner = followers(here)[0].place
+    here.net.cut([corner], [*here.sidecars, "s3"])
+    here.run(6.0)
+    here.start("s3")
+    here.run(4.0)
+    quotas = [here.sidecars[place].controller.endpoints["e0"].quota for place in (leader_of_most(here).place, corner)]
+    assert quotas == [64, 24]
+    here.run(6.0)
+    assert leader_of_most(here).controller.endpoints["e0"].quota == 72
 
 
 def test_a_sidecar_that_died_and_is_back_at_its_place_leaves_no_part_behind():
