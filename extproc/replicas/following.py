@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from functools import partial
-from operator import attrgetter
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from extproc.admission.outcome import Outcome
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from extproc.replicas.gate import SharedGate
     from extproc.replicas.messages import Member, Message, Told
     from extproc.replicas.seeking import Call
+    from extproc.stream.by_age import ByAge
 
 FRESH_S = 1.2
 """How old the last beat may be that the leader has surely heard. It gives us up after SILENCE_S without one."""
@@ -54,8 +55,6 @@ TOLD_IN_A_TURN = 200
 PROMPT_S = 1.0
 """A prompt sent longer ago is taken as computed: nobody tells a sidecar that does not lead."""
 
-_arrival = attrgetter("request.arrived")
-
 
 class Following:
     """Our requests under one leader, from its welcome until we leave or lose it.
@@ -65,7 +64,7 @@ class Following:
         status: its last word about the whole; None: not yet.
     """
 
-    def __init__(self, gate: SharedGate, leader: Member, epoch: int, call: Call, waiting: dict[Ticket, None]) -> None:
+    def __init__(self, gate: SharedGate, leader: Member, epoch: int, call: Call, waiting: ByAge) -> None:
         """Tell `leader`, who welcomed us on `call`, what we hold and what of ours waits."""
         link = call.link
         self._gate = gate
@@ -76,6 +75,7 @@ class Following:
         self.heard_at = gate.now()
         self.status: Status | None = None
         self._numbers: dict[Ticket, int] = {}
+        self._untold = waiting  # the leader is yet to be told of them
         self._waiting: dict[int, Ticket] = {}
         self._last = 0
         self._beat = 0
@@ -93,31 +93,32 @@ class Following:
                 asked, held_s = asked_by(ticket.request, now), now - ticket.leased_at
                 begun = not ticket.prompt_pending or held_s > PROMPT_S
                 link.send(Held(number, asked, endpoint.name, held_s, begun=begun))
-        oldest_first = sorted(waiting, key=_arrival)
-        self._waiting.update(enumerate(oldest_first, self._last + 1))
-        self._numbers.update(zip(oldest_first, self._waiting, strict=True))
-        self._last += len(oldest_first)
         self._is_over = False
-        self._tell_waiting(list(self._waiting))
+        self._tell_waiting()
 
-    def _tell_waiting(self, numbers: list[int]) -> None:
+    def _tell_waiting(self) -> None:
         """Tell the leader who of ours waits, some in each turn of the loop; then of homes, and that this is all.
 
         Until it has heard that, it decides none of ours.
         """
+        now = self._gate.now()
         if self._is_over:
             return
-        now = self._gate.now()
-        for number in numbers[:TOLD_IN_A_TURN]:
-            ticket = self._waiting.get(number)
-            if ticket is not None:  # else its client left
-                self.link.send(Offer(number, asked_by(ticket.request, now)))
-        rest = numbers[TOLD_IN_A_TURN:]
-        if rest:
-            self._gate.call_later(0.0, partial(self._tell_waiting, rest))
+        for _ in range(TOLD_IN_A_TURN):
+            ticket = self._untold.pop()
+            if ticket is None:
+                break
+            self._tell_of(ticket, now)
+        if self._untold:
+            self._gate.call_later(0.0, self._tell_waiting)
         else:
             link = self.link
             tell_homes(self._gate, link, lambda: not self._is_over, lambda: link.send(Synced()))
+
+    def _tell_of(self, ticket: Ticket, now: float) -> None:
+        number = self._number(ticket)
+        self._waiting[number] = ticket
+        self.link.send(Offer(number, asked_by(ticket.request, now)))
 
     def _number(self, ticket: Ticket) -> int:
         self._last += 1
@@ -127,25 +128,26 @@ class Following:
     @property
     def waiting(self) -> int:
         """How many of our requests wait."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._untold)
 
-    def end(self) -> dict[Ticket, None]:
+    def end(self) -> ByAge:
         """Leave; return our requests that wait."""
         self._is_over = True
         self.link.close()
         self._doubtful.clear()
-        return dict.fromkeys(self._waiting.values())
+        self._untold.add_all(dict.fromkeys(self._waiting.values()))
+        return self._untold
 
     # ---- our sessions' words
 
     def offer(self, ticket: Ticket) -> None:
         """Have the leader decide."""
-        number = self._number(ticket)
-        self._waiting[number] = ticket
-        self.link.send(Offer(number, asked_by(ticket.request, self._gate.now())))
+        self._tell_of(ticket, self._gate.now())
 
     def close(self, ticket: Ticket, answer: Answer) -> bool:
         """Note that one of our requests is over; tell whether it waited."""
+        if self._untold.discard(ticket):
+            return True
         number = self._numbers.pop(ticket, None)
         if number is None:
             return False
@@ -190,14 +192,11 @@ class Following:
         if heard is not None:
             heard(told.text)
 
-    def refuse_all(self) -> list[Ticket]:
-        """Give up what waits; return it."""
-        tickets = list(self._waiting.values())
-        for number in self._waiting:
-            self.link.send(Cancel(number))
+    def give_up(self, most: int) -> list[Ticket]:
+        """Give up so many of those who wait; return them."""
+        tickets = list(islice(chain(self._waiting.values(), self._untold), most))
         for ticket in tickets:
-            del self._numbers[ticket]
-        self._waiting.clear()
+            self.close(ticket, Answer.UNKNOWN)
         return tickets
 
     def _take_back(self, message: Message) -> None:

@@ -61,7 +61,7 @@ class Follower:
         self.tickets: dict[int, Forwarded] = {}
         self.heard = 0
         self.heard_at = now
-        self.syncing: dict[Forwarded, None] | None = {}
+        self.syncing: dict[Ticket, None] | None = {}
         self.told = 0
         self._shown: deque[tuple[float, int]] = deque([(-inf, 0)], maxlen=MOST_SHOWN)
 

@@ -8,7 +8,7 @@ from extproc.admission.outcome import Outcome
 from extproc.admission.ticket import State
 from extproc.admission.values import Answer, Dispatch, Reject
 from extproc.replicas.forwarded import Forwarded
-from extproc.stream.gate import Gate
+from extproc.stream.gate import BURST, Gate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -199,14 +199,16 @@ class SharedGate(Gate):
             self.do(lambda now: self.controller.observe(name, load, now, leading.unsent(endpoint, now)))
             leading.quotas.after_reading(name)
 
-    def _drain_some(self) -> None:
+    def _refuse_some(self) -> bool:
         """Refuse what waits here but not in our own core, too: also what came from there since the last turn."""
-        super()._drain_some()
-        for ticket in self.replica.refuse_all():
+        others_wait = super()._refuse_some()
+        given_up = self.replica.give_up(BURST)
+        for ticket in given_up:
             ticket.state = State.LEFT
             ticket.request_class = self.controller.class_of(ticket.request)
             wait_s = max(self.now() - ticket.request.arrived, 0.0)
             self.carry(Reject(ticket, Outcome.DRAINING, wait_s, 1))
+        return others_wait or bool(given_up)
 
     def leave(self) -> None:
         """Decide nothing more, and say goodbye to the others."""

@@ -42,7 +42,7 @@ from extproc.stream.by_age import LET_GO_IN_A_TURN, ByAge
 from extproc.words import some_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Set
+    from collections.abc import Callable, Set
 
     from extproc.admission.endpoint import Endpoint
     from extproc.admission.values import Decision
@@ -67,20 +67,23 @@ class Leading:
         gathering: requests that wait until all followers have told theirs, so that age decides; None: all are offered.
     """
 
-    def __init__(self, gate: SharedGate, me: Member, census: Census, *, hold_until: float) -> None:
-        """Lead. Until `hold_until` those whom we lost may not have noticed: the group only refills what it holds."""
+    def __init__(self, gate: SharedGate, me: Member, census: Census, waiting: ByAge, *, hold_until: float) -> None:
+        """Lead; `waiting` are our own requests, and nobody is offered yet.
+
+        Until `hold_until` those whom we lost may not have noticed: the group only refills what it holds.
+        """
         self._gate = gate
         self._me = me
         self._census = census
         self.followers: dict[str, Follower] = {}
         self.heir: Follower | None = None
-        self.gathering: ByAge | None = ByAge()
+        self.gathering: ByAge | None = waiting
         self._lets_go = False  # they are offered, some in each turn of the loop
         self._disowned: list[tuple[float, Endpoint, int]] = []  # lately: when, where, how many sequences
         self._going: deque[Ticket] = deque()  # who is to be taken out of our core
         self._running: deque[Forwarded] = deque()  # those of them that run
         self._takes_out = False  # some in each turn of the loop
-        self._give_back: Callable[[Ticket], None] = lambda _: None  # one of ours is taken out: we lead no more
+        self._given_back = ByAge()  # our own requests that are taken out: we lead no more
         self._is_empty: Callable[[], None] = lambda: None  # all of them are out
         self._sent_away: dict[str, list[str]] = {}  # followers, and what they lacked for too long
         gate.controller.is_shared = True
@@ -140,19 +143,17 @@ class Leading:
         self._going.extend(follower.tickets.values())
         follower.tickets, follower.syncing = {}, None
 
-    def end(self, successor: Member | None, give_back: Callable[[Ticket], None], is_over: Callable[[], None]) -> None:
+    def end(self, successor: Member | None, given_back: ByAge, is_over: Callable[[], None]) -> None:
         """Stop leading: tell followers, and have our core decide nothing more.
 
-        `give_back` gets each of our own requests that waits; `is_over` is called when nobody waits in our core.
+        Our own requests that wait are `given_back`; `is_over` is called when nobody waits in our core.
         """
-        self._give_back = give_back
+        self._given_back = given_back
         self._is_empty = partial(self._take_ours_out, is_over)
         self._gate.stop_gathering()
         self.quotas.close()
         gathered, self.gathering = self.gathering or (), None
-        for ticket in gathered:
-            if not isinstance(ticket, Forwarded):
-                give_back(ticket)
+        given_back.add_all({ticket: None for ticket in gathered if not isinstance(ticket, Forwarded)})
         for follower in list(self.followers.values()):
             follower.link.send(Leave(successor))
             follower.link.close()
@@ -203,7 +204,7 @@ class Leading:
         if ticket.state is State.WAITING:
             self._gate.do(partial(self._gate.controller.withdraw, ticket))
             if not isinstance(ticket, Forwarded):
-                self._give_back(ticket)
+                self._given_back.add(ticket, ticket.request.arrived)
         elif isinstance(ticket, Forwarded):
             if ticket.state is State.LEASED:
                 self._running.append(ticket)
@@ -251,16 +252,11 @@ class Leading:
 
     # ---- requests
 
-    def gather_all(self, tickets: Iterable[Ticket]) -> None:
-        """Keep back who waited for somebody to lead; nobody is offered yet."""
-        if self.gathering is not None:
-            self.gathering.add_all(tickets)
-
     def gather(self, ticket: Ticket) -> bool:
         """Keep a request back while followers still tell theirs, or older ones are not offered yet; tell whether."""
         if self.gathering is None:
             return False
-        self.gathering.add(ticket)
+        self.gathering.add(ticket, ticket.request.arrived)
         return True
 
     def close_gathered(self, ticket: Ticket) -> bool:
@@ -278,9 +274,10 @@ class Leading:
         try:
             for _ in range(LET_GO_IN_A_TURN):
                 self._gate.now()
-                if not self.gathering:
+                ticket = self.gathering.pop() if self.gathering else None
+                if ticket is None:
                     break
-                self._gate.offer_here(self.gathering.pop())
+                self._gate.offer_here(ticket)
         finally:
             if self.gathering:
                 self._gate.call_later(0.0, self._let_go)

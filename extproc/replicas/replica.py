@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from extproc.admission.transitions import WAITING
@@ -43,6 +44,7 @@ from extproc.replicas.messages import (
 from extproc.replicas.picture import Picture, Role
 from extproc.replicas.rules import rules_of
 from extproc.replicas.seeking import Outcome, Seeking
+from extproc.stream.by_age import ByAge
 from extproc.words import some_of
 
 if TYPE_CHECKING:
@@ -100,7 +102,7 @@ class Replica:
         self.pool = pool
         self._network = network
         self._loop = loop
-        self._waiting: dict[Ticket, None] = {}  # ours, while nobody decides
+        self._waiting = ByAge()  # ours, while nobody decides
         self.epoch = 0
         self._since = loop.time()
         self._hold_until = 0.0
@@ -243,7 +245,7 @@ class Replica:
             return True
         if self.leading is not None:
             return self.leading.gather(ticket)
-        self._waiting[ticket] = None
+        self._waiting.add(ticket, ticket.request.arrived)
         return True
 
     def close(self, ticket: Ticket, answer: Answer) -> bool:
@@ -252,15 +254,15 @@ class Replica:
             return self.following.close(ticket, answer)
         if self.leading is not None:
             return self.leading.close_gathered(ticket)
-        waited = ticket in self._waiting
-        self._waiting.pop(ticket, None)
-        return waited
+        return self._waiting.discard(ticket)
 
-    def refuse_all(self) -> list[Ticket]:
-        """Give up what waits and is not in our own core; return it."""
-        tickets, self._waiting = list(self._waiting), {}
+    def give_up(self, most: int) -> list[Ticket]:
+        """Give up so many of those who wait and are not in our own core; return them."""
+        tickets = list(islice(self._waiting, most))
+        for ticket in tickets:
+            self._waiting.discard(ticket)
         if self.following is not None:
-            tickets += self.following.refuse_all()
+            tickets += self.following.give_up(most)
         return tickets
 
     def names_changed(self) -> None:
@@ -347,7 +349,7 @@ class Replica:
         self.epoch = max(self.epoch, epoch)
         self.refused = None
         self._hold_until = 0.0
-        waiting, self._waiting = self._waiting, {}
+        waiting, self._waiting = self._waiting, ByAge()
         self.census.met(leader)
         self.following = Following(self._gate, leader, epoch, call, waiting)
         call.heard = partial(self._hear_leader, self.following)
@@ -363,11 +365,10 @@ class Replica:
         now = self._loop.time()
         self._seeking = None
         self.epoch += 1
-        self.leading = Leading(self._gate, self.me, self.census, hold_until=self._hold_until)
+        waiting, self._waiting = self._waiting, ByAge()
+        self.leading = Leading(self._gate, self.me, self.census, waiting, hold_until=self._hold_until)
         self._hold_until = 0.0
         self._meeting = Meeting(self, self._network)
-        waiting, self._waiting = self._waiting, {}
-        self.leading.gather_all(waiting)
         self._become(Role.LEADING)
         others = [str(member) for member in self.census.others(self.me.id)]
         known = some_of(others, MOST_NAMED) or "none"
@@ -396,7 +397,7 @@ class Replica:
         if following is None:
             return
         self.following = None
-        self._waiting |= following.end()
+        self._waiting = following.end()
         leader = following.leader
         level = logging.INFO if clean else logging.WARNING
         what = "hands over" if clean else "is silent" if silent else "is gone"
@@ -424,10 +425,7 @@ class Replica:
 
     def _end_leading(self, leading: Leading, successor: Member | None) -> None:
         self.leading, self._ending = None, leading
-        leading.end(successor, self._hold, self._has_ended)
-
-    def _hold(self, ticket: Ticket) -> None:
-        self._waiting[ticket] = None
+        leading.end(successor, self._waiting, self._has_ended)
 
     def _has_ended(self) -> None:
         """Look for a leader, now that nobody waits in our core: who waits in two may be sent twice."""
@@ -502,7 +500,7 @@ class Replica:
         self.log.warning("this process did nothing for %.1f s; others may have gone on without it", stopped_s)
         if self.following is not None:
             following, self.following = self.following, None
-            self._waiting |= following.end()
+            self._waiting = following.end()
         elif self.leading is not None:
             self._end_leading(self.leading, None)
         self._seek([], hold_until=now + SILENCE_S, everybody=True)

@@ -84,6 +84,7 @@ class Gate:
         self._timer: Timer | None = None
         self._timer_at = 0.0
         self._replays = Replays(loop, self._let_go)
+        self._lets_go = False  # what was gathered, some in each turn of the loop
         self._left = False
 
     def call_later(self, delay_s: float, callback: Callable[[], None]) -> None:
@@ -98,7 +99,7 @@ class Gate:
     @property
     def undelivered(self) -> int:
         """How many decisions wait for their turn to be told, or to be made by a drain."""
-        to_refuse = self.controller.waiting + len(self._replays) if self.controller.draining else 0
+        to_refuse = self.waiting + len(self._replays) if self.controller.draining else 0
         return len(self._outbox) + to_refuse
 
     # ---- requests
@@ -209,15 +210,18 @@ class Gate:
     def stop_gathering(self) -> None:
         """Expect no more replays: what was gathered takes its place in the queue from now on."""
         self._replays.expect_no_more()
-        self._let_go()
+        if not self._lets_go:
+            self._let_go()
 
     def _let_go(self) -> None:
         """Give what was gathered its place, some of it now, and as much in each turn of the loop that follows."""
+        is_refused = self.controller.draining
         try:
-            for ticket in self._replays.take():
+            for ticket in self._replays.take(BURST) if is_refused else self._replays.take():
                 self._place(ticket)
         finally:
-            if self._replays:
+            self._lets_go = bool(self._replays)
+            if self._lets_go:
                 self._loop.call_soon(self._let_go)
 
     def _place(self, ticket: Ticket) -> None:
@@ -231,9 +235,13 @@ class Gate:
 
     def _drain_some(self) -> None:
         """Refuse as many of those who wait as are told in one turn, and come again in the next."""
-        self._settle(self.controller.drain(self.now(), BURST))
-        if self.controller.waiting:
+        if self._refuse_some():
             self._loop.call_soon(self._drain_some)
+
+    def _refuse_some(self) -> bool:
+        """Refuse so many; tell whether others wait."""
+        self._settle(self.controller.drain(self.now(), BURST))
+        return self.controller.waiting > 0
 
     def leave(self) -> None:
         """Decide nothing more: streams are about to be cut, and the room of their leases is not free."""

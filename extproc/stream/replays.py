@@ -77,8 +77,8 @@ class Replays:
             self._oldest_s = max(self._oldest_s, now - arrived + self._clock_offset_s())
         elif not self._gathered:
             return False
-        self._gathered.add(ticket)
-        self._offsets_s[ticket] = self._clock_offset_s()
+        self._offsets_s[ticket] = offset_s = self._clock_offset_s()
+        self._gathered.add(ticket, arrived - offset_s)  # together they may show that the clocks differ
         return True
 
     def forget(self, ticket: Ticket) -> bool:
@@ -87,29 +87,31 @@ class Replays:
         return self._gathered.discard(ticket)
 
     def expect_no_more(self) -> None:
-        """Keep nothing back from now on."""
-        self.until = 0.0
+        """Keep nothing back once all that was is let go."""
+        self._expected_until = 0.0
+        if self.until < inf:
+            self.until = 0.0
 
     def __len__(self) -> int:
         """Return how many are kept back."""
         return len(self._gathered)
 
-    def take(self) -> Iterator[Ticket]:
-        """Let go as many as are in one turn of what was kept back, one by one, in the order in which it came to Envoy.
+    def take(self, most: int = LET_GO_IN_A_TURN) -> Iterator[Ticket]:
+        """Let go up to so many of what was kept back, one by one, in the order in which it came to Envoy.
 
         As long as some are left, whoever comes joins them.
         """
         offset_s, now = self._clock_offset_s(), self._loop.time()
-        for ticket, known_s in self._offsets_s.items():  # together they may have shown that the clocks differ
-            ticket.request.arrived = min(ticket.request.arrived + offset_s - known_s, now)
-        self._offsets_s.clear()
         if self.until < inf:
             self._expected_until, self.until = self.until, inf
         try:
-            for _ in range(LET_GO_IN_A_TURN):
-                if not self._gathered:
+            for _ in range(most):
+                ticket = self._gathered.pop()
+                if ticket is None:
                     return
-                yield self._gathered.pop()
+                request = ticket.request
+                request.arrived = min(request.arrived + offset_s - self._offsets_s.pop(ticket), now)
+                yield ticket
         finally:
             if not self._gathered:
                 self.until = self._expected_until

@@ -14,7 +14,7 @@ from extproc.admission.controller import Controller
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request, RequestClass
 from extproc.stream.by_age import LET_GO_IN_A_TURN
-from extproc.stream.gate import Gate
+from extproc.stream.gate import BURST, Gate
 from extproc.stream.replays import GATHER_S, QUIET_S, REPLAYED_S, REPLAYS_S
 
 if TYPE_CHECKING:
@@ -197,10 +197,33 @@ def test_a_drain_before_or_amid_letting_many_go_forgets_nobody(turns):
 def test_a_sidecar_that_is_told_to_end_while_it_gathers_many_lets_them_go_some_in_a_turn():
     room = Room(1000)
     tickets = [room.offer(f"r{number}", 3 + number / 1000) for number in range(3 * LET_GO_IN_A_TURN)]
-    room.gate.stop_gathering()
+    for _ in range(3):  # as a drain does, a leader that resigns, and the end of all waiting
+        room.gate.stop_gathering()
     assert room.gate.waiting + len(room.sent) == LET_GO_IN_A_TURN
     room.loop.advance(0.0)
     assert room.gate.waiting + len(room.sent) == len(tickets)
+
+
+def test_a_drain_amid_letting_go_refuses_a_few_in_each_turn():
+    room = Room()
+    tickets = [room.offer(f"r{number}", 3 + number / 1000) for number in range(3 * LET_GO_IN_A_TURN)]
+    room.gate.drain()
+    told = [len(room.sent)]
+    while len(room.sent) < len(tickets):
+        room.loop.turn(0.0)
+        told.append(len(room.sent) - sum(told))
+    assert max(told[1:]) == BURST
+
+
+def test_who_comes_while_a_sidecar_that_is_told_to_end_lets_others_go_stands_behind_them():
+    room = Room()
+    tickets = [room.offer(f"r{number}", 3 + number / 1000) for number in range(2 * LET_GO_IN_A_TURN)]
+    room.loop.turn(GATHER_S)
+    room.gate.stop_gathering()
+    tickets.append(room.offer("new"))
+    room.loop.advance(0.0)
+    room.run_dry(*tickets)
+    assert room.sent[-1] == "new"
 
 
 def test_a_fault_at_one_that_is_let_go_keeps_no_other_back(monkeypatch):
@@ -231,6 +254,17 @@ def test_what_the_clocks_differ_by_is_taken_off_once_though_many_are_let_go_over
     room.loop.advance(GATHER_S)
     moved_s = {round(ticket.request.arrived - stamp, 6) for ticket, stamp in zip(tickets, stamps, strict=True)}
     assert moved_s == {0.5}
+
+
+def test_whose_age_was_told_before_the_clocks_were_known_to_differ_stands_where_its_true_age_puts_it():
+    room, offsets_s = Room(), [0.0]
+    room.gate.expect_replays(lambda: offsets_s[-1])
+    tickets = [room.offer("4 s old, said to be 14", 14.0)]
+    offsets_s.append(10.0)
+    tickets.append(room.offer("4.5 s old", 4.5))
+    room.loop.advance(GATHER_S)
+    room.run_dry(*tickets)
+    assert room.sent == ["4.5 s old", "4 s old, said to be 14"]
 
 
 def test_one_whose_stream_ends_by_what_another_is_told_gets_no_slot():

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from extproc.admission import settling
 from extproc.admission.values import EndpointSpec, Policy, RequestClass
 from extproc.replicas import leading
+from extproc.stream import by_age
 
 from .site import BrokenError, Site, require
 
@@ -291,11 +292,11 @@ def storm(
     here = Storm(seed, sidecars=sidecars, limit=limit, reloads=reloads)
     here.rain()
     here.clock.at(here.clock.now + 5.0, here.blow)
-    all_at_once = settling.PIECE, leading.LET_GO_IN_A_TURN
+    all_at_once = settling.PIECE, leading.LET_GO_IN_A_TURN, by_age.PLACED_IN_A_TURN
     if reloads:
         here.reload()
         here.turn_s = TURN_S
-        settling.PIECE, leading.LET_GO_IN_A_TURN = PIECE, LET_GO
+        settling.PIECE, leading.LET_GO_IN_A_TURN, by_age.PLACED_IN_A_TURN = PIECE, LET_GO, LET_GO
     try:
         for number in count(1):
             if here.clock.events >= events:
@@ -307,7 +308,7 @@ def storm(
                 progress(here)
         here.finish()
     finally:
-        settling.PIECE, leading.LET_GO_IN_A_TURN = all_at_once
+        settling.PIECE, leading.LET_GO_IN_A_TURN, by_age.PLACED_IN_A_TURN = all_at_once
     return here
 
 

@@ -12,6 +12,7 @@ from extproc.admission.sessions import Home
 from extproc.admission.values import RequestClass
 from extproc.replicas.messages import Remember, Synced
 from extproc.simulate.network import End
+from extproc.stream.by_age import ByAge
 
 from .test_group import followers, leader, site
 
@@ -162,7 +163,7 @@ def test_an_heir_who_is_none_any_more_is_told_nothing_more(monkeypatch):
     sent = listen(here, monkeypatch)
     here.kill(heir_of(here).place)
     here.run_until(lambda: bool(per_turn(sent)), 5.0)
-    leader(here).replica.leading.end(None, lambda _: None, lambda: None)
+    leader(here).replica.leading.end(None, ByAge(), lambda: None)
     here.run(0.5)
     assert per_turn(sent) == [200]
 

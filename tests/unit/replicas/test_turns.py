@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from extproc.admission.events import Offered
-from extproc.admission.values import EndpointSpec, Policy, RequestClass
+from extproc.admission.ticket import Ticket
+from extproc.admission.values import EndpointSpec, Policy, Request, RequestClass
 from extproc.pure import is_compiled
 from extproc.replicas import leading
 from extproc.replicas.picture import Role
 from extproc.replicas.replica import STOPPED_S
+from extproc.stream.by_age import PLACED_IN_A_TURN, ByAge
+from extproc.stream.gate import BURST
 
 from .storm import POLICIES
 from .test_group import followers, leader, site
@@ -90,6 +93,55 @@ def test_no_turn_is_long_when_a_leader_leads_no_more_or_a_follower_goes(how):
     for one in here.alive:
         assert one.gate.waiting >= WAITING - 10
     here.run(1.0, here.check)
+
+
+def turns_of(here: Site, seconds: float, count: Callable[[], int]) -> list[int]:
+    """Return by how much `count` grew in each turn of a loop."""
+    grew, end, before = [], here.clock.now + seconds, count()
+    while (at := here.clock.next()) is not None and at <= end:
+        here.step()
+        grew.append(count() - before)
+        before = count()
+    return grew
+
+
+def test_a_follower_that_is_drained_refuses_some_in_each_turn_also_those_whom_no_leader_was_told_of():
+    here = site(engines=3, limit=1)
+    waiting = crowd(here, 3 * BURST)
+    one = followers(here)[0]
+    own = [client for client in waiting if client.place == one.place]
+    killed(here, leader(here))
+    here.run_until(lambda: one.replica.role is Role.SEEKING)
+    here.clock.at(here.clock.now, one.gate.drain)
+    refused = turns_of(here, 3.0, lambda: sum(client.outcomes == ["draining"] for client in own))
+    assert (sum(refused), max(refused)) == (3 * BURST, BURST)
+
+
+def test_a_follower_that_is_drained_refuses_some_in_each_turn_of_those_whom_the_leader_knows():
+    here = site(engines=3, limit=1)
+    waiting = crowd(here, 3 * BURST)
+    here.run(0.5)
+    one = followers(here)[0]
+    own = [client for client in waiting if client.place == one.place]
+    here.clock.at(here.clock.now, one.gate.drain)
+    refused = turns_of(here, 1.0, lambda: sum(client.outcomes == ["draining"] for client in own))
+    assert (sum(refused), max(refused)) == (3 * BURST, BURST)
+    assert leader(here).controller.waiting == 2 * 3 * BURST
+
+
+def test_who_comes_in_one_moment_is_put_in_order_some_in_a_turn_and_before_anybody_is_let_go():
+    """Of 50,000 all were, in one turn of 14 to 18 ms."""
+    kept, count = ByAge(), 2 * PLACED_IN_A_TURN + 10
+    tickets = [Ticket(Request("", float(number * 7919 % count))) for number in range(count)]
+    gone = next(one for one in tickets if one.request.arrived == 5.0)
+    kept.add_all(dict.fromkeys(tickets))
+    assert [kept.pop(), kept.pop()] == [None, None]
+    assert (kept.discard(gone), kept.discard(gone)) == (True, False)
+    kept.add(Ticket(Request("late", 0.5)), 0.5)
+    assert len(kept) == len(list(kept)) == count
+    order = [one.request.arrived for _ in range(count) if (one := kept.pop())]
+    assert order == sorted({*map(float, range(count)), 0.5} - {5.0})
+    assert (kept.pop(), len(kept), bool(kept)) == (None, 0, False)
 
 
 def test_no_turn_of_a_group_at_rest_is_long_however_many_endpoints_there_are():
