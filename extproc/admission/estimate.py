@@ -230,8 +230,10 @@ class TokenEstimate:
             lasted_s = self._durations.value
             pace = self._mean / (lasted_s if lasted_s > LEAST_LASTED_S else LEAST_LASTED_S)
         else:
-            self._pace = min(self._pace * (law.nudge if pace > self._pace else 1.0 / law.nudge), MOST_PACE)
-            pace = min(pace, self._pace * law.most_faster)
+            median = self._pace * (law.nudge if pace > self._pace else 1.0 / law.nudge)
+            self._pace = median = median if median < MOST_PACE else MOST_PACE
+            if pace > median * law.most_faster:
+                pace = median * law.most_faster
         seen = writing_s * pace * ticket.sequences
         if seen > MOST_OUTPUT:
             seen = float(MOST_OUTPUT)

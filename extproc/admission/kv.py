@@ -59,7 +59,9 @@ class KvBooks:
     @property
     def pressure(self) -> float:
         """The share of the room that is booked; 0 while nobody knows how much there is."""
-        return 0.0 if self.capacity is None else self.tokens / (self.law.share * self.capacity)
+        if self.capacity is None:
+            return 0.0
+        return (self.prompts * self.real + self.outputs) / (self.law.share * self.capacity)
 
     @property
     def room(self) -> float:

@@ -277,12 +277,12 @@ class Prefill:
         self.limit = max(law.chunks * law.chunk, int(law.ahead_s / self._token_s), int(law.prompts * self._mean))
 
     def _predict(self, ticket: Ticket, now: float) -> None:
-        law = self.law
-        begins = max(now, self._computed_at)
-        self._computed_at = begins + ticket.work_tokens * self._token_s
-        in_progress_s = self._step_s + min(self.tokens, law.chunk) * self._token_s
-        due = self._computed_at + in_progress_s / 2
-        ticket.computed_at = due if self.counts else min(now + law.patience * (due - now), now + law.patience_s)
+        law, token_s = self.law, self._token_s
+        begins = self._computed_at if self._computed_at > now else now
+        self._computed_at = computed_at = begins + ticket.work_tokens * token_s
+        in_progress = self.tokens if self.tokens < law.chunk else law.chunk
+        due = computed_at + (self._step_s + in_progress * token_s) / 2
+        ticket.computed_at = due if self.counts else now + min(law.patience * (due - now), law.patience_s)
 
     def _count(self, counted: float) -> list[Ticket]:
         """Match the count with the prompts sent, oldest first; return those counted."""

@@ -194,7 +194,10 @@ class Room:
         if self.closed_until is not None:
             return CLOSED
         pressure = held / self.limit.own
-        return pressure if self.kv.capacity is None else max(pressure, self.kv.pressure)
+        if self.kv.capacity is None:
+            return pressure
+        booked = self.kv.pressure
+        return booked if booked > pressure else pressure
 
     @property
     def cache_room(self) -> float:
