@@ -148,7 +148,8 @@ class Fleet:
     def changed(self, endpoint: Endpoint) -> None:
         """Follow whatever changed an endpoint's room.
 
-        Room where others wait most often goes to one of them at once: it is listed if the pass leaves it.
+        Room where others wait most often goes to one of them at once: it is measured if there is more than one, and
+        listed if the pass leaves it.
         """
         is_usable = endpoint.health.shut_by is None and not endpoint.removed  # `available`, without a call
         if is_usable is not endpoint.counted:
@@ -162,7 +163,7 @@ class Fleet:
         elif endpoint.health.ejected_until is not None:  # it was down before: what it serves alone has nobody better
             self._spare_the_last(endpoint.pools)
         if self._books.waiting and not endpoint.listing and endpoint.held_by() is None:
-            endpoint.closed_by, endpoint.crowding = None, (endpoint.pressure(), endpoint.picked)
+            endpoint.closed_by = None
         else:
             self.follow(endpoint)
         if endpoint.closed_by is None:
@@ -192,6 +193,12 @@ class Fleet:
             endpoint.alarm_number = 0
         else:
             self.changes.set(endpoint, at, len(self._books.endpoints))
+
+    def measure(self, endpoints: Iterable[Endpoint]) -> None:
+        """Note how much room those have that no list knows yet."""
+        for endpoint in endpoints:
+            if not endpoint.listing:
+                endpoint.crowding = (endpoint.pressure(), endpoint.picked)
 
     def leave(self, endpoint: Endpoint, waited_for: bool) -> None:
         """Note that nobody takes what room an endpoint has. `waited_for`: if any, it suits nobody who waits."""

@@ -175,7 +175,9 @@ class Guard:
         if self.emptiest is None:
             self.emptiest = self._pool.emptiest()
         emptiest = self.emptiest
-        return emptiest is None or emptiest is endpoint or endpoint.crowding < emptiest.crowding
+        if emptiest is None or emptiest is endpoint:
+            return True
+        return (endpoint.pressure(), endpoint.picked) < emptiest.crowding
 
     def _pass_over(self, queue: Queue, ticket: Ticket, endpoint: Endpoint, *, same_pool: bool) -> None:
         """Count it for those in the window of `queue` who are before `ticket` by turns at `endpoint`, where it goes."""

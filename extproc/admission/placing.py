@@ -54,7 +54,7 @@ class Placing:
         self._picks = 0
         self.sessions = Sessions()
 
-    def run(self) -> None:
+    def run(self) -> None:  # noqa: C901 - each request pays for a call
         """Hand every room that this event made to the request that should have it.
 
         Only what changed is looked at: endpoints that may have gained room, and tickets that may go somewhere new.
@@ -65,6 +65,8 @@ class Placing:
         """
         books = self._books
         freed, arrived, has_leased, missed, over = books.freed, books.arrived, False, 0, 0
+        if len(freed) > 1:
+            self._fleet.measure(freed)
         while (freed or arrived) and over < DUE_AT_ONCE:
             if not books.waiting:  # nobody waits: nobody takes room, and endpoints need not be put in order
                 for endpoint in freed:

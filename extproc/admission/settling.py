@@ -214,7 +214,7 @@ class Settling:
         """Tell whether many endpoints are open, or one that is far from full."""
         has_room = [one for pool in pools if (one := pool.emptiest()) is not None]
         has_room += [one for one in self._books.freed if one.closed_by is None]
-        return len(has_room) > PIECE // GOING or any(one.crowding[0] < ROOMY for one in has_room)
+        return len(has_room) > PIECE // GOING or any(one.pressure() < ROOMY for one in has_room)
 
     def _pool_of(self, ticket: Ticket) -> Pool:
         pools, request = self._books.pools, ticket.request
