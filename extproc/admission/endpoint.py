@@ -34,6 +34,7 @@ class Endpoint(Room):
         counters: whether its counters are believed.
         steps: what the engine's steps cost, by its counters.
         keeps_tokens: whether `kv` and `prefill` are kept: where nothing tells of its cache or of prompts nobody asks.
+        unkept: tokens of all prompts that were sent before.
         held_since: since when whatever came free here was taken at once, or suited nobody; None: there is room.
         limit_since: since when its limit has been set by what it says; None: since the start.
         expected, written: tokens of all its answers, as estimated for those that ended and as its counters, while they
@@ -63,6 +64,7 @@ class Endpoint(Room):
         "spec",
         "steps",
         "turns",
+        "unkept",
         "written",
     )
 
@@ -90,6 +92,7 @@ class Endpoint(Room):
         self.steps = StepCost(policy.laws.steps)
         self.deferred = Deferred()
         self.keeps_tokens = False
+        self.unkept = 0
         self.size_cache()
         self.apply(policy)
 
@@ -140,6 +143,7 @@ class Endpoint(Room):
             self.prefill.add(ticket, now, held_back=ticket.request.model in self.deferred.adapters)
         else:
             ticket.prompt_pending = True
+            self.unkept += ticket.work_tokens
         self.dispatched += 1
 
     def adopt(self, ticket: Ticket, now: float, held_s: float, *, begun: bool) -> None:
@@ -233,6 +237,7 @@ class Endpoint(Room):
             for ticket in self.leases:
                 self.kv.add(ticket)
                 self.prefill.add(ticket, ticket.leased_at)
+            self.prefill.follow(self.dispatched, self.unkept)
 
     @property
     def foreign(self) -> int:

@@ -129,6 +129,11 @@ class Prefill:
         if self.counts or self.probed:
             self._predict(ticket, now)
 
+    def follow(self, sent: int, tokens: int) -> None:
+        """Take the mean of the last prompts to be that of all `sent` till now, which had so many `tokens`."""
+        if sent:
+            self._seen, self._mean = min(float(sent), self.law.lengths), tokens / sent
+
     def computed(self, ticket: Ticket, now: float) -> None:
         """Note that the first token of `ticket` was seen. Repeated: no-op.
 

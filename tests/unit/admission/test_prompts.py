@@ -96,6 +96,16 @@ def test_prompts_that_were_sent_before_anything_told_of_them_are_under_way(how: 
     assert desk.endpoint("a").prefill.tokens == sum(ticket.work_tokens for ticket in pending)
 
 
+def test_long_prompts_that_were_sent_before_anything_told_of_them_raise_the_limit_too() -> None:
+    early, late = Desk(one("a", 100)), Desk(one("a", 100))
+    early.observe("a", Load(first_tokens=0))
+    for desk in (early, late):
+        for _ in range(10):
+            desk.release(desk.ask(prompt_tokens=20_000))
+        desk.observe("a", Load(first_tokens=0, running=0.0))
+    assert late.endpoint("a").prefill.limit == early.endpoint("a").prefill.limit > 20_000
+
+
 def test_a_first_token_of_a_finished_request_is_ignored() -> None:
     desk = Desk(one("a", 1), first_byte_probe=True)
     ticket = desk.ask(prompt_tokens=10)
