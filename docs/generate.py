@@ -98,7 +98,7 @@ def _default(name: str, field: FieldInfo) -> str:
     if name == "socket_mode":
         return f"`{value:04o}`"
     if isinstance(value, float):
-        return f"`{format_duration(value) if is_duration(field.metadata) else format(value, 'g')}`"
+        return f"`{format_duration(value) if is_duration(field) else format(value, 'g')}`"
     if isinstance(value, (list, BaseModel)):
         return "one, `default`" if value and name == "classes" else "below" if name == "headers" else "none"
     return f"`{value}`"

@@ -143,9 +143,6 @@ def mesh_bootstrap() -> dict[str, Any]:
     """Return the bootstrap of a plain Envoy in front of the standalone sidecar."""
     config = load_config(K8S / "standalone/sidecar.yaml", {})
     bootstrap: dict[str, Any] = yaml.safe_load(render(config, EnvoyOptions(http=HTTP, sidecars=(SIDECAR,))))
-    for cluster in bootstrap["static_resources"]["clusters"]:
-        if cluster["name"] == EXT_PROC_CLUSTER:
-            cluster["type"] = "STRICT_DNS"  # a Service's name, where the bootstrap has an address
     return bootstrap
 
 

@@ -290,7 +290,7 @@ def _require_none(source: str, problems: list[str]) -> None:
 
 
 def _envoy_config(arguments: argparse.Namespace) -> int:
-    from extproc.config import cross_check, load_config, require_address
+    from extproc.config import cross_check, load_config, require_ip, require_listen
     from extproc.envoy import fallback, picker
     from extproc.envoy.bootstrap import render
     from extproc.envoy.sidecar_tls import render_secrets
@@ -301,10 +301,9 @@ def _envoy_config(arguments: argparse.Namespace) -> int:
         config = config.model_copy(update={"dialect": arguments.dialect})
         _require_none(str(arguments.config), cross_check(config))
     for flag, address in (("--http", arguments.http), ("--envoy-admin", arguments.envoy_admin)):
-        require_address(flag, address)
+        require_ip(flag, address)
     for address in arguments.sidecar:
-        if not address.startswith("unix:"):
-            require_address("--sidecar", address)
+        require_listen("--sidecar", address)
     for path in arguments.unqueued:
         problem = f"--unqueued: must be an exact path without a query, like /health, not {path!r}"
         _require_none("command line", [] if _EXACT_PATH.fullmatch(path) else [problem])

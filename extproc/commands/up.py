@@ -23,7 +23,7 @@ import yaml
 
 from extproc.app import App
 from extproc.commands.demo import Demo
-from extproc.config import Config, load_config, parse_config, require_address, split_address
+from extproc.config import Config, load_config, parse_config, require_address, require_ip, split_address
 from extproc.envoy.bootstrap import render
 from extproc.envoy.skeleton import EnvoyOptions
 from extproc.errors import ConfigError, StartError, plain_words
@@ -87,6 +87,7 @@ class Up:
         """Start all, wait for Ctrl-C or SIGTERM, drain, stop all. Return the exit code."""
         if self._config_file is not None:
             load_config(self._config_file, self._own_keys(Path("/")))  # its mistakes come before anything is tried
+        require_ip("--http", self._http)
         for number in range(self._replicas):
             for flag, address in (("--http", self._http), ("--admin", self._admin)):
                 _require_free(flag, _next(address, number))

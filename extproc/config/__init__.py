@@ -21,7 +21,7 @@ from extproc.config.replicas import LeaseConfig, ReplicasConfig, ReplicasTlsConf
 from extproc.config.requests import PickerConfig
 from extproc.config.rules import cross_check
 from extproc.config.tls import TlsConfig, TlsEnvoyConfig
-from extproc.config.types import require_address, split_address
+from extproc.config.types import require_address, require_ip, require_listen, split_address
 
 __all__ = [
     "Config",
@@ -45,6 +45,8 @@ __all__ = [
     "load_config",
     "parse_config",
     "require_address",
+    "require_ip",
+    "require_listen",
     "sections",
     "split_address",
     "target_of",

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pydantic import SecretStr
+
 from extproc.config.types import shown
+from extproc.words import some_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from extproc.config.keys import Config
 
-SECRET = ("_headers", "_token")
-"""Keys with such a part may hold a secret: that they changed is told, and not to what."""
+MOST_TEXT = 100
+"""Characters of a list; of a longer one it is told what came and what went."""
+MOST_NAMED = 8
 
 
 def changes(old: Config, new: Config) -> list[str]:
@@ -25,7 +29,7 @@ def changes(old: Config, new: Config) -> list[str]:
 def _changes(old: Any, new: Any, where: str) -> Iterator[str]:
     if old == new:
         return
-    if _is_secret(where):
+    if isinstance(old, SecretStr) or isinstance(new, SecretStr):  # that it changed is told, and not to what
         yield f"{where}: changed"
     elif isinstance(old, dict) and isinstance(new, dict):
         for key in {**old, **new}:
@@ -35,6 +39,8 @@ def _changes(old: Any, new: Any, where: str) -> Iterator[str]:
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and isinstance(old[0], dict):
         for index, pair in enumerate(zip(old, new, strict=True)):
             yield from _changes(*pair, f"{where}[{index}]")
+    elif _are_words(old) and _are_words(new) and max(len(_short(old)), len(_short(new))) > MOST_TEXT:
+        yield f"{where}: {_difference(old, new)}"
     else:
         yield f"{where}: {_short(old)} -> {_short(new)}"
 
@@ -60,19 +66,28 @@ def _are_named(value: object) -> bool:
 
 
 def _address_of(item: dict[str, Any]) -> str:
-    return f" ({item['address']})" if "address" in item else ""
+    return f" ({item['address']})" if item.get("address") is not None else ""
 
 
-def _is_secret(where: str) -> bool:
-    return any(part in where.rpartition(".")[2] for part in SECRET)
+def _are_words(value: object) -> bool:
+    return isinstance(value, list) and not any(isinstance(item, (dict, list)) for item in value)
 
 
-def _short(value: object) -> str:
-    if isinstance(value, list) and not any(isinstance(item, (dict, list)) for item in value):
-        text = ", ".join(map(str, value)) or "none"
-        return f"[{text if len(text) <= 100 else text[:100] + '...'}]"
+def _difference(old: list[object], new: list[object]) -> str:
+    come, gone = ([one for one in some if one not in others] for some, others in ((new, old), (old, new)))
+    parts = [
+        f"{len(some)} {what} ({some_of(list(map(str, some)), MOST_NAMED)})"
+        for what, some in (("come", come), ("go", gone))
+        if some
+    ]
+    return ", ".join(parts) or "in another order"
+
+
+def _short(value: Any) -> str:
+    if _are_words(value):
+        return f"[{', '.join(map(str, value)) or 'none'}]"
     if value is None:
         return "unset"
     if isinstance(value, list):
         return f"{len(value)} item(s)"
-    return f"{value:g}" if isinstance(value, float) else shown(value).strip("'")
+    return f"{value:.15g}" if isinstance(value, float) else shown(value).strip("'")

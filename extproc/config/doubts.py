@@ -113,7 +113,7 @@ def _bare(data: object, section: type[BaseModel], path: str, at: str = "") -> It
         key = field.alias or name
         value, below = data.get(key), f"{path}.{key}".lstrip(".")
         here = f"{at}.{key}".lstrip(".")
-        if is_duration(field.metadata):
+        if is_duration(field):
             if isinstance(value, (int, float)) and not isinstance(value, bool) and value:
                 yield here, value
         elif below in SECTIONS:

@@ -19,6 +19,7 @@ from extproc.config.types import (
     Server,
 )
 
+DEFAULT_BUDGET_S = 30.0
 SERVER_MARGIN_S = 0.4
 """Of an objective for the first token, what is left to the server."""
 
@@ -50,10 +51,10 @@ class ClassConfig(Section):
         description="Its share of what classes of its priority get, by tokens: 4 beside 1 is four fifths while both "
         "have requests waiting. All of one priority have one, or none: then they are one line.",
     )
-    budget: Duration = Field(
-        30.0,
-        description="The longest that a request of this class may wait. Where `ttft` is given, by default that less "
-        "0.4s, which the server needs.",
+    budget: Duration | None = Field(
+        None,
+        description="The longest that a request of this class may wait. Unset: 30s, or, where `ttft` is given, that "
+        "less 0.4s, which the server needs.",
     )
     on_refusal: OnRefusalConfig | None = Field(
         None, description="Instead of 429 or 503 for want of room. Unset: the refusal."
@@ -72,8 +73,10 @@ class ClassConfig(Section):
     @property
     def budget_s(self) -> float:
         """Return the longest that a request of this class may wait, in seconds."""
-        if self.ttft is None or "budget" in self.model_fields_set:
+        if self.budget is not None:
             return self.budget
+        if self.ttft is None:
+            return DEFAULT_BUDGET_S
         return max(self.ttft - SERVER_MARGIN_S, self.ttft / 2)
 
 

@@ -32,7 +32,7 @@ def schema() -> dict[str, Any]:
             shown = node["properties"][key]
             shown.pop("title", None)
             default = field.get_default()
-            if is_duration(field.metadata) and isinstance(default, float):
+            if is_duration(field) and isinstance(default, float):
                 shown["default"] = format_duration(default)
             elif name == "socket_mode":
                 shown["default"] = f"{default:04o}"

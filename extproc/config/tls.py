@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from pydantic import Field
 
 from extproc.config.section import Section
 from extproc.config.types import (
+    CertifiedName,
     FilePath,
 )
 
@@ -15,9 +14,7 @@ from extproc.config.types import (
 class TlsEnvoyConfig(Section):
     """For `extproc envoy-config`: how Envoy meets our TLS. The paths are Envoy's, and nobody else looks at them."""
 
-    server_name: Annotated[str, Field(min_length=1, max_length=253)] = Field(
-        description="A DNS name in our certificate. Envoy takes no other certificate."
-    )
+    server_name: CertifiedName = Field(description="A DNS name in our certificate. Envoy takes no other certificate.")
     ca_file: FilePath = Field(description="Who signed our certificate.")
     cert_file: FilePath | None = Field(
         None, description="What Envoy shows us. Needed with `client_ca_file`, and `key_file` with it."

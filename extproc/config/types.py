@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from ipaddress import ip_address, ip_network
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, PlainSerializer, SecretStr, WithJsonSchema
@@ -15,11 +15,15 @@ from extproc.durations import format_duration, parse_duration
 from extproc.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
+
+    from pydantic.fields import FieldInfo
 
 MOST_SOCKET_PATH = 107
 """Bytes of a unix socket's path: sockaddr_un has 108, and the last is 0 (unix(7))."""
 MOST_PORT = 65535
+LONGEST_S = 999_999_999.0
+"""Of any duration, 31 years: Envoy takes 292, and what is rendered from it must be read again."""
 MOST_HEADERS = 8
 """Headers that may carry one thing."""
 _ADDRESS = "host:port, like 10.0.0.7:8000 or [::1]:8000"
@@ -31,6 +35,7 @@ _POOL = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 _FOUR_NUMBERS = re.compile(r"\d+(\.\d+){3}", re.ASCII)
 _STRANGE = re.compile(r"[\s/@?#]")
 _HOST = re.compile(r"[A-Za-z0-9._:%-]{1,253}", re.ASCII)
+_DNS_NAME = re.compile(r"[A-Za-z0-9._-]{1,253}", re.ASCII)
 _HEADER = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]{1,64}", re.ASCII)
 
 
@@ -51,6 +56,8 @@ def _duration(value: object) -> float:
     seconds = parse_duration(f"{value:.9f}" if isinstance(value, float) else str(value))  # 0.00001 is 1e-05 to Python
     if seconds is None:
         raise ValueError(f"must be a duration like 10s or 250ms, not {shown(value)}")
+    if seconds > LONGEST_S:
+        raise ValueError(f"must be 999999999s or less, not {shown(value)}")
     return seconds
 
 
@@ -114,8 +121,16 @@ def _host_name(value: object) -> str:
     raise ValueError(f"must be a name that can be looked up, like vllm.llm.svc, without a port, not {shown(value)}")
 
 
+def _certified_name(value: object) -> str:
+    if isinstance(value, str) and _DNS_NAME.fullmatch(value):
+        return value
+    raise ValueError(f"must be a DNS name as a certificate has it, like extproc.llm.svc, not {shown(value)}")
+
+
 def _listen(value: object) -> str:
     if isinstance(value, str) and value.startswith("unix:/"):
+        if not value.isprintable():
+            raise ValueError(f"the path of a unix socket must be printable text, not {shown(value)}")
         length = len(value.removeprefix("unix:").encode())
         if length > MOST_SOCKET_PATH:
             raise ValueError(f"the path of a unix socket has at most {MOST_SOCKET_PATH} bytes; this one has {length}")
@@ -157,7 +172,7 @@ def _pool(value: object) -> str:
 
 
 def _clusters_file(value: object) -> str:
-    if isinstance(value, str) and value.startswith("/") and value.endswith((".yaml", ".yml")):
+    if isinstance(value, str) and value.startswith("/") and value.endswith((".yaml", ".yml")) and value.isprintable():
         return value
     right = "an absolute path that ends in .yaml, like /run/extproc/clusters.yaml"
     raise ValueError(f"must be {right}, not {shown(value)}")
@@ -271,6 +286,8 @@ def split_address(address: str) -> tuple[str, int]:
         raise ValueError(f"must be {_ADDRESS}, not {address!r}")
     if not _is_host(host):
         raise ValueError(f"must have an IP address, or a name that can be looked up: {host!r} is neither")
+    if ":" in host and "%" in host and not ip_address(host).is_link_local:
+        raise ValueError(f"must have no zone: only an address of fe80::/10 has one, not {host!r}")
     return host, port
 
 
@@ -291,10 +308,28 @@ def require_address(flag: str, address: str) -> tuple[str, int]:
         raise ConfigError("command line", [f"{flag}: {error}"]) from None
 
 
-def is_duration(metadata: Iterable[object]) -> bool:
-    """Tell whether a key whose type has this metadata is a duration."""
+def require_ip(flag: str, address: str) -> None:
+    """Check where Envoy is to listen: it looks no name up there. Raises ConfigError unless it is IP:port."""
+    host, _ = require_address(flag, address)
+    with contextlib.suppress(ValueError):
+        ip_address(host)
+        return
+    raise ConfigError("command line", [f"{flag}: must have an IP address, where Envoy listens, not {address!r}"])
+
+
+def require_listen(flag: str, address: str) -> None:
+    """Check where a sidecar is said to listen. Raises ConfigError unless it is host:port or unix:/path."""
+    try:
+        _listen(address)
+    except ValueError as error:
+        raise ConfigError("command line", [f"{flag}: {error}"]) from None
+
+
+def is_duration(field: FieldInfo) -> bool:
+    """Tell whether a key is a duration, or one or unset."""
     durations = (_duration, _positive_duration)
-    return any(isinstance(one, BeforeValidator) and one.func in durations for one in metadata)
+    said = [*field.metadata, *(one for part in get_args(field.annotation) for one in getattr(part, "__metadata__", ()))]
+    return any(isinstance(one, BeforeValidator) and one.func in durations for one in said)
 
 
 def _written(validate: Callable[[object], object], *shapes: dict[str, object]) -> BeforeValidator:
@@ -324,6 +359,7 @@ HeaderName = Annotated[str, _written(_header, _HEADER_SHAPE)]
 HeaderNames = Annotated[list[str], _written(_headers, _HEADER_SHAPE, {"type": "array", "items": _HEADER_SHAPE})]
 Address = Annotated[str, _written(_address, _AT)]
 Server = Annotated[str, _written(_server, _AT)]
+CertifiedName = Annotated[str, _written(_certified_name, _matching(r"^[A-Za-z0-9._-]{1,253}$"))]
 HostName = Annotated[str, _written(_host_name, {"type": "string", "minLength": 1, "maxLength": 253})]
 ModelName = Annotated[str, Field(min_length=1, max_length=256)]
 Label = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]

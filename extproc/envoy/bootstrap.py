@@ -21,6 +21,7 @@ from extproc.envoy.skeleton import (
     MARGIN_S,
     Skeleton,
     lines,
+    quoted,
     sidecar_address,
     sidecar_cluster,
 )
@@ -92,6 +93,7 @@ def render(config: Config, options: EnvoyOptions) -> str:
     longest = f"Default 200 ms. Above the longest budget ({config.longest_budget_s:g}s); at most 3600s."
     hosts = lines(8, [f"- {{endpoint: {{address: {sidecar_address(address)}}}}}" for address in sidecars])
     queue = sidecar_cluster(
+        sidecars,
         f"      endpoints:\n      - lb_endpoints:\n{hosts}",
         _WHY,
         more=_sidecar_health(sidecars),
@@ -221,7 +223,7 @@ def _sidecar_health(sidecars: tuple[str, ...]) -> str:
 
 
 def _regex(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter == "-" else f"[{letter}]" for letter in name)
+    return "".join(letter if letter.isalnum() or letter == "-" else f"\\{letter}" for letter in name)
 
 
 def _received(config: Config) -> tuple[str, ...]:
@@ -326,7 +328,7 @@ node: {id: extproc, cluster: extproc}
 dynamic_resources:
   # The sidecar writes the endpoints' clusters there: start it first, Envoy wants to find the file.
   cds_config:
-    path_config_source: {{path: {json.dumps(config.envoy_clusters_file)}}}
+    path_config_source: {{path: {quoted(config.envoy_clusters_file)}}}
     resource_api_version: V3
 """
 

@@ -8,7 +8,7 @@ rendered, and requests go to any: `any_server` says so.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from extproc.envoy.filters import lua_filter
 from extproc.stream import wire
@@ -92,6 +92,12 @@ def route(config: Config, answer: str) -> str:
                   retry_policy: {ELSEWHERE}
                 request_headers_to_remove: [{header}]
 {answer}"""
+
+
+def is_route(match: dict[str, Any]) -> bool:
+    """Tell whether what a route asks for is what `route` does: it follows no decision of ours."""
+    asked = (one.get("string_match") for one in match.get("headers") or [] if isinstance(one, dict))
+    return any(isinstance(one, dict) and one.get("prefix") == CLUSTER for one in asked)
 
 
 def steering(config: Config) -> str:

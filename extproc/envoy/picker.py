@@ -75,7 +75,7 @@ def render(config: Config, options: EnvoyOptions) -> str:
         read=sorted(config.header_names().wanted()),
         received=f"{wire.PICK_NAMESPACE}, {wire.NAMESPACE}",
         forwarded=f"{wire.PICK_NAMESPACE}, {wire.FIELDS_NAMESPACE}" if config.request_fields else wire.PICK_NAMESPACE,
-        clusters=_endpoints(header, config, options) + sidecar_cluster(here, {}),
+        clusters=_endpoints(header, config, options) + sidecar_cluster((sidecar,), here, {}),
     ).render()
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
+from extproc.envoy.skeleton import quoted
 from extproc.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -81,8 +82,8 @@ resources:
 
 def _followed(envoy: TlsEnvoyConfig, secret: str) -> str:
     path = PurePosixPath(envoy.secrets_directory) / f"{secret}.yaml"
-    return f"{{path_config_source: {{path: {json.dumps(str(path))}}}, resource_api_version: V3}}"
+    return f"{{path_config_source: {{path: {quoted(str(path))}}}, resource_api_version: V3}}"
 
 
 def _file(path: str) -> str:
-    return f"{{filename: {json.dumps(path)}}}"
+    return f"{{filename: {quoted(path)}}}"

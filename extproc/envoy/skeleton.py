@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
 from extproc.config import split_address
 from extproc.envoy.local_replies import local_replies
+from extproc.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
 MARGIN_S = 20.0
 """message_timeout above the longest budget: Envoy must never give up before we do."""
@@ -208,17 +210,22 @@ def access_log(path: str | None, fields: Mapping[str, str]) -> str:
           - name: file
             typed_config:
               "@type": type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog
-              path: {json.dumps(path)}
+              path: {quoted(path)}
               log_format:
                 json_format:
 {lines(18, [f'{name}: "{value}"' for name, value in fields.items()])}"""
 
 
-def sidecar_cluster(hosts: str, why: Mapping[str, str], *, more: str = "", tls: str = "") -> str:
-    """Return the cluster of the sidecars at `hosts`; `more`: further keys; `why`: what is said above keys."""
+def sidecar_cluster(
+    sidecars: Sequence[str], hosts: str, why: Mapping[str, str], *, more: str = "", tls: str = ""
+) -> str:
+    """Return the cluster of `sidecars`, which `hosts` lists; `more`: further keys; `why`: what is said above keys.
+
+    Raises ConfigError where Envoy would refuse it.
+    """
     return f"""\
   - name: {EXT_PROC_CLUSTER}
-    type: STATIC
+{_kind(sidecars)}\
     connect_timeout: 1s
     load_assignment:
       cluster_name: {EXT_PROC_CLUSTER}
@@ -243,6 +250,35 @@ def sidecar_cluster(hosts: str, why: Mapping[str, str], *, more: str = "", tls: 
 """
 
 
+def _kind(sidecars: Sequence[str]) -> str:
+    sockets = [one for one in sidecars if one.startswith("unix:")]
+    named = [one for one in sidecars if one not in sockets and not has_ip(one)]
+    if not named:
+        return "    type: STATIC\n"
+    if sockets:
+        problem = f"{named[0]!r} is a name, and {sockets[0]!r} a unix socket: Envoy looks nothing up where there is one"
+        raise ConfigError("sidecars", [problem])
+    return """\
+    # A name is looked up; one with IPv4 and IPv6 addresses, like localhost, is one sidecar.
+    type: STRICT_DNS
+    dns_lookup_family: V4_PREFERRED
+"""
+
+
+def has_ip(address: str) -> bool:
+    """Tell whether nothing has to be looked up: Envoy knows a STATIC cluster at once, a DNS one after an answer."""
+    try:
+        ip_address(split_address(address)[0])
+    except ValueError:
+        return False
+    return True
+
+
+def quoted(text: str) -> str:
+    """Return any text as YAML writes it, in ASCII. JSON's halves of what is beyond 16 bits are nothing to YAML."""
+    return "".join(('"', *(f"\\U{ord(one):08x}" if one > "\uffff" else json.dumps(one)[1:-1] for one in text), '"'))
+
+
 def socket_address(address: str) -> str:
     """Return `HOST:PORT` as Envoy writes an address, in YAML's flow style."""
     host, port = split_address(address)
@@ -252,7 +288,7 @@ def socket_address(address: str) -> str:
 def sidecar_address(listen: str) -> str:
     """Return where the sidecar listens, the same way: `unix:PATH` or `HOST:PORT`."""
     if listen.startswith("unix:"):
-        return f"{{pipe: {{path: {json.dumps(listen.removeprefix('unix:'))}}}}}"
+        return f"{{pipe: {{path: {quoted(listen.removeprefix('unix:'))}}}}}"
     return socket_address(listen)
 
 

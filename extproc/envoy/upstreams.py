@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
-from extproc.config import split_address
 from extproc.durations import format_duration
-from extproc.envoy.skeleton import lines, socket_address
+from extproc.envoy.skeleton import has_ip, lines, socket_address
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -113,7 +111,7 @@ def endpoint_cluster(cluster: str, address: str, protocol: str, config: Config, 
         most_retries = ", max_retries: 100000"  # each that came back counts here until it is answered; 3 by default
     return f"""\
   - name: {name}
-    type: {"STATIC" if _is_ip(address) else "STRICT_DNS"}
+    type: {"STATIC" if has_ip(address) else "STRICT_DNS"}
     connect_timeout: 2s
     load_assignment:
       cluster_name: {name}
@@ -127,12 +125,3 @@ def endpoint_cluster(cluster: str, address: str, protocol: str, config: Config, 
 
 def _lb_endpoint(address: str) -> str:
     return f"{{endpoint: {{address: {socket_address(address)}}}}}"
-
-
-def _is_ip(address: str) -> bool:
-    """Tell whether nothing has to be looked up: Envoy knows a STATIC cluster at once, a DNS one after an answer."""
-    try:
-        ip_address(split_address(address)[0])
-    except ValueError:
-        return False
-    return True

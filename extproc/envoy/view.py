@@ -13,6 +13,7 @@ from extproc.config import Config, split_address
 from extproc.config.read import YAML_ERRORS, one_line
 from extproc.config.types import shown
 from extproc.durations import parse_duration
+from extproc.envoy import fallback
 from extproc.envoy.upstreams import ANY_CLUSTER, UNQUEUED_CLUSTER
 from extproc.errors import ConfigError
 from extproc.files import read_text
@@ -87,7 +88,11 @@ class View:
     @property
     def steered(self) -> list[Spot]:
         header = self.config.headers.cluster
-        return [route for route in self.routes if route.get("route", "cluster_header") == header]
+        return [
+            route
+            for route in self.routes
+            if route.get("route", "cluster_header") == header and not fallback.is_route(route.get("match") or {})
+        ]
 
     @property
     def sidecar_cluster(self) -> Spot | None:

@@ -390,6 +390,31 @@ def test_the_shipped_envoy_files_are_valid(tmp_path, name):
     assert ok, said
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"listen": "localhost:50051"},
+        {"listen": "unix:/a \U0001f600 'b' \"#c\" \\\\.sock", "upstream_idle_timeout": "999999999s"},
+        {
+            "endpoints": [{"name": "a", "address": "[fe80::1%1]:1"}],
+            "health_check": {"interval": "999999999s", "timeout": "999999999s", "path": '/a"\\\\b%zz'},
+        },
+        {"headers": {"cluster": "x!#$%&'*+.^_`|~-y", "model": "x%y"}},
+        {"listen": "localhost:50051", "dialect": "endpoint-picker"},
+    ],
+)
+def test_what_is_odd_and_passes_check_envoy_takes_too(tmp_path, config_file, keys):
+    config = config_file(**keys)
+    printed = commands.envoy_config("--config", config, "--http", local(), "--envoy-admin", local())
+    ok, said = validate(printed, tmp_path)
+    assert ok, said
+    bootstrap = tmp_path / "printed.yaml"
+    bootstrap.write_text(printed)
+    if "dialect" not in keys:
+        checked = commands.extproc("check", config, "--envoy", bootstrap)
+        assert checked.returncode == 0, checked.stderr
+
+
 @pytest.mark.parametrize("flags", [[], ["--fail-open"], ["--access-log", "none"], ["--upstream-protocol", "h2"]])
 def test_whatever_envoy_config_prints_is_valid_and_passes_our_own_check(tmp_path, config_file, flags):
     config = config_file(

@@ -33,7 +33,7 @@ def test_the_defaults_are_those_of_the_contract():
     assert default.max_queue_wait_time == 1.0
     assert default.binding == "late"
     assert default.max_queued_requests == 10_000
-    assert [(klass.name, klass.budget) for klass in default.classes] == [("default", 30.0)]
+    assert [(klass.name, klass.budget_s) for klass in default.classes] == [("default", 30.0)]
     names = default.header_names()
     assert (names.cluster, names.model, names.request_class) == ("x-upstream-cluster", ("x-model",), "x-request-class")
     assert (names.tenant, names.budget) == (("x-tenant-id",), "x-queue-budget")
@@ -174,6 +174,15 @@ DISCOVERY = "envoy_clusters_file: /a.yaml\ndiscovery: [{%s}]"
         ("second_try: 127.0.0.1:0", "must have a port from 1 to 65535, not 0"),
         ("endpoints: [{name: a, address: '10.0.0.256:1'}]", "'10.0.0.256' is neither"),
         ("endpoints: [{name: a, address: 'vllm..svc:1'}]", "'vllm..svc' is neither"),
+        (
+            "endpoints: [{name: a, address: '[fd00::1%lo]:1'}]",
+            "must have no zone: only an address of fe80::/10 has one, not 'fd00::1%lo'",
+        ),
+        ("admin: '[::1%1]:1'", "admin: must have no zone"),
+        ("upstream_idle_timeout: 277778h", "upstream_idle_timeout: must be 999999999s or less, not '277778h'"),
+        ('listen: "unix:/a\\nb"', "the path of a unix socket must be printable text"),
+        ('envoy_clusters_file: "/a\\nb.yaml"', "envoy_clusters_file: must be an absolute path"),
+        ("tls: {self_signed: true, envoy: {ca_file: /c, server_name: müller}}", "tls.envoy.server_name: must be a DNS"),
         (DISCOVERY % "dns: {name: '', port: 1}", "dns.name: must be a name that can be looked up"),
         (DISCOVERY % "dns: {name: vllm..svc, port: 1}", "without a port, not 'vllm..svc'"),
         (DISCOVERY % "dns: {name: 'vllm:1', port: 1}", "without a port, not 'vllm:1'"),
@@ -413,10 +422,11 @@ def test_tenants_that_share_an_account_unasked_and_caps_without_a_queue_are_doub
 def test_durations_without_a_unit_are_doubted_where_they_stand(tmp_path):
     text = (
         "endpoints: [{name: a, address: 'h:1'}]\nclasses: [{name: x, budget: 1s}, {name: y, budget: 30}]\n"
-        "health_check: {interval: 2}\ndrain_timeout: 0\nscrape_timeout: 250ms"
+        "health_check: {interval: 2}\ndrain_timeout: 0\nscrape_timeout: 250ms\nno_endpoint_budget: 60"
     )
     assert doubtful(tmp_path, text) == [
         "health_check.interval: 2 is read as 2s; write the unit",
+        "no_endpoint_budget: 60 is read as 60s; write the unit",
         "classes[1].budget: 30 is read as 30s; write the unit",
     ]
 

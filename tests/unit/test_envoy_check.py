@@ -373,6 +373,13 @@ def test_the_rendered_bootstrap_takes_second_tries(tmp_path):
     assert Rendered(SECOND_TRY).check(tmp_path) == []
 
 
+def test_the_route_by_model_of_what_no_sidecar_steered_needs_no_second_try(tmp_path):
+    """It leads to several servers at once; `check` refused what `envoy-config` prints."""
+    text = "second_try: 127.0.0.1:8080\nendpoints: [{name: a, address: '127.0.0.1:8001', models: [m]}, "
+    config = parse_config(text + "{name: b, address: '127.0.0.1:8002', models: [n]}]", "file", {})
+    assert Rendered(config, EnvoyOptions(fail_open=True)).check(tmp_path) == []
+
+
 def test_each_part_that_a_second_try_needs_is_named_when_it_lacks(tmp_path):
     def without(remove) -> str:
         rendered = Rendered(SECOND_TRY)

@@ -456,6 +456,25 @@ def test_an_unqueued_path_must_be_exact(tmp_path, capsys, path):
     assert f"--unqueued: must be an exact path without a query, like /health, not {path!r}" in said.err
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--http", "localhost:8080"], "--http: must have an IP address, where Envoy listens"),
+        (["--envoy-admin", "localhost:9901"], "--envoy-admin: must have an IP address"),
+        (["--sidecar", "unix:s.sock"], "--sidecar: must be host:port"),
+        (["--sidecar", "unix:/" + "x" * 107], "--sidecar: the path of a unix socket has at most 107 bytes"),
+        (["--sidecar", "unix:/s.sock", "h:1"], "'h:1' is a name, and 'unix:/s.sock' a unix socket"),
+    ],
+)
+def test_an_address_that_envoy_would_refuse_is_refused(tmp_path, capsys, flags, said):
+    file = tmp_path / "sidecar.yaml"
+    file.write_text(TEXT)
+    assert cli.main(["envoy-config", "--config", str(file), *flags]) == 1
+    written = capsys.readouterr()
+    assert written.out == ""
+    assert said in written.err
+
+
 def test_a_last_route_to_any_server_is_named_where_servers_list_different_models(tmp_path):
     """`check` said that such a bootstrap fits; of 12 requests 5 got a server's 404."""
     config = parse_config(MODELS, "file", {})

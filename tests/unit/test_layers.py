@@ -59,6 +59,7 @@ ALLOWED = {
     "config": {
         *("extproc.config", "extproc.admission", "extproc.stream", "extproc.endpoints.telemetry"),
         *("extproc.durations", "extproc.files", "extproc.errors", "extproc.endpoints.access", "extproc.stability"),
+        "extproc.words",
     },
     "config/types": {"extproc.durations", "extproc.errors"},
     "config/section": set(),

@@ -50,6 +50,29 @@ def test_a_page_behind_a_private_ca_is_read_by_who_was_told_that_ca_and_by_nobod
     asyncio.run(main())
 
 
+def test_a_handshake_that_is_never_answered_is_given_up_with_the_page_and_leaves_no_connection():
+    held: set[asyncio.StreamWriter] = set()
+
+    async def hold(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        held.add(writer)
+        while await reader.read(4096):
+            pass
+        held.discard(writer)
+        writer.close()
+
+    async def main() -> None:
+        server = await asyncio.start_server(hold, "127.0.0.1", 0)
+        async with server, Wire(interval_s=0.03, timeout_s=0.05) as wire:
+            port = server.sockets[0].getsockname()[1]
+            wire.scraper.put(Target("hangs", f"https://127.0.0.1:{port}/metrics"))
+            await until(lambda: wire.errors().get("hangs", {}).get("timeout", 0) >= 3)
+            assert set(wire.errors()["hangs"]) == {"timeout"}
+            wire.scraper.remove("hangs")
+            await until(lambda: not held)
+
+    asyncio.run(main())
+
+
 def test_a_page_behind_headers_and_a_token_is_read_and_a_token_that_changed_is_taken_up(tmp_path):
     token = tmp_path / "token"
     token.write_text("first\n")
