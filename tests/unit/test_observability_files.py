@@ -107,6 +107,15 @@ def test_a_panel_asks_for_what_is_exported(title, query):
     assert names_in(query)
 
 
+def test_the_panel_of_what_passes_the_queue_by_counts_what_its_alert_counts():
+    """With the bypass on it showed 0: the filter, which counts what it lets go, is not asked then."""
+    (rule,) = (rule for rule in RULES if rule["alert"] == "ExtprocFallbackInUse")
+    (query,) = (query for title, query in QUERIES if title == "Passed the queue by")
+    assert set(re.findall(r"envoy_\w+(?:\{[^}]+\})?", query)) == set(
+        re.findall(r"envoy_\w+(?:\{[^}]+\})?", rule["expr"])
+    )
+
+
 def test_every_query_of_the_dashboard_is_valid(promtool, tmp_path):
     rules = [
         {"record": f"panel:{number}", "expr": query.replace("$__rate_interval", "5m").replace("$instance", ".*")}
