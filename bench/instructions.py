@@ -1,10 +1,11 @@
 """`make instructions`: machine instructions of one request, counted, so without noise.
 
 One request is two messages in and two out: its headers, answered with an endpoint that has room, and its answer's
-headers; then the stream ends. Nobody waits. Counted twice: through session, gate and core alone, at four endpoints; and
-all that is ours, as the sidecar has it: the stream's batches, classes, fair tenants, Envoy's attributes, metrics, the
-log, stories. Not gRPC's own core. valgrind counts a process that forks once all is warm: the first child ends there, of
-the others each serves the requests that are counted. The difference is their cost.
+headers; then the stream ends. Nobody waits. Each has an id and a length of its own; all else is alike. Counted twice:
+through session, gate and core alone, at four endpoints; and all that is ours, as the sidecar has it: the stream's
+batches, classes, fair tenants, Envoy's attributes, metrics, the log, stories. Not gRPC's own core. valgrind counts a
+process that forks once all is warm: the first child ends there, of the others each serves the requests that are
+counted. The difference is their cost.
 
 What a change is compared with stands in instructions.json, for each build of Python, and for the core compiled or pure;
 a rise of 5 % fails. Another build has another interpreter loop: there is nothing to compare with, and that is said.
@@ -23,10 +24,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 KEPT = Path(__file__).with_name("instructions.json")
 WARM, COUNTED = 150, 300
+ID = "7a1f6c1e-5b3b-4e0e-9d3d-3d3d3d3d{:04d}"
 RISE = 1.05
 
 
@@ -50,6 +52,14 @@ class _Loop:
         pass
 
 
+def each_its_own(make: Callable[[dict[str, str]], bytes]) -> Iterator[bytes]:
+    """Return the messages with which requests begin: what `make` makes of headers that are others in each."""
+    owns = (
+        {"content_length": str(1000 + number), "x_request_id": ID.format(number)} for number in range(WARM + COUNTED)
+    )
+    return iter([make(own) for own in owns])
+
+
 def decided() -> Callable[[int], None]:
     """Return what has so many requests decided, one after the other: session, gate and core, and nothing else."""
     from bench.messages import message
@@ -62,8 +72,8 @@ def decided() -> Callable[[int], None]:
     from extproc.stream.session import Session
 
     plain = {"method": "POST", "path": "/v1/chat/completions", "content_type": "application/json"}
-    plain |= {"content_length": "812", "user_agent": "x", "accept": "*/*"}
-    begun = message("request_headers", **plain, x_request_id="1", x_model="m", x_tenant_id="t", x_session_id="s")
+    plain |= {"user_agent": "x", "accept": "*/*", "x_model": "m", "x_tenant_id": "t", "x_session_id": "s"}
+    begun = each_its_own(lambda own: message("request_headers", **plain, **own))
     answered = message("response_headers", status="200", content_type="text/event-stream", server="uvicorn")
     loop = _Loop()
     gate = Gate(Controller(Policy()), loop)
@@ -76,7 +86,7 @@ def decided() -> Callable[[int], None]:
         replies: list[bytes] = []
         for _ in range(count):
             session = Session(reception, replies.append)
-            session.receive(begun)
+            session.receive(next(begun))
             session.receive(answered)
             loop.now += 0.01
             session.end()
@@ -130,13 +140,11 @@ def carried() -> Callable[[int], None]:
     from extproc.stream.session import Session
     from extproc.transport.completion.stream import Stream
 
-    name = "7a1f6c1e-5b3b-4e0e-9d3d-3d3d3d3d3d3d"
     plain = {"method": "POST", "path": "/v1/chat/completions", "content_type": "application/json"}
     plain |= {"x_model": "sim", "x_tenant_id": "tenant-1", "x_request_class": "interactive"}
-    plain |= {"content_length": "1070", "x_request_id": name}  # of others Envoy is asked to say nothing
     came = datetime.now(UTC)
     told = {"request.time": came.isoformat()}
-    begun = message("request_headers", told, **plain)
+    begun = each_its_own(lambda own: message("request_headers", told, **plain, **own))
     plain = {"status": "200", "content_type": "application/octet-stream", "content_length": "2"}
     answered = message("response_headers", {"response.code_details": "via_upstream"}, **plain)
     loop = _Loop()
@@ -153,7 +161,7 @@ def carried() -> Callable[[int], None]:
         for _ in range(count):
             call = _Call()
             Stream(call, partial(Session, reception), one_message=False, resets=True)
-            call.done(begun)
+            call.done(next(begun))
             call.done(answered)
             loop.now += 0.01
             call.done()  # the client's end

@@ -62,16 +62,21 @@ class Ages:
         self._expected = self._monotonic()
         self._believed_until = self._expected + BELIEVED_S
 
-    def age_s(self, stamp: str | None) -> float:
-        """Return the age of a request stamped `stamp` (RFC 3339); 0 if it says nothing believable."""
-        if not stamp:
-            return 0.0
+    def wants_stamp(self) -> bool:
+        """Tell whether the stamp of a request that is here now would be read: to have it costs more than to ask."""
         monotonic = self._monotonic()
         if monotonic - self._looked_at > STOPPED_S:  # this request came first
             self.look()
-        if self._believed_until <= monotonic < self._read_at + SAMPLE_S:
+        return not self._believed_until <= monotonic < self._read_at + SAMPLE_S
+
+    def age_s(self, stamp: str | None) -> float:
+        """Return the age of a request stamped `stamp` (RFC 3339); 0 if it says nothing believable."""
+        if not self.wants_stamp():
             return 0.0
-        self._read_at, wall = monotonic, self._wall()
+        self._read_at = monotonic = self._monotonic()
+        if not stamp:
+            return 0.0
+        wall = self._wall()
         try:
             seeming_s = wall - datetime.fromisoformat(stamp).timestamp()
         except (ValueError, OverflowError):

@@ -101,10 +101,10 @@ class Requests:
     def read(self, incoming: Incoming, now: float, endpoints: Mapping[str, str]) -> Request:
         """Read a request that is here at `now`; `endpoints`: by their Envoy clusters. Headers win over fields."""
         names, headers, fields = self.names, incoming.headers, incoming.fields
-        attributes, path = incoming.attributes, headers.get(":path", "")
+        path = headers.get(":path", "")
         request = Request(
-            (attributes.get("request.id") or headers.get("x-request-id", ""))[:MAX_NAME],
-            now - self._ages.age_s(attributes.get("request.time")),
+            (headers.get("x-request-id") or incoming.attributes.get("request.id", ""))[:MAX_NAME],
+            now - self._ages.age_s(incoming.attributes.get("request.time")) if self._ages.wants_stamp() else now,
         )
         if fields:
             _read_fields(request, fields)

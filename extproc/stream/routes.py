@@ -83,7 +83,7 @@ class Routes:
             found = self._look(method, path.partition("?")[0])
             if len(self._known) >= REMEMBERED:
                 self._known.clear()
-            if len(method) + len(path) <= LONGEST:
+            if len(method) + len(path) <= LONGEST and "?" not in path:  # a query may have a secret
                 self._known[key] = found
         return found
 

@@ -17,7 +17,7 @@ from extproc._pb import ext_proc_pb2 as pb
 from extproc.errors import ProtocolError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, MutableMapping
+    from collections.abc import Collection, Iterable, Mapping, MutableMapping
 
     from google.protobuf.struct_pb2 import Value
 
@@ -85,6 +85,8 @@ REPEATED: Final = 256
 with the very same ones."""
 SHORT: Final = 512
 
+_RECEIVED: Final = pb.Received.FromString
+
 
 class Incoming:
     """One message from Envoy; not to be changed.
@@ -92,7 +94,6 @@ class Incoming:
     Attributes:
         kind: what it is.
         headers: the wanted headers that it has, lower-case names; of a repeated header the first value.
-        attributes: Envoy's attributes by name (request.id, request.time, ...); only strings.
         fields: request fields that Envoy's json_to_metadata filter read from the body, unchecked.
         has_body: a body will follow the headers; of a piece of a body: it has bytes.
         is_last: a piece of a body, behind which nothing more comes.
@@ -104,7 +105,7 @@ class Incoming:
     """
 
     __slots__ = (
-        *("attributes", "fields", "has_body", "headers", "is_last", "kind"),
+        *("_attributes", "_message", "fields", "has_body", "headers", "is_last", "kind"),
         *("modes", "number", "observed", "served", "subset"),
     )
 
@@ -112,15 +113,19 @@ class Incoming:
         self,
         kind: Kind,
         headers: dict[str, str] | None = None,
-        attributes: dict[str, str] | None = None,
+        message: pb.Received | None = None,
         fields: dict[str, str | float | bool] | None = None,
         *,
         has_body: bool = False,
     ) -> None:
-        """Make one that says this. Written out: where the rest is compiled, a dataclass has its own interpreted."""
+        """Make one that says this; `message`: it has Envoy's attributes, unread.
+
+        Written out: where the rest is compiled, a dataclass has its own interpreted.
+        """
         self.kind = kind
         self.headers: dict[str, str] = {} if headers is None else headers
-        self.attributes: dict[str, str] = {} if attributes is None else attributes
+        self._message = message
+        self._attributes: dict[str, str] = {}
         self.fields: dict[str, str | float | bool] = {} if fields is None else fields
         self.has_body = has_body
         self.is_last = False
@@ -129,6 +134,13 @@ class Incoming:
         self.modes: tuple[int, int] | None = None
         self.subset: tuple[str, ...] | None = None
         self.served = ""
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """Envoy's attributes by name (request.id, request.time, ...); only strings. Read when they are asked for."""
+        if self._message is not None:
+            self._attributes, self._message = _texts(self._message.attributes), None
+        return self._attributes
 
 
 class Reader:
@@ -148,31 +160,30 @@ class Reader:
 
     def read(self, data: bytes) -> Incoming:
         """Parse one message. Raises ProtocolError if it is none, or one that says nothing."""
-        if len(data) > SHORT:  # to look a long one up costs more than it is worth
-            return self._parse(data)
-        incoming = self._repeated.get(data)
+        is_short = len(data) <= SHORT  # to look a long one up costs more than it is worth
+        incoming = self._repeated.get(data) if is_short else None
         if incoming is None:
-            incoming = self._parse(data)
-            if incoming.kind is _RESPONSE_HEADERS:
+            try:
+                incoming = self._parse(data)
+            except DecodeError:
+                raise ProtocolError(f"not a ProcessingRequest: {len(data)} bytes that don't parse") from None
+            if is_short and incoming.kind is _RESPONSE_HEADERS:
                 if len(self._repeated) >= REPEATED:
                     self._repeated.clear()
                 self._repeated[data] = incoming
         return incoming
 
     def _parse(self, data: bytes) -> Incoming:
-        try:
-            message = pb.ProcessingRequest.FromString(data)
-        except DecodeError:
-            raise ProtocolError(f"not a ProcessingRequest: {len(data)} bytes that don't parse") from None
+        message = _RECEIVED(data)
         name = message.WhichOneof("request")
         if name is None:
             raise ProtocolError("a ProcessingRequest must carry headers, a body or trailers; this one carries nothing")
-        incoming = Incoming(_KINDS[name])
+        incoming = Incoming(_KINDS[name], message=message)
         incoming.observed = message.observability_mode
         if name == "request_headers":
-            part = message.request_headers
-            incoming.has_body = not part.end_of_stream
-            self._pick(part.headers, incoming)
+            head = message.request_headers
+            incoming.has_body = not head.end_of_stream
+            self._pick(head, data, incoming)
             if self._fields_namespace and self._fields_namespace in message.metadata_context.filter_metadata:
                 incoming.fields = _scalars(message.metadata_context.filter_metadata[self._fields_namespace])
             if self._picks:
@@ -180,46 +191,58 @@ class Reader:
         elif incoming.observed and name == "response_body":
             self._read_shown(message, incoming)
         elif name == "response_headers":
-            self._read_answer(message, incoming)
+            head = message.response_headers
+            incoming.has_body = not head.end_of_stream
+            self._pick(head, data, incoming)
+            if self._picks:
+                incoming.modes, incoming.served = _modes(message), _served(message.metadata_context)
         elif name == "response_trailers":
-            self._pick(message.response_trailers.trailers, incoming)
-        attributes = message.attributes
-        if ATTRIBUTES in attributes:
-            _texts(attributes[ATTRIBUTES], incoming.attributes)
+            self._pick(message.response_trailers, data, incoming)
         return incoming
 
-    def _read_shown(self, message: pb.ProcessingRequest, incoming: Incoming) -> None:
+    def _read_shown(self, message: pb.Received, incoming: Incoming) -> None:
         piece, spaces = message.response_body, message.metadata_context.filter_metadata
         incoming.has_body, incoming.is_last = bool(piece.body), piece.end_of_stream
         if NUMBER_NAMESPACE in spaces:
             incoming.number = int(spaces[NUMBER_NAMESPACE].fields["n"].number_value)
 
-    def _read_answer(self, message: pb.ProcessingRequest, incoming: Incoming) -> None:
-        part = message.response_headers
-        incoming.has_body = not part.end_of_stream
-        self._pick(part.headers, incoming)
-        if self._picks:
-            incoming.modes, incoming.served = _modes(message), _served(message.metadata_context)
-
-    def _pick(self, part: pb.HeaderMap, incoming: Incoming) -> None:
-        wanted, headers = self._wanted, incoming.headers
-        for header in part.headers[:]:  # a list, made in one go: protobuf's own iterator costs more
-            key = header.key
+    def _pick(self, head: pb.Head, data: bytes, incoming: Incoming) -> None:
+        wanted, headers, merged = self._wanted, incoming.headers, head.map.headers
+        keys = merged.keys[:]  # a list, made in one go: protobuf's own iterator costs more
+        values = merged.raw_values[:] or merged.values[:]
+        if len(values) != len(keys):
+            keys, values = _one_by_one(data, incoming.kind)
+        for at, key in enumerate(keys):
             if key in wanted and key not in headers:
-                value = header.raw_value or header.value
                 try:
-                    headers[key] = value.decode()
+                    headers[key] = values[at].decode()
                 except UnicodeDecodeError:
-                    headers[key] = value.decode("utf-8", "replace")
+                    headers[key] = values[at].decode("utf-8", "replace")
 
 
-def _texts(values: pb.Fields, found: dict[str, str]) -> None:
-    attributes = values.fields
-    for key in attributes:  # .items() and WhichOneof would cost more than all else here
-        value = attributes[key]
-        text = value.string_value
-        if text or value.HasField("string_value"):
-            found[key] = text.decode("utf-8", "replace")
+def _one_by_one(data: bytes, kind: Kind) -> tuple[list[str], list[bytes]]:
+    """Return the keys of all headers and their values, where some of these are empty, or in the other field."""
+    message = pb.ProcessingRequest.FromString(data)
+    if kind is Kind.RESPONSE_TRAILERS:
+        found = message.response_trailers.trailers.headers
+    else:
+        found = (message.request_headers if kind is Kind.REQUEST_HEADERS else message.response_headers).headers.headers
+    return [header.key for header in found], [header.raw_value or header.value for header in found]
+
+
+def _texts(told: Iterable[bytes]) -> dict[str, str]:
+    """Read Envoy's attributes; what does not parse says nothing."""
+    found: dict[str, str] = {}
+    for one in told:
+        try:
+            entry = pb.ProcessingRequest.AttributesEntry.FromString(one)
+        except DecodeError:
+            continue
+        if entry.key == ATTRIBUTES:
+            for name, value in entry.value.fields.items():
+                if value.HasField("string_value"):
+                    found[name] = value.string_value.decode("utf-8", "replace")
+    return found
 
 
 def _scalars(values: pb.Fields) -> dict[str, str | float | bool]:
@@ -237,7 +260,7 @@ def _scalars(values: pb.Fields) -> dict[str, str | float | bool]:
     return found
 
 
-def _modes(message: pb.ProcessingRequest) -> tuple[int, int] | None:
+def _modes(message: pb.Received) -> tuple[int, int] | None:
     """Return how the bodies of request and answer will be sent, if the gateway says so."""
     if not message.HasField("protocol_config"):
         return None

@@ -15,7 +15,7 @@ HEADERS = Headers(session=("x-session-id", "x-session-affinity", "x-chat"))
 
 def read(fields: dict[str, str | float | bool] | None = None, **headers: str):
     named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return Requests(HEADERS, Ages(30.0)).read(Incoming(Kind.REQUEST_HEADERS, named, {}, fields or {}), 0.0, {})
+    return Requests(HEADERS, Ages(30.0)).read(Incoming(Kind.REQUEST_HEADERS, named, fields=fields or {}), 0.0, {})
 
 
 @pytest.mark.parametrize(

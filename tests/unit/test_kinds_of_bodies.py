@@ -14,7 +14,7 @@ from extproc.stream.wire import Incoming, Kind
 
 def read(*, has_body: bool = True, **headers: str) -> Request:
     named = {name.replace("_", "-"): value for name, value in headers.items()}
-    incoming = Incoming(Kind.REQUEST_HEADERS, named, {}, {}, has_body=has_body)
+    incoming = Incoming(Kind.REQUEST_HEADERS, named, has_body=has_body)
     return Requests(Headers(), Ages(30.0)).read(incoming, 0.0, {})
 
 

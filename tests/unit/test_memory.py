@@ -49,8 +49,15 @@ def test_long_paths_that_clients_make_up_are_not_remembered():
     tracemalloc.start()
     try:
         for number in range(REMEMBERED):
-            assert routes.find("POST", f"/v1/{number}?{'x' * 10_000}") == (Action.QUEUE, Shape.OPENAI)
+            assert routes.find("POST", f"/v1/{number}{'x' * 10_000}") == (Action.QUEUE, Shape.OPENAI)
         kept_bytes, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert kept_bytes < 1_000_000
+
+
+def test_a_path_is_remembered_and_no_query_of_one():
+    routes = Routes()
+    for path in ("/v1/chat/completions", "/v1/chat/completions?key=secret"):
+        assert routes.find("POST", path) == (Action.QUEUE, Shape.OPENAI)
+    assert list(routes._known) == [("POST", "/v1/chat/completions")]

@@ -96,6 +96,45 @@ def test_a_client_or_an_engine_cannot_make_the_memory_of_answers_grow():
     assert not reader._repeated
 
 
+@pytest.mark.parametrize("kind", ["request_headers", "response_headers", "response_trailers"])
+@pytest.mark.parametrize("values", [("", "b", "c"), ("a", "", "c"), ("a", "b", ""), ("", "", "")])
+@pytest.mark.parametrize("field", ["raw_value", "value"])
+def test_an_empty_value_is_that_of_its_own_header(kind, values, field):
+    named = dict(zip(("x-a", "x-b", "x-c"), values, strict=True))
+    found = pb.HeaderMap(headers=[pb.HeaderValue(key=key, **{field: value.encode()}) for key, value in named.items()])
+    part = pb.HttpTrailers(trailers=found) if kind == "response_trailers" else pb.HttpHeaders(headers=found)
+    assert wire.Reader(named).read(pb.ProcessingRequest(**{kind: part}).SerializeToString()).headers == named
+
+
+@given(
+    st.lists(
+        st.builds(
+            pb.HeaderValue,
+            key=st.sampled_from(("x-a", "x-b", "x-c", "x-d")),
+            value=st.binary(max_size=2),
+            raw_value=st.binary(max_size=2),
+        )
+    )
+)
+def test_headers_that_are_read_at_once_say_what_each_says_by_itself(headers):
+    told: dict[str, str] = {}
+    for header in headers:
+        if header.key != "x-d":
+            told.setdefault(header.key, (header.raw_value or header.value).decode("utf-8", "replace"))
+    part = pb.HttpHeaders(headers=pb.HeaderMap(headers=headers))
+    data = pb.ProcessingRequest(request_headers=part).SerializeToString()
+    assert wire.Reader({"x-a", "x-b", "x-c"}).read(data).headers == told
+
+
+def test_attributes_that_do_not_parse_say_nothing_and_hide_no_others():
+    message = pb.ProcessingRequest(request_headers=pb.HttpHeaders())
+    message.attributes["envoy.filters.http.ext_proc"].fields["request.id"].string_value = b"1"
+    message.attributes["another.filter"].fields["request.id"].string_value = b"2"
+    data = pb.Received(attributes=[b"\xff"]).SerializeToString() + message.SerializeToString()
+    incoming = wire.Reader(()).read(data)
+    assert incoming.attributes == incoming.attributes == {"request.id": "1"}
+
+
 @given(
     st.dictionaries(st.sampled_from(wire.TOLD), st.text(min_size=1, max_size=20)),
     st.floats(0, 1e9),

@@ -70,6 +70,13 @@ def test_official_request_headers_are_read_with_values_attributes_and_metadata(o
     assert not incoming.has_body
 
 
+def test_an_answers_official_trailers_are_read(official):
+    request = official("ProcessingRequest")()
+    header = request.response_trailers.trailers.headers.add()
+    header.key, header.raw_value = "grpc-status", b"8"
+    assert wire.Reader({"grpc-status"}).read(request.SerializeToString()).headers == {"grpc-status": "8"}
+
+
 @pytest.mark.parametrize("kind", list(wire.Kind), ids=lambda kind: kind.value)
 def test_every_kind_of_official_message_is_told_apart(official, kind):
     request = official("ProcessingRequest")()
