@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 OK, INVALID, USAGE, NO_START = 0, 1, 2, 3
 INTERRUPTED = 130
 """As shells count it: 128 and SIGINT."""
-_EXACT_PATH = re.compile(r"/[^\s?#*]*")
+_EXACT_PATH = re.compile(r'/[!"$-)+->@-~]*')
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 FUSED = "fuse_filters"

@@ -446,7 +446,7 @@ def test_an_unqueued_path_has_a_cluster_to_go_to_and_no_filter_of_ours(name):
     assert late is (config.envoy_clusters_file is not None)  # else Envoy does not start: the cluster comes later
 
 
-@pytest.mark.parametrize("path", ["health", "", "/health?x=1", "/a b", "/v1/*", "/x#y"])
+@pytest.mark.parametrize("path", ["health", "", "/health?x=1", "/a b", "/v1/*", "/x#y", "/é", "/a\x01"])
 def test_an_unqueued_path_must_be_exact(tmp_path, capsys, path):
     file = tmp_path / "sidecar.yaml"
     file.write_text(TEXT)
