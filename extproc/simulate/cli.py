@@ -19,7 +19,7 @@ from extproc.simulate.plan import Plan, capacity
 from extproc.simulate.plan import run as run_plan
 from extproc.simulate.replay import replay
 from extproc.simulate.sizing import fewest
-from extproc.simulate.traces import classes_in
+from extproc.simulate.traces import look
 from extproc.simulate.workload import BATCH, CLASSES, INTERACTIVE, STANDARD, Klass, Noise, Sessions, Workload
 from extproc.simulate.world import Faults
 
@@ -122,6 +122,10 @@ def run(args: argparse.Namespace) -> int:
         return replay(args.replay, _say)
     plan = plan_from(args)
     began = time.monotonic()
+    if args.trace is not None and (found := look(args.trace)).skipped:
+        _say(f"skipped lines of the trace, which are no requests: {found.skipped}; requests: {found.entries}")
+    for klass in plan.workload.classes:
+        _say(report.objectives(klass))
     if args.engines == AUTO:
         return _size(args, plan)
     if _are_guessed(args):
@@ -143,7 +147,8 @@ def run(args: argparse.Namespace) -> int:
     if args.html is not None:
         command = "extproc simulate " + shlex.join(sys.argv[2:])
         try:
-            args.html.write_text(report.page(results, f"{plan.engines} x {plan.preset}", command), encoding="utf-8")
+            page = report.page(results, f"{plan.engines} x {plan.preset}", command, plan.workload.classes)
+            args.html.write_text(page, encoding="utf-8")
         except OSError as error:
             raise ConfigError(str(args.html), [f"can't be written: {error.strerror or error}"]) from None
         _say(f"wrote {args.html}")
@@ -183,7 +188,7 @@ def plan_from(args: argparse.Namespace) -> Plan:
         classes = _configured(args.config)
     elif _are_guessed(args):
         classes = tuple(
-            replace(STANDARD, name=name, share=1 / len(names)) for names in [classes_in(args.trace)] for name in names
+            replace(STANDARD, name=name, share=1 / len(names)) for names in [look(args.trace).classes] for name in names
         )
     if args.sessions and not args.classes:
         classes = _with_shares(CHATTY)
@@ -245,7 +250,7 @@ def _are_guessed(args: argparse.Namespace) -> bool:
     """Tell whether a trace has class names that nothing tells of."""
     if args.trace is None or args.classes or args.config is not None:
         return False
-    return not {klass.name for klass in CLASSES}.issuperset(classes_in(args.trace))
+    return not {klass.name for klass in CLASSES}.issuperset(look(args.trace).classes)
 
 
 def _configured(path: Path) -> tuple[Klass, ...]:

@@ -17,6 +17,7 @@ from extproc.simulate import plots
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from extproc.simulate.workload import Klass
     from extproc.simulate.world import Run
 
 NAN = float("nan")
@@ -160,6 +161,15 @@ def line(klass: str, records: Sequence[Judged]) -> Line:
 
 # ---- text
 
+
+def objectives(klass: Klass) -> str:
+    """Return what requests of a class are judged by, in a sentence."""
+    return (
+        f"{klass.name}: judged by a first token in {klass.ttft_s:g} s and {klass.tpot_s * 1000:g} ms a token after it; "
+        f"its budget in our queue is {klass.budget_s:g} s, and its clients leave after {klass.patience_s:g} s"
+    )
+
+
 HEADINGS = (
     *("contender", "class", "requests", "goodput", "refused", "left"),
     *("TTFT p50", "p95", "p99 s", "TPOT p50", "p95", "p99 ms", "tok/s", "wasted", "fair"),
@@ -254,7 +264,7 @@ svg { max-width: 100%; height: auto; margin: 1em 0; }
 """
 
 
-def page(results: Sequence[Figures], title: str, command: str) -> str:
+def page(results: Sequence[Figures], title: str, command: str, classes: Sequence[Klass] = ()) -> str:
     """Return a self-contained HTML page: the verdict, plots as inline SVG, the table, and the command."""
     loads = list(dict.fromkeys(result.load for result in results))
     plots = [_curves(results)] if len(loads) > 1 else []
@@ -270,10 +280,12 @@ def page(results: Sequence[Figures], title: str, command: str) -> str:
         body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
         tables.append(f"<h2>Load {load:.0%}</h2><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
     sentences = "".join(f"<p>{html.escape(line)}</p>" for line in verdict(results).splitlines())
+    judged = "".join(f"<p>{html.escape(objectives(klass))}</p>" for klass in classes)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>
 {sentences}
+{judged}
 {"".join(plots)}
 {"".join(tables)}
 <p>Goodput: the share of all requests that met the objectives of their class for the first token (TTFT) and the time per

@@ -10,6 +10,7 @@ import csv
 import json
 import random
 import re
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from extproc.files import read_text
 from extproc.simulate.workload import LONGEST_OUTPUT, STANDARD, Demand, guess
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from extproc.simulate.workload import Klass
@@ -54,6 +55,8 @@ Sources: Azure's LLM traces (AzurePublicDataset), BurstGPT's CSV, ServeGen's CSV
 (`input_length`, times in milliseconds), LiteLLM's spend logs (`startTime`, `completion_tokens`), OpenTelemetry's
 semantic conventions for GenAI, and what `extproc envoy-config` logs."""
 REQUIRED = ("time", "prompt_tokens", "output_tokens")
+_NUMBERS = ("bytes", "duration_ms", "duration_s")
+"""Of these, or of tokens or of an end, each line of a log that is a request tells one."""
 SECONDS_PER_TOKEN = 0.040
 """What one output token is taken to have taken where a log tells only how long an answer took."""
 MOST_TOKENS = 1_000_000
@@ -93,39 +96,71 @@ def read_trace(path: Path, classes: Sequence[Klass], seed: int = 0) -> list[Dema
     return demands
 
 
-def classes_in(path: Path) -> list[str]:
-    """Return the names of classes in a trace, in the order they come; what can't be read is for `read_trace` to say."""
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a first look at a trace finds.
+
+    Attributes:
+        classes: names of the classes in it, in the order they come.
+        entries: lines, or items, that are requests.
+        skipped: lines that are none: a server's log has others between them.
+    """
+
+    classes: tuple[str, ...]
+    entries: int
+    skipped: int
+
+
+def look(path: Path) -> Look:
+    """Look at a trace; what can't be read is for `read_trace` to say."""
     reader = _Reader(None, STANDARD, 0)
     reader.read(read_text(path, "utf-8-sig"))
-    return list(reader.seen)
+    return Look(tuple(reader.seen), reader.entries, len(reader.skipped))
 
 
 class _Reader:
     def __init__(self, classes: Mapping[str, Klass] | None, default: Klass, seed: int) -> None:
         """Read requests of these `classes`; None: of any."""
         self.problems: list[str] = []
+        self.skipped: list[str] = []  # lines of a log that are no requests, and why
+        self.entries = 0
         self.seen: dict[str, None] = {}
         self._classes = classes
         self._default = default
         self._draw = random.Random(f"{seed} trace")  # noqa: S311 - a workload, not a secret
-        self._told = False  # some request tells its tokens, or how long it took
 
     def read(self, text: str) -> list[Demand]:
+        demands = self._demands(self._requests(text))
+        if len(self.skipped) > self.entries:
+            self.problems += self.skipped
+        return demands
+
+    def _requests(self, text: str) -> Iterator[tuple[str, Fields]]:
+        """Walk what has the form of the first line that has one."""
         lines = text.splitlines()
-        number, first = next(((number, line) for number, line in enumerate(lines) if line.strip()), (0, ""))
-        if _ENVOY_TEXT.match(first):
-            return self._demands(self._envoy_text(lines))
-        if first.lstrip().startswith(("{", "[")):
-            demands = self._demands(self._json(text, lines))
-            if not self._told and not self.problems:
-                found = ", ".join(list(_flat(_object(lines[number])))[:MOST_SHOWN]) or "none"
-                self.problems.append(f"tells nothing of how long requests are: {_needed()}; found are {found}")
-            return demands
-        return self._demands(self._table(lines))
+        first = next((line for line in lines if line.strip()), "")
+        if first.lstrip().startswith("[") and not _ENVOY_TEXT.match(first):
+            try:
+                items = json.loads(text)
+            except ValueError:  # a log, then, and the first line is none of its entries
+                items = None
+            if isinstance(items, list):
+                return self._json((f"item {number}", item) for number, item in enumerate(items))
+        elif _has_time(first):
+            return self._table(lines)
+        entry = next((line for line in lines if line.startswith("{") or _ENVOY_TEXT.match(line)), "")
+        if not entry:
+            return self._table(lines)
+        return self._json(self._objects(lines)) if entry.startswith("{") else self._envoy_text(lines)
 
     def _demands(self, requests: Iterator[tuple[str, Fields]]) -> list[Demand]:
-        demands = (self._demand(fields, where) for where, fields in requests)
-        return [demand for demand in demands if demand is not None]
+        demands = []
+        for where, fields in requests:
+            self.entries += 1
+            demand = self._demand(fields, where)
+            if demand is not None:
+                demands.append(demand)
+        return demands
 
     # ---- forms
 
@@ -153,32 +188,34 @@ class _Reader:
             if match is not None:
                 yield f"line {number}", _named(match.groupdict())
             elif line.strip():
-                self.problems.append(f"line {number}: is no line of Envoy's default access log, as the first one is")
+                self.skipped.append(f"line {number}: is no line of Envoy's default access log, as others are")
 
-    def _json(self, text: str, lines: list[str]) -> Iterator[tuple[str, Fields]]:
-        """Walk the objects of JSON lines, or of one JSON list."""
-        if text.lstrip().startswith("["):
-            try:
-                items = [(f"item {number}", item) for number, item in enumerate(json.loads(text))]
-            except ValueError:
-                self.problems.append("begins with [ and is neither a JSON list nor Envoy's default access log")
-                return
-        else:
-            items = []
-            for number, line in enumerate(lines, 1):
+    def _objects(self, lines: list[str]) -> Iterator[tuple[str, Any]]:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
                 try:
-                    items += [(f"line {number}", json.loads(line))] if line.strip() else []
+                    yield f"line {number}", json.loads(line)
                 except ValueError:
-                    self.problems.append(f"line {number}: is no JSON; a log has one JSON object per line")
+                    self.skipped.append(f"line {number}: is no JSON; a log has one JSON object per line")
+
+    def _json(self, items: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Fields]]:
         for where, item in items:
             if not isinstance(item, dict):
-                self.problems.append(f"{where}: must be a JSON object, not {str(item)[:40]!r}")
+                self.skipped.append(f"{where}: must be a JSON object, not {str(item)[:40]!r}")
                 continue
             is_telemetry = "resourceSpans" in item or "attributes" in item
             for span in _spans(item):
                 flat = _flat(span)
-                if not is_telemetry or any(name.startswith("gen_ai.usage.") for name in flat):
-                    yield where, _named(flat)
+                fields = _named(flat)
+                if is_telemetry and not any(name.startswith("gen_ai.usage.") for name in flat):
+                    continue
+                if _tells_length(fields):
+                    yield where, fields
+                else:
+                    found = ", ".join(list(flat)[:MOST_SHOWN]) or "none"
+                    self.skipped.append(
+                        f"{where}: tells nothing of how long its request is: {_needed()}; found are {found}"
+                    )
 
     # ---- one request
 
@@ -203,7 +240,6 @@ class _Reader:
         if fields.get("code", "200") in ("200", "success") and took_s is not None:
             output = min(max(round(took_s / SECONDS_PER_TOKEN), 1), LONGEST_OUTPUT)
         prompt, output = told.get("prompt_tokens") or prompt, told.get("output_tokens") or output
-        self._told = self._told or took_s is not None or bool(size) or "output_tokens" in told
         session = fields.get("session") or None
         return Demand(at, klass, prompt, output, guess(self._draw, prompt), fields.get("tenant", ""), session)
 
@@ -291,12 +327,15 @@ def _spans(item: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield from scope.get("spans", [])
 
 
-def _object(line: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
+def _has_time(line: str) -> bool:
+    """Tell whether a line may be the header of a table."""
+    return not {name.strip().lower() for name in line.split(",")}.isdisjoint(NAMES["time"])
+
+
+def _tells_length(fields: Fields) -> bool:
+    if not fields.keys().isdisjoint((*REQUIRED[1:], "end")):
+        return True
+    return any(_number(fields.get(name)) is not None for name in _NUMBERS)
 
 
 def _number(text: str | None) -> float | None:

@@ -12,6 +12,7 @@ from extproc.errors import ConfigError
 from extproc.simulate import cli
 from extproc.simulate.plan import Plan, run
 from extproc.simulate.sizing import fewest
+from extproc.simulate.workload import CLASSES
 
 
 def trace(path: Path, rate: float, seconds: float = 40.0) -> Path:
@@ -58,6 +59,6 @@ def test_the_command_tells_what_it_tried_and_what_is_enough(tmp_path: Path, caps
     assert cli.run(parser.parse_args(["--preset", "h100-32b", "--trace", path, "--engines", "auto"])) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[-1].endswith("are enough: 99.0% of the requests of each class meet their objectives")
-    assert "x h100-32b: std" in said[0]
+    assert "x h100-32b: std" in said[len(CLASSES)], "behind what each class is judged by"
     with pytest.raises(ConfigError, match="--engines auto is for a --trace as it was recorded"):
         cli.run(parser.parse_args(["--engines", "auto"]))

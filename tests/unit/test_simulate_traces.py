@@ -10,8 +10,9 @@ import pytest
 
 from extproc.errors import ConfigError
 from extproc.simulate.cli import add_arguments, plan_from
+from extproc.simulate.cli import run as simulate
 from extproc.simulate.plan import Plan, run
-from extproc.simulate.traces import classes_in, read_trace
+from extproc.simulate.traces import Look, look, read_trace
 from extproc.simulate.workload import CLASSES
 
 
@@ -154,7 +155,7 @@ def test_what_others_record_is_read_as_it_is(tmp_path: Path, text: str, requests
 def test_ones_own_class_names_need_no_flag_and_a_configuration_tells_more(tmp_path: Path) -> None:
     rows = "".join(f"{number},10,20,{'vip' if number % 2 else 'rest'}\n" for number in range(4))
     trace = written(tmp_path, "time,prompt_tokens,output_tokens,class\n" + rows)
-    assert classes_in(trace) == ["rest", "vip"]
+    assert look(trace) == Look(("rest", "vip"), entries=4, skipped=0)
     config = tmp_path / "sidecar.yaml"
     config.write_text("classes: [{name: vip, priority: 9, budget: 3s}, {name: rest, budget: 1m}]")
     parser = argparse.ArgumentParser()
@@ -180,17 +181,18 @@ def test_ones_own_class_names_need_no_flag_and_a_configuration_tells_more(tmp_pa
         ("time,prompt_tokens,output_tokens\n1,-2,3\n", "line 2: prompt_tokens: must be a whole number of tokens"),
         ("time,prompt_tokens,output_tokens\n1,2,9999999999\n", "line 2: output_tokens: must be"),
         ("time,prompt_tokens,output_tokens,class\n1,2,3,vip\n", "line 2: class: unknown class 'vip'; known are int"),
-        ('{"time": 1}\n{"time": \n', "line 2: is no JSON"),
+        ('{"time": 1, "duration_ms": 5}\n{"time": \n{\n', "line 2: is no JSON"),
         ('{"time": 1}\n[]\n', "line 2: must be a JSON object"),
-        ('{"code": 200}\n', "line 1: time: must be seconds"),
-        ('{"time": 1, "queue": {"class": "vip"}}\n', "line 1: class: unknown class 'vip'"),
+        ('{"code": 200, "duration_ms": 5}\n', "line 1: time: must be seconds"),
+        ('{"time": 1, "duration_ms": 5, "queue": {"class": "vip"}}\n', "line 1: class: unknown class 'vip'"),
+        ('{"time": 1, "duration": "5ms"}\n', "line 1: tells nothing of how long its request is"),
         (
             '{"time": 1, "model": "m"}\n',
-            "tells nothing of how long requests are: needed are time and either prompt_tokens",
+            "tells nothing of how long its request is: needed are time and either prompt_tokens",
         ),
         ('{"time": 1, "model": "m"}\n', "found are time, model"),
-        ("[1, 2", "begins with [ and is neither a JSON list nor Envoy"),
-        (ENVOY_TEXT + "\nsomething else\n", "line 2: is no line of Envoy's default access log"),
+        ("[1, 2", "line 1: no column time"),
+        (ENVOY_TEXT + "\nsomething else\nand more\n", "line 2: is no line of Envoy's default access log"),
         (b"\xff\xfe\x00", "is no UTF-8 text: byte 0 is 0xff"),
     ],
 )
@@ -200,6 +202,62 @@ def test_bad_input_is_named_with_its_line_and_what_would_be_right(
     with pytest.raises(ConfigError) as caught:
         read_trace(written(tmp_path, text), CLASSES)
     assert problem in str(caught.value)
+
+
+ENVOYS_OWN = "[2026-01-31 12:00:00.123][1][info][main] [source/server/server.cc:1009] starting main dispatch loop"
+JSON_ENTRY = '{"time": 1, "duration_ms": 400, "bytes_received": 40}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{ENVOYS_OWN}\n{ENVOY_TEXT}\n{ENVOYS_OWN}\n{ENVOY_TEXT}\n",
+        f"{ENVOYS_OWN}\n{JSON_ENTRY}\n" + '{"level": "info", "time": 2, "message": "ready"}\n' + f"{JSON_ENTRY}\n",
+    ],
+    ids=["text", "json"],
+)
+def test_lines_of_a_log_that_are_no_requests_are_skipped_and_counted(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = written(tmp_path, text)
+    assert look(trace) == Look((), entries=2, skipped=2)
+    assert len(read_trace(trace, CLASSES)) == 2
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert simulate(parser.parse_args(["--trace", str(trace), "--engines", "1", "--contender", "ours", "--quiet"])) == 0
+    assert "skipped lines of the trace, which are no requests: 2; requests: 2\n" in capsys.readouterr().out
+
+
+def test_each_class_says_the_objectives_that_the_verdict_goes_by(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, page = tmp_path / "sidecar.yaml", tmp_path / "out.html"
+    config.write_text("classes: [{name: vip, budget: 3s}]")
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    simulate(
+        parser.parse_args(
+            [
+                "--config",
+                str(config),
+                "--html",
+                str(page),
+                "--engines",
+                "1",
+                "--duration",
+                "5",
+                "--load",
+                ".2",
+                "--quiet",
+            ]
+        )
+    )
+    told = (
+        "vip: judged by a first token in 3.4 s and 100 ms a token after it; "
+        "its budget in our queue is 3 s, and its clients leave after 30 s"
+    )
+    assert told in capsys.readouterr().out
+    assert told in page.read_text()
 
 
 def test_all_problems_come_at_once_and_not_more_than_a_page(tmp_path: Path) -> None:
