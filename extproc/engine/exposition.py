@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry
@@ -44,6 +45,8 @@ class MetricsPage:
         yield self._gauge("vllm:num_requests_waiting", "Requests waiting to be admitted.", engine.waiting)
         yield self._gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0..1.", engine.kv_usage)
         yield self._cache_config()
+        if engine.params.max_loras:
+            yield self._adapters()
         yield self._counter("vllm:prompt_tokens", "Prompt tokens.", engine.prompt_tokens_total)
         yield self._counter("vllm:generation_tokens", "Generated tokens.", engine.generation_tokens_total)
         yield self._counter("vllm:num_preemptions", "Preemptions.", engine.preemptions_total)
@@ -91,6 +94,18 @@ class MetricsPage:
         }
         family = GaugeMetricFamily("vllm:cache_config_info", "The KV cache.", labels=list(labels))
         family.add_metric(list(labels.values()), 1)
+        return family
+
+    def _adapters(self) -> Metric:
+        """Which adapters run and wait now: of vLLM's lines, one for each that ever did, the newest."""
+        running, waiting = self._drive.engine.adapters
+        labels = {
+            "max_lora": str(self._drive.engine.params.max_loras),
+            "running_lora_adapters": ",".join(running),
+            "waiting_lora_adapters": ",".join(waiting),
+        }
+        family = GaugeMetricFamily("vllm:lora_requests_info", "LoRA adapters in use.", labels=list(labels))
+        family.add_metric(list(labels.values()), time.time())
         return family
 
 

@@ -66,6 +66,8 @@ class Ask:
     """How many answers each prompt gets."""
     prompts: tuple[int, ...] = ()
     """Tokens of each prompt, where there are several; `prompt_tokens` is their sum."""
+    adapter: str | None = None
+    """As at vLLM a name that is served beside the first one is a LoRA adapter's, to an engine that knows any."""
 
     @property
     def sequences(self) -> tuple[int, ...]:
@@ -128,6 +130,7 @@ def read_ask(
         shared_tokens=_told(headers, fields, "x-sim-shared-prompt-tokens") or 0,
         n=n,
         prompts=prompts if len(prompts) > 1 else (),
+        adapter=model if model in models[1:] else None,
     )
 
 

@@ -144,6 +144,7 @@ class Drive:
                 ask.session,
                 prefix="shared" if ask.shared_tokens else None,
                 prefix_tokens=ask.shared_tokens,
+                adapter=ask.adapter,
             )
             if refusal is not None:
                 for generation in generations:

@@ -59,7 +59,7 @@ _HELP: Final = {
     "speed": "0.5 is an engine at half speed",
     "cold_requests": "a new engine is slow until it has computed so many prompts",
     "cold_times": "how many times as long its steps take until then",
-    "max_loras": "LoRA adapters loaded, and in one batch, at most; 0: none is known, adapters are names of the model",
+    "max_loras": "LoRA adapters loaded, and in one batch, at most: the models behind the first; 0: all are one model",
     "lora_load_s": "seconds that a step is longer for each adapter that it loads",
 }
 
@@ -73,7 +73,8 @@ class EngineServerConfig:
     """0: any free one."""
     name: str = "sim-engine"
     models: tuple[str, ...] = ("sim",)
-    """Served names, the first one the default of requests that name none."""
+    """Served names, the first one the default of requests that name none; the others are LoRA adapters to an engine
+    that knows any (`max_loras`)."""
     any_model: bool = False
     """Accept names that are not served, too."""
     params: EngineParams = DEMO

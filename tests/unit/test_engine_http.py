@@ -12,6 +12,9 @@ import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from extproc.endpoints.telemetry.engines import engines_for
+from extproc.endpoints.telemetry.page import read_page
+from extproc.endpoints.telemetry.readings import Readings
 from tests.unit.running_engine import CHAT, CHAT_PATH, ENDLESS, FAST, ask, engine, events, play, until
 
 
@@ -350,6 +353,29 @@ def test_the_metrics_page_has_vllms_names_and_the_engines_figures() -> None:
         assert samples["vllm:request_success_total", "length", None].value == 1
         config = samples["vllm:cache_config_info", None, None].labels
         assert (config["block_size"], config["num_gpu_blocks"]) == ("16", "512")
+
+    play(scene())
+
+
+def test_each_model_behind_the_first_is_an_adapter_that_is_loaded_and_that_the_page_names() -> None:
+    async def scene() -> None:
+        slots = dataclasses.replace(FAST, max_num_seqs=4, max_loras=1, lora_load_s=0.3)
+        async with engine(slots, models=("base", "law", "med")) as (server, client):
+            await ask(client, CHAT | {"model": "base"})
+            assert server.drive.engine.adapters_loaded_total == 0
+            began = time.monotonic()
+            await ask(client, CHAT | {"model": "law"})
+            assert time.monotonic() - began >= 0.3, "it had to be loaded"
+            assert server.drive.engine.adapters_loaded_total == 1
+            async with (
+                client.post(CHAT_PATH, json=ENDLESS | {"model": "law", "stream": True}),
+                client.post(CHAT_PATH, json=ENDLESS | {"model": "med", "stream": True}),
+            ):
+                await until(lambda: server.drive.engine.adapters == (("law",), ("med",)))
+                async with client.get("/metrics") as response:
+                    load = read_page(await response.read(), engines_for("vllm"))
+        assert isinstance(load, Readings)
+        assert (load.adapters, load.waiting_adapters, load.adapter_slots) == (("law",), ("med",), 1)
 
     play(scene())
 
