@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 LEAST = (1e-3, 0.0, 1e-6)
 """No engine's three costs are less, in seconds."""
+Costs = tuple[float, float, float]
+Spread = tuple[float, float, float, float, float, float]
+"""How far off the three costs may be, squared, and how they go together: base x base, base x sequence, and so on."""
 LONGEST_S = 2.0
 """A reading after a long silence weighs no more than one after this."""
 
@@ -64,9 +67,8 @@ class StepCost:
         self.pace: float | None = None
         self._running = 0.0  # running requests x seconds, weighted by age
         self._tokens = 0.0  # output tokens, weighted alike
-        # How far off the three may be, squared, and how they go together: base x base, base x sequence, and so on.
         offs = law.base_off_s, law.sequence_off_s, law.prompt_off_s
-        self._spread = (offs[0] * offs[0], 0.0, 0.0, offs[1] * offs[1], 0.0, offs[2] * offs[2])
+        self._spread: Spread = (offs[0] * offs[0], 0.0, 0.0, offs[1] * offs[1], 0.0, offs[2] * offs[2])
 
     @property
     def tpot_s(self) -> float | None:
@@ -111,9 +113,6 @@ class StepCost:
         total = base * steps + sequence * output_tokens + prompt * prompt_tokens + noise
         explained_s = self.base_s * steps + self.sequence_s * output_tokens + self.prompt_s * prompt_tokens
         missing_s = elapsed_s - explained_s
-        self.base_s = max(self.base_s + base / total * missing_s, LEAST[0])
-        self.sequence_s = max(self.sequence_s + sequence / total * missing_s, LEAST[1])
-        self.prompt_s = max(self.prompt_s + prompt / total * missing_s, LEAST[2])
         self._spread = (
             bb - base * base / total,
             bs - base * sequence / total,
@@ -122,4 +121,29 @@ class StepCost:
             sp - sequence * prompt / total,
             pp - prompt * prompt / total,
         )
+        share = missing_s / total
+        costs = self.base_s + base * share, self.sequence_s + sequence * share, self.prompt_s + prompt * share
+        if costs[0] < LEAST[0] or costs[1] < LEAST[1] or costs[2] < LEAST[2]:
+            costs = _possible(costs, self._spread)
+        self.base_s, self.sequence_s, self.prompt_s = costs
         self.readings += 1
+
+
+def _possible(costs: Costs, spread: Spread) -> Costs:
+    """Return the likeliest costs that an engine can have, where some of `costs` are less than the least.
+
+    It is as if each of these were seen to be the least: the others move with it, as they go together. What a negative
+    cost of one had explained of the others' would otherwise stay with them, against all that is seen.
+    """
+    bb, bs, bp, ss, sp, pp = spread
+    found, rows = list(costs), [[bb, bs, bp], [bs, ss, sp], [bp, sp, pp]]
+    for one, least in enumerate(LEAST):
+        if found[one] < least and (off := rows[one][one]) > 0.0:
+            gain, short = [row[one] / off for row in rows], least - found[one]
+            found = [cost + part * short for cost, part in zip(found, gain, strict=True)]
+            rows = [
+                [cell - part * own for cell, own in zip(row, rows[one], strict=True)]
+                for row, part in zip(rows, gain, strict=True)
+            ]
+    base_s, sequence_s, prompt_s = found
+    return max(base_s, LEAST[0]), max(sequence_s, LEAST[1]), max(prompt_s, LEAST[2])

@@ -116,6 +116,36 @@ def test_a_reading_after_a_long_silence_weighs_no_more_than_one_after_some_secon
     assert (silent.base_s, silent.sequence_s, silent.tpot_s) == (usual.base_s, usual.sequence_s, usual.tpot_s)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_no_reading_makes_what_it_shows_less_explained_than_before(seed: int) -> None:
+    """One cost stayed at its least, and what it could not take went to another: up, against all that was seen."""
+    random, costs = Random(seed), StepCost()
+    for number in range(60):
+        running, prompts = random.uniform(4.0, 20.0), random.uniform(4000.0, 18_000.0)
+        steps = (1.0 - prompts * 2e-5) / (0.0075 + 2e-4 * running)
+        counted = prompts * (2.0 if number < 2 else 1.0)  # the first ones stood in a cache
+
+        def missing_s(steps: float = steps, tokens: float = steps * running, counted: float = counted) -> float:
+            return abs(1.0 - costs.base_s * steps - costs.sequence_s * tokens - costs.prompt_s * counted)
+
+        before_s = missing_s()
+        costs.learn(1.0, steps, steps * running, counted)
+        assert missing_s() <= before_s + 1e-9
+
+
+def test_an_engine_whose_first_prompts_stood_in_its_cache_is_not_held_to_be_slow_for_ever() -> None:
+    """h100-8b, shared prefixes: one of four was held to be ten times slower at prompts, and got a tenth of the work."""
+    costs = StepCost()
+    costs.learn(1.0, 79.0, 632.0, 29_600.0)  # nearly all of it was found there
+    costs.learn(1.0, 33.5, 369.0, 15_900.0)
+    for second in range(20):
+        running, prompts = 12.0 + second % 5, 9000.0 + 500 * (second % 7)
+        steps = (1.0 - prompts * 2.1e-5) / (0.0075 + 2e-4 * running)
+        costs.learn(1.0, steps, steps * running, prompts)
+    assert costs.prompt_s == pytest.approx(2.1e-5, rel=0.6)
+    assert costs.base_s + 15 * costs.sequence_s == pytest.approx(0.0105, rel=0.3)
+
+
 ODD = (0.0, 1e-12, 1e-3, 1.0, 1e6, 1e15)
 
 
@@ -171,11 +201,19 @@ class Reference:
         total = sum(did[row] * drifted[row][column] * did[column] for row in range(3) for column in range(3)) + noise
         gain = [sum(drifted[row][column] * did[column] for column in range(3)) / total for row in range(3)]
         off = elapsed_s - sum(self.costs[row] * did[row] for row in range(3))
-        self.costs = [max(self.costs[row] + gain[row] * off, LEAST[row]) for row in range(3)]
+        self.costs = [self.costs[row] + gain[row] * off for row in range(3)]
         keeps = [[(row == column) - gain[row] * did[column] for column in range(3)] for row in range(3)]
         self.spread = [
             [sum(keeps[row][k] * drifted[k][column] for k in range(3)) for column in range(3)] for row in range(3)
         ]
+        spread = self.spread
+        for one, least in enumerate(LEAST):  # who would cost less than the least is seen to cost that, exactly
+            if self.costs[one] < least:
+                gain = [spread[row][one] / spread[one][one] for row in range(3)]
+                off = least - self.costs[one]
+                self.costs = [self.costs[row] + gain[row] * off for row in range(3)]
+                spread = [[spread[row][k] - gain[row] * spread[one][k] for k in range(3)] for row in range(3)]
+        self.costs = [max(*both) for both in zip(self.costs, LEAST, strict=True)]
 
     @property
     def tpot_s(self) -> float:
