@@ -122,8 +122,5 @@ def _is_led_there(ticket: Ticket, endpoint: Endpoint) -> bool:
 
 
 def _company(pool: Pool, endpoint: Endpoint) -> Pool:
-    """Return those whom an endpoint is judged against: all who serve a request's model, not a gateway's few."""
-    if not pool.base.is_part:
-        return pool
-    wholes = [one for one in endpoint.pools if not one.base.is_part]
-    return max(wholes, key=lambda one: len(one.members), default=pool)
+    """Return those whom an endpoint is judged against: who serves a request's model, not a gateway's few."""
+    return pool if pool.base.names else endpoint.peers() or pool

@@ -35,7 +35,8 @@ class Pool:
 
     Attributes:
         members: its endpoints, in the order they came.
-        names: how many models it is for; "any model" and "every endpoint" count as such. `Pools` keeps it.
+        names: how many models it is for; "any model" counts as one. 0: a lane, a gateway's choice, or all endpoints
+            where they serve different models: nobody is judged by these. `Pools` keeps it.
         usable: how many of them may be sent requests at all. The controller keeps it.
         is_served: whether there were any, when budgets were last looked at: see `Lines.follow_service`.
         open: those of them that have room for some request; a full one costs nothing. The controller keeps it, by
@@ -56,7 +57,7 @@ class Pool:
         longest: the longest prompt and answer together that a member takes; None: nobody says.
         base, lanes: see lanes.py: the pool that this is a lane of, else itself; its own lanes, by class.
         turn, turns: what this lane was promised; for each priority, up to where the lanes were served.
-        is_part: a gateway's choice among those who serve a model: nobody is judged by so few.
+        is_part: a gateway's choice among those who serve a model.
     """
 
     __slots__ = (

@@ -58,7 +58,7 @@ class Pools:
         """Start without endpoints: all who come wait in one pool."""
         self.any_model = self.every = Pool(laws=laws)
         self.by_model: dict[str, Pool] = {}
-        self.any_model.names = 2
+        self.any_model.names = 1
         self._listed_by: dict[frozenset[str], Endpoint] = {}  # for each list of models an endpoint that has it
         self._is_whole = True  # no endpoint is left out for a model
         self.expects_any = False
@@ -196,7 +196,7 @@ class Pools:
         split: list[Pool] = []
         for pool, its in serves.items():
             gains = pool
-            if len(its) + (pool is self.every) != pool.names:
+            if len(its) != pool.names:
                 gains = self._part(pool, its)
                 split += pool.with_lanes()
             for one in gains.with_lanes():
@@ -215,7 +215,6 @@ class Pools:
             part.names += 1
         if pool is self.every:
             self.every = part
-            part.names += 1
         pool.names -= part.names
         self._all += (part,)
         return part
@@ -247,10 +246,12 @@ class Pools:
         kept: dict[int, Pool] = {}
         taken: set[Pool] = set()
         self.any_model = _keep(kept, taken, lists_none, self.any_model, present)
+        self.any_model.names += 1
         for model, pool in self.by_model.items():
             members = served.get(model, 0) | lists_none
             members = members & ~missing.get(model, 0) or members  # the last ones stay
-            self.by_model[model] = _keep(kept, taken, members, pool, present)
+            self.by_model[model] = found = _keep(kept, taken, members, pool, present)
+            found.names += 1
         # The last to choose: hardly anybody waits for any endpoint whatever it serves.
         self.every = _keep(kept, taken, (1 << len(present)) - 1, self.every, present)
         self._keep_subsets(kept, taken, present)
@@ -327,5 +328,4 @@ def _keep(kept: dict[int, Pool], taken: set[Pool], members: int, pool: Pool, pre
         found.members = [present[number] for number in _numbers(members)]
         for endpoint in found.members:
             endpoint.pools.append(found)
-    found.names += 1
     return found

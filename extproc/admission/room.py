@@ -100,6 +100,10 @@ class Room:
         """Whether it may be sent anything at all."""
         return self.health.shut_by is None and not self.removed
 
+    def peers(self) -> Pool | None:
+        """Return those whom it is judged against, itself among them: most of those who serve one of its models."""
+        return max((pool for pool in self.pools if pool.names), key=lambda pool: len(pool.members), default=None)
+
     @property
     def is_open(self) -> bool:
         """Whether it has room for a request that needs no tokens: necessary, not sufficient."""

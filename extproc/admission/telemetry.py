@@ -78,10 +78,9 @@ def follow_report(endpoint: Endpoint, report: Load, now: float, policy: Policy) 
 
 def trusts_counters(endpoint: Endpoint) -> bool:
     """Hold what its counters say of the answers that ended against what its peers' say; tell whether to believe."""
-    before = endpoint.counters.doubted
-    endpoint.counters.follow(
-        endpoint.produced, endpoint.completed, [(pool.usual, len(pool.members)) for pool in endpoint.pools]
-    )
+    before, peers = endpoint.counters.doubted, endpoint.peers()
+    if peers is not None:
+        endpoint.counters.follow(endpoint.produced, endpoint.completed, peers.usual, len(peers.members))
     if endpoint.counters.doubted and not before:
         endpoint.steps = StepCost(endpoint.steps.law)  # they taught it
     return not endpoint.counters.doubted

@@ -91,6 +91,24 @@ def test_answers_that_differ_by_what_is_asked_of_each_are_no_reason_for_doubt() 
     assert doubted(desk) == set()
 
 
+@pytest.mark.parametrize("length", [0, 3000], ids=["of embeddings", "that thinks"])
+def test_a_model_whose_answers_are_of_another_length_is_no_reason_for_doubt(length: int) -> None:
+    """Its engines were held against all others, too: none of their counters was believed."""
+    desk = Desk(*(EndpointSpec(name, models=frozenset({model})) for name, model in zip("abcd", "xxyy", strict=True)))
+    lengths = {"a": 200, "b": 200, "c": length, "d": length}
+    for _ in range(50):
+        ended = dict.fromkeys(lengths, 0)
+        tickets = [desk.ask(model=model) for model in "xxxyyy"]
+        desk.advance(1.0)
+        for ticket in tickets:
+            ended[desk.where(ticket) or ""] += 1
+            desk.release(ticket, Answer.OK)
+        for name, each in lengths.items():
+            made = each * ended[name]
+            desk.observe(name, Load(running=3.0, waiting=0.0, tokens_per_s=float(made), output_tokens=made))
+    assert doubted(desk) == set()
+
+
 def test_an_engine_alone_is_believed_whatever_it_says() -> None:
     desk = Desk(EndpointSpec("a"))
     serve(desk, 50, a=20_000)
@@ -113,17 +131,17 @@ def test_a_few_answers_are_no_reason_for_doubt_and_one_more_is() -> None:
     counters, usual = Counters(), Usual()
     usual.follow(math.log(200.0), answers=1, engines=2, memory=LAWS.counters.memory)
     few = int(LAWS.counters.enough) - 1
-    counters.follow(20_000 * few, few, [(usual, 2)])
+    counters.follow(20_000 * few, few, usual, 2)
     assert (counters.doubted, usual.log_tokens) == (False, math.log(200.0))
-    counters.follow(20_000, 1, [(usual, 2)])
+    counters.follow(20_000, 1, usual, 2)
     assert counters.doubted
 
 
 def test_a_reading_of_more_answers_than_are_remembered_is_what_is_known_then() -> None:
     counters, usual = Counters(), Usual()
-    counters.follow(200 * 1000, 1000, [(usual, 2)])
+    counters.follow(200 * 1000, 1000, usual, 2)
     assert usual.log_tokens == pytest.approx(math.log(200.0))
-    counters.follow(300 * 1000, 1000, [(usual, 2)])
+    counters.follow(300 * 1000, 1000, usual, 2)
     assert usual.log_tokens == pytest.approx((math.log(200.0) + math.log(300.0)) / 2)
 
 

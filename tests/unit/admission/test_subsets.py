@@ -8,7 +8,7 @@ from extproc.admission.laws import LAWS
 from extproc.admission.outcome import Outcome
 from extproc.admission.pools import MOST_SUBSETS, Pools
 from extproc.admission.ticket import State
-from extproc.admission.values import Answer
+from extproc.admission.values import Answer, EndpointSpec
 from extproc.errors import TransitionError
 
 from .desk import Desk, one
@@ -211,3 +211,16 @@ def test_one_that_was_left_out_for_a_model_and_lists_it_no_more_is_no_last_resor
     desk.core.endpoints["a"].missing.models = frozenset({"m"})
     desk.put(one("a", models=frozenset({"n"})))
     assert desk.outcome(desk.ask(model="m", allowed=names("a"))) is Outcome.NONE_ALLOWED
+
+
+def test_the_last_that_serves_a_model_is_not_put_out_for_refusals_of_a_gateways_choice() -> None:
+    """It was judged beside those who serve another model."""
+    models = {"a": "x", "b": "x", "c": "y", "d": "y"}
+    desk = Desk(*(EndpointSpec(name, models=names(model)) for name, model in models.items()))
+    desk.set_up("b", is_up=False)
+    for _ in range(40):
+        for request in ({"model": "y"}, {"model": "x", "allowed": frozenset("a")}):
+            ticket = desk.ask(**request)
+            assert desk.where(ticket), request
+            desk.release(ticket, Answer.OK if request["model"] == "y" else Answer.REFUSED)
+    assert desk.endpoint("a").available

@@ -25,10 +25,7 @@ from extproc.simulate.studies.matrix.traffic import TRAFFIC
 FILE = Path(__file__).with_name("gate.json")
 FURTHER = FILE.with_name("further.json")
 """Cells of chosen.py beyond the gate that were played once, in the same form; no test plays them. The page has both."""
-FURTHER_PLAYED = (
-    "rivals and fixed limits at 0dccd1b, ours at 6570672"
-    "; the others were recorded then, too"
-)
+FURTHER_PLAYED = "rivals and fixed limits at 0dccd1b, ours at 6570672; the others were recorded then, too"
 SEEDS = (1, 2)
 SLACK = 0.02
 """How far the goodput of a cell may fall without a word."""
