@@ -95,6 +95,8 @@ at what runs. On h100x4-70b it is the start: of what comes in the first 15 s fou
 grows from 16 to the 57 that fit. On h100-8b the time per token holds 56 to 79, and a fixed 158 leaves it to the KV
 books. On h100-32b a full cache of three to four looks like a batch of so many, found anew each minute; a fixed limit of
 6 or more leaves it to the books (.39), and so does `learning.kv.fill: 80` (.38, unnamed .41).""",
+    "h100-32b/vllm/chunked@100": """\
+Level but for these two seeds: over twelve the defaults have .870, the fixed 16 .880.""",
     "*/rag@*": """\
 A prompt of 8,000 tokens takes half a second to compute, and three are under way at once. Who has waited nearly all
 its budget of 3.6 s before that is late for 4 s: 6 to 12 % are on h100x4-70b, a100-8b and h100-32b. The best rival lets
