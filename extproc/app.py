@@ -263,7 +263,7 @@ class App:
             config.listen,
             config.admin,
             len(config.endpoints),
-            "on" if config.enable_queue else "off",
+            config.mode,
         )
 
     async def run(self) -> None:

@@ -72,9 +72,8 @@ def _valid(file: Path, envoy: Path | None) -> Config:
 
 def _good(config: Config, file: Path, envoy: Path | None) -> Iterable[tuple[Path, str]]:
     classes = ", ".join(f"{klass.name} (budget {klass.budget_s:g}s)" for klass in config.classes)
-    queue = "on" if config.enable_queue else "off (enable_queue: false)"
     found = f" and those of {len(config.sources)} source(s)" if config.sources else ""
-    yield file, f"ok: {len(config.endpoints)} endpoint(s){found}, queue {queue}, classes: {classes}"
+    yield file, f"ok: {len(config.endpoints)} endpoint(s){found}, queue {config.mode}, classes: {classes}"
     if envoy is not None:
         is_whole = config.picks or not could_not_look(config, envoy)
         yield envoy, f"ok: {'fits' if is_whole else 'what could be looked at fits'} {file}"

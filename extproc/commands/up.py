@@ -295,9 +295,7 @@ class Up:
 
     def _greet(self, config: Config) -> None:
         model = '"model": "sim", ' if self._engines else ""
-        queue = "on" if config.enable_queue else "off"
-        if self._config_file is None:
-            queue += " (no configuration file was given)"
+        queue = f"{config.mode} (no configuration file was given)" if self._config_file is None else config.mode
         limits = {spec.max_running_requests or "adaptive" for spec in config.endpoint_specs()}
         limit = " or ".join(str(one) for one in limits)
         if limits == {"adaptive"}:

@@ -49,7 +49,14 @@ def _endpoints(config: Config) -> Iterator[str]:
     ):
         yield (
             f"endpoints list models, and only the header {config.headers.model[0]} says which one a request wants, "
-            f"which OpenAI's clients don't send: they get 400; set {key}: true, or default_model"
+            "which OpenAI's clients don't send: they get 400, with the queue off, too; set "
+            f"{key}: true, or default_model"
+        )
+    listed = {model for one in (*config.endpoints, *config.sources) for model in one.models}
+    if config.default_model is not None and config.default_model not in listed and not config.expects_any:
+        yield (
+            f"default_model: no endpoint lists {config.default_model!r}, so who names no model waits for one in vain; "
+            f"the models listed are {', '.join(sorted(listed)[:8])}{', ...' if len(listed) > 8 else ''}"
         )
     if config.picks and config.picker.fallbacks and config.replicas is not None:
         yield (

@@ -84,7 +84,9 @@ class Config(Section):
     socket_group: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}$")] | None = Field(
         None, description="Its group, a name or a quoted number. Unset: this process's, or the directory's if setgid."
     )
-    enable_queue: bool = Field(False, description="Off: endpoints are chosen and counted, nothing is held or refused.")
+    enable_queue: bool = Field(
+        False, description="Off: endpoints are chosen and counted, nothing is held, or refused for load."
+    )
     dry_run: bool = Field(
         False, description="Hold nothing; count in metrics what would have been held or refused, were the queue on."
     )
@@ -310,6 +312,13 @@ class Config(Section):
         """All models that the file names, whoever serves them at the moment."""
         named = {model for one in (*self.endpoints, *self.sources) for model in one.models}
         return frozenset(named | {self.default_model} if self.default_model is not None else named)
+
+    @property
+    def mode(self) -> str:
+        """What becomes of requests, for people: whether the queue holds and refuses."""
+        if self.dry_run:
+            return "dry run (dry_run: true), nothing is held"
+        return "on" if self.enable_queue else "off (enable_queue: false)"
 
     @property
     def expects_any(self) -> bool:

@@ -1,10 +1,10 @@
 """What clients read when Envoy itself answers for a server or for us: an error of OpenAI's shape with the true cause.
 
 Envoy's own texts point the wrong way: "no healthy upstream" where no sidecar answered and all servers are well. Only
-its answers that bear one of these flags are written anew: never a server's own, nor our refusals, which bear none.
+its answers that bear one of these flags, and its 413, are written anew: never a server's own, nor our refusals.
 
-A gRPC client gets no body: Envoy makes it the `grpc-message`, and of the status a gRPC one (UNAVAILABLE, of all of
-these). So such requests have mappers of their own, with a plain sentence: Envoy takes the first mapper that fits.
+A gRPC client gets no body: Envoy makes it the `grpc-message`, and of the status a gRPC one (of all but the 413
+UNAVAILABLE). So such requests have mappers of their own, with a plain sentence: Envoy takes the first mapper that fits.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ _CAUSES = (
     ),
 )
 """Flags of Envoy's access log (`%RESPONSE_FLAGS%`), what a program reads, what a person reads; the first that fits."""
+_TOO_LARGE = "{status_code_filter: {comparison: {op: EQ, value: {default_value: 413, runtime_key: extproc.too_large}}}}"
+"""Envoy's own word on a body above its limit bears no flag; neither we nor anything else before a server say 413."""
+_TOO_LARGE_CODE, _TOO_LARGE_TEXT = "body_too_large", "The request's body is larger than Envoy's configuration takes."
 _NO_SIDECAR = "no_sidecar"
 _NOBODY_ASKED = "The queue's sidecar did not answer Envoy, and no inference server was asked: they may all be well."
 _NOBODY_LEFT = "The queue's sidecar did not answer Envoy, and Envoy has no inference server that it could ask instead."
@@ -46,20 +49,24 @@ def local_replies(*, fail_open: bool) -> str:
         'value: {string_match: {exact: ""}}}, match_if_key_not_found: true}}'
     )
     causes = [
-        ("UH", [undecided], _NO_SIDECAR, _NOBODY_LEFT if fail_open else _NOBODY_ASKED),
-        *((flags, [], code, message) for flags, code, message in _CAUSES),
+        (_flags("UH"), [undecided], _NO_SIDECAR, _NOBODY_LEFT if fail_open else _NOBODY_ASKED),
+        *((_flags(flags), [], code, message) for flags, code, message in _CAUSES),
+        (_TOO_LARGE, [], _TOO_LARGE_CODE, _TOO_LARGE_TEXT),
     ]
     mappers = []
-    for flags, more, code, message in causes:
-        flag = f"{{response_flag_filter: {{flags: [{flags}]}}}}"
-        mappers += [*_mapper([flag, *more, _OF_GRPC]), _sentence(code, message)]
-        mappers += [*_mapper([flag, *more]), _body(code, message)]
+    for first, more, code, message in causes:
+        mappers += [*_mapper([first, *more, _OF_GRPC]), _sentence(code, message)]
+        mappers += [*_mapper([first, *more]), _body(code, message)]
     text = "".join(f"            {line}\n" for line in mappers)
     return f"""\
           # Envoy's own answers say whose fault it is; refusals of the queue, and answers of servers, are left alone.
           local_reply_config:
             mappers:
 {text}"""
+
+
+def _flags(names: str) -> str:
+    return f"{{response_flag_filter: {{flags: [{names}]}}}}"
 
 
 def _mapper(filters: list[str]) -> list[str]:
@@ -77,7 +84,7 @@ def _sentence(code: str, message: str) -> str:
 def _body(code: str, message: str) -> str:
     error = {
         "message": message,
-        "type": "server_error",
+        "type": "invalid_request_error" if code == _TOO_LARGE_CODE else "server_error",
         "param": None,
         "code": code,
         "flags": "%RESPONSE_FLAGS%",

@@ -103,7 +103,7 @@ class Reception:
         self.requests = Requests(headers, ages, class_priorities, default_model)
         where = f"a header ({headers.model[0]})"
         if fields_namespace or (self.dialect.picks and read_model):
-            where = f'the body\'s "model", or in {where}'
+            where = f'the body\'s "model" (JSON, by its content-type, not compressed), or in {where}'
         self.how_to_name_a_model = f"Several models are served here: name the one meant in {where}."
         self.routes = routes or Routes()
         self._listed: tuple[float, frozenset[str]] = (-LIST_S, frozenset())  # when, and all models

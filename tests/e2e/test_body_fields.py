@@ -144,6 +144,8 @@ def test_a_body_over_the_limit_is_413_and_holds_nothing(fields):
     with H1Request(fields.address, headers=[("x-test-id", "big")], body=BIG) as request:
         request.send()
         assert request.read_head() == 413
+        error = json.loads(request.read_all())["error"]
+        assert (error["code"], error["type"]) == ("body_too_large", "invalid_request_error")
     fields.wait_idle()
     assert "Traceback" not in fields.sidecar.child.output()
     assert send(fields, "after-big", {"model": "llama"}) == (200, ["a"])

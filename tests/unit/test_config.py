@@ -391,6 +391,24 @@ def test_a_variable_that_does_nothing_is_named_but_for_those_that_kubernetes_set
     ]
 
 
+def test_a_default_model_that_no_endpoint_lists_is_doubted_unless_somebody_serves_any(tmp_path):
+    """Who named none waited out the budget, and got 503; nothing told why."""
+    typo = f"default_model: o\nendpoints: {TWO_MODELS}"
+    assert doubtful(tmp_path, typo) == [
+        "default_model: no endpoint lists 'o', so who names no model waits for one in vain; the models listed are m, n"
+    ]
+    assert doubtful(tmp_path, typo.replace("o\n", "n\n")) == []
+    assert doubtful(tmp_path, "default_model: o\nendpoints: [{name: a, address: 'h:1'}]") == []
+
+
+def test_what_becomes_of_requests_is_told_as_it_is():
+    """A dry run was told to be "on"."""
+    modes = [
+        config({"enable_queue": on, "dry_run": dry}).mode for on, dry in ((True, True), (True, False), (False, False))
+    ]
+    assert [mode.partition(" (")[0] for mode in modes] == ["dry run", "on", "off"]
+
+
 def test_a_small_number_of_seconds_may_be_a_bare_number():
     """YAML's 0.00002 is 2e-05 to Python."""
     assert config({"learning": {"steps": {"sequence": 0.00002}}}).policy().laws.steps.sequence_s == 0.00002

@@ -316,4 +316,5 @@ def test_the_reference_says_what_a_client_reads_that_names_no_model():
     """It had another text, of its own."""
     assert Room().reception.how_to_name_a_model == Outcome.MODEL_MISSING.message
     in_body = Room(fields="extproc_request").reception.how_to_name_a_model
-    assert in_body == Outcome.MODEL_MISSING.message.replace("in a header", 'in the body\'s "model", or in a header')
+    body = 'in the body\'s "model" (JSON, by its content-type, not compressed), or in a header'
+    assert in_body == Outcome.MODEL_MISSING.message.replace("in a header", body)
