@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from extproc.admission.fairness import OUTPUT_WEIGHT
 from extproc.admission.lanes import correct
 from extproc.admission.missing import Records
-from extproc.admission.values import Answer
+from extproc.admission.values import TELLS_NOTHING, Answer, Binding
 
 if TYPE_CHECKING:
     from extproc.admission.books import Books
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _OK: Final = Answer.OK
 _UNKNOWN: Final = Answer.UNKNOWN
+_UNASKED: Final = Answer.UNASKED
 _CERTAIN: Final = (Answer.NO_CLUSTER, Answer.NO_ADDRESS)
 """Envoy's own word that no request gets there."""
 _OWN_FAULTS: Final = (Answer.FAILED, Answer.DROPPED, *_CERTAIN)
@@ -47,16 +48,20 @@ class Answers:
 
     def ended(self, ticket: Ticket, endpoint: Endpoint, pool: Pool, answer: Answer) -> None:
         """Judge a whole answer, and charge what it cost beyond its estimate: how long it was written, at what pace."""
+        if answer is _UNKNOWN and not ticket.is_answered and not endpoint.has_written(ticket, self._books.now):
+            answer = _UNASKED  # a client that left at once
         is_whole = answer is _OK or answer is _UNKNOWN  # as far as one can tell
         if is_whole or ticket.is_answered:
             endpoint.completed += ticket.sequences  # a connection that failed at once had no answer
             if not endpoint.counters.doubted:
                 endpoint.expected += ticket.output_tokens
-        if not ticket.is_answered and answer is not _UNKNOWN:
+        if not ticket.is_answered and answer not in TELLS_NOTHING:
             self._judge(answer, ticket, endpoint, _company(pool, endpoint))
-        if is_whole:
-            writing_s, pace = endpoint.writing_s(ticket, self._books.now), endpoint.steps.pace
-            tokens = self._tokens.tokens_of(ticket, writing_s, pace, learn=answer is _OK)
+        if is_whole or answer is _UNASKED:
+            tokens = 0.0
+            if answer is not _UNASKED:
+                writing_s, pace = endpoint.writing_s(ticket, self._books.now), endpoint.steps.pace
+                tokens = self._tokens.tokens_of(ticket, writing_s, pace, learn=answer is _OK)
             surplus = OUTPUT_WEIGHT * (tokens - ticket.output_tokens)
             if pool is not pool.base:
                 correct(pool, ticket, surplus)
@@ -93,17 +98,28 @@ class Answers:
         has_peers, model = pool.usable > endpoint.counted, ticket.request.model
         if answer is Answer.TIMEOUT and not has_peers:
             return  # a long answer or a server that hangs: with nobody to compare it with, nobody can tell
+        if not is_own_fault and has_peers and self._is_led(ticket, endpoint):
+            self._records = self._records or Records()
+            if endpoint.missing.refused_led(model):
+                self._fleet.lead_nobody(endpoint)
+            return
         health = endpoint.health
         health.refused_by = answer
         is_certain = answer in _CERTAIN and _is_only_one(endpoint, pool)
         health.refused(ticket, pool.record, now, is_own_fault=is_own_fault, has_peers=has_peers, is_certain=is_certain)
-        if is_own_fault or answer is Answer.TIMEOUT:
+        if is_own_fault or answer is Answer.TIMEOUT or model is None or not has_peers:
             return
-        if model is not None and has_peers and not _is_led_there(ticket, endpoint):
-            self._records = self._records or Records()
-            record = self._records.of(model)
-            if endpoint.missing.refused(model, record, now, endpoint.health.in_a_row):
-                self._fleet.regroup()
+        self._records = self._records or Records()
+        record = self._records.of(model)
+        if endpoint.missing.refused(model, record, now, endpoint.health.in_a_row):
+            self._fleet.regroup()
+
+    def _is_led(self, ticket: Ticket, endpoint: Endpoint) -> bool:
+        """Tell whether its client had it go there, by a name or its session: this may be why it was refused."""
+        pool = ticket.pool
+        if ticket.home is not endpoint or pool is None or self._books.policy.binding is Binding.BOUND:
+            return False
+        return len(pool.members) > 1  # else it is the home of all
 
 
 def _is_only_one(endpoint: Endpoint, pool: Pool) -> bool:
@@ -113,12 +129,6 @@ def _is_only_one(endpoint: Endpoint, pool: Pool) -> bool:
     last would be lost to the others, and to all when that is over. So peers must serve meanwhile.
     """
     return not any(one.health.refused_by in _CERTAIN for one in pool.members if one is not endpoint)
-
-
-def _is_led_there(ticket: Ticket, endpoint: Endpoint) -> bool:
-    """Tell whether the client had it go there, by a name or its session: its bad requests turn off nobody's model."""
-    request = ticket.request
-    return request.home == endpoint.name or (request.session is not None and ticket.home is endpoint)
 
 
 def _company(pool: Pool, endpoint: Endpoint) -> Pool:

@@ -209,6 +209,11 @@ class Fleet:
         elif endpoint.held_since is None:
             endpoint.held_since = self._books.now
 
+    def lead_nobody(self, endpoint: Endpoint) -> None:
+        """Let who waits for an endpoint go anywhere, if its model's requests are led there no more."""
+        for pool in endpoint.pools:
+            self._settling.evict(pool, endpoint)
+
     def _spare_the_last(self, pools: Iterable[Pool]) -> None:
         """End the ejections in pools that nobody is left to serve: they were made because others did."""
         for pool in tuple(pools):

@@ -13,6 +13,7 @@ all share put nobody out. Who is unknown, in doubt or on trial is sent a few req
 
 from __future__ import annotations
 
+from math import exp, lgamma
 from typing import TYPE_CHECKING, Final
 
 from extproc.admission.held import HeldBy
@@ -69,6 +70,22 @@ class Streak:
         record = self.record
         refused = record.refused - self.refused - self.count
         return (refused + 1) / (refused + record.served - self.served + 2)
+
+    def chance(self) -> float:
+        """Return the chance that one who is as its peers are refuses so many in a row, by what these did meanwhile.
+
+        Of a few good answers of theirs little follows, however many it refused: one client's bad requests may all have
+        come here. (Laplace's rule of succession, for all of them together.)
+        """
+        record = self.record
+        refused = record.refused - self.refused - self.count
+        answers = refused + record.served - self.served
+        return exp(
+            lgamma(refused + self.count + 1)
+            - lgamma(refused + 1)
+            - lgamma(answers + self.count + 2)
+            + lgamma(answers + 2)
+        )
 
 
 class _Doubt:
@@ -316,6 +333,8 @@ class Health:
             self.is_known = True  # it speaks
             self.is_failing = False
             self._doubt = None
+            self._streaks.pop(record, None)
+            record.refused += 1  # else it would seem to others that come back to refuse nothing
             return
         streak = self._streaks.get(record)
         if streak is None:
@@ -324,19 +343,20 @@ class Health:
         record.refused += 1
         share = streak.peers_share()
         if not is_own_fault and share > 0.5:  # the others refuse as well: as good as they are
+            self.is_failing = False
             if self.is_known and not self.on_trial:
                 self._doubt = None
-                self.is_failing = False
             return
         is_seen = is_certain or streak.count >= self.law.eject_after
-        if has_peers and is_seen and (is_certain or share**streak.count <= self.law.chance):
+        chance = share**streak.count if is_own_fault else streak.chance()
+        if has_peers and is_seen and (is_certain or chance <= self.law.chance):
             self.ejections += 1
             self.ejected_until = now + self.ejection_s
             self.refusals = streak.count
             self.on_trial = self.is_failing = False
             return
         if is_seen:
-            self.is_failing = True
+            self.is_failing = is_own_fault
             self._doubt = self._doubt or _Doubt(1, self.law.step_s)
         if self._doubt is not None:
             self._doubt.fail(now, self.law)

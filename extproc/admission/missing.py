@@ -3,6 +3,10 @@ server that never had the model.
 
 Health judges an endpoint as a whole, and each good answer clears it. Here each model has its own refusals in a row, by
 the same measure. An endpoint is left out for that model alone, for as long as an ejection lasts; pools follow.
+
+A request that its client had go there, by a name or its session, says less when it is refused: nobody knows what others
+would have said. One client would have whom it likes left out. So such refusals are counted apart. After a few in a row
+that model's requests are led there no more, until one is answered well: they go anywhere, and so can be compared.
 """
 
 from __future__ import annotations
@@ -48,18 +52,12 @@ class Records:
 
 
 class _Model:
-    __slots__ = ("ejections", "record", "streak", "until")
+    __slots__ = ("ejections", "streak", "until")
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, streak: Streak) -> None:
+        self.streak = streak
         self.ejections = 0
         self.until: float | None = None  # it is left out till then
-        self.begin(record)
-
-    def begin(self, record: Record, count: int = 0) -> None:
-        self.record = record
-        self.streak = Streak(record)
-        self.streak.count = count
-        self.streak.refused -= count  # so many of the record are its own
 
 
 class Missing:
@@ -67,25 +65,41 @@ class Missing:
 
     Attributes:
         models: those that it is left out for.
+        led: how many requests in a row it refused of those that were led there, by model.
         until: when time alone ends the first of them; None: there is none.
         law: the constants, those of health.
     """
 
-    __slots__ = ("_known", "law", "models", "until")
+    __slots__ = ("_known", "law", "led", "models", "until")
 
     def __init__(self, law: HealthLaw = LAWS.health) -> None:
         """Start with nothing against it."""
         self.law = law
         self.models: frozenset[str] = frozenset()
+        self.led: dict[str | None, int] = {}
         self._known: dict[str, _Model] = {}
         self.until: float | None = None
 
     def served(self, model: str | None) -> None:
         """Note a good answer: of this model, it is no news that others serve it."""
+        if self.led:
+            self.led.pop(model, None)
         if self._known and model is not None:
             known = self._known.get(model)
             if known is not None and known.until is None:
                 del self._known[model]
+
+    def refused_led(self, model: str | None) -> bool:
+        """Note that it refused one that was led there; tell whether from now on no others of this `model` are."""
+        count = self.led.pop(model, 0) + 1
+        self.led[model] = count
+        if len(self.led) > MOST_MODELS:
+            del self.led[next(iter(self.led))]
+        return count == self.law.eject_after
+
+    def leads(self, model: str | None) -> bool:
+        """Tell whether requests for `model` may be led there."""
+        return self.led.get(model, 0) < self.law.eject_after
 
     def refused(self, model: str, record: Record, now: float, in_a_row: int) -> bool:
         """Note a refusal, the `in_a_row`th of whatever model; tell whether it is left out for `model` from now on."""
@@ -96,19 +110,16 @@ class Missing:
                 if oldest is None:
                     return False  # it lacks more than anybody should
                 del self._known[oldest]
-            known = self._known[model] = _Model(record)
-        elif known.record is not record:
-            known.begin(record)
+            known = self._known[model] = _Model(Streak(record))
+        elif known.streak.record is not record:
+            known.streak = Streak(record)
+        law, streak = self.law, known.streak
         record.refused += 1
+        streak.count += 1
         if known.until is not None:
             return False  # it was sent before
-        law, streak = self.law, known.streak
-        streak.count += 1
-        others_serve_it = record.served > streak.served
-        if streak.count < law.eject_after or streak.count <= in_a_row or not others_serve_it:
-            return False  # too few, the endpoint as a whole, or nobody's
-        if streak.peers_share() ** streak.count > law.chance:
-            return False
+        if streak.count < law.eject_after or streak.count <= in_a_row or streak.chance() > law.chance:
+            return False  # too few, the endpoint as a whole, or others refuse it, too
         known.ejections += 1
         known.until = now + law.ejection_s(known.ejections)
         self._changed()
@@ -117,7 +128,7 @@ class Missing:
     def forgive(self, models: frozenset[str]) -> None:
         """Try these again now: nobody else is left who serves them."""
         for model in models:
-            self._try_again(self._known[model])
+            self._known[model].until = None
         self._changed()
 
     def pass_time(self, now: float) -> bool:
@@ -126,14 +137,9 @@ class Missing:
             return False
         for known in self._known.values():
             if known.until is not None and now >= known.until:
-                self._try_again(known)
+                known.until = None  # one more refusal, of what its peers go on to serve, is enough
         self._changed()
         return True
-
-    def _try_again(self, known: _Model) -> None:
-        known.until = None
-        # One more refusal, of what its peers go on to serve, is enough.
-        known.begin(known.record, self.law.eject_after - 1)
 
     def _changed(self) -> None:
         out = {model: known.until for model, known in self._known.items() if known.until is not None}

@@ -265,7 +265,9 @@ class Settling:
         home = ticket.home
         if not line.at_home or home is None or ticket.patience_until <= self._books.now:
             return pool.shared
-        return pool.queue_of(home) if home.available and pool in home.pools else pool.shared
+        if not home.available or pool not in home.pools or not home.missing.leads(ticket.request.model):
+            return pool.shared
+        return pool.queue_of(home)
 
     def _budget_anew(self, ticket: Ticket, *, is_served: bool) -> None:
         """Change the budget of one who waits: its class's begins when there is somebody to wait for."""

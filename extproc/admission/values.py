@@ -16,6 +16,7 @@ from extproc.admission.tenants import NO_RULES, TenantRules
 
 __all__ = [
     "DEFAULT_CLASS",
+    "TELLS_NOTHING",
     "UNSIZED",
     "Answer",
     "Binding",
@@ -168,6 +169,11 @@ class Answer(Enum):
     DROPPED = "dropped"  # Envoy let it not through, however many run: its operator wants none, or fewer
     TIMEOUT = "timeout"  # Envoy ended it before an answer began
     UNKNOWN = "unknown"  # the client left, or nobody saw
+    UNASKED = "unasked"  # a filter or a route of Envoy's answered in its place, so it was not asked
+
+
+TELLS_NOTHING: Final = (Answer.UNASKED, Answer.UNKNOWN)
+"""Of the endpoint, neither good nor bad."""
 
 
 @dataclass(frozen=True, slots=True)

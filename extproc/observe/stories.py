@@ -31,6 +31,7 @@ LATE_S = 0.03
 """How much later than a timeout we may hear of it."""
 _ANSWERS = {
     Answer.OK: "its answer came whole",
+    Answer.UNASKED: "a filter or a route of Envoy's answered in its place",
     Answer.UNKNOWN: "its client, or Envoy, ended it, or nobody saw how it ended",
 }
 """What else became of it is told as the log tells it."""

@@ -17,7 +17,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from extproc.admission.transitions import WAITING
-from extproc.admission.values import Answer
+from extproc.admission.values import TELLS_NOTHING, Answer
 from extproc.replicas.census import Census
 from extproc.replicas.door import Door
 from extproc.replicas.following import Following
@@ -233,7 +233,7 @@ class Replica:
     def count_bad(self, ticket: Forwarded, answer: Answer) -> None:
         """Count how a request of another sidecar ended, unless well or nobody knows; each counts its own besides."""
         endpoint = ticket.endpoint
-        if endpoint is not None and not endpoint.removed and answer not in (Answer.OK, Answer.UNKNOWN):
+        if endpoint is not None and not endpoint.removed and answer not in (Answer.OK, *TELLS_NOTHING):
             self.bad_answers.setdefault(endpoint.name, Counter())[answer] += 1
 
     # ---- our own requests

@@ -30,7 +30,7 @@ _BY_ENVOY: Final = {
     "max_duration_timeout": Answer.TIMEOUT,
 }
 """What Envoy's details of an answer of its own tell of the server; what begins with _RESET and is not here: FAILED.
-All others, as of filters, limiters and direct responses, tell nothing: the server was not asked. Each was had from
+All others, as of filters, limiters and direct responses: UNASKED. Each was had from
 Envoy 1.40: tests/e2e/test_envoys_own_answers.py."""
 _UNAVAILABLE: Final = "14"
 _GRPC = {
@@ -73,7 +73,7 @@ def judge(incoming: Incoming, *, needs_body: bool = True) -> Answer:
             return Answer.UNKNOWN
         if found is not None:
             return found
-        return Answer.FAILED if details.startswith(_RESET) else Answer.UNKNOWN
+        return Answer.FAILED if details.startswith(_RESET) else Answer.UNASKED
     if status != "200":  # as nearly all are
         answer = _judge_status(status, is_told=details is not None)
         if answer is not _OK:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from extproc.admission.outcome import Outcome
 from extproc.admission.refusals import OF_ENVOY, words_of
 from extproc.admission.ticket import Ticket
-from extproc.admission.values import Answer
+from extproc.admission.values import TELLS_NOTHING, Answer
 from extproc.stream import wire
 from extproc.stream.again import Again
 from extproc.stream.answer import is_grpc
@@ -151,9 +151,9 @@ class Reception:
                 del self._endpoints[cluster]
 
     def count_bad(self, ticket: Ticket, answer: Answer) -> None:
-        """Count that a request got no good answer. Nobody knows, it is at no endpoint, or that is gone: no-op."""
+        """Count that a request got no good answer of its endpoint. Nobody knows, or that is gone: no-op."""
         counts = None if ticket.endpoint is None else self.bad_answers.get(ticket.endpoint.name)
-        if counts is not None and answer is not Answer.UNKNOWN:
+        if counts is not None and answer not in TELLS_NOTHING:
             counts[answer] = counts.get(answer, 0) + 1
 
     def look_at_failure(self, ticket: Ticket, answer: Answer) -> None:

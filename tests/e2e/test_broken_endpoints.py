@@ -293,6 +293,23 @@ def test_a_clients_own_mistake_holds_nobody_back(stack):
     assert costs(here, 40) == 0
 
 
+def test_a_client_that_names_an_endpoint_for_its_bad_requests_does_not_put_it_out(stack):
+    """Five in a row did, while its peer served others: for 5 s, then 10, at most 60."""
+    here = stack(upstreams=("a", "b"), config={"max_running_requests": 8, "classes": PATIENT})
+    bad = dict([behave("ok", status=400)])
+    slow = dict([behave("sse", events=3, wait_s=0.1, gap_s=0.1)])
+    assert costs(here, 40) == 0
+    with ThreadPoolExecutor(1) as pool:
+        others = pool.submit(complete_many, here.url, 200, lambda n: {"x-test-id": f"o-{n}", **slow}, gap_s=0.02)
+        states = set()
+        while not others.done():
+            answers = complete_many(here.url, 6, lambda n: {"x-upstream-cluster": "a", "x-test-id": f"b-{n}", **bad})
+            assert Counter(one.status for one in answers) == {400: 6}
+            states.add(here.endpoint("a")["state"])
+        assert Counter(one.status for one in others.result()) == {200: 200}
+    assert states == {"up"}
+
+
 @pytest.mark.parametrize(("idle", "statuses"), [("300ms", {200}), ("60s", {503})])
 def test_a5_no_request_meets_a_connection_that_its_server_closes_when_idle(stack, idle, statuses):
     """The server made certain of the race: on a connection that was idle for 0.5 s it closes on the next request.

@@ -210,7 +210,16 @@ ENDING = {
         >> ann answers status=413 by=request_payload_too_large
         << ann goes on (response_headers)
         >> ann ends
-        << ann counts as unknown
+        << ann counts as unasked
+        """,
+    "what a filter of Envoy's says to a gRPC client is no good answer of the endpoint": """
+        .. slots=1 judged
+        >> ann comes content-type=application/grpc
+        << ann goes to cluster-a
+        >> ann answers status=200 by=ext_authz_denied grpc-status=7
+        << ann goes on (response_headers)
+        >> ann ends
+        << ann counts as unasked
         """,
     "a gRPC answer that fails behind a fine head is judged by its trailers": """
         .. judged

@@ -35,6 +35,7 @@ def test_output_tokens_of_readings_without_a_finished_answer_are_not_lost() -> N
         ticket = desk.ask()
         for _ in range(4):
             desk.observe("a", Load(output_tokens=200))
+        desk.advance(0.2)
         desk.release(ticket)
         desk.observe("a", Load(output_tokens=200))
     assert desk.ask().output_tokens == pytest.approx(1000, rel=0.02)
@@ -84,7 +85,9 @@ def test_one_answer_says_little_of_the_next_and_many_say_half() -> None:
 
 def test_a_reading_is_shared_by_all_answers_that_finished_since_the_one_before() -> None:
     desk = Desk(one("a", 100))
-    for ticket in desk.fill(20):
+    tickets = desk.fill(20)
+    desk.advance(0.2)
+    for ticket in tickets:
         desk.release(ticket)
     desk.observe("a", Load(output_tokens=20 * GUESS))
     assert desk.ask().output_tokens == GUESS
@@ -93,8 +96,8 @@ def test_a_reading_is_shared_by_all_answers_that_finished_since_the_one_before()
 def test_the_first_answers_count_as_what_the_counter_says_and_so_do_the_next() -> None:
     desk, mean = Desk(one("a", 10)), float(GUESS)
     for tokens in (800, 100):
-        desk.release(desk.ask())
-        desk.release(desk.ask())
+        desk.release(desk.ask(), Answer.OK)
+        desk.release(desk.ask(), Answer.OK)
         desk.observe("a", Load(output_tokens=tokens))
         mean += 2 / MEMORY * (tokens / 2 - mean)
         assert desk.core.learnt()[0].value == pytest.approx(mean, rel=1e-9)
@@ -110,6 +113,32 @@ def prompt_of(estimate: TokenEstimate, announced: int, kind: str = "", model: st
     estimate.estimate(ticket, None)
     assert ticket.work_tokens == ticket.prompt_tokens
     return ticket.prompt_tokens
+
+
+@pytest.mark.parametrize("answer", [Answer.UNASKED, Answer.UNKNOWN])
+@pytest.mark.parametrize("pages", [True, False])
+def test_what_reached_no_engine_is_no_answer_of_no_tokens(answer: Answer, pages: bool) -> None:
+    """A limiter of Envoy's behind us, or clients that leave at once: nine of ten so, and answers read as a tenth."""
+    desk = Desk(one("a", 10))
+    for _ in range(1000):
+        for _ in range(9):
+            desk.release(desk.ask(), answer)
+        answered = desk.ask()
+        desk.advance(4.0)
+        desk.release(answered, Answer.OK)
+        if pages:
+            desk.observe("a", Load(output_tokens=400))
+    assert desk.ask().output_tokens == pytest.approx(400 if pages else GUESS, rel=0.02)
+
+
+def test_an_answer_whose_client_left_while_it_was_written_counts() -> None:
+    desk = Desk(one("a", 10))
+    for _ in range(1000):
+        answered = desk.ask()
+        desk.advance(4.0)
+        desk.release(answered, Answer.UNKNOWN)
+        desk.observe("a", Load(output_tokens=400))
+    assert desk.ask().output_tokens == pytest.approx(400, rel=0.02)
 
 
 def test_a_size_that_nobody_saw_is_believed_and_a_few_readings_settle_it() -> None:

@@ -30,8 +30,8 @@ class Ward(Audited):
                 self.set_up(name, is_up=True)
 
     def ask(self, name: str | None = None, model: str | None = None) -> Ticket:
-        """A request, for one endpoint if named."""
-        return self.offer(Request("r", self.now, home=name, model=model))
+        """A request, which a gateway lets go to one endpoint alone if named: no client led it there."""
+        return self.offer(Request("r", self.now, model=model, allowed=None if name is None else frozenset((name,))))
 
     def answer(self, name: str, answer: Answer, count: int = 1) -> int:
         """Ask `name` one request after the other, and answer each so; stop where it gets none. Returns how many."""

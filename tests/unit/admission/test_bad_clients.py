@@ -1,0 +1,158 @@
+"""A client whose requests are all bad, hostile or broken: it puts out no engine that serves others well."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from extproc.admission.controller import Controller
+from extproc.admission.laws import LAWS
+from extproc.admission.ticket import State, Ticket
+from extproc.admission.values import Answer, Dispatch, EndpointSpec, Policy, Request, RequestClass
+
+from .ward import CLIENTS_MAYBE, Ward
+
+if TYPE_CHECKING:
+    from extproc.admission.values import Decision
+
+EJECT_AFTER = LAWS.health.eject_after
+FEW = 15
+CLASSES = (RequestClass("default", 0, 100.0),)
+WAYS = [{"home": "a"}, {"session": "its"}]
+"""In which a client has its requests go to a."""
+
+
+def offer(ward: Ward, **says: Any) -> Ticket:
+    return ward.offer(Request("r", ward.now, **says))
+
+
+def begin(ward: Ward, **says: Any) -> None:
+    """Have a session of these words at home at a."""
+    ticket = offer(ward, allowed=frozenset("a"), **says)
+    assert ticket.endpoint.name == "a"
+    ward.release(ticket, Answer.OK)
+
+
+@pytest.mark.parametrize("answer", [*CLIENTS_MAYBE, Answer.TIMEOUT])
+@pytest.mark.parametrize("says", WAYS, ids=["by name", "by its session"])
+def test_who_has_bad_requests_go_to_one_engine_puts_it_not_out(says: dict[str, str], answer: Answer) -> None:
+    """Five in a row did, between two answers to others."""
+    ward = Ward()
+    if "session" in says:
+        begin(ward, **says)
+    for _ in range(50):
+        ward.serve("b", 40)
+        for _ in range(EJECT_AFTER):
+            ward.release(offer(ward, **says), answer)
+        assert [ward.health(name).condition for name in "ab"] == ["up", "up"]
+        ward.serve("a")
+
+
+def test_a_good_answer_has_others_led_there_again() -> None:
+    ward = Ward()
+    begin(ward, session="others")
+    held = [offer(ward, allowed=frozenset("a")) for _ in range(8)]
+    for led in (True, False):
+        assert (offer(ward, session="others").endpoint.name == "a") is led
+        for _ in range(EJECT_AFTER):
+            ward.release(offer(ward, home="a"), Answer.REFUSED)
+    ward.release(held.pop(), Answer.OK)
+    assert offer(ward, home="a").endpoint.name == "a"
+
+
+@pytest.mark.parametrize("model", [None, "m"])
+@pytest.mark.parametrize("answer", CLIENTS_MAYBE)
+def test_an_engine_that_refuses_all_who_are_led_there_costs_a_few(answer: Answer, model: str | None) -> None:
+    """Nobody goes there but those who are at home there, and each of them comes again."""
+    ward = Ward("abc")
+    sessions = [f"s{number}" for number in range(100)]
+    for session in sessions:
+        begin(ward, session=session, model=model)
+    cost = 0
+    for session in 3 * sessions:
+        ticket = offer(ward, session=session, model=model)
+        if ticket.endpoint.name == "a":
+            cost += 1
+            ward.release(ticket, answer)
+        else:
+            ward.release(ticket, Answer.OK)
+        ward.advance(0.01)
+    assert ward.is_ejected("a")
+    assert cost <= FEW
+
+
+def test_who_waits_for_an_engine_that_refuses_all_who_are_led_there_goes_elsewhere() -> None:
+    ward = Ward("ab", limit=EJECT_AFTER)
+    held = [offer(ward, home="a") for _ in range(EJECT_AFTER)]
+    waiting = [offer(ward, home="a") for _ in range(8)]
+    for number, ticket in enumerate(held):
+        assert {one.state for one in waiting[number:]} == {State.WAITING}, "b has room, and is not their home"
+        ward.release(ticket, Answer.REFUSED)
+    assert [one.endpoint.name for one in waiting] == ["a"] * 4 + ["b"] * 4
+
+
+class Town:
+    """Engines in use by many, and one client more whose requests are refused wherever they go, in 10 ms."""
+
+    def __init__(self, engines: int, *, rate: float, bad_rate: float, head_s: float, seed: int, **says: Any) -> None:
+        self.core = Controller(Policy(classes=CLASSES, shed=False))
+        names = [chr(ord("a") + number) for number in range(engines)]
+        self.core.put_endpoints([EndpointSpec(name, max_running_requests=64) for name in names], 0.0)
+        for name in names:
+            self.core.set_up(name, 0.0, is_up=True)
+        self.random = random.Random(seed)
+        self.rate, self.bad_rate, self.head_s, self.says = rate, bad_rate, head_s, says
+        self.now, self.ejections = 0.0, 0
+        self.due: list[tuple[float, int, str, Ticket | None]] = []
+        self.number = count()
+
+    def at(self, when: float, what: str, ticket: Ticket | None = None) -> None:
+        heapq.heappush(self.due, (when, next(self.number), what, ticket))
+
+    def run(self, lasts_s: float) -> int:
+        """Return how many times one was left out."""
+        self.at(0.0, "good")
+        self.at(0.0, "bad")
+        while self.due[0][0] < lasts_s:
+            at, _, what, ticket = heapq.heappop(self.due)
+            while (tick := self.core.next_deadline()) is not None and self.now < tick <= at:
+                self.now = tick
+                self.follow(self.core.tick(tick))
+            self.now = at
+            self.follow(self.happens(what, ticket))
+        return self.ejections
+
+    def happens(self, what: str, ticket: Ticket | None) -> list[Decision]:
+        now = self.now
+        if ticket is None:
+            bad = what == "bad"
+            self.at(now + self.random.expovariate(self.bad_rate if bad else self.rate), what)
+            return self.core.offer(Ticket(Request(what, now, **(self.says if bad else {}))), now)
+        if what == "head":
+            return self.core.answered(ticket, now)
+        return self.core.release(ticket, now, Answer.REFUSED if ticket.request.id == "bad" else Answer.OK)
+
+    def follow(self, decisions: list[Decision]) -> None:
+        for decision in decisions:
+            assert isinstance(decision, Dispatch)
+            if decision.ticket.request.id == "bad":
+                self.at(self.now + 0.01, "end", decision.ticket)
+            else:
+                self.at(self.now + self.head_s, "head", decision.ticket)
+                self.at(self.now + self.head_s + self.random.expovariate(0.2), "end", decision.ticket)
+        for endpoint in self.core.endpoints.values():
+            self.ejections += endpoint.health.ejected_until == self.now + endpoint.health.ejection_s
+
+
+@pytest.mark.parametrize("says", [{}, {"home": "a"}], ids=["goes anywhere", "names one"])
+@pytest.mark.parametrize(("engines", "rate", "head_s"), [(2, 1, 0.3), (2, 10, 0.3), (2, 40, 0.3), (4, 10, 5.0)])
+def test_a_client_whose_requests_fail_everywhere_puts_no_engine_out(
+    engines: int, rate: float, head_s: float, says: dict[str, str]
+) -> None:
+    """They are over at once, so they all go to the emptiest: five in a row there, before a good answer begins."""
+    out = [Town(engines, rate=rate, bad_rate=50.0, head_s=head_s, seed=seed, **says).run(20.0) for seed in range(3)]
+    assert out == [0] * 3
