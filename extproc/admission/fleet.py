@@ -62,7 +62,7 @@ class Fleet:
                 endpoint.respec(spec, books.policy)
                 endpoint.removed = False
             if spec.awaits_check:
-                endpoint.health.check(is_up=False)
+                endpoint.health.await_check()
             met[endpoint] = None
         if not regroups:
             regroups = not all(self._followed(endpoint) for endpoint in met)
@@ -131,6 +131,7 @@ class Fleet:
         before, parted = books.pools.regroup(present, books.lanes)
         for endpoint in present:
             endpoint.closed_by, endpoint.listing = HeldBy.DOWN, 0
+        for endpoint in sorted(present, key=_is_shut):  # those who serve are counted before anybody is the last one
             self.changed(endpoint)
         self._spare_the_last(books.pools)
         self._settling.resettle(parted)
@@ -160,7 +161,7 @@ class Fleet:
                 self._spare_the_last(endpoint.pools)
             for pool in endpoint.pools:
                 self._settling.follow_service(pool)
-        elif endpoint.health.ejected_until is not None:  # it was down before: what it serves alone has nobody better
+        elif endpoint.health.is_spared:  # it was down before: what it serves alone has nobody better
             self._spare_the_last(endpoint.pools)
         if self._books.waiting and not endpoint.listing and endpoint.held_by() is None:
             endpoint.closed_by = None
@@ -215,14 +216,14 @@ class Fleet:
             self._settling.evict(pool, endpoint)
 
     def _spare_the_last(self, pools: Iterable[Pool]) -> None:
-        """End the ejections in pools that nobody is left to serve: they were made because others did."""
+        """End what keeps requests from endpoints because others serve, in pools where nobody is left who does."""
         for pool in tuple(pools):
             if not pool.usable and not pool.base.is_part:
                 if pool.members:
                     self._forgive(pool)
                 for endpoint in pool.members:
-                    if endpoint.health.ejected_until is not None:
-                        endpoint.health.take_back(self._books.now)
+                    if endpoint.health.is_spared:
+                        endpoint.health.spare(self._books.now)
                         self.changed(endpoint)
 
     def _forgive(self, pool: Pool) -> None:
@@ -273,3 +274,7 @@ class Fleet:
                 self.changed(endpoint)
             ages += endpoint.reading.told_at
         self.due_at = min(ages) + books.policy.stale_after_s if ages else None
+
+
+def _is_shut(endpoint: Endpoint) -> bool:
+    return not endpoint.available

@@ -168,6 +168,7 @@ class Health:
         is_doubted: an answer that begins well is news. Asked for as often.
         is_up: what health checks say; None: nothing.
         is_known: a request was answered well there, or a check passed.
+        awaits_check: it is down since nobody has checked it yet, and is used as soon as nobody else is left.
         is_asleep: its page says that it sleeps or is paused.
         ejected_until: when its ejection ends; None: it is in.
         ejections: how many followed each other without a good answer between.
@@ -185,6 +186,7 @@ class Health:
         "_back_at",
         "_doubt",
         "_streaks",
+        "awaits_check",
         "breaker",
         "ejected_until",
         "ejections",
@@ -213,6 +215,7 @@ class Health:
         """Forget everything but what its page says: it is another server now, or nobody checks it any more."""
         self.is_up: bool | None = None
         self.is_known = False
+        self.awaits_check = False
         self.ejected_until: float | None = None
         self.ejections = 0
         self.refusals = 0
@@ -255,10 +258,18 @@ class Health:
             self.reset()
             return
         was_down, self.is_up = self.is_up is False, is_up
+        self.awaits_check = False
         if is_up and not self.is_known:
             self.is_known = True
             if not self._streaks and not self.on_trial and not was_down:
                 self._doubt = None
+        self._look()
+
+    def await_check(self) -> None:
+        """Note that nothing is known of it, and a check to come will tell."""
+        self.reset()
+        self.awaits_check = True
+        self.is_up = False
         self._look()
 
     def sleep(self, *, is_asleep: bool) -> None:
@@ -390,6 +401,18 @@ class Health:
         self._back_at = now
         self._doubt = _Doubt(1, self.law.step_s)
         self._look()
+
+    @property
+    def is_spared(self) -> bool:
+        """Whether it is shut because others serve, and not once nobody does."""
+        return self.ejected_until is not None or self.awaits_check
+
+    def spare(self, now: float) -> None:
+        """Note that nobody else is left: better it than nobody."""
+        if self.awaits_check:
+            self.reset()
+        else:
+            self.take_back(now)
 
     # ---- time
 

@@ -66,7 +66,6 @@ class HealthChecks:
         self._tasks = tasks
         self._heard_at = heard_at
         self._patients: dict[str, _Patient] = {}
-        self._up: set[str] = set()  # of them, those that are known to be
         self._client: aiohttp.ClientSession | None = None
 
     async def start(self) -> None:
@@ -94,8 +93,6 @@ class HealthChecks:
         if config == self._config:
             return
         self._config = config
-        if config is None:
-            self._up.clear()
         for name, patient in self._patients.items():
             patient.streak = 0
             if config is None:
@@ -106,16 +103,15 @@ class HealthChecks:
     def put(self, name: str, address: str, *, waits: bool = False) -> None:
         """Check an endpoint, new or at a new address: nothing is known of it then. Known: no-op.
 
-        `waits`: it gets nothing before its first check. It is only a moment, and where nobody listens yet, a few
-        requests would find out what the check does. Once nobody is up any more it waits no longer.
+        `waits`: the core knows that it is new, and sends it nothing before its first check while others can serve.
         """
         known = self._patients.get(name)
         if known is not None and known.address == address:
             return
         self.remove(name)
         self._patients[name] = _Patient(address)
-        waits = waits and self._config is not None and bool(self._up)
-        self._set_up(name, is_up=False if waits else None)
+        if not waits:
+            self._set_up(name, is_up=None)
         self._begin(name)
 
     def remove(self, name: str) -> None:
@@ -123,16 +119,6 @@ class HealthChecks:
         patient = self._patients.pop(name, None)
         if patient is not None and patient.task is not None:
             patient.task.cancel()
-        if name in self._up:
-            self._up.discard(name)
-            self._spare_unknown()
-
-    def _spare_unknown(self) -> None:
-        """Let those who wait for their first check get requests, if nobody is known to be up any more."""
-        if not self._up:
-            for name, patient in self._patients.items():
-                if patient.is_up is None:
-                    self._set_up(name, is_up=None)
 
     def _begin(self, name: str) -> None:
         patient = self._patients[name]
@@ -183,11 +169,6 @@ class HealthChecks:
             log.info("endpoint %s is up again", name)
         patient.is_up, patient.streak = passed, 0
         self._set_up(name, is_up=passed)
-        if passed:
-            self._up.add(name)
-        elif name in self._up:
-            self._up.discard(name)
-            self._spare_unknown()
 
 
 async def _check(

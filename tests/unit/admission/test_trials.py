@@ -6,7 +6,8 @@ import pytest
 
 from extproc.admission.laws import LAWS
 from extproc.admission.load import Load
-from extproc.admission.values import Answer
+from extproc.admission.ticket import State
+from extproc.admission.values import Answer, EndpointSpec, Request
 
 from .ward import Ward, out
 
@@ -16,6 +17,16 @@ EJECT_S = LAWS.health.eject_s
 FEW = LAWS.health.few
 QUIET_S = LAWS.health.quiet_s
 STEP_S = LAWS.health.step_s
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_an_endpoint_that_comes_or_goes_ends_nobodys_ejection(name: str) -> None:
+    """It ended that of the first of them: none was counted as usable yet when it was asked whether any was left."""
+    ward = Ward("abc")
+    ward.refuse_until_out(name, Answer.FAILED, peers="c")
+    ward.put(EndpointSpec("d", models=frozenset("m"), max_running_requests=64))
+    ward.remove("c")
+    assert ward.is_ejected(name)
 
 
 def test_each_ejection_lasts_longer_up_to_a_bound_and_a_good_answer_forgives() -> None:
@@ -182,6 +193,50 @@ def test_a_lone_one_that_refuses_is_known_to_speak() -> None:
     ward = Ward("a", known=False)
     ward.answer("a", Answer.REFUSED)
     assert ward.core.endpoints["a"].condition == "up"
+
+
+def waiting_for_its_check(*served: str) -> Ward:
+    """ "a" is up and serves what is `served`, "x" is up and serves another model, "new" comes and serves m and n."""
+    ward = Ward("")
+    for name, models in (("a", served), ("x", ("other",))):
+        ward.put(EndpointSpec(name, models=frozenset(models), max_running_requests=64))
+        ward.set_up(name, is_up=True)
+    ward.put(EndpointSpec("new", models=frozenset("mn"), max_running_requests=64, awaits_check=True))
+    return ward
+
+
+def test_one_that_comes_beside_others_gets_nothing_before_its_first_check_and_then_a_few() -> None:
+    ward = waiting_for_its_check("m", "n")
+    assert ward.core.endpoints["new"].condition == "down"
+    ward.set_up("new", is_up=True)
+    assert sum(ward.ask("new", "m").state is State.LEASED for _ in range(10)) == FEW
+
+
+@pytest.mark.parametrize("how", ["down", "removed"])
+def test_one_that_waits_for_its_first_check_is_used_once_nobody_else_is_left_for_a_model(how: str) -> None:
+    """It waited as long as anybody was up, of whatever model: for a check of a second, while its requests waited."""
+    ward = waiting_for_its_check("m", "n")
+    waits = ward.offer(Request("r", ward.now, model="m", allowed=frozenset(("new",))))
+    assert waits.state is State.WAITING
+    if how == "removed":
+        ward.remove("a")
+    else:
+        ward.set_up("a", is_up=False)
+    assert waits.state is State.LEASED
+    assert ward.core.endpoints["new"].condition == "unknown"
+    ward.set_up("new", is_up=False)
+    assert ward.core.endpoints["new"].condition == "down"
+
+
+def test_one_that_is_alone_for_one_of_its_models_need_not_wait_for_its_first_check() -> None:
+    assert waiting_for_its_check("m").core.endpoints["new"].condition == "unknown"
+
+
+def test_nothing_of_what_ran_at_another_address_is_held_against_one_that_waits_for_its_check() -> None:
+    ward = Ward()
+    ward.answer("a", Answer.FAILED, 3)
+    ward.put(EndpointSpec("a", max_running_requests=64, awaits_check=True))
+    assert (ward.health("a").in_a_row, ward.core.endpoints["a"].condition) == (0, "down")
 
 
 def test_with_the_queue_off_an_unknown_one_holds_nobody() -> None:
