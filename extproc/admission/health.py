@@ -128,13 +128,16 @@ class _Doubt:
 class Breaker:
     """A circuit breaker of Envoy's, below our limit: how many at once it let through. One more is tried now and then.
 
+    It may be gone, as where it was met in a burst, or others' requests filled it: then twice as many more are tried in
+    each step, a sixteenth more at the most. From 50 to 1,000 that takes 9 s.
+
     Attributes:
         most: so many.
         is_reached: so many were sent since: else one more would tell nothing.
         until: one more is tried then.
     """
 
-    __slots__ = ("_is_raised", "_wait_s", "is_reached", "most", "until")
+    __slots__ = ("_is_raised", "_more", "_wait_s", "is_reached", "most", "until")
 
     def __init__(self) -> None:
         """Begin; `refused` follows."""
@@ -142,20 +145,22 @@ class Breaker:
         self.until = 0.0
         self.is_reached = self._is_raised = False
         self._wait_s = BREAKER_S
+        self._more = 1
 
     def refused(self, held: int, now: float) -> None:
         """Note that it let one not through, and `held` others."""
         if self._is_raised:
             self._wait_s = min(2 * self._wait_s, BREAKER_MOST_S)
-        self.most, self.until = held, now + self._wait_s
+        self.most, self.until, self._more = held, now + self._wait_s, 1
         self.is_reached, self._is_raised = True, False  # these run
 
     def pass_time(self, now: float) -> None:
-        """Allow one more, if it is time; sooner where the last one more was let through."""
+        """Allow one more, if it is time; sooner, and more, where the last ones were let through."""
         if self.is_reached and now >= self.until:
             if self._is_raised:
                 self._wait_s = max(self._wait_s / 2, BREAKER_S / 8)
-            self.most, self.until = self.most + 1, now + self._wait_s
+                self._more = min(2 * self._more, max(self.most // 16, 1))
+            self.most, self.until = self.most + self._more, now + self._wait_s
             self.is_reached, self._is_raised = False, True
 
 

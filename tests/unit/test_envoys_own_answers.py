@@ -217,6 +217,19 @@ def test_a_number_that_a_breaker_taught_grows_while_long_answers_run():
     assert room.health.breaker is None
 
 
+def test_a_number_that_a_breaker_taught_in_a_burst_is_forgotten_within_seconds():
+    """One more in each eighth of a second: from 32 to 256 that was half a minute, from 1,024 to 2,000 two."""
+    room = Two(limit=256)
+    for session in room.ask("a", 256)[32:]:
+        session.receive(message("response_headers", {"response.code_details": f"{RESET}{{overflow}}"}, status="503"))
+        session.end()
+    for _ in range(64):
+        room.clock.advance(0.125)
+        room.ask("a", 256 - room.in_flight("a"))
+    assert room.in_flight("a") == 256
+    assert room.health.breaker is None
+
+
 def test_a_breaker_that_stays_costs_less_and_less():
     """One more than it lets through is tried after 1 s, 2 s, 4 s, at most 30: two minutes of that lose few."""
     room, lost = Two(), 0
