@@ -252,12 +252,13 @@ class Audited(Audit):
     def _in_order(self, ticket: Ticket, books: Books, endpoint: Endpoint) -> None:
         """Nobody who stood before `ticket` all the time, and who fits as well, is left behind."""
         stood = [u for u, (queue, _) in self._before.items() if u.queue is queue and u in self.waiting]
+        line = [u for u in stood if u.pool is ticket.pool and may_take(u, endpoint)]
+        line = sorted(line, key=attrgetter("key"))[:WINDOW]
         if len({u.pool.base for u in (*self._before, ticket) if u.pool and endpoint in u.pool.members}) > 1:
             self._guards_first(ticket, books, endpoint)
             # Who of other tenants is before depends on turns.
-            stood = [u for u in stood if u.tenant == ticket.tenant and not ticket.is_guard]
-        line = [u for u in stood if u.pool is ticket.pool and may_take(u, endpoint)]
-        for other in sorted(line, key=attrgetter("key"))[:WINDOW]:
+            line = [u for u in line if u.tenant == ticket.tenant and not ticket.is_guard]
+        for other in line:
             if other.key > ticket.key or other is ticket:
                 return
             require(not self.fits(books, endpoint, other), ticket, "passed", other, "at", endpoint)

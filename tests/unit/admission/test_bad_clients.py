@@ -95,6 +95,20 @@ def test_who_waits_for_an_engine_that_refuses_all_who_are_led_there_goes_elsewhe
     assert [one.endpoint.name for one in waiting] == ["a"] * 4 + ["b"] * 4
 
 
+def test_what_the_last_one_left_refuses_is_held_against_none_that_comes_back() -> None:
+    """Its good answers were counted, and its refusals were not: it seemed to serve all that the others refused."""
+    ward = Ward()
+    ward.answer("b", Answer.REFUSED, EJECT_AFTER)
+    ward.set_up("b", is_up=False)
+    for _ in range(30):
+        ward.answer("a", Answer.REFUSED)
+        ward.serve("a")
+    ward.set_up("b", is_up=True)
+    ward.advance(1.0)
+    assert ward.answer("b", Answer.REFUSED) == 1
+    assert not ward.is_ejected("b")
+
+
 class Town:
     """Engines in use by many, and one client more whose requests are refused wherever they go, in 10 ms."""
 
@@ -114,7 +128,7 @@ class Town:
         heapq.heappush(self.due, (when, next(self.number), what, ticket))
 
     def run(self, lasts_s: float) -> int:
-        """Return how many times one was left out."""
+        """Return in how many events one was left out."""
         self.at(0.0, "good")
         self.at(0.0, "bad")
         while self.due[0][0] < lasts_s:
@@ -131,7 +145,7 @@ class Town:
         if ticket is None:
             bad = what == "bad"
             self.at(now + self.random.expovariate(self.bad_rate if bad else self.rate), what)
-            return self.core.offer(Ticket(Request(what, now, **(self.says if bad else {}))), now)
+            return self.core.offer(Ticket(Request(what, now, model="m", **(self.says if bad else {}))), now)
         if what == "head":
             return self.core.answered(ticket, now)
         return self.core.release(ticket, now, Answer.REFUSED if ticket.request.id == "bad" else Answer.OK)
@@ -145,7 +159,7 @@ class Town:
                 self.at(self.now + self.head_s, "head", decision.ticket)
                 self.at(self.now + self.head_s + self.random.expovariate(0.2), "end", decision.ticket)
         for endpoint in self.core.endpoints.values():
-            self.ejections += endpoint.health.ejected_until == self.now + endpoint.health.ejection_s
+            self.ejections += endpoint.health.ejected_until is not None or bool(endpoint.missing.models)
 
 
 @pytest.mark.parametrize("says", [{}, {"home": "a"}], ids=["goes anywhere", "names one"])
