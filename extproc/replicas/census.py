@@ -19,10 +19,10 @@ It must be so before others count us out, who then use our part. They do that wh
 store's ALIVE_S and GONE_S together: 3 + 3 s with Valkey, 6 + 3 s with Leases. We count from when we began to say it,
 which is no later, however long the answer took. 3.25 beats are 3.25 s of 1 s, and 6.5 s of 2 s; quotas follow within
 0.25 s, and a process that did nothing for up to 1.2 s does not notice: 4.7 s < 6 s, and 7.95 s < 9 s."""
-KNOWN_ANSWERS = 8
-"""Who came is known to everybody that still counts once the store has answered us so many times more: who said that he
-lives just before, and nothing since, is listed for three beats, missed in the fourth answer, and counted out GONE_S,
-four beats at the most, after that."""
+NEW_BEATS = 6
+"""Who came is known to everybody that still counts so many of the store's beats, and GONE_S, later. Who said that he
+lives just before, and nothing since, is listed for three beats, missed in the next answer, and counted out GONE_S and a
+beat after that; one is to spare. By time, not by answers: a store may be silent soon after a start, and for long."""
 WARY_S = 600.0
 """How long after somebody vanished without a word his requests are looked for in the engines' figures at every reading:
 he may be alive where neither we nor the store see him."""
@@ -53,8 +53,7 @@ class Census:
         self._asked_at: float | None = None  # when that was asked for, and with it was said that we live
         self._vanished: dict[str, Vanished] = {}  # who was counted out without a goodbye
         self._missing: dict[str, float] = {}  # since when
-        self._answers = 0
-        self._new_until: dict[str, int] = {}  # of each place: so many answers; until then not all may know of it
+        self._new_until: dict[str, float] = {}  # of each place: not all may know of it before
         self._left: set[str] = set()
 
     def heard(self, members: Iterable[Member], now: float, asked_at: float | None = None) -> None:
@@ -67,10 +66,9 @@ class Census:
                 seen[member.id] = member
             else:
                 self.left(member.id)
-        self._answers += 1
         self.members.update(seen)
-        places = {member.address: self._answers + KNOWN_ANSWERS for member in self.members.values()}
-        self._new_until = {place: self._new_until.get(place, until) for place, until in places.items()}
+        places, until = {member.address for member in self.members.values()}, self._known_at(now)
+        self._new_until = {place: self._new_until.get(place, until) for place in places}
         gone = set()
         for name in self.members:
             if name in seen:
@@ -86,7 +84,7 @@ class Census:
 
         He may know of nobody who came after he was seen last: of the others each has as much as he.
         """
-        known = {name for name in self.members if self._is_known(name)}
+        known = {name for name in self.members if self._is_known(name, now)}
         if known <= gone:  # those who stay have all just come: that the others live unseen is least likely
             known = set(self.members)
         rest = 1.0 - self.kept(now)
@@ -96,40 +94,44 @@ class Census:
                 self._vanished[name] = Vanished(self.members[name].address, part, now + WARY_S)
             self._forget(name)
 
-    def met(self, member: Member) -> None:
-        """Count somebody in who opened a stream to us."""
+    def _known_at(self, now: float) -> float:
+        return now + NEW_BEATS * self.beat_s + GONE_S
+
+    def met(self, member: Member, now: float) -> None:
+        """Count somebody in who opened a stream to us, or to whom we did."""
         self._left.discard(member.id)
         self.members[member.id] = member
-        self._new_until.setdefault(member.address, self._answers + 1 + KNOWN_ANSWERS)
+        self._new_until.setdefault(member.address, self._known_at(now))
 
     def left(self, name: str) -> None:
         """Count somebody out who said goodbye; the store may still list him for a moment."""
         self._left.add(name)
+        self._vanished.pop(name, None)
         self._forget(name)
 
     def _forget(self, name: str) -> None:
         self.members.pop(name, None)
         self._missing.pop(name, None)
 
-    def _is_known(self, name: str) -> bool:
+    def _is_known(self, name: str, now: float) -> bool:
         """Tell whether everybody who counts knows of somebody at his place."""
         member = self.members.get(name)
-        return member is not None and self._answers >= self._new_until[member.address]
+        return member is not None and now >= self._new_until[member.address]
 
     def count(self, group: Set[str]) -> int | None:
         """Return how many there are, those in `group` surely; None: the store has not told yet."""
         return None if self.answered_at is None else len(self.members.keys() - self._left | group)
 
-    def kept(self, now: float) -> float:
-        """Return which part of each limit those may use who vanished: all others share the rest.
+    def kept(self, now: float, group: Set[str] = frozenset()) -> float:
+        """Return which part of each limit those may use who vanished and are not in `group`: all others share the rest.
 
         Each place counts once, and not if somebody else is there: who dies again and again has another name each time.
         """
         taken = {member.address for member in self.members.values()}
-        parts = {one.address: one.part for one in self._vanished.values() if now < one.until}
-        return sum(part for address, part in parts.items() if address not in taken)
+        vanished = [one for name, one in self._vanished.items() if now < one.until and name not in group]
+        return sum({one.address: one.part for one in vanished if one.address not in taken}.values())
 
-    def part(self, group: Set[str]) -> float:
+    def part(self, group: Set[str], now: float) -> float:
         """Return the part of that rest that `group` may use, 0..1; 0: the store has not told yet.
 
         Somebody outside may not know yet of who has just come. So that one adds nothing to its own group, if there are
@@ -138,7 +140,7 @@ class Census:
         if self.answered_at is None:
             return 0.0
         others = len(self.members.keys() - self._left - group)
-        ours = sum(map(self._is_known, group))
+        ours = sum(self._is_known(name, now) for name in group)
         return ours / (ours + others) if others else 1.0
 
     def is_wary(self, now: float) -> bool:

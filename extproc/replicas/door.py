@@ -101,7 +101,7 @@ class Door:
             _send_away(guest, refusal)
             return
         host.epoch = max(host.epoch, hello.epoch)
-        host.census.met(hello.member)
+        host.census.met(hello.member, host.now())
         if host.following is not None:
             guest.link.send(Redirect(host.following.leader))
             guest.link.close()

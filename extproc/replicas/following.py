@@ -19,6 +19,7 @@ from extproc.replicas.homes import tell_homes
 from extproc.replicas.messages import (
     Answered,
     Ask,
+    Asked,
     Beat,
     Cancel,
     FirstToken,
@@ -200,14 +201,19 @@ class Following:
         return tickets
 
     def _take_back(self, message: Message) -> None:
-        """Refuse a request that the leader can't be told of: it would wait for ever."""
-        if isinstance(message, Offer):
-            self.take_refusal(Turned(message.number, Outcome.NO_ENDPOINT, None, 0))
+        """Refuse a request that the leader can't be told of; of one that runs say no more than that it does."""
+        match message:
+            case Offer(number):
+                self.take_refusal(Turned(number, Outcome.NO_ENDPOINT, None, 0))
+            case Held(_, asked) if asked != (bare := Asked("", asked.age_s, sequences=asked.sequences)):
+                self.link.send(message._replace(asked=bare))
+            case _:
+                pass  # nobody waits for it
 
     # ---- the leader's words
 
-    def beat(self) -> None:
-        """Tell the leader that we live."""
+    def _answer(self) -> None:
+        """Tell the leader that we live, and what we have acted upon: at once, so that both know how old that is."""
         self._beat += 1
         self._beats.append((self._beat, self._gate.now()))
         self.link.send(Beat(self._beat, self._seen))
@@ -222,6 +228,7 @@ class Following:
             self.take_grant(grant)
         if not self._doubtful:
             self._seen = status.number
+        self._answer()
         for name, value in status.limits:
             endpoint = self._gate.controller.endpoints.get(name)
             if endpoint is not None:

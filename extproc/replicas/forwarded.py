@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from extproc.replicas.messages import Link, Member
 
 
-MOST_SHOWN = 16
-"""Beats of a follower that are kept: four seconds of them."""
+MOST_SHOWN = 32
+"""Beats of a follower that are kept: eight seconds of them, and a third of one where it is asked for many pages."""
 BROUGHT = -1.0
 """What a new follower holds it was granted before any status of ours."""
 
@@ -41,14 +41,28 @@ class Follower:
 
     Attributes:
         tickets: its requests by its own numbers.
-        heard: its last beat; `heard_at`: when it came.
+        heard: its last beat.
+        heard_at: when it followed us for sure: then it was sent the last status that it has shown that it acted upon.
+            What it says may be older than it looks, and whoever loses us waits SILENCE_S from when he heard of us last.
         told: the last status that it was sent.
         names: endpoints that its Envoy knows.
         rules: marks of its configuration.
         syncing: what it brought along, until it has told all; None after.
     """
 
-    __slots__ = ("_shown", "heard", "heard_at", "link", "member", "names", "rules", "syncing", "tickets", "told")
+    __slots__ = (
+        "_sent",
+        "_shown",
+        "heard",
+        "heard_at",
+        "link",
+        "member",
+        "names",
+        "rules",
+        "syncing",
+        "tickets",
+        "told",
+    )
 
     def __init__(
         self, member: Member, link: Link, names: frozenset[str], now: float, rules: frozenset[str] = frozenset()
@@ -63,12 +77,26 @@ class Follower:
         self.heard_at = now
         self.syncing: dict[Ticket, None] | None = {}
         self.told = 0
+        self._sent: deque[tuple[int, float]] = deque()  # of two seconds: who shows none for so long is given up
         self._shown: deque[tuple[float, int]] = deque([(-inf, 0)], maxlen=MOST_SHOWN)
+
+    def tell(self, now: float) -> int:
+        """Return the number of the status that it is sent now."""
+        self.told += 1
+        self._sent.append((self.told, now))
+        return self.told
 
     def shows(self, seen: int, now: float) -> None:
         """Note that it has acted upon the status `seen`, and upon all that was sent before."""
-        if self._shown[-1][1] < seen <= self.told:
+        if self.shown < seen <= self.told:
             self._shown.append((now, seen))
+        while self._sent and self._sent[0][0] <= seen:
+            self.heard_at = self._sent.popleft()[1]
+
+    @property
+    def shown(self) -> int:
+        """The last status that it has shown that it acted upon."""
+        return self._shown[-1][1]
 
     def has_acted(self, ticket: Forwarded, at: float) -> bool:
         """Tell whether it has shown by `at` that it knows what became of `ticket`."""

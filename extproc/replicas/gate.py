@@ -196,7 +196,7 @@ class SharedGate(Gate):
         leading, endpoint = self.replica.leading, self.controller.endpoints.get(name)
         if leading is not None and endpoint is not None:
             leading.quotas.before_reading(name)
-            self.do(lambda now: self.controller.observe(name, load, now, leading.unsent(endpoint, now)))
+            self.do(lambda now: self.controller.observe(name, load, now, leading.unsent(endpoint, load, now)))
             leading.quotas.after_reading(name)
 
     def _refuse_some(self) -> bool:

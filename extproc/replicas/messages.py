@@ -255,7 +255,7 @@ class Status(NamedTuple):
     Attributes:
         members: how many sidecars there are, by what the leader knows.
         group: how many of them are in its group, itself included.
-        limits: of endpoints, for who leads next: an adaptive limit need not start over.
+        limits: of endpoints, for who leads next: an adaptive limit need not start over. None: that did not change.
         doubted: endpoints of which an answer that begins well is news.
         number: counts up.
     """

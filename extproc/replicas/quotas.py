@@ -96,7 +96,7 @@ class Quotas:
 
     def _moment(self) -> _Moment:
         now, group = self._gate.now(), self._group()
-        part, kept = self._census.part(group), self._census.kept(now)
+        part, kept = self._census.part(group, now), self._census.kept(now, group)
         is_nobody = part < 1.0 and self._census.is_cut_off(now)
         return _Moment(now, part * (1.0 - kept), part >= 1.0, len(group), is_nobody, kept > 0.0)
 
@@ -232,10 +232,8 @@ class Quotas:
 
     def before_reading(self, name: str) -> None:
         """Have the next reading count others' requests, if there may be others."""
-        endpoint = self._gate.controller.endpoints.get(name)
-        if endpoint is not None and (
-            name in self._unread or self._census.part(self._group()) < 1.0 or self._census.is_wary(self._gate.now())
-        ):
+        endpoint, moment = self._gate.controller.endpoints.get(name), self._moment()
+        if endpoint is not None and (name in self._unread or not moment.is_all or self._census.is_wary(moment.now)):
             endpoint.meet_again()
 
     def after_reading(self, name: str) -> None:

@@ -350,7 +350,7 @@ class Replica:
         self.refused = None
         self._hold_until = 0.0
         waiting, self._waiting = self._waiting, ByAge()
-        self.census.met(leader)
+        self.census.met(leader, self._loop.time())
         self.following = Following(self._gate, leader, epoch, call, waiting)
         call.heard = partial(self._hear_leader, self.following)
         call.ended = partial(self._lose_leader, silent=False)
@@ -514,8 +514,6 @@ class Replica:
         if self.following is not None:
             if now - self.following.heard_at > SILENCE_S:
                 self._lose_leader(silent=True)
-            else:
-                self.following.beat()
         elif self.leading is not None:
             self._beat_as_leader(self.leading, now)
 

@@ -33,6 +33,8 @@ MOST_NAME = 256
 """Characters of a text that a request brought; sessions cut them to as many."""
 MOST_AGE_S = 86_400.0
 MOST_SEQUENCES = 1 << 16
+MOST_EPOCH = 1 << 62
+"""Who said more would have all others say one more still, until it fits in no message."""
 _OUTCOMES = {outcome.value: outcome for outcome in Outcome}
 _HELD = {held.value: held for held in HeldBy}
 _ANSWERS = {answer.value: answer for answer in Answer}
@@ -287,7 +289,7 @@ def _decode(message: pb.Message, lists: list[frozenset[str]]) -> m.Message | Non
                 _member_of(hello.member),
                 _PURPOSES.get(hello.purpose),
                 hello.followers,
-                hello.epoch,
+                min(hello.epoch, MOST_EPOCH),
                 frozenset(hello.names),
                 frozenset(hello.rules),
             )
@@ -295,11 +297,12 @@ def _decode(message: pb.Message, lists: list[frozenset[str]]) -> m.Message | Non
             successor = _member_of(message.leave.successor) if message.leave.HasField("successor") else None
             return m.Leave(successor)
         case "welcome":
-            return m.Welcome(_member_of(message.welcome.member), message.welcome.epoch)
+            return m.Welcome(_member_of(message.welcome.member), min(message.welcome.epoch, MOST_EPOCH))
         case "redirect":
             return m.Redirect(_member_of(message.redirect))
         case "met":
-            return m.Met(_member_of(message.met.member), message.met.followers, message.met.epoch)
+            met = message.met
+            return m.Met(_member_of(met.member), met.followers, min(met.epoch, MOST_EPOCH))
         case "refuse":
             return m.Refuse(message.refuse[:MOST_NAME])
         case _:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from extproc.replicas.census import GONE_S, KNOWN_ANSWERS, WARY_S, Census
+from extproc.replicas.census import GONE_S, NEW_BEATS, WARY_S, Census
 from extproc.replicas.messages import Member
 from extproc.replicas.replica import BEAT_S, STOPPED_S
 from extproc.replicas.stores import lease, valkey
@@ -12,29 +12,29 @@ from extproc.replicas.stores import lease, valkey
 ONE, TWO, THREE = (Member(name, f"{name}:1", number) for number, name in enumerate("abc"))
 
 
-def of_old(*members: Member) -> Census:
+def of_old(*members: Member, beat_s: float = 1.0) -> Census:
     """The store has told of them for so long that each knows of each; the last time now, at 0."""
-    census = Census()
-    for answers in range(KNOWN_ANSWERS, -1, -1):
-        census.heard(members, float(-answers))
+    census = Census(beat_s)
+    census.heard(members, -NEW_BEATS * beat_s - GONE_S)
+    census.heard(members, 0.0)
     return census
 
 
 def share(census: Census, group: set[str], now: float) -> float:
-    return census.part(group) * (1.0 - census.kept(now))
+    return census.part(group, now) * (1.0 - census.kept(now))
 
 
 def test_a_part_is_nothing_until_the_store_has_spoken():
-    assert Census().part({"a"}) == 0.0
+    assert Census().part({"a"}, 0.0) == 0.0
 
 
 def test_a_sidecar_that_the_store_leaves_out_for_a_moment_still_counts():
     census = of_old(ONE, TWO, THREE)
     census.heard([ONE], 1.0)
     census.heard([ONE], 1.0 + GONE_S - 0.1)
-    assert census.part({"a", "b"}) == 2 / 3
+    assert census.part({"a", "b"}, 2.9) == 2 / 3
     census.heard([ONE, TWO], 4.1)
-    assert census.part({"a", "b"}) == 1.0
+    assert census.part({"a", "b"}, 4.1) == 1.0
 
 
 def test_to_a_part_of_them_who_vanished_counts_on_as_he_may_be_alive_in_another_part():
@@ -43,7 +43,7 @@ def test_to_a_part_of_them_who_vanished_counts_on_as_he_may_be_alive_in_another_
     census.heard([ONE, TWO], 1.0)
     census.heard([ONE, TWO], 5.0)
     assert share(census, {"a"}, 5.0) == pytest.approx(1 / 3)
-    assert census.part({"a", "b"}) == 1.0
+    assert census.part({"a", "b"}, 5.0) == 1.0
     census.heard([ONE, TWO], 6.0 + WARY_S)
     assert share(census, {"a"}, 6.0 + WARY_S) == 1 / 2
 
@@ -58,14 +58,14 @@ def test_one_that_dies_again_and_again_counts_once():
         census.heard([ONE, TWO], 10.0 * number + 8.0)
     assert share(census, {"a"}, 98.0) == pytest.approx(1 / 3)
     census.heard([ONE, TWO, Member("c", "c:1", 20)], 100.0)
-    assert census.part({"a", "b"}) == 2 / 3
+    assert census.part({"a", "b"}, 100.0) == 2 / 3
     assert census.is_wary(100.0)
 
 
 def test_a_sidecar_that_connects_counts_before_the_store_has_told_of_it():
     census = of_old(ONE)
-    census.met(TWO)
-    assert census.part({"a"}) == 1 / 2
+    census.met(TWO, 0.0)
+    assert census.part({"a"}, 0.0) == 1 / 2
 
 
 def test_who_said_goodbye_counts_no_more_although_the_store_lists_it_for_a_while():
@@ -73,7 +73,7 @@ def test_who_said_goodbye_counts_no_more_although_the_store_lists_it_for_a_while
     census.heard([ONE, TWO], 0.0)
     census.left("b")
     census.heard([ONE, TWO], 0.5)
-    assert census.part({"a"}) == 1.0
+    assert census.part({"a"}, 0.5) == 1.0
     assert not census.is_wary(0.5)
 
 
@@ -82,7 +82,7 @@ def test_who_vanished_without_a_word_may_be_alive_unseen_for_a_long_time():
     census.heard([ONE, TWO], 0.0)
     census.heard([ONE], 1.0)
     census.heard([ONE], 5.0)
-    assert census.part({"a"}) == 1.0
+    assert census.part({"a"}, 5.0) == 1.0
     assert census.is_wary(5.0 + WARY_S - 1)
     assert not census.is_wary(5.0 + WARY_S + 1)
 
@@ -102,18 +102,23 @@ def test_who_vanished_keeps_the_part_that_it_had_whoever_joins_until_it_may_be_a
 
 def test_who_has_just_come_adds_nothing_to_its_group_while_somebody_may_not_know_of_it_and_counts_to_others_at_once():
     ours, theirs, late = of_old(ONE, TWO, THREE), of_old(ONE, TWO, THREE), Census()
-    four = Member("d", "d:1", 4)
-    for now in map(float, range(1, KNOWN_ANSWERS + 1)):
-        for census in (ours, theirs, late):
-            census.heard([ONE, TWO, THREE, four], now)
-        assert ours.part({"a", "b", "d"}) == 2 / 3, "the third may not have heard of it"
-        assert ours.part({"a", "b", "c", "d"}) == 1.0
-        assert theirs.part({"c"}) == 1 / 4
-        assert late.part({"d"}) == 0.0
-    for census in (ours, late):
-        census.heard([ONE, TWO, THREE, four], KNOWN_ANSWERS + 1.0)
-    assert ours.part({"a", "b", "d"}) == 3 / 4
-    assert late.part({"d"}) == 1 / 4
+    for census in (ours, theirs, late):
+        census.heard([ONE, TWO, THREE, Member("d", "d:1", 4)], 1.0)
+    for now in (1.0, NEW_BEATS + GONE_S + 0.9):
+        assert ours.part({"a", "b", "d"}, now) == 2 / 3, "the third may not have heard of it"
+        assert ours.part({"a", "b", "c", "d"}, now) == 1.0
+        assert theirs.part({"c"}, now) == 1 / 4
+        assert late.part({"d"}, now) == 0.0
+    now = NEW_BEATS + GONE_S + 1.0
+    assert ours.part({"a", "b", "d"}, now) == 3 / 4
+    assert late.part({"d"}, now) == 1 / 4
+
+
+def test_those_who_lose_the_store_just_after_they_have_come_are_not_new_for_as_long_as_it_is_silent():
+    census = Census()
+    census.heard([ONE, TWO], 0.0)
+    assert census.part({"a"}, 8.9) == 0.0
+    assert census.part({"a"}, 9.0) == 1 / 2
 
 
 def test_who_vanished_as_somebody_came_has_the_part_that_it_had_before():
@@ -130,22 +135,20 @@ def test_those_who_have_all_just_come_share_with_the_many_who_vanished_then_as_i
     census.heard([ONE, TWO, THREE, *new], 0.0)
     for now in range(1, 7):
         census.heard(new, float(now))
-    assert census.part({"x", "y", "z"}) == 1.0
+    assert census.part({"x", "y", "z"}, 6.0) == 1.0
     assert census.kept(6.0) == pytest.approx(1 / 2)
 
 
 @pytest.mark.parametrize("beat_s", [1.0, 2.0])
 def test_who_spoke_last_just_before_somebody_came_is_counted_out_before_that_one_adds_its_part(beat_s):
-    census = Census(beat_s)
-    for answers in range(KNOWN_ANSWERS + 1):
-        census.heard([ONE, TWO, THREE], beat_s * (answers - KNOWN_ANSWERS))
-    at, four = 0.0, Member("d", "d:1", 4)
-    while "c" in census.members:  # it spoke at 0, and D came right after; answers as far apart as they are
-        at += beat_s
-        census.heard([ONE, TWO, four, *([THREE] if at <= 3 * beat_s else [])], at)
-        assert "c" not in census.members or census.part({"a", "b", "d"}) == 2 / 3
-    assert census.part({"a", "b", "d"}) == 1.0
-    assert census.kept(at) == pytest.approx(1 / 3)
+    census = of_old(ONE, TWO, THREE, beat_s=beat_s)
+    now, four = 0.0, Member("d", "d:1", 4)
+    while "c" in census.members:  # it spoke at 0, and D came right after
+        now += beat_s
+        census.heard([ONE, TWO, four, *([THREE] if now <= 3 * beat_s else [])], now)
+        assert "c" not in census.members or census.part({"a", "b", "d"}, now + beat_s - 0.01) == 2 / 3
+    assert census.part({"a", "b", "d"}, now) == 1.0
+    assert census.kept(now) == pytest.approx(1 / 3)
 
 
 def test_who_is_cut_off_does_not_count_on_it_for_longer_than_others_expect_that_it_lives():

@@ -101,6 +101,18 @@ def test_a_request_that_the_leader_cant_be_told_of_is_refused_at_once_and_held_b
     assert one.gate.waiting == 0
 
 
+def test_what_runs_here_and_cant_be_told_with_all_that_it_asked_for_holds_its_slots_at_the_leader_all_the_same():
+    """A client's id that is no Unicode: an engine got as many above its limit as such requests ran at who came back."""
+    here = site(engines=1, limit=4)
+    one = followers(here)[0]
+    following = one.replica.following
+    for number in (90, 91):
+        following.link.bounced(Held(number, Asked("\udcff", 1.0, tenant="a", sequences=1), "e0", 1.0, begun=True))
+    following.link.bounced(Held(92, Asked("", 1.0), "nowhere", 1.0, begun=True))  # it asked for nothing: not again
+    here.run(0.1)
+    assert leader(here).controller.endpoints["e0"].sequences == 2
+
+
 def test_what_happens_to_the_leader_is_recorded_and_runs_again_with_the_requests_of_all():
     here = site(engines=1, limit=2)
     for place in here.sidecars:
@@ -249,11 +261,12 @@ def test_what_runs_for_a_sidecar_that_died_keeps_its_place_at_the_engine():
     assert here.engines["e0"].peak == 4
 
 
+@pytest.mark.parametrize("phase_s", [0.0, 0.25, 0.5, 0.75])
 @pytest.mark.parametrize("slow", ["the network", "who asks"])
-def test_a_grant_that_is_on_its_way_is_not_taken_for_what_a_dead_sidecar_left_running(slow):
+def test_a_grant_that_is_on_its_way_is_not_taken_for_what_a_dead_sidecar_left_running(slow, phase_s):
     """What its leader granted long ago is at the engine only if the sidecar that asked shows that it acted."""
-    here = Site(1, engines=1, limit=12)
-    here.run(6.0)
+    here = site(engines=1, limit=12)
+    here.run(phase_s)
     dead, late = followers(here)
     for _ in range(6):
         here.send(dead.place, work_s=30.0)
@@ -272,6 +285,43 @@ def test_a_grant_that_is_on_its_way_is_not_taken_for_what_a_dead_sidecar_left_ru
     here.run(20.0, here.check)
     assert here.engines["e0"].peak == 12
     assert here.outcomes["done"] == 60
+
+
+def test_what_a_dead_sidecar_left_running_ends_though_another_dies_before_it_has_told_what_ended_there():
+    here = site(engines=1, limit=12, sidecars=4)
+    first, second, _ = followers(here)
+    for place in (first.place, second.place):
+        for _ in range(3):
+            here.send(place, work_s=5.0)
+    here.run(0.1)
+    here.kill(first.place)
+    books = leader(here).controller.endpoints["e0"]
+    here.stop(second.place)
+    here.run(1.1)  # it is asked, and does not answer any more
+    here.kill(second.place)
+    here.run(8.0)
+    assert (books.foreign, here.load()) == (0, 0)
+
+
+@pytest.mark.parametrize("delay_s", [0.02, 0.05, 0.2])
+@pytest.mark.parametrize("phase_s", [0.0, 0.3, 0.6])
+def test_what_has_ended_and_is_not_told_yet_is_not_taken_for_what_a_dead_sidecar_left_running(delay_s, phase_s):
+    """Its leader counts what a follower runs until it hears that it is over: a page showed less than both together."""
+    here = site(engines=1, limit=96)
+    here.run(phase_s)
+    dead, far = followers(here)
+    for _ in range(48):
+        here.send(dead.place, work_s=25.0)
+    here.run(0.1)
+    here.kill(dead.place)
+    here.net.delay_s = (delay_s, delay_s)
+    for _ in range(80):
+        for _ in range(48):
+            here.send(far.place, work_s=0.5, budget_s=1.0)
+        here.run(0.25)
+    assert here.engines["e0"].peak == 96
+    here.run(8.0, here.check)
+    assert not leader(here).controller.endpoints["e0"].foreign
 
 
 def test_a_page_of_just_before_a_sidecar_died_does_not_forget_what_it_sent_last():
@@ -545,6 +595,32 @@ def test_a_grant_that_comes_when_its_leader_may_have_given_us_up_waits_for_the_l
     assert asked.dispatches == 1
 
 
+def test_a_leader_does_not_count_on_a_follower_whose_words_are_old_however_many_still_come():
+    """Found by the storm: whoever had left it long ago used its own part, and it the whole of a limit."""
+    here = site(engines=1, limit=9)
+    lead, far = leader(here), followers(here)[0]
+    takes_s = 1.9
+
+    def late(end: Any, arrive: Any) -> None:
+        here.net.delay_s = (takes_s, takes_s)
+        here.net.carry(end, arrive)
+        here.net.delay_s = (0.001, 0.001)
+
+    for end in here.net.ends:
+        if end.owner is far:
+            end._carry = late
+    here.run(2.0)
+    takes_s = 3.5
+    here.run(2.0)
+    here.net.cut([far.place], set(here.sidecars) - {far.place})
+    here.run(4.6)
+    assert far.controller.endpoints["e0"].quota == 3
+    for place in 9 * [far.place, lead.place]:
+        here.send(place, work_s=5.0, budget_s=60.0)
+    here.run(0.1)
+    assert 6 <= here.engines["e0"].peak <= 9
+
+
 def test_a_group_that_has_just_formed_does_not_take_the_room_of_a_sidecar_that_it_loses_at_once():
     here = site(engines=1, limit=6)
     for place in ("s0", "s1", "s2") * 2:
@@ -731,8 +807,24 @@ def test_who_joins_while_another_is_cut_off_from_the_group_alone_adds_its_part_o
     here.run(4.0)
     quotas = [here.sidecars[place].controller.endpoints["e0"].quota for place in (leader_of_most(here).place, corner)]
     assert quotas == [64, 24]
-    here.run(6.0)
+    here.run(7.0)
     assert leader_of_most(here).controller.endpoints["e0"].quota == 72
+
+
+def test_who_follows_and_is_not_seen_by_the_store_keeps_nothing_from_its_group_and_its_part_when_it_is_lost():
+    here = site(engines=1, limit=24)
+    one, books = followers(here)[0], leader(here).controller.endpoints["e0"]
+    here.store.cut.add(one.place)
+    here.run(20.0)
+    assert books.quota is None, "all of it at once"
+    here.net.cut([one.place], set(here.sidecars) - {one.place})
+    here.run(2.5)
+    assert books.quota == 16
+    here.net.heal()
+    here.run(6.0)
+    one.gate.leave()  # it says goodbye
+    here.run(1.0)
+    assert books.quota is None
 
 
 def test_a_sidecar_that_died_and_is_back_at_its_place_leaves_no_part_behind():

@@ -176,6 +176,15 @@ def test_an_age_below_nothing_or_beyond_a_day_is_cut():
     assert ages == [0.0, MOST_AGE_S]
 
 
+def test_whatever_epoch_somebody_says_the_next_one_can_be_said():
+    """A leader whose epoch fits in no message welcomed nobody, and who had met it neither: each was alone for good."""
+    most = (1 << 64) - 1
+    hello = m.Hello(1, "pool", MEMBER, m.Purpose.MEET, 3, most, frozenset())
+    for said in (hello, m.Welcome(MEMBER, most), m.Met(MEMBER, 2, most)):
+        (heard,) = read(frames([said])[LENGTH_BYTES:])
+        frames([m.Welcome(MEMBER, heard.epoch + 1)])
+
+
 def test_a_refusal_by_an_outcome_that_is_none_is_refused():
     with pytest.raises(ProtocolError, match="is no refusal"):
         unframed(frames([m.Turned(1, Outcome.DISPATCHED, None, 0)]))
