@@ -174,8 +174,18 @@ class SharedGate(Gate):
 
     def put_endpoints(self, specs: Iterable[EndpointSpec]) -> None:
         """Add or change endpoints in one moment."""
-        super().put_endpoints(specs)
+        news = tuple(specs)
+        super().put_endpoints(news)
+        for spec in news:
+            if spec.awaits_check:
+                self.replica.bad_answers.pop(spec.name, None)
         self._tell_names()
+
+    def set_up(self, name: str, *, is_up: bool | None) -> None:
+        """Follow an endpoint's health checks; None: nothing is known, as of another server at another address."""
+        super().set_up(name, is_up=is_up)
+        if is_up is None:
+            self.replica.bad_answers.pop(name, None)
 
     def remove_endpoints(self, names: Iterable[str]) -> None:
         """Send nothing more to endpoints that go in one moment."""

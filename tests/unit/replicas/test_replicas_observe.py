@@ -7,6 +7,8 @@ from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from extproc.admin.http import Admin
 from extproc.admin.state import merged
 from extproc.admission.controller import Controller
@@ -80,7 +82,8 @@ def failed_lately(admin: Admin) -> dict[str, dict[str, int]]:
     return {row["name"]: row["failed_lately"] for row in rows if "failed_lately" in row}
 
 
-def test_what_an_endpoint_failed_lately_is_told_by_who_leads_for_the_clients_of_all():
+@pytest.mark.parametrize("how", ["goes and comes back", "moves", "moves beside others"])
+def test_what_an_endpoint_failed_lately_is_told_by_who_leads_for_the_clients_of_all(how: str):
     """A follower's page shows the leader's endpoints: what its own clients met stood nowhere."""
     here = Site(1, engines=1, limit=8)
     here.run(6.0)
@@ -92,11 +95,14 @@ def test_what_an_endpoint_failed_lately_is_told_by_who_leads_for_the_clients_of_
         here.sidecars[place].close(client, answer)
     here.run(0.1)
     assert failed_lately(admin) == {"e0": {"error": 2, "failed": 1}}
+    if how == "goes and comes back":
+        for one in here.alive:
+            one.gate.remove_endpoints(["e0"])
+        here.run(10.0)
     for one in here.alive:
-        one.gate.remove_endpoints(["e0"])
-    here.run(10.0)
-    for one in here.alive:
-        one.gate.put_endpoint(EndpointSpec("e0", max_running_requests=8))
+        one.gate.put_endpoint(EndpointSpec("e0", max_running_requests=8, awaits_check=how == "moves beside others"))
+        if how == "moves":
+            one.gate.set_up("e0", is_up=None)
     assert failed_lately(admin) == {}, "another server of that name"
 
 
