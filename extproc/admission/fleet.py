@@ -13,7 +13,7 @@ from extproc.admission.endpoint import Endpoint
 from extproc.admission.held import HeldBy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from extproc.admission.books import Books
     from extproc.admission.pool import Pool
@@ -86,13 +86,28 @@ class Fleet:
             self._settling.resettle(split)
         return True
 
-    def remove(self, endpoints: Iterable[Endpoint]) -> None:
+    def remove(self, endpoints: Sequence[Endpoint]) -> None:
         """Send nothing more to endpoints: their leases run out, those at home there go anywhere."""
         for endpoint in endpoints:
             endpoint.removed = True
-            endpoint.pools = []  # its leases run out: it is nobody's home, and teaches nobody
             self.forget_if_gone(endpoint)
-        self.regroup()
+        regroups = len(endpoints) > 1 or not self._parted_from(endpoints[0])
+        for endpoint in endpoints:
+            endpoint.pools = []  # its leases run out: it is nobody's home, and teaches nobody
+        if regroups:
+            self.regroup()
+
+    def _parted_from(self, endpoint: Endpoint) -> bool:
+        """Follow one that is gone without regrouping; tell whether that was possible."""
+        left = self._books.pools.leave(endpoint)
+        if left is None:
+            return False
+        self.changed(endpoint)
+        if left:
+            self._settling.resettle(left)
+        for pool in left:
+            self._settling.follow_service(pool)
+        return True
 
     def forget_if_gone(self, endpoint: Endpoint) -> None:
         """Forget a removed endpoint once its last lease is back, and nothing is reserved there."""

@@ -281,7 +281,7 @@ class Pool:
         return part
 
     def leave(self) -> None:
-        """Be no pool of its endpoints any more; nobody waits here."""
+        """Be no pool of its endpoints any more; nobody waits here, or who does is about to move."""
         for endpoint in self.members:
             endpoint.pools.remove(self)
         self.members = []

@@ -170,6 +170,7 @@ class Pools:
     def _keep_shares(self) -> None:
         here = (one for pool in self._all for one in pool.with_lanes())
         self.every.tenants.keep(share for pool in here for share in pool.shares.values())
+        self.every.tenants.keep_turns(turns for one in self.every.members for turns in one.turns.values())
 
     def join(self, endpoint: Endpoint) -> list[Pool] | None:
         """Follow an endpoint that is new. Return the pools that were split: who waits there may have to move.
@@ -206,6 +207,48 @@ class Pools:
         ):  # a second list: who names no model waits elsewhere
             split += nameless.with_lanes()
         return split
+
+    def leave(self, endpoint: Endpoint) -> list[Pool] | None:
+        """Follow an endpoint that is gone. Return the pools that are no more, or for less: who waits there may move.
+
+        Its pools lose a member. One that has the same ones as another then becomes that one: what nobody serves any
+        more is all in one. None: it changes more, and only `regroup` can follow.
+        """
+        if self.subsets or not self._is_whole or len(self.by_model) > MOST_MODELS:
+            return None
+        models, nameless = endpoint.spec.models, self.find(None)
+        pools = [pool for pool in endpoint.pools if pool.base is pool]
+        least = min(pools, key=lambda pool: len(pool.members))
+        twin = next((one for one in least.members if one is not endpoint and one.spec.models == models), None)
+        becomes: dict[Pool, Pool] = {}
+        if twin is not None:  # it stays wherever `endpoint` was, so all pools differ as before
+            self._listed_by[models] = twin
+        elif models:
+            del self._listed_by[models]
+            becomes = {pool: same for pool in pools if (same := self._same_without(pool, endpoint)) is not None}
+        else:
+            return None
+        for pool in endpoint.pools:
+            if pool.base not in becomes:
+                pool.members.remove(endpoint)
+        for pool, same in becomes.items():
+            same.names += pool.names
+        self.every = becomes.get(self.every, self.every)
+        self.by_model.update({model: becomes[pool] for model in models if (pool := self.by_model[model]) in becomes})
+        self._all = tuple(pool for pool in self._all if pool not in becomes)
+        left = [one for pool in becomes for one in pool.with_lanes()]
+        for pool in left:
+            pool.leave()
+        self._left += [pool for pool in left if pool.waiting_total]
+        if nameless is not None and nameless not in left and self.find(None) is not nameless:
+            left += nameless.with_lanes()
+        self._keep_shares()
+        return left
+
+    def _same_without(self, pool: Pool, endpoint: Endpoint) -> Pool | None:
+        """Return another pool of all members of `pool` but `endpoint`."""
+        rest = [one for one in pool.members if one is not endpoint]
+        return next((one.base for one in rest[0].pools if one.members == rest), None) if rest else self.any_model
 
     def _part(self, pool: Pool, models: Iterable[str]) -> Pool:
         """Give `models` a pool of their own; and what is for every endpoint whatever it serves, if it was in `pool`."""
@@ -266,7 +309,6 @@ class Pools:
                 else:
                     del pool.lanes[name]
         self._keep_shares()
-        self.every.tenants.keep_turns(turns for endpoint in present for turns in endpoint.turns.values())
         all_may_move = bool(self.subsets) or self._expected_any is not self.expects_any
         self._expected_any = self.expects_any
         return before, list(before) if all_may_move else self._parted(were)

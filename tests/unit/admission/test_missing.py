@@ -191,6 +191,13 @@ def test_when_the_others_go_down_it_is_tried_again_at_once() -> None:
     assert ward.goes("broken", home="a") == "a"
 
 
+def test_when_the_only_other_one_is_taken_out_it_is_tried_again_at_once() -> None:
+    ward = Serving(models=frozenset({"fine", "broken"}))
+    ward.refuse()
+    ward.remove("b")
+    assert ward.goes("broken", home="b") == "a"
+
+
 def test_a_gateways_choice_of_nobody_else_goes_where_its_model_was_refused_all_the_same() -> None:
     ward = Serving()
     ward.refuse()

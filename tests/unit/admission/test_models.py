@@ -162,6 +162,15 @@ def test_when_a_second_list_comes_those_without_a_model_wait_where_new_ones_do()
     assert before.pool is desk.ask("after").pool
 
 
+def test_when_the_second_list_goes_those_without_a_model_go_to_who_is_there() -> None:
+    desk = Desk(one("m", models=frozenset({"m"})), one("n", models=frozenset({"n"})))
+    desk.know_models(expects_any=True)
+    anyone = desk.ask()
+    assert desk.outcome(anyone) is None
+    desk.remove("n")
+    assert desk.where(anyone) == "m"
+
+
 @pytest.mark.parametrize("model", [None, "unheard of"])
 def test_a_gateways_choice_waits_for_one_that_may_serve_it_as_others_do(model: str | None) -> None:
     desk = Desk(one("m", models=frozenset({"m"})), one("n", models=frozenset({"n"})))
