@@ -6,6 +6,7 @@ that may go there, and no limit is exceeded.
 
 from __future__ import annotations
 
+from heapq import heapify, heapreplace
 from typing import TYPE_CHECKING, Final
 
 from extproc.admission.books import MANY
@@ -43,7 +44,7 @@ class Placing:
         sessions: where each session was served last.
     """
 
-    __slots__ = ("_books", "_fleet", "_lines", "_picks", "_refusing", "sessions")
+    __slots__ = ("_books", "_fleet", "_in_doubt", "_lines", "_picks", "_refusing", "sessions")
 
     def __init__(self, books: Books, lines: Lines, fleet: Fleet, refusing: Refusing) -> None:
         """Place those who wait in `lines` at the endpoints of `fleet`; have `refusing` end the waits that are over."""
@@ -52,6 +53,7 @@ class Placing:
         self._fleet = fleet
         self._refusing = refusing
         self._picks = 0
+        self._in_doubt: dict[Pool, list[tuple[float, int, int, Endpoint]]] = {}  # see `_least_doubtful`
         self.sessions = Sessions()
 
     def run(self) -> None:  # noqa: C901 - each request pays for a call
@@ -92,6 +94,8 @@ class Placing:
                     over += 1
             else:
                 over += self._is_over(books.next_arrived())
+        if self._in_doubt:
+            self._in_doubt.clear()
         if freed or arrived:
             books.forget_gone(2 * DUE_AT_ONCE)  # as many as ever come in one event: else they would add up
             self._fleet.go_on()
@@ -117,11 +121,33 @@ class Placing:
         if ticket.state is not WAITING or placed(ticket.queue).is_left:
             return False
         pool = placed(ticket.pool)
-        target = self.place_for(ticket, pool, None if ticket.queue is pool.shared else ticket.home)
+        home = None if ticket.queue is pool.shared else ticket.home
+        if home is None and not pool.open and not self._books.policy.enable_queue:
+            target = self._least_doubtful(pool)
+        else:
+            target = self.place_for(ticket, pool, home)
         if target is None and not self._books.policy.enable_queue:
             self._refusing.refuse(ticket, Outcome.NO_ENDPOINT)
             return True
         return target is not None and not self._is_sent(ticket, target)
+
+    def _least_doubtful(self, pool: Pool) -> Endpoint | None:
+        """Return the one that `place_for` would, with the queue off, where nobody is open.
+
+        One pass asks so for many, and only makes endpoints fuller: a heap of all serves for each of them.
+        """
+        heap = self._in_doubt.get(pool)
+        if heap is None:
+            here = enumerate(pool.present())
+            heap = self._in_doubt[pool] = [(one.pressure(), one.picked, number, one) for number, one in here]
+            heapify(heap)
+        while heap:
+            _, _, number, least = heap[0]
+            place = (least.pressure(), least.picked, number, least)
+            if heap[0] == place:
+                return least
+            heapreplace(heap, place)
+        return None
 
     def _is_sent(self, ticket: Ticket, endpoint: Endpoint) -> bool:
         """Dispatch one whose turn has come, or refuse it if it waited until its budget was over; tell which."""

@@ -95,6 +95,29 @@ def test_without_a_queue_the_emptiest_of_the_doubtful_endpoints_is_chosen() -> N
     assert [len(desk.endpoint(name).leases) for name in "ab"] == [3, 3]
 
 
+def test_many_who_go_at_once_to_endpoints_that_are_all_down_each_go_to_the_emptiest() -> None:
+    desk = Desk(*(one(name, 5) for name in "abc"))
+    desk.set_up("c", is_up=False)
+    held = desk.fill(10)
+    for ticket in [ticket for ticket in held if desk.where(ticket) == "a"][:3]:
+        desk.release(ticket)
+    for name in "ab":
+        desk.set_up(name, is_up=False)
+    of_b = [ticket for ticket in held if desk.where(ticket) == "b"]
+    for ended in ([], of_b[:4]):  # each pass looks anew
+        for ticket in ended:
+            desk.release(ticket)
+        waiting = desk.fill(5)
+        holds = {endpoint.name: (endpoint.held, endpoint.picked) for endpoint in desk.core.endpoints.values()}
+        picks = max(picked for _, picked in holds.values())
+        desk.set_policy(Policy(classes=CLASSES, enable_queue=False))
+        for number, ticket in enumerate(waiting, 1):
+            least = min(holds, key=holds.__getitem__)
+            assert desk.where(ticket) == least
+            holds[least] = (holds[least][0] + 1, picks + number)
+        desk.set_policy(Policy(classes=CLASSES))
+
+
 def test_without_a_queue_the_emptiest_endpoint_is_chosen_again_and_again() -> None:
     desk = Desk(one("a"), one("b"), enable_queue=False)
     for ticket in desk.fill(6):

@@ -377,6 +377,23 @@ def test_an_event_that_sends_those_whom_it_settles_costs_hardly_more_than_one_th
     assert cost(1000) < 1.6 * cost(1)
 
 
+def test_who_goes_where_all_are_down_as_the_queue_is_off_costs_the_same_however_many_endpoints_there_are() -> None:
+    def cost(endpoints: int) -> int:
+        core = core_of(endpoints)
+        for number in range(endpoints):
+            core.set_up(f"e{number}", 0.5, is_up=False)
+        for _ in range(1000):
+            core.offer(Ticket(Request("", 1.0)), 1.0)
+        core.set_policy(Policy(shed=False, enable_queue=False), 1.0)
+        worst = 0
+        while core.next_deadline() == 1.0:
+            worst = max(worst, lines_of(lambda: core.tick(1.0)))
+        assert not core.waiting
+        return worst
+
+    assert cost(400) < cost(40) + 360 * 20
+
+
 def test_twice_as_many_pools_that_get_shares_of_their_own_cost_twice_as_much() -> None:
     def shares(count: int) -> int:
         memory = Memory()
