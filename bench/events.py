@@ -141,20 +141,21 @@ def of_rules(waiting: int) -> Longest:
 
 
 def of_queue_off(waiting: int) -> Longest:
-    """The queue switched off: with four endpoints, with four that are down, and without any."""
-    for what in ("up", "down", "gone"):
-        load = Load(waiting, True, 4)
-        if what == "up":
-            longest = Longest(load)
+    """The queue switched off: with four endpoints, with four or 500 that are down, and without any."""
+    longest = None
+    for what, endpoints in (("up", 4), ("down", 4), ("down, of 500", 500), ("gone", 4)):
+        load = Load(waiting, endpoints == 4, endpoints)
+        longest = longest or Longest(load)
         longest.load = load
         core, names = load.core, list(load.core.endpoints)
-        if what == "down":
+        if "down" in what:
             for name in names:
                 core.set_up(name, 0.0, is_up=False)
         if what == "gone":
             core.remove_endpoints(names, 0.0)
         longest.settle("before that")
         longest.all_at_once(f"the queue is off, all are {what}", core.set_policy, replace(POLICY, enable_queue=False))
+    assert longest is not None
     return longest
 
 
@@ -226,19 +227,23 @@ def of_pools(waiting: int) -> Longest:
 
 
 def of_own_models(waiting: int) -> Longest:
-    """Four endpoints that serve 500 models; then one comes for each model, 25 in one moment, as a reload has it."""
-    load = Load(waiting, False, 4, models=500)
-    core, longest = load.core, Longest(load)
-    own = [EndpointSpec(f"own-{model}", "", frozenset({model}), LIMIT) for model in load.models]
-    for first in range(0, len(own), 25):
-        some = own[first : first + 25]
-        longest.take("500 models: 25 come that serve one each", core.put_endpoints, some)
-        for spec in some:
-            longest.take("500 models: one of these is up", core.set_up, spec.name, is_up=True)
-        longest.take("500 models: a tick amid that", core.tick)
-    longest.settle("500 models: a tick amid that")
-    for spec in own[:100]:
-        longest.all_at_once("500 models: one goes that serves one", core.remove_endpoints, [spec.name])
+    """Four endpoints that serve 500 or 1,000 models; then one comes for each, 25 in one moment, as a reload has it."""
+    longest = None
+    for models in (500, 1000):
+        load = Load(waiting, False, 4, models=models)
+        longest = longest or Longest(load)
+        longest.load, core = load, load.core
+        own = [EndpointSpec(f"own-{model}", "", frozenset({model}), LIMIT) for model in load.models]
+        for first in range(0, len(own), 25):
+            some = own[first : first + 25]
+            longest.take(f"{models} models: 25 come that serve one each", core.put_endpoints, some)
+            for spec in some:
+                longest.take(f"{models} models: one of these is up", core.set_up, spec.name, is_up=True)
+            longest.take(f"{models} models: a tick amid that", core.tick)
+        longest.settle(f"{models} models: a tick amid that")
+        for spec in own[:100]:
+            longest.all_at_once(f"{models} models: one goes that serves one", core.remove_endpoints, [spec.name])
+    assert longest is not None
     return longest
 
 

@@ -42,9 +42,7 @@ LOOKS = 3
 LOOKED_S = 1.0
 """For so long; then twice as many, and so on. A change of pools begins it anew, and many in a row must let it end."""
 GOING = 3
-"""Who is dispatched costs so many times as much: a part of a piece where many may be, or while all are let go."""
-ROOMY = 7 / 8
-"""Many may be dispatched at once to an endpoint that is less full."""
+"""Who is dispatched costs so many times as much: as much fewer are a piece where there is room, or all are let go."""
 
 
 class Settling:
@@ -198,8 +196,7 @@ class Settling:
         for queue, line in left.items():
             if line.is_in_order:
                 in_order.setdefault(line.pool, []).append(queue)
-        sends_many = not self._books.policy.enable_queue or self._have_room_for_many(in_order)
-        most = max(PIECE // GOING, 1) if sends_many else PIECE
+        most = max(PIECE - (GOING - 1) * self._room(in_order), PIECE // GOING, 1)
         each = most if sum(map(len, left)) <= most else max(most // len(in_order), 1)
         piece: dict[Ticket, Pool] = {}
         for pool, queues in islice(in_order.items(), most):
@@ -210,11 +207,13 @@ class Settling:
                 turns[pool] = looked  # the others first, next time
         return piece
 
-    def _have_room_for_many(self, pools: Iterable[Pool]) -> bool:
-        """Tell whether many endpoints are open, or one that is far from full."""
-        has_room = [one for pool in pools if (one := pool.emptiest()) is not None]
-        has_room += [one for one in self._books.freed if one.closed_by is None]
-        return len(has_room) > PIECE // GOING or any(one.pressure() < ROOMY for one in has_room)
+    def _room(self, pools: Iterable[Pool]) -> int:
+        """Return about how many of a piece may be dispatched: all, as far as the emptiest ones and those freed tell."""
+        if not self._books.policy.enable_queue:
+            return PIECE
+        emptiest = [one for pool in pools if (one := pool.emptiest()) is not None]
+        freed = [one for one in self._books.freed if one.closed_by is None]
+        return sum(max(one.limit.value - one.held, 1) for one in (*emptiest, *freed))
 
     def _pool_of(self, ticket: Ticket) -> Pool:
         pools, request = self._books.pools, ticket.request

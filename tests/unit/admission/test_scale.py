@@ -377,6 +377,24 @@ def test_an_event_that_sends_those_whom_it_settles_costs_hardly_more_than_one_th
     assert cost(1000) < 1.6 * cost(1)
 
 
+def test_of_those_who_are_settled_no_more_go_in_one_event_where_endpoints_are_nearly_full(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To 82 endpoints with eight slots left each 194 were sent in one event, where 83 are meant to be."""
+    monkeypatch.setattr(settling, "PIECE", 60)
+    models = [f"m{number}" for number in range(20)]
+    core = core_of(1, lambda _: models, limit=1)
+    for number in range(20 * 18):
+        core.offer(Ticket(Request("", 1.0, model=models[number % 20])), 1.0)
+    core.put_endpoints([EndpointSpec(f"own{model}", "", frozenset({model}), 16) for model in models], 2.0)
+    for model in models:
+        core.set_up(f"own{model}", 2.0, is_up=True)
+    sent = []
+    while core.next_deadline() == 2.0:
+        sent.append(len(core.tick(2.0)))
+    assert (max(sent), core.waiting) == (60 / settling.GOING, 20 * 18 - 20 * 16 - 1)
+
+
 def test_who_goes_where_all_are_down_as_the_queue_is_off_costs_the_same_however_many_endpoints_there_are() -> None:
     def cost(endpoints: int) -> int:
         core = core_of(endpoints)
