@@ -18,7 +18,7 @@ STREAM = (
     *("replays", "replies", "request", "routes", "session", "silence", "wire"),
 )
 REPLICAS = ("forwarded", "gate", "leading")  # subclasses of what is compiled must be, too
-TRANSPORT = ("completion/stream",)
+TRANSPORT = ("completion/door", "completion/events", "completion/stream")
 OBSERVE = ("log", "metrics", "stories", "waits")  # are told of every decision
 
 

@@ -6,22 +6,18 @@ import asyncio
 import contextlib
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc
 import pytest
 
+import extproc.transport.completion.door
 import extproc.transport.completion.server
 from extproc.transport.aio import Server as AsyncioServer
 from extproc.transport.aio import _Writer
 from extproc.transport.completion.loop import make_loop
 from extproc.transport.completion.server import Server
-from extproc.transport.completion.stream import Stream
 from extproc.transport.listener import Listener
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 from tests.unit.completion_stage import METHOD, Chatter, Talk, loop, serving, wait_for
 
 __all__ = ["loop"]  # a fixture
@@ -167,23 +163,17 @@ def test_a_client_that_leaves_while_nothing_is_read_from_it_is_noticed(server, w
 def test_a_request_takes_four_batches_of_operations(loop, monkeypatch):
     """To read, to answer and read twice, and to end: each costs a turn through gRPC's core."""
     batches: list[list[str]] = []
+    take = loop._wait.events._poll
 
-    class Told:
-        """A call that notes what is asked of it."""
-
-        def __init__(self, call: Any) -> None:
-            self._call = call
-
-        def start_server_batch(self, operations: tuple[Any, ...], then: Callable[[Any], None]) -> int:
+    def poll(until: float | None) -> Any:
+        event = take(until)
+        operations = getattr(event, "batch_operations", None)
+        if operations:
             batches.append([type(one).__name__.removesuffix("Operation") for one in operations])
-            return int(self._call.start_server_batch(operations, then))
+        return event
 
+    loop._wait.events._poll = poll
     monkeypatch.setattr(extproc.transport.completion.server, "Session", Chatter)
-
-    def make(call: Any, *how: Any, **more: Any) -> Stream:
-        return Stream(Told(call), *how, **more)
-
-    monkeypatch.setattr(extproc.transport.completion.server, "Stream", make)
     with serving(Server, loop) as server:
         talk = Talk(server)
         for reply in (b"to this", b"and that"):
@@ -237,7 +227,7 @@ def test_stop_closes_the_port_at_once_lets_streams_end_and_cuts_what_stays(serve
 
 def test_a_server_whose_streams_stay_although_they_were_cut_stops_all_the_same(loop, monkeypatch, caplog):
     monkeypatch.setattr(extproc.transport.completion.server, "Session", Chatter)
-    monkeypatch.setattr(extproc.transport.completion.server, "FORCED_S", 0.0)
+    monkeypatch.setattr(extproc.transport.completion.door, "FORCED_S", 0.0)
     server = Server([], Listener("127.0.0.1:0"), loop)  # type: ignore[arg-type]
     loop.run_until_complete(server.start())
     with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:

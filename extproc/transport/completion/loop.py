@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeVarTuple
 import grpc
 from grpc._cython import cygrpc
 
+from extproc.transport.completion.events import WAKE, Events
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from contextvars import Context
@@ -38,8 +40,6 @@ BATCH = 16
 
 FILES = 10
 """Files that are dealt with in one turn: after a moment without a processor, hundreds have something to tell."""
-
-_WAKE = object()  # the tag of an event that says: look at the files
 
 
 class UnusableError(Exception):
@@ -69,14 +69,14 @@ class CompletionLoop(asyncio.SelectorEventLoop):
         self, callback: Callable[[*Args], object], *args: *Args, context: Context | None = None
     ) -> asyncio.Handle:
         """Call in the next turn, which is now due."""
-        self._wait.until = 0
+        self._wait.events.until = 0
         return super().call_soon(callback, *args, context=context)
 
     def call_at(
         self, when: float, callback: Callable[[*Args], object], *args: *Args, context: Context | None = None
     ) -> asyncio.TimerHandle:
         """Call at a moment, which may be before whatever is waited for."""
-        self._wait.until = 0
+        self._wait.events.until = 0
         return super().call_at(when, callback, *args, context=context)
 
 
@@ -106,15 +106,12 @@ class _Selector(selectors.BaseSelector):
 
     The queue's events are dealt with in here, one by one. While nothing else is due, a turn of asyncio's would find
     nothing to do: they were a twentieth of a request's CPU.
-
-    Attributes:
-        until: how long to wait, by the wall clock; 0 is long ago, that is: don't; None: for ever.
     """
 
     def __init__(self, queue: Any, waker: Any) -> None:
         self._queue = queue
         self._waker = waker
-        self.until: float | None = 0
+        self.events = Events(queue)
         self._files = selectors.DefaultSelector()
         self._parked = False  # the thread waits until the files have been dealt with
         self._due: list[tuple[selectors.SelectorKey, int]] = []  # files that had something to tell and had no turn yet
@@ -141,22 +138,9 @@ class _Selector(selectors.BaseSelector):
         elif self._parked:
             self._parked = False
             self._go_on.release()
-        self.until = None if timeout is None else time.time() + timeout if timeout > 0 else 0
-        poll = self._queue.poll
-        for _ in range(BATCH):
-            event = poll(self.until)
-            tag = event.tag
-            if tag is None:  # only the event that says "nothing" has none
-                break
-            if tag is _WAKE:
-                self._parked = True
-                break
-            try:
-                tag(event)
-            except (KeyboardInterrupt, SystemExit):
-                raise
-            except BaseException:  # as asyncio has it: one request's bug must not cost the others
-                log.exception("an event of a stream could not be dealt with: please report it")
+        self.events.until = None if timeout is None else time.time() + timeout if timeout > 0 else 0
+        if self.events.take(BATCH):
+            self._parked = True
         return self._some_files() if self._parked else []
 
     def _some_files(self) -> list[tuple[selectors.SelectorKey, int]]:
@@ -189,7 +173,7 @@ class _Selector(selectors.BaseSelector):
             files.poll(HEARTBEAT_S * 1000)
             if self._closed:
                 return
-            self._waker.start_server_batch((), _WAKE)
+            self._waker.start_server_batch((), WAKE)
             self._go_on.acquire()
 
 

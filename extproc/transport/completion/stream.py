@@ -115,7 +115,7 @@ class Stream:
                 else:
                     self._go_on()
 
-    def _start(self, operations: tuple[Any, ...], then: Callable[[Any], None]) -> None:
+    def _start(self, operations: list[Any], then: Callable[[Any], None]) -> None:
         error = self._call.start_server_batch(operations, then)
         if error != 0:
             raise RuntimeError(f"gRPC refused {operations} with {error}")
@@ -124,20 +124,19 @@ class Stream:
         """Be told when the stream is over."""
         if not self._watched:
             self._watched = True
-            self._start((_OVER,), self._closed)
+            self._start([_OVER], self._closed)
 
     def _go_on(self) -> None:
         """Start what can be started: the next reply, with the last one the status or the wait for another message."""
         if self._writing:  # `_written` or `_exchanged` comes back here
             return
-        pending = self._pending
-        then: Callable[[Any], None] = self._written
-        sends = pending or self._status is not None
+        pending, status = self._pending, self._status
+        sends = pending or status is not None
         operations: list[Any] = []
-        if self._asking and len(pending) <= 1 and self._handler is not None:
+        asks = self._asking and len(pending) <= 1 and self._handler is not None
+        if asks:
             self._asking = False
             operations.append(_RECEIVE(0))
-            then = self._exchanged if sends else self._received
         if sends:
             self._writing = True
             if not self._begun:
@@ -145,14 +144,17 @@ class Stream:
                 operations.append(_HEADERS)
             if pending:
                 operations.append(_SEND(pending.pop(0), 0))
-            if self._status is not None and not pending:
-                operations.append(self._status)
-                self._status, then = None, _nothing  # whether it is out or not: nothing more will be
+            if status is not None and not pending:
+                operations.append(status)
+                self._status = None
                 if not self._watched:
                     self._watched = True
                     operations.append(_OVER)
-        if operations:
-            self._start(tuple(operations), then)
+                self._start(operations, _nothing)  # whether it is out or not: nothing more will be
+            else:
+                self._start(operations, self._exchanged if asks else self._written)
+        elif asks:
+            self._start(operations, self._received)
 
     def _received(self, event: Any) -> None:
         handler = self._handler
