@@ -21,6 +21,7 @@ from extproc.envoy.skeleton import (
     MARGIN_S,
     Skeleton,
     lines,
+    other_host,
     quoted,
     sidecar_address,
     sidecar_cluster,
@@ -137,6 +138,15 @@ def _unsteered_to(config: Config, options: EnvoyOptions) -> str:
     return ANY_CLUSTER if config.envoy_clusters_file is not None and options.fail_open else UNSTEERED_CLUSTER
 
 
+def _unsteered_route(config: Config, options: EnvoyOptions) -> str:
+    """Return where requests go that no sidecar steered: while failing closed the cluster is empty, and nobody else."""
+    return f"""\
+                route:
+                  cluster: {_unsteered_to(config, options)}
+                  timeout: 0s
+{fallback.ELSEWHERE if options.fail_open else ""}"""
+
+
 def _clusters(config: Config, options: EnvoyOptions) -> str:
     endpoints = [(endpoint.cluster or endpoint.name, endpoint.address) for endpoint in config.endpoints]
     addresses = [address for _, address in endpoints]
@@ -162,8 +172,7 @@ def _clusters(config: Config, options: EnvoyOptions) -> str:
 
 def _routes(header: str, config: Config, options: EnvoyOptions) -> str:
     """Return the routes; `header` is the one that we steer by, as YAML writes it."""
-    unsteered = _unsteered_to(config, options)
-    any_endpoint = unsteered if options.fail_open else ANY_CLUSTER
+    any_endpoint = _unsteered_to(config, options) if options.fail_open else ANY_CLUSTER
     outcome = f"""\
                 response_headers_to_add:
                 # Only what came past our filter, as the last filter notes: not what Envoy itself refused before (413).
@@ -185,26 +194,21 @@ def _routes(header: str, config: Config, options: EnvoyOptions) -> str:
                     retry_on: "connect-failure,refused-stream,reset-before-request"
                     num_retries: 1
 {_second_priority(config)}                request_headers_to_remove: [{header}]
-{_upgrade_route(config, unsteered)}\
+{_upgrade_route(config, options)}\
 {_bypass_route(any_endpoint, config, outcome)}\
               # Not steered: no sidecar answered. {_unsteered_comment(config, options)}
               # It must be a route, not a direct_response: with that, the buffer limit above does not hold.
               - match: {{prefix: /}}
-                route: {{cluster: {unsteered}, timeout: 0s}}
+{_unsteered_route(config, options)}\
 {outcome}"""
 
 
 def _other_host(sidecars: tuple[str, ...]) -> str:
     if len(sidecars) == 1:
         return ""
-    return """\
+    return f"""\
                   # Not to the one that just went away.
-                  retry_host_predicate:
-                  - name: envoy.retry_host_predicates.previous_hosts
-                    typed_config:
-                      "@type": type.googleapis.com/envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate
-                  host_selection_retry_max_attempts: 5
-"""
+{other_host(18, attempts=5)}"""
 
 
 def _sidecar_health(sidecars: tuple[str, ...]) -> str:
@@ -239,7 +243,7 @@ def _upgrades(config: Config) -> str:
 """
 
 
-def _upgrade_route(config: Config, cluster: str) -> str:
+def _upgrade_route(config: Config, options: EnvoyOptions) -> str:
     if not config.upgrades:
         return ""
     names = [BUFFER, *((FORMS, JSON_FIELDS) if config.request_fields else ())]
@@ -249,7 +253,7 @@ def _upgrade_route(config: Config, cluster: str) -> str:
               - match:
                   prefix: /
                   headers: [{{name: upgrade, present_match: true}}]
-                route: {{cluster: {cluster}, timeout: 0s}}
+{_unsteered_route(config, options)}\
                 typed_per_filter_config:
 {lines(18, [f"{name}: {off}" for name in names])}\
                 response_headers_to_add:
@@ -271,7 +275,9 @@ def _unqueued_routes(config: Config, options: EnvoyOptions) -> str:
     routes = "".join(
         f"""\
               - match: {{path: {json.dumps(path)}}}
-                route: {{cluster: {UNQUEUED_CLUSTER}}}
+                route:
+                  cluster: {UNQUEUED_CLUSTER}
+{fallback.ELSEWHERE}\
                 typed_per_filter_config:
 {_past_ours(config)}"""
         for path in options.unqueued
@@ -292,8 +298,7 @@ def _bypass_route(cluster: str, config: Config, outcome: str) -> str:
                 route:
                   cluster: {cluster}
                   timeout: 0s
-                  retry_policy: {fallback.ELSEWHERE}
-                typed_per_filter_config:
+{fallback.ELSEWHERE}                typed_per_filter_config:
 {_past_ours(config)}\
 {outcome}"""
 

@@ -11,6 +11,7 @@ import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from extproc.envoy.filters import lua_filter
+from extproc.envoy.skeleton import other_host
 from extproc.stream import wire
 
 if TYPE_CHECKING:
@@ -19,8 +20,14 @@ if TYPE_CHECKING:
 CLUSTER = "extproc_unsteered_"
 """How such clusters are called; a number follows."""
 FILTER = "extproc-fallback"
-ELSEWHERE = '{retry_on: "connect-failure,refused-stream,reset-before-request", num_retries: 2}'
-"""A retry policy: of what no server has begun to read, another one is asked."""
+ELSEWHERE = f"""\
+                  # What no server has begun to read is sent to another one. Whoever is dead has the fewest requests, so
+                  # least request draws it again and again: hence so many attempts.
+                  retry_policy:
+                    retry_on: "connect-failure,refused-stream,reset-before-request"
+                    num_retries: 10
+{other_host(20, attempts=100)}"""
+"""What a route to any of several servers has below its `route`."""
 
 
 class Serving(NamedTuple):
@@ -89,8 +96,7 @@ def route(config: Config, answer: str) -> str:
                 route:
                   cluster_header: {header}
                   timeout: 0s
-                  retry_policy: {ELSEWHERE}
-                request_headers_to_remove: [{header}]
+{ELSEWHERE}                request_headers_to_remove: [{header}]
 {answer}"""
 
 

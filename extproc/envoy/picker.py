@@ -107,7 +107,8 @@ def _endpoints(header: str, config: Config, options: EnvoyOptions) -> str:
     connect_timeout: 2s
 {_addressed(header) if config.sources else _listed(header, config)}\
     circuit_breakers:
-      thresholds: [{{max_connections: 100000, max_requests: 100000, max_pending_requests: 100000}}]
+      thresholds:
+      - {{max_connections: 100000, max_requests: 100000, max_pending_requests: 100000, max_retries: 100000}}
     typed_extension_protocol_options:
       envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
         "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions

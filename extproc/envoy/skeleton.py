@@ -297,6 +297,20 @@ def comment(text: str, indent: int) -> str:
     return lines(indent, [f"# {line}" for line in text.splitlines()])
 
 
+def other_host(indent: int, *, attempts: int) -> str:
+    """Return what has a retry go to a host that was not tried: so often one is drawn, if the last were."""
+    return lines(
+        indent,
+        [
+            "retry_host_predicate:",
+            "- name: envoy.retry_host_predicates.previous_hosts",
+            "  typed_config:",
+            '    "@type": type.googleapis.com/envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate',
+            f"host_selection_retry_max_attempts: {attempts}",
+        ],
+    )
+
+
 def lines(indent: int, texts: Iterable[str]) -> str:
     """Return lines, each at this indent."""
     return "".join(f"{' ' * indent}{line}\n" for line in texts)

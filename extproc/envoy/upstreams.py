@@ -65,8 +65,23 @@ def any_cluster(name: str, addresses: Sequence[str], protocol: str, config: Conf
       endpoints:
       - lb_endpoints:{"" if addresses else " []"}
 {lines(8, [f"- {_lb_endpoint(address)}" for address in addresses])}\
-    # Its own breaker: without a queue, what the engines can't take is refused here.
-    circuit_breakers: {{thresholds: [{{max_connections: 1000, max_requests: {64 * max(len(addresses), 1)}}}]}}
+    # Its own breaker: without a queue, what the engines can't take is refused here. Each that goes to another endpoint
+    # counts among retries until it is answered; by default 3 may.
+    circuit_breakers:
+      thresholds: [{{max_connections: 1000, max_requests: {64 * max(len(addresses), 1)}, max_retries: 100000}}]
+    # Who takes no connection is left out for 5 s, as long as another one is left. What a server answers counts nothing.
+    outlier_detection:
+      split_external_local_origin_errors: true
+      consecutive_local_origin_failure: 3
+      enforcing_consecutive_5xx: 0
+      enforcing_consecutive_gateway_failure: 0
+      enforcing_success_rate: 0
+      enforcing_local_origin_success_rate: 0
+      interval: 1s
+      base_ejection_time: 5s
+      max_ejection_time: 5s
+      max_ejection_percent: 100
+    common_lb_config: {{healthy_panic_threshold: {{value: 1}}}}
 {_health(config.health_check, protocol)}\
 {_protocol(protocol, config.upstream_idle_timeout)}"""
 
@@ -105,10 +120,9 @@ def _protocol(protocol: str, idle_s: float) -> str:
 def endpoint_cluster(cluster: str, address: str, protocol: str, config: Config, *, may_retry: bool = True) -> str:
     """Return an endpoint\'s own cluster: one host, since the sidecar chooses. `may_retry`: with its second priority."""
     name, again, idle_s = json.dumps(cluster), config.second_try, config.upstream_idle_timeout
-    back, most_retries = "", ""
+    back = ""
     if again is not None and may_retry:
         back = f"      - {{priority: 1, lb_endpoints: [{_lb_endpoint(again)}]}}\n"
-        most_retries = ", max_retries: 100000"  # each that came back counts here until it is answered; 3 by default
     return f"""\
   - name: {name}
     type: {"STATIC" if has_ip(address) else "STRICT_DNS"}
@@ -117,9 +131,10 @@ def endpoint_cluster(cluster: str, address: str, protocol: str, config: Config, 
       cluster_name: {name}
       endpoints:
       - {{lb_endpoints: [{_lb_endpoint(address)}]}}
-{back}    # The sidecar's limits decide; Envoy's default of 1024 must not.
+{back}    # The sidecar's limits decide; Envoy's defaults of 1024, and of 3 that are sent again, must not.
     circuit_breakers:
-      thresholds: [{{max_connections: 100000, max_requests: 100000, max_pending_requests: 100000{most_retries}}}]
+      thresholds:
+      - {{max_connections: 100000, max_requests: 100000, max_pending_requests: 100000, max_retries: 100000}}
 {_protocol(protocol, idle_s)}"""
 
 

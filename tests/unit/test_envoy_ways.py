@@ -435,7 +435,7 @@ def test_an_unqueued_path_has_a_cluster_to_go_to_and_no_filter_of_ours(name):
     config = parse_config(f"first_byte_probe: true\n{text}", "file", {})
     bootstrap = Bootstrap(config, EnvoyOptions(fail_open=fail_open, unqueued=("/health",)))
     route = bootstrap.routes[0]
-    assert (route["match"], route["route"]) == ({"path": "/health"}, {"cluster": "extproc_unqueued"})
+    assert (route["match"], route["route"]["cluster"]) == ({"path": "/health"}, "extproc_unqueued")
     ours = {FILTER, "first-byte-probe"}
     assert ours < {one["name"] for one in bootstrap.manager["http_filters"]}
     assert {name: setting["disabled"] for name, setting in route["typed_per_filter_config"].items()} == dict.fromkeys(
