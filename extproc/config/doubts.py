@@ -58,6 +58,15 @@ def _endpoints(config: Config) -> Iterator[str]:
             f"default_model: no endpoint lists {config.default_model!r}, so who names no model waits for one in vain; "
             f"the models listed are {', '.join(sorted(listed)[:8])}{', ...' if len(listed) > 8 else ''}"
         )
+    loopback: dict[str, int] = {}
+    for index, endpoint in enumerate(config.endpoints):
+        host, _, port = endpoint.address.rpartition(":")
+        first = loopback.setdefault(port, index) if host in ("localhost", "127.0.0.1", "[::1]") else index
+        if first != index:
+            yield (
+                f"endpoints[{index}].address: {endpoint.address} may be the server of endpoints[{first}], "
+                f"{config.endpoints[first].address}, which would then get both limits"
+            )
     if config.picks and config.picker.fallbacks and config.replicas is not None:
         yield (
             "picker.fallbacks: does nothing with replicas, since who leads keeps no room for them: each "
@@ -84,6 +93,13 @@ def _tenants(config: Config) -> Iterator[str]:
             'that floods takes the share of all; "apart" gives each its own, where clients can\'t write the header '
             f'{config.headers.tenant} themselves; "together" says that one is meant'
         )
+    named = ((f"tenants.named[{index}]", one) for index, one in enumerate(tenants.named))
+    for where, rules in (*named, ("tenants.others", tenants.others)):
+        if rules.max_in_flight is not None and rules.guaranteed > rules.max_in_flight:
+            yield (
+                f"{where}.guaranteed: {rules.guaranteed} is above its max_in_flight, {rules.max_in_flight}, and so is "
+                "never reached"
+            )
     capped = any(one.max_in_flight is not None for one in (*tenants.named, tenants.others))
     if capped and not config.enable_queue and not config.dry_run:
         yield "tenants: max_in_flight holds for nobody while enable_queue is false"

@@ -132,7 +132,10 @@ class Roster:
             try:
                 self._write()
             except OSError as error:
-                raise StartError(f"envoy_clusters_file: can't write {error.filename}: {error.strerror}") from None
+                right = "; create the directory" if isinstance(error, FileNotFoundError) else ""
+                raise StartError(
+                    f"envoy_clusters_file: can't write {error.filename}: {error.strerror}{right}"
+                ) from None
             if before is None:  # Envoy does not start without the file: whichever comes will read all of it first
                 for route in self._routes.values():
                     route.known = True

@@ -36,6 +36,8 @@ FEW_RETRIES = 10
 """Ten last some 4 s with the rendered back-off (2.5 to 5.5 s measured)."""
 MOST_COUNTED = 100_000
 """Retries whose waits are added up: who wants no end to them writes the greatest number that Envoy takes."""
+SHORT_ANSWER_S = 60.0
+"""Long answers take minutes."""
 RESTART_S = 3.0
 """How long a sidecar may be away while it is restarted."""
 
@@ -123,11 +125,19 @@ def _answer_timeout(view: View) -> Iterator[str]:
     for route in view.steered:
         timeout = route.get("route", "timeout")
         seconds = DEFAULT_ROUTE_TIMEOUT_S if timeout is None else parse_duration(str(timeout))
-        if seconds is not None and 0 < seconds < 60:
+        if seconds is not None and 0 < seconds <= SHORT_ANSWER_S:
             yield (
                 f"{route.path}.route.timeout: {seconds:g}s from dispatch to the end of the answer cuts long answers; "
                 "0s (no limit) would be right"
             )
+        path, policy = ways.retry_policy(view, route)
+        for key in ("per_try_timeout", "per_try_idle_timeout"):
+            seconds = policy.seconds(key, 0.0)
+            if 0 < seconds <= SHORT_ANSWER_S:
+                yield (
+                    f"{path}.retry_policy.{key}: {seconds:g}s: an answer that {'takes' if 'idle' not in key else 'pauses'} "
+                    "longer, its first token too, is cut (504); leave it unset"
+                )
 
 
 # ---- rules: the filter
@@ -149,6 +159,17 @@ def _modes(view: View) -> Iterator[str]:
 
 
 def _answers(view: View) -> Iterator[str]:
+    if len(view.manager_filters()) > 1 and view.listed.path == view.manager_filters()[-1].path:
+        yield (
+            f"{view.listed.path}: is the second envoy.filters.http.ext_proc that holds: each request is queued twice and takes "
+            "two slots; one would be right"
+        )
+    if view.filter.get("disable_clear_route_cache") or view.filter.get("route_cache_action") == "RETAIN":
+        key = "route_cache_action" if "route_cache_action" in view.filter.node else "disable_clear_route_cache"
+        yield (
+            f"{view.filter.path}.{key}: {view.filter.get(key)}: Envoy keeps the route that it took before we chose, so "
+            "nothing follows our decisions; leave it unset"
+        )
     if view.filter.get("disable_immediate_response"):
         yield f"{view.filter.path}.disable_immediate_response: turns our 429s into 500s; leave it unset"
     rules = view.filter.get("mutation_rules") or {}
@@ -185,11 +206,13 @@ def _what_we_see(view: View) -> Iterator[str]:
             f"and cookies too; exact patterns for {', '.join(sorted(wanted))} would be right"
         )
     else:
-        exact = {pattern.get("exact") for pattern in allowed if isinstance(pattern, dict)}
-        other = any("exact" not in pattern for pattern in allowed if isinstance(pattern, dict))
-        missing = sorted(wanted - exact)
-        if missing and not other:
+        missing = sorted(name for name in wanted if not _is_among(allowed, name))
+        if missing:
             yield f"{view.filter.path}.forward_rules.allowed_headers: lacks {', '.join(missing)}, which we read"
+    kept_back = (rules.get("disallowed_headers") or {}).get("patterns") or []
+    missing = sorted(name for name in wanted if _is_among(kept_back, name))
+    if missing:
+        yield f"{view.filter.path}.forward_rules.disallowed_headers: keeps back {', '.join(missing)}, which we read"
     if "request.time" not in (view.filter.get("request_attributes") or []):
         yield (
             f"{view.filter.path}.request_attributes: lacks request.time: a request that is replayed to a restarted "
@@ -349,6 +372,7 @@ _RULES: tuple[Callable[[View], Iterator[str]], ...] = (
     ways.order_of_routes,
     ways.switched_off,
     ways.retries,
+    ways.mirrors,
     _unsteered,
     _body_limit,
     cluster_rules.ext_proc_cluster,
@@ -363,6 +387,25 @@ _RULES: tuple[Callable[[View], Iterator[str]], ...] = (
     _clients_orders,
     _dangerous,
 )
+
+
+def _is_among(patterns: list[Any], name: str) -> bool:
+    """Tell whether a header's name is like one of Envoy's string matchers."""
+    return any(_is_like(pattern, name) for pattern in patterns if isinstance(pattern, dict))
+
+
+def _is_like(pattern: dict[str, Any], name: str) -> bool:
+    ways_to_match: dict[str, Callable[[str], bool]] = {
+        "exact": name.__eq__,
+        "prefix": name.startswith,
+        "suffix": name.endswith,
+        "contains": name.__contains__,
+    }
+    for kind, matches in ways_to_match.items():
+        if kind in pattern:
+            text = str(pattern[kind])
+            return matches(text.lower() if pattern.get("ignore_case") else text)
+    return _matches(str((pattern.get("safe_regex") or {}).get("regex", "")), name)
 
 
 def _matches(expression: str, name: str) -> bool:

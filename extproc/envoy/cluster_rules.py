@@ -39,6 +39,12 @@ def ext_proc_cluster(view: View) -> Iterator[str]:
                 f"{cluster.path}.circuit_breakers.thresholds[0].{key}: {thresholds.get(key, default)}: each held and each "
                 f"running request counts, those above get 500 or go un-steered; {10 * MANY} would be right"
             )
+    for check in cluster.each("health_checks"):
+        if check.get("grpc_health_check") is None:
+            yield (
+                f"{check.path}: the sidecar speaks gRPC there, and so fails any other check, alive or not; "
+                "grpc_health_check: {} would be right"
+            )
     options = cluster.get("typed_extension_protocol_options", _HTTP_OPTIONS) or {}
     http2 = (options.get("explicit_http_config") or options.get("auto_config") or {}).get("http2_protocol_options")
     if http2 is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,14 @@ _NUMBERS = frozenset(
     )
 )
 """Fields that rules compare."""
+_DURATIONS = frozenset(
+    (
+        *("message_timeout", "stream_idle_timeout", "idle_timeout", "request_timeout", "timeout"),
+        *("per_try_timeout", "per_try_idle_timeout", "base_interval", "max_interval"),
+    )
+)
+"""Times that rules compare."""
+_DURATION = re.compile(r"-?\d+(\.\d{1,9})?s")
 _TOP = {"static_resources", "dynamic_resources", "configs"}
 
 Address = tuple[str, int]
@@ -94,9 +103,19 @@ class View:
             if route.get("route", "cluster_header") == header and not fallback.is_route(route.get("match") or {})
         ]
 
+    def manager_filters(self) -> list[Spot]:
+        """Return the filters of its manager that hold requests, itself among them."""
+        return [listed for listed in self.manager.each("http_filters") if holds(listed)]
+
     @property
     def sidecar_cluster(self) -> Spot | None:
         return self.clusters.get(str(self.filter.get("grpc_service", "envoy_grpc", "cluster_name")))
+
+
+def holds(listed: Spot) -> bool:
+    """Tell whether an HTTP filter is an ext_proc that can hold requests."""
+    own = listed.get("typed_config") or {}
+    return own.get("@type") == EXT_PROC and not own.get("observability_mode")
 
 
 def walk(node: Any, where: str = "") -> Iterator[Spot]:
@@ -130,7 +149,7 @@ def told_if_misshapen(path: Path) -> Generator[None, None, None]:
 
 
 def read_numbers(spots: list[Spot]) -> list[str]:
-    """Return a problem for each number that is none.
+    """Return a problem for each number, and each time, that is none to Envoy.
 
     Text that Envoy reads as a number becomes one, and what is null is as if it were not there.
     """
@@ -144,6 +163,14 @@ def read_numbers(spots: list[Spot]) -> list[str]:
                 spot.node[key] = int(value)
             elif not isinstance(value, int) or isinstance(value, bool):
                 problems.append(f"{spot.path}.{key}: must be a whole number, not {shown(value)}")
+        for key in _DURATIONS & spot.node.keys():
+            value = spot.node[key]
+            if not isinstance(value, (str, dict, type(None))) or (
+                isinstance(value, str) and not _DURATION.fullmatch(value)
+            ):
+                problems.append(
+                    f"{spot.path}.{key}: must be a duration as Envoy reads it, like 60s, not {shown(value)}"
+                )
     return sorted(problems)
 
 
@@ -172,13 +199,12 @@ def views(config: Config, spots: list[Spot]) -> Iterator[View]:
     for manager in (spot for spot in spots if "http_filters" in spot.node):
         inside = [spot for spot in spots if spot.path.startswith(manager.path + ".")]
         for listed in manager.each("http_filters"):
-            spot = Spot(f"{listed.path}.typed_config", listed.get("typed_config") or {})
-            if spot.node.get("@type") == EXT_PROC and not spot.node.get("observability_mode"):
+            if holds(listed):
                 yield View(
                     config,
                     manager,
                     listed,
-                    spot,
+                    Spot(f"{listed.path}.typed_config", listed.get("typed_config")),
                     hosts=[other for other in inside if "virtual_hosts[" in other.path.rsplit(".", 1)[-1]],
                     routes=[other for other in inside if "match" in other.node and "routes[" in other.path],
                     clusters=clusters,

@@ -91,6 +91,17 @@ def switched_off(view: View) -> Iterator[str]:
                 )
 
 
+def retry_policy(view: View, route: Spot) -> tuple[str, Spot]:
+    """Return which `retry_policy` holds for a route, and the path of what has it: its own, or its host's."""
+    return _retry_policy(next(host for host in view.hosts if route.path.startswith(f"{host.path}.")), route)
+
+
+def _retry_policy(host: Spot, route: Spot) -> tuple[str, Spot]:
+    own = route.get("route", "retry_policy")
+    path, policy = (f"{route.path}.route", own) if own else (host.path, host.get("retry_policy"))
+    return path, Spot(path, policy or {})
+
+
 def retries(view: View) -> Iterator[str]:
     """One lease, one run at the engine."""
     header = view.config.headers.cluster
@@ -98,16 +109,25 @@ def retries(view: View) -> Iterator[str]:
         for route in host.each("routes"):
             if not _follows(route, header):
                 continue
-            own = route.get("route", "retry_policy")
-            path, policy = (f"{route.path}.route", own) if own else (host.path, host.get("retry_policy"))
-            reasons = [
-                reason.strip() for reason in str((policy or {}).get("retry_on", "")).split(",") if reason.strip()
-            ]
+            path, policy = _retry_policy(host, route)
+            reasons = [reason.strip() for reason in str(policy.get("retry_on") or "").split(",") if reason.strip()]
             unsafe = [reason for reason in reasons if reason not in _SAFE_RETRIES]
             if unsafe:
                 yield (
                     f"{path}.retry_policy.retry_on: {','.join(unsafe)}: one slot, several runs at the engine, which may "
                     "still be at the first one; connect-failure alone would be right, and here: at the steered route"
+                )
+
+
+def mirrors(view: View) -> Iterator[str]:
+    """No copy of a request runs at an engine: nobody counts it."""
+    engines = engine_clusters(view.config, view.clusters)
+    for spot in (*view.hosts, *(Spot(f"{route.path}.route", route.get("route") or {}) for route in view.routes)):
+        for copy in spot.each("request_mirror_policies"):
+            if copy.get("cluster") in engines:
+                yield (
+                    f"{copy.path}: copies requests to {copy.get('cluster')} past the queue, above its limit; a cluster of "
+                    "no endpoint would be right"
                 )
 
 

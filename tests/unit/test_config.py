@@ -401,6 +401,25 @@ def test_a_default_model_that_no_endpoint_lists_is_doubted_unless_somebody_serve
     assert doubtful(tmp_path, "default_model: o\nendpoints: [{name: a, address: 'h:1'}]") == []
 
 
+GREEDY = "tenants: {count_others: together, others: {max_in_flight: 2, guaranteed: 3}}"
+TWINS = "endpoints: [{name: a, address: '127.0.0.1:1'}, {name: b, address: 'localhost:1'}]"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (TWINS, "endpoints[1].address: localhost:1 may be the server of endpoints[0], 127.0.0.1:1"),
+        (
+            f"enable_queue: true\n{GREEDY}\nendpoints: [{{name: a, address: 'h:1'}}]",
+            "tenants.others.guaranteed: 3 is above its max_in_flight, 2",
+        ),
+    ],
+)
+def test_what_is_legal_and_hardly_meant_is_doubted(tmp_path, text, words):
+    (doubt,) = doubtful(tmp_path, text)
+    assert words in doubt
+
+
 def test_what_becomes_of_requests_is_told_as_it_is():
     """A dry run was told to be "on"."""
     modes = [

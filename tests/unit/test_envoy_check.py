@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -245,6 +246,48 @@ SPOILT = {
         lambda b: b.manager.update(internal_address_config={"cidr_ranges": [{"address_prefix": "10.0.0.0"}]}),
         f"{MANAGER}.internal_address_config:",
     ),
+    "a time for each try": (
+        lambda b: b.steered["route"]["retry_policy"].update(per_try_timeout="3s"),
+        f"{HOST}.routes[0].route.retry_policy.per_try_timeout: 3s: an answer that takes longer",
+    ),
+    "a time for each pause of a try, of all routes": (
+        lambda b: b.host.update(retry_policy=b.steered["route"].pop("retry_policy") | {"per_try_idle_timeout": "1s"}),
+        f"{HOST}.retry_policy.per_try_idle_timeout: 1s: an answer that pauses longer",
+    ),
+    "a minute for an answer": (
+        lambda b: b.steered["route"].update(timeout="60s"),
+        f"{HOST}.routes[0].route.timeout: 60s",
+    ),
+    "the filter twice": (
+        lambda b: b.manager["http_filters"].insert(2, copy.deepcopy(b.manager["http_filters"][1])),
+        f"{MANAGER}.http_filters[2]: is the second envoy.filters.http.ext_proc that holds",
+    ),
+    "a route that stays": (
+        lambda b: b.filter.update(route_cache_action="RETAIN"),
+        f"{EXT_PROC}.route_cache_action: RETAIN: Envoy keeps the route",
+    ),
+    "a route that stays, in the old words": (
+        lambda b: b.filter.update(disable_clear_route_cache=True),
+        f"{EXT_PROC}.disable_clear_route_cache: True: Envoy keeps the route",
+    ),
+    "headers that are kept back": (
+        lambda b: b.filter["forward_rules"].update(
+            disallowed_headers={"patterns": [{"prefix": "X-", "ignore_case": True}]}
+        ),
+        f"{EXT_PROC}.forward_rules.disallowed_headers: keeps back x-model",
+    ),
+    "headers that a wider pattern lacks": (
+        lambda b: b.filter["forward_rules"]["allowed_headers"].update(patterns=[{"safe_regex": {"regex": "(:|x-).*"}}]),
+        f"{EXT_PROC}.forward_rules.allowed_headers: lacks ",
+    ),
+    "copies of requests": (
+        lambda b: b.steered["route"].update(request_mirror_policies=[{"cluster": "a"}]),
+        f"{HOST}.routes[0].route.request_mirror_policies[0]: copies requests to a past the queue",
+    ),
+    "a check of the sidecar by HTTP": (
+        lambda b: b.clusters[0].update(health_checks=[{"http_health_check": {"path": "/"}}]),
+        "static_resources.clusters[0].health_checks[0]: the sidecar speaks gRPC",
+    ),
     "a filter that crashes Envoy": (
         lambda b: b.manager["http_filters"].insert(0, {"name": "envoy.filters.http.sse_to_metadata"}),
         f"{MANAGER}.http_filters[0]: sse_to_metadata crashes",
@@ -261,6 +304,14 @@ def test_one_spoilt_setting_is_the_one_problem_named(tmp_path, name):
 
 
 HARMLESS = {
+    "ten minutes for an answer": lambda b: b.steered["route"].update(timeout="600s"),
+    "headers by patterns": lambda b: b.filter["forward_rules"]["allowed_headers"].update(
+        patterns=[
+            *({"prefix": "X-", "ignore_case": True}, {"prefix": ":"}, {"suffix": "-type"}, {"contains": "length"}),
+            *({"safe_regex": {"regex": "endpoint-load-.*"}}, {"exact": "grpc-status"}, {"exact": "upgrade"}),
+        ]
+    ),
+    "copies for somebody else": lambda b: b.steered["route"].update(request_mirror_policies=[{"cluster": "shadow"}]),
     "Envoy's own back-off of 1 to 10 s": lambda b: b.filter["grpc_service"]["retry_policy"].pop("retry_back_off"),
     "ten replays": lambda b: b.filter["grpc_service"]["retry_policy"].update(num_retries=10),
     "a server's default breaker": lambda b: b.clusters[2].pop("circuit_breakers"),
@@ -300,6 +351,17 @@ def test_what_is_no_bootstrap_is_told_so_by_what_it_is(tmp_path, text, words):
     with pytest.raises(ConfigError) as caught:
         check_envoy(CONFIG, path)
     assert caught.value.problems == [f"is no Envoy bootstrap: {words}; `extproc envoy-config` prints one"]
+
+
+@pytest.mark.parametrize("value", ["1 hour", "1h", 60, "60"])
+def test_a_time_that_envoy_does_not_read_is_named_and_not_taken_for_the_default(tmp_path, value):
+    bootstrap = Bootstrap()
+    bootstrap.manager.update(stream_idle_timeout=value)
+    with pytest.raises(ConfigError) as caught:
+        bootstrap.check(tmp_path)
+    assert caught.value.problems == [
+        f"{MANAGER}.stream_idle_timeout: must be a duration as Envoy reads it, like 60s, not {value!r}"
+    ]
 
 
 def test_a_field_that_is_no_number_is_named_and_one_that_envoy_reads_as_one_is_read(tmp_path):
