@@ -32,12 +32,13 @@ from extproc.admission.events import (
     Ticked,
     Woken,
 )
+from extproc.admission.frame import misstep
 from extproc.admission.lanes import lane_of
 from extproc.admission.lines import placed
 from extproc.admission.outcome import Outcome
 from extproc.admission.placing import DUE_AT_ONCE
 from extproc.admission.sharing import Sharing
-from extproc.admission.transitions import DONE, LEASED, LEFT, WAITING
+from extproc.admission.transitions import DONE, LEASED, LEFT, MUST_BE, WAITING
 from extproc.admission.values import Answer, Dispatch
 
 if TYPE_CHECKING:
@@ -61,7 +62,10 @@ class Controller(Sharing):
 
     def offer(self, ticket: Ticket, now: float) -> list[Decision]:  # noqa: C901 - each request pays for a call
         """Take a new request in. It is dispatched or refused at once, or it waits."""
-        books, lines, placing = self._begin(now, ticket, "offered"), self._lines, self._placing
+        if ticket.state is not MUST_BE["offered"]:  # `_begin`, without a call
+            raise misstep(ticket, "offered")
+        books, lines, placing = self._books, self._lines, self._placing
+        books.now = now
         if self._watchers:
             self._event = Offered(now, ticket)
         request = ticket.request
@@ -161,7 +165,9 @@ class Controller(Sharing):
 
         What the answer really cost is charged to its tenant: how long it was written, at the pace of its engine.
         """
-        self._begin(now, ticket, "released")
+        if ticket.state is not MUST_BE["released"]:
+            raise misstep(ticket, "released")
+        self._books.now = now
         if self._watchers:
             self._event = Released(now, ticket, answer)
         endpoint, pool = ticket.endpoint, ticket.pool

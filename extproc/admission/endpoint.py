@@ -33,8 +33,7 @@ class Endpoint(Room):
         dispatched, answered: requests that were sent there since the start, and those of them that were answered well.
         counters: whether its counters are believed.
         steps: what the engine's steps cost, by its counters.
-        keeps_tokens: whether `kv` and `prefill` are kept: where nothing tells of its cache or of prompts nobody asks.
-        unkept: tokens of all prompts that were sent before.
+        unkept: tokens of all prompts that were sent before `keeps_tokens`.
         held_since: since when whatever came free here was taken at once, or suited nobody; None: there is room.
         limit_since: since when its limit has been set by what it says; None: since the start.
         expected, written: tokens of all its answers, as estimated for those that ended and as its counters, while they
@@ -54,7 +53,6 @@ class Endpoint(Room):
         "dispatched",
         "expected",
         "held_since",
-        "keeps_tokens",
         "limit_since",
         "listing",
         "missing",
@@ -91,7 +89,6 @@ class Endpoint(Room):
         self.counters = Counters(policy.laws.counters)
         self.steps = StepCost(policy.laws.steps)
         self.deferred = Deferred()
-        self.keeps_tokens = False
         self.unkept = 0
         self.size_cache()
         self.apply(policy)
@@ -166,8 +163,8 @@ class Endpoint(Room):
         if self.keeps_tokens:
             self.kv.remove(ticket)
             self.prefill.over(ticket, now, served=served)
-        if self.deferred.turns:
-            self.deferred.ended(ticket, served=served)
+            if self.deferred.turns:
+                self.deferred.ended(ticket, served=served)
         if not self.leases and self.reading.page is None and self.reading.report is not None:
             self.kv.compare(None)  # no page, and no answer that could bring better news
             self.closed_until = None
@@ -273,9 +270,9 @@ class Endpoint(Room):
 
     def next_change(self) -> float | None:
         """Return when time alone changes whether it has room."""
-        soonest, health, prefill = self.closed_until, self.health, self.prefill
-        if prefill.counts or prefill.probed:
-            at = prefill.next_change()
+        soonest, health = self.closed_until, self.health
+        if self.keeps_tokens:
+            at = self.prefill.next_change()
             if at is not None and (soonest is None or at < soonest):
                 soonest = at
         if not health.is_well:

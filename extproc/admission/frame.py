@@ -147,8 +147,7 @@ class Frame:
             TransitionError: `transitions.py` has no such step.
         """
         if ticket is not None and ticket.state is not MUST_BE[what]:
-            state = ticket.state.name.lower()
-            raise TransitionError(f"{ticket!r} can't be {what}: it is {state}, not {MUST_BE[what].name.lower()}")
+            raise misstep(ticket, what)
         self._books.now = now
         return self._books
 
@@ -168,3 +167,9 @@ class Frame:
     def _tell(self, event: Event, decisions: list[Decision]) -> None:
         for watcher in tuple(self._watchers):
             watcher(event, decisions)
+
+
+def misstep(ticket: Ticket, what: str) -> TransitionError:
+    """Return what to raise where this can't happen to a request as it is."""
+    state, must_be = ticket.state.name.lower(), MUST_BE[what].name.lower()
+    return TransitionError(f"{ticket!r} can't be {what}: it is {state}, not {must_be}")

@@ -53,6 +53,7 @@ class Room:
         strangers: the requests that it runs and that we don't know.
         kv: what its KV cache has to take.
         prefill: the leases whose first token was not seen.
+        keeps_tokens: whether these two are kept: where nothing tells of its cache or of prompts nobody asks.
         sees_first_tokens: whether anything tells when a first token came; without it the prompt limit can't work.
         reading: what it says of itself.
     """
@@ -62,6 +63,7 @@ class Room:
         "closed_until",
         "enforcing",
         "health",
+        "keeps_tokens",
         "kv",
         "leases",
         "limit",
@@ -91,6 +93,7 @@ class Room:
         self.strangers = Foreign(policy.laws.foreign)
         self.kv = KvBooks(spec.kv_capacity_tokens, policy.laws.kv)
         self.prefill = Prefill(policy.laws.prompts)
+        self.keeps_tokens = False
         self._prompt_limit = policy.max_prompt_tokens
         self.sees_first_tokens = False
         self.reading = Reading()
@@ -159,6 +162,8 @@ class Room:
                 return _LIMIT
             if self.quota is not None and self.sequences and self.sequences + ticket.sequences > self.quota:
                 return _PART
+        if not self.keeps_tokens:
+            return None
         if self.kv.capacity is not None and not self.kv.fits(ticket):
             return _KV
         if not self.sees_first_tokens or self.prefill.tokens <= 0:  # a prompt above the limit goes alone
