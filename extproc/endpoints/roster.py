@@ -2,7 +2,8 @@
 
 A new endpoint gets requests only when Envoy knows its cluster. One that is gone gets none from the moment we hear of
 it, but Envoy keeps its cluster until its leases are back and a while longer. An endpoint whose address changed is both:
-a new cluster beside the old one, so that no request can reach the wrong server.
+a new cluster beside the old one, so that no request can reach the wrong server. Whom the file replaces stays until
+Envoy knows who comes in its place, if nobody else serves its models.
 """
 
 from __future__ import annotations
@@ -101,14 +102,15 @@ class Roster:
         self._seen: dict[str, tuple[EndpointConfig, ...]] = {FILE: tuple(config.endpoints)}
         self._placed: dict[str, tuple[EndpointConfig | None, EndpointSpec]] = {}  # None: in doubt, after a fault
         self._routes: dict[str, _Route] = {}
+        self._from_file: set[str] = set()  # names that the file has, or had: whom it replaces may well be alive
         self._gone: dict[str, float] = {}  # names whose answers are kept a while: a decision may be on its way
         self._written: object = None
         self._problem: str | None = None
         self._doubted = False
         self._refused: set[str] = set()
         self._pieces: deque[Callable[[], None]] = deque()  # of a change that is carried out, one in a turn of the loop
-        # Models of those that are up, and stay so through the change under way; and whether one of them serves any.
-        self._served, self._serves_any = frozenset[str](), False
+        # Models of those that are up, and stay so through the change under way.
+        self._served: set[frozenset[str]] = set()
         self._goes_on = False  # with a piece in a turn that is to come
         self._fault: Exception | None = None  # what one of these could not be carried out for
         self._knows_models = False  # the core was told of all that the configuration names
@@ -170,6 +172,7 @@ class Roster:
         self._config = config
         self._fault = None
         self._knows_models = False
+        self._from_file |= {endpoint.name for endpoint in self._seen[FILE]}
         self._seen[FILE] = tuple(config.endpoints)
         if self._task is None:
             return
@@ -258,11 +261,13 @@ class Roster:
             and not self._routes[spec.cluster].known
         }
         up = {name for name, one in self._gate.controller.endpoints.items() if one.health.is_up and not one.removed}
-        stay_up = {spec.models for endpoint, spec in aims if endpoint.name in up and not self._comes(endpoint)}
-        self._served, self._serves_any = frozenset[str]().union(*stay_up), frozenset() in stay_up
+        self._served = {spec.models for endpoint, spec in aims if endpoint.name in up and not self._comes(endpoint)}
         known = [aim for aim in aims if self._file is None or self._routes[aim[1].cluster].known]
         news = [aim for aim in known if self._placed.get(aim[0].name) != aim]
         gone = [name for name in self._placed if name not in wanted or name in moved]
+        if len(known) < len(aims):
+            replaced = self._replaced(aims)
+            gone = [name for name in gone if name not in replaced]
         self._announce(news, gone)
         if len(news) <= PUT_IN_A_TURN:
             self._finish(news, gone)
@@ -276,6 +281,21 @@ class Roster:
         self._pieces.append(partial(self._finish, [aim for aim in news if not self._changes_alone(aim, lists)], gone))
         self._pieces.append(self._know_anew)
         self._go_on_soon()
+
+    def _replaced(self, aims: list[tuple[EndpointConfig, EndpointSpec]]) -> set[str]:
+        """Return of whom the file had those who stay until Envoy knows who comes in their place: nobody else serves.
+
+        Whoever a source no longer sees may be dead, and goes at once.
+        """
+        there = self._gate.controller.endpoints
+        coming = {spec.models for _, spec in aims if not self._routes[spec.cluster].known}
+        stay = {spec.models for one, spec in aims if not self._comes(one) and there[one.name].available}
+        return {
+            name
+            for name in self._from_file & self._placed.keys()
+            if not _serve(stay, models := self._placed[name][1].models)
+            and any(not models or not its or models & its for its in coming)
+        }
 
     def _announce(self, news: list[tuple[EndpointConfig, EndpointSpec]], gone: list[str]) -> None:
         """Log what a change of many is in one line, and what is to be done by hand."""
@@ -412,7 +432,7 @@ class Roster:
 
     def _is_served(self, models: frozenset[str]) -> bool:
         """Tell whether those that stay up serve all of `models`; none: whatever is asked for."""
-        return self._serves_any or (bool(models) and models <= self._served)
+        return _serve(self._served, models)
 
     def _comes(self, endpoint: EndpointConfig) -> bool:
         """Tell whether nothing is known yet of what runs there: it is new, or at another address."""
@@ -434,6 +454,7 @@ class Roster:
 
     def _displace(self, name: str) -> None:
         self._leave(name)
+        self._from_file.discard(name)
         del self._placed[name]
         self._gone[name] = self._gate.now() + LINGER_S
         self._untold.append(partial(self._unfollow, name, self._level))
@@ -539,10 +560,11 @@ class Roster:
     def _forget(self) -> None:
         """Drop clusters that nobody can need any more, and kept answers."""
         now = self._gate.now()
+        in_use = {spec.cluster for _, spec in self._placed.values()}
         for cluster, route in list(self._routes.items()):
             if route.until is None:
                 continue
-            if route.leases:
+            if route.leases or cluster in in_use:
                 route.leases = tuple(ticket for ticket in route.leases if ticket.state is State.LEASED)
                 route.until = now + LINGER_S
             elif now >= route.until:
@@ -553,3 +575,8 @@ class Roster:
                 self._reception.drop_cluster(name)
             else:
                 self._gone[name] = now + LINGER_S
+
+
+def _serve(lists: set[frozenset[str]], models: frozenset[str]) -> bool:
+    """Tell whether those with these lists of models serve all of `models`; none: whatever is asked for."""
+    return frozenset() in lists or (bool(models) and models <= frozenset[str]().union(*lists))
