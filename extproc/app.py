@@ -174,13 +174,17 @@ class App:
             default_model=config.default_model,
             server_timing=config.server_timing,
             second_try=config.second_try or "",
+            unreached=self.scraper.look,
             dialect=EndpointPicker() if config.picks else None,
             read_model=config.picker.read_model,
             picks_without_end=config.picker.without_end == "pick",
             finished=None if genai is None else genai.finished,
         )
         self.reception.set_overflow(config.overflow)
-        self.health = HealthChecks(self.gate.set_up, config.health_check, self.tasks, self.gate.heard_at)
+        self.health = HealthChecks(
+            self.gate.set_up, config.health_check, self.tasks, self.gate.heard_at, self.gate.is_unreached
+        )
+        self.scraper.is_there = self._looked
         self.roster = Roster(
             self.gate,
             self.reception,
@@ -405,6 +409,9 @@ class App:
         if self._scrapes:
             self.scraper.put(target)
         self.health.put(endpoint.name, endpoint.address, waits=waits)
+
+    def _looked(self, name: str, is_there: bool) -> None:
+        self.health.page(name, self.gate.now(), is_there=is_there)
 
     def _unfollow(self, name: str) -> None:
         self._targets.pop(name, None)

@@ -1,7 +1,8 @@
 """Active health: asks each endpoint now and then whether it lives, and tells the queue when that changes.
 
 Passive health, ejection after failed answers, is the core's; this finds a dead endpoint without spending requests on
-it, and a returned one at once.
+it, and a returned one at once. So do looks at metrics pages, where requests found no connection: whoever refuses both
+gets no request until somebody listens there again.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("extproc.health")
 
+TRIAL_S = 30.0
+"""Without checks an endpoint whose page can't be connected to is tried so often all the same: Envoy may reach it."""
 SPREAD_S = 0.1
 """First checks of many endpoints come within this time, not all at once."""
 
@@ -44,6 +47,8 @@ class _Patient:
     address: str
     is_up: bool | None = None
     streak: int = 0  # checks in a row that spoke against the verdict
+    was_there: bool = False  # its page took a connection from here
+    away_at: float | None = None  # neither its page nor requests got a connection then; None: not so
     task: asyncio.Task[None] | None = None
 
 
@@ -56,15 +61,18 @@ class HealthChecks:
         config: HealthCheckConfig | None,
         tasks: Tasks,
         heard_at: Callable[[str], float | None],
+        is_unreached: Callable[[str], bool] = lambda _: False,
     ) -> None:
         """Tell `set_up`; config None: nothing is checked, and what answers show is all that is known.
 
-        `tasks`: who keeps each check running; `heard_at`: when an endpoint's answers last showed that it works.
+        `tasks`: who keeps each check running; `heard_at`: when an endpoint's answers last showed that it works;
+        `is_unreached`: whether the latest request there found no connection, and none was answered well since.
         """
         self._set_up = set_up
         self._config = config
         self._tasks = tasks
         self._heard_at = heard_at
+        self._is_unreached = is_unreached
         self._patients: dict[str, _Patient] = {}
         self._client: aiohttp.ClientSession | None = None
 
@@ -94,7 +102,7 @@ class HealthChecks:
             return
         self._config = config
         for name, patient in self._patients.items():
-            patient.streak = 0
+            patient.streak, patient.away_at = 0, None
             if config is None:
                 patient.is_up = None
                 self._set_up(name, is_up=None)
@@ -113,6 +121,37 @@ class HealthChecks:
         if not waits:
             self._set_up(name, is_up=None)
         self._begin(name)
+
+    def page(self, name: str, now: float, *, is_there: bool) -> None:
+        """Follow a look at an endpoint's metrics page at its own address: whether that took the connection.
+
+        Where requests found none either, it is down until its page, or a check if there are any, says otherwise: a look
+        costs nobody a request, as a trial does. A page alone is never a reason, and one that can't be reached from here
+        is none where answers came. Unknown: no-op.
+        """
+        patient = self._patients.get(name)
+        if patient is None:
+            return
+        patient.was_there |= is_there
+        if patient.away_at is not None:
+            if is_there or now - patient.away_at >= TRIAL_S:
+                patient.away_at = None
+                if is_there:
+                    log.info("endpoint %s takes connections again", name)
+                if self._config is None:
+                    self._set_up(name, is_up=None)
+        elif (
+            not is_there
+            and patient.is_up is not False
+            and self._is_unreached(name)
+            and (patient.was_there or self._heard_at(name) is None)
+        ):
+            log.warning("endpoint %s is down: neither requests nor its metrics page get a connection", name)
+            patient.away_at = now
+            if self._config is None:
+                self._set_up(name, is_up=False)
+            else:
+                self._found(name, patient, is_up=False)
 
     def remove(self, name: str) -> None:
         """Forget an endpoint. Unknown: no-op."""
@@ -167,8 +206,12 @@ class HealthChecks:
             log.warning("endpoint %s is down: %d failed check(s), the last one: %s", name, patient.streak, problem)
         elif patient.is_up is False:
             log.info("endpoint %s is up again", name)
-        patient.is_up, patient.streak = passed, 0
-        self._set_up(name, is_up=passed)
+        self._found(name, patient, is_up=passed)
+
+    def _found(self, name: str, patient: _Patient, *, is_up: bool) -> None:
+        """Tell a verdict of checks."""
+        patient.is_up, patient.streak = is_up, 0
+        self._set_up(name, is_up=is_up)
 
 
 async def _check(

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 MOST = 3
 """How often one request may come back: each time it is one more stream in Envoy, with its body."""
+PAUSE_S = 1.0
+"""So long one waits that came back from the last that was up, or as often as it may: by then pages or checks tell who
+is down, and who asks again waits in the queue for somebody that is up."""
 KEY = re.compile(r"([1-9])\.[0-9a-f]{32}")
 """How often a request came back, and what nobody can guess."""
 UPSTREAM = "upstream.address"

@@ -199,6 +199,11 @@ class Gate:
         endpoint = self.controller.endpoints.get(name)
         return None if endpoint is None else endpoint.health.heard_at
 
+    def is_unreached(self, name: str) -> bool:
+        """Tell whether the latest request at an endpoint found no connection, and none was answered well since."""
+        endpoint = self.controller.endpoints.get(name)
+        return endpoint is not None and endpoint.health.refused_by is Answer.FAILED
+
     def observe(self, name: str, load: Load) -> None:
         """Follow an endpoint's telemetry."""
         self._settle(self.controller.observe(name, load, self.now()))

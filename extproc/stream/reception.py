@@ -71,6 +71,7 @@ class Reception:
         picks_without_end: bool = False,
         finished: Callable[[Ticket, Answer], None] | None = None,
         second_try: str = "",
+        unreached: Callable[[str], None] = lambda _endpoint: None,
     ) -> None:
         """Sit between the streams and `gate`.
 
@@ -81,6 +82,7 @@ class Reception:
         `finished`: is told of each request that was sent to an endpoint and is over;
         `dialect`: how the gateway speaks; by default as our own Envoy configuration has it;
         `read_model`: look for the model in a body, where no header names it and the gateway sends bodies;
+        `unreached`: is told of an endpoint that a request found no connection to;
         `second_try`: the address by which a request comes back that could not be connected to its server;
         `picks_without_end`: choose an endpoint also for gateways that never tell of the end: no limit counts that.
         """
@@ -100,6 +102,7 @@ class Reception:
         self.has_shown = False  # that probe is there: before, heads are believed
         self.dispatched = 0
         self._read_report = read_report
+        self._unreached = unreached
         self.requests = Requests(headers, ages, class_priorities, default_model)
         where = f"a header ({headers.model[0]})"
         if fields_namespace or (self.dialect.picks and read_model):
@@ -155,6 +158,8 @@ class Reception:
         counts = None if ticket.endpoint is None else self.bad_answers.get(ticket.endpoint.name)
         if counts is not None and answer not in TELLS_NOTHING:
             counts[answer] = counts.get(answer, 0) + 1
+        if answer is Answer.FAILED and ticket.endpoint is not None:
+            self._unreached(ticket.endpoint.name)
 
     def look_at_failure(self, ticket: Ticket, answer: Answer) -> None:
         """Say now and then what Envoy's configuration may be to blame for, if it is for this `answer`."""

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from extproc.admission.ticket import Ticket
-    from extproc.admission.values import Decision
+    from extproc.admission.values import Decision, Request
     from extproc.stream.dialect import Modes
     from extproc.stream.reception import Reception
     from extproc.stream.wire import Incoming
@@ -196,6 +196,8 @@ class Session:
             self._go_on_with(ticket, incoming)
         if self._tries > again.MOST:
             reception.gate.refuse(ticket, Outcome.NO_ENDPOINT)
+        elif self._tries and self._waits_first(ticket.request):
+            reception.gate.call_later(again.PAUSE_S, self._ask_again)
         elif self._action is _QUEUE and self._modes.tells_end:
             reception.gate.offer(ticket)
         else:
@@ -306,9 +308,34 @@ class Session:
         if sent_off_by is not None:
             waited_s, self._refused_by = sent_off_by.give_up()
             request.arrived = reception.gate.now() - waited_s
-            request.allowed = reception.gate.controller.others(request, self._refused_by)
         elif self._tries:
             request.home = None  # no wish: another sidecar wrote it, and who is there took no connection
+
+    def _waits_first(self, request: Request) -> bool:
+        """Tell whether one that came back is about to go where it came from, or for the last time, and may wait."""
+        gate = self._reception.gate
+        elsewhere, controller = self._goes_elsewhere(request), gate.controller
+        budget_s = controller.class_of(request).budget_s if request.budget_s is None else request.budget_s
+        if not controller.policy.enable_queue or gate.now() + again.PAUSE_S > request.arrived + budget_s:
+            return False
+        refused = [controller.endpoints[name] for name in self._refused_by if name in controller.endpoints]
+        return self._tries == again.MOST or (not elsewhere and any(one.available for one in refused))
+
+    def _goes_elsewhere(self, request: Request) -> bool:
+        """Let it go to others than it came back from, if one may be used; tell whether."""
+        if not self._refused_by:
+            return False
+        before = request.allowed
+        request.allowed = self._reception.gate.controller.others(request, self._refused_by)
+        return request.allowed is not before
+
+    def _ask_again(self) -> None:
+        """Have it decided now, if its client is still there."""
+        ticket, gate = self._ticket, self._reception.gate
+        if ticket is not None:
+            self._goes_elsewhere(ticket.request)
+            ask = gate.offer if self._action is _QUEUE and self._modes.tells_end else gate.send
+            ask(ticket)
 
     def _expect_back(self, decision: Dispatch) -> bytes:
         """Return what has the request come back, should its server take no connection."""

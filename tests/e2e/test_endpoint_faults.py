@@ -138,6 +138,26 @@ def test_with_a_second_try_a_server_that_takes_no_connection_costs_no_client_an_
     settle(here, 30 + tries)
 
 
+@pytest.mark.parametrize("more", ["", "second_try"])
+@pytest.mark.parametrize("checked", [False, True])
+def test_while_nobody_takes_connections_requests_wait_for_one_to_come_back(stack, more, checked):
+    """Each trial cost a client's request: 57 of 240 got 503 while three servers restarted for 15 s, the looks at their
+    pages all the while refused; and with second tries those that had been to all three were refused after 60 ms."""
+    config = {"classes": PATIENT, **({"second_try": local()} if more else {})}
+    here = stack(upstreams=("a", "b", "c"), config={**config, **({"health_check": {}} if checked else {})})
+    assert complete_many(here.url, 12, lambda n: {"x-test-id": f"before-{n}"})[-1].status == 200
+    for upstream in here.upstreams.values():
+        upstream.down()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(complete_many, here.url, 80, lambda n: {"x-test-id": f"f-{n}"}, gap_s=0.05)
+        wait_until(lambda: here.sidecar.queues()["waiting_total"] >= 60, 15, "who comes waits")
+        for upstream in here.upstreams.values():
+            upstream.up()
+        answers = Counter(answer.status for answer in asked.result())
+    assert set(answers) <= {200, 503}
+    assert answers[503] <= (0 if more else 9), "what came before the first failures were known"
+
+
 def test_an_endpoint_that_is_killed_mid_stream_costs_only_its_own_answers(stack):
     """Those are cut, the clients see it, their slots come back; what waits goes to the other endpoint."""
     here = stack(upstreams=("a", "b"), config={"max_running_requests": 8, "health_check": CHECK, "classes": PATIENT})

@@ -11,7 +11,7 @@ from aiohttp import web
 
 from extproc import tasks
 from extproc.config import HealthCheckConfig
-from extproc.endpoints.health import HealthChecks
+from extproc.endpoints.health import TRIAL_S, HealthChecks
 from extproc.tasks import Tasks
 from tests.e2e.kit.processes import take_turns
 
@@ -255,3 +255,66 @@ def test_a_bug_ends_no_health_check_and_is_counted(monkeypatch, caplog):
 
     story(tell, timeout="10ms")
     assert "health checks of a failed and begins again" in caplog.text
+
+
+class Looked:
+    """Health checks that are told of looks at one endpoint's page."""
+
+    def __init__(self, config: HealthCheckConfig | None = None) -> None:
+        self.verdicts: list[bool | None] = []
+        self.unreached = False
+        self.heard_at: float | None = None
+        self.checks = HealthChecks(
+            lambda _name, *, is_up: self.verdicts.append(is_up),
+            config,
+            Tasks(),
+            lambda _: self.heard_at,
+            lambda _: self.unreached,
+        )
+        self.checks.put("a", "127.0.0.1:1")
+        self.now = 0.0
+        del self.verdicts[:]
+
+    def look(self, *, is_there: bool, after_s: float = 1.0) -> list[bool | None]:
+        self.now += after_s
+        self.checks.page("a", self.now, is_there=is_there)
+        return self.verdicts
+
+
+def test_who_refuses_requests_and_its_page_is_down_until_its_page_is_there_again():
+    one = Looked()
+    assert one.look(is_there=True) == []
+    one.unreached, one.heard_at = True, 0.5
+    assert one.look(is_there=True) == [], "the page is there: its answers tell"
+    assert one.look(is_there=False) == [False]
+    assert one.look(is_there=False) == [False]
+    assert one.look(is_there=True) == [False, None]
+    one.unreached = False
+    assert one.look(is_there=False) == [False, None], "a page alone is no reason"
+
+
+def test_a_page_that_was_never_reached_from_here_says_nothing_of_one_that_answers():
+    one = Looked()
+    one.unreached, one.heard_at = True, 0.5
+    assert one.look(is_there=False) == []
+    one.heard_at = None
+    assert one.look(is_there=False) == [False], "nobody ever got there: not from here, nor from Envoy"
+
+
+def test_who_is_down_by_its_page_is_tried_now_and_then_where_nothing_checks_it():
+    one = Looked()
+    one.unreached = True
+    one.look(is_there=False)
+    for _ in range(int(TRIAL_S) - 1):
+        assert one.look(is_there=False) == [False]
+    assert one.look(is_there=False) == [False, None], "Envoy may reach it"
+    assert one.look(is_there=False) == [False, None, False]
+
+
+def test_with_checks_a_page_takes_one_out_and_a_check_brings_it_back():
+    one = Looked(HealthCheckConfig.model_validate({"unhealthy_threshold": 3}))
+    one.unreached = True
+    assert one.look(is_there=False) == [False]
+    assert one.look(is_there=True) == [False]
+    one.look(is_there=False)
+    assert one.look(is_there=False, after_s=2 * TRIAL_S) == [False]

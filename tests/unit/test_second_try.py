@@ -13,7 +13,7 @@ from extproc.admission.outcome import Outcome
 from extproc.admission.values import EndpointSpec, Policy, RequestClass
 from extproc.config import parse_config
 from extproc.errors import ConfigError
-from extproc.stream.again import MOST
+from extproc.stream.again import MOST, PAUSE_S
 from extproc.stream.ages import Ages
 from extproc.stream.gate import Gate
 from extproc.stream.reception import Reception
@@ -103,6 +103,7 @@ def test_what_comes_back_waits_for_another_that_is_full_and_goes_anywhere_where_
     holder.end()
     assert headers(again)["x-upstream-cluster"] == full
     _, again = room.open(headers(again)[AGAIN])
+    room.clock.advance(PAUSE_S)
     assert headers(again)["x-upstream-cluster"] in {"a", "b"}  # both refused it, the third is down
     assert other is not None
 
@@ -166,10 +167,46 @@ def test_what_came_back_too_often_is_refused_and_leaves_nothing_behind():
     session, replies = room.open()
     for _ in range(MOST):
         session, replies = room.open(headers(replies)[AGAIN])
+        room.clock.advance(PAUSE_S)
     _, replies = room.open(headers(replies)[AGAIN])
     assert replies[0].immediate_response.status.code == 503
     assert room.leases() == {"a": 0}
     assert session is not None
+
+
+def test_what_comes_back_from_all_that_are_up_waits_for_one_that_is_found_up_again():
+    """It was refused after 60 ms, with a budget of 10 s: it had been to each of them before anybody knew."""
+    room = Room("a", "b")
+    _, replies = room.open()
+    _, replies = room.open(headers(replies)[AGAIN])
+    last, replies = room.open(headers(replies)[AGAIN])
+    assert replies == []
+    for name in "ab":  # meanwhile their pages could not be connected to
+        room.gate.set_up(name, is_up=False)
+    room.clock.advance(5.0)
+    assert replies == []
+    room.gate.set_up("b", is_up=True)
+    room.clock.advance(1.0)
+    assert headers(replies)["x-upstream-cluster"] == "b"
+    assert last is not None
+
+
+@pytest.mark.parametrize("how", ["its client says so", "the queue is off"])
+def test_what_comes_back_and_may_not_wait_goes_on_at_once(how):
+    room = Room("a", enable_queue=how != "the queue is off")
+    asks = {"x-queue-budget": "0.5"} if how == "its client says so" else {}
+    _, replies = room.open(**asks)
+    _, replies = room.open(headers(replies)[AGAIN], **asks)
+    assert headers(replies)["x-upstream-cluster"] == "a"
+
+
+def test_who_leaves_while_it_waits_to_ask_again_asks_no_more():
+    room = Room("a")
+    _, replies = room.open()
+    session, replies = room.open(headers(replies)[AGAIN])
+    session.end()
+    room.clock.advance(2 * PAUSE_S)
+    assert (replies, room.leases(), room.reception.streams) == ([], {"a": 0}, 1)
 
 
 @pytest.mark.parametrize("elsewhere", ["", "elsewhere"])
@@ -180,6 +217,7 @@ def test_the_refusal_of_what_came_back_too_often_is_told_like_any_other(elsewher
     _, replies = room.open()
     for _ in range(MOST + 1):
         _, replies = room.open(headers(replies)[AGAIN])
+        room.clock.advance(PAUSE_S)
     assert told[-1].outcome is Outcome.NO_ENDPOINT
     assert replies[0].dynamic_metadata.fields["extproc"].struct_value.fields["outcome"].string_value == "no_endpoint"
     assert headers(replies).get("x-upstream-cluster", "") == elsewhere
@@ -191,6 +229,7 @@ def test_sidecars_that_do_not_know_each_others_keys_go_on_counting_how_often_one
     for sent in range(2 * MOST):
         room = sidecars[sent % 2]
         _, replies = room.open(key)
+        room.clock.advance(PAUSE_S)
         if replies[0].HasField("immediate_response"):
             break
         key = headers(replies)[AGAIN]

@@ -41,6 +41,8 @@ _JITTER = 0.1
 _SLOTS = 10
 """Of an interval, at least. Ten scrapes in a row cost half of ten scrapes apart, since the processor's caches are still
 warm (`python -m bench.scrape scrape`)."""
+_LOOK_AGAIN_S = 0.1
+"""A page is not looked at out of turn sooner after the last time: a broken server may fail many requests."""
 _TOGETHER = 20
 """Scrapes in one slot, on average: many more in a row would hold others up (`make bench-turns`)."""
 _ASKED, _READ = 1, 3
@@ -50,12 +52,16 @@ _RATE_GAPS = 3.5
 """Intervals over which a token rate still means something: one or two failed scrapes lie between."""
 
 
+_UNTOLD = (Reason.TIMEOUT, Reason.CREDENTIALS)
+"""What says nothing of whether a connection was had."""
+
+
 class _Watch:
     """One endpoint: its target, its task and its freshness."""
 
     __slots__ = (
-        *("ask_at", "base", "credentials", "facts", "gpu_reader", "gpu_url", "is_stale", "last_at"),
-        *("rates", "reader", "reported_at", "silent", "since", "target", "task", "tried", "url"),
+        *("ask_at", "base", "began", "credentials", "facts", "gpu_reader", "gpu_url", "is_own", "is_stale", "last_at"),
+        *("rates", "reader", "reported_at", "rests", "silent", "since", "target", "task", "tried", "url"),
     )
 
     def __init__(self, target: Target, now: float, rates: Rates) -> None:
@@ -65,6 +71,10 @@ class _Watch:
         self.reader = Reader(engines_for(target.engine), (), target.own)
         self.gpu_reader = Reader((DCGM,), target.gpu_labels)
         self.base = None if target.base is None else URL(target.base)
+        # Its page is where its requests go: the same host and port.
+        self.is_own = self.base is not None and (self.base.host, self.base.port) == (self.url.host, self.url.port)
+        self.began = now  # its latest scrape
+        self.rests = False  # until the next one
         self.credentials = Credentials(target.access)
         self.facts = facts.Facts()
         self.ask_at = now  # when the engine is next asked for what it says of itself
@@ -79,7 +89,12 @@ class _Watch:
 
 
 class Scraper:
-    """Scrapes endpoints and tells who wants to know what they say. Lives on one event loop."""
+    """Scrapes endpoints and tells who wants to know what they say. Lives on one event loop.
+
+    Attributes:
+        is_there: is told of each look at a page that stands where an endpoint's requests go: whether that found a
+            connection.
+    """
 
     def __init__(
         self,
@@ -98,6 +113,7 @@ class Scraper:
         self.timeout_s = timeout_s
         self.stale_after_s = stale_after_s
         self._observe: Callable[[str, Load], None] = lambda _name, _load: None
+        self.is_there: Callable[[str, bool], None] = lambda _name, _is_there: None
         self._loop = loop
         self._random = random.Random()  # noqa: S311 - spreads load, guards nothing
         self._watches: dict[str, _Watch] = {}
@@ -168,6 +184,13 @@ class Scraper:
             self._end(watch)
             self._errors.pop(name, None)
 
+    def look(self, name: str) -> None:
+        """Scrape an endpoint now: a request found no connection. Unknown, under way, or only just done: no-op."""
+        watch = self._watches.get(name)
+        if watch is not None and watch.rests and self._loop.time() - watch.began >= _LOOK_AGAIN_S:
+            self._end(watch)
+            self._begin(watch)
+
     def read_report(self, name: str, value: str) -> Load | None:
         """Return what a load report says that came with an answer of the endpoint `name`; None: nothing, counted."""
         load, watch = parse_orca(value), self._watches.get(name)
@@ -209,6 +232,7 @@ class Scraper:
     # ---- one endpoint
 
     def _begin(self, watch: _Watch) -> None:
+        watch.rests = False
         if watch.target.engine != "none" or watch.target.gpu_url is not None:
             watch.task = self._loop.create_task(self._run(watch), name=f"scrape {watch.target.name}")
 
@@ -222,7 +246,7 @@ class Scraper:
         spread = 0.5
         await self._turns.take(_ASKED)
         while True:
-            began = self._loop.time()
+            watch.began = began = self._loop.time()
             try:
                 await self._scrape(watch)
             except Exception:  # whatever it is, telemetry must go on
@@ -231,7 +255,9 @@ class Scraper:
             watch.tried.set()
             pause_s = self.interval_s * self._random.uniform(1 - spread, 1 + spread)
             spread = _JITTER
+            watch.rests = True
             await asyncio.sleep(self._pause_s(began + pause_s))
+            watch.rests = False
             await self._turns.take(_ASKED)
 
     def _pause_s(self, due: float) -> float:
@@ -243,13 +269,11 @@ class Scraper:
     async def _scrape(self, watch: _Watch) -> None:
         gpu_url = watch.gpu_url
         if gpu_url is None:
-            page, gpu = await self._read(watch.url, watch.reader, watch.credentials), None
+            page, gpu = await self._read_page(watch), None
         elif watch.target.engine == "none":
             page, gpu = None, await self._read(gpu_url, watch.gpu_reader)
         else:
-            page, gpu = await asyncio.gather(
-                self._read(watch.url, watch.reader, watch.credentials), self._read(gpu_url, watch.gpu_reader)
-            )
+            page, gpu = await asyncio.gather(self._read_page(watch), self._read(gpu_url, watch.gpu_reader))
         gpu_usage = None
         if gpu is not None:
             if isinstance(gpu[0], Readings):
@@ -317,6 +341,13 @@ class Scraper:
         return watch.since if watch.last_at is None else watch.last_at
 
     # ---- one page
+
+    async def _read_page(self, watch: _Watch) -> tuple[Readings | Reason, float]:
+        """Read an engine's own page."""
+        page = await self._read(watch.url, watch.reader, watch.credentials)
+        if watch.is_own and page[0] not in _UNTOLD:
+            self.is_there(watch.target.name, page[0] is not Reason.CONNECT)
+        return page
 
     async def _read(
         self, url: URL, reader: Reader, credentials: Credentials | None = None
