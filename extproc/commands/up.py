@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import json
 import logging
 import os
+import shlex
 import shutil
 import signal
 import socket
 import sys
 import tempfile
+from dataclasses import dataclass, field
 from importlib import import_module
 from ipaddress import ip_address
 from pathlib import Path
@@ -30,13 +33,16 @@ from extproc.errors import ConfigError, StartError, plain_words
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
+    from collections.abc import Iterator
 
 log = logging.getLogger("extproc.up")
 
+ADMIN = "127.0.0.1:9902"
 START_S = 20.0
 STOP_S = 5.0
 ASK_S = 3.0
 """What is not reached by then is told of."""
+MOST_LIST_BYTES = 1 << 20
 DEMO_SLOTS = 4
 
 CLASSES = [
@@ -57,7 +63,7 @@ class Up:
         engines: int | None,
         config_file: Path | None,
         http: str,
-        admin: str,
+        admin: str | None,
         envoy: str | None,
         demo: bool,
         limit: int | None,
@@ -65,7 +71,8 @@ class Up:
     ) -> None:
         """Plan to run in front of `endpoints` (URLs), of `engines` simulated ones, or of those in `config_file`.
 
-        `limit`: requests per endpoint at once, where no `config_file` says; None: adaptive, or the simulated slots.
+        `admin`: None: where `config_file` says; `limit`: requests per endpoint at once, where no `config_file` says;
+        None: adaptive, or the simulated slots.
         `replicas`: so many sidecars that decide as one, each with an Envoy of its own, on the ports that follow.
         """
         self._replicas = replicas
@@ -75,18 +82,19 @@ class Up:
         self._engines = engines
         self._config_file = config_file
         self._http = http
-        self._admin = admin
+        self._admin = admin or ("" if config_file is not None else ADMIN)
         self._envoy = envoy
         self._demo = demo
         self._limit: int | str = limit or (DEMO_SLOTS if engines else "adaptive")
         self._children: list[Process] = []
         self._made = ""  # the configuration, where none was given
-        self._has_health = False  # whether all servers say at /health that they are well
+        self._servers = Servers()  # what those that were named say of themselves
 
     async def run(self) -> int:
         """Start all, wait for Ctrl-C or SIGTERM, drain, stop all. Return the exit code."""
         if self._config_file is not None:
-            load_config(self._config_file, self._own_keys(Path("/")))  # its mistakes come before anything is tried
+            config = load_config(self._config_file, self._own_keys(Path("/")))  # its mistakes, before anything is tried
+            self._admin = self._admin or config.admin
         require_ip("--http", self._http)
         for number in range(self._replicas):
             for flag, address in (("--http", self._http), ("--admin", self._admin)):
@@ -105,15 +113,14 @@ class Up:
         def on_signal() -> None:
             (hurry if stop.is_set() else stop).set()
 
-        for which in (signal.SIGTERM, signal.SIGINT):
+        for which in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # with a file, the last reads it again: see App
             loop.add_signal_handler(which, on_signal)
         urls = self._urls
         if self._engines is not None:
             urls = [await self._start_engine(index + 1, directory) for index in range(self._engines)]
         self._store = await self._start_store(directory)
         own = self._own_keys(directory)
-        config = self._configure(urls, own)
-        unreached, self._has_health = await ask(config)
+        self._servers = await ask(self._configure(urls, own), models=self._urls is not None)
         config = self._configure(urls, own)
         app = App(config, loop, self._config_file, own)
         await app.start()
@@ -122,7 +129,7 @@ class Up:
             envoy = await self._start_envoy(binary, config, directory)
             await self._start_others(urls, binary, directory)
             self._greet(config)
-            for problem in unreached:
+            for problem in (*self._servers.problems, *self._advice(config)):
                 print(f"extproc: {problem}", file=sys.stderr)
             demo = Demo(self._each(self._http).split(), app.admin, f"http://{self._admin}/") if self._demo else None
             if demo is not None:
@@ -154,9 +161,10 @@ class Up:
             "EXTPROC_LISTEN": f"unix:{directory}/ext_proc{which}.sock",
             "EXTPROC_TLS": "null",
             "EXTPROC_HAND_OVER": "false",  # our Envoy ends with us: nobody would take over
-            "EXTPROC_ADMIN": _next(self._admin, number),
             "EXTPROC_ENVOY_CLUSTERS_FILE": f"{directory}/clusters{which}.yaml",
         }
+        if self._admin:
+            keys["EXTPROC_ADMIN"] = _next(self._admin, number)
         if self._store:
             reached_at = self._reached_at[number]
             keys["EXTPROC_REPLICAS"] = yaml.safe_dump({"listen": reached_at, "valkey": {"url": self._store}})
@@ -169,17 +177,20 @@ class Up:
         """Return the configuration: the file's, or one made for `urls`, with the queue on."""
         if self._config_file is not None:
             return load_config(self._config_file, own)
-        data = {
+        named = [_endpoint_of(url, index, simulated=bool(self._engines)) for index, url in enumerate(urls or [])]
+        data: dict[str, object] = {
             "enable_queue": True,
             "classes": CLASSES,
             "drain_timeout": "10s",
             "max_running_requests": self._limit,
-            "endpoints": [
-                _endpoint_of(url, index, simulated=bool(self._engines)) for index, url in enumerate(urls or [])
-            ],
+            "endpoints": named,
         }
-        if self._has_health:
+        if self._servers.have_health:
             data["health_check"] = {}
+        if self._servers.differ:
+            models = self._servers.models
+            data["endpoints"] = [{**one, "models": sorted(models.get(one["address"], ()))} for one in named]
+            data["request_fields"] = True  # clients name their model in the body
         text = yaml.safe_dump(data)
         self._made = text
         return parse_config(text, "command line", own)
@@ -293,8 +304,34 @@ class Up:
     def _each(self, address: str, path: str = "") -> str:
         return "  ".join(f"http://{_next(address, number)}{path}" for number in range(self._replicas))
 
+    def _advice(self, config: Config) -> Iterator[str]:
+        """Say what a file leaves out that costs requests."""
+        again = _as_envoy_reaches_it(self._http)
+        if self._config_file is not None and config.second_try is None and again is not None:
+            yield (
+                f"{self._config_file} sets no second_try: requests that find out that a server died get 503; "
+                f"`second_try: {again}` sends them to another one"
+            )
+
+    def _models(self, config: Config) -> str:
+        """Say which models there are, and where, if not everywhere."""
+        lists = {endpoint.name: frozenset(endpoint.models) for endpoint in config.endpoints}
+        if len(set(lists.values())) < 2:
+            return ", ".join(sorted(config.models or self._servers.names())) or "any"
+        names = sorted(frozenset().union(*lists.values()))
+        where = (f"{model} ({', '.join(one for one, has in lists.items() if model in has)})" for model in names)
+        anywhere = [one for one, has in lists.items() if not has]
+        how = "in the body" if config.request_fields else f"in header {config.headers.model[0]}"
+        return "; ".join((*where, *([f"any ({', '.join(anywhere)})"] if anywhere else []))) + f"; named {how}"
+
     def _greet(self, config: Config) -> None:
-        model = '"model": "sim", ' if self._engines else ""
+        model = next(iter(sorted(config.models or self._servers.names())), "sim" if self._engines else "")
+        says_model = f'"model": {json.dumps(model)}, ' if model else ""
+        header = (
+            f" -H {shlex.quote(f'{config.headers.model[0]}: {model}')}"
+            if config.models and not config.request_fields
+            else ""
+        )
         queue = f"{config.mode} (no configuration file was given)" if self._config_file is None else config.mode
         limits = {spec.max_running_requests or "adaptive" for spec in config.endpoint_specs()}
         limit = " or ".join(str(one) for one in limits)
@@ -310,19 +347,44 @@ endpoints  {", ".join(f"{endpoint.name} ({endpoint.address})" for endpoint in co
 queue      {queue}
 limit      {limit}
 classes    {", ".join(klass.name for klass in config.classes)}; header {config.headers.request_class}
+models     {self._models(config)}
 
 curl -N http://{self._http}/v1/chat/completions -H 'content-type: application/json' \\
-  -H '{config.headers.request_class}: {config.classes[-1].name}' \\
-  -d '{{{model}"stream": true, "messages": [{{"role": "user", "content": "hello"}}]}}'
+  -H '{config.headers.request_class}: {config.classes[-1].name}'{header} \\
+  -d '{{{says_model}"stream": true, "messages": [{{"role": "user", "content": "hello"}}]}}'
 """,
             flush=True,
         )
 
 
-async def ask(config: Config) -> tuple[list[str], bool]:
-    """Return a line for each server that can't be reached, and whether all are there and answer 2xx at /health.
+@dataclass(frozen=True, slots=True)
+class Servers:
+    """What servers say of themselves when they are asked.
 
-    vLLM, SGLang, TGI and llama.cpp do; a server without that page must not be taken for dead.
+    Attributes:
+        problems: a line for each that can't be reached, or that does not tell its models.
+        have_health: all are there, and answer 2xx at /health.
+        models: by address, of those that tell.
+    """
+
+    problems: tuple[str, ...] = ()
+    have_health: bool = False
+    models: dict[str, frozenset[str]] = field(default_factory=dict)
+
+    @property
+    def differ(self) -> bool:
+        """Whether not all that tell have the same models."""
+        return len(set(self.models.values())) > 1
+
+    def names(self) -> frozenset[str]:
+        """Return all models."""
+        return frozenset().union(*self.models.values())
+
+
+async def ask(config: Config, *, models: bool = False) -> Servers:
+    """Ask all servers at once whether they are there and have /health, and, if told, which `models` they serve.
+
+    vLLM, SGLang, TGI and llama.cpp have both; a server without that page must not be taken for dead.
     """
     timeout = aiohttp.ClientTimeout(total=ASK_S)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as client:
@@ -338,8 +400,26 @@ async def ask(config: Config) -> tuple[list[str], bool]:
             except (aiohttp.ClientError, OSError, ValueError):
                 return None, False  # somebody is there, who speaks otherwise
 
-        told = await asyncio.gather(*(one(endpoint.address) for endpoint in config.endpoints))
-    return [problem for problem, _ in told if problem is not None], bool(told) and all(well for _, well in told)
+        addresses = [endpoint.address for endpoint in config.endpoints]
+        told = await asyncio.gather(*(one(address) for address in addresses))
+        asked = [address for address, (problem, _) in zip(addresses, told, strict=True) if models and problem is None]
+        lists = dict(zip(asked, await asyncio.gather(*(_models_of(client, address) for address in asked)), strict=True))
+    problems = [problem for problem, _ in told if problem is not None]
+    known = {address: found for address, found in lists.items() if found}
+    silent = [address for address in asked if address not in known]
+    if known and silent:
+        problems.append(f"no list of models at /v1/models of {', '.join(silent)}: may get requests for any model")
+    return Servers(tuple(problems), bool(told) and all(well for _, well in told), known)
+
+
+async def _models_of(client: aiohttp.ClientSession, address: str) -> frozenset[str]:
+    """Return which models a server lists; none: it lists none, or says so otherwise."""
+    try:
+        async with client.get(f"http://{address}/v1/models", allow_redirects=False) as answer:
+            page = json.loads(await answer.content.read(MOST_LIST_BYTES))
+            return frozenset(str(one["id"]) for one in page["data"]) if answer.status == 200 else frozenset()
+    except (aiohttp.ClientError, OSError, ValueError, LookupError, TypeError):
+        return frozenset()
 
 
 def _next(address: str, number: int) -> str:

@@ -256,7 +256,7 @@ class QueueLog:
         words = _ejection(endpoint) if state == EJECTED else state
         refused_by = endpoint.health.refused_by
         if refused_by is not None and state in _REFUSING:
-            words += f", the last one ({refused_by.value}): {words_of(refused_by, endpoint.spec)}"
+            words += f"; its latest bad answer ({refused_by.value}): {words_of(refused_by, endpoint.spec)}"
         about = {"endpoint": endpoint.name, "state": state}
         log.log(level, "endpoint %s: %s (was %s)", endpoint.name, words, before, extra={"about": about})
 

@@ -299,6 +299,71 @@ def test_up_in_front_of_given_servers_forwards_to_them(tmp_path):
             assert up.wait_exit(20) == 0
 
 
+def answer_to_what_is_printed(said: str) -> bytes:
+    """What comes of the command that `up` prints, in a shell."""
+    command = said[said.index("curl -N") :].partition("\n\n")[0]
+    return subprocess.run(["sh", "-c", f"{command} -sf"], capture_output=True, timeout=20, check=True).stdout
+
+
+def test_up_asks_given_servers_for_their_models_and_sends_each_request_where_its_model_is(tmp_path):
+    """Before six servers of two models half of the requests got 404, and no word of it."""
+    http = local()
+    with ExitStack() as running:
+        urls = []
+        for name, model in (("a", "alpha"), ("b", "beta"), ("c", "beta")):
+            engine = [*EXTPROC, "engine", "--port", "0", "--name", name, "--model", model]
+            child = running.enter_context(Child(engine, tmp_path / f"{name}.log", name=name))
+            urls.append(child.wait_line(r"listening on (http://\S+)").group(1))
+        where = [url.removeprefix("http://") for url in urls]
+        command = [*EXTPROC, "up", "--endpoint", *urls, "--http", http, "--admin", local()]
+        with Child(command, tmp_path / "up.log") as up:
+            up.wait_line(r"curl -N [^{]*{.*\n")
+            said = up.output()
+            assert f"models     alpha ({where[0]}); beta ({where[1]}, {where[2]}); named in the body" in said
+            for model in ("alpha", "beta"):
+                body = json.dumps({"model": model, "max_tokens": 1, "messages": [{"role": "user", "content": "hi"}]})
+                headers = {"content-type": "application/json"}
+                url = f"http://{http}/v1/chat/completions"
+                answers = complete_many(url, 12, lambda _, headers=headers: headers, body=body.encode())
+                assert {one.status for one in answers} == {200}
+            assert b"[DONE]" in answer_to_what_is_printed(said)
+
+
+@pytest.mark.parametrize("fields", [False, True])
+def test_what_up_prints_for_a_file_of_two_models_can_be_sent_and_the_file_says_where_the_page_is(tmp_path, fields):
+    """The command got 400, and `admin` of the file was not heeded."""
+    http, admin = local(), local()
+    with ExitStack() as running:
+        endpoints = []
+        for name in ("alpha", "beta"):
+            engine = [*EXTPROC, "engine", "--port", "0", "--model", name]
+            child = running.enter_context(Child(engine, tmp_path / f"{name}.log", name=name))
+            url = child.wait_line(r"listening on (http://\S+)").group(1)
+            endpoints.append({"name": name, "address": url.removeprefix("http://"), "models": [name]})
+        file = tmp_path / "file.yaml"
+        keys = {"enable_queue": True, "endpoints": endpoints, "admin": admin, "request_fields": fields}
+        file.write_text(yaml.safe_dump(keys))
+        with Child([*EXTPROC, "up", "--config", file, "--http", http], tmp_path / "up.log") as up:
+            up.wait_line(r"second_try: 127.0.0.1:\d+. sends them to another one")
+            said = up.output()
+            assert (
+                f"models     alpha (alpha); beta (beta); named in {'the body' if fields else 'header x-model'}" in said
+            )
+            assert b"[DONE]" in answer_to_what_is_printed(said)
+            assert http_get(admin, "/readyz")[0] == 200
+
+
+def test_up_with_nothing_to_read_again_drains_at_sighup(tmp_path):
+    with Child([*EXTPROC, "engine", "--port", "0"], tmp_path / "engine.log") as engine:
+        url = engine.wait_line(r"listening on (http://\S+)").group(1)
+        command = [*EXTPROC, "up", "--endpoint", url, "--http", local(), "--admin", local()]
+        with Child(command, tmp_path / "up.log") as up:
+            up.wait_line("curl -N")
+            up.signal(signal.SIGHUP)
+            assert up.wait_exit(20) == 0
+            assert "draining" in up.output()
+
+
 def test_up_checks_the_health_of_servers_that_have_a_page_for_it(tmp_path):
     admin = f"127.0.0.1:{free_port()}"
     with Child([*EXTPROC, "engine", "--port", "0"], tmp_path / "engine.log") as engine:
@@ -327,13 +392,13 @@ def test_up_says_which_servers_it_cannot_reach_and_when_one_fails_and_is_back(tm
 
         wait_until(
             lambda: told(
-                rf"WARNING extproc.queue endpoint 127.0.0.1:{port}: failing, the last one \(failed\): no .* \(was "
+                rf"WARNING extproc.health endpoint 127.0.0.1:{port} is down: neither requests nor its metrics page "
             ),
-            message="failing",
+            message="down",
         )
         with Child([*EXTPROC, "engine", "--port", str(port)], tmp_path / "engine.log") as engine:
             engine.wait_line("listening on")
-            line = rf"WARNING extproc.queue endpoint 127.0.0.1:{port}: up \(was failing"
+            line = rf"WARNING extproc.queue endpoint 127.0.0.1:{port}: (up|unknown) \(was down"
             wait_until(lambda: told(line), message="back")
 
 

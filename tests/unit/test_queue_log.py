@@ -250,12 +250,12 @@ def test_an_endpoint_that_goes_and_comes_is_a_line_each(room, caplog):
         controller.release(ticket, 2.0, Answer.FAILED if name == "a" else Answer.OK)
     log.look()
     first, *rest = caplog.records
-    how = "the last one (failed): no connection, or cut before an answer began"
+    how = "its latest bad answer (failed): no connection, or cut before an answer began"
     assert (first.getMessage(), first.levelno) == ("endpoint b: up (was unknown)", logging.INFO), "between two looks"
     assert [record.getMessage() for record in rest] == [
         "endpoint a: down (was unknown)",
         "endpoint a: up (was down)",
-        "endpoint a: ejected for 5s after 5 requests in a row failed there, which its peers serve, "
+        "endpoint a: ejected for 5s after 5 requests in a row failed there, which its peers serve; "
         + how
         + " (was up)",
     ]
@@ -268,7 +268,7 @@ def test_an_endpoint_that_goes_and_comes_is_a_line_each(room, caplog):
     log.look()
     assert [record.getMessage() for record in caplog.records[4:]] == [
         "endpoint a: on trial (was ejected after failures)",
-        "endpoint a: ejected for 10s after a failed trial, " + how + " (was on trial)",
+        "endpoint a: ejected for 10s after a failed trial; " + how + " (was on trial)",
     ]
 
 
