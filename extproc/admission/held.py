@@ -23,7 +23,7 @@ class HeldBy(Enum):
         member.words = words
         return member
 
-    DOWN = ("down", "health checks say that it is down")
+    DOWN = ("down", "health checks say that it is down, or neither requests nor its page get a connection")
     EJECTED = ("ejected", "it refused what its peers serve, and is left out for a while")
     ASLEEP = ("asleep", "the engine says that it sleeps or is paused")
     REFUSED = ("refused", "the engine, or a circuit breaker of Envoy before it, has just refused a request as full")

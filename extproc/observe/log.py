@@ -212,7 +212,8 @@ class QueueLog:
             self._settle(outcome, rate)
         self._follow_streaks()
         endpoints = self._controller.endpoints
-        states = {name: endpoint.condition for name, endpoint in endpoints.items()}
+        # Who waits for its first check did not go down.
+        states = {name: "unknown" if one.health.awaits_check else one.condition for name, one in endpoints.items()}
         changed: dict[tuple[str, str], list[str]] = {}
         for name, state in states.items():
             before = self._states.get(name, "unknown")  # what came and was judged between two looks is told, too

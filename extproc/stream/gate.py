@@ -200,9 +200,13 @@ class Gate:
         return None if endpoint is None else endpoint.health.heard_at
 
     def is_unreached(self, name: str) -> bool:
-        """Tell whether the latest request at an endpoint found no connection, and none was answered well since."""
+        """Tell whether the latest request at an endpoint found no connection, and none was answered well since.
+
+        Not with the queue off: nobody waits for it there, and a request may as well look whether it is back.
+        """
         endpoint = self.controller.endpoints.get(name)
-        return endpoint is not None and endpoint.health.refused_by is Answer.FAILED
+        is_held = self.controller.policy.enable_queue
+        return is_held and endpoint is not None and endpoint.health.refused_by is Answer.FAILED
 
     def observe(self, name: str, load: Load) -> None:
         """Follow an endpoint's telemetry."""

@@ -234,6 +234,23 @@ def test_a_json_line_carries_an_exceptions_trace():
     assert "ValueError: two" in json.loads(line)["exception"]
 
 
+def test_one_that_waits_for_its_first_check_did_not_go_down(room, caplog):
+    caplog.set_level(logging.INFO, "extproc.queue")
+    controller, log = room
+    controller.set_up("a", 0.0, is_up=True)
+    log.look()
+    del caplog.records[:]
+    controller.put_endpoint(EndpointSpec("new", awaits_check=True), 0.0)
+    assert controller.endpoints["new"].health.is_up is False
+    log.look()
+    assert not caplog.records
+    controller.set_up("new", 1.0, is_up=True)
+    log.look()
+    assert [(one.getMessage(), one.levelno) for one in caplog.records] == [
+        ("endpoint new: up (was unknown)", logging.INFO)
+    ]
+
+
 def test_an_endpoint_that_goes_and_comes_is_a_line_each(room, caplog):
     controller, log = room
     controller.put_endpoint(EndpointSpec("b", max_running_requests=1), 0.0)

@@ -191,6 +191,19 @@ def test_what_comes_back_from_all_that_are_up_waits_for_one_that_is_found_up_aga
     assert last is not None
 
 
+@pytest.mark.parametrize("enable_queue", [False, True])
+def test_who_took_no_connection_is_waited_for_where_there_is_a_queue(enable_queue):
+    room = Room("a", enable_queue=enable_queue)
+    assert not room.gate.is_unreached("a")
+    for details in ("upstream_reset_before_response_started{connection_failure}", "via_upstream"):
+        session, _ = room.open()
+        status = "200" if details == "via_upstream" else "503"
+        session.receive(message("response_headers", {"response.code_details": details}, status=status))
+        session.end()
+        assert room.gate.is_unreached("a") is (enable_queue and status == "503")
+    assert not room.gate.is_unreached("nobody")
+
+
 @pytest.mark.parametrize("how", ["its client says so", "the queue is off"])
 def test_what_comes_back_and_may_not_wait_goes_on_at_once(how):
     room = Room("a", enable_queue=how != "the queue is off")

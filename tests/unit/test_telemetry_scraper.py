@@ -304,3 +304,39 @@ def test_a_connection_that_said_more_than_its_page_is_closed_and_none_is_left_be
             assert wire.errors() == {}
 
     asyncio.run(main())
+
+
+def test_a_page_is_looked_at_out_of_turn_and_one_at_the_endpoints_own_address_tells_of_connections():
+    async def main() -> None:
+        told: list[tuple[str, bool]] = []
+        async with Pages() as pages, Wire(interval_s=60.0) as wire:
+            wire.scraper.is_there = lambda name, is_there: told.append((name, is_there))
+            base = f"http://{pages.address}"
+            wire.scraper.put(Target("own", pages.url("good"), base=base))
+            wire.scraper.put(Target("other", pages.url("good"), base="http://127.0.0.1:1"))
+            wire.scraper.put(Target("broken", pages.url("broken"), base=base))
+            await until(lambda: len(wire.seen) == 2 and wire.errors())
+
+            def looked() -> bool:
+                wire.scraper.look("own")
+                wire.scraper.look("nobody")
+                return len(wire.seen) == 3
+
+            await until(looked)
+            assert wire.seen[-1][0] == "own"
+        assert sorted(told) == [("broken", True), ("own", True), ("own", True)]
+
+    asyncio.run(main())
+
+
+def test_a_page_that_cannot_be_connected_to_is_looked_at_each_second_however_rarely_it_is_read():
+    async def main() -> None:
+        told: list[bool] = []
+        async with Wire(interval_s=60.0) as wire:
+            wire.scraper.is_there = lambda _, is_there: told.append(is_there)
+            address = f"http://127.0.0.1:{refusing_port()}"
+            wire.scraper.put(Target("a", f"{address}/metrics", base=address))
+            await until(lambda: len(told) >= 2)
+        assert set(told) == {False}
+
+    asyncio.run(main())

@@ -43,6 +43,8 @@ _SLOTS = 10
 warm (`python -m bench.scrape scrape`)."""
 _LOOK_AGAIN_S = 0.1
 """A page is not looked at out of turn sooner after the last time: a broken server may fail many requests."""
+_BACK_S = 1.0
+"""At the most, between looks at a page that can't be connected to."""
 _TOGETHER = 20
 """Scrapes in one slot, on average: many more in a row would hold others up (`make bench-turns`)."""
 _ASKED, _READ = 1, 3
@@ -253,10 +255,12 @@ class Scraper:
                 self._failed(watch, Reason.INTERNAL)
                 log.exception("scraping %s", watch.target.name)
             watch.tried.set()
-            pause_s = self.interval_s * self._random.uniform(1 - spread, 1 + spread)
+            pause_s = self._pause_s(began + self.interval_s * self._random.uniform(1 - spread, 1 + spread))
+            if watch.is_own and watch.silent is Reason.CONNECT:  # it may be waited for: that it is back is seen soon
+                pause_s = min(pause_s, _BACK_S)
             spread = _JITTER
             watch.rests = True
-            await asyncio.sleep(self._pause_s(began + pause_s))
+            await asyncio.sleep(pause_s)
             watch.rests = False
             await self._turns.take(_ASKED)
 
