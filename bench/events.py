@@ -334,7 +334,7 @@ def of_dry_run(waiting: int) -> Longest:
     """The twin of a dry run, where so many would wait."""
     load = Load(0, False, 4)
     core, longest = load.core, Longest(load)
-    run = DryRun(POLICY)
+    run = DryRun(POLICY, core.endpoints)
 
     def watch(event: Event, decisions: list[Decision]) -> None:
         began = time.thread_time_ns()

@@ -102,8 +102,8 @@ class App:
         self.config = config
         self.tasks = Tasks()
         self.turns = Turns()
-        dry_run = DryRun(config.policy()) if config.dry_run else None
         controller = Controller(config.policy())
+        dry_run = DryRun(config.policy(), controller.endpoints) if config.dry_run else None
         if dry_run is not None:
             controller.watch(dry_run.happened)
         self.scraper = Scraper(

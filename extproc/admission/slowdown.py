@@ -74,15 +74,31 @@ class Slowdown:
         if not self._looked:
             self.most = self._look()
 
+    def speed(self, few: float, many: float) -> float:
+        """Return what the engine does with `few` requests at once, as a share of what it does with `many`."""
+        if few >= many:
+            return 1.0
+        chances, fewer, more = self._chances(), _slower(round(2.0 * few) / 2.0), _slower(round(2.0 * many) / 2.0)
+        faster = (chance * math.exp(b - a) for chance, a, b in zip(chances, fewer, more, strict=True))
+        return min(few / many * sum(faster) / sum(chances), 1.0)
+
+    def _chances(self) -> list[float]:
+        """Return how likely each hypothesis is."""
+        if not self._count:
+            return list(_LIKELY)
+        unexplained = [
+            square - total * total / self._count for square, total in zip(self._squares, self._sums, strict=True)
+        ]
+        least, doubt = min(unexplained), 2.0 * self.law.noise**2
+        return [likely * math.exp((least - one) / doubt) for likely, one in zip(_LIKELY, unexplained, strict=True)]
+
     def _look(self) -> float:
         """Return the least that will do: more would be right by a chance of `hope` at the most."""
-        count, sums = self._count, self._sums
-        unexplained = [square - total * total / count for square, total in zip(self._squares, sums, strict=True)]
-        least, doubt = min(unexplained), 2.0 * self.law.noise**2
-        chances = [likely * math.exp((least - one) / doubt) for likely, one in zip(_LIKELY, unexplained, strict=True)]
+        chances = self._chances()
         more = self.law.hope * sum(chances)
         allowed = [
-            _allowed(self.law, *how, math.exp(total / count)) for how, total in zip(_HYPOTHESES, sums, strict=True)
+            _allowed(self.law, *how, math.exp(total / self._count))
+            for how, total in zip(_HYPOTHESES, self._sums, strict=True)
         ]
         ranked = sorted(zip(allowed, chances, strict=True), reverse=True)
         for most, chance in ranked:

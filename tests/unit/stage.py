@@ -51,7 +51,7 @@ class Stage:
             classes=CLASSES, shed=False, first_byte_probe="probe" in facts, enable_queue="dry-run" not in facts
         )
         core = Controller(policy)
-        self.dry = DryRun(replace(policy, enable_queue=True))
+        self.dry = DryRun(replace(policy, enable_queue=True), core.endpoints)
         core.watch(self.dry.happened)
         self.gate = Gate(core, self.clock)
         again = ENVOY if "second-try" in facts else ""

@@ -33,7 +33,7 @@ def world_that_rehearses(engines: int) -> tuple[Site, dict[Controller, DryRun]]:
 
     def core(policy: Policy) -> Controller:
         controller = Controller(replace(policy, enable_queue=False))
-        rehearsed[controller] = DryRun(policy)
+        rehearsed[controller] = DryRun(policy, controller.endpoints)
         controller.watch(rehearsed[controller].happened)
         return controller
 
@@ -45,7 +45,7 @@ def test_a_dry_run_of_several_holds_nobody_and_counts_what_one_queue_would_have_
     asked = [here.send(place, work_s=3.0) for place in here.sidecars for _ in range(4)]
     here.run(0.5)
     assert [one.dispatches for one in asked] == [1] * 12
-    here.run(10.0)
+    here.run(20.0)
     counts: Counter[str] = Counter()
     for (what, _), count in rehearsed[leader(here).controller].counts.items():
         counts[what] += count
