@@ -191,13 +191,24 @@ class Endpoint(Room):
         self.kv.prompts += prompt_tokens - ticket.prompt_tokens
         ticket.book(prompt_tokens)
 
-    def disown(self, ticket: Ticket, now: float) -> None:
-        """Take `ticket` out of the books, although its engine may still run it: from now on telemetry counts it."""
+    def take_over(self, ticket: Ticket, other: Endpoint, now: float) -> None:
+        """Put a lease in the books that is in `other`'s: this is the server that runs it."""
+        begun = other.keeps_tokens and not ticket.prompt_pending
+        other.take_out(ticket, now)
+        ticket.endpoint = self
+        self.adopt(ticket, now, now - ticket.leased_at, begun=begun)
+
+    def take_out(self, ticket: Ticket, now: float) -> None:
+        """Take `ticket` out of the books: somebody else counts it."""
         del self.leases[ticket]
         self.sequences -= ticket.sequences
         if self.keeps_tokens:
             self.kv.remove(ticket)
             self.prefill.over(ticket, now, served=False)
+
+    def disown(self, ticket: Ticket, now: float) -> None:
+        """Take `ticket` out of the books, although its engine may still run it: from now on telemetry counts it."""
+        self.take_out(ticket, now)
         page = self.reading.page
         if page is not None and page.running is not None:  # else nothing would ever tell that it is over
             self.strangers.add(ticket.sequences, self.limit.value, now)

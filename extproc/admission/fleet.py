@@ -11,6 +11,7 @@ from extproc.admission import telemetry
 from extproc.admission.alarms import Alarms
 from extproc.admission.endpoint import Endpoint
 from extproc.admission.held import HeldBy
+from extproc.admission.transitions import LEASED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -31,13 +32,15 @@ class Fleet:
         due_at: not before this can any telemetry have become stale, or must a dispatch pass go on; None: there is none.
     """
 
-    __slots__ = ("_books", "_listings", "_settling", "changes", "due_at", "is_shared")
+    __slots__ = ("_at", "_books", "_left", "_listings", "_settling", "changes", "due_at", "is_shared")
 
     def __init__(self, books: Books, settling: Settling) -> None:
         """Start without endpoints."""
         self._books = books
         self._settling = settling
         self._listings = 0
+        self._at: dict[str, Endpoint] = {}  # who is there, by address
+        self._left: dict[str, list[Ticket]] = {}  # what was leased to those who left an address when they did
         self.is_shared = False
         self.changes: Alarms[Endpoint] = Alarms()
         self.due_at: float | None = None
@@ -47,6 +50,7 @@ class Fleet:
     def put(self, specs: Iterable[EndpointSpec]) -> None:
         """Add endpoints, change some, or bring removed ones back with the leases they still have.
 
+        An address has one endpoint: whoever comes there takes the place of another, and takes over its leases.
         Pools are recomputed once, and only if one that was there serves other models now, or a new one can't `_join`.
         """
         books = self._books
@@ -59,8 +63,11 @@ class Fleet:
                 endpoint.quota = 0 if self.is_shared else None
             else:
                 regroups |= endpoint.removed or (bool(endpoint.pools) and endpoint.spec.models != spec.models)
+                if endpoint.spec.address != spec.address:
+                    self._depart(endpoint)
                 endpoint.respec(spec, books.policy)
                 endpoint.removed = False
+            regroups |= spec.address != "" and self._arrive(endpoint)
             if spec.awaits_check:
                 endpoint.health.await_check()
             met[endpoint] = None
@@ -68,6 +75,37 @@ class Fleet:
             regroups = not all(self._followed(endpoint) for endpoint in met)
         if regroups:
             self.regroup()
+
+    def _arrive(self, endpoint: Endpoint) -> bool:
+        """Have an endpoint count what runs at its address by other names; tell whether it takes another's place."""
+        address, now = endpoint.spec.address, self._books.now
+        before = self._at.get(address)
+        if before is endpoint:
+            return False
+        if before is not None:
+            self._depart(before)
+            before.removed = True
+            before.pools = []
+        self._at[address] = endpoint
+        for ticket in self._left.pop(address, ()):
+            holder = ticket.endpoint
+            if ticket.state is LEASED and holder is not None and holder is not endpoint:
+                endpoint.take_over(ticket, holder, now)
+                if holder.removed:
+                    self.forget_if_gone(holder)
+                elif holder.pools:  # else it comes, too, and is looked at with the others
+                    self.changed(holder)
+        if before is not None and before.name in self._books.endpoints:
+            self.forget_if_gone(before)
+        return before is not None
+
+    def _depart(self, endpoint: Endpoint) -> None:
+        """Note what runs at the address that an endpoint leaves."""
+        address = endpoint.spec.address
+        if self._at.get(address) is endpoint:
+            del self._at[address]
+            if endpoint.leases:
+                self._left.setdefault(address, []).extend(endpoint.leases)
 
     def _followed(self, endpoint: Endpoint) -> bool:
         """Follow one that is new, or has another limit, without regrouping; tell whether that was possible.
@@ -89,8 +127,12 @@ class Fleet:
     def remove(self, endpoints: Sequence[Endpoint]) -> None:
         """Send nothing more to endpoints: their leases run out, those at home there go anywhere."""
         for endpoint in endpoints:
+            self._depart(endpoint)
             endpoint.removed = True
             self.forget_if_gone(endpoint)
+        if self._left:
+            running = {at: [one for one in left if one.state is LEASED] for at, left in self._left.items()}
+            self._left = {at: left for at, left in running.items() if left}
         regroups = len(endpoints) > 1 or not self._parted_from(endpoints[0])
         for endpoint in endpoints:
             endpoint.pools = []  # its leases run out: it is nobody's home, and teaches nobody

@@ -137,6 +137,7 @@ class EndpointSpec:
         max_running_requests: the most requests at once; None: adaptive.
         kv_capacity_tokens: size of its KV cache; None: what telemetry says, and no limit while that is unknown.
         awaits_check: nothing is known of it, and it is down until its health check says otherwise.
+        address: where it is: whoever comes to an address counts what runs there by another name. Empty: unknown.
     """
 
     name: str
@@ -145,6 +146,7 @@ class EndpointSpec:
     max_running_requests: int | None = None
     kv_capacity_tokens: int | None = None
     awaits_check: bool = False
+    address: str = ""
 
 
 class Binding(Enum):

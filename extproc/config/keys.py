@@ -305,6 +305,7 @@ class Config(Section):
             models=frozenset(endpoint.models),
             max_running_requests=self.max_running_requests if own == "inherit" else own,
             kv_capacity_tokens=endpoint.kv_capacity_tokens,
+            address=endpoint.address,
         )
 
     @property

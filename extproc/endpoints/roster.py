@@ -101,6 +101,7 @@ class Roster:
         self._tasks = tasks
         self._seen: dict[str, tuple[EndpointConfig, ...]] = {FILE: tuple(config.endpoints)}
         self._placed: dict[str, tuple[EndpointConfig | None, EndpointSpec]] = {}  # None: in doubt, after a fault
+        self._by_address: dict[str, str] = {}  # who was placed there last
         self._routes: dict[str, _Route] = {}
         self._from_file: set[str] = set()  # names that the file has, or had: whom it replaces may well be alive
         self._gone: dict[str, float] = {}  # names whose answers are kept a while: a decision may be on its way
@@ -400,6 +401,9 @@ class Roster:
             placed = self._placed.get(endpoint.name)
             self._gone.pop(endpoint.name, None)
             is_elsewhere = placed is not None and placed[1].cluster != spec.cluster
+            former = self._by_address.get(spec.address, spec.name)
+            if former != spec.name:  # its leases are to be the newcomer's
+                self._leave(former)
             if is_elsewhere:
                 self._leave(spec.name)
             if (
@@ -417,6 +421,9 @@ class Roster:
             placed = self._placed.get(endpoint.name)
             before = None if placed is None else placed[0]
             self._placed[endpoint.name] = (endpoint, spec)
+            if placed is not None:
+                self._part(spec.name, placed[1].address)
+            self._by_address[spec.address] = spec.name
             follow = partial(self._follow, endpoint, spec.cluster, before, self._level)
             self._untold.append(partial(follow, waits=endpoint.name in waits))
 
@@ -455,9 +462,13 @@ class Roster:
     def _displace(self, name: str) -> None:
         self._leave(name)
         self._from_file.discard(name)
-        del self._placed[name]
+        self._part(name, self._placed.pop(name)[1].address)
         self._gone[name] = self._gate.now() + LINGER_S
         self._untold.append(partial(self._unfollow, name, self._level))
+
+    def _part(self, name: str, address: str) -> None:
+        if self._by_address.get(address) == name:
+            del self._by_address[address]
 
     # ---- telling who follows
 

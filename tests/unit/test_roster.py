@@ -390,6 +390,25 @@ def test_a_cluster_stays_for_those_who_were_sent_there_by_another_name(tmp_path,
     live(story, tmp_path / "c.yaml", endpoints=[endpoint("a", cluster="c")])
 
 
+def test_a_cluster_stays_for_those_who_were_sent_there_under_the_name_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(roster, "LINGER_S", 0.02)
+
+    async def story(here: House) -> None:
+        running, waiting = here.ask(), here.ask()
+        here.envoy.known = 10**15
+        here.change(endpoints=[endpoint("b")])
+        await until(lambda: here.placed() == {"b": "b"})
+        assert len(here.sent) == 1  # the server's only slot is taken, whatever its name
+        await asyncio.sleep(0.1)  # longer than the while
+        assert here.file() == {"a": "10.0.0.1:8000", "b": "10.0.0.1:8000"}
+        here.gate.close(running)
+        assert here.sent[1:] == [here.reception.steer("b")]
+        await until(lambda: set(here.file()) == {"b"})
+        here.gate.close(waiting)
+
+    live(story, tmp_path / "c.yaml", endpoints=[endpoint("a")])
+
+
 def test_a_change_amid_a_change_of_many_takes_its_place():
     async def story(here: House) -> None:
         here.change(endpoints=rows("new", 200, 1))

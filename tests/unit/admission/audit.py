@@ -79,6 +79,8 @@ class Audit:
         self.always = always
         self.now = 100.0
         self.books: dict[str, Books] = {}
+        self.at: dict[str, Books] = {}  # who is there, by address
+        self.left: dict[str, list[Ticket]] = {}  # what was leased to those who left an address
         self.waiting: dict[Ticket, None] = {}
         self.leased: dict[Ticket, Books] = {}
         self.outcomes: Counter[Outcome] = Counter()

@@ -123,14 +123,39 @@ class Audited(Audit):
         self._begin()
         for spec in specs:
             books = self.books.setdefault(spec.name, Books(spec))
+            if books.spec.address != spec.address:
+                self._depart(books)
             books.spec, books.present = spec, True
+            if spec.address and self.at.get(spec.address) is not books:
+                self._arrive(books)
         self._end(self.core.put_endpoints(specs, self.now))
 
     def remove(self, name: str) -> None:
         self._begin()
         if name in self.books:
+            self._depart(self.books[name])
             self.books[name].present = False
         self._end(self.core.remove_endpoints([name], self.now))
+
+    def _depart(self, books: Books) -> None:
+        if self.at.get(books.spec.address) is books:
+            del self.at[books.spec.address]
+            self.left.setdefault(books.spec.address, []).extend(books.leases)
+
+    def _arrive(self, books: Books) -> None:
+        """An address has one endpoint, and that one counts what runs there."""
+        address = books.spec.address
+        if (before := self.at.get(address)) is not None:
+            self._depart(before)
+            before.present = False
+        self.at[address] = books
+        for ticket in self.left.pop(address, ()):
+            holder = self.leased.get(ticket)
+            if holder is not None and holder is not books:
+                del holder.leases[ticket]
+                books.leases[ticket] = None
+                self.leased[ticket] = books
+        self._bury()
 
     def set_up(self, name: str, *, is_up: bool | None) -> None:
         self._begin()

@@ -279,6 +279,7 @@ class Storm:
                 models=random.choice(MODELS),
                 max_running_requests=random.choice((None, 1, 2, 5, 20)),
                 kv_capacity_tokens=random.choice((None, None, 3000, 20_000)),
+                address=random.choice(("", "x", "x", "y", "z")),
             )
             for _ in range(random.choice((1, 1, 1, 2, 6)))
         ]
