@@ -6,7 +6,8 @@ the same measure. An endpoint is left out for that model alone, for as long as a
 
 A request that its client had go there, by a name or its session, says less when it is refused: nobody knows what others
 would have said. One client would have whom it likes left out. So such refusals are counted apart. After a few in a row
-that model's requests are led there no more, until one is answered well: they go anywhere, and so can be compared.
+that model's requests are led there no more, and of whatever model none, until one is answered well: they go anywhere,
+and so can be compared.
 """
 
 from __future__ import annotations
@@ -66,22 +67,25 @@ class Missing:
     Attributes:
         models: those that it is left out for.
         led: how many requests in a row it refused of those that were led there, by model.
+        led_in_a_row: how many of whatever model, since its last good answer.
         until: when time alone ends the first of them; None: there is none.
         law: the constants, those of health.
     """
 
-    __slots__ = ("_known", "law", "led", "models", "until")
+    __slots__ = ("_known", "law", "led", "led_in_a_row", "models", "until")
 
     def __init__(self, law: HealthLaw = LAWS.health) -> None:
         """Start with nothing against it."""
         self.law = law
         self.models: frozenset[str] = frozenset()
         self.led: dict[str | None, int] = {}
+        self.led_in_a_row = 0
         self._known: dict[str, _Model] = {}
         self.until: float | None = None
 
     def served(self, model: str | None) -> None:
         """Note a good answer: of this model, it is no news that others serve it."""
+        self.led_in_a_row = 0
         if self.led:
             self.led.pop(model, None)
         if self._known and model is not None:
@@ -90,16 +94,18 @@ class Missing:
                 del self._known[model]
 
     def refused_led(self, model: str | None) -> bool:
-        """Note that it refused one that was led there; tell whether from now on no others of this `model` are."""
+        """Note that it refused one that was led there; tell whether no others of its `model`, or none, are from now on."""
+        self.led_in_a_row += 1
         count = self.led.pop(model, 0) + 1
         self.led[model] = count
         if len(self.led) > MOST_MODELS:
             del self.led[next(iter(self.led))]
-        return count == self.law.eject_after
+        return self.law.eject_after in (count, self.led_in_a_row)
 
     def leads(self, model: str | None) -> bool:
         """Tell whether requests for `model` may be led there."""
-        return self.led.get(model, 0) < self.law.eject_after
+        most = self.law.eject_after
+        return self.led_in_a_row < most and self.led.get(model, 0) < most
 
     def refused(self, model: str, record: Record, now: float, in_a_row: int) -> bool:
         """Note a refusal, the `in_a_row`th of whatever model; tell whether it is left out for `model` from now on."""

@@ -159,7 +159,8 @@ def _modes(view: View) -> Iterator[str]:
 
 
 def _answers(view: View) -> Iterator[str]:
-    if len(view.manager_filters()) > 1 and view.listed.path == view.manager_filters()[-1].path:
+    twins = view.filters_of_ours()
+    if len(twins) > 1 and view.listed.path == twins[-1].path:
         yield (
             f"{view.listed.path}: is the second envoy.filters.http.ext_proc that holds: each request is queued twice and takes "
             "two slots; one would be right"

@@ -40,9 +40,9 @@ def ext_proc_cluster(view: View) -> Iterator[str]:
                 f"running request counts, those above get 500 or go un-steered; {10 * MANY} would be right"
             )
     for check in cluster.each("health_checks"):
-        if check.get("grpc_health_check") is None:
+        if check.get("http_health_check") is not None:
             yield (
-                f"{check.path}: the sidecar speaks gRPC there, and so fails any other check, alive or not; "
+                f"{check.path}: the sidecar speaks gRPC there, and so fails a check by HTTP, alive or not; "
                 "grpc_health_check: {} would be right"
             )
     options = cluster.get("typed_extension_protocol_options", _HTTP_OPTIONS) or {}

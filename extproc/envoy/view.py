@@ -41,7 +41,10 @@ _DURATIONS = frozenset(
     )
 )
 """Times that rules compare."""
-_DURATION = re.compile(r"-?\d+(\.\d{1,9})?s")
+_FREE = re.compile(r"metadata|filter_context|\.value\b|\.typed_struct")
+"""In the path of what is a free structure: its keys are no fields of Envoy's."""
+_CLUSTER = ("grpc_service", "envoy_grpc", "cluster_name")
+_DURATION = re.compile(r"\d+(\.\d{1,9})?s")
 _TOP = {"static_resources", "dynamic_resources", "configs"}
 
 Address = tuple[str, int]
@@ -103,13 +106,14 @@ class View:
             if route.get("route", "cluster_header") == header and not fallback.is_route(route.get("match") or {})
         ]
 
-    def manager_filters(self) -> list[Spot]:
-        """Return the filters of its manager that hold requests, itself among them."""
-        return [listed for listed in self.manager.each("http_filters") if holds(listed)]
+    def filters_of_ours(self) -> list[Spot]:
+        """Return the filters of its manager that ask the same cluster, itself among them."""
+        name, found = self.filter.get(*_CLUSTER), self.manager.each("http_filters")
+        return [listed for listed in found if holds(listed) and listed.get("typed_config", *_CLUSTER) == name]
 
     @property
     def sidecar_cluster(self) -> Spot | None:
-        return self.clusters.get(str(self.filter.get("grpc_service", "envoy_grpc", "cluster_name")))
+        return self.clusters.get(str(self.filter.get(*_CLUSTER)))
 
 
 def holds(listed: Spot) -> bool:
@@ -154,7 +158,7 @@ def read_numbers(spots: list[Spot]) -> list[str]:
     Text that Envoy reads as a number becomes one, and what is null is as if it were not there.
     """
     problems = []
-    for spot in spots:
+    for spot in (spot for spot in spots if not _FREE.search(spot.path)):
         for key in _NUMBERS & spot.node.keys():
             value = spot.node[key]
             if value is None:

@@ -311,6 +311,12 @@ HARMLESS = {
             *({"safe_regex": {"regex": "endpoint-load-.*"}}, {"exact": "grpc-status"}, {"exact": "upgrade"}),
         ]
     ),
+    "a check of the sidecar that only connects": lambda b: b.clusters[0].update(
+        health_checks=[{"tcp_health_check": {}}]
+    ),
+    "a time in a structure of somebody else's": lambda b: b.steered.update(
+        metadata={"filter_metadata": {"my.org": {"timeout": 5, "num_retries": "many"}}}
+    ),
     "copies for somebody else": lambda b: b.steered["route"].update(request_mirror_policies=[{"cluster": "shadow"}]),
     "Envoy's own back-off of 1 to 10 s": lambda b: b.filter["grpc_service"]["retry_policy"].pop("retry_back_off"),
     "ten replays": lambda b: b.filter["grpc_service"]["retry_policy"].update(num_retries=10),
