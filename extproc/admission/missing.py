@@ -94,7 +94,7 @@ class Missing:
                 del self._known[model]
 
     def refused_led(self, model: str | None) -> bool:
-        """Note that it refused one that was led there; tell whether no others of its `model`, or none, are from now on."""
+        """Note that it refused one that was led there; tell whether no others of its `model`, or none, are any more."""
         self.led_in_a_row += 1
         count = self.led.pop(model, 0) + 1
         self.led[model] = count

@@ -19,6 +19,8 @@ It must be so before others count us out, who then use our part. They do that wh
 store's ALIVE_S and GONE_S together: 3 + 3 s with Valkey, 6 + 3 s with Leases. We count from when we began to say it,
 which is no later, however long the answer took. 3.25 beats are 3.25 s of 1 s, and 6.5 s of 2 s; quotas follow within
 0.25 s, and a process that did nothing for up to 1.2 s does not notice: 4.7 s < 6 s, and 7.95 s < 9 s."""
+LISTED_BEATS = 3
+"""Who says nothing more is listed by the store for so many beats."""
 NEW_BEATS = 6
 """Who came is known to everybody that still counts so many of the store's beats, and GONE_S, later. Who said that he
 lives just before, and nothing since, is listed for three beats, missed in the next answer, and counted out GONE_S and a
@@ -85,7 +87,10 @@ class Census:
         He may know of nobody who came after he was seen last: of the others each has as much as he.
         """
         known = {name for name in self.members if self._is_known(name, now)}
-        if known <= gone:  # those who stay have all just come: that the others live unseen is least likely
+        if known <= gone:  # those who stay are all new; he may know of who came before he was heard last
+            heard_at = now - LISTED_BEATS * self.beat_s - GONE_S
+            known = {name for name in self.members if self._came_at(name) <= heard_at}
+        if known <= gone:  # they have all just come: that the others live unseen is least likely
             known = set(self.members)
         rest = 1.0 - self.kept(now)
         for name in gone:
@@ -94,8 +99,11 @@ class Census:
                 self._vanished[name] = Vanished(self.members[name].address, part, now + WARY_S)
             self._forget(name)
 
-    def _known_at(self, now: float) -> float:
-        return now + NEW_BEATS * self.beat_s + GONE_S
+    def _known_at(self, came_at: float) -> float:
+        return came_at + NEW_BEATS * self.beat_s + GONE_S
+
+    def _came_at(self, name: str) -> float:
+        return self._new_until[self.members[name].address] - NEW_BEATS * self.beat_s - GONE_S
 
     def met(self, member: Member, now: float) -> None:
         """Count somebody in who opened a stream to us, or to whom we did."""

@@ -798,6 +798,28 @@ def test_somebody_who_joins_while_another_is_cut_off_takes_nothing_of_what_that_
     assert here.load() >= 95
 
 
+@pytest.mark.parametrize(
+    ("beat_s", "cut_at", "joins"), [(1.0, 2.0, (3, 4, 5)), (2.0, 5.0, (6, 7, 8)), (1.0, 2.5, (3,))]
+)
+def test_who_is_cut_off_soon_after_a_start_keeps_the_part_of_those_who_were_there(beat_s, cut_at, joins):
+    """Nobody was known for long, so all counted, who came later, too: 124 were at an engine of 96."""
+    here = Site(1, engines=1, limit=96, sidecars=2, store_beat_s=beat_s)
+    here.run(cut_at)
+    places = [f"s{number}" for number in range(2, 2 + len(joins))]
+    here.net.cut(["s0"], ["s1", *places])
+    here.store.cut.add("s0")
+    for place, at in zip(places, joins, strict=True):
+        here.run(at - cut_at)
+        cut_at = at
+        here.start(place)
+    here.run(14.0)
+    for place in here.sidecars:
+        for _ in range(96):
+            here.send(place, work_s=60.0, budget_s=60.0)
+    here.run(15.0)
+    assert 95 <= here.engines["e0"].peak <= 96
+
+
 def test_who_joins_while_another_is_cut_off_from_the_group_alone_adds_its_part_once_that_one_must_know():
     here = site(engines=1, limit=96)
     corner = followers(here)[0].place
