@@ -206,7 +206,7 @@ def test_a_request_reaches_a_server_that_has_its_model_or_none(fields, what, hea
     if status == 400:
         error = json.loads(request.received)["error"]
         assert (error["type"], error["code"]) == ("invalid_request_error", "model_missing")
-        assert error["message"].endswith('name the one meant in the body\'s "model", or in a header (x-model).')
+        assert 'name the one meant in the body\'s "model" (JSON, ' in error["message"]
 
 
 @pytest.mark.parametrize(

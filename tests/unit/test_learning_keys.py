@@ -111,7 +111,7 @@ STORIES = (
         engines=(
             Engine("m0", 40, 0.02),
             Engine("m1", 12, 0.05),
-            Engine("m2", 40, 0.02, "all", 0.0, 3.5),
+            Engine("m2", 40, 0.02, "all", 0.0, 5.0),
             Engine("g0", 30, 0.03, "gauges"),
             Engine("n0", 8, 0.03, "nothing"),
         ),
@@ -140,7 +140,7 @@ STORIES = (
         engines=(
             Engine("b0", 300, 0.06, "all", 0.0, 1.0, 1e9, 10**6),
             Engine("n0", 300, 0.03, "nothing", 0.3),
-            Engine("s0", 300, 0.03, "all", 0.3, 1.0, 3.0, 10**6),
+            Engine("s0", 300, 0.03, "all", 0.3, 1.0, 6.0, 10**6),
         ),
         models="bbnnss",
         arrivals=(0, 6, 12),

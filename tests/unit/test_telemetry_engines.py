@@ -17,8 +17,8 @@ async def shown() -> tuple[list[dict[str, object]], dict[tuple[str, ...], float]
     """Run a sidecar with a good endpoint and a bad one; return its /queues rows and its /metrics samples."""
     async with Pages() as pages:
         endpoints = [
-            {"name": name, "address": pages.address, "metrics_url": pages.url(path)}
-            for name, path in (("a", "good"), ("b", "broken"))
+            {"name": name, "address": address, "metrics_url": pages.url(path)}
+            for name, path, address in (("a", "good", pages.address), ("b", "broken", "127.0.0.1:9"))
         ]
         here = {"listen": "127.0.0.1:0", "admin": "127.0.0.1:0", "drain_timeout": 0.0}
         app = App(Config.model_validate({**here, "endpoints": endpoints}), asyncio.get_running_loop())

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 ENDPOINTS, WAITING, CLIENTS = 300, 6_000, 20
 MOST_CALLS = 8_000
-MOST_OF_ONE = 33
+MOST_OF_ONE = 36
 """Of each endpoint that a reload changes, in its moment."""
 MOST_BYTES = 100_000
 """Of JSON or text made in one turn: a millisecond."""
