@@ -150,7 +150,7 @@ compiled: $(STAMP)  ## a compiled wheel in build/compiled, and the core's tests 
 	EXTPROC_COMPILE=1 nice $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/compiled .
 	EXTPROC_LONG=1 $(BIN)/python -m pytest tests/unit/test_compiled.py
 
-FAULTS := faults endpoint_faults broken_endpoints client_faults load transport_attack hostile matrix shipped_envoy
+FAULTS := faults endpoint_faults past_a_dead_one broken_endpoints client_faults load transport_attack hostile matrix shipped_envoy
 faults: $(STAMP)   ## the long versions of the fault tests (minutes)
 	EXTPROC_LONG=1 $(BIN)/python -m pytest $(FAULTS:%=tests/e2e/test_%.py) --durations=20
 
