@@ -270,11 +270,11 @@ class Placing:
         request, policy = ticket.request, self._books.policy
         if request.home is not None:
             home = self._books.endpoints.get(request.home)
-            if home is not None and pool in home.pools and (not home.missing.led or home.missing.leads(request.model)):
+            if home is not None and pool in home.pools and home.missing.leads(request.model):
                 return home
         if request.session is not None and policy.session_affinity:
             home = self.sessions.recall(request.session)
-            if home is not None and pool in home.pools and (not home.missing.led or home.missing.leads(request.model)):
+            if home is not None and pool in home.pools and home.missing.leads(request.model):
                 return home
         if len(pool.members) == 1:
             return pool.members[0]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 from extproc.admission.values import Answer, EndpointSpec
 from extproc.stream.reception import SAID_AGAIN_S
 from tests.unit.gate_room import Room, message
+
+if TYPE_CHECKING:
+    from extproc.stream.session import Session
 
 RESET = "upstream_reset_before_response_started"
 KINDS = {
@@ -184,6 +189,12 @@ def test_an_endpoint_that_envoy_lacks_and_that_is_alone_is_tried_a_request_at_a_
     assert room.refuse("cluster_not_found", 5) == 1
 
 
+def overflow(session: Session) -> None:
+    """Have Envoy's circuit breaker let a request not through."""
+    session.receive(message("response_headers", {"response.code_details": f"{RESET}{{overflow}}"}, status="503"))
+    session.end()
+
+
 def test_a_breaker_below_our_limit_slows_a_good_server_and_never_puts_it_out():
     """Eight are sent there in one moment, and Envoy lets two of them through, again and again."""
     room = Two()
@@ -191,10 +202,7 @@ def test_a_breaker_below_our_limit_slows_a_good_server_and_never_puts_it_out():
         room.clock.advance(1.0)
         streams = room.ask("a", 8)
         for session in streams[2:]:
-            session.receive(
-                message("response_headers", {"response.code_details": f"{RESET}{{overflow}}"}, status="503")
-            )
-            session.end()
+            overflow(session)
         assert room.refuse(f"{RESET}{{overflow}}") == 0, "left alone for a moment"
         for session in streams[:2]:
             session.receive(message("response_headers", {"response.code_details": "via_upstream"}, status="200"))
@@ -208,8 +216,7 @@ def test_a_number_that_a_breaker_taught_grows_while_long_answers_run():
     room = Two()
     streams = room.ask("a", 8)
     for session in streams[1:]:
-        session.receive(message("response_headers", {"response.code_details": f"{RESET}{{overflow}}"}, status="503"))
-        session.end()
+        overflow(session)
     for _ in range(20):
         room.clock.advance(1.0)
         room.ask("a", 8)
@@ -221,8 +228,7 @@ def test_a_number_that_a_breaker_taught_in_a_burst_is_forgotten_within_seconds()
     """One more in each eighth of a second: from 32 to 256 that was half a minute, from 1,024 to 2,000 two."""
     room = Two(limit=256)
     for session in room.ask("a", 256)[32:]:
-        session.receive(message("response_headers", {"response.code_details": f"{RESET}{{overflow}}"}, status="503"))
-        session.end()
+        overflow(session)
     for _ in range(64):
         room.clock.advance(0.125)
         room.ask("a", 256 - room.in_flight("a"))
@@ -237,10 +243,7 @@ def test_a_breaker_that_stays_costs_less_and_less():
         room.clock.advance(1.0)
         streams = room.ask("a", 8)
         for session in streams[2:]:
-            session.receive(
-                message("response_headers", {"response.code_details": f"{RESET}{{overflow}}"}, status="503")
-            )
-            session.end()
+            overflow(session)
             lost += 1
         for session in streams[:2]:
             session.receive(message("response_headers", {"response.code_details": GOOD}, status="200"))
