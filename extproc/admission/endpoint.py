@@ -99,6 +99,7 @@ class Endpoint(Room):
             self.limit = limit_of(spec, policy)
         self.spec = spec
         self.size_cache()
+        self.strangers.lets = 0  # until its next page
 
     def apply(self, policy: Policy) -> None:
         """Follow a changed policy."""
@@ -111,7 +112,7 @@ class Endpoint(Room):
         self.steps.law = policy.laws.steps
         self.prefill.obey(policy.laws.prompts)
         self.health.law = self.missing.law = policy.laws.health
-        self.strangers.law = policy.laws.foreign
+        self.strangers.law, self.strangers.lets = policy.laws.foreign, 0
         self.look_for_first_tokens(policy)
 
     # ---- who waits

@@ -67,15 +67,16 @@ class Foreign:
 
     Attributes:
         count: how many; they take room like leases.
+        lets: so many of ours run there whatever was learned, because others send past the queue (`ForeignLaw.each`).
         law: the constants.
     """
 
-    __slots__ = ("_changed_at", "_met", "count", "law")
+    __slots__ = ("_changed_at", "_met", "count", "law", "lets")
 
     def __init__(self, law: ForeignLaw = LAWS.foreign) -> None:
         """Start before the first page."""
         self.law = law
-        self.count = 0
+        self.count = self.lets = 0
         self._changed_at = 0.0  # when they became fewer last
         self._met = False  # telemetry came at least once
 
@@ -87,19 +88,33 @@ class Foreign:
         """Look at the next page as at the first."""
         self._met = False
 
+    def forget(self) -> None:
+        """Note that nothing is known of them any more."""
+        self.count = self.lets = 0
+
     def follow(
-        self, load: Load, leases: Iterable[Ticket], in_flight: int, most: int, now: float, unsent: int = 0
+        self,
+        load: Load,
+        leases: Iterable[Ticket],
+        in_flight: int,
+        most: int,
+        now: float,
+        unsent: int = 0,
+        *,
+        is_learned: bool = False,
     ) -> None:
         """Count them when telemetry comes first, at most `most`; after that they can only become fewer.
 
-        `unsent`: of the leases as old as `arrived_s`, how many may not have been sent for all that.
+        `unsent`: of the leases as old as `arrived_s`, how many may not have been sent for all that. `is_learned`: no
+        limit here is a number that a person chose.
 
         Those who were known before we look as at the first are fewer only if nothing of ours is on its way.
         """
         if load.running is None:
-            self.count = 0
+            self.forget()
             return
         there = int(load.running + (load.waiting or 0.0))
+        self.lets = max(there - in_flight, 0) // self.law.each if is_learned else 0
         count = 0
         if self.count:
             arrived = sum(ticket.sequences for ticket in leases if ticket.leased_at <= now - self.law.arrived_s)

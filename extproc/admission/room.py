@@ -119,8 +119,9 @@ class Room:
             return health.shut_by or _DOWN
         if not self.enforcing:
             return None
-        if self.closed_until is not None and self.leases:  # one at a time: the figure may be wrong, or never change
-            return _HOT
+        lets = self.strangers.lets
+        if self.closed_until is not None and self.leases and self.sequences >= lets:
+            return _HOT  # one at a time: the figure may be wrong, or never change
         if not health.is_well:
             by = health.held_back_by
             if by is not None:
@@ -130,7 +131,7 @@ class Room:
         if self.quota is not None and self.sequences >= self.quota:
             return _PART
         held = self.sequences + self.strangers.count
-        if held and held + self.reserved >= self.limit.value:
+        if held and held + self.reserved >= self.limit.value and self.sequences >= lets:
             return _LIMIT
         return None if ticket is None else self.lacks(ticket)
 
@@ -157,12 +158,13 @@ class Room:
         held = self.sequences + self.strangers.count
         if not held:
             return self._lacks_beside_kept(ticket) if self.reserved and not self._keeps_too_much else None
+        is_let_in = self.sequences + ticket.sequences <= self.strangers.lets
         if ticket.sequences > 1:
-            if held + self.reserved + ticket.sequences > self.limit.value:
+            if not is_let_in and held + self.reserved + ticket.sequences > self.limit.value:
                 return _LIMIT
             if self.quota is not None and self.sequences and self.sequences + ticket.sequences > self.quota:
                 return _PART
-        if not self.keeps_tokens:
+        if is_let_in or not self.keeps_tokens:
             return None
         if self.kv.capacity is not None and not self.kv.fits(ticket):
             return _KV
@@ -210,8 +212,13 @@ class Room:
 
     @property
     def cache_room(self) -> float:
-        """The most tokens of one request that its cache may have room for. An idle endpoint takes any."""
-        return self.kv.room if self.enforcing and self.sequences + self.strangers.count else inf
+        """The most tokens of one request that its cache may have room for. An idle endpoint takes any.
+
+        So does one that others fill, while ours are few there.
+        """
+        if not self.enforcing or not self.sequences + self.strangers.count or self.sequences < self.strangers.lets:
+            return inf
+        return self.kv.room
 
     def spares_for(self, ticket: Ticket) -> bool:
         """Whether it may be a next choice of `ticket`, and be kept room for it: little, and nobody waits for any.

@@ -174,6 +174,8 @@ class Answer(Enum):
     UNASKED = "unasked"  # a filter or a route of Envoy's answered in its place, so it was not asked
 
 
+FULL_CACHE: Final = 0.95
+"""The share of a KV cache in use from which an endpoint gets nothing more, if nobody chose another."""
 TELLS_NOTHING: Final = (Answer.UNASKED, Answer.UNKNOWN)
 """Of the endpoint, neither good nor bad."""
 
@@ -221,7 +223,7 @@ class Policy:
     session_affinity: bool = True
     adapter_affinity: bool = True
     max_prompt_tokens: int | None = None
-    max_kv_usage: float = 0.95
+    max_kv_usage: float = FULL_CACHE
     max_gpu_usage: float | None = None
     limit_law: LimitLaw = DEFAULT_LAW
     laws: Laws = LAWS

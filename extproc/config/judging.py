@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from extproc.admission.laws import LAWS, AdapterLaw, ForeignLaw, GuardLaw, HealthLaw, PaceLaw
 from extproc.config.section import Section
@@ -116,13 +116,17 @@ class ForeignLearningConfig(Section):
     steady: PositiveDuration = Field(
         _FOREIGN.steady_s, description="Others' requests that don't get fewer for so long count half, and so on."
     )
+    each: PositiveInt = Field(
+        _FOREIGN.each,
+        description="Whatever was learned, for so many of others' on the server's page one of ours may be there.",
+    )
     alone: Share = Field(
         _FOREIGN.alone, description="Counters say something of our requests if this share of all there is ours."
     )
 
     def law(self) -> ForeignLaw:
         """Return them as admission knows them."""
-        return ForeignLaw(arrived_s=self.arrived, steady_s=self.steady, alone=self.alone)
+        return ForeignLaw(arrived_s=self.arrived, steady_s=self.steady, each=self.each, alone=self.alone)
 
 
 class AdapterLearningConfig(Section):

@@ -124,6 +124,7 @@ def test_an_engine_behind_a_private_ca_is_served_watched_and_checked_and_a_new_c
                 }
             },
             config={
+                "max_running_requests": "adaptive",
                 "scrape_interval": "100ms",
                 "health_check": {"interval": "100ms", "timeout": "1s", "unhealthy_threshold": 1}
                 | {"ca_file": ca_file, "headers": {"x-key": "health-key"}},

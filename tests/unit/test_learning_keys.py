@@ -377,7 +377,7 @@ CHANGED: dict[str, dict[str, Any]] = {
         "step": "500ms",
         "longest_step": "3s",
     },
-    "learning.foreign": {"arrived": "2s", "steady": "1s", "alone": 0.1},
+    "learning.foreign": {"arrived": "2s", "steady": "1s", "each": 1, "alone": 0.1},
     "learning.adapters": {"below": 0.9, "times": 10.0},
 }
 """Another value for each key."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from random import Random
 from statistics import mean, pstdev
 from typing import TYPE_CHECKING
 
@@ -15,15 +16,20 @@ from extproc.engine.model import Engine
 from extproc.engine.params import PRESETS
 from extproc.errors import ConfigError
 from extproc.simulate.contenders import NAMES, Core, contender
-from extproc.simulate.fronts import Group
+from extproc.simulate.fronts import Balancer, Group, two_choices
+from extproc.simulate.studies.matrix import cells
 from extproc.simulate.studies.matrix.traffic import AZURE_CODE, AZURE_CONVERSATION, TRAFFIC
 from extproc.simulate.workload import STANDARD, Demand, Images, Sessions, Surge, Workload
 from extproc.simulate.world import Faults, World
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from extproc.admission.load import Load
+    from extproc.admission.values import Answer
+    from extproc.simulate.contenders import Setting
     from extproc.simulate.fronts import Job, Verdict
-    from extproc.simulate.world import Page
+    from extproc.simulate.world import Page, Record
 
 A100 = PRESETS["a100-8b"]
 ONE = replace(STANDARD, share=1.0)
@@ -309,3 +315,50 @@ def test_a_cold_engine_spoils_less_than_half_the_answers_that_it_would_with_64_a
     ramped, at_once = sent_to_a_late_one(), sent_to_a_late_one(Policy(limit_law=LimitLaw(start=64)))
     assert ramped, "it gets some: nothing else warms it"
     assert too_slow(ramped) < too_slow(at_once) / 2
+
+
+# ---- others' requests that come past the front
+
+
+class Beside(Core):
+    """Ours, but for the requests of `others`: these go straight to an engine, by least request."""
+
+    def __init__(self, groups: Sequence[Group], setting: Setting) -> None:
+        super().__init__(groups, setting)
+        self.direct = Balancer(sum(group.engines for group in groups), two_choices(1), None)
+
+    def arrive(self, job: Job, now: float) -> list[Verdict]:
+        return self.direct.arrive(job, now) if job.demand.tenant == "others" else super().arrive(job, now)
+
+    def leave(self, job: Job, now: float) -> list[Verdict]:
+        return self.direct.leave(job, now) if job.demand.tenant == "others" else super().leave(job, now)
+
+    def first_token(self, job: Job, now: float) -> list[Verdict]:
+        return [] if job.demand.tenant == "others" else super().first_token(job, now)
+
+    def end(self, job: Job, now: float, answer: Answer) -> list[Verdict]:
+        direct = job.demand.tenant == "others"
+        return self.direct.end(job, now, answer) if direct else super().end(job, now, answer)
+
+
+@pytest.mark.parametrize("preset", ["a100-8b", "h100-32b"])
+def test_beside_nine_of_ten_requests_that_come_another_way_ours_fare_as_least_requests_do(preset: str) -> None:
+    """Up to a third of ours was refused there, and least request served it."""
+    seeds = (1, 2, 3)
+    stage = cells.stage(preset, TRAFFIC["standing"], 100, seeds)
+
+    def of_ours(name: str) -> list[Record]:
+        found: list[Record] = []
+        for seed, everybodys in stage.demands.items():
+            draw = Random(5)
+            played = World(stage.groups, contender(name, preset, stage.classes), seed)
+            if played.contender.setting is not None:
+                played.front = Beside(stage.groups, played.contender.setting)
+            demands = [replace(one, tenant="others" if draw.random() < 0.9 else "ours") for one in everybodys]
+            played.run(demands, stage.duration_s)
+            found += [one for one in played.result(1.0, seed, stage.duration_s).records if one.tenant == "ours"]
+        return found
+
+    ours, least_requests = of_ours("ours"), of_ours("least_request")
+    assert sum(one.met for one in ours) >= sum(one.met for one in least_requests) - 0.01 * len(ours)
+    assert sum(one.outcome not in ("finished", "abandoned") for one in ours) <= 0.01 * len(ours)

@@ -92,12 +92,12 @@ class Audit:
         self._before: dict[Ticket, tuple[object, int]] = {}  # the queue and the passes of who waited, before the event
 
     def fits(self, books: Books, endpoint: Endpoint, ticket: Ticket) -> bool:
-        count, kept = books.sequences + endpoint.foreign, endpoint.reserved
-        if (count and count + kept >= endpoint.limit.value) or (
-            endpoint.quota is not None and books.sequences >= endpoint.quota
-        ):
+        count, kept, more = books.sequences + endpoint.foreign, endpoint.reserved, ticket.request.sequences
+        lets_in = books.sequences + more <= endpoint.strangers.lets
+        if self._is_full(books, endpoint) or (endpoint.quota is not None and books.sequences >= endpoint.quota):
             return False
-        if endpoint.closed_until is not None and books.leases:  # hot: one at a time
+        hot = endpoint.closed_until is not None and books.leases  # one at a time
+        if hot and books.sequences >= endpoint.strangers.lets:
             return False
         kv, cache = endpoint.kv, inf if endpoint.kv.capacity is None else LAWS.kv.share * endpoint.kv.capacity
         # What requests share of their prompts is in the cache once.
@@ -107,11 +107,12 @@ class Audit:
                 return True
             sequences, limit = ticket.request.sequences, endpoint.limit.value  # what passes a limit alone, passes it
             return not (limit - kept < sequences <= limit or needed <= cache < needed + kv.promised)
-        if ticket.request.sequences > 1 and count + kept + ticket.request.sequences > endpoint.limit.value:
+        if more > 1 and count + kept + more > endpoint.limit.value and not lets_in:
             return False
-        more = books.sequences + ticket.request.sequences
-        if endpoint.quota is not None and ticket.request.sequences > 1 and books.sequences and more > endpoint.quota:
+        if endpoint.quota is not None and more > 1 and books.sequences and books.sequences + more > endpoint.quota:
             return False
+        if lets_in:
+            return True
         if needed + kv.promised > cache:
             return False
         under_way = books.prompt_tokens(endpoint)
@@ -125,7 +126,8 @@ class Audit:
     def _is_kept_back(self, books: Books, endpoint: Endpoint) -> bool:
         """Whether no request at all may go to an endpoint that is up and below its limit."""
         health = endpoint.health
-        if endpoint.closed_until is not None and books.leases:  # hot: one at a time
+        hot = endpoint.closed_until is not None and books.leases  # one at a time
+        if hot and books.sequences >= endpoint.strangers.lets:
             return True
         if health.breaker is not None and books.sequences >= health.breaker.most:
             return True
@@ -187,6 +189,10 @@ class Audit:
             held = waited_for or not self._is_open(endpoint)
             require((endpoint in holds) is held, endpoint, "is held by", holds.get(endpoint))
             require(endpoint.limit.value >= 1, endpoint)
+            spec = self.books[endpoint.name].spec
+            chosen = spec.max_running_requests, spec.kv_capacity_tokens, self.core.policy.max_prompt_tokens
+            is_learned = chosen == (None, None, None)
+            require(is_learned or not endpoint.strangers.lets, endpoint, "lets in", endpoint.strangers.lets)
 
     def _check_tokens(self, endpoint: Endpoint, books: Books) -> None:
         kv, prefill = endpoint.kv, endpoint.prefill
@@ -301,9 +307,13 @@ class Audit:
         books = self.books[endpoint.name]
         if endpoint.quota is not None and books.sequences >= endpoint.quota:
             return False
-        held = books.sequences + endpoint.foreign
-        is_full = held > 0 and held + endpoint.reserved >= endpoint.limit.value
-        return not self._is_kept_back(books, endpoint) and not is_full
+        return not self._is_kept_back(books, endpoint) and not self._is_full(books, endpoint)
+
+    @staticmethod
+    def _is_full(books: Books, endpoint: Endpoint) -> bool:
+        """Whether its limit shuts it. Who is among so many of others' that holding back is no use goes all the same."""
+        held, lets = books.sequences + endpoint.foreign, endpoint.strangers.lets
+        return held > 0 and held + endpoint.reserved >= endpoint.limit.value and books.sequences >= lets
 
     def _check_conservation(self) -> None:
         """No endpoint with room while a request waits that it could take, but for those behind a guarded one."""

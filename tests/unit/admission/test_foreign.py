@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from extproc.admission.laws import LAWS
@@ -74,6 +76,40 @@ def test_steady_traffic_of_others_does_not_keep_us_out_for_ever() -> None:
         desk.advance(1.0)
         desk.observe("a", Load(running=4))
     assert all(desk.where(ticket) == "a" for ticket in tickets)
+
+
+def full_of_others(spec: EndpointSpec, **policy: Any) -> Desk:
+    """Let its page say for some seconds that others keep its batch full, and a queue inside."""
+    desk = Desk(spec, **policy)
+    for _ in range(5):
+        desk.observe("a", Load(running=30, waiting=10, kv_usage=0.99))
+        desk.advance(1.0)
+    return desk
+
+
+def test_where_others_fill_an_engine_past_the_queue_a_learned_limit_holds_a_few_of_ours_back_in_vain() -> None:
+    """Nine of ten requests came another way, and of ours two thirds were refused that least request would serve."""
+    desk = full_of_others(EndpointSpec("a"))
+    assert desk.endpoint("a").foreign >= desk.endpoint("a").limit.value
+    tickets = desk.fill(12)
+    assert sum(desk.where(ticket) == "a" for ticket in tickets) == 40 // LAWS.foreign.each
+
+
+def test_thresholds_that_a_person_chose_hold_beside_others_too() -> None:
+    desk = full_of_others(EndpointSpec("a"), max_kv_usage=0.9)
+    assert sum(desk.where(ticket) == "a" for ticket in desk.fill(12)) <= 1
+
+
+@pytest.mark.parametrize("chosen", [{"max_running_requests": 16}, {"kv_capacity_tokens": 100}])
+def test_a_number_that_a_person_chose_holds_beside_others_too(chosen: dict[str, int]) -> None:
+    desk = full_of_others(EndpointSpec("a", **chosen))
+    assert [desk.where(ticket) for ticket in desk.fill(12)] == [None] * 12
+
+
+def test_a_number_that_is_chosen_now_holds_from_now_on() -> None:
+    desk = full_of_others(EndpointSpec("a"))
+    desk.core.put_endpoint(EndpointSpec("a", max_running_requests=4), desk.now)
+    assert [desk.where(ticket) for ticket in desk.fill(12)] == [None] * 12
 
 
 def test_foreign_requests_are_forgotten_with_stale_telemetry() -> None:
