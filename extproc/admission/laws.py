@@ -267,16 +267,17 @@ class ForeignLaw:
         steady_s: foreign requests that don't get fewer for so long are somebody's steady traffic, not answers that run
             out: from then on fewer of them are counted, since nobody who fills an engine steadily may keep us out of
             it for ever.
-        each: for so many of others' requests that an engine holds, one of ours goes there whatever was learned: where
-            nearly all of its work comes past the queue, holding back what is ours helps nobody. With 4, ours fare as
-            least request's do from a fifth of all down, and better above; with 8 worse up to a quarter, with 3 no
-            better at a half.
+        each: for so many of others' requests that an engine holds, one of ours goes there whatever was learned, one at
+            least: where nearly all comes past the queue, holding back ours helps nobody. Sidecars that share
+            nothing are others to each other: with 4, six of them would hold nothing back any more (.34 in place of
+            .69 answered in time at 120 %), with 8 nine. From a ninth of the traffic down ours fare as with least
+            request; at a fifth .91 and .65 are answered in time for its .92 and .59, and up to a sixth is refused.
         alone: share of what an engine holds that must be ours for its counters to say something of our requests.
     """
 
     arrived_s: float = 0.1
     steady_s: float = 30.0
-    each: int = 4
+    each: int = 8
     alone: float = 0.8
 
 

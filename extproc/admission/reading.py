@@ -114,7 +114,8 @@ class Foreign:
             self.forget()
             return
         there = int(load.running + (load.waiting or 0.0))
-        self.lets = max(there - in_flight, 0) // self.law.each if is_learned else 0
+        others = there - in_flight
+        self.lets = max(others // self.law.each, 1) if is_learned and others > 0 else 0
         count = 0
         if self.count:
             arrived = sum(ticket.sequences for ticket in leases if ticket.leased_at <= now - self.law.arrived_s)
