@@ -93,7 +93,8 @@ def _parser(command: str | None = None) -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", help="validate a configuration; all problems at once")
     check.add_argument("file", type=Path, metavar="FILE", help="the configuration")
-    check.add_argument("--envoy", type=Path, metavar="BOOTSTRAP", help="also check that this Envoy bootstrap fits it")
+    fits = "also check that this Envoy bootstrap, or config dump of a running one, fits it"
+    check.add_argument("--envoy", type=Path, metavar="BOOTSTRAP", help=fits)
     check.add_argument("--output", default="text", choices=["text", "json"], help="json: findings, for a pipeline")
     check.set_defaults(command=_check)
 

@@ -52,7 +52,7 @@ class Gateway:
         self.notes: list[str] = []
         self.good: list[str] = []
         with told_if_misshapen(path):
-            self._clusters = clusters_of(spots) | _dumped_clusters(spots)
+            self._clusters = clusters_of(spots)
             self._managers = [spot for spot in spots if "http_filters" in spot.node]
             self._filters = {
                 str(listed.get("name")): Spot(f"{listed.path}.typed_config", listed.get("typed_config") or {})
@@ -226,9 +226,3 @@ def _seconds(spot: Spot, *keys: str) -> float | None:
     *above, last = keys
     node = spot.get(*above)
     return Spot("", node).seconds(last, -1.0) if isinstance(node, dict) and last in node else None
-
-
-def _dumped_clusters(spots: list[Spot]) -> dict[str, Spot]:
-    """Return the clusters of a config dump, each in a `cluster` of its own."""
-    found = (spot for spot in spots if spot.path.rsplit(".", 1)[-1] == "cluster" and "name" in spot.node)
-    return {str(spot.node["name"]): spot for spot in found}

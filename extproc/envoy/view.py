@@ -14,7 +14,7 @@ from extproc.config import Config, split_address
 from extproc.config.read import YAML_ERRORS, one_line
 from extproc.config.types import shown
 from extproc.durations import parse_duration
-from extproc.envoy import fallback
+from extproc.envoy import dump, fallback
 from extproc.envoy.upstreams import ANY_CLUSTER, UNQUEUED_CLUSTER
 from extproc.errors import ConfigError
 from extproc.files import read_text
@@ -44,6 +44,7 @@ _DURATIONS = frozenset(
 _FREE = re.compile(r"metadata|filter_context|\.value\b|\.typed_struct")
 """In the path of what is a free structure: its keys are no fields of Envoy's."""
 _CLUSTER = ("grpc_service", "envoy_grpc", "cluster_name")
+_LISTED = re.compile(r"(^|\.)clusters\[[^]]*\]$")
 _DURATION = re.compile(r"\d+(\.\d{1,9})?s")
 _TOP = {"static_resources", "dynamic_resources", "configs"}
 
@@ -134,12 +135,19 @@ def walk(node: Any, where: str = "") -> Iterator[Spot]:
 
 
 def read_parts(path: Path) -> tuple[Any, list[Spot]]:
-    """Return what the YAML or JSON at `path` says, and all its parts. Raises ConfigError if it is neither."""
+    """Return what the YAML or JSON at `path` says, and all its parts. Raises ConfigError if it is neither.
+
+    A config dump is told as a bootstrap that holds all that the dump has; its listeners and clusters go by their names.
+    """
     try:
         data = yaml.safe_load(read_text(path))
-        return data, list(walk(data))  # one that is a part of itself has no end
+        if not dump.is_dump(data):
+            return data, list(walk(data))  # one that is a part of itself has no end
     except YAML_ERRORS as error:
         raise ConfigError(str(path), ["is no valid YAML: " + one_line(error)]) from None
+    with told_if_misshapen(path):
+        data = dump.as_bootstrap(data)
+        return data, [Spot(dump.named(spot.path, data), spot.node) for spot in walk(data)]
 
 
 @contextlib.contextmanager
@@ -193,7 +201,7 @@ def what_else(data: Any) -> str | None:
 
 def clusters_of(spots: list[Spot]) -> dict[str, Spot]:
     """Return the clusters by name."""
-    found = (spot for spot in spots if spot.path.rsplit(".", 1)[-1].startswith("clusters["))
+    found = (spot for spot in spots if _LISTED.search(spot.path))
     return {str(spot.node.get("name")): spot for spot in found if ".weighted_clusters." not in spot.path}
 
 

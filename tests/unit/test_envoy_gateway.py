@@ -47,6 +47,7 @@ def dump_of(built: dict[str, Any]) -> dict[str, Any]:
     """The same as `/config_dump` gives it: each listener, cluster and route configuration apart."""
     manager = manager_of(built)
     routes = manager.pop("route_config")
+    routes["name"] = "80"
     manager["rds"] = {"route_config_name": "80"}
     static = built["static_resources"]
     return {
