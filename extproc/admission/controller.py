@@ -206,6 +206,7 @@ class Controller(Sharing):
             else:
                 ticket.endpoint = served
                 served.lease(ticket, now)
+                self._fleet.found(ticket)
                 self._fleet.changed(served)
             self._fleet.forget_if_gone(picked)
             self._fleet.changed(picked)

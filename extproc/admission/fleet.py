@@ -32,7 +32,7 @@ class Fleet:
         due_at: not before this can any telemetry have become stale, or must a dispatch pass go on; None: there is none.
     """
 
-    __slots__ = ("_at", "_books", "_left", "_listings", "_settling", "changes", "due_at", "is_shared")
+    __slots__ = ("_at", "_books", "_elsewhere", "_left", "_listings", "_settling", "changes", "due_at", "is_shared")
 
     def __init__(self, books: Books, settling: Settling) -> None:
         """Start without endpoints."""
@@ -40,7 +40,8 @@ class Fleet:
         self._settling = settling
         self._listings = 0
         self._at: dict[str, Endpoint] = {}  # who is there, by address
-        self._left: dict[str, list[Ticket]] = {}  # what was leased to those who left an address when they did
+        self._left: dict[str, list[Ticket]] = {}  # what runs at an address that its holder has left
+        self._elsewhere: set[Ticket] = set()  # all of these: if its holder moves on, it still runs where it did
         self.is_shared = False
         self.changes: Alarms[Endpoint] = Alarms()
         self.due_at: float | None = None
@@ -71,6 +72,7 @@ class Fleet:
             if spec.awaits_check:
                 endpoint.health.await_check()
             met[endpoint] = None
+        self._forget_what_ended()
         if not regroups:
             regroups = not all(self._followed(endpoint) for endpoint in met)
         if regroups:
@@ -87,16 +89,18 @@ class Fleet:
             before.removed = True
             before.pools = []
         self._at[address] = endpoint
-        for ticket in self._left.pop(address, ()):
+        left = self._left.pop(address, ())
+        self._elsewhere.difference_update(left)
+        for ticket in left:
             holder = ticket.endpoint
             if ticket.state is LEASED and holder is not None and holder is not endpoint:
                 endpoint.take_over(ticket, holder, now)
-                if holder.removed:
-                    self.forget_if_gone(holder)
-                elif holder.pools:  # else it comes, too, and is looked at with the others
+                self.forget_if_gone(holder)
+                if holder.removed or holder.pools:  # else it comes, too, and is looked at with the others
                     self.changed(holder)
         if before is not None and before.name in self._books.endpoints:
             self.forget_if_gone(before)
+            self.changed(before)
         return before is not None
 
     def _depart(self, endpoint: Endpoint) -> None:
@@ -104,8 +108,24 @@ class Fleet:
         address = endpoint.spec.address
         if self._at.get(address) is endpoint:
             del self._at[address]
-            if endpoint.leases:
-                self._left.setdefault(address, []).extend(endpoint.leases)
+            left = [ticket for ticket in endpoint.leases if ticket not in self._elsewhere]
+            if left:
+                self._left.setdefault(address, []).extend(left)
+                self._elsewhere.update(left)
+
+    def found(self, ticket: Ticket) -> None:
+        """Note that a lease runs where it is counted: its gateway tells."""
+        if ticket in self._elsewhere:
+            self._elsewhere.remove(ticket)
+            for left in self._left.values():
+                if ticket in left:
+                    left.remove(ticket)
+
+    def _forget_what_ended(self) -> None:
+        if self._left:
+            running = {at: [one for one in left if one.state is LEASED] for at, left in self._left.items()}
+            self._left = {at: left for at, left in running.items() if left}
+            self._elsewhere = {ticket for left in self._left.values() for ticket in left}
 
     def _followed(self, endpoint: Endpoint) -> bool:
         """Follow one that is new, or has another limit, without regrouping; tell whether that was possible.
@@ -130,9 +150,7 @@ class Fleet:
             self._depart(endpoint)
             endpoint.removed = True
             self.forget_if_gone(endpoint)
-        if self._left:
-            running = {at: [one for one in left if one.state is LEASED] for at, left in self._left.items()}
-            self._left = {at: left for at, left in running.items() if left}
+        self._forget_what_ended()
         regroups = len(endpoints) > 1 or not self._parted_from(endpoints[0])
         for endpoint in endpoints:
             endpoint.pools = []  # its leases run out: it is nobody's home, and teaches nobody

@@ -80,7 +80,7 @@ class Audit:
         self.now = 100.0
         self.books: dict[str, Books] = {}
         self.at: dict[str, Books] = {}  # who is there, by address
-        self.left: dict[str, list[Ticket]] = {}  # what was leased to those who left an address
+        self.runs_at: dict[Ticket, str] = {}  # by address, whoever counts it
         self.waiting: dict[Ticket, None] = {}
         self.leased: dict[Ticket, Books] = {}
         self.outcomes: Counter[Outcome] = Counter()
@@ -163,7 +163,7 @@ class Audit:
         slots, tokens = self.kept()
         for name, books in self.books.items():
             endpoint = self.core.endpoints[name]
-            require(list(endpoint.leases) == list(books.leases), endpoint, books)
+            require(endpoint.leases == books.leases, endpoint, books)
             require(endpoint.sequences == books.sequences, endpoint.sequences, books.sequences)
             require(endpoint.reserved == slots[name], endpoint, "keeps", endpoint.reserved, "for", slots[name])
             require(endpoint.kv.promised == tokens[name], endpoint, endpoint.kv.promised, tokens[name])

@@ -63,6 +63,7 @@ class Audited(Audit):
         if books is not None:
             books.leases[ticket] = None
             self.leased[ticket] = books
+            self.runs_at[ticket] = books.spec.address if books.present else ""
         self._end(self.core.adopt(ticket, name, self.now, begun=begun))
         return ticket
 
@@ -77,6 +78,7 @@ class Audited(Audit):
             if after is not None:
                 after.leases[ticket] = None
                 self.leased[ticket] = after
+                self.runs_at[ticket] = after.spec.address if after.present else ""
         self._end(self.core.move(ticket, name, self.now))
 
     def disown(self, ticket: Ticket) -> None:
@@ -140,7 +142,8 @@ class Audited(Audit):
     def _depart(self, books: Books) -> None:
         if self.at.get(books.spec.address) is books:
             del self.at[books.spec.address]
-            self.left.setdefault(books.spec.address, []).extend(books.leases)
+            for ticket in books.leases:
+                self.runs_at[ticket] = self.runs_at.get(ticket) or books.spec.address
 
     def _arrive(self, books: Books) -> None:
         """An address has one endpoint, and that one counts what runs there."""
@@ -149,9 +152,10 @@ class Audited(Audit):
             self._depart(before)
             before.present = False
         self.at[address] = books
-        for ticket in self.left.pop(address, ()):
-            holder = self.leased.get(ticket)
-            if holder is not None and holder is not books:
+        self.runs_at = {ticket: at for ticket, at in self.runs_at.items() if ticket in self.leased}
+        for ticket in [ticket for ticket, at in self.runs_at.items() if at == address]:
+            holder = self.leased[ticket]
+            if holder is not books:
                 del holder.leases[ticket]
                 books.leases[ticket] = None
                 self.leased[ticket] = books
@@ -273,6 +277,7 @@ class Audited(Audit):
         self._forget(ticket)
         books.leases[ticket] = None
         self.leased[ticket] = books
+        self.runs_at[ticket] = books.spec.address
 
     def _in_order(self, ticket: Ticket, books: Books, endpoint: Endpoint) -> None:
         """Nobody who stood before `ticket` all the time, and who fits as well, is left behind."""

@@ -72,6 +72,38 @@ def test_who_comes_where_another_one_was_counts_what_that_one_left_there(at_once
     assert sum(ticket.state is State.LEASED for ticket in waiting) == 2
 
 
+def test_what_runs_at_a_server_is_its_own_wherever_who_sent_it_there_has_moved_since() -> None:
+    """Back where it came from, one no longer counted what it had left there: somebody else had come where it was."""
+    here = Core(at("a", "x"))
+    here.ask(2)
+    here.core.put_endpoints([at("a", "y")], 1.0)
+    here.core.put_endpoints([at("a", "x"), at("b", "y")], 2.0)
+    assert here.held() == {"a": 2, "b": 0}
+    here.core.put_endpoints([at("c", "x"), at("a", "z")], 3.0)
+    assert here.held() == {"c": 2, "b": 0, "a": 0}
+
+
+def test_who_moved_twice_left_nothing_at_the_second_place_that_runs_at_the_first() -> None:
+    here = Core(at("a", "x"))
+    here.ask(2)
+    for when, specs in enumerate(([at("a", "y")], [at("a", "z")], [at("b", "x")], [at("c", "y")]), 1):
+        here.core.put_endpoints(specs, float(when))
+    assert here.held() == {"a": 0, "b": 2, "c": 0}
+
+
+def test_what_a_gateway_says_runs_elsewhere_is_not_counted_where_it_was_sent() -> None:
+    here = Core(at("a", "x"))
+    ticket, other = here.ask(2)
+    here.core.put_endpoints([at("a", "y"), at("b", "w")], 1.0)
+    here.core.move(ticket, "b", 2.0)
+    here.core.put_endpoints([at("c", "x")], 3.0)
+    assert here.held() == {"a": 0, "b": 1, "c": 1}
+    for one in (ticket, other):
+        here.core.release(one, 4.0)
+    here.core.put_endpoints([at("c", "x", 3)], 5.0)
+    assert (here.core._fleet._left, here.core._fleet._elsewhere) == ({}, set())
+
+
 def test_what_is_over_is_counted_nowhere_and_who_comes_back_has_its_own() -> None:
     here = Core(at("a", "x", 9))
     over, *running = here.ask(3)
