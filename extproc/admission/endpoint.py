@@ -15,6 +15,7 @@ from extproc.admission.limit import AdaptiveLimit
 from extproc.admission.missing import Missing
 from extproc.admission.room import Room, limit_of
 from extproc.admission.steps import StepCost
+from extproc.admission.values import FULL_CACHE
 
 if TYPE_CHECKING:
     from extproc.admission.fairness import Turns
@@ -99,7 +100,7 @@ class Endpoint(Room):
             self.limit = limit_of(spec, policy)
         self.spec = spec
         self.size_cache()
-        self.strangers.lets = 0  # until its next page
+        self._see_who_chose(policy)
 
     def apply(self, policy: Policy) -> None:
         """Follow a changed policy."""
@@ -112,8 +113,16 @@ class Endpoint(Room):
         self.steps.law = policy.laws.steps
         self.prefill.obey(policy.laws.prompts)
         self.health.law = self.missing.law = policy.laws.health
-        self.strangers.law, self.strangers.lets = policy.laws.foreign, 0
+        self.strangers.law = policy.laws.foreign
+        self._see_who_chose(policy)
         self.look_for_first_tokens(policy)
+
+    def _see_who_chose(self, policy: Policy) -> None:
+        """Note whether a person chose any number that may hold requests back from it; what others let in is over."""
+        chosen = self.spec.max_running_requests, self.spec.kv_capacity_tokens, policy.max_prompt_tokens
+        thresholds = policy.max_gpu_usage, policy.max_kv_usage
+        self.is_learned = chosen == (None, None, None) and thresholds == (None, FULL_CACHE)
+        self.strangers.lets = 0  # until its next page
 
     # ---- who waits
 

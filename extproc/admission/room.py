@@ -50,6 +50,7 @@ class Room:
         closed_until: its telemetry says that it is full: it gets one request at a time until then, or better telemetry.
         quota: the most sequences that we may hold while sidecars that we can't reach dispatch here too; None: no such.
         limit: how many sequences it may hold.
+        is_learned: nobody chose a number for it: all that holds requests back is a guess, and evidence overrules it.
         strangers: the requests that it runs and that we don't know.
         kv: what its KV cache has to take.
         prefill: the leases whose first token was not seen.
@@ -63,6 +64,7 @@ class Room:
         "closed_until",
         "enforcing",
         "health",
+        "is_learned",
         "keeps_tokens",
         "kv",
         "leases",
@@ -90,6 +92,7 @@ class Room:
         self.closed_until: float | None = None
         self.quota: int | None = None
         self.limit: Limit = limit_of(spec, policy)
+        self.is_learned = False
         self.strangers = Foreign(policy.laws.foreign)
         self.kv = KvBooks(spec.kv_capacity_tokens, policy.laws.kv)
         self.prefill = Prefill(policy.laws.prompts)

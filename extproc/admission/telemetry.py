@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from extproc.admission.steps import StepCost
-from extproc.admission.values import FULL_CACHE
 
 if TYPE_CHECKING:
     from extproc.admission.endpoint import Endpoint
@@ -29,7 +28,7 @@ def follow_page(
     reading = endpoint.reading
     before, full = reading.page, endpoint.held >= endpoint.limit.value
     elapsed_s = 1.0 if before is None else now - reading.page_at
-    learned, most = _is_learned(endpoint, policy), endpoint.limit.value
+    most, learned = endpoint.limit.value, endpoint.is_learned
     endpoint.strangers.follow(load, endpoint.leases, endpoint.sequences, most, now, unsent, is_learned=learned)
     endpoint.steps.follow(load, None if before is None else before.running, elapsed_s, endpoint.prefill.fresh)
     reading.take_page(load, now)
@@ -106,12 +105,6 @@ def forget_stale(endpoint: Endpoint, now: float, policy: Policy) -> bool:
         endpoint.size_cache()
         _cool_down(endpoint, policy)
     return len(reading.told_at) < before
-
-
-def _is_learned(endpoint: Endpoint, policy: Policy) -> bool:
-    """Tell whether all that may hold requests back from it is a guess: no person chose a number for it."""
-    chosen = endpoint.spec.max_running_requests, endpoint.spec.kv_capacity_tokens, policy.max_prompt_tokens
-    return chosen == (None, None, None) and policy.max_gpu_usage is None and policy.max_kv_usage == FULL_CACHE
 
 
 def _set_aside(endpoint: Endpoint, load: Load) -> Load:

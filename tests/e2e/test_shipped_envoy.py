@@ -115,7 +115,7 @@ def test_a_request_id_that_is_no_utf8_does_not_let_a_client_past_the_queue(tmp_p
         with H1Request(here.address, headers=[("x-test-id", "odd"), ("x-request-id", "\xff")], body=b"{}") as odd:
             odd.send()
             wait_until(lambda: here.sidecar.queues()["waiting_total"] == 1, message="it waits like everybody")
-            assert all(upstream.peak == 1 for upstream in here.upstreams.values())
+            assert all(upstream.peak <= 1 for upstream in here.upstreams.values())
             here.release("b-0")
             here.release("b-1")
             assert odd.read_head() == 200
