@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -134,13 +135,21 @@ def walk(node: Any, where: str = "") -> Iterator[Spot]:
             yield from walk(value, f"{where}[{index}]")
 
 
+def _loaded(text: str) -> Any:
+    """Return what YAML or JSON says; a dump of megabytes is JSON, and takes YAML's parser minutes."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return yaml.safe_load(text)
+
+
 def read_parts(path: Path) -> tuple[Any, list[Spot]]:
     """Return what the YAML or JSON at `path` says, and all its parts. Raises ConfigError if it is neither.
 
     A config dump is told as a bootstrap that holds all that the dump has; its listeners and clusters go by their names.
     """
     try:
-        data = yaml.safe_load(read_text(path))
+        data = _loaded(read_text(path))
         if not dump.is_dump(data):
             return data, list(walk(data))  # one that is a part of itself has no end
     except YAML_ERRORS as error:
