@@ -212,7 +212,7 @@ bench-transport: $(STAMP)  ## what the sidecar costs behind Envoy, against a nat
 	$(BIN)/python -m bench.pieces
 
 # COMPILED: the Python of an environment with the wheel of `make compiled` (build/compiled) installed, for one more row.
-bench-transport-quick: $(STAMP)  ## five turns of the sidecar against that native server (under 2 minutes)
+bench-transport-quick: $(STAMP)  ## five turns of the sidecar against that native server, and that against itself (2 minutes)
 	$(MAKE) $(NATIVE)/noop
 	$(BIN)/python -m bench.transport --quick $(if $(COMPILED),--compiled $(COMPILED))
 

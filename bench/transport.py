@@ -113,13 +113,17 @@ class Contender:
     python: str = sys.executable
 
 
-def contenders(compiled: str | None = None) -> list[Contender]:
-    """Return all, in the order of the table; `compiled`: a Python that has a compiled wheel installed."""
+def contenders(compiled: str | None = None, *, again: bool = False) -> list[Contender]:
+    """Return all, in the order of the table; `compiled`: a Python that has a compiled wheel installed.
+
+    `again`: the native server a second time. What is between those two is noise.
+    """
     noop = [sys.executable, "-m", "bench.noop"]
     switched = experiments("completion_queue", "unix:")
     return [
         Contender("Envoy alone"),
         Contender("native no-op", [str(NATIVE)]),
+        *([Contender("native no-op, again", [str(NATIVE)])] if again else []),
         Contender("no-op, grpc.aio + protobuf objects", noop, "protobuf"),
         Contender("no-op, asyncio", noop, "asyncio"),
         Contender("no-op, completion_queue", ["env", f"GRPC_EXPERIMENTS={switched}", *noop], "completion_queue"),
@@ -512,16 +516,18 @@ def main() -> None:
     parser.add_argument("--held", type=int, nargs="+", default=[1_000, 10_000])
     parser.add_argument("--only", nargs="+", default=[], help="names of contenders, or parts of them")
     parser.add_argument("--compiled", metavar="PYTHON", help="one that has a compiled wheel: a further contender")
-    parser.add_argument("--quick", action="store_true", help="speed, 5 turns of 2 s, against the native server alone")
+    parser.add_argument("--quick", action="store_true", help="speed, 5 turns of 2 s, against two native servers")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.parts, arguments.turns, arguments.seconds = ["speed"], 5, 2.0
-        arguments.only = ["Envoy alone", "native no-op", "sidecar, completion_queue", "sidecar, compiled"]
-    names = {one.name for one in contenders(arguments.compiled)}
+        native = ["native no-op", "native no-op, again"]
+        arguments.only = ["Envoy alone", *native, "sidecar, completion_queue", "sidecar, compiled"]
+    everybody = contenders(arguments.compiled, again=arguments.quick)
+    names = {one.name for one in everybody}
     parts_of_names = [part for part in arguments.only if part not in names]
     chosen = [
         one
-        for one in contenders(arguments.compiled)
+        for one in everybody
         if not arguments.only or one.name in arguments.only or any(part in one.name for part in parts_of_names)
     ]
     missing = [tool for tool in ("nginx", "wrk") if shutil.which(tool) is None]
@@ -531,7 +537,7 @@ def main() -> None:
         )
     if not NATIVE.exists():
         print("native no-op: not built (apt-get install g++ libgrpc++-dev protobuf-compiler-grpc); left out")
-        chosen = [one for one in chosen if one.name != "native no-op"]
+        chosen = [one for one in chosen if one.argv != [str(NATIVE)]]
     parts: dict[str, Callable[[Path], None]] = {
         "speed": lambda directory: speed(directory, chosen, arguments.turns, arguments.seconds),
         "few": lambda directory: few(directory, chosen),
