@@ -98,12 +98,17 @@ class Guard:
                 return None, None
             if endpoint.lacks(first) is None:
                 return first, None
-        cache_room = endpoint.cache_room
+        cache_room, is_elsewhere = endpoint.cache_room, False
         for ticket in self._line_for(endpoint):
             if ticket.kv_tokens <= cache_room and endpoint.lacks(ticket) is None:
                 return ticket, None
-            if ticket.is_guard and (ticket.queue is home or self._is_emptiest(endpoint)):
-                return None, ticket
+            if ticket.is_guard:
+                if ticket.queue is home:
+                    return None, ticket
+                if not is_elsewhere:  # of a whole window of guards asked once
+                    if self._is_emptiest(endpoint):
+                        return None, ticket
+                    is_elsewhere = True
         return None, None
 
     def best_before(self, guard: Ticket, endpoint: Endpoint) -> Ticket | None:
