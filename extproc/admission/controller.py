@@ -90,10 +90,11 @@ class Controller(Sharing):
             lines.patience(ticket)
         else:
             home = None
-        target = placing.place_for(ticket, pool, home)
-        if target is not None:
-            placing.lease(ticket, target)
-            return self._end()
+        if pool.open or not books.policy.enable_queue:  # else `place_for` has nowhere to look
+            target = placing.place_for(ticket, pool, home)
+            if target is not None:
+                placing.lease(ticket, target)
+                return self._end()
         if lines.left:
             lines.join(ticket, pool, lines.behind(ticket, pool, home))
         else:

@@ -236,7 +236,7 @@ class Fleet:
                 self._spare_the_last(endpoint.pools)
             for pool in endpoint.pools:
                 self._settling.follow_service(pool)
-        elif endpoint.health.is_spared:  # it was down before: what it serves alone has nobody better
+        elif not is_usable and endpoint.health.is_spared:  # it was down before: what it serves alone has nobody better
             self._spare_the_last(endpoint.pools)
         if self._books.waiting and not endpoint.listing and endpoint.held_by() is None:
             endpoint.closed_by = None
