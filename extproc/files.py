@@ -18,12 +18,24 @@ Signature = tuple[int, int, int] | None
 def read_text(path: Path, encoding: str = "utf-8") -> str:
     """Return the text of a file. Raises ConfigError that says why it can't be read."""
     try:
-        return path.read_text(encoding=encoding)
+        with open(path, encoding=encoding, opener=_open) as file:
+            text = file.read()
+            is_unwritten = not text and stat.S_ISFIFO(os.fstat(file.fileno()).st_mode)
     except OSError as error:
         raise ConfigError(str(path), [f"can't be read: {error.strerror or error}"]) from None
     except UnicodeDecodeError as error:
         problem = f"is no UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"
         raise ConfigError(str(path), [problem]) from None
+    if is_unwritten:
+        raise ConfigError(str(path), ["is a pipe, and nobody writes to it"])
+    return text
+
+
+def _open(path: str, flags: int) -> int:
+    """Open a file, or a pipe like `<(...)`, without waiting for somebody to write to it, which may be for ever."""
+    number = os.open(path, flags | os.O_NONBLOCK)
+    os.set_blocking(number, True)  # who writes already may take his time
+    return number
 
 
 def signature_of(path: str | Path) -> Signature:

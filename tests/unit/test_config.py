@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -256,6 +260,17 @@ def test_a_missing_or_binary_file_is_one_clear_problem(tmp_path):
     binary.write_bytes(b"a: \xff")
     with pytest.raises(ConfigError, match="is no UTF-8 text"):
         load_config(binary, {})
+
+
+def test_a_pipe_is_read_and_one_that_nobody_writes_to_is_a_problem_and_no_wait(tmp_path):
+    path = tmp_path / "pipe.yaml"
+    os.mkfifo(path)
+    check = (sys.executable, "-m", "extproc", "check")
+    done = subprocess.run((*check, path), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "is a pipe, and nobody writes to it" in done.stderr) == (1, True), done
+    piped = f"{shlex.join(check)} <(printf 'max_queued_requests: -1')"
+    done = subprocess.run(("bash", "-c", piped), capture_output=True, text=True, timeout=60)
+    assert "max_queued_requests: must be" in done.stderr
 
 
 def test_environment_variables_win_over_the_file_and_strange_ones_are_ignored():
