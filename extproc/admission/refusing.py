@@ -105,7 +105,7 @@ class Refusing:
         """End a wait by a refusal, with the time that those before it will take as Retry-After.
 
         Where nobody is up, with what is left of the time that one is given to come; else as long as this one waited for
-        nobody: sooner, it would only wait as long again.
+        nobody: sooner, it would only wait as long again. So it is where the pace is not known yet and a wait ran out.
         """
         books, pool = self._books, placed(ticket.pool)
         wait_s = max(books.now - ticket.request.arrived, 0.0)
@@ -115,8 +115,11 @@ class Refusing:
             retry_s = left_s if left_s > 0.0 else min(wait_s if alone_s is None else alone_s, RETRY_AFTER_MAX_S)
         else:
             drain = pool.pace.drain_rate()
-            ahead = pool.ahead_of(ticket.request_class.priority)
-            retry_s = min(0.0 if drain is None else ahead / drain, RETRY_AFTER_MAX_S)
+            if drain is not None:
+                retry_s = pool.ahead_of(ticket.request_class.priority) / drain
+            else:
+                retry_s = wait_s if outcome is Outcome.BUDGET_EXPIRED else 0.0
+            retry_s = min(retry_s, RETRY_AFTER_MAX_S)
         if ticket.waited_for in _BY_SIZE:
             self._tokens.doubt(ticket)
         self._lines.leave(ticket)

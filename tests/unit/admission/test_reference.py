@@ -130,11 +130,14 @@ class Reference:
         waiter.alarm = self.alarms
 
     def try_again_after(self, waiter: Waiter) -> int:
-        """What those take who go before it, and it: its class and those above; nobody is up: as long as it waited."""
-        if len(self.down) == len(LIMITS):
-            return max(math.ceil(min(self.now - waiter.arrived, RETRY_AFTER_MAX_S)), 1)
+        """What those take who go before it, and it: its class and those above.
+
+        Nobody is up, or its wait ran out before the pace was known: as long as it waited.
+        """
         rate, ahead = self.drain.rate(), sum(one.rank[0] <= waiter.rank[0] for one in self.waiting)
-        return 1 if rate is None else max(math.ceil(min(ahead / rate, RETRY_AFTER_MAX_S)), 1)
+        if len(self.down) == len(LIMITS) or rate is None:
+            return max(math.ceil(min(self.now - waiter.arrived, RETRY_AFTER_MAX_S)), 1)
+        return max(math.ceil(min(ahead / rate, RETRY_AFTER_MAX_S)), 1)
 
     def until(self, then: float) -> None:
         while dues := [t for w in self.waiting for t in (w.patient_until, w.until) if self.now < t <= then]:

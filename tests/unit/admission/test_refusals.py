@@ -169,6 +169,16 @@ def test_retry_after_follows_the_drain_rate_within_bounds() -> None:
     assert desk.retry_after(desk.ask(budget_s=0.0)) == RETRY_AFTER_MAX_S
 
 
+def test_whose_wait_ran_out_before_the_pace_is_known_is_told_to_come_after_as_long_again() -> None:
+    """A second later it would find the same full slots, and wait as long for nothing."""
+    desk = Desk(one(), shed=True)
+    desk.fill(1)
+    waits, hasty = desk.ask(budget_s=12.0), desk.ask(budget_s=0.0)
+    desk.advance(12.0)
+    assert (desk.outcome(waits), desk.retry_after(waits)) == (Outcome.BUDGET_EXPIRED, 12)
+    assert desk.retry_after(hasty) == 1, "it waited for nothing, and nothing is known"
+
+
 def test_who_names_no_model_is_told_to_come_again_while_draining() -> None:
     """Bodies are read for a model no more: it may well name one."""
     desk = Desk(one("a", models=frozenset({"m"})), one("b", models=frozenset({"n"})))
