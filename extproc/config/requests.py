@@ -161,7 +161,10 @@ class HeadersConfig(Section):
         description="Requests of a session prefer the endpoint of the last one. One name or a list, the first that a "
         "request has counts.",
     )
-    budget: HeaderName = Field("x-queue-budget", description="This request's budget, like `5s`; `0s`: never wait.")
+    budget: HeaderName = Field(
+        "x-queue-budget",
+        description="This request's budget, like `5s`; `0s`: never wait. Its class's budget is the most.",
+    )
 
 
 class PickerConfig(Section):
