@@ -386,7 +386,8 @@ def test_a_field_that_is_no_number_is_named_and_one_that_envoy_reads_as_one_is_r
 
 
 @pytest.mark.parametrize(
-    "text", ["a: [", "a: 2024-13-45", "static_resources: &a [*a]", "a: " + "[" * 1500, "[" * 9000, "a: !!int x", "? [a]\n: 3"]
+    "text",
+    ["a: [", "a: 2024-13-45", "static_resources: &a [*a]", "a: " + "[" * 1500, "[" * 9000, "a: !!int x", "? [a]\n: 3"],
 )
 def test_a_bootstrap_or_dump_that_is_no_yaml_is_named(tmp_path, text):
     path = tmp_path / "other.yaml"
