@@ -94,11 +94,12 @@ class Lines:
         alarms: when each of those who wait must be looked at: its patience, or its budget, ends.
         left: lines that were given up: who stands there is yet to be settled.
         left_since: since when there are any, or were last.
+        is_known: whose turn is when was found out of all who stand there; not of a line that was given up since.
         turns: of those who stand there, by the pool where each is to wait: see `Looked`.
         renumbered: pools whose places are given in the order of arrival since the last change, till all are settled.
     """
 
-    __slots__ = ("_books", "_sequence", "alarms", "left", "left_since", "renumbered", "turns")
+    __slots__ = ("_books", "_sequence", "alarms", "is_known", "left", "left_since", "renumbered", "turns")
 
     def __init__(self, books: Books) -> None:
         """Start with nobody waiting."""
@@ -107,6 +108,7 @@ class Lines:
         self.alarms: Alarms[Ticket] = Alarms()
         self.left: dict[Queue, Left] = {}
         self.left_since = 0.0
+        self.is_known = False
         self.turns: dict[Pool, Looked] = {}
         books.pools.awaited = self.turns
         self.renumbered: dict[Pool, None] = {}
@@ -236,6 +238,7 @@ class Lines:
         queue.is_left = True
         pool.left.append(queue)
         self.left[queue] = Left(pool, at_home)
+        self.is_known = False
         self._books.settles = True
 
     def behind(self, ticket: Ticket, pool: Pool, home: Endpoint | None) -> Queue:

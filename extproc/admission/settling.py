@@ -60,6 +60,7 @@ class Settling:
     def reorder(self) -> None:
         """Follow other rules of order: all who wait get new places, and tenants begin anew."""
         self._lines.renumbered.clear()
+        self._lines.is_known = False
         self._renumber(self._books.pools, begin_anew=True)
 
     def resettle(self, pools: Iterable[Pool]) -> None:
@@ -67,6 +68,7 @@ class Settling:
         left = self._lines.left
         self._lines.renumbered.clear()
         self._lines.turns.clear()
+        self._lines.is_known = False
         for line in left.values():  # where these belong is to be found out again
             line.looked_to, line.is_looked_at = None, False
         for pool in pools:
@@ -142,18 +144,25 @@ class Settling:
                 self._settle({ticket: pool})
 
     def _look(self) -> bool:
-        """Find out whose turn is when, of some where that is not known; tell whether it is of all."""
+        """Find out whose turn is when, of some where that is not known; tell whether a piece may be settled, too.
+
+        So it is once it is known of all, and few were left to look at; or many more than at first are by now.
+        """
         books, lines = self._books, self._lines
-        most = LOOKS * PIECE * (1 + int((books.now - lines.left_since) / LOOKED_S))
+        if lines.is_known:
+            return True
+        times = 1 + int((books.now - lines.left_since) / LOOKED_S)
+        looked, most = 0, LOOKS * PIECE * times
         while unknown := [(queue, line) for queue, line in lines.left.items() if not line.is_in_order]:
             unknown = [(queue, line) for queue, line in unknown if not line.is_looked_at]
             for queue, line in unknown:
-                if most <= 0:
+                if looked >= most:
                     return False
-                most -= self._look_at(queue, line, most)
+                looked += self._look_at(queue, line, most - looked)
             if not unknown and not self._meet():
                 break
-        return True
+        lines.is_known = True
+        return looked <= PIECE or times > 1
 
     def _look_at(self, queue: Queue, line: Left, most: int) -> int:
         """Look at up to `most` more who stand in a line; return how many there were."""
@@ -192,14 +201,17 @@ class Settling:
         """Return who is settled next, and where each is to wait: of each pool the first ones."""
         lines = self._lines
         left, turns = lines.left, lines.turns
-        in_order: dict[Pool, list[Queue]] = {pool: [] for pool in turns}
-        for queue, line in left.items():
+        pools = dict.fromkeys(islice(turns, PIECE))  # of very many these alone are looked at
+        for line in left.values():
+            if len(pools) >= PIECE:
+                break
             if line.is_in_order:
-                in_order.setdefault(line.pool, []).append(queue)
-        most = max(PIECE - (GOING - 1) * self._room(in_order), PIECE // GOING, 1)
-        each = most if sum(map(len, left)) <= most else max(most // len(in_order), 1)
+                pools[line.pool] = None
+        most = max(PIECE - (GOING - 1) * self._room(pools), PIECE // GOING, 1)
+        each = most if sum(map(len, left)) <= most else max(most // len(pools), 1)
         piece: dict[Ticket, Pool] = {}
-        for pool, queues in islice(in_order.items(), most):
+        for pool in islice(pools, most):
+            queues = [queue for queue in pool.left if left[queue].is_in_order]
             looked = turns.pop(pool, None)
             for ticket in _firsts(queues, [] if looked is None else looked.heap, each):
                 piece[ticket] = pool

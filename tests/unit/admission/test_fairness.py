@@ -105,6 +105,7 @@ def test_an_untagged_request_gives_its_tenant_no_refund() -> None:
     desk.ask("tagged", tenant="t")
     untagged = desk.fill(PIECE, tenant="t")[-1]
     desk.set_policy(Policy(classes=CLASSES, shed=False))
+    desk.tick()
     share = desk.core._books.pools.any_model.share(0)
     charged = share._tenants["t"].finish
     assert charged > 0

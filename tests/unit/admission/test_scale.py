@@ -362,6 +362,26 @@ def test_a_tick_that_settles_some_of_many_pools_costs_no_more_the_more_wait(monk
     assert cost(3000) < 1.2 * cost(1000)
 
 
+def test_a_tick_that_settles_some_of_very_many_pools_costs_the_same_however_many_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All pools were looked at in each tick, for their lines and their room, though most had nobody in the piece."""
+    monkeypatch.setattr(settling, "PIECE", 20)
+
+    def cost(count: int) -> int:
+        models = [f"m{number}" for number in range(count)]
+        core = core_of(1, lambda _: models)
+        for number in range(4 + 4 * count):
+            core.offer(Ticket(Request("", 1.0, model=models[number % count])), 1.0)
+        core.put_endpoints([EndpointSpec(f"own{model}", "", frozenset({model}), 1) for model in models], 2.0)
+        worst = 0
+        while core.next_deadline() == 2.0:
+            worst = max(worst, lines_of(lambda: core.tick(2.0)))
+        return worst
+
+    assert cost(160) < 1.2 * cost(40)
+
+
 def test_an_event_that_sends_those_whom_it_settles_costs_hardly_more_than_one_that_finds_no_room() -> None:
     def cost(limit: int) -> int:
         core = core_of(1, limit=limit)
