@@ -5,6 +5,7 @@ An endpoint keeps its own books (`endpoint.py`); here the pools' lists of them a
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from extproc.admission import telemetry
@@ -72,7 +73,7 @@ class Fleet:
             if spec.awaits_check:
                 endpoint.health.await_check()
             met[endpoint] = None
-        self._forget_what_ended()
+        self._forget_what_ended(2 * len(met))
         if not regroups:
             regroups = not all(self._followed(endpoint) for endpoint in met)
         if regroups:
@@ -121,11 +122,14 @@ class Fleet:
                 if ticket in left:
                     left.remove(ticket)
 
-    def _forget_what_ended(self) -> None:
-        if self._left:
-            running = {at: [one for one in left if one.state is LEASED] for at, left in self._left.items()}
-            self._left = {at: left for at, left in running.items() if left}
-            self._elsewhere = {ticket for left in self._left.values() for ticket in left}
+    def _forget_what_ended(self, addresses: int) -> None:
+        """Look at what was left at so many addresses, those first that were looked at longest ago."""
+        for address in list(islice(self._left, addresses)):
+            left = self._left.pop(address)
+            self._elsewhere.difference_update(one for one in left if one.state is not LEASED)
+            running = [one for one in left if one.state is LEASED]
+            if running:
+                self._left[address] = running
 
     def _followed(self, endpoint: Endpoint) -> bool:
         """Follow one that is new, or has another limit, without regrouping; tell whether that was possible.
@@ -150,7 +154,7 @@ class Fleet:
             self._depart(endpoint)
             endpoint.removed = True
             self.forget_if_gone(endpoint)
-        self._forget_what_ended()
+        self._forget_what_ended(2 * len(endpoints))  # at no more do these leave something
         regroups = len(endpoints) > 1 or not self._parted_from(endpoints[0])
         for endpoint in endpoints:
             endpoint.pools = []  # its leases run out: it is nobody's home, and teaches nobody

@@ -259,6 +259,21 @@ def test_one_of_many_endpoints_that_goes_costs_the_same_however_many_serve_other
         assert leaving(160, models) - leaving(80, models) < 80 * 12
 
 
+def test_a_change_of_one_endpoint_looks_at_no_more_than_two_of_the_addresses_that_were_left() -> None:
+    core, names = Controller(Policy(shed=False)), [f"e{number}" for number in range(20)]
+    core.put_endpoints([EndpointSpec(name, address=name) for name in names], 0.0)
+    for name in names:
+        core.set_up(name, 0.0, is_up=True)
+    for _ in range(80):
+        core.offer(Ticket(Request("", 1.0)), 1.0)
+    core.put_endpoint(EndpointSpec("new", address="x"), 1.0)
+    core.remove_endpoints(names, 1.0)
+    before = dict(core._fleet._left)
+    assert len(before) == 20
+    core.put_endpoint(EndpointSpec("new", address="x", max_running_requests=9), 2.0)
+    assert sum(left is not before[address] for address, left in core._fleet._left.items()) <= 2
+
+
 def test_who_fits_into_no_cache_costs_the_same_among_two_hundred_endpoints_as_among_ten() -> None:
     def offers(endpoints: int) -> int:
         core = core_of(endpoints, limit=100, cache=1000)
