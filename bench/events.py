@@ -330,6 +330,49 @@ def of_many(waiting: int) -> Longest:
     return longest
 
 
+def of_changes(waiting: int) -> Longest:
+    """500 endpoints that serve one model: what a reload, or discovery, changes of them, 40 in one moment; and back."""
+    load = Load(waiting, False, 500, models=1)
+    core, longest = load.core, Longest(load)
+    specs = [endpoint.spec for endpoint in core.endpoints.values()]
+    names = [spec.name for spec in specs]
+    changes = {
+        "limits": [replace(spec, max_running_requests=LIMIT + 1) for spec in specs],
+        "models": [replace(spec, models=spec.models | {f"{spec.name}'s own"}) for spec in specs],
+        "addresses": [replace(spec, address=f"other-{spec.name}") for spec in specs],
+    }
+    for what, others in changes.items():
+        for some in (others, specs):
+            for first in range(0, 500, 40):
+                longest.all_at_once(f"40 of 500 get other {what}", core.put_endpoints, some[first : first + 40])
+    longest.all_at_once("half of 500 go", core.remove_endpoints, names[::2])
+    for first in range(0, 500, 40):
+        longest.all_at_once("40 of these come back", core.put_endpoints, specs[first : first + 40])
+    for is_up in (False, True):
+        for name in names:
+            longest.all_at_once("all 500 are down, or up", core.set_up, name, is_up=is_up)
+    return longest
+
+
+def of_tenants(waiting: int) -> Longest:
+    """10,000 tenants: other rules of theirs, another order, and a class that is gone."""
+    load = Load(waiting, True, 4, tenants=10_000)
+    core, longest = load.core, Longest(load)
+    named = {f"tenant-{number}": TenantRule(None, number % 3, 1.0 + number % 2) for number in range(10_000)}
+    longest.all_at_once("10,000 tenants get rules", core.set_policy, replace(POLICY, tenants=TenantRules(named)))
+    for _ in range(10_000):
+        longest.take("10,000 tenants: an offer", core.offer, load.request())
+        longest.take("10,000 tenants: a release", core.release, load.held.pop(0))
+    longest.all_at_once("10,000 tenants lose them", core.set_policy, POLICY)
+    longest.all_at_once("10,000 tenants: another order", core.set_policy, replace(POLICY, fair=False))
+    longest.all_at_once("10,000 tenants: and back", core.set_policy, POLICY)
+    longest.all_at_once("a class is gone", core.set_policy, replace(POLICY, classes=CLASSES[:2]))
+    weighted = tuple(replace(klass, weight=2.0) for klass in CLASSES)
+    longest.all_at_once("classes with weights", core.set_policy, replace(POLICY, classes=weighted))
+    longest.all_at_once("one of these is gone", core.set_policy, replace(POLICY, classes=weighted[:2]))
+    return longest
+
+
 def of_dry_run(waiting: int) -> Longest:
     """The twin of a dry run, where so many would wait."""
     load = Load(0, False, 4)
@@ -373,6 +416,8 @@ PARTS = {
     "homes": of_homes,
     "picked": of_picked,
     "many": of_many,
+    "changes": of_changes,
+    "tenants": of_tenants,
     "dry_run": of_dry_run,
 }
 
