@@ -7,7 +7,8 @@ An adaptive limit is a guess, and evidence overrules it, within seconds:
 * Answers are slower than wanted: fewer. By Little's law time per output token = running requests / token rate, so the
   limit goes to where the wanted time is met, but never below what the engine could do at best (`steps.py`): an engine
   whose steps are slow is no reason for a low limit.
-* Neither, while requests wait for this limit: more. It starts low and doubles, as a connection's window does.
+* Neither, while requests wait for this limit: more. It starts low and doubles, as a connection's window does. A queue
+  inside is no reason against it below the batch size: it is of others, who send past this one.
 * An engine that says nothing of its tokens is judged by how long answers take (`slowdown.py`).
 
 A latency-gradient limiter does not work in front of continuous batching, where the wanted slow-down by batching looks
@@ -200,7 +201,7 @@ class AdaptiveLimit:
             # What is in flight made it slow, not the limit: while that runs out, the limit stays at what is right.
             exact = min(exact, max(exact * law.shrink**elapsed_s, in_flight * target_s / slow))
             self.why = "speed"
-        elif wanted and not queues and not self.blind and slow is not None:
+        elif wanted and not (queues and self._may_be_ours(load)) and not self.blind and slow is not None:
             room = target_s / slow
             growth = min(law.leap, room) if room > 1.6 else min(law.grow, room)
             exact *= growth**elapsed_s
@@ -232,6 +233,10 @@ class AdaptiveLimit:
         if self.batch is not None and self.batch <= self.own:
             self._exact, self.own, self.why = float(self.batch), self.batch, "batch"
         self.value = min(self.own + self._deferred, CEILING)
+
+    def _may_be_ours(self, load: Load) -> bool:
+        """Tell whether what waits inside may be there for this limit: not, if its batch is full with fewer of ours."""
+        return self._exact >= min(self.batch or 0.0, load.running or 0.0)
 
     def _find_batch(self, load: Load, *, wanted: bool, elapsed_s: float) -> bool:
         """Learn the engine's batch size from what waits inside it; tell whether growing is out of place."""

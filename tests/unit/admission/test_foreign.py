@@ -95,6 +95,17 @@ def test_where_others_fill_an_engine_past_the_queue_a_learned_limit_holds_a_few_
     assert sum(desk.where(ticket) == "a" for ticket in tickets) == 40 // LAWS.foreign.each
 
 
+def test_below_the_batch_size_a_queue_inside_is_of_others_and_no_reason_against_a_higher_limit() -> None:
+    """It stayed at the 16 that it starts with, before engines of 32 that others filled: each of ours waited 30 s."""
+    desk = Desk(EndpointSpec("a"))
+    desk.fill(40)
+    for _ in range(8):
+        desk.observe("a", Load(running=32, waiting=8, tokens_per_s=600.0, kv_usage=0.5, output_tokens=600))
+        desk.advance(1.0)
+    assert desk.endpoint("a").limit.batch == 32
+    assert desk.endpoint("a").limit.value == 32
+
+
 def test_thresholds_that_a_person_chose_hold_beside_others_too() -> None:
     desk = full_of_others(EndpointSpec("a"), max_kv_usage=0.9)
     assert sum(desk.where(ticket) == "a" for ticket in desk.fill(12)) <= 1
