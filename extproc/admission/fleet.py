@@ -234,7 +234,6 @@ class Fleet:
         is_usable = endpoint.health.shut_by is None and not endpoint.removed  # `available`, without a call
         if is_usable is not endpoint.counted:
             endpoint.counted = is_usable
-            endpoint.held_since = None  # what held it before is another matter than that it is out, or back
             for pool in endpoint.pools:
                 pool.usable += 1 if is_usable else -1
             if not is_usable:

@@ -109,22 +109,6 @@ def test_since_when_an_endpoint_has_had_no_room_is_known_until_it_has_some():
     assert endpoint.held_since is None
 
 
-def test_since_when_an_endpoint_is_out_does_not_count_for_how_long_it_was_full_before():
-    desk = Desk(EndpointSpec("a", max_running_requests=1), EndpointSpec("b", max_running_requests=1))
-    endpoint = desk.endpoint("a")
-    for _ in range(2):
-        desk.ask()
-    desk.advance(30.0)
-    assert desk.now - endpoint.held_since == pytest.approx(30.0)
-    desk.set_up("a", is_up=False)
-    desk.advance(2.0)
-    assert desk.now - endpoint.held_since == pytest.approx(2.0)
-    desk.set_up("a", is_up=True)
-    desk.advance(1.0)
-    assert held(desk)["a"] is HeldBy.LIMIT
-    assert desk.now - endpoint.held_since == pytest.approx(1.0)
-
-
 def test_since_when_a_limit_is_what_its_reason_says_is_known_once_that_has_changed():
     desk = Desk(EndpointSpec("a"))
     endpoint = desk.endpoint("a")
