@@ -118,7 +118,8 @@ class Refusing:
             if drain is not None:
                 retry_s = pool.ahead_of(ticket.request_class.priority) / drain
             else:
-                retry_s = wait_s if outcome is Outcome.BUDGET_EXPIRED else 0.0
+                waited = outcome is Outcome.BUDGET_EXPIRED and ticket.waited_for is not None
+                retry_s = round(wait_s) if waited else 0.0  # its deadline, seen a moment later
             retry_s = min(retry_s, RETRY_AFTER_MAX_S)
         if ticket.waited_for in _BY_SIZE:
             self._tokens.doubt(ticket)

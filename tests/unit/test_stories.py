@@ -89,7 +89,7 @@ def test_a_refusal_tells_its_outcome_and_when_to_try_again() -> None:
     office.note(office.core.tick(office.now))
     told = office.tell("z")[-1]
     assert told.startswith("22:13:25.000     +5.000 s  refused, budget_expired (429): No inference server had room")
-    assert told.endswith("; Retry-After 1 s")
+    assert told.endswith("; Retry-After 5 s"), "as long as it waited: nothing else tells before the first answers"
 
 
 def test_one_that_came_back_too_late_tells_so_and_not_that_it_waited() -> None:
