@@ -42,6 +42,8 @@ _DURATIONS = frozenset(
     )
 )
 """Times that rules compare."""
+_NAME = re.compile(r"\[[^]]*\]")
+"""In a path: the number of a part, or its name, which may be any words."""
 _FREE = re.compile(r"metadata|filter_context|\.value\b|\.typed_struct")
 """In the path of what is a free structure: its keys are no fields of Envoy's."""
 _CLUSTER = ("grpc_service", "envoy_grpc", "cluster_name")
@@ -175,7 +177,7 @@ def read_numbers(spots: list[Spot]) -> list[str]:
     Text that Envoy reads as a number becomes one, and what is null is as if it were not there.
     """
     problems = []
-    for spot in (spot for spot in spots if not _FREE.search(spot.path)):
+    for spot in (spot for spot in spots if not _FREE.search(_NAME.sub("", spot.path))):
         for key in _NUMBERS & spot.node.keys():
             value = spot.node[key]
             if value is None:

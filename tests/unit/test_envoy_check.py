@@ -385,6 +385,16 @@ def test_a_field_that_is_no_number_is_named_and_one_that_envoy_reads_as_one_is_r
     ]
 
 
+def test_the_name_of_a_cluster_in_a_dump_is_no_free_structure_whatever_it_says(tmp_path):
+    cluster = {"name": "gke-metadata.svc", "circuit_breakers": {"thresholds": [{"max_requests": 1.5}]}}
+    path = tmp_path / "dump.json"
+    path.write_text(json.dumps({"configs": [{"dynamic_active_clusters": [{"cluster": cluster}]}]}))
+    with pytest.raises(ConfigError) as caught:
+        check_envoy(CONFIG, path)
+    where = "clusters[gke-metadata.svc].circuit_breakers.thresholds[0].max_requests"
+    assert caught.value.problems == [f"{where}: must be a whole number, not 1.5"]
+
+
 @pytest.mark.parametrize(
     "text",
     ["a: [", "a: 2024-13-45", "static_resources: &a [*a]", "a: " + "[" * 1500, "[" * 9000, "a: !!int x", "? [a]\n: 3"],
