@@ -359,22 +359,23 @@ def test_no_event_costs_more_the_more_wait(what: str, chosen: bool, monkeypatch:
     assert cost(3000) < 1.2 * cost(1000) + 200
 
 
+def costliest_tick_of(count: int, waiting: int) -> int:
+    """Have so many wait for so many models of which each gets an endpoint of its own, and settle them all."""
+    models = [f"m{number}" for number in range(count)]
+    core = core_of(1, lambda _: models)
+    for number in range(4 + waiting):
+        core.offer(Ticket(Request("", 1.0, model=models[number % count])), 1.0)
+    core.put_endpoints([EndpointSpec(f"own{model}", "", frozenset({model}), 1) for model in models], 2.0)
+    worst = 0
+    while core.next_deadline() == 2.0:
+        worst = max(worst, lines_of(lambda: core.tick(2.0)))
+    return worst
+
+
 def test_a_tick_that_settles_some_of_many_pools_costs_no_more_the_more_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each look at some of them left a run for each pool, and all runs of all pools were merged with each tick."""
     monkeypatch.setattr(settling, "PIECE", 20)
-    models = [f"m{number}" for number in range(20)]
-
-    def cost(waiting: int) -> int:
-        core = core_of(1, lambda _: models)
-        for number in range(4 + waiting):
-            core.offer(Ticket(Request("", 1.0, model=models[number % 20])), 1.0)
-        core.put_endpoints([EndpointSpec(f"own{model}", "", frozenset({model}), 1) for model in models], 2.0)
-        worst = 0
-        while core.next_deadline() == 2.0:
-            worst = max(worst, lines_of(lambda: core.tick(2.0)))
-        return worst
-
-    assert cost(3000) < 1.2 * cost(1000)
+    assert costliest_tick_of(20, 3000) < 1.2 * costliest_tick_of(20, 1000)
 
 
 def test_a_tick_that_settles_some_of_very_many_pools_costs_the_same_however_many_they_are(
@@ -382,19 +383,7 @@ def test_a_tick_that_settles_some_of_very_many_pools_costs_the_same_however_many
 ) -> None:
     """All pools were looked at in each tick, for their lines and their room, though most had nobody in the piece."""
     monkeypatch.setattr(settling, "PIECE", 20)
-
-    def cost(count: int) -> int:
-        models = [f"m{number}" for number in range(count)]
-        core = core_of(1, lambda _: models)
-        for number in range(4 + 4 * count):
-            core.offer(Ticket(Request("", 1.0, model=models[number % count])), 1.0)
-        core.put_endpoints([EndpointSpec(f"own{model}", "", frozenset({model}), 1) for model in models], 2.0)
-        worst = 0
-        while core.next_deadline() == 2.0:
-            worst = max(worst, lines_of(lambda: core.tick(2.0)))
-        return worst
-
-    assert cost(160) < 1.2 * cost(40)
+    assert costliest_tick_of(160, 4 * 160) < 1.2 * costliest_tick_of(40, 4 * 40)
 
 
 def test_an_event_that_sends_those_whom_it_settles_costs_hardly_more_than_one_that_finds_no_room() -> None:
