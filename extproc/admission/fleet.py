@@ -42,7 +42,7 @@ class Fleet:
         self._listings = 0
         self._at: dict[str, Endpoint] = {}  # who is there, by address
         self._left: dict[str, list[Ticket]] = {}  # what runs at an address that its holder has left
-        self._elsewhere: set[Ticket] = set()  # all of these: if its holder moves on, it still runs where it did
+        self._elsewhere: dict[Ticket, str] = {}  # where each of these runs: there it stays if its holder moves on
         self.is_shared = False
         self.changes: Alarms[Endpoint] = Alarms()
         self.due_at: float | None = None
@@ -90,9 +90,8 @@ class Fleet:
             before.removed = True
             before.pools = []
         self._at[address] = endpoint
-        left = self._left.pop(address, ())
-        self._elsewhere.difference_update(left)
-        for ticket in left:
+        for ticket in self._left.pop(address, ()):
+            del self._elsewhere[ticket]
             holder = ticket.endpoint
             if ticket.state is LEASED and holder is not None and holder is not endpoint:
                 endpoint.take_over(ticket, holder, now)
@@ -112,22 +111,23 @@ class Fleet:
             left = [ticket for ticket in endpoint.leases if ticket not in self._elsewhere]
             if left:
                 self._left.setdefault(address, []).extend(left)
-                self._elsewhere.update(left)
+                self._elsewhere.update(dict.fromkeys(left, address))
 
     def found(self, ticket: Ticket) -> None:
         """Note that a lease runs where it is counted: its gateway tells."""
-        if ticket in self._elsewhere:
-            self._elsewhere.remove(ticket)
-            for left in self._left.values():
-                if ticket in left:
-                    left.remove(ticket)
+        address = self._elsewhere.pop(ticket, None)
+        if address is not None:
+            self._left[address].remove(ticket)
 
     def _forget_what_ended(self, addresses: int) -> None:
         """Look at what was left at so many addresses, those first that were looked at longest ago."""
         for address in list(islice(self._left, addresses)):
-            left = self._left.pop(address)
-            self._elsewhere.difference_update(one for one in left if one.state is not LEASED)
-            running = [one for one in left if one.state is LEASED]
+            running = []
+            for ticket in self._left.pop(address):
+                if ticket.state is LEASED:
+                    running.append(ticket)
+                else:
+                    del self._elsewhere[ticket]
             if running:
                 self._left[address] = running
 

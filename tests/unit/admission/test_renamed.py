@@ -101,7 +101,7 @@ def test_what_a_gateway_says_runs_elsewhere_is_not_counted_where_it_was_sent() -
     for one in (ticket, other):
         here.core.release(one, 4.0)
     here.core.put_endpoints([at("c", "x", 3)], 5.0)
-    assert (here.core._fleet._left, here.core._fleet._elsewhere) == ({}, set())
+    assert (here.core._fleet._left, here.core._fleet._elsewhere) == ({}, {})
 
 
 def test_what_is_over_is_counted_nowhere_and_who_comes_back_has_its_own() -> None:
