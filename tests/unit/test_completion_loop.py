@@ -192,18 +192,18 @@ def test_the_self_test_is_silent(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def under_experiments(code: str) -> str:
-    """Run `code` in a process of its own, with what is switched of gRPC's; return what it says."""
+def under_experiments(code: str) -> tuple[str, str]:
+    """Run `code` in a process of its own, with what is switched of gRPC's; return what it says, and what gRPC logs."""
     environment = {**os.environ, "GRPC_EXPERIMENTS": cli.experiments("completion_queue", "unix:")}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=60
     )
-    return done.stdout + done.stderr
+    return done.stdout, done.stderr
 
 
 def test_grpc_knows_the_names_of_what_is_switched():
     """Else it goes on without, and a request costs a third more."""
-    assert under_experiments("from extproc.transport.completion.loop import make_loop; make_loop().close()") == ""
+    assert under_experiments("from extproc.transport.completion.loop import make_loop; make_loop().close()") == ("", "")
 
 
 LIMITED = """
@@ -229,8 +229,8 @@ server.stop(0).wait()
 
 def test_no_message_is_longer_than_the_limit_compressed_or_not():
     """With fused filters one that came compressed was as long as it liked in grpcio 1.82 and 1.83."""
-    said = under_experiments(LIMITED).split()
-    assert said == ["1000", "1000", "RESOURCE_EXHAUSTED", "RESOURCE_EXHAUSTED"]
+    said, _ = under_experiments(LIMITED)  # gRPC may log that its server went before the channel heard of its own end
+    assert said.split() == ["1000", "1000", "RESOURCE_EXHAUSTED", "RESOURCE_EXHAUSTED"]
 
 
 @pytest.mark.parametrize(("version", "fused"), [("1.82.0", False), ("1.83.9", False), ("1.84.0rc1", True)])
