@@ -137,7 +137,7 @@ class Door:
         guest.follower = Follower(hello.member, guest.link, hello.names, host.now(), hello.rules)
         guest.link.send(Welcome(host.me, host.epoch))
         leading.add(guest.follower)
-        leading.tell_status(guest.follower)
+        leading.tell_status(guest.follower, host.now())
         differs = leading.differs(guest.follower)
         if differs:
             host.log.warning(

@@ -434,10 +434,16 @@ class Leading:
             for lesson in lessons:
                 follower.link.send(lesson)
 
-    def tell_status(self, follower: Follower, *, limits: bool = True) -> None:
+    def tell_all(self, *, limits: bool = True) -> None:
+        """Tell all followers. If this process was stopped, a look at the clock ends our leadership first."""
+        now = self._gate.now()
+        for follower in self.followers.values():
+            self.tell_status(follower, now, limits=limits)
+
+    def tell_status(self, follower: Follower, now: float, *, limits: bool = True) -> None:
         """Tell a follower that we hear it, and what it is to know; it answers at once."""
         endpoints = self._gate.controller.endpoints.values()
-        number = follower.tell(self._gate.now())
+        number = follower.tell(now)
         status = Status(
             follower.heard,
             self._census.count(self.group) or 0,
@@ -481,8 +487,7 @@ class Leading:
     def _ask(self) -> None:
         """Have all followers answer, for pages that came lately."""
         self._asks = False
-        for follower in self.followers.values():
-            self.tell_status(follower, limits=False)
+        self.tell_all(limits=False)
 
     def _is_not_there(self, ticket: Forwarded) -> None:
         """Follow that a follower's request is over, or elsewhere: so it may have been when an engine was looked at."""

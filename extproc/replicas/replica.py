@@ -440,8 +440,7 @@ class Replica:
             return
         leading.drop(follower, clean=clean)
         self._on_loss()
-        for other in leading.followers.values():
-            leading.tell_status(other)
+        leading.tell_all()
 
     # ---- whom we follow
 
@@ -524,7 +523,7 @@ class Replica:
                 follower.link.close()
                 self.lose_follower(follower, clean=False)
             else:
-                leading.tell_status(follower)
+                leading.tell_status(follower, now)
         if now - self._taught_at >= TEACH_S:
             self._taught_at = now
             leading.teach()

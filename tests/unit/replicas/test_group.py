@@ -20,7 +20,7 @@ from extproc.observe.recording import Recorder, Recording
 from extproc.replicas.door import Guest
 from extproc.replicas.messages import VERSION, Asked, Held, Hello, Member, Offer, Purpose, Refuse
 from extproc.replicas.picture import Role
-from extproc.replicas.replica import SILENCE_S
+from extproc.replicas.replica import SILENCE_S, STOPPED_S
 
 from .sidecar import Client
 from .site import BrokenError, Site, require
@@ -231,6 +231,19 @@ def test_a_leader_that_was_stopped_for_a_moment_is_counted_on_by_who_followed_it
     here.net.cut(here.sidecars, here.sidecars)
     here.run(8.0)
     assert [one.controller.endpoints["e0"].quota for one in here.alive] == [4, 4, 4]
+
+
+def test_a_leader_that_finds_as_it_asks_its_followers_that_it_was_stopped_leads_no_more():
+    """Its followers went while it told one after the other: an error, and a page of an engine was not asked about."""
+    here = site()
+    one = leader(here).replica
+    leading = one.leading
+    assert leading is not None
+    here.clock.now += STOPPED_S + 0.1
+    leading._ask()
+    assert one.leading is None
+    here.run(10.0, here.check)
+    assert here.is_one_group()
 
 
 def test_a_number_that_a_follower_gives_twice_holds_no_slot_for_ever():
