@@ -232,6 +232,7 @@ class Controller(Sharing):
                 self._lines.go_anywhere(ticket)
                 self._lines.set_alarm(ticket, placed(ticket.pool))
         self._fleet.pass_time(now)
+        self._books.pools.every.tenants.forget_some()
         self._books.settles = bool(self._lines.left)
         return self._end()
 

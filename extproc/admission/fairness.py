@@ -25,6 +25,8 @@ TRACKED: Final = 1 / 2
 """Who asked last is noted once this share of what may be remembered is: till then nobody is near being forgotten."""
 MOST_TENANTS, LEAST_TENANTS = 100_000, 16
 """The most of all pools and priorities together, parted evenly; and the least of each, however many there are."""
+AT_ONCE: Final = 500
+"""Tenants that are forgotten in one go: an eighth of a millisecond's worth."""
 
 
 class Flow:
@@ -97,11 +99,12 @@ class FairShare:
 
     def begin_anew(self) -> None:
         """Forget what everybody was promised: places are given by other rules from now on."""
-        self._tenants.clear()
+        self._memory.drop(self._tenants)
+        self._tenants = OrderedDict()
 
     def forget_beyond(self, most: int) -> None:
-        """Forget those that asked longest ago, down to `most`."""
-        while len(self._tenants) > most:
+        """Forget those that asked longest ago, down to `most`; of many some."""
+        for _ in range(min(len(self._tenants) - most, AT_ONCE)):
             self._tenants.popitem(last=False)
 
 
@@ -155,19 +158,44 @@ class Turns:
 class Memory:
     """How many tenants the shares of all pools remember, and the turns of all endpoints.
 
+    Who is to be forgotten may be very many: some with each tick, so that no event has to free all.
+
     Attributes:
         each: the most of one share.
         each_turns: the most of one endpoint's turns at one priority.
     """
 
-    __slots__ = ("_shares", "_turns", "each", "each_turns")
+    __slots__ = ("_dropped", "_shares", "_shares_over", "_turns", "_turns_over", "each", "each_turns")
 
     def __init__(self) -> None:
         """Start without shares."""
         self._shares: list[FairShare] = []
+        self._shares_over: list[FairShare] = []  # those that remembered more than `each` when that became less
         self.each = MAX_TENANTS
         self._turns: list[Turns] = []
+        self._turns_over: list[Turns] = []  # likewise
         self.each_turns = MAX_TURNS
+        self._dropped: list[OrderedDict[str, Flow]] = []  # what shares remembered that began anew, or are gone
+
+    def drop(self, tenants: OrderedDict[str, Flow]) -> None:
+        """Forget what a share remembered of its tenants."""
+        self._dropped.append(tenants)
+
+    def forget_some(self) -> None:
+        """Forget some of those who are to be forgotten."""
+        if self._dropped:
+            tenants = self._dropped[-1]
+            for _ in range(min(len(tenants), AT_ONCE)):
+                tenants.popitem()
+            if not tenants:
+                self._dropped.pop()
+        elif self._shares_over:
+            share = self._shares_over[-1]
+            share.forget_beyond(self.each)
+            if len(share) <= self.each:
+                self._shares_over.pop()
+        elif self._turns_over:
+            self._turns_over.pop().forget_beyond(self.each_turns)
 
     def share(self) -> FairShare:
         """Return a new share. The others may have to forget some of their tenants."""
@@ -178,14 +206,17 @@ class Memory:
 
     def keep(self, shares: Iterable[FairShare]) -> None:
         """Go on with these alone: the pools of others are gone."""
-        self._shares = list(shares)
+        kept = dict.fromkeys(shares)
+        for share in self._shares:
+            if share not in kept:
+                share.begin_anew()
+        self._shares = list(kept)
         self._part_shares()
 
     def _part_shares(self) -> None:
         each = min(_part(len(self._shares)), MAX_TENANTS)
         if each < self.each:
-            for share in self._shares:
-                share.forget_beyond(each)
+            self._shares_over = [share for share in self._shares if len(share) > each]
         self.each = each
 
     def turns(self) -> Turns:
@@ -203,8 +234,7 @@ class Memory:
     def _part_turns(self) -> None:
         each = min(_part(len(self._turns)), MAX_TURNS)
         if each < self.each_turns:
-            for one in self._turns:
-                one.forget_beyond(each)
+            self._turns_over = [one for one in self._turns if len(one) > each]
         self.each_turns = each
 
 

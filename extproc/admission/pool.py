@@ -194,7 +194,7 @@ class Pool:
         self.open[endpoint] = None
         heappush(self._by_room, (endpoint.crowding, endpoint.listing, endpoint))
         if len(self._by_room) > 2 * len(self.open) + SLACK:
-            self._by_room = [entry for entry in self._by_room if _is_true(entry)]
+            self._by_room = [entry for entry in self._by_room if entry[2].listing == entry[1]]  # no call for each
             heapify(self._by_room)
         if self._by_cache is not None:
             heappush(self._by_cache, (-endpoint.cache_room, endpoint.listing, endpoint))

@@ -41,7 +41,7 @@ LOOKS = 3
 """So many times a piece are looked at in one event."""
 LOOKED_S = 1.0
 """For so long; then twice as many, and so on. A change of pools begins it anew, and many in a row must let it end."""
-GOING = 3
+GOING = 4
 """Who is dispatched costs so many times as much: as much fewer are a piece where there is room, or all are let go."""
 
 
@@ -223,9 +223,14 @@ class Settling:
         """Return about how many of a piece may be dispatched: all, as far as the emptiest ones and those freed tell."""
         if not self._books.policy.enable_queue:
             return PIECE
-        emptiest = [one for pool in pools if (one := pool.emptiest()) is not None]
-        freed = [one for one in self._books.freed if one.closed_by is None]
-        return sum(max(one.limit.value - one.held, 1) for one in (*emptiest, *freed))
+        room = sum(max(one.limit.value - one.held, 1) for one in self._books.freed if one.closed_by is None)
+        for pool in pools:
+            if room >= PIECE:
+                break
+            one = pool.emptiest()
+            if one is not None:
+                room += max(one.limit.value - one.held, 1)
+        return room
 
     def _pool_of(self, ticket: Ticket) -> Pool:
         pools, request = self._books.pools, ticket.request

@@ -35,8 +35,8 @@ def test_without_a_queue_and_without_endpoints_a_request_is_refused() -> None:
 
 def test_switching_the_queue_off_lets_all_go_at_once() -> None:
     desk = Desk(one("a"), one("b"))
-    tickets = desk.fill(50)
-    tickets += [desk.ask(home="a") for _ in range(25)]
+    tickets = desk.fill(40)
+    tickets += [desk.ask(home="a") for _ in range(20)]
     desk.set_policy(Policy(classes=CLASSES, enable_queue=False))
     assert all(in_use(tickets))
     assert desk.order[:2] == ["filler0", "filler1"]
@@ -45,7 +45,7 @@ def test_switching_the_queue_off_lets_all_go_at_once() -> None:
 def test_switching_the_queue_off_lets_all_go_though_every_endpoint_is_down() -> None:
     desk = Desk(one("a"))
     desk.set_up("a", is_up=False)
-    tickets = [Ticket(Request(str(number), desk.now)) for number in range(75)]
+    tickets = [Ticket(Request(str(number), desk.now)) for number in range(60)]
     for ticket in tickets:
         desk.core.offer(ticket, desk.now)
     decisions = desk.core.set_policy(Policy(enable_queue=False), desk.now)
@@ -71,7 +71,7 @@ def test_of_many_for_whom_there_is_no_endpoint_some_are_refused_in_each_event_on
 
 
 def test_those_who_are_yet_to_go_when_the_queue_is_on_again_wait_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settling, "PIECE", 9)
+    monkeypatch.setattr(settling, "PIECE", 12)
     desk = Desk(one("a", 4))
     held, waiting = desk.fill(4), desk.fill(8)
     desk.set_policy(Policy(classes=CLASSES, enable_queue=False))
