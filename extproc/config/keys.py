@@ -88,7 +88,9 @@ class Config(Section):
         False, description="Off: endpoints are chosen and counted, nothing is held, or refused for load."
     )
     dry_run: bool = Field(
-        False, description="Hold nothing; count in metrics what would have been held or refused, were the queue on."
+        False,
+        description="Hold nothing; count in metrics what would have been held or refused, were the queue on. "
+        "A restart changes it, and with it an `enable_queue: true` that came in the same file.",
     )
     endpoints: list[EndpointConfig] = Field([], description="The inference servers.")
     discovery: list[DiscoveryConfig] = Field([], description="Sources of more endpoints. Needs `envoy_clusters_file`.")
@@ -230,13 +232,13 @@ class Config(Section):
     tracing: bool = Field(
         False,
         description="OpenTelemetry: the time in the queue as a span of the trace that the request's `traceparent` "
-        "names. Needs `pip install extproc-queue[otel]`; OTEL_... environment variables say where to. Render Envoy's "
+        "names. Needs the extra `otel`; OTEL_... environment variables say where to. Render Envoy's "
         "configuration again after a change.",
     )
     otlp_metrics: bool = Field(
         False,
         description="OpenTelemetry: send the metrics of `/metrics` by OTLP over HTTP too, and count "
-        "`gen_ai.server.request.duration`. Needs `pip install extproc-queue[otel]`; OTEL_... environment variables say "
+        "`gen_ai.server.request.duration`. Needs the extra `otel`; OTEL_... environment variables say "
         "where to and how often.",
     )
     metrics_aliases: bool = Field(

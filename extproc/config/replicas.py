@@ -18,7 +18,7 @@ from extproc.config.types import (
 
 
 class ValkeyConfig(Section):
-    """Valkey 7 or Redis 6 and later. Needs `pip install extproc-queue[valkey]`."""
+    """Valkey 7 or Redis 6 and later. Needs the extra `valkey`."""
 
     url: StoreUrl = Field(
         description="Like `valkey://10.0.0.7:6379/0`; `valkeys://` is TLS; `redis://`, `rediss://` and `unix:///path` "

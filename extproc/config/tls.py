@@ -35,7 +35,7 @@ class TlsConfig(Section):
     self_signed: bool = Field(
         False,
         description="Make a certificate at start instead: for gateways that want TLS and look at no certificate. Needs "
-        "`pip install extproc-queue[picker]`.",
+        "the extra `picker`.",
     )
     client_ca_file: FilePath | None = Field(
         None, description="Mutual TLS: only who shows a certificate signed by this CA may connect. Unset: anyone may."

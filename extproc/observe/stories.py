@@ -131,8 +131,9 @@ def _waiting(ticket: Ticket) -> list[tuple[float, str]]:
     if ticket.predicted_s is not None:
         events.append((began, f"its wait was predicted to be {ticket.predicted_s:.1f} s"))
     if ticket.home is not None:
-        until_s = ticket.patience_until - began
-        events.append((began, f"{ticket.home.name} is its home: nobody else gets it until {until_s:+.3f} s"))
+        until_s = ticket.patience_until - began  # unset where its home was not up, or another sidecar decided
+        until = f": nobody else gets it until {until_s:+.3f} s" if until_s > 0.0 else ""
+        events.append((began, f"{ticket.home.name} is its home{until}"))
     return events
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 SETTLE_S = 4.0
 """How long a start waits until it is clear who leads; requests that come before would wait as long."""
 MOST_HOST = 40
+NEVER = "and never has: until it does, or a leader is found, one request at a time goes to each engine"
 ASKABLE = ("queues", "view")
 ANSWER_S = 1.0
 """How long a page waits for the leader's word before it shows what is known here."""
@@ -153,7 +154,8 @@ class Membership:
             if problem != self._problem:
                 log.exception("the store of replicas could not be asked: please report it")
         if problem is not None and self._problem is None:
-            log.warning("the store does not answer, nothing changes meanwhile: %s", problem)
+            never = self.replica.census.answered_at is None
+            log.warning("the store does not answer, %s: %s", NEVER if never else "nothing changes meanwhile", problem)
         elif problem is None and self._problem is not None:
             log.info("the store answers again")
         self._problem = problem

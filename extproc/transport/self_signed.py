@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 
-from extproc.errors import ConfigError
+from extproc.errors import ConfigError, pip_install
 
 YEARS = 10
 """A process does not live so long."""
@@ -25,7 +25,7 @@ def make() -> tuple[bytes, bytes, float, float]:
         from cryptography.hazmat.primitives import hashes, serialization
         from cryptography.hazmat.primitives.asymmetric import ec
     except ImportError as error:
-        problem = f"tls.self_signed: needs cryptography: `pip install 'extproc-queue[picker]'` ({error})"
+        problem = f"tls.self_signed: needs cryptography: {pip_install('picker')} ({error})"
         raise ConfigError("configuration", [problem]) from None
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, NAME)])

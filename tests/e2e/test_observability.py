@@ -223,7 +223,7 @@ def test_without_the_extra_it_is_a_clear_error_and_off_it_is_not_even_imported(t
         [sys.executable, "-c", blocked, "serve", "--config", str(file)], capture_output=True, text=True, timeout=30
     )
     assert done.returncode == 1
-    assert "pip install 'extproc-queue[otel]'" in done.stderr
+    assert "`pip install 'opentelemetry-sdk<2,>=1.45' 'opentelemetry-exporter-otlp-proto-http<2,>=1.45'`" in done.stderr
     assert "Traceback" not in done.stderr
     quiet = (
         "import asyncio, sys; from extproc.app import App; from extproc.config import Config\n"

@@ -41,6 +41,14 @@ def test_the_story_of_a_request_is_a_page_and_a_command(capsys):
     asyncio.run(scenario())
 
 
+def test_why_of_no_id_says_where_one_is(capsys):
+    """`why "$ID"` of a variable that is not set said `404: Not Found`."""
+    with pytest.raises(SystemExit) as caught:
+        main(["why", ""])
+    assert caught.value.code == 2
+    assert "ID: is empty: an answer's header x-request-id" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("shares", [False, True], ids=["alone", "among others"])
 def test_who_asks_for_an_unknown_id_is_sent_to_the_other_sidecars_where_there_are_any(shares):
     async def scenario() -> None:

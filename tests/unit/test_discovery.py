@@ -134,6 +134,29 @@ def test_a_sidecar_puts_an_objective_that_its_file_lists_into_that_class_and_fol
     assert asyncio.run(main()) == ["batch", "batch", "standard", "batch"]
 
 
+def test_who_asks_for_a_dry_run_gets_no_queue_before_the_restart_that_it_needs():
+    """The documents said to set both keys: one was in use a second later, and held and refused until the restart."""
+
+    async def main() -> list[tuple[bool, tuple[str, ...]]]:
+        def keys(**ours: object) -> Config:
+            return config(listen="127.0.0.1:0", admin="127.0.0.1:0", **ours)
+
+        app, seen = App(keys(), asyncio.get_running_loop()), []
+        for ours in ({"enable_queue": True, "dry_run": True}, {"enable_queue": True}, {"dry_run": True}):
+            app.adopt(keys(**ours))
+            seen.append((app.gate.controller.policy.enable_queue, app._restart_needed))
+        app.adopt(keys(enable_queue=True))
+        app.adopt(keys(enable_queue=True, dry_run=True))
+        return [*seen, (app.gate.controller.policy.enable_queue, app._restart_needed)]
+
+    assert asyncio.run(main()) == [
+        (False, ("dry_run", "enable_queue")),
+        (True, ()),
+        (False, ("dry_run",)),
+        (True, ("dry_run",)),  # it was on: that it goes on is no surprise
+    ]
+
+
 def test_a_fault_of_ours_at_the_endpoints_of_a_reload_keeps_none_of_its_sources_back(monkeypatch):
     async def main() -> list[object]:
         app = App(config(listen="127.0.0.1:0", admin="127.0.0.1:0"), asyncio.get_running_loop())

@@ -69,6 +69,15 @@ def test_a_request_that_waited_tells_why_where_it_went_and_how_it_ended() -> Non
     ]
 
 
+def test_of_a_home_that_was_down_no_time_is_told_for_which_it_is_kept() -> None:
+    """`vllm-b is its home: nobody else gets it until -47714.689 s` was said of one whose only server was down."""
+    office = Office(enable_queue=True)
+    office.core.set_up("b", office.now, is_up=False)
+    office.offer("first")
+    office.offer("waits", home="b")
+    assert [line for line in office.tell("waits") if "home" in line] == ["22:13:20.000     +0.000 s  b is its home"]
+
+
 def test_one_that_runs_where_nobody_is_sent_any_more_tells_so() -> None:
     """Found on call: of a request at an engine that hung, and was down by its checks, it said only `no answer yet`."""
     office = Office()

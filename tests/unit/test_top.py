@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from dataclasses import replace
+from uuid import UUID
 
 import pytest
 
@@ -109,6 +110,23 @@ def test_on_a_narrow_terminal_top_leaves_columns_out_and_cuts_none(width):
     assert head[:4] == ["ENDPOINT", "STATE", "HELD", "BY"]
     assert "SENT" in head
     assert any(row.startswith("LONGEST WAITING") for row in drawn)
+
+
+@pytest.mark.parametrize(
+    ("who", "columns"),
+    [
+        ({}, ["REQUEST"]),
+        ({"tenant": "acme"}, ["TENANT"]),
+        ({"allowed": frozenset({"vllm-0"})}, ["MAY", "GO", "TO"]),
+    ],
+)
+def test_a_narrow_terminal_shows_the_ids_that_why_asks_for_unless_other_columns_tell_something(who, columns):
+    """Found on a walk: 80 characters had a column of `any` and one of `-`, and no id."""
+    room = Room(endpoints=2)
+    room.offer(2)
+    room.offer(1, id=str(UUID(int=0)), **who)
+    (heading,) = [row for row in lines(room.view(), 80, 24) if row.startswith("LONGEST WAITING")]
+    assert heading.split()[-len(columns) :] == columns
 
 
 def test_endpoints_that_only_refused_clients_mistakes_are_told_apart_from_those_that_are_down():

@@ -13,7 +13,7 @@ import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from extproc.errors import ConfigError
+from extproc.errors import ConfigError, pip_install
 from extproc.replicas.messages import LAST, Member
 from extproc.replicas.stores import StoreError
 
@@ -21,7 +21,7 @@ try:
     from valkey.asyncio import Valkey
     from valkey.exceptions import ValkeyError
 except ImportError as missing:
-    problem = f"replicas.valkey: needs a client, which is not here: `pip install 'extproc-queue[valkey]'` ({missing})"
+    problem = f"replicas.valkey: needs a client, which is not here: {pip_install('valkey')} ({missing})"
     raise ConfigError("configuration", [problem]) from None
 
 if TYPE_CHECKING:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 
 import pytest
 
+from extproc.app import App
 from extproc.config import parse_config
 from extproc.errors import ConfigError
 
@@ -57,11 +59,28 @@ def test_a_password_in_the_stores_url_is_shown_nowhere():
     assert "hush" not in str(problems("replicas: {valkey: {url: 'nonsense://hush@x'}}"))
 
 
+@pytest.mark.parametrize(
+    ("answered", "says"), [(False, "and never has: until it does, or a leader"), (True, "nothing changes meanwhile: ")]
+)
+def test_a_store_that_never_answered_is_told_apart_from_one_that_is_silent_now(answered, says, caplog):
+    """A start without its store said that nothing changes: it sends one request at a time to each engine."""
+
+    async def main() -> None:
+        text = "replicas: {listen: '127.0.0.1:0', valkey: {url: 'unix:///nowhere'}}"
+        app = App(parse_config(text, "file", {}), asyncio.get_running_loop())
+        if answered:
+            app.membership.replica.store_says([])
+        await app.membership._ask_store()
+
+    asyncio.run(main())
+    assert f"the store does not answer, {says}" in caplog.text
+
+
 def test_without_the_client_of_the_store_the_error_says_what_to_install(monkeypatch):
     from extproc.replicas.stores import store_of
 
     config = parse_config(f"replicas: {{{VALKEY}}}", "file", {}).replicas
     monkeypatch.delitem(sys.modules, "extproc.replicas.stores.valkey", raising=False)
     monkeypatch.setitem(sys.modules, "valkey.asyncio", None)
-    with pytest.raises(ConfigError, match=r"pip install 'extproc-queue\[valkey\]'"):
+    with pytest.raises(ConfigError, match=r"`pip install 'valkey<7,>=6.1'`"):
         store_of(config)
