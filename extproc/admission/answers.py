@@ -73,9 +73,12 @@ class Answers:
 
     def _served(self, ticket: Ticket, endpoint: Endpoint, pool: Pool) -> None:
         ticket.is_answered = True
+        is_led = ticket.home is not None and self._is_led(ticket, endpoint)
         pool.record.served += 1
+        if is_led:
+            pool.record.led += 1
         if self._records is not None:
-            self._records.served(ticket.request.model)
+            self._records.served(ticket.request.model, is_led=is_led)
             endpoint.missing.served(ticket.request.model)
         if endpoint.health.answered(self._books.now):
             self._fleet.changed(endpoint)

@@ -8,7 +8,8 @@ An endpoint is made of it, and asks it before it looks at its own room; only the
 
 A refusal is any answer that is not what a client came for, or none at all: no status code is looked up in a list. What
 counts is that the others serve what this one refuses. So a client's own mistakes, which all refuse, and an outage that
-all share put nobody out. Who is unknown, in doubt or on trial is sent a few requests at a time.
+all share put nobody out; and where a client's are refused all day, as many in a row as that makes likely are no news.
+Who is unknown, in doubt or on trial is sent a few requests at a time.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 BREAKER_S: Final = 1.0
 """So late one more is tried than a breaker of Envoy's let through, at first: each that it does not costs a request."""
 BREAKER_MOST_S: Final = 30.0
+USUAL_S: Final = 10.0
+"""How far back one looks for what a pool refuses all the time, and up to twice as far."""
 EJECTED = "ejected after failures"
 """The condition of an endpoint that is out."""
 
@@ -36,15 +39,27 @@ class Record:
 
     Attributes:
         served: answers that were good.
-        refused: those that were not.
+        led: those of them whose client had them go where they went. Refusals of such are not counted.
+        refused: answers that were not good.
     """
 
-    __slots__ = ("refused", "served")
+    __slots__ = ("_earlier", "_later", "_noted_at", "led", "refused", "served")
 
     def __init__(self) -> None:
         """Start without any."""
-        self.served = 0
-        self.refused = 0
+        self.served = self.led = self.refused = 0
+        self._earlier = self._later = (0, 0, 0)  # numbers of two moments
+        self._noted_at = 0.0
+
+    def now(self) -> tuple[int, int, int]:
+        """Return all three numbers."""
+        return self.served, self.led, self.refused
+
+    def before(self, now: float) -> tuple[int, int, int]:
+        """Return what they were a while ago, USUAL_S at least. It is asked for when an endpoint begins to refuse."""
+        if now - self._noted_at >= USUAL_S:
+            self._earlier, self._later, self._noted_at = self._later, self.now(), now
+        return self._earlier
 
 
 class Streak:
@@ -52,24 +67,44 @@ class Streak:
 
     Attributes:
         record: of the pool.
+        before: its numbers a while before the first of them.
         count: refusals in a row.
-        refused, served: the record's numbers before the first of them.
     """
 
-    __slots__ = ("count", "record", "refused", "served")
+    __slots__ = ("_begun", "before", "count", "record")
 
-    def __init__(self, record: Record) -> None:
-        """Begin with what `record` says now."""
+    def __init__(self, record: Record, before: tuple[int, int, int]) -> None:
+        """Begin with what `record` says now, and said `before`."""
         self.record = record
+        self.before = before
         self.count = 0
-        self.served = record.served
-        self.refused = record.refused
+        self._begun = record.now()
 
     def peers_share(self) -> float:
         """Return the share of their requests that the others of the pool refused meanwhile; 1/2: nobody can say."""
-        record = self.record
-        refused = record.refused - self.refused - self.count
-        return (refused + 1) / (refused + record.served - self.served + 2)
+        served, _, refused = self._begun
+        refused = self.record.refused - refused - self.count
+        return (refused + 1) / (refused + self.record.served - served + 2)
+
+    def _peers(self, since: tuple[int, int, int]) -> tuple[int, int]:
+        """Return what the others served and refused `since` then, of what may be compared with requests that fail.
+
+        Where they refuse any, a good answer to one that was led there is left out: it shows that it works for those
+        who go there by themselves, and bad requests that nobody leads may all have come here.
+        """
+        record, (served, led, refused) = self.record, since
+        served, refused = record.served - served, record.refused - refused - self.count
+        return served - (record.led - led) if refused else served, refused
+
+    def is_usual(self, law: HealthLaw) -> bool:
+        """Tell whether so many in a row are no news, by the share that the others refuse all the time.
+
+        What they did since the first of them says little: a client's bad requests are over at once, and so go to the
+        emptiest one after the other. A few are taken as served that nobody saw: the first refusals are news.
+        """
+        served, refused = self._peers(self.before)
+        usual: float = (refused / (refused + served + law.few)) ** self.count
+        return usual > law.chance
 
     def chance(self) -> float:
         """Return the chance that one who is as its peers are refuses so many in a row, by what these did meanwhile.
@@ -77,9 +112,8 @@ class Streak:
         Of a few good answers of theirs little follows, however many it refused: one client's bad requests may all have
         come here. (Laplace's rule of succession, for all of them together.)
         """
-        record = self.record
-        refused = record.refused - self.refused - self.count
-        answers = refused + record.served - self.served
+        served, refused = self._peers(self._begun)
+        answers = served + refused
         return exp(
             lgamma(refused + self.count + 1)
             - lgamma(refused + 1)
@@ -354,15 +388,17 @@ class Health:
             return
         streak = self._streaks.get(record)
         if streak is None:
-            streak = self._streaks[record] = Streak(record)
+            streak = self._streaks[record] = Streak(record, record.before(now))
         streak.count += 1
         record.refused += 1
         share = streak.peers_share()
-        if not is_own_fault and share > 0.5:  # the others refuse as well: as good as they are
+        if not is_own_fault and streak.is_usual(self.law):
             self.is_failing = False
             if self.is_known and not self.on_trial:
                 self._doubt = None
-            return
+                return
+            if share > 0.5:  # the others refuse as well: as good as they are
+                return
         is_seen = is_certain or streak.count >= self.law.eject_after
         chance = share**streak.count if is_own_fault else streak.chance()
         if has_peers and is_seen and (is_certain or chance <= self.law.chance):

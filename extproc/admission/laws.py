@@ -225,14 +225,15 @@ class HealthLaw:
     """When an endpoint is doubted or ejected, and how it comes back.
 
     Attributes:
-        eject_after: refusals in a row that bring an endpoint into doubt: fewer are everyday's bad luck.
+        eject_after: refusals in a row that bring an endpoint into doubt: fewer are everyday's bad luck. Where its peers
+            refuse some all the time, so many as come to one like them by a chance of `chance`.
         chance: an endpoint is ejected when its refusals in a row would come to one that is as its peers are by a
             smaller chance.
         eject_s, eject_most_s: the first ejection; each one that follows without a good answer between lasts twice as
             long, up to the latter.
         full_s: how long an endpoint that refused a request as full is left alone.
         few: requests that one is sent at first that nobody has heard of: with the next one a dead endpoint costs
-            `eject_after`.
+            `eject_after`. So many good answers are assumed before what peers refuse makes a refusal usual.
         quiet_s: an idle endpoint that showed no sign of life for so long, by an answer or its page, gets a few at
             first: it may have died. Above the default scrape_interval and scrape_timeout together: who has a page that
             is read is not meant.

@@ -35,12 +35,13 @@ class Records:
         """Start without any."""
         self._records: dict[str, Record] = {}
 
-    def served(self, model: str | None) -> None:
-        """Count a good answer."""
+    def served(self, model: str | None, *, is_led: bool) -> None:
+        """Count a good answer; `is_led`: its client had it go where it went."""
         if model is not None:
             record = self._records.get(model)
             if record is not None:
                 record.served += 1
+                record.led += is_led
 
     def of(self, model: str) -> Record:
         """Return what is known of a model, of which a request was refused."""
@@ -116,16 +117,18 @@ class Missing:
                 if oldest is None:
                     return False  # it lacks more than anybody should
                 del self._known[oldest]
-            known = self._known[model] = _Model(Streak(record))
+            known = self._known[model] = _Model(Streak(record, record.before(now)))
         elif known.streak.record is not record:
-            known.streak = Streak(record)
+            known.streak = Streak(record, record.before(now))
         law, streak = self.law, known.streak
         record.refused += 1
         streak.count += 1
         if known.until is not None:
             return False  # it was sent before
-        if streak.count < law.eject_after or streak.count <= in_a_row or streak.chance() > law.chance:
-            return False  # too few, the endpoint as a whole, or others refuse it, too
+        if streak.count < law.eject_after or streak.count <= in_a_row:
+            return False  # too few, or the endpoint as a whole
+        if streak.is_usual(law) or streak.chance() > law.chance:
+            return False  # others refuse it, too
         known.ejections += 1
         known.until = now + law.ejection_s(known.ejections)
         self._changed()

@@ -68,7 +68,9 @@ class HealthLearningConfig(Section):
     """When a server is doubted, when it is ejected, and how it comes back."""
 
     eject_after: Many = Field(
-        _HEALTH.eject_after, description="Refusals in a row that bring a server, or one of its models, into doubt."
+        _HEALTH.eject_after,
+        description="Refusals in a row that bring a server, or one of its models, into doubt; more where others refuse "
+        "some all the time.",
     )
     chance: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         _HEALTH.chance,

@@ -124,6 +124,72 @@ def test_what_the_last_one_left_refuses_is_held_against_none_that_comes_back() -
     assert not ward.is_ejected("b")
 
 
+def live(ward: Ward, lasts_s: float, bad: int, but: str = "") -> None:
+    """Have every engine in use by many, but for one, and so many of ten requests refused."""
+    for _ in range(round(10 * lasts_s)):
+        is_bad = round(10 * ward.now) * 7 % 10 < bad
+        for name in ward.core.endpoints:
+            if name != but:
+                ward.answer(name, Answer.REFUSED if is_bad else Answer.OK)
+        ward.advance(0.1)
+
+
+@pytest.mark.parametrize("answer", [*CLIENTS_MAYBE, Answer.TIMEOUT])
+@pytest.mark.parametrize(("bad", "in_a_row"), [(2, 6), (5, 12), (8, 40)])
+def test_where_a_client_is_refused_all_day_more_of_its_requests_in_a_row_hold_nobody_back(
+    answer: Answer, bad: int, in_a_row: int
+) -> None:
+    """They all go to the emptiest. Five of them closed it for all: it got one a step, mostly a bad one again."""
+    ward = Ward("abcd")
+    live(ward, 30.0, bad)
+    ward.serve("a")
+    assert ward.answer("a", answer, in_a_row) == in_a_row
+    assert len(ward.burst("a")) == 64
+
+
+def test_the_first_refusals_in_a_row_are_news() -> None:
+    ward = Ward("abcd")
+    live(ward, 30.0, 0)
+    assert ward.answer("a", Answer.ERROR, 64) == EJECT_AFTER
+
+
+def test_what_was_refused_long_ago_is_no_excuse() -> None:
+    ward = Ward("abcd")
+    live(ward, 30.0, 5)
+    for _ in range(2):
+        live(ward, 15.0, 0)
+        ward.answer("b", Answer.ERROR)
+    assert ward.answer("a", Answer.ERROR, 64) == EJECT_AFTER
+
+
+@pytest.mark.parametrize("bad", [6, 8])
+def test_a_client_that_is_refused_all_day_shields_no_broken_engine(bad: int) -> None:
+    """Where more than half was refused, it was as good as the others: it was never left, and got what it could."""
+    ward, cost = Ward("abcd"), 0
+    live(ward, 30.0, bad)
+    while not ward.is_ejected("a"):
+        cost += ward.answer("a", Answer.ERROR)
+        assert cost < 100
+        live(ward, 0.1, bad, but="a")
+
+
+@pytest.mark.parametrize("model", [None, "m"])
+def test_who_serves_sessions_is_no_measure_for_one_that_only_bad_requests_come_to(model: str | None) -> None:
+    """Those of sessions go where they are at home, and so the bad ones of others to an engine where nobody is."""
+    ward = Ward("abc", limit=4)
+    for name in "bc":
+        ward.release(offer(ward, session=name, model=model, allowed=frozenset(name)), Answer.OK)
+    for _ in range(400):
+        held = [offer(ward, session=name, model=model) for name in "bc"]
+        ward.release(ward.ask(model=model), Answer.REFUSED)  # to the emptiest that has room
+        for ticket in held:
+            ward.release(ticket, Answer.OK)
+        ward.advance(0.05)
+        assert not ward.is_ejected("a")
+        assert not ward.core.endpoints["a"].missing.models
+    assert len(ward.burst("a")) == 4
+
+
 class Town:
     """Engines in use by many, and one client more whose requests are refused wherever they go, in 10 ms."""
 
