@@ -159,10 +159,12 @@ def test_nothing_scrolls_sideways_and_the_outcomes_are_seen_without_scrolling(he
         here.wait_waiting(30)
         page.wait("document.querySelectorAll('#waiting tbody tr').length === 30")
         overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-        for width, height in ((1366, 700), (1024, 768), (390, 844), (320, 640)):
+        wide = "[...document.querySelectorAll('section')].filter(one => one.scrollWidth > one.clientWidth)"
+        for width, height in ((1366, 700), (1310, 700), (1250, 700), (1120, 768), (1024, 768), (390, 844), (320, 640)):
             page.size(width, height, phone=width < 700)
             assert page.value(overflow) == 0, width
-            if width > 1200:
+            assert page.value(f"{wide}.map(one => one.id)") == [], width
+            if width > 1310:
                 assert page.value("document.querySelector('#outcomes').getBoundingClientRect().bottom") <= height
             assert page.value("document.querySelector('#figures').getBoundingClientRect().bottom") <= height
 
