@@ -391,6 +391,7 @@ class Viewer:
             "waiting": preferring.get(endpoint.name, 0),
             "dispatched": endpoint.dispatched,
             "counters_doubted": endpoint.counters.doubted,
+            "servers": endpoint.servers.count,
             "load": known_signals(endpoint.known),
         }
         if endpoint.sequences != len(endpoint.leases):  # what the limit counts: n, best_of and lists take several

@@ -14,6 +14,7 @@ from extproc.admission.held import HeldBy
 from extproc.admission.limit import AdaptiveLimit
 from extproc.admission.missing import Missing
 from extproc.admission.room import Room, limit_of
+from extproc.admission.servers import Servers
 from extproc.admission.steps import StepCost
 from extproc.admission.values import FULL_CACHE
 
@@ -33,6 +34,7 @@ class Endpoint(Room):
         deferred: how many of its requests wait there for the slot of an adapter.
         dispatched, answered: requests that were sent there since the start, and those of them that were answered well.
         counters: whether its counters are believed.
+        servers: how many servers its address stands for.
         steps: what the engine's steps cost, by its counters.
         unkept: tokens of all prompts that were sent before `keeps_tokens`.
         held_since: since when whatever came free here was taken at once, or suited nobody; None: there is room.
@@ -60,6 +62,7 @@ class Endpoint(Room):
         "name",
         "picked",
         "produced",
+        "servers",
         "spec",
         "steps",
         "turns",
@@ -88,6 +91,7 @@ class Endpoint(Room):
         self.alarm = NEVER  # the one alarm that is set for it
         self.alarm_number = 0
         self.counters = Counters(policy.laws.counters)
+        self.servers = Servers()
         self.steps = StepCost(policy.laws.steps)
         self.deferred = Deferred()
         self.unkept = 0

@@ -36,6 +36,7 @@ class Hearing:
     def page(self, endpoint: Endpoint, load: Load, unsent: int = 0) -> None:
         """Follow a page that was read just now; see `Controller.observe`."""
         books = self._books
+        load = telemetry.for_all_servers(endpoint, load, books.now, unsent)
         believed = load.without_counters() if endpoint.counters.doubted else load
         books.adapters.follow(endpoint, load)
         wanted = endpoint.is_waited_for

@@ -101,6 +101,9 @@ class FixedLimit:
     def defer(self, count: int, *, anew: bool = False) -> None:
         """Stay at what was chosen."""
 
+    def forget_batch(self) -> None:
+        """Stay at what was chosen."""
+
     def observe(
         self, load: Load, costs: StepCost, *, wanted: bool, in_flight: int, elapsed_s: float, knows_kv: bool
     ) -> None:
@@ -175,8 +178,12 @@ class AdaptiveLimit:
         """
         self._deferred = count
         if anew:
-            self.batch, self._tried, self._queued = None, None, 0
+            self.forget_batch()
         self._set(self._exact)
+
+    def forget_batch(self) -> None:
+        """Find the batch size anew: what was taken for it is something else."""
+        self.batch, self._tried, self._queued = None, None, 0
 
     def observe(
         self, load: Load, costs: StepCost, *, wanted: bool, in_flight: int, elapsed_s: float, knows_kv: bool

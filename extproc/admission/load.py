@@ -64,6 +64,11 @@ class Load:
             cached_tokens=None,
         )
 
+    def times(self, servers: int) -> Load:
+        """Return what so many servers would say together of whom each says this."""
+        told = {name: value for name in _COUNTED if (value := getattr(self, name)) is not None}
+        return replace(self, **{name: servers * value for name, value in told.items()})
+
     def over(self, older: Load | None) -> Load:
         """Return what this reading tells, and where it tells nothing, what the `older` one did."""
         if older is None:
@@ -77,4 +82,8 @@ class Load:
 
 
 _NAMES = tuple(field.name for field in fields(Load))
+_COUNTED = (
+    *("running", "waiting", "tokens_per_s", "kv_capacity_tokens", "preemptions", "prompt_tokens", "output_tokens"),
+    *("first_tokens", "max_running", "cached_tokens"),
+)
 _NOTHING = Load()

@@ -8,13 +8,25 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from extproc.admission.load import Load
+from extproc.admission.servers import MOST
 from extproc.admission.steps import StepCost
 
 if TYPE_CHECKING:
     from extproc.admission.endpoint import Endpoint
-    from extproc.admission.load import Load
     from extproc.admission.ticket import Ticket
     from extproc.admission.values import Policy
+
+
+def for_all_servers(endpoint: Endpoint, load: Load, now: float, unsent: int) -> Load:
+    """Return what a page that was read just now says for all servers behind the endpoint's address."""
+    servers = endpoint.servers
+    if servers.follow(load, endpoint.leases, endpoint.sequences, endpoint.answered, now, unsent):
+        endpoint.steps = StepCost(endpoint.steps.law)
+        endpoint.limit.forget_batch()
+    if servers.count == 1:
+        return load
+    return load.times(servers.count) if servers.count < MOST else Load()
 
 
 def follow_page(

@@ -110,6 +110,7 @@ class Row(NamedTuple):
     held: HeldBy | None
     full_s: float
     doubted: bool
+    servers: int
     load: Load | None
     age_s: float | None
     is_stale: bool | None
@@ -155,6 +156,7 @@ def _row(
         holds.get(endpoint),
         0.0 if held_since is None else max(now - held_since, 0.0),
         endpoint.counters.doubted,
+        endpoint.servers.count,
         endpoint.known,
         age_s,
         is_stale,
@@ -279,6 +281,12 @@ FAMILIES = (
         "1 while an endpoint's counters are not believed: by them its answers are many times longer or shorter "
         "than its peers'. It goes by its gauges and by how long its answers take.",
         lambda row: row.doubted,
+    ),
+    _one(
+        "extproc_endpoint_servers",
+        "How many servers an endpoint's address seems to stand for: its page shows one of them. Above 1, name each "
+        "server as an endpoint of its own.",
+        lambda row: row.servers,
     ),
 )
 """What who decides tells."""

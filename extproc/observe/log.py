@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from extproc.admission.health import EJECTED
 from extproc.admission.outcome import Outcome
 from extproc.admission.refusals import words_of
+from extproc.admission.servers import MOST as MOST_SERVERS
 from extproc.admission.values import Dispatch
 from extproc.words import some_of
 
@@ -126,6 +127,7 @@ class QueueLog:
         self._said_same_at: float | None = None
         self._streaks: list[_Streak] = []
         self._served: Served | None = None
+        self._several: dict[str, int] = {}  # endpoints whose address is several servers', and of how many
         self._unserved: dict[str, bool] = {}  # of each pool, whether nobody served it at the last look
 
     def follow(self, served: Served) -> None:
@@ -233,7 +235,28 @@ class QueueLog:
                 for name in names:
                     self._tell_of(endpoints[name], before, state, level)
 
+        self._look_at_servers()
         self._look_at_pools()
+
+    def _look_at_servers(self) -> None:
+        """Say once that an endpoint is several servers, and once more when that changes."""
+        endpoints = self._controller.endpoints.values()
+        before, self._several = self._several, {one.name: n for one in endpoints if (n := one.servers.count) > 1}
+        for name, count in self._several.items():
+            if before.get(name) == count:
+                continue
+            if count < MOST_SERVERS:
+                text = (
+                    "endpoint %s: its metrics page shows a part of the requests that we have there: its address seems "
+                    f"to stand for {count} servers (a Service, a load balancer). Name each of them, or have them "
+                    "discovered: the page of one is taken for all, and nobody can choose between them"
+                )
+            else:
+                text = (
+                    "endpoint %s: its metrics page shows next to none of the requests that we have there, and is not "
+                    "believed: another server has it, or a balancer before very many"
+                )
+            log.warning(text, name, extra={"about": {"endpoint": name, "servers": count}})
 
     def _look_at_pools(self) -> None:
         """Say once that the last endpoint of a model went, and once that one is back."""

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from extproc.admission.controller import Controller
+from extproc.admission.servers import MOST
 from extproc.admission.tenants import TenantRule, TenantRules
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request, RequestClass
@@ -307,3 +308,12 @@ def test_hundreds_of_endpoints_that_go_between_two_looks_are_one_line(room, capl
         logging.WARNING,
         f"299 endpoints: down (were up): {some} and 289 more",
     )
+
+
+@pytest.mark.parametrize(("servers", "words"), [(2, "to stand for 2 servers"), (MOST, "is not believed")])
+def test_an_address_that_stands_for_several_servers_is_told_once(room, caplog, servers, words):
+    controller, log = room
+    controller.endpoints["a"].servers.count = servers
+    log.look()
+    log.look()
+    assert [words in record.getMessage() for record in caplog.records if "servers" in record.about] == [True]

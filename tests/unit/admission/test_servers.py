@@ -1,0 +1,109 @@
+"""An address that stands for several servers, of which its page shows one."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+import pytest
+
+from extproc.admission.load import Load
+from extproc.admission.servers import MOST
+from extproc.admission.values import Answer
+
+from .desk import Desk, one
+
+if TYPE_CHECKING:
+    from extproc.admission.ticket import Ticket
+
+SLOTS = 16
+TOOK_S = 4
+
+
+class Address:
+    """`servers` of SLOTS slots each behind the endpoint `a`; each request is the next one's. Seconds are turns."""
+
+    def __init__(self, desk: Desk, servers: int, *, rate: int) -> None:
+        self.desk = desk
+        self.rate = rate
+        self.servers: list[deque[tuple[Ticket, int]]] = [deque() for _ in range(servers)]
+        self.unread: deque[Ticket] = deque()
+        self.waiting: list[Ticket] = []
+        self.next = 0
+
+    def turn(self, second: int, *, read_late: bool = False) -> Load:
+        """Let a second pass; return the first server's page."""
+        begun = 0
+        while read_late and len(self.unread) > SLOTS:  # answers that are written, and whose clients read slowly
+            self.desk.release(self.unread.popleft(), Answer.OK)
+        for server in self.servers:
+            while server and server[0][1] <= second:
+                ticket = server.popleft()[0]
+                if read_late:
+                    self.unread.append(ticket)
+                else:
+                    self.desk.release(ticket, Answer.OK)
+        self.waiting += [self.desk.ask(f"{second}-{number}") for number in range(self.rate)]
+        for ticket in [ticket for ticket in self.waiting if self.desk.where(ticket)]:
+            self.waiting.remove(ticket)
+            server = self.servers[self.next]
+            begun += self.next == 0
+            at = max(second, server[-SLOTS][1]) if len(server) >= SLOTS else second
+            server.append((ticket, at + TOOK_S))
+            self.next = (self.next + 1) % len(self.servers)
+        held = len(self.servers[0])
+        running = min(held, SLOTS)
+        return Load(running=running, waiting=held - running, first_tokens=begun, tokens_per_s=25.0 * running)
+
+    def run(self, seconds: int, *, read_late: bool = False) -> None:
+        for second in range(seconds):
+            load = self.turn(second, read_late=read_late)
+            self.desk.advance(0.9)
+            self.desk.observe("a", load)
+            self.desk.advance(0.1)
+
+
+@pytest.mark.parametrize("servers", [1, 2, 5])
+def test_several_servers_behind_one_address_are_all_used(servers: int) -> None:
+    """On real Envoy, of two with 16 slots each 16 slots were used in all: first tokens came after 30 s for .2 s."""
+    desk = Desk(one(limit=None))
+    address = Address(desk, servers, rate=servers * SLOTS // TOOK_S - 1)
+    address.run(120)
+    endpoint = desk.endpoint("a")
+    assert endpoint.servers.count == servers
+    assert not address.waiting
+    assert endpoint.limit.value >= servers * SLOTS * 3 // 4
+
+
+def test_answers_that_are_written_and_not_read_yet_are_no_other_server() -> None:
+    desk = Desk(one(limit=None))
+    address = Address(desk, 1, rate=3)
+    address.run(60, read_late=True)
+    assert len(address.unread) >= SLOTS
+    assert desk.endpoint("a").servers.count == 1
+
+
+def test_the_page_of_an_idle_server_is_not_believed_to_be_that_of_one_at_work() -> None:
+    """It says that nobody runs there; a limit that follows it stays where it started for ever."""
+    desk = Desk(one(limit=None))
+    address = Address(desk, 1, rate=3)
+    for second in range(60):
+        address.turn(second)
+        desk.advance(0.9)
+        desk.observe("a", Load(running=0, waiting=0, first_tokens=0, tokens_per_s=0.0))
+        desk.advance(0.1)
+    endpoint = desk.endpoint("a")
+    assert endpoint.servers.count == MOST
+    assert endpoint.limit.blind
+
+
+def test_one_that_is_named_alone_is_found_to_be_one() -> None:
+    """The Service became one server's."""
+    desk = Desk(one(limit=None))
+    Address(desk, 3, rate=9).run(60)
+    endpoint = desk.endpoint("a")
+    assert endpoint.servers.count == 3
+    for ticket in list(endpoint.leases):
+        desk.release(ticket, Answer.OK)
+    Address(desk, 1, rate=3).run(200)
+    assert endpoint.servers.count == 1
