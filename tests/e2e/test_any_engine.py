@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
+import statistics
 import sys
 import threading
 from dataclasses import dataclass, field, replace
@@ -20,6 +22,7 @@ import pytest
 
 from extproc.simulate.studies.matrix.traffic import AZURE_CODE
 
+from .kit.awake import lost_s
 from .kit.clients import Completion, complete, complete_many
 from .kit.processes import Child, wait_until
 
@@ -163,7 +166,8 @@ def test_an_engine_whose_steps_take_90_ms_keeps_its_limit_and_refuses_nobody_who
     tmp_path: Path, stack: StackFactory
 ) -> None:
     with engines(tmp_path, *ROOMY, "--step-base-s", "0.09") as endpoints:
-        config = {**READ_OFTEN, "classes": [{"name": "default", "budget": "2s"}]}
+        # At a limit that stays where it starts they wait for up to 16 s; a stall of the machine is made up for sooner.
+        config = {**READ_OFTEN, "classes": [{"name": "default", "budget": "8s"}]}
         here = stack(upstreams=(), endpoints=endpoints, config=config)
         # 20 a second, of 1.8 s each: 18 at each engine.
         answers = complete_many(here.url, 260, lambda _: {"x-sim-output-tokens": "20"}, body=chat(), gap_s=0.05)
@@ -189,8 +193,9 @@ def test_an_engine_of_four_slots_is_given_four_and_an_urgent_request_does_not_wa
             urgent = {"x-request-class": "urgent", "x-sim-output-tokens": "5"}
             answers = complete_many(here.url, 4, lambda _: urgent, body=chat(), gap_s=0.3)
         assert crowd.statuses() | {answer.status for answer in answers} == {200}
-        # A slot comes free every 60 ms; the line of 80 takes 5 s.
-        assert max(answer.first_chunk_s or 99.0 for answer in answers) < 1.5
+        # A slot comes free every 60 ms; the line of 80 takes 5 s. All of them see the same machine.
+        of_others = statistics.median(answer.first_chunk_s or 0.0 for answer in crowd.answers[-40:])
+        assert max(answer.first_chunk_s or math.inf for answer in answers) < of_others / 3
 
 
 def test_a_model_with_short_answers_is_not_charged_for_the_long_ones_of_another(
@@ -222,6 +227,8 @@ TIMES = 2.0
 """So many times as fast as users, and engines, really are."""
 A100 = ("--preset", "a100-8b", "--speed", str(TIMES))
 FIRST_TOKEN_S, TOKEN_S = 2.0 / TIMES, 0.1 / TIMES
+STALL_S = 0.3
+"""Less time lost than that spoils no burst."""
 RATE, DRAWN_S, SEED, BEGINS_S, LASTS_S = 9.0, 300.0, 1, 53.0, 6.0
 """Six seconds with 110 requests, 205,000 tokens of prompts: a fifth more than two engines can compute meanwhile."""
 
@@ -254,14 +261,18 @@ async def in_time(url: str, demands: Sequence[Demand]) -> float:
 def test_of_a_burst_of_azures_code_completions_several_times_as_many_come_in_time_as_with_least_request(
     tmp_path: Path, stack: StackFactory
 ) -> None:
-    classes = [{"name": "code", "budget": "800ms"}]
-    with engines(tmp_path / "ours", *A100) as ours, engines(tmp_path / "others", *A100) as others:
-        here = stack(upstreams=(), endpoints=ours, config={**READ_OFTEN, "classes": classes})
-        config = {**READ_OFTEN, "classes": classes, "enable_queue": False}  # each to the engine with the fewest
-        there = stack(upstreams=(), endpoints=others, config=config)
+    config = {**READ_OFTEN, "classes": [{"name": "code", "budget": "800ms"}]}
+    for turn in range(5):  # a stall of a second makes half of the burst late, whoever serves it
+        directory = tmp_path / str(turn)
+        with engines(directory / "ours", *A100) as ours, engines(directory / "others", *A100) as others:
+            here = stack(upstreams=(), endpoints=ours, config=config)
+            there = stack(upstreams=(), endpoints=others, config={**config, "enable_queue": False})  # to who has fewest
 
-        async def both() -> list[float]:
-            return await asyncio.gather(in_time(here.url, slice_of_code()), in_time(there.url, slice_of_code()))
+            async def both(here: Stack = here, there: Stack = there) -> list[float]:
+                return await asyncio.gather(in_time(here.url, slice_of_code()), in_time(there.url, slice_of_code()))
 
-        queue, least_request = asyncio.run(both())
+            before_s = lost_s()
+            queue, least_request = asyncio.run(both())
+        if lost_s() - before_s < STALL_S:
+            break
     assert queue > max(0.4, 3 * least_request), (queue, least_request)

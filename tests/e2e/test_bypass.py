@@ -41,7 +41,7 @@ def test_the_bypass_serves_at_once_beside_a_sidecar_that_hangs_and_ends_without_
         os.kill(here.sidecar.child.pid, signal.SIGSTOP)
         try:
             front.set_runtime(BYPASS, 100)
-            [past] = post("past").result(timeout=2)
+            [past] = post("past").result(timeout=6)  # by 8 s Envoy gives such a sidecar up
             assert (past.status, past.headers.get("x-extproc-outcome")) == (200, "unsteered")
             assert not waits.done()
         finally:

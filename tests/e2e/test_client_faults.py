@@ -51,7 +51,7 @@ def test_an_abandoned_big_upload_is_noticed_while_it_is_held_and_is_not_run_for_
             upload.send()
             here.wait_waiting(1)
             getattr(upload, leave)()
-            here.wait_waiting(0, timeout_s=5)
+            here.wait_waiting(0)
         blocker.free()
         assert blocker.statuses() == {200}
     here.wait_idle()
@@ -128,15 +128,15 @@ def test_opens_and_cancels_by_the_thousand_leave_nothing_behind(stack):
             assert {answer.status for answer in answers} == {0}
             blocker.free()
             assert blocker.statuses() == {200}
-        here.wait_idle(5)
+        here.wait_idle()
 
     one_round(0)
     before = descriptors(sidecar.pid)
     for number in range(1, rounds):
         here.upstreams["a"].clear()
         one_round(number)
-    wait_until(lambda: descriptors(sidecar.pid) <= before + 2, 5, "descriptors return")
-    assert here.sidecar.metrics()["extproc_streams"] == 0
+    wait_until(lambda: descriptors(sidecar.pid) <= before + 2, message="descriptors return")
+    wait_until(lambda: here.sidecar.metrics()["extproc_streams"] == 0)
     assert not [one for one in here.upstreams["a"].records() if one.request_id.startswith("c-")]
 
 
@@ -156,7 +156,7 @@ def test_memory_of_30_000_streams_returns(stack, kind):
             if blocker is not None:
                 blocker.free()
                 assert blocker.statuses() == {200}
-            wait_until(lambda: here.sidecar.metrics()["extproc_streams"] == 0, 10)
+            wait_until(lambda: here.sidecar.metrics()["extproc_streams"] == 0)
             here.upstreams["a"].clear()
             if number >= 3:  # allocators' pools are filled by then
                 growth.add((number + 1) * per_round, memory_bytes(here.sidecar.child.pid))

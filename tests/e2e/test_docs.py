@@ -70,7 +70,7 @@ def test_the_commands_of_a_page_work_from_top_to_bottom(page, tmp_path):
     # What a page leaves running in the background holds the pipe: wait for the shell alone.
     with shell:
         try:
-            code = shell.wait(60)
+            code = shell.wait(120)
         finally:
             for number in (signal.SIGTERM, signal.SIGKILL):
                 try:

@@ -64,12 +64,12 @@ def unreachable() -> Iterator[str]:
 
 def settle(here: Stack, offered: int) -> None:
     """All books are empty, and say of each request what became of it, once."""
-    here.wait_idle(10)
+    here.wait_idle()
     outcomes = here.sidecar.queues()["outcomes"]
     assert sum(outcomes.values()) == offered, outcomes
     left = sum(one["dispatched"] for one in here.sidecar.queues()["endpoints"])
     assert left == outcomes.get("dispatched", 0) + outcomes.get("rerouted", 0)
-    wait_until(lambda: here.sidecar.metrics()["extproc_streams"] == 0, 5, "all streams gone")
+    wait_until(lambda: here.sidecar.metrics()["extproc_streams"] == 0, message="all streams gone")
 
 
 def reached(here: Stack, *names: str) -> list[str]:
@@ -150,7 +150,7 @@ def test_while_nobody_takes_connections_requests_wait_for_one_to_come_back(stack
         upstream.down()
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(complete_many, here.url, 80, lambda n: {"x-test-id": f"f-{n}"}, gap_s=0.05)
-        wait_until(lambda: here.sidecar.queues()["waiting_total"] >= 60, 15, "who comes waits")
+        wait_until(lambda: here.sidecar.queues()["waiting_total"] >= 60, message="who comes waits")
         for upstream in here.upstreams.values():
             upstream.up()
         answers = Counter(answer.status for answer in asked.result())
@@ -174,7 +174,7 @@ def test_an_endpoint_that_is_killed_mid_stream_costs_only_its_own_answers(stack)
         here.wait_waiting(40)
         on_a = reached(here, "a")
         here.upstreams["a"].down()
-        wait_until(lambda: here.in_flight("a") == 0, 5, "the slots at a come back")
+        wait_until(lambda: here.in_flight("a") == 0, message="the slots at a come back")
         for number in range(16):
             here.upstreams["b"].release(f"run-{number}")
         for one in running.result():
@@ -203,7 +203,7 @@ def test_a_hung_endpoint_keeps_its_slots_and_nothing_else(stack):
                 clients.enter_context(H1Request(here.address, headers=headers, body=b"{}")).send()
             wait_until(lambda: len(reached(here)) == 8, message="four are stuck, eight are served")
             here.wait_in_flight("deaf", 4)
-            served = complete_many(here.url, 30, lambda n: {"x-test-id": f"w-{n}"}, timeout_s=10)
+            served = complete_many(here.url, 30, lambda n: {"x-test-id": f"w-{n}"})
             assert len(whole(served)) == 30
             assert here.in_flight("deaf") == 4
         settle(here, 42)
@@ -216,8 +216,8 @@ def test_health_checks_find_a_hung_endpoint_before_any_request_does(stack):
             endpoints={"deaf": {"address": deaf.address}},
             config={"max_running_requests": 4, "health_check": CHECK, "classes": PATIENT},
         )
-        wait_until(lambda: not here.endpoint("deaf")["up"], 5)
-        answers = complete_many(here.url, 30, lambda n: {"x-test-id": f"w-{n}"}, timeout_s=10)
+        wait_until(lambda: not here.endpoint("deaf")["up"])
+        answers = complete_many(here.url, 30, lambda n: {"x-test-id": f"w-{n}"})
         assert len(whole(answers)) == 30
         assert here.endpoint("deaf")["dispatched"] == 0
         settle(here, 30)
@@ -232,10 +232,10 @@ def test_an_endpoint_that_hangs_while_connecting_is_left_out(stack):
             endpoints={"far": {"address": address}},
             config={"max_running_requests": 8, "classes": PATIENT},
         )
-        answers = complete_many(here.url, 60, lambda n: {"x-test-id": f"f-{n}"}, timeout_s=20)
+        answers = complete_many(here.url, 60, lambda n: {"x-test-id": f"f-{n}"})
         assert Counter(one.status for one in answers).keys() <= {200, 503}
         assert 60 - len(whole(answers)) <= 16
-        late = complete_many(here.url, 20, lambda n: {"x-test-id": f"l-{n}"}, timeout_s=20)
+        late = complete_many(here.url, 20, lambda n: {"x-test-id": f"l-{n}"})
         assert len(whole(late)) >= 19  # a trial may be among them
         settle(here, 80)
 
@@ -243,11 +243,11 @@ def test_an_endpoint_that_hangs_while_connecting_is_left_out(stack):
 def test_an_endpoint_that_is_slow_to_accept_only_makes_its_requests_late(stack):
     here = stack(upstreams=("a",), config={"max_running_requests": 4})
     loop = here.upstreams["a"]._loop
-    loop.call_soon_threadsafe(time.sleep, 0.8)  # its kernel takes connections, and nobody looks at them
     began = time.monotonic()
+    loop.call_soon_threadsafe(time.sleep, 0.8)  # its kernel takes connections, and nobody looks at them
     answers = complete_many(here.url, 20, lambda n: {"x-test-id": f"s-{n}"})
     assert len(whole(answers)) == 20
-    assert time.monotonic() - began >= 0.5
+    assert time.monotonic() - began >= 0.8
     settle(here, 20)
 
 
@@ -261,18 +261,18 @@ def test_when_all_endpoints_go_and_come_back_each_request_has_one_end_and_servic
 
         running = pool.submit(complete_many, here.url, 4, answer)
         wait_until(lambda: len(reached(here)) == 4)
-        waiting = pool.submit(complete_many, here.url, 30, lambda n: {"x-test-id": f"w-{n}"}, timeout_s=25)
+        waiting = pool.submit(complete_many, here.url, 30, lambda n: {"x-test-id": f"w-{n}"})
         here.wait_waiting(30)
         for upstream in here.upstreams.values():
             upstream.down()
         assert len(running.result()) == 4
-        wait_until(lambda: here.sidecar.queues()["waiting_total"] < 30, 5)
+        wait_until(lambda: here.sidecar.queues()["waiting_total"] < 30)
         for upstream in here.upstreams.values():
             upstream.up()
         fates = Counter((one.status, one.headers.get("x-extproc-outcome")) for one in waiting.result())
         assert set(fates) <= {(200, None), (503, None)}, fates
         assert fates[200, None] >= 10
-        assert len(whole(complete_many(here.url, 10, lambda n: {"x-test-id": f"late-{n}"}, timeout_s=20))) == 10
+        assert len(whole(complete_many(here.url, 10, lambda n: {"x-test-id": f"late-{n}"}))) == 10
     settle(here, 44)
 
 
@@ -304,7 +304,7 @@ def test_a_flapping_endpoint_strands_nobody(stack):
     assert len(whole(answers)) >= count // 2
     seen = reached(here)
     assert len(seen) == len(set(seen)), "dispatched twice"
-    wait_until(lambda: here.endpoint("a")["up"], 15, "a is trusted again")
+    wait_until(lambda: here.endpoint("a")["up"], message="a is trusted again")
     assert len(whole(complete_many(here.url, 20, lambda n: {"x-test-id": f"late-{n}"}))) == 20
     settle(here, count + 20)
 
@@ -321,7 +321,7 @@ def test_envoy_counts_the_answers_that_a_server_breaks_off_and_not_those_whose_c
     leaves = [("x-test-id", "leaves"), behave("sse", events=50, gap_s=0.1)]
     with H1Request(here.front.address, headers=leaves, body=b"{}") as request:
         assert request.send().read_chunk()
-    here.wait_idle(10)
+    here.wait_idle()
     assert cut() == 0
     answers = complete_many(
         here.url, 6, lambda n: {"x-test-id": f"c-{n}", **dict([behave("rst", events=3, gap_s=0.05)])}
@@ -340,9 +340,7 @@ def test_envoy_counts_the_answers_that_a_server_breaks_off_and_not_those_whose_c
 @pytest.mark.parametrize("how", ["rst", "fin"])
 def test_answers_that_break_off_end_once_and_give_their_slots_back(stack, how):
     here = stack(upstreams=("a",), config={"max_running_requests": 4})
-    answers = complete_many(
-        here.url, 40, lambda n: {"x-test-id": f"b-{n}", **dict([behave(how, events=n % 3)])}, timeout_s=20
-    )
+    answers = complete_many(here.url, 40, lambda n: {"x-test-id": f"b-{n}", **dict([behave(how, events=n % 3)])})
     assert not whole(answers)
     assert {one.status for one in answers} <= {200, 502, 503}
     settle(here, 40)
@@ -369,7 +367,7 @@ def test_an_engine_that_is_frozen_with_its_pages_is_said_to_hang(stack, tmp_path
         wait_until(lambda: here.endpoint("b")["load"].get("tokens_per_s"), message="it writes")
         engines[1].signal(signal.SIGSTOP)
         silent = 'extproc_endpoint_silent_seconds{endpoint="b"}'
-        wait_until(lambda: here.sidecar.metrics().get(silent, 0.0) > 3.0, 15.0, "it is told as silent")
+        wait_until(lambda: here.sidecar.metrics().get(silent, 0.0) > 3.0, message="it is told as silent")
         assert here.endpoint("b")["state"] == "down"
         assert here.sidecar.metrics()['extproc_endpoint_silent_seconds{endpoint="a"}'] == 0.0
         (held,) = [one["id"] for one in here.sidecar.queues()["running"] if one["endpoint"] == "b"][:1]

@@ -260,10 +260,10 @@ def test_each_way_in_which_a_server_cannot_be_used_has_a_name_that_is_the_same_e
         config = {"max_running_requests": 4, "classes": PATIENT, "scrape_interval": "0s"}
         here = stack(upstreams=(), endpoints=endpoints, config=config, edit=edit)
         failure = "cluster.envoys-checks.health_check.failure"
-        wait_until(lambda: here.envoy.stats(failure)[failure], 5, "Envoy's own check has failed")
+        wait_until(lambda: here.envoy.stats(failure)[failure], message="Envoy's own check has failed")
         names = list(ROWS)
-        complete_many(here.url, len(names), lambda n: {"x-request-id": names[n], "x-model": names[n]}, timeout_s=20)
-        here.wait_idle(10)
+        complete_many(here.url, len(names), lambda n: {"x-request-id": names[n], "x-model": names[n]})
+        here.wait_idle()
         seen, wanted = {}, {}
         for name, (_, _, words, kind) in ROWS.items():
             entry = here.envoy.wait_access_log(lambda line, name=name: line["request_id"] == name)
@@ -279,7 +279,7 @@ def test_an_endpoint_that_envoy_lacks_costs_the_few_that_were_sent_at_once_and_t
     with says() as address:
         config = {"max_running_requests": 20, "classes": PATIENT, "scrape_interval": "0s"}
         here = stack(upstreams=("good",), endpoints={"bad": {"address": address}}, config=config, edit=none("bad"))
-        answers = complete_many(here.url, 100, lambda n: {"x-test-id": f"n-{n}", **SLOW}, timeout_s=30)
+        answers = complete_many(here.url, 100, lambda n: {"x-test-id": f"n-{n}", **SLOW})
         lost = sum(one.status != 200 for one in answers)
         assert 1 <= lost <= 3 * LAWS.health.few, "and twice as many in 0.1 s that a busy machine is late to tell"
         assert counted(here, "bad") == ["no_cluster"]
@@ -290,7 +290,7 @@ def test_an_endpoint_that_envoy_lacks_costs_the_few_that_were_sent_at_once_and_t
         assert row["refusal"]["answer"] == "no_cluster"
         assert "Envoy has no cluster bad: add it to Envoy's configuration" in row["refusal"]["what"]
         said = f"(no_cluster): {row['refusal']['what']}"
-        wait_until(lambda: said in here.sidecar.child.output(), 5, "the log says so, too")
+        wait_until(lambda: said in here.sidecar.child.output(), message="the log says so, too")
 
 
 def test_a_breaker_of_envoys_below_our_limit_puts_no_good_server_out(stack):
@@ -301,8 +301,8 @@ def test_a_breaker_of_envoys_below_our_limit_puts_no_good_server_out(stack):
     )
     lost = []
     for burst in range(3):
-        answers = complete_many(here.url, 60, lambda n, b=burst: {"x-test-id": f"{b}-{n}", **SLOW}, timeout_s=30)
-        here.wait_idle(10)
+        answers = complete_many(here.url, 60, lambda n, b=burst: {"x-test-id": f"{b}-{n}", **SLOW})
+        here.wait_idle()
         lost.append(sum(one.status != 200 for one in answers))
         assert here.endpoint("a")["state"] == "up"
     assert 1 <= lost[0] <= 12, "what was sent before Envoy let any not through"
@@ -330,5 +330,5 @@ def test_a_client_whose_upload_stalls_is_told_from_a_server_that_hangs(stack):
             assert client.recv(100).startswith(b"HTTP/1.1 408 ")
         entry = here.envoy.wait_access_log(lambda line: line["request_id"] == "late")
         assert entry["details"] == "stream_idle_timeout"
-        here.wait_idle(10)
+        here.wait_idle()
         assert counted(here, "a") == []

@@ -58,7 +58,10 @@ def test_each_model_is_served_by_who_has_it_while_no_sidecar_is_asked(stack, tmp
             )
             assert set.union(*asked) == servers  # each alone may have met one of two by chance
             assert all(asked)
-        assert reached("none") | reached("none again") == {"a", "b", "c"}, "whoever is asked, without a model"
+        met = {
+            name for turn in range(6) for name in reached(f"none-{turn}-")
+        }  # drawn: one of three may be missed by 12
+        assert met == {"a", "b", "c"}, "whoever is asked, without a model"
 
 
 def test_where_a_file_tells_envoy_who_is_there_it_is_said_that_any_server_is_asked(stack, tmp_path):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from .kit.awake import awake, lost_s
 from .kit.clients import complete_many
 from .kit.extproc_raw import RawChannel
 from .kit.processes import http_ok, wait_until
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 LONG = os.environ.get("EXTPROC_LONG") == "1"
 """Set by `make faults`."""
 RUNNING, HELD = 50, 200
+STALL_S = 0.3
+"""When nobody comes for half a second all have come back: a machine that stalls for so long takes them out of order."""
 ANSWER = b"".join(sse_event(number) for number in range(3)) + SSE_DONE
 
 
@@ -53,11 +56,11 @@ class Full:
             return {"x-test-id": f"held-{number:03}", "x-request-id": f"held-{number:03}"}
 
         self._running: Future[list[Completion]] = pool.submit(complete_many, here.url, RUNNING, answer, timeout_s=60)
-        wait_until(lambda: len(here.reached()) == RUNNING, 10, f"{RUNNING} answers under way")
+        wait_until(lambda: len(here.reached()) == RUNNING, message=f"{RUNNING} answers under way")
         self._held: Future[list[Completion]] = pool.submit(
             complete_many, here.url, HELD, turn, gap_s=0.002, timeout_s=60
         )
-        wait_until(lambda: self.sidecar.queues()["waiting_total"] == HELD, 10, f"{HELD} held")
+        wait_until(lambda: self.sidecar.queues()["waiting_total"] == HELD, message=f"{HELD} held")
 
     def finish(self) -> None:
         """Let the answers end, and see that nobody noticed anything."""
@@ -68,7 +71,7 @@ class Full:
         assert {one.body for one in running} == {ANSWER}, "an answer under way was touched"
         reached = self.here.reached()
         assert len(reached) == len(set(reached)) == RUNNING + HELD, "dispatched twice"
-        wait_until(self._is_idle, 10, "all books empty")
+        wait_until(self._is_idle, message="all books empty")
 
     def _is_idle(self) -> bool:
         page = self.sidecar.queues()
@@ -81,7 +84,7 @@ class Full:
             said = self.here.envoy.access_log_lines()
             return [entry for entry in said if str(entry.get("request_id")).startswith("held-")]
 
-        wait_until(lambda: len(lines()) == HELD, 5, "the access log is written")
+        wait_until(lambda: len(lines()) == HELD, message="the access log is written")
         return [entry["queue"]["wait_ms"] / 1000 for entry in lines()]
 
     def misplaced(self) -> int:
@@ -105,19 +108,23 @@ def test_a_killed_sidecar_costs_200_held_and_50_running_requests_nothing(tmp_pat
 
     By `kill -9`, which is also what the kernel's OOM killer sends.
     """
-    with shipped(tmp_path) as here, ThreadPoolExecutor(2) as pool:
-        full = Full(here, pool)
-        died = time.monotonic()
-        here.kill(signal.SIGKILL)
-        time.sleep(down_s)
-        full.sidecar.start()
-        away_s = time.monotonic() - died
-        full.finish()
-        # Age is counted from Envoy's stamp: what was waited for the dead one is part of it.
-        assert min(full.waits_s()) >= away_s - 0.1
-        # As many as run at once may reach the upstreams in any order. Without the gate's gathering it is over 100.
-        assert full.misplaced() <= RUNNING
-    assert "Traceback" not in full.sidecar.child.output()
+    for turn in range(5):
+        (tmp_path / str(turn)).mkdir()
+        with shipped(tmp_path / str(turn)) as here, ThreadPoolExecutor(2) as pool:
+            full = Full(here, pool)
+            died, before_s = time.monotonic(), lost_s()
+            here.kill(signal.SIGKILL)
+            time.sleep(down_s)
+            away_s = time.monotonic() - died
+            full.sidecar.start()
+            full.finish()
+            # Age is counted from Envoy's stamp: what was waited for the dead one is part of it.
+            assert min(full.waits_s()) >= away_s - 0.1
+        assert "Traceback" not in full.sidecar.child.output()
+        if lost_s() - before_s < STALL_S:
+            break
+    # As many as run at once may reach the upstreams in any order. Without the gate's gathering it is over 100.
+    assert full.misplaced() <= RUNNING
 
 
 @pytest.mark.skipif(not LONG, reason="minutes: make faults")
@@ -146,12 +153,12 @@ def test_a_sidecar_whose_memory_ran_out_costs_nothing(tmp_path):
             (group / "memory.limit_in_bytes").write_text("2M")  # what it asks for from now on
             with RawChannel(full.sidecar.listen) as raw, raw.open() as stream:
                 stream.send(bytes(3_900_000))  # makes it ask
-                assert full.sidecar.child.wait_exit(20) == -signal.SIGKILL, "not by the OOM killer"
+                assert full.sidecar.child.wait_exit() == -signal.SIGKILL, "not by the OOM killer"
             full.sidecar.child.stop()
             full.sidecar.start()
             full.finish()
     finally:
-        wait_until(lambda: not (group / "cgroup.procs").read_text(), 10)
+        wait_until(lambda: not (group / "cgroup.procs").read_text())
         group.rmdir()
 
 
@@ -198,7 +205,7 @@ class Load:
     def __enter__(self) -> Load:
         for thread in self._threads:
             thread.start()
-        wait_until(lambda: len(self.answers) > 2 * len(self._threads), 20, "traffic")
+        wait_until(lambda: len(self.answers) > 2 * len(self._threads), message="traffic")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -223,12 +230,12 @@ def test_the_steps_of_the_upgrade_page_cost_nobody_anything_under_load(tmp_path)
     with Shipped(tmp_path, config={"max_running_requests": 2}) as here:
         old, new = here.sidecar, Sidecar(here.sidecar.config, tmp_path, name="new")
         with Load(here.url, 12) as load:
-            wait_until(lambda: old.queues()["waiting_total"] > 0, 10, "somebody waits")
+            wait_until(lambda: old.queues()["waiting_total"] > 0, message="somebody waits")
             old.child.signal(signal.SIGTERM)
             with new:
-                assert old.child.wait_exit(5) == 0
+                assert old.child.wait_exit() == 0
                 seen = len(load.answers)
-                wait_until(lambda: len(load.answers) > seen + 40, 20, "the new one serves")
+                wait_until(lambda: len(load.answers) > seen + 40, message="the new one serves")
                 load.end()
         assert Counter((one.status, one.headers.get("x-extproc-outcome")) for one in load.answers).keys() == {
             (200, None)
@@ -251,15 +258,15 @@ def test_a_drain_under_load_costs_nothing_but_the_documented_503_for_those_it_co
     with Shipped(tmp_path, config=config) as here:
         sidecar = here.sidecar
         with Load(here.url, clients) as load:
-            began = time.monotonic()
+            began = awake()
             sidecar.child.signal(signal.SIGTERM)
-            wait_until(lambda: not http_ok(sidecar.admin, "/readyz"), 2, "readiness off")
-            assert sidecar.child.wait_exit(grace_s + 2) == 0
-            assert time.monotonic() - began <= grace_s + 1
+            wait_until(lambda: not http_ok(sidecar.admin, "/readyz"), grace_s, "readiness off")
+            assert sidecar.child.wait_exit() == 0
+            assert awake() - began <= grace_s + 1
             sidecar.child.stop()
             sidecar.start()
             seen = len(load.answers)
-            wait_until(lambda: len(load.answers) > seen + 20, 20, "traffic goes on")
+            wait_until(lambda: len(load.answers) > seen + 20, message="traffic goes on")
     said = Counter((one.status, one.headers.get("x-extproc-outcome")) for one in load.answers)
     refused = said.pop((503, "draining"), 0)
     assert said.keys() == {(200, None)}
@@ -289,7 +296,7 @@ def test_a_drain_without_the_time_to_place_all_says_so_with_503_and_lets_answers
             for number in range(4):
                 here.release(f"run-{number}")
             assert {(one.status, one.body) for one in running.result()} == {(200, ANSWER)}
-            assert here.sidecar.child.wait_exit(5) == 0
+            assert here.sidecar.child.wait_exit() == 0
         assert "Traceback" not in here.sidecar.child.output()
         assert len(here.reached()) == 4
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from .kit.clients import complete_many
+from .kit.clients import H1Request, complete_many
 from .kit.processes import Child, http_get, wait_until
 from .kit.upstream import Upstream, behave
 
@@ -79,9 +79,9 @@ def test_1200_requests_held_at_once_all_finish(stack):
         blockers = pool.submit(
             complete_many, here.url, 64, lambda n: {"x-test-id": f"b-{n}", **dict([behave("ok", hold="head")])}
         )
-        here.wait_in_flight("a", 64, timeout_s=10)
+        here.wait_in_flight("a", 64)
         held = pool.submit(complete_many, here.url, 1200, lambda n: {"x-test-id": f"h-{n}"}, timeout_s=60)
-        here.wait_waiting(1200, timeout_s=30)
+        here.wait_waiting(1200)
         assert here.in_flight("a") == 64
         for number in range(64):
             upstream.release(f"b-{number}")
@@ -104,12 +104,12 @@ def test_a_tenant_over_its_cap_is_refused_and_others_are_held_and_served(stack):
 
     with ThreadPoolExecutor(2) as pool:
         of_acme = pool.submit(complete_many, here.url, 2, lambda n: of("acme", n))
-        wait_until(lambda: told("extproc_tenant_inflight_requests") == {"acme": 2, "*": 0}, 5.0)
+        wait_until(lambda: told("extproc_tenant_inflight_requests") == {"acme": 2, "*": 0})
         (third,) = complete_many(here.url, 1, lambda _: of("acme", 2))
         error = json.loads(third.body)["error"]
         assert [error[key] for key in ("tenant", "in_flight", "max_in_flight")] == ["acme", 2, 2]
         made_up = pool.submit(complete_many, here.url, 5, lambda n: of(f"made-up-{n}", n))
-        wait_until(lambda: told("extproc_tenant_limited_total") == {"acme": 1, "*": 2}, 5.0)
+        wait_until(lambda: told("extproc_tenant_limited_total") == {"acme": 1, "*": 2})
         rows = json.loads(http_get(here.sidecar.admin, "/queues")[1])["tenants"]
         assert {key: rows[0][key] for key in ("tenant", "in_flight", "max_in_flight", "refused")} == {
             "tenant": "acme", "in_flight": 2, "max_in_flight": 2, "refused": 1,
@@ -129,7 +129,7 @@ def test_a_tenant_over_its_cap_is_refused_and_others_are_held_and_served(stack):
     def told_refused() -> list[str]:
         return sorted(line["queue"]["tenant"].partition("-")[0] for line in lines() if line["code"] == 429)
 
-    wait_until(lambda: told_refused() == ["acme", "made", "made"], 15.0)
+    wait_until(lambda: told_refused() == ["acme", "made", "made"])
     here.wait_idle()
     assert told("extproc_tenant_inflight_requests") == {"acme": 0, "*": 0}
     assert "made-up" not in http_get(here.sidecar.admin, "/metrics")[1].decode()
@@ -224,17 +224,18 @@ def test_a_dry_run_holds_nothing_and_counts_what_it_would_have_held(stack):
         return {re.search(r'outcome="(\w+)"', name)[1]: count for name, count in would.items()}
 
     # One slot, and five that ran at once: one after the other each would have taken as long.
-    wait_until(lambda: would_be() == {"dispatched": 1, "held": 4}, 15.0)
+    wait_until(lambda: would_be() == {"dispatched": 1, "held": 4})
 
 
 def test_what_happened_is_a_file_that_runs_again_to_the_same_decisions_and_a_story_of_each_request(stack, tmp_path):
     here = stack(config={"max_running_requests": 1})
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(1) as pool:
         held = {"x-request-class": "default", **dict([behave("ok", hold="head")])}
         running = pool.submit(complete_many, here.url, 5, lambda n: {"x-test-id": f"w-{n}", **held})
         here.wait_waiting(4)
         waits = here.waiting()[0]["id"]
-        recording = pool.submit(http_get, here.sidecar.admin, "/debug/recording?seconds=1", timeout_s=10)
+        recording = H1Request(here.sidecar.admin, "/debug/recording?seconds=3", method="GET").send()
+        here.waiting()  # asked for behind it: so it has begun
         released: set[str] = set()
         while len(released) < 5 and not running.done():
             for name in {f"w-{number}" for number in range(5)} - released:
@@ -242,8 +243,9 @@ def test_what_happened_is_a_file_that_runs_again_to_the_same_decisions_and_a_sto
                     here.upstreams["a"].release(name)
                     released.add(name)
         assert {answer.status for answer in running.result()} == {200}
-        status, body = recording.result()
-    assert status == 200
+    with recording:
+        assert recording.read_head() == 200
+        body = recording.read_all()
     events = [json.loads(line).get("event") for line in body.splitlines()[1:]]
     assert events.count("Released") >= 4
     file = tmp_path / "bug.jsonl"

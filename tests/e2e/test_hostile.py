@@ -191,10 +191,10 @@ def test_a_fuzzed_server_ends_each_stream_properly_keeps_nothing_and_serves_on(t
                 for stream in streams:
                     try:
                         while True:
-                            pb.ProcessingResponse.FromString(stream.read(10))
+                            pb.ProcessingResponse.FromString(stream.read())
                     except StreamEnd as end:
                         ends.add(end.code)
-            wait_until(lambda: sidecar.metrics()["extproc_streams"] == 0, 5, "all streams gone")
+            wait_until(lambda: sidecar.metrics()["extproc_streams"] == 0, message="all streams gone")
             page = sidecar.queues()
             assert (page["waiting_total"], page["endpoints"][0]["in_flight"]) == (0, 0)
             if batch >= 80:
@@ -214,7 +214,7 @@ def test_a_fuzzed_server_ends_each_stream_properly_keeps_nothing_and_serves_on(t
 
 def assert_log_is_sound(sidecar: Sidecar) -> None:
     """No line that a client wrote, none without end."""
-    for line in sidecar.child.output().splitlines():
+    for line in sidecar.child.lines():
         assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ extproc|\{", line), line
         assert len(line) < 1000
 

@@ -27,7 +27,7 @@ from .kit.kube_api import (
     slice_of,
 )
 from .kit.picking import Picking
-from .kit.processes import wait_until
+from .kit.processes import PATIENCE_S, wait_until
 from .kit.watcher import Watcher
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def test_what_an_error_of_ours_kept_from_being_told_is_told_when_the_source_is_r
 
     async def main() -> None:
         for _ in range(2):
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE_S):
                 with pytest.raises((RuntimeError, ExceptionGroup)):
                     await source.run(tell)
 

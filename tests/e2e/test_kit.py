@@ -10,6 +10,7 @@ import ssl
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
@@ -127,10 +128,9 @@ def test_sse_comes_event_by_event(plain: Plain, cluster: str) -> None:
 def test_events_keep_their_gap(plain: Plain, cluster: str) -> None:
     _, headers = plain.headers(cluster, "sse", events=3, gap_s=0.05)
     with H1Request(plain.address, headers=headers) as client:
-        client.send().read_chunk()
         started = time.monotonic()
-        client.read_all()
-        assert 0.09 < time.monotonic() - started < 1
+        client.send().read_all()
+        assert time.monotonic() - started >= 0.1
 
 
 def test_204_has_no_body(plain: Plain, cluster: str) -> None:
@@ -153,7 +153,7 @@ def test_a_slow_head_comes_late(plain: Plain, cluster: str) -> None:
     with H1Request(plain.address, headers=headers) as client:
         started = time.monotonic()
         assert client.send().read_head() == 200
-        assert 0.19 < time.monotonic() - started < 2
+        assert time.monotonic() - started >= 0.2
 
 
 def test_a_held_head_comes_when_it_is_released_also_beforehand(plain: Plain, cluster: str) -> None:
@@ -248,7 +248,7 @@ def test_an_http1_client_that_leaves_is_noticed(plain: Plain, cluster: str, leav
             assert client.read_chunk() == sse_event(0)
         plain.upstream.wait_for(request_id)
         getattr(client, leave)()
-        record = plain.upstream.wait_ended(request_id, 2)
+        record = plain.upstream.wait_ended(request_id)
     assert (record.finished, record.aborted) == (False, True)
     assert plain.flags(request_id) == "DC"
 
@@ -266,7 +266,7 @@ def test_an_http2_client_that_leaves_is_noticed(plain: Plain, cluster: str, leav
             stream.rst()
         else:
             getattr(client, leave)()
-        assert plain.upstream.wait_ended(request_id, 2).aborted
+        assert plain.upstream.wait_ended(request_id).aborted
     assert plain.flags(request_id) == flags
 
 
@@ -345,7 +345,7 @@ def test_an_upload_that_stops_half_way_is_recorded_as_such(plain: Plain, cluster
     request_id, headers = plain.headers(cluster)
     with H1Request(plain.address, headers=headers) as client:
         client.send_head(1000).upload(400)
-        wait_until(lambda: plain.upstream.wait_for(request_id).body_bytes == 400, 2, "400 bytes arrive")
+        wait_until(lambda: plain.upstream.wait_for(request_id).body_bytes == 400, message="400 bytes arrive")
         client.fin()
     record = plain.upstream.wait_ended(request_id)
     assert (record.body_complete, record.aborted) == (False, True)
@@ -358,9 +358,9 @@ def test_a_client_that_does_not_read_slows_the_upstream_down(plain: Plain, clust
     request_id, headers = plain.headers(cluster, size=size)
     with H1Request(plain.address, headers=headers, receive_buffer_bytes=32 * 1024) as client:
         assert client.send().read_head() == 200
-        wait_until(lambda: plain.envoy.stats(paused)[paused] > before, 5, "Envoy stops reading the upstream")
+        wait_until(lambda: plain.envoy.stats(paused)[paused] > before, message="Envoy stops reading the upstream")
         assert plain.upstream.wait_for(request_id).open
-        assert len(client.read_all(20)) == size
+        assert len(client.read_all()) == size
         assert client.complete
     assert plain.upstream.wait_ended(request_id).finished
 
@@ -369,12 +369,16 @@ def test_many_polite_clients_are_served_at_once(plain: Plain, cluster: str) -> N
     ids = [f"many-{cluster}-{number}" for number in range(50)]
 
     def headers(number: int) -> dict[str, str]:
-        name, value = behave("sse", events=4, gap_s=0.05, wait_s=0.1)
+        name, value = behave("sse", events=4, gap_s=0.05, wait_s=0.1, hold="body")
         return {"x-test-id": ids[number], "x-cluster": cluster, name: value}
 
-    started = time.monotonic()
-    completions = complete_many(f"http://{plain.address}/v1/chat/completions", 50, headers)
-    assert time.monotonic() - started < 5
+    plain.upstream.clear()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(complete_many, f"http://{plain.address}/v1/chat/completions", 50, headers)
+        wait_until(lambda: plain.upstream.open_requests() == 50, message="all are under way")
+        for one in ids:
+            plain.upstream.release(one)
+        completions = asked.result()
     assert {(one.status, one.error, one.body) for one in completions} == {
         (200, "", b"".join(map(sse_event, range(4))) + SSE_DONE)
     }
@@ -386,7 +390,7 @@ def test_many_polite_clients_are_served_at_once(plain: Plain, cluster: str) -> N
         assert len(plain.upstream.seen(ids[number])) == 1
     gaps_s = [one.end_s - (one.first_chunk_s or one.end_s) for one in completions]
     assert max(gaps_s) >= 0.1, "a busy client may be late for some, not for all"
-    assert plain.upstream.peak >= 25
+    assert plain.upstream.peak == 50
 
 
 def test_a_polite_client_reports_an_answer_that_was_cut(plain: Plain) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from .kit.awake import lost_s
 from .kit.clients import complete_many
 from .kit.envoy import Envoy
 from .kit.load import HELD_KIB, Blocker, descriptors, memory_bytes
@@ -56,13 +57,13 @@ def test_all_that_are_held_can_go_in_one_moment(stack, tmp_path):
         here.sidecar.write_config(endpoints=[a, {**room, "models": [], "max_running_requests": 2 * count}])
         began = time.monotonic()
         here.sidecar.child.signal(signal.SIGHUP)
-        here.wait_waiting(0, timeout_s=30)
+        here.wait_waiting(0)
         print(f"all {count} let go {time.monotonic() - began:.2f} s after the reload was asked for")
         answers = held.result()
         assert Counter((one.status, one.error) for one in answers) == {(200, ""): count}
         blocker.free()
         assert blocker.statuses() == {200}
-    here.wait_idle(10)
+    here.wait_idle()
     assert descriptors(pids["sidecar"]) <= files + 4 + count / 1000  # Envoy keeps a connection per 1,024 streams
     if count >= 10_000:  # fixed costs vanish in so many
         assert each["sidecar"] <= HELD_KIB, each
@@ -113,6 +114,7 @@ def test_a_flood_of_tiny_budgets_and_made_up_tenants_delays_nobody_of_a_higher_c
     def urgent(number: int) -> dict[str, str]:
         return {"x-test-id": f"urgent-{number}", "x-request-class": "urgent", **BRIEF}
 
+    lost_before_s = lost_s()
     with ThreadPoolExecutor(1) as pool:
         flood = pool.submit(complete_many, here.url, count, low, timeout_s=110)
         wait_until(lambda: here.outcomes("budget_expired") + here.outcomes("budget_predicted") > 0, 60)
@@ -121,7 +123,7 @@ def test_a_flood_of_tiny_budgets_and_made_up_tenants_delays_nobody_of_a_higher_c
         told = Counter((one.status, one.headers.get("x-extproc-outcome"), one.error) for one in flood.result())
         refused = {(429, "budget_expired", ""), (429, "budget_predicted", "")}
         assert told.keys() <= {(200, None, ""), *refused}, told
-    here.wait_idle(10)
+    here.wait_idle()
 
     def urgents() -> list[dict[str, Any]]:
         return [one for one in here.envoy.access_log_lines() if one["queue"] and one["queue"]["class"] == "urgent"]
@@ -133,6 +135,7 @@ def test_a_flood_of_tiny_budgets_and_made_up_tenants_delays_nobody_of_a_higher_c
     print(f"beside {count} of the flood, by Envoy's log: waits {waits[20]} and at most {waits[-1]} ms, ", end="")
     print(f"whole requests {lasted[20]} and at most {lasted[-1]} ms")
     reading_ms = count * 0.5  # all came in one moment; who comes in it stands in the sockets, where nobody can reorder
+    reading_ms += 1000 * (lost_s() - lost_before_s)
     assert waits[-1] < 1000 + reading_ms
     assert lasted[-1] < 5000 + reading_ms
 

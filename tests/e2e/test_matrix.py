@@ -119,7 +119,7 @@ class Place:
             spoof = {"x-upstream-cluster": "secret", "X-Gateway-Destination-Endpoint": self.upstreams["secret"].address}
             return {"x-test-id": f"{name}-{number}", "x-model": "sim", **spoof, **dict([behave("sse", **how)])}
 
-        return complete_many(self.url, count, headers, body=BODY, timeout_s=20)
+        return complete_many(self.url, count, headers, body=BODY)
 
     def arrived(self, name: str) -> Counter[str]:
         """How often requests of this name arrived, by id."""

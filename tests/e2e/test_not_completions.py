@@ -19,6 +19,7 @@ import pytest
 
 from .kit.clients import H1Request, complete_many
 from .kit.envoy import give_up_soon
+from .kit.processes import PATIENCE_S
 from .kit.sockets import echo_server
 from .kit.upstream import behave
 
@@ -150,7 +151,7 @@ def test_a_grpc_client_gets_a_grpc_status_with_a_plain_message_and_metadata(full
     with grpc.insecure_channel(full.address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         call = channel.unary_unary("/vllm.grpc.engine.VllmEngine/Generate")
         with pytest.raises(grpc.RpcError) as refused:
-            call(b"\0", metadata=[("x-model", model)] if model else [], timeout=10)
+            call(b"\0", metadata=[("x-model", model)] if model else [], timeout=PATIENCE_S)
     assert refused.value.code() is code
     assert not refused.value.details().startswith("{")
     told = dict([*refused.value.trailing_metadata(), *refused.value.initial_metadata()])
@@ -247,7 +248,7 @@ def test_a_websocket_takes_one_slot_for_as_long_as_it_is_open(stack, request_fie
 
         async def talk() -> None:
             url = f"ws://{here.address}/v1/realtime?model=x"
-            async with aiohttp.ClientSession() as session, asyncio.timeout(20):
+            async with aiohttp.ClientSession() as session, asyncio.timeout(PATIENCE_S):
                 async with session.ws_connect(url) as connection:
                     for text in ("one", "two"):
                         await connection.send_str(text)
@@ -283,7 +284,7 @@ def test_unsteered_is_said_only_where_no_sidecar_answered(fields):
     )
     fields.sidecar.child.stop()
     try:
-        with H1Request(fields.address, headers=[LLAMA], body=b"{}", timeout_s=40) as lost:
+        with H1Request(fields.address, headers=[LLAMA], body=b"{}") as lost:
             lost.send()
             assert (lost.read_head(), lost.header("x-extproc-outcome")) == (503, "unsteered")
     finally:

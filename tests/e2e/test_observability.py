@@ -20,7 +20,7 @@ from tests.conftest import tool
 
 from .kit.clients import H1Request, complete_many
 from .kit.otlp import Collector, attributes
-from .kit.processes import Child, http_get, http_ok, tcp_open, wait_until
+from .kit.processes import PATIENCE_S, Child, http_get, http_ok, tcp_open, wait_until
 from .kit.stack import Sidecar, Stack, local
 from .kit.upstream import behave
 
@@ -81,7 +81,7 @@ def story(here):
         H1Request(here.address, headers=[("x-test-id", f"first-{number}"), behave(hold="head")]).send()
         for number in range(2)
     ]
-    here._wait(lambda page: sum(one["in_flight"] for one in page["endpoints"]) == 2, 5.0, "both endpoints busy")
+    here._wait(lambda page: sum(one["in_flight"] for one in page["endpoints"]) == 2, PATIENCE_S, "both endpoints busy")
     # A client's x-request-id is kept: our Envoys take themselves for no edge (no use_remote_address).
     trace = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
     with ThreadPoolExecutor(1) as pool:
@@ -110,14 +110,14 @@ def timed() -> dict[str, str]:
 
 
 def log_lines(here: Stack) -> list[dict]:
-    return [json.loads(line) for line in here.sidecar.child.output().splitlines()]
+    return [json.loads(line) for line in here.sidecar.child.lines()]
 
 
 def wait_line(here: Stack, **wanted: object) -> dict:
     def look():
         return [line for line in log_lines(here) if wanted.items() <= line.items()]
 
-    return wait_until(look, 5.0, f"a log line with {wanted}")[0]
+    return wait_until(look, message=f"a log line with {wanted}")[0]
 
 
 # ---- why did my request wait?
@@ -220,7 +220,10 @@ def test_without_the_extra_it_is_a_clear_error_and_off_it_is_not_even_imported(t
         "from extproc.commands.cli import main; sys.exit(main())"
     )
     done = subprocess.run(
-        [sys.executable, "-c", blocked, "serve", "--config", str(file)], capture_output=True, text=True, timeout=30
+        [sys.executable, "-c", blocked, "serve", "--config", str(file)],
+        capture_output=True,
+        text=True,
+        timeout=2 * PATIENCE_S,
     )
     assert done.returncode == 1
     assert "`pip install 'opentelemetry-sdk<2,>=1.45' 'opentelemetry-exporter-otlp-proto-http<2,>=1.45'`" in done.stderr
@@ -230,7 +233,7 @@ def test_without_the_extra_it_is_a_clear_error_and_off_it_is_not_even_imported(t
         "async def main(): App(Config(), asyncio.get_running_loop())\n"
         "asyncio.run(main()); sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"
     )
-    assert subprocess.run([sys.executable, "-c", quiet], capture_output=True, timeout=30).returncode == 0
+    assert subprocess.run([sys.executable, "-c", quiet], capture_output=True, timeout=2 * PATIENCE_S).returncode == 0
 
 
 # ---- metrics
@@ -251,7 +254,7 @@ def test_metrics_come_by_otlp_as_they_stand_on_the_page(here, story, collector):
         ]
         return came if sent["dispatched"] == dispatched else None
 
-    came = wait_until(both, 5.0, "the page and what was sent agree")
+    came = wait_until(both, message="the page and what was sent agree")
     assert came["extproc_requests"].sum.is_monotonic
     assert {attributes(point)["endpoint"] for point in came["extproc_inflight_requests"].gauge.data_points} == {
         "a",
@@ -301,7 +304,7 @@ def test_a_real_prometheus_scrapes_the_page_and_answers_the_alerts_and_every_pan
             return ask(f"/api/v1/query?{urlencode({'query': expression})}")["result"]
 
         child.wait_ready(lambda: http_ok(listen, "/-/ready"))
-        wait_until(lambda: query('count_over_time(up{job="extproc"}[10s]) > 3'), 10.0, "four scrapes that went well")
+        wait_until(lambda: query('count_over_time(up{job="extproc"}[10s]) > 3'), message="four scrapes that went well")
         (target,) = ask("/api/v1/targets")["activeTargets"]
         assert (target["health"], target["lastError"]) == ("up", "")
         (refused,) = query('extproc_requests_total{outcome="budget_expired"}')
@@ -354,10 +357,10 @@ def test_a_refused_reload_shows_until_it_is_mended(tmp_path):
         assert refused() == 0
         sidecar.write_config(max_queued_requests=-1)
         sidecar.child.signal(signal.SIGHUP)
-        wait_until(lambda: refused() == 1, 10.0)
+        wait_until(lambda: refused() == 1)
         sidecar.write_config(max_queued_requests=7)
         sidecar.child.signal(signal.SIGHUP)
-        wait_until(lambda: refused() == 0, 10.0)
+        wait_until(lambda: refused() == 0)
         assert sidecar.metrics()["extproc_queue_limit"] == 7
 
 
@@ -380,9 +383,9 @@ def test_a_collector_that_is_not_there_harms_nobody_and_envoy_counts_what_nobody
     with Stack(tmp_path, config={"tracing": True, "max_running_requests": 8}, edit=impatient) as stack:
         answers = complete_many(stack.url, 20, lambda n: {"x-test-id": f"r-{n}"})
         assert {answer.status for answer in answers} == {200}
-        wait_until(lambda: "opentelemetry" in stack.sidecar.child.output(), 10.0, "the log says that nobody listens")
+        wait_until(lambda: "opentelemetry" in stack.sidecar.child.output(), message="the log says that nobody listens")
         stack.sidecar.child.signal(signal.SIGTERM)
-        assert stack.sidecar.child.wait_exit(20.0) == 0
+        assert stack.sidecar.child.wait_exit() == 0
         (answer,) = complete_many(stack.url, 1, lambda _: {})
         assert answer.headers["x-extproc-outcome"] == "unsteered"
         page = stack.envoy.get("/stats/prometheus")

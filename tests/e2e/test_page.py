@@ -23,7 +23,7 @@ from tests.conftest import tool
 
 from .kit.browser import Browser
 from .kit.clients import H1Request, H2Client, complete_many
-from .kit.processes import wait_until
+from .kit.processes import PATIENCE_S, wait_until
 from .kit.stack import Sidecar
 from .kit.upstream import behave
 
@@ -82,7 +82,7 @@ class Held:
 
     def __exit__(self, *_: object) -> None:
         self._client.fin()
-        self._stack.wait_idle(10)
+        self._stack.wait_idle()
 
     def send(self, count: int, **headers: str) -> None:
         for _ in range(count):
@@ -297,8 +297,8 @@ class Terminal:
 
     def __exit__(self, *_: object) -> None:
         self.process.kill()
-        self.process.wait(10)
-        self._reading.join(10)
+        self.process.wait(PATIENCE_S)
+        self._reading.join(PATIENCE_S)
         os.close(self._ours)
 
 
@@ -309,7 +309,7 @@ def test_top_fits_a_terminal_shows_no_control_codes_of_clients_and_waits_for_a_s
         held.send(40, x_tenant_id="evil\u009b2J\u202e", x_request_class="interactive")
         here.wait_waiting(40)
         with Terminal(here.sidecar.admin) as terminal:
-            wait_until(lambda: len(terminal.screens()) >= 3, 15, "three screens")
+            wait_until(lambda: len(terminal.screens()) >= 3, message="three screens")
             screen = terminal.screens()[1]
             rows = screen.rstrip("\n").split("\n")
             assert len(rows) <= 23, screen
@@ -319,8 +319,8 @@ def test_top_fits_a_terminal_shows_no_control_codes_of_clients_and_waits_for_a_s
             assert "\x9b" not in terminal.written
             assert "\u202e" not in terminal.written
             here.sidecar.child.stop()
-            wait_until(lambda: "NO CONNECTION" in terminal.screens()[-1], 15, "it says so")
+            wait_until(lambda: "NO CONNECTION" in terminal.screens()[-1], message="it says so")
             here.sidecar.start()
-            wait_until(lambda: "NO CONNECTION" not in terminal.screens()[-1], 15, "it comes back")
+            wait_until(lambda: "NO CONNECTION" not in terminal.screens()[-1], message="it comes back")
             os.kill(terminal.process.pid, signal.SIGINT)
-            assert terminal.process.wait(10) == 0
+            assert terminal.process.wait(PATIENCE_S) == 0

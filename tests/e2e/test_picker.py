@@ -96,9 +96,19 @@ def leave_while_held(here: Picking, gateway: str, kind: str, size: int, name: st
             ghost.upload(size)
         here.wait_waiting(1)
         ghost.rst()
-        here.wait_waiting(0, timeout_s=1)
+        here.wait_waiting(0)
     here.wait_idle()
     assert here.seen(name) == []
+
+
+def assert_back_at_once(here: Picking, gateway: str, took_s: list[float], body: bytes = b"{}") -> None:
+    """At its best a lease is back in BACK_S: on a busy machine a few more requests may be needed to see it."""
+    for number in range(30):
+        if min(took_s) < BACK_S:
+            return
+        complete_many(f"http://{gateway}/", 1, lambda _, n=number: {"x-test-id": f"back-{n}"}, body=body)
+        took_s.append(here.wait_back())
+    raise AssertionError(f"no lease was back within {BACK_S} s: {took_s}")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -115,7 +125,7 @@ def test_bodies_of_any_size_arrive_as_they_were_sent_both_ways_and_the_lease_is_
         (record,) = [one for upstream in here.upstreams.values() for one in upstream.seen(name)]
         assert (record.body_bytes, record.body_sha1) == (size, hashlib.sha1(body, usedforsecurity=False).hexdigest())
         assert here.seen_where_picked(kind, name, **how)
-    assert min(took_s) < BACK_S
+    assert_back_at_once(here, gateway, took_s)
 
 
 READERS = ("ai-gateway-buffered", "own", *(("ai-gateway-strict", "istio-reading", "istio") if LONG else ()))
@@ -161,7 +171,7 @@ def test_the_model_is_read_from_a_body_of_any_size_that_comes_whole_and_goes_on_
             assert reading.seen(name) == [where]
             (record,) = reading.upstreams[where].seen(name)
             assert record.body_sha1 == hashlib.sha1(body, usedforsecurity=False).hexdigest()
-    assert min(took_s) < BACK_S
+    assert_back_at_once(reading, gateway, took_s, body=naming("m1"))
     (unknown,) = complete_many(f"http://{gateway}/v1/chat/completions", 1, lambda _: {}, body=naming("m3"))
     assert (unknown.status, unknown.headers["x-extproc-outcome"]) == (404, "unknown_model")
     if kind.startswith("ai-gateway"):  # more than it buffers, 32 KiB: its own answer, and no slot was taken
@@ -200,7 +210,7 @@ def test_a_request_whose_model_was_read_waits_for_who_serves_it_and_leaves_the_l
             gone.send()
             reading.wait_waiting(2)
             gone.rst()
-            reading.wait_waiting(1, timeout_s=1)
+            reading.wait_waiting(1)
         assert reading.in_flight() == {"a": 0, "b": 1}
         reading.upstreams["b"].release(f"{name}-runs")
         running.read_all()
@@ -238,7 +248,7 @@ def test_a_client_that_leaves_while_it_runs_gives_its_slot_back_at_once(here, ki
             assert leaver.send().read_chunk() == sse_event(0)
             assert sum(here.in_flight().values()) == 1
             leaver.rst()
-            took_s.append(here.wait_back(1))
+            took_s.append(here.wait_back())
         (where,) = here.seen(name)
         assert here.upstreams[where].wait_ended(name).aborted
     assert not LONG or min(took_s) < BACK_S
@@ -252,7 +262,7 @@ def test_a_body_above_what_a_gateway_buffers_is_413_while_it_is_held_and_the_pla
             complete_many, f"http://{gateway}/", 1, lambda _: {"x-test-id": "is-413"}, body=body_of(1_000_000)
         )
         assert [one.status for one in held.result()] == [413]
-        here.wait_waiting(0, timeout_s=1)
+        here.wait_waiting(0)
     assert here.seen("is-413") == []
     here.wait_idle()
 
@@ -263,7 +273,7 @@ def test_a_held_request_is_not_given_up_by_a_message_timeout_where_bodies_are_fu
     with ThreadPoolExecutor(1) as pool, blocked(here, gateway, "before-wait"):
         held = pool.submit(complete_many, f"http://{gateway}/", 1, lambda _: {"x-test-id": "waits"}, body=b"x" * 5000)
         here.wait_waiting(1)
-        wait_until(lambda: here.sidecar.queues()["waiting"][0]["age_s"] > 0.8, 5, "it waited")
+        wait_until(lambda: here.sidecar.queues()["waiting"][0]["age_s"] > 0.8, message="it waited")
     assert [one.status for one in held.result()] == [200]
 
 
@@ -367,23 +377,24 @@ def test_two_weighted_pools_each_have_their_own_picker_and_no_request_goes_to_th
     (tmp_path / "y").mkdir()
     with Picking(tmp_path / "x") as x, Picking(tmp_path / "y", upstreams=("c", "d")) as y:
         http, log = local(), tmp_path / "two.access"
+        count = 120  # of 40 the smaller pool gets half once in 2,000 times: Envoy draws for each
         pools = [
             bootstrap("istio", http, here.sidecar.listen, [one.address for one in here.upstreams.values()], log)
             for here in (x, y)
         ]
         with Envoy(json.dumps(two_pools(*pools, (3, 1))), tmp_path, name="two"):
             answers = complete_many(
-                f"http://{http}/", 40, lambda n: {"x-test-id": f"two-{n}", **dict([behave("sse", gap_s=0.002)])},
+                f"http://{http}/", count, lambda n: {"x-test-id": f"two-{n}", **dict([behave("sse", gap_s=0.002)])},
                 body=body_of(3000),
             )  # fmt: skip
         assert {one.status for one in answers} == {200}
         served = [[upstream.peak for upstream in here.upstreams.values()] for here in (x, y)]
         assert served == [[1, 1], [1, 1]]
-        counts = [sum(len(here.seen(f"two-{n}")) for n in range(40)) for here in (x, y)]
-        assert sum(counts) == 40
+        counts = [sum(len(here.seen(f"two-{n}")) for n in range(count)) for here in (x, y)]
+        assert sum(counts) == count
         assert counts[0] > counts[1] > 0
         lines = [json.loads(line) for line in log.read_text().splitlines()]
-        assert len(lines) == 40
+        assert len(lines) == count
         assert all(line["upstream"] == line["picked"] for line in lines)
         for here in (x, y):
             here.wait_idle()
@@ -451,7 +462,9 @@ def test_two_pickers_that_share_their_limits_each_behind_a_gateway_never_pass_on
                 lambda: [one.open_requests() for one in x.upstreams.values()] == [1, 1], 15, "one at each server"
             )
             late = [ask(gateway, 20, hold=False) for gateway in gateways]
-            wait_until(lambda: max(here.sidecar.queues()["waiting_total"] for here in both) == 40, 10, "one line of 40")
+            wait_until(
+                lambda: max(here.sidecar.queues()["waiting_total"] for here in both) == 40, message="one line of 40"
+            )
         finally:
             for upstream in x.upstreams.values():
                 for gateway in gateways:

@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from extproc._pb import ext_proc_pb2 as pb
 from extproc.stream import wire
 
-from .kit.processes import wait_until
+from .kit.processes import PATIENCE_S, wait_until
 from .kit.stack import DEFAULTS, Sidecar, local
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Talk:
 
     def hear(self, count: int) -> list[pb.ProcessingResponse]:
         """The first `count` replies, once they are here."""
-        wait_until(lambda: len(self._heard) >= count, 5, f"{count} replies")
+        wait_until(lambda: len(self._heard) >= count, message=f"{count} replies")
         return self._heard[:count]
 
     @property
@@ -120,7 +120,7 @@ def in_flight(sidecar: Sidecar) -> int:
 
 
 def wait_idle(sidecar: Sidecar) -> None:
-    wait_until(lambda: in_flight(sidecar) == 0 and sidecar.queues()["waiting_total"] == 0, 5, "idle")
+    wait_until(lambda: in_flight(sidecar) == 0 and sidecar.queues()["waiting_total"] == 0, message="idle")
 
 
 def test_agentgateway_gets_one_address_and_its_body_back_and_its_half_close_after_the_answer_is_the_end(sidecar):
@@ -141,7 +141,7 @@ def test_agentgateway_gets_one_address_and_its_body_back_and_its_half_close_afte
         wait_idle(sidecar)
         assert not talk.ended.is_set()
         talk.half_close()
-        assert talk.ended.wait(5)
+        assert talk.ended.wait(PATIENCE_S)
         assert talk.call.code() is grpc.StatusCode.OK
 
 
@@ -155,7 +155,7 @@ def test_a_client_of_agentgateway_that_leaves_while_held_is_told_by_a_half_close
         held = agentgateway(channel, b"x" * size)
         wait_until(lambda: sidecar.queues()["waiting_total"] == 1)
         held.half_close()
-        wait_until(lambda: sidecar.queues()["waiting_total"] == 0, 5, "it left")
+        wait_until(lambda: sidecar.queues()["waiting_total"] == 0, message="it left")
         running.half_close()
         wait_idle(sidecar)
         assert held.heard == 0
@@ -186,7 +186,7 @@ def test_nginx_never_tells_of_the_end_and_is_refused_with_a_line_in_the_log(side
     with channel_to(sidecar) as channel:
         for _ in range(2):
             talk = nginx(channel)
-            assert talk.ended.wait(5)
+            assert talk.ended.wait(PATIENCE_S)
             (reply,) = talk.hear(1)
             assert reply.immediate_response.status.code == 503
     assert in_flight(sidecar) == 0
@@ -203,7 +203,7 @@ def test_nginx_gets_a_pick_that_nobody_counts_where_the_config_says_so(tmp_path)
     with Sidecar({**DEFAULTS, **config}, tmp_path) as sidecar, grpc.insecure_channel(sidecar.listen) as channel:
         for _ in range(3):
             talk = nginx(channel)
-            assert talk.ended.wait(5)
+            assert talk.ended.wait(PATIENCE_S)
             assert talk.call.code() is grpc.StatusCode.OK
             assert picked(talk.hear(1)[0]) == ADDRESS
         assert in_flight(sidecar) == 0
@@ -213,8 +213,8 @@ def test_probes_get_health_in_plain_text_at_a_port_of_its_own_and_nothing_else_i
     with grpc.insecure_channel(sidecar.config["health_listen"]) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         for service in ("", "liveness", "readiness", wire.SERVICE):
-            answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
+            answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=PATIENCE_S)
             assert answer.status == health_pb2.HealthCheckResponse.SERVING, service
         talk = Talk(channel).say(request_headers=headers())
-        assert talk.ended.wait(5)
+        assert talk.ended.wait(PATIENCE_S)
         assert talk.call.code() is grpc.StatusCode.UNIMPLEMENTED

@@ -51,7 +51,7 @@ def test_answers_of_1_100_and_10_000_tokens_come_whole_whatever_was_sent_and_lea
         headers = [("x-test-id", name), behave("sse", events=tokens)]
         with H1Request(gateway, headers=headers, body=body, timeout_s=90) as one:
             assert one.send().read_all() == b"".join(map(sse_event, range(tokens))) + SSE_DONE
-        took_s.append(here.wait_back(1))
+        took_s.append(here.wait_back())
         (record,) = [one for upstream in here.upstreams.values() for one in upstream.seen(name)]
         assert record.body_sha1 == hashlib.sha1(body, usedforsecurity=False).hexdigest()
     assert min(took_s) < BACK_S
@@ -71,7 +71,7 @@ def test_a_request_may_be_held_for_70_s_behind_every_kind_of_gateway(here):
             )
             for kind, gateway in gateways.items()
         ]  # fmt: skip
-        here.wait_waiting(len(KINDS), timeout_s=15)
+        here.wait_waiting(len(KINDS))
         began = time.monotonic()
         assert [one.status for one in running.result()] == [200, 200]
         assert [one.status for answers in held for one in answers.result()] == [200] * len(KINDS)
@@ -158,10 +158,10 @@ def test_a_dead_pick_costs_at_most_503_and_no_lease_until_a_health_check_finds_i
                     one.send()
                 one.read_all()
                 statuses.append(one.status)
-            took_s.append(own.wait_back(1))
+            took_s.append(own.wait_back())
         assert min(took_s) < BACK_S
         assert set(statuses) <= {200, 503}
-        wait_until(lambda: own.sidecar.metrics()['extproc_endpoint_up{endpoint="a"}'] == 0, 10, "it was found")
+        wait_until(lambda: own.sidecar.metrics()['extproc_endpoint_up{endpoint="a"}'] == 0, message="it was found")
         answers = complete_many(f"http://{gateway}/", 10, lambda n: {"x-test-id": f"later-{n}"}, body=body_of(3000))
         assert {one.status for one in answers} == {200}
         assert {where for n in range(10) for where in own.seen(f"later-{n}")} == {"b"}
@@ -184,6 +184,6 @@ def test_envoy_ai_gateway_comes_by_tls_and_the_certificate_that_we_made_ourselve
             leaver.upload(3000)
             here.wait_waiting(1)
             leaver.rst()
-            here.wait_waiting(0, timeout_s=1)
+            here.wait_waiting(0)
         here.wait_idle()
         assert here.seen("leaver") == []

@@ -15,7 +15,7 @@ import trustme
 from aiohttp import web
 
 from .kit.clients import complete_many
-from .kit.processes import free_port, take_turns, wait_until
+from .kit.processes import PATIENCE_S, free_port, take_turns, wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,11 +42,11 @@ class Guarded:
 
     def __enter__(self) -> Guarded:
         self._thread.start()
-        asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(5)
+        asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(PATIENCE_S)
         return self
 
     def __exit__(self, *_: object) -> None:
-        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(5)
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(PATIENCE_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -131,15 +131,15 @@ def test_an_engine_behind_a_private_ca_is_served_watched_and_checked_and_a_new_c
             },
             edit=lambda bootstrap: speak_tls(bootstrap, envoys),
         )
-        wait_until(lambda: here.endpoint("guarded")["state"] == "up", 5)
-        wait_until(lambda: here.endpoint("guarded")["load"].get("waiting") == 2, 5)
+        wait_until(lambda: here.endpoint("guarded")["state"] == "up")
+        wait_until(lambda: here.endpoint("guarded")["load"].get("waiting") == 2)
         assert {one.status for one in complete_many(here.url, 4, lambda n: {"x-test-id": f"t-{n}"})} == {200}
         assert engine.refused == 0
 
         engine.show(second)  # whose certificates nobody here was told to believe
-        wait_until(lambda: here.endpoint("guarded")["state"] == "down", 5)
+        wait_until(lambda: here.endpoint("guarded")["state"] == "down")
         put(tmp_path / "ca.pem", second.cert_pem.bytes())
-        wait_until(lambda: here.endpoint("guarded")["state"] == "up", 5)
+        wait_until(lambda: here.endpoint("guarded")["state"] == "up")
         text = here.sidecar.child.output()
         assert "down" in text
         assert "page-token" not in text

@@ -13,7 +13,7 @@ from extproc._pb import ext_proc_pb2 as pb
 from extproc.stream.wire import SERVICE
 
 from .kit.extproc_raw import RawChannel, StreamEnd
-from .kit.processes import wait_until
+from .kit.processes import PATIENCE_S, wait_until
 from .kit.stack import Sidecar
 
 ENDPOINTS = [{"name": "a", "address": "127.0.0.1:9", "max_running_requests": 2, "models": ["sim"]}]
@@ -169,15 +169,15 @@ def test_health_is_serving_under_all_four_names_by_check_and_watch(sidecar, serv
     with grpc.insecure_channel(sidecar.listen) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service=service)
-        assert stub.Check(request, timeout=5).status == health_pb2.HealthCheckResponse.SERVING
-        watch = stub.Watch(request, timeout=5)
+        assert stub.Check(request, timeout=PATIENCE_S).status == health_pb2.HealthCheckResponse.SERVING
+        watch = stub.Watch(request, timeout=PATIENCE_S)
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         watch.cancel()
 
 
 def test_health_of_an_unknown_service_is_not_found(sidecar):
     with grpc.insecure_channel(sidecar.listen) as channel, pytest.raises(grpc.RpcError) as caught:
-        health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service="nobody"), timeout=5)
+        health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service="nobody"), timeout=PATIENCE_S)
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
@@ -185,23 +185,23 @@ def test_reflection_lists_the_services_when_it_is_switched_on(sidecar):
     with grpc.insecure_channel(sidecar.listen) as channel:
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)
         (answer,) = stub.ServerReflectionInfo(
-            iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=5
+            iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=PATIENCE_S
         )
     assert {SERVICE, "grpc.health.v1.Health"} <= {one.name for one in answer.list_services_response.service}
 
 
 def test_readiness_goes_off_and_liveness_stays_while_it_drains(tmp_path):
-    config = {"enable_queue": True, "endpoints": ENDPOINTS, "hand_over": False, "drain_timeout": "5s"}
+    config = {"enable_queue": True, "endpoints": ENDPOINTS, "hand_over": False, "drain_timeout": "30s"}
     with Sidecar(config, tmp_path) as running, RawChannel(running.listen) as raw, raw.open() as stream:
         stream.send(SIM)
         stream.read()
         with grpc.insecure_channel(running.listen) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
-            watch = stub.Watch(health_pb2.HealthCheckRequest(service="readiness"), timeout=10)
+            watch = stub.Watch(health_pb2.HealthCheckRequest(service="readiness"), timeout=PATIENCE_S)
             assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
             running.child.signal(15)
             assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
-            alive = stub.Check(health_pb2.HealthCheckRequest(service="liveness"), timeout=5)
+            alive = stub.Check(health_pb2.HealthCheckRequest(service="liveness"), timeout=PATIENCE_S)
             assert alive.status == health_pb2.HealthCheckResponse.SERVING
             watch.cancel()
         stream.half_close()

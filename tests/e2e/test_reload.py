@@ -34,7 +34,7 @@ def test_a_changed_file_is_seen_without_a_signal(stack):
         running = pool.submit(complete_many, here.url, 3, hold("r"))
         here.wait_waiting(2)
         here.sidecar.write_config(max_running_requests=3)
-        here.wait_in_flight("a", 3, timeout_s=4)
+        here.wait_in_flight("a", 3)
         for number in range(3):
             here.upstreams["a"].release(f"r-{number}")
         assert [answer.status for answer in running.result()] == [200] * 3

@@ -5,13 +5,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
-import socket
 import sys
-import threading
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -28,7 +25,7 @@ from .kit.misfortunes import (
     stop_the_leader_for_a_while,
 )
 from .kit.pool import Pool, body
-from .kit.processes import Child, free_port, http_get, wait_until
+from .kit.processes import PATIENCE_S, Child, free_pair, http_get, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -47,15 +44,15 @@ def kill_the_store_and_start_it_empty(pool: Pool) -> None:
     pool.store.child.signal(signal.SIGKILL)
     pool.store.child.wait_exit()
     pool.store.child.stop()
-    wait_until(lambda: pool.leader.replicas["store_age_s"] > 2.5, 10)
+    wait_until(lambda: pool.leader.replicas["store_age_s"] > 2.5)
     pool.store.start()
-    wait_until(lambda: pool.leader.replicas["store_age_s"] < 1.5, 10)
+    wait_until(lambda: pool.leader.replicas["store_age_s"] < 1.5)
 
 
 def stop_the_store_for_a_while(pool: Pool) -> None:
     pool.store.child.signal(signal.SIGSTOP)
     try:
-        wait_until(lambda: pool.leader.replicas["store_age_s"] > 4, 10)
+        wait_until(lambda: pool.leader.replicas["store_age_s"] > 4)
     finally:
         pool.store.child.signal(signal.SIGCONT)
 
@@ -64,19 +61,19 @@ def make_the_store_read_only_for_a_while(pool: Pool) -> None:
     """As after a failover to a replica that nobody promotes."""
     pool.store.command("REPLICAOF", "127.0.0.1", "1")
     try:
-        wait_until(lambda: pool.leader.replicas["store_age_s"] > 4, 10)
+        wait_until(lambda: pool.leader.replicas["store_age_s"] > 4)
     finally:
         pool.store.command("REPLICAOF", "NO", "ONE")
-    wait_until(lambda: pool.leader.replicas["store_age_s"] < 1.5, 10)
+    wait_until(lambda: pool.leader.replicas["store_age_s"] < 1.5)
 
 
 def let_the_store_run_out_of_memory_for_a_while(pool: Pool) -> None:
     pool.store.command("CONFIG", "SET", "maxmemory", "1")
     try:
-        wait_until(lambda: pool.leader.replicas["store_age_s"] > 4, 10)
+        wait_until(lambda: pool.leader.replicas["store_age_s"] > 4)
     finally:
         pool.store.command("CONFIG", "SET", "maxmemory", "0")
-    wait_until(lambda: pool.leader.replicas["store_age_s"] < 1.5, 10)
+    wait_until(lambda: pool.leader.replicas["store_age_s"] < 1.5)
 
 
 FAULTS = [kill_the_leader, stop_the_leader_for_a_while, kill_the_store_and_start_it_empty, restart_each_in_turn]
@@ -106,11 +103,16 @@ def test_sidecars_that_do_not_reach_each_other_use_their_parts_and_come_together
     """All cables between them are cut for a while, and the store is there: each knows how many they are."""
     with Pool(tmp_path, config={**CONFIG, "max_running_requests": 6}, cables=True) as pool:
         first = [pool.send(place, f"first-{n}", 12, 150) for n, place in enumerate(pool.places)]
-        wait_until(lambda: pool.in_flight() == 12, 10, "all slots taken")
+        wait_until(lambda: pool.in_flight() == 12, message="all slots taken")
         for cable in pool.cables:
             cable.cut()
-        wait_until(lambda: all(place.replicas["role"] == "leading" for place in pool.places), 20, "each leads itself")
-        assert {(place.replicas["group"], place.replicas["cut_off"]) for place in pool.places} == {(1, True)}
+        alone = {("leading", 1, True)}
+        wait_until(
+            lambda: (
+                {tuple(place.replicas[key] for key in ("role", "group", "cut_off")) for place in pool.places} == alone
+            ),
+            message="each leads itself, and knows that it is cut off",
+        )
         second = [pool.send(place, f"second-{n}", 6, 20) for n, place in enumerate(pool.places)]
 
         def parts() -> list[int]:
@@ -124,20 +126,20 @@ def test_sidecars_that_do_not_reach_each_other_use_their_parts_and_come_together
         answers = [answer for batch in (*first, *second) for answer in batch.result()]
         assert Counter(answer.status for answer in answers) == {200: 54}
         pool.wait_one_group()
-        wait_until(lambda: pool.in_flight() == 0 and pool.waiting() == 0, 5, "all books empty")
+        wait_until(lambda: pool.in_flight() == 0 and pool.waiting() == 0, message="all books empty")
         assert pool.served() == 54
         assert max(pool.peaks().values()) <= 6 + 3, "at most one request per sidecar above the limit"
 
 
 def test_requests_of_all_sidecars_stand_in_one_line_and_the_urgent_go_first(tmp_path):
     with Pool(tmp_path, engines=("one",), config={**CONFIG, "max_running_requests": 1}) as pool:
-        first, second = pool.followers
+        leader, first, second = pool.in_order()
         running = pool.send(first, "running", 1, 100)
-        wait_until(lambda: pool.in_flight() == 1, 5)
+        wait_until(lambda: pool.in_flight() == 1)
         low = pool.send(first, "low", 3, 30)
-        wait_until(lambda: pool.waiting() == 3, 5)
+        wait_until(lambda: pool.waiting() == 3)
         urgent = pool.send(second, "urgent", 3, 30, **{"x-request-class": "urgent"})
-        wait_until(lambda: pool.waiting() == 6, 5)
+        wait_until(lambda: pool.waiting() == 6)
         for place in pool.places:  # whoever is asked, all are shown, and whose they are
             page = place.sidecar.queues()
             assert (page["waiting_total"], page["endpoints"][0]["in_flight"]) == (6, 1)
@@ -147,52 +149,34 @@ def test_requests_of_all_sidecars_stand_in_one_line_and_the_urgent_go_first(tmp_
         inflight = 'extproc_inflight_requests{endpoint="one"}'
         told = [place.sidecar.metrics().get(inflight) for place in pool.places]
         assert sorted(told, key=str) == [1.0, None, None], "in a sum over all, it counts once"
-        ends = threading.Lock()
-        order: list[str] = []
-
-        def note(name: str) -> Callable[[object], None]:
-            def ended(_: object) -> None:
-                with ends:
-                    order.append(name)
-
-            return ended
-
-        for name, future in (("low", low), ("urgent", urgent)):
-            future.add_done_callback(note(name))
         assert [answer.status for answer in (*running.result(), *low.result(), *urgent.result())] == [200] * 7
-        wait_until(lambda: len(order) == 2, 5)
-        assert order == ["urgent", "low"]
+        last_urgent, last_low = (max(one.started_at + one.end_s for one in each.result()) for each in (urgent, low))
+        assert last_urgent < last_low
         wrong = complete_many(first.url, 3, lambda n: {"x-test-id": f"wrong-{n}"}, body=b'{"model": "none"}')
         assert [answer.status for answer in wrong] == [404] * 3
         refused = 'extproc_bad_answers_total{answer="refused",endpoint="one"}'
         wait_until(
-            lambda: [place.sidecar.metrics().get(refused) for place in (first, second, pool.leader)] == [3, None, None],
+            lambda: [place.sidecar.metrics().get(refused) for place in (first, second, leader)] == [3, None, None],
             message="who has the client counts what it got",
         )
 
 
 def test_up_runs_several_sidecars_that_decide_as_one_each_behind_an_envoy_of_its_own(tmp_path):
     tool("redis-server", "redis-server")
-    http, admin = two_in_a_row(), two_in_a_row()
+    http, admin = free_pair(), free_pair()
     argv = [sys.executable, "-m", "extproc", "up", "--engines", "1", "--replicas", "2"]
     argv += ["--http", f"127.0.0.1:{http}", "--admin", f"127.0.0.1:{admin}"]
     with Child(argv, tmp_path / "up.log", name="up", grace_s=15) as up:
-        up.wait_line(r"^curl ", 40)
-        seen = [json.loads(http_get(f"127.0.0.1:{admin + n}", "/queues")[1])["replicas"] for n in range(2)]
-        assert [one["group"] for one in seen] == [2, 2]
-        assert seen[0]["leader"] == seen[1]["leader"]
+        up.wait_line(r"^curl ", 2 * PATIENCE_S)
+
+        def are_one() -> bool:
+            seen = [json.loads(http_get(f"127.0.0.1:{admin + n}", "/queues")[1])["replicas"] for n in range(2)]
+            return [one["group"] for one in seen] == [2, 2] and seen[0]["leader"] == seen[1]["leader"]
+
+        wait_until(are_one, message="one group of two")
         for n in range(2):
             url = f"http://127.0.0.1:{http + n}/v1/chat/completions"
             (answer,) = complete_many(url, 1, lambda _: {}, body=body(2))
             assert answer.status == 200
         up.signal(signal.SIGTERM)
-        assert up.wait_exit(30) == 0
-
-
-def two_in_a_row() -> int:
-    """A free port after which another one is free."""
-    while True:
-        first = free_port()
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", first + 1))
-            return first
+        assert up.wait_exit() == 0

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from .kit.awake import lost_s
 from .kit.machines import Machines
+from .kit.misfortunes import REGROUPED
 from .kit.pool import Pool, longest_stuck_s
 from .kit.processes import wait_until
 
@@ -36,10 +38,6 @@ LEAVES_S = 4.0
 """How long a cut lasts after everybody has noticed."""
 
 
-def number_of(pool: Pool, role: str) -> int:
-    return next(number for number, place in enumerate(pool.places) if place.replicas["role"] == role)
-
-
 def running(place: Place) -> int:
     """How many requests the group of this leader has at engines."""
     return sum(endpoint["in_flight"] for endpoint in place.sidecar.queues()["endpoints"])
@@ -47,21 +45,22 @@ def running(place: Place) -> int:
 
 def a_follower_from_the_leader(pool: Pool, machines: Machines) -> None:
     """They still reach the third one, the store and the engines."""
-    leader, follower = number_of(pool, "leading"), number_of(pool, "following")
+    leader, follower, _ = (pool.places.index(place) for place in pool.in_order())
     machines.cut(leader, machines.addresses[follower])
     machines.cut(follower, machines.addresses[leader])
     alone = pool.places[follower]
-    wait_until(lambda: alone.replicas["role"] == "leading", 15, "it leads itself")
-    assert alone.replicas["cut_off"]
-    assert alone.replicas["members"] == 3
+    wait_until(
+        lambda: [alone.replicas[key] for key in ("role", "cut_off", "members")] == ["leading", True, 3],
+        message="it leads itself, and knows of all",
+    )
 
 
 def the_leader_from_the_store(pool: Pool, machines: Machines) -> None:
     turns = [place.sidecar.metrics()['extproc_replica_turns_total{role="seeking"}'] for place in pool.places]
-    leader = number_of(pool, "leading")
+    leader = pool.places.index(pool.leader)
     machines.cut(leader, machines.store)
     place = pool.places[leader]
-    wait_until(lambda: place.replicas["store_age_s"] > 6, 15, "the leader has missed the store")
+    wait_until(lambda: place.replicas["store_age_s"] > 6, message="the leader has missed the store")
     assert (place.replicas["role"], place.replicas["group"], place.replicas["members"]) == ("leading", 3, 3)
     after = [place.sidecar.metrics()['extproc_replica_turns_total{role="seeking"}'] for place in pool.places]
     assert after == turns, "the store changes nothing while there is a leader"
@@ -69,33 +68,33 @@ def the_leader_from_the_store(pool: Pool, machines: Machines) -> None:
 
 def a_follower_from_everything(pool: Pool, machines: Machines) -> None:
     """From the others, the store and the engines' pages; its Envoy still reaches it and the engines."""
-    follower = number_of(pool, "following")
+    follower = pool.places.index(pool.in_order()[1])
     others = [address for number, address in enumerate(machines.addresses) if number != follower]
     machines.cut(follower, machines.store, machines.engines, *others)
     alone = pool.places[follower]
-    wait_until(lambda: alone.replicas["role"] == "leading", 15, "it leads itself")
-    wait_until(lambda: pool.most_members() == 2, 15, "the others count it out")
+    wait_until(lambda: alone.replicas["role"] == "leading", message="it leads itself")
+    wait_until(lambda: pool.most_members() == 2, message="the others count it out")
 
 
 def the_leader_from_everything(pool: Pool, machines: Machines) -> None:
-    leader = number_of(pool, "leading")
+    leader = pool.places.index(pool.leader)
     others = [address for number, address in enumerate(machines.addresses) if number != leader]
     machines.cut(leader, machines.store, machines.engines, *others)
     rest = [place for number, place in enumerate(pool.places) if number != leader]
-    wait_until(lambda: [place.replicas["role"] for place in rest].count("leading") == 1, 15, "another leads")
+    wait_until(lambda: [place.replicas["role"] for place in rest].count("leading") == 1, message="another leads")
 
 
 def both_followers_from_the_rest(pool: Pool, machines: Machines, *more: str) -> None:
     """They reach each other, and the engines; neither the leader nor the store sees them."""
-    leader = number_of(pool, "leading")
+    leader = pool.places.index(pool.leader)
     followers = [number for number in range(3) if number != leader]
     machines.cut(leader, *(machines.addresses[number] for number in followers))
     for number in followers:
         machines.cut(number, machines.store, machines.addresses[leader], *more)
     group = [pool.places[number] for number in followers]
-    wait_until(lambda: [place.replicas["group"] for place in group] == [2, 2], 15, "they are a group")
+    wait_until(lambda: [place.replicas["group"] for place in group] == [2, 2], message="they are a group")
     assert {place.replicas["members"] for place in group} == {3}
-    wait_until(lambda: pool.places[leader].replicas["members"] == 1, 15, "the other one counts them out")
+    wait_until(lambda: pool.places[leader].replicas["members"] == 1, message="the other one counts them out")
 
 
 def both_followers_from_everything(pool: Pool, machines: Machines) -> None:
@@ -117,15 +116,16 @@ LONG_CUTS = [
 def test_with_a_cable_cut_and_clocks_apart_each_request_is_answered_once_and_none_is_stuck(
     tmp_path, cut: Callable[[Pool, Machines], None]
 ):
+    lost_before_s = lost_s()
     with Machines(3) as machines, Pool(tmp_path, config=CONFIG, machines=machines, clocks_s=CLOCKS_S) as pool:
         waves = [[pool.send(place, f"running-{n}", 2 * LIMIT // 3, 150) for n, place in enumerate(pool.places)]]
-        wait_until(lambda: pool.in_flight() == 2 * LIMIT, 15, "all slots taken")
+        wait_until(lambda: pool.in_flight() == 2 * LIMIT, message="all slots taken")
         waves.append([pool.send(place, f"held-{n}", HELD // 3, 20) for n, place in enumerate(pool.places)])
-        wait_until(lambda: pool.waiting() == HELD, 15, "all others held")
+        wait_until(lambda: pool.waiting() == HELD, message="all others held")
         cut(pool, machines)
         waves.append([pool.send(place, f"late-{n}", LATE, 120) for n, place in enumerate(pool.places)])
         leaders = [place for place in pool.places if place.replicas["role"] == "leading"]
-        wait_until(lambda: all(running(place) for place in leaders), 15, "each group has room of its own")
+        wait_until(lambda: all(running(place) for place in leaders), message="each group has room of its own")
         pool.rest(LEAVES_S)
         machines.mend()
         by_place = [[answer for wave in waves for answer in wave[n].result()] for n in range(3)]
@@ -135,9 +135,10 @@ def test_with_a_cable_cut_and_clocks_apart_each_request_is_answered_once_and_non
         assert not [answer.error for answer in answers if answer.error]
         # Who sees nothing at all sends two at a time, and before that waits for what it had sent to end.
         slow = 3 if cut is both_followers_from_everything else 1
-        assert max(longest_stuck_s(batch) for batch in by_place) < slow * STUCK_S
+        most_s = slow * STUCK_S + REGROUPED * (lost_s() - lost_before_s)
+        assert max(longest_stuck_s(batch) for batch in by_place) < most_s
         pool.wait_one_group()
-        wait_until(lambda: pool.in_flight() == 0 and pool.waiting() == 0, 5, "all books empty")
+        wait_until(lambda: pool.in_flight() == 0 and pool.waiting() == 0, message="all books empty")
         assert pool.served() == sent, "none twice"
         over = 0 if cut is the_leader_from_the_store else 3
         assert max(pool.peaks().values()) <= LIMIT + over, "at most one request per sidecar above the limit"

@@ -16,6 +16,7 @@ from extproc.replicas.links import TcpNetwork
 from extproc.replicas.tls import MutualTls
 
 from .kit.certificates import Mount, secret, serial
+from .kit.processes import PATIENCE_S
 from .kit.stack import local
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ async def exchange(ours: MutualTls, theirs: MutualTls) -> tuple[list[m.Message],
     address = local()
     await here.listen(address, door)
     there.dial(address, lambda _: None, lambda: ended.append(1)).send(HELLO)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while not door.said and not ended:  # noqa: ASYNC110 - one or the other
             await asyncio.sleep(0.002)
     await there.close()

@@ -73,7 +73,7 @@ def test_a_restarted_sidecar_counts_the_answers_that_outlived_it_and_fills_no_en
         here.sidecar.child.wait_exit()
         here.sidecar.child.stop()
         here.sidecar.start()
-        wait_until(lambda: sum(endpoint["foreign"] for endpoint in here.sidecar.queues()["endpoints"]) > 0, 2)
+        wait_until(lambda: sum(endpoint["foreign"] for endpoint in here.sidecar.queues()["endpoints"]) > 0)
         answers = running.result() + held.result()
         assert Counter(answer.status for answer in answers) == {200: 4 * LIMIT}
         assert not [answer.error for answer in answers if answer.error]
@@ -135,7 +135,7 @@ def test_a_clock_that_is_not_envoys_costs_nobody_its_budget(tmp_path, ahead_s):
             return {"x-test-id": f"c-{number}", **dict([behave(hold="head")])}
 
         asked = pool.submit(complete_many, here.url, 6, held, gap_s=0.1)
-        here.wait_waiting(5, timeout_s=5)
+        here.wait_waiting(5)
         for number in range(6):
             here.upstreams["a"].release(f"c-{number}")
         assert Counter(answer.status for answer in asked.result()) == {200: 6}

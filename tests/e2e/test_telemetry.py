@@ -36,7 +36,7 @@ def headers(number: int) -> dict[str, str]:
 def test_a_simulated_engines_running_waiting_and_kv_use_are_what_queues_and_metrics_say(stack, engine):
     here = stack(upstreams=(), endpoints={"e": {"address": engine}}, config=FAST)
     idle = {"running": 0.0, "waiting": 0.0, "kv_usage": 0.0, "tokens_per_s": 0.0}
-    wait_until(lambda: idle.items() <= here.endpoint("e")["load"].items(), 3.0)
+    wait_until(lambda: idle.items() <= here.endpoint("e")["load"].items())
     assert here.endpoint("e")["load"]["context_tokens"] > 1000
     assert here.endpoint("e")["kv_capacity_tokens"] > 1000
     with ThreadPoolExecutor(1) as pool:
@@ -59,9 +59,9 @@ def test_a_sidecar_that_loses_telemetry_serves_by_its_own_books_says_so_and_take
         here = stack(
             upstreams=("a",),
             endpoints={"a": {"metrics_url": f"http://{telemetry.address}/metrics"}},
-            config={**FAST, "telemetry_stale_after": "400ms"},
+            config={**FAST, "telemetry_stale_after": "3s"},
         )
-        wait_until(lambda: here.endpoint("a")["load"].get("kv_usage") == 0.99, 3.0)
+        wait_until(lambda: here.endpoint("a")["load"].get("kv_usage") == 0.99)
         with ThreadPoolExecutor(2) as pool:
             block = {"x-test-id": "block", **dict([behave(hold="head")])}
             blocker = pool.submit(complete_many, here.url, 1, lambda _: block)
@@ -69,22 +69,22 @@ def test_a_sidecar_that_loses_telemetry_serves_by_its_own_books_says_so_and_take
             held = pool.submit(complete_many, here.url, 8, headers)
             here.wait_waiting(8)  # a full KV cache gets one request at a time
             telemetry.down()
-            answers = held.result(timeout=10)  # and a dead exporter does not keep it closed
+            answers = held.result()  # and a dead exporter does not keep it closed
             here.upstreams["a"].release("block")
-            assert blocker.result(timeout=10)[0].status == 200
+            assert blocker.result()[0].status == 200
         assert {answer.status for answer in answers} == {200}
-        assert all(answer.end_s > 0.2 for answer in answers)
+        assert all(answer.end_s > 2 for answer in answers)
         row = here.endpoint("a")
         assert row["load"] == {}
-        assert row["telemetry_age_s"] >= 0.4
+        assert row["telemetry_age_s"] >= 3
         assert row["telemetry_silent"] == "connect"
         assert here.sidecar.metrics()['extproc_scrape_errors_total{endpoint="a",reason="connect"}'] >= 1
         assert {answer.status for answer in complete_many(here.url, 20, headers)} == {200}
 
-        wait_until(lambda: "telemetry of a is stale" in here.sidecar.child.output(), 3.0)
+        wait_until(lambda: "telemetry of a is stale" in here.sidecar.child.output())
         telemetry.metrics = HOT.replace("0.99", "0.5")
         telemetry.up()
-        wait_until(lambda: here.endpoint("a")["load"].get("kv_usage") == 0.5, 3.0)
+        wait_until(lambda: here.endpoint("a")["load"].get("kv_usage") == 0.5)
         assert "telemetry_silent" not in here.endpoint("a")
         log = here.sidecar.child.output()
         assert log.count("telemetry of a is stale") == 1

@@ -73,7 +73,7 @@ def secured(pki):
     """A stack whose sidecar and Envoy ask each other for certificates. Envoy also checks the sidecar's health."""
 
     def edit(bootstrap: dict[str, Any]) -> None:
-        check = {"timeout": "1s", "interval": "0.2s", "no_traffic_interval": "0.2s", "healthy_threshold": 1}
+        check = {"timeout": "30s", "interval": "0.2s", "no_traffic_interval": "0.2s", "healthy_threshold": 1}
         check |= {"unhealthy_threshold": 1, "grpc_health_check": {"service_name": "readiness"}}
         ext_proc_cluster(bootstrap)["health_checks"] = [check]
 
@@ -157,9 +157,9 @@ def test_no_stream_comes_to_be_and_nothing_passes_un_steered_when(secured, pki, 
         (answer,) = complete_many(front.url, 1, lambda _: {"x-test-id": f"refused-{what}"})
         assert answer.status == 503
         assert answer.headers["x-extproc-outcome"] == "unsteered"
-        assert front.envoy.stats(CLUSTER)[CLUSTER + wrong.counter] >= 1
+        wait_until(lambda: front.envoy.stats(CLUSTER)[CLUSTER + wrong.counter] >= 1)
         assert len(secured.upstreams["a"].records()) == before
-    assert secured.sidecar.metrics()["extproc_streams"] == 0
+    wait_until(lambda: secured.sidecar.metrics()["extproc_streams"] == 0)
     assert "Traceback" not in secured.sidecar.child.output()
 
 
@@ -177,7 +177,7 @@ def test_envoy_refuses_a_sidecar_whose_certificate_is_expired(tmp_path):
         with envoy_for(told, tmp_path, keep) as front:
             (answer,) = complete_many(front.url, 1, lambda _: {"x-test-id": "expired"})
             assert answer.status == 503
-            assert front.envoy.stats(CLUSTER)[f"{CLUSTER}ssl.fail_verify_error"] >= 1
+            wait_until(lambda: front.envoy.stats(CLUSTER)[f"{CLUSTER}ssl.fail_verify_error"] >= 1)
         assert recorder.messages == []
         assert upstream.records() == []
 

@@ -15,6 +15,7 @@ from extproc.admission.values import EndpointSpec, Policy, Request, RequestClass
 from extproc.observe.metrics import Metrics
 from extproc.observe.stories import Stories
 from extproc.stream.gate import Gate
+from tests.e2e.kit.processes import PATIENCE_S
 
 CLASSES = (RequestClass("default", 0, 60.0), RequestClass("high", 5, 60.0))
 
@@ -81,14 +82,14 @@ async def served(room: Room):
 
 async def until(condition) -> None:
     """Wait for `condition`."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():  # noqa: ASYNC110 - it comes over sockets
             await asyncio.sleep(0.005)
 
 
 async def event(response: aiohttp.ClientResponse) -> dict:
     """Read the next view."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         async for line in response.content:
             if line.startswith(b"data: "):
                 return json.loads(line[6:])

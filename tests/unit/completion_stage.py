@@ -16,6 +16,7 @@ from extproc.stream import wire
 from extproc.transport.completion.loop import CompletionLoop, make_loop
 from extproc.transport.completion.server import Server
 from extproc.transport.listener import Listener
+from tests.e2e.kit.processes import PATIENCE_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -88,7 +89,7 @@ def serving(server_class: Any, loop: asyncio.AbstractEventLoop) -> Iterator[Serv
     thread.start()
 
     def do(coroutine: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(20)
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(PATIENCE_S)
 
     try:
         do(server.start())
@@ -103,7 +104,7 @@ def serving(server_class: Any, loop: asyncio.AbstractEventLoop) -> Iterator[Serv
 
 
 def wait_for(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -115,7 +116,7 @@ class Talk:
     def __init__(self, server: Serving) -> None:
         self._wake = threading.Semaphore(0)
         self._queue: list[bytes | None] = []
-        self.call = server.call(self._messages(), timeout=20)
+        self.call = server.call(self._messages(), timeout=4 * PATIENCE_S)
 
     def _messages(self) -> Iterator[bytes]:
         while True:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from extproc.config import Config, parse_config
+from tests.e2e.kit.processes import PATIENCE_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-async def until(condition: Callable[[], object], timeout_s: float = 3.0) -> None:
+async def until(condition: Callable[[], object], timeout_s: float = PATIENCE_S) -> None:
     """Wait until `condition` is true."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 - what changes has no event

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gzip
-import socket
 import ssl
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from extproc.endpoints.telemetry.scraper import Scraper
+from tests.e2e.kit.processes import PATIENCE_S
 
 if TYPE_CHECKING:
     import trustme
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 GOOD = b'vllm:num_requests_running{engine="0"} 3\nvllm:num_requests_waiting{engine="0"} 1\n'
 GPUS = b'DCGM_FI_DEV_GPU_UTIL{gpu="0"} 80\nDCGM_FI_DEV_GPU_UTIL{gpu="1"} 20\n'
-PATIENCE_S = 5.0
 
 
 class Pages:
@@ -245,7 +244,7 @@ HOSTILE = {
 class Wire:
     """A scraper under test, and what it told."""
 
-    def __init__(self, *, interval_s: float = 60.0, timeout_s: float = 1.0, stale_after_s: float = 100.0) -> None:
+    def __init__(self, *, interval_s: float = 60.0, timeout_s: float = 5.0, stale_after_s: float = 100.0) -> None:
         loop = asyncio.get_running_loop()
         self.scraper = Scraper(interval_s=interval_s, timeout_s=timeout_s, stale_after_s=stale_after_s, loop=loop)
         self.seen: list[tuple[str, Load]] = []
@@ -271,12 +270,6 @@ async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(PATIENCE_S):
         while not condition():  # noqa: ASYNC110 - conditions of all kinds, none with an event
             await asyncio.sleep(0.002)
-
-
-def refusing_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def server_tls(ca: trustme.CA, name: str = "127.0.0.1") -> ssl.SSLContext:

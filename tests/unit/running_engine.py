@@ -11,6 +11,7 @@ import aiohttp
 
 from extproc.engine.params import EngineParams
 from extproc.engine.server import EngineServer, EngineServerConfig
+from tests.e2e.kit.processes import PATIENCE_S
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
@@ -22,14 +23,14 @@ CHAT_PATH = "/v1/chat/completions"
 
 
 def play(scene: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(scene, 10))
+    asyncio.run(asyncio.wait_for(scene, 2 * PATIENCE_S))
 
 
 @asynccontextmanager
 async def engine(
     params: EngineParams = FAST, **config: Any
 ) -> AsyncIterator[tuple[EngineServer, aiohttp.ClientSession]]:
-    timeout = aiohttp.ClientTimeout(total=8)
+    timeout = aiohttp.ClientTimeout(total=PATIENCE_S)
     async with (
         EngineServer(EngineServerConfig(params=params, **config)) as server,
         aiohttp.ClientSession(server.url, timeout=timeout) as client,

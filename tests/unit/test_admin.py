@@ -18,6 +18,7 @@ from extproc.admission.tenants import TenantRule, TenantRules
 from extproc.admission.ticket import Ticket
 from extproc.admission.values import Answer, Policy, Request
 from extproc.commands.top import lines
+from tests.e2e.kit.processes import PATIENCE_S
 from tests.unit.admin_room import CLASSES, Room, event, served, until
 
 if TYPE_CHECKING:
@@ -299,7 +300,7 @@ def test_a_connection_that_asks_nothing_is_closed_and_one_that_asks_stays(monkey
                 await speaking.readuntil(b"ready\n")
                 for reader, _ in (silent, half):
                     with suppress(ConnectionError):
-                        assert await asyncio.wait_for(reader.read(), 10) == b""
+                        assert await asyncio.wait_for(reader.read(), PATIENCE_S) == b""
             assert len(room.admin.connections) == 1
             for one in (silent[1], half[1], writer):
                 one.close()

@@ -18,7 +18,9 @@ from extproc.transport.aio import _Writer
 from extproc.transport.completion.loop import make_loop
 from extproc.transport.completion.server import Server
 from extproc.transport.listener import Listener
+from tests.e2e.kit.processes import PATIENCE_S
 from tests.unit.completion_stage import METHOD, Chatter, Talk, loop, serving, wait_for
+from tests.unit.endpoint_lists import until
 
 __all__ = ["loop"]  # a fixture
 
@@ -45,7 +47,7 @@ def test_replies_come_in_order_also_when_thousands_are_sent_at_once(server):
     talk.say(None)
     assert [*talk.call] == [*(str(number).encode() for number in range(3000)), b"x"]
     assert talk.call.code() is grpc.StatusCode.OK
-    assert server.log == ["end"]
+    wait_for(lambda: server.log == ["end"])
 
 
 def test_a_client_that_takes_no_replies_is_read_no_further_until_it_does_and_its_end_is_noticed(server):
@@ -91,7 +93,7 @@ def test_a_handler_that_wants_no_more_ends_the_stream_after_its_last_reply(serve
     talk = Talk(server)
     talk.say(b"over")
     assert [*talk.call] == [b"last"]
-    assert server.log == ["end"]
+    wait_for(lambda: server.log == ["end"])
     talk.say(None)
 
 
@@ -191,7 +193,7 @@ def test_a_request_takes_four_batches_of_operations(loop, monkeypatch):
 
 def test_an_unknown_method_is_unimplemented(server):
     with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError) as caught:
-        channel.unary_unary("/nobody/Knows")(b"", timeout=10)
+        channel.unary_unary("/nobody/Knows")(b"", timeout=PATIENCE_S)
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
@@ -200,7 +202,7 @@ def test_stop_closes_the_port_at_once_lets_streams_end_and_cuts_what_stays(serve
     for talk in (ends, stays):
         talk.say(b"echo hi")
         assert next(talk.call) == b"hi"
-    stopping = threading.Thread(target=server.stop, args=(1.5,))
+    stopping = threading.Thread(target=server.stop, args=(4.0,))
     stopping.start()
 
     def closed() -> bool:
@@ -219,20 +221,21 @@ def test_stop_closes_the_port_at_once_lets_streams_end_and_cuts_what_stays(serve
     assert [*ends.call] == []
     with pytest.raises(grpc.RpcError):
         list(stays.call)
-    stopping.join(10)
+    stopping.join(PATIENCE_S)
     assert not stopping.is_alive()
-    assert server.log == ["end", "end"]
+    wait_for(lambda: server.log == ["end", "end"])
     stays.say(None)
 
 
 def test_a_server_whose_streams_stay_although_they_were_cut_stops_all_the_same(loop, monkeypatch, caplog):
     monkeypatch.setattr(extproc.transport.completion.server, "Session", Chatter)
     monkeypatch.setattr(extproc.transport.completion.door, "FORCED_S", 0.0)
-    server = Server([], Listener("127.0.0.1:0"), loop)  # type: ignore[arg-type]
+    log: list[str] = []
+    server = Server(log, Listener("127.0.0.1:0"), loop)  # type: ignore[arg-type]
     loop.run_until_complete(server.start())
     with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-        call = channel.stream_stream(METHOD)(iter([b"echo hi"]), timeout=10)
-        loop.run_until_complete(asyncio.sleep(0.1))
+        call = channel.stream_stream(METHOD)(iter([b"pause"]), timeout=PATIENCE_S)
+        loop.run_until_complete(until(lambda: log))
         loop.run_until_complete(server.stop(0))
         assert "are not all gone after 0s" in caplog.text
         loop.close()
@@ -241,11 +244,12 @@ def test_a_server_whose_streams_stay_although_they_were_cut_stops_all_the_same(l
 
 def test_a_loop_that_closes_with_a_server_on_it_and_a_stream_open_does_not_hang(loop, monkeypatch):
     monkeypatch.setattr(extproc.transport.completion.server, "Session", Chatter)
-    server = Server([], Listener("127.0.0.1:0"), loop)  # type: ignore[arg-type]
+    log: list[str] = []
+    server = Server(log, Listener("127.0.0.1:0"), loop)  # type: ignore[arg-type]
     loop.run_until_complete(server.start())
     with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-        call = channel.stream_stream(METHOD)(iter([b"echo hi"]), timeout=10)
-        loop.run_until_complete(asyncio.sleep(0.1))
+        call = channel.stream_stream(METHOD)(iter([b"pause"]), timeout=PATIENCE_S)
+        loop.run_until_complete(until(lambda: log))
         loop.close()
         call.cancel()
 

@@ -13,7 +13,7 @@ from extproc import tasks
 from extproc.config import HealthCheckConfig
 from extproc.endpoints.health import TRIAL_S, HealthChecks
 from extproc.tasks import Tasks
-from tests.e2e.kit.processes import take_turns
+from tests.e2e.kit.processes import PATIENCE_S, take_turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,7 +60,7 @@ class Engine:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():  # noqa: ASYNC110 - what changes has no event
             await asyncio.sleep(0.002)
 
@@ -70,11 +70,15 @@ class Checked:
 
     def __init__(self, **how: Any) -> None:
         self.verdicts: list[bool | None] = []
-        keys = {"interval": "10ms", "timeout": "100ms", "unhealthy_threshold": 3, "healthy_threshold": 2, **how}
+        keys = {"interval": "10ms", "timeout": "30s", "unhealthy_threshold": 3, "healthy_threshold": 2, **how}
         self.config = HealthCheckConfig.model_validate(keys)
         self.tasks = Tasks()
         self.heard_at: float | None = None
         self.checks = HealthChecks(self._verdict, self.config, self.tasks, lambda _: self.heard_at)
+
+    def hasten(self) -> None:
+        """Give checks no time to be answered from now on."""
+        self.checks.configure(self.config.model_copy(update={"timeout": 0.01}))
 
     def _verdict(self, name: str, *, is_up: bool | None) -> None:
         assert name == "a"
@@ -132,7 +136,7 @@ def test_an_endpoint_that_never_passed_goes_down_at_its_first_failure(status, wa
         await until(lambda: ward.verdicts == [None, False])
         assert engine.seen <= 2
 
-    story(tell, unhealthy_threshold=100)
+    story(tell, unhealthy_threshold=100, timeout="100ms" if wait_s else "30s")
 
 
 def test_of_one_that_waits_for_its_first_check_nothing_is_said_before():
@@ -198,12 +202,13 @@ def test_a_check_that_hears_nothing_counts_for_nothing_while_answers_flow():
         await until(lambda: ward.verdicts == [None, True])
         engine.wait_s = 5.0
         ward.heard_at = math.inf
+        ward.hasten()
         await engine.checks(8)
         assert ward.verdicts == [None, True]
         ward.heard_at = asyncio.get_running_loop().time()  # the last answer was now
         await until(lambda: ward.verdicts == [None, True, False])
 
-    story(tell, timeout="10ms")
+    story(tell)
 
 
 @pytest.mark.parametrize("status", [500, 0])
@@ -249,11 +254,12 @@ def test_a_bug_ends_no_health_check_and_is_counted(monkeypatch, caplog):
         ward.checks.put("a", engine.address)
         await until(lambda: ward.verdicts == [None, True])
         engine.wait_s, ward.checks._heard_at = 5.0, broken
+        ward.hasten()
         await until(lambda: ward.tasks.restarts["health"] >= 2)
         engine.status, engine.wait_s = 500, 0.0
         await until(lambda: ward.verdicts == [None, True, False])
 
-    story(tell, timeout="10ms")
+    story(tell)
     assert "health checks of a failed and begins again" in caplog.text
 
 

@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from extproc.endpoints.telemetry.engines import engines_for
 from extproc.endpoints.telemetry.page import read_page
 from extproc.endpoints.telemetry.readings import Readings
+from tests.e2e.kit.processes import PATIENCE_S
 from tests.unit.running_engine import CHAT, CHAT_PATH, ENDLESS, FAST, ask, engine, events, play, until
 
 
@@ -307,15 +308,17 @@ def test_body_priority_orders_the_engines_queue() -> None:
 
             tasks = []
             bodies = {
-                "head": CHAT | {"max_tokens": 100},
+                "head": ENDLESS,
                 "late": CHAT | {"priority": 5},
                 "early": CHAT | {"priority": 1},
             }
             for count, (name, body) in enumerate(bodies.items()):
                 tasks.append(asyncio.create_task(send(name, body)))
                 await until(lambda count=count: model.running + model.waiting == count + 1)
-            await asyncio.gather(*tasks)
-            assert ended == ["head", "early", "late"]
+            head, *others = tasks
+            head.cancel()  # not before all stand behind it
+            await asyncio.gather(*others)
+            assert ended == ["early", "late"]
 
     play(scene())
 
@@ -349,7 +352,7 @@ def test_the_metrics_page_has_vllms_names_and_the_engines_figures() -> None:
         assert values["vllm:request_time_per_output_token_seconds_count"] == 1
         assert values["vllm:inter_token_latency_seconds_count"] >= 2
         assert values["vllm:e2e_request_latency_seconds_count"] == 1
-        assert values["sim_step_lag_seconds"] < 1
+        assert 0 <= values["sim_step_lag_seconds"] < PATIENCE_S
         assert samples["vllm:request_success_total", "length", None].value == 1
         config = samples["vllm:cache_config_info", None, None].labels
         assert (config["block_size"], config["num_gpu_blocks"]) == ("16", "512")

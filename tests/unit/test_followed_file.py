@@ -111,7 +111,7 @@ def test_a_file_that_is_only_touched_is_not_taken_over_but_a_signal_always_reads
 
 
 def test_a_file_that_is_being_written_is_read_when_it_is_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(file, "STILL_S", 0.05)
+    monkeypatch.setattr(file, "STILL_S", 2.0)
     path = tmp_path / "c.yaml"
     path.write_text("max_running_requests: 1")
 

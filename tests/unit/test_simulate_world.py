@@ -291,15 +291,15 @@ def test_an_engine_is_slow_until_it_has_computed_so_many_prompts() -> None:
     assert took == pytest.approx([5 * warm_s, 5 * warm_s - 4 * A100.step_base_s, warm_s, warm_s], rel=0.01)
 
 
-def sent_to_a_late_one(policy: Policy | None = None) -> list[Job]:
+def sent_to_a_late_one(seed: int, policy: Policy | None = None) -> list[Job]:
     """Play a cold engine that comes late to three others; return the jobs that it got in its first ten seconds."""
     groups, faults = [Group(A100, 4)], Faults(dies=(0, 0.0, 10.0), cold_requests=32)
     who = contender("ours", "a100-8b", (ONE,))
     assert who.setting is not None
     if policy is not None:
         who = replace(who, setting=replace(who.setting, policy=replace(who.setting.policy, limit_law=policy.limit_law)))
-    played = World(groups, who, 1, faults)
-    jobs = played.run(Workload(classes=(ONE,)).demands(20.0, 25.0, 3), 25.0)
+    played = World(groups, who, seed, faults)
+    jobs = played.run(Workload(classes=(ONE,)).demands(20.0, 25.0, seed + 2), 25.0)
     sent = [(job.dispatched, job) for job in jobs if job.engine == 0 and job.outcome == "finished"]
     begin = min(at for at, _ in sent if at is not None)
     return [job for at, job in sent if at is not None and at < begin + 10.0]
@@ -312,9 +312,14 @@ def too_slow(jobs: list[Job]) -> int:
 
 
 def test_a_cold_engine_spoils_less_than_half_the_answers_that_it_would_with_64_at_once() -> None:
-    ramped, at_once = sent_to_a_late_one(), sent_to_a_late_one(Policy(limit_law=LimitLaw(start=64)))
-    assert ramped, "it gets some: nothing else warms it"
-    assert too_slow(ramped) < too_slow(at_once) / 2
+    """In the mean: with two seeds of ten it is half or more."""
+    ramped, at_once = 0, 0
+    for seed in range(1, 11):
+        few = sent_to_a_late_one(seed)
+        assert few, "it gets some: nothing else warms it"
+        ramped += too_slow(few)
+        at_once += too_slow(sent_to_a_late_one(seed, Policy(limit_law=LimitLaw(start=64))))
+    assert ramped < at_once / 2
 
 
 # ---- others' requests that come past the front

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from extproc import tasks
+from tests.e2e.kit.processes import PATIENCE_S
 
 
 def test_a_task_that_fails_is_told_counted_and_begun_again(monkeypatch, caplog):
@@ -20,7 +21,7 @@ def test_a_task_that_fails_is_told_counted_and_begun_again(monkeypatch, caplog):
 
     async def main() -> dict[str, int]:
         kept = tasks.Tasks()
-        await asyncio.wait_for(kept.keep("kind", "work", work), 3)
+        await asyncio.wait_for(kept.keep("kind", "work", work), PATIENCE_S)
         return kept.restarts
 
     assert asyncio.run(main()) == {"kind": 2}
@@ -37,7 +38,7 @@ def test_a_cancelled_task_ends():
         await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await asyncio.wait_for(task, 3)
+            await asyncio.wait_for(task, PATIENCE_S)
         assert kept.restarts == {"kind": 0}
 
     asyncio.run(main())

@@ -8,7 +8,8 @@ from extproc.app import App
 from extproc.config import Config
 from extproc.endpoints.telemetry import facts
 from extproc.endpoints.telemetry.target import Target
-from tests.unit.pages import PATIENCE_S, Pages, Wire, until
+from tests.e2e.kit.processes import PATIENCE_S
+from tests.unit.pages import Pages, Wire, until
 
 # ---- what people see
 
@@ -67,7 +68,7 @@ def test_an_engine_is_asked_for_its_limits_before_its_first_load_is_told_and_the
 
 def test_an_engine_that_does_not_say_its_limits_is_scraped_all_the_same():
     async def main() -> None:
-        async with Pages() as pages, Wire(interval_s=0.02, timeout_s=0.2) as wire:
+        async with Pages() as pages, Wire(interval_s=0.02, timeout_s=2.0) as wire:
             pages.models = None
             wire.scraper.put(Target("a", pages.url("good"), base=f"http://{pages.address}"))
             await until(lambda: len(wire.seen) >= 3)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from .processes import Child, wait_until
+from .processes import PATIENCE_S, Child, wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,7 +17,6 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-proxy-server"),
     *("--disable-features=Translate,OptimizationHints,MediaRouter", "--hide-scrollbars", "--remote-debugging-port=0"),
 )
-_ANSWER_S = 20.0
 
 
 class Browser:
@@ -40,7 +39,7 @@ class Browser:
         self.child.start()
         try:
             # The log is read as a whole: Chromium may say a few lines about D-Bus before.
-            devtools = self.child.wait_line(r"DevTools listening on ws://(\S+?)/", timeout_s=30.0).group(1)
+            devtools = self.child.wait_line(r"DevTools listening on ws://(\S+?)/").group(1)
             self._run(self._connect(devtools))
             for domain in ("Page", "Runtime", "Network", "Log"):
                 self.send(f"{domain}.enable")
@@ -77,7 +76,7 @@ class Browser:
     async def _send(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
         self._number += 1
         await self._socket.send_json({"id": self._number, "method": method, "params": parameters})
-        async with asyncio.timeout(_ANSWER_S):
+        async with asyncio.timeout(PATIENCE_S):
             while True:
                 message = await self._socket.receive_json()
                 if message.get("id") == self._number:
@@ -128,7 +127,7 @@ class Browser:
             raise AssertionError(f"{script}: {result['exceptionDetails']}")
         return result["result"].get("value")
 
-    def wait(self, script: str, timeout_s: float = 15.0) -> Any:
+    def wait(self, script: str, timeout_s: float = PATIENCE_S) -> Any:
         """Wait until a JavaScript expression is true; return what it is."""
         return wait_until(lambda: self.value(script), timeout_s, message=script)
 

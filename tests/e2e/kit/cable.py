@@ -8,7 +8,7 @@ import threading
 from extproc.config import split_address
 
 from .loops import close, sever
-from .processes import free_port
+from .processes import PATIENCE_S, free_port
 
 
 class Cable:
@@ -25,12 +25,12 @@ class Cable:
 
     def __enter__(self) -> Cable:
         self._thread.start()
-        assert self._started.wait(10)
+        assert self._started.wait(PATIENCE_S)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._call(self._stop.set)
-        self._thread.join(10)
+        self._thread.join(PATIENCE_S)
 
     def cut(self) -> None:
         """Let nothing through, in either direction, on connections old and new."""

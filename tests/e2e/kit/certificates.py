@@ -15,6 +15,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509 import load_pem_x509_certificate
 from cryptography.x509.oid import NameOID
 
+from .processes import PATIENCE_S
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
@@ -103,7 +105,7 @@ def shown_serial(address: str, mine: Mount) -> int:
     context.set_alpn_protocols(["h2"])
     host, _, port = address.rpartition(":")
     with (
-        socket.create_connection((host, int(port)), timeout=5) as raw,
+        socket.create_connection((host, int(port)), timeout=PATIENCE_S) as raw,
         context.wrap_socket(raw, server_hostname=SIDECAR_NAME) as connection,
     ):
         return int(str((connection.getpeercert() or {})["serialNumber"]), 16)

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import io
+import select
 import socket
 import struct
 import time
@@ -24,14 +25,19 @@ import h2.events
 import h2.exceptions
 import h2.settings
 
+from .awake import awake
 from .http1 import Body, Headers, header, parse_head, render_head
 from .loops import cut
+from .processes import PATIENCE_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
 COMPLETIONS = "/v1/chat/completions"
 
+STALL_S = 2.0
+"""Who takes no byte of an upload for so long takes none at all."""
+_LOOK_S = 0.05
 _RECEIVE_BYTES = 64 * 1024
 
 
@@ -106,7 +112,7 @@ class H1Request(Answer):
         body: bytes = b"",
         *,
         method: str = "POST",
-        timeout_s: float = 10.0,
+        timeout_s: float = PATIENCE_S,
         receive_buffer_bytes: int | None = None,
     ) -> None:
         super().__init__(timeout_s)
@@ -142,18 +148,17 @@ class H1Request(Answer):
         self._socket.sendall(render_head(f"{self.method} {self.path} HTTP/1.1", announced))
         return self
 
-    def upload(self, size_bytes: int, *, stall_s: float = 0.5) -> int:
-        """Send up to `size_bytes` of body; stops when nobody takes bytes for `stall_s`. Returns what was taken."""
-        piece = b"u" * _RECEIVE_BYTES
-        sent = 0
-        self._socket.settimeout(stall_s)
-        try:
-            while sent < size_bytes:
+    def upload(self, size_bytes: int) -> int:
+        """Send up to `size_bytes` of body; stops when nobody takes bytes for `STALL_S`. Returns what was taken."""
+        piece, sent = b"u" * _RECEIVE_BYTES, 0
+        last = awake() + STALL_S
+        while sent < size_bytes:
+            came, room, _ = select.select([self._socket], [self._socket], [], _LOOK_S)
+            if room:
                 sent += self._socket.send(piece[: size_bytes - sent])
-        except TimeoutError:
-            pass
-        finally:
-            self._socket.settimeout(self._timeout_s)
+                last = awake() + STALL_S
+            elif came or awake() > last:  # it is answered, or the connection has ended
+                break
         return sent
 
     # Reading
@@ -230,7 +235,7 @@ class H1Request(Answer):
 class H2Client:
     """One HTTP/2 connection (prior knowledge) with many streams. Bytes are read only while some stream is read."""
 
-    def __init__(self, address: str, *, timeout_s: float = 10.0) -> None:
+    def __init__(self, address: str, *, timeout_s: float = PATIENCE_S) -> None:
         self.address = address
         self.timeout_s = timeout_s
         self.closed = ""  # how the connection ended: "fin" or "rst"
@@ -348,14 +353,14 @@ class H2Stream(Answer):
         """Nothing more will come."""
         return self.complete or self.reset_code is not None or bool(self.client.closed)
 
-    def upload(self, size_bytes: int, *, body: bytes = b"", end: bool = True, stall_s: float = 0.5) -> int:
-        """Send up to `size_bytes` of body (`body`, else filler) until no window comes for `stall_s`; what was sent."""
+    def upload(self, size_bytes: int, *, body: bytes = b"", end: bool = True) -> int:
+        """Send up to `size_bytes` of body (`body`, else filler) until no window comes for `STALL_S`; what was sent."""
         connection = self.client._h2
-        sent = 0
+        sent, last = 0, awake() + STALL_S
         while sent < size_bytes and not self.over:
             window = min(connection.local_flow_control_window(self.id), connection.max_outbound_frame_size)
             if window <= 0:
-                if not self.client.pump(stall_s):
+                if not self.client.pump(_LOOK_S) and awake() > last:
                     break
                 continue
             size = min(window, size_bytes - sent)
@@ -363,6 +368,7 @@ class H2Stream(Answer):
             connection.send_data(self.id, data, end_stream=end and sent + size == size_bytes)
             sent += size
             self.client._flush()
+            last = awake() + STALL_S
         return sent
 
     def read_head(self, timeout_s: float | None = None) -> int:
@@ -442,7 +448,7 @@ def complete_many(
     *,
     body: bytes = b"{}",
     gap_s: float = 0.0,
-    timeout_s: float = 30.0,
+    timeout_s: float = 2 * PATIENCE_S,
 ) -> list[Completion]:
     """`count` completions at once, each on its own connection, in the order of their numbers.
 

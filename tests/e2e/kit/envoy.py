@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from .processes import Child, http_get, http_ok, run, wait_until
+from .processes import PATIENCE_S, Child, http_get, http_ok, run, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -109,7 +109,7 @@ class Envoy:
     def set_runtime(self, key: str, value: int) -> None:
         """Set a key of Envoy's runtime."""
         url = f"http://{self.admin}/runtime_modify?{key}={value}"
-        with urllib.request.urlopen(url, data=b"", timeout=5) as answer:
+        with urllib.request.urlopen(url, data=b"", timeout=PATIENCE_S) as answer:
             assert answer.read() == b"OK\n"
 
     def stats(self, prefix: str) -> dict[str, int]:
@@ -129,7 +129,9 @@ class Envoy:
             entries += [_entry(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
         return entries
 
-    def wait_access_log(self, wanted: Callable[[dict[str, Any]], bool], timeout_s: float = 3.0) -> dict[str, Any]:
+    def wait_access_log(
+        self, wanted: Callable[[dict[str, Any]], bool], timeout_s: float = PATIENCE_S
+    ) -> dict[str, Any]:
         """The first access log entry that `wanted` accepts."""
 
         def look() -> list[dict[str, Any]]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from .processes import PATIENCE_S
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -37,7 +39,7 @@ class RawChannel:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def open(self, metadata: tuple[tuple[str, str], ...] = (), *, deadline_s: float = 30.0) -> RawStream:
+    def open(self, metadata: tuple[tuple[str, str], ...] = (), *, deadline_s: float = 2 * PATIENCE_S) -> RawStream:
         """Open a stream; nothing is sent on it yet but its headers."""
         stream = RawStream(self._channel, metadata, deadline_s)
         self._streams.append(stream)
@@ -82,7 +84,7 @@ class RawStream:
         self._call.cancel()
         self._outgoing.put(None)
 
-    def read(self, timeout_s: float = 5.0) -> bytes:
+    def read(self, timeout_s: float = PATIENCE_S) -> bytes:
         """The next message; StreamEnd when the server or `cancel` ended the stream; AssertionError when too late."""
         if self.end is not None:
             raise self.end
@@ -103,7 +105,7 @@ class RawStream:
             return True
         raise AssertionError(f"the stream was to stay silent, but there came {item!r}")
 
-    def wait_end(self, timeout_s: float = 5.0) -> StreamEnd:
+    def wait_end(self, timeout_s: float = PATIENCE_S) -> StreamEnd:
         """The end of the stream; AssertionError when a message comes first."""
         try:
             message = self.read(timeout_s)
@@ -112,7 +114,7 @@ class RawStream:
         raise AssertionError(f"expected the end, got the message {message!r}")
 
     def join(self) -> None:
-        self._reader.join(5)
+        self._reader.join(PATIENCE_S)
 
     def _requests(self) -> Iterator[bytes]:
         while (message := self._outgoing.get()) is not None:

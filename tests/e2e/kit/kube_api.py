@@ -14,7 +14,7 @@ from aiohttp import web
 
 from extproc.endpoints.discovery import watch
 
-from .processes import free_port, take_turns, wait_until
+from .processes import PATIENCE_S, free_port, take_turns, wait_until
 
 if TYPE_CHECKING:
     import ssl
@@ -134,12 +134,12 @@ class KubeApi:
 
     def __enter__(self) -> KubeApi:
         self._thread.start()
-        assert self._started.wait(10)
+        assert self._started.wait(PATIENCE_S)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._do(self._stopping.set)
-        self._thread.join(10)
+        self._thread.join(PATIENCE_S)
 
     # What a test orders
 
@@ -221,7 +221,7 @@ class KubeApi:
 
     def _await(self, work: Any) -> None:
         assert self._loop is not None
-        asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE_S)
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()

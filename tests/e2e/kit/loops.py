@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
-GOODBYE_S = 2.0
+GOODBYE_S = 30.0
 
 
 def run(story: Coroutine[Any, Any, None]) -> None:

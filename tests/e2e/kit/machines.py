@@ -15,12 +15,14 @@ import pytest
 
 from tests.conftest import TOOL_MISSING, tool
 
+from .processes import PATIENCE_S
+
 _NOBODY = "02:00:00:00:00:99"
 _NUMBERS = count()
 
 
 def _ip(*words: str) -> None:
-    done = subprocess.run(["ip", *words], capture_output=True, text=True, timeout=10)
+    done = subprocess.run(["ip", *words], capture_output=True, text=True, timeout=PATIENCE_S)
     if done.returncode != 0:
         raise AssertionError(f"ip {' '.join(words)}: {done.stderr}")
 
@@ -70,8 +72,8 @@ class Machines:
 
     def _remove(self) -> None:
         for number in range(len(self.addresses)):
-            subprocess.run(["ip", "netns", "del", self._space(number)], capture_output=True, timeout=10)
-        subprocess.run(["ip", "link", "del", self._name], capture_output=True, timeout=10)
+            subprocess.run(["ip", "netns", "del", self._space(number)], capture_output=True, timeout=PATIENCE_S)
+        subprocess.run(["ip", "link", "del", self._name], capture_output=True, timeout=PATIENCE_S)
 
     def _space(self, number: int) -> str:
         return f"{self._name}-{number}"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .awake import awake
 from .envoy import Envoy
 from .gateways import gateway
-from .processes import tcp_open, wait_until
+from .processes import PATIENCE_S, tcp_open, wait_until
 from .stack import DEFAULTS, Sidecar, local
 from .upstream import Upstream
 
@@ -117,31 +117,31 @@ class Picking:
         line = self.envoy(kind, **how).wait_access_log(lambda entry: entry.get("id") == request_id)
         return bool(line["upstream"]) and line["upstream"] == line["picked"]
 
-    def wait_in_flight(self, count: int, timeout_s: float = 2.0) -> None:
+    def wait_in_flight(self, count: int, timeout_s: float = PATIENCE_S) -> None:
         """Wait until exactly so many leases are held."""
         wait_until(lambda: sum(self.in_flight().values()) == count, timeout_s, f"{count} in flight")
 
-    def wait_back(self, timeout_s: float = 2.0) -> float:
+    def wait_back(self, timeout_s: float = PATIENCE_S) -> float:
         """Wait until all leases are back; return how many seconds that took."""
-        began = time.monotonic()
+        began = awake()
         self.wait_in_flight(0, timeout_s)
-        return time.monotonic() - began
+        return awake() - began
 
     @contextlib.contextmanager
     def bounded(self, limit: int = 1) -> Iterator[None]:
         """Meanwhile no server has more requests at once than its limit, by its own count."""
-        wait_until(lambda: not any(one.open_requests() for one in self.upstreams.values()), 5, "no server has any")
+        wait_until(lambda: not any(one.open_requests() for one in self.upstreams.values()), message="no server has any")
         for upstream in self.upstreams.values():
             upstream.clear()
         yield
         peaks = {name: upstream.peak for name, upstream in self.upstreams.items()}
         assert max(peaks.values()) <= limit, f"a server had more than {limit} at once: {peaks}"
 
-    def wait_waiting(self, count: int, timeout_s: float = 2.0) -> None:
+    def wait_waiting(self, count: int, timeout_s: float = PATIENCE_S) -> None:
         """Wait until exactly so many requests wait."""
         wait_until(lambda: self.sidecar.queues()["waiting_total"] == count, timeout_s, f"{count} waiting")
 
-    def wait_idle(self, timeout_s: float = 2.0) -> None:
+    def wait_idle(self, timeout_s: float = PATIENCE_S) -> None:
         """Wait until nothing waits and all leases are back."""
         self.wait_waiting(0, timeout_s)
         self.wait_in_flight(0, timeout_s)

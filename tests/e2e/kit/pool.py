@@ -19,7 +19,7 @@ from tests.conftest import tool
 from .cable import Cable
 from .clients import Completion, complete_many
 from .envoy import Envoy
-from .processes import Child, free_port, http_get, tcp_open, wait_until
+from .processes import PATIENCE_S, Child, free_port, http_get, tcp_open, wait_until
 from .stack import Sidecar, local
 
 if TYPE_CHECKING:
@@ -77,7 +77,9 @@ class Store:
         """What it answers to a command."""
         host, _, port = self._address.rpartition(":")
         program = shutil.which("valkey-cli") or tool("redis-cli", "redis-server")
-        done = subprocess.run([program, "-h", host, "-p", port, *words], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            [program, "-h", host, "-p", port, *words], capture_output=True, text=True, timeout=PATIENCE_S
+        )
         return done.stdout.strip()
 
     def __exit__(self, *_: object) -> None:
@@ -190,7 +192,7 @@ class Pool:
 
         return self._pool.submit(complete_many, place.url, count, of, body=body(max_tokens), timeout_s=120)
 
-    def wait_one_group(self, timeout_s: float = 20.0) -> None:
+    def wait_one_group(self, timeout_s: float = PATIENCE_S) -> None:
         """Wait until all sidecars are in one group and know that it is everybody."""
 
         def is_one() -> bool:
@@ -209,16 +211,22 @@ class Pool:
         """Let time pass: how long a fault lasts."""
         time.sleep(seconds)
 
+    def in_order(self) -> list[Place]:
+        """The leader, and then those that follow, once it is so: a machine that stalls may part them for a moment."""
+
+        def look() -> list[Place] | None:
+            roles = [place.replicas["role"] for place in self.places]
+            if sorted(roles) != [*["following"] * (len(roles) - 1), "leading"]:
+                return None
+            leader = roles.index("leading")
+            return [self.places[leader], *self.places[:leader], *self.places[leader + 1 :]]
+
+        return wait_until(look, message="one leads, the others follow")
+
     @property
     def leader(self) -> Place:
         """The one that leads everybody."""
-        (found,) = (place for place in self.places if place.replicas["role"] == "leading")
-        return found
-
-    @property
-    def followers(self) -> list[Place]:
-        """Those that follow."""
-        return [place for place in self.places if place.replicas["role"] == "following"]
+        return self.in_order()[0]
 
     def in_flight(self) -> int:
         """What the leader's books say runs."""

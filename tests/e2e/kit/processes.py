@@ -15,13 +15,18 @@ import subprocess
 import time
 from typing import TYPE_CHECKING, TypeVar
 
+from .awake import awake
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
 T = TypeVar("T")
 
+PATIENCE_S = 30.0
+"""How long what surely comes may take on a machine that is busy with others. Nobody waits longer than it takes."""
 _POLL_S = 0.01
+_GRPC_LOGS = re.compile(r"[IWEF]\d{4} \d\d:\d\d:\d|WARNING: All log messages before absl::InitializeLog")
 _MOST_WORKERS = 8
 _worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _MOST_WORKERS
 _given_ports: set[int] = set()
@@ -33,14 +38,14 @@ async def take_turns() -> None:
         await asyncio.sleep(0)
 
 
-def wait_until(condition: Callable[[], T | None], timeout_s: float = 5.0, message: str = "") -> T:
+def wait_until(condition: Callable[[], T | None], timeout_s: float = PATIENCE_S, message: str = "") -> T:
     """The first true value of `condition`; AssertionError with `message` and the last value after `timeout_s`."""
-    deadline = time.monotonic() + timeout_s
+    deadline = awake() + timeout_s
     while True:
         value = condition()
         if value:
             return value
-        if time.monotonic() > deadline:
+        if awake() > deadline:
             raise AssertionError(f"not within {timeout_s:g} s: {message or condition}; last value: {value!r}")
         time.sleep(_POLL_S)
 
@@ -51,22 +56,34 @@ def free_port() -> int:
     Taken from below the ephemeral range, so that an outgoing connection of another test can't grab it before its owner
     binds it; and each of pytest's workers has ports of its own, so that no two take one that neither has bound yet.
     """
+    return _free(range(12000 + _worker, 32000, _MOST_WORKERS), 1)
+
+
+def free_pair() -> int:
+    """The first of two such ports in a row."""
+    return _free(range(11000 + 2 * _worker, 12000, 2 * _MOST_WORKERS), 2)
+
+
+def _free(among: range, count: int) -> int:
     for _ in range(1000):
-        port = random.randrange(12000 + _worker, 32000, _MOST_WORKERS)
-        if port in _given_ports:
-            continue
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        _given_ports.add(port)
-        return port
-    raise AssertionError("no free port found between 12000 and 32000")
+        port = random.choice(among)
+        if port not in _given_ports and all(_can_be_bound(port + number) for number in range(count)):
+            _given_ports.add(port)
+            return port
+    raise AssertionError(f"no free port found between {among.start} and {among.stop}")
 
 
-def http_get(address: str, path: str, timeout_s: float = 2.0) -> tuple[int, bytes]:
+def _can_be_bound(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+def http_get(address: str, path: str, timeout_s: float = PATIENCE_S) -> tuple[int, bytes]:
     """Status and body of `GET http://address/path`. OSError or HTTPException when there is no answer."""
     connection = http.client.HTTPConnection(address, timeout=timeout_s)
     try:
@@ -89,7 +106,7 @@ def tcp_open(address: str) -> bool:
     """Whether `host:port` accepts a TCP connection now; never raises."""
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=1.0).close()
+        socket.create_connection((host, int(port)), timeout=PATIENCE_S).close()
     except OSError:
         return False
     return True
@@ -174,26 +191,31 @@ class Child:
         """Everything it wrote so far, stdout and stderr together."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
-    def wait_ready(self, probe: Callable[[], T | None], timeout_s: float = 15.0, what: str = "readiness") -> T:
+    def lines(self) -> list[str]:
+        """The whole lines that it wrote, without those of gRPC's own log: such a line may come at any moment."""
+        whole = self.output().rpartition("\n")[0]
+        return [line for line in whole.splitlines() if not _GRPC_LOGS.match(line)]
+
+    def wait_ready(self, probe: Callable[[], T | None], timeout_s: float = PATIENCE_S, what: str = "readiness") -> T:
         """The first true value of `probe`; fails at once, with its output, when the child ends before that."""
-        deadline = time.monotonic() + timeout_s
+        deadline = awake() + timeout_s
         while True:
             value = probe()
             if value:
                 return value
             code = self.returncode
-            late = time.monotonic() > deadline
+            late = awake() > deadline
             if code is not None or late:
                 reason = f"no {what} in {timeout_s:g} s" if code is None else f"ended with {code} before {what}"
                 raise AssertionError(f"{self.name}: {reason}; its output:\n{self.output()[-4000:]}")
             time.sleep(_POLL_S)
 
-    def wait_line(self, pattern: str, timeout_s: float = 15.0) -> re.Match[str]:
+    def wait_line(self, pattern: str, timeout_s: float = PATIENCE_S) -> re.Match[str]:
         """The first match of the regular expression in its output."""
         compiled = re.compile(pattern, re.MULTILINE)
         return self.wait_ready(lambda: compiled.search(self.output()), timeout_s, f"line {pattern!r}")
 
-    def wait_exit(self, timeout_s: float = 10.0) -> int:
+    def wait_exit(self, timeout_s: float = PATIENCE_S) -> int:
         """Its return code, once it has ended by itself."""
         wait_until(lambda: self.returncode is not None, timeout_s, f"{self.name} ends")
         code = self.returncode
@@ -218,10 +240,12 @@ class Child:
                 wait_until(lambda: self.returncode is not None, self._grace_s)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        return process.wait(timeout=10)
+        return process.wait(timeout=PATIENCE_S)
 
 
-def run(argv: Sequence[str], *, timeout_s: float = 30.0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run(
+    argv: Sequence[str], *, timeout_s: float = 2 * PATIENCE_S, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a short command to its end; its output as text. The return code is the caller's to judge."""
     return subprocess.run(
         [str(part) for part in argv],

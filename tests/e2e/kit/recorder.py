@@ -10,6 +10,8 @@ import grpc
 from extproc._pb import ext_proc_pb2 as pb
 from extproc.stream.wire import METHOD, SERVICE
 
+from .processes import PATIENCE_S
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -35,7 +37,7 @@ class Recorder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.stop(0).wait(5)
+        self._server.stop(0).wait(PATIENCE_S)
 
     def _process(self, messages: Iterator[bytes], context: Any) -> Iterator[bytes]:
         self.metadata += [(key, str(value)) for key, value in context.invocation_metadata()]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import WSMsgType, web
 
-from .processes import take_turns
+from .processes import PATIENCE_S, take_turns
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,7 +52,7 @@ def echo_server() -> Iterator[str]:
     thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
     thread.start()
     try:
-        yield ready.result(10)
+        yield ready.result(PATIENCE_S)
     finally:
         loop.call_soon_threadsafe(stop.set)
         thread.join()

@@ -17,7 +17,7 @@ import yaml
 
 from .commands import envoy_config
 from .envoy import Envoy
-from .processes import Child, free_port, http_get, http_ok, wait_until
+from .processes import PATIENCE_S, Child, free_port, http_get, http_ok, wait_until
 from .upstream import Upstream
 
 if TYPE_CHECKING:
@@ -228,15 +228,15 @@ class Stack:
         """How many requests have left with this outcome so far."""
         return int(self.sidecar.queues()["outcomes"].get(outcome, 0))
 
-    def wait_in_flight(self, name: str, count: int, timeout_s: float = 2.0) -> None:
+    def wait_in_flight(self, name: str, count: int, timeout_s: float = PATIENCE_S) -> None:
         """Wait until this endpoint holds exactly `count` leases."""
         self._wait(lambda _: self.in_flight(name) == count, timeout_s, f"{name} with {count} in flight")
 
-    def wait_waiting(self, count: int, timeout_s: float = 2.0) -> None:
+    def wait_waiting(self, count: int, timeout_s: float = PATIENCE_S) -> None:
         """Wait until exactly `count` requests wait."""
         self._wait(lambda page: page["waiting_total"] == count, timeout_s, f"{count} waiting")
 
-    def wait_idle(self, timeout_s: float = 2.0) -> None:
+    def wait_idle(self, timeout_s: float = PATIENCE_S) -> None:
         """Wait until nothing waits and all leases are back."""
         self._wait(
             lambda page: not page["waiting_total"] and not any(one["in_flight"] for one in page["endpoints"]),

@@ -7,7 +7,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from .clients import complete_many
-from .processes import wait_until
+from .processes import PATIENCE_S, wait_until
 from .upstream import behave
 
 if TYPE_CHECKING:
@@ -63,19 +63,19 @@ class Traffic:
     def __exit__(self, *_: object) -> None:
         self._ending.set()
         for thread in self._threads:
-            thread.join(20)
+            thread.join(PATIENCE_S)
 
     def _ask(self, client: int) -> None:
         turn = 0
         while not self._ending.is_set():
             turn += 1
             ask = header(f"t{client}.{turn}", **dict([behave("sse", events=3, gap_s=0.005)]))
-            self.answers += complete_many(self._here.url, 1, ask, timeout_s=15)
+            self.answers += complete_many(self._here.url, 1, ask, timeout_s=PATIENCE_S)
 
     def more(self, count: int = 30) -> None:
         """Wait for that many further answers."""
         target = len(self.answers) + count
-        wait_until(lambda: len(self.answers) >= target, 15, f"{count} answers more")
+        wait_until(lambda: len(self.answers) >= target, message=f"{count} answers more")
 
     def check(self) -> None:
         """Every client got a whole 200."""

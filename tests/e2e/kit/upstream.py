@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .http1 import Headers, header
 from .loops import close
-from .processes import free_port, wait_until
+from .processes import PATIENCE_S, free_port, wait_until
 from .upstream_wire import Connection
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 BEHAVIOUR_HEADER = "x-behaviour"
 ID_HEADER = "x-test-id"
 
-_HOLD_LIMIT_S = 60.0  # a held answer that no test releases is cut, so that nothing can hang for ever
+_HOLD_LIMIT_S = 300.0  # a held answer that no test releases is cut, so that nothing can hang for ever
 _PIECE_BYTES = 64 * 1024
 
 
@@ -159,7 +159,7 @@ class Upstream:
 
     def __enter__(self) -> Upstream:
         self._thread.start()
-        if not self._started.wait(10):
+        if not self._started.wait(PATIENCE_S):
             raise AssertionError(f"{self!r} does not listen")
         return self
 
@@ -167,7 +167,7 @@ class Upstream:
         if self._loop is not None and self._stopping is not None:
             with contextlib.suppress(RuntimeError):  # the loop ended by an error of its own
                 self._loop.call_soon_threadsafe(self._stopping.set)
-        self._thread.join(10)
+        self._thread.join(PATIENCE_S)
         if self._thread.is_alive():
             raise AssertionError(f"{self!r} does not end")
 
@@ -181,11 +181,11 @@ class Upstream:
         """Every attempt of this request that arrived: [] means that it never reached this backend."""
         return [record for record in self.records() if record.request_id == request_id]
 
-    def wait_for(self, request_id: str, timeout_s: float = 5.0) -> Received:
+    def wait_for(self, request_id: str, timeout_s: float = PATIENCE_S) -> Received:
         """The latest attempt of this request, once one has arrived."""
         return wait_until(lambda: self.seen(request_id), timeout_s, f"{request_id} reaches {self.name}")[-1]
 
-    def wait_ended(self, request_id: str, timeout_s: float = 5.0) -> Received:
+    def wait_ended(self, request_id: str, timeout_s: float = PATIENCE_S) -> Received:
         """The latest attempt of this request, once it is finished, cut or aborted."""
         record = self.wait_for(request_id, timeout_s)
         wait_until(lambda: not record.open, timeout_s, f"{request_id} ends at {self.name}")
@@ -222,7 +222,7 @@ class Upstream:
     def _wait(self, work: Any) -> None:
         if self._loop is None:
             raise AssertionError(f"{self!r} is not started")
-        asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE_S)
 
     def _run(self) -> None:
         asyncio.run(self._serve())

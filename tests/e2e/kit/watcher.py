@@ -11,7 +11,7 @@ from extproc.endpoints.discovery.inference_pool import InferencePool
 from extproc.endpoints.discovery.kubernetes import Kubernetes
 
 from .loops import let_close
-from .processes import wait_until
+from .processes import PATIENCE_S, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,7 +60,7 @@ class Watcher:
 
     def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(lambda: self._task and self._task.cancel())
-        self._thread.join(10)
+        self._thread.join(PATIENCE_S)
         assert not self._thread.is_alive()
 
     def sees(self, **pods: str) -> None:

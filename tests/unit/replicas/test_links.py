@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-import socket
 import struct
 
 import pytest
@@ -16,6 +15,7 @@ from extproc.replicas import messages as m
 from extproc.replicas.links import TcpNetwork
 from extproc.replicas.log import SidecarLog
 from extproc.replicas.wire import MOST_BYTES, frames, read
+from tests.e2e.kit.processes import PATIENCE_S, free_port
 
 HELLO = m.Hello(1, "pool", m.Member("one", "127.0.0.1:1", 1), m.Purpose.FOLLOW, 0, 1, frozenset())
 
@@ -39,14 +39,8 @@ class Door:
         self.gone += 1
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 async def until(condition) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():  # noqa: ASYNC110 - it may be anything
             await asyncio.sleep(0.002)
 
@@ -133,7 +127,7 @@ def test_a_strangers_bytes_end_his_stream_and_reach_nobody_and_the_log_says_from
         host, _, port = address.rpartition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(data)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             try:
                 assert await reader.read() == b""
             except ConnectionResetError:
@@ -158,7 +152,7 @@ def test_a_stranger_who_says_only_what_we_leave_out_is_ended_as_one_who_says_not
         host, _, port = address.rpartition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(struct.pack(">I", len(frame)) + frame)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             with contextlib.suppress(ConnectionResetError):
                 assert await reader.read() == b""
         assert door.said == []
