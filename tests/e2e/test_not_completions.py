@@ -17,6 +17,7 @@ import aiohttp
 import grpc
 import pytest
 
+from .kit.awake import lost_s
 from .kit.clients import H1Request, complete_many
 from .kit.envoy import give_up_soon
 from .kit.processes import PATIENCE_S
@@ -316,18 +317,22 @@ def test_a_body_that_does_not_come_takes_no_slot_and_a_slow_one_is_not_cut(stack
 
 def test_two_requests_with_one_request_id_are_two_to_the_first_byte_probe(stack):
     """By the id, the second's ticket overwrote the first's, whose prompt then counted until its answer ended."""
-    config = {"first_byte_probe": True, "max_running_requests": 8, "max_prompt_tokens": 1000, "scrape_interval": "0s"}
-    here = stack(config=config)
+    config = {"first_byte_probe": True, "max_running_requests": 8, "max_prompt_tokens": 100_000}
+    here = stack(config={**config, "scrape_interval": "0s"})
+    lost_before_s = lost_s()
     same = {"x-request-id": "7", **dict([behave("sse", wait_s=0.4, hold="body")])}
     with ThreadPoolExecutor(3) as pool:
-        prompt = b"x" * 2000  # 500 tokens: two of them at once, a third when one's answer began
+        prompt = b"x" * 200_000  # 50,000 tokens: two of them at once; taken as computed after 2 s at most
         asked = [
             pool.submit(complete_many, here.url, 1, lambda _, n=n: {"x-test-id": f"same-{n}", **same}, body=prompt)
             for n in range(2)
         ]
         here.wait_in_flight("a", 2)
-        (third,) = complete_many(here.url, 1, lambda _: {"x-test-id": "big", "x-request-id": "7"}, body=b"x" * 4000)
+        (third,) = complete_many(here.url, 1, lambda _: {"x-test-id": "big", "x-request-id": "7"}, body=b"x" * 400_000)
         assert third.status == 200, "both prompts are done, although both answers go on"
+        arrived = [here.upstreams["a"].seen(name)[0].arrived_at for name in ("same-0", "same-1", "big")]
+        most_s = 1.5 + lost_s() - lost_before_s
+        assert 0.4 <= arrived[2] - min(arrived) < most_s, "the first bytes told of both"
         here.wait_in_flight("a", 2)
         for number in range(2):
             here.upstreams["a"].release(f"same-{number}")

@@ -12,7 +12,7 @@ from .kit.clients import complete_many
 from .kit.processes import Child, wait_until
 from .kit.upstream import Upstream, behave
 
-FAST = {"scrape_interval": "50ms", "scrape_timeout": "200ms", "max_running_requests": "adaptive"}
+FAST = {"scrape_interval": "50ms", "scrape_timeout": "30s", "max_running_requests": "adaptive"}
 HOT = 'vllm:num_requests_running{engine="0"} 5\nvllm:kv_cache_usage_perc{engine="0"} 0.99\n'
 BODY = json.dumps({"model": "sim", "stream": True, "max_tokens": 60, "messages": [{"role": "user", "content": "hi"}]})
 

@@ -43,7 +43,8 @@ class Behaviour:
     status    of the answer; 200 unless told (kind ok)
     wait_s    silence before the head
     gap_s     silence between events
-    hold      "head": wait for `release(id)` before the head; "body": after the first event, or after half of an ok body
+    hold      "head": wait for `release(id)` before the head; "body": after the first event, or after half of an ok
+              body; "events": for `release(id.number)` after each event
     fail      that many attempts of this request id are reset before the head; the next one goes as told
     refuse    the same, said as "not begun" (REFUSED_STREAM; HTTP/2 only)
     at        the name of the upstream that behaves so; the others answer ok
@@ -294,7 +295,7 @@ class Upstream:
         if how.wait_s:
             await asyncio.sleep(how.wait_s)
         if how.hold == "head":
-            await self._held(record)
+            await self._held(record.request_id)
         if record.attempt <= how.refuse:
             self.close(record, "cut")
             await wire.reset(as_not_begun=True)
@@ -318,7 +319,7 @@ class Upstream:
         for start in range(0, half, _PIECE_BYTES):
             await wire.data(b"x" * min(_PIECE_BYTES, half - start))
         if how.hold == "body":
-            await self._held(record)
+            await self._held(record.request_id)
         for start in range(half, how.size, _PIECE_BYTES):
             await wire.data(b"x" * min(_PIECE_BYTES, how.size - start))
 
@@ -332,7 +333,9 @@ class Upstream:
                 await asyncio.sleep(how.gap_s)
             await wire.data(sse_event(number))
             if number == 0 and how.hold == "body":
-                await self._held(record)
+                await self._held(record.request_id)
+            elif how.hold == "events":
+                await self._held(f"{record.request_id}.{number}")
         if how.kind in ("rst", "fin"):
             self.close(record, "cut")
             await (wire.reset() if how.kind == "rst" else wire.close())
@@ -340,9 +343,9 @@ class Upstream:
         await wire.data(SSE_DONE)
         return True
 
-    async def _held(self, record: Received) -> None:
+    async def _held(self, name: str) -> None:
         async with asyncio.timeout(_HOLD_LIMIT_S):
-            await self._gate(record.request_id).wait()
+            await self._gate(name).wait()
 
     def _metrics_page(self) -> str:
         label = f'{{engine="0",model_name="{self.name}"}}'
