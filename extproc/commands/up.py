@@ -87,6 +87,7 @@ class Up:
         self._demo = demo
         self._limit: int | str = limit or (DEMO_SLOTS if engines else "adaptive")
         self._children: list[Process] = []
+        self._others: dict[str, Process] = {}  # of more sidecars, with whose end ours goes on
         self._made = ""  # the configuration, where none was given
         self._servers = Servers()  # what those that were named say of themselves
 
@@ -137,14 +138,15 @@ class Up:
             attended = asyncio.create_task(app.attend(stop))
             died = asyncio.create_task(envoy.wait())
             stopped = asyncio.create_task(stop.wait())
+            telling = [asyncio.create_task(_tell_end(name, directory, one)) for name, one in self._others.items()]
             await asyncio.wait({died, stopped}, return_when=asyncio.FIRST_COMPLETED)
             if demo is not None:
                 await demo.stop()
             if died.done() and not stop.is_set():
-                print(f"extproc: Envoy died with exit code {envoy.returncode}: {_tail(directory)}", file=sys.stderr)
+                print(f"extproc: {_end('Envoy', directory, envoy)}", file=sys.stderr)
                 code = 3
                 hurry.set()
-            for task in (died, stopped, attended):
+            for task in (died, stopped, attended, *telling):
                 task.cancel()
             if code == 0:
                 print("\ndraining; Ctrl-C again to stop at once", flush=True)
@@ -247,7 +249,8 @@ class Up:
                     url = f"http://{config.admin}/readyz"
                     async with client.get(url, timeout=aiohttp.ClientTimeout(total=1)) as response:
                         if response.status == 200:
-                            await self._start_envoy(binary, config, directory, number)
+                            envoy = await self._start_envoy(binary, config, directory, number)
+                            self._others |= {log_file.stem: process, f"Envoy-{number + 1}": envoy}
                             return
                 await asyncio.sleep(0.05)
         raise StartError(f"sidecar {number + 1} did not start: {_read(log_file)}")
@@ -271,7 +274,7 @@ class Up:
                         if response.status == 200:
                             return process
                 await asyncio.sleep(0.05)
-        raise StartError(f"Envoy did not start: {_tail(directory)}")
+        raise StartError(f"Envoy did not start: {_read(directory / f'envoy{which}.log')}")
 
     async def _spawn(
         self, command: list[str], log_file: Path, *, pipe: bool = False, env: dict[str, str] | None = None
@@ -511,5 +514,10 @@ def _read(path: Path) -> str:
     return " / ".join(lines[-3:]) or "it said nothing"
 
 
-def _tail(directory: Path) -> str:
-    return _read(directory / "envoy.log")
+def _end(name: str, directory: Path, process: Process) -> str:
+    return f"{name} died with exit code {process.returncode}: {_read(directory / f'{name.lower()}.log')}"
+
+
+async def _tell_end(name: str, directory: Path, process: Process) -> None:
+    await process.wait()
+    print(f"extproc: {_end(name, directory, process)}", file=sys.stderr, flush=True)

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -178,5 +179,12 @@ def test_up_runs_several_sidecars_that_decide_as_one_each_behind_an_envoy_of_its
             url = f"http://127.0.0.1:{http + n}/v1/chat/completions"
             (answer,) = complete_many(url, 1, lambda _: {}, body=body(2))
             assert answer.status == 200
+        (other,) = (pid for pid in children_of(up.pid) if b"\0serve\0" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        os.kill(other, signal.SIGKILL)
+        up.wait_line(r"^extproc: sidecar-2 died with exit code -9: ")
         up.signal(signal.SIGTERM)
         assert up.wait_exit() == 0
+
+
+def children_of(pid: int) -> list[int]:
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
