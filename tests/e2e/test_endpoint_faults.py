@@ -368,11 +368,11 @@ def test_an_engine_that_is_frozen_with_its_pages_is_said_to_hang(stack, tmp_path
         engines[1].signal(signal.SIGSTOP)
         silent = 'extproc_endpoint_silent_seconds{endpoint="b"}'
         wait_until(lambda: here.sidecar.metrics().get(silent, 0.0) > 3.0, message="it is told as silent")
-        assert here.endpoint("b")["state"] == "down"
-        assert here.sidecar.metrics()['extproc_endpoint_silent_seconds{endpoint="a"}'] == 0.0
+        wait_until(lambda: here.endpoint("b")["state"] == "down")
+        wait_until(lambda: here.sidecar.metrics()['extproc_endpoint_silent_seconds{endpoint="a"}'] == 0.0)
         (held,) = [one["id"] for one in here.sidecar.queues()["running"] if one["endpoint"] == "b"][:1]
         told = extproc("why", held, "--admin", here.sidecar.admin).stdout
         assert "b is down now. What a dead server runs ends at once: so this one hangs" in told
         engines[1].signal(signal.SIGKILL)
         here.wait_in_flight("b", 0)
-        assert silent not in here.sidecar.metrics()
+        wait_until(lambda: silent not in here.sidecar.metrics())
