@@ -52,6 +52,15 @@ def test_a_counter_that_was_reset_gives_an_unknown_difference_once_and_never_a_n
     assert rates.load(read(vllm("30", prompts=60)), 102.0).output_tokens == 20
 
 
+def test_pages_of_several_servers_in_turn_give_no_differences_as_long_as_they_do():
+    """What a balancer shows of one by one is no rate: millions of tokens in a second, where one ran for a week."""
+    rates, pages = Rates(10.0), [vllm("9000000"), vllm("1000")]
+    rises = [rates.load(read(pages[second % 2]), float(second)).output_tokens for second in range(40)]
+    assert set(rises[8:]) == {None}
+    rises = [rates.load(read(vllm(str(1000 + second))), float(second)).output_tokens for second in range(40, 80)]
+    assert rises[-1] == 1
+
+
 def test_one_of_two_engines_that_was_reset_does_not_hide_behind_the_other():
     rates = Rates(10.0)
     rates.load(read(vllm("1000") + vllm("1000", engine=1)), 100.0)

@@ -12,29 +12,35 @@ if TYPE_CHECKING:
     from extproc.endpoints.telemetry.readings import Counter, Readings
 
 _NO_FACTS = Facts()
+FELL_KEPT, FELL_MOST = 0.95, 2.0
+"""What a reading keeps of the number of pages whose counters fell; and the most of these that restarts explain."""
 
 
 class Rates:
     """One endpoint's counters: remembers the reading before."""
 
-    __slots__ = ("_at", "_before", "_longest_s")
+    __slots__ = ("_at", "_before", "_fell", "_longest_s")
 
     def __init__(self, longest_s: float) -> None:
         """Give no rate over a gap longer than `longest_s`: an average over an outage says nothing of now."""
         self._longest_s = longest_s
         self._before: Readings | None = None
         self._at = 0.0
+        self._fell = 0.0  # how many pages did lately
 
     def load(self, readings: Readings, now: float, gpu_usage: float | None = None, facts: Facts = _NO_FACTS) -> Load:
         """Return the load that `readings`, taken at `now` (seconds, monotonic), tell together with those before.
 
         `gpu_usage`: of its own page. `facts`: what the engine says of itself beside its page.
-        The first reading gives no differences, nor does a counter that was reset or whose series changed.
+        The first reading gives no differences, nor does a counter that was reset or whose series changed. Nor does any
+        where they fall again and again: a balancer has each page come from another server.
         """
         before, gap_s = self._before, now - self._at
         self._before, self._at = readings, now
         preemptions = prompt_tokens = cached_tokens = first_tokens = output_tokens = decoded = None
         if before is not None:
+            self._fell = FELL_KEPT * self._fell + _has_fallen(readings, before)
+        if before is not None and self._fell <= FELL_MOST:
             preemptions = _difference(readings.preemptions, before.preemptions)
             prompt_tokens = _difference(readings.prompt_tokens, before.prompt_tokens)
             cached_tokens = _difference(readings.cached_tokens, before.cached_tokens)
@@ -63,6 +69,14 @@ class Rates:
             waiting_adapters=readings.waiting_adapters,
             adapter_slots=readings.adapter_slots,
         )
+
+
+def _has_fallen(now: Readings, before: Readings) -> bool:
+    """Tell whether all prompts' or all answers' tokens are fewer than before."""
+    return any(
+        counter is not None and earlier is not None and sum(counter.values) < sum(earlier.values)
+        for counter, earlier in ((now.prompt_tokens, before.prompt_tokens), (now.output_tokens, before.output_tokens))
+    )
 
 
 def _difference(now: Counter | None, before: Counter | None) -> int | None:
