@@ -48,8 +48,9 @@ class Answers:
 
     def ended(self, ticket: Ticket, endpoint: Endpoint, pool: Pool, answer: Answer) -> None:
         """Judge a whole answer, and charge what it cost beyond its estimate: how long it was written, at what pace."""
-        if answer is _UNKNOWN and not ticket.is_answered and not endpoint.has_written(ticket, self._books.now):
-            answer = _UNASKED  # a client that left at once
+        writing_s = endpoint.writing_s(ticket, self._books.now)
+        if answer is _UNKNOWN and not ticket.is_answered and writing_s < endpoint.strangers.law.arrived_s:
+            answer = _UNASKED  # a client that left at once: there was no time for any of the answer
         is_whole = answer is _OK or answer is _UNKNOWN  # as far as one can tell
         if is_whole or ticket.is_answered:
             endpoint.completed += ticket.sequences  # a connection that failed at once had no answer
@@ -60,8 +61,7 @@ class Answers:
         if is_whole or answer is _UNASKED:
             tokens = 0.0
             if answer is not _UNASKED:
-                writing_s, pace = endpoint.writing_s(ticket, self._books.now), endpoint.steps.pace
-                tokens = self._tokens.tokens_of(ticket, writing_s, pace, learn=answer is _OK)
+                tokens = self._tokens.tokens_of(ticket, writing_s, endpoint.steps.pace, learn=answer is _OK)
             surplus = OUTPUT_WEIGHT * (tokens - ticket.output_tokens)
             if pool is not pool.base:
                 correct(pool, ticket, surplus)

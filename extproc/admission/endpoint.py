@@ -242,10 +242,6 @@ class Endpoint(Room):
         began = ticket.computed_at if ticket.computed_at > 0.0 else ticket.leased_at
         return now - began if now > began else 0.0
 
-    def has_written(self, ticket: Ticket, now: float) -> bool:
-        """Tell whether there was time for any of the answer of `ticket`."""
-        return self.writing_s(ticket, now) >= self.strangers.law.arrived_s
-
     def is_at_work(self, now: float) -> bool:
         """Tell whether the engine computes anything, as far as one can tell: a lease that it did not refuse at once."""
         oldest = next(iter(self.leases), None)

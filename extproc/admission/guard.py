@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from extproc.admission.laws import GuardLaw
     from extproc.admission.pool import Pool
     from extproc.admission.queue import Queue
-    from extproc.admission.ticket import Ticket
+    from extproc.admission.ticket import Key, Ticket
 
 _place = attrgetter("key")
 most_room = attrgetter("crowding")
@@ -69,7 +69,7 @@ class Guard:
 
     Attributes:
         law: the constants.
-        emptiest: the open member with the most room; None: not looked for since the last change of room.
+        emptiest: the open member with the most room, while one in the shared line keeps it; None: not looked for.
     """
 
     __slots__ = ("_pool", "emptiest", "law")
@@ -144,11 +144,9 @@ class Guard:
         """Note that `ticket`, of this pool, goes to `endpoint` although some stay that are before it in order."""
         homes, shared = self._pool.homes, self._pool.shared
         if shared.head is not None and shared.head.key < ticket.key:  # nearly all who go are the first of all
-            for one in shared.before(ticket.key):
-                self._count(shared, one)
+            self._count_before(shared, ticket.key)
         if endpoint in homes:
-            for one in homes[endpoint].before(ticket.key):
-                self._count(homes[endpoint], one)
+            self._count_before(homes[endpoint], ticket.key)
 
     def passes_where_pools_meet(self, ticket: Ticket, endpoint: Endpoint, *, by_turns: bool) -> None:
         """Note the same of `ticket`, of this pool or another, at an endpoint of several."""
@@ -162,10 +160,14 @@ class Guard:
             elif queue.head is not None and (queue.head.key[0] < ticket.key[0] or pool.turn < other.turn):
                 self._count(queue, queue.head)  # it was this lane's turn, and its first did not fit
 
+    def kept_by(self, guard: Ticket, queue: Queue) -> Endpoint | None:
+        """Return whose room a guard keeps that stands in `queue`, or stood there until now; None: nobody's."""
+        return self.emptiest if queue is self._pool.shared else guard.home
+
     def room_changed(self) -> Endpoint | None:
-        """Note that a member has more or less room, or none. Return the one whose room was kept until now, if any."""
-        kept, self.emptiest = self.emptiest, None
-        return kept if self._pool.shared.guards else None
+        """Note that a member has more or less room, or none. Return the one whose room was kept, if it is no more."""
+        kept, self.emptiest = self.emptiest, self._pool.emptiest() if self._pool.shared.guards else None
+        return kept if self.emptiest is not None and self.emptiest is not kept else None
 
     def forget_endpoints(self) -> None:
         """Start over: the members are about to change."""
@@ -177,10 +179,10 @@ class Guard:
 
     def _is_emptiest(self, endpoint: Endpoint) -> bool:
         """Tell whether no other open endpoint has more room. It may be one that is not listed yet."""
-        if self.emptiest is None:
-            self.emptiest = self._pool.emptiest()
         emptiest = self.emptiest
-        if emptiest is None or emptiest is endpoint:
+        if emptiest is None:
+            self.emptiest = emptiest = self._pool.emptiest() or endpoint
+        if emptiest is endpoint:
             return True
         return (endpoint.pressure(), endpoint.picked) < emptiest.crowding
 
@@ -193,6 +195,13 @@ class Guard:
                     continue
             elif place_at(one, endpoint) >= before:
                 continue
+            self._count(queue, one)
+
+    def _count_before(self, queue: Queue, key: Key) -> None:
+        """Count it for those in the window of `queue` who stand before a place."""
+        for one in queue.window():
+            if one.key >= key:
+                return
             self._count(queue, one)
 
     def _count(self, queue: Queue, ticket: Ticket) -> None:

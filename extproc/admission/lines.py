@@ -177,19 +177,25 @@ class Lines:
         queue.remove(ticket)
         if queue.is_left:
             self._leave_left(ticket, pool, queue)
-        elif ticket.is_guard:
-            self._books.free(pool.open)
-        elif shifts:
-            entrant = queue.entrant()
-            if entrant is not None:
-                self._books.arrive(entrant)
-            if pool.homes:  # an endpoint looks at its home's line and the shared one as one: others may have moved up
-                self._books.free({endpoint: None for endpoint in pool.open if endpoint in pool.homes})
+        else:
+            kept = pool.guard.kept_by(ticket, queue) if ticket.is_guard else None
+            if kept is not None:
+                self._books.freed[kept] = None
+            if shifts:
+                self._move_up(pool, queue)
         if queue is not pool.shared and not queue and not queue.is_left and ticket.home is not None:
             del pool.homes[ticket.home]
         pool.note_waiting(ticket.request_class.priority, -1)
         self._books.waiting -= 1
         self.alarms.one_went(self._books.waiting)
+
+    def _move_up(self, pool: Pool, queue: Queue) -> None:
+        """Note that one in the window of `queue` went: who is in it now may go somewhere."""
+        entrant = queue.entrant()
+        if entrant is not None:
+            self._books.arrive(entrant)
+        if pool.homes:  # an endpoint looks at its home's line and the shared one as one: others may have moved up
+            self._books.free({endpoint: None for endpoint in pool.open if endpoint in pool.homes})
 
     def leave(self, ticket: Ticket) -> None:
         """End a wait without a dispatch."""

@@ -7,7 +7,7 @@ leave are the first of their line.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from itertools import chain, islice, takewhile
+from itertools import chain, islice
 from operator import itemgetter
 from typing import TYPE_CHECKING, Final
 
@@ -145,10 +145,6 @@ class Queue:
     def _at(self, place: int) -> Ticket:
         first = self._blocks[0]
         return first[place][3] if place < len(first) else next(islice(self, place, None))
-
-    def before(self, key: Key) -> list[Ticket]:
-        """Return the tickets of the window that stand before a place, in order."""
-        return list(takewhile(lambda one: one.key < key, self.window()))
 
     def rank(self, ticket: Ticket) -> int:
         """Count the tickets before `ticket`."""

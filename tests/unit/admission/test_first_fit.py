@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from random import Random
+
 import pytest
 
 from extproc.admission.laws import LAWS
 from extproc.admission.outcome import Outcome
 from extproc.admission.queue import WINDOW
 from extproc.admission.ticket import State
-from extproc.admission.values import EndpointSpec
+from extproc.admission.values import Answer, EndpointSpec
 
+from . import audit
 from .desk import Desk, elephants, in_use, one, shared
 
 GUARD = LAWS.guard.passes
@@ -243,3 +247,36 @@ def test_who_comes_as_the_last_in_the_window_is_looked_at() -> None:
     for _ in range(WINDOW - 1):
         desk.ask("urgent big", "urgent", prompt_tokens=6000)
     assert desk.ask("urgent mouse", "urgent").state is State.LEASED
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_room_that_guards_keep_is_handed_on_whoever_comes_or_leaves(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The audit after each event finds who waits though it fits; guards are many, as two may pass one and no more."""
+    monkeypatch.setattr(audit, "GUARD", 2)
+    random, lists = Random(seed), [{"x"}, {"y"}, {"x", "y"}] if seed % 2 else [set[str]()]
+    specs = [
+        one(name, random.choice((3, 1000)), kv_capacity_tokens=10_000, models=frozenset(random.choice(lists)))
+        for name in "abcd"
+    ]
+    desk = shared(*specs, patience_s=3.0, laws=replace(LAWS, guard=replace(LAWS.guard, passes=2)))
+    guards = 0
+    for number in range(600):
+        waiting, leased, what = list(desk.waiting), list(desk.leased), random.random()
+        if what < 0.5 and len(waiting) < 60:
+            desk.ask(
+                str(number),
+                random.choice(("std", "std", "urgent")),
+                prompt_tokens=random.choice((1, 100, 800, 2000, 5000, 7500)),
+                model=random.choice("xy") if seed % 2 else None,
+                home=random.choice((None, None, "a", "b")),
+            )
+        elif what < 0.8 and leased:
+            desk.release(random.choice(leased), Answer.OK)
+        elif what < 0.9 and waiting:
+            desk.cancel(next((one for one in waiting if one.is_guard), waiting[0]))
+        elif what < 0.95:
+            desk.advance(0.5)
+        else:
+            desk.set_up(random.choice("abcd"), is_up=random.random() < 0.7)
+        guards += any(ticket.is_guard for ticket in desk.waiting)
+    assert guards > 100

@@ -29,7 +29,6 @@ def assert_line(queue: Queue, waiting: list[Ticket]) -> None:
         assert queue.rank(one) == place
         assert queue.in_window(one) is (place < WINDOW)
         assert queue.behind(one.key, 40) == waiting[place + 1 : place + 41]
-        assert queue.before(one.key) == waiting[: min(place, WINDOW)]
     assert list(chain.from_iterable(queue.pieces(100))) == waiting
     if waiting:
         assert queue.last() is waiting[-1]
