@@ -26,7 +26,17 @@ RECENT_STEPS = 30
 """Steps over which a rate is taken: a minute."""
 FAILING_STEPS = 60
 """Steps over which failed requests of an endpoint are told: two minutes."""
-FAILURES = ("failed", "error", "empty", "no_cluster", "no_server_address", "breaker_open", "dropped", "timeout")
+FAILURES = (
+    "failed",
+    "broke_off",
+    "error",
+    "empty",
+    "no_cluster",
+    "no_server_address",
+    "breaker_open",
+    "dropped",
+    "timeout",
+)
 """Kinds of bad answers that are an engine's doing, or Envoy's, and not a client's."""
 
 

@@ -185,7 +185,7 @@ function endpointRow(one) {
 const places = one => one.sequences ?? one.in_flight;
 const requests = n => `${number(n)} request${n === 1 ? "" : "s"}`;
 const FAILURES = {
-  failed: "not answered", error: "answered 5xx", empty: "answered with nothing", no_cluster: "without a cluster in Envoy",
+  failed: "not connected", broke_off: "cut before an answer", error: "answered 5xx", empty: "answered with nothing", no_cluster: "without a cluster in Envoy",
   no_server_address: "without an address in Envoy", breaker_open: "not let through by Envoy", dropped: "dropped by Envoy", timeout: "ended by a timeout of Envoy",
 };
 const failures = counts => Object.entries(counts).sort((a, b) => b[1] - a[1]).map(([kind, n]) => `${number(n)} ${FAILURES[kind] || kind}`).join(", ");

@@ -88,8 +88,9 @@ class Answers:
         if answer is _OK:
             self._served(ticket, endpoint, pool)
             return
-        now = self._books.now
-        is_own_fault = answer in _OWN_FAULTS
+        now, has_peers = self._books.now, pool.usable > endpoint.counted
+        has_died = answer is Answer.BROKE_OFF and not has_peers and not endpoint.is_writing  # as far as one can tell
+        is_own_fault = has_died or answer in _OWN_FAULTS
         if answer is Answer.BREAKER and endpoint.sequences:
             endpoint.health.met_breaker(now, endpoint.sequences)
             return
@@ -98,7 +99,7 @@ class Answers:
             if endpoint.is_at_work(now):
                 return
             is_own_fault = True  # full of nothing: it loads, or is broken
-        has_peers, model = pool.usable > endpoint.counted, ticket.request.model
+        model = ticket.request.model
         if answer is Answer.TIMEOUT and not has_peers:
             return  # a long answer or a server that hangs: with nobody to compare it with, nobody can tell
         if not is_own_fault and has_peers and self._is_led(ticket, endpoint):

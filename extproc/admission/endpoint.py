@@ -250,6 +250,11 @@ class Endpoint(Room):
         page = self.reading.page
         return bool(self.foreign) or (page is not None and bool(page.running))
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether an answer runs that began well: so there is a process."""
+        return any(ticket.is_answered for ticket in self.leases)
+
     # ---- what the endpoint says of itself
 
     def keep_tokens(self) -> None:

@@ -15,7 +15,7 @@ Who is unknown, in doubt or on trial is sent a few requests at a time.
 from __future__ import annotations
 
 from math import exp, lgamma
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from extproc.admission.held import HeldBy
 from extproc.admission.laws import LAWS
@@ -29,13 +29,18 @@ BREAKER_S: Final = 1.0
 """So late one more is tried than a breaker of Envoy's let through, at first: each that it does not costs a request."""
 BREAKER_MOST_S: Final = 30.0
 USUAL_S: Final = 10.0
-"""How far back one looks for what a pool refuses all the time, and up to twice as far."""
+"""So far back one looks for what a pool refuses all the time, up to twice as far."""
 EJECTED = "ejected after failures"
 """The condition of an endpoint that is out."""
 
 
+Numbers: TypeAlias = tuple[int, int, int]
+"""Of a record: served, led, refused."""
+NONE: Final = (0, 0, 0)
+
+
 class Record:
-    """What became of the requests of one pool: the measure for each of its endpoints.
+    """What became of the requests of one pool, or of those that one of its endpoints refused: the measure.
 
     Attributes:
         served: answers that were good.
@@ -43,23 +48,29 @@ class Record:
         refused: answers that were not good.
     """
 
-    __slots__ = ("_earlier", "_later", "_noted_at", "led", "refused", "served")
+    __slots__ = ("_before", "_begin", "_number", "led", "refused", "served")
 
     def __init__(self) -> None:
         """Start without any."""
         self.served = self.led = self.refused = 0
-        self._earlier = self._later = (0, 0, 0)  # numbers of two moments
-        self._noted_at = 0.0
+        self._number = 0  # of the time of USUAL_S that the last refusal came in
+        self._begin = self._before = NONE  # what was counted when that began, and the one before it
 
-    def now(self) -> tuple[int, int, int]:
+    def now(self) -> Numbers:
         """Return all three numbers."""
         return self.served, self.led, self.refused
 
-    def before(self, now: float) -> tuple[int, int, int]:
-        """Return what they were a while ago, USUAL_S at least. It is asked for when an endpoint begins to refuse."""
-        if now - self._noted_at >= USUAL_S:
-            self._earlier, self._later, self._noted_at = self._later, self.now(), now
-        return self._earlier
+    def before(self, now: float) -> Numbers:
+        """Return what they were a while ago, the refused ones exactly. To be asked before any refusal is counted."""
+        number = int(now / USUAL_S)
+        if number != self._number:
+            self._before = self._begin if number == self._number + 1 else self.now()
+            self._begin, self._number = self.now(), number
+        return self._before
+
+    def is_recent(self, now: float) -> bool:
+        """Tell whether a refusal of that while is in it."""
+        return int(now / USUAL_S) <= self._number + 1
 
 
 class Streak:
@@ -67,15 +78,19 @@ class Streak:
 
     Attributes:
         record: of the pool.
-        before: its numbers a while before the first of them.
+        own: what this endpoint refused of it, before, too.
+        before: the numbers of both a while before the first of them.
         count: refusals in a row.
     """
 
-    __slots__ = ("_begun", "before", "count", "record")
+    __slots__ = ("_begun", "before", "count", "own", "record")
 
-    def __init__(self, record: Record, before: tuple[int, int, int]) -> None:
-        """Begin with what `record` says now, and said `before`."""
+    def __init__(
+        self, record: Record, own: Record | None = None, before: tuple[Numbers, Numbers] = (NONE, NONE)
+    ) -> None:
+        """Begin with what `record` says now. What is usual needs the other two."""
         self.record = record
+        self.own = own or Record()
         self.before = before
         self.count = 0
         self._begun = record.now()
@@ -86,23 +101,28 @@ class Streak:
         refused = self.record.refused - refused - self.count
         return (refused + 1) / (refused + self.record.served - served + 2)
 
-    def _peers(self, since: tuple[int, int, int]) -> tuple[int, int]:
-        """Return what the others served and refused `since` then, of what may be compared with requests that fail.
+    def _peers(self, since: Numbers, own: int) -> tuple[int, int]:
+        """Return what was served and what the others refused `since` then, as far as requests that fail compare to it.
 
-        Where they refuse any, a good answer to one that was led there is left out: it shows that it works for those
-        who go there by themselves, and bad requests that nobody leads may all have come here.
+        `own`: refusals that are this endpoint's. Where the others refuse any, a good answer to one that was led there
+        is left out: it shows that it works for those who go there by themselves, and bad requests that nobody leads
+        may all have come here.
         """
         record, (served, led, refused) = self.record, since
-        served, refused = record.served - served, record.refused - refused - self.count
+        served, refused = record.served - served, record.refused - refused - own
         return served - (record.led - led) if refused else served, refused
 
     def is_usual(self, law: HealthLaw) -> bool:
-        """Tell whether so many in a row are no news, by the share that the others refuse all the time.
+        """Tell whether so many in a row are no news, by the share that is refused all the time.
 
-        What they did since the first of them says little: a client's bad requests are over at once, and so go to the
-        emptiest one after the other. A few are taken as served that nobody saw: the first refusals are news.
+        What the others did since the first of them says little: a client's bad requests are over at once, and so go to
+        the emptiest one after the other. Its own refusals before count as far as the others refused as many. A few are
+        taken as served that nobody saw: the first refusals are news.
         """
-        served, refused = self._peers(self.before)
+        since, (_, _, own_before) = self.before
+        own = self.own.refused - own_before
+        served, refused = self._peers(since, own)
+        refused += min(own - self.count, refused)
         usual: float = (refused / (refused + served + law.few)) ** self.count
         return usual > law.chance
 
@@ -112,7 +132,7 @@ class Streak:
         Of a few good answers of theirs little follows, however many it refused: one client's bad requests may all have
         come here. (Laplace's rule of succession, for all of them together.)
         """
-        served, refused = self._peers(self._begun)
+        served, refused = self._peers(self._begun, self.count)
         answers = served + refused
         return exp(
             lgamma(refused + self.count + 1)
@@ -218,6 +238,7 @@ class Health:
         full_until: it refused a request as full, and is left alone till then.
         breaker: of Envoy's, that let a request not through; None: none was met.
         heard_at: when an answer of it began or ended well last, or its page showed that it makes tokens.
+        own: what it refused itself, by the record of each pool.
         law: the constants.
     """
 
@@ -239,6 +260,7 @@ class Health:
         "is_well",
         "law",
         "on_trial",
+        "own",
         "refusals",
         "refused_by",
         "shut_by",
@@ -266,6 +288,7 @@ class Health:
         self.heard_at: float | None = None
         self._back_at = 0.0  # requests that were sent before tell nothing of how it is now
         self._streaks: dict[Record, Streak] = {}  # since its last good answer
+        self.own: dict[Record, Record] = {}
         self._doubt: _Doubt | None = _Doubt(self.law.few, self.law.step_s)
         self._look()
 
@@ -378,19 +401,30 @@ class Health:
             self._refused(record, now, is_own_fault=is_own_fault, has_peers=has_peers, is_certain=is_certain)
             self._look()
 
+    def _own_of(self, record: Record, now: float) -> Record:
+        """Return what it refused itself of those in `record`; of pools where that is long ago nothing is kept."""
+        own = self.own.get(record)
+        if own is None:
+            self.own = {other: one for other, one in self.own.items() if one.is_recent(now)}
+            own = self.own[record] = Record()
+        return own
+
     def _refused(self, record: Record, now: float, *, is_own_fault: bool, has_peers: bool, is_certain: bool) -> None:
+        own = self._own_of(record, now)
+        streak = self._streaks.get(record)
+        before = record.before(now), own.before(now)
+        if streak is None:
+            streak = Streak(record, own, before)
+        record.refused += 1  # of the only one, too: else it would seem to others that come back to refuse nothing
+        own.refused += 1
         if not has_peers and not is_own_fault:
             self.is_known = True  # it speaks
             self.is_failing = False
             self._doubt = None
             self._streaks.pop(record, None)
-            record.refused += 1  # else it would seem to others that come back to refuse nothing
             return
-        streak = self._streaks.get(record)
-        if streak is None:
-            streak = self._streaks[record] = Streak(record, record.before(now))
+        self._streaks[record] = streak
         streak.count += 1
-        record.refused += 1
         share = streak.peers_share()
         if not is_own_fault and streak.is_usual(self.law):
             self.is_failing = False

@@ -117,18 +117,16 @@ class Missing:
                 if oldest is None:
                     return False  # it lacks more than anybody should
                 del self._known[oldest]
-            known = self._known[model] = _Model(Streak(record, record.before(now)))
+            known = self._known[model] = _Model(Streak(record))
         elif known.streak.record is not record:
-            known.streak = Streak(record, record.before(now))
+            known.streak = Streak(record)
         law, streak = self.law, known.streak
         record.refused += 1
         streak.count += 1
         if known.until is not None:
             return False  # it was sent before
-        if streak.count < law.eject_after or streak.count <= in_a_row:
-            return False  # too few, or the endpoint as a whole
-        if streak.is_usual(law) or streak.chance() > law.chance:
-            return False  # others refuse it, too
+        if streak.count < law.eject_after or streak.count <= in_a_row or streak.chance() > law.chance:
+            return False  # too few, the endpoint as a whole, or others refuse it, too
         known.ejections += 1
         known.until = now + law.ejection_s(known.ejections)
         self._changed()

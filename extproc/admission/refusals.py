@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 _WORDS: Final = {
     Answer.FAILED: "no connection, or cut before an answer began",
+    Answer.BROKE_OFF: "cut, or no HTTP, before an answer began",
     Answer.ERROR: "a 5xx of its own",
     Answer.REFUSED: "a 4xx",
     Answer.EMPTY: "success without a byte",

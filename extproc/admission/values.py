@@ -17,6 +17,7 @@ from extproc.admission.tenants import NO_RULES, TenantRules
 __all__ = [
     "DEFAULT_CLASS",
     "TELLS_NOTHING",
+    "UNREACHED",
     "UNSIZED",
     "Answer",
     "Binding",
@@ -160,7 +161,8 @@ class Answer(Enum):
     """What an answer says about the endpoint. Whether a refusal is its fault, others' answers tell: see health.py."""
 
     OK = "ok"
-    FAILED = "failed"  # no connection, or cut before it answered
+    FAILED = "failed"  # no connection, or nobody says more
+    BROKE_OFF = "broke_off"  # cut before it answered: it may have died, or the request may be poison
     ERROR = "error"  # the engine itself answered 5xx: it may be down, or the request may be poison
     REFUSED = "refused"  # 4xx: the request may be wrong, or the engine lacks the model
     EMPTY = "empty"  # success, it says, and not a byte
@@ -176,6 +178,8 @@ class Answer(Enum):
 
 FULL_CACHE: Final = 0.95
 """The share of a KV cache in use from which an endpoint gets nothing more, if nobody chose another."""
+UNREACHED: Final = (Answer.FAILED, Answer.BROKE_OFF)
+"""There may be no server any more."""
 TELLS_NOTHING: Final = (Answer.UNASKED, Answer.UNKNOWN)
 """Of the endpoint, neither good nor bad."""
 

@@ -43,7 +43,7 @@ OTHER_COLUMNS = 46
 """What the columns beside it take that are there on every screen."""
 QUIET_S = 10.0
 """No request for so long is told."""
-FAILURES = {"failed": "unanswered", "error": "5xx"}
+FAILURES = {"failed": "unanswered", "broke_off": "cut", "error": "5xx"}
 """Kinds of bad answers, where a shorter word says it."""
 """How requests fail, by the kinds of extproc_bad_answers_total."""
 UNKNOWN = "unknown"

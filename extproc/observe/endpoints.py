@@ -202,9 +202,9 @@ def _limits(row: Row) -> Samples:
 BAD_ANSWERS = (
     "extproc_bad_answers",
     (
-        "Requests to which an endpoint gave no good answer: none (failed: no connection, or cut before it began), its "
-        "own 5xx (error), a success without a byte (empty), as full (saturated: 429, 503), 4xx (refused); or Envoy in "
-        "its place (no_cluster, no_server_address, breaker_open, dropped, timeout). All others of "
+        "Requests to which an endpoint gave no good answer: none (failed: no connection; broke_off: cut before it "
+        "began), its own 5xx (error), a success without a byte (empty), as full (saturated: 429, 503), 4xx (refused); "
+        "or Envoy in its place (no_cluster, no_server_address, breaker_open, dropped, timeout). All others of "
         "extproc_dispatched_total run, were answered well, or were ended by their client."
     ),
     "answer",

@@ -15,10 +15,14 @@ _USUAL: Final = frozenset(("application/json", "text/event-stream"))
 """What nearly all content types are: to look here costs a fifth of `startswith`."""
 _OK: Final = Answer.OK
 _RESET: Final = "upstream_reset"
+_RESETS: Final = "upstream_reset_before_response_started"
 _BY_ENVOY: Final = {
     "cluster_not_found": Answer.NO_CLUSTER,
     "no_healthy_upstream": Answer.NO_ADDRESS,
-    "upstream_reset_before_response_started{overflow}": Answer.BREAKER,
+    f"{_RESETS}{{overflow}}": Answer.BREAKER,
+    f"{_RESETS}{{connection_termination}}": Answer.BROKE_OFF,
+    f"{_RESETS}{{protocol_error}}": Answer.BROKE_OFF,
+    f"{_RESETS}{{remote_reset}}": Answer.BROKE_OFF,
     "maintenance_mode": Answer.DROPPED,
     "drop_overload": Answer.DROPPED,
     "unconditional_drop_overload": Answer.DROPPED,

@@ -11,7 +11,7 @@ from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Final, Protocol
 
 from extproc.admission.ticket import State
-from extproc.admission.values import Answer, Reject
+from extproc.admission.values import UNREACHED, Answer, Reject
 from extproc.stream.replays import Replays
 
 if TYPE_CHECKING:
@@ -200,13 +200,13 @@ class Gate:
         return None if endpoint is None else endpoint.health.heard_at
 
     def is_unreached(self, name: str) -> bool:
-        """Tell whether the latest request at an endpoint found no connection, and none was answered well since.
+        """Tell whether the latest request at an endpoint found no connection or lost it, and none was answered since.
 
         Not with the queue off: nobody waits for it there, and a request may as well look whether it is back.
         """
         endpoint = self.controller.endpoints.get(name)
         is_held = self.controller.policy.enable_queue
-        return is_held and endpoint is not None and endpoint.health.refused_by is Answer.FAILED
+        return is_held and endpoint is not None and endpoint.health.refused_by in UNREACHED
 
     def observe(self, name: str, load: Load) -> None:
         """Follow an endpoint's telemetry."""

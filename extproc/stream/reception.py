@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from extproc.admission.outcome import Outcome
 from extproc.admission.refusals import OF_ENVOY, words_of
 from extproc.admission.ticket import Ticket
-from extproc.admission.values import TELLS_NOTHING, Answer
+from extproc.admission.values import TELLS_NOTHING, UNREACHED, Answer
 from extproc.stream import wire
 from extproc.stream.again import Again
 from extproc.stream.answer import is_grpc
@@ -39,7 +39,7 @@ OVERFLOWS = frozenset(
     (Outcome.QUEUE_FULL, Outcome.BUDGET_PREDICTED, Outcome.BUDGET_EXPIRED, Outcome.NO_ENDPOINT, Outcome.DRAINING)
 )
 """Refusals for want of room. What the client itself would have to change is refused wherever it is sent."""
-FAILINGS = (Answer.FAILED, Answer.ERROR)
+FAILINGS = (Answer.FAILED, Answer.BROKE_OFF, Answer.ERROR)
 """The usual bad answers that are an endpoint's doing: counted from 0, so that Prometheus sees the first one come."""
 SAID_AGAIN_S = 60.0
 """So often that it is said."""
@@ -158,7 +158,7 @@ class Reception:
         counts = None if ticket.endpoint is None else self.bad_answers.get(ticket.endpoint.name)
         if counts is not None and answer not in TELLS_NOTHING:
             counts[answer] = counts.get(answer, 0) + 1
-        if answer is Answer.FAILED and ticket.endpoint is not None:
+        if answer in UNREACHED and ticket.endpoint is not None:
             self._unreached(ticket.endpoint.name)
 
     def look_at_failure(self, ticket: Ticket, answer: Answer) -> None:

@@ -190,14 +190,14 @@ ROWS: dict[str, tuple[Any, Callable[[str], Edit] | None, str, str | None]] = {
     "connecting-hangs": (unreachable, cluster(connect_timeout="0.3s"), f"{RESET}{{connection_timeout}}", "failed"),
     "tls-to-plain": (says, cluster(transport_socket=TLS, connect_timeout="0.3s"), f"{RESET}{{", "failed"),
     "no-source": (says, cluster(upstream_bind_config=NOWHERE), f"{RESET}{{local_connection_failure|", "failed"),
-    "hangs-up": (lambda: says(b""), None, f"{RESET}{{connection_termination}}", "failed"),
-    "no-http": (lambda: says(b"NOT HTTP\r\n\r\n"), None, f"{RESET}{{protocol_error}}", "failed"),
-    "head-too-big": (lambda: says(BIG_HEAD), None, f"{RESET}{{protocol_error}}", "failed"),
+    "hangs-up": (lambda: says(b""), None, f"{RESET}{{connection_termination}}", "broke_off"),
+    "no-http": (lambda: says(b"NOT HTTP\r\n\r\n"), None, f"{RESET}{{protocol_error}}", "broke_off"),
+    "head-too-big": (lambda: says(BIG_HEAD), None, f"{RESET}{{protocol_error}}", "broke_off"),
     "http2-to-http1": (
         says,
         http(explicit_http_config={"http2_protocol_options": {}}),
         f"{RESET}{{protocol_error}}",
-        "failed",
+        "broke_off",
     ),
     "breaker": (says, breaker(max_requests=0), f"{RESET}{{overflow}}", "breaker_open"),
     "breaker-pending": (

@@ -75,8 +75,14 @@ def test_what_envoy_itself_answers_for_a_server_is_an_openai_error_that_says_who
         assert cause(ask("ok"))[0] == "server_unreachable"
         sentence = "The inference server took no connection. (server_unreachable, URX,UF)"
         assert call(here.address) == (grpc.StatusCode.UNAVAILABLE, sentence)
-        failed = [f'extproc_bad_answers_total{{answer="failed",endpoint="{name}"}}' for name in here.upstreams]
-        wait_until(lambda: sum(here.sidecar.metrics()[name] for name in failed) == 3, message="gRPC's with it")
+
+        def counted(kind: str) -> float:
+            metrics = here.sidecar.metrics()
+            return sum(
+                metrics[f'extproc_bad_answers_total{{answer="{kind}",endpoint="{one}"}}'] for one in here.upstreams
+            )
+
+        wait_until(lambda: (counted("broke_off"), counted("failed")) == (1, 2), message="gRPC's with it")
         address = next(iter(here.upstreams.values())).address
         here.sidecar.write_config(endpoints=[{"name": "unknown-to-envoy", "address": address}])
         here.sidecar.child.signal(signal.SIGHUP)

@@ -204,7 +204,7 @@ def test_a_grpc_answer_is_judged_by_its_trailers_and_not_by_the_head_before_them
 
 def test_no_good_answer_is_counted_by_endpoint_and_kind_for_as_long_as_the_endpoint_is_there():
     room = Room(ONE)
-    assert room.reception.bad_answers == {"a": {Answer.FAILED: 0, Answer.ERROR: 0}}, (
+    assert room.reception.bad_answers == {"a": {Answer.FAILED: 0, Answer.BROKE_OFF: 0, Answer.ERROR: 0}}, (
         "Prometheus sees the first one come"
     )
     its_own, envoys = "via_upstream", "upstream_reset"
@@ -215,7 +215,7 @@ def test_no_good_answer_is_counted_by_endpoint_and_kind_for_as_long_as_the_endpo
         session.end()
     left_early, _ = room.open()
     left_early.end()
-    told = {"a": {Answer.FAILED: 1, Answer.ERROR: 2, Answer.REFUSED: 1}}
+    told = {"a": {Answer.FAILED: 1, Answer.BROKE_OFF: 0, Answer.ERROR: 2, Answer.REFUSED: 1}}
     assert room.reception.bad_answers == told, "good ones, who left and what Envoy refuses by itself are none"
     late, _ = room.open()
     room.reception.drop_cluster("a")

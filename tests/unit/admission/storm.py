@@ -41,7 +41,7 @@ PROMPTS = (0, 10, 100, 500, 2000, 9000)
 HERD = (*(10, 20, 40) * 10, 2600)  # an elephant among mice: what the guard is for
 
 
-MIXED = (10, *5 * (1,), *5 * (0.4,), 3, 0.4)
+MIXED = (10, *6 * (1,), *5 * (0.4,), 3, 0.4)
 """How often each kind of `Answer` comes, as they stand there."""
 
 
@@ -111,7 +111,7 @@ class Storm:
             churn=pick((0.0, 0.05, 0.05, 0.3)),
             step_s=pick((0.001, 0.02, 0.02, 0.2)),
             share=pick((0.0, 0.0, 0.1, 0.5)),
-            answers=pick((MIXED, MIXED, (0, 1, *11 * (0,)), (0, *12 * (1,)))),
+            answers=pick((MIXED, MIXED, (0, 1, *12 * (0,)), (0, *13 * (1,)))),
             sick=pick(("", *NAMES[:2])),
             sickness=pick(tuple(Answer)),
         )

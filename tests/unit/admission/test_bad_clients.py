@@ -37,7 +37,7 @@ def begin(ward: Ward, **says: Any) -> None:
     ward.release(ticket, Answer.OK)
 
 
-@pytest.mark.parametrize("answer", [*CLIENTS_MAYBE, Answer.TIMEOUT])
+@pytest.mark.parametrize("answer", [*CLIENTS_MAYBE, Answer.BROKE_OFF, Answer.TIMEOUT])
 @pytest.mark.parametrize("says", WAYS, ids=["by name", "by its session"])
 def test_who_has_bad_requests_go_to_one_engine_puts_it_not_out(says: dict[str, str], answer: Answer) -> None:
     """Five in a row did, between two answers to others."""
@@ -134,7 +134,7 @@ def live(ward: Ward, lasts_s: float, bad: int, but: str = "") -> None:
         ward.advance(0.1)
 
 
-@pytest.mark.parametrize("answer", [*CLIENTS_MAYBE, Answer.TIMEOUT])
+@pytest.mark.parametrize("answer", [*CLIENTS_MAYBE, Answer.BROKE_OFF, Answer.TIMEOUT])
 @pytest.mark.parametrize(("bad", "in_a_row"), [(2, 6), (5, 12), (8, 40)])
 def test_where_a_client_is_refused_all_day_more_of_its_requests_in_a_row_hold_nobody_back(
     answer: Answer, bad: int, in_a_row: int
@@ -145,6 +145,15 @@ def test_where_a_client_is_refused_all_day_more_of_its_requests_in_a_row_hold_no
     ward.serve("a")
     assert ward.answer("a", answer, in_a_row) == in_a_row
     assert len(ward.burst("a")) == 64
+
+
+def test_the_only_one_that_hangs_up_is_held_back_where_no_answer_runs_that_shows_it_alive() -> None:
+    ward = Ward("a")
+    runs = ward.ask()
+    assert ward.answer("a", Answer.BROKE_OFF, 64) == EJECT_AFTER, "it has died"
+    ward.answered(runs)
+    assert ward.answer("a", Answer.BROKE_OFF, 64) == 64, "a client's body is too big for it"
+    assert ward.health("a").condition == "up"
 
 
 def test_the_first_refusals_in_a_row_are_news() -> None:
@@ -159,6 +168,16 @@ def test_what_was_refused_long_ago_is_no_excuse() -> None:
     for _ in range(2):
         live(ward, 15.0, 0)
         ward.answer("b", Answer.ERROR)
+    assert ward.answer("a", Answer.ERROR, 64) == EJECT_AFTER
+
+
+def test_what_one_alone_refused_before_is_no_excuse_for_it() -> None:
+    ward = Ward("ab")
+    for _ in range(100):
+        ward.answer("a", Answer.ERROR, EJECT_AFTER - 1)
+        ward.serve("a")
+        ward.serve("b", 5)
+        ward.advance(0.1)
     assert ward.answer("a", Answer.ERROR, 64) == EJECT_AFTER
 
 

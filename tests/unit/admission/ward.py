@@ -10,7 +10,7 @@ from .audited import Audited
 
 STEP_S = LAWS.health.step_s
 
-REFUSALS = (Answer.FAILED, Answer.ERROR, Answer.REFUSED, Answer.EMPTY, Answer.SATURATED)
+REFUSALS = (Answer.FAILED, Answer.BROKE_OFF, Answer.ERROR, Answer.REFUSED, Answer.EMPTY, Answer.SATURATED)
 CLIENTS_MAYBE = (Answer.ERROR, Answer.REFUSED, Answer.EMPTY)
 """What a request may be to blame for."""
 MANY = 1000
