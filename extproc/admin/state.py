@@ -380,7 +380,7 @@ class Viewer:
             "up": endpoint.available and endpoint.health.is_known and not endpoint.health.is_failing,
             "state": _state(endpoint),
             "in_flight": len(endpoint.leases),
-            "foreign": endpoint.foreign,
+            "foreign": endpoint.strangers.takes,
             "limit": endpoint.limit.value,
             "limit_by": endpoint.limit.why,
             "adaptive": endpoint.spec.max_running_requests is None,

@@ -127,6 +127,8 @@ class Endpoint(Room):
         thresholds = policy.max_gpu_usage, policy.max_kv_usage
         self.is_learned = chosen == (None, None, None) and thresholds == (None, FULL_CACHE)
         self.strangers.lets = 0  # until its next page
+        if not self.is_learned:
+            self.strangers.takes = self.strangers.count
 
     # ---- who waits
 
@@ -146,7 +148,7 @@ class Endpoint(Room):
         self.leases[ticket] = None
         self.sequences += ticket.sequences
         ticket.leased_at = now
-        ticket.beside = self.sequences + self.strangers.count
+        ticket.beside = self.sequences + self.strangers.takes
         if not self.health.is_well:
             self.health.leased(now, self.sequences)
         if self.keeps_tokens:

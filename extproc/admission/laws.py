@@ -272,7 +272,7 @@ class ForeignLaw:
             least: where nearly all comes past the queue, holding back ours helps nobody. Sidecars that share
             nothing are others to each other: with 4, six of them would hold nothing back any more (.34 in place of
             .69 answered in time at 120 %), with 8 nine. From a ninth of the traffic down ours fare as with least
-            request; at a fifth .91 and .65 are answered in time for its .92 and .59, and up to a sixth is refused.
+            request; docs/how-it-works.md has where we lose.
         alone: share of what an engine holds that must be ours for its counters to say something of our requests.
     """
 

@@ -87,13 +87,14 @@ LONGEST_S = 2.0
 class FixedLimit:
     """A limit that a person chose."""
 
-    __slots__ = ("blind", "own", "value", "why")
+    __slots__ = ("blind", "is_batch", "own", "value", "why")
 
     def __init__(self, value: int) -> None:
         """Hold at most `value` requests; at least 1."""
         self.value = self.own = value
         self.why = "fixed"
         self.blind = False  # nor is it moved by answers
+        self.is_batch = False
 
     def start_at(self, value: int) -> None:
         """Stay at what was chosen."""
@@ -233,6 +234,11 @@ class AdaptiveLimit:
         """Note that telemetry has become stale: what it taught stays, as long as answers don't say otherwise."""
         self.blind = True
         self._queued = 0
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether it is the engine's batch size, or a little more that is tried: others' sequences are in it, too."""
+        return self.own == self.batch or self._tried is not None
 
     def _set(self, exact: float) -> None:
         self._exact = exact = min(max(exact, self.law.floor), CEILING)

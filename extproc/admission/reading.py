@@ -63,26 +63,29 @@ class Foreign:
     """The requests that an engine held when its telemetry came first and that are not ours, as far as they still run.
 
     They are answers whose leases were lost when a sidecar died. Never more: what an engine holds above our leases later
-    is mostly our own, between two looks at it.
+    is mostly our own, between two looks at it. But where its batch is what limits, whoever is seen twice has a place.
 
     Attributes:
         count: how many; they take room like leases.
+        takes: how many take room: these, or all others that two pages show, if those are in the way of ours in a batch.
         lets: so many of ours run there whatever was learned, because others send past the queue (`ForeignLaw.each`).
         law: the constants.
     """
 
-    __slots__ = ("_changed_at", "_met", "count", "law", "lets")
+    __slots__ = ("_changed_at", "_met", "_seen", "count", "law", "lets", "takes")
 
     def __init__(self, law: ForeignLaw = LAWS.foreign) -> None:
         """Start before the first page."""
         self.law = law
-        self.count = self.lets = 0
+        self.count = self.lets = self.takes = 0
+        self._seen = 0  # others on the last page
         self._changed_at = 0.0  # when they became fewer last
         self._met = False  # telemetry came at least once
 
     def add(self, count: int, most: int, now: float) -> None:
         """Count `count` more that were ours until now, up to `most`."""
         self.count, self._changed_at = min(self.count + count, most), now
+        self.takes = max(self.takes, self.count)
 
     def meet_again(self) -> None:
         """Look at the next page as at the first."""
@@ -90,7 +93,7 @@ class Foreign:
 
     def forget(self) -> None:
         """Note that nothing is known of them any more."""
-        self.count = self.lets = 0
+        self.count = self.lets = self.takes = self._seen = 0
 
     def follow(
         self,
@@ -102,11 +105,13 @@ class Foreign:
         unsent: int = 0,
         *,
         is_learned: bool = False,
+        in_batch: bool = False,
     ) -> None:
         """Count them when telemetry comes first, at most `most`; after that they can only become fewer.
 
         `unsent`: of the leases as old as `arrived_s`, how many may not have been sent for all that. `is_learned`: no
-        limit here is a number that a person chose.
+        limit here is a number that a person chose. `in_batch`: its limit is the size of a batch, which others are in,
+        too.
 
         Those who were known before we look as at the first are fewer only if nothing of ours is on its way.
         """
@@ -127,3 +132,5 @@ class Foreign:
             count = max(count, min(max(there - in_flight, 0), most))
         if count != self.count:
             self.count, self._changed_at = count, now
+        beside = min(others, self._seen) if is_learned and in_batch else 0
+        self.takes, self._seen = max(self.count, beside), others

@@ -133,7 +133,7 @@ class Room:
                 return _REFUSED
         if self.quota is not None and self.sequences >= self.quota:
             return _PART
-        held = self.sequences + self.strangers.count
+        held = self.sequences + self.strangers.takes
         if held and held + self.reserved >= self.limit.value and self.sequences >= lets:
             return _LIMIT
         return None if ticket is None else self.lacks(ticket)
@@ -149,7 +149,7 @@ class Room:
     @property
     def held(self) -> int:
         """How many sequences count against its limit: ours, and foreign ones."""
-        return self.sequences + self.strangers.count
+        return self.sequences + self.strangers.takes
 
     def lacks(self, ticket: Ticket) -> HeldBy | None:
         """Return which limit has no room for all of `ticket`, given that it is open; None: it fits.
@@ -158,7 +158,7 @@ class Room:
         """
         if not self.enforcing:
             return None
-        held = self.sequences + self.strangers.count
+        held = self.sequences + self.strangers.takes
         if not held:
             return self._lacks_beside_kept(ticket) if self.reserved and not self._keeps_too_much else None
         is_let_in = self.sequences + ticket.sequences <= self.strangers.lets
@@ -202,7 +202,7 @@ class Room:
 
     def pressure(self) -> float:
         """Return how full it is: the fullest of its limits. The least pressed endpoint has the most room."""
-        held = self.sequences + self.strangers.count
+        held = self.sequences + self.strangers.takes
         if not self.enforcing:
             return float(held)
         if self.closed_until is not None:
@@ -219,7 +219,7 @@ class Room:
 
         So does one that others fill, while ours are few there.
         """
-        if not self.enforcing or not self.sequences + self.strangers.count or self.sequences < self.strangers.lets:
+        if not self.enforcing or not self.sequences + self.strangers.takes or self.sequences < self.strangers.lets:
             return inf
         return self.kv.room
 
@@ -232,7 +232,7 @@ class Room:
             return False
         if not self.enforcing:
             return True
-        kept, held = self.reserved + ticket.sequences, self.sequences + self.strangers.count
+        kept, held = self.reserved + ticket.sequences, self.sequences + self.strangers.takes
         return (
             kept * KEPT_PARTS <= self.limit.value
             and held + kept + ticket.sequences <= self.limit.value

@@ -40,8 +40,10 @@ def follow_page(
     reading = endpoint.reading
     before, full = reading.page, endpoint.held >= endpoint.limit.value
     elapsed_s = 1.0 if before is None else now - reading.page_at
-    most, learned = endpoint.limit.value, endpoint.is_learned
-    endpoint.strangers.follow(load, endpoint.leases, endpoint.sequences, most, now, unsent, is_learned=learned)
+    most, learned, in_batch = endpoint.limit.value, endpoint.is_learned, endpoint.limit.is_batch
+    endpoint.strangers.follow(
+        load, endpoint.leases, endpoint.sequences, most, now, unsent, is_learned=learned, in_batch=in_batch
+    )
     endpoint.steps.follow(load, None if before is None else before.running, elapsed_s, endpoint.prefill.fresh)
     reading.take_page(load, now)
     endpoint.health.sleep(is_asleep=load.asleep is True)

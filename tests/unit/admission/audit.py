@@ -45,6 +45,7 @@ class Books:
     present: bool = True
     leases: dict[Ticket, None] = field(default_factory=dict)
     foreign: int | None = None  # the most that may be foreign: None before the first telemetry
+    shown: tuple[int, int] = (0, 0)  # others on the page before, and on the last one
 
     @property
     def sequences(self) -> int:
@@ -92,7 +93,7 @@ class Audit:
         self._before: dict[Ticket, tuple[object, int]] = {}  # the queue and the passes of who waited, before the event
 
     def fits(self, books: Books, endpoint: Endpoint, ticket: Ticket) -> bool:
-        count, kept, more = books.sequences + endpoint.foreign, endpoint.reserved, ticket.request.sequences
+        count, kept, more = books.sequences + endpoint.strangers.takes, endpoint.reserved, ticket.request.sequences
         lets_in = books.sequences + more <= endpoint.strangers.lets
         if self._is_full(books, endpoint) or (endpoint.quota is not None and books.sequences >= endpoint.quota):
             return False
@@ -169,6 +170,8 @@ class Audit:
             require(endpoint.kv.promised == tokens[name], endpoint, endpoint.kv.promised, tokens[name])
             self._check_tokens(endpoint, books)
             require(0 <= endpoint.foreign <= (books.foreign or 0), endpoint.foreign, "foreign,", books.foreign)
+            takes, most = endpoint.strangers.takes, max(endpoint.foreign, min(books.shown))
+            require(endpoint.foreign <= takes <= most, takes, "take room of", endpoint.foreign, "and", books.shown)
             require(endpoint.removed is not books.present, endpoint)
             crowding = (endpoint.pressure(), endpoint.picked)
             is_closed = endpoint.closed_by is not None
@@ -193,6 +196,8 @@ class Audit:
             chosen = spec.max_running_requests, spec.kv_capacity_tokens, self.core.policy.max_prompt_tokens
             is_learned = chosen == (None, None, None)
             require(is_learned or not endpoint.strangers.lets, endpoint, "lets in", endpoint.strangers.lets)
+            takes, foreign = endpoint.strangers.takes, endpoint.foreign
+            require(is_learned or takes == foreign, endpoint, takes, "take room of", foreign)
 
     def _check_tokens(self, endpoint: Endpoint, books: Books) -> None:
         kv, prefill = endpoint.kv, endpoint.prefill
@@ -312,7 +317,7 @@ class Audit:
     @staticmethod
     def _is_full(books: Books, endpoint: Endpoint) -> bool:
         """Whether its limit shuts it. Who is among so many of others' that holding back is no use goes all the same."""
-        held, lets = books.sequences + endpoint.foreign, endpoint.strangers.lets
+        held, lets = books.sequences + endpoint.strangers.takes, endpoint.strangers.lets
         return held > 0 and held + endpoint.reserved >= endpoint.limit.value and books.sequences >= lets
 
     def _check_conservation(self) -> None:

@@ -184,7 +184,7 @@ class Audited(Audit):
             return
         there = int(load.running + (load.waiting or 0))
         known = there - books.sequences if books.foreign is None else min(books.foreign, there)
-        books.foreign = max(known, 0)
+        books.foreign, books.shown = max(known, 0), (books.shown[1], max(there - books.sequences, 0))
 
     def set_policy(self, policy: Policy) -> None:
         self._begin()
@@ -368,6 +368,6 @@ class Audited(Audit):
 def _counted(endpoint: Endpoint) -> tuple[object, ...]:
     """What only a look at the endpoint's page may change."""
     reading, prefill, kv, steps = endpoint.reading, endpoint.prefill, endpoint.kv, endpoint.steps
-    told = (reading.page, reading.page_at, endpoint.foreign, endpoint.sees_first_tokens, endpoint.produced)
+    told = (reading.page, reading.page_at, endpoint.strangers.takes, endpoint.sees_first_tokens, endpoint.produced)
     learned = (kv.real, kv.trust, prefill.fresh, steps.base_s, steps.sequence_s, steps.prompt_s, steps.tpot_s)
     return (*told, *learned, endpoint.limit, endpoint.limit.value, prefill.limit, prefill.counts)

@@ -106,6 +106,58 @@ def test_below_the_batch_size_a_queue_inside_is_of_others_and_no_reason_against_
     assert desk.endpoint("a").limit.value == 32
 
 
+def beside_four_of_eight(spec: EndpointSpec, **policy: Any) -> Desk:
+    """Let its pages say that an engine with a batch of eight runs four of others, who came after its first page."""
+    desk = Desk(spec, **policy)
+    for running in (0, 4, 4):
+        desk.observe("a", Load(running=running, waiting=0, max_running=8))
+        desk.advance(1.0)
+    return desk
+
+
+def test_others_who_stay_in_a_batch_take_places_of_ours() -> None:
+    """Ours were as many as the batch has places, and waited behind others inside: of two sidecars that share nothing
+    a third was answered in time, and nine of ten is."""
+    desk = beside_four_of_eight(EndpointSpec("a"))
+    tickets = desk.fill(12)
+    assert sum(desk.where(ticket) == "a" for ticket in tickets) == 4
+    desk.advance(1.0)
+    desk.observe("a", Load(running=6, waiting=0, max_running=8))
+    assert sum(desk.where(ticket) == "a" for ticket in tickets) == 6, "there are two now"
+
+
+def test_what_one_page_shows_beside_ours_may_be_ours_that_have_just_ended() -> None:
+    desk = Desk(EndpointSpec("a"))
+    for running in (0, 4):
+        desk.observe("a", Load(running=running, waiting=0, max_running=8))
+        desk.advance(1.0)
+    assert sum(desk.where(ticket) == "a" for ticket in desk.fill(12)) == 8
+
+
+@pytest.mark.parametrize("chosen", [{"max_running_requests": 8}, {"kv_capacity_tokens": 1_000_000}])
+def test_where_a_person_chose_a_number_others_take_no_places(chosen: dict[str, int]) -> None:
+    desk = beside_four_of_eight(EndpointSpec("a", **chosen))
+    assert sum(desk.where(ticket) == "a" for ticket in desk.fill(12)) == 8
+
+
+def test_a_number_that_is_chosen_now_gives_others_places_back_at_once() -> None:
+    desk = beside_four_of_eight(EndpointSpec("a"))
+    tickets = desk.fill(12)
+    desk.put(EndpointSpec("a", kv_capacity_tokens=1_000_000))
+    assert sum(desk.where(ticket) == "a" for ticket in tickets) == 8
+
+
+def test_below_the_batch_size_others_take_no_places() -> None:
+    """What the wanted time per token allows is ours: it shrinks by what others make slow."""
+    desk = Desk(EndpointSpec("a"))
+    for running in (0, 4, 4):
+        desk.observe("a", Load(running=running, waiting=0, max_running=64))
+        desk.advance(1.0)
+    limit = desk.endpoint("a").limit
+    assert limit.value < 64
+    assert sum(desk.where(ticket) == "a" for ticket in desk.fill(40)) == limit.value
+
+
 def test_thresholds_that_a_person_chose_hold_beside_others_too() -> None:
     desk = full_of_others(EndpointSpec("a"), max_kv_usage=0.9)
     assert sum(desk.where(ticket) == "a" for ticket in desk.fill(12)) <= 1
