@@ -83,8 +83,8 @@ class Foreign:
         self._met = False  # telemetry came at least once
 
     def add(self, count: int, most: int, now: float) -> None:
-        """Count `count` more that were ours until now, up to `most`."""
-        self.count, self._changed_at = min(self.count + count, most), now
+        """Count `count` more that were ours until now, up to `most`; no fewer, if that has become less."""
+        self.count, self._changed_at = max(min(self.count + count, most), self.count), now
         self.takes = max(self.takes, self.count)
 
     def meet_again(self) -> None:
