@@ -36,11 +36,12 @@ class Hearing:
     def page(self, endpoint: Endpoint, load: Load, unsent: int = 0) -> None:
         """Follow a page that was read just now; see `Controller.observe`."""
         books = self._books
-        load = telemetry.for_all_servers(endpoint, load, books.now, unsent)
+        shown, load = load, telemetry.for_all_servers(endpoint, load, books.now, unsent)
         believed = load.without_counters() if endpoint.counters.doubted else load
         books.adapters.follow(endpoint, load)
         wanted = endpoint.is_waited_for
-        counted = telemetry.follow_page(endpoint, believed, books.now, books.policy, wanted=wanted, unsent=unsent)
+        now, policy = books.now, books.policy
+        counted = telemetry.follow_page(endpoint, shown, believed, now, policy, wanted=wanted, unsent=unsent)
         if counted and load.prompt_tokens:
             self._tokens.learn_prompts(load.prompt_tokens, counted)
             self._book_anew(endpoint, counted)

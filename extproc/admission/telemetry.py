@@ -30,9 +30,11 @@ def for_all_servers(endpoint: Endpoint, load: Load, now: float, unsent: int) -> 
 
 
 def follow_page(
-    endpoint: Endpoint, load: Load, now: float, policy: Policy, *, wanted: bool, unsent: int = 0
+    endpoint: Endpoint, shown: Load, load: Load, now: float, policy: Policy, *, wanted: bool, unsent: int = 0
 ) -> list[Ticket]:
-    """Follow a page that was read just now. `wanted`: requests wait that this endpoint could serve.
+    """Follow a page that was read just now: what is `shown` of whose requests, and the `load` of all its servers.
+
+    `wanted`: requests wait that this endpoint could serve.
 
     Return the leases whose prompts the engine counted since the reading before, if it counts them and few others.
     """
@@ -42,7 +44,7 @@ def follow_page(
     elapsed_s = 1.0 if before is None else now - reading.page_at
     most, learned, in_batch = endpoint.limit.value, endpoint.is_learned, endpoint.limit.is_batch
     endpoint.strangers.follow(
-        load, endpoint.leases, endpoint.sequences, most, now, unsent, is_learned=learned, in_batch=in_batch
+        shown, endpoint.leases, endpoint.sequences, most, now, unsent, is_learned=learned, in_batch=in_batch
     )
     endpoint.steps.follow(load, None if before is None else before.running, elapsed_s, endpoint.prefill.fresh)
     reading.take_page(load, now)
