@@ -300,10 +300,21 @@ class Fleet:
             if not pool.usable and not pool.base.is_part:
                 if pool.members:
                     self._forgive(pool)
-                for endpoint in pool.members:
+                for endpoint in tuple(pool.members):
+                    until = endpoint.health.ejected_until
                     if endpoint.health.is_spared:
                         endpoint.health.spare(self._books.now)
+                        if until is not None:
+                            self._leave_to_others(endpoint, until)
                         self.changed(endpoint)
+
+    def _leave_to_others(self, endpoint: Endpoint, until: float) -> None:
+        """Leave out until then, for what others serve, who is taken back for what it serves alone."""
+        by_model = self._books.pools.by_model
+        served = [model for model, pool in by_model.items() if pool.usable and pool in endpoint.pools]
+        if served:
+            endpoint.missing.leave_out(served, until)
+            self.regroup()
 
     def _forgive(self, pool: Pool) -> None:
         """Try those again that were left out for a model of this pool."""

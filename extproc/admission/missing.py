@@ -18,6 +18,8 @@ from extproc.admission.health import Record, Streak
 from extproc.admission.laws import LAWS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from extproc.admission.laws import HealthLaw
 
 MOST_MODELS = 64
@@ -56,8 +58,8 @@ class Records:
 class _Model:
     __slots__ = ("ejections", "streak", "until")
 
-    def __init__(self, streak: Streak) -> None:
-        self.streak = streak
+    def __init__(self) -> None:
+        self.streak: Streak | None = None
         self.ejections = 0
         self.until: float | None = None  # it is left out till then
 
@@ -117,10 +119,10 @@ class Missing:
                 if oldest is None:
                     return False  # it lacks more than anybody should
                 del self._known[oldest]
-            known = self._known[model] = _Model(Streak(record))
-        elif known.streak.record is not record:
-            known.streak = Streak(record)
+            known = self._known[model] = _Model()
         law, streak = self.law, known.streak
+        if streak is None or streak.record is not record:
+            streak = known.streak = Streak(record)
         record.refused += 1
         streak.count += 1
         if known.until is not None:
@@ -131,6 +133,12 @@ class Missing:
         known.until = now + law.ejection_s(known.ejections)
         self._changed()
         return True
+
+    def leave_out(self, models: Iterable[str], until: float) -> None:
+        """Leave these out until then: others serve them, and the endpoint stays for those that it serves alone."""
+        for model in models:
+            self._known.setdefault(model, _Model()).until = until
+        self._changed()
 
     def forgive(self, models: frozenset[str]) -> None:
         """Try these again now: nobody else is left who serves them."""

@@ -12,6 +12,7 @@ from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request, RequestClass
 
 from .audited import Audited
+from .desk import Desk, one
 
 EJECT_MAX_S = LAWS.health.eject_most_s
 EJECT_S = LAWS.health.eject_s
@@ -273,3 +274,27 @@ def test_sessions_that_begin_at_one_that_lacks_their_model_have_it_left_out() ->
         ward.one("rare", "a", Answer.REFUSED, session=f"s{number}")
         ward.one("fine", "a", Answer.OK)
     assert ward.goes("rare", home="a") == "b"
+
+
+@pytest.mark.parametrize("answer", [Answer.FAILED, Answer.ERROR, Answer.REFUSED])
+@pytest.mark.parametrize("own", [frozenset({"a", "own"}), frozenset()], ids=["a model", "whatever"])
+def test_a_broken_one_that_serves_a_model_alone_is_left_out_for_what_others_serve(
+    answer: Answer, own: frozenset[str]
+) -> None:
+    """It was tried again at once, being the last one there: 243 of 300 requests that its peer serves went to it."""
+    desk = Desk(one("good", limit=4, models=frozenset({"a"})), one("broken", limit=4, models=own))
+    got, running = 0, []
+    for _ in range(300):
+        desk.advance(0.2)
+        ticket = desk.ask(model="a")
+        if desk.where(ticket) == "broken":
+            got += 1
+            desk.release(ticket, answer)
+        else:
+            running.append(ticket)
+        if len(running) > 3:
+            desk.release(running.pop(0), Answer.OK)
+    assert got < 20
+    assert desk.where(desk.ask(model="own")) == "broken"
+    desk.advance(200.0)
+    assert not desk.endpoint("broken").missing.models
