@@ -94,10 +94,12 @@ class Canned:
                     if not self.answer or self._loop.time() - idle_since > self.idle_s:
                         break
                     head, between, rest = self.answer.partition(b"\r\n\r\n")
-                    writer.write(head + between)
                     if self.gap_s:
+                        writer.write(head + between)
                         await asyncio.sleep(self.gap_s)
-                    writer.write(rest)
+                        writer.write(rest)
+                    else:  # in one piece: two may be read one after the other
+                        writer.write(self.answer)
                 await writer.drain()
                 idle_since = self._loop.time()
         writer.close()
