@@ -57,8 +57,9 @@ class Servers:
         """
         shown = (load.running or 0.0) + (load.waiting or 0.0)
         if held > shown:  # those who came just now may be missing
-            held = sum(ticket.sequences for ticket in leases if ticket.leased_at <= now - ARRIVED_S) - unsent
-        self._arrived = KEPT * self._arrived + max(held, 0)
+            arrived = sum(ticket.sequences for ticket in leases if ticket.leased_at <= now - ARRIVED_S)
+            held = max(arrived - unsent, 0)
+        self._arrived = KEPT * self._arrived + held
         self._shown = KEPT * self._shown + shown
         self._answers = KEPT * self._answers + answered - self._answered
         self._begun = KEPT * self._begun + (load.first_tokens or 0)

@@ -226,7 +226,7 @@ def test_a_page_like_vllms_is_read_and_followed_in_few_calls():
         scrape(3, page)
         raise StopIteration
 
-    assert next(steps(step)) < 330
+    assert next(steps(step)) < 335
 
 
 def test_json_is_written_in_short_pieces_that_together_are_it(crowd):

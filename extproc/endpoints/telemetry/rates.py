@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _NO_FACTS = Facts()
 FELL_KEPT, FELL_MOST = 0.95, 2.0
-"""What a reading keeps of the number of pages whose counters fell; and the most of these that restarts explain."""
+"""What a reading keeps of the number of pages whose tokens fell; and the most of these that restarts explain."""
 
 
 class Rates:
@@ -39,14 +39,17 @@ class Rates:
         self._before, self._at = readings, now
         preemptions = prompt_tokens = cached_tokens = first_tokens = output_tokens = decoded = None
         if before is not None:
-            self._fell = FELL_KEPT * self._fell + _has_fallen(readings, before)
+            output_tokens = _difference(readings.output_tokens, before.output_tokens)
+            has_fallen = output_tokens is None and None not in (readings.output_tokens, before.output_tokens)
+            self._fell = FELL_KEPT * self._fell + has_fallen
         if before is not None and self._fell <= FELL_MOST:
             preemptions = _difference(readings.preemptions, before.preemptions)
             prompt_tokens = _difference(readings.prompt_tokens, before.prompt_tokens)
             cached_tokens = _difference(readings.cached_tokens, before.cached_tokens)
             first_tokens = _difference(readings.first_tokens, before.first_tokens)
-            output_tokens = _difference(readings.output_tokens, before.output_tokens)
             decoded = _difference(readings.decoded_tokens, before.decoded_tokens)
+        else:
+            output_tokens = None
         tokens_per_s = readings.tokens_per_s if readings.decoded_tokens is None else None
         if decoded is not None and 0.0 < gap_s <= self._longest_s:
             tokens_per_s = within(decoded / gap_s, MOST_TOKENS)
@@ -69,14 +72,6 @@ class Rates:
             waiting_adapters=readings.waiting_adapters,
             adapter_slots=readings.adapter_slots,
         )
-
-
-def _has_fallen(now: Readings, before: Readings) -> bool:
-    """Tell whether all prompts' or all answers' tokens are fewer than before."""
-    return any(
-        counter is not None and earlier is not None and sum(counter.values) < sum(earlier.values)
-        for counter, earlier in ((now.prompt_tokens, before.prompt_tokens), (now.output_tokens, before.output_tokens))
-    )
 
 
 def _difference(now: Counter | None, before: Counter | None) -> int | None:
