@@ -7,6 +7,7 @@ Counted in calls of functions, which no other work on the machine changes: a cal
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import json
 import sys
@@ -76,7 +77,7 @@ def crowd() -> Admin:
 
 
 def steps(step: Callable[[], object]) -> Iterator[int]:
-    """Take steps until it raises StopIteration; give how many calls each made."""
+    """Take steps until it raises StopIteration; give how many calls each made, hypothesis' at collections apart."""
     over = False
     while not over:
         calls = 0
@@ -86,6 +87,7 @@ def steps(step: Callable[[], object]) -> Iterator[int]:
             calls += event in ("call", "c_call")
 
         before = sys.getprofile()
+        gc.disable()
         sys.setprofile(count)
         try:
             step()
@@ -93,6 +95,7 @@ def steps(step: Callable[[], object]) -> Iterator[int]:
             over = True
         finally:
             sys.setprofile(before)
+            gc.enable()
         yield calls
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from random import Random
 from typing import TYPE_CHECKING
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def lines_of(work: Callable[[], object]) -> int:
-    """Count the lines of Python that `work` runs."""
+    """Count the lines of Python that `work` runs; hypothesis' own, run at each collection of garbage, are none."""
     count = 0
 
     def note(frame: object, event: str, arg: object) -> object:
@@ -34,11 +35,13 @@ def lines_of(work: Callable[[], object]) -> int:
         return note
 
     before = sys.gettrace()
+    gc.disable()
     sys.settrace(note)  # type: ignore[arg-type]
     try:
         work()
     finally:
         sys.settrace(before)
+        gc.enable()
     return count
 
 
