@@ -39,17 +39,16 @@ class Rates:
         self._before, self._at = readings, now
         preemptions = prompt_tokens = cached_tokens = first_tokens = output_tokens = decoded = None
         if before is not None:
-            output_tokens = _difference(readings.output_tokens, before.output_tokens)
-            has_fallen = output_tokens is None and None not in (readings.output_tokens, before.output_tokens)
+            written = _difference(readings.output_tokens, before.output_tokens)
+            has_fallen = written is None and None not in (readings.output_tokens, before.output_tokens)
             self._fell = FELL_KEPT * self._fell + has_fallen
-        if before is not None and self._fell <= FELL_MOST:
-            preemptions = _difference(readings.preemptions, before.preemptions)
-            prompt_tokens = _difference(readings.prompt_tokens, before.prompt_tokens)
-            cached_tokens = _difference(readings.cached_tokens, before.cached_tokens)
-            first_tokens = _difference(readings.first_tokens, before.first_tokens)
-            decoded = _difference(readings.decoded_tokens, before.decoded_tokens)
-        else:
-            output_tokens = None
+            if self._fell <= FELL_MOST:
+                preemptions = _difference(readings.preemptions, before.preemptions)
+                prompt_tokens = _difference(readings.prompt_tokens, before.prompt_tokens)
+                cached_tokens = _difference(readings.cached_tokens, before.cached_tokens)
+                first_tokens = _difference(readings.first_tokens, before.first_tokens)
+                output_tokens = written
+                decoded = _difference(readings.decoded_tokens, before.decoded_tokens)
         tokens_per_s = readings.tokens_per_s if readings.decoded_tokens is None else None
         if decoded is not None and 0.0 < gap_s <= self._longest_s:
             tokens_per_s = within(decoded / gap_s, MOST_TOKENS)

@@ -8,6 +8,7 @@ import pytest
 
 from extproc.admission.laws import LAWS
 from extproc.admission.load import Load
+from extproc.admission.reading import Foreign
 from extproc.admission.values import EndpointSpec, RequestClass
 
 from .desk import Desk
@@ -248,3 +249,10 @@ def test_where_a_few_others_run_out_each_first_token_counted_is_one_of_ours() ->
     desk.observe("a", Load(first_tokens=2, running=7.0, waiting=0.0))
     assert desk.endpoint("a").foreign == 1
     assert [ticket.prompt_pending for ticket in ours] == [False, False, True, True, True, True]
+
+
+def test_one_more_that_is_left_to_telemetry_makes_them_no_fewer_though_the_limit_has_fallen() -> None:
+    others = Foreign()
+    others.add(20, 32, 0.0)
+    others.add(1, 16, 1.0)
+    assert others.count == 20

@@ -107,3 +107,15 @@ def test_one_that_is_named_alone_is_found_to_be_one() -> None:
         desk.release(ticket, Answer.OK)
     Address(desk, 1, rate=3).run(200)
     assert endpoint.servers.count == 1
+
+
+def test_whose_requests_are_there_is_seen_on_the_page_as_it_is() -> None:
+    """Connections fall unevenly: twice what one of two shows may be more than there is, and is nobody else's."""
+    desk = Desk(one(limit=None))
+    endpoint = desk.endpoint("a")
+    endpoint.servers.count = 2
+    desk.fill(4)
+    endpoint.meet_again()
+    desk.observe("a", Load(running=3, waiting=0))
+    assert endpoint.reading.page == Load(running=6, waiting=0)
+    assert endpoint.foreign == 0
