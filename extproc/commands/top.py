@@ -45,7 +45,6 @@ QUIET_S = 10.0
 """No request for so long is told."""
 FAILURES = {"failed": "unanswered", "broke_off": "cut", "error": "5xx"}
 """Kinds of bad answers, where a shorter word says it."""
-"""How requests fail, by the kinds of extproc_bad_answers_total."""
 UNKNOWN = "unknown"
 """The state of an endpoint that gave no good answer yet: nothing is wrong with it."""
 

@@ -239,7 +239,7 @@ class QueueLog:
         self._look_at_pools()
 
     def _look_at_servers(self) -> None:
-        """Say once that an endpoint is several servers, and once more when that changes."""
+        """Say once that an endpoint is several servers, and once more if it is another number of them."""
         endpoints = self._controller.endpoints.values()
         before, self._several = self._several, {one.name: n for one in endpoints if (n := one.servers.count) > 1}
         for name, count in self._several.items():
