@@ -74,6 +74,7 @@ def assert_each_is_answered_once(pool: Pool, fault: Callable[[Pool], None], limi
     pool.wait_one_group()
     wait_until(lambda: pool.in_flight() == 0 and pool.waiting() == 0, message="all books empty")
     assert pool.served() - before == sent
-    assert max(pool.peaks().values()) == limit
+    peaks = pool.peaks()
+    assert max(peaks.values()) == limit, peaks
     for place in pool.places:
         assert "Traceback" not in place.sidecar.child.output()
