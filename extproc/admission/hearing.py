@@ -33,15 +33,11 @@ class Hearing:
         self._fleet = fleet
         self._tokens = tokens
 
-    def page(self, endpoint: Endpoint, load: Load, unsent: int = 0) -> None:
+    def page(self, endpoint: Endpoint, page: Load, unsent: int = 0) -> None:
         """Follow a page that was read just now; see `Controller.observe`."""
-        books = self._books
-        shown, load = load, telemetry.for_all_servers(endpoint, load, books.now, unsent)
-        believed = load.without_counters() if endpoint.counters.doubted else load
+        books, wanted = self._books, endpoint.is_waited_for
+        load, counted = telemetry.follow_page(endpoint, page, books.now, books.policy, wanted=wanted, unsent=unsent)
         books.adapters.follow(endpoint, load)
-        wanted = endpoint.is_waited_for
-        now, policy = books.now, books.policy
-        counted = telemetry.follow_page(endpoint, shown, believed, now, policy, wanted=wanted, unsent=unsent)
         if counted and load.prompt_tokens:
             self._tokens.learn_prompts(load.prompt_tokens, counted)
             self._book_anew(endpoint, counted)
@@ -50,8 +46,8 @@ class Hearing:
                 pool.longest = max(pool.longest or 0, load.context_tokens)
         if load.output_tokens is not None:
             endpoint.produced += load.output_tokens
-            if believed.output_tokens:
-                endpoint.written += believed.output_tokens
+            if load.output_tokens and not endpoint.counters.doubted:
+                endpoint.written += load.output_tokens
                 endpoint.health.heard_at = books.now
             self._count_answers(endpoint)
         else:  # a first page, or the first behind a reset: nobody counted what the answers had that ended until now

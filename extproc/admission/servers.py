@@ -55,7 +55,9 @@ class Servers:
         `held`: sequences of `leases`. `answered`: all of ours that were until now. `unsent`: of those who should have
         arrived, how many may not have been sent for all that.
         """
-        shown = (load.running or 0.0) + (load.waiting or 0.0)
+        if load.running is None:
+            return False  # whatever else it tells: an engine without a page has one of its GPU
+        shown = load.running + (load.waiting or 0.0)
         if held > shown:  # those who came just now may be missing
             arrived = sum(ticket.sequences for ticket in leases if ticket.leased_at <= now - ARRIVED_S)
             held = max(arrived - unsent, 0)

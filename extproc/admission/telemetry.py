@@ -18,34 +18,50 @@ if TYPE_CHECKING:
     from extproc.admission.values import Policy
 
 
-def for_all_servers(endpoint: Endpoint, load: Load, now: float, unsent: int) -> Load:
-    """Return what a page that was read just now says for all servers behind the endpoint's address."""
-    servers = endpoint.servers
-    if servers.follow(load, endpoint.leases, endpoint.sequences, endpoint.answered, now, unsent):
+def follow_page(
+    endpoint: Endpoint, page: Load, now: float, policy: Policy, *, wanted: bool, unsent: int = 0
+) -> tuple[Load, list[Ticket]]:
+    """Follow a page that was read just now: whose requests it shows, then what all servers at its address say by it.
+
+    `wanted`: requests wait that this endpoint could serve. `unsent`: see `Controller.observe`.
+
+    Return what they say, whether counters are believed or not; and the leases whose prompts were counted since the
+    reading before, if prompts are counted and few are others'.
+    """
+    full = endpoint.held >= endpoint.limit.value
+    _see_whose(endpoint, page, now, unsent)
+    load = _of_all_servers(endpoint, page)
+    believed = load.without_counters() if endpoint.counters.doubted else load
+    return load, _follow_load(endpoint, believed, now, policy, full=full, wanted=wanted)
+
+
+def _see_whose(endpoint: Endpoint, page: Load, now: float, unsent: int) -> None:
+    """See on a page, as it is, of how many servers it is one's, and whether it shows requests that are not ours."""
+    ours, held = endpoint.leases, endpoint.sequences
+    if endpoint.servers.follow(page, ours, held, endpoint.answered, now, unsent):
         endpoint.steps = StepCost(endpoint.steps.law)
         endpoint.limit.forget_batch()
-    if servers.count == 1:
-        return load
-    return load.times(servers.count) if servers.count < MOST else Load()
+    most, learned, in_batch = endpoint.limit.value, endpoint.is_learned, endpoint.limit.is_batch
+    endpoint.strangers.follow(page, ours, held, most, now, unsent, is_learned=learned, in_batch=in_batch)
 
 
-def follow_page(
-    endpoint: Endpoint, shown: Load, load: Load, now: float, policy: Policy, *, wanted: bool, unsent: int = 0
+def _of_all_servers(endpoint: Endpoint, page: Load) -> Load:
+    """Return what all servers at an endpoint's address say, as far as one's page tells."""
+    count = endpoint.servers.count
+    if count == 1:
+        return page
+    if count < MOST:
+        return page.times(count)
+    return Load(gpu_usage=page.gpu_usage)  # which comes from its exporter; what the server said may be anybody's
+
+
+def _follow_load(
+    endpoint: Endpoint, load: Load, now: float, policy: Policy, *, full: bool, wanted: bool
 ) -> list[Ticket]:
-    """Follow a page that was read just now: what is `shown` of whose requests, and the `load` of all its servers.
-
-    `wanted`: requests wait that this endpoint could serve.
-
-    Return the leases whose prompts the engine counted since the reading before, if it counts them and few others.
-    """
     endpoint.keep_tokens()
     reading = endpoint.reading
-    before, full = reading.page, endpoint.held >= endpoint.limit.value
+    before = reading.page
     elapsed_s = 1.0 if before is None else now - reading.page_at
-    most, learned, in_batch = endpoint.limit.value, endpoint.is_learned, endpoint.limit.is_batch
-    endpoint.strangers.follow(
-        shown, endpoint.leases, endpoint.sequences, most, now, unsent, is_learned=learned, in_batch=in_batch
-    )
     endpoint.steps.follow(load, None if before is None else before.running, elapsed_s, endpoint.prefill.fresh)
     reading.take_page(load, now)
     endpoint.health.sleep(is_asleep=load.asleep is True)

@@ -56,7 +56,7 @@ class Rates:
             running=readings.running,
             waiting=readings.waiting,
             kv_usage=readings.kv_usage,
-            gpu_usage=readings.gpu_usage if gpu_usage is None else gpu_usage,
+            gpu_usage=gpu_usage,
             tokens_per_s=tokens_per_s,
             kv_capacity_tokens=readings.kv_capacity_tokens,
             preemptions=preemptions,

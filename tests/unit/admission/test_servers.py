@@ -9,6 +9,7 @@ import pytest
 
 from extproc.admission.load import Load
 from extproc.admission.servers import MOST
+from extproc.admission.ticket import State
 from extproc.admission.values import Answer
 
 from .desk import Desk, one
@@ -95,6 +96,28 @@ def test_the_page_of_an_idle_server_is_not_believed_to_be_that_of_one_at_work() 
     endpoint = desk.endpoint("a")
     assert endpoint.servers.count == MOST
     assert endpoint.limit.blind
+
+
+def test_a_page_that_is_not_believed_takes_the_gpus_use_not_along_which_another_page_tells() -> None:
+    """An endpoint with a limit for it was sent whatever came."""
+    desk = Desk(one(limit=100), max_gpu_usage=0.9)
+    desk.fill(1)
+    desk.endpoint("a").servers.count = MOST
+    desk.observe("a", Load(running=0, waiting=0, gpu_usage=0.95))
+    assert desk.ask().state is State.WAITING
+    assert desk.endpoint("a").reading.page == Load(gpu_usage=0.95)
+
+
+def test_where_no_page_tells_what_runs_none_tells_of_several_servers() -> None:
+    """Of an engine without a page only its GPU's is read: 32 servers were seen, and their GPU's use was not."""
+    desk = Desk(one(limit=None), max_gpu_usage=0.9)
+    address = Address(desk, 1, rate=3)
+    for second in range(60):
+        address.turn(second)
+        desk.advance(0.9)
+        desk.observe("a", Load(gpu_usage=0.5))
+        desk.advance(0.1)
+    assert desk.endpoint("a").servers.count == 1
 
 
 def test_one_that_is_named_alone_is_found_to_be_one() -> None:

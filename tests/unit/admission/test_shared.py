@@ -131,7 +131,7 @@ def test_of_an_adopted_lease_that_was_begun_no_first_token_is_awaited_and_its_an
     endpoint = here.endpoints["a"]
     assert endpoint.prefill.tokens == new.work_tokens
     page = Load(running=2.0, waiting=0.0, first_tokens=1)
-    assert follow_page(endpoint, page, page, 31.5, here.policy, wanted=False) == [new]
+    assert follow_page(endpoint, page, 31.5, here.policy, wanted=False) == (page, [new])
     assert endpoint.writing_s(old, 32.0) == 31.0
 
 
