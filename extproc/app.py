@@ -158,7 +158,7 @@ class App:
             self.gate = Gate(controller, loop, observers)
         else:
             self.gate, self.membership = _among_others(config.replicas, controller, loop, observers)
-            self.metrics.add(_replica_metrics(self.membership))
+            self.metrics.add(_replica_metrics(self.membership), at_once=True)  # our books count what others forwarded
         self._targets: dict[str, Target] = {}
         self._scrapes = True
         self.ages = Ages(config.longest_budget_s)

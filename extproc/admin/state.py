@@ -127,7 +127,7 @@ def merged(own: Values, whole: Values, refused: Mapping[str, int]) -> Values:
         told["tenants"] = sorted(rows.values(), key=lambda row: -(row["in_flight"] + row["refused"]))[:MOST]
     leader = whole.get("replicas")
     if own["replicas"] is not None and isinstance(leader, dict):
-        told["replicas"] = own["replicas"] | {"followers": leader.get("followers", [])}
+        told["replicas"] = own["replicas"] | {key: leader.get(key, []) for key in ("followers", "missing")}
     return own | told
 
 

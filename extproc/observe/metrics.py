@@ -172,6 +172,7 @@ class Metrics:
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
         self._others: list[Collector] = []
+        self._at_once: list[Collector] = []
         self.add(ProcessCollector(registry=None))
 
     # ---- an observer
@@ -228,14 +229,15 @@ class Metrics:
 
     # ---- a collector
 
-    def add(self, collector: Collector) -> None:
-        """Have another collector's families on the page, too."""
-        self._others.append(collector)
+    def add(self, collector: Collector, *, at_once: bool = False) -> None:
+        """Have another collector's families on the page, too; `at_once`: they are read in the moment of our counts."""
+        (self._at_once if at_once else self._others).append(collector)
         self.registry.register(collector)
 
     def pieces(self) -> Iterator[bytes]:
         """Write a page, a piece at a time: of the moment in which the first is asked for."""
         moment = self._moment()
+        moment += [iter((family,)) for collector in self._at_once for family in collector.collect()]
         yield b""
         others = (iter((family,)) for collector in self._others for family in collector.collect())
         yield from self._written(chain(moment, others))

@@ -135,9 +135,21 @@ class Census:
 
         Each place counts once, and not if somebody else is there: who dies again and again has another name each time.
         """
+        return sum({one.address: one.part for one in self._unseen(now, group).values()}.values())
+
+    def _unseen(self, now: float, group: Set[str]) -> dict[str, Vanished]:
         taken = {member.address for member in self.members.values()}
-        vanished = [one for name, one in self._vanished.items() if now < one.until and name not in group]
-        return sum({one.address: one.part for one in vanished if one.address not in taken}.values())
+        return {
+            name: one
+            for name, one in self._vanished.items()
+            if now < one.until and name not in group and one.address not in taken
+        }
+
+    def missing(self, now: float, group: Set[str]) -> dict[str, str]:
+        """Return who is not in `group`, with his address: alive by what we know, or lately gone without a goodbye."""
+        gone = {name: one.address for name, one in self._unseen(now, group).items()}
+        known = {name: one.address for name, one in self.members.items() if name not in group | self._left}
+        return known | gone
 
     def part(self, group: Set[str], now: float) -> float:
         """Return the part of that rest that `group` may use, 0..1; 0: the store has not told yet.

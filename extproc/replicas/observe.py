@@ -8,9 +8,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from extproc.replicas.forwarded import Forwarded
 from extproc.replicas.picture import Picture, Role
+from extproc.words import some_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from prometheus_client.metrics_core import Metric
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from extproc.replicas.member import Membership
     from extproc.stream.gate import Gate
 
+MOST_NAMED = 3
+"""Sidecars that a line for people names."""
 _NOBODY = Picture(Role.SEEKING, 0.0, None, 0, 0, 0, None, None)
 
 
@@ -32,6 +35,7 @@ class ReplicaMetrics:
         forwarded: Callable[[], int] = int,
         differing: Callable[[], int] = int,
         store_errors: Callable[[], int] = int,
+        disruptions: Callable[[], int] = int,
     ) -> None:
         """Tell of a replica."""
         self._picture = picture
@@ -39,6 +43,7 @@ class ReplicaMetrics:
         self._forwarded = forwarded
         self._differing = differing
         self._store_errors = store_errors
+        self._disruptions = disruptions
 
     @classmethod
     def of(cls, membership: Membership) -> ReplicaMetrics:
@@ -50,6 +55,7 @@ class ReplicaMetrics:
             lambda: replica.forwarded,
             lambda: replica.differing,
             lambda: membership.store_errors,
+            lambda: replica.disruptions,
         )
 
     def collect(self) -> Iterator[Metric]:
@@ -62,6 +68,11 @@ class ReplicaMetrics:
             turns.add_metric([one.value], self._turns().get(one, 0))
         yield role
         yield turns
+        yield CounterMetricFamily(
+            "extproc_replica_disruptions",
+            "How often this sidecar lost its leader without a goodbye, or was given up because it stood still.",
+            value=self._disruptions(),
+        )
         yield GaugeMetricFamily(
             "extproc_replica_members",
             "Sidecars of the pool, by what our leader knows; 0: nobody has told.",
@@ -125,16 +136,18 @@ def described(membership: Membership, waiting: int) -> dict[str, Any]:
     replica = membership.replica
     picture = replica.picture()
     leading = replica.leading
+    missing = [f"{name} at {address}" for name, address in replica.missing.items()]
     return {
         "id": replica.me.id,
         "role": picture.role.value,
-        "words": _words(picture, replica.me.id),
+        "words": _words(picture, replica.me.id, missing),
         "since_s": round(picture.since_s, 1),
         "leader": picture.leader,
         "epoch": picture.epoch,
         "members": picture.members,
         "group": picture.group,
         "cut_off": picture.role is Role.SEEKING or picture.group < picture.members,
+        "missing": missing,
         "refused": replica.refused,
         "waiting_here": waiting - replica.others_waiting,
         "store_age_s": _rounded(picture.store_age_s),
@@ -155,12 +168,12 @@ def described(membership: Membership, waiting: int) -> dict[str, Any]:
     }
 
 
-def _words(picture: Picture, me: str) -> str:
-    """Return for people who decides."""
+def _words(picture: Picture, me: str, missing: Sequence[str]) -> str:
+    """Return for people who decides, and without whom."""
     of = f"{picture.group} of {picture.members or '?'} sidecars"
     match picture.role:
         case Role.LEADING:
-            return f"leads {of}"
+            return f"leads {of}" + (f", without {some_of(missing, MOST_NAMED)}" if missing else "")
         case Role.FOLLOWING:
             return f"follows {picture.leader}: all that waits is shown as it tells ({of})"
     return f"looks for a leader ({me})"

@@ -81,6 +81,7 @@ class Replica:
         door: who comes to us.
         tell: answers a follower who asks what we show, by a call of the second argument.
         turns: how often it began to lead, follow, seek.
+        disruptions: how often it lost its leader without a goodbye, or did nothing for so long that others gave it up.
         log: what is written of it.
         bad_answers: how many requests of others each endpoint gave no good answer while we led, by kind.
     """
@@ -96,6 +97,7 @@ class Replica:
         self.leading: Leading | None = None
         self.following: Following | None = None
         self.turns = dict.fromkeys(Role, 0)
+        self.disruptions = 0
         self.bad_answers: dict[str, Counter[Answer]] = {}
         self.refused: str | None = None  # why the leader would not have us
         self._gate = gate
@@ -198,6 +200,14 @@ class Replica:
         """How many requests of others are in our books."""
         followers = self.leading.followers.values() if self.leading is not None else ()
         return sum(len(follower.tickets) for follower in followers)
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """Who is not in our group, with his address; a leader tells its followers."""
+        if self.following is not None:
+            return {}
+        group = self.leading.group if self.leading is not None else {self.me.id}
+        return self.census.missing(self._loop.time(), group)
 
     @property
     def differing(self) -> int:
@@ -401,6 +411,7 @@ class Replica:
         leader = following.leader
         level = logging.INFO if clean else logging.WARNING
         what = "hands over" if clean else "is silent" if silent else "is gone"
+        self.disruptions += not clean
         self.log.log(level, "the leader %s %s", leader, what)
         self._on_loss()
         hold_until = 0.0 if clean else following.heard_at + SILENCE_S
@@ -496,6 +507,7 @@ class Replica:
             self._was_stopped(now, stopped_s)
 
     def _was_stopped(self, now: float, stopped_s: float) -> None:
+        self.disruptions += 1
         self.log.warning("this process did nothing for %.1f s; others may have gone on without it", stopped_s)
         if self.following is not None:
             following, self.following = self.following, None
