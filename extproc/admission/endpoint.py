@@ -102,6 +102,9 @@ class Endpoint(Room):
         """Take over a changed `spec`; leases stay, and a lowered limit lets them finish."""
         if spec.max_running_requests != self.spec.max_running_requests:
             self.limit = limit_of(spec, policy)
+        if spec.address != self.spec.address and self.servers.count > 1:
+            self.servers = Servers(self.answered)
+            self.limit.forget_batch()
         self.spec = spec
         self.size_cache()
         self._see_who_chose(policy)

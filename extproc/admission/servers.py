@@ -10,7 +10,6 @@ have left out as many. Nor do others' requests make it look as if there were mor
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,10 +24,8 @@ KEPT = 0.98
 """What a page keeps of what those before it showed."""
 ENOUGH, ENOUGH_ANSWERS = 100.0, 16.0
 """So many requests must have been looked for on pages, and so many answers have come, to say anything."""
-OVER = 0.25
-"""So many times more than a number of servers would show of ours, and there is another one."""
-BACK = 0.1
-"""Only that much more than one less would show, and there is one less. In between it stays what it was."""
+NEAR = 0.6
+"""So far off a number of servers what is shown may be, before there is another number of them."""
 MOST = 32
 """A page that shows no more than that part of ours is not believed: it may be anybody's."""
 
@@ -42,12 +39,12 @@ class Servers:
 
     __slots__ = ("_answered", "_answers", "_arrived", "_begun", "_shown", "count")
 
-    def __init__(self) -> None:
-        """Take an address for one server's."""
+    def __init__(self, answered: int = 0) -> None:
+        """Take an address for one server's. `answered`: by others, before."""
         self.count = 1
         self._arrived = self._shown = 0.0  # of ours, at the last pages: how many there were, how many they showed
         self._answers = self._begun = 0.0  # lately: how many of ours were answered, how many answers were begun
-        self._answered = 0  # by the last page
+        self._answered = answered  # by the last page
 
     def follow(self, load: Load, leases: Iterable[Ticket], held: int, answered: int, now: float, unsent: int) -> bool:
         """Follow a page that has just come; tell whether it is another number now.
@@ -55,22 +52,23 @@ class Servers:
         `held`: sequences of `leases`. `answered`: all of ours that were until now. `unsent`: of those who should have
         arrived, how many may not have been sent for all that.
         """
+        before, since, self._answered = self.count, answered - self._answered, answered
         if load.running is None:
             return False  # whatever else it tells: an engine without a page has one of its GPU
         shown = load.running + (load.waiting or 0.0)
         if held > shown:  # those who came just now may be missing
             arrived = sum(ticket.sequences for ticket in leases if ticket.leased_at <= now - ARRIVED_S)
             held = max(arrived - unsent, 0)
+        self._answers = KEPT * self._answers + since
+        self._begun = KEPT * self._begun + (load.first_tokens or 0)
+        if not shown and not since:  # it may hang: where ours are then nobody can tell
+            return False
         self._arrived = KEPT * self._arrived + held
         self._shown = KEPT * self._shown + shown
-        self._answers = KEPT * self._answers + answered - self._answered
-        self._begun = KEPT * self._begun + (load.first_tokens or 0)
-        self._answered = answered
-        before = self.count
         if self._arrived >= ENOUGH and self._answers >= ENOUGH_ANSWERS:
             by_requests = self._arrived / max(self._shown, self._arrived / MOST)
             by_answers = self._answers / max(self._begun, self._answers / MOST)  # the most, where none are counted
             times = min(by_requests, by_answers)
-            if not before - 1 + BACK < times <= before + OVER:
-                self.count = max(math.ceil(times - OVER), 1)
+            if abs(times - before) > NEAR:
+                self.count = max(round(times), 1)
         return self.count != before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -22,28 +23,29 @@ TOOK_S = 4
 
 
 class Address:
-    """`servers` of SLOTS slots each behind the endpoint `a`; each request is the next one's. Seconds are turns."""
+    """`servers` of SLOTS slots each behind the endpoint `a`; each request is the next one's. Seconds are turns.
 
-    def __init__(self, desk: Desk, servers: int, *, rate: int) -> None:
+    `counts`: whether the page has counters, too. `unread`: so many answers that are written are not read yet.
+    """
+
+    def __init__(self, desk: Desk, servers: int, *, rate: int, counts: bool = True, unread: int = 0) -> None:
         self.desk = desk
         self.rate = rate
+        self.counts = counts
+        self.slow_readers = unread
         self.servers: list[deque[tuple[Ticket, int]]] = [deque() for _ in range(servers)]
         self.unread: deque[Ticket] = deque()
         self.waiting: list[Ticket] = []
         self.next = 0
 
-    def turn(self, second: int, *, read_late: bool = False) -> Load:
+    def turn(self, second: int) -> Load:
         """Let a second pass; return the first server's page."""
         begun = 0
-        while read_late and len(self.unread) > SLOTS:  # answers that are written, and whose clients read slowly
-            self.desk.release(self.unread.popleft(), Answer.OK)
         for server in self.servers:
             while server and server[0][1] <= second:
-                ticket = server.popleft()[0]
-                if read_late:
-                    self.unread.append(ticket)
-                else:
-                    self.desk.release(ticket, Answer.OK)
+                self.unread.append(server.popleft()[0])
+        while len(self.unread) > self.slow_readers:
+            self.desk.release(self.unread.popleft(), Answer.OK)
         self.waiting += [self.desk.ask(f"{second}-{number}") for number in range(self.rate)]
         for ticket in [ticket for ticket in self.waiting if self.desk.where(ticket)]:
             self.waiting.remove(ticket)
@@ -54,11 +56,12 @@ class Address:
             self.next = (self.next + 1) % len(self.servers)
         held = len(self.servers[0])
         running = min(held, SLOTS)
-        return Load(running=running, waiting=held - running, first_tokens=begun, tokens_per_s=25.0 * running)
+        load = Load(running=running, waiting=held - running)
+        return replace(load, first_tokens=begun, tokens_per_s=25.0 * running) if self.counts else load
 
-    def run(self, seconds: int, *, read_late: bool = False) -> None:
+    def run(self, seconds: int) -> None:
         for second in range(seconds):
-            load = self.turn(second, read_late=read_late)
+            load = self.turn(second)
             self.desk.advance(0.9)
             self.desk.observe("a", load)
             self.desk.advance(0.1)
@@ -78,10 +81,47 @@ def test_several_servers_behind_one_address_are_all_used(servers: int) -> None:
 
 def test_answers_that_are_written_and_not_read_yet_are_no_other_server() -> None:
     desk = Desk(one(limit=None))
-    address = Address(desk, 1, rate=3)
-    address.run(60, read_late=True)
+    address = Address(desk, 1, rate=3, unread=SLOTS)
+    address.run(60)
     assert len(address.unread) >= SLOTS
     assert desk.endpoint("a").servers.count == 1
+
+
+def test_a_third_that_a_page_without_counters_does_not_show_is_no_other_server() -> None:
+    """Bodies on their way, answers that are read slowly: a quarter made two of one, and then a tenth was enough."""
+    desk = Desk(one(limit=None))
+    address = Address(desk, 1, rate=6, counts=False, unread=SLOTS // 3)
+    address.run(40)
+    endpoint = desk.endpoint("a")
+    assert len(address.unread) == SLOTS // 3
+    assert endpoint.servers.count == 1
+    endpoint.servers.count = 2
+    address.run(60)
+    assert endpoint.servers.count == 1
+
+
+def test_a_page_of_nobody_while_nothing_is_answered_is_that_of_a_server_that_hangs() -> None:
+    """It was taken for ever more servers, and their batch sizes for its own: it got eight more each half minute."""
+    desk = Desk(one(limit=None))
+    Address(desk, 1, rate=4, counts=False).run(40)
+    for _ in range(60):
+        desk.observe("a", Load(running=0, waiting=0))
+        desk.advance(1.0)
+    assert desk.endpoint("a").leases
+    assert desk.endpoint("a").servers.count == 1
+
+
+def test_at_another_address_there_is_one_server_until_its_page_shows_otherwise() -> None:
+    """Who names each server, as the log says to, had the first one's page taken for all for a minute."""
+    desk = Desk(one(limit=None, address="10.0.0.1:80"))
+    address = Address(desk, 2, rate=7)
+    address.run(40)
+    endpoint = desk.endpoint("a")
+    assert endpoint.servers.count == 2
+    desk.put(one(limit=None, address="10.0.0.2:80"))
+    assert endpoint.servers.count == 1
+    desk.observe("a", Load(running=SLOTS, waiting=4))
+    assert endpoint.reading.page == Load(running=SLOTS, waiting=4)
 
 
 def test_the_page_of_an_idle_server_is_not_believed_to_be_that_of_one_at_work() -> None:
