@@ -15,7 +15,7 @@ from extproc.admission.held import HeldBy
 from extproc.admission.transitions import LEASED
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from extproc.admission.books import Books
     from extproc.admission.pool import Pool
@@ -300,21 +300,25 @@ class Fleet:
             if not pool.usable and not pool.base.is_part:
                 if pool.members:
                     self._forgive(pool)
-                for endpoint in tuple(pool.members):
-                    until = endpoint.health.ejected_until
-                    if endpoint.health.is_spared:
-                        endpoint.health.spare(self._books.now)
-                        if until is not None:
-                            self._leave_to_others(endpoint, until)
+                spared = {one: one.health.ejected_until for one in pool.members if one.health.is_spared}
+                for endpoint in spared:
+                    endpoint.health.spare(self._books.now)
+                if self._leave_to_others(spared):
+                    self.regroup()
+                else:
+                    for endpoint in spared:
                         self.changed(endpoint)
 
-    def _leave_to_others(self, endpoint: Endpoint, until: float) -> None:
-        """Leave out until then, for what others serve, who is taken back for what it serves alone."""
-        by_model = self._books.pools.by_model
-        served = [model for model, pool in by_model.items() if pool.usable and pool in endpoint.pools]
-        if served:
-            endpoint.missing.leave_out(served, until)
-            self.regroup()
+    def _leave_to_others(self, spared: Mapping[Endpoint, float | None]) -> bool:
+        """Leave out for what others serve, until then, who is taken back for what nobody else does; tell of any."""
+        served = {model: pool for model, pool in self._books.pools.by_model.items() if pool.usable}
+        left = False
+        for endpoint, until in spared.items():
+            models = [model for model, pool in served.items() if pool in endpoint.pools]
+            if models and until is not None:
+                endpoint.missing.leave_out(models, until)
+                left = True
+        return left
 
     def _forgive(self, pool: Pool) -> None:
         """Try those again that were left out for a model of this pool."""

@@ -298,3 +298,29 @@ def test_a_broken_one_that_serves_a_model_alone_is_left_out_for_what_others_serv
     assert desk.where(desk.ask(model="own")) == "broken"
     desk.advance(200.0)
     assert not desk.endpoint("broken").missing.models
+
+
+def fail_at(desk: Desk, *names: str) -> None:
+    """Have each of these fail what it gets until it is out, and the others answer."""
+    for _ in range(400):
+        if all(desk.endpoint(name).missing.models or desk.endpoint(name).health.ejected_until for name in names):
+            return
+        desk.advance(0.05)
+        ticket = desk.ask(model="a")
+        desk.release(ticket, Answer.FAILED if desk.where(ticket) in names else Answer.OK)
+    raise AssertionError("never left out")
+
+
+def test_two_that_are_taken_back_in_one_moment_are_not_left_out_for_one_another() -> None:
+    """The first was tried again, and the other left out for it up to a minute, whichever of them works."""
+    desk = Desk(*(one(name, models=frozenset({"a"})) for name in "bcd"))
+    fail_at(desk, "b", "c")
+    desk.set_up("d", is_up=False)
+    assert {desk.where(desk.ask(model="a")) for _ in range(2)} == {"b", "c"}
+
+
+def test_two_that_serve_a_model_alone_are_both_kept_for_it() -> None:
+    desk = Desk(one("d", models=frozenset({"a"})), *(one(name, models=frozenset({"a", "own"})) for name in "bc"))
+    fail_at(desk, "b", "c")
+    assert [desk.endpoint(name).missing.models for name in "bc"] == [{"a"}, {"a"}]
+    assert {desk.where(desk.ask(model="own")) for _ in range(2)} == {"b", "c"}
