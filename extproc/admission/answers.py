@@ -89,7 +89,7 @@ class Answers:
             self._served(ticket, endpoint, pool)
             return
         now, has_peers = self._books.now, pool.usable > endpoint.counted
-        has_died = answer is Answer.BROKE_OFF and not has_peers and not endpoint.is_writing  # as far as one can tell
+        has_died = answer is Answer.BROKE_OFF and not has_peers and not endpoint.is_heard(now)  # as far as one can tell
         is_own_fault = has_died or answer in _OWN_FAULTS
         if answer is Answer.BREAKER and endpoint.sequences:
             endpoint.health.met_breaker(now, endpoint.sequences)

@@ -255,9 +255,12 @@ class Endpoint(Room):
         page = self.reading.page
         return bool(self.foreign) or (page is not None and bool(page.running))
 
-    @property
-    def is_writing(self) -> bool:
-        """Whether an answer runs that began well: so there is a process."""
+    def is_heard(self, now: float) -> bool:
+        """Tell whether there is a process: an answer runs that began well, or it or its page was heard just now."""
+        heard_at, page = self.health.heard_at, self.reading.page
+        since = now - self.health.law.quiet_s
+        if (heard_at is not None and heard_at >= since) or (page is not None and self.reading.page_at >= since):
+            return True
         return any(ticket.is_answered for ticket in self.leases)
 
     # ---- what the endpoint says of itself

@@ -236,7 +236,7 @@ class HealthLaw:
             `eject_after`. So many good answers are assumed before what peers refuse makes a refusal usual.
         quiet_s: an idle endpoint that showed no sign of life for so long, by an answer or its page, gets a few at
             first: it may have died. Above the default scrape_interval and scrape_timeout together: who has a page that
-            is read is not meant.
+            is read is not meant. So may the only one that cuts answers off and showed none for so long.
         step_s: in doubt, a few are sent in a step; when it passes without a refusal, twice as many in the next. A dead
             endpoint shows within 30 ms (Envoy connects again after up to 25 ms); an engine with 64 slots whose answers
             don't stream, and so show nothing for long, is filled in half a second.

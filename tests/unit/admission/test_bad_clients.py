@@ -11,6 +11,7 @@ import pytest
 
 from extproc.admission.controller import Controller
 from extproc.admission.laws import LAWS
+from extproc.admission.load import Load
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, Dispatch, EndpointSpec, Policy, Request, RequestClass
 
@@ -154,6 +155,19 @@ def test_the_only_one_that_hangs_up_is_held_back_where_no_answer_runs_that_shows
     ward.answered(runs)
     assert ward.answer("a", Answer.BROKE_OFF, 64) == 64, "a client's body is too big for it"
     assert ward.health("a").condition == "up"
+
+
+@pytest.mark.parametrize("is_read", [False, True], ids=["an answer", "its page"])
+def test_the_only_one_that_hangs_up_is_not_held_back_while_anything_was_heard_of_it_just_now(is_read: bool) -> None:
+    """Between two short answers to others it was in doubt, had one request a second, and that was a bad one again."""
+    ward = Ward("a")
+    ward.serve("a")
+    ward.advance(LAWS.health.quiet_s - 0.1)
+    assert ward.answer("a", Answer.BROKE_OFF, 64) == 64
+    ward.advance(0.2)
+    if is_read:
+        ward.observe("a", Load(running=0, waiting=0))
+    assert ward.answer("a", Answer.BROKE_OFF, 64) == (64 if is_read else EJECT_AFTER)
 
 
 def test_the_first_refusals_in_a_row_are_news() -> None:
