@@ -17,7 +17,7 @@ STREAM = (
     *("again", "ages", "answer", "bodies", "by_age", "dialect", "gate", "reception"),
     *("replays", "replies", "request", "routes", "session", "silence", "wire"),
 )
-REPLICAS = ("forwarded", "gate", "leading")  # subclasses of what is compiled must be, too
+REPLICAS = ("forwarded", "gate", "leading", "looks")  # subclasses of what is compiled must be, too
 TRANSPORT = ("completion/door", "completion/events", "completion/stream")
 OBSERVE = ("log", "metrics", "stories", "waits")  # are told of every decision
 

@@ -155,10 +155,10 @@ async def measure_scrape(ports: list[int], interval_s: float, seconds: float) ->
         scraper.put(Target(f"engine-{port}", f"http://127.0.0.1:{port}/metrics"))
     scrapes = 0
 
-    def observe(name: str, load: Load) -> None:
+    def observe(name: str, load: Load, asked_at: float) -> None:
         nonlocal scrapes
         scrapes += 1
-        gate.observe(name, load)
+        gate.observe(name, load, asked_at)
 
     Garbage(lambda: 0, loop).begin()  # as the sidecar has it
     alone, _ = await _watch_loop(3.0)

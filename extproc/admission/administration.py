@@ -91,8 +91,8 @@ class Administration(Frame):
     def observe(self, name: str, load: Load, now: float, unsent: int = 0) -> list[Decision]:
         """Follow an endpoint's telemetry. Unknown: no-op.
 
-        `unsent`: of the sequences leased long enough ago to have arrived, how many may not be sent: another sidecar
-        holds their requests, and has not shown yet that it was told.
+        `unsent`: of the sequences leased long enough ago to have arrived, how many may not be there: on their way for
+        longer, or over and not told yet (`looks.py`).
         """
         self._begin(now)
         if self._watchers:

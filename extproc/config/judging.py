@@ -113,7 +113,9 @@ class ForeignLearningConfig(Section):
     """Whose requests a server's are."""
 
     arrived: PositiveDuration = Field(
-        _FOREIGN.arrived_s, description="A request that was sent so long ago is among those on the server's page."
+        _FOREIGN.arrived_s,
+        description="A request that was sent so long ago is among those on the server's page, and Envoy has told of "
+        "an end so long ago.",
     )
     steady: PositiveDuration = Field(
         _FOREIGN.steady_s, description="Others' requests that don't get fewer for so long count half, and so on."

@@ -228,7 +228,7 @@ class Following:
             self.take_grant(grant)
         if not self._doubtful:
             self._seen = status.number
-        self._answer()
+        self._gate.call_later(0.0, self._answer)  # after what our Envoy said meanwhile, if this process stood still
         for name, value in status.limits:
             endpoint = self._gate.controller.endpoints.get(name)
             if endpoint is not None:

@@ -98,6 +98,10 @@ class Follower:
         """The last status that it has shown that it acted upon."""
         return self._shown[-1][1]
 
+    def shown_at(self, number: int) -> float:
+        """Return when it showed that it had acted upon this status."""
+        return next((when for when, seen in self._shown if seen >= number), inf)
+
     def has_acted(self, ticket: Forwarded, at: float) -> bool:
         """Tell whether it has shown by `at` that it knows what became of `ticket`."""
         return any(when <= at and ticket.told < seen for when, seen in self._shown)

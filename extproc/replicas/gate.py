@@ -191,6 +191,8 @@ class SharedGate(Gate):
         """Send nothing more to endpoints that go in one moment."""
         gone = tuple(names)
         super().remove_endpoints(gone)
+        if self.replica.leading is not None:
+            self.replica.leading.looks.forget(gone)
         for name in gone:
             self.replica.bad_answers.pop(name, None)
         self._tell_names()
@@ -200,13 +202,15 @@ class SharedGate(Gate):
             self.replica.leading.look_at_names()
         self.replica.names_changed()
 
-    def observe(self, name: str, load: Load) -> None:
+    def observe(self, name: str, load: Load, asked_at: float | None = None) -> None:
         """Follow an endpoint's telemetry, if we lead: who follows goes by the leader's decisions."""
-        self.now()
+        looked_at = self.now()
+        at = looked_at if asked_at is None else asked_at
         leading, endpoint = self.replica.leading, self.controller.endpoints.get(name)
         if leading is not None and endpoint is not None:
+            looks = leading.looks
             leading.quotas.before_reading(name)
-            self.do(lambda now: self.controller.observe(name, load, now, leading.unsent(endpoint, load, now)))
+            self.do(lambda now: self.controller.observe(name, load, now, looks.unsent_of_all(endpoint, load, at, now)))
             leading.quotas.after_reading(name)
 
     def _refuse_some(self) -> bool:

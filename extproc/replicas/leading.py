@@ -15,6 +15,7 @@ from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, Dispatch
 from extproc.replicas.forwarded import BROUGHT, Forwarded, request_of
 from extproc.replicas.homes import tell_homes
+from extproc.replicas.looks import SharedLooks
 from extproc.replicas.messages import (
     Answered,
     Beat,
@@ -44,8 +45,6 @@ from extproc.words import some_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Set
 
-    from extproc.admission.endpoint import Endpoint
-    from extproc.admission.load import Load
     from extproc.admission.values import Decision
     from extproc.replicas.census import Census
     from extproc.replicas.forwarded import Follower
@@ -53,32 +52,9 @@ if TYPE_CHECKING:
     from extproc.replicas.messages import Asked, Member, Message
 
 
-ASK_S = 0.01
-"""How soon after a page followers are asked what has ended: one question for all pages that come in the meantime."""
-
-
 def _seniority(follower: Follower) -> tuple[int, str]:
     """Sort followers as those who seek a leader ask them."""
     return follower.member.joined, follower.member.id
-
-
-class _Look:
-    """What a page of an engine showed, until all followers have told what had ended there by then.
-
-    Attributes:
-        foreign: so many of those that ran there were not ours, and what proves now not to have been there.
-        asked: of each follower the first status that it is sent after that.
-    """
-
-    __slots__ = ("asked", "foreign")
-
-    def __init__(self, foreign: int, asked: dict[Follower, int]) -> None:
-        self.foreign = foreign
-        self.asked = asked
-
-    @property
-    def is_answered(self) -> bool:
-        return all(follower.shown >= number for follower, number in self.asked.items())
 
 
 class Leading:
@@ -103,9 +79,7 @@ class Leading:
         self.heir: Follower | None = None
         self.gathering: ByAge | None = waiting
         self._lets_go = False  # they are offered, some in each turn of the loop
-        self._looks: dict[str, _Look] = {}  # at endpoints where others' requests are known to run
-        self._asks = False  # whoever follows, soon, for the sake of these
-        self._disowned: list[tuple[float, Endpoint, int]] = []  # lately: when, where, how many sequences
+        self.looks = SharedLooks(gate, self.followers, partial(self.tell_all, limits=False))
         self._going: deque[Ticket] = deque()  # who is to be taken out of our core
         self._running: deque[Forwarded] = deque()  # those of them that run
         self._takes_out = False  # some in each turn of the loop
@@ -166,8 +140,6 @@ class Leading:
 
     def _forget(self, follower: Follower) -> None:
         """Have nothing of a follower's in our books, and wait for nothing; `_take_out` is yet to begin."""
-        for look in self._looks.values():
-            look.asked.pop(follower, None)
         self._going.extend(follower.tickets.values())
         follower.tickets, follower.syncing = {}, None
 
@@ -224,9 +196,7 @@ class Leading:
     def _disown(self, ticket: Forwarded) -> None:
         gate, endpoint = self._gate, ticket.endpoint
         if ticket.state is State.LEASED and endpoint is not None:
-            self._disowned.append((gate.now(), endpoint, ticket.sequences))
-            if endpoint.name in self._looks:
-                self._looks[endpoint.name].foreign += ticket.sequences
+            self.looks.disowned(ticket, endpoint)
             gate.do(partial(gate.controller.disown, ticket))
             self.quotas.released(endpoint.name)
 
@@ -360,8 +330,6 @@ class Leading:
         self, ticket: Forwarded, message: Release | Cancel | FirstToken | Answered | Moved | Report | Return
     ) -> None:
         tickets, gate = ticket.follower.tickets, self._gate
-        if self._looks and isinstance(message, Release | Cancel | Return | Moved):
-            self._is_not_there(ticket)
         match message:
             case Release(number, answer):
                 del tickets[number]
@@ -453,45 +421,3 @@ class Leading:
             number,
         )
         follower.link.send(status)
-
-    def unsent(self, endpoint: Endpoint, load: Load, now: float) -> int:
-        """Return how many more of those that an engine runs may be others' than a page of it shows beside our leases.
-
-        A grant takes as long as the network does, or as its follower stands still; that it has acted its beats show.
-        What one sent just before it died is on its way. And what has ended is in our books until its follower's word of
-        that comes: so a page tells how many fewer others' are once all followers have answered a status that they are
-        sent after it, which the next page finds.
-        """
-        name = endpoint.name
-        if not endpoint.foreign or load.running is None:
-            self._looks.pop(name, None)
-            return 0
-        arrived = now - endpoint.strangers.law.arrived_s
-        self._disowned = [one for one in self._disowned if one[0] > arrived]
-        disowned = sum(sequences for _, there, sequences in self._disowned if there is endpoint)
-        leases = [ticket for ticket in endpoint.leases if ticket.leased_at <= arrived]
-        others = int(load.running + (load.waiting or 0.0)) - sum(ticket.sequences for ticket in leases)
-        theirs = [ticket for ticket in leases if isinstance(ticket, Forwarded)]
-        on_its_way = sum(ticket.sequences for ticket in theirs if not ticket.follower.has_acted(ticket, arrived))
-        look, foreign = self._looks.get(name), endpoint.foreign
-        if look is not None and look.is_answered:
-            foreign = look.foreign
-        if look is None or look.is_answered:
-            asked = {follower: follower.told + 1 for follower in self.followers.values()}
-            self._looks[name] = _Look(others + on_its_way + disowned, asked)
-            if not self._asks:
-                self._asks = True
-                self._gate.call_later(ASK_S, self._ask)
-        return min(max(foreign - others, 0), disowned + sum(ticket.sequences for ticket in theirs))
-
-    def _ask(self) -> None:
-        """Have all followers answer, for pages that came lately."""
-        self._asks = False
-        self.tell_all(limits=False)
-
-    def _is_not_there(self, ticket: Forwarded) -> None:
-        """Follow that a follower's request is over, or elsewhere: so it may have been when an engine was looked at."""
-        endpoint, follower = ticket.endpoint, ticket.follower
-        look = None if endpoint is None else self._looks.get(endpoint.name)
-        if look is not None and ticket.state is State.LEASED and follower.shown < look.asked.get(follower, 0):
-            look.foreign += ticket.sequences

@@ -10,6 +10,7 @@ import logging
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Final, Protocol
 
+from extproc.admission.looks import Looks
 from extproc.admission.ticket import State
 from extproc.admission.values import UNREACHED, Answer, Reject
 from extproc.stream.replays import Replays
@@ -84,6 +85,7 @@ class Gate:
         self._timer: Timer | None = None
         self._timer_at = 0.0
         self._replays = Replays(loop, self._let_go)
+        self._looks = Looks()
         self._lets_go = False  # what was gathered, some in each turn of the loop
         self._left = False
 
@@ -188,7 +190,9 @@ class Gate:
 
     def remove_endpoints(self, names: Iterable[str]) -> None:
         """Send nothing more to endpoints that go in one moment."""
-        self._settle(self.controller.remove_endpoints(names, self.now()))
+        gone = tuple(names)
+        self._looks.forget(gone)
+        self._settle(self.controller.remove_endpoints(gone, self.now()))
 
     def set_up(self, name: str, *, is_up: bool | None) -> None:
         """Follow an endpoint's health checks; None: nothing is known."""
@@ -208,9 +212,12 @@ class Gate:
         is_held = self.controller.policy.enable_queue
         return is_held and endpoint is not None and endpoint.health.refused_by in UNREACHED
 
-    def observe(self, name: str, load: Load) -> None:
-        """Follow an endpoint's telemetry."""
-        self._settle(self.controller.observe(name, load, self.now()))
+    def observe(self, name: str, load: Load, asked_at: float | None = None) -> None:
+        """Follow an endpoint's telemetry, which was asked for at `asked_at`, or now."""
+        now, endpoint = self.now(), self.controller.endpoints.get(name)
+        at = now if asked_at is None else asked_at
+        unsent = 0 if endpoint is None else self._looks.unsent(endpoint, load, at, now)
+        self._settle(self.controller.observe(name, load, now, unsent))
 
     def set_policy(self, policy: Policy) -> None:
         """Replace the rules."""

@@ -78,7 +78,7 @@ def test_a_restarted_sidecar_counts_the_answers_that_outlived_it_and_fills_no_en
         assert Counter(answer.status for answer in answers) == {200: 4 * LIMIT}
         assert not [answer.error for answer in answers if answer.error]
         here.wait_idle()
-        assert [endpoint["foreign"] for endpoint in here.sidecar.queues()["endpoints"]] == [0, 0]
+        wait_until(lambda: [endpoint["foreign"] for endpoint in here.sidecar.queues()["endpoints"]] == [0, 0])
     assert "Traceback" not in here.sidecar.child.output()
     assert {name: peak(address) for name, address in engines.items()} == {"one": LIMIT, "two": LIMIT}
 

@@ -249,7 +249,7 @@ class Wire:
         self.scraper = Scraper(interval_s=interval_s, timeout_s=timeout_s, stale_after_s=stale_after_s, loop=loop)
         self.seen: list[tuple[str, Load]] = []
 
-    def observe(self, name: str, load: Load) -> None:
+    def observe(self, name: str, load: Load, _asked_at: float) -> None:
         self.seen.append((name, load))
 
     async def __aenter__(self) -> Wire:

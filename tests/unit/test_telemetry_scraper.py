@@ -206,7 +206,7 @@ def test_an_observer_that_raises_is_counted_and_scraping_goes_on(caplog):
         scraper = Scraper(interval_s=0.01, timeout_s=1.0, stale_after_s=10.0, loop=loop)
         calls = []
 
-        def observe(name: str, load: Load) -> None:
+        def observe(_name: str, load: Load, _asked_at: float) -> None:
             calls.append(load)
             raise RuntimeError("a bug")
 

@@ -114,7 +114,7 @@ class Scraper:
         self.interval_s = interval_s
         self.timeout_s = timeout_s
         self.stale_after_s = stale_after_s
-        self._observe: Callable[[str, Load], None] = lambda _name, _load: None
+        self._observe: Callable[[str, Load, float], None] = lambda _name, _load, _asked_at: None
         self.is_there: Callable[[str, bool], None] = lambda _name, _is_there: None
         self._loop = loop
         self._random = random.Random()  # noqa: S311 - spreads load, guards nothing
@@ -123,8 +123,8 @@ class Scraper:
         self._pages: Pages | None = None
         self._turns = Turns() if turns is None else turns
 
-    async def start(self, observe: Callable[[str, Load], None]) -> None:
-        """Begin to scrape, if there is an interval, and call `observe(name, load)` with each reading."""
+    async def start(self, observe: Callable[[str, Load, float], None]) -> None:
+        """Begin to scrape, if there is an interval, and call `observe(name, load, asked_at)` with each reading."""
         if self.interval_s <= 0 or self._pages is not None:
             return
         self._observe = observe
@@ -317,7 +317,7 @@ class Scraper:
         if watch.is_stale:
             log.warning("telemetry of %s is back after %.1fs", name, now - self._silent_since(watch))
         watch.is_stale, watch.last_at, watch.silent = False, now, None
-        self._observe(name, load)
+        self._observe(name, load, watch.began)
 
     def _failed(self, watch: _Watch, reason: Reason, *, alone: bool = True) -> None:
         """Count a failure; `alone` it leaves us without a reading, and that may make the telemetry stale."""

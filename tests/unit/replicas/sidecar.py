@@ -116,13 +116,13 @@ class Sidecar:
             site = self.site
             engine = site.engines[name]
             load = engine.page()
-            takes_s = site.random.uniform(0.002, 0.03)
-            self.loop.call_at(site.clock.now + takes_s, partial(self._read, name, load, reads))
+            takes_s = site.random.uniform(*site.page_s)
+            self.loop.call_at(site.clock.now + takes_s, partial(self._read, name, load, reads, site.clock.now))
 
-    def _read(self, name: str, load: Load, reads: int) -> None:
+    def _read(self, name: str, load: Load, reads: int, asked_at: float) -> None:
         if reads == self._reads:
             if self.place not in self.site.blind:
-                self.gate.observe(name, load)
+                self.gate.observe(name, load, asked_at)
             self.loop.call_at(self.site.clock.now + SCRAPE_S, partial(self._scrape, name, reads))
 
     def _ask_store(self) -> None:

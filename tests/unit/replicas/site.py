@@ -61,6 +61,8 @@ class Site:
         self.store = Store(self, store_beat_s)
         self.blind: set[str] = set()  # places from which no engine's page can be had
         self.turn_s = 0.0  # how long a turn of a loop may take
+        self.envoy_s = (0.0, 0.0)  # how long an Envoy takes to an engine, and to tell that an answer has ended
+        self.page_s = (0.002, 0.03)  # how long an engine's page takes to who asked for it
         self.work_s = work_s
         self.budget_s = budget_s
         self.engines = {f"e{n}": Engine(f"e{n}", limit) for n in range(engines)}
@@ -153,15 +155,28 @@ class Site:
     def dispatch(self, client: Client, name: str) -> None:
         client.dispatches += 1
         self.demand(client.dispatches == 1, "dispatched twice:", client.number)
-        engine = self.engines[name]
-        engine.holds[client] = None
         client.running = True
+        self._by_envoy(partial(self._arrived, client, self.engines[name]))
+
+    def _by_envoy(self, what: Callable[[], None]) -> None:
+        """Have it happen when an Envoy has brought it: at once, if these take no time."""
+        takes_s = self.random.uniform(*self.envoy_s) if self.envoy_s[1] else 0.0
+        if takes_s:
+            self.clock.at(self.clock.now + takes_s, what)
+        else:
+            what()
+
+    def _arrived(self, client: Client, engine: Engine) -> None:
+        engine.holds[client] = None
         engine.peak = max(engine.peak, len(engine.holds))
         self.check_engine(engine)
         self.clock.at(self.clock.now + 0.005 + client.work_s, partial(self._answered, client, engine))
 
     def _answered(self, client: Client, engine: Engine) -> None:
         del engine.holds[client]
+        self._by_envoy(partial(self._ended, client))
+
+    def _ended(self, client: Client) -> None:
         client.running = False
         self._over(client, "done")
         self.sidecars[client.place].close(client, Answer.OK)

@@ -44,6 +44,9 @@ LET_GO = 3
 """Likewise, how many a leader lets go, or takes out of its core, in one turn of its loop."""
 TURN_S = 0.02
 """How long a turn may take there: others' events come between."""
+ENVOY_S, PAGE_S = (0.0, 0.08), (0.002, 0.2)
+"""How long an Envoy takes to an engine, and to tell that an answer has ended: as `learning.foreign.arrived` allows; how
+long an engine's page takes."""
 MODELS = tuple(map(frozenset, ("", "", "m", "n", "mn")))
 """What an engine may serve; nothing: any model."""
 CLASSES = (RequestClass("std", 0, 60.0), RequestClass("urgent", 10, 60.0))
@@ -64,6 +67,7 @@ class Storm(Site):
         self.full = engines * limit / 32
         """How many times the traffic that fills engines of 32 slots in all fills these."""
         self.rate = 20.0 * self.full
+        self.envoy_s, self.page_s = ENVOY_S, PAGE_S
         self._undo: list[Callable[[], None]] = []
 
     # ---- traffic

@@ -18,9 +18,10 @@ from extproc.admission.values import Answer, EndpointSpec, Policy, Reject, Reque
 from extproc.observe.log import CAME_LATE, QueueLog
 from extproc.observe.recording import Recorder, Recording
 from extproc.replicas.door import Guest
-from extproc.replicas.messages import VERSION, Asked, Held, Hello, Member, Offer, Purpose, Refuse
+from extproc.replicas.messages import VERSION, Asked, Beat, Held, Hello, Member, Offer, Purpose, Refuse, Release
 from extproc.replicas.picture import Role
 from extproc.replicas.replica import SILENCE_S, STOPPED_S
+from extproc.simulate.network import End
 
 from .sidecar import Client
 from .site import BrokenError, Site, require
@@ -28,6 +29,7 @@ from .storm import Storm, storm
 
 if TYPE_CHECKING:
     from extproc.admission.values import Decision
+    from extproc.replicas.messages import Message
 
     from .sidecar import Sidecar
 
@@ -240,7 +242,7 @@ def test_a_leader_that_finds_as_it_asks_its_followers_that_it_was_stopped_leads_
     leading = one.leading
     assert leading is not None
     here.clock.now += STOPPED_S + 0.1
-    leading._ask()
+    leading.looks._ask()
     assert one.leading is None
     here.run(10.0, here.check)
     assert here.is_one_group()
@@ -335,6 +337,61 @@ def test_what_has_ended_and_is_not_told_yet_is_not_taken_for_what_a_dead_sidecar
     assert here.engines["e0"].peak == 96
     here.run(8.0, here.check)
     assert not leader(here).controller.endpoints["e0"].foreign
+
+
+@pytest.mark.parametrize("pages_are_late", [False, True])
+@pytest.mark.parametrize("goes", ["is killed", "is restarted"])
+@pytest.mark.parametrize("whose", ["the leader's", "a follower's"])
+def test_what_a_sidecar_left_running_keeps_its_place_though_envoys_and_pages_take_their_time(
+    whose, goes, pages_are_late
+):
+    """What is on its way, or has ended and is not told yet, is on no page: an engine of 12 had 17."""
+    here = site(engines=1, limit=12)
+    gone, far = followers(here)
+    for _ in range(6):
+        here.send(gone.place, work_s=25.0)
+    here.run(0.1)
+    if goes == "is restarted":
+        gone.replica.resign()
+        here.run(1.0)
+        gone.gate.leave()
+        here.run(0.05)
+    here.kill(gone.place)
+    here.envoy_s = (0.08, 0.09)
+    if pages_are_late:
+        here.page_s = (0.1, 0.4)
+    place = leader(here).place if whose == "the leader's" else far.place
+    for _ in range(80):
+        for _ in range(6):
+            here.send(place, work_s=here.random.expovariate(2.0), budget_s=1.0)
+        here.run(0.25)
+    assert here.engines["e0"].peak == 12
+    here.run(8.0, here.check)
+    assert not leader(here).controller.endpoints["e0"].foreign
+
+
+@pytest.mark.parametrize("first", ["the leader", "its Envoy"])
+def test_who_stood_still_tells_what_its_envoy_said_meanwhile_before_it_answers_its_leader(first, monkeypatch):
+    """Its leader takes an answer for a sign that it was told of all that has ended."""
+    here = site(engines=1, limit=4)
+    one = followers(here)[0]
+    here.send(one.place, work_s=0.5)
+    here.run(0.1)
+    here.stop(one.place)
+    here.run(0.8)
+    said: list[type] = []
+    send = End.send
+
+    def note(end: End, message: Message) -> None:
+        if end.owner is one:
+            said.append(type(message))
+        send(end, message)
+
+    monkeypatch.setattr(End, "send", note)
+    monkeypatch.setattr(here.random, "random", lambda: 0.9 if first == "the leader" else 0.1)
+    here.resume(one.place)
+    here.run(0.001)
+    assert [kind for kind in said if kind in (Release, Beat)][:2] == [Release, Beat]
 
 
 def test_a_page_of_just_before_a_sidecar_died_does_not_forget_what_it_sent_last():
