@@ -165,9 +165,8 @@ class EngineServer:
         )
         request_id = request.headers.get("x-request-id") or f"{config.name}-{next(self._ids)}"
         self._requests += 1
-        self._arrivals.append(
-            {"id": request_id, "class": request.headers.get("x-request-class"), "arrived_s": time.time()}
-        )
+        arrival = {"id": request_id, "class": request.headers.get("x-request-class"), "arrived_s": time.time()}
+        self._arrivals.append(arrival)
         generations = self.drive.submit(ask)
         if isinstance(generations, Refusal):  # read_ask has refused what is too long
             raise BadRequest("The engine's queue is full: max_num_queued reached.", 503)
@@ -178,6 +177,7 @@ class EngineServer:
         finally:
             for generation in generations:
                 self.drive.abort(generation)
+            arrival["ended_s"] = time.time()
 
     async def _whole(self, request: web.Request, answer: Answer, generations: list[Generation]) -> web.Response:
         for generation in generations:

@@ -75,6 +75,6 @@ def assert_each_is_answered_once(pool: Pool, fault: Callable[[Pool], None], limi
     wait_until(lambda: pool.in_flight() == 0 and pool.waiting() == 0, message="all books empty")
     assert pool.served() - before == sent
     peaks = pool.peaks()
-    assert max(peaks.values()) == limit, peaks
+    assert max(peaks.values()) == limit, "\n".join([str(peaks), *map(pool.fullest, peaks)])
     for place in pool.places:
         assert "Traceback" not in place.sidecar.child.output()

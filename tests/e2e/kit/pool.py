@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -243,6 +244,29 @@ class Pool:
             page = json.loads(http_get(address, "/debug/peaks")[1])
             found[name] = int(page["peak_running"]) + int(page["peak_waiting"])
         return found
+
+    def fullest(self, name: str) -> str:
+        """Who ran at an engine when it held the most, and what the sidecars did around that: for a test that fails."""
+        page = json.loads(http_get(self.engines[name], "/debug/peaks")[1])
+        held = [(one["arrived_s"], one.get("ended_s", math.inf), one["id"]) for one in page["arrivals"]]
+        at = max((begun for begun, _, _ in held), key=lambda at: sum(begun <= at < ended for begun, ended, _ in held))
+        sent = {}
+        for number, place in enumerate(self.places):
+            for line in (self.directory / f"envoy-{number}.access").read_text().splitlines():
+                entry = json.loads(line)
+                came_s = datetime.fromisoformat(entry["time"]).timestamp()
+                sent[entry["request_id"]] = (place.sidecar.child.name, came_s, entry["queue"], entry["duration_ms"])
+        lines = [f"{name} held the most at {datetime.fromtimestamp(at, UTC)}; seconds before (-) and after that:"]
+        for begun, ended, request_id in sorted(held):
+            if begun <= at + 1.0 and ended > at - 1.0:
+                sidecar, came_s, queue, took_ms = sent.get(request_id, ("nobody's", math.nan, {}, math.nan))
+                let_go_s, over_s = came_s + queue.get("wait_ms", math.nan) / 1e3, came_s + took_ms / 1e3
+                times = (
+                    f"let go {let_go_s - at:+.3f}, ran {begun - at:+.3f} to {ended - at:+.3f}, over {over_s - at:+.3f}"
+                )
+                lines.append(f"{'*' if begun <= at < ended else ' '} {sidecar} {request_id}: {times}")
+        logs = {place.sidecar.child.name: place.sidecar.child.lines()[-40:] for place in self.places}
+        return "\n".join(lines + [f"{sidecar}: {line}" for sidecar, lines in logs.items() for line in lines])
 
     def served(self) -> int:
         """How many requests all engines have answered to the end."""
