@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from extproc.admission.load import Load
     from extproc.admission.ticket import Ticket
 
+MOST_LET = 32
+"""So many of ours at the most are let in above the limit because of others: a page may say anything, and of a request
+with many sequences whose body nobody read all but one are others on it. No simulated traffic of others wanted more."""
+
 
 class Reading:
     """The last page and the last report of one endpoint.
@@ -120,7 +124,7 @@ class Foreign:
             return
         there = int(load.running + (load.waiting or 0.0))
         others = there - in_flight
-        self.lets = max(others // self.law.each, 1) if is_learned and others > 0 else 0
+        self.lets = min(max(others // self.law.each, 1), max(most, MOST_LET)) if is_learned and others > 0 else 0
         count = 0
         if self.count:
             arrived = sum(ticket.sequences for ticket in leases if ticket.leased_at <= now - self.law.arrived_s)

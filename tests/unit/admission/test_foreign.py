@@ -8,7 +8,7 @@ import pytest
 
 from extproc.admission.laws import LAWS
 from extproc.admission.load import Load
-from extproc.admission.reading import Foreign
+from extproc.admission.reading import MOST_LET, Foreign
 from extproc.admission.values import EndpointSpec, RequestClass
 
 from .desk import Desk
@@ -94,6 +94,19 @@ def test_where_others_fill_an_engine_past_the_queue_a_learned_limit_holds_a_few_
     assert desk.endpoint("a").foreign >= desk.endpoint("a").limit.value
     tickets = desk.fill(12)
     assert sum(desk.where(ticket) == "a" for ticket in tickets) == 40 // LAWS.foreign.each
+
+
+@pytest.mark.parametrize(
+    "pages", [(1e6,) * 6, (1e6, 0.0) * 3, (0.0, 0.0, 1e6) * 2], ids=["always", "now and then", "rarely"]
+)
+def test_a_page_that_tells_of_a_million_others_lets_no_more_of_ours_in_than_a_few(pages: tuple[float, ...]) -> None:
+    """It lifted all limits: 164 were at an engine of eight slots, and none of them went elsewhere."""
+    desk = Desk(EndpointSpec("a"))
+    desk.fill(100)
+    for running in pages:
+        desk.observe("a", Load(running=running, waiting=0, max_running=8))
+        desk.advance(1.0)
+    assert 8 <= len(desk.leased) <= MOST_LET
 
 
 def test_below_the_batch_size_a_queue_inside_is_of_others_and_no_reason_against_a_higher_limit() -> None:
