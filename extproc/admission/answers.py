@@ -88,7 +88,7 @@ class Answers:
         if answer is _OK:
             self._served(ticket, endpoint, pool)
             return
-        now, has_peers = self._books.now, pool.usable > endpoint.counted
+        now, has_peers = self._books.now, _has_peers(pool, endpoint)
         has_died = answer is Answer.BROKE_OFF and not has_peers and not endpoint.is_heard(now)  # as far as one can tell
         is_own_fault = has_died or answer in _OWN_FAULTS
         if answer is Answer.BREAKER and endpoint.sequences:
@@ -124,6 +124,13 @@ class Answers:
         if ticket.home is not endpoint or pool is None or self._books.policy.binding is Binding.BOUND:
             return False
         return len(pool.members) > 1  # else it is the home of all
+
+
+def _has_peers(pool: Pool, endpoint: Endpoint) -> bool:
+    """Tell whether others may be sent requests, and not all of them fail: else nobody is better than it is."""
+    if pool.usable <= endpoint.counted:
+        return False
+    return any(one.counted and not one.health.is_failing for one in pool.members if one is not endpoint)
 
 
 def _is_only_one(endpoint: Endpoint, pool: Pool) -> bool:

@@ -324,3 +324,18 @@ def test_two_that_serve_a_model_alone_are_both_kept_for_it() -> None:
     fail_at(desk, "b", "c")
     assert [desk.endpoint(name).missing.models for name in "bc"] == [{"a"}, {"a"}]
     assert {desk.where(desk.ask(model="own")) for _ in range(2)} == {"b", "c"}
+
+
+def test_one_that_fails_beside_another_that_fails_another_models_requests_is_not_left_out() -> None:
+    """Cold engines: in its own pool nobody else refused anything, and it was out for up to a minute, ready or not."""
+    desk = Desk(one("a", models=frozenset({"m"})), one("b", models=frozenset({"m", "own"})))
+    for _ in range(60):
+        for model in ("own", "m"):
+            ticket = desk.ask(model=model)
+            if desk.where(ticket) is not None:
+                desk.release(ticket, Answer.FAILED)
+            else:
+                desk.cancel(ticket)
+        desk.advance(1.0)
+        assert desk.endpoint("a").health.ejected_until is None
+    assert desk.endpoint("a").condition == "failing"
