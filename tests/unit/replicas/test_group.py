@@ -803,17 +803,26 @@ def test_who_may_not_be_seen_any_more_fills_its_part_of_an_idle_engine_at_once(l
     assert here.engines["e0"].peak == 24
 
 
-def test_those_who_are_left_take_the_part_of_one_who_vanished_in_two_steps_and_all_when_it_is_surely_gone():
-    here = site(engines=1, limit=24)
-    here.kill(followers(here)[0].place)
+@pytest.mark.parametrize(
+    ("sidecars", "limit", "gone", "at_once", "all_s"), [(3, 24, 1, 16, 6.1), (2, 7, 1, 3, 12.1), (3, 96, 2, 32, 12.1)]
+)
+def test_those_who_are_left_take_the_part_of_who_vanished_in_steps_and_all_when_it_is_surely_gone(
+    sidecars, limit, gone, at_once, all_s
+):
+    """How late a burst gets all of an idle engine stands in docs/replicas.md."""
+    here = site(engines=1, limit=limit, sidecars=sidecars)
+    for one in followers(here)[:gone]:
+        here.kill(one.place)
     here.run(12.0)
-    assert leader(here).replica.picture().members == 2
-    for _ in range(40):
+    assert leader(here).replica.picture().members == sidecars - gone
+    for _ in range(2 * limit):
         here.send(leader(here).place, work_s=700.0, budget_s=60.0)
     here.run(0.1)
-    assert here.load() == 16
-    here.run(7.5)
-    assert here.load() == 24
+    assert here.load() == at_once
+    here.run(all_s - 0.6)
+    assert here.load() < limit
+    here.run(1.0)
+    assert here.load() == limit
     here.run(600.0)
     assert leader(here).controller.endpoints["e0"].quota is None
 
