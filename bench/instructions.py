@@ -14,6 +14,7 @@ a rise of 5 % fails. Another build has another interpreter loop: there is nothin
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -181,6 +182,8 @@ def serve_and_fork() -> None:
     serves = [None, *(make() for make in COUNTED_AS.values())]
     for serve in serves[1:]:
         serve(WARM)
+    gc.collect()
+    gc.freeze()  # else what was made before decides how much a collection walks, and whether one comes
     for serve in serves:
         child = os.fork()
         if not child:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _OK: Final = Answer.OK
 _UNKNOWN: Final = Answer.UNKNOWN
 _UNASKED: Final = Answer.UNASKED
+_BOUND: Final = Binding.BOUND
 _CERTAIN: Final = (Answer.NO_CLUSTER, Answer.NO_ADDRESS)
 """Envoy's own word that no request gets there."""
 _OWN_FAULTS: Final = (Answer.FAILED, Answer.DROPPED, *_CERTAIN)
@@ -121,7 +122,7 @@ class Answers:
     def _is_led(self, ticket: Ticket, endpoint: Endpoint) -> bool:
         """Tell whether its client had it go there, by a name or its session: this may be why it was refused."""
         pool = ticket.pool
-        if ticket.home is not endpoint or pool is None or self._books.policy.binding is Binding.BOUND:
+        if ticket.home is not endpoint or pool is None or self._books.policy.binding is _BOUND:
             return False
         return len(pool.members) > 1  # else it is the home of all
 
