@@ -41,6 +41,7 @@ def _see_whose(endpoint: Endpoint, page: Load, now: float, unsent: int) -> None:
     if endpoint.servers.follow(page, ours, held, endpoint.answered, now, unsent):
         endpoint.steps = StepCost(endpoint.steps.law)
         endpoint.limit.forget_batch()
+        endpoint.reading.capacity = None
     most, learned, in_batch = endpoint.limit.value, endpoint.is_learned, endpoint.limit.is_batch
     endpoint.strangers.follow(page, ours, held, most, now, unsent, is_learned=learned, in_batch=in_batch)
 

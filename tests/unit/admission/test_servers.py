@@ -131,11 +131,12 @@ def test_the_page_of_an_idle_server_is_not_believed_to_be_that_of_one_at_work() 
     for second in range(60):
         address.turn(second)
         desk.advance(0.9)
-        desk.observe("a", Load(running=0, waiting=0, first_tokens=0, tokens_per_s=0.0))
+        desk.observe("a", Load(running=0, waiting=0, first_tokens=0, tokens_per_s=0.0, kv_capacity_tokens=9000))
         desk.advance(0.1)
     endpoint = desk.endpoint("a")
     assert endpoint.servers.count == MOST
     assert endpoint.limit.blind
+    assert endpoint.kv.capacity is None, "nor is the size of its cache, which held theirs to it"
 
 
 def test_a_page_that_is_not_believed_takes_the_gpus_use_not_along_which_another_page_tells() -> None:
