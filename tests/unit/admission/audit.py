@@ -91,6 +91,7 @@ class Audit:
         self.epoch = 0
         self.peak = 0  # the most that ever waited
         self._before: dict[Ticket, tuple[object, int]] = {}  # the queue and the passes of who waited, before the event
+        self._open: set[Endpoint] = set()  # at this check
 
     def fits(self, books: Books, endpoint: Endpoint, ticket: Ticket) -> bool:
         count, kept, more = books.sequences + endpoint.strangers.takes, endpoint.reserved, ticket.request.sequences
@@ -136,6 +137,8 @@ class Audit:
 
     def check(self) -> None:
         """Recompute everything that the core keeps."""
+        require(self.core.endpoints.keys() == self.books.keys(), self.core, self.books.keys())
+        self._open = {endpoint for endpoint in self.core.endpoints.values() if self._is_open(endpoint)}
         self._check_books()
         lines: dict[Pool, list[Ticket]] = defaultdict(list)
         for ticket in self.waiting:
@@ -160,7 +163,6 @@ class Audit:
         return slots, tokens
 
     def _check_books(self) -> None:
-        require(self.core.endpoints.keys() == self.books.keys(), self.core, self.books.keys())
         slots, tokens = self.kept()
         for name, books in self.books.items():
             endpoint = self.core.endpoints[name]
@@ -180,7 +182,7 @@ class Audit:
                 require(endpoint.closed_by is endpoint.held_by(), endpoint, endpoint.closed_by, endpoint.held_by())
                 require(is_closed is (endpoint.listing == 0), endpoint, endpoint.closed_by, "listed:", endpoint.listing)
             require(all(ticket.endpoint is endpoint for ticket in books.leases), endpoint, "lent twice")
-            require((endpoint.held_by() is None) == self._is_open(endpoint), endpoint, "held by", endpoint.held_by())
+            require((endpoint.held_by() is None) == (endpoint in self._open), endpoint, "held by", endpoint.held_by())
             health = endpoint.health
             doubted = health._doubt is not None or bool(health._streaks) or health.on_trial
             require(health.is_doubted is doubted, endpoint, "doubted:", health.is_doubted)
@@ -189,7 +191,7 @@ class Audit:
         holds = self.core.holds()
         for endpoint in self.core.endpoints.values():
             waited_for = any(may_take(t, endpoint) and endpoint in t.pool.members for t in self.waiting)
-            held = waited_for or not self._is_open(endpoint)
+            held = waited_for or endpoint not in self._open
             require((endpoint in holds) is held, endpoint, "is held by", holds.get(endpoint))
             require(endpoint.limit.value >= 1, endpoint)
             spec = self.books[endpoint.name].spec
@@ -230,12 +232,16 @@ class Audit:
             require(all(ticket.home is home for ticket in queue), home)
         for queue in pool.queues():
             line = list(queue)
+            if not line:
+                require(not queue.guards and not any(queue.depth.values()), "none in it:", queue.depth, queue.guards)
+                continue
             require(all(ticket.queue is queue for ticket in line), "a ticket in two lines")
             require([t.key for t in line] == sorted(t.key for t in line), "a line out of order")
             depth = {name: count for name, count in queue.depth.items() if count}
             require(depth == Counter(t.request_class.name for t in line), queue.depth)
             require(queue.guards == sum(t.passed_over >= GUARD for t in line), "guards", queue.guards)
-        members = [name for name, books in self.books.items() if books.present and self._serves(books, pool)]
+        its = self._its_members(pool)
+        members = [name for name in self.books if name in its]
         require([endpoint.name for endpoint in pool.members] == members, pool, pool.members, members)
         usable = [endpoint for endpoint in pool.members if endpoint.available]
         require(pool.usable == len(usable), pool, "usable:", pool.usable, usable)
@@ -250,8 +256,8 @@ class Audit:
             require(is_old or ticket.wait_until <= self._latest(ticket), ticket, "may wait too long")
         ejected = [endpoint for endpoint in pool.members if endpoint.health.ejected_until is not None]
         require(usable or not ejected or pool.base.is_part, pool, "has ejected ones alone:", pool.members)
-        is_open = {endpoint.name for endpoint in pool.members if self._is_open(endpoint)}
-        require({endpoint.name for endpoint in pool.open} == is_open, pool, list(pool.open), is_open)
+        is_open = self._open.intersection(pool.members)
+        require(set(pool.open) == is_open, pool, list(pool.open), is_open)
         emptiest = min(pool.open, key=lambda one: (one.crowding, one.listing), default=None)
         require(pool.emptiest() is emptiest, pool, "takes for the emptiest", pool.emptiest(), "and not", emptiest)
 
@@ -261,43 +267,39 @@ class Audit:
         own_s = inf if ticket.request.budget_s is None else ticket.request.budget_s
         return ticket.request.arrived + min(most_s, own_s) + 1e-6
 
-    def _serves(self, books: Books, pool: Pool) -> bool:
+    def _its_members(self, pool: Pool) -> set[str]:
+        """Return who is there and belongs into a pool, by name."""
         pools = self.core._books.pools
         if pool in pools._left:  # of no models: who waits there is yet to be settled
-            return False
+            return set()
         pool = pool.base
+        there = {name: books for name, books in self.books.items() if books.present}
         if pool is pools.every:
-            return True
+            return set(there)
+        of_any_model = {name for name, books in there.items() if not books.spec.models}
         if pool is pools.any_model:
-            return not books.spec.models
+            return of_any_model
         models = {model for model, its in pools.by_model.items() if its is pool}
+        if models:
+            return set[str]().union(*(self._having(model) for model in models))
         subset = next((key for key, its in pools.subsets.items() if its is pool), None)
-        if not models and subset is not None:
-            model, allowed = subset
-            whole = pools.find(model)
-            its = [other for name, other in self.books.items() if other.present and name in allowed]
-            fit = [other for other in its if whole is not None and self._serves(other, whole)]
-            endpoints = self.core.endpoints
-            left_out = [
-                other
-                for other in its
-                if model in endpoints[other.spec.name].missing.models
-                and (not other.spec.models or model in other.spec.models)  # it may list it no more
-            ]
-            return books in (fit or left_out)
-        if not models:
-            return not books.spec.models
-        return any(self._has(books, model) for model in models)
+        if subset is None:
+            return of_any_model
+        model, allowed = subset
+        whole = pools.find(model)
+        fit = allowed & self._its_members(whole) if whole is not None else frozenset()
+        return set(fit) or {
+            name
+            for name in allowed & there.keys()
+            if model in self.core.endpoints[name].missing.models
+            and (not there[name].spec.models or model in there[name].spec.models)  # it may list it no more
+        }
 
-    def _has(self, books: Books, model: str) -> bool:
-        """Whether it lists `model`, or none, and is not left out for it, unless all who have it are."""
-
-        def lists(other: Books) -> bool:
-            return other.present and (not other.spec.models or model in other.spec.models)
-
-        having = [name for name, other in self.books.items() if lists(other)]
-        fit = [name for name in having if model not in self.core.endpoints[name].missing.models]
-        return books.spec.name in (fit or having)
+    def _having(self, model: str) -> set[str]:
+        """Return who lists `model`, or none, and is not left out for it, unless all who have it are."""
+        listed = {name: books.spec.models for name, books in self.books.items() if books.present}
+        having = {name for name, models in listed.items() if not models or model in models}
+        return {name for name in having if model not in self.core.endpoints[name].missing.models} or having
 
     def _is_open(self, endpoint: Endpoint) -> bool:
         if (
@@ -322,7 +324,9 @@ class Audit:
 
     def _check_conservation(self) -> None:
         """No endpoint with room while a request waits that it could take, but for those behind a guarded one."""
-        for endpoint in filter(self._is_open, self.core.endpoints.values()):
+        for endpoint in self.core.endpoints.values():
+            if endpoint not in self._open:
+                continue
             books, fitting, guards = self.books[endpoint.name], [], []
             for pool in self.core.pools():
                 if not pool.waiting_total or endpoint not in pool.members:
