@@ -5,6 +5,7 @@ The account of who waits and who holds what is kept in here; `audit.py` compares
 
 from __future__ import annotations
 
+import contextlib
 from math import ceil
 from operator import attrgetter
 from typing import TYPE_CHECKING
@@ -17,6 +18,8 @@ from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, Decision, Dispatch, EndpointSpec, Policy, Reject, Request
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from extproc.admission.endpoint import Endpoint
     from extproc.admission.load import Load
 
@@ -225,6 +228,14 @@ class Audited(Audit):
                 raise BrokenError(f"ticks at {self.now!r} lead nowhere: next_deadline is still {due!r}")
         for ticket in self.waiting if self.always else ():
             require(ticket.wait_until > self.now, ticket, "waits past its budget")
+
+    @contextlib.contextmanager
+    def checked_at_its_end(self) -> Iterator[None]:
+        """For very many events that only lead up to something: all is checked once, when they are over."""
+        self.always = False
+        yield
+        self.always = True
+        self.check()
 
     # ---- what each event must do
 

@@ -46,7 +46,8 @@ def test_who_has_bad_requests_go_to_one_engine_puts_it_not_out(says: dict[str, s
     if "session" in says:
         begin(ward, **says)
     for _ in range(50):
-        ward.serve("b", 40)
+        with ward.checked_at_its_end():
+            ward.serve("b", 40)
         for _ in range(EJECT_AFTER):
             ward.release(offer(ward, **says), answer)
         assert [ward.health(name).condition for name in "ab"] == ["up", "up"]
@@ -127,12 +128,13 @@ def test_what_the_last_one_left_refuses_is_held_against_none_that_comes_back() -
 
 def live(ward: Ward, lasts_s: float, bad: int, but: str = "") -> None:
     """Have every engine in use by many, but for one, and so many of ten requests refused."""
-    for _ in range(round(10 * lasts_s)):
-        is_bad = round(10 * ward.now) * 7 % 10 < bad
-        for name in ward.core.endpoints:
-            if name != but:
-                ward.answer(name, Answer.REFUSED if is_bad else Answer.OK)
-        ward.advance(0.1)
+    with ward.checked_at_its_end():
+        for _ in range(round(10 * lasts_s)):
+            is_bad = round(10 * ward.now) * 7 % 10 < bad
+            for name in ward.core.endpoints:
+                if name != but:
+                    ward.answer(name, Answer.REFUSED if is_bad else Answer.OK)
+            ward.advance(0.1)
 
 
 @pytest.mark.parametrize("answer", [*CLIENTS_MAYBE, Answer.BROKE_OFF, Answer.TIMEOUT])

@@ -120,14 +120,15 @@ def prompt_of(estimate: TokenEstimate, announced: int, kind: str = "", model: st
 def test_what_reached_no_engine_is_no_answer_of_no_tokens(answer: Answer, pages: bool) -> None:
     """A limiter of Envoy's behind us, or clients that leave at once: nine of ten so, and answers read as a tenth."""
     desk = Desk(one("a", 10))
-    for _ in range(1000):
-        for _ in range(9):
-            desk.release(desk.ask(), answer)
-        answered = desk.ask()
-        desk.advance(4.0)
-        desk.release(answered, Answer.OK)
-        if pages:
-            desk.observe("a", Load(output_tokens=400))
+    with desk.checked_at_its_end():
+        for _ in range(1000):
+            for _ in range(9):
+                desk.release(desk.ask(), answer)
+            answered = desk.ask()
+            desk.advance(4.0)
+            desk.release(answered, Answer.OK)
+            if pages:
+                desk.observe("a", Load(output_tokens=400))
     assert desk.ask().output_tokens == pytest.approx(400 if pages else GUESS, rel=0.02)
 
 

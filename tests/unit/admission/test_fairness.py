@@ -350,11 +350,12 @@ def test_naming_other_models_starves_nobody_where_their_servers_are_also_those_o
     """
     sets = {model: frozenset(number for number, some in enumerate(served) if model in some) for model in MODELS}
     desk = Desk(*(one(f"e{number}", models=frozenset(models)) for number, models in enumerate(served)))
-    for model in sorted(floods):
-        for _ in range(100):
-            desk.ask(model=model, tenant="noisy", prompt_tokens=100)
-    for _ in range(40 * len(served)):  # as many as all servers end here: there is somebody to go at the last one, too
-        desk.ask(model="x", tenant="victim", prompt_tokens=100)
+    with desk.checked_at_its_end():
+        for model in sorted(floods):
+            for _ in range(100):
+                desk.ask(model=model, tenant="noisy", prompt_tokens=100)
+        for _ in range(40 * len(served)):  # as many as end here: there is somebody to go at the last server, too
+            desk.ask(model="x", tenant="victim", prompt_tokens=100)
     waited: list[str] = []
     for number, models in enumerate(served):
         went: list[str] = []
