@@ -133,7 +133,7 @@ class Child:
         self.argv = [str(part) for part in argv]
         self.log = log
         self.name = name or self.argv[0].rpartition("/")[2]
-        self._env = {**os.environ, **(env or {})}
+        self._env = {**os.environ, "PYTHONFAULTHANDLER": "1", **(env or {})}
         self._cwd = cwd
         self._grace_s = grace_s
         self._process: subprocess.Popen[bytes] | None = None
@@ -216,8 +216,14 @@ class Child:
         return self.wait_ready(lambda: compiled.search(self.output()), timeout_s, f"line {pattern!r}")
 
     def wait_exit(self, timeout_s: float = PATIENCE_S) -> int:
-        """Its return code, once it has ended by itself."""
-        wait_until(lambda: self.returncode is not None, timeout_s, f"{self.name} ends")
+        """Its return code, once it has ended by itself; if it does not, what it did and, of Python, where it stands."""
+        try:
+            wait_until(lambda: self.returncode is not None, timeout_s)
+        except AssertionError:
+            self.signal(signal.SIGABRT)
+            with contextlib.suppress(AssertionError):
+                wait_until(lambda: self.returncode is not None, self._grace_s)
+            raise AssertionError(f"{self.name} has not ended in {timeout_s:g} s:\n{self.output()[-8000:]}") from None
         code = self.returncode
         if code is None:
             raise AssertionError(f"{self.name} runs again")
