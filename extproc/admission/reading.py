@@ -76,13 +76,15 @@ class Foreign:
         law: the constants.
     """
 
-    __slots__ = ("_changed_at", "_met", "_seen", "count", "law", "lets", "takes")
+    __slots__ = ("_changed_at", "_met", "_ours", "_seen", "_shown", "count", "law", "lets", "takes")
 
     def __init__(self, law: ForeignLaw = LAWS.foreign) -> None:
         """Start before the first page."""
         self.law = law
         self.count = self.lets = self.takes = 0
         self._seen = 0  # others on the last page
+        self._shown: tuple[float | None, ...] = ()  # what it said
+        self._ours = 0  # the most of ours that were there while pages said that
         self._changed_at = 0.0  # when they became fewer last
         self._met = False  # telemetry came at least once
 
@@ -123,7 +125,10 @@ class Foreign:
             self.forget()
             return
         there = int(load.running + (load.waiting or 0.0))
-        others = there - in_flight
+        # It may be the page before once more, of an exporter that looks now and then: who was ours is nobody else's.
+        shown = load.running, load.waiting, load.kv_usage
+        self._ours = max(in_flight, self._ours) if shown == self._shown else in_flight
+        self._shown, others = shown, there - self._ours
         self.lets = min(max(others // self.law.each, 1), max(most, MOST_LET)) if is_learned and others > 0 else 0
         count = 0
         if self.count:

@@ -148,6 +148,18 @@ def test_what_one_page_shows_beside_ours_may_be_ours_that_have_just_ended() -> N
     assert sum(desk.where(ticket) == "a" for ticket in desk.fill(12)) == 8
 
 
+def test_what_a_page_shows_again_and_again_while_ours_end_is_no_others() -> None:
+    """An exporter that looks every 15 s: what had ended took places of ours until it looked again."""
+    desk = Desk(EndpointSpec("a"))
+    ours = desk.fill(8)
+    for _ in range(6):
+        desk.observe("a", Load(running=8, waiting=0, max_running=8))
+        desk.advance(1.0)
+        if len(ours) > 2:
+            desk.release(ours.pop())
+    assert sum(desk.where(ticket) == "a" for ticket in desk.fill(12)) == 6
+
+
 @pytest.mark.parametrize("chosen", [{"max_running_requests": 8}, {"kv_capacity_tokens": 1_000_000}])
 def test_where_a_person_chose_a_number_others_take_no_places(chosen: dict[str, int]) -> None:
     desk = beside_four_of_eight(EndpointSpec("a", **chosen))
