@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 from .kit.traffic import Traffic, header, hold, listed, names, reached, reload
 
 ROOT = Path(__file__).parents[2]
+SOON_S = 0.8
 STALL_S = 0.3
 """Who looks so late may see what comes a second later."""
 
@@ -121,12 +122,17 @@ def test_with_envoys_admin_address_a_new_endpoint_is_used_as_soon_as_envoy_has_i
         bootstrap["admin"]["address"]["socket_address"]["port_value"] = int(admin.rsplit(":", 1)[1])
 
     here = dynamic({"envoy_admin": admin}, upstreams=("a",), edit=edit)
-    with more_upstreams(here, "b"), Traffic(here) as traffic:
-        reload(here, endpoints=listed(here, "a", "b"))
-        began = awake()
-        wait_until(lambda: "b" in names(here))
-        assert awake() - began < 0.8  # without it: 1 s
-        reached(here, "b")
+    with more_upstreams(here, "b", "c", "d"), Traffic(here) as traffic:
+        for new in "bcd":
+            reload(here, endpoints=listed(here, "a", new))
+            began = awake()
+            wait_until(lambda new=new: new in names(here))
+            took_s = awake() - began
+            reached(here, new)
+            if took_s < SOON_S:
+                break
+        else:
+            pytest.fail(f"none of three was used within {SOON_S} s: without Envoy's admin address it is 1 s")
     traffic.check()
 
 
