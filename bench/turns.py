@@ -56,7 +56,7 @@ class _Waits:
         self._tag: Any = None
         self.is_first = True
 
-    def poll(self, deadline: float | None) -> Any:
+    def poll(self, deadline: float | None = None) -> Any:
         self.dealt()
         if deadline != 0 and not self.is_first:  # 0: others are due, and come when the queue is empty
             self._watch.over()

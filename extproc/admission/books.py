@@ -39,6 +39,7 @@ class Books:
         now: the time of the event under way, or of the last one.
         freed: endpoints that may have room they did not have before this event.
         has_freed_many: more of them than the pass should look at one by one.
+        goes_on: a pass ended early; the next tick goes on with it, and no other event.
         decisions: what the event led to so far.
         settles: the event is to settle some of those whose lines were given up: see settling.py.
     """
@@ -51,6 +52,7 @@ class Books:
         "decisions",
         "endpoints",
         "freed",
+        "goes_on",
         "has_freed_many",
         "now",
         "policy",
@@ -69,7 +71,7 @@ class Books:
         self.waiting = 0
         self.now = 0.0
         self.freed: dict[Endpoint, None] = {}
-        self.has_freed_many = False
+        self.has_freed_many = self.goes_on = False
         self.arrived: list[tuple[Key, int, Ticket]] = []  # a heap: tickets that may go where they could not before
         self._arrivals = 0
         self.decisions: list[Decision] = []

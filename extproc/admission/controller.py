@@ -5,7 +5,8 @@ Rules of the core:
 * An event that made room, or lets somebody go elsewhere, ends in the same dispatch pass; each returns the decisions
   that the driver must deliver.
 * Reserve at pick: the lease exists before the driver hears of the decision.
-* After each event: no lease beyond a limit, and no endpoint with room for a request that may go there.
+* After each event: no lease beyond a limit, and no endpoint with room for a request that may go there, unless a tick
+  is due at once that goes on.
 
 One class in four layers, each with its kind of events: here those of a request, and time; in `sharing.py` what other
 sidecars say; in `administration.py` endpoints and rules; in `frame.py` what every event has. (See docs/map.md.)
@@ -221,7 +222,7 @@ class Controller(Sharing):
 
         Of those whose time is over in one moment, as after a burst, DUE_AT_ONCE are looked at: tick again for the rest.
         """
-        self._begin(now)
+        self._begin(now).goes_on = False
         if self._watchers:
             self._event = Ticked(now)
         for ticket in islice(self._lines.alarms.due(now), DUE_AT_ONCE):

@@ -1,7 +1,8 @@
 """The dispatch pass: what an event freed, it hands to the request that should have it.
 
 Reserve at pick: the lease exists before anybody hears of the decision. After a pass no endpoint has room for a request
-that may go there, and no limit is exceeded.
+that may go there, and no limit is exceeded. One that finds very much to do goes on in ticks that are due at once: till
+then nobody takes the room of endpoints that it has not looked at.
 """
 
 from __future__ import annotations
@@ -63,9 +64,12 @@ class Placing:
         Whatever else waits did not fit before this event, and so does not fit now.
 
         Whose turn comes when its budget is over is refused, though its alarm is yet to come: many may be due at once,
-        or the driver late. After DUE_AT_ONCE of them the rest is left to the next event, a tick that is due at once.
+        or the driver late. After DUE_AT_ONCE waits that end the rest is left to the next tick, which is due at once.
         """
         books = self._books
+        if books.goes_on:
+            self._fleet.go_on()
+            return
         freed, arrived, has_leased, missed, over = books.freed, books.arrived, False, 0, 0
         if len(freed) > 1:
             self._fleet.measure(freed)
@@ -88,16 +92,16 @@ class Placing:
                     if has_leased and missed >= MANY:  # after a lease or some others may be hopeless, too
                         books.has_freed_many = len(freed) > MANY
                         has_leased, missed = False, 0
-                elif self._is_sent(best, endpoint):
-                    has_leased = True
                 else:
                     over += 1
+                    has_leased |= self._is_sent(best, endpoint)
             else:
                 over += self._is_over(books.next_arrived())
         if self._in_doubt:
             self._in_doubt.clear()
         if freed or arrived:
             books.forget_gone(2 * DUE_AT_ONCE)  # as many as ever come in one event: else they would add up
+            books.goes_on = True
             self._fleet.go_on()
 
     def _leave_hopeless(self) -> None:
@@ -117,7 +121,7 @@ class Placing:
                 self._fleet.leave(endpoint, endpoint.is_waited_for)
 
     def _is_over(self, ticket: Ticket) -> bool:
-        """Dispatch one that may go somewhere new, if it can; tell whether it was refused instead."""
+        """Dispatch one that may go somewhere new, if it can, or refuse it; tell whether its wait is over."""
         if ticket.state is not WAITING or placed(ticket.queue).is_left:
             return False
         pool = placed(ticket.pool)
@@ -129,7 +133,9 @@ class Placing:
         if target is None and not self._books.policy.enable_queue:
             self._refusing.refuse(ticket, Outcome.NO_ENDPOINT)
             return True
-        return target is not None and not self._is_sent(ticket, target)
+        if target is not None:
+            self._is_sent(ticket, target)
+        return target is not None
 
     def _least_doubtful(self, pool: Pool) -> Endpoint | None:
         """Return the one that `place_for` would, with the queue off, where nobody is open.
@@ -212,10 +218,15 @@ class Placing:
         return best if best is not None and best.lacks(ticket) is None and not self._is_kept(best) else None
 
     def _is_kept(self, endpoint: Endpoint) -> bool:
-        """Tell whether a guard keeps room at `endpoint`; if so, the pass finds in order who goes there next."""
+        """Tell whether a guard keeps room at `endpoint`; if so, the pass finds in order who goes there next.
+
+        So it does where it is not through.
+        """
         books = self._books
         if not books.waiting or not books.policy.enable_queue:
             return False
+        if endpoint in books.freed:
+            return True
         for pool in endpoint.pools:
             if pool.guard.keeps(endpoint):
                 books.freed[endpoint] = None

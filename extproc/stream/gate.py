@@ -30,10 +30,11 @@ _LEASED: Final = State.LEASED
 _WAITING: Final = State.WAITING
 _UNKNOWN: Final = Answer.UNKNOWN
 
-BURST = 20
-"""Decisions delivered per turn of the loop: a millisecond or two. And Envoy resets each stream that ends:
-more than 1,000 resets at once look to its HTTP/2 flood guard like an attack (max_outbound_control_frames), and it
-closes the whole connection."""
+BURST, BURST_S = 20, 0.005
+"""Decisions that are delivered in one go, and how long after them the next ones are, if an event led to more: 4,000 a
+second. Faster, Envoy's worker does nothing but connect to servers: of 10,000 told in half a second nobody was answered
+for 3 s, and no token of any other answer passed. It also resets each stream that ends: more than 1,000 resets at once
+look to its HTTP/2 flood guard like an attack (max_outbound_control_frames), and it closes the whole connection."""
 
 
 class Timer(Protocol):
@@ -273,7 +274,7 @@ class Gate:
         """Carry out what an event led to."""
         if self._left:
             return
-        if len(decisions) == 1 and not self._outbox:
+        if len(decisions) == 1:  # it waits for nobody's turn: those in the outbox have their places already
             self._tell(decisions[0])
         elif decisions:
             for decision in decisions:
@@ -297,7 +298,7 @@ class Gate:
         finally:
             self._flushing = bool(outbox)
             if outbox:
-                self._loop.call_soon(self._flush)
+                self.call_later(BURST_S, self._flush)
 
     def _tell(self, decision: Decision) -> None:
         for observer in self._observers:

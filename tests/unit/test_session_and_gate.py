@@ -8,10 +8,11 @@ import pytest
 
 from extproc._pb import ext_proc_pb2 as pb
 from extproc.admission.outcome import Outcome
+from extproc.admission.placing import DUE_AT_ONCE
 from extproc.admission.tenants import TenantRule, TenantRules
 from extproc.admission.values import Answer, Dispatch, EndpointSpec, RequestClass
 from extproc.errors import ProtocolError
-from extproc.stream.gate import BURST
+from extproc.stream.gate import BURST, BURST_S
 from extproc.stream.session import Session
 from tests.unit.gate_room import ONE, Room, cluster, message
 
@@ -85,20 +86,41 @@ def test_a_second_request_headers_is_a_protocol_error_and_the_lease_still_comes_
     assert room.in_flight("a") == 0
 
 
-def test_more_decisions_than_a_burst_are_delivered_over_several_turns_of_the_loop():
-    """Envoy's HTTP/2 flood guard closes the connection when too many streams end in one moment."""
+def test_more_decisions_than_a_burst_are_delivered_in_several_with_a_pause_after_each():
+    """Envoy connects to servers for all that it hears of at once, and does nothing else meanwhile."""
     room = Room(EndpointSpec("a", max_running_requests=1))
     blocker, _ = room.open()
     answered = [room.open()[1] for _ in range(3 * BURST)]
     room.gate.put_endpoint(EndpointSpec("a", max_running_requests=10_000))
+    for bursts in (1, 2, 3):
+        room.clock.turn()
+        assert sum(map(len, answered)) == bursts * BURST
+        room.clock.advance(BURST_S)
     room.gate.set_up("a", is_up=True)
-    assert sum(map(len, answered)) == BURST
-    room.clock.turn()
-    assert sum(map(len, answered)) == 2 * BURST
-    room.clock.turn()
-    assert sum(map(len, answered)) == 3 * BURST
     assert not room.clock.turns
     blocker.end()
+
+
+def test_who_goes_where_there_is_room_waits_for_no_decision_about_others():
+    room = Room(EndpointSpec("a", "", frozenset("m"), 1), EndpointSpec("b", "", frozenset("o"), 9))
+    for _ in range(1 + 3 * BURST):
+        room.open(x_model="m")
+    room.gate.put_endpoint(EndpointSpec("a", "", frozenset("m"), 10_000))
+    assert room.gate.undelivered
+    _, replies = room.open(x_model="o")
+    assert [cluster(reply) for reply in replies] == ["b"]
+
+
+def test_of_many_whose_budgets_end_none_is_forgotten_though_an_answer_begins_amid_their_refusals():
+    """The answer's event went on with the pass, and nobody was told what came of that."""
+    room = Room(EndpointSpec("a", max_running_requests=2))
+    (over, _), (other, _) = room.open(), room.open()
+    late = [room.open()[1] for _ in range(2 * DUE_AT_ONCE)]
+    room.clock.now += 60.0  # the loop was elsewhere: no alarm came
+    over.end()
+    other.receive(message("response_headers", status="200"))
+    room.clock.advance(1.0)
+    assert [len(replies) for replies in late] == [1] * len(late)
 
 
 def test_of_many_refused_at_once_each_is_told_once_though_telling_one_refuses_another():

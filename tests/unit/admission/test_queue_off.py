@@ -38,6 +38,7 @@ def test_switching_the_queue_off_lets_all_go_at_once() -> None:
     tickets = desk.fill(40)
     tickets += [desk.ask(home="a") for _ in range(20)]
     desk.set_policy(Policy(classes=CLASSES, enable_queue=False))
+    desk.advance(0.0)
     assert all(in_use(tickets))
     assert desk.order[:2] == ["filler0", "filler1"]
 
@@ -45,7 +46,7 @@ def test_switching_the_queue_off_lets_all_go_at_once() -> None:
 def test_switching_the_queue_off_lets_all_go_though_every_endpoint_is_down() -> None:
     desk = Desk(one("a"))
     desk.set_up("a", is_up=False)
-    tickets = [Ticket(Request(str(number), desk.now)) for number in range(60)]
+    tickets = [Ticket(Request(str(number), desk.now)) for number in range(DUE_AT_ONCE)]
     for ticket in tickets:
         desk.core.offer(ticket, desk.now)
     decisions = desk.core.set_policy(Policy(enable_queue=False), desk.now)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -333,6 +334,7 @@ CHANGES: dict[str, Callable[[Controller], object]] = {
     ],
     "weights": lambda core: core.set_policy(Policy(classes=(RequestClass("d", weight=2.0),), shed=False), 2.0),
     "the queue is off": lambda core: core.set_policy(Policy(enable_queue=False), 2.0),
+    "room for all": lambda core: core.put_endpoint(replace(core.endpoints["e0"].spec, max_running_requests=9000), 2.0),
     "a drain": lambda core: core.drain(2.0, 40),
     "a model is known": lambda core: core.know_models(["another"], 2.0),
     "time passes": lambda core: core.tick(2.0),
