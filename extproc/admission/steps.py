@@ -30,6 +30,8 @@ Spread = tuple[float, float, float, float, float, float]
 """How far off the three costs may be, squared, and how they go together: base x base, base x sequence, and so on."""
 LONGEST_S = 2.0
 """A reading after a long silence weighs no more than one after this."""
+ENOUGH_S = 1.0
+"""Running requests x seconds between readings that both saw some run: below that a time per token is chance."""
 
 
 class StepCost:
@@ -46,6 +48,8 @@ class StepCost:
     """
 
     __slots__ = (
+        "_busy_s",
+        "_busy_tokens",
         "_running",
         "_spread",
         "_tokens",
@@ -67,13 +71,17 @@ class StepCost:
         self.pace: float | None = None
         self._running = 0.0  # running requests x seconds, weighted by age
         self._tokens = 0.0  # output tokens, weighted alike
+        self._busy_s = self._busy_tokens = 0.0  # the same where it was busy from end to end
         offs = law.base_off_s, law.sequence_off_s, law.prompt_off_s
         self._spread: Spread = (offs[0] * offs[0], 0.0, 0.0, offs[1] * offs[1], 0.0, offs[2] * offs[2])
 
     @property
     def tpot_s(self) -> float | None:
-        """Return the time per output token of the last seconds, running requests over token rate; None: not known."""
-        return self._running / self._tokens if self._running > 0 and self._tokens > 0 else None
+        """Return the time per output token of the last seconds, running requests over token rate; None: not known.
+
+        Of readings between which it was busy: what began amid one seems to write slowly, at equal engines by chance.
+        """
+        return self._busy_s / self._busy_tokens if self._busy_s >= ENOUGH_S and self._busy_tokens > 0 else None
 
     def follow(self, load: Load, before: float | None, elapsed_s: float, fresh: float = 1.0) -> None:
         """Follow a reading, `elapsed_s` after one that had `before` running (None: it did not say).
@@ -94,8 +102,12 @@ class StepCost:
         self._running = self._running * kept + running * elapsed_s
         self._tokens = self._tokens * kept + rate * elapsed_s
         self.pace = self._tokens / self._running if self._running > 0 and self._tokens > 0 else None
+        self._busy_s *= kept
+        self._busy_tokens *= kept
         if before:  # busy from end to end
             tokens = rate * elapsed_s
+            self._busy_s += (running + before) / 2 * elapsed_s
+            self._busy_tokens += tokens
             prompts = (load.prompt_tokens or 0) * fresh
             self.learn(elapsed_s, 2 * tokens / (running + before), tokens, prompts * share)
 

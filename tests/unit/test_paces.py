@@ -150,6 +150,19 @@ def test_engines_without_a_page_are_compared_by_how_long_their_answers_take_for_
     assert fleet.paces.slowness()["vllm-1"] == pytest.approx(1.0, rel=0.5), "what was is forgotten"
 
 
+def test_short_answers_that_readings_meet_at_their_beginning_or_their_end_make_no_endpoint_slow() -> None:
+    """Of equal engines one read SLOW x19, at four requests every four seconds."""
+    fleet = Fleet("", "")
+    fleet.room.offer(8)
+    for _ in range(10):
+        for running, rates in ((4.0, (6.0, 120.0)), (0.0, (114.0, 0.0))):
+            fleet.room.clock.now += 1.0
+            for name, rate in zip(fleet.core.endpoints, rates, strict=True):
+                load = Load(running, 0.0, tokens_per_s=rate, prompt_tokens=100, output_tokens=int(rate))
+                fleet.core.observe(name, load, fleet.room.clock.now)
+    assert fleet.paces.by_tokens() == {}
+
+
 def test_one_long_answer_makes_no_endpoint_slow() -> None:
     fleet = Fleet("", "")
     fleet.room.offer(1, allowed=frozenset(["vllm-1"]))
