@@ -140,6 +140,19 @@ def of_rules(waiting: int) -> Longest:
     return longest
 
 
+def of_room(waiting: int) -> Longest:
+    """Room for all who wait, in one moment: at one endpoint, where all are at home, and at four."""
+    longest = None
+    for endpoints in (1, 4):
+        load = Load(waiting, False, endpoints)
+        longest = longest or Longest(load)
+        longest.load = load
+        roomy = [replace(one.spec, max_running_requests=2 * waiting) for one in load.core.endpoints.values()]
+        longest.all_at_once(f"room for all, endpoints: {endpoints}", load.core.put_endpoints, roomy)
+    assert longest is not None
+    return longest
+
+
 def of_queue_off(waiting: int) -> Longest:
     """The queue switched off: with four endpoints, with four or 500 that are down, and without any."""
     longest = None
@@ -407,6 +420,7 @@ def of_dry_run(waiting: int) -> Longest:
 PARTS = {
     "four": of_four,
     "rules": of_rules,
+    "room": of_room,
     "off": of_queue_off,
     "leave": of_clients_that_leave,
     "budgets": of_budgets_that_end,

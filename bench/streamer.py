@@ -1,4 +1,4 @@
-"""An upstream that streams `GET /N` as N tokens in server-sent events as fast as it can: for bench.transport."""
+"""An upstream that streams `/N` as N tokens in server-sent events as fast as it can, `/N/MS` so many ms apart."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
     while request := await reader.readline():
         while await reader.readline() not in (b"\r\n", b""):
             pass
-        path = request.split(b" ")[1].strip(b"/").decode()
+        count, _, pause_ms = request.split(b" ")[1].strip(b"/").decode().partition("/")
         writer.write(HEAD)
-        for _ in range(int(path) if path.isdigit() else 0):
+        for _ in range(int(count) if count.isdigit() else 0):
             writer.write(CHUNK)
             await writer.drain()
+            if pause_ms.isdigit():
+                await asyncio.sleep(int(pause_ms) / 1000)
         writer.write(b"0\r\n\r\n")
     writer.close()
 

@@ -10,7 +10,7 @@ figures are medians of the turns.
 
 speed   requests/s with 64 clients, CPU of server and Envoy per request, latency with 1 client and at half load
 few     the same at 30 requests/s, as LLM servers have them: there caches are cold, and scrapes are shared by few
-hold    memory per held request, and the time from room for all to the last answer
+hold    memory per held request, the time from room for all to the last answer, and what others notice meanwhile
 tokens  CPU per request of the sidecar when the answer streams 100 and 10,000 tokens
 """
 
@@ -28,7 +28,9 @@ import socket
 import statistics
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,6 +160,13 @@ def upstreams(directory: Path) -> Iterator[list[str]]:
         nginx = running.enter_context(Child(command, directory / "nginx.out", name="nginx"))
         nginx.wait_ready(lambda: tcp_open(ports[0]), what="nginx")
         yield ports
+
+
+@contextlib.contextmanager
+def streamer(directory: Path) -> Iterator[str]:
+    """Run a server that streams tokens; give its address."""
+    with Child([sys.executable, "-m", "bench.streamer"], Path(tempfile.mkdtemp(dir=directory)) / "log") as server:
+        yield server.wait_line(r"listening on (\S+)").group(1)
 
 
 @contextlib.contextmanager
@@ -362,27 +371,30 @@ def against_native(busy: dict[str, list[dict[str, float]]], half: dict[str, list
 
 
 def hold(directory: Path, chosen: list[Contender], counts: Sequence[int]) -> None:
-    """Hold many requests, then make room for all."""
+    """Hold many requests, then make room for all; meanwhile another server is asked through the same Envoy."""
     print("\n## Holding: KiB per held request (body of 1 KB), and from room for all to the last answer\n")
     row(
         "",
         "held",
         "server KiB each",
         "Envoy KiB each",
-        "all answered after ms",
+        *("a tenth is answered after ms", "half", "all"),
+        *("longest pause of another answer, ms", "slowest of other requests"),
         "server CPU µs each, all in all",
         "not 200",
     )
-    row(*["---"] * 7)
+    row(*["---"] * 11)
     for contender in chosen:
         if contender.transport is None or contender.argv is not None:
             continue
         for count in counts:
             with contextlib.ExitStack() as running:
-                addresses = running.enter_context(upstreams(directory))
+                held = {"name": "e0", "address": running.enter_context(upstreams(directory))[0], "models": ["sim"]}
+                other = {"name": "e1", "address": running.enter_context(streamer(directory)), "models": ["other"]}
+                other |= {"engine": "none", "max_running_requests": 100}
                 budget = [{"name": "batch", "budget": "600s"}, {"name": "interactive", "priority": 10}]
                 keys = {"classes": budget, "max_running_requests": 1, "max_queued_requests": 100_000, "shed": False}
-                where = running.enter_context(site(contender, directory, addresses[:1], **keys))
+                where = running.enter_context(site(contender, directory, (), endpoints=[held, other], **keys))
                 assert where.sidecar is not None
                 row(contender.name, count, *_hold(where, where.sidecar, count))
 
@@ -408,8 +420,41 @@ def stand_in_line(opened: contextlib.ExitStack, address: str, sidecar: Sidecar, 
     return clients
 
 
-def _hold(where: Site, sidecar: Sidecar, count: int) -> list[float]:
+def ask_other(opened: contextlib.ExitStack, address: str, path: str) -> socket.socket:
+    """Ask the other server."""
+    host, _, port = address.rpartition(":")
+    client = opened.enter_context(socket.create_connection((host, int(port))))
+    client.sendall(f"POST {path} HTTP/1.1\r\nhost: bench\r\nx-model: other\r\ncontent-length: 0\r\n\r\n".encode())
+    return client
+
+
+def longest_pause_ms(address: str, over: threading.Event) -> float:
+    """Read an answer that has a token each 10 ms."""
+    pauses_ms = []
     with contextlib.ExitStack() as opened:
+        client = ask_other(opened, address, "/1000000/10")
+        while not over.is_set():
+            began = time.perf_counter()
+            assert client.recv(1 << 16), "the answer broke off"
+            pauses_ms.append((time.perf_counter() - began) * 1000)
+    return max(pauses_ms[2:])  # its head, and its first token
+
+
+def slowest_ms(address: str, over: threading.Event) -> float:
+    """Ask for a token, one request after the other."""
+    took_ms = []
+    while not over.wait(0.05):
+        with contextlib.ExitStack() as opened:
+            began = time.perf_counter()
+            assert ask_other(opened, address, "/1").recv(1 << 16).startswith(b"HTTP/1.1 200")
+            took_ms.append((time.perf_counter() - began) * 1000)
+    return max(took_ms)
+
+
+def _hold(where: Site, sidecar: Sidecar, count: int) -> list[float]:
+    over = threading.Event()
+    with contextlib.ExitStack() as opened, ThreadPoolExecutor(2) as pool:
+        opened.callback(over.set)
         take_slot(opened, where.address, sidecar)
         children = [child for child in (where.server, where.envoy.child) if child is not None]
         memory, cpu = [rss_kib(child) for child in children], cpu_s(children[0])
@@ -418,9 +463,11 @@ def _hold(where: Site, sidecar: Sidecar, count: int) -> list[float]:
             waiting.register(client, selectors.EVENT_READ)
         time.sleep(1)
         each = [(rss_kib(child) - was) / count for child, was in zip(children, memory, strict=True)]
+        others = [pool.submit(notice, where.address, over) for notice in (longest_pause_ms, slowest_ms)]
+        time.sleep(0.5)
         sidecar.write_config(max_running_requests=2 * count)
         left, bad = count, 0
-        began = 0.0
+        began, after_ms = 0.0, []
         sidecar.child.signal(signal.SIGHUP)
         while left:
             ready = waiting.select(60)
@@ -431,9 +478,12 @@ def _hold(where: Site, sidecar: Sidecar, count: int) -> list[float]:
                 bad += not key.fileobj.recv(4096).startswith(b"HTTP/1.1 200")
                 waiting.unregister(key.fileobj)
                 left -= 1
-        took_ms = (time.perf_counter() - began) * 1000
+                after_ms.append((time.perf_counter() - began) * 1000)
+        over.set()
+        noticed = [other.result() for other in others]
         time.sleep(0.5)
-        return [*each, took_ms, (cpu_s(children[0]) - cpu) / count * 1e6, bad]
+        answered = [after_ms[int(share * (count - 1))] for share in (0.1, 0.5, 1.0)]
+        return [*each, *answered, *noticed, (cpu_s(children[0]) - cpu) / count * 1e6, bad]
 
 
 # ---- tokens
@@ -451,9 +501,7 @@ def tokens(directory: Path, chosen: list[Contender], rounds: int = 3) -> None:
         if contender.transport is None or contender.argv is not None:
             continue
         with contextlib.ExitStack() as running:
-            upstream = Child([sys.executable, "-m", "bench.streamer"], Path(tempfile.mkdtemp(dir=directory)) / "log")
-            running.enter_context(upstream)
-            address = upstream.wait_line(r"listening on (\S+)").group(1)
+            address = running.enter_context(streamer(directory))
             keys = {"scrape_interval": "60s", "endpoints": [{"name": "e0", "address": address, "engine": "none"}]}
             where = running.enter_context(site(contender, directory, [address], **keys))
             children = [child for child in (where.server, where.envoy.child) if child is not None]

@@ -221,9 +221,11 @@ class Audited(Audit):
         most = TICKS_AT_ONE_TIME + 3 * len(self.waiting)  # who is settled is looked at before, some are settled twice
         idle = 0
         while (due := self.core.next_deadline()) is not None and due <= self.now:
+            waiting = len(self.waiting)
             self.tick()
             most -= 1
-            idle += not any(ticket.queue is not None and ticket.queue.is_left for ticket in self.waiting)
+            is_left = any(ticket.queue is not None and ticket.queue.is_left for ticket in self.waiting)
+            idle += not is_left and len(self.waiting) == waiting
             if idle >= TICKS_AT_ONE_TIME or most <= 0:
                 raise BrokenError(f"ticks at {self.now!r} lead nowhere: next_deadline is still {due!r}")
         for ticket in self.waiting if self.always else ():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from extproc.admission import placing
 from extproc.admission.outcome import Outcome
 from extproc.admission.placing import DUE_AT_ONCE
 from extproc.admission.settling import PIECE
@@ -12,6 +13,7 @@ from extproc.admission.ticket import State
 from extproc.admission.values import Policy
 
 from .desk import CLASSES, STD, Desk, in_use, one, shared
+from .storm import Storm
 
 
 def test_requests_of_one_class_go_in_the_order_they_came() -> None:
@@ -44,20 +46,25 @@ def test_of_very_many_who_fit_at_once_some_go_in_each_event_and_who_comes_amid_i
     """10,000 in one event stopped the sidecar for .12 s."""
     desk = Desk(one(), patience_s=0.0, fair=False, max_queued_requests=1000)
     desk.ask("first")
-    for number in range(10 * DUE_AT_ONCE):
+    for number in range(5 * DUE_AT_ONCE):
         desk.ask(f"r{number}")
-    desk.put(one(limit=1 + 8 * DUE_AT_ONCE))
+    desk.put(one(limit=1 + 4 * DUE_AT_ONCE))
     assert len(desk.order) == 1 + DUE_AT_ONCE
     for name in ("late", "urgent"):
         desk.ask(name, "urgent" if name == "urgent" else "std")
-    for _ in range(8):
+    for _ in range(3):
         before = len(desk.order)
         assert desk.core.next_deadline() == desk.now
         desk.tick()
         assert len(desk.order) <= before + DUE_AT_ONCE
     assert desk.order.index("urgent") == 1 + DUE_AT_ONCE
     desk.order.remove("urgent")
-    assert desk.order == ["first", *(f"r{number}" for number in range(8 * DUE_AT_ONCE - 1))]
+    assert desk.order == ["first", *(f"r{number}" for number in range(4 * DUE_AT_ONCE - 1))]
+
+
+def test_a_storm_breaks_no_promise_where_a_few_waits_that_end_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placing, "DUE_AT_ONCE", 2)
+    Storm(2, check_every=10).run(3000)
 
 
 def test_an_unknown_class_counts_as_the_default_one() -> None:
