@@ -77,9 +77,15 @@ class StepCost:
 
     @property
     def tpot_s(self) -> float | None:
-        """Return the time per output token of the last seconds, running requests over token rate; None: not known.
+        """Return the time per output token of the last seconds, running requests over token rate; None: not known."""
+        return self._running / self._tokens if self._running > 0 and self._tokens > 0 else None
 
-        Of readings between which it was busy: what began amid one seems to write slowly, at equal engines by chance.
+    @property
+    def busy_tpot_s(self) -> float | None:
+        """Return the same of readings between which it was busy, which one engine's can be compared with another's.
+
+        What begins amid a reading seems to write slowly, and what ends amid one is not seen: chance, where answers are
+        short. None: too few such readings lately.
         """
         return self._busy_s / self._busy_tokens if self._busy_s >= ENOUGH_S and self._busy_tokens > 0 else None
 

@@ -172,7 +172,7 @@ def _shows_no_life(endpoint: Endpoint) -> bool:
 
 
 def _token_s(endpoint: Endpoint) -> float | None:
-    return endpoint.steps.tpot_s if endpoint.reading.page is not None and endpoint.leases else None
+    return endpoint.steps.busy_tpot_s if endpoint.reading.page is not None and endpoint.leases else None
 
 
 def _against_others(times_s: Mapping[str, float]) -> Iterator[tuple[str, float]]:

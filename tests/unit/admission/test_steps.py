@@ -72,27 +72,29 @@ def test_what_the_prefix_cache_held_is_not_counted_as_computed() -> None:
 def test_the_time_per_token_is_running_requests_over_their_tokens_of_the_last_seconds() -> None:
     costs = StepCost()
     assert (costs.tpot_s, costs.pace) == (None, None)
-    costs.follow(Load(running=10.0, tokens_per_s=200.0), 10.0, 1.0)
+    costs.follow(Load(running=10.0, tokens_per_s=200.0), None, 1.0)
     assert costs.tpot_s == pytest.approx(0.05)
     assert costs.pace == pytest.approx(20.0)
     for _ in range(30):
-        costs.follow(Load(running=10.0, tokens_per_s=100.0), 10.0, 1.0)
+        costs.follow(Load(running=10.0, tokens_per_s=100.0), None, 1.0)
     assert costs.tpot_s == pytest.approx(0.1, rel=0.01)
 
 
 @pytest.mark.parametrize("before", [None, 0.0])
-def test_a_time_per_token_is_of_readings_between_which_it_was_busy_and_of_lately(before: float | None) -> None:
+def test_a_time_per_token_to_compare_is_of_readings_between_which_it_was_busy_and_of_lately(
+    before: float | None,
+) -> None:
     """Two that began just before a reading had written three tokens in all of a second."""
     costs = StepCost()
     costs.follow(Load(running=2.0, tokens_per_s=3.0), before, 1.0)
-    assert costs.tpot_s is None
+    assert costs.busy_tpot_s is None
     costs.follow(Load(running=2.0, tokens_per_s=100.0), 2.0, 1.0)
-    assert costs.tpot_s == pytest.approx(0.02)
+    assert costs.busy_tpot_s == pytest.approx(0.02)
     costs.follow(Load(running=2.0, tokens_per_s=3.0), before, 2.0)
-    assert costs.tpot_s == pytest.approx(0.02)
+    assert costs.busy_tpot_s == pytest.approx(0.02)
     for _ in range(3):
         costs.follow(Load(running=2.0, tokens_per_s=3.0), before, 2.0)
-    assert costs.tpot_s is None, "that was long ago"
+    assert costs.busy_tpot_s is None, "that was long ago"
 
 
 @pytest.mark.parametrize(
@@ -203,9 +205,9 @@ class Reference:
             return
         self.at += elapsed_s
         tokens = load.tokens_per_s * elapsed_s
+        self.sums.append((self.at, load.running * elapsed_s, tokens))
         if not before:
             return
-        self.sums.append((self.at, (load.running + before) / 2 * elapsed_s, tokens))
         did = [tokens / ((load.running + before) / 2), tokens]
         did.append(part * (load.prompt_tokens or 0) * fresh)
         drifted = [
