@@ -31,9 +31,10 @@ $(CRDS): tests/unit/k8s/package.json tests/unit/k8s/package-lock.json $(STAMP)
 run: $(STAMP)    ## real Envoy, the sidecar, three simulated engines, live traffic, until Ctrl-C; ARGS="--http HOST:PORT" and the like
 	@exec $(BIN)/python -m extproc up --engines 3 --demo $(ARGS)
 
-# Three files at a time on two cores: end-to-end tests wait for half of their time. tests/conftest.py says in which order.
+# Four files at a time on two cores: tests/conftest.py has end-to-end tests, which wait, run beside others, which compute. A module is
+# compiled once, and not by each of the hundreds of processes that tests start, though a machine may want none written.
 test: $(STAMP) $(XDS) $(CRDS) lint types check-generated  ## everything: lint, types, generated files, unit, property and end-to-end tests
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 # Kubernetes' own API server and etcd, as modules of Go's proxy: the first time some 9 minutes of CPU and 2 GB of cache.
 GO := $(firstword $(shell command -v go 2>/dev/null) $(wildcard /usr/local/go/bin/go))

@@ -32,9 +32,14 @@ LONGEST = (
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, all else in the order of its name: end-to-end tests before unit tests."""
-    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path, len(places)))
+    """End-to-end tests wait where others compute: some of both at all times, and of each the longest files first."""
+    longest = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    files = sorted({item.path: None for item in items}, key=lambda file: longest.get(file, len(longest)))
+    places: dict[Path, float] = {}
+    for waits in (True, False):
+        kind = [file for file in files if ("e2e" in file.parts) is waits]
+        places |= {file: number / len(kind) for number, file in enumerate(kind)}
+    items.sort(key=lambda item: places[item.path])
 
 
 def tool(name: str, package: str, source: str = "Debian's") -> str:
