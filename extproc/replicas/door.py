@@ -108,6 +108,11 @@ class Door:
         elif host.leading is None:
             self._parked.append(guest)
         elif hello.purpose is Purpose.MEET:
+            if host.outranks(hello.followers, hello.member):  # else he would follow us, be sent away, and meet us again
+                why = host.leading.refuses(hello.member.id, hello.names)
+                if why is not None:
+                    _send_away(guest, why)
+                    return
             guest.link.send(Met(host.me, len(host.leading.followers), host.epoch))
             guest.link.close()
             host.met(hello.followers, hello.member)

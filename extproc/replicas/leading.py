@@ -63,6 +63,7 @@ class Leading:
     Attributes:
         followers: by id.
         quotas: how much of each limit the group may use.
+        sent_away: followers, and what they lacked for too long.
         heir: who would lead next, the oldest of them: it knows where our own clients' sessions are at home.
         gathering: requests that wait until all followers have told theirs, so that age decides; None: all are offered.
     """
@@ -85,7 +86,7 @@ class Leading:
         self._takes_out = False  # some in each turn of the loop
         self._given_back = ByAge()  # our own requests that are taken out: we lead no more
         self._is_empty: Callable[[], None] = lambda: None  # all of them are out
-        self._sent_away: dict[str, list[str]] = {}  # followers, and what they lacked for too long
+        self.sent_away: dict[str, list[str]] = {}
         gate.controller.is_shared = True
         self.quotas = Quotas(gate, census, self._told, hold_until=hold_until)
 
@@ -231,15 +232,15 @@ class Leading:
 
     def refuses(self, name: str, names: frozenset[str]) -> str | None:
         """Return why somebody called `name` whose Envoy knows `names` can't follow; None: he can."""
-        missing = sorted(set(self._sent_away.get(name, ())).intersection(self.lacks(names)))
+        missing = sorted(set(self.sent_away.get(name, ())).intersection(self.lacks(names)))
         if not missing:
-            self._sent_away.pop(name, None)
+            self.sent_away.pop(name, None)
             return None
         return f"we use endpoint(s) that it does not know: {some_of(missing, 5)}"
 
     def send_away(self, follower: Follower) -> str:
         """Lose a follower whose endpoints differ, until they don't; return why."""
-        self._sent_away[follower.member.id] = self.lacks(follower.names)
+        self.sent_away[follower.member.id] = self.lacks(follower.names)
         why = self.refuses(follower.member.id, follower.names) or ""
         self.drop(follower, clean=False)
         return why

@@ -70,7 +70,7 @@ class Meeting:
                 host.epoch = max(host.epoch, epoch)
                 host.met(followers, member)
             case Redirect(leader) if leader.id != host.me.id and leader.id not in leading.followers:
-                self._next = leader
+                self._next = None if host.is_refused_by(leader) else leader
             case Refuse(why):
                 host.was_refused(other, why)
             case _:

@@ -317,7 +317,7 @@ class Replica:
             self._network,
             self._loop,
             self._hello(Purpose.FOLLOW),
-            [member for member in asked if member.id != self.me.id and not self._is_refused_by(member)],
+            [member for member in asked if member.id != self.me.id and not self.is_refused_by(member)],
             avoid,
             Outcome(self._follow, self.was_refused, self._lead),
         )
@@ -331,14 +331,16 @@ class Replica:
             self._meeting.end()
         self._seeking = self._meeting = None
 
-    def _is_refused_by(self, member: Member) -> bool:
+    def is_refused_by(self, member: Member) -> bool:
+        """Tell whether somebody is left alone, as he would not have us."""
         return self._refusals.get(member.id, 0.0) > self._loop.time()
 
     def was_refused(self, member: Member, why: str) -> None:
-        """Note that somebody would not have us, and leave him alone for a while."""
-        self.refused = why
+        """Note that somebody would not have us, and leave him alone for a while; what is told again is no news."""
+        is_news, self.refused = why != self.refused, why
         self._refusals[member.id] = self._loop.time() + REFUSED_S
-        self.log.warning("%s does not have us: %s", member, why)
+        if is_news:
+            self.log.warning("%s does not have us: %s", member, why)
 
     def _hello(self, purpose: Purpose) -> Hello:
         followers = len(self.leading.followers) if self.leading is not None else 0
@@ -485,16 +487,20 @@ class Replica:
 
     def met(self, followers: int, other: Member) -> None:
         """Follow another leader, who has so many followers, if he should rather lead than we."""
-        leading = self.leading
-        if leading is not None and rank_of(len(leading.followers), self.me) < rank_of(followers, other):
+        if self.leading is not None and not self.is_refused_by(other) and not self.outranks(followers, other):
             self._yield_to(other)
+
+    def outranks(self, followers: int, other: Member) -> bool:
+        """Tell whether we, who lead, should rather lead than somebody who has so many followers."""
+        own = 0 if self.leading is None else len(self.leading.followers)
+        return rank_of(own, self.me) >= rank_of(followers, other)
 
     def _strangers(self, leading: Leading) -> list[Member]:
         """Return who does not follow us, and might lead."""
         return [
             member
             for member in self.census.others(self.me.id)
-            if member.id not in leading.followers and not self._is_refused_by(member)
+            if member.id not in leading.followers.keys() | leading.sent_away.keys() and not self.is_refused_by(member)
         ]
 
     # ---- time

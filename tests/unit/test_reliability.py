@@ -28,7 +28,7 @@ def test_every_item_of_the_promise_has_a_row_and_every_row_a_test():
 
 MEASURED = {"E7"}
 """Held by a figure (`make bench-scrape`): a test of CPU time would be red on a busy machine."""
-COUNTS = {"A": 7, "B": 4, "C": 2, "D": 6, "E": 7, "F": 11, "G": 66, "H": 23}
+COUNTS = {"A": 7, "B": 4, "C": 2, "D": 6, "E": 7, "F": 11, "G": 67, "H": 23}
 
 
 def test_every_fault_has_a_row_and_every_row_a_test():

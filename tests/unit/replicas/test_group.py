@@ -1042,7 +1042,7 @@ def test_a_client_that_leaves_while_its_grant_is_on_the_way_leaves_no_lease_behi
     assert not leader(here).controller.endpoints["e0"].leases
 
 
-def test_an_endpoint_that_one_sidecars_envoy_does_not_know_is_not_used_and_then_that_sidecar_is_on_its_own():
+def test_an_endpoint_that_one_sidecars_envoy_does_not_know_is_not_used_and_then_that_sidecar_is_on_its_own(caplog):
     here = site(engines=2, limit=4)
     poor = followers(here)[0]
     poor.gate.remove_endpoints(["e1"])
@@ -1054,12 +1054,15 @@ def test_an_endpoint_that_one_sidecars_envoy_does_not_know_is_not_used_and_then_
     here.run(15.0)
     assert poor.replica.role is Role.LEADING
     assert "e1" in (poor.replica.refused or "")
+    turns = dict(poor.replica.turns)
     for _ in range(10):  # and it stays so, however often that one asks again
         here.send(leader_of_most(here).place, work_s=1.0)
         here.send(leader_of_most(here).place, work_s=1.0)
         here.run(0.5)
         assert here.engines["e1"].holds
         here.run(2.0)
+    assert poor.replica.turns == turns, "it led anew once a second, and what waited with it began to wait anew"
+    assert sum("does not have us" in record.message for record in caplog.records) == 1
     poor.gate.put_endpoint(EndpointSpec("e1", max_running_requests=4))
     here.run(12.0, here.check)
     assert here.is_one_group()
