@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from extproc.admission.fairness import OUTPUT_WEIGHT
 from extproc.admission.lanes import correct
-from extproc.admission.missing import Records
+from extproc.admission.missing import Tallies
 from extproc.admission.values import TELLS_NOTHING, Answer, Binding
 
 if TYPE_CHECKING:
@@ -32,14 +32,14 @@ _FULL: Final = (Answer.SATURATED, Answer.BREAKER)
 class Answers:
     """Judges answers, each once."""
 
-    __slots__ = ("_books", "_fleet", "_records", "_tokens")
+    __slots__ = ("_books", "_fleet", "_tallies", "_tokens")
 
     def __init__(self, books: Books, fleet: Fleet, tokens: TokenEstimate) -> None:
         """Tell `fleet` whose answers are good or bad, and `tokens` how long they were."""
         self._books = books
         self._fleet = fleet
         self._tokens = tokens
-        self._records: Records | None = None  # as long as nobody refuses, nothing is counted
+        self._tallies: Tallies | None = None  # as long as nobody refuses, nothing is counted
 
     def began(self, ticket: Ticket) -> None:
         """Note a good answer, long before it ends: a trial need not last as long."""
@@ -75,11 +75,11 @@ class Answers:
     def _served(self, ticket: Ticket, endpoint: Endpoint, pool: Pool) -> None:
         ticket.is_answered = True
         is_led = ticket.home is not None and self._is_led(ticket, endpoint)
-        pool.record.served += 1
+        pool.tally.served += 1
         if is_led:
-            pool.record.led += 1
-        if self._records is not None:
-            self._records.served(ticket.request.model, is_led=is_led)
+            pool.tally.led += 1
+        if self._tallies is not None:
+            self._tallies.served(ticket.request.model, is_led=is_led)
             endpoint.missing.served(ticket.request.model)
         if endpoint.health.answered(self._books.now):
             self._fleet.changed(endpoint)
@@ -104,19 +104,19 @@ class Answers:
         if answer is Answer.TIMEOUT and not has_peers:
             return  # a long answer or a server that hangs: with nobody to compare it with, nobody can tell
         if not is_own_fault and has_peers and self._is_led(ticket, endpoint):
-            self._records = self._records or Records()
+            self._tallies = self._tallies or Tallies()
             if endpoint.missing.refused_led(model):
                 self._fleet.lead_nobody(endpoint)
             return
         health = endpoint.health
         health.refused_by = answer
         is_certain = answer in _CERTAIN and _is_only_one(endpoint, pool)
-        health.refused(ticket, pool.record, now, is_own_fault=is_own_fault, has_peers=has_peers, is_certain=is_certain)
+        health.refused(ticket, pool.tally, now, is_own_fault=is_own_fault, has_peers=has_peers, is_certain=is_certain)
         if is_own_fault or answer is Answer.TIMEOUT or model is None or not has_peers:
             return
-        self._records = self._records or Records()
-        record = self._records.of(model)
-        if endpoint.missing.refused(model, record, now, endpoint.health.in_a_row):
+        self._tallies = self._tallies or Tallies()
+        tally = self._tallies.of(model)
+        if endpoint.missing.refused(model, tally, now, endpoint.health.in_a_row):
             self._fleet.regroup()
 
     def _is_led(self, ticket: Ticket, endpoint: Endpoint) -> bool:

@@ -34,7 +34,7 @@ def lane_of(pool: Pool, request_class: RequestClass) -> Pool:
 
 def _open(pool: Pool, name: str) -> Pool:
     lane = pool.lanes[name] = pool.part()
-    lane.base, lane.record, lane.longest = pool, pool.record, pool.longest
+    lane.base, lane.tally, lane.longest = pool, pool.tally, pool.longest
     return lane
 
 

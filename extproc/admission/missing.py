@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from extproc.admission.health import Record, Streak
 from extproc.admission.laws import LAWS
+from extproc.admission.streak import Streak, Tally
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -24,35 +24,35 @@ if TYPE_CHECKING:
 
 MOST_MODELS = 64
 """Models of an endpoint whose refusals are counted; clients may make up names. The oldest are forgotten first."""
-MOST_RECORDS = 256
+MOST_TALLIES = 256
 """The same of all endpoints together."""
 
 
-class Records:
+class Tallies:
     """What became of requests for models that somebody refused, over all endpoints: the measure for each of them."""
 
-    __slots__ = ("_records",)
+    __slots__ = ("_tallies",)
 
     def __init__(self) -> None:
         """Start without any."""
-        self._records: dict[str, Record] = {}
+        self._tallies: dict[str, Tally] = {}
 
     def served(self, model: str | None, *, is_led: bool) -> None:
         """Count a good answer; `is_led`: its client had it go where it went."""
         if model is not None:
-            record = self._records.get(model)
-            if record is not None:
-                record.served += 1
-                record.led += is_led
+            tally = self._tallies.get(model)
+            if tally is not None:
+                tally.served += 1
+                tally.led += is_led
 
-    def of(self, model: str) -> Record:
+    def of(self, model: str) -> Tally:
         """Return what is known of a model, of which a request was refused."""
-        record = self._records.get(model)
-        if record is None:
-            if len(self._records) >= MOST_RECORDS:
-                del self._records[next(iter(self._records))]
-            record = self._records[model] = Record()
-        return record
+        tally = self._tallies.get(model)
+        if tally is None:
+            if len(self._tallies) >= MOST_TALLIES:
+                del self._tallies[next(iter(self._tallies))]
+            tally = self._tallies[model] = Tally()
+        return tally
 
 
 class _Model:
@@ -110,7 +110,7 @@ class Missing:
         most = self.law.eject_after
         return self.led_in_a_row < most and self.led.get(model, 0) < most
 
-    def refused(self, model: str, record: Record, now: float, in_a_row: int) -> bool:
+    def refused(self, model: str, tally: Tally, now: float, in_a_row: int) -> bool:
         """Note a refusal, the `in_a_row`th of whatever model; tell whether it is left out for `model` from now on."""
         known = self._known.get(model)
         if known is None:
@@ -121,10 +121,9 @@ class Missing:
                 del self._known[oldest]
             known = self._known[model] = _Model()
         law, streak = self.law, known.streak
-        if streak is None or streak.record is not record:
-            streak = known.streak = Streak(record)
-        record.refused += 1
-        streak.count += 1
+        if streak is None or streak.tally is not tally:
+            streak = known.streak = Streak(tally)
+        streak.add(now)
         if known.until is not None:
             return False  # it was sent before
         if streak.count < law.eject_after or streak.count <= in_a_row or streak.chance() > law.chance:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Final
 from extproc.admission.counters import Usual
 from extproc.admission.fairness import Memory
 from extproc.admission.guard import Guard
-from extproc.admission.health import Record
 from extproc.admission.held import HeldBy
 from extproc.admission.laws import LAWS
 from extproc.admission.pace import Pace
 from extproc.admission.queue import Queue
+from extproc.admission.streak import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -52,7 +52,7 @@ class Pool:
         asked, asked_prompts, asked_outputs: requests that came, since the start, and their tokens as estimated then.
         pace: how fast requests leave and arrive.
         laws: the constants of what is judged of it.
-        record: how its requests were answered.
+        tally: how its requests were answered.
         usual: how long its answers are, by all its engines' counters.
         longest: the longest prompt and answer together that a member takes; None: nobody says.
         base, lanes: see lanes.py: the pool that this is a lane of, else itself; its own lanes, by class.
@@ -81,9 +81,9 @@ class Pool:
         "names",
         "open",
         "pace",
-        "record",
         "shared",
         "shares",
+        "tally",
         "tenants",
         "turn",
         "turns",
@@ -115,7 +115,7 @@ class Pool:
         self.waiting_total = 0
         self.asked = self.asked_prompts = self.asked_outputs = 0
         self.pace = Pace(laws.pace)
-        self.record = Record()
+        self.tally = Tally()
         self.usual = Usual()
         self.longest: int | None = None
         self.base: Pool = self

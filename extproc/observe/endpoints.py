@@ -150,7 +150,7 @@ def _row(
             ("down", health.is_up is False),
             ("ejected", health.ejected_until is not None),
             ("asleep", health.is_asleep),
-            ("doubt", health.is_doubtful),
+            ("doubt", health.had_its_few),
             ("load", endpoint.closed_until is not None or health.full_until is not None),
         ),
         holds.get(endpoint),

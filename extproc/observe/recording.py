@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from extproc.admission.events import Event
     from extproc.admission.values import Decision
 
-FORMAT = 17
+FORMAT = 18
 MOST_EVENTS = 200_000
 """Events of one recording: some 40 MB. Then it ends, since only what follows on its beginning can be run again."""
 ABOUT = (

@@ -237,6 +237,35 @@ def test_a_number_that_a_breaker_taught_in_a_burst_is_forgotten_within_seconds()
     assert room.health.breaker is None
 
 
+def test_a_number_that_a_breaker_taught_lasts_through_a_quiet_time():
+    """Nothing was sent there that would have told whether it is gone."""
+    room = Two(limit=64)
+    for session in room.ask("a", 64)[32:]:
+        overflow(session)
+    for _ in range(100):
+        room.clock.advance(1.0)
+        room.ask("a", 0)
+    assert len(room.ask("a", 64 - room.in_flight("a"))) <= 1
+
+
+def test_a_breaker_that_was_filled_by_others_costs_a_sixteenth_at_the_most_once_it_is_met_again():
+    """Twice as many more in each step were up to half of what it lets through, at once."""
+    room, most = Two(limit=1000), 400
+    for session in room.ask("a", 100)[32:]:
+        overflow(session)
+    lost = 0
+    for _ in range(200):
+        room.clock.advance(0.125)
+        streams = room.ask("a", 1000 - room.in_flight("a"))
+        over = room.in_flight("a") - most
+        if over > 0:
+            lost = over
+            for session in streams[-over:]:
+                overflow(session)
+            break
+    assert 0 < lost <= most // 16
+
+
 def test_a_breaker_that_stays_costs_less_and_less():
     """One more than it lets through is tried after 1 s, 2 s, 4 s, at most 30: two minutes of that lose few."""
     room, lost = Two(), 0

@@ -184,7 +184,7 @@ class Audit:
             require(all(ticket.endpoint is endpoint for ticket in books.leases), endpoint, "lent twice")
             require((endpoint.held_by() is None) == (endpoint in self._open), endpoint, "held by", endpoint.held_by())
             health = endpoint.health
-            doubted = health._doubt is not None or bool(health._streaks) or health.on_trial
+            doubted = health.slow_start is not None or health.in_a_row > 0 or health.on_trial
             require(health.is_doubted is doubted, endpoint, "doubted:", health.is_doubted)
         for endpoint in self.core.endpoints.values():
             require(not (endpoint.removed and endpoint.pools), endpoint, "is gone, and has pools")
@@ -378,14 +378,13 @@ class Audit:
         if len(settled) < len(self.waiting):
             wanted.append(self.now)
         for endpoint in self.core.endpoints.values():
+            health = endpoint.health
             times = (
                 endpoint.closed_until,
-                endpoint.health.full_until,
-                endpoint.health.ejected_until,
-                endpoint.health.breaker.until
-                if endpoint.health.breaker is not None and endpoint.health.breaker.is_reached
-                else None,
-                endpoint.health._doubt.ends if endpoint.health._doubt and endpoint.health._doubt.is_spent else None,
+                health.full_until,
+                health.ejected_until,
+                health.breaker._until if health.breaker is not None and health.breaker.is_reached else None,
+                health.slow_start._ends if health.had_its_few else None,
                 endpoint.prefill.next_change(),
             )
             wanted += [at for at in times if at is not None]

@@ -176,6 +176,7 @@ def test_the_first_refusals_in_a_row_are_news() -> None:
     ward = Ward("abcd")
     live(ward, 30.0, 0)
     assert ward.answer("a", Answer.ERROR, 64) == EJECT_AFTER
+    assert ward.health("a").condition == "up", "held back, and not said to fail: the requests may be to blame"
 
 
 def test_what_was_refused_long_ago_is_no_excuse() -> None:

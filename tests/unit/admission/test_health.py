@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from extproc.admission.health import Health
 from extproc.admission.laws import LAWS
-from extproc.admission.ticket import State
-from extproc.admission.values import Answer, EndpointSpec
+from extproc.admission.streak import USUAL_S, Tally
+from extproc.admission.ticket import State, Ticket
+from extproc.admission.values import Answer, EndpointSpec, Request
 
 from .ward import CLIENTS_MAYBE, MANY, REFUSALS, Ward
 
@@ -142,6 +144,38 @@ def test_a_pool_that_is_dead_altogether_says_so_until_it_serves(names: str) -> N
     assert all(ward.core.endpoints[name].available for name in names)  # and is tried
     ward.serve("a")
     assert ward.health("a").condition == "up"
+
+
+@pytest.mark.parametrize("peers_fail", [True, False])
+def test_one_that_failed_and_refuses_what_may_be_to_blame_fails_no_more(peers_fail: bool) -> None:
+    ward = Ward("ab")
+    for _ in range(EJECT_AFTER):
+        for name in "ab" if peers_fail else "a":
+            ward.answer(name, Answer.FAILED)
+        ward.advance(STEP_MAX_S)
+    assert ward.health("a").condition == "failing"
+    assert ward.answer("a", Answer.REFUSED) == 1
+    assert ward.health("a").condition == "up"
+    assert len(ward.burst("a")) == (64 if peers_fail else 0), "if they did, it was as good as they are"
+
+
+def test_one_that_is_left_out_as_its_peers_serve_again_fails_no_more() -> None:
+    ward = Ward("ab")
+    for _ in range(20):
+        for name in "ab":
+            ward.answer(name, Answer.FAILED)
+        ward.advance(STEP_MAX_S)
+    ward.refuse_until_out("a", Answer.FAILED)
+    assert not ward.health("a").is_failing
+
+
+def test_what_one_refused_in_pools_that_are_gone_is_forgotten() -> None:
+    health, now = Health(), 0.0
+    for _ in range(100):
+        health.refused(Ticket(Request("r", now)), Tally(), now, is_own_fault=False, has_peers=True)
+        health.answered(now)
+        now += USUAL_S
+    assert len(health._streaks) <= 3
 
 
 def test_a_clients_own_mistakes_make_nobody_failing() -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from extproc.admission.health import Record
 from extproc.admission.laws import LAWS
 from extproc.admission.missing import MOST_MODELS, Missing
 from extproc.admission.outcome import Outcome
+from extproc.admission.streak import Tally
 from extproc.admission.ticket import State, Ticket
 from extproc.admission.values import Answer, EndpointSpec, Policy, Request, RequestClass
 
@@ -73,11 +73,11 @@ def test_one_that_refuses_one_model_is_left_out_for_that_one_alone(answer: Answe
 
 
 def test_one_that_refuses_a_model_for_months_is_left_out_for_it_as_long_as_at_any_time_before() -> None:
-    missing, record, now = Missing(), Record(), 0.0
+    missing, tally, now = Missing(), Tally(), 0.0
     for _ in range(1100):
         for _ in range(LAWS.health.eject_after):
-            record.served += 100  # by its peers
-            if missing.refused("broken", record, now, 0):
+            tally.served += 100  # by its peers
+            if missing.refused("broken", tally, now, 0):
                 break
         assert missing.models == {"broken"}
         lasts_s = missing.until - now

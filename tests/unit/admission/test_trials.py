@@ -9,13 +9,14 @@ from extproc.admission.load import Load
 from extproc.admission.ticket import State
 from extproc.admission.values import Answer, EndpointSpec, Request
 
-from .ward import Ward, out
+from .ward import MANY, Ward, out
 
 EJECT_AFTER = LAWS.health.eject_after
 EJECT_MAX_S = LAWS.health.eject_most_s
 EJECT_S = LAWS.health.eject_s
 FEW = LAWS.health.few
 QUIET_S = LAWS.health.quiet_s
+STEP_MAX_S = LAWS.health.step_most_s
 STEP_S = LAWS.health.step_s
 
 
@@ -193,6 +194,77 @@ def test_a_lone_one_that_refuses_is_known_to_speak() -> None:
     ward = Ward("a", known=False)
     ward.answer("a", Answer.REFUSED)
     assert ward.core.endpoints["a"].condition == "up"
+    assert len(ward.burst("a")) == 64
+
+
+def test_one_that_refuses_connections_and_then_speaks_fails_no_more() -> None:
+    ward = Ward("a")
+    ward.answer("a", Answer.FAILED, MANY)
+    assert ward.health("a").condition == "failing"
+    ward.advance(STEP_S)
+    ward.answer("a", Answer.REFUSED)
+    assert ward.health("a").condition == "up"
+    assert len(ward.burst("a")) == 64
+
+
+def test_what_one_refused_while_it_was_alone_is_in_no_row_with_what_it_refuses_beside_others() -> None:
+    ward = Ward("ab")
+    ward.answer("a", Answer.REFUSED, EJECT_AFTER - 1)
+    ward.set_up("b", is_up=False)
+    ward.answer("a", Answer.REFUSED)
+    ward.set_up("b", is_up=True)
+    ward.serve("b", 20)
+    assert ward.answer("a", Answer.REFUSED, EJECT_AFTER - 1) == EJECT_AFTER - 1
+    assert len(ward.burst("a")) == 64
+
+
+def test_after_an_outage_one_whose_answers_show_nothing_is_full_within_half_a_second_of_its_first_quiet_step() -> None:
+    ward = Ward("a")
+    for _ in range(20):
+        ward.answer("a", Answer.FAILED)
+        ward.advance(STEP_MAX_S)
+    ward.burst("a")
+    ward.advance(STEP_MAX_S)
+    for _ in range(6):
+        ward.burst("a")
+        ward.advance(STEP_S)
+    assert len(ward.core.endpoints["a"].leases) == 64
+
+
+def refuse_some(ward: Ward, names: str, bad: int, lasts_s: float) -> None:
+    """Have these refuse so many of ten requests."""
+    for number in range(round(10 * lasts_s)):
+        for name in names:
+            ward.answer(name, Answer.REFUSED if number * 7 % 10 < bad else Answer.OK)
+        ward.advance(0.1)
+
+
+def test_one_that_nobody_knows_gets_a_few_at_a_time_where_some_are_refused_all_day() -> None:
+    """A refusal was as good as an answer there: one that fails everything got 55 to 72 of a line."""
+    ward = Ward("b")
+    refuse_some(ward, "b", 1, 30.0)
+    ward.put(EndpointSpec("a", max_running_requests=64))
+    assert ward.answer("a", Answer.REFUSED) == 1
+    assert len(ward.burst("a")) == FEW - 1
+
+
+def test_one_on_trial_gets_one_where_more_is_refused_than_when_it_was_left_out() -> None:
+    ward = Ward("ab")
+    ward.refuse_until_out("a", Answer.REFUSED)
+    refuse_some(ward, "b", 8, EJECT_S + 0.1)
+    assert ward.core.endpoints["a"].condition == "on trial"
+    assert ward.answer("a", Answer.REFUSED) == 1
+    assert ward.burst("a") == []
+
+
+def test_who_nobody_knows_is_filled_where_all_refuse_what_comes() -> None:
+    """One client's bad requests are the first that come."""
+    ward = Ward("ab", known=False)
+    for _ in range(20):
+        for name in "ab":
+            ward.answer(name, Answer.REFUSED, 4)
+        ward.advance(STEP_S)
+    assert all(len(ward.burst(name)) >= 32 for name in "ab")
 
 
 def waiting_for_its_check(*served: str) -> Ward:
