@@ -46,21 +46,21 @@ class Prefill:
     """
 
     __slots__ = (
-        "_asked",
-        "_before",
-        "_computed",
-        "_computed_at",
+        "_all_computed_at",
+        "_caution",
         "_first_bytes",
+        "_first_number",
+        "_fresh_tokens",
         "_held_back",
+        "_last_number",
         "_mean",
-        "_number",
         "_part",
-        "_seen",
-        "_slack",
+        "_prompt_tokens",
         "_step_s",
         "_token_s",
         "_uncounted",
         "_under_way",
+        "_weight",
         "counts",
         "fresh",
         "law",
@@ -79,15 +79,15 @@ class Prefill:
         self._under_way: dict[Ticket, int] = {}  # with their numbers; 0: the engine's count has nothing to tell of it
         self._uncounted: dict[Ticket, int] = {}  # it has yet to tell of these, though they are pending no more
         self.counts = False
-        self._number = 0  # of the last prompt it will tell of
-        self._before = 0  # of the first one: who was held back goes before it
+        self._last_number = 0  # of the last prompt that the count will tell of
+        self._first_number = 0  # of the first one: who was held back goes before it
         self._part = 0.0  # of a first token: the count is a share where others use the engine too
-        self._slack = law.caution
+        self._caution = law.caution
         self.fresh = 1.0
-        self._asked = self._computed = FRESH_AT_FIRST
-        self._seen = 0.0
-        self._mean = 0.0  # of the last prompts' tokens
-        self._computed_at = 0.0  # when the last of them will be computed
+        self._prompt_tokens = self._fresh_tokens = FRESH_AT_FIRST  # of the last prompts
+        self._mean = 0.0  # of the last prompts' tokens ...
+        self._weight = 0.0  # ... and how many prompts it stands for
+        self._all_computed_at = 0.0  # when the last of them will be computed
         self._token_s = law.first_token_s
         self._first_bytes = FirstBytes()
         self._step_s = 0.0  # of a step without prompts
@@ -106,25 +106,25 @@ class Prefill:
     def found(self, cached_tokens: int, prompt_tokens: int) -> None:
         """Follow how many tokens of `prompt_tokens` the engine found in its prefix cache."""
         kept = self.law.hits
-        self._computed = kept * self._computed + max(prompt_tokens - cached_tokens, 0)
-        self._asked = kept * self._asked + prompt_tokens
-        self.fresh = min(max(self._computed / self._asked, LEAST_FRESH), 1.0)
+        self._fresh_tokens = kept * self._fresh_tokens + max(prompt_tokens - cached_tokens, 0)
+        self._prompt_tokens = kept * self._prompt_tokens + prompt_tokens
+        self.fresh = min(max(self._fresh_tokens / self._prompt_tokens, LEAST_FRESH), 1.0)
 
     def add(self, ticket: Ticket, now: float, *, held_back: bool = False) -> None:
         """Note a prompt that was sent. `held_back`: the engine won't begin with it soon."""
         ticket.prompt_pending = True
         ticket.work_tokens = self.work_of(ticket)
-        if self._seen != self.law.lengths:
-            seen = self._seen + 1.0
-            self._seen = seen if seen < self.law.lengths else self.law.lengths
-        self._mean += (ticket.work_tokens - self._mean) / self._seen
+        if self._weight != self.law.lengths:
+            weight = self._weight + 1.0
+            self._weight = weight if weight < self.law.lengths else self.law.lengths
+        self._mean += (ticket.work_tokens - self._mean) / self._weight
         if held_back:
             self._held_back[ticket] = None
             ticket.computed_at = now
             return
         if self.counts:
-            self._number += 1
-        self._under_way[ticket] = self._number if self.counts else 0
+            self._last_number += 1
+        self._under_way[ticket] = self._last_number if self.counts else 0
         self.tokens += ticket.work_tokens
         if self.counts or self.probed:
             self._predict(ticket, now)
@@ -132,7 +132,7 @@ class Prefill:
     def follow(self, sent: int, tokens: int) -> None:
         """Take the mean of the last prompts to be that of all `sent` till now, which had so many `tokens`."""
         if sent:
-            self._seen, self._mean = min(float(sent), self.law.lengths), tokens / sent
+            self._weight, self._mean = min(float(sent), self.law.lengths), tokens / sent
 
     def computed(self, ticket: Ticket, now: float) -> None:
         """Note that the first token of `ticket` was seen. Repeated: no-op.
@@ -209,18 +209,16 @@ class Prefill:
         done = self._count(counted)
         told = [ticket for ticket, number in self._under_way.items() if not number]
         behind = _work(self._uncounted) - _work(told)
-        if not alone:
-            pass
-        elif behind > law.tolerance * elapsed_s / token_s + min(self.tokens, law.chunk):
-            self._slack = min(self._slack * law.slower, law.most_caution)
-        else:
-            self._slack = max(self._slack * law.calmer, law.caution)
-        self._take_pace(self._slack * token_s)
+        if alone:
+            is_late = behind > law.tolerance * elapsed_s / token_s + min(self.tokens, law.chunk)
+            caution = self._caution * (law.slower if is_late else law.calmer)
+            self._caution = min(max(caution, law.caution), law.most_caution)
+        self._take_pace(self._caution * token_s)
         self.counts = True
         if not self.probed:
             for ticket in told:
                 self._finish(ticket)
-        self._computed_at = now
+        self._all_computed_at = now
         for ticket, number in self._under_way.items():
             if number:  # one counted whose first byte did not come may not stream: it is never put off
                 self._predict(ticket, now)
@@ -267,8 +265,8 @@ class Prefill:
 
     def _begin(self, tickets: Sequence[Ticket]) -> None:
         """Note that the engine no longer holds `tickets` back: it counts them before those that came later."""
-        self._before -= len(tickets)
-        for number, ticket in enumerate(tickets, self._before):
+        self._first_number -= len(tickets)
+        for number, ticket in enumerate(tickets, self._first_number):
             del self._held_back[ticket]
             self._under_way[ticket] = number if self.counts else 0
             self.tokens += ticket.work_tokens
@@ -283,8 +281,8 @@ class Prefill:
 
     def _predict(self, ticket: Ticket, now: float) -> None:
         law, token_s = self.law, self._token_s
-        begins = self._computed_at if self._computed_at > now else now
-        self._computed_at = computed_at = begins + ticket.work_tokens * token_s
+        begins = self._all_computed_at if self._all_computed_at > now else now
+        self._all_computed_at = computed_at = begins + ticket.work_tokens * token_s
         in_progress = self.tokens if self.tokens < law.chunk else law.chunk
         due = computed_at + (self._step_s + in_progress * token_s) / 2
         ticket.computed_at = due if self.counts else now + min(law.patience * (due - now), law.patience_s)

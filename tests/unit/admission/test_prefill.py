@@ -165,8 +165,8 @@ def behind(works: tuple[int, ...], elapsed_s: float) -> Prefill:
 
 def test_an_engine_that_is_a_little_behind_the_prediction_is_not_slower() -> None:
     little = int(LAW.tolerance * 1.0 / (PROMPT_S + STEP_S / LAW.chunk))
-    assert behind((little - 5,), 1.0)._slack == LAW.caution
-    assert behind((little + 5,), 1.0)._slack == LAW.caution * LAW.slower
+    assert behind((little - 5,), 1.0)._caution == LAW.caution
+    assert behind((little + 5,), 1.0)._caution == LAW.caution * LAW.slower
 
 
 def test_an_engine_that_stays_behind_is_predicted_to_be_slower_up_to_a_bound_and_recovers() -> None:
@@ -176,12 +176,12 @@ def test_an_engine_that_stays_behind_is_predicted_to_be_slower_up_to_a_bound_and
             sent(prefill, float(second), 4000)
         prefill.pass_time(1e9)
         count(prefill, 0, 1.0, second + 1.0)
-    assert prefill._slack == LAW.most_caution
+    assert prefill._caution == LAW.most_caution
     count(prefill, 1e9, 1.0, 200.0)
-    assert prefill._slack == LAW.most_caution * LAW.calmer
+    assert prefill._caution == LAW.most_caution * LAW.calmer
     for second in range(300):
         count(prefill, 0, 1.0, 201.0 + second)
-    assert prefill._slack == LAW.caution
+    assert prefill._caution == LAW.caution
 
 
 def test_a_count_that_many_others_share_says_nothing_of_how_fast_the_engine_is() -> None:
@@ -190,9 +190,9 @@ def test_a_count_that_many_others_share_says_nothing_of_how_fast_the_engine_is()
         sent(prefill, 0.0, 4000)
     prefill.pass_time(1e9)
     prefill.observe(0.1, 1.0, 1.0, costs(), 0.0, alone=False)
-    assert prefill._slack == LAW.caution
+    assert prefill._caution == LAW.caution
     prefill.observe(0.1, 1.0, 2.0, costs(), 0.0)
-    assert prefill._slack == LAW.caution * LAW.slower
+    assert prefill._caution == LAW.caution * LAW.slower
 
 
 def test_what_is_still_predicted_to_be_under_way_is_not_behind() -> None:
@@ -200,7 +200,7 @@ def test_what_is_still_predicted_to_be_under_way_is_not_behind() -> None:
     for _ in range(100):
         sent(prefill, 0.0, 4000)
     count(prefill, 0, 0.1, 0.1)
-    assert prefill._slack == LAW.caution
+    assert prefill._caution == LAW.caution
 
 
 # ---- how much may be under way, and how much of it is work
