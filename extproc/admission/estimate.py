@@ -137,7 +137,7 @@ class TokenEstimate:
         prompt = self._scaled(ticket) if self._scales else request.prompt_tokens
         if prompt > most:
             prompt = most
-        if self._tries and prompt > self.law.untried and self._is_try(ticket, members):
+        if self._tries and prompt > self.law.untried and self._begin_try(ticket, members):
             prompt = int(self.law.untried)
         ticket.prompt_tokens = ticket.work_tokens = prompt
         ticket.kv_tokens = prompt + output
@@ -163,8 +163,8 @@ class TokenEstimate:
             if len(self._tries) > SCALES:
                 self._tries.popitem(last=False)
 
-    def _is_try(self, ticket: Ticket, members: Sequence[Endpoint]) -> bool:
-        """Tell whether `ticket` is to show what prompts of its size really have: one at a time, whatever the size.
+    def _begin_try(self, ticket: Ticket, members: Sequence[Endpoint]) -> bool:
+        """Have `ticket` show what prompts of its size really have, if nobody does; tell whether it will: one at a time.
 
         Only where every engine counts prompts: elsewhere nothing would tell, and a cache be overfilled for nothing.
         """

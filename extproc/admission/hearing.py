@@ -63,7 +63,7 @@ class Hearing:
 
     def _count_answers(self, endpoint: Endpoint) -> None:
         if endpoint.completed:
-            if telemetry.trusts_counters(endpoint):
+            if telemetry.judge_counters(endpoint):
                 self._tokens.learn(endpoint.produced, endpoint.completed)
             endpoint.produced = endpoint.completed = 0
 

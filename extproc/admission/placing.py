@@ -94,9 +94,9 @@ class Placing:
                         has_leased, missed = False, 0
                 else:
                     over += 1
-                    has_leased |= self._is_sent(best, endpoint)
+                    has_leased |= self._dispatch(best, endpoint)
             else:
-                over += self._is_over(books.next_arrived())
+                over += self._dispatch_arrived(books.next_arrived())
         if self._in_doubt:
             self._in_doubt.clear()
         if freed or arrived:
@@ -120,7 +120,7 @@ class Placing:
                 del freed[endpoint]
                 self._fleet.leave(endpoint, endpoint.is_waited_for)
 
-    def _is_over(self, ticket: Ticket) -> bool:
+    def _dispatch_arrived(self, ticket: Ticket) -> bool:
         """Dispatch one that may go somewhere new, if it can, or refuse it; tell whether its wait is over."""
         if ticket.state is not WAITING or placed(ticket.queue).is_left:
             return False
@@ -134,7 +134,7 @@ class Placing:
             self._refusing.refuse(ticket, Outcome.NO_ENDPOINT)
             return True
         if target is not None:
-            self._is_sent(ticket, target)
+            self._dispatch(ticket, target)
         return target is not None
 
     def _least_doubtful(self, pool: Pool) -> Endpoint | None:
@@ -155,7 +155,7 @@ class Placing:
             heapreplace(heap, place)
         return None
 
-    def _is_sent(self, ticket: Ticket, endpoint: Endpoint) -> bool:
+    def _dispatch(self, ticket: Ticket, endpoint: Endpoint) -> bool:
         """Dispatch one whose turn has come, or refuse it if it waited until its budget was over; tell which."""
         if ticket.wait_until <= self._books.now and ticket.alarm_number:
             self._refusing.expire(ticket)
@@ -176,13 +176,13 @@ class Placing:
         if enable_queue and not (pool.open and (queue is None or queue.in_window(ticket))):
             return None
         if home is not None:
-            return home if home.closed_by is None and home.lacks(ticket) is None and not self._is_kept(home) else None
+            return home if home.closed_by is None and home.lacks(ticket) is None and not self._yields(home) else None
         best = self._having_adapter(ticket, pool) if self._books.adapters.by_name else None
         if best is not None:
             return best
         best = pool.emptiest()
         if best is not None:
-            if best.lacks(ticket) is None and not self._is_kept(best):
+            if best.lacks(ticket) is None and not self._yields(best):
                 return best
             if best.kv.capacity is not None and enable_queue and not pool.has_cache_for(ticket, best):
                 return None
@@ -191,7 +191,7 @@ class Placing:
             if (
                 (best is None or endpoint.crowding < best.crowding)
                 and endpoint.lacks(ticket) is None
-                and not self._is_kept(endpoint)
+                and not self._yields(endpoint)
             ):
                 best = endpoint
         if best is None and not enable_queue:
@@ -215,10 +215,10 @@ class Placing:
             most = max(law.below, law.times * emptiest.crowding[0])
         spare = (one for one in loaded if one in pool.open and one.crowding[0] < most)
         best = min(spare, key=most_room, default=None)
-        return best if best is not None and best.lacks(ticket) is None and not self._is_kept(best) else None
+        return best if best is not None and best.lacks(ticket) is None and not self._yields(best) else None
 
-    def _is_kept(self, endpoint: Endpoint) -> bool:
-        """Tell whether a guard keeps room at `endpoint`; if so, the pass finds in order who goes there next.
+    def _yields(self, endpoint: Endpoint) -> bool:
+        """Leave an endpoint where a guard keeps room to the pass, which finds who is next in order; tell whether.
 
         So it does where it is not through.
         """

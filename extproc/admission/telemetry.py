@@ -110,7 +110,7 @@ def follow_report(endpoint: Endpoint, report: Load, now: float, policy: Policy) 
     _follow_heat(endpoint, now, policy)
 
 
-def trusts_counters(endpoint: Endpoint) -> bool:
+def judge_counters(endpoint: Endpoint) -> bool:
     """Hold what its counters say of the answers that ended against what its peers' say; tell whether to believe."""
     before, peers = endpoint.counters.doubted, endpoint.peers()
     if peers is not None:
