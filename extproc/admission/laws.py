@@ -266,8 +266,8 @@ class ForeignLaw:
     Attributes:
         arrived_s: a lease as old as this has reached its engine, and of an end as long ago we are told: the longest
             that Envoy's ways may take. What begins or ends in so long may be others', as long as there are any
-            (`looks.py`): simulated, with 96 places and answers of 1 s, 11 places stay empty for half a minute after
-            the last of them; with .3 s 22.
+            (`looks.py`), and for a hundred times as long after the last (`MOST_HIDDEN`): simulated, of 96 places 11
+            stay empty for these ten seconds where answers take 1 s, and 22 where they take .3 s.
         steady_s: foreign requests that don't get fewer for so long are somebody's steady traffic, not answers that run
             out: from then on fewer of them are counted, since nobody who fills an engine steadily may keep us out of
             it for ever.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import TYPE_CHECKING
 
 from extproc.admission.laws import LAWS
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 MOST_LET = 32
 """So many of ours at the most are let in above the limit because of others: a page may say anything, and of a request
 with many sequences whose body nobody read all but one are others on it. No simulated traffic of others wanted more."""
+MOST_HIDDEN = 100
+"""Who ran before us is forgotten once no page has shown more than our leases for so many times `ForeignLaw.arrived_s`.
+While many short answers of ours begin and end no page shows that the last of others is gone: their places stayed empty
+for a minute. One whom what is on its way hides for so long goes above the limit."""
 
 
 class Reading:
@@ -76,7 +81,7 @@ class Foreign:
         law: the constants.
     """
 
-    __slots__ = ("_changed_at", "_met", "_ours", "_seen", "_shown", "count", "law", "lets", "takes")
+    __slots__ = ("_changed_at", "_hidden_since", "_met", "_ours", "_seen", "_shown", "count", "law", "lets", "takes")
 
     def __init__(self, law: ForeignLaw = LAWS.foreign) -> None:
         """Start before the first page."""
@@ -86,11 +91,13 @@ class Foreign:
         self._shown: tuple[float | None, ...] = ()  # what it said
         self._ours = 0  # the most of ours that were there while pages said that
         self._changed_at = 0.0  # when they became fewer last
+        self._hidden_since = inf  # when the first of the last pages came that show no more than our leases
         self._met = False  # telemetry came at least once
 
     def add(self, count: int, most: int, now: float) -> None:
         """Count `count` more that were ours until now, up to `most`; no fewer, if that has become less."""
         self.count, self._changed_at = max(min(self.count + count, most), self.count), now
+        self._hidden_since = inf
         self.takes = max(self.takes, self.count)
 
     def meet_again(self) -> None:
@@ -100,6 +107,7 @@ class Foreign:
     def forget(self) -> None:
         """Note that nothing is known of them any more."""
         self.count = self.lets = self.takes = self._seen = 0
+        self._shown, self._hidden_since = (), inf
 
     def follow(
         self,
@@ -130,8 +138,9 @@ class Foreign:
         self._ours = max(in_flight, self._ours) if shown == self._shown else in_flight
         self._shown, others = shown, there - self._ours
         self.lets = min(max(others // self.law.each, 1), max(most, MOST_LET)) if is_learned and others > 0 else 0
+        self._hidden_since = inf if there > in_flight else min(self._hidden_since, now)
         count = 0
-        if self.count:
+        if self.count and now < self._hidden_since + MOST_HIDDEN * self.law.arrived_s:
             arrived = sum(ticket.sequences for ticket in leases if ticket.leased_at <= now - self.law.arrived_s)
             count = min(max(there - arrived + unsent, 0), most, self.count)
             if count == self.count and now >= self._changed_at + self.law.steady_s:

@@ -111,3 +111,19 @@ def test_nothing_is_kept_of_a_page_where_others_requests_are_over_or_the_endpoin
         here.page(0)
         here.page(0)
     assert not here.gate._looks._looks
+
+
+@pytest.mark.parametrize(
+    ("shown", "is_over"), [((0,) * 13, True), ((0,) * 6 + (1,) + (0,) * 6, False)], ids=["never", "now and then"]
+)
+def test_short_answers_of_ours_hide_for_ten_seconds_at_most_that_nobody_else_is_there(shown, is_over):
+    """Around each page one of ours ends: 8 of 32 places stayed empty for a minute, and requests waited 3 s."""
+    here = Desk()
+    waiting = [here.next, *(here.send() for _ in shown)]
+    for others in shown:
+        running = [ticket for ticket in (*here.ours, *waiting) if ticket.state is State.LEASED]
+        here.page(len(running) + others)
+        here.clock.advance(0.5 * ARRIVED_S)
+        here.gate.close(running[0], Answer.OK)
+        here.clock.advance(1.0 - 0.5 * ARRIVED_S)
+    assert (here.left == 0) is is_over

@@ -281,3 +281,21 @@ def test_one_more_that_is_left_to_telemetry_makes_them_no_fewer_though_the_limit
     others.add(20, 32, 0.0)
     others.add(1, 16, 1.0)
     assert others.count == 20
+
+
+def test_what_is_left_behind_while_pages_show_ours_alone_keeps_its_places_at_the_next_page() -> None:
+    foreign = Foreign()
+    for now in range(20):
+        foreign.follow(Load(running=2, waiting=0), (), 2, 8, float(now))
+    foreign.add(2, 8, 19.5)
+    foreign.follow(Load(running=2, waiting=0), (), 2, 8, 20.0)
+    assert foreign.count == 2
+
+
+def test_a_page_that_shows_what_one_did_long_ago_shows_others_where_ours_were_then() -> None:
+    foreign = Foreign()
+    for ours in (8, 2, 2):
+        foreign.follow(Load(running=8, waiting=0), (), ours, 8, 0.0, is_learned=True, in_batch=True)
+        if ours == 8:
+            foreign.forget()
+    assert foreign.takes == 6
