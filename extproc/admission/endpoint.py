@@ -104,10 +104,16 @@ class Endpoint(Room):
             self.limit = limit_of(spec, policy)
         if spec.address != self.spec.address and self.servers.count > 1:
             self.servers = Servers(self.answered)
-            self.limit.forget_batch()
+            self.forget_servers()
         self.spec = spec
         self.size_cache()
         self._see_who_chose(policy)
+
+    def forget_servers(self) -> None:
+        """Forget what pages said as those of another number of servers."""
+        self.steps = StepCost(self.steps.law)
+        self.limit.forget_batch()
+        self.reading.capacity = None
 
     def apply(self, policy: Policy) -> None:
         """Follow a changed policy."""

@@ -39,9 +39,7 @@ def _see_whose(endpoint: Endpoint, page: Load, now: float, unsent: int) -> None:
     """See on a page, as it is, of how many servers it is one's, and whether it shows requests that are not ours."""
     ours, held = endpoint.leases, endpoint.sequences
     if endpoint.servers.follow(page, ours, held, endpoint.answered, now, unsent):
-        endpoint.steps = StepCost(endpoint.steps.law)
-        endpoint.limit.forget_batch()
-        endpoint.reading.capacity = None
+        endpoint.forget_servers()
     most, learned, in_batch = endpoint.limit.value, endpoint.is_learned, endpoint.limit.is_batch
     endpoint.strangers.follow(page, ours, held, most, now, unsent, is_learned=learned, in_batch=in_batch)
 

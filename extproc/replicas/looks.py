@@ -12,7 +12,7 @@ from extproc.admission.looks import Looks
 from extproc.replicas.forwarded import Forwarded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from extproc.admission.endpoint import Endpoint
     from extproc.admission.load import Load
@@ -54,6 +54,13 @@ class SharedLooks(Looks):
         look = self._looks.get(endpoint.name)
         if look is not None and ticket not in look.ours:
             look.others += ticket.sequences
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Keep nothing of endpoints that are gone."""
+        gone = tuple(names)
+        super().forget(gone)
+        for name in gone:
+            self._disowned.pop(name, None)
 
     def _ask_soon(self, now: float) -> None:
         """Have followers answer as soon as the first look that nobody was asked for is old enough."""

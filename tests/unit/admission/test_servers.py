@@ -118,8 +118,10 @@ def test_at_another_address_there_is_one_server_until_its_page_shows_otherwise()
     address.run(40)
     endpoint = desk.endpoint("a")
     assert endpoint.servers.count == 2
+    desk.observe("a", Load(running=SLOTS, waiting=4, kv_capacity_tokens=9000))
+    assert endpoint.kv.capacity == 18_000
     desk.put(one(limit=None, address="10.0.0.2:80"))
-    assert endpoint.servers.count == 1
+    assert (endpoint.servers.count, endpoint.kv.capacity) == (1, None)
     desk.observe("a", Load(running=SLOTS, waiting=4))
     assert endpoint.reading.page == Load(running=SLOTS, waiting=4)
 

@@ -370,6 +370,18 @@ def test_what_a_sidecar_left_running_keeps_its_place_though_envoys_and_pages_tak
     assert not leader(here).controller.endpoints["e0"].foreign
 
 
+def test_nothing_is_kept_of_what_was_sent_last_to_an_endpoint_that_is_gone():
+    here = site(engines=1)
+    gone, _ = followers(here)
+    here.send(gone.place, work_s=25.0)
+    here.run(0.1)
+    here.blind = {one.place for one in here.alive}  # no page comes, which would forget it
+    here.kill(gone.place)
+    here.run_until(lambda: bool(leader(here).replica.leading.looks._disowned))
+    leader(here).gate.remove_endpoints(["e0"])
+    assert not leader(here).replica.leading.looks._disowned
+
+
 @pytest.mark.parametrize("first", ["the leader", "its Envoy"])
 def test_who_stood_still_tells_what_its_envoy_said_meanwhile_before_it_answers_its_leader(first, monkeypatch):
     """Its leader takes an answer for a sign that it was told of all that has ended."""
