@@ -210,7 +210,11 @@ class SharedGate(Gate):
         if leading is not None and endpoint is not None:
             looks = leading.looks
             leading.quotas.before_reading(name)
-            self.do(lambda now: self.controller.observe(name, load, now, looks.unsent_of_all(endpoint, load, at, now)))
+            untold = self._untold(endpoint)
+            unsent_of_all = looks.unsent_of_all
+            self.do(
+                lambda now: self.controller.observe(name, load, now, unsent_of_all(endpoint, load, at, now) + untold)
+            )
             leading.quotas.after_reading(name)
 
     def _refuse_some(self) -> bool:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from extproc.admission.controller import Controller
+    from extproc.admission.endpoint import Endpoint
     from extproc.admission.load import Load
     from extproc.admission.outcome import Outcome
     from extproc.admission.ticket import Ticket
@@ -217,8 +218,13 @@ class Gate:
         """Follow an endpoint's telemetry, which was asked for at `asked_at`, or now."""
         now, endpoint = self.now(), self.controller.endpoints.get(name)
         at = now if asked_at is None else asked_at
-        unsent = 0 if endpoint is None else self._looks.unsent(endpoint, load, at, now)
+        unsent = 0 if endpoint is None else self._looks.unsent(endpoint, load, at, now) + self._untold(endpoint)
         self._settle(self.controller.observe(name, load, now, unsent))
+
+    def _untold(self, endpoint: Endpoint) -> int:
+        """Return how many sequences are leased to `endpoint` by decisions that wait for their turn to be told."""
+        tickets = [decision.ticket for _, _, decision in self._outbox]
+        return sum(ticket.sequences for ticket in tickets if ticket in endpoint.leases)
 
     def set_policy(self, policy: Policy) -> None:
         """Replace the rules."""

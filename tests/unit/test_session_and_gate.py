@@ -7,6 +7,7 @@ import json
 import pytest
 
 from extproc._pb import ext_proc_pb2 as pb
+from extproc.admission.load import Load
 from extproc.admission.outcome import Outcome
 from extproc.admission.placing import DUE_AT_ONCE
 from extproc.admission.tenants import TenantRule, TenantRules
@@ -99,6 +100,25 @@ def test_more_decisions_than_a_burst_are_delivered_in_several_with_a_pause_after
     room.gate.set_up("a", is_up=True)
     assert not room.clock.turns
     blocker.end()
+
+
+def test_a_page_that_shows_none_of_those_who_are_not_told_yet_is_no_page_of_one_of_several_servers():
+    """Of 12,000 that were let go at once a page showed 4,000: two servers were seen, with twice the cache."""
+    room = Room(EndpointSpec("a", max_running_requests=20))
+    ended = [room.open()[0] for _ in range(20)]
+    for session in ended:
+        session.receive(message("response_headers", status="200"))
+        session.end()
+    for _ in range(20 + 200 * BURST):
+        room.open()
+    room.gate.put_endpoint(EndpointSpec("a", max_running_requests=10_000))
+    for _ in range(80):
+        room.clock.turn()
+        room.clock.advance(BURST_S)
+    endpoint = room.gate.controller.endpoints["a"]
+    assert room.gate.undelivered > 100 * BURST
+    room.gate.observe("a", Load(running=endpoint.sequences - room.gate.undelivered, waiting=0.0))
+    assert endpoint.servers.count == 1
 
 
 def test_who_goes_where_there_is_room_waits_for_no_decision_about_others():
