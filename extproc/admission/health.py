@@ -303,12 +303,13 @@ class Health:
 
     def next_change(self) -> float | None:
         """Return when time alone changes it."""
-        times = [self.full_until, self.ejected_until]
-        if self.breaker is not None:
-            times.append(self.breaker.next_change())
-        if self.slow_start is not None:
-            times.append(self.slow_start.next_change())
-        return min((at for at in times if at is not None), default=None)
+        breaks = None if self.breaker is None else self.breaker.next_change()
+        starts = None if self.slow_start is None else self.slow_start.next_change()
+        soonest = self.full_until
+        for at in (self.ejected_until, breaks, starts):
+            if at is not None and (soonest is None or at < soonest):
+                soonest = at
+        return soonest
 
     def pass_time(self, now: float) -> None:
         """End what is over."""
