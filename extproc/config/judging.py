@@ -114,8 +114,8 @@ class ForeignLearningConfig(Section):
 
     arrived: PositiveDuration = Field(
         _FOREIGN.arrived_s,
-        description="A request that was sent so long ago is among those on the server's page, and Envoy has told of "
-        "an end so long ago.",
+        description="A request is on its server's page at the latest so long after it was sent, and we are told of an "
+        "answer's end at the latest so long after it.",
     )
     steady: PositiveDuration = Field(
         _FOREIGN.steady_s, description="Others' requests that don't get fewer for so long count half, and so on."

@@ -208,13 +208,9 @@ class SharedGate(Gate):
         at = looked_at if asked_at is None else asked_at
         leading, endpoint = self.replica.leading, self.controller.endpoints.get(name)
         if leading is not None and endpoint is not None:
-            looks = leading.looks
+            untold, unsent = self._untold(endpoint), leading.looks.unsent_of_all
             leading.quotas.before_reading(name)
-            untold = self._untold(endpoint)
-            unsent_of_all = looks.unsent_of_all
-            self.do(
-                lambda now: self.controller.observe(name, load, now, unsent_of_all(endpoint, load, at, now) + untold)
-            )
+            self.do(lambda now: self.controller.observe(name, load, now, untold + unsent(endpoint, load, at, now)))
             leading.quotas.after_reading(name)
 
     def _refuse_some(self) -> bool:

@@ -299,3 +299,10 @@ def test_a_page_that_shows_what_one_did_long_ago_shows_others_where_ours_were_th
         if ours == 8:
             foreign.forget()
     assert foreign.takes == 6
+
+
+@pytest.mark.parametrize(("most", "lets"), [(16, MOST_LET), (40, 40), (64, 50)])
+def test_for_others_sake_as_many_are_let_in_as_the_limit_is_or_a_few_above_a_low_one(most: int, lets: int) -> None:
+    foreign = Foreign()
+    foreign.follow(Load(running=50 * LAWS.foreign.each, waiting=0), (), 0, most, 0.0, is_learned=True)
+    assert foreign.lets == lets

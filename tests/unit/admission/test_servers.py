@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import pytest
 
 from extproc.admission.load import Load
-from extproc.admission.servers import MOST
-from extproc.admission.ticket import State
-from extproc.admission.values import Answer
+from extproc.admission.servers import MOST, Servers
+from extproc.admission.ticket import State, Ticket
+from extproc.admission.values import Answer, Request
 
 from .desk import Desk, one
-
-if TYPE_CHECKING:
-    from extproc.admission.ticket import Ticket
 
 SLOTS = 16
 TOOK_S = 4
@@ -185,3 +181,15 @@ def test_whose_requests_are_there_is_seen_on_the_page_as_it_is() -> None:
     desk.observe("a", Load(running=3, waiting=0))
     assert endpoint.reading.page == Load(running=6, waiting=0)
     assert endpoint.foreign == 0
+
+
+@pytest.mark.parametrize(
+    ("before", "shown", "servers"), [(1, 64, 1), (1, 61, 2), (2, 70, 2), (2, 73, 1), (2, 39, 2), (2, 38, 3)]
+)
+def test_what_is_shown_must_be_far_off_a_number_of_servers_for_there_to_be_another(before, shown, servers) -> None:
+    """Of a hundred of ours; so a number doesn't come and go."""
+    found = Servers()
+    found.count = before
+    leases = [Ticket(Request("", 0.0)) for _ in range(100)]  # long ago
+    found.follow(Load(running=shown), leases, 100, 100, 1.0, 0)
+    assert found.count == servers
