@@ -127,3 +127,15 @@ def test_short_answers_of_ours_hide_for_ten_seconds_at_most_that_nobody_else_is_
         here.gate.close(running[0], Answer.OK)
         here.clock.advance(1.0 - 0.5 * ARRIVED_S)
     assert (here.left == 0) is is_over
+
+
+def test_one_of_ours_that_went_elsewhere_may_not_have_been_there_however_late_it_ended():
+    here = Desk()
+    here.gate.put_endpoint(EndpointSpec("b", max_running_requests=4))
+    here.page(3)
+    here.gate.move(here.ours[0], "b")
+    here.clock.advance(2.0 * ARRIVED_S)
+    here.gate.close(here.ours[0], Answer.OK)
+    here.clock.advance(1.0)
+    here.page(2)
+    assert here.left == LEFT
