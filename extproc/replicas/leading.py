@@ -362,7 +362,7 @@ class Leading:
         controller = self._gate.controller
         self._gate.do(partial(controller.adopt, ticket, name, held_s=held_s, begun=begun))
         if ticket.state is State.LEASED:
-            ticket.told = BROUGHT
+            ticket.told, ticket.deliver = BROUGHT, None  # its follower knows
             self.quotas.hold_more(name, ticket.sequences)
         else:
             del ticket.follower.tickets[ticket.number]

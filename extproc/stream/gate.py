@@ -223,8 +223,9 @@ class Gate:
 
     def _untold(self, endpoint: Endpoint) -> int:
         """Return how many sequences are leased to `endpoint` by decisions that wait for their turn to be told."""
-        tickets = [decision.ticket for _, _, decision in self._outbox]
-        return sum(ticket.sequences for ticket in tickets if ticket in endpoint.leases)
+        if not self._outbox:
+            return 0
+        return sum(ticket.sequences for ticket in endpoint.leases if ticket.deliver is not None)
 
     def set_policy(self, policy: Policy) -> None:
         """Replace the rules."""
