@@ -196,7 +196,7 @@ bench-matrix: $(STAMP)  ## the policy in 243 cells against every rival at its be
 bench-core: $(STAMP)  ## what one request costs the admission core
 	$(BIN)/python -m bench.core
 
-bench-replicas: $(STAMP)  ## several gateways as one queue: what forwarding costs, goodput of 1, 2 and 8, with faults (10 minutes, a machine at rest)
+bench-replicas: $(STAMP)  ## several gateways as one queue: what forwarding costs, goodput of 1, 2 and 8, with faults (25 minutes, a machine at rest)
 	$(BIN)/python -m bench.replicas
 	$(BIN)/python -m bench.proof --replicas
 

@@ -3,7 +3,7 @@
     python -m bench.proof                      # `make bench`: all of it, five seeds, about 27 minutes
     python -m bench.proof --quick              # `make bench-quick`: one seed of the ramp's ends, four minutes
     python -m bench.proof --peers              # `make bench-peers`: against two routers from PyPI, five minutes
-    python -m bench.proof --replicas           # of `make bench-replicas`: several gateways, one queue; ten minutes
+    python -m bench.proof --replicas           # of `make bench-replicas`: several gateways, one queue; 25 minutes
     python -m bench.proof --only ramp noisy --seeds 71 72 --stacks 8
     python -m bench.proof --quick --contender mine=FILE   # a contender of your own beside them (bench/proof/rival.py)
     python -m bench.proof --replicas --seeds 73 --add     # a further piece of it, beside the runs that lie there
