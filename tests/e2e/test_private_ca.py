@@ -15,7 +15,7 @@ import trustme
 from aiohttp import web
 
 from .kit.clients import complete_many
-from .kit.processes import PATIENCE_S, free_port, take_turns, wait_until
+from .kit.processes import PATIENCE_S, end_server, free_port, wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,22 +46,10 @@ class Guarded:
         return self
 
     def __exit__(self, *_: object) -> None:
-        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(PATIENCE_S)
+        asyncio.run_coroutine_threadsafe(end_server(self._runner), self._loop).result(PATIENCE_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-
-    async def _close(self) -> None:
-        """Cut what is open: TLS that is closed in order waits for the other side, longer than the loop lives."""
-        assert self._runner.server is not None
-        for site in self._runner.sites:
-            await site.stop()
-        await take_turns()
-        for protocol in self._runner.server.connections:
-            if protocol.transport is not None:
-                protocol.transport.abort()
-        await self._runner.cleanup()
-        await take_turns()
 
     async def _listen(self) -> None:
         app = web.Application()

@@ -13,7 +13,7 @@ from extproc import tasks
 from extproc.config import HealthCheckConfig
 from extproc.endpoints.health import TRIAL_S, HealthChecks
 from extproc.tasks import Tasks
-from tests.e2e.kit.processes import PATIENCE_S, take_turns
+from tests.e2e.kit.processes import PATIENCE_S, end_server
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,11 +40,7 @@ class Engine:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for site in self._runner.sites:
-            await site.stop()
-        await take_turns()
-        await self._runner.cleanup()
-        await take_turns()
+        await end_server(self._runner)
 
     async def _health(self, request: web.Request) -> web.Response:
         self.seen += 1

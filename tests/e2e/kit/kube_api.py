@@ -14,7 +14,7 @@ from aiohttp import web
 
 from extproc.endpoints.discovery import watch
 
-from .processes import PATIENCE_S, free_port, take_turns, wait_until
+from .processes import PATIENCE_S, end_server, free_port, take_turns, wait_until
 
 if TYPE_CHECKING:
     import ssl
@@ -238,12 +238,7 @@ class KubeApi:
         self._started.set()
         await self._stopping.wait()
         await self._close()
-        assert self._runner.server is not None
-        for protocol in self._runner.server.connections:  # TLS that is closed in order waits for the other side
-            if protocol.transport is not None:
-                protocol.transport.abort()
-        await self._runner.cleanup()
-        await take_turns()
+        await end_server(self._runner)
 
     async def _listen(self) -> None:
         self._site = web.TCPSite(self._runner, "127.0.0.1", self.port, ssl_context=self._tls, reuse_address=True)

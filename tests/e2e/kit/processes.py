@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    from aiohttp import web
+
 T = TypeVar("T")
 
 PATIENCE_S = 30.0
@@ -36,6 +38,20 @@ async def take_turns() -> None:
     """Let what was accepted a moment ago come to its handler: a loop that ends before leaves its socket open."""
     for _ in range(5):
         await asyncio.sleep(0)
+
+
+async def end_server(runner: web.AppRunner) -> None:
+    """End a server and cut what is open: TLS that is closed in order waits for the other side, longer than the loop
+    lives."""
+    assert runner.server is not None
+    for site in runner.sites:
+        await site.stop()
+    await take_turns()
+    for protocol in runner.server.connections:
+        if protocol.transport is not None:
+            protocol.transport.abort()
+    await runner.cleanup()
+    await take_turns()
 
 
 def wait_until(condition: Callable[[], T | None], timeout_s: float = PATIENCE_S, message: str = "") -> T:

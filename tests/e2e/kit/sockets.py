@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import WSMsgType, web
 
-from .processes import PATIENCE_S, take_turns
+from .processes import PATIENCE_S, end_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,9 +45,7 @@ def echo_server() -> Iterator[str]:
         host, port = runner.addresses[0]
         ready.set_result(f"{host}:{port}")
         await stop.wait()
-        await site.stop()
-        await take_turns()
-        await runner.cleanup()
+        await end_server(runner)
 
     thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
     thread.start()
