@@ -237,10 +237,9 @@ class Metrics:
     def pieces(self) -> Iterator[bytes]:
         """Write a page, a piece at a time: of the moment in which the first is asked for."""
         moment = self._moment()
-        moment += [iter((family,)) for collector in self._at_once for family in collector.collect()]
+        moment += _collected(self._at_once)
         yield b""
-        others = (iter((family,)) for collector in self._others for family in collector.collect())
-        yield from self._written(chain(moment, others))
+        yield from self._written(chain(moment, _collected(self._others)))
 
     @staticmethod
     def _written(families: Iterable[Parts]) -> Iterator[bytes]:
@@ -485,6 +484,12 @@ def _oldest(arrivals: dict[str, float], lines: Iterable[Queue], now: float) -> P
     for request_class, arrived in arrivals.items():
         oldest.add_metric([request_class], now - arrived)
     yield oldest
+
+
+def _collected(collectors: Iterable[Collector]) -> Iterator[Parts]:
+    for collector in collectors:
+        for family in collector.collect():
+            yield iter((family,))
 
 
 class _Page(CollectorRegistry):
