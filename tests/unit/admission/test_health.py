@@ -186,6 +186,15 @@ def test_a_clients_own_mistakes_make_nobody_failing() -> None:
     assert {ward.health(name).condition for name in "ab"} == {"up"}
 
 
+def test_what_one_refuses_beside_another_that_fails_holds_nobody_back() -> None:
+    """With nobody better to compare it with the requests may be to blame."""
+    ward = Ward("ab")
+    ward.answer("b", Answer.FAILED, EJECT_AFTER)
+    assert ward.health("b").condition == "failing"
+    ward.answer("a", Answer.REFUSED, 4 * EJECT_AFTER)
+    assert len(ward.burst("a")) == 64
+
+
 def test_however_long_an_outage_lasts_its_end_is_seen_within_a_second() -> None:
     ward = Ward("a")
     for _ in range(100):
